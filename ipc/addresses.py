@@ -1,0 +1,66 @@
+"""Where the daemon lives: the runtime folder and the sockets in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from xditd.ipc.errors import BadRequest
+
+MAX_SOCKET_PATH_BYTES = 107
+"""``sun_path`` holds 108 bytes with its final NUL (unix(7))."""
+
+
+@dataclass(frozen=True)
+class RuntimeDir:
+    """The daemon's private folder (mode 0700) and the names in it."""
+
+    path: Path
+
+    @property
+    def client_socket(self) -> Path:
+        return self.path / "daemon.sock"
+
+    @property
+    def worker_socket(self) -> Path:
+        return self.path / "workers.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "daemon.lock"
+
+    @property
+    def log(self) -> Path:
+        """Where a daemon that ``xditd demo`` started writes its log."""
+        return self.path / "daemon.log"
+
+    def check_lengths(self) -> None:
+        """Refuse a folder whose socket paths do not fit into a socket address.
+
+        Raises:
+            BadRequest: a path is longer than 107 bytes.
+        """
+        for socket in (self.client_socket, self.worker_socket):
+            length = len(os.fsencode(socket))
+            if length > MAX_SOCKET_PATH_BYTES:
+                raise BadRequest(
+                    f"socket path {socket}: {length} bytes, at most {MAX_SOCKET_PATH_BYTES} fit; "
+                    "choose a shorter runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
+                )
+
+
+def endpoint(socket: Path) -> str:
+    """Spell a socket path as ZeroMQ wants it."""
+    return f"ipc://{socket}"
+
+
+def default_runtime_dir() -> RuntimeDir:
+    """``$XDG_RUNTIME_DIR/xditd``, or ``/tmp/xditd-<uid>`` where no session manager made one.
+
+    The daemon creates the folder with mode 0700 and refuses one that somebody else owns.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base:
+        return RuntimeDir(Path(base) / "xditd")
+    return RuntimeDir(Path("/tmp") / f"xditd-{os.getuid()}")  # noqa: S108 - owner and mode are checked by the daemon

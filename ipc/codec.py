@@ -1,0 +1,85 @@
+"""MessagePack on the wire, strictly: ``msgpack`` unpacks within limits, ``msgspec`` then builds the struct.
+
+Nothing looks at a message before both have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, Generic, TypeVar
+
+import msgpack
+import msgspec
+
+from xditd.ipc import limits
+from xditd.ipc.errors import BadMessage
+from xditd.ipc.protocol import Message
+from xditd.ipc.replies import AnyReply
+from xditd.ipc.requests import AnyRequest
+from xditd.ipc.worker_messages import AnyCommand, AnyReport
+
+T = TypeVar("T")
+
+_MAX_ARRAY_LEN: Final = 65_536
+_MAX_MAP_LEN: Final = 256
+
+
+def _refuse_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Build a map; msgpack alone would keep the last of two equal keys."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise BadMessage(f"key {key!r} appears twice in one map")
+        found[key] = value
+    return found
+
+
+def encode(message: Message) -> bytes:
+    """Encode any message. Bytes stay bytes: without ``builtin_types`` msgspec writes base64 text."""
+    packed = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    if not isinstance(packed, bytes):  # packb without a Packer buffer always returns bytes; the stub says Optional
+        raise TypeError("msgpack.packb returned no bytes")
+    return packed
+
+
+class Decoder(Generic[T]):
+    """Decode one closed union, and nothing else: a reply sent as a request is refused."""
+
+    def __init__(self, union: Any) -> None:
+        self._union = union
+
+    def decode(self, payload: bytes | memoryview) -> T:
+        """Decode one message.
+
+        Raises:
+            BadMessage: not MessagePack, beyond a limit, trailing bytes, a duplicate key, an unknown
+                ``op`` or field, a value out of range, NaN.
+        """
+        if len(payload) > limits.MAX_MESSAGE_BYTES:
+            raise BadMessage(f"message of {len(payload)} bytes; at most {limits.MAX_MESSAGE_BYTES} are read")
+        try:
+            plain = msgpack.unpackb(
+                payload,
+                raw=False,
+                strict_map_key=True,
+                object_pairs_hook=_refuse_duplicates,
+                max_str_len=limits.MAX_TEXT_CHARS * 4,
+                max_bin_len=4096,
+                max_array_len=_MAX_ARRAY_LEN,
+                max_map_len=_MAX_MAP_LEN,
+                max_ext_len=0,
+            )
+            built: T = msgspec.convert(plain, self._union, strict=True, builtin_types=(bytes,))
+        except BadMessage:
+            raise
+        except msgspec.ValidationError as error:
+            raise BadMessage(f"not a message of this protocol: {error}") from error
+        except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
+            raise BadMessage(f"not MessagePack within limits: {type(error).__name__}: {error}") from error
+        return built
+
+
+request_decoder: Decoder[AnyRequest] = Decoder(AnyRequest)
+reply_decoder: Decoder[AnyReply] = Decoder(AnyReply)
+command_decoder: Decoder[AnyCommand] = Decoder(AnyCommand)
+report_decoder: Decoder[AnyReport] = Decoder(AnyReport)

@@ -1,0 +1,35 @@
+"""Bounds on everything that arrives from another process, in one place."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_MESSAGE_BYTES: Final = 8 * 2**20
+"""One message on any socket. A manifest of 1,200 tensors takes about 0.1 MiB."""
+
+MAX_TENSORS: Final = 16_384
+"""Tensors in one manifest."""
+
+MAX_BLOCKS: Final = 4_096
+"""Blocks in one manifest (torch's own allocator gives a FLUX.1 transformer about 300)."""
+
+MAX_RANK: Final = 8
+"""Dimensions of one tensor."""
+
+MAX_NAME_CHARS: Final = 512
+"""Characters in a tensor name, a component label or a path."""
+
+MAX_TEXT_CHARS: Final = 64 * 1024
+"""Characters in an error detail: long enough to name every missing tensor of a large checkpoint."""
+
+MAX_BYTES: Final = 2**46
+"""Sizes and offsets (64 TiB)."""
+
+MAX_SIDE_PIXELS: Final = 16_384
+MAX_STEPS: Final = 1_000
+MAX_BATCH: Final = 64
+
+MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
+"""Header of a safetensors file; the format itself allows 100 MB."""
+
+MAX_LOG_LINES: Final = 2_000

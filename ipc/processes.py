@@ -1,0 +1,41 @@
+"""Who a process is, beyond a number that the kernel may use again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from xditd.ipc.errors import ProcessGone
+from xditd.ipc.tensors import Count, Described
+
+
+class ProcessIdentity(Described, frozen=True, kw_only=True):
+    """A process by pid and start time (clock ticks since boot): stays unique when pids come around."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    start_ticks: Count
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Read a live process's identity.
+
+    Raises:
+        ProcessGone: no such process.
+
+    Source: proc(5), /proc/pid/stat, field 22; the command name may hold spaces and parentheses.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessGone(f"process {pid} has exited") from error
+    return ProcessIdentity(pid=pid, start_ticks=int(fields[19]))
+
+
+def is_alive(process: ProcessIdentity) -> bool:
+    """Whether that very process still exists."""
+    try:
+        return identify(process.pid) == process
+    except ProcessGone:
+        return False

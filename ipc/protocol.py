@@ -1,0 +1,34 @@
+"""Bases that all messages share, and the version that the first message carries."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from xditd.ipc import limits
+
+PROTOCOL_VERSION: Final = 1
+"""Rises with every change of a message, since unknown fields are refused. Not the package's version."""
+
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+ComponentId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_TEXT_CHARS)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+TimingsMs = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]], msgspec.Meta(max_length=64)]
+
+
+class Message(msgspec.Struct, tag_field="op", frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every message: immutable, tagged by ``op``; unknown fields are refused."""
+
+
+class Request(Message, frozen=True, kw_only=True):
+    """What a client asks. Each request has one reply type, or ``Failed``; events may come before it."""
+
+    request_id: RequestId
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """What answers the request of the same ``request_id``."""
+
+    request_id: RequestId

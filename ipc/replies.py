@@ -1,0 +1,146 @@
+"""What the daemon may answer: the closed union :data:`AnyReply`. Events come before a request's reply."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from xditd.ipc import limits
+from xditd.ipc.protocol import ComponentId, Reply, Seconds, Text, TimingsMs
+from xditd.ipc.status import DaemonStatus
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Name, Tier
+
+
+class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
+    """Answers ``Hello``. ``daemon_uid`` and ``daemon_pid`` let a client say whom it talks to."""
+
+    protocol_version: Count
+    package_version: Name
+    daemon_pid: Count
+    world_size: Count
+    """Workers that the group has, or will have once it is up; 0 while that is not known."""
+
+
+class Farewell(Reply, tag="farewell", frozen=True, kw_only=True):
+    """Answers ``Goodbye``: the session's loans have ended."""
+
+
+class CanarySeen(Reply, tag="canary_seen", frozen=True, kw_only=True):
+    """Answers ``CheckCanary``: BLAKE2b-128 of what each rank read, in rank order."""
+
+    digests: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)], ...], msgspec.Meta(max_length=1024)
+    ]
+
+
+class Lent(Reply, tag="lent", frozen=True, kw_only=True):
+    """Answers ``Lend``: every rank has mapped, verified and plugged the component.
+
+    ``copied`` counts what the workers copied, over all ranks; ``is_reused`` says that these very
+    bytes were lent already and nothing was done. ``timings_ms`` is the slowest rank's, by phase.
+    """
+
+    component_id: ComponentId
+    family: Name
+    tiers: tuple[Tier, ...]
+    lent_bytes: Bytes
+    copied: CopiedBytes
+    is_reused: bool
+    is_skeleton_reused: bool
+    timings_ms: TimingsMs
+
+
+class Returned(Reply, tag="returned", frozen=True, kw_only=True):
+    """Answers ``ReturnLoan``: no worker maps the component any more."""
+
+
+class Generated(Reply, tag="generated", frozen=True, kw_only=True):
+    """Answers ``Generate``: the outputs are in the I/O block. Timings are the slowest rank's, by phase."""
+
+    timings_ms: TimingsMs
+
+
+class Denoised(Reply, tag="denoised", frozen=True, kw_only=True):
+    """Answers ``Denoise``."""
+
+    timings_ms: TimingsMs
+
+
+class Decoded(Reply, tag="decoded", frozen=True, kw_only=True):
+    """Answers ``Decode``."""
+
+    timings_ms: TimingsMs
+
+
+class Encoded(Reply, tag="encoded", frozen=True, kw_only=True):
+    """Answers ``Encode``."""
+
+    timings_ms: TimingsMs
+
+
+class CancelNoted(Reply, tag="cancel_noted", frozen=True, kw_only=True):
+    """Answers ``Cancel``; ``was_found`` is false when that request had ended already."""
+
+    was_found: bool
+
+
+class Status(Reply, tag="status", frozen=True, kw_only=True):
+    """Answers ``GetStatus``."""
+
+    daemon: DaemonStatus
+
+
+class LogLines(Reply, tag="log_lines", frozen=True, kw_only=True):
+    """Answers ``GetLogs``. Ask again with ``next_line`` to go on from here."""
+
+    lines: Annotated[tuple[Text, ...], msgspec.Meta(max_length=limits.MAX_LOG_LINES)]
+    next_line: Count
+
+
+class Stopping(Reply, tag="stopping", frozen=True, kw_only=True):
+    """Answers ``Stop``."""
+
+
+class Failed(Reply, tag="failed", frozen=True, kw_only=True):
+    """Answers any request that could not be served; ``code`` is one of :data:`xditd.ipc.errors.BY_CODE`."""
+
+    code: Name
+    detail: Text
+
+
+class Queued(Reply, tag="queued", frozen=True, kw_only=True):
+    """Event: the request waits; ``ahead`` others go first. ``reason`` says for what it waits."""
+
+    ahead: Count
+    reason: Text
+
+
+class StepDone(Reply, tag="step_done", frozen=True, kw_only=True):
+    """Event: step number ``step`` of ``total_steps`` is done."""
+
+    step: Count
+    total_steps: Count
+    elapsed_s: Seconds
+
+
+AnyEvent = Queued | StepDone
+
+AnyReply = (
+    Welcome
+    | Farewell
+    | CanarySeen
+    | Lent
+    | Returned
+    | Generated
+    | Denoised
+    | Decoded
+    | Encoded
+    | CancelNoted
+    | Status
+    | LogLines
+    | Stopping
+    | Failed
+    | Queued
+    | StepDone
+)

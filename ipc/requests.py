@@ -1,0 +1,153 @@
+"""What a client may ask of the daemon: the closed union :data:`AnyRequest`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from xditd.ipc import limits
+from xditd.ipc.protocol import ComponentId, Request, RequestId
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, IoTensor, Manifest, Name
+
+Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
+Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)]
+
+
+class Hello(Request, tag="hello", frozen=True, kw_only=True):
+    """Open a session. Nothing else is served before it. Answered by ``Welcome``."""
+
+    protocol_version: Count
+    package_version: Name
+    client_name: Name
+
+
+class Goodbye(Request, tag="goodbye", frozen=True, kw_only=True):
+    """Close the session and end its loans. Answered by ``Farewell``; a dead process needs no goodbye."""
+
+
+class CheckCanary(Request, tag="check_canary", frozen=True, kw_only=True):
+    """Ask every worker what it reads in a stretch of the client's I/O block. Answered by ``CanarySeen``."""
+
+    io: HostShmBlock
+    offset_bytes: Bytes
+    length_bytes: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class Lend(Request, tag="lend", frozen=True, kw_only=True):
+    """Lend a component to the workers until ``ReturnLoan``, ``Goodbye`` or the client's death.
+
+    Answered by ``Lent`` once every rank has mapped, verified and plugged it. ``copied`` is what the
+    client itself copied to make the tensors lendable, so that the daemon's totals are honest.
+    """
+
+    manifest: Manifest
+    copied: CopiedBytes = CopiedBytes()
+
+
+class ReturnLoan(Request, tag="return_loan", frozen=True, kw_only=True):
+    """Take a component back. Answered by ``Returned`` once no worker maps it any more."""
+
+    component_id: ComponentId
+
+
+class Generate(Request, tag="generate", frozen=True, kw_only=True):
+    """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
+
+    All tensors lie in ``io``. Shapes: ``prompt_embeds`` (batch, text tokens, context),
+    ``pooled_prompt_embeds`` (batch, pooled), ``noise`` and ``out_latents`` (batch, 16, height/8,
+    width/8), ``out_image`` (batch, 3, height, width) in [-1, 1], decoded by ``vae_id``.
+    ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as
+    in diffusers. Without it, the family's own schedule runs.
+    """
+
+    transformer_id: ComponentId
+    vae_id: ComponentId | None = None
+    io: HostShmBlock
+    prompt_embeds: IoTensor
+    pooled_prompt_embeds: IoTensor
+    noise: IoTensor | None = None
+    seed: Count | None = None
+    height: Side
+    width: Side
+    steps: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STEPS)]
+    sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] | None = None
+    guidance_scale: Guidance = 3.5
+    out_latents: IoTensor
+    out_image: IoTensor | None = None
+
+
+class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
+    """Run one forward of the transformer. Answered by ``Denoised``.
+
+    ``latents`` and ``out`` are (batch, 16, height/8, width/8); ``timestep`` holds one sigma in
+    [0, 1] for each image of the batch. ``guidance`` is for guidance-distilled checkpoints.
+    """
+
+    transformer_id: ComponentId
+    io: HostShmBlock
+    latents: IoTensor
+    prompt_embeds: IoTensor
+    pooled_prompt_embeds: IoTensor
+    timestep: Annotated[tuple[Unit, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
+    guidance: Guidance | None = None
+    out: IoTensor
+
+
+class Decode(Request, tag="decode", frozen=True, kw_only=True):
+    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w) in [-1, 1]. Answered by ``Decoded``."""
+
+    vae_id: ComponentId
+    io: HostShmBlock
+    latents: IoTensor
+    out: IoTensor
+
+
+class Encode(Request, tag="encode", frozen=True, kw_only=True):
+    """Encode ``image`` (batch, 3, 8h, 8w) in [-1, 1] to ``out`` (batch, 16, h, w), the posterior's mode. Answered by ``Encoded``."""
+
+    vae_id: ComponentId
+    io: HostShmBlock
+    image: IoTensor
+    out: IoTensor
+
+
+class Cancel(Request, tag="cancel", frozen=True, kw_only=True):
+    """Cancel an earlier request of this session. Answered by ``CancelNoted``; the job itself answers ``Failed(cancelled)``."""
+
+    target_request_id: RequestId
+
+
+class GetStatus(Request, tag="get_status", frozen=True, kw_only=True):
+    """Answered by ``Status``."""
+
+
+class GetLogs(Request, tag="get_logs", frozen=True, kw_only=True):
+    """Ask for recent log lines from number ``after_line`` on. Answered by ``LogLines``."""
+
+    after_line: Count = 0
+
+
+class Stop(Request, tag="stop", frozen=True, kw_only=True):
+    """Shut the daemon down. Answered by ``Stopping`` before it happens."""
+
+
+Job = Generate | Denoise | Decode | Encode
+"""Requests that run on the workers and are queued."""
+
+AnyRequest = (
+    Hello
+    | Goodbye
+    | CheckCanary
+    | Lend
+    | ReturnLoan
+    | Generate
+    | Denoise
+    | Decode
+    | Encode
+    | Cancel
+    | GetStatus
+    | GetLogs
+    | Stop
+)

@@ -1,0 +1,111 @@
+"""The daemon's state as ``xditd status`` shows it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import msgspec
+
+from xditd.ipc.protocol import ComponentId, RequestId, Seconds, Text, TimingsMs
+from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
+
+
+class GroupState(Enum):
+    """Life of the worker group; the table of moves is in :mod:`xditd.daemon.states`."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    DEAD = "dead"
+    GIVEN_UP = "given_up"
+
+
+class LeaseState(Enum):
+    """Life of a loan; the table of moves is in :mod:`xditd.daemon.states`."""
+
+    LENDING = "lending"
+    LENT = "lent"
+    RETURNING = "returning"
+    ENDED = "ended"
+
+
+class JobState(Enum):
+    """Life of a queued request; the table of moves is in :mod:`xditd.daemon.states`."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class WorkerStatus(Described, frozen=True, kw_only=True):
+    """One rank. ``memory_bytes`` is what the whole GPU holds in use, by every process; 0 on CPU."""
+
+    rank: Count
+    pid: Count
+    device: Name
+    device_uuid: Text
+    memory_bytes: Bytes
+    loaded: Count
+    """Components that are mapped."""
+
+
+class ComponentStatus(Described, frozen=True, kw_only=True):
+    component_id: ComponentId
+    label: Name
+    kind: ComponentKind
+    family: Text
+    state: LeaseState
+    tiers: tuple[Tier, ...]
+    lent_bytes: Bytes
+    copied: CopiedBytes
+    generation: Count
+    owner_pid: Count
+    lend_ms: TimingsMs
+
+
+class JobStatus(Described, frozen=True, kw_only=True):
+    request_id: RequestId
+    op: Name
+    state: JobState
+    owner_pid: Count
+    step: Count
+    total_steps: Count
+    waited_s: Seconds
+    ran_s: Seconds
+
+
+class Counters(Described, frozen=True, kw_only=True):
+    """Since the daemon started, except ``skeletons_*`` and ``plugs``: since the group did."""
+
+    group_starts: Count = 0
+    jobs_done: Count = 0
+    jobs_failed: Count = 0
+    jobs_cancelled: Count = 0
+    skeletons_built: Count = 0
+    skeletons_reused: Count = 0
+    plugs: Count = 0
+    bytes_downloaded: Count = 0
+
+
+class DaemonStatus(Described, frozen=True, kw_only=True):
+    package_version: Name
+    protocol_version: Count
+    pid: Count
+    uptime_s: Seconds
+    runtime_dir: Text
+    group_state: GroupState
+    group_detail: Text
+    device_kind: Text
+    world_size: Count
+    parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
+    attention_backend: Text
+    workers: tuple[WorkerStatus, ...]
+    components: tuple[ComponentStatus, ...]
+    jobs: tuple[JobStatus, ...]
+    queue_limit: Count
+    clients: Count
+    counters: Counters
+    last_job_ms: TimingsMs

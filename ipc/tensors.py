@@ -1,0 +1,226 @@
+"""Descriptions of lent bytes: blocks (where bytes are) and tensors (what they mean).
+
+A component (transformer, VAE) crosses as a :class:`Manifest`. The bytes never do: a block names a
+device allocation, a sealed shared-memory segment or a file, which a worker opens for itself.
+Descriptors are numbers in the exporting process; which process that is, the daemon takes from the
+socket's peer credentials, never from a message.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+import msgspec
+
+from xditd.ipc import limits
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_NAME_CHARS)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=limits.MAX_RANK)]
+
+DType = Literal[
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+]
+"""torch's own names. What a family can run is the family's business; the wire carries them all."""
+
+ITEM_BYTES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+
+
+class ComponentKind(Enum):
+    """What a component is for; a job names one component of each kind that it needs."""
+
+    TRANSFORMER = "transformer"
+    VAE = "vae"
+
+
+class Tier(Enum):
+    """How a block's bytes reach the workers."""
+
+    CUDA_IPC = "cuda_ipc"
+    HOST_SHM = "host_shm"
+    FILE = "file"
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything described here: immutable, and unknown fields are refused."""
+
+
+class Fingerprint(Described, frozen=True, kw_only=True):
+    """A check that a worker mapped the bytes that the client meant.
+
+    ``digest`` is BLAKE2b-128 of the first ``length_bytes`` of the block: the header of a
+    safetensors file, up to the first 4 KiB of memory.
+    """
+
+    length_bytes: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SAFETENSORS_HEADER_BYTES + 8)]
+    digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class CudaIpcBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="cuda_ipc"):
+    """One device allocation of the exporter, by its 64-byte CUDA IPC handle.
+
+    The handle covers the whole allocation; ``size_bytes`` counts from its base address.
+    """
+
+    device_uuid: Name
+    handle: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+    size_bytes: Bytes
+    fingerprint: Fingerprint
+
+
+class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="host_shm"):
+    """A memfd of the exporter, sealed against shrinking, so that no reader can be made to fault."""
+
+    fd: Descriptor
+    inode: Count
+    size_bytes: Bytes
+    fingerprint: Fingerprint
+
+
+class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="file"):
+    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people."""
+
+    fd: Descriptor
+    path: Annotated[str, msgspec.Meta(max_length=4096)]
+    device: Count
+    inode: Count
+    mtime_ns: Count
+    size_bytes: Bytes
+    fingerprint: Fingerprint
+
+
+Block = CudaIpcBlock | HostShmBlock | FileBlock
+
+
+def tier_of(block: Block) -> Tier:
+    if isinstance(block, CudaIpcBlock):
+        return Tier.CUDA_IPC
+    return Tier.HOST_SHM if isinstance(block, HostShmBlock) else Tier.FILE
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One tensor: bytes from ``offset_bytes`` of block number ``block``; ``stride`` counts elements, ``None`` is contiguous."""
+
+    name: Name
+    dtype: DType
+    shape: Shape
+    block: Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_BLOCKS)]
+    offset_bytes: Bytes
+    stride: Shape | None = None
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes from the first element to the end of the last one."""
+        item = ITEM_BYTES[self.dtype]
+        if 0 in self.shape:
+            return 0
+        if self.stride is None:
+            count = 1
+            for side in self.shape:
+                count *= side
+            return count * item
+        return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=True)) + 1) * item
+
+
+class Manifest(Described, frozen=True, kw_only=True):
+    """A component: its blocks, its tensors, and how often its content was rewritten in place."""
+
+    kind: ComponentKind
+    label: Name
+    blocks: Annotated[tuple[Block, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BLOCKS)]
+    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]
+    generation: Count = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(spec.extent_bytes for spec in self.tensors)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers of its blocks, each once."""
+        return tuple(sorted({tier_of(block) for block in self.blocks}, key=lambda tier: tier.value))
+
+    def faults(self) -> list[str]:
+        """What is inconsistent in the description itself, as sentences; empty when it is sound."""
+        found: list[str] = []
+        seen: set[str] = set()
+        for spec in self.tensors:
+            if spec.name in seen:
+                found.append(f"tensor {spec.name} is listed twice")
+            seen.add(spec.name)
+            if spec.block >= len(self.blocks):
+                found.append(f"tensor {spec.name} lies in block {spec.block} of {len(self.blocks)}")
+                continue
+            if spec.stride is not None and len(spec.stride) != len(spec.shape):
+                found.append(f"tensor {spec.name} has {len(spec.shape)} dimensions but {len(spec.stride)} strides")
+                continue
+            end = spec.offset_bytes + spec.extent_bytes
+            size = self.blocks[spec.block].size_bytes
+            if end > size:
+                found.append(f"tensor {spec.name} ends at byte {end} of block {spec.block}, which has {size}")
+        return found
+
+
+class CopiedBytes(Described, frozen=True, kw_only=True):
+    """Bytes that were copied to serve a request, by kind. All zero means that memory is shared."""
+
+    host_to_host: Bytes = 0
+    host_to_device: Bytes = 0
+    device_to_device: Bytes = 0
+    peer: Bytes = 0
+    network: Bytes = 0
+
+    def __add__(self, other: CopiedBytes) -> CopiedBytes:
+        return CopiedBytes(
+            host_to_host=self.host_to_host + other.host_to_host,
+            host_to_device=self.host_to_device + other.host_to_device,
+            device_to_device=self.device_to_device + other.device_to_device,
+            peer=self.peer + other.peer,
+            network=self.network + other.network,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.host_to_host + self.host_to_device + self.device_to_device + self.peer + self.network
+
+
+class IoTensor(Described, frozen=True, kw_only=True):
+    """A contiguous tensor in the I/O block that travels with a job."""
+
+    offset_bytes: Bytes
+    dtype: DType
+    shape: Shape
+
+    @property
+    def size_bytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * ITEM_BYTES[self.dtype]

@@ -1,0 +1,157 @@
+"""Between the daemon and the ranks: the closed unions :data:`AnyCommand` and :data:`AnyReport`.
+
+Every rank gets the same commands in the same order. ``op_number`` counts commands within one life of
+the group; a report names the command that it answers and the rank that answers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.protocol import ComponentId, Message, Seconds, Text, TimingsMs
+from xditd.ipc.requests import Job
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Manifest, Name
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """What the daemon tells every rank."""
+
+    op_number: Count
+
+
+class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
+    """First half of a lend: map, verify and get ready all that may fail. Answered by ``Prepared``.
+
+    ``exporter`` is the client's process as the socket's credentials name it.
+    """
+
+    component_id: ComponentId
+    manifest: Manifest
+    exporter: ProcessIdentity
+
+
+class Plug(Command, tag="plug", frozen=True, kw_only=True):
+    """Second half: point the skeleton at the prepared tensors. Sent once every rank is prepared. Answered by ``Plugged``."""
+
+    component_id: ComponentId
+
+
+class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
+    """Forget a component, prepared or plugged, and close what it mapped. Answered by ``Done``."""
+
+    component_id: ComponentId
+
+
+class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
+    """Close the I/O blocks of a client that is gone. Answered by ``Done``."""
+
+    exporter: ProcessIdentity
+
+
+class ReadCanary(Command, tag="read_canary", frozen=True, kw_only=True):
+    """Hash a stretch of a client's I/O block. Answered by ``CanaryRead``."""
+
+    io: HostShmBlock
+    offset_bytes: Bytes
+    length_bytes: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    exporter: ProcessIdentity
+
+
+class Run(Command, tag="run", frozen=True, kw_only=True):
+    """Run a job. Answered by ``Done``; ``StepReached`` comes from rank 0 after every step of ``Generate``."""
+
+    job: Job
+    exporter: ProcessIdentity
+
+
+class CancelRun(Command, tag="cancel_run", frozen=True, kw_only=True):
+    """Stop the running job ``target_op_number`` at its next step; too late or unknown is no error. Not answered."""
+
+    target_op_number: Count
+
+
+class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
+    """Unmap everything and exit. Not answered; the leader's exit is the answer."""
+
+
+AnyCommand = Prepare | Plug | Unmap | ForgetClient | ReadCanary | Run | CancelRun | Shutdown
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """What a rank tells the daemon. ``group_token`` proves that it belongs to this life of the group."""
+
+    group_token: Annotated[str, msgspec.Meta(min_length=8, max_length=64)]
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1023)]
+
+
+class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
+    """The rank is up: libraries imported, process group formed, nothing loaded."""
+
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    pid: Count
+    device_kind: Name
+    device: Name
+    device_uuid: Text
+    parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
+    attention_backend: Name
+    families: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+
+
+class Answer(Report, frozen=True, kw_only=True):
+    """Answers the command ``op_number``."""
+
+    op_number: Count
+
+
+class Prepared(Answer, tag="prepared", frozen=True, kw_only=True):
+    family: Name
+    copied: CopiedBytes
+    is_skeleton_reused: bool
+    timings_ms: TimingsMs
+
+
+class Plugged(Answer, tag="plugged", frozen=True, kw_only=True):
+    timings_ms: TimingsMs
+    tally: RankTally
+
+
+class CanaryRead(Answer, tag="canary_read", frozen=True, kw_only=True):
+    digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Done(Answer, tag="done", frozen=True, kw_only=True):
+    timings_ms: TimingsMs
+    tally: RankTally
+
+
+class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
+    """The command failed on this rank. ``is_fatal``: the rank may be out of step with the others, and the group must end."""
+
+    code: Name
+    detail: Text
+    is_fatal: bool
+
+
+class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
+    """Progress, and the proof that the loop lives."""
+
+    step: Count
+    total_steps: Count
+    elapsed_s: Seconds
+
+
+class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Counters of one rank since its start, sent along with answers."""
+
+    loaded: Count = 0
+    skeletons_built: Count = 0
+    skeletons_reused: Count = 0
+    plugs: Count = 0
+    bytes_downloaded: Count = 0
+    memory_bytes: Bytes = 0
+
+
+AnyReport = RankReady | Prepared | Plugged | CanaryRead | Done | RankFailed | StepReached
