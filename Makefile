@@ -1,0 +1,60 @@
+# Set-up happens once, on the first target that needs it; after that no target touches the network.
+#
+#   make demo                       the main job, end to end: out/demo.png and out/demo.json
+#   make test                       every test that this machine can run
+#   make test PYTEST_ARGS='-m "not slow"'
+#
+# PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
+# pyproject.toml, EXTRAS=workers,cuda,dev adds what a client needs that lends CUDA tensors.
+
+PYTHON ?= python3.11
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= workers,dev
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@sed -n '/^#   make/s/^# *//p' Makefile
+	@echo 'also: install, lint, format, bench, clean'
+
+install: $(STAMP)
+
+# Without build isolation, the build backend comes from the same tested set and stays installed, so that the tests
+# can build the wheel with the network off.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON): not found; install it, or name another one: make PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c $(CONSTRAINTS) hatchling
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/xditd demo --out out
+
+test: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/control_plane.py
+
+clean:
+	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
