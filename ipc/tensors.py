@@ -75,10 +75,11 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Fingerprint(Described, frozen=True, kw_only=True):
     """A check that a worker mapped the bytes that the client meant.
 
-    ``digest`` is BLAKE2b-128 of the first ``length_bytes`` of the block: the header of a
-    safetensors file, up to the first 4 KiB of memory.
+    ``digest`` is BLAKE2b-128 of ``length_bytes`` from ``offset_bytes`` of the block: the header of a
+    file, or up to 4 KiB of the first lent tensor.
     """
 
+    offset_bytes: Bytes = 0
     length_bytes: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SAFETENSORS_HEADER_BYTES + 8)]
     digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 

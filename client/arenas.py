@@ -1,0 +1,113 @@
+"""Arenas: memory that holds all tensors of a component in one block, ready to be lent without a copy."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
+from xditd.ipc.transports.cuda_ipc import DeviceArena
+from xditd.ipc.transports.host_shm import HostArena
+from xditd.ipc.transports.layout import dtype_name, place
+
+if TYPE_CHECKING:
+    import torch
+
+_live: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+class Arena:
+    """All tensors of a component in one allocation, on the host or on one GPU.
+
+    ``Client.lend(arena.tensors)`` then shares them as they are: one handle, no copy. What is written
+    into ``arena.tensors`` is what the workers read, at once; write between jobs only.
+
+    The arena owns the memory. Keep it until the loan has been returned, then call :meth:`close`, which
+    drops ``tensors``; views that you keep elsewhere must be gone by then.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: str = "cpu") -> None:
+        """Allocate uninitialised tensors of these dtypes and shapes on ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises:
+            OutOfMemory: the device has no room.
+            Unsupported: a device of another kind, or cuda-bindings is missing.
+        """
+        import torch
+
+        where = torch.device(device)
+        sizes = []
+        for dtype, shape in shapes.values():
+            count = 1
+            for side in shape:
+                count *= side
+            sizes.append(count * dtype.itemsize)
+        offsets, total = place(sizes)
+        self._memory: HostArena | DeviceArena
+        self.tensors: dict[str, torch.Tensor] = {}
+        layout = zip(shapes.items(), offsets, strict=True)
+        if where.type == "cpu":
+            host = HostArena(total)
+            self.tensors = {name: host.tensor(at, dtype_name(dtype), shape) for (name, (dtype, shape)), at in layout}
+            self.base_address = host.tensor(0, "uint8", (host.size_bytes,)).data_ptr()
+            self._memory = host
+        elif where.type == "cuda":
+            gpu = DeviceArena(total, torch.cuda.current_device() if where.index is None else where.index)
+            self.tensors = {name: gpu.tensor(at, dtype, shape) for (name, (dtype, shape)), at in layout}
+            self.base_address = gpu.bytes.data_ptr()
+            self._memory = gpu
+        else:
+            raise Unsupported(f"arena on device {device!r}: only cpu and cuda devices can be shared")
+        self.copied = CopiedBytes()
+        self.fill_ms = 0.0
+        _live.add(self)
+
+    @classmethod
+    def copy_of(cls, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> Arena:
+        """Make an arena and copy tensors into it; ``copied`` then counts the bytes by kind."""
+        import torch
+
+        arena = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, device)
+        started = time.perf_counter()
+        moved = {"cpu": 0, "cuda": 0}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                arena.tensors[name].copy_(tensor)
+                moved["cuda" if tensor.is_cuda else "cpu"] += tensor.numel() * tensor.element_size()
+        if isinstance(arena._memory, DeviceArena):
+            torch.cuda.synchronize(arena._memory.index)  # the copies must have landed before a handle is given away
+            arena.copied = CopiedBytes(host_to_device=moved["cpu"], device_to_device=moved["cuda"])
+        else:
+            arena.copied = CopiedBytes(host_to_host=moved["cpu"] + moved["cuda"])
+        arena.fill_ms = (time.perf_counter() - started) * 1e3
+        return arena
+
+    @property
+    def size_bytes(self) -> int:
+        return self._memory.size_bytes
+
+    def block(self, sample_offset_bytes: int = 0) -> HostShmBlock | CudaIpcBlock:
+        """Describe the arena to other processes."""
+        return self._memory.block(sample_offset_bytes)
+
+    def close(self) -> None:
+        """Free the memory.
+
+        Raises:
+            Internal: a tensor that views a host arena is still alive.
+        """
+        _live.discard(self)
+        self.tensors = {}
+        self._memory.close()
+
+
+def host_arena_at(address: int) -> Arena | None:
+    """Find the live host arena that an address lies in."""
+    for arena in list(_live):
+        inside = arena.base_address <= address < arena.base_address + arena.size_bytes
+        if inside and isinstance(arena._memory, HostArena):
+            return arena
+    return None

@@ -1,0 +1,96 @@
+"""Finding the file behind a tensor: what ``safetensors`` and ``torch`` map, and whether it was written to."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Final
+
+_PAGE: Final = os.sysconf("SC_PAGESIZE")
+# Bits of a /proc/pid/pagemap entry. Source: Linux Documentation/admin-guide/mm/pagemap.rst.
+_PRESENT: Final = 1 << 63
+_SWAPPED: Final = 1 << 62
+_FILE_BACKED: Final = 1 << 61
+_READ_ENTRIES: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class FileMapping:
+    """A stretch of this process's address space that maps a file."""
+
+    start: int
+    end: int
+    file_offset_bytes: int
+    device: int
+    inode: int
+    path: str
+
+    def offset_of(self, address: int) -> int:
+        """Where in the file an address of this mapping lies."""
+        return self.file_offset_bytes + address - self.start
+
+    def is_current(self) -> bool:
+        """Whether the path still names the file that is mapped."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
+
+class AddressSpace:
+    """A snapshot of this process's file mappings, to be asked for many tensors.
+
+    Source: proc(5), /proc/pid/maps.
+    """
+
+    def __init__(self) -> None:
+        self._mappings: list[FileMapping] = []
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                fields = line.split(maxsplit=5)
+                if len(fields) < 6 or not fields[5].startswith("/") or fields[4] == "0":
+                    continue
+                start, end = (int(number, 16) for number in fields[0].split("-"))
+                major, minor = (int(number, 16) for number in fields[3].split(":"))
+                device, path = os.makedev(major, minor), fields[5].rstrip("\n")
+                self._mappings.append(FileMapping(start, end, int(fields[2], 16), device, int(fields[4]), path))
+        self._starts = [mapping.start for mapping in self._mappings]
+
+    def file_behind(self, address: int, size_bytes: int) -> FileMapping | None:
+        """Find the mapping that holds a whole stretch, if the file still has its name and no page was written to."""
+        at = bisect_right(self._starts, address) - 1
+        if at < 0:
+            return None
+        mapping = self._mappings[at]
+        if address + size_bytes > mapping.end or not mapping.is_current():
+            return None
+        return mapping if _is_pristine(address, size_bytes) else None
+
+
+def _is_pristine(address: int, size_bytes: int) -> bool:
+    """Whether every page of a private mapping is still the file's own.
+
+    A page that was written to is anonymous: present (or swapped out) and not file-backed. Pages
+    that were never touched are neither, and hold what the file holds.
+    """
+    first = address // _PAGE
+    last = (address + size_bytes - 1) // _PAGE
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        for start in range(first, last + 1, _READ_ENTRIES):
+            wanted = min(_READ_ENTRIES, last + 1 - start) * 8
+            read = os.pread(fd, wanted, start * 8)
+            if len(read) != wanted:
+                return False
+            entries = array("Q", read)
+            if any(entry & (_PRESENT | _SWAPPED) and not entry & _FILE_BACKED for entry in entries):
+                return False
+    finally:
+        os.close(fd)
+    return True

@@ -1,0 +1,205 @@
+"""Device memory by CUDA IPC handle: arenas of our own, and torch's segments lent as they are.
+
+Legacy IPC handles (``cudaIpcGetMemHandle``) name a whole ``cudaMalloc`` allocation. torch's own
+``_share_cuda_`` adds reference counters that leak when a consumer is killed, and refuses to work
+under ``cudaMallocAsync``; a raw allocation exports in such a process all the same.
+
+Source: CUDA Runtime API, "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"; CUDA Driver API,
+"cuMemGetAddressRange".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xditd.ipc.errors import Internal, OutOfMemory, StaleSource, Unsupported
+from xditd.ipc.tensors import CudaIpcBlock
+from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, take_fingerprint
+from xditd.ipc.transports.layout import ALLOCATION_BYTES, align
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NotExportable(Unsupported):
+    """Device memory that has no IPC handle: torch's cudaMallocAsync pool or expandable segments."""
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise Unsupported("lending CUDA tensors needs cuda-bindings: pip install 'xditd[cuda]'") from error
+    return runtime
+
+
+def _call(what: str, result: tuple[Any, ...]) -> Any:
+    """Unpack a cuda-bindings result; raise for anything but success."""
+    status, *values = result
+    if int(status) != 0:
+        if status.name == "cudaErrorMemoryAllocation":
+            raise OutOfMemory(f"{what}: {status.name}; free GPU memory or lend from another device")
+        raise Internal(f"{what}: {status.name}")
+    return values[0] if values else None
+
+
+def device_uuid(index: int) -> str:
+    """Name a GPU by UUID: ordinals differ between processes."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+class _DeviceBytes:
+    """Raw device memory in the shape that torch accepts without copying.
+
+    Source: Numba documentation, "CUDA Array Interface (Version 3)".
+    """
+
+    def __init__(self, pointer: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def _wrap(pointer: int, size_bytes: int, index: int) -> torch.Tensor:
+    import torch
+
+    return torch.as_tensor(_DeviceBytes(pointer, size_bytes), device=torch.device("cuda", index))
+
+
+class DeviceArena:
+    """One raw ``cudaMalloc`` allocation outside torch's allocator, viewed as torch tensors.
+
+    Its size is a multiple of 2 MiB, so nothing else lies in the pages that a handle exposes. The
+    arena owns the memory: keep it until every loan of it has been returned, then :meth:`close` it.
+    """
+
+    def __init__(self, size_bytes: int, index: int) -> None:
+        import torch
+
+        self.index = index
+        self.size_bytes = align(max(size_bytes, 1), ALLOCATION_BYTES)
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # creates the primary context, which cudaMalloc then uses
+            self._pointer = int(_call(f"cudaMalloc of {self.size_bytes} bytes", _runtime().cudaMalloc(self.size_bytes)))
+        self.bytes = _wrap(self._pointer, self.size_bytes, index)
+
+    def tensor(self, offset_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """View part of the arena, contiguous."""
+        count = 1
+        for side in shape:
+            count *= side
+        flat = self.bytes.narrow(0, offset_bytes, count * dtype.itemsize)
+        return flat.view(dtype).view(shape)
+
+    def block(self, sample_offset_bytes: int = 0) -> CudaIpcBlock:
+        """Describe the arena to other processes, with a fingerprint of its content as it is now."""
+        return export_allocation(self._pointer, self.bytes, self.index, sample_offset_bytes)
+
+    def close(self) -> None:
+        """Free the memory. Every view must be gone, and every loan returned."""
+        if self._pointer:
+            import torch
+
+            with torch.cuda.device(self.index):
+                torch.cuda.synchronize()  # kernels that still read the arena would fault
+                _call("cudaFree", _runtime().cudaFree(self._pointer))
+            self._pointer = 0
+            del self.bytes
+
+
+def export_allocation(
+    base: int, block: torch.Tensor, index: int, sample_offset_bytes: int = 0, sample_length_bytes: int = SAMPLE_BYTES
+) -> CudaIpcBlock:
+    """Describe a whole device allocation that starts at ``base``.
+
+    Raises:
+        NotExportable: CUDA gives no handle for it.
+    """
+    import torch
+
+    runtime = _runtime()
+    with torch.cuda.device(index):
+        status, handle = runtime.cudaIpcGetMemHandle(base)
+        if int(status) != 0:
+            runtime.cudaGetLastError()  # or the failure would surface in torch's next call
+            raise NotExportable(f"device memory at GPU {index}: {status.name}")
+        return CudaIpcBlock(
+            device_uuid=device_uuid(index),
+            handle=bytes(handle.reserved),
+            size_bytes=block.numel(),
+            fingerprint=take_fingerprint(block, sample_offset_bytes, sample_length_bytes),
+        )
+
+
+def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Base address and size of the allocation that a CUDA tensor lies in.
+
+    Raises:
+        NotExportable: the driver knows no such allocation.
+    """
+    from cuda.bindings import driver
+
+    status, base, size = driver.cuMemGetAddressRange(tensor.untyped_storage().data_ptr())
+    if int(status) != 0:
+        raise NotExportable(f"device memory of a tensor of shape {tuple(tensor.shape)}: {status.name}")
+    return int(base), int(size)
+
+
+def wrap_segment(base: int, size_bytes: int, index: int) -> torch.Tensor:
+    """View a whole allocation of this process as 1-D uint8; whoever allocated it owns it."""
+    return _wrap(base, size_bytes, index)
+
+
+class CudaMapping:
+    """Another process's device allocation, opened in this one. One process can open a handle once."""
+
+    def __init__(self, block: CudaIpcBlock, index: int) -> None:
+        import torch
+
+        runtime = _runtime()
+        handle = runtime.cudaIpcMemHandle_t()
+        handle.reserved = block.handle
+        self.size_bytes = block.size_bytes
+        self._index = index
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # creates the primary context into which the handle is opened
+            status, pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
+            if int(status) != 0:
+                runtime.cudaGetLastError()  # or the failure would surface in torch's next call
+                raise StaleSource(
+                    f"CUDA IPC handle of {block.size_bytes} bytes on {block.device_uuid}: {status.name}; its owner has "
+                    "exited or freed it, or cannot share memory with this process (containers need --ipc=host); lend it again"
+                )
+        self._pointer = int(pointer)
+
+    def check_size(self) -> None:
+        """Compare the mapped allocation with the size that was lent.
+
+        Raises:
+            StaleSource: the allocation is smaller, so views would reach beyond it.
+        """
+        from cuda.bindings import driver
+
+        status, _, size = driver.cuMemGetAddressRange(self._pointer)
+        _call("cuMemGetAddressRange", (status,))
+        if int(size) < self.size_bytes:
+            raise StaleSource(f"CUDA IPC handle: {int(size)} bytes are mapped, but {self.size_bytes} were lent; lend it again")
+
+    def bytes_tensor(self) -> torch.Tensor:
+        """View everything as 1-D uint8 on the GPU. The mapping keeps the memory: drop every view before :meth:`close`."""
+        return _wrap(self._pointer, self.size_bytes, self._index)
+
+    def close(self) -> None:
+        """Close the handle, after the kernels that read it."""
+        if self._pointer:
+            import torch
+
+            with torch.cuda.device(self._index):
+                torch.cuda.synchronize()  # a kernel that still reads the mapping would fault
+                _call("cudaIpcCloseMemHandle", _runtime().cudaIpcCloseMemHandle(self._pointer))
+            self._pointer = 0

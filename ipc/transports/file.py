@@ -1,0 +1,98 @@
+"""Files lent by open descriptor: workers map the very file that the client holds, page cache and all."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from xditd.ipc.errors import BadCheckpoint, StaleSource
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.tensors import FileBlock, Fingerprint
+from xditd.ipc.transports.descriptors import open_descriptor
+from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
+from xditd.ipc.transports.host_shm import HostMapping
+
+
+class LentFile:
+    """A regular file, held open for as long as it is lent."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+        except OSError as error:
+            raise BadCheckpoint(f"{path}: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            os.close(self.fd)
+            raise BadCheckpoint(f"{path}: not a regular file")
+
+    def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
+        """Describe the file as it is now; ``header_bytes`` from its start are fingerprinted."""
+        found = os.fstat(self.fd)
+        sample = os.pread(self.fd, header_bytes, 0)
+        return FileBlock(
+            fd=self.fd,
+            path=self.path,
+            device=found.st_dev,
+            inode=found.st_ino,
+            mtime_ns=found.st_mtime_ns,
+            size_bytes=found.st_size,
+            fingerprint=Fingerprint(length_bytes=len(sample), digest=digest_bytes(sample)),
+        )
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class FileMapping(HostMapping):
+    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent."""
+
+    def __init__(self, fd: int, block: FileBlock) -> None:
+        self._fd = fd
+        self._block = block
+        super().__init__(fd, block.size_bytes, is_writable=False)
+
+    def check_unchanged(self) -> None:
+        """Compare the file's identity with the one that was lent. Call before and after reading.
+
+        Raises:
+            StaleSource: it was rewritten, truncated, or is another file.
+        """
+        check_identity(self._fd, self._block)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self._fd)
+
+
+def check_identity(fd: int, block: FileBlock) -> None:
+    """Check that an open descriptor is the file that was lent, unchanged.
+
+    Raises:
+        StaleSource: anything differs.
+    """
+    found = os.fstat(fd)
+    actual = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if actual != (block.device, block.inode, block.size_bytes, block.mtime_ns):
+        raise StaleSource(f"{block.path}: changed since it was lent (device, inode, size or mtime); lend it again")
+    if not stat.S_ISREG(found.st_mode):
+        raise StaleSource(f"{block.path}: not a regular file")
+
+
+def map_file(block: FileBlock, exporter: ProcessIdentity) -> FileMapping:
+    """Map another process's open file read-only; the fingerprint is the caller's to check.
+
+    Raises:
+        ProcessGone, StaleSource, NotPermitted: as :func:`open_descriptor`, or the file has changed.
+    """
+    fd = open_descriptor(exporter, block.fd, is_writable=False, what=block.path)
+    try:
+        check_identity(fd, block)
+        return FileMapping(fd, block)
+    except (OSError, ValueError, StaleSource) as error:
+        os.close(fd)
+        if isinstance(error, StaleSource):
+            raise
+        raise StaleSource(f"{block.path}: cannot be mapped: {error}") from error

@@ -1,0 +1,152 @@
+"""Host memory shared through sealed memfds: tensors that no file holds, and the I/O of jobs.
+
+A memfd has no name, so nothing stays in /dev/shm when its owner is killed; its pages live until the
+last process unmaps them. Seals keep its size, so a reader cannot be made to fault by a truncation.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import warnings
+from typing import TYPE_CHECKING, Final
+
+from xditd.ipc.errors import Internal, OutOfMemory, StaleSource
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.tensors import Fingerprint, HostShmBlock
+from xditd.ipc.transports.descriptors import open_descriptor
+from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
+from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+# linux/fcntl.h; the fcntl module has these names only from Python 3.11 on.
+F_ADD_SEALS: Final = 1033
+F_GET_SEALS: Final = 1034
+F_SEAL_SEAL: Final = 0x0001
+F_SEAL_SHRINK: Final = 0x0002
+F_SEAL_GROW: Final = 0x0004
+_SEALS: Final = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
+
+
+class HostArena:
+    """A sealed memfd, mapped for reading and writing in the process that made it.
+
+    The arena owns the memory: keep it until every loan of it has been returned. Views from
+    :meth:`tensor` and :meth:`view` must be gone before :meth:`close`.
+    """
+
+    def __init__(self, size_bytes: int, name: str = "xditd") -> None:
+        self.size_bytes = align(max(size_bytes, 1), ALLOCATION_BYTES)
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, self.size_bytes)
+            fcntl.fcntl(self._fd, F_ADD_SEALS, _SEALS)
+            self._inode = os.fstat(self._fd).st_ino
+            self._mapping = mmap.mmap(self._fd, self.size_bytes)
+        except OSError as error:
+            os.close(self._fd)
+            raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error.strerror}") from error
+
+    def block(self, sample_offset_bytes: int = 0) -> HostShmBlock:
+        """Describe the arena to other processes, with a fingerprint of its content as it is now."""
+        end = min(sample_offset_bytes + SAMPLE_BYTES, self.size_bytes)
+        sample = self._mapping[sample_offset_bytes:end]
+        return HostShmBlock(
+            fd=self._fd,
+            inode=self._inode,
+            size_bytes=self.size_bytes,
+            fingerprint=Fingerprint(
+                offset_bytes=sample_offset_bytes, length_bytes=len(sample), digest=digest_bytes(sample)
+            ),
+        )
+
+    def tensor(self, offset_bytes: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """View part of the arena as a writable CPU tensor."""
+        import torch
+
+        count = 1
+        for side in shape:
+            count *= side
+        if count == 0:
+            return torch.empty(shape, dtype=torch_dtype(dtype))
+        flat = torch.frombuffer(self._mapping, dtype=torch_dtype(dtype), count=count, offset=offset_bytes)
+        return flat.view(shape)
+
+    def view(self, offset_bytes: int, size_bytes: int) -> memoryview:
+        """View part of the arena as writable bytes."""
+        return memoryview(self._mapping)[offset_bytes : offset_bytes + size_bytes]
+
+    def close(self) -> None:
+        """Unmap and close.
+
+        Raises:
+            Internal: a view is still alive; the memory stays.
+        """
+        if self._mapping.closed:
+            return
+        try:
+            self._mapping.close()
+        except BufferError as error:
+            raise Internal(f"shared memory of {self.size_bytes} bytes: a tensor that views it is still alive") from error
+        os.close(self._fd)
+
+
+class HostMapping:
+    """Another process's bytes, mapped into this one: a memfd or a file."""
+
+    def __init__(self, fd: int, size_bytes: int, *, is_writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        self.size_bytes = size_bytes
+        self._mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
+
+    def bytes_tensor(self) -> torch.Tensor:
+        """View everything as 1-D uint8. A read-only mapping must not be written to: that would be a segmentation fault."""
+        import torch
+
+        with warnings.catch_warnings():
+            # torch warns that it cannot mark tensors read-only; weights are never written to here.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+            return torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Unmap.
+
+        Raises:
+            Internal: a view is still alive; the mapping stays.
+        """
+        try:
+            self._mapping.close()
+        except BufferError as error:
+            raise Internal(f"mapping of {self.size_bytes} bytes: a tensor that views it is still alive") from error
+
+
+def map_shm(block: HostShmBlock, exporter: ProcessIdentity, *, is_writable: bool = False) -> HostMapping:
+    """Map another process's sealed memfd; the fingerprint is the caller's to check.
+
+    Raises:
+        ProcessGone, StaleSource, NotPermitted: as :func:`open_descriptor`, or the descriptor is not
+            the sealed segment that was described.
+    """
+    what = f"shared memory of process {exporter.pid} (descriptor {block.fd})"
+    fd = open_descriptor(exporter, block.fd, is_writable=is_writable, what=what)
+    try:
+        found = os.fstat(fd)
+        try:
+            seals = fcntl.fcntl(fd, F_GET_SEALS)
+        except OSError as error:
+            raise StaleSource(f"{what}: not a memfd") from error
+        if found.st_ino != block.inode or found.st_size != block.size_bytes:
+            raise StaleSource(
+                f"{what}: inode {found.st_ino} with {found.st_size} bytes, but inode {block.inode} with "
+                f"{block.size_bytes} was lent; lend it again"
+            )
+        if not seals & F_SEAL_SHRINK:
+            raise StaleSource(f"{what}: not sealed against shrinking; only sealed memfds are mapped")
+        return HostMapping(fd, block.size_bytes, is_writable=is_writable)
+    except (OSError, ValueError) as error:
+        raise StaleSource(f"{what}: cannot be mapped: {error}") from error
+    finally:
+        os.close(fd)

@@ -1,0 +1,72 @@
+"""How tensors lie in a block: dtypes by name, alignment, and views into raw bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from xditd.ipc.errors import UnsupportedDtype
+from xditd.ipc.tensors import ITEM_BYTES, DType, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT_BYTES: Final = 256
+"""Where tensors start in blocks that we lay out; what ``cudaMalloc`` guarantees."""
+
+VIEW_ALIGNMENT_BYTES: Final = 64
+"""Least alignment at which lent host memory is viewed, as torch's CPU allocator gives.
+
+A slice of a file that starts elsewhere is copied: vectorised kernels split loops by address, and
+8-byte alignment was seen to change results in the last bits.
+"""
+
+ALLOCATION_BYTES: Final = 2 * 2**20
+"""Granularity of arenas: CUDA IPC exposes whole 2 MiB pages, so nothing else may share them."""
+
+
+def align(offset_bytes: int, to_bytes: int = ALIGNMENT_BYTES) -> int:
+    """Round an offset up."""
+    return -(-offset_bytes // to_bytes) * to_bytes
+
+
+def place(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Lay tensors of these sizes out one after the other; return their offsets and the total."""
+    offsets = []
+    end = 0
+    for size in sizes_bytes:
+        start = align(end)
+        offsets.append(start)
+        end = start + size
+    return offsets, end
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Translate a dtype's name to torch's object."""
+    import torch
+
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedDtype(f"dtype {name!r}: torch {torch.__version__} has no such dtype")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """Translate torch's dtype to its name on the wire.
+
+    Raises:
+        UnsupportedDtype: the wire does not carry it (complex, quantised, packed).
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise UnsupportedDtype(f"dtype {name}: not one of those that can be lent ({', '.join(sorted(ITEM_BYTES))})")
+    return name  # type: ignore[return-value]  # membership was checked against the Literal's own table
+
+
+def view_tensor(block: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """View one tensor in a block's bytes (1-D uint8), without copying; the block keeps the memory.
+
+    The caller has checked that the extent lies inside the block and that its start is aligned.
+    """
+    flat = block.narrow(0, spec.offset_bytes, spec.extent_bytes).view(torch_dtype(spec.dtype))
+    return flat.view(spec.shape) if spec.stride is None else flat.as_strided(spec.shape, spec.stride)

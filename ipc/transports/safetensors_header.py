@@ -1,0 +1,132 @@
+"""Reading the header of a safetensors file: where each tensor's bytes lie.
+
+The safetensors package gives tensors, not offsets, and lending needs offsets. Nothing of the file
+beyond the header is read.
+
+Source: safetensors README, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from xditd.ipc import limits
+from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.tensors import ITEM_BYTES, DType
+
+_DTYPES: Final[dict[str, DType]] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in the file; ``offset_bytes`` counts from the file's start."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """``length_bytes`` counts the 8 bytes of the length itself too: tensor data starts there."""
+
+    length_bytes: int
+    tensors: tuple[StoredTensor, ...]
+
+
+def read_header(fd: int, path: str) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    Raises:
+        BadCheckpoint: not safetensors, truncated, or offsets that overlap, leave gaps or lie
+            outside the file; the message names the file and the tensor.
+    """
+    file_bytes = os.fstat(fd).st_size
+    prefix = os.pread(fd, 8, 0)
+    if len(prefix) < 8:
+        raise BadCheckpoint(f"{path}: {file_bytes} bytes; a safetensors file starts with 8 bytes of header length")
+    length = int.from_bytes(prefix, "little")
+    if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
+        raise BadCheckpoint(
+            f"{path}: header of {length} bytes; at most {limits.MAX_SAFETENSORS_HEADER_BYTES} are read; "
+            "is this a safetensors file?"
+        )
+    if 8 + length > file_bytes:
+        raise BadCheckpoint(f"{path}: header of {length} bytes in a file of {file_bytes}; the file is truncated")
+    entries = _parse(os.pread(fd, length, 8), path)
+    tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
+    _check_coverage(tensors, 8 + length, file_bytes, path)
+    return Header(length_bytes=8 + length, tensors=tensors)
+
+
+def _parse(text: bytes, path: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise BadCheckpoint(f"{path}: a name appears twice in the header")
+        return found
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path}: header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise BadCheckpoint(f"{path}: header is not a JSON object")
+    return entries
+
+
+def _stored(name: str, entry: Any, data_start: int, path: str) -> StoredTensor:
+    def refuse(why: str) -> BadCheckpoint:
+        return BadCheckpoint(f"{path}: tensor {name!r}: {why}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("an entry has exactly dtype, shape and data_offsets")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise refuse(f"dtype {entry['dtype']!r} is not one of {', '.join(_DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > limits.MAX_RANK:
+        raise refuse(f"shape {shape!r} is not a list of at most {limits.MAX_RANK} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {offsets!r} are not [begin, end]")
+    expected = ITEM_BYTES[dtype]
+    for side in shape:
+        expected *= side
+    if offsets[1] - offsets[0] != expected:
+        raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {expected}")
+    return StoredTensor(name, dtype, tuple(shape), data_start + offsets[0], expected)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= limits.MAX_BYTES for value in values)
+
+
+def _check_coverage(tensors: tuple[StoredTensor, ...], data_start: int, file_bytes: int, path: str) -> None:
+    """The format allows no overlap and no hole: each byte of data belongs to one tensor."""
+    end = data_start
+    for stored in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
+        if stored.offset_bytes != end:
+            how = "overlaps the tensor before it" if stored.offset_bytes < end else "leaves a hole before it"
+            raise BadCheckpoint(f"{path}: tensor {stored.name!r} starts at byte {stored.offset_bytes} and {how}")
+        end += stored.size_bytes
+    if end != file_bytes:
+        what = "the file is truncated" if end > file_bytes else "bytes follow the last tensor"
+        raise BadCheckpoint(f"{path}: tensors end at byte {end} of {file_bytes}; {what}")
