@@ -1,0 +1,96 @@
+"""Lend model components to warm xDiT workers, and run jobs on them.
+
+Importing this loads no torch: that happens when tensors are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xditd.client.client import Client
+from xditd.client.jobs import GenerationJob
+from xditd.client.loans import Loan
+from xditd.client.results import GenerationResult
+from xditd.ipc.errors import (
+    AlreadyRunning,
+    BadCheckpoint,
+    BadMessage,
+    BadRequest,
+    Busy,
+    Cancelled,
+    DaemonStopping,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    ForeignGpu,
+    Internal,
+    LeaseLost,
+    NotPermitted,
+    OutOfMemory,
+    PeerError,
+    ProcessGone,
+    ProtocolMismatch,
+    RequestError,
+    StaleSource,
+    UnknownComponent,
+    UnknownFamily,
+    Unsupported,
+    UnsupportedDtype,
+    WorkersLost,
+    WorkersUnavailable,
+    XditdError,
+)
+from xditd.ipc.replies import Queued, StepDone
+from xditd.ipc.status import DaemonStatus
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
+
+if TYPE_CHECKING:
+    from xditd.client.arenas import Arena
+
+__all__ = [
+    "AlreadyRunning",
+    "Arena",
+    "BadCheckpoint",
+    "BadMessage",
+    "BadRequest",
+    "Busy",
+    "Cancelled",
+    "Client",
+    "ComponentKind",
+    "CopiedBytes",
+    "DaemonStatus",
+    "DaemonStopping",
+    "DaemonUnreachable",
+    "DeadlineExceeded",
+    "ForeignGpu",
+    "GenerationJob",
+    "GenerationResult",
+    "Internal",
+    "LeaseLost",
+    "Loan",
+    "NotPermitted",
+    "OutOfMemory",
+    "PeerError",
+    "ProcessGone",
+    "ProtocolMismatch",
+    "Queued",
+    "RequestError",
+    "StaleSource",
+    "StepDone",
+    "Tier",
+    "UnknownComponent",
+    "UnknownFamily",
+    "Unsupported",
+    "UnsupportedDtype",
+    "WorkersLost",
+    "WorkersUnavailable",
+    "XditdError",
+]
+
+
+def __getattr__(name: str) -> object:
+    # The transports are loaded when something is lent: who only asks for the status does not pay for them.
+    if name == "Arena":
+        from xditd.client.arenas import Arena
+
+        return Arena
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""The socket to the daemon: one background thread owns it, any number of threads use it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import zmq
+
+from xditd import __version__
+from xditd.client.mailboxes import Mailbox, Patience
+from xditd.client.rendezvous import HINT, DaemonProcess, close_quietly, find_daemon
+from xditd.ipc import limits
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.errors import (
+    BadMessage,
+    BadRequest,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    Unsupported,
+    XditdError,
+)
+from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
+from xditd.ipc.replies import AnyReply, Welcome
+from xditd.ipc.requests import Hello
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Reply)
+
+HELLO_DEADLINE_S: Final = 2.0
+"""The daemon answers ``Hello`` itself, whatever its workers do."""
+
+CONTROL_DEADLINE_S: Final = 10.0
+"""Default for requests that the daemon answers without its workers."""
+
+_FLUSH_MS: Final = 250
+_LAST_WORDS_MS: Final = 100
+
+
+class _IoThread:
+    """The loop that owns the DEALER socket. It ends with the daemon, or when it is told to."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self._daemon = daemon
+        self._made_by_pid = os.getpid()
+        self._outgoing: deque[bytes] = deque()
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_closing = False
+        self.loss: Callable[[], XditdError] | None = None
+        self.ended = threading.Event()
+        # A context of its own: what a fork, or another library, does to a shared one is not our business.
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        # One connection is one session: a new daemon would not know it, so ZeroMQ must not reconnect by itself.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.connect(endpoint(daemon.socket))
+        self.thread = threading.Thread(target=self._run, name="xditd-connection", daemon=True)
+        self.thread.start()
+
+    def post(self, mailbox: Mailbox, payload: bytes) -> None:
+        """Queue a message for sending; its answers go to ``mailbox``. Any thread may call this."""
+        with self._lock:
+            if self.loss is not None:
+                raise self.loss()
+            self._mailboxes[mailbox.request_id] = mailbox
+            self._outgoing.append(payload)
+            os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Ask the loop to end. Any thread may call this, also twice; in a fork it does nothing."""
+        if os.getpid() != self._made_by_pid:
+            return
+        with self._lock:
+            self._is_closing = True
+            if not self.ended.is_set():
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_fd, zmq.POLLIN)
+        poller.register(self._daemon.pidfd, zmq.POLLIN)
+        socket, pid = self._daemon.socket, self._daemon.pid
+        loss: Callable[[], XditdError] = lambda: DaemonUnreachable(  # noqa: E731 - a fresh error for each waiter
+            f"socket {socket}: this connection is closed; make a new Client"
+        )
+        try:
+            while not self._is_closing:
+                ready = dict(poller.poll())
+                if self._wake_fd in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake_fd)
+                if self._daemon.pidfd in ready:
+                    # What it sent last (the answer to Stop) may still be on its way through ZeroMQ's own thread.
+                    while self._socket.poll(_LAST_WORDS_MS):
+                        self._receive()
+                    loss = lambda: DaemonUnreachable(  # noqa: E731
+                        f"socket {socket}: the daemon (pid {pid}) has exited; {HINT}"
+                    )
+                    break
+                if self._socket in ready:
+                    self._receive()
+                self._send()
+                poller.modify(self._socket, zmq.POLLIN | zmq.POLLOUT if self._outgoing else zmq.POLLIN)
+            else:
+                self._send()
+        except BadMessage as error:
+            detail = f"socket {socket}: the daemon sent what this client cannot read: {error.detail}"
+            loss = lambda: BadMessage(detail)  # noqa: E731
+        finally:
+            self._end(loss)
+
+    def _receive(self) -> None:
+        """Hand all that has arrived to the mailboxes; an answer that nobody waits for is dropped."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 1:
+                raise BadMessage(f"{len(frames)} frames instead of 1")
+            reply: AnyReply = reply_decoder.decode(frames[0])
+            with self._lock:
+                mailbox = self._mailboxes.get(reply.request_id)
+            if mailbox is not None and mailbox.deliver(reply):
+                with self._lock:
+                    self._mailboxes.pop(reply.request_id, None)
+
+    def _send(self) -> None:
+        while self._outgoing:
+            try:
+                self._socket.send(self._outgoing[0], zmq.NOBLOCK)
+            except zmq.Again:  # a daemon that does not read: the caller's deadline decides
+                return
+            self._outgoing.popleft()
+
+    def _end(self, loss: Callable[[], XditdError]) -> None:
+        # A farewell or a cancel should still leave; to a dead daemon nothing can.
+        self._socket.close(linger=_FLUSH_MS if self._is_closing else 0)
+        self._context.term()
+        with self._lock:
+            self.loss = loss
+            self.ended.set()
+            waiting = list(self._mailboxes.values())
+            self._mailboxes.clear()
+            close_quietly(self._wake_fd)
+            close_quietly(self._daemon.pidfd)
+        for mailbox in waiting:
+            mailbox.deliver(loss())
+
+
+class Connection:
+    """One session with one daemon process, from ``Hello`` to the end of either side.
+
+    Safe to use from several threads. When the daemon exits, every waiting request fails within a
+    second with :class:`DaemonUnreachable`, and so does every later one: make a new connection then.
+
+    Raises:
+        DaemonUnreachable: nobody listens, or no answer to ``Hello`` within ``hello_deadline_s``.
+        ProtocolMismatch: client and daemon are of versions that do not speak with each other.
+        NotPermitted: the daemon serves another user.
+    """
+
+    def __init__(self, runtime: RuntimeDir, *, client_name: str, hello_deadline_s: float = HELLO_DEADLINE_S) -> None:
+        self.runtime = runtime
+        self._made_by_pid = os.getpid()
+        self._prefix = os.urandom(6).hex()
+        self._numbers = itertools.count(1)
+        self._io = _IoThread(find_daemon(runtime))
+        self._finalizer = weakref.finalize(self, self._io.close)
+        try:
+            self.welcome = self._greet(client_name, hello_deadline_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self, client_name: str, deadline_s: float) -> Welcome:
+        hello = Hello(
+            request_id=self.next_request_id(),
+            protocol_version=PROTOCOL_VERSION,
+            package_version=__version__,
+            client_name=client_name,
+        )
+        try:
+            return self.ask(hello, Welcome, deadline_s=deadline_s)
+        except DeadlineExceeded:
+            raise DaemonUnreachable(
+                f"socket {self.runtime.client_socket}: no daemon answered within {deadline_s:.1f} s; {HINT}"
+            ) from None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the daemon has exited, or this side has closed."""
+        return self._io.ended.is_set()
+
+    def next_request_id(self) -> str:
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    def submit(self, request: Request, purpose: str | None = None) -> Mailbox:
+        """Send a request and return the mailbox for its answers, without waiting.
+
+        Raises:
+            BadRequest: the encoded request is larger than any daemon reads.
+            DaemonUnreachable: the daemon has exited.
+            Unsupported: this is a fork of the process that made the connection.
+        """
+        self._refuse_fork()
+        payload = encode(request)
+        if len(payload) > limits.MAX_MESSAGE_BYTES:
+            # ZeroMQ would drop it without a word.
+            raise BadRequest(
+                f"request {type(request).__name__}: {len(payload)} bytes, at most {limits.MAX_MESSAGE_BYTES} are read"
+            )
+        mailbox = Mailbox(request.request_id, purpose or f"request {type(request).__name__}")
+        self._io.post(mailbox, payload)
+        return mailbox
+
+    def ask(self, request: Request, reply_type: type[R], *, deadline_s: float = CONTROL_DEADLINE_S) -> R:
+        """Send a request and wait for its reply, ``deadline_s`` in all.
+
+        Raises:
+            XditdError: what the daemon answered instead, or :class:`DeadlineExceeded`.
+        """
+        return self.submit(request).wait(reply_type, Patience(silence_s=deadline_s, total_s=deadline_s))
+
+    def wait_lost(self, deadline_s: float) -> bool:
+        """Wait until the daemon has exited; returns whether it has."""
+        return self._io.ended.wait(deadline_s)
+
+    def close(self) -> None:
+        """Close the socket. Waiting requests fail; in a fork of the maker this does nothing."""
+        self._finalizer.detach()
+        if os.getpid() != self._made_by_pid:
+            return
+        self._io.close()
+        if threading.current_thread() is not self._io.thread:
+            self._io.thread.join(timeout=CONTROL_DEADLINE_S)
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._made_by_pid:
+            # The thread that owns the socket does not exist in the child, and loans belong to the parent.
+            raise Unsupported(
+                f"this client was made by process {self._made_by_pid} and is used by its fork {os.getpid()}; "
+                "make a new Client after the fork"
+            )

@@ -1,0 +1,116 @@
+"""Shared memory that carries a job's tensors to the workers and back.
+
+A job borrows a block of its own from the pool, so that jobs of several threads never meet. Inputs come
+first, outputs after them; both are copied, so that a block can carry the next job at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final
+
+from xditd.ipc.tensors import DType, HostShmBlock, IoTensor
+from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from xditd.ipc.transports.host_shm import HostArena
+
+_FINGERPRINTED_BYTES: Final = 4096
+_IDLE_BLOCKS_OF_A_SIZE: Final = 4
+
+
+class IoLayout:
+    """Where each tensor of a job lies: inputs first, outputs after them, each at a multiple of 256 bytes."""
+
+    def __init__(self) -> None:
+        self._end = 0
+        self._has_outputs = False
+
+    @property
+    def size_bytes(self) -> int:
+        return max(self._end, _FINGERPRINTED_BYTES)
+
+    def add_input(self, tensor: torch.Tensor) -> IoTensor:
+        """Reserve room for an input of this dtype and shape. All inputs come before the first output."""
+        if self._has_outputs:
+            raise ValueError("inputs come before outputs")
+        return self._reserve(dtype_name(tensor.dtype), tuple(tensor.shape))
+
+    def add_output(self, dtype: torch.dtype, shape: tuple[int, ...]) -> IoTensor:
+        """Reserve room for an output."""
+        if not self._has_outputs:
+            # A worker checks the first bytes of a block when it maps it. They must not change when a faster rank
+            # has begun to write its outputs.
+            self._end = max(self._end, _FINGERPRINTED_BYTES)
+            self._has_outputs = True
+        return self._reserve(dtype_name(dtype), shape)
+
+    def _reserve(self, dtype: DType, shape: tuple[int, ...]) -> IoTensor:
+        offset = align(self._end)
+        spec = IoTensor(offset_bytes=offset, dtype=dtype, shape=shape)
+        self._end = offset + spec.size_bytes
+        return spec
+
+
+class IoBlock:
+    """A block on loan from the pool to one job."""
+
+    def __init__(self, arena: HostArena) -> None:
+        self.arena = arena
+
+    def write(self, spec: IoTensor, tensor: torch.Tensor) -> None:
+        """Copy a tensor in. A CUDA tensor crosses to the host here; the copy has ended on return."""
+        self.arena.tensor(spec.offset_bytes, spec.dtype, spec.shape).copy_(tensor.detach())
+
+    def read(self, spec: IoTensor, device: torch.device) -> torch.Tensor:
+        """Copy a tensor out, to memory that the caller owns."""
+        view = self.arena.tensor(spec.offset_bytes, spec.dtype, spec.shape)
+        return view.to(device, copy=True)
+
+    def describe(self) -> HostShmBlock:
+        """Describe the block for the wire. Call it after the inputs are written: it takes the fingerprint."""
+        return self.arena.block()
+
+
+class IoPool:
+    """Idle blocks by size, powers of two. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._idle: dict[int, list[HostArena]] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def borrow(self, size_bytes: int) -> IoBlock:
+        """Take a block of at least ``size_bytes``. Give it back once the workers are done with it."""
+        rounded = max(ALLOCATION_BYTES, 1 << (size_bytes - 1).bit_length())
+        with self._lock:
+            idle = self._idle.get(rounded)
+            if idle:
+                return IoBlock(idle.pop())
+        from xditd.ipc.transports.host_shm import HostArena
+
+        return IoBlock(HostArena(rounded, name="xditd-io"))
+
+    def give_back(self, block: IoBlock) -> None:
+        """Put a block back for the next job. No worker may still write to it."""
+        with self._lock:
+            idle = self._idle.setdefault(block.arena.size_bytes, [])
+            if not self._is_closed and len(idle) < _IDLE_BLOCKS_OF_A_SIZE:
+                idle.append(block.arena)
+                return
+        block.arena.close()
+
+    def drop(self, block: IoBlock) -> None:
+        """Unmap a block that a worker may still write to; its memory goes with the last mapping."""
+        block.arena.close()
+
+    def close(self) -> None:
+        """Unmap the idle blocks; those on loan follow when they come back."""
+        with self._lock:
+            self._is_closed = True
+            arenas = [arena for idle in self._idle.values() for arena in idle]
+            self._idle.clear()
+        for arena in arenas:
+            arena.close()

@@ -1,0 +1,88 @@
+"""Components that are lent, as the client sees them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from xditd.ipc.errors import LeaseLost, XditdError
+from xditd.ipc.replies import Lent
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
+
+if TYPE_CHECKING:
+    from xditd.client.session import Session
+
+
+class Loan:
+    """A component that the workers hold mapped, until ``return_()``, the client's end, or the daemon's.
+
+    The lent memory must stay alive and unwritten meanwhile; the loan keeps the storages that it lent.
+    Leaving a ``with`` block returns the loan.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        lent: Lent,
+        *,
+        kind: ComponentKind,
+        label: str,
+        copied_here: CopiedBytes,
+        timings_ms: dict[str, float],
+    ) -> None:
+        self._session = session
+        self._is_returned = False
+        self.kind = kind
+        self.label = label
+        self.component_id = lent.component_id
+        self.family = lent.family
+        self.tiers: tuple[Tier, ...] = lent.tiers
+        self.lent_bytes = lent.lent_bytes
+        self.copied: CopiedBytes = copied_here + lent.copied
+        """Bytes copied for this loan by kind: by the client, and by the workers over all ranks."""
+        self.is_reused = lent.is_reused
+        self.is_skeleton_reused = lent.is_skeleton_reused
+        self.timings_ms = timings_ms
+
+    @property
+    def is_live(self) -> bool:
+        """Whether jobs can still name it."""
+        return not self._is_returned and not self._session.is_lost
+
+    def check(self) -> None:
+        """Refuse a loan that has ended.
+
+        Raises:
+            LeaseLost: it was returned, or the daemon that held it is gone.
+        """
+        if self._is_returned:
+            raise LeaseLost(f"component {self.label} ({self.component_id}): was returned; lend it again")
+        if self._session.is_lost:
+            raise LeaseLost(
+                f"component {self.label} ({self.component_id}): its loan ended with daemon "
+                f"{self._session.daemon_pid}; lend it again"
+            )
+
+    def return_(self, *, deadline_s: float | None = None) -> None:
+        """Take the component back; once this returns no worker maps it. A loan that has ended is no error."""
+        if self._is_returned:
+            return
+        self._is_returned = True
+        self._session.return_loan(self.component_id, self.label, deadline_s)
+
+    def __enter__(self) -> Loan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.return_()
+        except XditdError:
+            if error is None:
+                raise  # else the first error says more
+
+    def __repr__(self) -> str:
+        tiers = "+".join(tier.value for tier in self.tiers)
+        state = "live" if self.is_live else "ended"
+        return f"<Loan {self.label} {self.component_id} {self.family} {tiers} {self.lent_bytes} bytes, {state}>"

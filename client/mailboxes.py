@@ -1,0 +1,117 @@
+"""One mailbox a request: what the daemon answered, in order, for the thread that waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from xditd.ipc.errors import DeadlineExceeded, PeerError, XditdError, error_for
+from xditd.ipc.protocol import Reply
+from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Queued, StepDone
+
+R = TypeVar("R", bound=Reply)
+
+Ending = AnyReply | XditdError
+"""What ends a request: its reply, ``Failed``, or the loss of the connection."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait: ``silence_s`` without any sign of progress, ``total_s`` altogether (``None``: no bound)."""
+
+    silence_s: float
+    total_s: float | None = None
+
+
+class Mailbox:
+    """Filled by the connection's thread, emptied by one other thread."""
+
+    def __init__(self, request_id: str, purpose: str) -> None:
+        self.request_id = request_id
+        self.purpose = purpose
+        self._items: SimpleQueue[Ending] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._ending: Ending | None = None
+        self._on_ending: Callable[[Ending], None] | None = None
+        self._started_s = time.monotonic()
+        self._last_word = "nothing was heard"
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the daemon will send nothing more for this request."""
+        return self._ending is not None
+
+    def deliver(self, item: Ending) -> bool:
+        """Put in what arrived. Returns whether the request has ended. Called by the connection's thread."""
+        if isinstance(item, (Queued, StepDone)):
+            self._items.put(item)
+            return False
+        with self._lock:
+            self._ending = item
+            callback = self._on_ending
+        self._items.put(item)
+        if callback is not None:
+            callback(item)
+        return True
+
+    def when_ended(self, callback: Callable[[Ending], None]) -> None:
+        """Call ``callback`` once, with the ending: at once if it is there, else on the connection's thread."""
+        with self._lock:
+            ending = self._ending
+            if ending is None:
+                self._on_ending = callback
+        if ending is not None:
+            callback(ending)
+
+    def take(self, patience: Patience) -> AnyReply:
+        """Wait for the next event or reply.
+
+        Raises:
+            DeadlineExceeded: silence, or the whole wait, took longer than ``patience`` allows.
+            XditdError: the connection was lost.
+        """
+        wait_s = patience.silence_s
+        if patience.total_s is not None:
+            wait_s = min(wait_s, max(0.0, self._started_s + patience.total_s - time.monotonic()))
+        try:
+            item = self._items.get(timeout=wait_s)
+        except Empty:
+            waited_s = time.monotonic() - self._started_s
+            raise DeadlineExceeded(
+                f"{self.purpose}: no answer from the daemon for {wait_s:.1f} s, {waited_s:.1f} s after the request; "
+                f"{self._last_word}; see xditd status, or allow more (deadline_s)"
+            ) from None
+        if isinstance(item, XditdError):
+            raise item
+        if isinstance(item, Queued):
+            self._last_word = f"last heard: {item.ahead} ahead in the queue, {item.reason or 'waiting'}"
+        elif isinstance(item, StepDone):
+            self._last_word = f"last heard: step {item.step} of {item.total_steps}"
+        return item
+
+    def wait(self, reply_type: type[R], patience: Patience, on_event: Callable[[AnyEvent], None] | None = None) -> R:
+        """Wait for the reply, handing events to ``on_event``.
+
+        Raises:
+            XditdError: what the daemon answered instead, by its code; or as :meth:`take`.
+        """
+        while True:
+            item = self.take(patience)
+            if isinstance(item, (Queued, StepDone)):
+                if on_event is not None:
+                    on_event(item)
+                continue
+            return expect(item, reply_type, self.purpose)
+
+
+def expect(reply: AnyReply, reply_type: type[R], purpose: str) -> R:
+    """Narrow a reply to the type that its request promises, or raise what the daemon meant."""
+    if isinstance(reply, reply_type):
+        return reply
+    if isinstance(reply, Failed):
+        raise error_for(reply.code, reply.detail)
+    raise PeerError(f"{purpose}: the daemon answered {type(reply).__name__} instead of {reply_type.__name__}")

@@ -1,0 +1,238 @@
+"""One client at one daemon: its connection, the canary, and the loans that end with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from xditd.client.connection import Connection
+from xditd.client.io_blocks import IoPool
+from xditd.client.loans import Loan
+from xditd.client.mailboxes import Ending, Patience
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.errors import DaemonUnreachable, StaleSource, XditdError
+from xditd.ipc.replies import AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned
+from xditd.ipc.requests import Cancel, CheckCanary, Goodbye, Lend, ReturnLoan
+from xditd.ipc.tensors import ComponentKind, Tier
+
+if TYPE_CHECKING:
+    import torch
+
+    from xditd.client.lending import Offer
+
+logger = logging.getLogger(__name__)
+
+_CANARY_BYTES: Final = 64
+_FAREWELL_DEADLINE_S: Final = 30.0
+
+
+@dataclass
+class _Holding:
+    """What one component keeps alive here. Lending the same bytes again names the same component once more."""
+
+    offers: list[Offer] = field(default_factory=list)
+    loans: int = 0
+
+
+class Session:
+    """From ``Hello`` until this side closes or the daemon exits. Safe to use from several threads."""
+
+    def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float) -> None:
+        self._pool = pool
+        self._silence_s = silence_s
+        self._holdings: dict[str, _Holding] = {}
+        self._lock = threading.Lock()
+        self._canary_lock = threading.Lock()
+        self._is_canary_seen = False
+        self.connection = Connection(runtime, client_name=name)
+        welcome = self.connection.welcome
+        self.daemon_pid = welcome.daemon_pid
+        logger.info(
+            "session open socket=%s daemon_pid=%d daemon_version=%s workers=%d",
+            runtime.client_socket, welcome.daemon_pid, welcome.package_version, welcome.world_size,
+        )  # fmt: skip
+
+    @property
+    def is_lost(self) -> bool:
+        return self.connection.is_lost
+
+    def lend(
+        self,
+        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | torch.nn.Module,
+        *,
+        kind: ComponentKind | None,
+        label: str | None,
+        device: str | None,
+        deadline_s: float | None,
+    ) -> Loan:
+        """Lend a component and wait until every worker has mapped, verified and plugged it."""
+        from xditd.client.lending import describe
+
+        patience = Patience(self._silence_s, deadline_s)
+        started = time.perf_counter()
+        self._check_canary(patience)
+        canary_ms = (time.perf_counter() - started) * 1e3
+        offer = describe(source, kind=kind, label=label, device=device)
+        manifest = offer.manifest
+        logger.info(
+            "%s recognised label=%s kind=%s tensors=%d bytes=%d; loading is deferred to the workers, "
+            "nothing will be downloaded",
+            _format_of(offer), manifest.label, manifest.kind.value, len(manifest.tensors), manifest.tensor_bytes,
+        )  # fmt: skip
+        for note in offer.tier_notes:
+            logger.info("lending label=%s %s", manifest.label, note)
+        lent = self._send(offer, patience)
+        timings = {**lent.timings_ms, **offer.timings_ms}
+        if canary_ms > 1.0:
+            timings["canary"] = canary_ms
+        timings["total"] = (time.perf_counter() - started) * 1e3
+        loan = Loan(self, lent, kind=manifest.kind, label=manifest.label, copied_here=offer.copied, timings_ms=timings)
+        logger.info(
+            "component lent label=%s component_id=%s family=%s tiers=%s shared_bytes=%d copied_bytes=%d "
+            "reused=%s total_ms=%.1f",
+            loan.label, loan.component_id, loan.family, "+".join(tier.value for tier in loan.tiers), loan.lent_bytes,
+            loan.copied.total, loan.is_reused, timings["total"],
+        )  # fmt: skip
+        return loan
+
+    def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
+        """Take back one loan of a component; the last one unmaps it."""
+        with self._lock:
+            holding = self._holdings.get(component_id)
+            if holding is None:
+                return
+            holding.loans -= 1
+            if holding.loans > 0:
+                return
+            del self._holdings[component_id]
+        request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
+        try:
+            mailbox = self.connection.submit(request, f"return of {label}")
+        except DaemonUnreachable:
+            _close_offers(holding.offers)  # daemon and workers are gone: nothing maps the memory any more
+            return
+        # The memory stays alive until the workers have unmapped it, however long this thread waits for that.
+        mailbox.when_ended(lambda _: _close_offers(holding.offers))
+        try:
+            mailbox.wait(Returned, Patience(self._silence_s, deadline_s))
+        except DaemonUnreachable:
+            logger.info("loan ended with its daemon component_id=%s", component_id)
+
+    def close(self) -> None:
+        """End the session and all its loans. Does not raise for a daemon that is gone."""
+        if not self.is_lost:
+            try:
+                farewell = Goodbye(request_id=self.connection.next_request_id())
+                self.connection.ask(farewell, Farewell, deadline_s=_FAREWELL_DEADLINE_S)
+            except XditdError as error:
+                logger.warning("session closed without a farewell reason=%s", error)
+        self.connection.close()
+        with self._lock:
+            holdings = list(self._holdings.values())
+            self._holdings.clear()
+        for holding in holdings:
+            _close_offers(holding.offers)
+
+    def _send(self, offer: Offer, patience: Patience) -> Lent:
+        label = offer.manifest.label
+        request = Lend(request_id=self.connection.next_request_id(), manifest=offer.manifest, copied=offer.copied)
+        try:
+            mailbox = self.connection.submit(request, f"lending {label}")
+        except BaseException:
+            offer.close()
+            raise
+        try:
+            lent = mailbox.wait(Lent, patience, on_event=lambda event: _log_event(label, event))
+        except BaseException:
+            self._submit_quietly(
+                Cancel(request_id=self.connection.next_request_id(), target_request_id=request.request_id)
+            )
+            mailbox.when_ended(lambda ending: self._undo(offer, ending))
+            raise
+        with self._lock:
+            holding = self._holdings.setdefault(lent.component_id, _Holding())
+            holding.offers.append(offer)
+            holding.loans += 1
+        return lent
+
+    def _undo(self, offer: Offer, ending: Ending) -> None:
+        """Clean up after a lend whose caller has stopped waiting: it may have succeeded after all."""
+        if isinstance(ending, Lent):
+            with self._lock:
+                is_held = ending.component_id in self._holdings
+            back = ReturnLoan(request_id=self.connection.next_request_id(), component_id=ending.component_id)
+            if is_held or self._submit_quietly(back, then=offer):
+                return
+        _close_offers([offer])
+
+    def _submit_quietly(self, request: Cancel | ReturnLoan, then: Offer | None = None) -> bool:
+        """Send without waiting; close the offer ``then`` once it is answered. Returns whether it was sent."""
+        try:
+            mailbox = self.connection.submit(request)
+        except XditdError:
+            return False
+        if then is not None:
+            mailbox.when_ended(lambda _: _close_offers([then]))
+        return True
+
+    def _check_canary(self, patience: Patience) -> None:
+        """Once a session, see that every worker reads what this process writes into shared memory.
+
+        Raises:
+            StaleSource: a worker read something else.
+        """
+        from xditd.ipc.transports.fingerprints import digest_bytes
+
+        with self._canary_lock:
+            if self._is_canary_seen:
+                return
+            block = self._pool.borrow(_CANARY_BYTES)
+            written = os.urandom(_CANARY_BYTES)
+            block.arena.view(0, _CANARY_BYTES)[:] = written
+            request = CheckCanary(
+                request_id=self.connection.next_request_id(),
+                io=block.describe(),
+                offset_bytes=0,
+                length_bytes=_CANARY_BYTES,
+            )
+            try:
+                mailbox = self.connection.submit(request, "canary")
+            except BaseException:
+                self._pool.give_back(block)
+                raise
+            mailbox.when_ended(lambda _: self._pool.give_back(block))
+            seen = mailbox.wait(CanarySeen, patience, on_event=lambda event: _log_event("canary", event))
+            expected = digest_bytes(written)
+            wrong = [rank for rank, digest in enumerate(seen.digests) if digest != expected]
+            if wrong or not seen.digests:
+                whose = f"worker {', '.join(map(str, wrong))} read other bytes" if wrong else "no worker read the bytes"
+                raise StaleSource(
+                    f"canary: {whose} that this process wrote into shared memory; likely causes: client and workers "
+                    "are in different containers or pid namespaces, or /proc is restricted; run both as one user on "
+                    "one host"
+                )
+            self._is_canary_seen = True
+            logger.info("canary read by all workers count=%d", len(seen.digests))
+
+
+def _format_of(offer: Offer) -> str:
+    return "safetensors file" if offer.manifest.tiers == (Tier.FILE,) else "state dict"
+
+
+def _log_event(label: str, event: AnyEvent) -> None:
+    if isinstance(event, Queued):
+        logger.info("waiting label=%s ahead=%d reason=%s", label, event.ahead, event.reason)
+
+
+def _close_offers(offers: list[Offer]) -> None:
+    for offer in offers:
+        try:
+            offer.close()
+        except XditdError as error:
+            # A view that the caller kept: its memory goes when that does.
+            logger.warning("lent memory not freed label=%s reason=%s", offer.manifest.label, error)
