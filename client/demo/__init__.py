@@ -1,0 +1,1 @@
+"""What ``xditd demo`` needs beyond the client: small seeded checkpoints in the layouts that users have."""

@@ -1,0 +1,83 @@
+"""Which attention kernel runs: xDiT's backends by name, tried out when the group starts.
+
+xfuser registers every backend whether its package is installed or not, and a missing one fails at the
+first step of the first job. So the one that is chosen runs once, on a few tokens, at start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from xditd.ipc.errors import Unsupported
+
+if TYPE_CHECKING:
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+AUTO = "auto"
+"""xDiT's own choice: the fastest that it finds installed."""
+
+LOSSLESS = ("CUDNN", "FLASH_4", "FLASH_3", "FLASH", "SDPA_FLASH", "SDPA_EFFICIENT", "SDPA", "SDPA_MATH")
+TAKES_FLOAT32 = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT"})
+HEAD_SIZE = 128
+PROBE_TOKENS = 32
+# What a backend raises when its package, kernel or GPU generation is missing: a name that was never
+# imported, a dispatcher without a kernel, a check of the device.
+PROBE_FAULTS = (RuntimeError, NameError, ImportError, AttributeError, TypeError, ValueError, AssertionError)
+
+
+def named(backend: str, device: torch.device) -> AttentionBackendType:
+    """Return xDiT's backend of this name, having run it once on ``device``.
+
+    Raises:
+        Unsupported: unknown, or it does not run here; the message lists the lossless ones that do.
+    """
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    found = AttentionBackendType.__members__.get(backend.upper())
+    if found is None:
+        raise Unsupported(f"attention backend {backend!r} is unknown; those that run here: {_working(device)}")
+    fault = _probe(found, device)
+    if fault is not None:
+        raise Unsupported(
+            f"attention backend {backend!r} does not run here ({fault}); those that do: {_working(device)}"
+        )
+    return found
+
+
+def for_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend for weights of ``dtype``: most kernels on GPUs take half precision only, SDPA takes all."""
+    if dtype == torch.float32 and device.type == "cuda" and backend not in TAKES_FLOAT32:
+        return "SDPA"
+    return backend
+
+
+def use(backend: str) -> None:
+    """Make ``backend`` the one that xDiT's attention layers of this process run from now on."""
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.core.distributed.runtime_state import get_runtime_state
+
+    get_runtime_state().attention_backend = AttentionBackendType[backend]
+
+
+def _probe(backend: AttentionBackendType, device: torch.device) -> str | None:
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
+
+    function = ATTENTION_FUNCTION_REGISTRY.get(backend)
+    if function is None:
+        return "not registered"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = torch.ones(1, 1, PROBE_TOKENS, HEAD_SIZE, dtype=dtype, device=device)
+    try:
+        # Keys shorter than queries, as when padding is trimmed.
+        function(tokens, tokens[:, :, 1:], tokens[:, :, 1:], dropout_p=0.0, is_causal=False)
+    except PROBE_FAULTS as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
+
+
+def _working(device: torch.device) -> str:
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    return ", ".join(name for name in LOSSLESS if _probe(AttentionBackendType[name], device) is None)

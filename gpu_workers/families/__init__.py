@@ -1,0 +1,31 @@
+"""The model families that can be recognised and run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from xditd.gpu_workers.families.base import Family
+from xditd.gpu_workers.families.flux1 import Flux1
+from xditd.gpu_workers.families.flux_vae import FluxVae
+from xditd.ipc.errors import UnknownFamily
+
+FAMILIES: tuple[Family[Any], ...] = (Flux1(), FluxVae())
+
+SHOWN_NAMES = 8
+
+
+def detect(names: Collection[str]) -> Family[Any]:
+    """Return the family to which a checkpoint with these tensor names belongs.
+
+    Raises:
+        UnknownFamily: none claims the names; the message shows some of them and the families that are known.
+    """
+    for family in FAMILIES:
+        if family.claims(names):
+            return family
+    shown = ", ".join(sorted(names)[:SHOWN_NAMES])
+    raise UnknownFamily(
+        f"no known model family has these {len(names)} tensor names ({shown}, ...); "
+        f"known: {', '.join(family.name for family in FAMILIES)}"
+    )

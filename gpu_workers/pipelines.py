@@ -1,0 +1,311 @@
+"""What jobs do with a plugged skeleton: ``generate``, ``denoise``, ``decode``, ``encode``. No input or output.
+
+Latents here are always (batch, 16, height / 8, width / 8); packing into tokens happens inside. In a group every
+rank calls the same function with the same arguments, and every rank gets the whole result. Inputs may be on
+any device; results are on the skeleton's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from xditd.gpu_workers import attention
+from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
+from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
+from xditd.gpu_workers.skeletons import Skeleton
+from xditd.ipc.errors import BadRequest, Unsupported
+
+OnStep = Callable[[int, int], None]
+
+SIZE_MULTIPLE = PIXELS_PER_LATENT * PATCH
+MAX_PIXELS_PER_SIDE = 8192
+MAX_STEPS = 1000
+MAX_BATCH = 64
+
+
+def check_generate(
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+) -> None:
+    """Check the numbers of a ``generate`` job; this needs no tensor, so that it can run before any is mapped.
+
+    Raises:
+        BadRequest: names the field, its value and what would do.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if not 0 < side <= MAX_PIXELS_PER_SIDE or side % SIZE_MULTIPLE:
+            raise BadRequest(f"{name} {side}: use a multiple of {SIZE_MULTIPLE} up to {MAX_PIXELS_PER_SIDE} pixels")
+    if not 1 <= steps <= MAX_STEPS:
+        raise BadRequest(f"steps {steps}: use 1 to {MAX_STEPS}")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise BadRequest(f"guidance_scale {guidance_scale}: use a finite number, such as 3.5")
+    if sigmas is None:
+        return
+    if len(sigmas) != steps:
+        raise BadRequest(f"{len(sigmas)} sigmas for {steps} steps: give one for each step, without the final 0")
+    wrong = [sigma for sigma in sigmas if not 0.0 < sigma <= 1.0]  # NaN fails this too
+    if wrong:
+        raise BadRequest(f"sigma {wrong[0]}: every sigma lies above 0 and at most at 1")
+    if any(later >= earlier for earlier, later in pairwise(sigmas)):
+        raise BadRequest("sigmas do not fall from step to step")
+
+
+def seeded_noise(seed: int, *, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the noise that a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``, unpacked.
+
+    On the CPU, shape (batch, 16, height / 8, width / 8); the same on every machine.
+    """
+    check_generate(height=height, width=width, steps=1)
+    if not 0 <= seed < 2**64:
+        raise BadRequest(f"seed {seed}: use 0 to 2**64 - 1")
+    if not 1 <= batch <= MAX_BATCH:
+        raise BadRequest(f"batch {batch}: use 1 to {MAX_BATCH}")
+    shape = (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
+
+
+@torch.inference_mode()
+def generate(
+    skeleton: Skeleton,
+    *,
+    prompt_embeds: torch.Tensor,
+    pooled: torch.Tensor,
+    noise: torch.Tensor,
+    height: int,
+    width: int,
+    steps: int,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float = 3.5,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Denoise ``noise`` in ``steps`` steps and return the latents, in the skeleton's dtype.
+
+    ``prompt_embeds`` is (batch, tokens, text channels), ``pooled`` (batch, pooled channels). The schedule is
+    diffusers' for this model unless ``sigmas`` are given, which are used as they are: no shift is applied and the
+    final 0 is appended. ``guidance_scale`` is ignored by models without guidance (schnell). ``on_step(done, total)``
+    runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
+
+    Raises:
+        BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
+        Unsupported: too few tokens for the group.
+    """
+    config = _transformer_config(skeleton)
+    check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
+    batch = _check_conditioning(config, prompt_embeds, pooled)
+    _check_shape("noise", noise, (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+    prompt_embeds, pooled, noise = _prepare(
+        skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, noise=noise
+    )
+
+    def report(_: FluxPipeline, index: int, __: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(index + 1, steps)
+        return tensors
+
+    schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
+    pipeline = _pipeline(skeleton, FlowMatchEulerDiscreteScheduler(**schedule))
+    attention.use(skeleton.attention_backend)
+    packed = pipeline(
+        prompt_embeds=prompt_embeds,
+        pooled_prompt_embeds=pooled,
+        latents=_pack(noise),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        sigmas=None if sigmas is None else list(sigmas),
+        guidance_scale=guidance_scale,
+        callback_on_step_end=report,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+
+
+@torch.inference_mode()
+def denoise(
+    skeleton: Skeleton,
+    *,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled: torch.Tensor,
+    guidance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the transformer once and return its prediction (the velocity), shaped as ``latents``.
+
+    ``timestep`` is the sigma of each sample, (batch,), in [0, 1]; ``guidance`` the guidance scale of each, (batch,),
+    needed by models with guidance (dev) and ignored by others.
+
+    Raises:
+        BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
+        Unsupported: too few tokens for the group.
+    """
+    config = _transformer_config(skeleton)
+    batch = _check_conditioning(config, prompt_embeds, pooled)
+    if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
+        raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
+    height, width = latents.shape[2:]
+    if max(height, width) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE:
+        raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_PIXELS_PER_SIDE} pixels on a side")
+    _check_shape("latents", latents, (batch, LATENT_CHANNELS, height, width))
+    _check_shape("timestep", timestep, (batch,))
+    if config.has_guidance:
+        if guidance is None:
+            raise BadRequest("guidance is missing: this model has guidance_in; give one number for each sample")
+        _check_shape("guidance", guidance, (batch,))
+    else:
+        guidance = None
+    prompt_embeds, pooled, latents = _prepare(
+        skeleton,
+        prompt_embeds=prompt_embeds,
+        pooled_prompt_embeds=pooled,
+        latents=latents,
+        checked=((timestep, "timestep", 0.0, 1.0), (guidance, "guidance", -math.inf, math.inf)),
+    )
+    # Both stay float32 as in FluxPipeline; the model rounds them to its own dtype.
+    attention.use(skeleton.attention_backend)
+    prediction = skeleton.module(
+        hidden_states=_pack(latents),
+        timestep=timestep.to(skeleton.device, torch.float32),
+        guidance=None if guidance is None else guidance.to(skeleton.device, torch.float32),
+        pooled_projections=pooled,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=skeleton.device),
+        img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
+        return_dict=False,
+    )[0]
+    return _unpack(prediction, height, width)
+
+
+@torch.inference_mode()
+def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width), clamped to [-1, 1].
+
+    Raises:
+        BadRequest: not latents of this VAE, or values that are not finite.
+    """
+    vae, _ = _vae(skeleton)
+    if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
+        raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]")
+    (latents,) = _prepare(skeleton, latents=latents)
+    return cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0]).clamp(-1.0, 1.0)
+
+
+@torch.inference_mode()
+def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
+    """Encode an image (batch, 3, height, width) in [-1, 1] into latents as :func:`generate` takes and returns them.
+
+    The latents are the mode of the posterior, so that the same image always gives the same latents.
+
+    Raises:
+        BadRequest: sizes that are not multiples of 16, or values that are not finite.
+        Unsupported: the VAE was lent without its encoder.
+    """
+    vae, config = _vae(skeleton)
+    if not config.has_encoder:
+        raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
+    if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or image.shape[0] == 0:
+        raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
+    check_generate(height=image.shape[2], width=image.shape[3], steps=1)
+    (image,) = _prepare(skeleton, image=image)
+    return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
+
+
+def _transformer_config(skeleton: Skeleton) -> Flux1Config:
+    if not isinstance(skeleton.config, Flux1Config):
+        raise BadRequest(f"the job needs a transformer, but the component is a {skeleton.family.kind}")
+    return skeleton.config
+
+
+def _vae(skeleton: Skeleton) -> tuple[AutoencoderKL, FluxVaeConfig]:
+    if not isinstance(skeleton.config, FluxVaeConfig):
+        raise BadRequest(f"the job needs a VAE, but the component is a {skeleton.family.kind}")
+    return cast(AutoencoderKL, skeleton.module), skeleton.config
+
+
+def _pipeline(skeleton: Skeleton, scheduler: FlowMatchEulerDiscreteScheduler) -> FluxPipeline:
+    pipeline = FluxPipeline(
+        scheduler=scheduler,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=skeleton.module,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_conditioning(config: Flux1Config, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> int:
+    if prompt_embeds.ndim != 3 or 0 in prompt_embeds.shape or prompt_embeds.shape[2] != config.context_channels:
+        raise BadRequest(
+            f"prompt_embeds are {list(prompt_embeds.shape)}: use [batch, tokens, {config.context_channels}]"
+        )
+    batch = prompt_embeds.shape[0]
+    if batch > MAX_BATCH:
+        raise BadRequest(f"prompt_embeds are {list(prompt_embeds.shape)}: use a batch up to {MAX_BATCH}")
+    _check_shape("pooled_prompt_embeds", pooled, (batch, config.pooled_channels))
+    return batch
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise BadRequest(f"{name}: shape is {list(tensor.shape)}, use {list(shape)}")
+
+
+Bounded = tuple[torch.Tensor | None, str, float, float]
+
+
+def _prepare(skeleton: Skeleton, *, checked: Sequence[Bounded] = (), **tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Move tensors to the skeleton's device and dtype, and refuse values that are not finite or out of bounds.
+
+    The one wait for the GPU in a job: all verdicts are read together, before anything is launched.
+    """
+    names: list[str] = []
+    verdicts: list[torch.Tensor] = []
+    moved: list[torch.Tensor] = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise BadRequest(f"{name}: dtype is {tensor.dtype}, use a floating dtype")
+        tensor = tensor.to(skeleton.device, skeleton.dtype)
+        moved.append(tensor)
+        names.append(f"{name}: some values are not finite in {skeleton.dtype}")
+        verdicts.append(tensor.isfinite().all())
+    for bounded, name, low, high in checked:
+        if bounded is not None:
+            names.append(f"{name}: some values are not finite numbers from {low} to {high}")
+            verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all().to(skeleton.device))
+    for fault, is_fine in zip(names, torch.stack(verdicts).tolist(), strict=True):
+        if not is_fine:
+            raise BadRequest(fault)
+    return moved
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, FluxPipeline._pack_latents(latents.contiguous(), *latents.shape))
+
+
+def _unpack(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return cast(torch.Tensor, FluxPipeline._unpack_latents(packed, height, width, 1))
+
+
+@lru_cache(maxsize=16)
+def _image_ids(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Positions of image tokens, kept because sampling calls :func:`denoise` for the same size many times."""
+    return cast(
+        torch.Tensor, FluxPipeline._prepare_latent_image_ids(1, rows, columns, device=device, dtype=torch.float32)
+    )

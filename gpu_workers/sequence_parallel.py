@@ -1,0 +1,198 @@
+"""The FLUX.1 transformer for xDiT's Ulysses, exact for every number of tokens.
+
+xfuser 0.7's own wrapper is right only when text and image tokens both divide by the degree; otherwise it calls
+a helper by a name that does not exist (image), or lets every rank count the whole text in attention (2e-3 off, in
+silence). Here uneven counts are dealt out so that the *totals* of all ranks are equal, which is all that the
+all-to-all needs: the streams are worked per token, and attention runs over all tokens of all ranks. If even the
+total does not divide, the last rank's image stream is padded at its end. That is the very end of the gathered
+sequence, where xfuser trims keys and values between its two all-to-alls, so that no token attends to padding.
+
+Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
+its keys but for rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
+from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size, get_sp_group
+from xfuser.model_executor.layers.usp import USP
+from xfuser.model_executor.models.transformers.transformer_flux import (
+    xFuserFlux1Transformer2DWrapper,
+    xFuserFluxAttnProcessor,
+)
+
+from xditd.ipc.errors import Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's tokens: ranges of the whole text and image, and the padding behind its image tokens."""
+
+    text: slice
+    image: slice
+    padding: int
+
+    @property
+    def image_tokens(self) -> int:
+        return int(self.image.stop - self.image.start)
+
+
+def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
+    """Deal ``text`` and ``image`` tokens to ranks so that each gets equally many in total, padding included.
+
+    Raises:
+        Unsupported: some rank would be left without a text or an image token.
+    """
+    each = -(-(text + image) // ranks)
+    padding = each * ranks - text - image
+    shares: list[Share] = []
+    text_at = image_at = 0
+    for rank in range(ranks):
+        own_text = text // ranks + (rank < text % ranks)
+        pad = padding if rank == ranks - 1 else 0
+        own_image = each - own_text - pad
+        if own_text < 1 or own_image < 1:
+            raise Unsupported(
+                f"{text} text and {image} image tokens are too few to split over {ranks} workers: "
+                "use a larger image, a longer prompt or fewer workers"
+            )
+        shares.append(Share(slice(text_at, text_at + own_text), slice(image_at, image_at + own_image), pad))
+        text_at += own_text
+        image_at += own_image
+    return tuple(shares)
+
+
+class CheckpointOrderNorm(AdaLayerNormContinuous):
+    """diffusers' last norm, reading its projection as checkpoints store it: shift first, then scale.
+
+    So ``final_layer.adaLN_modulation.1`` stays where it was lent. diffusers' own order needs both halves swapped,
+    the only two tensors of the model that would have to be copied.
+    """
+
+    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        shift, scale = torch.chunk(emb, 2, dim=1)
+        return cast(torch.Tensor, self.norm(x) * (1 + scale)[:, None, :] + shift[:, None, :])
+
+
+class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
+    """xfuser's Ulysses attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
+
+    The operations are those of its base class without PipeFusion, which has no argument for that length.
+    """
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers' signature
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        valid_kv_len: int | None = None,
+    ) -> Any:
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        text = 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            text_query, text_key, text_value = (
+                part(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
+                for part in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        out = USP(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            combine_qkv_a2a=True,
+            attn_layer=attn,
+            attention_kwargs=None if valid_kv_len is None else {"valid_kv_len": valid_kv_len},
+        )
+        out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        # Contiguous as in diffusers, for the same bits with a batch; for a single sample it copies nothing.
+        image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
+        return image_out, attn.to_add_out(out[:, :text].contiguous())
+
+
+class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
+    """FLUX.1 whose forward takes and returns whole streams on every rank, and works on this rank's share."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block.attn.processor = TrimmingFluxAttnProcessor()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *args: Any,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        ranks = get_sequence_parallel_world_size()
+        text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        if text % ranks == 0 and image % ranks == 0:
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states,
+                *args,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                joint_attention_kwargs=joint_attention_kwargs,
+                **kwargs,
+            )
+        shares = deal_tokens(text, image, ranks)
+        own = shares[get_sequence_parallel_rank()]
+        attention_kwargs = dict(joint_attention_kwargs or {})
+        if shares[-1].padding:
+            attention_kwargs["valid_kv_len"] = text + image
+        output = FluxTransformer2DModel.forward(
+            self,
+            _pad_rows(hidden_states[:, own.image], own.padding, dim=1),
+            encoder_hidden_states[:, own.text],
+            *args,
+            img_ids=_pad_rows(img_ids[own.image], own.padding, dim=0),
+            txt_ids=txt_ids[own.text],
+            joint_attention_kwargs=attention_kwargs,
+            **kwargs,
+        )
+        sample = _gather(output[0], shares)
+        if isinstance(output, tuple):
+            return (sample, *output[1:])
+        return Transformer2DModelOutput(sample=sample)
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
+    if rows == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = rows
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _gather(sample: torch.Tensor, shares: tuple[Share, ...]) -> torch.Tensor:
+    """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
+    longest = max(share.image_tokens + share.padding for share in shares)
+    sample = _pad_rows(sample, longest - sample.shape[1], dim=1)
+    gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(shares), longest))
+    return torch.cat([gathered[:, rank, : share.image_tokens] for rank, share in enumerate(shares)], dim=1)

@@ -1,0 +1,144 @@
+"""Empty models, built once for each architecture and pointed at lent weights without a copy.
+
+A skeleton is a module on the meta device. Plugging points its parameters at tensors that somebody else owns;
+unplugging points them at nothing again, so that the memory can be unmapped. A second checkpoint of the
+same architecture, such as a fine-tune, reuses the module and whatever was compiled for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers import attention
+from xditd.gpu_workers.families import detect
+from xditd.gpu_workers.families.base import Family, Resolution, Slice, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc.errors import Internal
+
+Signature = tuple[tuple[str, TensorInfo], ...]
+Key = tuple[str, Hashable, torch.dtype]
+
+
+class Skeleton:
+    """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
+
+    def __init__(
+        self, family: Family[Any], config: Hashable, dtype: torch.dtype, layout: ParallelLayout, module: torch.nn.Module
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.dtype = dtype
+        self.device = layout.device
+        self.module = module
+        self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
+        self.owner: str | None = None
+        # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
+        self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
+        self._empty: dict[str, torch.nn.Parameter] = {}
+        for path, submodule in module.named_modules():
+            for name, parameter in submodule._parameters.items():
+                if parameter is not None:
+                    target = f"{path}.{name}" if path else name
+                    self._slots[target] = (submodule._parameters, name)
+                    self._empty[target] = parameter
+
+    def plug(self, bindings: Mapping[str, torch.Tensor], owner: str = "") -> None:
+        """Point every parameter at the tensor bound to it, and hold these until :meth:`unplug` or the next plug.
+
+        Assigns parameters where they live: `X.
+        """
+        if bindings.keys() != self._slots.keys():
+            differing = sorted(bindings.keys() ^ self._slots.keys())
+            raise Internal(f"bindings do not match the {self.family.name} skeleton: {', '.join(differing)}")
+        for target, (parameters, name) in self._slots.items():
+            parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
+        self.owner = owner
+
+    def unplug(self) -> None:
+        """Point every parameter at nothing; this skeleton then holds no reference to lent memory."""
+        for target, (parameters, name) in self._slots.items():
+            parameters[name] = self._empty[target]
+        self.owner = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the tensors of one checkpoint layout become the parameters of a skeleton."""
+
+    skeleton: Skeleton
+    family: Family[Any]
+    config: Hashable
+    dtype: torch.dtype
+    key_map: Mapping[str, Slice]
+    is_reused: bool
+    build_s: float
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a view of ``tensors`` for every parameter; nothing is copied. The views keep the memory mapped."""
+        bindings: dict[str, torch.Tensor] = {}
+        for target, part in self.key_map.items():
+            tensor = tensors[part.source]
+            if part.stop - part.start != tensor.shape[0]:
+                tensor = tensor[part.start : part.stop]
+            bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
+        return bindings
+
+
+class SkeletonCache:
+    """The skeletons of this process, by family, configuration and dtype; the layout is fixed for its life."""
+
+    def __init__(self, layout: ParallelLayout) -> None:
+        self.layout = layout
+        self.built = 0
+        self.reused = 0
+        self._skeletons: dict[Key, Skeleton] = {}
+        self._resolutions: dict[Signature, Resolution] = {}
+
+    def plan(self, tensors: Mapping[str, TensorInfo]) -> Plan:
+        """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
+
+        Raises:
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``families``.
+        """
+        signature = tuple(tensors.items())
+        resolution = self._resolutions.get(signature)
+        if resolution is None:
+            resolution = resolve(detect(tensors.keys()), tensors)
+            resolution.family.check_layout(resolution.config, self.layout)
+            self._resolutions[signature] = resolution
+        key = (resolution.family.name, resolution.config, resolution.dtype)
+        skeleton = self._skeletons.get(key)
+        started = time.perf_counter()
+        is_reused = skeleton is not None
+        if skeleton is None:
+            skeleton = self._build(resolution)
+            self._skeletons[key] = skeleton
+            self.built += 1
+        else:
+            self.reused += 1
+        return Plan(
+            skeleton=skeleton,
+            family=resolution.family,
+            config=resolution.config,
+            dtype=resolution.dtype,
+            key_map=resolution.key_map,
+            is_reused=is_reused,
+            build_s=time.perf_counter() - started,
+        )
+
+    def _build(self, resolution: Resolution) -> Skeleton:
+        family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        with torch.device("meta"):
+            module = family.build(config).eval().requires_grad_(False)
+        # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
+        torch.nn.Module.to(module, dtype)
+        stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+        if stranded:
+            raise Internal(f"{family.name}: buffers without values after building: {', '.join(stranded)}")
+        check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
+        return Skeleton(family, config, dtype, self.layout, module)

@@ -1,0 +1,140 @@
+"""Start torch.distributed and xDiT for one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from xditd.gpu_workers import attention, xfuser_cpu
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc.errors import Unsupported
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "lo"
+RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
+
+
+def start(
+    rank: int,
+    world_size: int,
+    store_path: str,
+    device: torch.device,
+    ulysses_degree: int | None = None,
+    attention_backend: str = attention.AUTO,
+) -> ParallelLayout:
+    """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
+
+    Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
+    open; all ranks name the same one. ``ulysses_degree`` is the world size unless given.
+
+    Raises:
+        Unsupported: a layout other than Ulysses over all ranks, or an attention backend that is not installed.
+    """
+    degree = world_size if ulysses_degree is None else ulysses_degree
+    if degree != world_size:
+        raise Unsupported(
+            f"Ulysses degree {degree} with {world_size} workers: only Ulysses over all workers is supported "
+            "(no ring, PipeFusion, tensor or classifier-free-guidance parallelism yet)"
+        )
+    if device.type == "cuda":
+        # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
+        torch.cuda.set_device(device)
+    _import_xfuser(device)
+    _join(rank, world_size, store_path, device)
+    backend = _start_xdit(rank, world_size, degree, device, attention_backend)
+    return ParallelLayout(rank, world_size, degree, device, backend)
+
+
+def stop() -> None:
+    """Leave the process group. The process cannot start another one; it is about to exit."""
+    from xfuser.core.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+def _import_xfuser(device: torch.device) -> None:
+    with xfuser_cpu.importable() if device.type == "cpu" else contextlib.nullcontext():
+        importlib.import_module("xfuser")
+    # xfuser writes its log at DEBUG to stdout, which belongs to data.
+    xfuser_logging = importlib.import_module("xfuser.logger")
+    xfuser_logging._default_handler.setStream(sys.stderr)
+    xfuser_logging._default_handler.setLevel(logging.ERROR)
+
+
+def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> None:
+    # Nothing listens beyond loopback. The parent sets these too; a rank started by hand must not be more open.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(store_path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=RENDEZVOUS_TIMEOUT,
+        # No device_id, although torch recommends it: with it NCCL makes communicators by splitting, eagerly, and
+        # xfuser reports (core/distributed/parallel_state.py) that its new_group calls then fail. set_device above
+        # already binds every communicator of this rank to the one GPU that it uses.
+    )
+
+
+def _start_xdit(rank: int, world_size: int, degree: int, device: torch.device, attention_backend: str) -> str:
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import runtime_state
+    from xfuser.core.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+
+    collectives = "nccl" if device.type == "cuda" else "gloo"
+    local_rank = (device.index or 0) if device.type == "cuda" else rank
+    init_distributed_environment(world_size=world_size, rank=rank, local_rank=local_rank, backend=collectives)
+    initialize_model_parallel(
+        sequence_parallel_degree=degree, ulysses_degree=degree, ring_degree=1, backend=collectives
+    )
+    is_auto = attention_backend.lower() == attention.AUTO
+    requested = None if is_auto else attention.named(attention_backend, device).name
+    config, _ = xFuserArgs(ulysses_degree=degree, ring_degree=1, attention_backend=requested).create_config()
+    try:
+        runtime_state.initialize_runtime_state(_nominal_pipeline(degree), config)
+    except RuntimeError as error:  # how xfuser refuses a backend together with a layout
+        raise Unsupported(f"attention backend {attention_backend!r}: {error}") from error
+    state = runtime_state.get_runtime_state()
+    # The attention of single blocks reads this, and uses it with PipeFusion alone. set_input_parameters would set
+    # it too, but refuses every size whose rows of tokens do not divide by the degree.
+    state.max_condition_sequence_length = 0
+    chosen = str(state.attention_backend.name)
+    if is_auto:
+        attention.named(chosen, device)
+    logger.info("xdit started rank=%d world_size=%d ulysses=%d attention=%s", rank, world_size, degree, chosen)
+    return chosen
+
+
+def _nominal_pipeline(heads: int) -> FluxPipeline:
+    """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
+
+    The state is one per process and is made once, before any model is lent. What it takes from a pipeline
+    (patch sizes, widths) serves PipeFusion alone; what the Ulysses path uses are the degrees and the backend.
+    """
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=0, num_single_layers=0, num_attention_heads=heads)
+    return FluxPipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
