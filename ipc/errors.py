@@ -134,6 +134,12 @@ class ProcessGone(PeerError):
     code = "process_gone"
 
 
+class OtherRankFailed(PeerError):
+    """This rank is sound, but another one refused: its error is the one to report."""
+
+    code = "other_rank_failed"
+
+
 class OutOfMemory(PeerError):
     """A worker's GPU or host had no room for the job."""
 

@@ -87,7 +87,8 @@ class Counters(Described, frozen=True, kw_only=True):
     skeletons_built: Count = 0
     skeletons_reused: Count = 0
     plugs: Count = 0
-    bytes_downloaded: Count = 0
+    outside_connections: Count = 0
+    """Connections to other hosts that any worker attempted; without one, nothing can have been downloaded."""
 
 
 class DaemonStatus(Described, frozen=True, kw_only=True):

@@ -150,7 +150,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     skeletons_built: Count = 0
     skeletons_reused: Count = 0
     plugs: Count = 0
-    bytes_downloaded: Count = 0
+    outside_connections: Count = 0
+    """Connections to other hosts that were attempted; without one, nothing can have been downloaded."""
     memory_bytes: Bytes = 0
 
 

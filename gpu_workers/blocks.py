@@ -1,0 +1,120 @@
+"""Lent blocks, opened: the bytes of other processes as 1-D uint8 tensors, each opened once."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from xditd.ipc.errors import ForeignGpu, Internal
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.tensors import Block, CudaIpcBlock, FileBlock
+from xditd.ipc.transports.cuda_ipc import CudaMapping
+from xditd.ipc.transports.file import FileMapping, map_file
+from xditd.ipc.transports.fingerprints import check_fingerprint
+from xditd.ipc.transports.host_shm import HostMapping, map_shm
+
+Key = tuple[ProcessIdentity, Hashable]
+
+
+@dataclass
+class OpenBlock:
+    """One mapped block. ``bytes`` lives on the block's own device: the GPU of the handle, or the host."""
+
+    key: Key
+    mapping: CudaMapping | FileMapping | HostMapping
+    bytes: torch.Tensor
+    users: int = 0
+
+    def check_unchanged(self) -> None:
+        """Raise ``StaleSource`` if this is a file that changed since it was lent."""
+        if isinstance(self.mapping, FileMapping):
+            self.mapping.check_unchanged()
+
+
+class OpenBlocks:
+    """All blocks that this rank has mapped, counted: two components may lie in one, and a CUDA handle opens only once."""
+
+    def __init__(self, device: torch.device, device_uuid: str) -> None:
+        self._device = device
+        self._device_uuid = device_uuid
+        self._open: dict[Key, OpenBlock] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def is_local(self, block: Block) -> bool:
+        """Whether this rank can map the block: host memory always, device memory on its own GPU."""
+        return not isinstance(block, CudaIpcBlock) or block.device_uuid == self._device_uuid
+
+    def acquire(self, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+        """Map a block, or count one more user of it, after checking that it holds what was lent.
+
+        Pair every call with :meth:`release`; views of ``bytes`` must be gone by then.
+
+        Raises:
+            ForeignGpu: device memory of a GPU that is not this rank's.
+            ProcessGone, StaleSource, NotPermitted: see the transports.
+        """
+        if not self.is_local(block):
+            raise ForeignGpu(f"device memory on GPU {block.device_uuid}: this rank's GPU is {self._device_uuid}")  # type: ignore[union-attr]
+        key = (exporter, _identity(block))
+        found = self._open.get(key)
+        if found is None:
+            found = self._map(key, block, exporter)
+        try:
+            check_fingerprint(found.bytes, block.fingerprint, _name(block, exporter))
+        except BaseException as error:
+            if not found.users:
+                traceback.clear_frames(error.__traceback__)  # they hold views, and a block with views cannot be unmapped
+                self._close(found)
+            raise
+        self._open[key] = found
+        found.users += 1
+        return found
+
+    def release(self, opened: OpenBlock) -> None:
+        """Count one user less; the last one unmaps the block.
+
+        Raises:
+            Internal: a view of the block is still alive, or it was not open.
+        """
+        if self._open.get(opened.key) is not opened:
+            raise Internal("a block was released more often than it was acquired")
+        opened.users -= 1
+        if not opened.users:
+            del self._open[opened.key]
+            self._close(opened)
+
+    def _map(self, key: Key, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+        if isinstance(block, CudaIpcBlock):
+            mapping = CudaMapping(block, self._device.index)
+            try:
+                mapping.check_size()
+            except BaseException:
+                mapping.close()
+                raise
+            return OpenBlock(key, mapping, mapping.bytes_tensor())
+        host = map_file(block, exporter) if isinstance(block, FileBlock) else map_shm(block, exporter)
+        return OpenBlock(key, host, host.bytes_tensor())
+
+    @staticmethod
+    def _close(opened: OpenBlock) -> None:
+        del opened.bytes
+        opened.mapping.close()
+
+
+def _identity(block: Block) -> Hashable:
+    if isinstance(block, CudaIpcBlock):
+        return block.handle
+    if isinstance(block, FileBlock):
+        return (block.device, block.inode, block.mtime_ns, block.size_bytes)
+    return block.inode
+
+
+def _name(block: Block, exporter: ProcessIdentity) -> str:
+    if isinstance(block, CudaIpcBlock):
+        return f"device memory of process {exporter.pid} on GPU {block.device_uuid}"
+    return block.path if isinstance(block, FileBlock) else f"shared memory of process {exporter.pid}"

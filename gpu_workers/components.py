@@ -1,0 +1,260 @@
+"""Lent components on one rank: mapped, verified, bound to a skeleton, and let go of again.
+
+| block | on its own GPU | on another rank's GPU | on the CPU |
+|---|---|---|---|
+| ``cuda_ipc`` | mapped | one peer copy | refused |
+| ``host_shm``, ``file`` | one upload | one upload | mapped; slices that start off 64 bytes copied |
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+
+from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
+from xditd.gpu_workers.families.base import TensorInfo
+from xditd.gpu_workers.fellows import broadcast_block, owner_of, together
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
+from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, place, view_tensor
+from xditd.ipc.transports.layout import torch_dtype as dtype_of
+
+
+@dataclass
+class Component:
+    """One lent component. ``bindings`` are views of ``opened`` blocks or of ``copies``, which this rank owns."""
+
+    component_id: str
+    plan: Plan
+    bindings: dict[str, torch.Tensor]
+    opened: list[OpenBlock]
+    copies: list[torch.Tensor]
+    copied: CopiedBytes
+    timings_ms: dict[str, float]
+
+    @property
+    def is_plugged(self) -> bool:
+        return self.plan.skeleton.owner == self.component_id
+
+
+class Components:
+    """The components of this rank. Every rank makes the same calls in the same order."""
+
+    def __init__(self, layout: ParallelLayout, device_uuid: str, fellow_uuids: tuple[str, ...]) -> None:
+        self.skeletons = SkeletonCache(layout)
+        self.blocks = OpenBlocks(layout.device, device_uuid)
+        self.plugs = 0
+        self._device = layout.device
+        self._rank = layout.rank
+        self._fellow_uuids = fellow_uuids
+        self._prepared: dict[str, Component] = {}
+        self._live: dict[str, Component] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def prepare(self, component_id: str, manifest: Manifest, exporter: ProcessIdentity) -> Component:
+        """Do everything about a lend that may fail: check, map, verify, copy where it must be, bind.
+
+        Nothing that runs is touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
+
+        Raises:
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
+            ForeignGpu, ProcessGone, StaleSource, NotPermitted, OutOfMemory: the bytes cannot be had.
+            OtherRankFailed: this rank could, another could not.
+        """
+        opened: list[OpenBlock | None] = []
+        try:
+            component = self._assemble(component_id, manifest, exporter, opened)
+        except BaseException as error:
+            # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
+            traceback.clear_frames(error.__traceback__)
+            for block in opened:
+                if block is not None:
+                    self.blocks.release(block)
+            raise
+        self._prepared[component_id] = component
+        return component
+
+    def plug(self, component_id: str) -> Component:
+        """Put a prepared component to work; it replaces an older generation under the same id."""
+        component = self._prepared.pop(component_id, None)
+        if component is None:
+            raise Internal(f"component {component_id} was not prepared")
+        older = self._live.pop(component_id, None)
+        self._live[component_id] = component
+        self._plug(component)
+        if older is not None:
+            self._let_go(older)
+        return component
+
+    def get(self, component_id: str, kind: str) -> Component:
+        """Find a component and make sure that its weights are the ones plugged in.
+
+        Raises:
+            UnknownComponent: nothing is lent under this id.
+            BadRequest: it is of another kind.
+        """
+        component = self._live.get(component_id)
+        if component is None:
+            raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
+        if component.plan.family.kind != kind:
+            raise BadRequest(f"component {component_id} is a {component.plan.family.kind}; this job needs a {kind}")
+        if not component.is_plugged:
+            self._plug(component)
+        return component
+
+    def unmap(self, component_id: str) -> None:
+        """Forget a component, prepared or plugged; unknown is no error, so that an undo can be sent to every rank."""
+        for where in (self._prepared, self._live):
+            component = where.pop(component_id, None)
+            if component is not None:
+                if component.is_plugged:
+                    component.plan.skeleton.unplug()
+                self._let_go(component)
+
+    def close(self) -> None:
+        """Forget every component."""
+        for component_id in [*self._prepared, *self._live]:
+            self.unmap(component_id)
+
+    def _plug(self, component: Component) -> None:
+        component.plan.skeleton.plug(component.bindings, component.component_id)
+        self.plugs += 1
+
+    def _let_go(self, component: Component) -> None:
+        component.bindings.clear()
+        component.copies.clear()
+        for block in component.opened:
+            self.blocks.release(block)
+        component.opened.clear()
+
+    def _assemble(
+        self, component_id: str, manifest: Manifest, exporter: ProcessIdentity, opened: list[OpenBlock | None]
+    ) -> Component:
+        clock = _Clock()
+        with together():
+            if faults := manifest.faults():
+                raise BadRequest("; ".join(faults))
+            plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
+            self._check_kind(manifest, plan)
+            clock.mark("plan")
+            for block in manifest.blocks:
+                opened.append(self._open(block, exporter))
+            clock.mark("map")
+        tensors, copies, copied = self._gather(manifest, opened, clock)
+        mapped = [block for block in opened if block is not None]
+        component = Component(component_id, plan, plan.bind(tensors), mapped, copies, copied, clock.marks_ms)
+        clock.mark("bind")
+        return component
+
+    @staticmethod
+    def _check_kind(manifest: Manifest, plan: Plan) -> None:
+        if plan.family.kind != manifest.kind.value:
+            raise BadRequest(
+                f"{manifest.label}: lent as {manifest.kind.value}, but its tensors are those of {plan.family.name}, "
+                f"a {plan.family.kind}"
+            )
+
+    def _open(self, block: Block, exporter: ProcessIdentity) -> OpenBlock | None:
+        """Map a block, or leave it to be received from the rank on whose GPU it lies."""
+        if isinstance(block, CudaIpcBlock) and owner_of(block, self._fellow_uuids) is None:
+            known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
+            raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
+        return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
+
+    def _gather(
+        self, manifest: Manifest, opened: list[OpenBlock | None], clock: _Clock
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
+        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy."""
+        is_cuda = self._device.type == "cuda"
+        tensors: dict[str, torch.Tensor] = {}
+        copies: list[torch.Tensor] = []
+        received: dict[int, torch.Tensor] = {}
+        uploads: list[TensorSpec] = []
+        copied = CopiedBytes()
+        with together():
+            for number, block in enumerate(manifest.blocks):
+                if opened[number] is None:
+                    received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
+            for spec in manifest.tensors:
+                source = opened[spec.block]
+                if is_cuda and source is not None and not source.bytes.is_cuda:
+                    uploads.append(spec)
+                elif source is not None and (is_cuda or _is_aligned(spec)):
+                    tensors[spec.name] = view_tensor(source.bytes, spec)
+                elif source is not None:
+                    tensors[spec.name] = _copy_out(source.bytes, spec)
+                    copied = copied + CopiedBytes(host_to_host=spec.extent_bytes)
+            if uploads:
+                buffer = self._upload(uploads, opened, tensors)
+                copies.append(buffer)
+                copied = copied + CopiedBytes(host_to_device=sum(spec.extent_bytes for spec in uploads))
+            for source in opened:
+                if source is not None:
+                    source.check_unchanged()
+        if uploads:
+            clock.mark("upload")
+        for number, block in enumerate(manifest.blocks):
+            owner = owner_of(block, self._fellow_uuids) if isinstance(block, CudaIpcBlock) else None
+            if owner is None or len(self._fellow_uuids) == 1:
+                continue
+            mine = opened[number]
+            broadcast_block(received[number] if mine is None else mine.bytes, owner)
+            if mine is None:
+                copied = copied + CopiedBytes(peer=block.size_bytes)
+        if is_cuda and len(self._fellow_uuids) > 1:
+            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            clock.mark("peer_copy")
+        for spec in manifest.tensors:
+            if spec.block in received:
+                tensors[spec.name] = view_tensor(received[spec.block], spec)
+        copies.extend(received.values())
+        return tensors, copies, copied
+
+    def _upload(
+        self, specs: list[TensorSpec], opened: list[OpenBlock | None], tensors: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        offsets, total = place([spec.extent_bytes for spec in specs])
+        buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+        for spec, offset in zip(specs, offsets, strict=True):
+            source = opened[spec.block]
+            if source is None:
+                raise Internal(f"tensor {spec.name}: its block is not mapped on this rank")
+            buffer.narrow(0, offset, spec.extent_bytes).copy_(
+                source.bytes.narrow(0, spec.offset_bytes, spec.extent_bytes), non_blocking=True
+            )
+            moved = TensorSpec(spec.name, spec.dtype, spec.shape, 0, offset, spec.stride)
+            tensors[spec.name] = view_tensor(buffer, moved)
+        torch.cuda.synchronize(self._device)  # the file is checked for changes next, so reading it must be over
+        return buffer
+
+
+def _is_aligned(spec: TensorSpec) -> bool:
+    return spec.offset_bytes % VIEW_ALIGNMENT_BYTES == 0
+
+
+def _copy_out(block: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Copy one tensor of a host block into memory of this rank, aligned as torch aligns."""
+    extent = block.narrow(0, spec.offset_bytes, spec.extent_bytes).clone()
+    flat = extent.view(dtype_of(spec.dtype))
+    return flat.view(spec.shape) if spec.stride is None else flat.as_strided(spec.shape, spec.stride)
+
+
+class _Clock:
+    """Milliseconds by phase; each mark ends the phase that the last one began."""
+
+    def __init__(self) -> None:
+        self.marks_ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.marks_ms[phase] = self.marks_ms.get(phase, 0.0) + (now - self._last) * 1e3
+        self._last = now

@@ -1,0 +1,56 @@
+"""The other ranks: which GPU each one has, and how they agree before anyone enters a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from xditd.gpu_workers.agreement import agree
+from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
+from xditd.ipc.tensors import CudaIpcBlock
+
+_UUID_BYTES = 64
+
+
+def gather_uuids(device_uuid: str, world_size: int) -> tuple[str, ...]:
+    """Tell every rank the GPU of every other; empty names on the CPU."""
+    mine = torch.zeros(_UUID_BYTES, dtype=torch.uint8)
+    encoded = device_uuid.encode()
+    mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    everyone = [torch.zeros_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    return tuple(bytes(row.tolist()).rstrip(b"\0").decode() for row in everyone)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block that may fail, on every rank, and leave it together.
+
+    An error of this rank is raised here once the others know; where another rank failed, this one
+    raises ``OtherRankFailed``. So no rank goes on to a collective that another one will not enter.
+    """
+    fault: XditdError | None = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fault = OutOfMemory(f"the GPU has no room: {error}".split("\n")[0])
+    except XditdError as error:
+        fault = error
+    if agree(fault is None):
+        return
+    if fault is not None:
+        raise fault
+    raise OtherRankFailed("another rank refused; its error says why")
+
+
+def broadcast_block(buffer: torch.Tensor, owner: int) -> None:
+    """Send a mapped block's bytes from the rank that maps it to all others, over NVLink or PCIe, in one piece."""
+    dist.broadcast(buffer, src=owner)
+
+
+def owner_of(block: CudaIpcBlock, uuids: tuple[str, ...]) -> int | None:
+    """The rank whose GPU holds the block, if any."""
+    return uuids.index(block.device_uuid) if block.device_uuid in uuids else None

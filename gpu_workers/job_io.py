@@ -1,0 +1,103 @@
+"""The inputs and outputs of jobs: tensors in a shared block of the client's."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.tensors import HostShmBlock, IoTensor, TensorSpec
+from xditd.ipc.transports.fingerprints import digest_bytes, sample_bytes
+from xditd.ipc.transports.host_shm import HostMapping, map_shm
+from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, view_tensor
+
+_KEPT = 16
+"""I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
+
+
+class JobIo:
+    """The clients' I/O blocks that this rank has mapped for reading and writing."""
+
+    def __init__(self) -> None:
+        self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], HostMapping] = OrderedDict()
+
+    def open(self, block: HostShmBlock, exporter: ProcessIdentity) -> OpenIo:
+        """Map a client's I/O block, or find it mapped.
+
+        Raises:
+            ProcessGone, StaleSource, NotPermitted: see :func:`map_shm`.
+        """
+        key = (exporter, block.inode, block.size_bytes)
+        mapping = self._mapped.get(key)
+        if mapping is None:
+            mapping = map_shm(block, exporter, is_writable=True)
+            self._mapped[key] = mapping
+            while len(self._mapped) > _KEPT:
+                self._mapped.popitem(last=False)[1].close()
+        self._mapped.move_to_end(key)
+        return OpenIo(mapping)
+
+    def forget(self, exporter: ProcessIdentity) -> None:
+        """Unmap every block of a client that is gone."""
+        for key in [key for key in self._mapped if key[0] == exporter]:
+            self._mapped.pop(key).close()
+
+    def close(self) -> None:
+        while self._mapped:
+            self._mapped.popitem()[1].close()
+
+
+class OpenIo:
+    """One job's block. Holds no views between calls, so that it can be unmapped."""
+
+    def __init__(self, mapping: HostMapping) -> None:
+        self._mapping = mapping
+
+    def read(self, name: str, described: IoTensor) -> torch.Tensor:
+        """Copy an input out, so that nothing the client writes later changes the job.
+
+        Raises:
+            BadRequest: it does not lie inside the block.
+        """
+        return self._view(name, described).clone()
+
+    def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
+        """Copy a result into its place, converted to the dtype that the client asked for.
+
+        Raises:
+            BadRequest: the place has another shape, or does not lie inside the block.
+        """
+        if tuple(value.shape) != described.shape:
+            raise BadRequest(f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}")
+        self._view(name, described).copy_(value)
+
+    def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
+        """Check an output's place before the work is done.
+
+        Raises:
+            BadRequest: wrong shape, or outside the block.
+        """
+        if described.shape != shape:
+            raise BadRequest(f"{name}: the place for it is {list(described.shape)}, but the result will be {list(shape)}")
+        self._view(name, described)
+
+    def digest(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Hash a stretch of the block.
+
+        Raises:
+            BadRequest: it does not lie inside the block.
+        """
+        if offset_bytes + length_bytes > self._mapping.size_bytes:
+            raise BadRequest(f"canary ends at byte {offset_bytes + length_bytes} of {self._mapping.size_bytes}")
+        return digest_bytes(sample_bytes(self._mapping.bytes_tensor(), offset_bytes, length_bytes))
+
+    def _view(self, name: str, described: IoTensor) -> torch.Tensor:
+        end = described.offset_bytes + described.size_bytes
+        if end > self._mapping.size_bytes:
+            raise BadRequest(f"{name}: ends at byte {end} of an I/O block of {self._mapping.size_bytes}")
+        if described.offset_bytes % VIEW_ALIGNMENT_BYTES:
+            raise BadRequest(f"{name}: starts at byte {described.offset_bytes}, not a multiple of {VIEW_ALIGNMENT_BYTES}")
+        spec = TensorSpec(name, described.dtype, described.shape, 0, described.offset_bytes)
+        return view_tensor(self._mapping.bytes_tensor(), spec)

@@ -1,0 +1,204 @@
+"""Running one job on one rank: inputs in, the pipeline, outputs out, with cancel and progress between steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from xditd.gpu_workers import pipelines
+from xditd.gpu_workers.agreement import broadcast_stop
+from xditd.gpu_workers.components import Component, Components
+from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.job_io import OpenIo
+from xditd.ipc.errors import BadRequest, Cancelled
+from xditd.ipc.requests import Decode, Denoise, Encode, Generate, Job
+
+PIXELS_PER_LATENT = 8
+
+
+class Progress:
+    """What a job does between steps: agree whether to go on, keep the host close to the GPU, tell rank 0's listener.
+
+    ``is_cancelled`` and ``tell`` are used on rank 0 alone.
+    """
+
+    def __init__(
+        self, is_leader: bool, device: torch.device, is_cancelled: Callable[[], bool], tell: Callable[[int, int, float], None]
+    ) -> None:
+        self._is_leader = is_leader
+        self._is_cancelled = is_cancelled
+        self._tell = tell
+        self._events = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
+        self._started = time.perf_counter()
+        self.first_step_ms = 0.0
+
+    def step(self, done: int, total: int) -> None:
+        """Call after each step was issued.
+
+        Raises:
+            Cancelled: on every rank at the same step.
+        """
+        if self._events:
+            # Wait for the step before this one: the host then runs at most one step ahead, so that progress and
+            # cancel are true to the GPU, and the GPU never waits for the host.
+            self._events[done % 2].record()
+            if done > 1:
+                self._events[(done - 1) % 2].synchronize()
+        elapsed_s = time.perf_counter() - self._started
+        if done == 1:
+            self.first_step_ms = elapsed_s * 1e3
+        if self._is_leader:
+            self._tell(done, total, elapsed_s)
+        if broadcast_stop(self._is_leader and self._is_cancelled()):
+            raise Cancelled(f"cancelled after step {done} of {total}")
+
+
+class JobRunner:
+    """Runs jobs on this rank's components. Rank 0 alone writes outputs and runs the VAE."""
+
+    def __init__(self, components: Components, rank: int, device: torch.device) -> None:
+        self._components = components
+        self._is_leader = rank == 0
+        self._device = device
+
+    def run(self, job: Job, open_io: Callable[[], OpenIo], progress: Progress) -> dict[str, float]:
+        """Run a job and return its timings in milliseconds by phase.
+
+        Raises:
+            RequestError: on every rank alike, before any step.
+            OtherRankFailed, OutOfMemory, PeerError: inputs could not be had; on every rank.
+            Cancelled: on every rank at the same step.
+        """
+        started = time.perf_counter()
+        if isinstance(job, Generate):
+            timings = self._generate(job, open_io, progress)
+        elif isinstance(job, Denoise):
+            timings = self._denoise(job, open_io)
+        elif isinstance(job, Decode):
+            timings = self._decode(job, open_io)
+        else:
+            timings = self._encode(job, open_io)
+        timings["total"] = (time.perf_counter() - started) * 1e3
+        return timings
+
+    def _generate(self, job: Generate, open_io: Callable[[], OpenIo], progress: Progress) -> dict[str, float]:
+        clock = _Laps(self._device)
+        with together():
+            transformer = self._components.get(job.transformer_id, "transformer")
+            vae = self._vae_for(job)
+            clock.lap("plug")
+            batch = job.prompt_embeds.shape[0] if job.prompt_embeds.shape else 0
+            io = open_io()
+            io.check("out_latents", job.out_latents, _latent_shape(batch, job.height, job.width))
+            if job.out_image is not None:
+                io.check("out_image", job.out_image, (batch, 3, job.height, job.width))
+            prompt_embeds = io.read("prompt_embeds", job.prompt_embeds)
+            pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds)
+            if job.noise is not None:
+                noise = io.read("noise", job.noise)
+            else:
+                noise = pipelines.seeded_noise(
+                    job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=transformer.plan.dtype
+                )
+        clock.lap("inputs")
+        latents = pipelines.generate(
+            transformer.plan.skeleton,
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            noise=noise,
+            height=job.height,
+            width=job.width,
+            steps=job.steps,
+            sigmas=job.sigmas,
+            guidance_scale=job.guidance_scale,
+            on_step=progress.step,
+        )
+        clock.lap("steps")
+        with together():
+            if self._is_leader and vae is not None and job.out_image is not None:
+                io.write("out_image", job.out_image, pipelines.decode(vae.plan.skeleton, latents))
+                clock.lap("decode")
+            if self._is_leader:
+                io.write("out_latents", job.out_latents, latents)
+                clock.lap("outputs")
+        return {**clock.laps_ms, "first_step": progress.first_step_ms}
+
+    def _vae_for(self, job: Generate) -> Component | None:
+        if (job.vae_id is None) != (job.out_image is None):
+            raise BadRequest("generate: vae_id and out_image come together: without a VAE there is no image")
+        return None if job.vae_id is None else self._components.get(job.vae_id, "vae")
+
+    def _denoise(self, job: Denoise, open_io: Callable[[], OpenIo]) -> dict[str, float]:
+        clock = _Laps(self._device)
+        with together():
+            transformer = self._components.get(job.transformer_id, "transformer")
+            clock.lap("plug")
+            io = open_io()
+            io.check("out", job.out, job.latents.shape)
+            latents = io.read("latents", job.latents)
+            prompt_embeds = io.read("prompt_embeds", job.prompt_embeds)
+            pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds)
+            count = len(job.timestep)
+            guidance = None if job.guidance is None else torch.full((count,), job.guidance)
+        clock.lap("inputs")
+        prediction = pipelines.denoise(
+            transformer.plan.skeleton,
+            latents=latents,
+            timestep=torch.tensor(job.timestep, dtype=torch.float32),
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            guidance=guidance,
+        )
+        clock.lap("forward")
+        if self._is_leader:
+            io.write("out", job.out, prediction)
+            clock.lap("outputs")
+        return clock.laps_ms
+
+    def _decode(self, job: Decode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
+        clock = _Laps(self._device)
+        with together():
+            vae = self._components.get(job.vae_id, "vae")
+            clock.lap("plug")
+            io = open_io()
+            latents = io.read("latents", job.latents)
+            if self._is_leader:
+                clock.lap("inputs")
+                io.write("out", job.out, pipelines.decode(vae.plan.skeleton, latents))
+                clock.lap("decode")
+        return clock.laps_ms
+
+    def _encode(self, job: Encode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
+        clock = _Laps(self._device)
+        with together():
+            vae = self._components.get(job.vae_id, "vae")
+            clock.lap("plug")
+            io = open_io()
+            image = io.read("image", job.image)
+            if self._is_leader:
+                clock.lap("inputs")
+                io.write("out", job.out, pipelines.encode(vae.plan.skeleton, image))
+                clock.lap("encode")
+        return clock.laps_ms
+
+
+def _latent_shape(batch: int, height: int, width: int) -> tuple[int, ...]:
+    return (batch, pipelines.LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+
+
+class _Laps:
+    """Milliseconds by phase. Each lap waits for the GPU, so that a phase is charged with its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.laps_ms: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.laps_ms[phase] = (now - self._last) * 1e3
+        self._last = now

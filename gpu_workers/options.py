@@ -1,0 +1,54 @@
+"""What the daemon tells a worker group on its command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xditd.ipc.addresses import RuntimeDir
+
+
+@dataclass(frozen=True)
+class Options:
+    """``workers`` and ``ulysses`` are 0 where the group decides: one worker a GPU, one sequence over all workers."""
+
+    runtime_dir: RuntimeDir
+    group_token: str
+    workers: int
+    device: str
+    ulysses: int
+    attention_backend: str
+    log_level: str
+
+    @property
+    def store(self) -> Path:
+        """The file through which the ranks find each other; the runtime folder is private to this user."""
+        return self.runtime_dir.path / f"group-{self.group_token}.store"
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Parse the command line; misuse exits with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xditd.gpu_workers", description="Lead a group of xDiT workers, one process for each GPU."
+    )
+    parser.add_argument("--runtime-dir", type=Path, required=True, help="the daemon's private folder")
+    parser.add_argument("--group-token", required=True, help="proves that reports belong to this group")
+    parser.add_argument("--workers", default="auto", help="how many ranks; auto: one for each GPU, or two on the CPU")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--ulysses", type=int, default=0, help="sequence-parallel degree; 0: all workers")
+    parser.add_argument("--attention-backend", default="auto", help="an xDiT attention backend by name")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    given = parser.parse_args(arguments)
+    if given.workers != "auto" and (not given.workers.isdecimal() or int(given.workers) < 1):
+        parser.error(f"--workers {given.workers}: use auto or a number from 1")
+    return Options(
+        runtime_dir=RuntimeDir(given.runtime_dir),
+        group_token=given.group_token,
+        workers=0 if given.workers == "auto" else int(given.workers),
+        device=given.device,
+        ulysses=given.ulysses,
+        attention_backend=given.attention_backend,
+        log_level=given.log_level,
+    )

@@ -1,0 +1,231 @@
+"""One rank: starts xDiT, then does what the daemon says, one command after the other, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import torch
+
+from xditd.gpu_workers.channel import DaemonChannel
+from xditd.gpu_workers.options import Options
+from xditd.gpu_workers.parents import die_with_parent
+from xditd.ipc.errors import Cancelled, Internal, OtherRankFailed, OutOfMemory, RequestError, XditdError
+from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.transports.cuda_ipc import device_uuid
+from xditd.ipc.worker_messages import (
+    AnyCommand,
+    CancelRun,
+    CanaryRead,
+    Done,
+    ForgetClient,
+    Plug,
+    Plugged,
+    Prepare,
+    Prepared,
+    RankFailed,
+    RankReady,
+    RankTally,
+    ReadCanary,
+    Run,
+    Shutdown,
+    StepReached,
+    Unmap,
+)
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.layouts import ParallelLayout
+
+logger = logging.getLogger(__name__)
+
+CONFIGURATION_ERROR = 2
+
+
+def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
+    """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
+    die_with_parent(leader_pid)
+    logging.basicConfig(
+        level=options.log_level.upper(), format=f"%(levelname)s rank{rank} %(name)s: %(message)s", force=True
+    )
+    outside = OutsideConnections.install()
+    _quiet_libraries()
+    where = torch.device(device)
+    if where.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    from xditd.gpu_workers import xfuser_start
+
+    try:
+        layout = xfuser_start.start(
+            rank, world_size, str(options.store), where, options.ulysses or None, options.attention_backend
+        )
+    except RequestError as error:
+        complain.send_bytes(error.detail.encode()[:65_536])
+        sys.exit(CONFIGURATION_ERROR)
+    Rank(options, layout, outside).serve()
+
+
+def _quiet_libraries() -> None:
+    """Keep warnings about things that are never used here out of the operator's log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that xfuser calls
+
+
+class Rank:
+    """A started rank and everything it holds."""
+
+    def __init__(self, options: Options, layout: ParallelLayout, outside: OutsideConnections) -> None:
+        # Imported here: both import xfuser's dependants, which the start has to come before.
+        from xditd.gpu_workers.components import Components
+        from xditd.gpu_workers.fellows import gather_uuids
+        from xditd.gpu_workers.job_io import JobIo
+        from xditd.gpu_workers.jobs import JobRunner
+
+        is_cuda = layout.device.type == "cuda"
+        self._uuid = device_uuid(layout.device.index) if is_cuda else ""
+        self._layout = layout
+        self._token = options.group_token
+        self._outside = outside
+        self._components = Components(layout, self._uuid, gather_uuids(self._uuid, layout.world_size))
+        self._io = JobIo()
+        self._jobs = JobRunner(self._components, layout.rank, layout.device)
+        self._channel = DaemonChannel(options.runtime_dir)
+
+    def serve(self) -> None:
+        """Say that the rank is ready, then answer commands until ``Shutdown``.
+
+        A fault that may leave this rank out of step with the others is reported as fatal and ends the process; the
+        leader then ends the group, and the daemon builds a new one.
+        """
+        self._announce()
+        while True:
+            command = self._channel.receive()
+            if isinstance(command, Shutdown):
+                break
+            if isinstance(command, CancelRun):
+                continue  # its job has ended already
+            try:
+                self._answer(command)
+            except XditdError as error:
+                # Requests are refused on all ranks alike before the first collective, cancels are agreed, and what
+                # differs between ranks passes fellows.together. Only a defect of ours can leave the ranks apart.
+                self._fail(command, error, is_fatal=isinstance(error, Internal))
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                self._fail(command, _out_of_memory(error), is_fatal=self._layout.world_size > 1)
+            except Exception as error:
+                logger.exception("command failed op=%s op_number=%d", type(command).__name__, command.op_number)
+                self._fail(command, Internal(f"rank {self._layout.rank}: {type(error).__name__}: {error}"), is_fatal=True)
+        self._components.close()
+        self._io.close()
+        self._channel.close()
+
+    def _answer(self, command: AnyCommand) -> None:
+        common = {"group_token": self._token, "rank": self._layout.rank, "op_number": command.op_number}
+        if isinstance(command, Prepare):
+            component = self._components.prepare(command.component_id, command.manifest, command.exporter)
+            self._channel.send(
+                Prepared(
+                    **common,
+                    family=component.plan.family.name,
+                    copied=component.copied,
+                    is_skeleton_reused=component.plan.is_reused,
+                    timings_ms=component.timings_ms,
+                )
+            )
+        elif isinstance(command, Plug):
+            component = self._components.plug(command.component_id)
+            self._channel.send(Plugged(**common, timings_ms=component.timings_ms, tally=self._tally()))
+        elif isinstance(command, Unmap):
+            self._components.unmap(command.component_id)
+            self._channel.send(Done(**common, timings_ms={}, tally=self._tally()))
+        elif isinstance(command, ForgetClient):
+            self._io.forget(command.exporter)
+            self._channel.send(Done(**common, timings_ms={}, tally=self._tally()))
+        elif isinstance(command, ReadCanary):
+            digest = self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
+            self._channel.send(CanaryRead(**common, digest=digest))
+        elif isinstance(command, Run):
+            self._channel.send(Done(**common, timings_ms=self._run(command), tally=self._tally()))
+        else:
+            raise Internal(f"no rank handles {type(command).__name__}")
+
+    def _run(self, command: Run) -> dict[str, float]:
+        from xditd.gpu_workers.jobs import Progress
+
+        def tell(step: int, total_steps: int, elapsed_s: float) -> None:
+            self._channel.send(
+                StepReached(
+                    group_token=self._token,
+                    rank=self._layout.rank,
+                    op_number=command.op_number,
+                    step=step,
+                    total_steps=total_steps,
+                    elapsed_s=elapsed_s,
+                )
+            )
+
+        progress = Progress(
+            self._layout.rank == 0, self._layout.device, lambda: self._channel.is_cancelled(command.op_number), tell
+        )
+        return self._jobs.run(command.job, lambda: self._io.open(command.job.io, command.exporter), progress)
+
+    def _fail(self, command: AnyCommand, error: XditdError, *, is_fatal: bool) -> None:
+        if is_fatal:
+            logger.error("rank ends op=%s error=%s", type(command).__name__, error.detail)
+        elif not isinstance(error, (Cancelled, OtherRankFailed)):
+            logger.info("refused op=%s code=%s detail=%s", type(command).__name__, error.code, error.detail[:500])
+        self._channel.send(
+            RankFailed(
+                group_token=self._token,
+                rank=self._layout.rank,
+                op_number=command.op_number,
+                code=error.code,
+                detail=error.detail,
+                is_fatal=is_fatal,
+            )
+        )
+        if is_fatal:
+            self._channel.close()
+            sys.exit(1)
+
+    def _announce(self) -> None:
+        from xditd.gpu_workers.families import FAMILIES
+
+        layout = self._layout
+        is_cuda = layout.device.type == "cuda"
+        self._channel.send(
+            RankReady(
+                group_token=self._token,
+                rank=layout.rank,
+                world_size=layout.world_size,
+                pid=os.getpid(),
+                device_kind=layout.device.type,
+                device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
+                device_uuid=self._uuid,
+                parallel=layout.degrees,
+                attention_backend=layout.attention_backend,
+                families=tuple(family.name for family in FAMILIES),
+            )
+        )
+
+    def _tally(self) -> RankTally:
+        used = 0
+        if self._layout.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._layout.device)
+            used = total - free
+        return RankTally(
+            loaded=len(self._components),
+            skeletons_built=self._components.skeletons.built,
+            skeletons_reused=self._components.skeletons.reused,
+            plugs=self._components.plugs,
+            outside_connections=len(self._outside.attempts),
+            memory_bytes=used,
+        )
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemory:
+    return OutOfMemory(f"the GPU has no room: {str(error).splitlines()[0]}; use a smaller size or batch, or free GPU memory")
