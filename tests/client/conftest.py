@@ -1,0 +1,174 @@
+"""A daemon that follows a script: the real socket and codec, answers chosen by the test, no workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, request_decoder
+from xditd.ipc.processes import identify
+from xditd.ipc.protocol import PROTOCOL_VERSION, Request
+from xditd.ipc.replies import AnyReply, CanarySeen, Farewell, Lent, Returned, Welcome
+from xditd.ipc.requests import CheckCanary, Goodbye, Hello, Lend, ReturnLoan
+from xditd.ipc.tensors import HostShmBlock, IoTensor
+
+Answer = Callable[[Request], list[AnyReply]]
+
+
+class ScriptedDaemon:
+    """Answers each type of request by a function of the script; notes every request that it saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runtime = RuntimeDir(folder)
+        self.seen: list[Request] = []
+        self.answers: dict[type[Request], Answer] = {
+            Hello: self._welcome,
+            Goodbye: lambda request: [Farewell(request_id=request.request_id)],
+            CheckCanary: self._read_canary,
+            Lend: self._lent,
+            ReturnLoan: lambda request: [Returned(request_id=request.request_id)],
+        }
+        self._lends = 0
+        self._arrived = threading.Condition()
+        self._unsolicited: queue.SimpleQueue[AnyReply | bytes] = queue.SimpleQueue()
+        self._is_stopping = False
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(endpoint(self.runtime.client_socket))
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def send(self, reply: AnyReply | bytes) -> None:
+        """Send a reply, or plain bytes, to whoever wrote last."""
+        self._unsolicited.put(reply)
+
+    def wait_for(self, kind: type[Request], count: int = 1, deadline_s: float = 5.0) -> Request:
+        """Wait until ``count`` requests of a type have arrived; returns the last of them."""
+        with self._arrived:
+            found = self._arrived.wait_for(lambda: len(self.requests(kind)) >= count, deadline_s)
+        assert found, f"{len(self.requests(kind))} {kind.__name__} requests, {count} expected; seen: {self.seen}"
+        return self.requests(kind)[count - 1]
+
+    def requests(self, kind: type[Request]) -> list[Request]:
+        return [request for request in self.seen if isinstance(request, kind)]
+
+    def open_io(self, io: HostShmBlock, spec: IoTensor):
+        """Map a tensor of a client's block as a worker does; the caller drops the view, then closes the mapping."""
+        from xditd.ipc.transports.host_shm import map_shm
+        from xditd.ipc.transports.layout import torch_dtype
+
+        mapping = map_shm(io, identify(os.getpid()), is_writable=True)
+        flat = mapping.bytes_tensor().narrow(0, spec.offset_bytes, spec.size_bytes)
+        return flat.view(torch_dtype(spec.dtype)).view(spec.shape)
+
+    def close(self) -> None:
+        self._is_stopping = True
+        self._thread.join(timeout=5)
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def _serve(self) -> None:
+        routing_id = b""
+        while not self._is_stopping:
+            while not self._unsolicited.empty():
+                item = self._unsolicited.get()
+                self._socket.send_multipart((routing_id, item if isinstance(item, bytes) else encode(item)))
+            if not self._socket.poll(10):
+                continue
+            routing_id, payload = self._socket.recv_multipart()
+            request = request_decoder.decode(payload)
+            replies = self.answers[type(request)](request) if type(request) in self.answers else []
+            # Noted after the answer was made, so that who waits for a request also finds what its answer did.
+            with self._arrived:
+                self.seen.append(request)
+                self._arrived.notify_all()
+            for reply in replies:
+                self._socket.send_multipart((routing_id, encode(reply)))
+
+    def _welcome(self, request: Request) -> list[AnyReply]:
+        return [
+            Welcome(
+                request_id=request.request_id,
+                protocol_version=PROTOCOL_VERSION,
+                package_version="0",
+                daemon_pid=os.getpid(),
+                world_size=2,
+            )
+        ]
+
+    def _read_canary(self, request: Request) -> list[AnyReply]:
+        from xditd.ipc.transports.fingerprints import digest_bytes
+
+        assert isinstance(request, CheckCanary)
+        spec = IoTensor(offset_bytes=request.offset_bytes, dtype="uint8", shape=(request.length_bytes,))
+        digest = digest_bytes(self.open_io(request.io, spec).numpy().tobytes())
+        return [CanarySeen(request_id=request.request_id, digests=(digest, digest))]
+
+    def _lent(self, request: Request) -> list[AnyReply]:
+        assert isinstance(request, Lend)
+        self._lends += 1
+        return [self.lent(request, component_id=f"c{self._lends}")]
+
+    def lent(self, request: Lend, component_id: str, is_reused: bool = False) -> Lent:
+        return Lent(
+            request_id=request.request_id,
+            component_id=component_id,
+            family="flux1",
+            tiers=request.manifest.tiers,
+            lent_bytes=request.manifest.tensor_bytes,
+            copied=request.copied,
+            is_reused=is_reused,
+            is_skeleton_reused=False,
+            timings_ms={"prepare": 1.0},
+        )
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a path that is short enough for sockets, whatever pytest's own folder is called."""
+    with tempfile.TemporaryDirectory(prefix="xd") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def daemon(folder: Path) -> Iterator[ScriptedDaemon]:
+    scripted = ScriptedDaemon(folder)
+    yield scripted
+    scripted.close()
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for a condition, at most five seconds."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 5.0
+        while not condition():
+            assert time.monotonic() < end, "the condition did not come true within 5 s"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture
+def open_memfds() -> Callable[[], int]:
+    """Count the shared memory segments of this library that this process holds open."""
+
+    def count() -> int:
+        found = 0
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
+                found += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:xditd")
+        return found
+
+    return count

@@ -1,0 +1,158 @@
+"""Loans: what is sent, what is kept alive, and how they end."""
+
+import gc
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from xditd.client import Client  # noqa: E402
+from xditd.ipc.errors import (  # noqa: E402
+    BadCheckpoint,
+    BadRequest,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    LeaseLost,
+    StaleSource,
+)
+from xditd.ipc.replies import CanarySeen, Failed  # noqa: E402
+from xditd.ipc.requests import Cancel, CheckCanary, Goodbye, Lend, ReturnLoan  # noqa: E402
+from xditd.ipc.tensors import ComponentKind, Tier  # noqa: E402
+
+
+def transformer():
+    return {"double_blocks.0.img_mlp.0.weight": torch.arange(12.0).reshape(3, 4)}
+
+
+@pytest.fixture
+def client(daemon, folder):
+    with Client(folder, deadline_s=5.0) as client:
+        yield client
+
+
+def test_a_loan_tells_tier_bytes_and_copies(client, daemon):
+    loan = client.lend(transformer(), label="tiny")
+    sent = daemon.requests(Lend)[0]
+    assert sent.manifest.kind is ComponentKind.TRANSFORMER
+    assert (loan.component_id, loan.family, loan.label) == ("c1", "flux1", "tiny")
+    assert loan.tiers == (Tier.HOST_SHM,)
+    assert loan.lent_bytes == 48
+    assert sent.copied.host_to_host == 48
+    assert loan.timings_ms["total"] >= loan.timings_ms["describe"]
+
+
+def test_the_canary_is_read_once_a_session_before_the_first_loan(client, daemon):
+    client.lend(transformer())
+    client.lend(transformer())
+    assert len(daemon.requests(CheckCanary)) == 1
+    assert isinstance([each for each in daemon.seen if isinstance(each, (CheckCanary, Lend))][0], CheckCanary)
+
+
+@pytest.mark.parametrize("digests", [(), (bytes(16), bytes(16))])
+def test_a_worker_that_reads_other_memory_is_refused(client, daemon, digests):
+    daemon.answers[CheckCanary] = lambda request: [CanarySeen(request_id=request.request_id, digests=digests)]
+    with pytest.raises(StaleSource, match=r"canary: .*likely causes: .*pid namespaces"):
+        client.lend(transformer())
+    assert daemon.requests(Lend) == []
+
+
+def test_the_kind_is_guessed_or_asked_for(client, daemon):
+    assert client.lend({"decoder.conv_in.weight": torch.zeros(2)}).kind is ComponentKind.VAE
+    assert client.lend({"what.weight": torch.zeros(2)}, kind="vae").kind is ComponentKind.VAE
+    with pytest.raises(BadRequest, match="pass kind="):
+        client.lend({"what.weight": torch.zeros(2)})
+    with pytest.raises(BadRequest, match="kind 'unet': unknown; choose one of transformer, vae"):
+        client.lend(transformer(), kind="unet")
+
+
+def test_a_returned_loan_cannot_be_used(client, daemon):
+    with client.lend(transformer()) as loan:
+        assert loan.is_live
+    assert daemon.requests(ReturnLoan)[0].component_id == loan.component_id
+    assert not loan.is_live
+    with pytest.raises(LeaseLost, match="was returned; lend it again"):
+        client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4))
+    loan.return_()
+    assert len(daemon.requests(ReturnLoan)) == 1
+
+
+def test_a_component_lent_twice_goes_with_its_last_loan(client, daemon):
+    daemon.answers[Lend] = lambda request: [daemon.lent(request, "same", is_reused=bool(daemon.requests(Lend)))]
+    first, second = client.lend(transformer()), client.lend(transformer())
+    assert (first.is_reused, second.is_reused) == (False, True)
+    client.return_(first)
+    assert daemon.requests(ReturnLoan) == []
+    client.return_(second)
+    assert len(daemon.requests(ReturnLoan)) == 1
+
+
+def test_memory_is_freed_only_when_the_return_is_acknowledged(client, daemon, wait_until, open_memfds):
+    before = open_memfds()
+    loan = client.lend(transformer())
+    held = open_memfds()
+    assert held > before
+    answer = daemon.answers.pop(ReturnLoan)
+    with pytest.raises(DeadlineExceeded, match="return of state_dict"):
+        loan.return_(deadline_s=0.1)
+    assert open_memfds() == held
+    daemon.send(answer(daemon.requests(ReturnLoan)[0])[0])
+    wait_until(lambda: open_memfds() < held)
+
+
+def test_a_refused_loan_frees_its_memory(client, daemon, wait_until, open_memfds):
+    client.lend(transformer())  # the canary's block stays
+    before = open_memfds()
+    daemon.answers[Lend] = lambda request: [
+        Failed(request_id=request.request_id, code="bad_checkpoint", detail="missing tensors: img_in.weight")
+    ]
+    with pytest.raises(BadCheckpoint, match="missing tensors: img_in.weight"):
+        client.lend(transformer())
+    wait_until(lambda: open_memfds() == before)
+
+
+def test_a_lend_that_succeeds_too_late_is_taken_back(client, daemon, wait_until, open_memfds):
+    client.lend(transformer())
+    before = open_memfds()
+    del daemon.answers[Lend]
+    with pytest.raises(DeadlineExceeded, match="lending late"):
+        client.lend(transformer(), label="late", deadline_s=0.1)
+    late = daemon.requests(Lend)[-1]
+    assert daemon.wait_for(Cancel).target_request_id == late.request_id
+    daemon.send(daemon.lent(late, "c-late"))
+    assert daemon.wait_for(ReturnLoan).component_id == "c-late"
+    wait_until(lambda: open_memfds() == before)
+
+
+def test_leaving_says_goodbye_and_frees_everything(daemon, folder, open_memfds):
+    gc.collect()
+    before = open_memfds()
+    with Client(folder) as client:
+        client.lend(transformer())
+    assert len(daemon.requests(Goodbye)) == 1
+    assert open_memfds() == before
+    with pytest.raises(DaemonUnreachable, match="this client is closed"):
+        client.status()
+
+
+def test_a_client_finds_the_next_daemon_but_not_the_old_loans(client, daemon):
+    loan = client.lend(transformer())
+    client._session.connection._io.close()  # as the daemon's death ends it; killing a real one is test_connection's
+    assert client._session.connection.wait_lost(5.0)
+    with pytest.raises(LeaseLost, match=r"its loan ended with daemon \d+; lend it again"):
+        client.denoise(loan, torch.zeros(1, 16, 4, 4), 0.5, torch.zeros(1, 2, 4), torch.zeros(1, 4))
+    again = client.lend(transformer())
+    assert again.is_live
+    assert len(daemon.requests(CheckCanary)) == 2
+    loan.return_()  # nothing to return, and no error
+
+
+def test_threads_lend_side_by_side(client, daemon):
+    loans = []
+    threads = [threading.Thread(target=lambda: loans.append(client.lend(transformer()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len({loan.component_id for loan in loans}) == 4
+    assert len(daemon.requests(CheckCanary)) == 1

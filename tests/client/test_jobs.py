@@ -1,0 +1,305 @@
+"""Jobs: events, results, cancellation, deadlines, and blocks that are never shared by two."""
+
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from xditd.client import Client  # noqa: E402
+from xditd.ipc.errors import (  # noqa: E402
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    UnknownComponent,
+    WorkersLost,
+)
+from xditd.ipc.replies import (  # noqa: E402
+    CancelNoted,
+    Decoded,
+    Denoised,
+    Encoded,
+    Failed,
+    Generated,
+    Queued,
+    StepDone,
+)
+from xditd.ipc.requests import Cancel, Decode, Denoise, Encode, Generate  # noqa: E402
+
+EMBEDS, POOLED = torch.randn(1, 3, 8), torch.randn(1, 4)
+
+
+class UserInterrupt(BaseException):
+    """Stands for KeyboardInterrupt and for ComfyUI's own interrupt, which is no Exception either."""
+
+
+@pytest.fixture
+def client(daemon, folder):
+    def cancel(request):
+        target = request.target_request_id
+        return [
+            CancelNoted(request_id=request.request_id, was_found=True),
+            Failed(request_id=target, code="cancelled", detail="cancelled at step 1"),
+        ]
+
+    daemon.answers[Cancel] = cancel
+    with Client(folder, deadline_s=5.0) as client:
+        yield client
+
+
+def write(daemon, io, spec, value):
+    daemon.open_io(io, spec).copy_(torch.as_tensor(value))
+
+
+def step(request, number, total):
+    return StepDone(request_id=request.request_id, step=number, total_steps=total, elapsed_s=0.1 * number)
+
+
+@pytest.fixture
+def generates(daemon):
+    """Let the daemon answer with latents that hold the seed, and with a grey image."""
+
+    def answer(request):
+        write(daemon, request.io, request.out_latents, float(request.seed or 0))
+        if request.out_image is not None:
+            write(daemon, request.io, request.out_image, 0.0)
+        return [
+            Queued(request_id=request.request_id, ahead=1, reason="another job runs"),
+            *(step(request, number, request.steps) for number in range(1, request.steps + 1)),
+            Generated(request_id=request.request_id, timings_ms={"denoise": 3.0}),
+        ]
+
+    daemon.answers[Generate] = answer
+
+
+@pytest.fixture
+def stalls(daemon):
+    """Let the daemon send the first step and then nothing."""
+    daemon.answers[Generate] = lambda request: [step(request, 1, request.steps)]
+
+
+def test_events_then_the_result(client, generates):
+    job = client.generate("c1", EMBEDS, POOLED, vae="c2", height=32, width=48, steps=3, seed=7)
+    assert [event.step for event in job] == [1, 2, 3]
+    result = job.result()
+    assert result is job.result()
+    assert result.latents.shape == (1, 16, 4, 6)
+    assert torch.all(result.latents == 7.0)
+    assert result.image.shape == (1, 3, 32, 48)
+    assert result.seed == 7
+    assert {"denoise", "round_trip"} <= set(result.timings_ms)
+
+
+def test_all_events_name_the_queue_too(client, generates):
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    assert [type(event) for event in job.events()] == [Queued, StepDone]
+
+
+def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, generates):
+    noise = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
+    seen = {}
+
+    def answer(request):
+        seen["noise"] = daemon.open_io(request.io, request.noise).clone()
+        seen["embeds"] = daemon.open_io(request.io, request.prompt_embeds).clone()
+        write(daemon, request.io, request.out_latents, 1.0)
+        return [Generated(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Generate] = answer
+    job = client.generate("c1", EMBEDS, POOLED, height=32, width=32, steps=2, noise=noise, sigmas=[1.0, 0.5])
+    assert job.result().latents.dtype is torch.bfloat16
+    assert torch.equal(seen["noise"], noise)
+    assert torch.equal(seen["embeds"], EMBEDS)
+    request = daemon.requests(Generate)[0]
+    assert request.sigmas == (1.0, 0.5)
+    assert request.seed is None
+    assert request.out_image is None
+    assert job.result().image is None
+    with pytest.raises(BadRequest, match="named no VAE"):
+        job.result().to_pil()
+
+
+def test_a_drawn_seed_is_handed_back(client, daemon, generates):
+    result = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
+    assert result.seed == daemon.requests(Generate)[0].seed
+
+
+def test_images_become_files(client, generates, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    result = client.generate("c1", EMBEDS, POOLED, vae="c2", height=16, width=32, steps=1, seed=1).result()
+    path = result.save(tmp_path / "new" / "out.png")
+    with image_module.open(path) as image:
+        assert image.size == (32, 16)
+        assert image.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_leaving_the_loop_cancels(client, daemon, stalls):
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    for _ in job:
+        break
+    assert daemon.wait_for(Cancel).target_request_id == job.request_id
+    with pytest.raises(Cancelled, match="cancelled by its caller"):
+        job.result()
+
+
+def test_an_interrupt_in_the_loop_cancels(client, daemon, stalls):
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    with pytest.raises(UserInterrupt):
+        for _ in job:
+            raise UserInterrupt
+    assert daemon.wait_for(Cancel).target_request_id == job.request_id
+
+
+def test_an_interrupt_in_a_with_block_cancels(client, daemon, stalls):
+    with pytest.raises(UserInterrupt), client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4) as job:
+        raise UserInterrupt
+    assert daemon.wait_for(Cancel).target_request_id == job.request_id
+
+
+def test_an_interrupt_while_waiting_cancels(client, daemon, stalls, monkeypatch):
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+
+    def interrupt():
+        raise UserInterrupt
+
+    monkeypatch.setattr(job._pending, "take", interrupt)
+    with pytest.raises(UserInterrupt):
+        job.result()
+    assert daemon.wait_for(Cancel).target_request_id == job.request_id
+
+
+def test_a_forgotten_job_is_cancelled(client, daemon, stalls):
+    client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    daemon.wait_for(Cancel)
+
+
+def test_another_thread_cancels(client, daemon, stalls):
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    timer = threading.Timer(0.05, job.cancel)
+    timer.start()
+    with pytest.raises(Cancelled, match="cancelled at step 1"):
+        job.result()
+    assert len(daemon.requests(Cancel)) == 1
+
+
+def test_a_finished_job_is_not_cancelled(client, daemon, generates):
+    with client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1) as job:
+        job.result()
+    job.cancel()
+    client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
+    assert daemon.requests(Cancel) == []
+
+
+def test_failures_are_raised_by_their_class_each_time(client, daemon):
+    daemon.answers[Generate] = lambda request: [
+        Failed(request_id=request.request_id, code="unknown_component", detail="component c9: no such loan")
+    ]
+    job = client.generate("c9", EMBEDS, POOLED, height=16, width=16, steps=1)
+    with pytest.raises(UnknownComponent, match="component c9"):
+        list(job)
+    with pytest.raises(UnknownComponent, match="component c9"):
+        job.result()
+
+
+def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
+    with Client(folder, deadline_s=0.2) as client:
+        job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+        with pytest.raises(DeadlineExceeded, match="last heard: step 1 of 4"):
+            job.result()
+        assert daemon.wait_for(Cancel).target_request_id == job.request_id
+
+
+def test_a_total_deadline_ends_a_job_that_makes_progress(client, daemon):
+    daemon.answers[Generate] = lambda request: [step(request, number, 1000) for number in range(1, 4)]
+    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1000, deadline_s=0.2)
+    with pytest.raises(DeadlineExceeded, match="last heard: step 3 of 1000"):
+        job.result()
+
+
+def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon, wait_until):
+    daemon.answers[Generate] = lambda request: []
+    daemon.answers[Cancel] = lambda request: [CancelNoted(request_id=request.request_id, was_found=True)]
+    first = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    daemon.wait_for(Generate, 1)
+    with first:
+        pass
+    daemon.wait_for(Cancel)
+    second = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    one, two = daemon.wait_for(Generate, 1), daemon.wait_for(Generate, 2)
+    assert one.io.inode != two.io.inode  # the first may still be written to
+    daemon.send(Failed(request_id=first.request_id, code="cancelled", detail="at step 1"))
+    wait_until(lambda: any(client._pool._idle.values()))
+    third = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    assert daemon.wait_for(Generate, 3).io.inode == one.io.inode
+    second.cancel()
+    third.cancel()
+
+
+def test_a_block_of_lost_workers_is_not_used_again(client, daemon, wait_until):
+    daemon.answers[Generate] = lambda request: [
+        Failed(request_id=request.request_id, code="workers_lost", detail="rank 1 died")
+    ]
+    with pytest.raises(WorkersLost):
+        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
+    assert not any(client._pool._idle.values())
+
+
+def test_a_forward_hands_back_the_prediction(client, daemon):
+    def answer(request):
+        latents = daemon.open_io(request.io, request.latents)
+        daemon.open_io(request.io, request.out).copy_(latents * 2)
+        return [Denoised(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Denoise] = answer
+    latents = torch.randn(2, 16, 4, 6)
+    out = client.denoise("c1", latents, 0.75, EMBEDS.repeat(2, 1, 1), POOLED.repeat(2, 1), 3.5)
+    assert torch.equal(out, latents * 2)
+    request = daemon.requests(Denoise)[0]
+    assert request.timestep == (0.75, 0.75)
+    assert request.guidance == 3.5
+
+
+def test_an_interrupted_forward_is_cancelled(client, daemon):
+    with pytest.raises(DeadlineExceeded):
+        client.denoise("c1", torch.randn(1, 16, 4, 4), 0.5, EMBEDS, POOLED, deadline_s=0.1)
+    assert daemon.wait_for(Cancel).target_request_id == daemon.requests(Denoise)[0].request_id
+
+
+def test_the_vae_both_ways(client, daemon):
+    def decode(request):
+        write(daemon, request.io, request.out, 0.5)
+        return [Decoded(request_id=request.request_id, timings_ms={})]
+
+    def encode(request):
+        write(daemon, request.io, request.out, 0.25)
+        return [Encoded(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Decode], daemon.answers[Encode] = decode, encode
+    image = client.decode("c2", torch.randn(1, 16, 4, 6, dtype=torch.float16))
+    assert image.shape == (1, 3, 32, 48)
+    assert image.dtype is torch.float16
+    latents = client.encode("c2", image)
+    assert latents.shape == (1, 16, 4, 6)
+    assert torch.all(latents == 0.25)
+
+
+def test_threads_run_jobs_side_by_side(client, daemon, generates):
+    results = {}
+
+    def work(seed):
+        results[seed] = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=2, seed=seed).result()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert all(torch.all(results[seed].latents == float(seed)) for seed in range(6))
+
+
+def test_a_bad_value_is_never_sent(client, daemon):
+    with pytest.raises(BadRequest, match="steps"):
+        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=0)
+    with pytest.raises(BadRequest, match="seed and noise"):
+        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1, seed=1, noise=torch.zeros(1, 16, 2, 2))
+    assert daemon.requests(Generate) == []

@@ -1,0 +1,39 @@
+"""Finding the daemon: each way of not being there is told at once, by name."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from xditd.client.rendezvous import find_daemon
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.errors import BadRequest, DaemonUnreachable
+
+
+def test_names_the_missing_socket_at_once(folder):
+    started = time.monotonic()
+    with pytest.raises(DaemonUnreachable, match=rf"{folder}/daemon.sock: no such socket.*xditd serve"):
+        find_daemon(RuntimeDir(folder))
+    assert time.monotonic() - started < 0.5
+
+
+def test_tells_a_socket_that_a_dead_daemon_left(folder):
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(folder / "daemon.sock"))
+    with pytest.raises(DaemonUnreachable, match=r"connection refused; the daemon that made it has exited"):
+        find_daemon(RuntimeDir(folder))
+
+
+def test_finds_the_listening_process(folder):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "daemon.sock"))
+        listener.listen()
+        found = find_daemon(RuntimeDir(folder))
+        os.close(found.pidfd)
+    assert found.pid == os.getpid()
+
+
+def test_refuses_a_path_that_no_socket_address_holds(folder):
+    with pytest.raises(BadRequest, match="at most 107 fit"):
+        find_daemon(RuntimeDir(folder / ("x" * 120)))
