@@ -165,10 +165,12 @@ def open_memfds() -> Callable[[], int]:
     """Count the shared memory segments of this library that this process holds open."""
 
     def count() -> int:
-        found = 0
+        inodes = set()  # mmap keeps a descriptor of its own to the same segment
         for name in os.listdir("/proc/self/fd"):
+            path = f"/proc/self/fd/{name}"
             with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
-                found += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:xditd")
-        return found
+                if os.readlink(path).startswith("/memfd:xditd"):
+                    inodes.add(os.stat(path).st_ino)
+        return len(inodes)
 
     return count

@@ -46,7 +46,7 @@ def test_the_canary_is_read_once_a_session_before_the_first_loan(client, daemon)
     client.lend(transformer())
     client.lend(transformer())
     assert len(daemon.requests(CheckCanary)) == 1
-    assert isinstance([each for each in daemon.seen if isinstance(each, (CheckCanary, Lend))][0], CheckCanary)
+    assert isinstance(next(each for each in daemon.seen if isinstance(each, (CheckCanary, Lend))), CheckCanary)
 
 
 @pytest.mark.parametrize("digests", [(), (bytes(16), bytes(16))])
@@ -106,7 +106,7 @@ def test_a_refused_loan_frees_its_memory(client, daemon, wait_until, open_memfds
     daemon.answers[Lend] = lambda request: [
         Failed(request_id=request.request_id, code="bad_checkpoint", detail="missing tensors: img_in.weight")
     ]
-    with pytest.raises(BadCheckpoint, match="missing tensors: img_in.weight"):
+    with pytest.raises(BadCheckpoint, match=r"missing tensors: img_in\.weight"):
         client.lend(transformer())
     wait_until(lambda: open_memfds() == before)
 

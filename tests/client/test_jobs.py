@@ -144,9 +144,13 @@ def test_leaving_the_loop_cancels(client, daemon, stalls):
 
 def test_an_interrupt_in_the_loop_cancels(client, daemon, stalls):
     job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
-    with pytest.raises(UserInterrupt):
+
+    def watch():
         for _ in job:
             raise UserInterrupt
+
+    with pytest.raises(UserInterrupt):
+        watch()
     assert daemon.wait_for(Cancel).target_request_id == job.request_id
 
 
