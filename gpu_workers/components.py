@@ -13,17 +13,17 @@ import traceback
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
 from xditd.gpu_workers.families.base import TensorInfo
-from xditd.gpu_workers.fellows import broadcast_block, owner_of, together
+from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
-from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, place, view_tensor
-from xditd.ipc.transports.layout import torch_dtype as dtype_of
+from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Components:
 
     def _open(self, block: Block, exporter: ProcessIdentity) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
-        if isinstance(block, CudaIpcBlock) and owner_of(block, self._fellow_uuids) is None:
+        if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
             known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
@@ -174,77 +174,60 @@ class Components:
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device: as a view where it can be one, else as one copy."""
         is_cuda = self._device.type == "cuda"
-        tensors: dict[str, torch.Tensor] = {}
-        copies: list[torch.Tensor] = []
         received: dict[int, torch.Tensor] = {}
-        uploads: list[TensorSpec] = []
-        copied = CopiedBytes()
         with together():
             for number, block in enumerate(manifest.blocks):
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
-            for spec in manifest.tensors:
-                source = opened[spec.block]
-                if is_cuda and source is not None and not source.bytes.is_cuda:
-                    uploads.append(spec)
-                elif source is not None and (is_cuda or _is_aligned(spec)):
-                    tensors[spec.name] = view_tensor(source.bytes, spec)
-                elif source is not None:
-                    tensors[spec.name] = _copy_out(source.bytes, spec)
-                    copied = copied + CopiedBytes(host_to_host=spec.extent_bytes)
-            if uploads:
-                buffer = self._upload(uploads, opened, tensors)
-                copies.append(buffer)
-                copied = copied + CopiedBytes(host_to_device=sum(spec.extent_bytes for spec in uploads))
-            for source in opened:
-                if source is not None:
-                    source.check_unchanged()
-        if uploads:
-            clock.mark("upload")
-        for number, block in enumerate(manifest.blocks):
-            owner = owner_of(block, self._fellow_uuids) if isinstance(block, CudaIpcBlock) else None
-            if owner is None or len(self._fellow_uuids) == 1:
-                continue
-            mine = opened[number]
-            broadcast_block(received[number] if mine is None else mine.bytes, owner)
-            if mine is None:
-                copied = copied + CopiedBytes(peer=block.size_bytes)
-        if is_cuda and len(self._fellow_uuids) > 1:
-            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
+            apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
+            tensors, copies = self._copy(apart, sources)
+            for block in opened:
+                if block is not None:
+                    block.check_unchanged()
+        size = sum(spec.extent_bytes for spec in apart)
+        copied = CopiedBytes(host_to_device=size) if is_cuda else CopiedBytes(host_to_host=size)
+        if apart:
+            clock.mark("copy")
+        if len(self._fellow_uuids) > 1 and is_cuda:
+            self._exchange(manifest, sources)
             clock.mark("peer_copy")
+            copied = copied + CopiedBytes(peer=sum(buffer.numel() for buffer in received.values()))
+        views = [BlockViews(source) for source in sources]
         for spec in manifest.tensors:
-            if spec.block in received:
-                tensors[spec.name] = view_tensor(received[spec.block], spec)
-        copies.extend(received.values())
-        return tensors, copies, copied
+            if spec.name not in tensors:
+                tensors[spec.name] = views[spec.block].view(spec)
+        return tensors, [*copies, *received.values()], copied
 
-    def _upload(
-        self, specs: list[TensorSpec], opened: list[OpenBlock | None], tensors: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
+        if self._device.type == "cuda":
+            return not source.is_cuda
+        return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
+
+    def _copy(
+        self, specs: list[TensorSpec], sources: list[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Copy tensors of host blocks into one buffer of this rank, each aligned."""
+        if not specs:
+            return {}, []
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+        views = BlockViews(buffer)
+        tensors: dict[str, torch.Tensor] = {}
         for spec, offset in zip(specs, offsets, strict=True):
-            source = opened[spec.block]
-            if source is None:
-                raise Internal(f"tensor {spec.name}: its block is not mapped on this rank")
-            buffer.narrow(0, offset, spec.extent_bytes).copy_(
-                source.bytes.narrow(0, spec.offset_bytes, spec.extent_bytes), non_blocking=True
-            )
-            moved = TensorSpec(spec.name, spec.dtype, spec.shape, 0, offset, spec.stride)
-            tensors[spec.name] = view_tensor(buffer, moved)
-        torch.cuda.synchronize(self._device)  # the file is checked for changes next, so reading it must be over
-        return buffer
+            extent = sources[spec.block].narrow(0, spec.offset_bytes, spec.extent_bytes)
+            buffer.narrow(0, offset, spec.extent_bytes).copy_(extent, non_blocking=True)
+            tensors[spec.name] = views.view(spec, offset)
+        if buffer.is_cuda:
+            torch.cuda.synchronize(self._device)  # the file is checked for changes next, so reading it must be over
+        return tensors, [buffer]
 
-
-def _is_aligned(spec: TensorSpec) -> bool:
-    return spec.offset_bytes % VIEW_ALIGNMENT_BYTES == 0
-
-
-def _copy_out(block: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """Copy one tensor of a host block into memory of this rank, aligned as torch aligns."""
-    extent = block.narrow(0, spec.offset_bytes, spec.extent_bytes).clone()
-    flat = extent.view(dtype_of(spec.dtype))
-    return flat.view(spec.shape) if spec.stride is None else flat.as_strided(spec.shape, spec.stride)
+    def _exchange(self, manifest: Manifest, sources: list[torch.Tensor]) -> None:
+        """Send the blocks that lie on one rank's GPU to all others, in one piece each, over NVLink or PCIe."""
+        for block, source in zip(manifest.blocks, sources, strict=True):
+            if isinstance(block, CudaIpcBlock):
+                dist.broadcast(source, src=self._fellow_uuids.index(block.device_uuid))
+        torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
 
 
 class _Clock:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from xditd.gpu_workers.agreement import agree
 from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
-from xditd.ipc.tensors import CudaIpcBlock
 
 _UUID_BYTES = 64
 
@@ -44,13 +43,3 @@ def together() -> Iterator[None]:
     if fault is not None:
         raise fault
     raise OtherRankFailed("another rank refused; its error says why")
-
-
-def broadcast_block(buffer: torch.Tensor, owner: int) -> None:
-    """Send a mapped block's bytes from the rank that maps it to all others, over NVLink or PCIe, in one piece."""
-    dist.broadcast(buffer, src=owner)
-
-
-def owner_of(block: CudaIpcBlock, uuids: tuple[str, ...]) -> int | None:
-    """The rank whose GPU holds the block, if any."""
-    return uuids.index(block.device_uuid) if block.device_uuid in uuids else None

@@ -11,7 +11,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import HostShmBlock, IoTensor, TensorSpec
 from xditd.ipc.transports.fingerprints import digest_bytes, sample_bytes
 from xditd.ipc.transports.host_shm import HostMapping, map_shm
-from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, view_tensor
+from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _KEPT = 16
 """I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
@@ -100,4 +100,4 @@ class OpenIo:
         if described.offset_bytes % VIEW_ALIGNMENT_BYTES:
             raise BadRequest(f"{name}: starts at byte {described.offset_bytes}, not a multiple of {VIEW_ALIGNMENT_BYTES}")
         spec = TensorSpec(name, described.dtype, described.shape, 0, described.offset_bytes)
-        return view_tensor(self._mapping.bytes_tensor(), spec)
+        return BlockViews(self._mapping.bytes_tensor()).view(spec)

@@ -84,8 +84,7 @@ class Rank:
         from xditd.gpu_workers.job_io import JobIo
         from xditd.gpu_workers.jobs import JobRunner
 
-        is_cuda = layout.device.type == "cuda"
-        self._uuid = device_uuid(layout.device.index) if is_cuda else ""
+        self._uuid = device_uuid(layout.device.index) if layout.device.type == "cuda" else ""
         self._layout = layout
         self._token = options.group_token
         self._outside = outside
