@@ -27,8 +27,20 @@ PROBE_TOKENS = 32
 PROBE_FAULTS = (RuntimeError, NameError, ImportError, AttributeError, TypeError, ValueError, AssertionError)
 
 
-def named(backend: str, device: torch.device) -> AttentionBackendType:
-    """Return xDiT's backend of this name, having run it once on ``device``.
+def requested(backend: str, device: torch.device) -> str | None:
+    """Return the name to ask xDiT for; ``None`` leaves the choice to it.
+
+    Raises:
+        Unsupported: the named backend is unknown or does not run here.
+    """
+    if backend.lower() != AUTO:
+        return check(backend, device)
+    # xDiT chooses by what torch was built with, which on a CPU can be a kernel for GPUs.
+    return "SDPA" if device.type == "cpu" else None
+
+
+def check(backend: str, device: torch.device) -> str:
+    """Return xDiT's spelling of this backend's name, having run it once on ``device``.
 
     Raises:
         Unsupported: unknown, or it does not run here; the message lists the lossless ones that do.
@@ -43,7 +55,7 @@ def named(backend: str, device: torch.device) -> AttentionBackendType:
         raise Unsupported(
             f"attention backend {backend!r} does not run here ({fault}); those that do: {_working(device)}"
         )
-    return found
+    return str(found.name)
 
 
 def for_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> str:

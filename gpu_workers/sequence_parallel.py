@@ -48,7 +48,7 @@ def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
     """Deal ``text`` and ``image`` tokens to ranks so that each gets equally many in total, padding included.
 
     Raises:
-        Unsupported: some rank would be left without a text or an image token.
+        Unsupported: fewer text or image tokens than ranks, or too few to leave the padding to the last rank alone.
     """
     each = -(-(text + image) // ranks)
     padding = each * ranks - text - image
@@ -58,7 +58,7 @@ def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
         own_text = text // ranks + (rank < text % ranks)
         pad = padding if rank == ranks - 1 else 0
         own_image = each - own_text - pad
-        if own_text < 1 or own_image < 1:
+        if text < ranks or image < ranks or own_image < 0:
             raise Unsupported(
                 f"{text} text and {image} image tokens are too few to split over {ranks} workers: "
                 "use a larger image, a longer prompt or fewer workers"

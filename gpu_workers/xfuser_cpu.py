@@ -1,4 +1,4 @@
-"""The four things that xfuser 0.7 needs before it runs on a machine without an accelerator.
+"""The four things that xfuser 0.7 needs before it runs on a CPU.
 
 xfuser expects a GPU: on a CPU machine two functions of ``xfuser.envs`` raise while it is imported, its table
 of packages says that yunchang (the Ulysses groups) is missing, and the group that USP communicates in is
@@ -29,6 +29,8 @@ class _PatchingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
+        # A torch built for CUDA makes xfuser believe in a GPU, whether there is one or it is to be used or not.
+        module._is_cuda = lambda: False  # type: ignore[attr-defined]
         # 1 and 2: both raise "No Accelerators available" otherwise. None stands for "no CUDA", as on Apple machines.
         module.get_device_version = lambda: None  # type: ignore[attr-defined]
         module.get_torch_distributed_backend = lambda: "gloo"  # type: ignore[attr-defined]

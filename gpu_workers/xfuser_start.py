@@ -101,9 +101,9 @@ def _start_xdit(rank: int, world_size: int, degree: int, device: torch.device, a
     initialize_model_parallel(
         sequence_parallel_degree=degree, ulysses_degree=degree, ring_degree=1, backend=collectives
     )
-    is_auto = attention_backend.lower() == attention.AUTO
-    requested = None if is_auto else attention.named(attention_backend, device).name
-    config, _ = xFuserArgs(ulysses_degree=degree, ring_degree=1, attention_backend=requested).create_config()
+    config, _ = xFuserArgs(
+        ulysses_degree=degree, ring_degree=1, attention_backend=attention.requested(attention_backend, device)
+    ).create_config()
     try:
         runtime_state.initialize_runtime_state(_nominal_pipeline(degree), config)
     except RuntimeError as error:  # how xfuser refuses a backend together with a layout
@@ -113,8 +113,7 @@ def _start_xdit(rank: int, world_size: int, degree: int, device: torch.device, a
     # it too, but refuses every size whose rows of tokens do not divide by the degree.
     state.max_condition_sequence_length = 0
     chosen = str(state.attention_backend.name)
-    if is_auto:
-        attention.named(chosen, device)
+    attention.check(chosen, device)
     logger.info("xdit started rank=%d world_size=%d ulysses=%d attention=%s", rank, world_size, degree, chosen)
     return chosen
 

@@ -1,0 +1,69 @@
+"""One rank in this process for the tests of the model side: importing xfuser is what costs, so it is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from xditd.gpu_workers.families.base import TensorInfo
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelLayout]:
+    """A started group of one rank on the CPU."""
+    from xditd.gpu_workers import xfuser_start
+
+    yield xfuser_start.start(0, 1, str(tmp_path_factory.mktemp("group") / "store"), torch.device("cpu"))
+    xfuser_start.stop()
+
+
+@pytest.fixture
+def cache(layout: ParallelLayout) -> SkeletonCache:
+    return SkeletonCache(layout)
+
+
+@pytest.fixture(scope="session")
+def shared_cache(layout: ParallelLayout) -> SkeletonCache:
+    return SkeletonCache(layout)
+
+
+@pytest.fixture(scope="session")
+def demo_transformer() -> State:
+    from xditd.client.demo import checkpoints
+
+    return checkpoints.flux1_state_dict(0)
+
+
+@pytest.fixture(scope="session")
+def demo_vae() -> State:
+    from xditd.client.demo import checkpoints
+
+    return checkpoints.flux_vae_state_dict(0)
+
+
+@pytest.fixture(scope="session")
+def describe() -> Callable[[State], dict[str, TensorInfo]]:
+    """Describe tensors as a manifest does."""
+    return _describe
+
+
+@pytest.fixture(scope="session")
+def plug() -> Callable[[SkeletonCache, State], Plan]:
+    """Plan a checkpoint, and plug its tensors into the skeleton that comes of it."""
+
+    def plan_and_plug(cache: SkeletonCache, state: State) -> Plan:
+        plan = cache.plan(_describe(state))
+        plan.skeleton.plug(plan.bind(state))
+        return plan
+
+    return plan_and_plug
+
+
+def _describe(state: State) -> dict[str, TensorInfo]:
+    return {name: TensorInfo.of(tensor) for name, tensor in state.items()}

@@ -1,0 +1,127 @@
+"""The FLUX VAE family: recognition, configuration, the key map against diffusers' converter, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from xditd.client.demo.checkpoints import flux_vae_state_dict
+from xditd.gpu_workers.families import detect
+from xditd.gpu_workers.families.base import Resolution, TensorInfo, resolve
+from xditd.gpu_workers.families.flux_vae import FluxVae, FluxVaeConfig
+from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
+
+Infos = dict[str, TensorInfo]
+State = dict[str, torch.Tensor]
+DEMO = FluxVaeConfig(channels=(64, 64, 128, 128), residuals=2, has_mid_attention=True, has_encoder=True)
+FULL = FluxVaeConfig(channels=(128, 256, 512, 512), residuals=2, has_mid_attention=True, has_encoder=True)
+
+
+@pytest.fixture(scope="module")
+def infos(demo_vae: State, describe: Callable[[State], Infos]) -> Infos:
+    return describe(demo_vae)
+
+
+def fitted(infos: Infos) -> Resolution:
+    return resolve(detect(infos.keys()), infos)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
+def test_every_prefix_is_recognised(infos: Infos, prefix: str) -> None:
+    found = fitted({prefix + name: info for name, info in infos.items()})
+    assert found.family.name == "flux_vae"
+    assert found.family.kind == "vae"
+    assert found.config == DEMO
+
+
+def test_full_size_has_the_known_counts() -> None:
+    entries = list(FluxVae().entries(FULL))
+    found = fitted({entry.source: TensorInfo("float32", entry.shape) for entry in entries})
+    assert found.config == FULL
+    assert len(entries) == 244
+    assert sum(torch.Size(entry.shape).numel() for entry in entries) == 83_819_683
+
+
+def test_key_map_equals_diffusers_converter_for_every_element() -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        entry.source: torch.empty(entry.shape, dtype=torch.int16).random_(generator=generator).view(torch.bfloat16)
+        for entry in FluxVae().entries(FULL)
+    }
+    config = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    expected = convert_ldm_vae_checkpoint(dict(state), config)
+    found = fitted({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    assert expected.keys() == found.key_map.keys()
+    for target, part in found.key_map.items():
+        ours = state[part.source][part.start : part.stop]
+        ours = ours if part.shape is None else ours.view(part.shape)
+        assert ours.shape == expected[target].shape, target
+        assert torch.equal(ours.view(torch.int16), expected[target].view(torch.int16)), target
+
+
+def test_a_decoder_alone_is_accepted(infos: Infos) -> None:
+    found = fitted({name: info for name, info in infos.items() if name.startswith("decoder.")})
+    assert found.config == replace(DEMO, has_encoder=False)
+
+
+def test_an_encoder_in_part_lists_what_is_missing(infos: Infos) -> None:
+    kept = {name: info for name, info in infos.items() if name.startswith("decoder.") or "encoder.conv_in" in name}
+    with pytest.raises(BadCheckpoint) as caught:
+        fitted(kept)
+    assert all(name in caught.value.detail for name in infos if name not in kept)
+
+
+def test_a_vae_without_mid_attention(infos: Infos) -> None:
+    found = fitted({name: info for name, info in infos.items() if "attn_1" not in name})
+    assert found.config == replace(DEMO, has_mid_attention=False)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(infos: Infos) -> None:
+    broken = dict(infos)
+    del broken["decoder.norm_out.bias"]
+    broken["quant_conv.weight"] = TensorInfo("float32", (32, 32, 1, 1))
+    broken["encoder.conv_in.weight"] = TensorInfo("float32", (64, 4, 3, 3))
+    broken["decoder.mid.attn_1.q.weight"] = TensorInfo("float32", (128, 128))
+    with pytest.raises(BadCheckpoint) as caught:
+        fitted(broken)
+    message = caught.value.detail
+    assert "1 missing: decoder.norm_out.bias" in message
+    assert "1 unexpected: quant_conv.weight" in message
+    assert "encoder.conv_in.weight is [64, 4, 3, 3], expected [64, 3, 3, 3]" in message
+    assert "decoder.mid.attn_1.q.weight is [128, 128], expected [128, 128, 1, 1]" in message
+
+
+def test_another_number_of_latent_channels_is_refused(infos: Infos) -> None:
+    with pytest.raises(Unsupported, match="4 latent channels, not 16"):
+        fitted({**infos, "decoder.conv_in.weight": TensorInfo("float32", (128, 4, 3, 3))})
+
+
+def test_another_number_of_levels_is_refused(infos: Infos) -> None:
+    with pytest.raises(Unsupported, match="3 levels of resolution, not 4"):
+        fitted({name: info for name, info in infos.items() if not name.startswith("decoder.up.3.")})
+
+
+def test_widths_that_do_not_fill_norm_groups_are_refused() -> None:
+    narrow = {
+        entry.source: TensorInfo("float32", entry.shape)
+        for entry in FluxVae().entries(replace(DEMO, channels=(48, 64, 128, 128)))
+    }
+    with pytest.raises(BadCheckpoint, match="48 channels do not divide into 32 norm groups"):
+        fitted(narrow)
+
+
+def test_mixed_dtypes_name_the_minority(infos: Infos) -> None:
+    with pytest.raises(UnsupportedDtype, match=r"decoder\.conv_out\.bias is float16"):
+        fitted({**infos, "decoder.conv_out.bias": TensorInfo("float16", (3,))})
+
+
+def test_the_demo_can_be_written_without_an_encoder() -> None:
+    state = flux_vae_state_dict(0, encoder=False, prefix="vae.", dtype=torch.bfloat16)
+    found = fitted({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    assert found.config == replace(DEMO, has_encoder=False)
+    assert found.dtype == torch.bfloat16

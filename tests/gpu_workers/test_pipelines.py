@@ -1,0 +1,323 @@
+"""One rank against plain diffusers, bit for bit; every tensor matters; bad input is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.client.demo.checkpoints import flux1_state_dict
+from xditd.gpu_workers import reference
+from xditd.gpu_workers.families.base import TensorInfo
+from xditd.gpu_workers.families.flux_vae import SCALING, SHIFT
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.ipc.errors import BadRequest, Unsupported
+
+State = dict[str, torch.Tensor]
+Plugger = Callable[[SkeletonCache, State], Plan]
+
+BAR = 1e-6
+MUTATION_BAR = 10 * BAR
+# A constant added to all logits of a query: softmax ignores it, in every model with such a bias.
+INVISIBLE = {"encoder.mid.attn_1.k.bias", "decoder.mid.attn_1.k.bias"}
+
+
+@pytest.fixture(scope="module")
+def pipelines(layout: ParallelLayout) -> ModuleType:
+    from xditd.gpu_workers import pipelines
+
+    return pipelines
+
+
+@pytest.fixture
+def transformer(shared_cache: SkeletonCache, demo_transformer: State, plug: Plugger) -> Skeleton:
+    return plug(shared_cache, demo_transformer).skeleton
+
+
+@pytest.fixture
+def vae(shared_cache: SkeletonCache, demo_vae: State, plug: Plugger) -> Skeleton:
+    return plug(shared_cache, demo_vae).skeleton
+
+
+def job(tokens: int, height: int, width: int, batch: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(tokens)
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
+        "pooled": torch.randn(batch, 768, generator=generator),
+        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
+        "height": height,
+        "width": width,
+    }
+
+
+def plain(model: Any, given: dict[str, Any], **rest: Any) -> torch.Tensor:
+    renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
+    return reference.reference_latents(model, **renamed, **rest)
+
+
+@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
+@pytest.mark.parametrize("sigmas", [None, [1.0, 0.8125, 0.4, 0.1]], ids=["own schedule", "given sigmas"])
+@pytest.mark.parametrize(
+    ("tokens", "height", "width", "batch"), [(16, 128, 128, 1), (15, 112, 112, 1), (301, 112, 112, 1), (33, 64, 96, 2)]
+)
+def test_one_rank_is_bit_identical_to_plain_diffusers(
+    cache: SkeletonCache,
+    plug: Plugger,
+    pipelines: ModuleType,
+    guidance: bool,
+    sigmas: list[float] | None,
+    tokens: int,
+    height: int,
+    width: int,
+    batch: int,
+) -> None:
+    state = flux1_state_dict(1, guidance=guidance)
+    given = job(tokens, height, width, batch)
+    ours = pipelines.generate(plug(cache, state).skeleton, **given, steps=4, sigmas=sigmas, guidance_scale=2.5)
+    expected = plain(reference.transformer_from(state), given, steps=4, sigmas=sigmas, guidance_scale=2.5)
+    assert torch.equal(ours, expected)
+
+
+def test_bfloat16_is_bit_identical_too(cache: SkeletonCache, plug: Plugger, pipelines: ModuleType) -> None:
+    state = flux1_state_dict(1, dtype=torch.bfloat16)
+    given = job(15, 64, 64)
+    ours = pipelines.generate(plug(cache, state).skeleton, **given, steps=2)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, plain(reference.transformer_from(state), given, steps=2))
+
+
+def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, pipelines: ModuleType) -> None:
+    given = job(8, 64, 64)
+    sigmas = [0.9, 0.7, 0.05]
+    result = pipelines.generate(transformer, **given, steps=3, sigmas=sigmas)
+    latents = given["noise"]
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        velocity = pipelines.denoise(
+            transformer,
+            latents=latents,
+            timestep=torch.tensor([sigma]),
+            prompt_embeds=given["prompt_embeds"],
+            pooled=given["pooled"],
+            guidance=torch.tensor([3.5]),
+        )
+        latents = latents + (following - sigma) * velocity
+    assert reference.relative_error(latents, result) <= BAR
+
+
+def test_seeded_noise_is_what_a_diffusers_pipeline_draws(transformer: Skeleton, pipelines: ModuleType) -> None:
+    from diffusers import FluxPipeline
+
+    drawer = pipelines._pipeline(transformer, None)
+    generator = torch.Generator("cpu").manual_seed(7)
+    packed, _ = drawer.prepare_latents(2, 16, 64, 96, torch.float32, torch.device("cpu"), generator)
+    ours = pipelines.seeded_noise(7, batch=2, height=64, width=96)
+    assert torch.equal(ours, FluxPipeline._unpack_latents(packed, 64, 96, 8))
+
+
+def test_steps_are_reported_and_a_stopped_job_leaves_no_trace(transformer: Skeleton, pipelines: ModuleType) -> None:
+    class Stop(Exception):
+        pass
+
+    given = job(8, 64, 64)
+    seen: list[tuple[int, int]] = []
+    first = pipelines.generate(transformer, **given, steps=3, on_step=lambda *at: seen.append(at))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop_at_two(done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pipelines.generate(transformer, **given, steps=3, on_step=stop_at_two)
+    assert torch.equal(pipelines.generate(transformer, **given, steps=3), first)
+
+
+def test_guidance_is_ignored_without_guidance_tensors(
+    cache: SkeletonCache, plug: Plugger, pipelines: ModuleType
+) -> None:
+    skeleton = plug(cache, flux1_state_dict(0, guidance=False)).skeleton
+    given = job(8, 64, 64)
+    one, other = (pipelines.generate(skeleton, **given, steps=1, guidance_scale=scale) for scale in (1.0, 9.0))
+    assert torch.equal(one, other)
+
+
+def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State, pipelines: ModuleType) -> None:
+    model = reference.vae_from(demo_vae)
+    latents = torch.randn(1, 16, 14, 10, generator=torch.Generator().manual_seed(0))
+    image = pipelines.decode(vae, latents)
+    assert image.shape == (1, 3, 112, 80)
+    assert image.abs().max() <= 1.0
+    assert reference.relative_error(image, reference.reference_decode(model, latents)) <= BAR
+    encoded = pipelines.encode(vae, image)
+    assert encoded.shape == latents.shape
+    assert reference.relative_error(encoded, reference.reference_encode(model, image)) <= BAR
+    assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING, SHIFT)
+
+
+def test_a_decoder_alone_decodes_and_refuses_to_encode(
+    cache: SkeletonCache, vae: Skeleton, demo_vae: State, plug: Plugger, pipelines: ModuleType
+) -> None:
+    half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).skeleton
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipelines.decode(half, latents), pipelines.decode(vae, latents))
+    with pytest.raises(Unsupported, match="without its encoder"):
+        pipelines.encode(half, torch.zeros(1, 3, 32, 32))
+
+
+def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
+    shared_cache: SkeletonCache, demo_transformer: State, plug: Plugger, pipelines: ModuleType
+) -> None:
+    given = job(8, 64, 64)
+    expected = plain(reference.transformer_from(demo_transformer), given, steps=2)
+    figures: dict[str, float] = {}
+    for name, tensor in demo_transformer.items():
+        skeleton = plug(shared_cache, {**demo_transformer, name: torch.zeros_like(tensor)}).skeleton
+        figures[name] = reference.relative_error(pipelines.generate(skeleton, **given, steps=2), expected)
+    assert len(figures) == 84
+    assert {name: figure for name, figure in figures.items() if figure < MUTATION_BAR} == {}
+
+
+def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
+    shared_cache: SkeletonCache, demo_vae: State, plug: Plugger, pipelines: ModuleType
+) -> None:
+    model = reference.vae_from(demo_vae)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 6, 6, generator=generator)
+    image = torch.rand(1, 3, 48, 48, generator=generator) * 2 - 1
+    decoded, encoded = reference.reference_decode(model, latents), reference.reference_encode(model, image)
+    figures: dict[str, float] = {}
+    for name, tensor in demo_vae.items():
+        skeleton = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).skeleton
+        if name.startswith("decoder."):
+            figures[name] = reference.relative_error(pipelines.decode(skeleton, latents), decoded)
+        else:
+            figures[name] = reference.relative_error(pipelines.encode(skeleton, image), encoded)
+    assert {name for name, figure in figures.items() if figure < MUTATION_BAR} == INVISIBLE
+    # What no figure can show, the parameters do.
+    module = plug(shared_cache, demo_vae).skeleton.module
+    for side in ("encoder", "decoder"):
+        bias = module.get_parameter(f"{side}.mid_block.attentions.0.to_k.bias")
+        assert torch.equal(bias, demo_vae[f"{side}.mid.attn_1.k.bias"])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 120}, "height 120: use a multiple of 16"),
+        ({"width": 0}, "width 0"),
+        ({"width": -16}, "width -16"),
+        ({"height": 16 * 10**6}, "height 16000000"),
+        ({"steps": 0}, "steps 0: use 1 to 1000"),
+        ({"steps": 10**9}, "steps 1000000000"),
+        ({"steps": 3, "sigmas": [1.0, 0.5]}, "2 sigmas for 3 steps"),
+        ({"steps": 2, "sigmas": [1.0, 0.0]}, "sigma 0.0"),
+        ({"steps": 2, "sigmas": [1.5, 0.5]}, "sigma 1.5"),
+        ({"steps": 2, "sigmas": [NAN, 0.5]}, "sigma nan"),
+        ({"steps": 2, "sigmas": [0.5, 0.5]}, "sigmas do not fall"),
+        ({"guidance_scale": math.inf}, "guidance_scale inf"),
+        ({"prompt_embeds": torch.zeros(1, 8, 4095)}, r"prompt_embeds are \[1, 8, 4095\]: use \[batch, tokens, 4096\]"),
+        ({"prompt_embeds": torch.zeros(1, 0, 4096)}, r"prompt_embeds are \[1, 0, 4096\]"),
+        ({"prompt_embeds": torch.full((1, 8, 4096), NAN)}, "prompt_embeds: some values are not finite"),
+        ({"prompt_embeds": torch.zeros(1, 8, 4096, dtype=torch.int64)}, "prompt_embeds: dtype is torch.int64"),
+        ({"pooled": torch.zeros(2, 768)}, r"pooled_prompt_embeds: shape is \[2, 768\], use \[1, 768\]"),
+        ({"pooled": torch.full((1, 768), math.inf)}, "pooled_prompt_embeds: some values are not finite"),
+        ({"noise": torch.zeros(1, 16, 8, 9)}, r"noise: shape is \[1, 16, 8, 9\], use \[1, 16, 8, 8\]"),
+        ({"noise": torch.full((1, 16, 8, 8), NAN)}, "noise: some values are not finite"),
+    ],
+)
+def test_bad_generate_requests_name_the_value(
+    transformer: Skeleton, pipelines: ModuleType, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadRequest, match=message):
+        pipelines.generate(transformer, **{**job(8, 64, 64), "steps": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": torch.zeros(1, 16, 8, 7)}, "even height, even width"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents: shape is \[1, 4, 8, 8\]"),
+        ({"latents": torch.zeros(2, 16, 8, 8)}, r"latents: shape is \[2, 16, 8, 8\]"),
+        ({"latents": torch.full((1, 16, 8, 8), NAN)}, "latents: some values are not finite"),
+        ({"timestep": torch.tensor([0.5, 0.5])}, r"timestep: shape is \[2\]"),
+        ({"timestep": torch.tensor([500.0])}, "timestep: some values are not finite numbers from 0.0 to 1.0"),
+        ({"timestep": torch.tensor([NAN])}, "timestep: some values"),
+        ({"guidance": None}, "guidance is missing"),
+        ({"guidance": torch.tensor([NAN])}, "guidance: some values"),
+    ],
+)
+def test_bad_denoise_requests_name_the_value(
+    transformer: Skeleton, pipelines: ModuleType, changes: dict[str, Any], message: str
+) -> None:
+    given = job(8, 64, 64)
+    arguments = {
+        "latents": given["noise"],
+        "timestep": torch.tensor([0.5]),
+        "prompt_embeds": given["prompt_embeds"],
+        "pooled": given["pooled"],
+        "guidance": torch.tensor([3.5]),
+    }
+    pipelines.denoise(transformer, **arguments)
+    with pytest.raises(BadRequest, match=message):
+        pipelines.denoise(transformer, **{**arguments, **changes})
+
+
+def test_bad_images_and_latents_name_the_value(vae: Skeleton, pipelines: ModuleType) -> None:
+    for latents in (torch.zeros(1, 4, 8, 8), torch.zeros(16, 8, 8), torch.zeros(0, 16, 8, 8)):
+        with pytest.raises(BadRequest, match="latents are"):
+            pipelines.decode(vae, latents)
+    with pytest.raises(BadRequest, match="latents: some values are not finite"):
+        pipelines.decode(vae, torch.full((1, 16, 4, 4), NAN))
+    with pytest.raises(BadRequest, match="image is"):
+        pipelines.encode(vae, torch.zeros(1, 4, 32, 32))
+    with pytest.raises(BadRequest, match="width 40"):
+        pipelines.encode(vae, torch.zeros(1, 3, 32, 40))
+    with pytest.raises(BadRequest, match="image: some values are not finite"):
+        pipelines.encode(vae, torch.full((1, 3, 32, 32), NAN))
+
+
+def test_bad_seeds_and_batches_name_the_value(pipelines: ModuleType) -> None:
+    for seed in (-1, 2**64):
+        with pytest.raises(BadRequest, match=f"seed {seed}"):
+            pipelines.seeded_noise(seed, batch=1, height=16, width=16)
+    for batch in (0, 65):
+        with pytest.raises(BadRequest, match=f"batch {batch}"):
+            pipelines.seeded_noise(0, batch=batch, height=16, width=16)
+
+
+def test_a_component_of_the_wrong_kind_is_refused(transformer: Skeleton, vae: Skeleton, pipelines: ModuleType) -> None:
+    with pytest.raises(BadRequest, match="needs a transformer, but the component is a vae"):
+        pipelines.generate(vae, **job(8, 64, 64), steps=1)
+    with pytest.raises(BadRequest, match="needs a VAE, but the component is a transformer"):
+        pipelines.decode(transformer, torch.zeros(1, 16, 4, 4))
+
+
+def test_a_good_job_after_bad_ones_has_the_same_bits(
+    transformer: Skeleton, demo_transformer: State, pipelines: ModuleType
+) -> None:
+    given = job(8, 64, 64)
+    with pytest.raises(BadRequest):
+        pipelines.generate(transformer, **{**given, "noise": torch.full((1, 16, 8, 8), NAN)}, steps=2)
+    expected = plain(reference.transformer_from(demo_transformer), given, steps=2)
+    assert torch.equal(pipelines.generate(transformer, **given, steps=2), expected)
+
+
+def test_inputs_of_another_dtype_are_cast(transformer: Skeleton, pipelines: ModuleType) -> None:
+    given = job(8, 64, 64)
+    half = {name: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+    widened = {name: v.float() if isinstance(v, torch.Tensor) else v for name, v in half.items()}
+    assert torch.equal(
+        pipelines.generate(transformer, **half, steps=1), pipelines.generate(transformer, **widened, steps=1)
+    )
+
+
+def test_described_dtype_matches_torch_names() -> None:
+    assert TensorInfo.of(torch.zeros(2, 3, dtype=torch.float8_e4m3fn)) == TensorInfo("float8_e4m3fn", (2, 3))

@@ -1,0 +1,154 @@
+"""Two gloo ranks against plain diffusers in this process, at token counts that do and do not divide."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xditd.gpu_workers import reference
+from xditd.ipc.errors import Unsupported
+
+BAR = 1e-6
+PROGRAM = Path(__file__).with_name("two_ranks.py")
+
+
+def load_program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("two_ranks", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+two_ranks = load_program()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """What each rank computed, and the facts that it noted."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        rank: (load_file(folder / f"rank{rank}.safetensors"), json.loads((folder / f"rank{rank}.json").read_text()))
+        for rank in (0, 1)
+    }
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    from xditd.client.demo import checkpoints
+
+    return {
+        label: reference.transformer_from(checkpoints.flux1_state_dict(two_ranks.SEED, guidance=guidance))
+        for label, guidance in (("dev", True), ("schnell", False))
+    }
+
+
+@pytest.mark.parametrize("label", ["dev", "schnell"])
+@pytest.mark.parametrize("case", list(two_ranks.CASES))
+def test_two_ranks_agree_with_plain_diffusers(group: Any, models: Any, label: str, case: str) -> None:
+    tokens, height, width, batch = two_ranks.CASES[case]
+    given = two_ranks.inputs(tokens, height, width, batch)
+    expected = reference.reference_latents(
+        models[label],
+        prompt_embeds=given["prompt_embeds"],
+        pooled_prompt_embeds=given["pooled"],
+        noise=given["noise"],
+        height=height,
+        width=width,
+        steps=two_ranks.STEPS,
+        guidance_scale=two_ranks.GUIDANCE,
+    )
+    assert reference.relative_error(group[0][0][f"{label}/{case}/0"], expected) <= BAR
+
+
+@pytest.mark.parametrize("case", list(two_ranks.CASES))
+def test_the_same_job_gives_the_same_bits(group: Any, case: str) -> None:
+    results = group[0][0]
+    assert torch.equal(results[f"dev/{case}/0"], results[f"dev/{case}/1"])
+
+
+def test_both_ranks_get_the_whole_result(group: Any) -> None:
+    first, second = group[0][0], group[1][0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("label", ["dev", "schnell"])
+def test_denoise_on_two_ranks_is_one_plain_forward(group: Any, models: Any, label: str) -> None:
+    from diffusers import FluxPipeline
+
+    tokens, height, width, batch = two_ranks.CASES["odd total, odd image"]
+    given = two_ranks.inputs(tokens, height, width, batch)
+    with torch.no_grad():
+        packed = models[label](
+            hidden_states=FluxPipeline._pack_latents(given["noise"], *given["noise"].shape),
+            timestep=torch.full((batch,), 0.7),
+            guidance=torch.full((batch,), two_ranks.GUIDANCE) if label == "dev" else None,
+            pooled_projections=given["pooled"],
+            encoder_hidden_states=given["prompt_embeds"],
+            txt_ids=torch.zeros(tokens, 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
+    expected = FluxPipeline._unpack_latents(packed, height, width, 8)
+    assert reference.relative_error(group[0][0][f"{label}/denoise"], expected) <= BAR
+
+
+def test_too_few_tokens_are_refused_by_count_on_every_rank(group: Any) -> None:
+    for rank in (0, 1):
+        facts = group[rank][1]
+        assert "1 text and 49 image tokens are too few to split over 2 workers" in facts["dev refuses one text token"]
+
+
+def test_heads_that_do_not_divide_are_refused(group: Any) -> None:
+    for rank in (0, 1):
+        assert "3 attention heads do not divide by the Ulysses degree 2" in group[rank][1]["three heads"]
+
+
+def test_agreement_between_ranks(group: Any) -> None:
+    for rank in (0, 1):
+        facts = group[rank][1]
+        assert facts["agree on all true"] is True
+        assert facts["agree when rank 1 is false"] is False
+        assert facts["rank 0 stops"] is True
+        assert facts["rank 1 alone stops"] is False
+        assert facts["degrees"] == {"ulysses": 2}
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_every_token_is_dealt_once_and_totals_are_equal(ranks: int) -> None:
+    from xditd.gpu_workers.sequence_parallel import deal_tokens
+
+    for text in range(ranks, 3 * ranks):
+        for image in range(49, 49 + 2 * ranks):
+            shares = deal_tokens(text, image, ranks)
+            assert [i for share in shares for i in range(text)[share.text]] == list(range(text))
+            assert [i for share in shares for i in range(image)[share.image]] == list(range(image))
+            totals = {share.text.stop - share.text.start + share.image_tokens + share.padding for share in shares}
+            assert len(totals) == 1
+            # Padding is dropped as the end of the gathered sequence, so no other rank may have any.
+            assert all(share.padding == 0 for share in shares[:-1])
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize(("text", "image", "ranks"), [(1, 64, 2), (64, 1, 2), (7, 64, 8), (8, 7, 8), (9, 8, 8)])
+def test_a_rank_without_tokens_is_refused(text: int, image: int, ranks: int) -> None:
+    from xditd.gpu_workers.sequence_parallel import deal_tokens
+
+    with pytest.raises(Unsupported, match=f"{text} text and {image} image tokens"):
+        deal_tokens(text, image, ranks)

@@ -1,0 +1,75 @@
+"""Starting a rank: what is refused, what listens, and where xfuser's log goes."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from xditd.gpu_workers import agreement, attention, xfuser_start
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc.errors import Unsupported
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("world_size", "degree"), [(2, 1), (4, 2), (1, 2)])
+def test_layouts_other_than_ulysses_over_all_are_refused(tmp_path: Path, world_size: int, degree: int) -> None:
+    with pytest.raises(Unsupported, match=f"Ulysses degree {degree} with {world_size} workers"):
+        xfuser_start.start(0, world_size, str(tmp_path / "store"), CPU, ulysses_degree=degree)
+
+
+def test_a_single_rank_starts_and_agrees_with_itself(layout: ParallelLayout) -> None:
+    assert (layout.rank, layout.world_size, layout.ulysses_degree) == (0, 1, 1)
+    assert layout.attention_backend == "SDPA"
+    assert layout.degrees == {"ulysses": 1}
+    assert agreement.agree(True) is True
+    assert agreement.agree(False) is False
+    assert agreement.broadcast_stop(True) is True
+    assert agreement.broadcast_stop(False) is False
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_group_listens_on_loopback_only() -> None:
+    listening = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    assert listening  # gloo's own; if it listens nowhere, this test no longer sees what it should
+    assert all(ipaddress.ip_address(connection.laddr.ip).is_loopback for connection in listening)
+
+
+@pytest.mark.usefixtures("layout")
+def test_xfuser_does_not_log_to_standard_output() -> None:
+    # Exactly this type: pytest puts its own capturing handlers beside it.
+    (handler,) = (h for h in logging.getLogger("xfuser").handlers if type(h) is logging.StreamHandler)
+    assert handler.stream is not sys.__stdout__
+    assert handler.level >= logging.ERROR
+
+
+@pytest.mark.usefixtures("layout")
+def test_an_unknown_attention_backend_lists_those_that_run() -> None:
+    with pytest.raises(Unsupported, match=r"'warp' is unknown; those that run here: .*SDPA"):
+        attention.check("warp", CPU)
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("backend", ["flash_4", "CUDNN", "AITER_FP8"])
+def test_a_backend_that_does_not_run_here_is_found_at_start(backend: str) -> None:
+    with pytest.raises(Unsupported, match=r"does not run here \(.+\); those that do: .*SDPA"):
+        attention.check(backend, CPU)
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_backend_that_runs_is_returned_as_xdit_spells_it() -> None:
+    assert attention.check("sdpa_math", CPU) == "SDPA_MATH"
+    assert attention.requested("sdpa", CPU) == "SDPA"
+
+
+def test_float32_weights_avoid_kernels_for_half_precision() -> None:
+    gpu = torch.device("cuda", 0)
+    assert attention.for_dtype("CUDNN", torch.float32, gpu) == "SDPA"
+    assert attention.for_dtype("CUDNN", torch.bfloat16, gpu) == "CUDNN"
+    assert attention.for_dtype("SDPA_MATH", torch.float32, gpu) == "SDPA_MATH"

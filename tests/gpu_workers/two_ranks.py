@@ -1,0 +1,102 @@
+"""A program, not a test: run the parity cases on two gloo ranks and write what each rank got.
+
+    python two_ranks.py OUT_FOLDER
+
+Both ranks write ``rank<N>.safetensors`` with ``<case>/<round>`` tensors, and ``refused`` with the error's text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+SEED = 0
+STEPS = 2
+ROUNDS = 2
+GUIDANCE = 3.5
+
+# name: text tokens, height, width, batch
+CASES = {
+    "all divide": (16, 128, 128, 1),
+    "odd text, odd image, even total": (15, 112, 112, 1),
+    "long odd text, odd image": (301, 112, 112, 1),
+    "odd total, odd image": (16, 112, 112, 1),
+    "odd total, odd text": (15, 128, 128, 1),
+    "batch of two, odd total": (33, 64, 96, 2),
+}
+
+
+def inputs(tokens: int, height: int, width: int, batch: int) -> dict[str, torch.Tensor]:
+    """The conditioning and noise of a case, the same in every process."""
+    generator = torch.Generator().manual_seed(tokens * 10_000 + height + width)
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
+        "pooled": torch.randn(batch, 768, generator=generator),
+        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
+    }
+
+
+def run_rank(rank: int, world_size: int, folder: str) -> None:
+    from safetensors.torch import save_file
+
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import agreement, xfuser_start
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.ipc.errors import Unsupported
+
+    layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
+    from xditd.gpu_workers import pipelines
+
+    facts: dict[str, object] = {
+        "agree on all true": agreement.agree(True),
+        "agree when rank 1 is false": agreement.agree(rank == 0),
+        "rank 0 stops": agreement.broadcast_stop(rank == 0),
+        "rank 1 alone stops": agreement.broadcast_stop(rank == 1),
+        "degrees": layout.degrees,
+    }
+    cache = SkeletonCache(layout)
+    results: dict[str, torch.Tensor] = {}
+    for label, guidance in (("dev", True), ("schnell", False)):
+        state = checkpoints.flux1_state_dict(SEED, guidance=guidance)
+        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        plan.skeleton.plug(plan.bind(state))
+        for case, (tokens, height, width, batch) in CASES.items():
+            for attempt in range(ROUNDS if guidance else 1):
+                results[f"{label}/{case}/{attempt}"] = pipelines.generate(
+                    plan.skeleton,
+                    **inputs(tokens, height, width, batch),
+                    height=height,
+                    width=width,
+                    steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                )
+        tokens, height, width, batch = CASES["odd total, odd image"]
+        given = inputs(tokens, height, width, batch)
+        results[f"{label}/denoise"] = pipelines.denoise(
+            plan.skeleton,
+            latents=given["noise"],
+            timestep=torch.full((batch,), 0.7),
+            prompt_embeds=given["prompt_embeds"],
+            pooled=given["pooled"],
+            guidance=torch.full((batch,), GUIDANCE),
+        )
+        try:
+            pipelines.generate(plan.skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
+        except Unsupported as error:
+            facts[f"{label} refuses one text token"] = error.detail
+    odd_heads = checkpoints.flux1_state_dict(SEED, heads=3, double_blocks=1, single_blocks=1)
+    try:
+        cache.plan({name: TensorInfo.of(tensor) for name, tensor in odd_heads.items()})
+    except Unsupported as error:
+        facts["three heads"] = error.detail
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
+    xfuser_start.stop()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_rank, (2, sys.argv[1]), nprocs=2)
