@@ -34,6 +34,12 @@ def _refuse_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     return found
 
 
+def _request_id_of(plain: object) -> str | None:
+    """Find whom to answer when a message is refused: an id of the right type and length, and nothing else of it."""
+    found = plain.get("request_id") if isinstance(plain, dict) else None
+    return found if isinstance(found, str) and 1 <= len(found) <= 64 else None
+
+
 def encode(message: Message) -> bytes:
     """Encode any message. Bytes stay bytes: without ``builtin_types`` msgspec writes base64 text."""
     packed = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
@@ -73,7 +79,9 @@ class Decoder(Generic[T]):
         except BadMessage:
             raise
         except msgspec.ValidationError as error:
-            raise BadMessage(f"not a message of this protocol: {error}") from error
+            refusal = BadMessage(f"not a message of this protocol: {error}")
+            refusal.request_id = _request_id_of(plain)
+            raise refusal from error
         except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
             raise BadMessage(f"not MessagePack within limits: {type(error).__name__}: {error}") from error
         return built

@@ -28,9 +28,13 @@ class RequestError(XditdError):
 
 
 class BadMessage(RequestError):
-    """Bytes on the socket are not a message of this protocol."""
+    """Bytes on the socket are not a message of this protocol.
+
+    ``request_id`` is the sender's, where the bytes could be read so far, so that it can be answered.
+    """
 
     code = "bad_message"
+    request_id: str | None = None
 
 
 class ProtocolMismatch(RequestError):
@@ -118,6 +122,13 @@ class WorkersUnavailable(PeerError):
     """The worker group could not be started, and the daemon has given up restarting it."""
 
     code = "workers_unavailable"
+    retryable = False
+
+
+class SessionLost(PeerError):
+    """The daemon has no session for this connection: no hello came, or the session was closed, and its loans ended."""
+
+    code = "session_lost"
     retryable = False
 
 

@@ -1,0 +1,40 @@
+"""The command line of ``python -m xditd.daemon``; ``xditd serve`` passes its flags through to it."""
+
+from __future__ import annotations
+
+import argparse
+
+from xditd import __version__
+from xditd.daemon.settings import SETTINGS
+
+_EPILOG = """\
+Each flag has an environment variable, named in brackets. A flag beats its variable, which beats the file, which beats
+the default. In the file, settings live in the sections [daemon] and [workers]; xditd.toml in xditd/systemd shows all.
+
+exit status: 0 stopped on request, 1 could not start (another daemon holds the folder), 2 misuse
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser. Values stay text here: one place checks them, wherever they come from."""
+    parser = argparse.ArgumentParser(
+        prog="xditd serve",
+        description="Keep xDiT workers warm and serve clients that lend them weights.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"xditd {__version__}")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file (default: $XDG_CONFIG_HOME/xditd/xditd.toml if there is one) [XDITD_CONFIG]",
+    )
+    for setting in SETTINGS:
+        parser.add_argument(
+            setting.flag,
+            dest=setting.name,
+            metavar=setting.key.rpartition("_")[2].upper(),
+            help=f"{setting.help} (default: {setting.default}) [{setting.variable}]",
+        )
+    return parser

@@ -1,0 +1,105 @@
+"""The daemon's configuration: one frozen dataclass, built once from defaults, a file, the environment and flags."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from xditd.daemon.settings import SETTINGS, Setting
+from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
+from xditd.ipc.errors import BadRequest
+
+Device = Literal["auto", "cuda", "cpu"]
+
+DEFAULT_WORKER_COMMAND: Final = (sys.executable, "-m", "xditd.gpu_workers")
+
+_COMMAND_KEY: Final = "command"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the daemon is told. ``workers`` is "auto" or a count; ``ulysses`` 0 means: over all workers."""
+
+    runtime: RuntimeDir
+    queue_limit: int = 64
+    log_level: str = "info"
+    workers: Literal["auto"] | int = "auto"
+    device: Device = "auto"
+    ulysses: int = 0
+    attention_backend: str = "auto"
+    start_deadline_s: float = 120.0
+    hang_deadline_s: float = 300.0
+    max_restarts: int = 5
+    worker_command: tuple[str, ...] = DEFAULT_WORKER_COMMAND
+    """How the group's leader is started, its own flags apart. In the file only (``[workers] command``)."""
+
+
+def default_file(environ: Mapping[str, str]) -> Path:
+    base = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "/")) / ".config")
+    return Path(base) / "xditd" / "xditd.toml"
+
+
+def build_configuration(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Configuration:
+    """Merge the sources: a flag beats its environment variable, which beats the file, which beats the default.
+
+    Raises:
+        BadRequest: an unknown key, or a value that does not fit; the message names source, value and remedy.
+    """
+    found: dict[str, Any] = {}
+    named = flags.get("config") or environ.get("XDITD_CONFIG")
+    path = Path(named) if named else default_file(environ)
+    if named or path.is_file():
+        found.update(_read_file(path))
+    for setting in SETTINGS:
+        variable = environ.get(setting.variable)
+        if variable:
+            found[setting.name] = setting.read_text(variable, f"environment variable {setting.variable}")
+        flag = flags.get(setting.name)
+        if flag is not None:
+            found[setting.name] = setting.read_text(flag, f"flag {setting.flag}")
+    folder = found.pop("runtime_dir", None)
+    runtime = RuntimeDir(Path(folder).absolute()) if folder else default_runtime_dir()
+    return Configuration(runtime=runtime, **found)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section, table in _parse_toml(path).items():
+        known: dict[str, Setting] = {setting.key: setting for setting in SETTINGS if setting.section == section}
+        if not known or not isinstance(table, dict):
+            raise BadRequest(f"file {path}: unknown entry [{section}]; the sections are [daemon] and [workers]")
+        for key, value in table.items():
+            source = f"file {path}, [{section}] {key}"
+            if section == "workers" and key == _COMMAND_KEY:
+                found["worker_command"] = _read_command(value, source)
+            elif key in known:
+                found[known[key].name] = known[key].read_toml(value, source)
+            else:
+                names = ", ".join(sorted(known))
+                raise BadRequest(f"{source} = {value!r}: no such key; remove it, or use one of {names}")
+    return found
+
+
+def _read_command(value: object, source: str) -> tuple[str, ...]:
+    if isinstance(value, list) and value and all(isinstance(word, str) and word for word in value):
+        return tuple(cast("list[str]", value))
+    raise BadRequest(f'{source} = {value!r}: use a list of words, such as ["numactl", "-N0", "python", "-m", ...]')
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    # Imported here: most daemons run without a file, and start-up time is counted.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadRequest(
+            f"file {path}: {error.strerror}; name another one (--config or XDITD_CONFIG), or none"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"file {path}: not TOML: {error}; see the example xditd.toml in xditd/systemd") from error

@@ -1,0 +1,24 @@
+"""``Lend``: take a component on loan."""
+
+from __future__ import annotations
+
+from xditd.daemon.jobs import Job
+from xditd.daemon.service import Service
+from xditd.daemon.sessions import Session
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.replies import Lent
+from xditd.ipc.requests import Lend
+
+_NAMED_FAULTS = 20
+
+
+def lend(service: Service, session: Session, request: Lend) -> Lent | None:
+    """Answer at once when these very bytes are on loan, else let the workers map them in turn."""
+    faults = request.manifest.faults()
+    if faults:
+        more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
+        raise BadRequest(f"manifest of {request.manifest.label}: {'; '.join(faults[:_NAMED_FAULTS])}{more}")
+    reused = service.loans.reuse(session, request)
+    if reused is None:
+        service.submit(Job(session, request, lambda job: service.loans.lend(job, request)))
+    return reused

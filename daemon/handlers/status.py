@@ -1,0 +1,83 @@
+"""``GetStatus``: the daemon's state, complete, at one moment."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from xditd import __version__
+from xditd.daemon.service import Service
+from xditd.daemon.sessions import Session
+from xditd.daemon.supervisor import Supervisor
+from xditd.ipc import limits
+from xditd.ipc.protocol import PROTOCOL_VERSION
+from xditd.ipc.replies import Status
+from xditd.ipc.requests import GetStatus
+from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
+from xditd.ipc.worker_messages import RankTally
+
+
+def report(service: Service, _: Session, request: GetStatus) -> Status:
+    supervisor = service.supervisor
+    ranks = supervisor.group.ranks if supervisor.group is not None else {}
+    first = ranks[min(ranks)] if ranks else None
+    queue = service.desk.queue
+    daemon = DaemonStatus(
+        package_version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        uptime_s=time.monotonic() - service.started_s,
+        runtime_dir=str(service.configuration.runtime.path),
+        group_state=supervisor.state,
+        group_detail=supervisor.detail[: limits.MAX_TEXT_CHARS],
+        device_kind=first.device_kind if first else "",
+        world_size=supervisor.expected_world_size,
+        parallel=first.parallel if first else {},
+        attention_backend=first.attention_backend if first else "",
+        workers=_workers(supervisor),
+        components=tuple(lease.status() for lease in service.loans.registry),
+        jobs=tuple(job.status() for job in queue),
+        queue_limit=queue.limit,
+        clients=len(service.sessions),
+        counters=_counters(service),
+        last_job_ms=service.desk.last_job_ms,
+    )
+    return Status(request_id=request.request_id, daemon=daemon)
+
+
+def _workers(supervisor: Supervisor) -> tuple[WorkerStatus, ...]:
+    group = supervisor.group
+    if group is None:
+        return ()
+    found: list[WorkerStatus] = []
+    for rank, ready in sorted(group.ranks.items()):
+        tally = group.tallies.get(rank, RankTally())
+        found.append(
+            WorkerStatus(
+                rank=rank,
+                pid=ready.pid,
+                device=ready.device,
+                device_uuid=ready.device_uuid,
+                memory_bytes=tally.memory_bytes,
+                loaded=tally.loaded,
+            )
+        )
+    return tuple(found)
+
+
+def _counters(service: Service) -> Counters:
+    """Skeletons are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
+    tallies = service.supervisor.group.tallies if service.supervisor.group is not None else {}
+    first = tallies.get(0, RankTally())
+    desk = service.desk
+    return Counters(
+        group_starts=service.supervisor.starts,
+        jobs_done=desk.jobs_done,
+        jobs_failed=desk.jobs_failed,
+        jobs_cancelled=desk.jobs_cancelled,
+        skeletons_built=first.skeletons_built,
+        skeletons_reused=first.skeletons_reused,
+        plugs=first.plugs,
+        outside_connections=service.supervisor.outside_connections_before
+        + sum(tally.outside_connections for tally in tallies.values()),
+    )

@@ -1,0 +1,136 @@
+"""Loans: which components clients have lent, and where each is in its life. Nothing here talks to anybody."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+from xditd.daemon.sessions import Session
+from xditd.daemon.states import LEASE_NEXT, move
+from xditd.ipc.errors import StaleSource, UnknownComponent
+from xditd.ipc.protocol import TimingsMs
+from xditd.ipc.status import ComponentStatus, LeaseState
+from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, Manifest
+
+
+@dataclass(eq=False)
+class Lease:
+    """One component on loan. ``holds`` counts lends of the same bytes: each needs its own return."""
+
+    component_id: str
+    session: Session
+    manifest: Manifest
+    state: LeaseState = LeaseState.LENDING
+    holds: int = 1
+    family: str = ""
+    client_copied: CopiedBytes = field(default_factory=CopiedBytes)
+    """What the client copied to make its tensors lendable."""
+    worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
+    is_skeleton_reused: bool = False
+    lend_ms: TimingsMs = field(default_factory=dict)
+    deaths: int = 0
+    """How many groups have died while they mapped it again."""
+    on_ended: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in (LeaseState.LENDING, LeaseState.LENT)
+
+    def move(self, to: LeaseState) -> None:
+        self.state = move(LEASE_NEXT, self.state, to)
+
+    def status(self) -> ComponentStatus:
+        return ComponentStatus(
+            component_id=self.component_id,
+            label=self.manifest.label,
+            kind=self.manifest.kind,
+            family=self.family,
+            state=self.state,
+            tiers=self.manifest.tiers,
+            lent_bytes=self.manifest.tensor_bytes,
+            copied=self.client_copied + self.worker_copied,
+            generation=self.manifest.generation,
+            owner_pid=self.session.process.pid,
+            lend_ms=self.lend_ms,
+        )
+
+
+class LeaseRegistry:
+    """Every loan that has not ended, in the order of lending."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Lease] = {}
+        self._numbers = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(list(self._by_id.values()))
+
+    def add(self, session: Session, manifest: Manifest) -> Lease:
+        # The random part keeps an id of an earlier daemon from naming somebody else's component in this one.
+        component_id = f"{manifest.kind.value}-{next(self._numbers)}-{os.urandom(3).hex()}"
+        lease = self._by_id[component_id] = Lease(component_id, session, manifest)
+        return lease
+
+    def live(self, component_id: str) -> Lease:
+        """Find a loan that jobs may use.
+
+        Raises:
+            UnknownComponent: never lent, returned, or its owner is gone.
+        """
+        lease = self._by_id.get(component_id)
+        if lease is None or not lease.is_live:
+            raise UnknownComponent(f"component {component_id}: not on loan (returned, or its owner is gone); lend it")
+        return lease
+
+    def of_session(self, session: Session) -> list[Lease]:
+        return [lease for lease in self if lease.session is session]
+
+    def end(self, lease: Lease) -> None:
+        """Drop a loan that nobody maps any more, and tell those who waited for that."""
+        lease.move(LeaseState.ENDED)
+        del self._by_id[lease.component_id]
+        for callback in lease.on_ended:
+            callback()
+
+    def same_place(self, session: Session, manifest: Manifest) -> Lease | None:
+        """Find this session's live loan of the same memory, whatever was written to it since.
+
+        Raises:
+            StaleSource: ``manifest`` is of an older generation than the loan.
+        """
+        place = _place(manifest)
+        for lease in self.of_session(session):
+            if not lease.is_live or lease.manifest.kind is not manifest.kind or _place(lease.manifest) != place:
+                continue
+            if manifest.generation < lease.manifest.generation:
+                raise StaleSource(
+                    f"{manifest.label}: generation {manifest.generation} was offered, "
+                    f"but {lease.component_id} has generation {lease.manifest.generation}; lend the newest"
+                )
+            return lease
+        return None
+
+
+def is_same_content(old: Manifest, new: Manifest) -> bool:
+    """Whether two manifests of one place also promise the same bytes."""
+    return old.generation == new.generation and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
+
+
+def _place(manifest: Manifest) -> Hashable:
+    return tuple(_block_place(block) for block in manifest.blocks), manifest.tensors
+
+
+def _block_place(block: Block) -> Hashable:
+    """Where a block is, without what was in it when it was described."""
+    if isinstance(block, CudaIpcBlock):
+        return block.device_uuid, block.handle, block.size_bytes
+    if isinstance(block, FileBlock):
+        return block.device, block.inode, block.size_bytes
+    return block.inode, block.size_bytes
+
+
+def _content(block: Block) -> Hashable:
+    """What was in a block when it was described. Descriptor numbers differ where a file was opened twice."""
+    return block.fingerprint, block.mtime_ns if isinstance(block, FileBlock) else 0

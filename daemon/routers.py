@@ -1,0 +1,85 @@
+"""The two ROUTER sockets: bounded, never blocking, and aware of who sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from xditd.ipc import limits
+from xditd.ipc.addresses import endpoint
+
+BATCH: Final = 256
+"""Messages read from one socket before the others get their turn."""
+
+_SEND_LIMIT: Final = 256
+_RECEIVE_LIMIT: Final = 128
+"""Messages that ZeroMQ keeps for one peer, on top of what the kernel's socket buffers hold."""
+
+
+class Delivery(Enum):
+    """What became of a message."""
+
+    SENT = "sent"
+    NO_ROOM = "no_room"
+    """The peer does not read, and as many messages as we keep for it wait already."""
+    GONE = "gone"
+    """The peer's connection is closed."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One message as it arrived. ``peer`` is libzmq's ``localhost:<uid>:<gid>:<pid>``, "" where it is not known."""
+
+    routing_id: bytes
+    peer: str
+    payload: memoryview | None
+    """``None`` when the message did not have exactly one frame."""
+
+
+class Router:
+    """A ROUTER on a path of the runtime folder, which only its owner may enter."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
+        self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
+        self.socket.bind(endpoint(path))
+
+    def receive(self) -> Iterator[Envelope]:
+        """Yield what has arrived, at most :data:`BATCH` messages."""
+        for _ in range(BATCH):
+            try:
+                routing_id, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            payload = frames[0].buffer if len(frames) == 1 else None
+            yield Envelope(routing_id.bytes, _peer_of(frames[-1]) if frames else "", payload)
+
+    def send(self, routing_id: bytes, payload: bytes) -> Delivery:
+        """Send without ever waiting."""
+        try:
+            self.socket.send_multipart((routing_id, payload), zmq.NOBLOCK)
+        except zmq.Again:
+            return Delivery.NO_ROOM
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return Delivery.GONE
+        return Delivery.SENT
+
+    def close(self, linger_ms: int) -> None:
+        self.socket.close(linger=linger_ms)
+
+
+def _peer_of(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""

@@ -1,0 +1,187 @@
+"""The daemon's parts put together, and what happens between them: group events, ended sessions, the end of it all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import zmq
+
+from xditd.daemon.configuration import Configuration
+from xditd.daemon.desk import Desk
+from xditd.daemon.front import Front
+from xditd.daemon.jobs import Job, JobQueue
+from xditd.daemon.loans import Loans
+from xditd.daemon.logbook import Logbook
+from xditd.daemon.loop import Loop
+from xditd.daemon.peers import Peer
+from xditd.daemon.routers import Router
+from xditd.daemon.runtime_folder import RuntimeFolder
+from xditd.daemon.sequence import Errand, ErrandRunner
+from xditd.daemon.sessions import Session, Sessions
+from xditd.daemon.supervisor import Supervisor
+from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
+from xditd.ipc.status import GroupState
+from xditd.ipc.worker_messages import Answer, Command, Run, StepReached
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S: Final = 5.0
+"""How long a running job may take to notice that the daemon stops. Its next step is enough."""
+
+_LINGER_MS: Final = 300
+"""For last replies to leave; a client that does not read holds the daemon no longer than this."""
+
+Callback = Callable[[], None]
+
+
+class Service:
+    """Everything that serves requests. Handlers use its parts; it is the group's listener.
+
+    Binding comes first, and the group starts at its side: hello is answered while the workers import their libraries.
+    """
+
+    def __init__(
+        self, configuration: Configuration, folder: RuntimeFolder, environment: Mapping[str, str], logbook: Logbook
+    ) -> None:
+        self.configuration = configuration
+        self.logbook = logbook
+        self.loop = Loop()
+        self.started_s = time.monotonic()
+        self.is_stopping = False
+        self._is_shutting_down = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._worker_router = Router(self._context, folder.runtime.worker_socket)
+        self.client_router = Router(self._context, folder.runtime.client_socket)
+        self.sessions = Sessions(self.loop)
+        self.front = Front(self.client_router, self.sessions)
+        self.supervisor = Supervisor(self.loop, self._worker_router, folder, configuration, environment, logbook)
+        self.supervisor.listener = self
+        self.runner = ErrandRunner(self.supervisor, self._next_errand)
+        self.desk = Desk(
+            self.loop,
+            self.front,
+            JobQueue(configuration.queue_limit),
+            interrupt=self.supervisor.cancel_run,
+            why_waiting=self._why_waiting,
+        )
+        self.loans = Loans(self.desk, lambda: self.supervisor.is_alive)
+
+    def run(self) -> None:
+        """Start the group and serve until :meth:`stop`."""
+        self.supervisor.start()
+        self.loop.run(self._after_round)
+
+    def close(self) -> None:
+        self._worker_router.close(0)
+        self.front.close(_LINGER_MS)
+        self._context.term()
+        self.loop.close()
+
+    # --- What handlers ask for -----------------------------------------------------------------------
+
+    def open_session(self, routing_id: bytes, address: str, peer: Peer, client_name: str) -> Session:
+        """Open a session that ends with its process at the latest."""
+        session = self.sessions.open(routing_id, address, peer, client_name)
+        self.loop.watch(session.pidfd, lambda: self.end_session(session, "its process has exited"))
+        return session
+
+    def end_session(self, session: Session, why: str, then: Callback = lambda: None) -> None:
+        """End a session, its jobs and its loans; ``then`` is called once no worker maps anything of it."""
+        if not self.sessions.close(session):
+            return
+        lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
+        leases = self.loans.registry.of_session(session)
+        logger.info("session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
+        self.desk.cancel_session(session, lost)
+        self.loans.end_all(leases, lost, then)
+        if session.has_io and not self.sessions.has_process(session.process):
+            self.loans.forget(session.process)
+
+    def submit(self, job: Job) -> None:
+        """Queue a request for the workers, whether they are up yet or not.
+
+        Raises:
+            BadRequest: its request id is in use.
+            Busy: the queue is full.
+            DaemonStopping: no new work is taken.
+            WorkersUnavailable: there will be no workers.
+        """
+        if self.is_stopping:
+            raise DaemonStopping("the daemon is shutting down; send the request to the next one")
+        if self.supervisor.state is GroupState.GIVEN_UP:
+            raise WorkersUnavailable(f"{self.supervisor.detail}; cure the cause, then restart the daemon")
+        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.waiting
+        self.desk.submit(job, will_wait=not is_next)
+
+    def stop(self, why: str) -> None:
+        """Take no new work, end what runs, shut the workers down, and leave the loop."""
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        logger.info("stopping: %s", why)
+        self.desk.cancel_all(DaemonStopping(f"the daemon is shutting down: {why}"))
+        self.loop.call_later(DRAIN_S, self._shut_down)
+
+    # --- What the group tells ------------------------------------------------------------------------
+
+    def group_ready(self) -> None:
+        """Nothing to do: the round ends with the next errand, and replays come first."""
+
+    def group_ended(self, error: XditdError) -> None:
+        self.runner.group_ended(_as_seen_by_a_job(error))
+        self.loans.group_ended()
+
+    def group_given_up(self, error: WorkersUnavailable) -> None:
+        self.desk.cancel_all(error)
+        lost = LeaseLost(f"the workers are gone for good: {error.detail}")
+        self.loans.end_all(list(self.loans.registry), lost, lambda: None)
+
+    def answered(self, command: Command, answers: Sequence[Answer]) -> None:
+        self.runner.answered(command, answers)
+        if isinstance(command, Run):
+            self.supervisor.restarts.note_served()
+
+    def step_reached(self, step: StepReached) -> None:
+        self.desk.step_reached(step)
+
+    # --- Between rounds ------------------------------------------------------------------------------
+
+    def _after_round(self) -> None:
+        self.runner.advance()
+        while self.front.unreachable:
+            self._close_unreachable()
+            self.runner.advance()
+        if self.is_stopping and self.runner.current is None:
+            self._shut_down()
+
+    def _close_unreachable(self) -> None:
+        unreachable, self.front.unreachable = self.front.unreachable, {}
+        for routing_id, why in unreachable.items():
+            session = self.sessions.find(routing_id)
+            if session is not None:
+                self.end_session(session, why)
+
+    def _next_errand(self) -> Errand[Any] | None:
+        return self.loans.next_errand() or self.desk.next_errand()
+
+    def _shut_down(self) -> None:
+        if not self._is_shutting_down:
+            self._is_shutting_down = True
+            self.supervisor.shut_down(self.loop.stop)
+
+    def _why_waiting(self) -> str:
+        if self.supervisor.is_alive:
+            return "other requests go first"
+        return self.supervisor.detail or f"workers are {self.supervisor.state.value}"
+
+
+def _as_seen_by_a_job(error: XditdError) -> XditdError:
+    """Add what its client may do to what happened to the group."""
+    return type(error)(
+        f"{error.detail}; the worker group is being rebuilt, and the same request may be sent again"
+        if error.retryable
+        else f"{error.detail}; the worker group is being rebuilt"
+    )

@@ -1,0 +1,180 @@
+"""Every setting once: its flag, its environment variable, its place in the file, and the values that it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. ``convert`` takes text or a TOML value; ``ValueError`` or ``TypeError`` mean: beyond ``range``."""
+
+    name: str
+    section: str
+    key: str
+    range: str
+    default: str
+    help: str
+    convert: Callable[[Any], Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "XDITD_" + self.name.upper()
+
+    def read_text(self, text: str, source: str) -> Any:
+        """Convert what a flag or a variable says."""
+        return self._checked(text, source)
+
+    def read_toml(self, value: object, source: str) -> Any:
+        """Convert what the file says; a boolean is not a number."""
+        if isinstance(value, bool):
+            raise BadRequest(f"{source} = {value!r}: use {self.range}")
+        return self._checked(value, source)
+
+    def _checked(self, value: object, source: str) -> Any:
+        try:
+            return self.convert(value)
+        except (ValueError, TypeError):
+            raise BadRequest(f"{source} = {value!r}: use {self.range}") from None
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, float):
+            raise TypeError
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return convert
+
+
+def _seconds(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number) or not 0 < number <= 86_400:
+        raise ValueError
+    return number
+
+
+def _one_of(*names: str) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if value not in names:
+            raise ValueError
+        return str(value)
+
+    return convert
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value or value.startswith("-") or len(value) > limits.MAX_NAME_CHARS:
+        raise ValueError
+    return value
+
+
+def _workers(value: Any) -> str | int:
+    return "auto" if value == "auto" else _whole(1, 1024)(value)
+
+
+SETTINGS: Final = (
+    Setting(
+        "runtime_dir",
+        "daemon",
+        "runtime_dir",
+        "the path of a folder",
+        "$XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>",
+        "private folder of the sockets and the lock; made with mode 0700",
+        _name,
+    ),
+    Setting(
+        "queue_limit",
+        "daemon",
+        "queue_limit",
+        "a whole number from 1 to 100000",
+        "64",
+        "requests that may wait; one more is refused as busy",
+        _whole(1, 100_000),
+    ),
+    Setting(
+        "log_level",
+        "daemon",
+        "log_level",
+        'one of "debug", "info", "warning", "error"',
+        "info",
+        "debug, info, warning or error",
+        _one_of("debug", "info", "warning", "error"),
+    ),
+    Setting(
+        "workers",
+        "workers",
+        "count",
+        '"auto" or a whole number from 1 to 1024',
+        "auto",
+        "worker processes, one for each GPU; auto: all GPUs, or 2 on CPU",
+        _workers,
+    ),
+    Setting(
+        "device",
+        "workers",
+        "device",
+        'one of "auto", "cuda", "cpu"',
+        "auto",
+        "auto (GPUs if there are any), cuda or cpu",
+        _one_of("auto", "cuda", "cpu"),
+    ),
+    Setting(
+        "ulysses",
+        "workers",
+        "ulysses",
+        "a whole number from 0 to 1024",
+        "0",
+        "Ulysses degree: workers that share the tokens of one image; 0: all",
+        _whole(0, 1024),
+    ),
+    Setting(
+        "attention_backend",
+        "workers",
+        "attention_backend",
+        '"auto" or the name of an attention backend',
+        "auto",
+        "attention kernel; auto: the best one that is installed",
+        _name,
+    ),
+    Setting(
+        "start_deadline_s",
+        "workers",
+        "start_deadline_s",
+        "seconds above 0, at most 86400",
+        "120",
+        "seconds from starting the group until every worker answers",
+        _seconds,
+    ),
+    Setting(
+        "hang_deadline_s",
+        "workers",
+        "hang_deadline_s",
+        "seconds above 0, at most 86400",
+        "300",
+        "seconds without a report from busy workers until they are ended and rebuilt",
+        _seconds,
+    ),
+    Setting(
+        "max_restarts",
+        "workers",
+        "max_restarts",
+        "a whole number from 0 to 1000",
+        "5",
+        "rebuilds in a row without a served job before the daemon gives up",
+        _whole(0, 1000),
+    ),
+)

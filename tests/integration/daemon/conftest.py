@@ -1,0 +1,258 @@
+"""A real daemon in a temporary folder, a fake worker group, and a client that says exactly what a test wants."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import zmq
+
+from xditd import __version__
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.protocol import PROTOCOL_VERSION, Message, Reply, Request
+from xditd.ipc.replies import AnyReply, Failed, Lent, Queued, Status, StepDone, Welcome
+from xditd.ipc.requests import Generate, GetStatus, Hello, Lend
+from xditd.ipc.status import DaemonStatus, GroupState
+from xditd.ipc.tensors import (
+    ComponentKind,
+    Fingerprint,
+    HostShmBlock,
+    IoTensor,
+    Manifest,
+    TensorSpec,
+)
+
+FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
+DEADLINE_S = 10.0
+R = TypeVar("R", bound=Reply)
+
+
+class Memory:
+    """A memfd of this process, described as a block."""
+
+    def __init__(self, content: bytes = b"weights!" * 512) -> None:
+        self.fd = os.memfd_create("test", os.MFD_CLOEXEC)
+        os.write(self.fd, content)
+        self.block = HostShmBlock(
+            fd=self.fd,
+            inode=os.fstat(self.fd).st_ino,
+            size_bytes=len(content),
+            fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
+        )
+
+    def manifest(self, label: str = "tiny", generation: int = 0, kind: str = "transformer") -> Manifest:
+        return Manifest(
+            kind=ComponentKind(kind),
+            label=label,
+            blocks=(self.block,),
+            tensors=(TensorSpec("weight", "float32", (4, 4), 0, 0),),
+            generation=generation,
+        )
+
+    def generate(self, transformer_id: str, steps: int = 3, seed: int = 0) -> Generate:
+        tensor = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
+        return Generate(
+            request_id="",
+            transformer_id=transformer_id,
+            io=self.block,
+            prompt_embeds=tensor,
+            pooled_prompt_embeds=tensor,
+            out_latents=tensor,
+            seed=seed,
+            height=64,
+            width=64,
+            steps=steps,
+        )
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class RawClient:
+    """A DEALER and the wire codec, nothing that helps."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, runtime: RuntimeDir, *, says_hello: bool = True, receive_limit: int = 1000) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, receive_limit)
+        self.socket.connect(endpoint(runtime.client_socket))
+        self.events: list[Reply] = []
+        self.others: dict[str, list[AnyReply]] = {}
+        if says_hello:
+            self.ask(self.hello(), Welcome)
+
+    @staticmethod
+    def hello(protocol_version: int = PROTOCOL_VERSION) -> Hello:
+        return Hello(request_id="", protocol_version=protocol_version, package_version=__version__, client_name="test")
+
+    def send(self, request: Request) -> str:
+        """Send with a fresh request id, which is returned."""
+        request_id = f"r{next(self.numbers)}"
+        fields = {name: getattr(request, name) for name in request.__struct_fields__}
+        self.socket.send(encode(type(request)(**{**fields, "request_id": request_id})))
+        return request_id
+
+    def receive(self, deadline_s: float = DEADLINE_S) -> AnyReply:
+        assert self.socket.poll(int(deadline_s * 1000)), f"no reply within {deadline_s} s"
+        return reply_decoder.decode(self.socket.recv())
+
+    def wait(self, request_id: str, deadline_s: float = DEADLINE_S) -> AnyReply:
+        """Wait for the reply to one request; its events are kept, and so are replies to others."""
+        end = time.monotonic() + deadline_s
+        while True:
+            for reply in self.others.pop(request_id, []):
+                return reply
+            reply = self.receive(end - time.monotonic())
+            if isinstance(reply, (Queued, StepDone)):
+                self.events.append(reply)
+            elif reply.request_id == request_id:
+                return reply
+            else:
+                self.others.setdefault(reply.request_id, []).append(reply)
+
+    def wait_event(self, request_id: str, kind: type[Reply]) -> Reply:
+        while True:
+            for event in self.events:
+                if event.request_id == request_id and isinstance(event, kind):
+                    return event
+            reply = self.receive()
+            assert isinstance(reply, (Queued, StepDone)), reply
+            self.events.append(reply)
+
+    def ask(self, request: Request, kind: type[R], deadline_s: float = DEADLINE_S) -> R:
+        reply = self.wait(self.send(request), deadline_s)
+        assert isinstance(reply, kind), reply
+        return reply
+
+    def fail(self, request: Request) -> Failed:
+        return self.ask(request, Failed)
+
+    def status(self) -> DaemonStatus:
+        return self.ask(GetStatus(request_id=""), Status).daemon
+
+    def lend(self, manifest: Manifest) -> Lent:
+        return self.ask(Lend(request_id="", manifest=manifest), Lent)
+
+    def wait_status(self, condition: Callable[[DaemonStatus], bool], deadline_s: float = DEADLINE_S) -> DaemonStatus:
+        end = time.monotonic() + deadline_s
+        while True:
+            status = self.status()
+            if condition(status):
+                return status
+            assert time.monotonic() < end, status
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+class DaemonProcess:
+    """``python -m xditd.daemon`` with fake workers."""
+
+    def __init__(self, folder: Path, *, settings: dict[str, Any], worker_flags: list[str], flags: list[str]) -> None:
+        self.runtime = RuntimeDir(folder / "run")
+        command = [sys.executable, str(FAKE_WORKERS), *worker_flags]
+        lines = ["[workers]", f"command = {json.dumps(command)}"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        (folder / "xditd.toml").write_text("\n".join(lines))
+        self.log_path = folder / "daemon.log"
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "xditd.daemon", "--config", str(folder / "xditd.toml")),
+                    *("--runtime-dir", str(self.runtime.path), *flags),
+                ],
+                stdout=log,
+                stderr=log,
+                env=environ,
+            )
+        self.clients: list[RawClient] = []
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def client(self, **options: Any) -> RawClient:
+        client = RawClient(self.runtime, **options)
+        self.clients.append(client)
+        return client
+
+    def ready_client(self) -> RawClient:
+        client = self.client()
+        client.wait_status(lambda status: status.group_state is GroupState.READY)
+        return client
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        return self.process.wait(deadline_s)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise
+
+
+StartDaemon = Callable[..., DaemonProcess]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # Not tmp_path: with a long test name its sockets would not fit into a socket address.
+    path = Path(tempfile.mkdtemp(prefix="xditd-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start_daemon(folder: Path) -> Iterator[StartDaemon]:
+    """Start daemons in one folder; all have ended, in order, after the test."""
+    started: list[DaemonProcess] = []
+
+    def start(*flags: str, worker_flags: list[str] | None = None, **settings: Any) -> DaemonProcess:
+        daemon = DaemonProcess(folder, settings=settings, worker_flags=worker_flags or [], flags=list(flags))
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.close()
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon) -> DaemonProcess:
+    return start_daemon()
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    block = Memory()
+    yield block
+    block.close()
+
+
+@pytest.fixture
+def make_message() -> Callable[[Message], bytes]:
+    return encode
