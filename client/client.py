@@ -275,6 +275,11 @@ class Client:
 
     # --- The daemon ----------------------------------------------------------------------------
 
+    @property
+    def daemon_pid(self) -> int:
+        """The process at the other end."""
+        return self._current().daemon_pid
+
     def status(self, *, deadline_s: float = CONTROL_DEADLINE_S) -> DaemonStatus:
         """Ask for the daemon's state."""
         connection = self._current().connection

@@ -93,7 +93,7 @@ class Session:
         timings["total"] = (time.perf_counter() - started) * 1e3
         loan = Loan(self, lent, kind=manifest.kind, label=manifest.label, copied_here=offer.copied, timings_ms=timings)
         logger.info(
-            "component lent label=%s component_id=%s family=%s tiers=%s shared_bytes=%d copied_bytes=%d "
+            "component lent label=%s component_id=%s family=%s tiers=%s lent_bytes=%d copied_bytes=%d "
             "reused=%s total_ms=%.1f",
             loan.label, loan.component_id, loan.family, "+".join(tier.value for tier in loan.tiers), loan.lent_bytes,
             loan.copied.total, loan.is_reused, timings["total"],

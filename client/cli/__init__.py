@@ -1,0 +1,1 @@
+"""The ``xditd`` command: one module a verb."""

@@ -1,0 +1,83 @@
+"""``xditd demo``: the main job once, end to end, on small checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+from xditd.client.cli import exits, flags
+from xditd.ipc import limits
+
+SUMMARY = "run everything once on small checkpoints made on the spot"
+DESCRIPTION = """\
+Write a small seeded FLUX.1 checkpoint and a VAE, start a daemon with two workers (on GPUs if there are any), lend the
+weights to it from this process, generate two images, and compare with plain diffusers. Nothing is downloaded."""
+EXAMPLES = """\
+examples:
+  xditd demo --out out           leaves out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
+  xditd demo --device cpu --keep then: xditd status --runtime-dir (the folder that it prints)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_json(parser)
+    flags.add_log_level(parser, "info")
+    flags.add_flag(parser, "--out", variable="XDITD_DEMO_OUT", type=Path, default="out", metavar="DIR",
+                   help="folder for what the demo leaves")  # fmt: skip
+    flags.add_flag(parser, "--workers", variable="XDITD_DEMO_WORKERS", type=flags.whole(1, 2), metavar="COUNT",
+                   help="worker processes (default: 2, or 1 where there is one GPU)")  # fmt: skip
+    flags.add_flag(parser, "--device", variable="XDITD_DEVICE", type=_device, default="auto", metavar="KIND",
+                   help="auto (GPUs if there are any), cuda or cpu")  # fmt: skip
+    flags.add_flag(parser, "--size", variable="XDITD_DEMO_SIZE", type=flags.size, default="256x256",
+                   metavar="WIDTHxHEIGHT", help="image size in pixels, multiples of 16")  # fmt: skip
+    flags.add_flag(parser, "--steps", variable="XDITD_DEMO_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=8,
+                   metavar="COUNT", help="denoising steps")  # fmt: skip
+    flags.add_switch(parser, "--keep", variable="XDITD_DEMO_KEEP", help="leave the daemon running")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    exits.configure_logging(parsed.log_level)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+    from xditd.client.cli.progress import bar
+    from xditd.client.demo.journey import Journey, Plan
+    from xditd.client.tensor_files import require_torch
+
+    require_torch()
+    plan = Plan(
+        out=parsed.out,
+        workers=parsed.workers or 0,
+        device=parsed.device,
+        size=parsed.size,
+        steps=parsed.steps,
+        keep=parsed.keep,
+    )
+    with contextlib.ExitStack() as stack:
+        steps = stack.enter_context(bar(Journey.length(plan), "demo", is_quiet=parsed.json, is_even=False))
+        if not parsed.json:
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
+        report = Journey(plan, steps).run()
+        steps.set_description_str("done")
+    report.write(plan.out / "demo.json")
+    print(json.dumps(report.as_json(), indent=2) if parsed.json else report.summary())
+    faults = report.faults()
+    for fault in faults:
+        print(f"xditd demo: {fault}", file=sys.stderr)
+    return exits.FAILED if faults else exits.DONE
+
+
+def _device(text: str) -> str:
+    if text not in ("auto", "cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"{text!r}: use auto, cuda or cpu")
+    return text
+
+
+def _interrupt(*_: object) -> None:
+    """End like Ctrl-C does, so that the daemon is stopped on the way out."""
+    raise KeyboardInterrupt

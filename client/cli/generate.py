@@ -1,0 +1,134 @@
+"""``xditd generate``: lend two files, make an image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from xditd.client.cli import exits, flags
+from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
+from xditd.client.loans import Loan
+from xditd.ipc import limits
+
+SUMMARY = "lend checkpoint files and generate an image"
+DESCRIPTION = """\
+Lend a transformer and a VAE by their safetensors files, and generate an image from text embeddings.
+
+There are no text encoders yet: --embeds names a safetensors file with prompt_embeds (batch, text tokens, context) and
+pooled_prompt_embeds (batch, pooled), and --random-embeds draws a test pattern instead."""
+EXAMPLES = """\
+examples:
+  xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o cat.png
+  xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    flags.add_log_level(parser, "info")
+    flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=Path, metavar="FILE",
+                   help="transformer checkpoint, one safetensors file")  # fmt: skip
+    flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=Path, metavar="FILE",
+                   help="VAE checkpoint; without it only latents are made")  # fmt: skip
+    flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=Path, metavar="FILE",
+                   help="safetensors file with prompt_embeds and pooled_prompt_embeds")  # fmt: skip
+    flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
+                   metavar="SEED", help="draw the embeddings instead")  # fmt: skip
+    flags.add_flag(parser, "--text-tokens", variable="XDITD_TEXT_TOKENS", type=flags.whole(1, 65_536), default=512,
+                   metavar="COUNT", help="text tokens of --random-embeds")  # fmt: skip
+    flags.add_flag(parser, "--size", variable="XDITD_SIZE", type=flags.size, default="1024x1024",
+                   metavar="WIDTHxHEIGHT", help="image size in pixels, multiples of 16")  # fmt: skip
+    flags.add_flag(parser, "--steps", variable="XDITD_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=28,
+                   metavar="COUNT", help="denoising steps")  # fmt: skip
+    flags.add_flag(parser, "--seed", variable="XDITD_SEED", type=flags.whole(0, 2**63 - 1), metavar="SEED",
+                   help="seed of the noise; drawn and reported without it")  # fmt: skip
+    flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=float, default=3.5, metavar="SCALE",
+                   help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
+    flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
+                   help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
+    flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=Path, default="out.png", metavar="FILE",
+                   help="image file")  # fmt: skip
+    flags.add_flag(parser, "--save-latents", variable="XDITD_SAVE_LATENTS", type=Path, metavar="FILE",
+                   help="write the latents to a safetensors file, too")  # fmt: skip
+    parser.set_defaults(refuse=parser.error)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    if parsed.transformer is None:
+        parsed.refuse("--transformer FILE is needed")
+    if (parsed.embeds is None) == (parsed.random_embeds is None):
+        parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
+    if parsed.vae is None and parsed.save_latents is None:
+        parsed.refuse("--vae FILE or --save-latents FILE is needed: nothing would be written")
+    exits.configure_logging(parsed.log_level)
+
+    from xditd.client.cli.progress import watch
+    from xditd.client.client import Client
+    from xditd.client.conditioning import random_conditioning, read_conditioning
+    from xditd.client.tensor_files import require_torch, write_tensors
+
+    with Client(parsed.runtime_dir, name="xditd generate") as client:
+        require_torch()
+        if parsed.embeds is not None:
+            embeds, pooled = read_conditioning(parsed.embeds)
+        else:
+            embeds, pooled = random_conditioning(parsed.transformer, parsed.random_embeds, parsed.text_tokens)
+        started = time.perf_counter()
+        transformer = client.lend(parsed.transformer, kind="transformer", device=parsed.device)
+        vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
+        lend_s = time.perf_counter() - started
+        width, height = parsed.size
+        job = client.generate(
+            transformer,
+            embeds,
+            pooled,
+            vae=vae,
+            height=height,
+            width=width,
+            steps=parsed.steps,
+            seed=parsed.seed,
+            guidance_scale=parsed.guidance,
+        )
+        result = watch(job, "denoising", is_quiet=parsed.json)
+        image = None if vae is None else result.save(parsed.out)
+        if parsed.save_latents is not None:
+            write_tensors(parsed.save_latents, {"latents": result.latents})
+        loans = [loan for loan in (transformer, vae) if loan is not None]
+        seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
+        if parsed.json:
+            report = {
+                "image": None if image is None else str(image),
+                "latents": None if parsed.save_latents is None else str(parsed.save_latents),
+                "seed": result.seed,
+                "seconds": seconds,
+                "timings_ms": result.timings_ms,
+                "components": [describe_loan(loan) for loan in loans],
+            }
+            print(json.dumps(report, indent=2))
+        else:
+            for loan in loans:
+                tiers = "+".join(tier.value for tier in loan.tiers)
+                print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
+                      f"copied: {copied_text(loan.copied)}")  # fmt: skip
+            written = ", ".join(str(path) for path in (image, parsed.save_latents) if path is not None)
+            print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
+                  f"generated in {span_text(seconds['generate'])}")  # fmt: skip
+    return exits.DONE
+
+
+def describe_loan(loan: Loan) -> dict[str, object]:
+    """Spell a loan for JSON."""
+    return {
+        "name": loan.label,
+        "kind": loan.kind.value,
+        "family": loan.family,
+        "tier": "+".join(tier.value for tier in loan.tiers),
+        "bytes": loan.lent_bytes,
+        "bytes_copied": copied_by_kind(loan.copied),
+        "is_reused": loan.is_reused,
+        "is_skeleton_reused": loan.is_skeleton_reused,
+        "timings_ms": loan.timings_ms,
+    }

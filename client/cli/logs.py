@@ -1,0 +1,58 @@
+"""``xditd logs``: the daemon's and the workers' recent lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Final
+
+from xditd.client.cli import exits, flags
+
+SUMMARY = "show recent log lines of the daemon and its workers"
+DESCRIPTION = "Show the log lines that the daemon keeps in memory, its workers' included."
+EXAMPLES = """\
+examples:
+  xditd logs -n 50
+  xditd logs -f                  until Ctrl-C, or the daemon's end
+"""
+
+_POLL_S: Final = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    flags.add_switch(parser, "-f", "--follow", variable="XDITD_FOLLOW", help="go on with new lines as they come")
+    flags.add_flag(
+        parser,
+        "-n",
+        "--lines",
+        variable="XDITD_LINES",
+        type=flags.whole(0, 1_000_000),
+        metavar="COUNT",
+        help="show at most this many of the lines kept (default: all)",
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+
+    with Client(parsed.runtime_dir, name="xditd logs") as client:
+        lines, next_line = client.logs()
+        if parsed.lines is not None:
+            lines = lines[len(lines) - min(parsed.lines, len(lines)) :]
+        _print(lines, parsed.json)
+        while parsed.follow:
+            # The daemon has no events for log lines; a reader at a terminal does not notice half a second.
+            time.sleep(_POLL_S)
+            lines, next_line = client.logs(next_line)
+            _print(lines, parsed.json)
+    return exits.DONE
+
+
+def _print(lines: list[str], as_json: bool) -> None:
+    for line in lines:
+        print(json.dumps({"line": line}) if as_json else line)
+    sys.stdout.flush()

@@ -1,0 +1,85 @@
+"""``xditd status``: what the daemon, its workers and the lent components are doing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import msgspec
+
+from xditd.client.cli import exits, flags
+from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.ipc.status import DaemonStatus
+
+SUMMARY = "show workers, lent components, queue and counters"
+DESCRIPTION = "Show the daemon's state: a table for people, or JSON for programs."
+EXAMPLES = """\
+examples:
+  xditd status
+  xditd status --json | jq .group_state
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+
+    with Client(parsed.runtime_dir, name="xditd status") as client:
+        found = client.status()
+    print(json.dumps(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
+    return exits.DONE
+
+
+def describe(found: DaemonStatus) -> str:
+    """Write the state as text."""
+    loaded = len(found.components)
+    parallel = ", ".join(f"{name} {degree}" for name, degree in found.parallel.items() if degree > 1) or "none"
+    lines = [
+        f"daemon    {found.package_version}, pid {found.pid}, up {span_text(found.uptime_s)}, {found.runtime_dir}",
+        f"workers   {found.group_state.value}: {found.world_size or '?'} on {found.device_kind or '?'}, "
+        f"parallel: {parallel}, attention: {found.attention_backend or '?'}",
+    ]
+    if found.group_detail:
+        lines.append(f"          {found.group_detail}")
+    if found.workers:
+        rows = [
+            (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",
+             worker.loaded, worker.device_uuid or "-")
+            for worker in found.workers
+        ]  # fmt: skip
+        lines += ["", table(("RANK", "PID", "DEVICE", "IN USE", "LOADED", "UUID"), rows)]
+    if loaded:
+        components = [
+            (each.component_id, each.label, each.kind.value, each.family, each.state.value,
+             "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), copied_text(each.copied),
+             each.owner_pid)
+            for each in found.components
+        ]  # fmt: skip
+        headers = ("COMPONENT", "LABEL", "KIND", "FAMILY", "STATE", "TIER", "BYTES", "COPIED", "OWNER")
+        lines += ["", table(headers, components)]
+    else:
+        lines += ["", "no component is lent"]
+    if found.jobs:
+        jobs = [
+            (job.op, job.state.value, f"{job.step}/{job.total_steps}" if job.total_steps else "-",
+             span_text(job.waited_s), span_text(job.ran_s), job.owner_pid)
+            for job in found.jobs
+        ]  # fmt: skip
+        lines += ["", table(("JOB", "STATE", "STEP", "WAITED", "RAN", "OWNER"), jobs)]
+    counters = found.counters
+    lines += [
+        "",
+        f"queue     {len(found.jobs)} of at most {found.queue_limit}, {found.clients} clients",
+        f"jobs      {counters.jobs_done} done, {counters.jobs_failed} failed, {counters.jobs_cancelled} cancelled",
+        f"skeletons {counters.skeletons_built} built, {counters.skeletons_reused} reused, {counters.plugs} plugs; "
+        f"{counters.group_starts} group starts",
+        f"network   {counters.outside_connections} connections to other hosts attempted by workers",
+    ]
+    if found.last_job_ms:
+        timings = ", ".join(f"{name} {value:.1f} ms" for name, value in found.last_job_ms.items())
+        lines.append(f"last job  {timings}")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""``xditd stop``: end the daemon and its workers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from xditd.client.cli import exits, flags
+
+SUMMARY = "stop the daemon and its workers"
+DESCRIPTION = "Stop the daemon and wait for its end. Running jobs fail with daemon_stopping; lent memory is let go."
+EXAMPLES = """\
+examples:
+  xditd stop
+  xditd stop --deadline-s 60
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    flags.add_flag(
+        parser,
+        "--deadline-s",
+        variable="XDITD_STOP_DEADLINE_S",
+        type=flags.whole(1, 86_400),
+        default=30,
+        metavar="SECONDS",
+        help="how long to wait for its end",
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+
+    with Client(parsed.runtime_dir, name="xditd stop") as client:
+        pid = client.daemon_pid
+        is_stopped = client.stop(deadline_s=parsed.deadline_s)
+    if parsed.json:
+        print(json.dumps({"pid": pid, "stopped": is_stopped}))
+    elif is_stopped:
+        print(f"stopped daemon {pid}")
+    if not is_stopped:
+        print(f"xditd stop: daemon {pid} has not ended within {parsed.deadline_s} s; see its log", file=sys.stderr)
+    return exits.DONE if is_stopped else exits.FAILED

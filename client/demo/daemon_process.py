@@ -1,0 +1,144 @@
+"""A daemon of the demo's own: started by command line, in a private folder, and ended with the demo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xditd.client.client import Client
+from xditd.client.subprograms import module_command
+from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable, XditdError
+from xditd.ipc.network_watch import internet_sockets
+from xditd.ipc.status import DaemonStatus, GroupState
+
+ANSWER_DEADLINE_S: Final = 10.0
+WORKERS_DEADLINE_S: Final = 180.0
+_STOP_DEADLINE_S: Final = 30.0
+_POLL_S: Final = 0.02
+_LOG_TAIL_LINES: Final = 15
+
+
+class DaemonProcess:
+    """``xditd serve`` as a child process. ``log`` gets what it and its workers write to stderr."""
+
+    def __init__(self, log: Path, workers: int, device: str) -> None:
+        # Socket paths hold 107 bytes, so the folder is not below the output folder, whose path may be long.
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
+        self.log = log
+        command = module_command(
+            "xditd.daemon", ["--runtime-dir", str(self.runtime_dir), "--workers", str(workers), "--device", device]
+        )
+        with log.open("wb") as stderr:
+            # A session of its own: Ctrl-C ends the demo, which then ends the daemon in good order.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def connect(self) -> Client:
+        """Wait until the daemon answers, and open a session with it.
+
+        Raises:
+            DaemonUnreachable: it has ended, or does not answer in time; with the end of its log.
+        """
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while True:
+            try:
+                return Client(self.runtime_dir, name="xditd demo")
+            except DaemonUnreachable as error:
+                if self._process.poll() is not None:
+                    raise DaemonUnreachable(
+                        f"the daemon ended with status {self._process.returncode}; its log ends:\n{self.log_tail()}"
+                    ) from None
+                if time.monotonic() > deadline:
+                    raise DaemonUnreachable(f"{error.detail}; its log ends:\n{self.log_tail()}") from None
+            time.sleep(_POLL_S)  # nothing tells when a socket appears; a start takes a tenth of a second
+
+    def wait_ready(self, client: Client, show: Callable[[str], None]) -> DaemonStatus:
+        """Wait until every worker is ready; ``show`` gets what they are doing meanwhile.
+
+        Raises:
+            WorkersUnavailable: the group was given up, or is not ready in time; with the end of the log.
+        """
+        started = time.monotonic()
+        while True:
+            status = client.status()
+            if status.group_state is GroupState.READY:
+                return status
+            waited_s = time.monotonic() - started
+            if status.group_state is GroupState.GIVEN_UP or waited_s > WORKERS_DEADLINE_S:
+                raise WorkersUnavailable(
+                    f"workers: {status.group_state.value} after {waited_s:.0f} s, {status.group_detail}; "
+                    f"the log ends:\n{self.log_tail()}"
+                )
+            show(status.group_detail or f"workers {status.group_state.value}")
+            time.sleep(0.1)  # status is a snapshot; the start takes seconds
+
+    def log_tail(self) -> str:
+        """The last lines of the log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    def outside_sockets(self) -> list[str]:
+        """Look once for sockets of the daemon and its descendants that reach, or listen, beyond loopback."""
+        return outside_sockets([self.pid, *descendants(self.pid)])
+
+    def stop(self, client: Client | None) -> None:
+        """End the daemon, by request if it listens, and remove its folder."""
+        try:
+            if client is not None and self._process.poll() is None:
+                client.stop(deadline_s=_STOP_DEADLINE_S)
+        except XditdError:
+            pass  # it does not answer: signals follow
+        finally:
+            self._end()
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    def _end(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(_STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # workers die with their parent
+            self._process.wait()
+
+
+def outside_sockets(pids: list[int]) -> list[str]:
+    """Name the sockets of these processes that reach, or listen, beyond loopback."""
+    found = []
+    for pid in pids:
+        for each in internet_sockets(pid):
+            if each.is_outside:
+                how = f"listens on {each.local}" if each.is_listening else f"is connected to {each.remote}"
+                found.append(f"process {pid} {how} ({each.protocol})")
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """List the processes below one. Source: proc(5), /proc/pid/task/tid/children."""
+    found: list[int] = []
+    for task in _tasks(pid):
+        try:
+            children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for child in map(int, children):
+            found += [child, *descendants(child)]
+    return found
+
+
+def _tasks(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,283 @@
+"""The main job from end to end, on checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.client.client import Client
+from xditd.client.demo import parity
+from xditd.client.demo.daemon_process import DaemonProcess, outside_sockets
+from xditd.client.demo.report import Report
+from xditd.client.loans import Loan
+from xditd.client.results import GenerationResult
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.replies import StepDone
+from xditd.ipc.status import DaemonStatus
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SEED: Final = 20
+TEXT_TOKENS: Final = 64
+GUIDANCE: Final = 3.5
+MOST_WORKERS: Final = 2
+"""The demo's transformer has two attention heads, and each worker needs one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asked for. ``workers`` 0: two, or one where there is one GPU."""
+
+    out: Path
+    workers: int
+    device: str
+    size: tuple[int, int]
+    steps: int
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    transformer: Path
+    vae: Path
+
+
+class Journey:
+    """Runs the demo step by step and fills its report."""
+
+    def __init__(self, plan: Plan, steps: Any) -> None:
+        self.plan = plan
+        self.report = Report(size=plan.size, steps=plan.steps)
+        self._steps = steps
+        self._own = OutsideConnections.install()
+        self._seen: set[str] = set()
+
+    @staticmethod
+    def length(plan: Plan) -> int:
+        """Steps of the progress bar: daemon, workers, checkpoints, two loans, two images, parity."""
+        return 6 + 2 * plan.steps
+
+    def run(self) -> Report:
+        """Run everything; the daemon is ended on every way out, unless it is to be kept.
+
+        Raises:
+            XditdError: a phase failed; its message names it.
+        """
+        # Nothing here asks for a file of a model hub; if something did, it must fail and not fetch.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        self.plan.out.mkdir(parents=True, exist_ok=True)
+        with self._phase("daemon_start", "starting the daemon"):
+            daemon = DaemonProcess(self.plan.out / "daemon.log", self._count_workers(), self.plan.device)
+        client = None
+        is_done = False
+        try:
+            with self._phase("daemon_start", "starting the daemon"):
+                client = daemon.connect()
+            self._steps.update()
+            self._travel(daemon, client)
+            is_done = True
+        finally:
+            if self.plan.keep and is_done:
+                self.report.kept_runtime_dir = str(daemon.runtime_dir)
+                if client is not None:
+                    client.close()
+            else:
+                daemon.stop(client)
+                if client is not None:
+                    client.close()
+        return self.report
+
+    def _travel(self, daemon: DaemonProcess, client: Client) -> None:
+        report = self.report
+        with self._phase("workers_ready", "workers start"):
+            status = daemon.wait_ready(client, self._show)
+        self._steps.update()
+        self._note(daemon, status)
+        with self._phase("checkpoints", "writing checkpoints"):
+            files = self._write_checkpoints(status.device_kind)
+            inputs = self._draw_inputs(files)
+        self._steps.update()
+        with self._phase("lend", "lending"):
+            transformer, vae = self._lend(client, files, status.device_kind)
+        report.loans = [transformer, vae]
+        plugs = client.status().counters.plugs
+
+        image, second = self.plan.out / "demo.png", self.plan.out / "demo-second.png"
+        with self._phase("first_image", "first image"):
+            first = self._generate(client, transformer, vae, inputs, inputs.noise, daemon)
+        first.save(image)
+        report.image = str(image)
+        with self._phase("second_image", "second image"):
+            again = self._generate(client, transformer, vae, inputs, _noise(SEED + 1, self.plan.size), daemon)
+        again.save(second)
+        report.second_image = str(second)
+
+        status = client.status()
+        report.is_lent_once = status.counters.plugs == plugs
+        with self._phase("parity", "checking against plain diffusers"):
+            expected = self._reference(files, inputs, status.device_kind)
+        report.parity = parity.relative_error(first.latents, expected)
+        report.parity_bar = parity.BARS[report.dtype]
+        self._steps.update()
+        self._look(daemon)
+        report.outside_connections = [
+            *(f"the demo tried to reach {address}" for address in self._own.attempts),
+            *sorted(self._seen),
+        ]
+        if status.counters.outside_connections:
+            report.outside_connections.append(
+                f"workers tried to reach other hosts {status.counters.outside_connections} times; see {daemon.log}"
+            )
+
+    def _count_workers(self) -> int:
+        """Two workers, or as many as there are GPUs if that is less."""
+        if self.plan.workers > MOST_WORKERS:
+            raise BadRequest(
+                f"--workers {self.plan.workers}: the demo's small transformer has {MOST_WORKERS} attention heads, "
+                f"one for each worker; use 1 or {MOST_WORKERS}"
+            )
+        if self.plan.workers:
+            return self.plan.workers
+        import torch
+
+        gpus = 0 if self.plan.device == "cpu" else torch.cuda.device_count()
+        return min(MOST_WORKERS, gpus) if gpus else MOST_WORKERS
+
+    def _note(self, daemon: DaemonProcess, status: DaemonStatus) -> None:
+        self.report.device_kind = status.device_kind
+        self.report.workers = len(status.workers)
+        self.report.parallel = dict(status.parallel)
+        self.report.attention_backend = status.attention_backend
+        self.report.dtype = "bfloat16" if status.device_kind == "cuda" else "float32"
+        self._look(daemon)
+        loaded = sum(worker.loaded for worker in status.workers)
+        logger.info("%d workers ready, %d loaded", len(status.workers), loaded)
+
+    def _write_checkpoints(self, device_kind: str) -> Checkpoints:
+        import torch
+
+        from xditd.client.demo.checkpoints import write_flux1, write_flux_vae
+
+        folder = self.plan.out / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        files = Checkpoints(folder / "flux1-demo.safetensors", folder / "ae-demo.safetensors")
+        dtype = torch.bfloat16 if device_kind == "cuda" else torch.float32
+        write_flux1(files.transformer, SEED, dtype=dtype)
+        write_flux_vae(files.vae, SEED, dtype=dtype)
+        return files
+
+    def _draw_inputs(self, files: Checkpoints) -> parity.Inputs:
+        from xditd.client.conditioning import random_conditioning
+
+        width, height = self.plan.size
+        embeds, pooled = random_conditioning(files.transformer, SEED, TEXT_TOKENS)
+        return parity.Inputs(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            noise=_noise(SEED, self.plan.size),
+            sigmas=tuple(1.0 - step / self.plan.steps for step in range(self.plan.steps)),
+            height=height,
+            width=width,
+            guidance=GUIDANCE,
+        )
+
+    def _lend(self, client: Client, files: Checkpoints, device_kind: str) -> tuple[Loan, Loan]:
+        """Lend the transformer by its path and the VAE as tensors: both ways that users have."""
+        from xditd.client.tensor_files import read_tensors
+
+        device = "cuda" if device_kind == "cuda" and can_lend_cuda() else None
+        transformer = client.lend(files.transformer, kind="transformer", device=device)
+        self._steps.update()
+        tensors = read_tensors(files.vae)
+        if device is not None:
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        vae = client.lend(tensors, kind="vae", label=files.vae.stem)
+        self._steps.update()
+        return transformer, vae
+
+    def _generate(
+        self,
+        client: Client,
+        transformer: Loan,
+        vae: Loan,
+        inputs: parity.Inputs,
+        noise: torch.Tensor,
+        daemon: DaemonProcess,
+    ) -> GenerationResult:
+        job = client.generate(
+            transformer,
+            inputs.prompt_embeds,
+            inputs.pooled_prompt_embeds,
+            vae=vae,
+            height=inputs.height,
+            width=inputs.width,
+            steps=len(inputs.sigmas),
+            sigmas=inputs.sigmas,
+            guidance_scale=inputs.guidance,
+            noise=noise,
+        )
+        seen = 0
+        for event in job.events():
+            if isinstance(event, StepDone):
+                self._steps.update(event.step - seen)
+                seen = event.step
+                self._look(daemon)
+        return job.result()
+
+    def _reference(self, files: Checkpoints, inputs: parity.Inputs, device_kind: str) -> torch.Tensor:
+        device = "cuda" if device_kind == "cuda" else "cpu"
+
+        def look(pid: int) -> None:
+            self._seen.update(outside_sockets([pid]))
+
+        return parity.reference_latents(files.transformer, inputs, self.plan.out, device, look)
+
+    def _look(self, daemon: DaemonProcess) -> None:
+        self._seen.update(daemon.outside_sockets())
+        self._seen.update(outside_sockets([os.getpid()]))
+
+    def _show(self, text: str) -> None:
+        """Put a text before the bar; draw again only for new text, or to move the clock on a terminal."""
+        if self._steps.desc != text:
+            self._steps.set_description_str(text)
+        elif sys.stderr.isatty():
+            self._steps.refresh()
+
+    @contextmanager
+    def _phase(self, name: str, text: str) -> Iterator[None]:
+        """Name a phase in the progress bar and add its time to the report."""
+        self._steps.set_description_str(text)
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + spent
+
+
+def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
+    import torch
+
+    width, height = size
+    return torch.randn(1, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+
+
+def can_lend_cuda() -> bool:
+    """Whether this process can put weights on a GPU and export them."""
+    import torch
+
+    try:
+        from cuda.bindings import runtime  # noqa: F401
+    except ImportError:
+        logger.warning("cuda-bindings is not installed: lending by file and shared memory; pip install 'xditd[cuda]'")
+        return False
+    return torch.cuda.is_available()

@@ -1,0 +1,90 @@
+"""The demo's proof: the same latents from plain diffusers, in one process, on the same files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from xditd.client.subprograms import module_command
+from xditd.client.tensor_files import read_tensors, write_tensors
+from xditd.ipc.errors import DeadlineExceeded, PeerError
+
+if TYPE_CHECKING:
+    import torch
+
+BARS: Final = {"float32": 1e-6, "bfloat16": 1e-2}
+"""Largest relative error that passes, by dtype of the weights."""
+
+_DEADLINE_S: Final = 300.0
+_LOOK_EVERY_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that decides the latents, weights aside."""
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    noise: torch.Tensor
+    sigmas: tuple[float, ...]
+    height: int
+    width: int
+    guidance: float
+
+
+def reference_latents(
+    transformer: Path, inputs: Inputs, folder: Path, device: str, look: Callable[[int], None]
+) -> torch.Tensor:
+    """Run the plain pipeline in a process of its own, and read its latents. ``look`` is called with its pid meanwhile.
+
+    Raises:
+        PeerError: the process failed; with the end of what it said.
+        DeadlineExceeded: it took longer than five minutes.
+    """
+    import torch
+
+    given, made = folder / "reference-inputs.safetensors", folder / "reference-latents.safetensors"
+    write_tensors(
+        given,
+        {
+            "prompt_embeds": inputs.prompt_embeds,
+            "pooled_prompt_embeds": inputs.pooled_prompt_embeds,
+            "noise": inputs.noise,
+            "sigmas": torch.tensor(inputs.sigmas, dtype=torch.float64),
+        },
+    )
+    arguments = [ "--transformer", str(transformer),
+               "--inputs", str(given), "--out", str(made), "--height", str(inputs.height), "--width", str(inputs.width),
+               "--steps", str(len(inputs.sigmas)), "--guidance", str(inputs.guidance), "--device", device]  # fmt: skip
+    command = module_command("xditd.gpu_workers.reference", arguments)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    waited_s = 0.0
+    with (folder / "reference.log").open("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            while process.poll() is None:
+                look(process.pid)
+                if waited_s > _DEADLINE_S:
+                    raise DeadlineExceeded(f"reference: not done after {_DEADLINE_S:.0f} s; see {log.name}")
+                try:
+                    process.wait(_LOOK_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    waited_s += _LOOK_EVERY_S
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if process.returncode != 0:
+            log.seek(0)
+            raise PeerError(f"reference: exit status {process.returncode}: {log.read()[-2000:]}")
+    return read_tensors(made)["latents"]
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Euclidean norm of the difference over that of what was expected, in float64."""
+    wanted = expected.double().cpu()
+    return float((result.double().cpu() - wanted).norm() / wanted.norm())

@@ -1,0 +1,120 @@
+"""What the demo leaves behind: ``demo.json``, and a table for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from xditd import __version__
+from xditd.client.cli.generate import describe_loan
+from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.client.loans import Loan
+from xditd.ipc.protocol import PROTOCOL_VERSION
+
+_PACKAGES = ("torch", "xfuser", "diffusers", "transformers", "safetensors", "pyzmq", "msgspec", "msgpack")
+
+PHASES = {
+    "daemon_start": "daemon start",
+    "workers_ready": "workers ready",
+    "lend": "lend",
+    "first_image": "first image",
+    "second_image": "second image",
+}
+
+
+@dataclass
+class Report:
+    """Filled as the demo goes along."""
+
+    device_kind: str = ""
+    workers: int = 0
+    parallel: dict[str, int] = field(default_factory=dict)
+    attention_backend: str = ""
+    image: str = ""
+    second_image: str = ""
+    size: tuple[int, int] = (0, 0)
+    steps: int = 0
+    dtype: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    loans: list[Loan] = field(default_factory=list)
+    outside_connections: list[str] = field(default_factory=list)
+    parity: float = float("inf")
+    parity_bar: float = 0.0
+    kept_runtime_dir: str | None = None
+    is_lent_once: bool = False
+    """The second image used what was lent for the first: nothing was plugged in between."""
+
+    def faults(self) -> list[str]:
+        """What keeps the demo from having passed, as sentences."""
+        found = []
+        if not self.parity <= self.parity_bar:  # also for NaN
+            found.append(f"parity {self.parity:.3g} is beyond its bar {self.parity_bar:g}")
+        if not Path(self.image).is_file():
+            found.append(f"image {self.image or '(none)'} was not written")
+        if not self.is_lent_once:
+            found.append("the second image plugged components in again")
+        if self.outside_connections:
+            found.append(
+                "connections beyond this machine, so what was downloaded is unknown: "
+                + "; ".join(self.outside_connections)
+            )
+        return found
+
+    def as_json(self) -> dict[str, object]:
+        """Spell everything for ``demo.json``."""
+        return {
+            "workers": self.workers,
+            "device_kind": self.device_kind,
+            "parallel": self.parallel,
+            "attention_backend": self.attention_backend,
+            "image": self.image,
+            "second_image": self.second_image,
+            "size": list(self.size),
+            "steps": self.steps,
+            "dtype": self.dtype,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+            "components": [describe_loan(loan) for loan in self.loans],
+            # Not a counter of bytes: no connection was attempted or seen, hence no byte came over one.
+            "bytes_downloaded": None if self.outside_connections else 0,
+            "outside_connections": self.outside_connections,
+            "parity": self.parity,
+            "parity_bar": self.parity_bar,
+            "kept_runtime_dir": self.kept_runtime_dir,
+            "passed": not self.faults(),
+            "versions": versions(),
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+
+    def summary(self) -> str:
+        """Write the table that ends the demo."""
+        degrees = ", ".join(f"{name} {degree}" for name, degree in self.parallel.items()) or "none"
+        rows: list[tuple[object, object]] = [("workers", f"{self.workers} on {self.device_kind}, parallel: {degrees}")]
+        rows += [(text, span_text(self.seconds[name])) for name, text in PHASES.items() if name in self.seconds]
+        for loan in self.loans:
+            tiers = "+".join(tier.value for tier in loan.tiers)
+            what = f"{size_text(loan.lent_bytes)} by {tiers}, copied: {copied_text(loan.copied)}"
+            rows.append((f"lent {loan.kind.value}", what))
+        rows += [
+            ("downloaded", "unknown" if self.outside_connections else "0 bytes (no connection left this machine)"),
+            ("parity", f"{self.parity:.2g} against plain diffusers (bar {self.parity_bar:g})"),
+            ("image", f"{self.image}, {self.size[0]}x{self.size[1]}, {self.steps} steps"),
+        ]
+        if self.kept_runtime_dir:
+            rows.append(("daemon kept", f"xditd status --runtime-dir {self.kept_runtime_dir}"))
+        return table(("DEMO", ""), rows)
+
+
+def versions() -> dict[str, str]:
+    """Name what took part, without importing it."""
+    found = {"xditd": __version__, "protocol": str(PROTOCOL_VERSION), "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,96 @@
+"""Reading and writing small safetensors files (embeddings, latents) without another dependency.
+
+Weights never pass through here: they are lent, not read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.transports.file import LentFile
+from xditd.ipc.transports.layout import dtype_name, torch_dtype
+from xditd.ipc.transports.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+_CODES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+def require_torch() -> None:
+    """Refuse to go on without torch, by name: the base install does not bring it.
+
+    Raises:
+        Unsupported: torch is not installed.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise Unsupported("torch: not installed here; pip install torch, or pip install 'xditd[workers]'") from None
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes in a file, and nothing else of it.
+
+    Raises:
+        BadCheckpoint: it is not a sound safetensors file.
+    """
+    file = LentFile(os.fspath(path))
+    try:
+        return {stored.name: stored.shape for stored in read_header(file.fd, file.path).tensors}
+    finally:
+        file.close()
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a file into CPU tensors that the caller owns.
+
+    Raises:
+        BadCheckpoint: it is not a sound safetensors file.
+    """
+    import torch
+
+    file = LentFile(os.fspath(path))
+    try:
+        found: dict[str, torch.Tensor] = {}
+        for stored in read_header(file.fd, file.path).tensors:
+            data = bytearray(os.pread(file.fd, stored.size_bytes, stored.offset_bytes))
+            dtype = torch_dtype(stored.dtype)
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            found[stored.name] = flat.view(stored.shape)
+        return found
+    finally:
+        file.close()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write floating-point tensors to a file, in the order given.
+
+    Source: safetensors, README, "Format".
+    """
+    header: dict[str, object] = {}
+    bodies: list[bytes] = []
+    end = 0
+    for name, tensor in tensors.items():
+        code = _CODES.get(dtype_name(tensor.dtype))
+        if code is None:
+            raise BadRequest(f"{name}: dtype {dtype_name(tensor.dtype)} is not written; use one of {', '.join(_CODES)}")
+        plain = tensor.detach().cpu().contiguous()
+        bodies.append(ctypes.string_at(plain.data_ptr(), plain.nbytes))
+        header[name] = {"dtype": code, "shape": list(plain.shape), "data_offsets": [end, end + plain.nbytes]}
+        end += plain.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data to start at a multiple of 8
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for body in bodies:
+            file.write(body)
