@@ -1,20 +1,31 @@
-"""Noticing connections to other hosts, so that "nothing was downloaded" is observed and not assumed."""
+"""Observe whether this process reaches for other hosts: a claim of "nothing downloaded" needs a witness.
+
+Two witnesses, neither complete alone. The audit hook sees every attempt that Python code makes, whatever
+becomes of it, and nothing that C libraries do by themselves. The kernel's socket tables show connections
+of any library, but only those that are open when one looks. Bytes are counted by neither: without an
+attempt there are none, and after one their number is unknown.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import socket
+import struct
 import sys
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+_EVENTS: Final = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg"})
+_INTERNET: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+_LISTENING: Final = 0x0A  # TCP_LISTEN in include/net/tcp_states.h
 
 
 class OutsideConnections:
-    """Connections that this process's Python code tried to open to other hosts.
+    """The addresses beyond loopback that Python code of this process has tried to reach since ``install``.
 
-    Sees every ``socket.connect`` of Python code (urllib, requests, httpx), refused or not; extension
-    modules that make system calls themselves stay unseen, which is why workers also run with the hubs'
-    offline switches on.
-
-    Source: Python documentation, "Audit events table", ``socket.connect``.
+    Source: Python documentation, "Audit events table".
     """
 
     def __init__(self) -> None:
@@ -22,23 +33,93 @@ class OutsideConnections:
 
     @classmethod
     def install(cls) -> OutsideConnections:
-        """Start watching. An audit hook stays until the process ends."""
+        """Begin to watch. An audit hook cannot be taken out again: install one, early, in each process."""
         watch = cls()
-        sys.addaudithook(watch._notice)
+        sys.addaudithook(watch._hear)
         return watch
 
-    def _notice(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "socket.connect":
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _EVENTS:
             return
+        # Called inside every socket call: an exception here would break it.
+        family = getattr(arguments[0], "family", None)
         address = arguments[1]
-        if isinstance(address, tuple) and address and not _is_loopback(str(address[0])):
-            self.attempts.append(str(address[0]))
+        if family in _INTERNET and isinstance(address, tuple) and len(address) >= 2 and not is_local(address[0]):
+            self.attempts.append(f"{address[0]}:{address[1]}")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+def is_local(host: object) -> bool:
+    """Whether a host, as it is given to ``connect``, is this machine's loopback. Names other than localhost are not."""
+    text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else str(host)
+    if text in ("", "localhost"):
         return True
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
+
+
+@dataclass(frozen=True)
+class InternetSocket:
+    """One TCP or UDP socket that a process holds open."""
+
+    protocol: str
+    local: str
+    remote: str
+    is_listening: bool
+    is_outside: bool
+    """It listens beyond loopback, or is connected to another host."""
+
+
+def internet_sockets(pid: int) -> list[InternetSocket]:
+    """List the TCP and UDP sockets of a process of the same user; a process that has exited has none.
+
+    Source: proc(5), /proc/pid/net/tcp.
+    """
+    try:
+        links = [_link(pid, name) for name in os.listdir(f"/proc/{pid}/fd")]
+        inodes = {int(link[8:-1]) for link in links if link.startswith("socket:[")}
+        return [found for found, inode in _rows(pid) if inode in inodes]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _link(pid: int, name: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{name}")
+    except FileNotFoundError:  # closed meanwhile
+        return ""
+
+
+def _rows(pid: int) -> Iterator[tuple[InternetSocket, int]]:
+    for protocol in ("tcp", "tcp6", "udp", "udp6"):
+        try:
+            with open(f"/proc/{pid}/net/{protocol}") as table:
+                lines = table.readlines()[1:]
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+        for line in lines:
+            fields = line.split()
+            local_host, local_port = _address(fields[1])
+            remote_host, remote_port = _address(fields[2])
+            is_listening = protocol.startswith("tcp") and int(fields[3], 16) == _LISTENING
+            any_host = ipaddress.ip_address(local_host).is_unspecified
+            is_outside = (any_host or not is_local(local_host)) if is_listening else not is_local(remote_host)
+            found = InternetSocket(
+                protocol=protocol,
+                local=f"{local_host}:{local_port}",
+                remote=f"{remote_host}:{remote_port}",
+                is_listening=is_listening,
+                is_outside=is_outside,
+            )
+            yield found, int(fields[9])
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Read ``0100007F:1F90``: 32-bit words as the host stores them, in network order in memory."""
+    words, _, port = text.partition(":")
+    packed = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, packed), int(port, 16)
