@@ -35,7 +35,7 @@ class OpenBlock:
 
 
 class OpenBlocks:
-    """All blocks that this rank has mapped, counted: two components may lie in one, and a CUDA handle opens only once."""
+    """All blocks that this rank has mapped, counted: two components may lie in one, and a CUDA handle opens once."""
 
     def __init__(self, device: torch.device, device_uuid: str) -> None:
         self._device = device
@@ -68,7 +68,9 @@ class OpenBlocks:
             check_fingerprint(found.bytes, block.fingerprint, _name(block, exporter))
         except BaseException as error:
             if not found.users:
-                traceback.clear_frames(error.__traceback__)  # they hold views, and a block with views cannot be unmapped
+                traceback.clear_frames(
+                    error.__traceback__
+                )  # they hold views, and a block with views cannot be unmapped
                 self._close(found)
             raise
         self._open[key] = found

@@ -70,7 +70,9 @@ class OpenIo:
             BadRequest: the place has another shape, or does not lie inside the block.
         """
         if tuple(value.shape) != described.shape:
-            raise BadRequest(f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}")
+            raise BadRequest(
+                f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}"
+            )
         self._view(name, described).copy_(value)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
@@ -80,7 +82,9 @@ class OpenIo:
             BadRequest: wrong shape, or outside the block.
         """
         if described.shape != shape:
-            raise BadRequest(f"{name}: the place for it is {list(described.shape)}, but the result will be {list(shape)}")
+            raise BadRequest(
+                f"{name}: the place for it is {list(described.shape)}, but the result will be {list(shape)}"
+            )
         self._view(name, described)
 
     def digest(self, offset_bytes: int, length_bytes: int) -> bytes:
@@ -98,6 +102,8 @@ class OpenIo:
         if end > self._mapping.size_bytes:
             raise BadRequest(f"{name}: ends at byte {end} of an I/O block of {self._mapping.size_bytes}")
         if described.offset_bytes % VIEW_ALIGNMENT_BYTES:
-            raise BadRequest(f"{name}: starts at byte {described.offset_bytes}, not a multiple of {VIEW_ALIGNMENT_BYTES}")
+            raise BadRequest(
+                f"{name}: starts at byte {described.offset_bytes}, not a multiple of {VIEW_ALIGNMENT_BYTES}"
+            )
         spec = TensorSpec(name, described.dtype, described.shape, 0, described.offset_bytes)
         return BlockViews(self._mapping.bytes_tensor()).view(spec)

@@ -25,7 +25,11 @@ class Progress:
     """
 
     def __init__(
-        self, is_leader: bool, device: torch.device, is_cancelled: Callable[[], bool], tell: Callable[[int, int, float], None]
+        self,
+        is_leader: bool,
+        device: torch.device,
+        is_cancelled: Callable[[], bool],
+        tell: Callable[[int, int, float], None],
     ) -> None:
         self._is_leader = is_leader
         self._is_cancelled = is_cancelled

@@ -19,8 +19,8 @@ from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import (
     AnyCommand,
-    CancelRun,
     CanaryRead,
+    CancelRun,
     Done,
     ForgetClient,
     Plug,
@@ -117,7 +117,9 @@ class Rank:
                 self._fail(command, _out_of_memory(error), is_fatal=self._layout.world_size > 1)
             except Exception as error:
                 logger.exception("command failed op=%s op_number=%d", type(command).__name__, command.op_number)
-                self._fail(command, Internal(f"rank {self._layout.rank}: {type(error).__name__}: {error}"), is_fatal=True)
+                self._fail(
+                    command, Internal(f"rank {self._layout.rank}: {type(error).__name__}: {error}"), is_fatal=True
+                )
         self._components.close()
         self._io.close()
         self._channel.close()
@@ -227,4 +229,6 @@ class Rank:
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemory:
-    return OutOfMemory(f"the GPU has no room: {str(error).splitlines()[0]}; use a smaller size or batch, or free GPU memory")
+    return OutOfMemory(
+        f"the GPU has no room: {str(error).splitlines()[0]}; use a smaller size or batch, or free GPU memory"
+    )

@@ -105,7 +105,10 @@ class Decode(Request, tag="decode", frozen=True, kw_only=True):
 
 
 class Encode(Request, tag="encode", frozen=True, kw_only=True):
-    """Encode ``image`` (batch, 3, 8h, 8w) in [-1, 1] to ``out`` (batch, 16, h, w), the posterior's mode. Answered by ``Encoded``."""
+    """Encode ``image`` (batch, 3, 8h, 8w) in [-1, 1] to ``out`` (batch, 16, h, w), the posterior's mode.
+
+    Answered by ``Encoded``.
+    """
 
     vae_id: ComponentId
     io: HostShmBlock
@@ -114,7 +117,10 @@ class Encode(Request, tag="encode", frozen=True, kw_only=True):
 
 
 class Cancel(Request, tag="cancel", frozen=True, kw_only=True):
-    """Cancel an earlier request of this session. Answered by ``CancelNoted``; the job itself answers ``Failed(cancelled)``."""
+    """Cancel an earlier request of this session. Answered by ``CancelNoted``.
+
+    The job itself answers ``Failed(cancelled)``.
+    """
 
     target_request_id: RequestId
 

@@ -127,7 +127,10 @@ def tier_of(block: Block) -> Tier:
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One tensor: bytes from ``offset_bytes`` of block number ``block``; ``stride`` counts elements, ``None`` is contiguous."""
+    """One tensor: bytes from ``offset_bytes`` of block number ``block``.
+
+    ``stride`` counts elements; ``None`` is contiguous.
+    """
 
     name: Name
     dtype: DType

@@ -34,7 +34,10 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
-    """Second half: point the skeleton at the prepared tensors. Sent once every rank is prepared. Answered by ``Plugged``."""
+    """Second half: point the skeleton at the prepared tensors. Sent once every rank is prepared.
+
+    Answered by ``Plugged``.
+    """
 
     component_id: ComponentId
 
@@ -128,7 +131,7 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
-    """The command failed on this rank. ``is_fatal``: the rank may be out of step with the others, and the group must end."""
+    """The command failed on this rank. ``is_fatal``: it may be out of step with the others, so the group must end."""
 
     code: Name
     detail: Text

@@ -173,7 +173,8 @@ class CudaMapping:
                 runtime.cudaGetLastError()  # or the failure would surface in torch's next call
                 raise StaleSource(
                     f"CUDA IPC handle of {block.size_bytes} bytes on {block.device_uuid}: {status.name}; its owner has "
-                    "exited or freed it, or cannot share memory with this process (containers need --ipc=host); lend it again"
+                    "exited or freed it, or cannot share memory with this process (containers need --ipc=host); "
+                    "lend it again"
                 )
         self._pointer = int(pointer)
 
@@ -188,10 +189,12 @@ class CudaMapping:
         status, _, size = driver.cuMemGetAddressRange(self._pointer)
         _call("cuMemGetAddressRange", (status,))
         if int(size) < self.size_bytes:
-            raise StaleSource(f"CUDA IPC handle: {int(size)} bytes are mapped, but {self.size_bytes} were lent; lend it again")
+            raise StaleSource(
+                f"CUDA IPC handle: {int(size)} bytes are mapped, but {self.size_bytes} were lent; lend it again"
+            )
 
     def bytes_tensor(self) -> torch.Tensor:
-        """View everything as 1-D uint8 on the GPU. The mapping keeps the memory: drop every view before :meth:`close`."""
+        """View everything as 1-D uint8 on the GPU. Drop every view before :meth:`close`."""
         return _wrap(self._pointer, self.size_bytes, self._index)
 
     def close(self) -> None:

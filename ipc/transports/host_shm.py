@@ -90,7 +90,9 @@ class HostArena:
         try:
             self._mapping.close()
         except BufferError as error:
-            raise Internal(f"shared memory of {self.size_bytes} bytes: a tensor that views it is still alive") from error
+            raise Internal(
+                f"shared memory of {self.size_bytes} bytes: a tensor that views it is still alive"
+            ) from error
         os.close(self._fd)
 
 
@@ -103,7 +105,7 @@ class HostMapping:
         self._mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
 
     def bytes_tensor(self) -> torch.Tensor:
-        """View everything as 1-D uint8. A read-only mapping must not be written to: that would be a segmentation fault."""
+        """View everything as 1-D uint8. Writing to a read-only mapping would be a segmentation fault."""
         import torch
 
         with warnings.catch_warnings():
