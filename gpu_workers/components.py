@@ -182,9 +182,9 @@ class Components:
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
             tensors, copies = self._copy(apart, sources)
-            for block in opened:
-                if block is not None:
-                    block.check_unchanged()
+            for mapped in opened:
+                if mapped is not None:
+                    mapped.check_unchanged()
         size = sum(spec.extent_bytes for spec in apart)
         copied = CopiedBytes(host_to_device=size) if is_cuda else CopiedBytes(host_to_host=size)
         if apart:

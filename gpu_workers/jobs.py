@@ -10,6 +10,7 @@ import torch
 from xditd.gpu_workers import pipelines
 from xditd.gpu_workers.agreement import broadcast_stop
 from xditd.gpu_workers.components import Component, Components
+from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
 from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.ipc.errors import BadRequest, Cancelled
@@ -189,7 +190,7 @@ class JobRunner:
 
 
 def _latent_shape(batch: int, height: int, width: int) -> tuple[int, ...]:
-    return (batch, pipelines.LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    return (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 
 class _Laps:

@@ -69,7 +69,7 @@ def _run(options: Options, devices: list[str]) -> int:
             )
             process.start()
             complain.close()
-            ranks.append(cast(SpawnProcess, process))
+            ranks.append(process)
             complaints.append(complaint)
         return _watch(ranks, complaints)
     finally:

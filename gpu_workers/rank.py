@@ -7,13 +7,14 @@ import os
 import sys
 import warnings
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xditd.gpu_workers.channel import DaemonChannel
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
+from xditd.ipc import limits
 from xditd.ipc.errors import Cancelled, Internal, OtherRankFailed, OutOfMemory, RequestError, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.transports.cuda_ipc import device_uuid
@@ -125,7 +126,7 @@ class Rank:
         self._channel.close()
 
     def _answer(self, command: AnyCommand) -> None:
-        common = {"group_token": self._token, "rank": self._layout.rank, "op_number": command.op_number}
+        common: dict[str, Any] = {"group_token": self._token, "rank": self._layout.rank, "op_number": command.op_number}
         if isinstance(command, Prepare):
             component = self._components.prepare(command.component_id, command.manifest, command.exporter)
             self._channel.send(
@@ -185,7 +186,7 @@ class Rank:
                 rank=self._layout.rank,
                 op_number=command.op_number,
                 code=error.code,
-                detail=error.detail,
+                detail=error.detail[: limits.MAX_TEXT_CHARS],  # a longer one would be refused, and nobody answered
                 is_fatal=is_fatal,
             )
         )
