@@ -71,13 +71,15 @@ class Client:
         kind: ComponentKind | str | None = None,
         label: str | None = None,
         device: str | None = None,
+        generation: int = 0,
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns once every worker has mapped, verified and plugged it.
 
         ``source`` is a state dict, a path to a safetensors file, or a module. ``kind`` is guessed from the
         tensor names where it is not given. ``device`` (``cuda``, ``cuda:1``) loads it into an arena there
-        first. Nothing is copied where memory can be shared as it is; ``Loan.copied`` says what was.
+        first. Nothing is copied where memory can be shared as it is; ``Loan.copied`` says what was. Lending the
+        same memory again is a no-op that returns at once; after writing to it, raise ``generation``.
 
         Raises:
             BadCheckpoint: the file, or the set of tensors, is not sound; every fault is named.
@@ -86,7 +88,12 @@ class Client:
             OutOfMemory: no room here or in a worker.
         """
         return self._current().lend(
-            source, kind=None if kind is None else _read_kind(kind), label=label, device=device, deadline_s=deadline_s
+            source,
+            kind=None if kind is None else _read_kind(kind),
+            label=label,
+            device=device,
+            generation=generation,
+            deadline_s=deadline_s,
         )
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:

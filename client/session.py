@@ -33,7 +33,8 @@ _FAREWELL_DEADLINE_S: Final = 30.0
 
 @dataclass
 class _Holding:
-    """What one component keeps alive here. Lending the same bytes again names the same component once more."""
+    """What one component keeps alive here. Lending the same bytes again gives the same component once more; all
+    offers stay open until its last loan is returned, since the daemon maps again from the newest one's descriptors."""
 
     offers: list[Offer] = field(default_factory=list)
     loans: int = 0
@@ -68,6 +69,7 @@ class Session:
         kind: ComponentKind | None,
         label: str | None,
         device: str | None,
+        generation: int,
         deadline_s: float | None,
     ) -> Loan:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
@@ -77,7 +79,7 @@ class Session:
         started = time.perf_counter()
         self._check_canary(patience)
         canary_ms = (time.perf_counter() - started) * 1e3
-        offer = describe(source, kind=kind, label=label, device=device)
+        offer = describe(source, kind=kind, label=label, device=device, generation=generation)
         manifest = offer.manifest
         logger.info(
             "%s recognised label=%s kind=%s tensors=%d bytes=%d; loading is deferred to the workers, "
@@ -101,23 +103,21 @@ class Session:
         return loan
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
-        """Take back one loan of a component; the last one unmaps it."""
+        """Take back one loan of a component; the daemon counts them too, and the last one unmaps it."""
         with self._lock:
             holding = self._holdings.get(component_id)
             if holding is None:
                 return
             holding.loans -= 1
-            if holding.loans > 0:
-                return
-            del self._holdings[component_id]
+            freed = [] if holding.loans else self._holdings.pop(component_id).offers
         request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
         try:
             mailbox = self.connection.submit(request, f"return of {label}")
         except DaemonUnreachable:
-            _close_offers(holding.offers)  # daemon and workers are gone: nothing maps the memory any more
+            _close_offers(freed)  # daemon and workers are gone: nothing maps the memory any more
             return
         # The memory stays alive until the workers have unmapped it, however long this thread waits for that.
-        mailbox.when_ended(lambda _: _close_offers(holding.offers))
+        mailbox.when_ended(lambda _: _close_offers(freed))
         try:
             mailbox.wait(Returned, Patience(self._silence_s, deadline_s))
         except DaemonUnreachable:
@@ -149,9 +149,8 @@ class Session:
         try:
             lent = mailbox.wait(Lent, patience, on_event=lambda event: _log_event(label, event))
         except BaseException:
-            self._submit_quietly(
-                Cancel(request_id=self.connection.next_request_id(), target_request_id=request.request_id)
-            )
+            cancel = Cancel(request_id=self.connection.next_request_id(), target_request_id=request.request_id)
+            self._submit_quietly(cancel, then_free=[])
             mailbox.when_ended(lambda ending: self._undo(offer, ending))
             raise
         with self._lock:
@@ -162,22 +161,26 @@ class Session:
 
     def _undo(self, offer: Offer, ending: Ending) -> None:
         """Clean up after a lend whose caller has stopped waiting: it may have succeeded after all."""
+        freed = [offer]
         if isinstance(ending, Lent):
             with self._lock:
-                is_held = ending.component_id in self._holdings
+                holding = self._holdings.get(ending.component_id)
+                if holding is not None:
+                    # The daemon knows the component by its newest descriptors, and these are open in this offer.
+                    holding.offers.append(offer)
+                    freed = []
             back = ReturnLoan(request_id=self.connection.next_request_id(), component_id=ending.component_id)
-            if is_held or self._submit_quietly(back, then=offer):
+            if self._submit_quietly(back, then_free=freed):
                 return
-        _close_offers([offer])
+        _close_offers(freed)
 
-    def _submit_quietly(self, request: Cancel | ReturnLoan, then: Offer | None = None) -> bool:
-        """Send without waiting; close the offer ``then`` once it is answered. Returns whether it was sent."""
+    def _submit_quietly(self, request: Cancel | ReturnLoan, then_free: list[Offer]) -> bool:
+        """Send without waiting; close offers once it is answered. Returns whether it was sent."""
         try:
             mailbox = self.connection.submit(request)
         except XditdError:
             return False
-        if then is not None:
-            mailbox.when_ended(lambda _: _close_offers([then]))
+        mailbox.when_ended(lambda _: _close_offers(then_free))
         return True
 
     def _check_canary(self, patience: Patience) -> None:

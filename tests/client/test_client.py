@@ -77,14 +77,31 @@ def test_a_returned_loan_cannot_be_used(client, daemon):
     assert len(daemon.requests(ReturnLoan)) == 1
 
 
-def test_a_component_lent_twice_goes_with_its_last_loan(client, daemon):
+def test_a_component_lent_twice_stays_alive_until_its_last_return(client, daemon, open_memfds, wait_until):
     daemon.answers[Lend] = lambda request: [daemon.lent(request, "same", is_reused=bool(daemon.requests(Lend)))]
     first, second = client.lend(transformer()), client.lend(transformer())
     assert (first.is_reused, second.is_reused) == (False, True)
-    client.return_(first)
-    assert daemon.requests(ReturnLoan) == []
-    client.return_(second)
+    held = open_memfds()
+    client.return_(second)  # the daemon counts loans as well, so each return is sent
     assert len(daemon.requests(ReturnLoan)) == 1
+    assert open_memfds() == held
+    client.return_(first)
+    assert len(daemon.requests(ReturnLoan)) == 2
+    wait_until(lambda: open_memfds() == held - 2)
+
+
+def test_what_a_late_lend_of_held_bytes_opened_stays_open(client, daemon, open_memfds, wait_until):
+    daemon.answers[Lend] = lambda request: [daemon.lent(request, "same")]
+    loan = client.lend(transformer())
+    held = open_memfds()
+    del daemon.answers[Lend]
+    with pytest.raises(DeadlineExceeded):
+        client.lend(transformer(), deadline_s=0.1)
+    daemon.send(daemon.lent(daemon.requests(Lend)[-1], "same", is_reused=True))
+    daemon.wait_for(ReturnLoan)
+    assert open_memfds() == held + 1
+    loan.return_()
+    wait_until(lambda: open_memfds() == held - 1)
 
 
 def test_memory_is_freed_only_when_the_return_is_acknowledged(client, daemon, wait_until, open_memfds):
