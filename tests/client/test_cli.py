@@ -1,0 +1,230 @@
+"""The command: exit codes, what goes to stdout, and flags with their variables."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xditd.client.cli import exits, flags, tables
+from xditd.client.cli.main import VERBS, build_parser, main
+from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
+from xditd.ipc.replies import LogLines, Status, Stopping
+from xditd.ipc.requests import GetLogs, GetStatus, Stop
+from xditd.ipc.status import (
+    ComponentStatus,
+    Counters,
+    DaemonStatus,
+    GroupState,
+    JobState,
+    JobStatus,
+    LeaseState,
+    WorkerStatus,
+)
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
+
+STATUS = DaemonStatus(
+    package_version="0.1.0",
+    protocol_version=1,
+    pid=41,
+    uptime_s=3_725.0,
+    runtime_dir="/run/user/1/xditd",
+    group_state=GroupState.BUSY,
+    group_detail="",
+    device_kind="cuda",
+    world_size=2,
+    parallel={"ulysses": 2},
+    attention_backend="CUDNN",
+    workers=(
+        WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1),
+        WorkerStatus(rank=1, pid=43, device="cuda:1", device_uuid="GPU-b", memory_bytes=0, loaded=1),
+    ),
+    components=(
+        ComponentStatus(
+            component_id="transformer-1",
+            label="flux1-dev",
+            kind=ComponentKind.TRANSFORMER,
+            family="flux1",
+            state=LeaseState.LENT,
+            tiers=(Tier.CUDA_IPC,),
+            lent_bytes=22 * 2**30,
+            copied=CopiedBytes(peer=22 * 2**30),
+            generation=0,
+            owner_pid=99,
+            lend_ms={"lend": 80.0},
+        ),
+    ),
+    jobs=(
+        JobStatus(
+            request_id="r1", op="generate", state=JobState.RUNNING, owner_pid=99, step=3, total_steps=28,
+            waited_s=0.0, ran_s=0.4,
+        ),
+    ),
+    queue_limit=64,
+    clients=2,
+    counters=Counters(jobs_done=5, group_starts=1),
+    last_job_ms={"steps": 1900.0},
+)  # fmt: skip
+
+
+def answers_status(daemon):
+    daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=STATUS)]
+
+
+def test_status_is_a_table_for_people(daemon, folder, capsys):
+    answers_status(daemon)
+    assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
+    out = capsys.readouterr().out
+    for text in ("busy: 2 on cuda", "ulysses 2", "GPU-b", "transformer-1", "cuda_ipc", "22.0 GiB peer", "3/28",
+                 "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
+        assert text in out
+
+
+def test_status_is_json_for_programs(daemon, folder, capsys):
+    answers_status(daemon)
+    assert main(["status", "--runtime-dir", str(folder), "--json"]) == exits.DONE
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["group_state"] == "busy"
+    assert found["components"][0]["copied"]["peer"] == 22 * 2**30
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "stop"])
+def test_no_daemon_is_three(verb, folder, capsys):
+    assert main([verb, "--runtime-dir", str(folder)]) == exits.UNREACHABLE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"xditd {verb}: daemon_unreachable: socket {folder}/daemon.sock: no such socket" in captured.err
+    assert "xditd serve" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "VERB"),
+        (["paint"], "invalid choice"),
+        (["generate"], "--transformer FILE is needed"),
+        (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
+        (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
+        (["generate", "--size", "100x64"], "sides are multiples of 16 pixels"),
+        (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
+        (["generate", "--steps", "0"], "use a whole number from 1 to 1000"),
+        (["demo", "--workers", "3"], "use a whole number from 1 to 2"),
+        (["demo", "--device", "tpu"], "use auto, cuda or cpu"),
+        (["status", "--js"], "unrecognized arguments"),
+    ],
+)
+def test_misuse_is_two(arguments, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == exits.MISUSE
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
+
+
+def test_errors_have_their_exit_codes():
+    assert exits.code_for(DaemonUnreachable("x")) == exits.UNREACHABLE
+    assert exits.code_for(BadRequest("x")) == exits.MISUSE
+    assert exits.code_for(Busy("x")) == exits.FAILED
+
+
+def test_variables_set_flags_and_flags_win(monkeypatch):
+    monkeypatch.setenv("XDITD_STEPS", "5")
+    monkeypatch.setenv("XDITD_JSON", "1")
+    assert build_parser().parse_args(["generate"]).steps == 5
+    assert build_parser().parse_args(["generate"]).json is True
+    assert build_parser().parse_args(["generate", "--steps", "7"]).steps == 7
+
+
+@pytest.mark.parametrize(("variable", "value"), [("XDITD_STEPS", "many"), ("XDITD_JSON", "perhaps")])
+def test_a_bad_variable_is_misuse(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["generate"])
+    assert ended.value.code == exits.MISUSE
+    assert value in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"serve"}))
+def test_help_names_a_variable_for_each_flag_and_teaches(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    options = text[text.index("options:") : text.index("examples:")]
+    given = options.split("\n  -")[1:]
+    assert len(given) >= 2
+    for option in given:
+        assert option.startswith("h, --help") or "[XDITD_" in option, option
+    assert f"xditd {verb}" in text[text.index("examples:") :]
+    assert "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable" in text
+
+
+def test_logs_show_the_last_lines(daemon, folder, capsys):
+    daemon.answers[GetLogs] = lambda request: [
+        LogLines(request_id=request.request_id, lines=("one", "two", "three"), next_line=3)
+    ]
+    assert main(["logs", "--runtime-dir", str(folder), "-n", "2"]) == exits.DONE
+    assert capsys.readouterr().out == "two\nthree\n"
+    assert main(["logs", "--runtime-dir", str(folder), "-n", "0"]) == exits.DONE
+    assert capsys.readouterr().out == ""
+
+
+def test_followed_logs_go_on_and_end_with_the_interrupt(daemon, folder, capsys, monkeypatch):
+    polls = []
+
+    def answer(request):
+        polls.append(request.after_line)
+        return [LogLines(request_id=request.request_id, lines=(f"line {len(polls)}",), next_line=len(polls))]
+
+    def interrupt_after_two(_):
+        if len(polls) == 3:
+            raise KeyboardInterrupt
+
+    daemon.answers[GetLogs] = answer
+    monkeypatch.setattr(time, "sleep", interrupt_after_two)
+    assert main(["logs", "-f", "--runtime-dir", str(folder)]) == exits.INTERRUPTED
+    assert capsys.readouterr().out == "line 1\nline 2\nline 3\n"
+    assert polls == [0, 1, 2]
+
+
+def test_a_daemon_that_does_not_end_is_a_failed_stop(daemon, folder, capsys):
+    daemon.answers[Stop] = lambda request: [Stopping(request_id=request.request_id)]
+    assert main(["stop", "--runtime-dir", str(folder), "--deadline-s", "1", "--json"]) == exits.FAILED
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["stopped"] is False
+    assert "has not ended within 1 s" in captured.err
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(daemon, folder):
+    daemon.answers[GetLogs] = lambda request: [
+        LogLines(request_id=request.request_id, lines=("x" * 1000,) * 500, next_line=500)
+    ]
+    command = f"{sys.executable} -c 'import sys; from xditd.client.cli.main import main; sys.exit(main())'"
+    piped = f"{command} logs --runtime-dir {folder} | head -n 1"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+
+
+def test_serve_becomes_the_daemon(folder):
+    command = [sys.executable, "-c", "from xditd.client.cli.main import main; main()", "serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert "--queue-limit" in done.stdout
+    assert "XDITD_RUNTIME_DIR" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "expected"), [("64x128", (64, 128)), ("1024X768", (1024, 768))])
+def test_sizes_are_width_then_height(text, expected):
+    assert flags.size(text) == expected
+
+
+def test_numbers_for_people():
+    assert tables.size_text(512) == "512 B"
+    assert tables.size_text(22 * 2**30) == "22.0 GiB"
+    assert tables.span_text(0.0125) == "12 ms"
+    assert tables.span_text(90) == "90.0 s"
+    assert tables.span_text(150) == "2 min 30 s"
+    assert tables.copied_text(CopiedBytes()) == "nothing"
+    assert tables.copied_text(CopiedBytes(peer=1024, host_to_device=2048)) == "2.0 KiB host to device, 1.0 KiB peer"

@@ -1,0 +1,88 @@
+"""Small safetensors files, checked against the format's own library."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from xditd.client.conditioning import conditioning_widths, random_conditioning, read_conditioning  # noqa: E402
+from xditd.client.tensor_files import read_shapes, read_tensors, write_tensors  # noqa: E402
+from xditd.ipc.errors import BadCheckpoint, BadRequest  # noqa: E402
+
+TENSORS = {
+    "a": torch.randn(2, 3),
+    "b": torch.randn(4).to(torch.bfloat16),
+    "c": torch.randn(0, 2, dtype=torch.float64),
+    "d": torch.tensor(1.5, dtype=torch.float16),
+}
+
+
+def are_equal(found, expected):
+    assert list(found) == list(expected)
+    return all(torch.equal(found[name], expected[name]) and found[name].dtype is expected[name].dtype for name in found)
+
+
+def test_the_library_reads_what_is_written(tmp_path):
+    write_tensors(tmp_path / "new" / "t.safetensors", TENSORS)
+    found = safetensors_torch.load_file(tmp_path / "new" / "t.safetensors")
+    assert are_equal({name: found[name] for name in TENSORS}, TENSORS)
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    safetensors_torch.save_file(TENSORS, tmp_path / "t.safetensors")
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert are_equal({name: found[name] for name in TENSORS}, TENSORS)
+    assert read_shapes(tmp_path / "t.safetensors")["a"] == (2, 3)
+
+
+def test_a_transposed_tensor_is_written_as_it_looks(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    write_tensors(tmp_path / "t.safetensors", {"t": tensor})
+    assert torch.equal(read_tensors(tmp_path / "t.safetensors")["t"], tensor)
+
+
+def test_a_dtype_that_is_not_written_is_named(tmp_path):
+    with pytest.raises(BadRequest, match="ids: dtype int64 is not written"):
+        write_tensors(tmp_path / "t.safetensors", {"ids": torch.zeros(1, dtype=torch.int64)})
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    write_tensors(tmp_path / "t.safetensors", TENSORS)
+    whole = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "t.safetensors").write_bytes(whole[:-3])
+    with pytest.raises(BadCheckpoint, match="truncated"):
+        read_tensors(tmp_path / "t.safetensors")
+
+
+def test_conditioning_gets_its_batch_axis(tmp_path):
+    write_tensors(
+        tmp_path / "e.safetensors", {"prompt_embeds": torch.zeros(5, 8), "pooled_prompt_embeds": torch.zeros(4)}
+    )
+    embeds, pooled = read_conditioning(tmp_path / "e.safetensors")
+    assert embeds.shape == (1, 5, 8)
+    assert pooled.shape == (1, 4)
+
+
+def test_conditioning_that_is_incomplete_is_named(tmp_path):
+    write_tensors(tmp_path / "e.safetensors", {"prompt_embeds": torch.zeros(5, 8)})
+    with pytest.raises(BadRequest, match="lacks pooled_prompt_embeds; it holds prompt_embeds"):
+        read_conditioning(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_random_conditioning_fits_the_checkpoint_and_its_seed(tmp_path, prefix):
+    path = tmp_path / "t.safetensors"
+    write_tensors(
+        path, {f"{prefix}txt_in.weight": torch.zeros(4, 24), f"{prefix}vector_in.in_layer.weight": torch.zeros(4, 12)}
+    )
+    assert conditioning_widths(path) == (24, 12)
+    embeds, pooled = random_conditioning(path, 3, 7)
+    again, _ = random_conditioning(path, 3, 7)
+    assert (tuple(embeds.shape), tuple(pooled.shape)) == ((1, 7, 24), (1, 12))
+    assert torch.equal(embeds, again)
+
+
+def test_widths_that_cannot_be_told_are_named(tmp_path):
+    write_tensors(tmp_path / "v.safetensors", {"decoder.conv_in.weight": torch.zeros(4, 4)})
+    with pytest.raises(BadRequest, match=r"no txt_in\.weight\); use --embeds"):
+        conditioning_widths(tmp_path / "v.safetensors")
