@@ -1,0 +1,81 @@
+"""Run a sampler of one's own: the workers compute one forward a step, the loop stays here.
+
+    xditd demo --out out --keep       # writes small checkpoints, and prints the folder of its daemon
+    python examples/per_step_denoise.py --runtime-dir THAT_FOLDER
+
+The loop is Euler's method, as FLUX.1's own scheduler does it, so the result can be compared with ``generate``,
+which runs the same loop inside the workers. Any other sampler, mask or preview goes where the loop is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from xditd.client import Client, Loan, XditdError
+from xditd.client.conditioning import random_conditioning
+from xditd.client.results import image_to_pil
+
+GUIDANCE = 3.5
+
+
+def sample(
+    client: Client,
+    transformer: Loan,
+    noise: torch.Tensor,
+    sigmas: list[float],
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+) -> torch.Tensor:
+    """Go from noise to latents. The transformer predicts the velocity from the image to the noise."""
+    latents = noise
+    for sigma, next_sigma in pairwise([*sigmas, 0.0]):
+        velocity = client.denoise(transformer, latents, sigma, prompt_embeds, pooled_prompt_embeds, GUIDANCE)
+        latents = latents + (next_sigma - sigma) * velocity
+        print(f"sigma {sigma:.3f}: latents have a spread of {latents.std():.3f}")
+    return latents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime-dir", help="the daemon's folder; default: $XDG_RUNTIME_DIR/xditd")
+    parser.add_argument("--transformer", type=Path, default=Path("out/checkpoints/flux1-demo.safetensors"))
+    parser.add_argument("--vae", type=Path, default=Path("out/checkpoints/ae-demo.safetensors"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("out/per-step.png"))
+    options = parser.parse_args()
+
+    prompt_embeds, pooled_prompt_embeds = random_conditioning(options.transformer, seed=1, text_tokens=64)
+    noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(7))
+    sigmas = [1.0 - step / options.steps for step in range(options.steps)]
+    with Client(options.runtime_dir, name="per_step_denoise") as client:
+        with client.lend(options.transformer) as transformer:
+            latents = sample(client, transformer, noise, sigmas, prompt_embeds, pooled_prompt_embeds)
+            fused = client.generate(
+                transformer,
+                prompt_embeds,
+                pooled_prompt_embeds,
+                height=256,
+                width=256,
+                steps=options.steps,
+                sigmas=sigmas,
+                guidance_scale=GUIDANCE,
+                noise=noise,
+            ).result()
+        difference = (latents - fused.latents).norm() / fused.latents.norm()
+        print(f"relative difference from generate: {difference:.2g}")
+        with client.lend(options.vae) as vae:
+            image = client.decode(vae, latents)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    image_to_pil(image[0]).save(options.out)
+    print("wrote", options.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except XditdError as error:
+        raise SystemExit(f"{error.code}: {error.detail}") from None
