@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
+    except Exception:
+        logger.exception("a defect ends the daemon; please report it with this log")
+        return FAILED
     return STOPPED
 
 
@@ -48,8 +51,10 @@ def serve(configuration: Configuration, logbook: Logbook) -> None:
         Dispatcher(service)
         StopSignals(service)
         logger.info("daemon listening pid=%d socket=%s", os.getpid(), folder.runtime.client_socket)
-        service.run()
-        service.close()
+        try:
+            service.run()
+        finally:
+            service.close()
         logger.info("daemon stopped")
 
 

@@ -51,6 +51,8 @@ class Router:
         self.socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
         self.socket.bind(endpoint(path))
+        # bind(2) sets every mode bit that the umask allows, execution included. The folder is private already.
+        path.chmod(0o600)
 
     def receive(self) -> Iterator[Envelope]:
         """Yield what has arrived, at most :data:`BATCH` messages."""

@@ -25,7 +25,7 @@ class RuntimeFolder:
     def __init__(self, runtime: RuntimeDir) -> None:
         runtime.check_lengths()
         self.runtime = runtime
-        # Sockets get their mode from the umask: 0600, in a folder of mode 0700.
+        # For everything that is made in the folder, by the workers too, which inherit it.
         os.umask(0o077)
         _make_private(runtime.path)
         self._lock_fd = _take_lock(runtime.lock)

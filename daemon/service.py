@@ -75,6 +75,8 @@ class Service:
         self.loop.run(self._after_round)
 
     def close(self) -> None:
+        """Close the sockets; workers that are left, after a defect, are killed."""
+        self.supervisor.kill()
         self._worker_router.close(0)
         self.front.close(_LINGER_MS)
         self._context.term()

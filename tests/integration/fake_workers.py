@@ -12,7 +12,6 @@ import enum
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,8 @@ from xditd.ipc.protocol import Message
 from xditd.ipc.requests import Generate
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Manifest
 from xditd.ipc.worker_messages import (
-    CancelRun,
     CanaryRead,
+    CancelRun,
     Command,
     Done,
     ForgetClient,
@@ -214,48 +213,56 @@ def count_start(runtime_dir: str) -> int:
     return starts
 
 
-def lead(options: argparse.Namespace, arguments: list[str]) -> int:
+def lead(options: argparse.Namespace) -> int:
     """Start the ranks, and end with the first of them."""
-    starts = count_start(options.runtime_dir)
-    print(f"fake leader start={starts} ranks={options.world_size}", flush=True)
+    die_with_parent(os.getppid())
+    options.starts = count_start(options.runtime_dir)
+    print(f"fake leader start={options.starts} ranks={options.world_size}", flush=True)
     if options.exit_status is not None:
         print("attention backend warp: not installed; use auto", file=sys.stderr, flush=True)
         return int(options.exit_status)
-    if options.starts_slowly:
-        time.sleep(600)
+    if options.never_ready:
+        signal.pause()
+    # Outside of the try block: its clean-up is the leader's, and a rank leaves through here.
+    ranks = [start_rank(options, rank) for rank in range(options.world_size)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    word = [sys.executable, __file__, *arguments, "--starts", str(starts), "--leader", str(os.getpid())]
-    ranks = [subprocess.Popen([*word, "--rank", str(rank)]) for rank in range(options.world_size)]
     try:
-        while all(process.poll() is None for process in ranks):
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-        return 0 if all(process.wait(2) == 0 for process in ranks) else 1
-    except subprocess.TimeoutExpired:
-        return 1
+        first, status = os.wait()
+        ranks.remove(first)
+        if status != 0:
+            return 1
+        for rank in list(ranks):
+            os.waitpid(rank, 0)
+            ranks.remove(rank)
+        return 0
     finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+            os.waitpid(rank, 0)
+
+
+def start_rank(options: argparse.Namespace, rank: int) -> int:
+    leader = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    die_with_parent(leader)
+    options.rank = rank
+    Rank(options).serve()
+    sys.exit(0)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--exit-status", type=int)
-    parser.add_argument("--starts-slowly", action="store_true")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--starts", type=int)
-    parser.add_argument("--leader", type=int)
+    parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--workers", default="auto")
     for flag in ("--runtime-dir", "--group-token", "--device", "--ulysses", "--attention-backend", "--log-level"):
         parser.add_argument(flag, required=True)
     options = parser.parse_args()
     options.world_size = 2 if options.workers == "auto" else int(options.workers)
-    die_with_parent(options.leader or os.getppid())
-    if options.rank is None:
-        return lead(options, sys.argv[1:])
-    Rank(options).serve()
-    return 0
+    return lead(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
@@ -22,9 +24,9 @@ import zmq
 from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
-from xditd.ipc.protocol import PROTOCOL_VERSION, Message, Reply, Request
-from xditd.ipc.replies import AnyReply, Failed, Lent, Queued, Status, StepDone, Welcome
-from xditd.ipc.requests import Generate, GetStatus, Hello, Lend
+from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
+from xditd.ipc.replies import AnyReply, Failed, Farewell, Lent, Queued, Status, StepDone, Welcome
+from xditd.ipc.requests import Generate, GetStatus, Goodbye, Hello, Lend
 from xditd.ipc.status import DaemonStatus, GroupState
 from xditd.ipc.tensors import (
     ComponentKind,
@@ -35,7 +37,9 @@ from xditd.ipc.tensors import (
     TensorSpec,
 )
 
-FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
+HERE = Path(__file__).resolve().parent
+FAKE_WORKERS = HERE.parent / "fake_workers.py"
+LENDING_CLIENT = HERE / "lending_client.py"
 DEADLINE_S = 10.0
 R = TypeVar("R", bound=Reply)
 
@@ -93,6 +97,8 @@ class RawClient:
         self.socket.setsockopt(zmq.RCVHWM, receive_limit)
         self.socket.connect(endpoint(runtime.client_socket))
         self.events: list[Reply] = []
+        self.ended: list[str] = []
+        """Request ids in the order in which their replies came."""
         self.others: dict[str, list[AnyReply]] = {}
         if says_hello:
             self.ask(self.hello(), Welcome)
@@ -121,10 +127,12 @@ class RawClient:
             reply = self.receive(end - time.monotonic())
             if isinstance(reply, (Queued, StepDone)):
                 self.events.append(reply)
-            elif reply.request_id == request_id:
-                return reply
             else:
-                self.others.setdefault(reply.request_id, []).append(reply)
+                self.keep(reply)
+
+    def keep(self, reply: AnyReply) -> None:
+        self.ended.append(reply.request_id)
+        self.others.setdefault(reply.request_id, []).append(reply)
 
     def wait_event(self, request_id: str, kind: type[Reply]) -> Reply:
         while True:
@@ -132,8 +140,11 @@ class RawClient:
                 if event.request_id == request_id and isinstance(event, kind):
                     return event
             reply = self.receive()
-            assert isinstance(reply, (Queued, StepDone)), reply
-            self.events.append(reply)
+            assert reply.request_id != request_id or isinstance(reply, (Queued, StepDone)), reply
+            if isinstance(reply, (Queued, StepDone)):
+                self.events.append(reply)
+            else:
+                self.keep(reply)
 
     def ask(self, request: Request, kind: type[R], deadline_s: float = DEADLINE_S) -> R:
         reply = self.wait(self.send(request), deadline_s)
@@ -168,8 +179,8 @@ class DaemonProcess:
     def __init__(self, folder: Path, *, settings: dict[str, Any], worker_flags: list[str], flags: list[str]) -> None:
         self.runtime = RuntimeDir(folder / "run")
         command = [sys.executable, str(FAKE_WORKERS), *worker_flags]
-        lines = ["[workers]", f"command = {json.dumps(command)}"]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        table = {"command": command, **settings}
+        lines = ["[workers]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
         (folder / "xditd.toml").write_text("\n".join(lines))
         self.log_path = folder / "daemon.log"
         environ = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
@@ -218,10 +229,14 @@ class DaemonProcess:
 StartDaemon = Callable[..., DaemonProcess]
 
 
+def make_folder() -> Path:
+    # Not tmp_path: with a long test name its sockets would not fit into a socket address.
+    return Path(tempfile.mkdtemp(prefix="xditd-"))
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # Not tmp_path: with a long test name its sockets would not fit into a socket address.
-    path = Path(tempfile.mkdtemp(prefix="xditd-"))
+    path = make_folder()
     yield path
     shutil.rmtree(path)
 
@@ -241,9 +256,26 @@ def start_daemon(folder: Path) -> Iterator[StartDaemon]:
         daemon.close()
 
 
+@pytest.fixture(scope="session")
+def shared_daemon() -> Iterator[DaemonProcess]:
+    """One daemon for all tests that leave it and its workers as they were."""
+    path = make_folder()
+    daemon = DaemonProcess(path, settings={}, worker_flags=[], flags=["--queue-limit", "3"])
+    yield daemon
+    daemon.close()
+    shutil.rmtree(path)
+
+
 @pytest.fixture
-def daemon(start_daemon: StartDaemon) -> DaemonProcess:
-    return start_daemon()
+def client(shared_daemon: DaemonProcess) -> Iterator[RawClient]:
+    """A client of the shared daemon, which finds it with the workers up, and leaves nothing on loan."""
+    client = shared_daemon.ready_client()
+    yield client
+    client.ask(Goodbye(request_id=""), Farewell)
+    # A killed client's loan may still be on its way out.
+    status = shared_daemon.client().wait_status(lambda status: not status.components and not status.jobs)
+    assert status.group_state is GroupState.READY
+    assert status.counters.group_starts == 1
 
 
 @pytest.fixture
@@ -253,6 +285,45 @@ def memory() -> Iterator[Memory]:
     block.close()
 
 
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """The module of the fake workers, for the names of its faults."""
+    spec = importlib.util.spec_from_file_location("fake_workers", FAKE_WORKERS)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def make_message() -> Callable[[Message], bytes]:
-    return encode
+def start_lender() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    """Start a client process that lends; returns it and its component id."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(daemon: DaemonProcess, *flags: str) -> tuple[subprocess.Popen[str], str]:
+        word = [sys.executable, str(LENDING_CLIENT), str(daemon.runtime.path), *flags]
+        lender = subprocess.Popen(word, stdout=subprocess.PIPE, text=True)
+        started.append(lender)
+        assert lender.stdout is not None
+        return lender, lender.stdout.readline().strip()
+
+    yield start
+    for lender in started:
+        lender.kill()
+        lender.wait()
+        assert lender.stdout is not None
+        lender.stdout.close()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Wait for a condition with a deadline."""
+
+    def wait(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+        end = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end, f"condition not met within {deadline_s} s"
+            time.sleep(0.01)
+
+    return wait

@@ -1,0 +1,98 @@
+"""Who may talk, and what the end of a client ends."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from xditd.ipc.codec import encode
+from xditd.ipc.protocol import PROTOCOL_VERSION
+from xditd.ipc.replies import Failed, Farewell, Generated, Welcome
+from xditd.ipc.requests import GetLogs, GetStatus, Goodbye
+from xditd.ipc.status import JobState
+
+
+def test_hello_is_answered_with_who_answers(client: Any, shared_daemon: Any) -> None:
+    welcome = client.ask(client.hello(), Welcome)
+    assert welcome.daemon_pid == shared_daemon.process.pid
+    assert welcome.protocol_version == PROTOCOL_VERSION
+    assert welcome.world_size == 2
+
+
+def test_another_protocol_version_is_refused_with_both_numbers(shared_daemon: Any) -> None:
+    client = shared_daemon.client(says_hello=False)
+    failed = client.fail(client.hello(protocol_version=999))
+    assert failed.code == "protocol_mismatch"
+    assert "999" in failed.detail
+    assert f"daemon {PROTOCOL_VERSION} " in failed.detail
+
+
+def test_nothing_is_served_before_hello(shared_daemon: Any) -> None:
+    client = shared_daemon.client(says_hello=False)
+    failed = client.fail(GetStatus(request_id=""))
+    assert failed.code == "session_lost"
+    assert "hello" in failed.detail
+
+
+def test_goodbye_ends_the_loans(shared_daemon: Any, memory: Any) -> None:
+    leaving, staying = shared_daemon.ready_client(), shared_daemon.client()
+    leaving.lend(memory.manifest())
+    assert len(staying.status().components) == 1
+    leaving.ask(Goodbye(request_id=""), Farewell)
+    status = staying.status()
+    assert status.components == ()
+    assert [worker.loaded for worker in status.workers] == [0, 0]
+    assert leaving.fail(GetStatus(request_id="")).code == "session_lost"
+
+
+def test_killed_client_loses_its_loan(client: Any, shared_daemon: Any, start_lender: Any) -> None:
+    lender, component_id = start_lender(shared_daemon)
+    (component,) = client.status().components
+    assert (component.component_id, component.owner_pid) == (component_id, lender.pid)
+    before = client.status().clients
+    lender.kill()
+    status = client.wait_status(lambda status: not status.components)
+    assert status.clients == before - 1
+
+
+def test_client_killed_in_mid_job_frees_the_workers(
+    client: Any, shared_daemon: Any, start_lender: Any, memory: Any
+) -> None:
+    lender, component_id = start_lender(shared_daemon, "--runs")
+    (job,) = client.status().jobs
+    assert (job.state, job.owner_pid, job.total_steps) == (JobState.RUNNING, lender.pid, 1000)
+    failed_before = client.status().counters.jobs_failed
+    waiting = client.send(memory.generate(component_id))
+    lender.kill()
+    lost = client.wait(waiting)
+    assert isinstance(lost, Failed)
+    assert lost.code == "lease_lost"
+    assert f"client (pid {lender.pid}) is gone" in lost.detail
+    client.wait_status(lambda status: not status.components and not status.jobs)
+    assert client.status().counters.jobs_failed == failed_before + 2
+    own = client.lend(memory.manifest())
+    client.ask(memory.generate(own.component_id), Generated)
+
+
+def test_two_connections_of_a_process_are_two_sessions(client: Any, shared_daemon: Any) -> None:
+    before = client.status().clients
+    second = shared_daemon.client()
+    assert second.status().clients == before + 1
+    second.ask(Goodbye(request_id=""), Farewell)
+    assert client.status().clients == before
+
+
+def test_client_that_stops_reading_is_dropped_and_holds_nobody(client: Any, shared_daemon: Any) -> None:
+    before = client.status().clients
+    silent = shared_daemon.client(receive_limit=1)
+    request = encode(GetLogs(request_id="x"))
+    sent = 0
+    while client.status().clients == before + 1:
+        for _ in range(64):
+            if silent.socket.poll(0, 2):  # zmq.POLLOUT: also its own sending queue is bounded
+                silent.socket.send(request)
+                sent += 1
+        assert sent < 100_000
+    assert client.status().clients == before
+    assert "does not read its replies" in shared_daemon.log
+    assert len(os.listdir(f"/proc/{shared_daemon.process.pid}/fd")) < 200

@@ -1,0 +1,140 @@
+"""One daemon a folder, in a folder that is its own; and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xditd.ipc.replies import Failed, Generated, StepDone, Stopping
+from xditd.ipc.requests import Stop
+
+
+def worker_pids(client: Any) -> list[int]:
+    return [worker.pid for worker in client.status().workers]
+
+
+def is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_hello_is_answered_while_the_workers_start(start_daemon: Any) -> None:
+    began = time.monotonic()
+    client = start_daemon(worker_flags=["--never-ready"]).client()
+    assert time.monotonic() - began < 5.0  # the measured bar, 0.3 s on an idle machine, is the benchmark's
+    assert client.status().group_state.value == "starting"
+
+
+def test_second_daemon_is_refused_and_the_first_serves_on(start_daemon: Any) -> None:
+    first = start_daemon()
+    client = first.client()
+    second = start_daemon()
+    assert second.wait() == 1
+    assert f"another daemon (pid {first.process.pid}) holds it" in second.log
+    client.status()
+    first.client().status()
+
+
+def test_socket_of_a_killed_daemon_is_taken_over(start_daemon: Any, wait_until: Any) -> None:
+    first = start_daemon()
+    client = first.ready_client()
+    pids = worker_pids(client)
+    first.process.kill()
+    first.wait()
+    wait_until(lambda: all(is_gone(pid) for pid in pids))  # workers die with their parent
+    assert first.runtime.client_socket.exists()
+    stale = first.runtime.path / "group-stale"
+    stale.touch()
+    second = start_daemon()
+    assert second.ready_client().status().pid == second.process.pid
+    assert not stale.exists()
+
+
+def test_sockets_are_private(start_daemon: Any) -> None:
+    daemon = start_daemon()
+    daemon.client()
+    runtime = daemon.runtime
+    assert [path.stat().st_mode & 0o777 for path in (runtime.path, runtime.client_socket, runtime.worker_socket)] == [
+        0o700,
+        0o600,
+        0o600,
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_in_mid_job_ends_everything_in_order(start_daemon: Any, memory: Any, number: int) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    lent = client.lend(memory.manifest())
+    pids = worker_pids(client)
+    running = client.send(memory.generate(lent.component_id, steps=1000))
+    client.wait_event(running, StepDone)
+    waiting = client.send(memory.generate(lent.component_id))
+    daemon.process.send_signal(number)
+    for request_id in (waiting, running):
+        failed = client.wait(request_id)
+        assert isinstance(failed, Failed)
+        assert failed.code == "daemon_stopping"
+    assert daemon.wait() == 0
+    assert all(is_gone(pid) for pid in pids)
+    assert not daemon.runtime.client_socket.exists()
+    assert not daemon.runtime.worker_socket.exists()
+    assert "Traceback" not in daemon.log
+
+
+def test_stop_request_while_the_workers_start(start_daemon: Any) -> None:
+    daemon = start_daemon(worker_flags=["--never-ready"])
+    daemon.client().ask(Stop(request_id=""), Stopping)
+    assert daemon.wait() == 0
+
+
+def test_stop_is_answered_and_new_work_refused(start_daemon: Any, memory: Any, fake: Any) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    lent = client.lend(memory.manifest())
+    running = client.send(memory.generate(lent.component_id, steps=2, seed=int(fake.Fault.DEAF)))
+    client.wait_event(running, StepDone)
+    client.ask(Stop(request_id=""), Stopping)
+    assert client.fail(memory.generate(lent.component_id)).code == "daemon_stopping"
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.process.send_signal(signal.SIGINT)
+    # The second of two does not wait for a job that hears no cancel. Which is the second
+    # when both wait is Python's choice.
+    assert daemon.wait(2.0) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--queue-limit", "many"], "flag --queue-limit = 'many': use a whole number"),
+        (["--device", "tpu"], "flag --device = 'tpu'"),
+        (["--config", "/nowhere/xditd.toml"], "file /nowhere/xditd.toml: No such file"),
+        (["--no-such-flag"], "unrecognized arguments"),
+    ],
+)
+def test_misuse_has_its_own_exit_status(flags: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "xditd.daemon", *flags], capture_output=True, text=True, timeout=10, check=False
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_folder_that_others_may_enter_is_refused(folder: Path, start_daemon: Any) -> None:
+    (folder / "run").mkdir(mode=0o755)
+    daemon = start_daemon()
+    assert daemon.wait() == 1
+    assert f"chmod 700 {folder / 'run'}" in daemon.log
+
+
+def test_folder_holds_nothing_but_what_is_named(folder: Path, memory: Any, start_daemon: Any) -> None:
+    client = start_daemon().ready_client()
+    client.ask(memory.generate(client.lend(memory.manifest()).component_id), Generated)
+    found = {path.name for path in (folder / "run").iterdir()}
+    assert found == {"daemon.sock", "workers.sock", "daemon.lock", "fake-starts"}
