@@ -182,6 +182,7 @@ def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
     assert {name: figure for name, figure in figures.items() if figure < MUTATION_BAR} == {}
 
 
+@pytest.mark.slow
 def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
     shared_cache: SkeletonCache, demo_vae: State, plug: Plugger, pipelines: ModuleType
 ) -> None:

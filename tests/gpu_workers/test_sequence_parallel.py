@@ -57,6 +57,7 @@ def models() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["dev", "schnell"])
 @pytest.mark.parametrize("case", list(two_ranks.CASES))
 def test_two_ranks_agree_with_plain_diffusers(group: Any, models: Any, label: str, case: str) -> None:
@@ -75,18 +76,21 @@ def test_two_ranks_agree_with_plain_diffusers(group: Any, models: Any, label: st
     assert reference.relative_error(group[0][0][f"{label}/{case}/0"], expected) <= BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(two_ranks.CASES))
 def test_the_same_job_gives_the_same_bits(group: Any, case: str) -> None:
     results = group[0][0]
     assert torch.equal(results[f"dev/{case}/0"], results[f"dev/{case}/1"])
 
 
+@pytest.mark.slow
 def test_both_ranks_get_the_whole_result(group: Any) -> None:
     first, second = group[0][0], group[1][0]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["dev", "schnell"])
 def test_denoise_on_two_ranks_is_one_plain_forward(group: Any, models: Any, label: str) -> None:
     from diffusers import FluxPipeline
@@ -108,17 +112,20 @@ def test_denoise_on_two_ranks_is_one_plain_forward(group: Any, models: Any, labe
     assert reference.relative_error(group[0][0][f"{label}/denoise"], expected) <= BAR
 
 
+@pytest.mark.slow
 def test_too_few_tokens_are_refused_by_count_on_every_rank(group: Any) -> None:
     for rank in (0, 1):
         facts = group[rank][1]
         assert "1 text and 49 image tokens are too few to split over 2 workers" in facts["dev refuses one text token"]
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_divide_are_refused(group: Any) -> None:
     for rank in (0, 1):
         assert "3 attention heads do not divide by the Ulysses degree 2" in group[rank][1]["three heads"]
 
 
+@pytest.mark.slow
 def test_agreement_between_ranks(group: Any) -> None:
     for rank in (0, 1):
         facts = group[rank][1]

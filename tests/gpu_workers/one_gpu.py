@@ -1,0 +1,138 @@
+"""A program, not a test: run one rank on the first GPU and write what was found as JSON.
+
+python one_gpu.py OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GUIDANCE = 3.5
+BF16 = torch.bfloat16
+
+
+def job(tokens: int, height: int, width: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(tokens)
+    return {
+        "prompt_embeds": torch.randn(1, tokens, 4096, generator=generator),
+        "pooled": torch.randn(1, 768, generator=generator),
+        "noise": torch.randn(1, 16, height // 8, width // 8, generator=generator),
+        "height": height,
+        "width": width,
+    }
+
+
+def main(folder: str) -> None:
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import attention, reference, xfuser_start
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
+    from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+
+    gpu = torch.device("cuda", 0)
+    layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm
+
+    facts: dict[str, Any] = {"attention": layout.attention_backend}
+    cache = SkeletonCache(layout)
+
+    def plugged(state: dict[str, torch.Tensor]) -> Plan:
+        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        plan.skeleton.plug(plan.bind(state))
+        return plan
+
+    def parity(state: dict[str, torch.Tensor], given: dict[str, Any], steps: int) -> dict[str, Any]:
+        plan = plugged(state)
+        model = reference.transformer_from(state)
+        renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
+        expected = reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
+        found: dict[str, Any] = {}
+        for backend in dict.fromkeys((plan.skeleton.attention_backend, "SDPA")):
+            plan.skeleton.attention_backend = backend
+            results = [pipelines.generate(plan.skeleton, **given, steps=steps) for _ in range(2)]
+            found[backend] = {
+                "error": reference.relative_error(results[0], expected),
+                "same bits as plain": torch.equal(results[0], expected),
+                "same bits twice": torch.equal(*results),
+            }
+        plan.skeleton.attention_backend = attention.for_dtype(layout.attention_backend, plan.dtype, gpu)
+        return found
+
+    demo = {name: tensor.to(gpu) for name, tensor in checkpoints.flux1_state_dict(0).items()}
+    facts["float32 demo"] = parity(demo, job(15, 112, 112), 4)
+    wide = {
+        name: tensor.to(gpu)
+        for name, tensor in checkpoints.flux1_state_dict(
+            0, heads=24, double_blocks=1, single_blocks=1, dtype=BF16
+        ).items()
+    }
+    facts["bfloat16 full width"] = parity(wide, job(512, 1024, 1024), 2)
+
+    vae = {name: tensor.to(gpu) for name, tensor in checkpoints.flux_vae_state_dict(0).items()}
+    plan = plugged(vae)
+    model = reference.vae_from(vae)
+    latents = torch.randn(1, 16, 14, 14, generator=torch.Generator().manual_seed(0))
+    image = pipelines.decode(plan.skeleton, latents)
+    facts["decode error"] = reference.relative_error(image, reference.reference_decode(model, latents))
+    facts["encode error"] = reference.relative_error(
+        pipelines.encode(plan.skeleton, image), reference.reference_encode(model, image)
+    )
+
+    # Waits for the GPU: the same number however many steps there are.
+    plan = plugged(wide)
+    given = {n: v.to(gpu) if isinstance(v, torch.Tensor) else v for n, v in job(64, 256, 256).items()}
+    pipelines.generate(plan.skeleton, **given, steps=1)
+    waits = {}
+    for steps in (2, 6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            pipelines.generate(plan.skeleton, **given, steps=steps)
+            torch.cuda.set_sync_debug_mode("default")
+        waits[str(steps)] = sum("synchroniz" in str(warning.message) for warning in caught)
+    facts["waits by steps"] = waits
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, BF16):
+        norm = CheckpointOrderNorm(3072, 3072, elementwise_affine=False, eps=1e-6).to(gpu, dtype)
+        plain = type(norm).__bases__[0](3072, 3072, elementwise_affine=False, eps=1e-6).to(gpu, dtype)
+        for mine, theirs in zip(norm.parameters(), plain.parameters(), strict=True):
+            mine.data.copy_(torch.cat(theirs.data.chunk(2)[::-1]))
+        tokens = torch.randn(1, 4096, 3072, dtype=dtype, device=gpu)
+        conditioning = torch.randn(1, 3072, dtype=dtype, device=gpu)
+        with torch.no_grad():
+            same = torch.equal(norm(tokens, conditioning), plain(tokens, conditioning))
+        facts[f"last norm has the same bits in {dtype}"] = same
+
+    one = torch.zeros((), dtype=BF16, device=gpu)
+    full = {e.source: one.expand(e.shape) for e in Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True))}
+    infos = {name: TensorInfo.of(tensor) for name, tensor in full.items()}
+    facts["full size: first plan, ms"] = _best_ms(lambda: cache.plan(infos), 1)
+    plan = cache.plan(infos)
+    facts["full size: plan again, ms"] = _best_ms(lambda: cache.plan(infos))
+    facts["full size: bind, ms"] = _best_ms(lambda: plan.bind(full))
+    bindings = plan.bind(full)
+    facts["full size: plug, ms"] = _best_ms(lambda: plan.skeleton.plug(bindings))
+    Path(folder, "facts.json").write_text(json.dumps(facts, indent=1))
+    xfuser_start.stop()
+
+
+def _best_ms(action: Any, rounds: int = 5) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - started)
+    return best * 1e3
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
