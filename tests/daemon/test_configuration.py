@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xditd.daemon.arguments import build_parser
+from xditd.daemon.configuration import build_configuration, default_file
+from xditd.daemon.settings import SETTINGS
+from xditd.ipc.errors import BadRequest
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "xditd.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults() -> None:
+    configuration = build_configuration({}, {})
+    assert configuration.queue_limit == 64
+    assert configuration.workers == "auto"
+    assert (configuration.start_deadline_s, configuration.hang_deadline_s) == (120.0, 300.0)
+    assert configuration.max_restarts == 5
+    assert configuration.worker_command == (sys.executable, "-m", "xditd.gpu_workers")
+
+
+def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:
+    config = written(tmp_path, "[daemon]\nqueue_limit = 1\nlog_level = 'error'\n[workers]\ncount = 1\n")
+    environ = {"XDITD_QUEUE_LIMIT": "2", "XDITD_WORKERS": "2"}
+    configuration = build_configuration({"config": config, "workers": "3"}, environ)
+    assert (configuration.log_level, configuration.queue_limit, configuration.workers) == ("error", 2, 3)
+    assert configuration.device == "auto"
+
+
+def test_file_is_found_where_the_desktop_keeps_it(tmp_path: Path) -> None:
+    environ = {"XDG_CONFIG_HOME": str(tmp_path)}
+    assert build_configuration({}, environ).queue_limit == 64
+    path = default_file(environ)
+    path.parent.mkdir()
+    path.write_text("[daemon]\nqueue_limit = 7\n")
+    assert build_configuration({}, environ).queue_limit == 7
+    assert default_file({"HOME": "/home/ada"}) == Path("/home/ada/.config/xditd/xditd.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[daemon]\nqueue_limt = 3", "[daemon] queue_limt = 3: no such key"),
+        ("[workers]\nqueue_limit = 3", "[workers] queue_limit = 3: no such key"),
+        ("[client]\nx = 1", "unknown entry [client]"),
+        ("queue_limit = 3", "unknown entry [queue_limit]"),
+        ("daemon = 3", "unknown entry [daemon]"),
+        ("[daemon]\nqueue_limit = 0", "queue_limit = 0: use a whole number from 1"),
+        ("[daemon]\nqueue_limit = 3.5", "queue_limit = 3.5: use a whole number"),
+        ("[daemon]\nqueue_limit = true", "queue_limit = True: use a whole number"),
+        ("[daemon]\nqueue_limit = [1]", "queue_limit = [1]: use a whole number"),
+        ("[daemon]\nlog_level = 'loud'", "log_level = 'loud': use one of"),
+        ("[workers]\ndevice = ['cpu']", "device = ['cpu']: use one of"),
+        ("[workers]\nhang_deadline_s = nan", "hang_deadline_s = nan: use seconds"),
+        ("[workers]\nattention_backend = '--evil'", "attention_backend = '--evil': use"),
+        ("[workers]\ncommand = 'python'", "command = 'python': use a list of words"),
+        ("[workers]\ncommand = []", "command = []: use a list of words"),
+        ("[daemon", "not TOML"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_remedy(tmp_path: Path, text: str, words: str) -> None:
+    config = written(tmp_path, text)
+    with pytest.raises(BadRequest) as caught:
+        build_configuration({"config": config}, {})
+    assert words in caught.value.detail
+    assert config in caught.value.detail
+
+
+def test_bad_variable_is_named() -> None:
+    with pytest.raises(BadRequest, match="environment variable XDITD_ULYSSES = 'two': use a whole number"):
+        build_configuration({}, {"XDITD_ULYSSES": "two"})
+
+
+def test_bytes_that_are_no_text_are_not_toml(tmp_path: Path) -> None:
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadRequest, match="not TOML"):
+        build_configuration({"config": str(path)}, {})
+
+
+def test_help_shows_every_flag_with_its_variable() -> None:
+    text = build_parser().format_help()
+    for setting in SETTINGS:
+        assert setting.flag in text
+        assert f"[{setting.variable}]" in " ".join(text.split())
+
+
+def test_every_setting_is_a_field() -> None:
+    configuration: Any = build_configuration({"runtime_dir": "/run/x"}, {})
+    for setting in SETTINGS:
+        if setting.name != "runtime_dir":
+            assert str(getattr(configuration, setting.name)).removesuffix(".0") == setting.default
+    assert configuration.runtime.path == Path("/run/x")

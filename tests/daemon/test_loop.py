@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import zmq
+
+from xditd.daemon.loop import Loop
+
+
+@pytest.fixture
+def loop() -> Loop:
+    loop = Loop()
+    loop.call_later(5.0, loop.stop)  # a bug must not hang the test
+    return loop
+
+
+def nothing() -> None:
+    pass
+
+
+def test_timers_run_in_order_and_not_early(loop: Loop) -> None:
+    seen: list[tuple[str, float]] = []
+    began = time.monotonic()
+    loop.call_later(0.04, lambda: (seen.append(("late", time.monotonic() - began)), loop.stop()))
+    loop.call_later(0.02, lambda: seen.append(("early", time.monotonic() - began)))
+    loop.run(nothing)
+    assert [name for name, _ in seen] == ["early", "late"]
+    assert seen[0][1] >= 0.02
+    assert seen[1][1] >= 0.04
+
+
+def test_cancelled_timer_does_not_run(loop: Loop) -> None:
+    seen: list[str] = []
+    loop.call_later(0.01, lambda: seen.append("wrong")).cancel()
+    loop.call_later(0.03, loop.stop)
+    loop.run(nothing)
+    assert seen == []
+
+
+def test_descriptor_is_watched_until_it_is_not(loop: Loop) -> None:
+    read_end, write_end = os.pipe()
+    pieces: list[bytes] = []
+
+    def read() -> None:
+        pieces.append(os.read(read_end, 1))
+        if len(pieces) == 2:
+            loop.unwatch(read_end)
+            loop.call_later(0.02, loop.stop)
+
+    loop.watch(read_end, read)
+    os.write(write_end, b"abc")
+    loop.run(nothing)
+    assert pieces == [b"a", b"b"]
+    loop.unwatch(read_end)  # twice is no error
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_descriptor_closed_by_another_callback_is_not_called(loop: Loop) -> None:
+    pipes = [os.pipe(), os.pipe()]
+    calls: list[int] = []
+
+    def close_both() -> None:
+        calls.append(1)
+        for read_end, _ in pipes:
+            loop.unwatch(read_end)
+        loop.stop()
+
+    for read_end, write_end in pipes:
+        loop.watch(read_end, lambda: close_both())
+        os.write(write_end, b"x")
+    loop.run(nothing)
+    assert calls == [1]
+    for descriptor in (descriptor for pipe in pipes for descriptor in pipe):
+        os.close(descriptor)
+
+
+def test_socket_callback_that_leaves_messages_is_called_again(loop: Loop) -> None:
+    context = zmq.Context()
+    receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    receiver.bind("inproc://loop")
+    sender.connect("inproc://loop")
+    seen: list[bytes] = []
+
+    def take_one() -> None:
+        seen.append(receiver.recv(zmq.NOBLOCK))
+        if len(seen) == 3:
+            loop.stop()
+
+    loop.watch_socket(receiver, take_one)
+    for payload in (b"1", b"2", b"3"):
+        sender.send(payload)
+    rounds: list[int] = []
+    loop.run(lambda: rounds.append(len(seen)))
+    assert seen == [b"1", b"2", b"3"]
+    assert rounds == [1, 2, 3]
+    receiver.close()
+    sender.close()
+    context.term()
