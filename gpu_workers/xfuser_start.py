@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "lo"
-RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
+GROUP_TIMEOUT = timedelta(seconds=120)
+"""How long ranks wait for each other, at start and in a collective. The daemon ends a stuck group sooner."""
 
 
 def start(
@@ -90,7 +91,7 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
         store=dist.FileStore(store_path, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=RENDEZVOUS_TIMEOUT,
+        timeout=GROUP_TIMEOUT,
         # No device_id, although torch recommends it: with it NCCL makes communicators by splitting, eagerly, and
         # xfuser reports (core/distributed/parallel_state.py) that its new_group calls then fail. set_device above
         # already binds every communicator of this rank to the one GPU that it uses.
