@@ -1,0 +1,211 @@
+"""A real daemon with two real workers on the CPU, shared by the tests of a session, and plain diffusers beside it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
+
+import pytest
+import torch
+
+from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
+from xditd.client.demo import checkpoints
+from xditd.ipc.status import GroupState
+
+DEADLINE_S = 120.0
+T = TypeVar("T")
+
+
+@dataclass
+class Inputs:
+    """What one job is made of; ``noise`` keeps the schedule and the seed in the test's hands."""
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    noise: torch.Tensor
+    pixels: int
+
+
+class RunningDaemon:
+    """A daemon that this test session started, with its log."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.runtime_dir = folder / "run"
+        self.log = folder / "daemon.log"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
+        command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime_dir)]
+        command += ["--workers", str(workers), "--device", "cpu"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stderr=log, env=environment)
+
+    def connect(self) -> Client:
+        return until(self._try_connect, "the daemon to answer", self.log)
+
+    def _try_connect(self) -> Client | None:
+        assert self.process.poll() is None, self.log.read_text()[-4000:]
+        try:
+            return Client(self.runtime_dir, name="test")
+        except DaemonUnreachable:
+            return None
+
+    def status(self) -> DaemonStatus:
+        with self.connect() as client:
+            return client.status()
+
+    def wait_ready(self) -> DaemonStatus:
+        """Wait until the group has answered and nothing runs."""
+
+        def ready() -> DaemonStatus | None:
+            status = self.status()
+            return status if status.group_state is GroupState.READY else None
+
+        return until(ready, "the workers to be ready", self.log)
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> T:
+    """Wait for a condition, with a deadline."""
+    ends = time.monotonic() + DEADLINE_S
+    while (found := probe()) is None or found is False:
+        if time.monotonic() > ends:
+            tail = log.read_text()[-4000:] if log else ""
+            pytest.fail(f"waited {DEADLINE_S} s for {what}\n{tail}")
+        time.sleep(0.02)  # between two looks; what is waited for is the condition above
+    return found
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., object]:
+    return until
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two transformers of one architecture and a VAE, in the files that users have."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found = SimpleNamespace(
+        transformer=folder / "flux1.safetensors", tuned=folder / "tuned.safetensors", vae=folder / "ae.safetensors"
+    )
+    checkpoints.write_flux1(found.transformer, seed=1)
+    checkpoints.write_flux1(found.tuned, seed=2)
+    checkpoints.write_flux_vae(found.vae, seed=3)
+    return found
+
+
+@pytest.fixture(scope="session")
+def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RunningDaemon]]:
+    running: list[RunningDaemon] = []
+
+    def start(workers: int) -> RunningDaemon:
+        daemon = RunningDaemon(tmp_path_factory.mktemp("d"), workers)
+        running.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in running:
+        if daemon.process.poll() is None:
+            daemon.stop()
+
+
+@pytest.fixture(scope="session")
+def daemon(start_daemon: Callable[[int], RunningDaemon]) -> RunningDaemon:
+    """Two workers. Tests that kill a worker leave it rebuilt."""
+    started = start_daemon(2)
+    started.wait_ready()
+    return started
+
+
+@pytest.fixture
+def client(daemon: RunningDaemon) -> Iterator[Client]:
+    with daemon.connect() as connected:
+        yield connected
+
+
+@pytest.fixture
+def transformer(client: Client, files: SimpleNamespace) -> Loan:
+    return client.lend(files.transformer)
+
+
+@pytest.fixture
+def vae(client: Client, files: SimpleNamespace) -> Loan:
+    return client.lend(files.vae)
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., Inputs]:
+    def make(tokens: int = 16, pixels: int = 128, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return Inputs(
+            prompt_embeds=torch.randn(1, tokens, 4096, generator=generator),
+            pooled_prompt_embeds=torch.randn(1, 768, generator=generator),
+            noise=torch.randn(1, 16, pixels // 8, pixels // 8, generator=generator),
+            pixels=pixels,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., torch.Tensor]:
+    """Generate through a client; return the latents."""
+
+    def generate(client: Client, loan: Loan, inputs: Inputs, steps: int = 4, **more: object) -> torch.Tensor:
+        job = client.generate(
+            loan,
+            inputs.prompt_embeds,
+            inputs.pooled_prompt_embeds,
+            noise=inputs.noise,
+            height=inputs.pixels,
+            width=inputs.pixels,
+            steps=steps,
+            **more,
+        )
+        return job.result().latents
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def diffusers_run(files: SimpleNamespace) -> Callable[..., torch.Tensor]:
+    """The same job in plain diffusers in this process, on the same file."""
+    from xditd.gpu_workers import reference
+
+    loaded: dict[Path, object] = {}
+
+    def generate(inputs: Inputs, path: Path | None = None, steps: int = 4, **more: object) -> torch.Tensor:
+        path = path or files.transformer
+        if path not in loaded:
+            loaded[path] = reference.load_transformer(path)
+        return reference.reference_latents(
+            loaded[path],
+            prompt_embeds=inputs.prompt_embeds,
+            pooled_prompt_embeds=inputs.pooled_prompt_embeds,
+            noise=inputs.noise,
+            height=inputs.pixels,
+            width=inputs.pixels,
+            steps=steps,
+            **more,
+        )
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    def measure(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm())
+
+    return measure

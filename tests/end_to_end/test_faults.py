@@ -1,0 +1,298 @@
+"""What goes wrong ends with a typed error that names the cause, and the next job has the right bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from xditd.client import (
+    BadCheckpoint,
+    BadRequest,
+    Cancelled,
+    Client,
+    DaemonUnreachable,
+    LeaseLost,
+    UnknownComponent,
+    UnknownFamily,
+    UnsupportedDtype,
+    WorkersLost,
+)
+from xditd.client.demo import checkpoints
+from xditd.ipc.status import GroupState
+
+
+@pytest.fixture
+def good_job(client, transformer, make_inputs, run):
+    """Run the same job now and when asked again; the bits must be the same."""
+    inputs = make_inputs(seed=5)
+    expected = run(client, transformer, inputs)
+
+    def check(by: Client = client, loan=transformer) -> None:
+        assert torch.equal(run(by, loan, inputs), expected)
+
+    return check
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 7, 100, 3000, -1])
+def test_truncated_file(keep_bytes, client, files, tmp_path, good_job):
+    whole = files.transformer.read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(whole[:keep_bytes])
+    with pytest.raises(BadCheckpoint, match=r"cut\.safetensors"):
+        client.lend(path)
+    good_job()
+
+
+def test_malformed_header(client, tmp_path, good_job):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes((12).to_bytes(8, "little") + b"not json at.")
+    with pytest.raises(BadCheckpoint, match=r"bad\.safetensors.*JSON"):
+        client.lend(path)
+    good_job()
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(client, good_job):
+    state = checkpoints.flux1_state_dict(1)
+    del state["double_blocks.0.img_attn.qkv.weight"], state["img_in.bias"]
+    state["surplus.weight"] = torch.zeros(3)
+    state["final_layer.linear.bias"] = torch.zeros(65)
+    with pytest.raises(BadCheckpoint) as caught:
+        client.lend(state)
+    for name in ("double_blocks.0.img_attn.qkv.weight", "img_in.bias", "surplus.weight", "final_layer.linear.bias"):
+        assert name in str(caught.value)
+    good_job()
+
+
+def test_unknown_family(client, good_job):
+    with pytest.raises(UnknownFamily):
+        client.lend({"blocks.0.weight": torch.zeros(4, 4)}, kind="transformer")
+    good_job()
+
+
+def test_unsupported_dtype(client, good_job):
+    state = checkpoints.flux1_state_dict(1)
+    name = "single_blocks.0.linear1.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedDtype, match=name):
+        client.lend(state)
+    good_job()
+
+
+def test_wrong_kind(client, files, good_job):
+    with pytest.raises(BadRequest, match="vae"):
+        client.lend(files.transformer, kind="vae")
+    good_job()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"height": 120}, "120"),
+        ({"height": 0}, "0"),
+        ({"width": 10**6}, "1000000"),
+        ({"steps": 0}, "0"),
+        ({"steps": 10**9}, "1000000000"),
+        ({"sigmas": [0.5, 0.9]}, "sigma"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+    ],
+)
+def test_values_that_no_job_can_use(change, named, client, transformer, make_inputs, good_job):
+    inputs = make_inputs()
+    values = {"height": 128, "width": 128, "steps": 2, "seed": 1, **change}
+    with pytest.raises(BadRequest, match=named):
+        client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **values).result()
+    good_job()
+
+
+@pytest.mark.parametrize("where", ["prompt_embeds", "pooled_prompt_embeds", "noise"])
+def test_nan_in_inputs_is_named(where, client, transformer, make_inputs, run, good_job):
+    inputs = make_inputs()
+    getattr(inputs, where).view(-1)[3] = float("nan")
+    with pytest.raises(BadRequest, match=where):
+        run(client, transformer, inputs)
+    good_job()
+
+
+def test_embeddings_of_another_width(client, transformer, make_inputs, run, good_job):
+    inputs = make_inputs()
+    inputs.prompt_embeds = inputs.prompt_embeds[..., :100]
+    with pytest.raises(BadRequest, match="4096"):
+        run(client, transformer, inputs)
+    good_job()
+
+
+def test_a_returned_loan_is_refused(client, files, make_inputs, run, good_job):
+    loan = client.lend(files.tuned)
+    component_id = loan.component_id
+    loan.return_()
+    with pytest.raises((LeaseLost, UnknownComponent)):
+        run(client, loan, make_inputs())
+    with pytest.raises(UnknownComponent, match=component_id):
+        run(client, component_id, make_inputs())
+    good_job()
+
+
+def test_cancel_in_mid_job(client, transformer, make_inputs, good_job):
+    inputs = make_inputs()
+    job = client.generate(
+        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
+    )
+    last = 0
+    for event in job:
+        last = event.step
+        if event.step == 3:
+            job.cancel()
+            break
+    with pytest.raises(Cancelled):
+        job.result()
+    assert last == 3
+    good_job()
+
+
+def test_a_lease_that_ends_under_a_job(client, files, make_inputs, good_job):
+    loan = client.lend(files.tuned)
+    inputs = make_inputs()
+    job = client.generate(
+        loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
+    )
+    events = iter(job)  # kept: dropping an iterator cancels its job
+    next(events)
+    loan.return_()
+    with pytest.raises(LeaseLost):
+        job.result()
+    good_job()
+
+
+def test_a_client_killed_in_mid_job(daemon, files, good_job, wait_until):
+    script = textwrap.dedent("""
+        import sys, torch
+        from xditd.client import Client
+        client = Client(sys.argv[1])
+        loan = client.lend(sys.argv[2])
+        embeds = torch.randn(1, 16, 4096), torch.randn(1, 768)
+        job = client.generate(loan, *embeds, height=128, width=128, steps=1000, seed=1)
+        for event in job:
+            print(event.step, flush=True)
+    """)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(daemon.runtime_dir), str(files.tuned)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "1\n"
+    child.kill()
+    child.wait()
+    wait_until(lambda: child.pid not in {c.owner_pid for c in daemon.status().components}, "its loan to end")
+    good_job()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "leader"])
+def test_a_killed_worker_or_leader(victim, daemon, client, transformer, make_inputs, good_job):
+    status = client.status()
+    ranks = [worker.pid for worker in status.workers]
+    pid = parent_of(ranks[0]) if victim == "leader" else ranks[int(victim[-1])]
+    inputs = make_inputs()
+    job = client.generate(
+        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=1000, seed=1
+    )
+    events = iter(job)  # kept: dropping an iterator cancels its job
+    next(events)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkersLost):
+        job.result()
+    good_job()  # waits for the new group, in which the loan was mapped again
+    after = client.status()
+    assert after.counters.group_starts == status.counters.group_starts + 1
+    assert not set(ranks) & {worker.pid for worker in after.workers}
+    assert not any(is_running(rank) for rank in ranks)
+
+
+def parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_daemon(tmp_path):
+    with pytest.raises(DaemonUnreachable, match=str(tmp_path)):
+        Client(tmp_path)
+
+
+def test_a_second_daemon_is_refused(daemon, good_job):
+    second = subprocess.run(
+        [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(daemon.runtime_dir), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert str(daemon.process.pid) in second.stderr
+    good_job()
+
+
+@pytest.mark.slow
+def test_a_killed_daemon_leaves_nothing_and_the_next_one_starts(start_daemon, wait_until, files, tmp_path):
+    daemon = start_daemon(1)
+    pids = [worker.pid for worker in daemon.wait_ready().workers]
+    daemon.process.kill()
+    daemon.process.wait()
+    wait_until(lambda: not any(is_running(pid) for pid in pids), "the workers to die with their daemon")
+    second = subprocess.Popen(
+        [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(daemon.runtime_dir), "--device", "cpu"],
+        stderr=subprocess.DEVNULL,
+    )
+
+    def answers() -> GroupState | None:
+        try:
+            with Client(daemon.runtime_dir) as client:
+                return client.status().group_state
+        except DaemonUnreachable:
+            return None
+
+    assert wait_until(answers, "a daemon on the stale socket") is GroupState.STARTING
+    second.terminate()
+    assert second.wait(timeout=30) == 0
+
+
+def test_a_hundred_loans_leave_nothing_behind(client, files, good_job):
+    status = client.status()
+    ranks = [worker.pid for worker in status.workers]
+
+    def cycle() -> None:
+        with client.lend(files.tuned):
+            pass
+
+    for _ in range(10):
+        cycle()
+    before = [footprint(pid) for pid in [os.getpid(), *ranks]]
+    for _ in range(100):
+        cycle()
+    after = [footprint(pid) for pid in [os.getpid(), *ranks]]
+    for (fds, maps, rss), (fds_now, maps_now, rss_now) in zip(before, after, strict=True):
+        assert fds_now <= fds + 2
+        assert maps_now <= maps + 8
+        assert rss_now <= rss + 32 * 2**20
+    good_job()
+
+
+def footprint(pid: int) -> tuple[int, int, int]:
+    """Open descriptors, mappings and resident bytes of a process."""
+    fds = len(os.listdir(f"/proc/{pid}/fd"))
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        mappings = sum(1 for _ in maps)
+    with open(f"/proc/{pid}/statm", "rb") as statm:
+        return fds, mappings, int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
