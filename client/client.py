@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from xditd.client import job_inputs
 from xditd.client.connection import CONTROL_DEADLINE_S
-from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
+from xditd.client.drafts import Draft, draft_decode, draft_denoise, draft_encode, draft_generate
+from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.jobs import GenerationJob, PendingJob, draw_seed
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Patience
@@ -19,10 +19,11 @@ from xditd.client.results import GenerationResult
 from xditd.client.session import Session
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
+from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated, LogLines, Status, Stopping
-from xditd.ipc.requests import Decode, Denoise, Encode, Generate, GetLogs, GetStatus, Job, Stop
+from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import ComponentKind, IoTensor
+from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     import torch
@@ -130,65 +131,34 @@ class Client:
             BadRequest: a value that no job can use, by name and with the remedy.
             LeaseLost: a loan has ended.
         """
-        batch = job_inputs.check_embeds(prompt_embeds, pooled_prompt_embeds)
-        job_inputs.check_size(height, width)
-        job_inputs.check_steps(steps)
-        guidance_scale = job_inputs.check_guidance("guidance_scale", guidance_scale)
-        schedule = None if sigmas is None else job_inputs.check_sigmas(sigmas, steps)
-        if noise is not None:
-            if seed is not None:
-                raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
-            job_inputs.check_noise(noise, batch, height, width)
-        elif seed is None:
+        if seed is not None and noise is not None:
+            raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
+        if seed is None and noise is None:
             seed = draw_seed()
-        else:
-            job_inputs.check_whole("seed", seed, 0, 2**63 - 1)
-
-        import torch
-
-        like = prompt_embeds if noise is None else noise
-        layout = IoLayout()
-        embeds_at, pooled_at = layout.add_input(prompt_embeds), layout.add_input(pooled_prompt_embeds)
-        inputs = [(embeds_at, prompt_embeds), (pooled_at, pooled_prompt_embeds)]
-        noise_at = None
-        if noise is not None:
-            noise_at = layout.add_input(noise)
-            inputs.append((noise_at, noise))
-        side = job_inputs.PIXELS_PER_LATENT
-        latents_at = layout.add_output(like.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
-        image_at = None if vae is None else layout.add_output(torch.float32, (batch, 3, height, width))
-        transformer_id = _component_id(transformer, ComponentKind.TRANSFORMER)
-        vae_id = None if vae is None else _component_id(vae, ComponentKind.VAE)
-        session = self._current()
-        block = self._fill(layout, inputs)
-        request = Generate(
-            request_id=session.connection.next_request_id(),
-            transformer_id=transformer_id,
-            vae_id=vae_id,
-            io=block.describe(),
-            prompt_embeds=embeds_at,
-            pooled_prompt_embeds=pooled_at,
-            noise=noise_at,
-            seed=seed,
+        draft = draft_generate(
+            _component_id(transformer, ComponentKind.TRANSFORMER),
+            None if vae is None else _component_id(vae, ComponentKind.VAE),
+            prompt_embeds,
+            pooled_prompt_embeds,
             height=height,
             width=width,
             steps=steps,
-            sigmas=schedule,
+            sigmas=sigmas,
             guidance_scale=guidance_scale,
-            out_latents=latents_at,
-            out_image=image_at,
+            seed=seed,
+            noise=noise,
         )
-        device = like.device
+        block = draft.fill(self._pool)
 
         def read_outputs(generated: Generated) -> GenerationResult:
             return GenerationResult(
-                latents=block.read(latents_at, device),
-                image=None if image_at is None else block.read(image_at, device),
+                latents=block.read(draft.output, draft.device),
+                image=None if draft.image is None else block.read(draft.image, draft.device),
                 timings_ms=dict(generated.timings_ms),
                 seed=seed,
             )
 
-        return GenerationJob(self._start(session, request, block, deadline_s), read_outputs, steps)
+        return GenerationJob(self._start(draft, block, deadline_s), read_outputs, steps)
 
     def denoise(
         self,
@@ -206,79 +176,17 @@ class Client:
         ``latents`` are (batch, 16, height/8, width/8), ``timestep`` is the current sigma in [0, 1], one or one
         for each image. ``guidance`` is for guidance-distilled checkpoints.
         """
-        batch = job_inputs.check_embeds(prompt_embeds, pooled_prompt_embeds)
-        job_inputs.check_latents("latents", latents, batch=batch)
-        job_inputs.check_even_latents("latents", latents)
-        sigmas = job_inputs.check_timestep(timestep, batch)
-        if guidance is not None:
-            guidance = job_inputs.check_guidance("guidance", guidance)
-        layout = IoLayout()
-        latents_at = layout.add_input(latents)
-        embeds_at, pooled_at = layout.add_input(prompt_embeds), layout.add_input(pooled_prompt_embeds)
-        out_at = layout.add_output(latents.dtype, tuple(latents.shape))
         component_id = _component_id(transformer, ComponentKind.TRANSFORMER)
-
-        session = self._current()
-        inputs = [(latents_at, latents), (embeds_at, prompt_embeds), (pooled_at, pooled_prompt_embeds)]
-        block = self._fill(layout, inputs)
-        request = Denoise(
-            request_id=session.connection.next_request_id(),
-            transformer_id=component_id,
-            io=block.describe(),
-            latents=latents_at,
-            prompt_embeds=embeds_at,
-            pooled_prompt_embeds=pooled_at,
-            timestep=sigmas,
-            guidance=guidance,
-            out=out_at,
-        )
-        with self._start(session, request, block, deadline_s) as pending:
-            pending.wait(Denoised)
-            return block.read(out_at, latents.device)
+        draft = draft_denoise(component_id, latents, timestep, prompt_embeds, pooled_prompt_embeds, guidance)
+        return self._run(draft, Denoised, deadline_s)
 
     def decode(self, vae: Loan | str, latents: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype."""
-        job_inputs.check_latents("latents", latents)
-        batch, _, height, width = latents.shape
-        side = job_inputs.PIXELS_PER_LATENT
-        layout = IoLayout()
-        latents_at = layout.add_input(latents)
-        out_at = layout.add_output(latents.dtype, (batch, 3, height * side, width * side))
-        vae_id = _component_id(vae, ComponentKind.VAE)
-        session = self._current()
-        block = self._fill(layout, [(latents_at, latents)])
-        request = Decode(
-            request_id=session.connection.next_request_id(),
-            vae_id=vae_id,
-            io=block.describe(),
-            latents=latents_at,
-            out=out_at,
-        )
-        with self._start(session, request, block, deadline_s) as pending:
-            pending.wait(Decoded)
-            return block.read(out_at, latents.device)
+        return self._run(draft_decode(_component_id(vae, ComponentKind.VAE), latents), Decoded, deadline_s)
 
     def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Encode images (batch, 3, 8h, 8w) in [-1, 1] to latents (batch, 16, h, w), on their device and dtype."""
-        job_inputs.check_image(image)
-        batch, _, height, width = image.shape
-        side = job_inputs.PIXELS_PER_LATENT
-        layout = IoLayout()
-        image_at = layout.add_input(image)
-        out_at = layout.add_output(image.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
-        vae_id = _component_id(vae, ComponentKind.VAE)
-        session = self._current()
-        block = self._fill(layout, [(image_at, image)])
-        request = Encode(
-            request_id=session.connection.next_request_id(),
-            vae_id=vae_id,
-            io=block.describe(),
-            image=image_at,
-            out=out_at,
-        )
-        with self._start(session, request, block, deadline_s) as pending:
-            pending.wait(Encoded)
-            return block.read(out_at, image.device)
+        return self._run(draft_encode(_component_id(vae, ComponentKind.VAE), image), Encoded, deadline_s)
 
     # --- The daemon ----------------------------------------------------------------------------
 
@@ -338,20 +246,23 @@ class Client:
                 self._session = self._open()
             return self._session
 
-    def _fill(self, layout: IoLayout, inputs: list[tuple[IoTensor, torch.Tensor]]) -> IoBlock:
-        block = self._pool.borrow(layout.size_bytes)
+    def _start(self, draft: Draft, block: IoBlock, deadline_s: float | None) -> PendingJob:
         try:
-            for spec, tensor in inputs:
-                block.write(spec, tensor)
+            connection = self._current().connection
+            request = draft.write(connection.next_request_id(), block.describe())
         except BaseException:
             self._pool.give_back(block)
             raise
-        return block
-
-    def _start(self, session: Session, request: Job, block: IoBlock, deadline_s: float | None) -> PendingJob:
         patience = Patience(self._silence_s, deadline_s)
         purpose = f"{type(request).__name__.lower()} {request.request_id}"
-        return PendingJob(session.connection, self._pool, request, block, patience, purpose)
+        return PendingJob(connection, self._pool, request, block, patience, purpose)
+
+    def _run(self, draft: Draft, reply_type: type[Reply], deadline_s: float | None) -> torch.Tensor:
+        """Run a job that has one output, and wait for it."""
+        block = draft.fill(self._pool)
+        with self._start(draft, block, deadline_s) as pending:
+            pending.wait(reply_type)
+            return block.read(draft.output, draft.device)
 
 
 def _read_kind(kind: ComponentKind | str) -> ComponentKind:

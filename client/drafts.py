@@ -1,0 +1,166 @@
+"""Jobs before they are sent: checked inputs, where each tensor will lie, and how the request will read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xditd.client import job_inputs
+from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
+from xditd.ipc.requests import Decode, Denoise, Encode, Generate, Job
+from xditd.ipc.tensors import HostShmBlock, IoTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """``write`` makes the request, once there are a request id and a block. ``image`` is a second output."""
+
+    layout: IoLayout
+    inputs: tuple[tuple[IoTensor, torch.Tensor], ...]
+    output: IoTensor
+    image: IoTensor | None
+    device: torch.device
+    write: Callable[[str, HostShmBlock], Job]
+
+    def fill(self, pool: IoPool) -> IoBlock:
+        """Borrow a block and copy the inputs in."""
+        block = pool.borrow(self.layout.size_bytes)
+        try:
+            for spec, tensor in self.inputs:
+                block.write(spec, tensor)
+        except BaseException:
+            pool.give_back(block)
+            raise
+        return block
+
+
+def draft_generate(
+    transformer_id: str,
+    vae_id: str | None,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    sigmas: Sequence[float] | torch.Tensor | None,
+    guidance_scale: float,
+    seed: int | None,
+    noise: torch.Tensor | None,
+) -> Draft:
+    """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
+    import torch
+
+    batch = job_inputs.check_embeds(prompt_embeds, pooled_prompt_embeds)
+    job_inputs.check_size(height, width)
+    job_inputs.check_steps(steps)
+    guidance_scale = job_inputs.check_guidance("guidance_scale", guidance_scale)
+    schedule = None if sigmas is None else job_inputs.check_sigmas(sigmas, steps)
+    if noise is not None:
+        job_inputs.check_noise(noise, batch, height, width)
+    else:
+        job_inputs.check_whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
+
+    layout = IoLayout()
+    embeds_at, pooled_at = layout.add_input(prompt_embeds), layout.add_input(pooled_prompt_embeds)
+    inputs = [(embeds_at, prompt_embeds), (pooled_at, pooled_prompt_embeds)]
+    noise_at = None
+    if noise is not None:
+        noise_at = layout.add_input(noise)
+        inputs.append((noise_at, noise))
+    like = prompt_embeds if noise is None else noise
+    side = job_inputs.PIXELS_PER_LATENT
+    latents_at = layout.add_output(like.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
+    image_at = None if vae_id is None else layout.add_output(torch.float32, (batch, 3, height, width))
+
+    def write(request_id: str, io: HostShmBlock) -> Generate:
+        return Generate(
+            request_id=request_id,
+            transformer_id=transformer_id,
+            vae_id=vae_id,
+            io=io,
+            prompt_embeds=embeds_at,
+            pooled_prompt_embeds=pooled_at,
+            noise=noise_at,
+            seed=seed,
+            height=height,
+            width=width,
+            steps=steps,
+            sigmas=schedule,
+            guidance_scale=guidance_scale,
+            out_latents=latents_at,
+            out_image=image_at,
+        )
+
+    return Draft(layout, tuple(inputs), latents_at, image_at, like.device, write)
+
+
+def draft_denoise(
+    transformer_id: str,
+    latents: torch.Tensor,
+    timestep: float | Sequence[float] | torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    guidance: float | None,
+) -> Draft:
+    """Check and lay out one forward of the transformer."""
+    batch = job_inputs.check_embeds(prompt_embeds, pooled_prompt_embeds)
+    job_inputs.check_latents("latents", latents, batch=batch)
+    job_inputs.check_even_latents("latents", latents)
+    sigmas = job_inputs.check_timestep(timestep, batch)
+    scale = None if guidance is None else job_inputs.check_guidance("guidance", guidance)
+
+    layout = IoLayout()
+    latents_at = layout.add_input(latents)
+    embeds_at, pooled_at = layout.add_input(prompt_embeds), layout.add_input(pooled_prompt_embeds)
+    out_at = layout.add_output(latents.dtype, tuple(latents.shape))
+
+    def write(request_id: str, io: HostShmBlock) -> Denoise:
+        return Denoise(
+            request_id=request_id,
+            transformer_id=transformer_id,
+            io=io,
+            latents=latents_at,
+            prompt_embeds=embeds_at,
+            pooled_prompt_embeds=pooled_at,
+            timestep=sigmas,
+            guidance=scale,
+            out=out_at,
+        )
+
+    inputs = ((latents_at, latents), (embeds_at, prompt_embeds), (pooled_at, pooled_prompt_embeds))
+    return Draft(layout, inputs, out_at, None, latents.device, write)
+
+
+def draft_decode(vae_id: str, latents: torch.Tensor) -> Draft:
+    """Check and lay out a decoding."""
+    job_inputs.check_latents("latents", latents)
+    batch, _, height, width = latents.shape
+    side = job_inputs.PIXELS_PER_LATENT
+    layout = IoLayout()
+    latents_at = layout.add_input(latents)
+    out_at = layout.add_output(latents.dtype, (batch, 3, height * side, width * side))
+
+    def write(request_id: str, io: HostShmBlock) -> Decode:
+        return Decode(request_id=request_id, vae_id=vae_id, io=io, latents=latents_at, out=out_at)
+
+    return Draft(layout, ((latents_at, latents),), out_at, None, latents.device, write)
+
+
+def draft_encode(vae_id: str, image: torch.Tensor) -> Draft:
+    """Check and lay out an encoding."""
+    job_inputs.check_image(image)
+    batch, _, height, width = image.shape
+    side = job_inputs.PIXELS_PER_LATENT
+    layout = IoLayout()
+    image_at = layout.add_input(image)
+    out_at = layout.add_output(image.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
+
+    def write(request_id: str, io: HostShmBlock) -> Encode:
+        return Encode(request_id=request_id, vae_id=vae_id, io=io, image=image_at, out=out_at)
+
+    return Draft(layout, ((image_at, image),), out_at, None, image.device, write)
