@@ -1,0 +1,237 @@
+"""How fast the daemon starts and answers, without any worker's help.
+
+    python benchmarks/control_plane.py
+    python benchmarks/control_plane.py --json
+
+Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
+compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zmq
+from machine import describe_machine
+
+from xditd import __version__
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.protocol import PROTOCOL_VERSION, Request
+from xditd.ipc.replies import Status, Welcome
+from xditd.ipc.requests import GetStatus, Hello
+
+BAR_HELLO_S = 0.3
+BAR_IMPORT_S = 0.15
+BAR_RATIO = 0.5
+WINDOW = 4
+"""Requests that one client has under way."""
+
+IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
+"""In place of the worker group where it is not what is measured: it would take the cores from what is."""
+
+ECHO = """
+import sys, zmq
+socket = zmq.Context().socket(zmq.ROUTER)
+socket.bind(sys.argv[1])
+while True:
+    socket.send_multipart(socket.recv_multipart())
+"""
+
+IMPORT = """
+import sys, time
+began = time.perf_counter()
+import xditd.client
+print(time.perf_counter() - began, "torch" in sys.modules)
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=7, help="daemon starts and imports to take the median of")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to load each server")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    import_s, has_torch = measure_import(options.starts)
+    figures: dict[str, Any] = {
+        "machine": describe_machine(),
+        "hello_idle_group_s": spread([measure_hello(IDLE_WORKER) for _ in range(options.starts)]),
+        "hello_real_group_s": spread([measure_hello(None) for _ in range(options.starts)]),
+        "import_client_s": spread(import_s),
+        "import_client_loads_torch": has_torch,
+    }
+    with echo_server() as address:
+        figures["echo"] = load(address, encode(GetStatus(request_id="1")), options.clients, options.seconds, None)
+    with daemon(IDLE_WORKER) as (runtime, _):
+        address = endpoint(runtime.client_socket)
+        figures["status"] = load(
+            address, encode(GetStatus(request_id="1")), options.clients, options.seconds, encode(hello())
+        )
+    figures["status_to_echo"] = figures["status"]["per_s"] / figures["echo"]["per_s"]
+    print(json.dumps(figures, indent=2) if options.json else table(figures))
+    is_met = (
+        figures["hello_real_group_s"]["median"] <= BAR_HELLO_S
+        and figures["import_client_s"]["median"] <= BAR_IMPORT_S
+        and not has_torch
+    )
+    return 0 if is_met else 1
+
+
+def hello() -> Request:
+    return Hello(
+        request_id="1", protocol_version=PROTOCOL_VERSION, package_version=__version__, client_name="benchmark"
+    )
+
+
+@contextmanager
+def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float]]:
+    """Run a daemon in a folder of its own; yields the folder and the time of its exec."""
+    folder = Path(tempfile.mkdtemp(prefix="xditd-"))
+    config = folder / "xditd.toml"
+    config.write_text(f"[workers]\ncommand = {json.dumps(worker_command)}\n" if worker_command else "")
+    runtime = RuntimeDir(folder / "run")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
+    command = [sys.executable, "-m", "xditd.daemon", "--config", str(config), "--runtime-dir", str(runtime.path)]
+    began_s = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
+    try:
+        yield runtime, began_s
+    finally:
+        process.terminate()
+        process.wait(20)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def echo_server() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="xditd-")
+    address = f"ipc://{folder}/echo.sock"
+    process = subprocess.Popen([sys.executable, "-c", ECHO, address])
+    try:
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def measure_hello(worker_command: list[str] | None) -> float:
+    """Seconds from exec until the answer to a hello that waited in the socket's place."""
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, 1)  # else ZeroMQ looks for the socket only every 100 ms
+    socket.setsockopt(zmq.LINGER, 0)
+    with daemon(worker_command) as (runtime, began_s):
+        socket.connect(endpoint(runtime.client_socket))
+        socket.send(encode(hello()))
+        if not socket.poll(20_000) or not isinstance(reply_decoder.decode(socket.recv()), Welcome):
+            raise SystemExit("the daemon did not welcome the benchmark")
+        took_s = time.monotonic() - began_s
+    socket.close()
+    context.term()
+    return took_s
+
+
+def measure_import(times: int) -> tuple[list[float], bool]:
+    """Import ``xditd.client`` in fresh processes; also whether any of them loaded torch."""
+    answers = [
+        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(times)
+    ]
+    return [float(took) for took, _ in answers], any(has_torch == "True" for _, has_torch in answers)
+
+
+def load(address: str, payload: bytes, clients: int, seconds: float, greeting: bytes | None) -> dict[str, float]:
+    """Keep ``clients`` sockets busy, each with a window of requests, and count what comes back."""
+    context = zmq.Context()
+    sockets = []
+    for _ in range(clients):
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RECONNECT_IVL, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
+        sockets.append(socket)
+        if greeting is not None:
+            socket.send(greeting)
+            socket.recv()
+    latencies_ms = exchange(sockets, payload, seconds, check_status if greeting is not None else None)
+    for socket in sockets:
+        socket.close()
+    context.term()
+    ordered = sorted(latencies_ms)
+    return {
+        "per_s": len(ordered) / seconds,
+        "median_ms": statistics.median(ordered),
+        "p99_ms": ordered[int(len(ordered) * 0.99)],
+    }
+
+
+def exchange(
+    sockets: list[zmq.Socket[bytes]], payload: bytes, seconds: float, check: Callable[[bytes], None] | None
+) -> list[float]:
+    poller = zmq.Poller()
+    sent: dict[zmq.Socket[bytes], list[float]] = {}
+    for socket in sockets:
+        poller.register(socket, zmq.POLLIN)
+        sent[socket] = []
+        for _ in range(WINDOW):
+            socket.send(payload)
+            sent[socket].append(time.perf_counter())
+    latencies_ms: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for socket, _ in poller.poll(1_000):
+            answer = socket.recv()
+            latencies_ms.append((time.perf_counter() - sent[socket].pop(0)) * 1000)
+            if check is not None and len(latencies_ms) % 1_000 == 1:
+                check(answer)
+            socket.send(payload)
+            sent[socket].append(time.perf_counter())
+    return latencies_ms
+
+
+def check_status(answer: bytes) -> None:
+    if not isinstance(reply_decoder.decode(answer), Status):
+        raise SystemExit("the daemon answered something else than its status")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def table(figures: dict[str, Any]) -> str:
+    machine = figures["machine"]
+    rows = [("", "median", "min - max", "bar")]
+    for key, name, bar in (
+        ("hello_idle_group_s", "exec to hello answered, group idle", BAR_HELLO_S),
+        ("hello_real_group_s", "exec to hello answered, group importing", BAR_HELLO_S),
+        ("import_client_s", "import xditd.client", BAR_IMPORT_S),
+    ):
+        found = figures[key]
+        rows.append((name, f"{found['median']:.3f} s", f"{found['min']:.3f} - {found['max']:.3f} s", f"{bar:.2f} s"))
+    rows.append(("torch loaded by that import", "yes" if figures["import_client_loads_torch"] else "no", "", "no"))
+    for key, name in (("echo", "bare pyzmq ROUTER echo"), ("status", "xditd status")):
+        found = figures[key]
+        latency = f"p50 {found['median_ms']:.2f}, p99 {found['p99_ms']:.2f} ms"
+        rows.append((name, f"{found['per_s']:.0f} /s", latency, ""))
+    rows.append(("status / echo", f"{figures['status_to_echo']:.2f}x", "", f"{BAR_RATIO}x"))
+    lines = [f"{name:<40} {value:>12}  {more:<28} {bar:>7}".rstrip() for name, value, more, bar in rows]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return "\n".join([f"{machine['cpu']}, Python {machine['python']}, Linux {machine['kernel']}", versions, "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
