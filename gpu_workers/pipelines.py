@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -20,46 +19,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
+from xditd.gpu_workers.job_checks import (
+    MAX_BATCH,
+    MAX_PIXELS_PER_SIDE,
+    check_conditioning,
+    check_generate,
+    check_shape,
+    prepare,
+)
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.ipc.errors import BadRequest, Unsupported
 
 OnStep = Callable[[int, int], None]
-
-SIZE_MULTIPLE = PIXELS_PER_LATENT * PATCH
-MAX_PIXELS_PER_SIDE = 8192
-MAX_STEPS = 1000
-MAX_BATCH = 64
-
-
-def check_generate(
-    *,
-    height: int,
-    width: int,
-    steps: int,
-    sigmas: Sequence[float] | None = None,
-    guidance_scale: float | None = None,
-) -> None:
-    """Check the numbers of a ``generate`` job; this needs no tensor, so that it can run before any is mapped.
-
-    Raises:
-        BadRequest: names the field, its value and what would do.
-    """
-    for name, side in (("height", height), ("width", width)):
-        if not 0 < side <= MAX_PIXELS_PER_SIDE or side % SIZE_MULTIPLE:
-            raise BadRequest(f"{name} {side}: use a multiple of {SIZE_MULTIPLE} up to {MAX_PIXELS_PER_SIDE} pixels")
-    if not 1 <= steps <= MAX_STEPS:
-        raise BadRequest(f"steps {steps}: use 1 to {MAX_STEPS}")
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise BadRequest(f"guidance_scale {guidance_scale}: use a finite number, such as 3.5")
-    if sigmas is None:
-        return
-    if len(sigmas) != steps:
-        raise BadRequest(f"{len(sigmas)} sigmas for {steps} steps: give one for each step, without the final 0")
-    wrong = [sigma for sigma in sigmas if not 0.0 < sigma <= 1.0]  # NaN fails this too
-    if wrong:
-        raise BadRequest(f"sigma {wrong[0]}: every sigma lies above 0 and at most at 1")
-    if any(later >= earlier for earlier, later in pairwise(sigmas)):
-        raise BadRequest("sigmas do not fall from step to step")
 
 
 def seeded_noise(seed: int, *, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -104,9 +75,9 @@ def generate(
     """
     config = _transformer_config(skeleton)
     check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
-    batch = _check_conditioning(config, prompt_embeds, pooled)
-    _check_shape("noise", noise, (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
-    prompt_embeds, pooled, noise = _prepare(
+    batch = check_conditioning(config, prompt_embeds, pooled)
+    check_shape("noise", noise, (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+    prompt_embeds, pooled, noise = prepare(
         skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, noise=noise
     )
 
@@ -154,21 +125,21 @@ def denoise(
         Unsupported: too few tokens for the group.
     """
     config = _transformer_config(skeleton)
-    batch = _check_conditioning(config, prompt_embeds, pooled)
+    batch = check_conditioning(config, prompt_embeds, pooled)
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
     height, width = latents.shape[2:]
     if max(height, width) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE:
         raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_PIXELS_PER_SIDE} pixels on a side")
-    _check_shape("latents", latents, (batch, LATENT_CHANNELS, height, width))
-    _check_shape("timestep", timestep, (batch,))
+    check_shape("latents", latents, (batch, LATENT_CHANNELS, height, width))
+    check_shape("timestep", timestep, (batch,))
     if config.has_guidance:
         if guidance is None:
             raise BadRequest("guidance is missing: this model has guidance_in; give one number for each sample")
-        _check_shape("guidance", guidance, (batch,))
+        check_shape("guidance", guidance, (batch,))
     else:
         guidance = None
-    prompt_embeds, pooled, latents = _prepare(
+    prompt_embeds, pooled, latents = prepare(
         skeleton,
         prompt_embeds=prompt_embeds,
         pooled_prompt_embeds=pooled,
@@ -200,7 +171,11 @@ def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
     vae, _ = _vae(skeleton)
     if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]")
-    (latents,) = _prepare(skeleton, latents=latents)
+    if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE or latents.shape[0] > MAX_BATCH:
+        raise BadRequest(
+            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH} and {MAX_PIXELS_PER_SIDE} pixels on a side"
+        )
+    (latents,) = prepare(skeleton, latents=latents)
     return cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0]).clamp(-1.0, 1.0)
 
 
@@ -217,10 +192,10 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
     vae, config = _vae(skeleton)
     if not config.has_encoder:
         raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
-    if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or image.shape[0] == 0:
+    if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
         raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
     check_generate(height=image.shape[2], width=image.shape[3], steps=1)
-    (image,) = _prepare(skeleton, image=image)
+    (image,) = prepare(skeleton, image=image)
     return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
 
 
@@ -248,51 +223,6 @@ def _pipeline(skeleton: Skeleton, scheduler: FlowMatchEulerDiscreteScheduler) ->
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _check_conditioning(config: Flux1Config, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> int:
-    if prompt_embeds.ndim != 3 or 0 in prompt_embeds.shape or prompt_embeds.shape[2] != config.context_channels:
-        raise BadRequest(
-            f"prompt_embeds are {list(prompt_embeds.shape)}: use [batch, tokens, {config.context_channels}]"
-        )
-    batch = prompt_embeds.shape[0]
-    if batch > MAX_BATCH:
-        raise BadRequest(f"prompt_embeds are {list(prompt_embeds.shape)}: use a batch up to {MAX_BATCH}")
-    _check_shape("pooled_prompt_embeds", pooled, (batch, config.pooled_channels))
-    return batch
-
-
-def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise BadRequest(f"{name}: shape is {list(tensor.shape)}, use {list(shape)}")
-
-
-Bounded = tuple[torch.Tensor | None, str, float, float]
-
-
-def _prepare(skeleton: Skeleton, *, checked: Sequence[Bounded] = (), **tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Move tensors to the skeleton's device and dtype, and refuse values that are not finite or out of bounds.
-
-    The one wait for the GPU in a job: all verdicts are read together, before anything is launched.
-    """
-    names: list[str] = []
-    verdicts: list[torch.Tensor] = []
-    moved: list[torch.Tensor] = []
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise BadRequest(f"{name}: dtype is {tensor.dtype}, use a floating dtype")
-        tensor = tensor.to(skeleton.device, skeleton.dtype)
-        moved.append(tensor)
-        names.append(f"{name}: some values are not finite in {skeleton.dtype}")
-        verdicts.append(tensor.isfinite().all())
-    for bounded, name, low, high in checked:
-        if bounded is not None:
-            names.append(f"{name}: some values are not finite numbers from {low} to {high}")
-            verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all().to(skeleton.device))
-    for fault, is_fine in zip(names, torch.stack(verdicts).tolist(), strict=True):
-        if not is_fine:
-            raise BadRequest(fault)
-    return moved
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:

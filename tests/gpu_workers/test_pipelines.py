@@ -272,13 +272,21 @@ def test_bad_denoise_requests_name_the_value(
 
 
 def test_bad_images_and_latents_name_the_value(vae: Skeleton, pipelines: ModuleType) -> None:
-    for latents in (torch.zeros(1, 4, 8, 8), torch.zeros(16, 8, 8), torch.zeros(0, 16, 8, 8)):
+    for latents in (
+        torch.zeros(1, 4, 8, 8),
+        torch.zeros(16, 8, 8),
+        torch.zeros(0, 16, 8, 8),
+        torch.zeros(1, 16, 1, 1025),
+        torch.zeros(65, 16, 1, 1),
+    ):
         with pytest.raises(BadRequest, match="latents are"):
             pipelines.decode(vae, latents)
     with pytest.raises(BadRequest, match="latents: some values are not finite"):
         pipelines.decode(vae, torch.full((1, 16, 4, 4), NAN))
     with pytest.raises(BadRequest, match="image is"):
         pipelines.encode(vae, torch.zeros(1, 4, 32, 32))
+    with pytest.raises(BadRequest, match="image is"):
+        pipelines.encode(vae, torch.zeros(65, 3, 16, 16))
     with pytest.raises(BadRequest, match="width 40"):
         pipelines.encode(vae, torch.zeros(1, 3, 32, 40))
     with pytest.raises(BadRequest, match="image: some values are not finite"):
