@@ -12,7 +12,7 @@ import msgpack
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.errors import BadMessage
+from xditd.ipc.errors import BadMessage, BadRequest
 from xditd.ipc.protocol import Message
 from xditd.ipc.replies import AnyReply
 from xditd.ipc.requests import AnyRequest
@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 _MAX_ARRAY_LEN: Final = 65_536
 _MAX_MAP_LEN: Final = 256
+_QUOTED_CHARS: Final = 1_000
+"""How much of a bad message a refusal repeats: a reply that holds it all could be too long to be read."""
 
 
 def _refuse_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -29,7 +31,7 @@ def _refuse_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise BadMessage(f"key {key!r} appears twice in one map")
+            raise BadMessage(f"key {key!r:.{_QUOTED_CHARS}} appears twice in one map")
         found[key] = value
     return found
 
@@ -41,8 +43,15 @@ def _request_id_of(plain: object) -> str | None:
 
 
 def encode(message: Message) -> bytes:
-    """Encode any message. Bytes stay bytes: without ``builtin_types`` msgspec writes base64 text."""
-    packed = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    """Encode any message. Bytes stay bytes: without ``builtin_types`` msgspec writes base64 text.
+
+    Raises:
+        BadRequest: a text that is not Unicode (a file name of other bytes), or a number beyond 64 bits.
+    """
+    try:
+        packed = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    except (ValueError, OverflowError) as error:
+        raise BadRequest(f"{type(message).__name__} cannot be sent: {error}") from error
     if not isinstance(packed, bytes):  # packb without a Packer buffer always returns bytes; the stub says Optional
         raise TypeError("msgpack.packb returned no bytes")
     return packed
@@ -79,11 +88,13 @@ class Decoder(Generic[T]):
         except BadMessage:
             raise
         except msgspec.ValidationError as error:
-            refusal = BadMessage(f"not a message of this protocol: {error}")
+            refusal = BadMessage(f"not a message of this protocol: {error!s:.{_QUOTED_CHARS}}")
             refusal.request_id = _request_id_of(plain)
             raise refusal from error
         except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
-            raise BadMessage(f"not MessagePack within limits: {type(error).__name__}: {error}") from error
+            raise BadMessage(
+                f"not MessagePack within limits: {type(error).__name__}: {error!s:.{_QUOTED_CHARS}}"
+            ) from error
         return built
 
 

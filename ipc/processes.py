@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from xditd.ipc.errors import ProcessGone
+from xditd.ipc.errors import OutOfMemory, ProcessGone
 from xditd.ipc.tensors import Count, Described
 
 
@@ -21,15 +21,21 @@ def identify(pid: int) -> ProcessIdentity:
     """Read a live process's identity.
 
     Raises:
-        ProcessGone: no such process.
+        ProcessGone: no such process, or it is dead and its parent has not noticed: nothing of it can be opened.
+        OutOfMemory: this process has no free descriptor to look with.
 
-    Source: proc(5), /proc/pid/stat, field 22; the command name may hold spaces and parentheses.
+    Source: proc(5), /proc/pid/stat, fields 3, 20 and 22; the command name may hold spaces and parentheses.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessGone(f"process {pid} has exited") from error
+    except OSError as error:
+        raise OutOfMemory(f"process {pid} cannot be looked at: {error.strerror}") from error
+    # A first thread that ended before the others shows the same letter in a process that lives on.
+    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
+        raise ProcessGone(f"process {pid} is dead")
     return ProcessIdentity(pid=pid, start_ticks=int(fields[19]))
 
 

@@ -18,6 +18,8 @@ from xditd.ipc import limits
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Inode = Annotated[int, msgspec.Meta(ge=0)]
+"""All 64 bits, which is what MessagePack carries: overlay file systems put a layer's number into the highest ones."""
 Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=limits.MAX_RANK)]
 
@@ -100,7 +102,7 @@ class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
     """A memfd of the exporter, sealed against shrinking, so that no reader can be made to fault."""
 
     fd: Descriptor
-    inode: Count
+    inode: Inode
     size_bytes: Bytes
     fingerprint: Fingerprint
 
@@ -111,8 +113,8 @@ class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="fil
     fd: Descriptor
     path: Annotated[str, msgspec.Meta(max_length=4096)]
     device: Count
-    inode: Count
-    mtime_ns: Count
+    inode: Inode
+    mtime_ns: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
     size_bytes: Bytes
     fingerprint: Fingerprint
 
@@ -140,6 +142,14 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     stride: Shape | None = None
 
     @property
+    def span(self) -> int:
+        """The product of all sides but those that are 0: the largest number that counting elements can meet."""
+        count = 1
+        for side in self.shape:
+            count *= side or 1
+        return count
+
+    @property
     def extent_bytes(self) -> int:
         """Bytes from the first element to the end of the last one."""
         item = ITEM_BYTES[self.dtype]
@@ -150,7 +160,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
             for side in self.shape:
                 count *= side
             return count * item
-        return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=True)) + 1) * item
+        return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=False)) + 1) * item
 
 
 class Manifest(Described, frozen=True, kw_only=True):
@@ -185,6 +195,9 @@ class Manifest(Described, frozen=True, kw_only=True):
             if spec.stride is not None and len(spec.stride) != len(spec.shape):
                 found.append(f"tensor {spec.name} has {len(spec.shape)} dimensions but {len(spec.stride)} strides")
                 continue
+            if spec.span > limits.MAX_BYTES:  # also where zeros in shape or stride make it fit: torch counts in 64 bits
+                found.append(f"tensor {spec.name} has the shape {list(spec.shape)}, which no memory holds")
+                continue
             end = spec.offset_bytes + spec.extent_bytes
             size = self.blocks[spec.block].size_bytes
             if end > size:
@@ -193,7 +206,10 @@ class Manifest(Described, frozen=True, kw_only=True):
 
 
 class CopiedBytes(Described, frozen=True, kw_only=True):
-    """Bytes that were copied to serve a request, by kind. All zero means that memory is shared."""
+    """Bytes that were copied to serve a request, by kind. All zero means that memory is shared.
+
+    Sums stop at what one message can carry.
+    """
 
     host_to_host: Bytes = 0
     host_to_device: Bytes = 0
@@ -203,11 +219,11 @@ class CopiedBytes(Described, frozen=True, kw_only=True):
 
     def __add__(self, other: CopiedBytes) -> CopiedBytes:
         return CopiedBytes(
-            host_to_host=self.host_to_host + other.host_to_host,
-            host_to_device=self.host_to_device + other.host_to_device,
-            device_to_device=self.device_to_device + other.device_to_device,
-            peer=self.peer + other.peer,
-            network=self.network + other.network,
+            host_to_host=min(self.host_to_host + other.host_to_host, limits.MAX_BYTES),
+            host_to_device=min(self.host_to_device + other.host_to_device, limits.MAX_BYTES),
+            device_to_device=min(self.device_to_device + other.device_to_device, limits.MAX_BYTES),
+            peer=min(self.peer + other.peer, limits.MAX_BYTES),
+            network=min(self.network + other.network, limits.MAX_BYTES),
         )
 
     @property

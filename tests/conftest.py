@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +34,81 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
         if needed and gpu_count() < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), found {gpu_count()}"))
+
+
+class OtherProcess:
+    """A process that runs ``other_process.py``: ``ask`` it to share, map, read and write memory."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("other_process.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.identity: dict[str, int] = self.ask("identify")
+
+    def ask(self, op: str, **arguments: Any) -> Any:
+        """Have one thing done; a refusal comes back as ``{"code": ..., "detail": ...}``."""
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the other process died at {op}"
+        found = json.loads(answer)
+        return found.get("value") if "value" in found else found
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def spawn_other() -> Iterator[Callable[[], OtherProcess]]:
+    """Start further processes, which the test may kill."""
+    spawned: list[OtherProcess] = []
+
+    def spawn() -> OtherProcess:
+        spawned.append(OtherProcess())
+        return spawned[-1]
+
+    yield spawn
+    for other in spawned:
+        if other.process.poll() is None:
+            other.kill()
+
+
+@pytest.fixture(scope="session")
+def other_process() -> Iterator[OtherProcess]:
+    """One process for the whole session: importing torch is what costs."""
+    other = OtherProcess()
+    yield other
+    other.kill()
+
+
+@pytest.fixture
+def open_fds() -> Callable[[], int]:
+    """Count this process's open descriptors."""
+    return lambda: len(os.listdir("/proc/self/fd")) - 1  # less the listing's own
+
+
+@pytest.fixture
+def no_free_fd() -> Iterator[Callable[[], None]]:
+    """Use up every descriptor that this process may open, until the test ends."""
+    taken: list[int] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def exhaust() -> None:
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        while True:
+            try:
+                taken.append(os.dup(0))
+            except OSError:
+                return
+
+    yield exhaust
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for fd in taken:
+        os.close(fd)
