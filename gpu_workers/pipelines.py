@@ -173,7 +173,7 @@ def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]")
     if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE or latents.shape[0] > MAX_BATCH:
         raise BadRequest(
-            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH} and {MAX_PIXELS_PER_SIDE} pixels on a side"
+            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
         )
     (latents,) = prepare(skeleton, latents=latents)
     return cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0]).clamp(-1.0, 1.0)
