@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +49,8 @@ class GenerationResult:
 
 def image_to_pil(image: torch.Tensor) -> Image.Image:
     """Convert (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clipped."""
+    import ctypes
+
     import torch
     from PIL import Image
 

@@ -16,9 +16,9 @@ def test_imports_nothing_heavy(module):
 
 
 def test_imports_quickly():
-    # Processor time, and the best of three: a busy machine must not fail this, a careless import must.
+    # Processor time, and the best of five: a busy machine must not fail this, a careless import must.
     check = "import time; t = time.process_time(); import xditd.client; print(time.process_time() - t)"
-    runs = [subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True) for _ in range(5)]
     assert min(float(run.stdout) for run in runs) <= 0.15
 
 
