@@ -5,7 +5,7 @@
 #   make test PYTEST_ARGS='-m "not slow"'
 #
 # PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
-# pyproject.toml, EXTRAS=workers,cuda,dev adds what a client needs that lends CUDA tensors.
+# pyproject.toml.
 
 PYTHON ?= python3.11
 CONSTRAINTS ?= constraints.txt
