@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from xditd.daemon.desk import Desk
@@ -119,7 +120,7 @@ class Loans:
         if not waiting:
             then()
         for lease in leases:
-            self.end(lease, why, lambda lease=lease: ended(lease))  # type: ignore[misc]
+            self.end(lease, why, partial(ended, lease))
 
     def forget(self, process: ProcessIdentity) -> None:
         """Let the workers close the I/O blocks of a client that is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from xditd.ipc.errors import NotPermitted
 
@@ -14,6 +15,7 @@ class Peer:
     pid: int
 
 
+@lru_cache(maxsize=1024)
 def parse_peer(address: str) -> Peer:
     """Read libzmq's peer address, ``localhost:<uid>:<gid>:<pid>`` on ``ipc://``.
 
