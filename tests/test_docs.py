@@ -1,0 +1,32 @@
+"""What the documents state about the code is what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from xditd.daemon.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("loan", LEASE_NEXT), ("job", JOB_NEXT)])
+def test_tables_of_states(title, table):
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.search(rf"\| {title} \| may become \|\n\|---\|---\|\n((?:\|.*\|\n?)+)", text)
+    assert rows is not None
+    documented = {}
+    for row in rows.group(1).splitlines():
+        state, following = (cell.strip() for cell in row.strip("|").split("|"))
+        documented[state] = {name for name in following.split(", ") if name}
+    assert documented == {state.value: {to.value for to in following} for state, following in table.items()}
+
+
+@pytest.mark.parametrize(
+    "document", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name
+)
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []
