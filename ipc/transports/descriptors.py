@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from typing import Final
 
-from xditd.ipc.errors import NotPermitted, ProcessGone, StaleSource
+from xditd.ipc.errors import NotPermitted, OutOfMemory, ProcessGone, StaleSource, XditdError
 from xditd.ipc.processes import ProcessIdentity, identify
+
+NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def refusal(what: str, error: Exception) -> XditdError:
+    """Tell want of room on this side, which may pass, from a source that cannot be had."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return OutOfMemory(f"{what}: {error.strerror} in this process")
+    return StaleSource(f"{what}: cannot be mapped: {error}")
 
 
 def open_descriptor(exporter: ProcessIdentity, fd: int, *, is_writable: bool, what: str) -> int:
@@ -19,10 +30,12 @@ def open_descriptor(exporter: ProcessIdentity, fd: int, *, is_writable: bool, wh
         ProcessGone: the exporter has exited, or its pid belongs to another process by now.
         StaleSource: the exporter closed the descriptor.
         NotPermitted: the kernel refused (another user, or a process that is not dumpable).
+        OutOfMemory: this process has no free descriptor.
 
     Source: proc(5), /proc/pid/fd; ptrace(2), "Ptrace access mode checking".
     """
-    flags = (os.O_RDWR if is_writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block us
+    # A FIFO must not block us, and a terminal must not become ours.
+    flags = (os.O_RDWR if is_writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     path = f"/proc/{exporter.pid}/fd/{fd}"
     if identify(exporter.pid) != exporter:
         raise ProcessGone(f"{what}: process {exporter.pid} has exited and its pid was used again")
@@ -35,9 +48,12 @@ def open_descriptor(exporter: ProcessIdentity, fd: int, *, is_writable: bool, wh
             f"{what}: {path}: permission denied; client and daemon must run as the same user and see the same /proc"
         ) from error
     except OSError as error:
-        raise StaleSource(f"{what}: {path}: {error.strerror}") from error
+        raise refusal(what, error) from error
     # The pid may have been used again between the check and the open.
-    if identify(exporter.pid) != exporter:
+    try:
+        if identify(exporter.pid) != exporter:
+            raise ProcessGone(f"{what}: process {exporter.pid} exited while its descriptor was being opened")
+    except XditdError:
         os.close(opened)
-        raise ProcessGone(f"{what}: process {exporter.pid} exited while its descriptor was being opened")
+        raise
     return opened

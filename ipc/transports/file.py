@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
-from xditd.ipc.errors import BadCheckpoint, StaleSource
+from xditd.ipc.errors import BadCheckpoint, OutOfMemory, StaleSource
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import FileBlock, Fingerprint
-from xditd.ipc.transports.descriptors import open_descriptor
+from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.host_shm import HostMapping
 
@@ -21,18 +21,43 @@ class LentFile:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise OutOfMemory(f"{path}: {error.strerror} in this process") from error
             raise BadCheckpoint(f"{path}: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+        except ValueError as error:
+            raise BadCheckpoint(f"{path!r}: {error}") from error
+        self._opened = os.fstat(self.fd)
+        if not stat.S_ISREG(self._opened.st_mode):
             os.close(self.fd)
             raise BadCheckpoint(f"{path}: not a regular file")
 
-    def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
-        """Describe the file as it is now; ``header_bytes`` from its start are fingerprinted."""
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        return self._opened.st_dev, self._opened.st_ino
+
+    def check_unchanged(self) -> None:
+        """Check that what was read since the file was opened is what it still holds.
+
+        Raises:
+            StaleSource: it was rewritten, grown or truncated meanwhile.
+        """
         found = os.fstat(self.fd)
+        if (found.st_size, found.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise StaleSource(f"{self.path}: changed while it was being read; lend it again once it is complete")
+
+    def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
+        """Describe the file; ``header_bytes`` from its start are fingerprinted.
+
+        Raises:
+            StaleSource: it is not what was opened any more.
+        """
+        found = self._opened
         sample = os.pread(self.fd, header_bytes, 0)
+        self.check_unchanged()
         return FileBlock(
             fd=self.fd,
-            path=self.path,
+            path=os.fsencode(self.path).decode("utf-8", "replace"),  # for people; names need not be Unicode
             device=found.st_dev,
             inode=found.st_ino,
             mtime_ns=found.st_mtime_ns,
@@ -64,7 +89,9 @@ class FileMapping(HostMapping):
 
     def close(self) -> None:
         super().close()
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def check_identity(fd: int, block: FileBlock) -> None:
@@ -85,14 +112,15 @@ def map_file(block: FileBlock, exporter: ProcessIdentity) -> FileMapping:
     """Map another process's open file read-only; the fingerprint is the caller's to check.
 
     Raises:
-        ProcessGone, StaleSource, NotPermitted: as :func:`open_descriptor`, or the file has changed.
+        ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the file has changed.
     """
     fd = open_descriptor(exporter, block.fd, is_writable=False, what=block.path)
     try:
         check_identity(fd, block)
         return FileMapping(fd, block)
-    except (OSError, ValueError, StaleSource) as error:
+    except StaleSource:
         os.close(fd)
-        if isinstance(error, StaleSource):
-            raise
-        raise StaleSource(f"{block.path}: cannot be mapped: {error}") from error
+        raise
+    except (OSError, ValueError) as error:
+        os.close(fd)
+        raise refusal(block.path, error) from error

@@ -10,12 +10,13 @@ import fcntl
 import mmap
 import os
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Final
 
 from xditd.ipc.errors import Internal, OutOfMemory, StaleSource
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Fingerprint, HostShmBlock
-from xditd.ipc.transports.descriptors import open_descriptor
+from xditd.ipc.transports.descriptors import open_descriptor, refusal
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, torch_dtype
 
@@ -40,15 +41,20 @@ class HostArena:
 
     def __init__(self, size_bytes: int, name: str = "xditd") -> None:
         self.size_bytes = align(max(size_bytes, 1), ALLOCATION_BYTES)
-        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error.strerror}") from error
+        # A forgotten arena must not keep its pages: the descriptor goes with it, the mapping with the last view.
+        self._close_fd = weakref.finalize(self, os.close, self._fd)
         try:
             os.ftruncate(self._fd, self.size_bytes)
             fcntl.fcntl(self._fd, F_ADD_SEALS, _SEALS)
             self._inode = os.fstat(self._fd).st_ino
             self._mapping = mmap.mmap(self._fd, self.size_bytes)
-        except OSError as error:
-            os.close(self._fd)
-            raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error.strerror}") from error
+        except (OSError, OverflowError) as error:
+            self._close_fd()
+            raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error}") from error
 
     def block(self, sample_offset_bytes: int = 0) -> HostShmBlock:
         """Describe the arena to other processes, with a fingerprint of its content as it is now."""
@@ -72,7 +78,9 @@ class HostArena:
             count *= side
         if count == 0:
             return torch.empty(shape, dtype=torch_dtype(dtype))
-        flat = torch.frombuffer(self._mapping, dtype=torch_dtype(dtype), count=count, offset=offset_bytes)
+        # torch keeps what it is given, but no lock on its buffer: an mmap could be closed under a tensor. A memoryview
+        # holds that lock for as long as torch keeps it.
+        flat = torch.frombuffer(memoryview(self._mapping), dtype=torch_dtype(dtype), count=count, offset=offset_bytes)
         return flat.view(shape)
 
     def view(self, offset_bytes: int, size_bytes: int) -> memoryview:
@@ -93,7 +101,7 @@ class HostArena:
             raise Internal(
                 f"shared memory of {self.size_bytes} bytes: a tensor that views it is still alive"
             ) from error
-        os.close(self._fd)
+        self._close_fd()
 
 
 class HostMapping:
@@ -111,7 +119,7 @@ class HostMapping:
         with warnings.catch_warnings():
             # torch warns that it cannot mark tensors read-only; weights are never written to here.
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-            return torch.frombuffer(self._mapping, dtype=torch.uint8)
+            return torch.frombuffer(memoryview(self._mapping), dtype=torch.uint8)  # see HostArena.tensor
 
     def close(self) -> None:
         """Unmap.
@@ -129,7 +137,7 @@ def map_shm(block: HostShmBlock, exporter: ProcessIdentity, *, is_writable: bool
     """Map another process's sealed memfd; the fingerprint is the caller's to check.
 
     Raises:
-        ProcessGone, StaleSource, NotPermitted: as :func:`open_descriptor`, or the descriptor is not
+        ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the descriptor is not
             the sealed segment that was described.
     """
     what = f"shared memory of process {exporter.pid} (descriptor {block.fd})"
@@ -149,6 +157,6 @@ def map_shm(block: HostShmBlock, exporter: ProcessIdentity, *, is_writable: bool
             raise StaleSource(f"{what}: not sealed against shrinking; only sealed memfds are mapped")
         return HostMapping(fd, block.size_bytes, is_writable=is_writable)
     except (OSError, ValueError) as error:
-        raise StaleSource(f"{what}: cannot be mapped: {error}") from error
+        raise refusal(what, error) from error
     finally:
         os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, UnsupportedDtype
 from xditd.ipc.tensors import ITEM_BYTES, DType, TensorSpec
 
@@ -45,7 +46,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Translate a dtype's name to torch's object."""
     import torch
 
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedDtype(f"dtype {name!r}: torch {torch.__version__} has no such dtype")
     return dtype
@@ -77,8 +78,10 @@ class BlockViews:
         """View one tensor at its offset, or at another one. The caller has checked that it lies inside the block.
 
         Raises:
-            BadRequest: it starts between two elements.
+            BadRequest: it starts between two elements, or has a shape that torch cannot count in.
         """
+        if spec.span > limits.MAX_BYTES:
+            raise BadRequest(f"tensor {spec.name} has the shape {list(spec.shape)}, which no memory holds")
         start = spec.offset_bytes if offset_bytes is None else offset_bytes
         item = ITEM_BYTES[spec.dtype]
         if start % item:
@@ -87,7 +90,8 @@ class BlockViews:
         if typed is None:
             whole = self._block.numel() // item * item
             typed = self._typed[spec.dtype] = self._block[:whole].view(torch_dtype(spec.dtype))
-        return typed.as_strided(spec.shape, spec.stride or _contiguous(spec.shape), start // item)
+        first = typed.storage_offset() + start // item
+        return typed.as_strided(spec.shape, spec.stride or _contiguous(spec.shape), first)
 
 
 def _contiguous(shape: Sequence[int]) -> list[int]:

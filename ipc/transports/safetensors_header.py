@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -90,29 +91,39 @@ def _parse(text: bytes, path: str) -> dict[str, Any]:
         raise BadCheckpoint(f"{path}: header is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise BadCheckpoint(f"{path}: header is not a JSON object")
+    count = len(entries) - ("__metadata__" in entries)
+    if count > limits.MAX_TENSORS:
+        raise BadCheckpoint(f"{path}: {count} tensors; at most {limits.MAX_TENSORS} can be lent")
     return entries
 
 
 def _stored(name: str, entry: Any, data_start: int, path: str) -> StoredTensor:
     def refuse(why: str) -> BadCheckpoint:
-        return BadCheckpoint(f"{path}: tensor {name!r}: {why}")
+        return BadCheckpoint(f"{path}: tensor {reprlib.repr(name)}: {why}")
 
+    if not 1 <= len(name) <= limits.MAX_NAME_CHARS or not _is_unicode(name):
+        raise refuse(f"a name has 1 to {limits.MAX_NAME_CHARS} Unicode characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse("an entry has exactly dtype, shape and data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise refuse(f"dtype {entry['dtype']!r} is not one of {', '.join(_DTYPES)}")
+        raise refuse(f"dtype {reprlib.repr(entry['dtype'])} is not one of {', '.join(_DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > limits.MAX_RANK:
-        raise refuse(f"shape {shape!r} is not a list of at most {limits.MAX_RANK} sizes")
+        raise refuse(f"shape {reprlib.repr(shape)} is not a list of at most {limits.MAX_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r} are not [begin, end]")
+        raise refuse(f"data_offsets {reprlib.repr(offsets)} are not [begin, end]")
     expected = ITEM_BYTES[dtype]
     for side in shape:
         expected *= side
     if offsets[1] - offsets[0] != expected:
         raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {expected}")
     return StoredTensor(name, dtype, tuple(shape), data_start + offsets[0], expected)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, which no message carries."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _are_sizes(values: Any) -> bool:
