@@ -27,8 +27,10 @@ class Front:
         self._router = router
 
     def reply(self, session: Session, reply: Reply) -> None:
-        """Send to a session; nothing happens once it is closed or unreachable."""
-        if self.sessions.find(session.routing_id) is session and session.routing_id not in self.unreachable:
+        """Send to a session. One that said goodbye still gets the ends of its requests, if it is there to read them."""
+        if self.sessions.find(session.routing_id) is not session:
+            self.part(session.routing_id, reply)
+        elif session.routing_id not in self.unreachable:
             delivery = self._router.send(session.routing_id, encode(reply))
             if delivery is not Delivery.SENT:
                 self.unreachable[session.routing_id] = (

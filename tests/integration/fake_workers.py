@@ -7,6 +7,7 @@ client's process, opened through /proc as the real workers do. A job's ``seed`` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import enum
 import hashlib
@@ -237,8 +238,10 @@ def lead(options: argparse.Namespace) -> int:
         return 0
     finally:
         for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
-            os.waitpid(rank, 0)
+            # A SIGTERM may have come between the end of a rank and its removal from the list.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(rank, signal.SIGKILL)
+                os.waitpid(rank, 0)
 
 
 def start_rank(options: argparse.Namespace, rank: int) -> int:

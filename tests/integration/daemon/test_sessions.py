@@ -7,7 +7,7 @@ from typing import Any
 
 from xditd.ipc.codec import encode
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Failed, Farewell, Generated, Welcome
+from xditd.ipc.replies import Failed, Farewell, Generated, StepDone, Welcome
 from xditd.ipc.requests import GetLogs, GetStatus, Goodbye
 from xditd.ipc.status import JobState
 
@@ -43,6 +43,18 @@ def test_goodbye_ends_the_loans(shared_daemon: Any, memory: Any) -> None:
     assert status.components == ()
     assert [worker.loaded for worker in status.workers] == [0, 0]
     assert leaving.fail(GetStatus(request_id="")).code == "session_lost"
+
+
+def test_goodbye_ends_what_is_under_way_with_an_answer(shared_daemon: Any, memory: Any) -> None:
+    client = shared_daemon.ready_client()
+    component_id = client.lend(memory.manifest()).component_id
+    running = client.send(memory.generate(component_id, steps=1000))
+    client.wait_event(running, StepDone)
+    queued = client.send(memory.generate(component_id))
+    client.ask(Goodbye(request_id=""), Farewell)
+    for request_id in (queued, running):
+        assert client.wait(request_id).code == "lease_lost"
+    assert client.ended[-3:-1] == [queued, running]  # and the farewell came last
 
 
 def test_killed_client_loses_its_loan(client: Any, shared_daemon: Any, start_lender: Any) -> None:
