@@ -15,6 +15,7 @@ from xditd.daemon.listeners import GroupListener
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Callback, Loop, Timer
 from xditd.daemon.peers import check_uid
+from xditd.daemon.progress import ProgressWatch
 from xditd.daemon.restarts import RestartBudget
 from xditd.daemon.routers import Envelope, Router
 from xditd.daemon.runtime_folder import RuntimeFolder
@@ -85,10 +86,12 @@ class Supervisor:
         self._is_ended_by_us = False
         self._started_s = 0.0
         self._ready_s: float | None = None
-        self._last_report_s = 0.0
-        self._deadline_timer: Timer | None = None
+        self._start_timer: Timer | None = None
         self._restart_timer: Timer | None = None
         self._on_stopped: Callback | None = None
+        self._progress = ProgressWatch(
+            loop, configuration.hang_deadline_s, lambda: self.state is GroupState.BUSY, self._fell_silent
+        )
         loop.watch_socket(router.socket, self._read_reports)
 
     @property
@@ -125,16 +128,14 @@ class Supervisor:
             self._give_up(f"worker command {command[0]}: {error.strerror}; correct [workers] command")
             return
         deadline_s = self._configuration.start_deadline_s
-        self._deadline_timer = self._loop.call_later(deadline_s, self._start_overdue)
+        self._start_timer = self._loop.call_later(deadline_s, self._start_overdue)
         logger.info("worker group starting leader_pid=%d start=%d", self._leader.pid, self.starts)
 
     def tell(self, make: CommandMaker) -> None:
         """Send the next command to every rank; the listener gets the answers, or the end of the group."""
         group = self._live_group()
         self.state = move(GROUP_NEXT, self.state, GroupState.BUSY)
-        self._last_report_s = time.monotonic()
-        if self._deadline_timer is None:
-            self._deadline_timer = self._loop.call_later(self._configuration.hang_deadline_s, self._check_progress)
+        self._progress.begin()
         if not group.tell(make):
             self.end(WorkersLost("a rank does not read its commands, or has closed its connection"))
 
@@ -194,7 +195,7 @@ class Supervisor:
         if group is None or report.group_token != group.token:
             logger.debug("ignored a report of an earlier group rank=%d", report.rank)
             return
-        self._last_report_s = time.monotonic()
+        self._progress.note_report()
         if isinstance(report, RankReady):
             group.admit(envelope.routing_id, report)
             if group.is_complete:
@@ -219,7 +220,7 @@ class Supervisor:
     # --- Moves ---------------------------------------------------------------------------------------
 
     def _mark_ready(self, group: Group) -> None:
-        self._cancel_deadline()
+        self._cancel_start_deadline()
         self.state = move(GROUP_NEXT, self.state, GroupState.READY)
         self.detail = ""
         self._ready_s = time.monotonic()
@@ -237,7 +238,8 @@ class Supervisor:
         self.listener.group_ready()
 
     def _mark_dead(self, error: XditdError) -> None:
-        self._cancel_deadline()
+        self._cancel_start_deadline()
+        self._progress.stop()
         self.state = move(GROUP_NEXT, self.state, GroupState.DEAD)
         self.detail = error.detail
         if self.group is not None:
@@ -286,25 +288,18 @@ class Supervisor:
             )
         )
 
-    def _check_progress(self) -> None:
-        """End a group that was silent for too long. One timer follows all commands: they are too many for one each."""
-        self._deadline_timer = None
-        group = self.group
-        if group is None or group.in_flight is None:
-            return
-        silent_s = time.monotonic() - self._last_report_s
-        deadline_s = self._configuration.hang_deadline_s
-        if silent_s >= deadline_s:
-            op = type(group.in_flight.command).__name__
-            missing = sorted(group.ranks.keys() - group.in_flight.answers.keys())
-            self.end(WorkersLost(f"no report for {silent_s:.1f} s while {op} ran; ranks {missing} have not answered"))
-        else:
-            self._deadline_timer = self._loop.call_later(deadline_s - silent_s, self._check_progress)
+    def _fell_silent(self, silent_s: float) -> None:
+        group = self._live_group()
+        command, answered = "a command", set[int]()
+        if group.in_flight is not None:
+            command, answered = type(group.in_flight.command).__name__, set(group.in_flight.answers)
+        missing = sorted(group.ranks.keys() - answered)
+        self.end(WorkersLost(f"no report for {silent_s:.1f} s while {command} ran; ranks {missing} have not answered"))
 
-    def _cancel_deadline(self) -> None:
-        if self._deadline_timer is not None:
-            self._deadline_timer.cancel()
-            self._deadline_timer = None
+    def _cancel_start_deadline(self) -> None:
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+            self._start_timer = None
 
     def _live_group(self) -> Group:
         if self.group is None:
