@@ -51,6 +51,14 @@ class Group:
     def is_complete(self) -> bool:
         return bool(self.ranks) and len(self.ranks) == self.world_size
 
+    @property
+    def what_is_missing(self) -> str:
+        """Say which ranks still owe an answer to which command."""
+        if self.in_flight is None:
+            return "no command ran"
+        missing = sorted(self.ranks.keys() - self.in_flight.answers.keys())
+        return f"{type(self.in_flight.command).__name__} ran; ranks {missing} have not answered"
+
     def admit(self, routing_id: bytes, ready: RankReady) -> None:
         """Note that a rank is up.
 

@@ -174,7 +174,7 @@ class Supervisor:
         if self._leader is not None:
             self._leader.kill()
 
-    # --- What the ranks report ---------------------------------------------------------------------
+    # --- What the ranks report
 
     def _read_reports(self) -> None:
         for envelope in self._router.receive():
@@ -217,7 +217,7 @@ class Supervisor:
             self.state = move(GROUP_NEXT, self.state, GroupState.READY)
             self.listener.answered(in_flight.command, answers)
 
-    # --- Moves ---------------------------------------------------------------------------------------
+    # --- Moves
 
     def _mark_ready(self, group: Group) -> None:
         self._cancel_start_deadline()
@@ -276,7 +276,7 @@ class Supervisor:
         logger.error("worker group given up: %s", error.detail)
         self.listener.group_given_up(error)
 
-    # --- Deadlines -----------------------------------------------------------------------------------
+    # --- Deadlines
 
     def _start_overdue(self) -> None:
         deadline_s = self._configuration.start_deadline_s
@@ -289,12 +289,7 @@ class Supervisor:
         )
 
     def _fell_silent(self, silent_s: float) -> None:
-        group = self._live_group()
-        command, answered = "a command", set[int]()
-        if group.in_flight is not None:
-            command, answered = type(group.in_flight.command).__name__, set(group.in_flight.answers)
-        missing = sorted(group.ranks.keys() - answered)
-        self.end(WorkersLost(f"no report for {silent_s:.1f} s while {command} ran; ranks {missing} have not answered"))
+        self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))
 
     def _cancel_start_deadline(self) -> None:
         if self._start_timer is not None:
