@@ -279,14 +279,9 @@ class Supervisor:
     # --- Deadlines
 
     def _start_overdue(self) -> None:
-        deadline_s = self._configuration.start_deadline_s
         ready = len(self.group.ranks) if self.group is not None else 0
-        self.end(
-            WorkersLost(
-                f"only {ready} ranks reported within {deadline_s:.0f} s of the start; "
-                "raise --start-deadline-s if this disk is slow"
-            )
-        )
+        waited = f"{self._configuration.start_deadline_s:.0f} s"
+        self.end(WorkersLost(f"only {ready} ranks reported within {waited} of the start; raise --start-deadline-s"))
 
     def _fell_silent(self, silent_s: float) -> None:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))
