@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xditd.gpu_workers import xfuser_start
 from xditd.gpu_workers.channel import DaemonChannel
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIGURATION_ERROR = 2
+MEASURE_EVERY_S = 1.0
 
 
 def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
@@ -58,8 +61,6 @@ def main(options: Options, rank: int, world_size: int, device: str, complain: Co
     # On a GPU the host only copies small tensors, and waking sixteen threads for that was seen to take 10 ms.
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // world_size) if where.type == "cpu" else 1)
-    from xditd.gpu_workers import xfuser_start
-
     try:
         layout = xfuser_start.start(
             rank, world_size, str(options.store), where, options.ulysses or None, options.attention_backend
@@ -94,6 +95,8 @@ class Rank:
         self._io = JobIo()
         self._jobs = JobRunner(self._components, layout.rank, layout.device)
         self._channel = DaemonChannel(options.runtime_dir)
+        self._memory_bytes = 0
+        self._measured_at = -MEASURE_EVERY_S
 
     def serve(self) -> None:
         """Say that the rank is ready, then answer commands until ``Shutdown``.
@@ -101,6 +104,7 @@ class Rank:
         A fault that may leave this rank out of step with the others is reported as fatal and ends the process; the
         leader then ends the group, and the daemon builds a new one.
         """
+        self._measure_memory()
         self._announce()
         while True:
             command = self._channel.receive()
@@ -110,6 +114,7 @@ class Rank:
                 continue  # its job has ended already
             try:
                 self._answer(command)
+                self._measure_memory()
             except XditdError as error:
                 # Requests are refused on all ranks alike before the first collective, cancels are agreed, and what
                 # differs between ranks passes fellows.together. Only a defect of ours can leave the ranks apart.
@@ -125,6 +130,7 @@ class Rank:
         self._components.close()
         self._io.close()
         self._channel.close()
+        xfuser_start.stop()
 
     def _answer(self, command: AnyCommand) -> None:
         common: dict[str, Any] = {"group_token": self._token, "rank": self._layout.rank, "op_number": command.op_number}
@@ -215,18 +221,21 @@ class Rank:
             )
         )
 
-    def _tally(self) -> RankTally:
-        used = 0
-        if self._layout.device.type == "cuda":
+    def _measure_memory(self) -> None:
+        """Look at the GPU's memory in use, for the next tally: after an answer, so that no client waits for it."""
+        now = time.monotonic()
+        if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)
-            used = total - free
+            self._memory_bytes, self._measured_at = total - free, now
+
+    def _tally(self) -> RankTally:
         return RankTally(
             loaded=len(self._components),
             skeletons_built=self._components.skeletons.built,
             skeletons_reused=self._components.skeletons.reused,
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
-            memory_bytes=used,
+            memory_bytes=self._memory_bytes,
         )
 
 

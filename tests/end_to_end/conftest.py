@@ -36,12 +36,12 @@ class Inputs:
 class RunningDaemon:
     """A daemon that this test session started, with its log."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, device: str) -> None:
         self.runtime_dir = folder / "run"
         self.log = folder / "daemon.log"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
         command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime_dir)]
-        command += ["--workers", str(workers), "--device", "cpu"]
+        command += ["--workers", str(workers), "--device", device]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log, env=environment)
 
@@ -106,11 +106,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RunningDaemon]]:
+def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningDaemon]]:
     running: list[RunningDaemon] = []
 
-    def start(workers: int) -> RunningDaemon:
-        daemon = RunningDaemon(tmp_path_factory.mktemp("d"), workers)
+    def start(workers: int, device: str = "cpu") -> RunningDaemon:
+        daemon = RunningDaemon(tmp_path_factory.mktemp("d"), workers, device)
         running.append(daemon)
         return daemon
 
@@ -121,7 +121,7 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 
 @pytest.fixture(scope="session")
-def daemon(start_daemon: Callable[[int], RunningDaemon]) -> RunningDaemon:
+def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """Two workers. Tests that kill a worker leave it rebuilt."""
     started = start_daemon(2)
     started.wait_ready()

@@ -33,9 +33,7 @@ def test_one_rank_has_the_same_bits_as_diffusers(start_daemon, files, make_input
     daemon.stop()
 
 
-def test_sigmas_are_used_as_they_are(
-    client, transformer, make_inputs, run, diffusers_run, relative_error
-):
+def test_sigmas_are_used_as_they_are(client, transformer, make_inputs, run, diffusers_run, relative_error):
     inputs = make_inputs()
     sigmas = [1.0, 0.8, 0.55, 0.2]
     ours = run(client, transformer, inputs, sigmas=sigmas)

@@ -1,0 +1,138 @@
+"""The main path on a GPU: device memory is shared, not copied, and comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from xditd.client import ForeignGpu, OutOfMemory
+from xditd.client.arenas import Arena
+from xditd.client.demo import checkpoints
+
+pytestmark = pytest.mark.gpu
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def daemon(start_daemon):
+    """One worker on the first GPU."""
+    started = start_daemon(1, "cuda")
+    started.wait_ready()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def state():
+    return checkpoints.flux1_state_dict(1, dtype=torch.bfloat16)
+
+
+def free_bytes() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+def test_an_arena_is_the_workers_memory(client, state, make_inputs, run, relative_error):
+    arena = Arena.copy_of(state, "cuda")
+    inputs = make_inputs()
+    with client.lend(arena.tensors) as loan:
+        assert [tier.value for tier in loan.tiers] == ["cuda_ipc"]
+        assert loan.copied.total == 0
+        before = run(client, loan, inputs)
+        assert torch.equal(before, run(client, loan, inputs))
+        arena.tensors["img_in.weight"].zero_()
+        torch.cuda.synchronize()
+        assert relative_error(run(client, loan, inputs), before) > 0.01
+    arena.close()
+
+
+def test_torchs_own_memory_is_lent_as_it_is(client, state, make_inputs, run):
+    arena = Arena.copy_of(state, "cuda")
+    native = {name: tensor.cuda() for name, tensor in state.items()}
+    inputs = make_inputs()
+    with client.lend(native) as loan, client.lend(arena.tensors) as other:
+        assert loan.copied.total == 0
+        assert torch.equal(run(client, loan, inputs), run(client, other, inputs))
+    arena.close()
+
+
+def test_no_second_copy_on_the_lending_gpu(client, make_inputs, run):
+    config = {"heads": 16, "double_blocks": 4, "single_blocks": 4}
+    arena = Arena.copy_of(checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **config), "cuda")
+    assert arena.size_bytes > 1000 * MIB
+    with client.lend(arena.tensors) as loan:
+        run(client, loan, make_inputs())  # kernels and workspaces are loaded now
+    free = free_bytes()
+    with client.lend(arena.tensors) as loan:
+        assert free - free_bytes() < 64 * MIB
+        run(client, loan, make_inputs())
+        assert free - free_bytes() < 64 * MIB
+    arena.close()
+
+
+def test_host_tensors_and_files_are_uploaded_once(client, state, files, make_inputs, run):
+    arena = Arena.copy_of({name: tensor.float() for name, tensor in state.items()}, "cuda")
+    inputs = make_inputs()
+    with client.lend(arena.tensors) as by_handle, client.lend(files.transformer) as by_file:
+        assert by_file.copied.host_to_device == by_file.lent_bytes
+        assert by_handle.copied.total == 0
+        assert torch.equal(run(client, by_file, inputs), run(client, by_file, inputs))
+
+
+def test_memory_comes_back_from_a_killed_client(daemon, wait_until):
+    free = free_bytes()
+    script = textwrap.dedent("""
+        import sys, torch
+        from xditd.client import Client
+        from xditd.client.arenas import Arena
+        from xditd.client.demo import checkpoints
+        shape = {"heads": 16, "double_blocks": 4, "single_blocks": 4}
+        arena = Arena.copy_of(checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **shape), "cuda")
+        client = Client(sys.argv[1])
+        loan = client.lend(arena.tensors)
+        print("lent", flush=True)
+        sys.stdin.read()
+    """)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(daemon.runtime_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "lent\n"
+    assert free - free_bytes() > 1000 * MIB
+    child.kill()
+    child.wait()
+    wait_until(lambda: free - free_bytes() < 64 * MIB or None, "the memory of a killed client to come back")
+
+
+def test_a_job_without_room_is_refused_and_the_next_one_served(client, state, make_inputs, run):
+    arena = Arena.copy_of(state, "cuda")
+    inputs = make_inputs()
+    with client.lend(arena.tensors) as loan:
+        expected = run(client, loan, inputs)
+        hog = torch.empty(free_bytes() - 200 * MIB, dtype=torch.uint8, device="cuda")
+        large = make_inputs(tokens=512, pixels=8192)  # 262,144 image tokens: a single activation takes 128 MiB
+        with pytest.raises(OutOfMemory):
+            run(client, loan, large, steps=1)
+        del hog
+        torch.cuda.empty_cache()
+        assert torch.equal(run(client, loan, inputs), expected)
+    arena.close()
+
+
+def test_memory_of_another_gpu_is_refused(start_daemon, state, wait_until):
+    """Workers on the CPU stand for workers on other GPUs: none of them has this one."""
+    elsewhere = start_daemon(1)
+    elsewhere.wait_ready()
+    arena = Arena.copy_of(state, "cuda")
+    with elsewhere.connect() as client, pytest.raises(ForeignGpu, match="GPU-"):
+        client.lend(arena.tensors)
+    arena.close()
+    elsewhere.stop()
