@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from xditd.ipc.errors import Unsupported
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
@@ -16,7 +16,8 @@ from xditd.ipc.transports.layout import dtype_name, place
 if TYPE_CHECKING:
     import torch
 
-_live: weakref.WeakSet[Arena] = weakref.WeakSet()
+_live: dict[int, weakref.ref[Arena]] = {}
+"""Arenas by ``id``. Every access is one step of the interpreter: threads need no lock, and a fork finds none held."""
 
 
 class Arena:
@@ -34,15 +35,20 @@ class Arena:
 
         Raises:
             OutOfMemory: the device has no room.
-            Unsupported: a device of another kind, or cuda-bindings is missing.
+            BadRequest: a negative side.
+            UnsupportedDtype: a dtype that cannot cross.
+            Unsupported: a device of another kind, or one that is not there, or cuda-bindings is missing.
         """
         import torch
 
-        where = torch.device(device)
+        where = device_named(device)
         sizes = []
-        for dtype, shape in shapes.values():
+        for name, (dtype, shape) in shapes.items():
+            dtype_name(dtype)  # refuses what cannot cross, before anything is allocated
             count = 1
             for side in shape:
+                if side < 0:
+                    raise BadRequest(f"tensor {name} of an arena has the shape {list(shape)}: a side is negative")
                 count *= side
             sizes.append(count * dtype.itemsize)
         offsets, total = place(sizes)
@@ -54,16 +60,15 @@ class Arena:
             self.tensors = {name: host.tensor(at, dtype_name(dtype), shape) for (name, (dtype, shape)), at in layout}
             self.base_address = host.tensor(0, "uint8", (host.size_bytes,)).data_ptr()
             self._memory = host
-        elif where.type == "cuda":
+        else:
             gpu = DeviceArena(total, torch.cuda.current_device() if where.index is None else where.index)
             self.tensors = {name: gpu.tensor(at, dtype, shape) for (name, (dtype, shape)), at in layout}
             self.base_address = gpu.bytes.data_ptr()
             self._memory = gpu
-        else:
-            raise Unsupported(f"arena on device {device!r}: only cpu and cuda devices can be shared")
         self.copied = CopiedBytes()
         self.fill_ms = 0.0
-        _live.add(self)
+        key = id(self)
+        _live[key] = weakref.ref(self, lambda _: _live.pop(key, None))
 
     @classmethod
     def copy_of(cls, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> Arena:
@@ -73,12 +78,17 @@ class Arena:
         arena = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, device)
         started = time.perf_counter()
         moved = {"cpu": 0, "cuda": 0}
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                arena.tensors[name].copy_(tensor)
-                moved["cuda" if tensor.is_cuda else "cpu"] += tensor.numel() * tensor.element_size()
+        try:
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    arena.tensors[name].copy_(tensor)
+                    moved["cuda" if tensor.is_cuda else "cpu"] += tensor.numel() * tensor.element_size()
+            if isinstance(arena._memory, DeviceArena):
+                torch.cuda.synchronize(arena._memory.index)  # the copies must have landed before a handle is given away
+        except BaseException:
+            arena.close()
+            raise
         if isinstance(arena._memory, DeviceArena):
-            torch.cuda.synchronize(arena._memory.index)  # the copies must have landed before a handle is given away
             arena.copied = CopiedBytes(host_to_device=moved["cpu"], device_to_device=moved["cuda"])
         else:
             arena.copied = CopiedBytes(host_to_host=moved["cpu"] + moved["cuda"])
@@ -99,15 +109,39 @@ class Arena:
         Raises:
             Internal: a tensor that views a host arena is still alive.
         """
-        _live.discard(self)
-        self.tensors = {}
+        _live.pop(id(self), None)
+        self.tensors.clear()
         self._memory.close()
 
 
 def host_arena_at(address: int) -> Arena | None:
     """Find the live host arena that an address lies in."""
-    for arena in list(_live):
-        inside = arena.base_address <= address < arena.base_address + arena.size_bytes
-        if inside and isinstance(arena._memory, HostArena):
+    for reference in list(_live.values()):
+        arena = reference()
+        if arena is None or not arena.base_address <= address < arena.base_address + arena.size_bytes:
+            continue
+        if isinstance(arena._memory, HostArena):
             return arena
     return None
+
+
+def device_named(device: str) -> torch.device:
+    """Find the device that an arena is wanted on.
+
+    Raises:
+        Unsupported: no such device, or one whose memory cannot be shared.
+    """
+    import torch
+
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise Unsupported(f"arena on device {device!r}: torch knows no such device") from error
+    if where.type not in ("cpu", "cuda"):
+        raise Unsupported(f"arena on device {device!r}: only cpu and cuda devices can be shared")
+    count = torch.cuda.device_count() if where.type == "cuda" else 1
+    if not count:
+        raise Unsupported(f"arena on device {device!r}: torch {torch.__version__} sees no GPU here")
+    if where.type == "cuda" and where.index is not None and where.index >= count:
+        raise Unsupported(f"arena on device {device!r}: torch sees {count} GPUs, numbered from 0")
+    return where

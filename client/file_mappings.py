@@ -48,15 +48,20 @@ class AddressSpace:
 
     def __init__(self) -> None:
         self._mappings: list[FileMapping] = []
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            for line in maps:
-                fields = line.split(maxsplit=5)
-                if len(fields) < 6 or not fields[5].startswith("/") or fields[4] == "0":
-                    continue
-                start, end = (int(number, 16) for number in fields[0].split("-"))
-                major, minor = (int(number, 16) for number in fields[3].split(":"))
-                device, path = os.makedev(major, minor), fields[5].rstrip("\n")
-                self._mappings.append(FileMapping(start, end, int(fields[2], 16), device, int(fields[4]), path))
+        try:
+            with open("/proc/self/maps", "rb") as maps:
+                lines = maps.read().split(b"\n")  # only these end a line: names may hold any other control character
+        except OSError:
+            lines = []
+        for line in lines:
+            fields = line.split(b" ", maxsplit=5)
+            name = fields[5].lstrip(b" ") if len(fields) == 6 else b""  # names are padded, and begin with a slash
+            if not name.startswith(b"/"):
+                continue
+            start, end = (int(number, 16) for number in fields[0].split(b"-"))
+            major, minor = (int(number, 16) for number in fields[3].split(b":"))
+            device, path = os.makedev(major, minor), os.fsdecode(name)
+            self._mappings.append(FileMapping(start, end, int(fields[2], 16), device, int(fields[4]), path))
         self._starts = [mapping.start for mapping in self._mappings]
 
     def file_behind(self, address: int, size_bytes: int) -> FileMapping | None:

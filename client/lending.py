@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xditd.client.arenas import Arena, host_arena_at
+from xditd.client.arenas import Arena, device_named, host_arena_at
+from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
-from xditd.ipc.errors import BadRequest
-from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, FileBlock, Manifest, TensorSpec
+from xditd.client.sources import check_manifest, state_of
+from xditd.ipc.errors import BadCheckpoint, BadRequest
+from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.layout import dtype_name, torch_dtype
-from xditd.ipc.transports.safetensors_header import Header, read_header
+from xditd.ipc.transports.layout import dtype_name
+from xditd.ipc.transports.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -84,10 +87,10 @@ class _Held:
 
     def close(self) -> None:
         self._storages.clear()
-        while self._arenas:
-            self._arenas.pop().close()
         while self._files:
             self._files.popitem()[1].close()
+        while self._arenas:
+            self._arenas.pop().close()
 
 
 def describe(
@@ -106,26 +109,29 @@ def describe(
 
     Raises:
         BadCheckpoint: the file is not a sound safetensors file.
-        BadRequest: the kind cannot be guessed, or a tensor lies on a device that cannot be shared.
+        StaleSource: the file changed while it was being read.
+        BadRequest: the kind cannot be guessed, or a tensor has no memory that can be shared.
+        Unsupported: there is no such ``device``.
         UnsupportedDtype: a dtype that cannot cross.
         OutOfMemory: no room for an arena.
     """
     held = _Held()
     started = time.perf_counter()
     try:
-        if isinstance(source, (str, os.PathLike)):
-            path = os.fspath(source)
-            label = label or Path(path).stem
+        if isinstance(source, (str, bytes, os.PathLike)):
+            path = os.fsdecode(source)
+            label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
             specs = _describe_file(path, device, held)
         else:
-            tensors = source if isinstance(source, Mapping) else source.state_dict()
             label = label or "state_dict"
-            specs = _describe_tensors(tensors, device, held)
+            specs = _describe_tensors(state_of(source), device, held)
         kind = kind or guess_kind(spec.name for spec in specs)
         manifest = Manifest(
             kind=kind, label=label, blocks=tuple(held.blocks), tensors=tuple(specs), generation=generation
         )
-    except BaseException:
+        check_manifest(manifest)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold views, and an arena with views cannot be freed
         held.close()
         raise
     return Offer(manifest, held.copied, {"describe": (time.perf_counter() - started) * 1e3}, held)
@@ -150,39 +156,21 @@ def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpe
     lent = held.open_file(path)
     header = read_header(lent.fd, path)
     if device is not None:
-        return _describe_tensors(_load(lent, header, device, held), None, held)
+        arena = held.own_arena(load_into_arena(lent, header, device))
+        held.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
+        return _describe_tensors(arena.tensors, None, held)
     number = held.block_number(("file", path), lambda: lent.block(header.length_bytes))
     held.notes.append(f"file tier: workers map {path}; nothing is read into this process")
     return [TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes) for s in header.tensors]
 
 
-def _load(lent: LentFile, header: Header, device: str, held: _Held) -> dict[str, torch.Tensor]:
-    """Load a file into one arena on a device, from the page cache, without a copy on the host."""
-    from xditd.ipc.transports.host_shm import HostMapping
-
-    mapping = HostMapping(lent.fd, os.fstat(lent.fd).st_size, is_writable=False)
-    whole = mapping.bytes_tensor()
-    stored = {}
-    for entry in header.tensors:
-        flat = whole.narrow(0, entry.offset_bytes, entry.size_bytes)
-        dtype = torch_dtype(entry.dtype)
-        aligned = flat if entry.offset_bytes % dtype.itemsize == 0 else flat.clone()
-        stored[entry.name] = aligned.view(dtype).view(entry.shape)
-    arena = held.own_arena(Arena.copy_of(stored, device))
-    held.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
-    del whole, flat, aligned, stored
-    mapping.close()
-    return arena.tensors
-
-
 def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, held: _Held) -> list[TensorSpec]:
     import torch
 
-    if not tensors:
-        raise BadRequest("component without tensors: nothing to lend")
     if device is not None:
-        wanted = torch.device(device)
-        if any(tensor.device.type != wanted.type for tensor in tensors.values()):
+        wanted = device_named(device)
+        places = {tensor.device for tensor in tensors.values()}
+        if any(place.type != wanted.type or wanted.index not in (None, place.index) for place in places):
             tensors = held.own_arena(Arena.copy_of(tensors, device)).tensors
             held.notes.append(f"copied once into an arena on {device}, as asked")
     for index in sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda}):
@@ -193,7 +181,9 @@ def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, h
     finder = _HostFinder(held)
     segments = _Segments(held)
     for name, tensor in tensors.items():
-        if tensor.is_cuda:
+        if tensor.is_neg():
+            spec = None  # its memory holds the negatives of its values
+        elif tensor.is_cuda:
             spec = segments.find(name, tensor)
         elif tensor.device.type == "cpu":
             spec = finder.find(name, tensor)
@@ -230,7 +220,9 @@ class _Segments:
 
         def make() -> Block:
             whole = cuda_ipc.wrap_segment(base, size, tensor.device.index)
-            length = tensor.numel() * tensor.element_size()
+            length = _spec(
+                name, tensor, 0, 0
+            ).extent_bytes  # what follows may be another tensor, and change at any time
             return cuda_ipc.export_allocation(base, whole, tensor.device.index, address - base, length)
 
         try:
@@ -255,6 +247,7 @@ class _HostFinder:
         if arena is not None:
             offset = address - arena.base_address
             number = self._held.block_number(("arena", arena.base_address), lambda: arena.block(offset))
+            self._held.keep(arena)
             self._held.keep(tensor.untyped_storage())
             return _spec(name, tensor, number, offset)
         return self._find_file(name, tensor, address)
@@ -266,10 +259,13 @@ class _HostFinder:
         mapping = self._space.file_behind(address, extent) if extent else None
         if mapping is None:
             return None
-        number = self._held.block_number(("file", mapping.path), lambda: self._held.open_file(mapping.path).block())
-        block = self._held.blocks[number]
-        if not isinstance(block, FileBlock) or (block.device, block.inode) != (mapping.device, mapping.inode):
+        try:
+            lent = self._held.open_file(mapping.path)
+        except BadCheckpoint:
+            return None  # it can be mapped, but not be opened again
+        if lent.identity != (mapping.device, mapping.inode):
             return None  # the name was given to another file between the look and the open
+        number = self._held.block_number(("file", mapping.path), lent.block)
         self._held.keep(tensor.untyped_storage())
         return _spec(name, tensor, number, mapping.offset_of(address))
 

@@ -33,6 +33,13 @@ def _runtime() -> Any:
     return runtime
 
 
+def _driver() -> Any:
+    _runtime()
+    from cuda.bindings import driver
+
+    return driver
+
+
 def _call(what: str, result: tuple[Any, ...]) -> Any:
     """Unpack a cuda-bindings result; raise for anything but success."""
     status, *values = result
@@ -142,8 +149,7 @@ def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
     Raises:
         NotExportable: the driver knows no such allocation.
     """
-    from cuda.bindings import driver
-
+    driver = _driver()
     status, base, size = driver.cuMemGetAddressRange(tensor.untyped_storage().data_ptr())
     if int(status) != 0:
         raise NotExportable(f"device memory of a tensor of shape {tuple(tensor.shape)}: {status.name}")
@@ -184,9 +190,7 @@ class CudaMapping:
         Raises:
             StaleSource: the allocation is smaller, so views would reach beyond it.
         """
-        from cuda.bindings import driver
-
-        status, _, size = driver.cuMemGetAddressRange(self._pointer)
+        status, _, size = _driver().cuMemGetAddressRange(self._pointer)
         _call("cuMemGetAddressRange", (status,))
         if int(size) < self.size_bytes:
             raise StaleSource(

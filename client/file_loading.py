@@ -1,0 +1,44 @@
+"""Loading a safetensors file into an arena, from the page cache, without a copy of the whole on the host."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from xditd.client.arenas import Arena
+from xditd.ipc.transports.file import LentFile
+from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.safetensors_header import Header
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_into_arena(lent: LentFile, header: Header, device: str) -> Arena:
+    """Copy every tensor of an open file to an arena on ``device``; the arena is the caller's to close.
+
+    Raises:
+        OutOfMemory: no room there.
+        StaleSource: the file changed meanwhile.
+    """
+    from xditd.ipc.transports.host_shm import HostMapping
+
+    mapping = HostMapping(lent.fd, os.fstat(lent.fd).st_size, is_writable=False)
+    arena = Arena.copy_of(_stored_tensors(mapping.bytes_tensor(), header), device)
+    try:
+        lent.check_unchanged()
+    except BaseException:
+        arena.close()
+        raise
+    mapping.close()
+    return arena
+
+
+def _stored_tensors(whole: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
+    stored = {}
+    for entry in header.tensors:
+        flat = whole.narrow(0, entry.offset_bytes, entry.size_bytes)
+        dtype = torch_dtype(entry.dtype)
+        aligned = flat if entry.offset_bytes % dtype.itemsize == 0 else flat.clone()
+        stored[entry.name] = aligned.view(dtype).view(entry.shape)
+    return stored

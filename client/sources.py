@@ -1,0 +1,84 @@
+"""Checks on what a caller hands to ``lend``: the thing, its value and the remedy, before any memory is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.tensors import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def state_of(source: Any) -> Mapping[str, torch.Tensor]:
+    """Get the tensors of a state dict or a module, each checked.
+
+    Raises:
+        BadRequest: neither of the two, or an entry that is no tensor with memory of its own.
+    """
+    if not isinstance(source, Mapping) and not hasattr(source, "state_dict"):
+        raise BadRequest(f"{type(source).__name__} cannot be lent: give a state dict, a module or a path")
+    tensors: Mapping[str, torch.Tensor] = source if isinstance(source, Mapping) else source.state_dict()
+    if not tensors:
+        raise BadRequest("component without tensors: nothing to lend")
+    if len(tensors) > limits.MAX_TENSORS:
+        raise BadRequest(f"component of {len(tensors)} tensors: at most {limits.MAX_TENSORS} can be lent")
+    for name, tensor in tensors.items():
+        _check_name(name)
+        _check_tensor(name, tensor)
+    return tensors
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse what the daemon could not read.
+
+    Raises:
+        BadRequest: no tensors, more blocks than a message may hold, or a label that is no name.
+    """
+    if not manifest.tensors:
+        raise BadRequest(f"component {manifest.label!r} without tensors: nothing to lend")
+    if len(manifest.blocks) > limits.MAX_BLOCKS:
+        raise BadRequest(
+            f"component {manifest.label!r} lies in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
+            "can be lent; copy it into an Arena first"
+        )
+    if not _is_name(manifest.label):
+        raise BadRequest(f"label {manifest.label!r:.200}: 1 to {limits.MAX_NAME_CHARS} Unicode characters are needed")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not _is_name(name):
+        raise BadRequest(
+            f"tensor name {name!r:.200}: 1 to {limits.MAX_NAME_CHARS} Unicode characters are needed as a name"
+        )
+
+
+def _is_name(text: str) -> bool:
+    return 1 <= len(text) <= limits.MAX_NAME_CHARS and (text.isascii() or not _has_surrogates(text))
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise BadRequest(f"{name} is a {type(tensor).__name__}, not a tensor: leave it out of what is lent")
+    if tensor.layout is not torch.strided:
+        raise BadRequest(f"tensor {name} has the layout {tensor.layout}: only dense tensors can be lent")
+    if tensor.ndim > limits.MAX_RANK:
+        raise BadRequest(f"tensor {name} has {tensor.ndim} dimensions: at most {limits.MAX_RANK} can be lent")
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # how tensor subclasses say that their memory is not to be had
+        address = 0
+    if tensor.numel() and not address:
+        raise BadRequest(
+            f"tensor {name} ({type(tensor).__name__} on {tensor.device}) has no memory of its own: "
+            "materialise or dequantise it first"
+        )
