@@ -87,9 +87,11 @@ class Components:
         component = self._prepared.pop(component_id, None)
         if component is None:
             raise Internal(f"component {component_id} was not prepared")
+        clock = _Clock(component.timings_ms)
         older = self._live.pop(component_id, None)
         self._live[component_id] = component
         self._plug(component)
+        clock.mark("plug")
         if older is not None:
             self._let_go(older)
         return component
@@ -233,8 +235,8 @@ class Components:
 class _Clock:
     """Milliseconds by phase; each mark ends the phase that the last one began."""
 
-    def __init__(self) -> None:
-        self.marks_ms: dict[str, float] = {}
+    def __init__(self, marks_ms: dict[str, float] | None = None) -> None:
+        self.marks_ms: dict[str, float] = {} if marks_ms is None else marks_ms
         self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
