@@ -48,6 +48,8 @@ FIXED: Final[Mapping[str, str]] = {
     # Process groups meet on loopback: no listener on another interface.
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    # NVLink multicast belongs to the whole machine, and virtual machines often refuse it; nothing here gains by it.
+    "NCCL_NVLS_ENABLE": "0",
     # Lent memory cannot be opened under cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
     "PYTORCH_ALLOC_CONF": "backend:native",
