@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xditd.ipc.errors import ForeignGpu, Internal
+from xditd.ipc.errors import ForeignGpu, Internal, StaleSource
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CudaIpcBlock, FileBlock
 from xditd.ipc.transports.cuda_ipc import CudaMapping
@@ -64,6 +64,11 @@ class OpenBlocks:
         found = self._open.get(key)
         if found is None:
             found = self._map(key, block, exporter)
+        elif found.bytes.numel() != block.size_bytes:  # tensors were checked against the size in the description
+            raise StaleSource(
+                f"{_name(block, exporter)}: {found.bytes.numel()} bytes are mapped, but {block.size_bytes} were lent; "
+                "lend it again"
+            )
         try:
             check_fingerprint(found.bytes, block.fingerprint, _name(block, exporter))
         except BaseException as error:
