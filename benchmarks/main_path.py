@@ -62,6 +62,8 @@ class Run:
         self.size = flux_weights.SMALL if given.small else flux_weights.FULL
         self.report: dict[str, Any] = {"machine": describe_machine(), "rivals": {}, "groups": []}
         self.inputs = self._write_inputs()
+        self._latents: dict[str, Path] = {}
+        self._own_bytes = 0
 
     def _write_inputs(self) -> dict[str, torch.Tensor]:
         from safetensors.torch import save_file
@@ -90,8 +92,8 @@ class Run:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         found["step_ms"] = statistics.median(found["seconds"]) * 1e3 / self.steps
-        found["latents"] = str(latents)
         self.report["rivals"][f"{name}{ranks}"] = found
+        self._latents[f"{name}{ranks}"] = latents
 
     def group(self, workers: int) -> None:
         """Start a daemon with this many workers and walk the main path with it."""
@@ -163,7 +165,7 @@ class Run:
             "parity": {
                 name: self._parity(latents, name)
                 for name in ("diffusers1", f"xfuser{workers}")
-                if name in self.report["rivals"]
+                if name in self._latents
             },
             "denoise_ms": self._denoise(client, loan),
         }
@@ -203,13 +205,13 @@ class Run:
     def _parity(self, latents: torch.Tensor, rival: str) -> float:
         from safetensors.torch import load_file
 
-        expected = load_file(self.report["rivals"][rival]["latents"])["latents"]
+        expected = load_file(self._latents[rival])["latents"]
         return float((latents.float() - expected).norm() / expected.norm())
 
     def _extra_memory(self) -> dict[str, float]:
         """GiB on the GPUs by process; the client's share without its own weights."""
         by_process = gpu_memory_by_process()
-        mine = by_process.pop(os.getpid(), 0) - getattr(self, "_own_bytes", 0)
+        mine = by_process.pop(os.getpid(), 0) - self._own_bytes
         return {"workers_gib": sum(by_process.values()) / GIB, "client_beyond_weights_gib": mine / GIB}
 
 
