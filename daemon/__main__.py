@@ -12,6 +12,7 @@ from xditd.daemon.configuration import Configuration, build_configuration
 from xditd.daemon.dispatch import Dispatcher
 from xditd.daemon.leader import adopt_orphans
 from xditd.daemon.logbook import Logbook, configure_logging
+from xditd.daemon.open_files import raise_limit
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
 from xditd.daemon.signals import StopSignals
@@ -47,6 +48,7 @@ def serve(configuration: Configuration, logbook: Logbook) -> None:
     """Hold the runtime folder and serve from it."""
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
+        raise_limit()
         service = Service(configuration, folder, worker_environment(os.environ), logbook)
         Dispatcher(service)
         StopSignals(service)

@@ -17,8 +17,9 @@ BATCH: Final = 256
 """Messages read from one socket before the others get their turn."""
 
 _SEND_LIMIT: Final = 256
-_RECEIVE_LIMIT: Final = 128
-"""Messages that ZeroMQ keeps for one peer, on top of what the kernel's socket buffers hold."""
+_RECEIVE_LIMIT: Final = 32
+"""Messages that ZeroMQ keeps for one peer, on top of what the kernel's socket buffers hold. Incoming ones may have
+:data:`xditd.ipc.limits.MAX_MESSAGE_BYTES` each, so there are fewer of them."""
 
 # Plain numbers: combining zmq's enumerations costs several microseconds a message.
 _NOBLOCK: Final = int(zmq.NOBLOCK)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-MAX_MESSAGE_BYTES: Final = 8 * 2**20
-"""One message on any socket. A manifest of 1,200 tensors takes about 0.1 MiB."""
+MAX_MESSAGE_BYTES: Final = 4 * 2**20
+"""One message on any socket. A manifest of 1,200 tensors takes 0.1 MiB, one of :data:`MAX_TENSORS` 2 MiB."""
+
+MAX_MAPS: Final = 32_768
+MAX_ARRAYS: Final = 65_536
+"""Maps and arrays in one message, at any depth: three arrays for a tensor, two maps for a block, and room."""
 
 MAX_TENSORS: Final = 16_384
 """Tensors in one manifest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -172,6 +173,26 @@ def test_headers_that_promise_millions_of_items_allocate_nothing() -> None:
         refused(kind + ten_million)
         refused(kind + b"\xff" * 4)
         refused(kind + ten_million + b"\xc0" * (limits.MAX_MESSAGE_BYTES - 5))
+
+
+@pytest.mark.parametrize(
+    ("item", "limit", "named"),
+    [
+        (b"\x80", limits.MAX_MAPS, "maps"),
+        (b"\x81\xa1k\xc0", limits.MAX_MAPS, "maps"),
+        (b"\x90", limits.MAX_ARRAYS, "arrays"),
+    ],
+)
+def test_many_small_containers_are_refused_before_they_fill_the_memory(item: bytes, limit: int, named: str) -> None:
+    """One byte on the wire, seventy in memory: a full message of them took 0.6 GiB and seconds."""
+    row = b"\xdc\x40\x00" + item * 0x4000
+    rows = limits.MAX_MESSAGE_BYTES // len(row) - 1
+    tracemalloc.start()
+    try:
+        assert f"more than {limit} {named}" in refused(b"\xdc" + rows.to_bytes(2, "big") + row * rows)
+        assert tracemalloc.get_traced_memory()[1] < 3 * limits.MAX_MESSAGE_BYTES + 2**24  # the message itself, mostly
+    finally:
+        tracemalloc.stop()
 
 
 def test_extension_types_are_refused() -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -176,7 +176,15 @@ class RawClient:
 class DaemonProcess:
     """``python -m xditd.daemon`` with fake workers."""
 
-    def __init__(self, folder: Path, *, settings: dict[str, Any], worker_flags: list[str], flags: list[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: dict[str, Any],
+        worker_flags: list[str],
+        flags: list[str],
+        before: Sequence[str] = (),
+    ) -> None:
         self.runtime = RuntimeDir(folder / "run")
         command = [sys.executable, str(FAKE_WORKERS), *worker_flags]
         table = {"command": command, **settings}
@@ -187,7 +195,7 @@ class DaemonProcess:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "xditd.daemon", "--config", str(folder / "xditd.toml")),
+                    *(*before, sys.executable, "-m", "xditd.daemon", "--config", str(folder / "xditd.toml")),
                     *("--runtime-dir", str(self.runtime.path), *flags),
                 ],
                 stdout=log,
@@ -246,8 +254,12 @@ def start_daemon(folder: Path) -> Iterator[StartDaemon]:
     """Start daemons in one folder; all have ended, in order, after the test."""
     started: list[DaemonProcess] = []
 
-    def start(*flags: str, worker_flags: list[str] | None = None, **settings: Any) -> DaemonProcess:
-        daemon = DaemonProcess(folder, settings=settings, worker_flags=worker_flags or [], flags=list(flags))
+    def start(
+        *flags: str, worker_flags: list[str] | None = None, before: Sequence[str] = (), **settings: Any
+    ) -> DaemonProcess:
+        daemon = DaemonProcess(
+            folder, settings=settings, worker_flags=worker_flags or [], flags=list(flags), before=before
+        )
         started.append(daemon)
         return daemon
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from xditd.ipc.codec import encode
@@ -108,3 +109,17 @@ def test_client_that_stops_reading_is_dropped_and_holds_nobody(client: Any, shar
     assert client.status().clients == before
     assert "does not read its replies" in shared_daemon.log
     assert len(os.listdir(f"/proc/{shared_daemon.process.pid}/fd")) < 200
+
+
+def test_a_thousand_connections_do_not_use_up_the_descriptors(start_daemon: Any) -> None:
+    """libzmq ends its process when it finds none for a new connection; the usual soft limit is 1,024."""
+    daemon = start_daemon(before=["prlimit", "--nofile=64:4096", "--"])
+    client = daemon.ready_client()
+    strangers = []
+    for _ in range(1000):
+        strangers.append(socket.socket(socket.AF_UNIX))
+        strangers[-1].connect(str(daemon.runtime.client_socket))
+    assert client.status().clients == 1
+    for stranger in strangers:
+        stranger.close()
+    client.status()
