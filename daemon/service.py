@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from xditd.daemon.configuration import Configuration
@@ -51,6 +52,8 @@ class Service:
         self.loop = Loop()
         self.started_s = time.monotonic()
         self.is_stopping = False
+        self.snapshot: msgspec.Raw | None = None
+        """The state in the form in which it is sent, until anything may have changed."""
         self._is_shutting_down = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._worker_router = Router(self._context, folder.runtime.worker_socket)
