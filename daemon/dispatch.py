@@ -68,6 +68,7 @@ class Dispatcher:
             peer = check_uid(envelope.peer, self._own_uid)
             if envelope.payload is None:
                 raise BadMessage("a message has exactly one frame; use a DEALER socket")
+            self._service.quotas.check_message(len(envelope.payload))
             request: Request = request_decoder.decode(envelope.payload)
             request_id = request.request_id
             reply = self._handle(envelope, peer, request)

@@ -18,6 +18,7 @@ from xditd.daemon.loans import Loans
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Loop
 from xditd.daemon.peers import Peer
+from xditd.daemon.quotas import Quotas
 from xditd.daemon.routers import Router
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.sequence import Errand, ErrandRunner
@@ -48,6 +49,7 @@ class Service:
         self, configuration: Configuration, folder: RuntimeFolder, environment: Mapping[str, str], logbook: Logbook
     ) -> None:
         self.configuration = configuration
+        self.quotas = Quotas.of(configuration)
         self.logbook = logbook
         self.loop = Loop()
         self.started_s = time.monotonic()
@@ -66,7 +68,7 @@ class Service:
         self.desk = Desk(
             self.loop,
             self.front,
-            JobQueue(configuration.queue_limit),
+            JobQueue(configuration.queue_limit, configuration.client_queue_limit),
             interrupt=self.supervisor.cancel_run,
             why_waiting=self._why_waiting,
         )
@@ -118,7 +120,7 @@ class Service:
             raise DaemonStopping("the daemon is shutting down; send the request to the next one")
         if self.supervisor.state is GroupState.GIVEN_UP:
             raise WorkersUnavailable(f"{self.supervisor.detail}; cure the cause, then restart the daemon")
-        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.waiting
+        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.is_anybody_waiting
         self.desk.submit(job, will_wait=not is_next)
 
     def stop(self, why: str) -> None:
