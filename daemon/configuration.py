@@ -38,6 +38,8 @@ class Configuration:
     attention_backend: str = "auto"
     start_deadline_s: float = 120.0
     hang_deadline_s: float = 300.0
+    step_deadline_s: float = 10.0
+    lend_deadline_s: float = 60.0
     max_restarts: int = 5
     worker_command: tuple[str, ...] = DEFAULT_WORKER_COMMAND
     """How the group's leader is started, its own flags apart. In the file only (``[workers] command``)."""
