@@ -4,12 +4,15 @@
     python benchmarks/control_plane.py --json
 
 Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
-compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients.
+compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients, in turns: a few clients
+that always have several requests under way, and a hundred that wait for each answer. Memory is what the daemon holds
+after many jobs on a worker group that does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -30,14 +33,20 @@ from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
-from xditd.ipc.replies import Status, Welcome
-from xditd.ipc.requests import GetStatus, Hello
+from xditd.ipc.replies import Denoised, Queued, Status, StepDone, Welcome
+from xditd.ipc.requests import Denoise, GetStatus, Hello, Lend
+from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 
 BAR_HELLO_S = 0.3
 BAR_IMPORT_S = 0.15
 BAR_RATIO = 0.5
-WINDOW = 4
-"""Requests that one client has under way."""
+BAR_P99_MS = 5.0
+BAR_MEMORY_BYTES = 60e6
+FEW, FEW_WINDOW = 16, 4
+MANY, MANY_WINDOW = 100, 1
+"""Clients, and the requests that each of them has under way."""
+
+FAKE_WORKERS = Path(__file__).resolve().parent.parent / "tests" / "integration" / "fake_workers.py"
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
 """In place of the worker group where it is not what is measured: it would take the cores from what is."""
@@ -70,7 +79,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=7, help="daemon starts and imports to take the median of")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to load each server")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of echo and status to take the medians of")
+    parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is looked at")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     compiled_code()
@@ -82,20 +92,19 @@ def main() -> int:
         "import_client_s": spread(import_s),
         "import_client_loads_torch": has_torch,
     }
-    with echo_server() as address:
-        figures["echo"] = load(address, encode(GetStatus(request_id="1")), options.clients, options.seconds, None)
-    with daemon(IDLE_WORKER) as (runtime, _):
-        address = endpoint(runtime.client_socket)
-        figures["status"] = load(
-            address, encode(GetStatus(request_id="1")), options.clients, options.seconds, encode(hello())
-        )
-    figures["status_to_echo"] = figures["status"]["per_s"] / figures["echo"]["per_s"]
+    for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW)):
+        figures[name] = compare(clients, window, options.seconds, options.rounds)
+    figures["memory_bytes"] = measure_memory(options.jobs)
+    figures["jobs"] = options.jobs
     shutil.rmtree(os.environ["PYTHONPYCACHEPREFIX"])
     print(json.dumps(figures, indent=2) if options.json else table(figures))
     is_met = (
         figures["hello_real_group_s"]["median"] <= BAR_HELLO_S
         and figures["import_client_s"]["median"] <= BAR_IMPORT_S
         and not has_torch
+        and all(figures[name]["ratio"] >= BAR_RATIO for name in ("few", "many"))
+        and figures["many"]["status"]["p99_ms"] <= BAR_P99_MS
+        and figures["memory_bytes"] <= BAR_MEMORY_BYTES
     )
     return 0 if is_met else 1
 
@@ -107,8 +116,8 @@ def hello() -> Request:
 
 
 @contextmanager
-def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float]]:
-    """Run a daemon in a folder of its own; yields the folder and the time of its exec."""
+def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float, int]]:
+    """Run a daemon in a folder of its own; yields the folder, the time of its exec, and its pid."""
     folder = Path(tempfile.mkdtemp(prefix="xditd-"))
     config = folder / "xditd.toml"
     config.write_text(f"[workers]\ncommand = {json.dumps(worker_command)}\n" if worker_command else "")
@@ -118,7 +127,7 @@ def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float
     began_s = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
     try:
-        yield runtime, began_s
+        yield runtime, began_s, process.pid
     finally:
         process.terminate()
         process.wait(20)
@@ -126,12 +135,13 @@ def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float
 
 
 @contextmanager
-def echo_server() -> Iterator[str]:
+def echo_server() -> Iterator[tuple[str, int]]:
+    """Run the echo; yields its address and its pid."""
     folder = tempfile.mkdtemp(prefix="xditd-")
     address = f"ipc://{folder}/echo.sock"
     process = subprocess.Popen([sys.executable, "-c", ECHO, address])
     try:
-        yield address
+        yield address, process.pid
     finally:
         process.kill()
         process.wait()
@@ -144,7 +154,7 @@ def measure_hello(worker_command: list[str] | None) -> float:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.RECONNECT_IVL, 1)  # else ZeroMQ looks for the socket only every 100 ms
     socket.setsockopt(zmq.LINGER, 0)
-    with daemon(worker_command) as (runtime, began_s):
+    with daemon(worker_command) as (runtime, began_s, _):
         socket.connect(endpoint(runtime.client_socket))
         socket.send(encode(hello()))
         if not socket.poll(20_000) or not isinstance(reply_decoder.decode(socket.recv()), Welcome):
@@ -164,7 +174,34 @@ def measure_import(times: int) -> tuple[list[float], bool]:
     return [float(took) for took, _ in answers], any(has_torch == "True" for _, has_torch in answers)
 
 
-def load(address: str, payload: bytes, clients: int, seconds: float, greeting: bytes | None) -> dict[str, float]:
+def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Load the echo and the daemon in turns; other work on the machine then meets both."""
+    request = encode(GetStatus(request_id="1"))
+    echoes, statuses = [], []
+    for _ in range(rounds):
+        with echo_server() as (address, pid):
+            echoes.append(load(address, pid, request, clients, window, seconds, None))
+        with daemon(IDLE_WORKER) as (runtime, _, pid):
+            address = endpoint(runtime.client_socket)
+            statuses.append(load(address, pid, request, clients, window, seconds, encode(hello())))
+    ratios = [status["per_s"] / echo["per_s"] for echo, status in zip(echoes, statuses, strict=True)]
+    return {
+        "clients": clients,
+        "window": window,
+        "echo": medians(echoes),
+        "status": medians(statuses),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def load(
+    address: str, pid: int, payload: bytes, clients: int, window: int, seconds: float, greeting: bytes | None
+) -> dict[str, float]:
     """Keep ``clients`` sockets busy, each with a window of requests, and count what comes back."""
     context = zmq.Context()
     sockets = []
@@ -177,7 +214,9 @@ def load(address: str, payload: bytes, clients: int, seconds: float, greeting: b
         if greeting is not None:
             socket.send(greeting)
             socket.recv()
-    latencies_ms = exchange(sockets, payload, seconds, check_status if greeting is not None else None)
+    used_s = cpu_s(pid)
+    latencies_ms = exchange(sockets, payload, window, seconds, check_status if greeting is not None else None)
+    used_s = cpu_s(pid) - used_s
     for socket in sockets:
         socket.close()
     context.term()
@@ -186,18 +225,29 @@ def load(address: str, payload: bytes, clients: int, seconds: float, greeting: b
         "per_s": len(ordered) / seconds,
         "median_ms": statistics.median(ordered),
         "p99_ms": ordered[int(len(ordered) * 0.99)],
+        "server_cpu_us": used_s / len(ordered) * 1e6,
     }
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds that a process has computed, all its threads together (proc(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def exchange(
-    sockets: list[zmq.Socket[bytes]], payload: bytes, seconds: float, check: Callable[[bytes], None] | None
+    sockets: list[zmq.Socket[bytes]],
+    payload: bytes,
+    window: int,
+    seconds: float,
+    check: Callable[[bytes], None] | None,
 ) -> list[float]:
     poller = zmq.Poller()
     sent: dict[zmq.Socket[bytes], list[float]] = {}
     for socket in sockets:
         poller.register(socket, zmq.POLLIN)
         sent[socket] = []
-        for _ in range(WINDOW):
+        for _ in range(window):
             socket.send(payload)
             sent[socket].append(time.perf_counter())
     latencies_ms: list[float] = []
@@ -211,6 +261,56 @@ def exchange(
             socket.send(payload)
             sent[socket].append(time.perf_counter())
     return latencies_ms
+
+
+def measure_memory(jobs: int) -> float:
+    """Bytes that the daemon holds (VmRSS) after ``jobs`` jobs of one client on a worker group that does nothing."""
+    descriptor = os.memfd_create("benchmark")
+    os.truncate(descriptor, 4096)
+    block = HostShmBlock(
+        fd=descriptor,
+        inode=os.fstat(descriptor).st_ino,
+        size_bytes=4096,
+        fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
+    )
+    spec = TensorSpec("weight", "float32", (4, 4), 0, 0)
+    manifest = Manifest(
+        kind=ComponentKind.TRANSFORMER, label="benchmark", blocks=(block,), tensors=(spec,), generation=0
+    )
+    io = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, 1)
+    socket.setsockopt(zmq.LINGER, 0)
+
+    def ask(request: Request) -> Any:
+        socket.send(encode(request))
+        while isinstance(reply := reply_decoder.decode(socket.recv()), (Queued, StepDone)):
+            pass
+        return reply
+
+    with daemon([sys.executable, str(FAKE_WORKERS), "--step-s", "0"]) as (runtime, _, pid):
+        socket.connect(endpoint(runtime.client_socket))
+        ask(hello())
+        lent = ask(Lend(request_id="2", manifest=manifest))
+        for number in range(jobs):
+            job = Denoise(
+                request_id=f"job-{number}",
+                transformer_id=lent.component_id,
+                io=block,
+                latents=io,
+                timestep=(0.5,),
+                prompt_embeds=io,
+                pooled_prompt_embeds=io,
+                out=io,
+            )
+            if not isinstance(ask(job), Denoised):
+                raise SystemExit("a job of the benchmark failed")
+        found = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
+    socket.close()
+    context.term()
+    os.close(descriptor)
+    return float(found[0]) * 1024
 
 
 def check_status(answer: bytes) -> None:
@@ -233,12 +333,19 @@ def table(figures: dict[str, Any]) -> str:
         found = figures[key]
         rows.append((name, f"{found['median']:.3f} s", f"{found['min']:.3f} - {found['max']:.3f} s", f"{bar:.2f} s"))
     rows.append(("torch loaded by that import", "yes" if figures["import_client_loads_torch"] else "no", "", "no"))
-    for key, name in (("echo", "bare pyzmq ROUTER echo"), ("status", "xditd status")):
+    for key in ("few", "many"):
         found = figures[key]
-        latency = f"p50 {found['median_ms']:.2f}, p99 {found['p99_ms']:.2f} ms"
-        rows.append((name, f"{found['per_s']:.0f} /s", latency, ""))
-    rows.append(("status / echo", f"{figures['status_to_echo']:.2f}x", "", f"{BAR_RATIO}x"))
-    lines = [f"{name:<40} {value:>12}  {more:<28} {bar:>7}".rstrip() for name, value, more, bar in rows]
+        rows.append((f"{found['clients']} clients, {found['window']} under way each", "", "", ""))
+        for server, name in (("echo", "  bare pyzmq ROUTER echo"), ("status", "  xditd status")):
+            one = found[server]
+            latency = f"p50 {one['median_ms']:.2f}, p99 {one['p99_ms']:.2f} ms, {one['server_cpu_us']:.0f} us CPU"
+            bar = f"{BAR_P99_MS:.0f} ms" if (key, server) == ("many", "status") else ""
+            rows.append((name, f"{one['per_s']:.0f} /s", latency, bar))
+        least, most = min(found["ratios"]), max(found["ratios"])
+        rows.append(("  status / echo", f"{found['ratio']:.2f}x", f"{least:.2f} - {most:.2f}x", f"{BAR_RATIO}x"))
+    memory, bar = f"{figures['memory_bytes'] / 1e6:.1f} MB", f"{BAR_MEMORY_BYTES / 1e6:.0f} MB"
+    rows.append((f"daemon's memory after {figures['jobs']} jobs", memory, "", bar))
+    lines = [f"{name:<40} {value:>12}  {more:<38} {bar:>7}".rstrip() for name, value, more, bar in rows]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return "\n".join([f"{machine['cpu']}, Python {machine['python']}", versions, "", *lines])
 

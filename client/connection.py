@@ -22,9 +22,9 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.errors import (
     BadMessage,
-    BadRequest,
     DaemonUnreachable,
     DeadlineExceeded,
+    LimitExceeded,
     Unsupported,
     XditdError,
 )
@@ -177,10 +177,12 @@ class Connection:
         self._made_by_pid = os.getpid()
         self._prefix = os.urandom(6).hex()
         self._numbers = itertools.count(1)
+        self._max_message_bytes = limits.MAX_MESSAGE_BYTES
         self._io = _IoThread(find_daemon(runtime))
         self._finalizer = weakref.finalize(self, self._io.close)
         try:
             self.welcome = self._greet(client_name, hello_deadline_s)
+            self._max_message_bytes = min(self._max_message_bytes, self.welcome.max_message_bytes)
         except BaseException:
             self.close()
             raise
@@ -211,16 +213,17 @@ class Connection:
         """Send a request and return the mailbox for its answers, without waiting.
 
         Raises:
-            BadRequest: the encoded request is larger than any daemon reads.
+            LimitExceeded: the encoded request is larger than the daemon reads.
             DaemonUnreachable: the daemon has exited.
             Unsupported: this is a fork of the process that made the connection.
         """
         self._refuse_fork()
         payload = encode(request)
-        if len(payload) > limits.MAX_MESSAGE_BYTES:
-            # ZeroMQ would drop it without a word.
-            raise BadRequest(
-                f"request {type(request).__name__}: {len(payload)} bytes, at most {limits.MAX_MESSAGE_BYTES} are read"
+        if len(payload) > self._max_message_bytes:
+            # The daemon would not read so far as to learn whom to answer, and ZeroMQ might drop it without a word.
+            raise LimitExceeded(
+                f"request {type(request).__name__}: {len(payload)} bytes, at most {self._max_message_bytes} are read; "
+                "lend a component in fewer, larger blocks, or have the operator raise message_bytes"
             )
         mailbox = Mailbox(request.request_id, purpose or f"request {type(request).__name__}")
         self._io.post(mailbox, payload)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from xditd.daemon.settings import SETTINGS, Setting
+from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest
 
@@ -24,7 +25,12 @@ class Configuration:
     """What the daemon is told. ``workers`` is "auto" or a count; ``ulysses`` 0 means: over all workers."""
 
     runtime: RuntimeDir
-    queue_limit: int = 64
+    queue_limit: int = 512
+    client_queue_limit: int = 64
+    client_loan_limit: int = 64
+    client_lent_bytes: int = 2**40
+    client_io_bytes: int = 16 * 2**30
+    message_bytes: int = limits.MAX_MESSAGE_BYTES
     log_level: str = "info"
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
@@ -32,6 +38,8 @@ class Configuration:
     attention_backend: str = "auto"
     start_deadline_s: float = 120.0
     hang_deadline_s: float = 300.0
+    step_deadline_s: float = 10.0
+    lend_deadline_s: float = 60.0
     max_restarts: int = 5
     worker_command: tuple[str, ...] = DEFAULT_WORKER_COMMAND
     """How the group's leader is started, its own flags apart. In the file only (``[workers] command``)."""

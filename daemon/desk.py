@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -21,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 ANNOUNCE_EVERY_S: Final = 5.0
 """How often waiting clients hear where they are, so that silence means something."""
+
+ANNOUNCE_PAUSE_S: Final = 0.1
+"""From one announcement to the next. Without it a thousand short jobs a second would tell each of the many that wait a
+thousand times, and one that reads slowly would be taken for one that does not read."""
 
 
 class Desk:
@@ -44,6 +50,7 @@ class Desk:
         self._interrupt = interrupt
         self._why_waiting = why_waiting
         self._announce_timer: Timer | None = None
+        self._announced_s = -math.inf
 
     def submit(self, job: Job, *, will_wait: bool) -> None:
         """Let a job wait for its turn; its client hears so unless the turn is now.
@@ -54,16 +61,15 @@ class Desk:
         """
         self.queue.add(job)
         if will_wait:
-            self._tell_position(job, len(list(self.queue)) - 1)
-        if self._announce_timer is None:
-            self._announce_timer = self._loop.call_later(ANNOUNCE_EVERY_S, self._announce_again)
+            self._tell_position(job, next(place for place, each in enumerate(self.queue) if each is job))
+        self._announce_later(ANNOUNCE_EVERY_S)
 
     def next_errand(self) -> Errand[Reply] | None:
         """Begin the next job."""
         job = self.queue.take()
         if job is None:
             return None
-        self._announce()
+        self._announce_move()
         return Errand(
             job.write_script(job),
             on_done=lambda reply: self._end(job, reply, None),
@@ -135,15 +141,36 @@ class Desk:
             ran_ms,
         )
 
+    def _announce_move(self) -> None:
+        """Those who wait have moved up: tell them, but not too often."""
+        if not self.queue.is_anybody_waiting:
+            return
+        pause_s = self._announced_s + ANNOUNCE_PAUSE_S - time.monotonic()
+        if pause_s <= 0:
+            self._announce()
+        else:
+            self._announce_later(pause_s)
+
     def _announce(self) -> None:
+        self._announced_s = time.monotonic()
         ahead = 1 if self.queue.running else 0
         for position, job in enumerate(self.queue.waiting):
             self._tell_position(job, position + ahead)
+        self._announce_later(ANNOUNCE_EVERY_S)
 
-    def _announce_again(self) -> None:
-        self._announce()
-        is_needed = bool(self.queue.waiting)
-        self._announce_timer = self._loop.call_later(ANNOUNCE_EVERY_S, self._announce_again) if is_needed else None
+    def _announce_later(self, delay_s: float) -> None:
+        """Announce in ``delay_s`` at the latest."""
+        timer = self._announce_timer
+        if timer is not None and timer.callback is not None:
+            if timer.due_s <= time.monotonic() + delay_s:
+                return
+            timer.cancel()
+        self._announce_timer = self._loop.call_later(delay_s, self._announce_due)
+
+    def _announce_due(self) -> None:
+        self._announce_timer = None
+        if self.queue.is_anybody_waiting:
+            self._announce()
 
     def _tell_position(self, job: Job, ahead: int) -> None:
         event = Queued(request_id=job.request.request_id, ahead=ahead, reason=self._why_waiting())

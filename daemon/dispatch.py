@@ -56,6 +56,8 @@ class Dispatcher:
         service.loop.watch_socket(service.client_router.socket, self._read)
 
     def _read(self) -> None:
+        # Nothing but requests happens until this returns, so clients that only look may share what one of them saw.
+        self._service.snapshot = None
         for envelope in self._service.client_router.receive():
             self._serve(envelope)
 
@@ -66,6 +68,7 @@ class Dispatcher:
             peer = check_uid(envelope.peer, self._own_uid)
             if envelope.payload is None:
                 raise BadMessage("a message has exactly one frame; use a DEALER socket")
+            self._service.quotas.check_message(len(envelope.payload))
             request: Request = request_decoder.decode(envelope.payload)
             request_id = request.request_id
             reply = self._handle(envelope, peer, request)
@@ -74,10 +77,15 @@ class Dispatcher:
                 request_id = error.request_id or request_id
             self._refuse(envelope, request_id, error)
             return
-        if reply is not None:
-            self._service.front.answer(envelope.routing_id, reply)
+        level = logging.DEBUG
+        if not isinstance(request, _POLLED):
+            level, self._service.snapshot = logging.INFO, None
+        if reply is None:
+            return
+        self._service.front.answer(envelope.routing_id, reply)
+        if logger.isEnabledFor(level):
             logger.log(
-                logging.DEBUG if isinstance(request, _POLLED) else logging.INFO,
+                level,
                 "request done op=%s request_id=%s client_pid=%d took_ms=%.2f",
                 op_of(request),
                 request_id,

@@ -55,4 +55,9 @@ class Front:
 
 def failed(request_id: str, error: XditdError) -> Failed:
     """Say an error in a message."""
-    return Failed(request_id=request_id, code=error.code, detail=error.detail[: limits.MAX_TEXT_CHARS])
+    return Failed(
+        request_id=request_id,
+        code=error.code,
+        detail=error.detail[: limits.MAX_TEXT_CHARS],
+        retry_after_s=error.retry_after_s,
+    )

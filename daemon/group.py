@@ -48,6 +48,11 @@ class Group:
         return next((ready.world_size for ready in self.ranks.values()), 0)
 
     @property
+    def outside_connections(self) -> int:
+        """Connections to other hosts that its ranks have attempted."""
+        return sum(tally.outside_connections for tally in self.tallies.values())
+
+    @property
     def is_complete(self) -> bool:
         return bool(self.ranks) and len(self.ranks) == self.world_size
 
@@ -78,12 +83,12 @@ class Group:
     def has_route(self, routing_id: bytes) -> bool:
         return routing_id in self._routes.values()
 
-    def tell(self, make: CommandMaker) -> bool:
-        """Send the next command to every rank; false when one of them cannot be reached."""
+    def tell(self, make: CommandMaker) -> tuple[AnyCommand, bool]:
+        """Send the next command to every rank. Returns it, and whether all of them can be reached."""
         command = make(self._next_op_number)
         self._next_op_number += 1
         self.in_flight = InFlight(command)
-        return self._send_all(command)
+        return command, self._send_all(command)
 
     def interject(self, make: CommandMaker) -> bool:
         """Send a command that nobody answers, also while another one is in flight."""
@@ -91,22 +96,31 @@ class Group:
         self._next_op_number += 1
         return self._send_all(command)
 
+    def check_in_flight(self, answer: Answer) -> InFlight:
+        """Find the command that an answer belongs to.
+
+        Raises:
+            BadMessage: it is not, or no longer, in flight.
+        """
+        if self.in_flight is None or answer.op_number != self.in_flight.command.op_number:
+            raise BadMessage(f"rank {answer.rank} answered command {answer.op_number}, which is not in flight")
+        return self.in_flight
+
     def take(self, answer: Answer) -> Sequence[Answer] | None:
         """Note an answer. Returns all of them, in rank order, once every rank has answered.
 
         Raises:
             BadMessage: the rank answers something else than what is in flight, or answers twice.
         """
-        if self.in_flight is None or answer.op_number != self.in_flight.command.op_number:
-            raise BadMessage(f"rank {answer.rank} answered command {answer.op_number}, which is not in flight")
-        if answer.rank in self.in_flight.answers:
+        in_flight = self.check_in_flight(answer)
+        if answer.rank in in_flight.answers:
             raise BadMessage(f"rank {answer.rank} answered command {answer.op_number} twice")
-        self.in_flight.answers[answer.rank] = answer
+        in_flight.answers[answer.rank] = answer
         if isinstance(answer, (Done, Plugged)):
             self.tallies[answer.rank] = answer.tally
-        if len(self.in_flight.answers) < self.world_size:
+        if len(in_flight.answers) < self.world_size:
             return None
-        answers = [self.in_flight.answers[rank] for rank in sorted(self.in_flight.answers)]
+        answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]
         self.in_flight = None
         return answers
 

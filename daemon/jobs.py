@@ -1,19 +1,30 @@
-"""Requests that wait for the workers, or run on them: one bounded queue, first come, first served."""
+"""Requests that wait for the workers, or run on them: one bounded queue, in which clients take turns."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from xditd.daemon.sequence import Script
 from xditd.daemon.sessions import Session
 from xditd.daemon.states import JOB_NEXT, move
+from xditd.daemon.turns import Turns
 from xditd.ipc.errors import BadRequest, Busy, XditdError
+from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Reply, Request
 from xditd.ipc.requests import Decode, Denoise, Encode, Generate
 from xditd.ipc.status import JobState, JobStatus
+
+FIRST_GUESS_S: Final = 1.0
+"""How long a request is taken to keep the workers before any has been seen."""
+
+LEARNING: Final = 0.2
+"""Weight of the latest request in what is held to be typical."""
+
+MIN_RETRY_S: Final = 0.05
+MAX_RETRY_S: Final = 60.0
 
 
 @dataclass(eq=False)
@@ -66,55 +77,88 @@ class Job:
 
 
 class JobQueue:
-    """At most ``limit`` waiting jobs, and the one that runs."""
+    """The job that runs, and those that wait: at most ``limit`` in all and ``client_limit`` of one process."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, client_limit: int) -> None:
         self.limit = limit
+        self.client_limit = client_limit
         self.running: Job | None = None
-        self._waiting: deque[Job] = deque()
+        self.typical_s = FIRST_GUESS_S
+        """How long a request keeps the workers, by the latest ones."""
+        self._turns: Turns[Job] = Turns()
 
     def __iter__(self) -> Iterator[Job]:
-        """The running job, then the waiting ones in order."""
-        return iter([*([self.running] if self.running else []), *self._waiting])
+        """The running job, then the waiting ones in the order of their turns."""
+        return iter([*([self.running] if self.running else []), *self._turns])
+
+    def __len__(self) -> int:
+        return len(self._turns) + (self.running is not None)
 
     @property
     def waiting(self) -> tuple[Job, ...]:
-        return tuple(self._waiting)
+        return tuple(self._turns)
+
+    @property
+    def is_anybody_waiting(self) -> bool:
+        return len(self._turns) > 0
+
+    def of_process(self, process: ProcessIdentity) -> list[Job]:
+        """One client's jobs, over all its connections."""
+        found = list(self._turns.of_process(process))
+        if self.running is not None and self.running.session.process == process:
+            found.append(self.running)
+        return found
 
     def add(self, job: Job) -> None:
         """Let a job wait for its turn.
 
         Raises:
             BadRequest: the session has a live request of this id.
-            Busy: as many jobs as may wait do so already.
+            Busy: as many jobs as may wait do so already, of all clients or of this one. Says when to come back.
         """
         if self.find(job.session, job.request.request_id) is not None:
             raise BadRequest(f"request_id {job.request.request_id}: still in use; give every request its own")
-        if len(self._waiting) >= self.limit:
-            raise Busy(f"{len(self._waiting)} requests wait already (queue_limit {self.limit}); retry in a while")
-        self._waiting.append(job)
+        waiting = len(self._turns)
+        if waiting >= self.limit:
+            # A place is free again with the next job that ends.
+            raise self._busy(f"{waiting} requests wait already (queue_limit {self.limit})", self.typical_s)
+        own = sum(1 for _ in self._turns.of_process(job.session.process))
+        if own >= self.client_limit:
+            # With each of this client's turns, which come once in a round.
+            raise self._busy(
+                f"{own} requests of this client wait already (client_queue_limit {self.client_limit})",
+                self.typical_s * self._turns.clients,
+            )
+        self._turns.add(job)
 
     def take(self) -> Job | None:
         """Let the next job run; ``None`` when there is none."""
-        if not self._waiting:
-            return None
-        self.running = job = self._waiting.popleft()
-        job.move(JobState.RUNNING)
-        job.started_s = time.monotonic()
+        job = self._turns.take()
+        if job is not None:
+            self.running = job
+            job.move(JobState.RUNNING)
+            job.started_s = time.monotonic()
         return job
 
     def remove(self, job: Job) -> None:
         """Drop a job that has ended."""
         if self.running is job:
             self.running = None
+            self.typical_s += LEARNING * (job.ran_s - self.typical_s)
         else:
-            self._waiting.remove(job)
+            self._turns.remove(job)
 
     def find(self, session: Session, request_id: str) -> Job | None:
-        for job in self:
+        for job in self.of_process(session.process):
             if job.session is session and job.request.request_id == request_id:
                 return job
         return None
+
+    @staticmethod
+    def _busy(why: str, retry_after_s: float) -> Busy:
+        error = Busy(f"{why}; retry in {max(MIN_RETRY_S, min(MAX_RETRY_S, retry_after_s)):.2f} s")
+        error.retry_after_s = max(MIN_RETRY_S, min(MAX_RETRY_S, retry_after_s))
+        return error
 
 
 def op_of(request: Request) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from xditd.daemon.sessions import Session
 from xditd.daemon.states import LEASE_NEXT, move
 from xditd.ipc.errors import StaleSource, UnknownComponent
+from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, Manifest
@@ -33,6 +34,11 @@ class Lease:
     deaths: int = 0
     """How many groups have died while they mapped it again."""
     on_ended: list[Callable[[], None]] = field(default_factory=list)
+    lent_bytes: int = field(init=False)
+    """Of all its tensors: added up once, for there may be thousands. Another offer of the same place has the same."""
+
+    def __post_init__(self) -> None:
+        self.lent_bytes = self.manifest.tensor_bytes
 
     @property
     def is_live(self) -> bool:
@@ -49,7 +55,7 @@ class Lease:
             family=self.family,
             state=self.state,
             tiers=self.manifest.tiers,
-            lent_bytes=self.manifest.tensor_bytes,
+            lent_bytes=self.lent_bytes,
             copied=self.client_copied + self.worker_copied,
             generation=self.manifest.generation,
             owner_pid=self.session.process.pid,
@@ -86,6 +92,9 @@ class LeaseRegistry:
 
     def of_session(self, session: Session) -> list[Lease]:
         return [lease for lease in self if lease.session is session]
+
+    def of_process(self, process: ProcessIdentity) -> list[Lease]:
+        return [lease for lease in self if lease.session.process == process]
 
     def end(self, lease: Lease) -> None:
         """Drop a loan that nobody maps any more, and tell those who waited for that."""

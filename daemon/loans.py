@@ -218,7 +218,7 @@ def _lent(request: Lend, lease: Lease, *, is_reused: bool) -> Lent:
         component_id=lease.component_id,
         family=lease.family,
         tiers=lease.manifest.tiers,
-        lent_bytes=lease.manifest.tensor_bytes,
+        lent_bytes=lease.lent_bytes,
         copied=CopiedBytes() if is_reused else lease.worker_copied,
         is_reused=is_reused,
         is_skeleton_reused=is_reused or lease.is_skeleton_reused,
@@ -240,7 +240,7 @@ def _log_lent(lease: Lease, request: Lend) -> None:
         lease.component_id,
         request.request_id,
         "+".join(tier.value for tier in manifest.tiers),
-        human_bytes(manifest.tensor_bytes),
+        human_bytes(lease.lent_bytes),
         describe_copied(lease.client_copied + lease.worker_copied),
         lease.lend_ms["lend"],
     )

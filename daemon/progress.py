@@ -6,33 +6,32 @@ import time
 from collections.abc import Callable
 
 from xditd.daemon.loop import Loop, Timer
+from xditd.daemon.paces import Paces
+from xditd.ipc.worker_messages import AnyCommand, StepReached
 
 
 class ProgressWatch:
-    """Call ``on_silent(seconds)`` when ``deadline_s`` pass without a report while ``is_busy()``.
+    """Call ``on_silent(seconds)`` once a sign is overdue while ``is_busy()``.
 
     One timer follows all commands: there may be hundreds a second, and each would leave its own behind for minutes.
     """
 
-    def __init__(
-        self, loop: Loop, deadline_s: float, is_busy: Callable[[], bool], on_silent: Callable[[float], None]
-    ) -> None:
+    def __init__(self, loop: Loop, is_busy: Callable[[], bool], on_silent: Callable[[float], None]) -> None:
         self._loop = loop
-        self._deadline_s = deadline_s
         self._is_busy = is_busy
         self._on_silent = on_silent
         self._last_s = 0.0
+        self._due_s = 0.0
         self._timer: Timer | None = None
 
-    def note_report(self) -> None:
-        """A rank said something."""
+    def expect(self, deadline_s: float) -> None:
+        """Something happened; the next sign is due within ``deadline_s``."""
         self._last_s = time.monotonic()
-
-    def begin(self) -> None:
-        """A command was sent."""
-        self.note_report()
+        self._due_s = self._last_s + deadline_s
+        if self._timer is not None and self._timer.due_s > self._due_s:
+            self.stop()
         if self._timer is None:
-            self._timer = self._loop.call_later(self._deadline_s, self._check)
+            self._timer = self._loop.call_later(deadline_s, self._check)
 
     def stop(self) -> None:
         """The group has ended."""
@@ -44,8 +43,37 @@ class ProgressWatch:
         self._timer = None
         if not self._is_busy():
             return
-        silent_s = time.monotonic() - self._last_s
-        if silent_s >= self._deadline_s:
-            self._on_silent(silent_s)
+        now = time.monotonic()
+        if now >= self._due_s:
+            self._on_silent(now - self._last_s)
         else:
-            self._timer = self._loop.call_later(self._deadline_s - silent_s, self._check)
+            self._timer = self._loop.call_later(self._due_s - now, self._check)
+
+
+class CommandWatch:
+    """Watch over one command after the other: each sign of progress earns the time that the next one usually takes."""
+
+    def __init__(self, paces: Paces, watch: ProgressWatch) -> None:
+        self._paces = paces
+        self._watch = watch
+        self._is_last_chance = False
+
+    def begin(self, command: AnyCommand) -> None:
+        self._is_last_chance = False
+        self._watch.expect(self._paces.begin(command))
+
+    def step_reached(self, step: StepReached) -> None:
+        deadline_s = self._paces.step(step.step, step.total_steps)
+        if not self._is_last_chance:
+            self._watch.expect(deadline_s)
+
+    def told_to_stop(self) -> None:
+        """A job is to end: going on earns it no more time."""
+        self._is_last_chance = True
+
+    def answered(self) -> None:
+        self._paces.end()
+
+    def group_ended(self) -> None:
+        self._watch.stop()
+        self._paces.forget()

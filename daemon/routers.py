@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import zmq
 
@@ -36,8 +35,7 @@ class Delivery(Enum):
     """The peer's connection is closed."""
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(NamedTuple):
     """One message as it arrived. ``peer`` is libzmq's ``localhost:<uid>:<gid>:<pid>``, "" where it is not known."""
 
     routing_id: bytes
@@ -61,13 +59,19 @@ class Router:
 
     def receive(self) -> Iterator[Envelope]:
         """Yield what has arrived, at most :data:`BATCH` messages."""
+        receive = self.socket.recv
         for _ in range(BATCH):
             try:
-                routing_id, *frames = self.socket.recv_multipart(_NOBLOCK, copy=False)
+                routing_id = receive(_NOBLOCK)
             except zmq.Again:
                 return
-            payload = frames[0].buffer if len(frames) == 1 else None
-            yield Envelope(routing_id.bytes, _peer_of(frames[-1]) if frames else "", payload)
+            # The frame itself for the payload: it alone knows the peer. ZeroMQ hands over whole messages, so the
+            # frames that follow are there.
+            frame: zmq.Frame = receive(_NOBLOCK, copy=False)
+            payload: memoryview | None = frame.buffer
+            while frame.more:
+                frame, payload = receive(_NOBLOCK, copy=False), None
+            yield Envelope(routing_id, _peer_of(frame), payload)
 
     def send(self, routing_id: bytes, payload: bytes) -> Delivery:
         """Send without ever waiting."""

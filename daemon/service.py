@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from xditd.daemon.configuration import Configuration
@@ -17,6 +18,7 @@ from xditd.daemon.loans import Loans
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Loop
 from xditd.daemon.peers import Peer
+from xditd.daemon.quotas import Quotas
 from xditd.daemon.routers import Router
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.sequence import Errand, ErrandRunner
@@ -47,10 +49,13 @@ class Service:
         self, configuration: Configuration, folder: RuntimeFolder, environment: Mapping[str, str], logbook: Logbook
     ) -> None:
         self.configuration = configuration
+        self.quotas = Quotas.of(configuration)
         self.logbook = logbook
         self.loop = Loop()
         self.started_s = time.monotonic()
         self.is_stopping = False
+        self.snapshot: msgspec.Raw | None = None
+        """The state in the form in which it is sent, until anything may have changed."""
         self._is_shutting_down = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._worker_router = Router(self._context, folder.runtime.worker_socket)
@@ -63,7 +68,7 @@ class Service:
         self.desk = Desk(
             self.loop,
             self.front,
-            JobQueue(configuration.queue_limit),
+            JobQueue(configuration.queue_limit, configuration.client_queue_limit),
             interrupt=self.supervisor.cancel_run,
             why_waiting=self._why_waiting,
         )
@@ -115,7 +120,7 @@ class Service:
             raise DaemonStopping("the daemon is shutting down; send the request to the next one")
         if self.supervisor.state is GroupState.GIVEN_UP:
             raise WorkersUnavailable(f"{self.supervisor.detail}; cure the cause, then restart the daemon")
-        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.waiting
+        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.is_anybody_waiting
         self.desk.submit(job, will_wait=not is_next)
 
     def stop(self, why: str) -> None:

@@ -14,8 +14,9 @@ from xditd.daemon.leader import Leader, leader_command
 from xditd.daemon.listeners import GroupListener
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Callback, Loop, Timer
+from xditd.daemon.paces import Paces
 from xditd.daemon.peers import check_uid
-from xditd.daemon.progress import ProgressWatch
+from xditd.daemon.progress import CommandWatch, ProgressWatch
 from xditd.daemon.restarts import RestartBudget
 from xditd.daemon.routers import Envelope, Router
 from xditd.daemon.runtime_folder import RuntimeFolder
@@ -89,9 +90,8 @@ class Supervisor:
         self._start_timer: Timer | None = None
         self._restart_timer: Timer | None = None
         self._on_stopped: Callback | None = None
-        self._progress = ProgressWatch(
-            loop, configuration.hang_deadline_s, lambda: self.state is GroupState.BUSY, self._fell_silent
-        )
+        silence = ProgressWatch(loop, lambda: self.state is GroupState.BUSY, self._fell_silent)
+        self._progress = CommandWatch(Paces.of(configuration), silence)
         loop.watch_socket(router.socket, self._read_reports)
 
     @property
@@ -135,8 +135,9 @@ class Supervisor:
         """Send the next command to every rank; the listener gets the answers, or the end of the group."""
         group = self._live_group()
         self.state = move(GROUP_NEXT, self.state, GroupState.BUSY)
-        self._progress.begin()
-        if not group.tell(make):
+        command, is_sent = group.tell(make)
+        self._progress.begin(command)
+        if not is_sent:
             self.end(WorkersLost("a rank does not read its commands, or has closed its connection"))
 
     def cancel_run(self) -> None:
@@ -145,6 +146,7 @@ class Supervisor:
         if group is not None and group.in_flight is not None and isinstance(group.in_flight.command, Run):
             target = group.in_flight.command.op_number
             group.interject(lambda number: CancelRun(op_number=number, target_op_number=target))
+            self._progress.told_to_stop()
 
     def end(self, error: XditdError) -> None:
         """End this life because of ``error``; another one follows within the bounds."""
@@ -195,7 +197,6 @@ class Supervisor:
         if group is None or report.group_token != group.token:
             logger.debug("ignored a report of an earlier group rank=%d", report.rank)
             return
-        self._progress.note_report()
         if isinstance(report, RankReady):
             group.admit(envelope.routing_id, report)
             if group.is_complete:
@@ -204,6 +205,8 @@ class Supervisor:
         if not isinstance(report, Answer) or not group.is_from_rank(envelope.routing_id, report.rank):
             raise BadMessage(f"{type(report).__name__} of rank {report.rank} did not come from that rank")
         if isinstance(report, StepReached):
+            group.check_in_flight(report)
+            self._progress.step_reached(report)
             self.listener.step_reached(report)
         elif isinstance(report, RankFailed) and report.is_fatal:
             self.end(error_for(report.code, f"rank {report.rank}: {report.detail}"))
@@ -214,6 +217,7 @@ class Supervisor:
         in_flight = group.in_flight
         answers = group.take(answer)
         if answers is not None and in_flight is not None:
+            self._progress.answered()
             self.state = move(GROUP_NEXT, self.state, GroupState.READY)
             self.listener.answered(in_flight.command, answers)
 
@@ -239,12 +243,11 @@ class Supervisor:
 
     def _mark_dead(self, error: XditdError) -> None:
         self._cancel_start_deadline()
-        self._progress.stop()
+        self._progress.group_ended()
         self.state = move(GROUP_NEXT, self.state, GroupState.DEAD)
         self.detail = error.detail
         if self.group is not None:
-            tallies = self.group.tallies.values()
-            self.outside_connections_before += sum(tally.outside_connections for tally in tallies)
+            self.outside_connections_before += self.group.outside_connections
         self.group = None
         if self._on_stopped is None:
             logger.error("worker group ended code=%s: %s", error.code, error.detail)
@@ -280,8 +283,8 @@ class Supervisor:
 
     def _start_overdue(self) -> None:
         ready = len(self.group.ranks) if self.group is not None else 0
-        waited = f"{self._configuration.start_deadline_s:.0f} s"
-        self.end(WorkersLost(f"only {ready} ranks reported within {waited} of the start; raise --start-deadline-s"))
+        waited_s = self._configuration.start_deadline_s
+        self.end(WorkersLost(f"only {ready} ranks reported within {waited_s:g} s of the start; raise start_deadline_s"))
 
     def _fell_silent(self, silent_s: float) -> None:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))

@@ -50,6 +50,15 @@ FIXED: Final[Mapping[str, str]] = {
     "NCCL_SOCKET_IFNAME": "lo",
     # NVLink multicast belongs to the whole machine, and virtual machines often refuse it; nothing here gains by it.
     "NCCL_NVLS_ENABLE": "0",
+    # After an error of NCCL the process ends, and no communicator is tidied up first: that itself may hang, and the
+    # daemon rebuilds the whole group anyway. 3 is SkipCleanUp in c10d/ProcessGroupNCCL.hpp, torch's default today.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    # One judge of silence: the daemon, which knows how long a step takes. torch's monitor would also abort a rank that
+    # was stopped and goes on, or whose machine slept, and end the group for another reason than the log gives.
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    # No flight recorder, and no dump of it that a broken rank would wait for and leave in /tmp.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
     # Lent memory cannot be opened under cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
     "PYTORCH_ALLOC_CONF": "backend:native",

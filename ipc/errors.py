@@ -14,6 +14,8 @@ class XditdError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    retry_after_s: float | None = None
+    """When the same request is likely to be served, in seconds from now, where the daemon can tell."""
 
     @property
     def detail(self) -> str:
@@ -91,6 +93,12 @@ class ForeignGpu(RequestError):
     code = "foreign_gpu"
 
 
+class LimitExceeded(RequestError):
+    """The client asks for more than it may have at a time; the message names the limit and the setting behind it."""
+
+    code = "limit_exceeded"
+
+
 class NotPermitted(RequestError):
     """The peer's user may not talk to this daemon."""
 
@@ -107,7 +115,7 @@ class PeerError(XditdError):
 
 
 class Busy(PeerError):
-    """The queue is full."""
+    """The queue is full, or this client's share of it. ``retry_after_s`` comes from how long recent requests took."""
 
     code = "busy"
 
@@ -206,9 +214,11 @@ def _leaves(root: type[XditdError]) -> dict[str, type[XditdError]]:
 BY_CODE: dict[str, type[XditdError]] = _leaves(XditdError)
 
 
-def error_for(code: str, detail: str) -> XditdError:
+def error_for(code: str, detail: str, retry_after_s: float | None = None) -> XditdError:
     """Build the error that a ``Failed`` message stands for; an unknown code becomes :class:`Internal`."""
     cls = BY_CODE.get(code)
     if cls is None:
         return Internal(f"unknown error code {code!r}: {detail}")
-    return cls(detail)
+    error = cls(detail)
+    error.retry_after_s = retry_after_s
+    return error

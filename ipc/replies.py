@@ -18,6 +18,8 @@ class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
     protocol_version: Count
     package_version: Name
     daemon_pid: Count
+    max_message_bytes: Count = limits.MAX_MESSAGE_BYTES
+    """The longest message that this daemon reads."""
     world_size: Count
     """Workers that the group has, or will have once it is up; 0 while that is not known."""
 
@@ -107,6 +109,8 @@ class Failed(Reply, tag="failed", frozen=True, kw_only=True):
 
     code: Name
     detail: Text
+    retry_after_s: Seconds | None = None
+    """When to try again, where that is known."""
 
 
 class Queued(Reply, tag="queued", frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ def check(service: Service, session: Session, request: CheckCanary) -> None:
     end = request.offset_bytes + request.length_bytes
     if end > request.io.size_bytes:
         raise BadRequest(f"canary ends at byte {end} of an I/O block of {request.io.size_bytes}")
+    service.quotas.check_io(service.desk.queue.of_process(session.process), request.io)
     session.has_io = True
 
     def read(_: Job) -> Script[Reply]:

@@ -38,5 +38,6 @@ def greet(service: Service, routing_id: bytes, address: str, peer: Peer, request
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
         daemon_pid=os.getpid(),
+        max_message_bytes=service.quotas.message_bytes,
         world_size=service.supervisor.expected_world_size,
     )

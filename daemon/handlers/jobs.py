@@ -33,10 +33,13 @@ def run(service: Service, session: Session, request: JobRequest) -> None:
 
     Raises:
         BadRequest: a component is of the wrong kind, or a tensor lies outside the I/O block.
+        Busy: the queue is full.
+        LimitExceeded: the client's I/O blocks are larger than one client's may be.
         UnknownComponent: a component is not on loan.
     """
     component_ids = _check_components(service, request)
     _check_io(request)
+    service.quotas.check_io(service.desk.queue.of_process(session.process), request.io)
     session.has_io = True
 
     def work(_: Job) -> Script[Reply]:

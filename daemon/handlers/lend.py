@@ -13,12 +13,22 @@ _NAMED_FAULTS = 20
 
 
 def lend(service: Service, session: Session, request: Lend) -> Lent | None:
-    """Answer at once when these very bytes are on loan, else let the workers map them in turn."""
+    """Answer at once when these very bytes are on loan, else let the workers map them in turn.
+
+    Raises:
+        BadRequest: a manifest that describes nothing that can be mapped.
+        Busy: the queue is full.
+        LimitExceeded: the client has lent as much as one client may.
+    """
     faults = request.manifest.faults()
     if faults:
         more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
         raise BadRequest(f"manifest of {request.manifest.label}: {'; '.join(faults[:_NAMED_FAULTS])}{more}")
     reused = service.loans.reuse(session, request)
     if reused is None:
+        process = session.process
+        leases, jobs = service.loans.registry.of_process(process), service.desk.queue.of_process(process)
+        rewritten = service.loans.registry.same_place(session, request.manifest)
+        service.quotas.check_loan([lease for lease in leases if lease is not rewritten], jobs, request.manifest)
         service.submit(Job(session, request, lambda job: service.loans.lend(job, request)))
     return reused

@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Final
+
+import msgspec
 
 from xditd import __version__
 from xditd.daemon.service import Service
 from xditd.daemon.sessions import Session
 from xditd.daemon.supervisor import Supervisor
 from xditd.ipc import limits
-from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Status
+from xditd.ipc.protocol import PROTOCOL_VERSION, Reply
 from xditd.ipc.requests import GetStatus
 from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
+_encoder: Final = msgspec.msgpack.Encoder()
 
-def report(service: Service, _: Session, request: GetStatus) -> Status:
+
+class EncodedStatus(Reply, tag="status", frozen=True, kw_only=True):
+    """A :class:`~xditd.ipc.replies.Status` whose state is encoded already: only the request's id is still to add."""
+
+    daemon: msgspec.Raw
+
+
+def report(service: Service, _: Session, request: GetStatus) -> EncodedStatus:
+    """Answer with the state, which is gathered and encoded once for all that ask before it can change."""
+    if service.snapshot is None:
+        service.snapshot = msgspec.Raw(_encoder.encode(_gather(service)))
+    return EncodedStatus(request_id=request.request_id, daemon=service.snapshot)
+
+
+def _gather(service: Service) -> DaemonStatus:
     supervisor = service.supervisor
     ranks = supervisor.group.ranks if supervisor.group is not None else {}
     first = ranks[min(ranks)] if ranks else None
     queue = service.desk.queue
-    daemon = DaemonStatus(
+    return DaemonStatus(
         package_version=__version__,
         protocol_version=PROTOCOL_VERSION,
         pid=os.getpid(),
@@ -42,7 +59,6 @@ def report(service: Service, _: Session, request: GetStatus) -> Status:
         counters=_counters(service),
         last_job_ms=service.desk.last_job_ms,
     )
-    return Status(request_id=request.request_id, daemon=daemon)
 
 
 def _workers(supervisor: Supervisor) -> tuple[WorkerStatus, ...]:

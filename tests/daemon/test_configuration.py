@@ -20,7 +20,7 @@ def written(folder: Path, text: str) -> str:
 
 def test_defaults() -> None:
     configuration = build_configuration({}, {})
-    assert configuration.queue_limit == 64
+    assert configuration.queue_limit == 512
     assert configuration.workers == "auto"
     assert (configuration.start_deadline_s, configuration.hang_deadline_s) == (120.0, 300.0)
     assert configuration.max_restarts == 5
@@ -37,7 +37,7 @@ def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:
 
 def test_file_is_found_where_the_desktop_keeps_it(tmp_path: Path) -> None:
     environ = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert build_configuration({}, environ).queue_limit == 64
+    assert build_configuration({}, environ).queue_limit == 512
     path = default_file(environ)
     path.parent.mkdir()
     path.write_text("[daemon]\nqueue_limit = 7\n")

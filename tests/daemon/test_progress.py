@@ -11,7 +11,13 @@ class Bench:
         self.loop = Loop()
         self.is_busy = True
         self.silences: list[float] = []
-        self.watch = ProgressWatch(self.loop, 0.1, lambda: self.is_busy, self.silences.append)
+        self.told_s: list[float] = []
+        self.watch = ProgressWatch(self.loop, lambda: self.is_busy, self.fell_silent)
+        self.began_s = time.monotonic()
+
+    def fell_silent(self, silent_s: float) -> None:
+        self.silences.append(silent_s)
+        self.told_s.append(time.monotonic() - self.began_s)
 
     def run(self, seconds: float) -> None:
         self.loop.call_later(seconds, self.loop.stop)
@@ -20,31 +26,44 @@ class Bench:
 
 def test_silence_is_told_once_and_not_early() -> None:
     bench = Bench()
-    bench.watch.begin()
+    bench.watch.expect(0.1)
     bench.run(0.3)
     assert len(bench.silences) == 1
     assert bench.silences[0] >= 0.1
 
 
-def test_reports_put_it_off() -> None:
+def test_signs_put_it_off() -> None:
     bench = Bench()
-    began_s = time.monotonic()
-    told_s: list[float] = []
-    bench.watch = ProgressWatch(bench.loop, 0.1, lambda: True, lambda _: told_s.append(time.monotonic() - began_s))
-    bench.watch.begin()
-    bench.loop.call_later(0.06, bench.watch.note_report)
+    bench.watch.expect(0.1)
+    bench.loop.call_later(0.06, lambda: bench.watch.expect(0.1))
     bench.run(0.4)
-    assert len(told_s) == 1
-    assert told_s[0] >= 0.16
+    assert len(bench.told_s) == 1
+    assert bench.told_s[0] >= 0.16
+
+
+def test_next_deadline_may_be_shorter() -> None:
+    bench = Bench()
+    bench.watch.expect(60.0)
+    bench.watch.expect(0.1)
+    bench.run(0.3)
+    assert len(bench.told_s) == 1
 
 
 def test_idle_or_ended_group_may_be_silent() -> None:
     bench = Bench()
-    bench.watch.begin()
+    bench.watch.expect(0.1)
     bench.is_busy = False
     bench.run(0.2)
     bench.is_busy = True
-    bench.watch.begin()
+    bench.watch.expect(0.1)
     bench.watch.stop()
     bench.run(0.2)
     assert bench.silences == []
+
+
+def test_many_commands_leave_one_timer() -> None:
+    bench = Bench()
+    for _ in range(1_000):
+        bench.watch.expect(60.0)
+        bench.watch.expect(10.0)
+    assert len(bench.loop._timers) <= 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xditd.ipc.replies import Failed, Generated, LogLines, Queued, Returned, StepDone
-from xditd.ipc.requests import GetLogs, Lend, ReturnLoan
+from xditd.ipc.requests import Cancel, GetLogs, Lend, ReturnLoan
 from xditd.ipc.status import GroupState, LeaseState
 
 
@@ -64,6 +64,45 @@ def test_stopped_ranks_are_ended_at_the_deadline(start_daemon: Any, memory: Any)
     client.wait_status(rebuilt(2))
     assert all(is_gone(pid) for pid in pids)
     client.ask(memory.generate(lent.component_id), Generated)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_stops_in_mid_job_is_noticed_by_the_measured_pace(start_daemon: Any, memory: Any, rank: int) -> None:
+    # Nothing but the measured steps can end this within the test's patience.
+    client = start_daemon(step_deadline_s=0.4, hang_deadline_s=120).ready_client()
+    lent = client.lend(memory.manifest())
+    client.ask(memory.generate(lent.component_id, steps=3), Generated)
+    running = client.send(memory.generate(lent.component_id, steps=30))
+    client.wait_event(running, StepDone)
+    stopped = client.status().workers[rank].pid
+    os.kill(stopped, signal.SIGSTOP)
+    failed = client.wait(running)
+    assert failed.code == "workers_lost"
+    assert "no report for" in failed.detail
+    client.wait_status(rebuilt(2))
+    assert is_gone(stopped)
+    client.ask(memory.generate(lent.component_id), Generated)
+
+
+def test_job_that_ignores_its_cancel_is_ended(start_daemon: Any, memory: Any, fake: Any) -> None:
+    client = start_daemon(step_deadline_s=0.4, hang_deadline_s=1.0).ready_client()
+    lent = client.lend(memory.manifest())
+    running = client.send(memory.generate(lent.component_id, seed=int(fake.Fault.DEAF)))
+    client.wait_event(running, StepDone)
+    client.send(Cancel(request_id="", target_request_id=running))
+    assert client.wait(running).code == "cancelled"
+    client.wait_status(rebuilt(2))
+    client.ask(memory.generate(lent.component_id), Generated)
+
+
+def test_stopped_rank_that_is_to_map_is_ended_at_the_deadline_of_lends(start_daemon: Any, memory: Any) -> None:
+    client = start_daemon(lend_deadline_s=0.4).ready_client()
+    os.kill(client.status().workers[1].pid, signal.SIGSTOP)
+    failed = client.fail(Lend(request_id="", manifest=memory.manifest()))
+    assert failed.code == "workers_lost"
+    assert "Prepare ran; ranks [1] have not answered" in failed.detail
+    client.wait_status(rebuilt(2))
+    client.lend(memory.manifest())
 
 
 def test_faults_of_a_job_end_that_job_alone(start_daemon: Any, memory: Any, fake: Any) -> None:

@@ -1,0 +1,129 @@
+"""How long the workers may be silent: by what they do, and by how long the same took before."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from xditd.daemon.configuration import Configuration
+from xditd.ipc.requests import Job
+from xditd.ipc.tensors import IoTensor
+from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, Unmap
+
+FACTOR: Final = 20
+"""A step may take so many times as long as the median one. Another program on the GPU slows it down by a few times."""
+
+SLOWEST_BYTES_PER_S: Final = 64 * 2**20
+"""What lent bytes may at least be expected to move at: a file on a slow disk, read for the first time."""
+
+_KEPT_SAMPLES: Final = 31
+_KEPT_KINDS: Final = 256
+
+
+class Phase(Enum):
+    """Parts of a job that take their own time. A job without steps is all ``END``."""
+
+    FIRST_STEP = "first_step"
+    STEP = "step"
+    END = "end"
+
+
+class Paces:
+    """Learn how long each kind of job takes, and say how long to wait for its next sign.
+
+    What was never seen may take ``hang_deadline_s``: the first step plugs weights in and compiles. What was seen may
+    take :data:`FACTOR` times the median, at least ``step_deadline_s`` and at most ``hang_deadline_s``. Mapping gets
+    ``lend_deadline_s``, and more for more bytes.
+    """
+
+    def __init__(self, *, hang_deadline_s: float, step_deadline_s: float, lend_deadline_s: float) -> None:
+        self._hang_s = hang_deadline_s
+        self._step_s = step_deadline_s
+        self._lend_s = lend_deadline_s
+        self._samples: OrderedDict[Hashable, deque[float]] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._job: Hashable = None
+        self._phase: Phase | None = None
+        self._since_s = 0.0
+
+    @classmethod
+    def of(cls, configuration: Configuration) -> Paces:
+        return cls(
+            hang_deadline_s=configuration.hang_deadline_s,
+            step_deadline_s=configuration.step_deadline_s,
+            lend_deadline_s=configuration.lend_deadline_s,
+        )
+
+    def forget(self) -> None:
+        """A new group compiles anew, and has nothing mapped."""
+        self._samples.clear()
+        self._sizes.clear()
+        self._phase = None
+
+    def begin(self, command: AnyCommand) -> float:
+        """Note that a command was sent; returns the seconds until its next sign is overdue."""
+        self._phase = None
+        if isinstance(command, Run):
+            self._job = kind_of(command.job)
+            has_steps = hasattr(command.job, "steps")
+            return self._enter(Phase.FIRST_STEP if has_steps else Phase.END)
+        if isinstance(command, Prepare):
+            self._sizes[command.component_id] = command.manifest.tensor_bytes
+        size_bytes = self._sizes.get(getattr(command, "component_id", ""), 0)
+        if isinstance(command, Unmap):
+            self._sizes.pop(command.component_id, None)
+        elif isinstance(command, Plug):
+            size_bytes = 0  # nothing is read
+        return self._lend_s + size_bytes / SLOWEST_BYTES_PER_S
+
+    def step(self, step: int, total_steps: int) -> float:
+        """Note that a step is done; returns the seconds until the next sign is overdue."""
+        took_s = self._leave()
+        if step >= total_steps:
+            return self._enter(Phase.END)
+        deadline_s = self._enter(Phase.STEP)
+        if step == 1 and (self._job, Phase.STEP) not in self._samples:
+            # The first step did all that a later one does, and more.
+            deadline_s = self._bounded(took_s)
+        return deadline_s
+
+    def end(self) -> None:
+        """Note that every rank has answered."""
+        if self._phase is not None:
+            self._leave()
+
+    def _enter(self, phase: Phase) -> float:
+        self._phase, self._since_s = phase, time.monotonic()
+        samples = self._samples.get((self._job, phase))
+        return self._hang_s if samples is None else self._bounded(statistics.median(samples))
+
+    def _leave(self) -> float:
+        took_s = time.monotonic() - self._since_s
+        key = (self._job, self._phase)
+        self._samples.setdefault(key, deque(maxlen=_KEPT_SAMPLES)).append(took_s)
+        self._samples.move_to_end(key)
+        while len(self._samples) > _KEPT_KINDS:
+            self._samples.popitem(last=False)
+        self._phase = None
+        return took_s
+
+    def _bounded(self, typical_s: float) -> float:
+        return min(self._hang_s, max(self._step_s, FACTOR * typical_s))
+
+
+def kind_of(job: Job) -> Hashable:
+    """What decides how long a job's steps take: components, shapes and sizes, not seeds or the number of steps."""
+    found: list[Hashable] = [type(job)]
+    for field in msgspec.structs.fields(job):
+        value = getattr(job, field.name)
+        if isinstance(value, IoTensor):
+            found.append((field.name, value.dtype, value.shape))
+        elif field.name in ("height", "width") or (field.name.endswith("_id") and field.name != "request_id"):
+            found.append((field.name, value))
+    return tuple(found)
