@@ -26,6 +26,7 @@ class Configuration:
     runtime: RuntimeDir
     queue_limit: int = 64
     log_level: str = "info"
+    metrics: str = "off"
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
     ulysses: int = 0

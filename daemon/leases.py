@@ -33,6 +33,14 @@ class Lease:
     deaths: int = 0
     """How many groups have died while they mapped it again."""
     on_ended: list[Callable[[], None]] = field(default_factory=list)
+    _counted: tuple[Manifest, dict[str, int]] | None = field(default=None, repr=False)
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes on loan by the tier's name. Kept: a checkpoint has a thousand tensors, and status is asked often."""
+        if self._counted is None or self._counted[0] is not self.manifest:
+            self._counted = self.manifest, self.manifest.bytes_by_tier
+        return self._counted[1]
 
     @property
     def is_live(self) -> bool:
