@@ -10,15 +10,24 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import DaemonUnreachable, NotPermitted, Unsupported
 
 HINT = "is it running? (xditd serve, or systemctl --user status xditd)"
-_PROBE_DEADLINE_S = 2.0
-_UCRED = struct.Struct("3i")
+ACTIVATION_DEADLINE_S: Final = 20.0
+"""For a daemon that a service manager starts because we knocked: it binds in well under a second on a warm disk."""
+
+_PROBE_DEADLINE_S: Final = 2.0
+_ACTIVATION_POLL_S: Final = 0.05
+_ACTIVATION_POLL_MAX_S: Final = 1.0
+"""Each look is a connection, which the socket's queue holds until the daemon takes it: a few dozen at most."""
+
+_UCRED: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,10 @@ class DaemonProcess:
 
 
 def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
-    """Identify the process that listens on the daemon's socket.
+    """Identify the process that listens on the daemon's socket; where systemd does so, wait until the daemon has it.
 
     Raises:
-        DaemonUnreachable: no socket, or nobody listens on it.
+        DaemonUnreachable: no socket, or nobody listens on it, or systemd did not get the daemon started.
         NotPermitted: the socket belongs to another user, or may not be opened.
         Unsupported: the daemon's process cannot be seen from here.
 
@@ -43,6 +52,34 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
     """
     runtime.check_lengths()
     path = runtime.client_socket
+    end_s = time.monotonic() + ACTIVATION_DEADLINE_S
+    pause_s = _ACTIVATION_POLL_S
+    while True:
+        pid, uid = _who_listens(path)
+        if pid and not _is_service_manager(pid, uid):
+            _check_owner(path, uid)
+            # Connecting worked, so if the process that listened is gone, somebody else holds its socket: a service
+            # manager, which starts the next daemon because of our connection.
+            with contextlib.suppress(ProcessLookupError):
+                return DaemonProcess(socket=path, pid=pid, pidfd=os.pidfd_open(pid))
+        elif pid == 0:
+            _check_owner(path, uid)
+            raise Unsupported(
+                f"socket {path}: the daemon's process is not visible from here, so no memory can be shared with it; "
+                "run client and daemon in one pid namespace (one container, or --pid=host)"
+            )
+        if time.monotonic() >= end_s:
+            raise DaemonUnreachable(
+                f"socket {path}: systemd listens, but no daemon took over within {ACTIVATION_DEADLINE_S:.0f} s; "
+                "see journalctl --user -u xditd"
+            )
+        # A manager tells nobody when its service is up: the socket's owner changes then.
+        time.sleep(pause_s)
+        pause_s = min(_ACTIVATION_POLL_MAX_S, pause_s * 1.3)
+
+
+def _who_listens(path: Path) -> tuple[int, int]:
+    """Return pid and uid of whoever listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_DEADLINE_S)
         try:
@@ -64,21 +101,25 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
         except OSError as error:
             raise DaemonUnreachable(f"socket {path}: {error.strerror or error}; {HINT}") from None
         pid, uid, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
+
+
+def _check_owner(path: Path, uid: int) -> None:
     if uid != os.getuid():
         # /tmp is shared: whoever made the folder first could pose as our daemon.
         raise NotPermitted(
             f"socket {path}: served by uid {uid}, not by uid {os.getuid()}; name your own daemon's folder "
             "(--runtime-dir or XDITD_RUNTIME_DIR)"
         )
-    if pid == 0:
-        raise Unsupported(
-            f"socket {path}: the daemon's process is not visible from here, so no memory can be shared with it; "
-            "run client and daemon in one pid namespace (one container, or --pid=host)"
-        )
-    try:
-        return DaemonProcess(socket=path, pid=pid, pidfd=os.pidfd_open(pid))
-    except ProcessLookupError:
-        raise DaemonUnreachable(f"socket {path}: the daemon (pid {pid}) has just exited; {HINT}") from None
+
+
+def _is_service_manager(pid: int, uid: int) -> bool:
+    """Whether systemd, the system's or this user's own, still listens in the daemon's place."""
+    if uid not in (0, os.getuid()):
+        return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "systemd"
+    return False
 
 
 def close_quietly(descriptor: int) -> None:

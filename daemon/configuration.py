@@ -32,6 +32,7 @@ class Configuration:
     client_io_bytes: int = 16 * 2**30
     message_bytes: int = limits.MAX_MESSAGE_BYTES
     log_level: str = "info"
+    metrics: str = "off"
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
     ulysses: int = 0

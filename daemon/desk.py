@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from xditd.daemon.accounts import Accounts
 from xditd.daemon.front import Front, failed
 from xditd.daemon.jobs import Job, JobQueue
 from xditd.daemon.loop import Loop, Timer
@@ -39,8 +40,10 @@ class Desk:
         queue: JobQueue,
         interrupt: Callable[[], None],
         why_waiting: Callable[[], str],
+        accounts: Accounts,
     ) -> None:
         self.queue = queue
+        self.accounts = accounts
         self.jobs_done = 0
         self.jobs_failed = 0
         self.jobs_cancelled = 0
@@ -80,6 +83,7 @@ class Desk:
         job = self.queue.running
         if job is not None:
             job.step, job.total_steps = step.step, step.total_steps
+            self.accounts.step_reached(step)
             event = StepDone(
                 request_id=job.request.request_id,
                 step=step.step,
@@ -124,6 +128,7 @@ class Desk:
             job.move(JobState.FAILED)
             self._front.reply(job.session, failed(job.request.request_id, error))
             outcome = f"failed code={error.code} detail={error.detail[:500]!r}"
+        self.accounts.job_ended(job.op, error, waited_ms / 1000, ran_ms / 1000)
         if job.is_image_work:
             self.jobs_done += error is None
             self.jobs_cancelled += isinstance(error, Cancelled)

@@ -36,9 +36,17 @@ class Lease:
     on_ended: list[Callable[[], None]] = field(default_factory=list)
     lent_bytes: int = field(init=False)
     """Of all its tensors: added up once, for there may be thousands. Another offer of the same place has the same."""
+    _counted: tuple[Manifest, dict[str, int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.lent_bytes = self.manifest.tensor_bytes
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes on loan by the tier's name. Kept: a checkpoint has a thousand tensors, and status is asked often."""
+        if self._counted is None or self._counted[0] is not self.manifest:
+            self._counted = self.manifest, self.manifest.bytes_by_tier
+        return self._counted[1]
 
     @property
     def is_live(self) -> bool:

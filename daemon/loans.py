@@ -94,6 +94,7 @@ class Loans:
         finally:
             if lease.state is LeaseState.LENDING:
                 self.registry.end(lease)
+        self._desk.accounts.lent(lease.bytes_by_tier, request.copied + lease.worker_copied)
         _log_lent(lease, request)
         return _lent(request, lease, is_reused=False)
 

@@ -48,10 +48,10 @@ class Loop:
         self._sockets[socket] = callback
         self._poller.register(socket, zmq.POLLIN)
 
-    def watch(self, descriptor: int, callback: Callback) -> None:
-        """Call back while the descriptor is readable or at its end."""
+    def watch(self, descriptor: int, callback: Callback, *, writable: bool = False) -> None:
+        """Call back while the descriptor is readable or at its end, or, if that is asked, ``writable`` or broken."""
         self._descriptors[descriptor] = callback
-        self._epoll.register(descriptor, select.EPOLLIN)
+        self._epoll.register(descriptor, select.EPOLLOUT if writable else select.EPOLLIN)
 
     def unwatch(self, descriptor: int) -> None:
         """Stop watching; call this before the descriptor is closed."""

@@ -24,6 +24,13 @@ class ProgressWatch:
         self._due_s = 0.0
         self._timer: Timer | None = None
 
+    @property
+    def overdue_s(self) -> float:
+        """How long a busy group has been silent beyond the deadline; 0 while it is within."""
+        if self._timer is None or not self._is_busy():
+            return 0.0
+        return max(0.0, time.monotonic() - self._due_s)
+
     def expect(self, deadline_s: float) -> None:
         """Something happened; the next sign is due within ``deadline_s``."""
         self._last_s = time.monotonic()

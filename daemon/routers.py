@@ -45,17 +45,24 @@ class Envelope(NamedTuple):
 
 
 class Router:
-    """A ROUTER on a path of the runtime folder, which only its owner may enter."""
+    """A ROUTER on a path of the runtime folder, which only its owner may enter.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+    ``listener`` is a descriptor that listens on ``path`` already; ZeroMQ owns it from then on.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path, listener: int | None = None) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
+        if listener is not None:
+            # ZeroMQ then neither binds nor unlinks the path, at no time (libzmq 4.3.5, ipc_listener.cpp).
+            self.socket.setsockopt(zmq.USE_FD, listener)
         self.socket.bind(endpoint(path))
-        # bind(2) sets every mode bit that the umask allows, execution included. The folder is private already.
-        path.chmod(0o600)
+        if listener is None:
+            # bind(2) sets every mode bit that the umask allows, execution included. The folder is private already.
+            path.chmod(0o600)
 
     def receive(self) -> Iterator[Envelope]:
         """Yield what has arrived, at most :data:`BATCH` messages."""

@@ -22,9 +22,11 @@ class RuntimeFolder:
         NotPermitted: somebody else owns it, or may enter it.
     """
 
-    def __init__(self, runtime: RuntimeDir) -> None:
+    def __init__(self, runtime: RuntimeDir, *, keeps_client_socket: bool = False) -> None:
+        """``keeps_client_socket``: a service manager listens on it, before us and after us."""
         runtime.check_lengths()
         self.runtime = runtime
+        self._own_sockets = [runtime.worker_socket, *([] if keeps_client_socket else [runtime.client_socket])]
         # For everything that is made in the folder, by the workers too, which inherit it.
         os.umask(0o077)
         _make_private(runtime.path)
@@ -51,7 +53,7 @@ class RuntimeFolder:
                 path.unlink()
 
     def _remove_sockets(self) -> None:
-        for socket in (self.runtime.client_socket, self.runtime.worker_socket):
+        for socket in self._own_sockets:
             socket.unlink(missing_ok=True)
 
 

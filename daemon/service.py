@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from xditd.daemon.accounts import Accounts
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.desk import Desk
 from xditd.daemon.front import Front
@@ -17,6 +18,7 @@ from xditd.daemon.jobs import Job, JobQueue
 from xditd.daemon.loans import Loans
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Loop
+from xditd.daemon.notify import Notifier
 from xditd.daemon.peers import Peer
 from xditd.daemon.quotas import Quotas
 from xditd.daemon.routers import Router
@@ -24,6 +26,7 @@ from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.sequence import Errand, ErrandRunner
 from xditd.daemon.sessions import Session, Sessions
 from xditd.daemon.supervisor import Supervisor
+from xditd.daemon.vitals import Vitals
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
 from xditd.ipc.status import GroupState
 from xditd.ipc.worker_messages import Answer, Command, Run, StepReached
@@ -46,12 +49,19 @@ class Service:
     """
 
     def __init__(
-        self, configuration: Configuration, folder: RuntimeFolder, environment: Mapping[str, str], logbook: Logbook
+        self,
+        configuration: Configuration,
+        folder: RuntimeFolder,
+        environment: Mapping[str, str],
+        logbook: Logbook,
+        notifier: Notifier,
+        client_listener: int | None = None,
     ) -> None:
         self.configuration = configuration
         self.quotas = Quotas.of(configuration)
         self.logbook = logbook
         self.loop = Loop()
+        self.accounts = Accounts()
         self.started_s = time.monotonic()
         self.is_stopping = False
         self.snapshot: msgspec.Raw | None = None
@@ -59,7 +69,7 @@ class Service:
         self._is_shutting_down = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._worker_router = Router(self._context, folder.runtime.worker_socket)
-        self.client_router = Router(self._context, folder.runtime.client_socket)
+        self.client_router = Router(self._context, folder.runtime.client_socket, client_listener)
         self.sessions = Sessions(self.loop)
         self.front = Front(self.client_router, self.sessions)
         self.supervisor = Supervisor(self.loop, self._worker_router, folder, configuration, environment, logbook)
@@ -71,12 +81,15 @@ class Service:
             JobQueue(configuration.queue_limit, configuration.client_queue_limit),
             interrupt=self.supervisor.cancel_run,
             why_waiting=self._why_waiting,
+            accounts=self.accounts,
         )
         self.loans = Loans(self.desk, lambda: self.supervisor.is_alive)
+        self.vitals = Vitals(self.loop, notifier, lambda: self.supervisor.overdue_s)
 
     def run(self) -> None:
         """Start the group and serve until :meth:`stop`."""
         self.supervisor.start()
+        self.vitals.begin(self.supervisor.detail)
         self.loop.run(self._after_round)
 
     def close(self) -> None:
@@ -129,19 +142,26 @@ class Service:
             return
         self.is_stopping = True
         logger.info("stopping: %s", why)
+        self.vitals.end(f"stopping: {why}")
         self.desk.cancel_all(DaemonStopping(f"the daemon is shutting down: {why}"))
         self.loop.call_later(DRAIN_S, self._shut_down)
 
     # --- What the group tells ------------------------------------------------------------------------
 
     def group_ready(self) -> None:
-        """Nothing to do: the round ends with the next errand, and replays come first."""
+        """Only say so: the round ends with the next errand, and replays come first."""
+        self.vitals.say(f"{self.supervisor.expected_world_size} workers ready")
 
     def group_ended(self, error: XditdError) -> None:
+        if not self.is_stopping:
+            self.accounts.note_error("workers", error)
+            self.vitals.say(f"workers lost, to be rebuilt: {error.detail}")
         self.runner.group_ended(_as_seen_by_a_job(error))
         self.loans.group_ended()
 
     def group_given_up(self, error: WorkersUnavailable) -> None:
+        self.accounts.note_error("workers", error)
+        self.vitals.say(f"degraded, no workers: {error.detail}")
         self.desk.cancel_all(error)
         lost = LeaseLost(f"the workers are gone for good: {error.detail}")
         self.loans.end_all(list(self.loans.registry), lost, lambda: None)

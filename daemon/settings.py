@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from xditd.daemon.metrics_server import parse_address
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 
@@ -80,6 +81,11 @@ def _name(value: Any) -> str:
     if not isinstance(value, str) or not value or value.startswith("-") or len(value) > limits.MAX_NAME_CHARS:
         raise ValueError
     return value
+
+
+def _metrics(value: Any) -> str:
+    parse_address(_name(value))
+    return str(value)
 
 
 def _workers(value: Any) -> str | int:
@@ -158,6 +164,15 @@ SETTINGS: Final = (
         "info",
         "debug, info, warning or error",
         _one_of("debug", "info", "warning", "error"),
+    ),
+    Setting(
+        "metrics",
+        "daemon",
+        "metrics",
+        '"off", "unix", or a loopback address and port such as "127.0.0.1:9464"',
+        "off",
+        "where Prometheus metrics are served: off, unix (metrics.sock in the runtime folder) or a loopback port",
+        _metrics,
     ),
     Setting(
         "workers",

@@ -110,6 +110,11 @@ class Supervisor:
             return self.group.world_size
         return self._configuration.workers if isinstance(self._configuration.workers, int) else 0
 
+    @property
+    def overdue_s(self) -> float:
+        """How long the group has been silent beyond the deadline that ends it."""
+        return self._progress.overdue_s
+
     def start(self) -> None:
         """Begin a life."""
         self.state = move(GROUP_NEXT, self.state, GroupState.STARTING)

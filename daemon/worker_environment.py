@@ -8,6 +8,7 @@ from typing import Final
 INHERITED: Final = frozenset(
     {
         "CC",
+        "CUDA_CACHE_PATH",
         "CUDA_DEVICE_ORDER",
         "CUDA_VISIBLE_DEVICES",
         "CUDA_HOME",

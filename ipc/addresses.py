@@ -27,6 +27,11 @@ class RuntimeDir:
         return self.path / "workers.sock"
 
     @property
+    def metrics_socket(self) -> Path:
+        """Where metrics are served, if the daemon is told to serve them on a Unix socket."""
+        return self.path / "metrics.sock"
+
+    @property
     def lock(self) -> Path:
         return self.path / "daemon.lock"
 

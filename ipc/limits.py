@@ -36,4 +36,7 @@ MAX_BATCH: Final = 64
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 """Header of a safetensors file; the format itself allows 100 MB."""
 
+MAX_LAST_ERRORS: Final = 16
+"""Errors that the daemon keeps for ``status``."""
+
 MAX_LOG_LINES: Final = 2_000

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from xditd.ipc import limits
 from xditd.ipc.protocol import ComponentId, RequestId, Seconds, Text, TimingsMs
 from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
 
@@ -77,6 +78,15 @@ class JobStatus(Described, frozen=True, kw_only=True):
     ran_s: Seconds
 
 
+class ErrorStatus(Described, frozen=True, kw_only=True):
+    """One of the last errors. ``where`` is the operation that failed, or ``workers`` for a lost group."""
+
+    age_s: Seconds
+    where: Name
+    code: Name
+    detail: Text
+
+
 class Counters(Described, frozen=True, kw_only=True):
     """Since the daemon started, except ``skeletons_*`` and ``plugs``: since the group did."""
 
@@ -109,4 +119,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     queue_limit: Count
     clients: Count
     counters: Counters
+    lent_bytes: Annotated[dict[str, Bytes], msgspec.Meta(max_length=8)]
+    """Bytes of tensors on loan now, by tier."""
+    last_errors: Annotated[tuple[ErrorStatus, ...], msgspec.Meta(max_length=limits.MAX_LAST_ERRORS)]
+    """The last errors, newest first; bounded."""
     last_job_ms: TimingsMs

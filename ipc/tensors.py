@@ -177,6 +177,15 @@ class Manifest(Described, frozen=True, kw_only=True):
         return sum(spec.extent_bytes for spec in self.tensors)
 
     @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of tensors in blocks of each tier, by the tier's name."""
+        found: dict[str, int] = {}
+        for spec in self.tensors:
+            tier = tier_of(self.blocks[spec.block]).value
+            found[tier] = found.get(tier, 0) + spec.extent_bytes
+        return found
+
+    @property
     def tiers(self) -> tuple[Tier, ...]:
         """The tiers of its blocks, each once."""
         return tuple(sorted({tier_of(block) for block in self.blocks}, key=lambda tier: tier.value))

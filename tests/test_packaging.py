@@ -81,7 +81,9 @@ def test_wheel_holds_real_files_and_nothing_beside_the_package(wheel: Path) -> N
 
 
 def test_wheel_holds_the_systemd_data(unpacked: Path) -> None:
-    for name in ("xditd.service", "xditd.toml"):
+    names = [path.relative_to(ROOT / "systemd") for path in (ROOT / "systemd").rglob("*") if path.is_file()]
+    assert {"xditd.service", "xditd@.service", "xditd.toml"} <= {str(name) for name in names}
+    for name in names:
         assert (unpacked / "xditd" / "systemd" / name).read_bytes() == (ROOT / "systemd" / name).read_bytes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Final
 
 import msgspec
 
@@ -18,6 +19,8 @@ examples:
   xditd status
   xditd status --json | jq .group_state
 """
+
+_DETAIL_CHARS: Final = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +77,29 @@ def describe(found: DaemonStatus) -> str:
     lines += [
         "",
         f"queue     {len(found.jobs)} of at most {found.queue_limit}, {found.clients} clients",
+        f"on loan   {_by_tier(found)}",
         f"jobs      {counters.jobs_done} done, {counters.jobs_failed} failed, {counters.jobs_cancelled} cancelled",
-        f"skeletons {counters.skeletons_built} built, {counters.skeletons_reused} reused, {counters.plugs} plugs; "
-        f"{counters.group_starts} group starts",
+        f"skeletons {counters.skeletons_built} built, {counters.skeletons_reused} reused, {counters.plugs} plugs",
+        f"restarts  {max(0, counters.group_starts - 1)} of the worker group",
         f"network   {counters.outside_connections} connections to other hosts attempted by workers",
     ]
     if found.last_job_ms:
         timings = ", ".join(f"{name} {value:.1f} ms" for name, value in found.last_job_ms.items())
         lines.append(f"last job  {timings}")
+    if found.last_errors:
+        errors = [
+            (span_text(error.age_s), error.where, error.code, _shortened(error.detail)) for error in found.last_errors
+        ]
+        lines += ["", table(("AGO", "LAST ERRORS", "CODE", "DETAIL"), errors)]
     return "\n".join(lines)
+
+
+def _by_tier(found: DaemonStatus) -> str:
+    """Spell how much is on loan, by tier."""
+    return ", ".join(f"{size_text(size)} {tier}" for tier, size in found.lent_bytes.items()) or "nothing"
+
+
+def _shortened(detail: str) -> str:
+    """Keep a detail to one line of a table; --json has all of it."""
+    text = " ".join(detail.split())
+    return text if len(text) <= _DETAIL_CHARS else text[: _DETAIL_CHARS - 3] + "..."

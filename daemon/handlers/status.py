@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from typing import Final
 
 import msgspec
@@ -51,17 +52,26 @@ def _gather(service: Service) -> DaemonStatus:
         world_size=supervisor.expected_world_size,
         parallel=first.parallel if first else {},
         attention_backend=first.attention_backend if first else "",
-        workers=_workers(supervisor),
+        workers=report_workers(supervisor),
         components=tuple(lease.status() for lease in service.loans.registry),
         jobs=tuple(job.status() for job in queue),
         queue_limit=queue.limit,
         clients=len(service.sessions),
-        counters=_counters(service),
+        counters=report_counters(service),
+        lent_bytes=_lent_bytes(service),
+        last_errors=service.accounts.last_errors(),
         last_job_ms=service.desk.last_job_ms,
     )
 
 
-def _workers(supervisor: Supervisor) -> tuple[WorkerStatus, ...]:
+def _lent_bytes(service: Service) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for lease in service.loans.registry:
+        found.update(lease.bytes_by_tier)
+    return dict(found)
+
+
+def report_workers(supervisor: Supervisor) -> tuple[WorkerStatus, ...]:
     group = supervisor.group
     if group is None:
         return ()
@@ -81,7 +91,7 @@ def _workers(supervisor: Supervisor) -> tuple[WorkerStatus, ...]:
     return tuple(found)
 
 
-def _counters(service: Service) -> Counters:
+def report_counters(service: Service) -> Counters:
     """Skeletons are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
     tallies = service.supervisor.group.tallies if service.supervisor.group is not None else {}
     first = tallies.get(0, RankTally())

@@ -16,6 +16,7 @@ from xditd.ipc.status import (
     ComponentStatus,
     Counters,
     DaemonStatus,
+    ErrorStatus,
     GroupState,
     JobState,
     JobStatus,
@@ -65,6 +66,8 @@ STATUS = DaemonStatus(
     clients=2,
     counters=Counters(jobs_done=5, group_starts=1),
     last_job_ms={"steps": 1900.0},
+    lent_bytes={"cuda_ipc": 22 * 2**30, "file": 2**20},
+    last_errors=(ErrorStatus(age_s=75.0, where="workers", code="workers_lost", detail="rank 1\n" + "died " * 60),),
 )  # fmt: skip
 
 
@@ -79,6 +82,19 @@ def test_status_is_a_table_for_people(daemon, folder, capsys):
     for text in ("busy: 2 on cuda", "ulysses 2", "GPU-b", "transformer-1", "cuda_ipc", "22.0 GiB peer", "3/28",
                  "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
         assert text in out
+
+
+def test_status_shows_restarts_memory_by_tier_and_the_last_errors(daemon, folder, capsys):
+    answers_status(daemon)
+    assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
+    out = capsys.readouterr().out
+    assert "on loan   22.0 GiB cuda_ipc, 1.0 MiB file" in out
+    assert "restarts  0 of the worker group" in out
+    (line,) = [line for line in out.splitlines() if "workers_lost" in line]
+    assert line.startswith("75.0 s  workers")
+    assert "rank 1 died died" in line
+    assert line.endswith("...")
+    assert len(line) < 140
 
 
 def test_status_is_json_for_programs(daemon, folder, capsys):

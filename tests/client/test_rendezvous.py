@@ -2,10 +2,13 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
+from xditd.client import rendezvous
 from xditd.client.rendezvous import find_daemon
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
@@ -37,3 +40,32 @@ def test_finds_the_listening_process(folder):
 def test_refuses_a_path_that_no_socket_address_holds(folder):
     with pytest.raises(BadRequest, match="at most 107 fit"):
         find_daemon(RuntimeDir(folder / ("x" * 120)))
+
+
+LISTENER = """
+import socket, sys, time
+open("/proc/self/comm", "w").write("systemd")
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def manager(folder):
+    """A process called systemd that listens on the daemon's socket."""
+    word = [sys.executable, "-c", LISTENER, str(folder / "daemon.sock")]
+    with subprocess.Popen(word, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        yield process
+        process.communicate("")
+
+
+def test_waits_while_systemd_listens_and_says_where_to_look(folder, manager, monkeypatch):
+    monkeypatch.setattr(rendezvous, "ACTIVATION_DEADLINE_S", 0.5)
+    started = time.monotonic()
+    with pytest.raises(DaemonUnreachable, match=r"no daemon took over within .* journalctl"):
+        find_daemon(RuntimeDir(folder))
+    assert 0.5 <= time.monotonic() - started < 3

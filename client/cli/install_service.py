@@ -1,0 +1,120 @@
+"""``xditd install-service``: write, check and remove the systemd units of this installation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from xditd.client.cli import exits, flags
+from xditd.client.services import Service, ServiceFile, check_user, remove, verify, write
+from xditd.ipc.errors import BadRequest
+
+SUMMARY = "write and check systemd units for this installation"
+DESCRIPTION = (
+    "Write systemd units that start the xditd of this environment, and say what to run next. Nothing is started, "
+    "stopped or enabled. A user's own service is the default; --system writes a template that runs as the named user."
+)
+EXAMPLES = """\
+examples:
+  xditd install-service                           ~/.config/systemd/user/xditd.service and .socket
+  sudo xditd install-service --system --for alice /etc/systemd/system/xditd@.service and .socket, for alice
+  xditd install-service --check                   are they there, up to date, and fine with systemd?
+  xditd install-service --dry-run                 print what would be written
+  xditd install-service --uninstall
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--user", action="store_true", help="a service of your own (default)")
+    flags.add_switch(parser, "--system", variable="XDITD_INSTALL_SYSTEM", help="a system service; needs --for")
+    flags.add_flag(
+        parser,
+        "--for",
+        variable="XDITD_INSTALL_FOR",
+        metavar="USER",
+        help="whom the system service serves",
+    )
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is missing or differs")
+    task.add_argument("--uninstall", action="store_true", help="remove the files")
+    task.add_argument("--dry-run", action="store_true", help="write nothing; print the files")
+    flags.add_json(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    if parsed.user and parsed.system:
+        raise BadRequest("--user and --system: choose one")
+    owner: str | None = vars(parsed)["for"]  # a word of Python's own, so no attribute
+    if parsed.system != bool(owner):
+        raise BadRequest("--system and --for USER belong together: a system service shares memory with one user")
+    service = Service(check_user(owner) if owner else None, Path("/"), os.environ)
+    found = service.files()
+    if parsed.uninstall:
+        return _uninstall(service, found, as_json=parsed.json)
+    complaints = verify(found, service)
+    before = {file.path: file.state for file in found}
+    if not (parsed.check or parsed.dry_run) and not complaints:
+        for file in found:
+            if before[file.path] != "current":
+                write(file)
+    is_bad = bool(complaints) or (parsed.check and any(state != "current" for state in before.values()))
+    if parsed.json:
+        print(json.dumps(_facts(service, found, before, complaints, with_content=parsed.dry_run), indent=2))
+    elif parsed.dry_run:
+        print("\n".join(f"# {file.path} ({before[file.path]})\n{file.content}" for file in found), end="")
+    else:
+        _describe(service, found, before, is_check=parsed.check, is_bad=is_bad)
+    for line in complaints:
+        print(f"xditd install-service: systemd-analyze verify: {line}", file=sys.stderr)
+    return exits.FAILED if is_bad else exits.DONE
+
+
+def _describe(
+    service: Service, found: tuple[ServiceFile, ...], before: dict[Path, str], *, is_check: bool, is_bad: bool
+) -> None:
+    words = {"missing": "written", "different": "replaced", "current": "unchanged"}
+    for file in found:
+        state = before[file.path]
+        print(f"{(state if is_check or is_bad else words[state]):<10} {file.path}")
+    if not is_check and not is_bad:
+        print("\nnext:")
+        print("\n".join(f"  {command}" for command in service.next_commands()))
+        if service.user:
+            print(f"\nprograms of {service.user} find it by XDITD_RUNTIME_DIR=/run/xditd/{service.user}")
+
+
+def _uninstall(service: Service, found: tuple[ServiceFile, ...], *, as_json: bool) -> int:
+    paths = [*service.enablements(), *(file.path for file in found)]
+    removed = [str(path) for path in paths if remove(path)]
+    commands = service.stop_commands() if removed else ()
+    if as_json:
+        print(json.dumps({"removed": removed, "next": commands}))
+        return exits.DONE
+    for path in removed:
+        print(f"removed    {path}")
+    print("\nnext, to end it if it runs:" if removed else "nothing was installed")
+    for command in commands:
+        print(f"  {command}")
+    return exits.DONE
+
+
+def _facts(
+    service: Service,
+    found: tuple[ServiceFile, ...],
+    before: dict[Path, str],
+    complaints: list[str],
+    *,
+    with_content: bool,
+) -> dict[str, object]:
+    return {
+        "units": list(service.units),
+        "files": [
+            {"path": str(file.path), "was": before[file.path], **({"content": file.content} if with_content else {})}
+            for file in found
+        ],
+        "complaints": complaints,
+        "next": list(service.next_commands()),
+    }
