@@ -1,0 +1,42 @@
+"""The one session that this ComfyUI has with the daemon. It is opened when a node first needs it."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from xditd.client.client import Client
+from xditd.ipc.errors import DaemonUnreachable
+
+_RUNTIME_DIR = "XDITD_RUNTIME_DIR"
+_lock = threading.Lock()
+_client: Client | None = None
+
+
+def connect() -> Client:
+    """Get the client of this process; the first call greets the daemon, later ones greet it again after a restart.
+
+    Raises:
+        DaemonUnreachable: no daemon answers; the message says how to start one.
+    """
+    global _client
+    with _lock:
+        try:
+            if _client is None:
+                _client = Client(os.environ.get(_RUNTIME_DIR) or None, name="ComfyUI")
+            _ = _client.daemon_pid  # greets the new daemon where the last one is gone
+        except DaemonUnreachable as error:
+            raise DaemonUnreachable(
+                f"{error.detail}. Start it (xditd serve), then queue the prompt again; ComfyUI can stay open. "
+                f"A daemon with a folder of its own is found by {_RUNTIME_DIR}."
+            ) from None
+        return _client
+
+
+def disconnect() -> None:
+    """End the session and all its loans; the next :func:`connect` opens another."""
+    global _client
+    with _lock:
+        client, _client = _client, None
+    if client is not None:
+        client.close()

@@ -1,0 +1,80 @@
+"""The whole denoising loop in the workers, as a sampler that ComfyUI runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import torch
+
+from xditd.client.comfyui.refusals import check_forward
+from xditd.client.comfyui.weights import RemoteWeights
+
+PIXELS_PER_LATENT = 8
+
+
+class FusedEuler(comfy.samplers.Sampler):
+    """ComfyUI prepares model, conditioning, sigmas and noise as for any sampler; the loop is one request.
+
+    ``image`` is the decoded picture (batch, height, width, 3) in [0, 1] where ``vae`` was given.
+    """
+
+    def __init__(self, weights: RemoteWeights, vae: RemoteWeights | None) -> None:
+        self._weights = weights
+        self._vae = vae
+        self.image: torch.Tensor | None = None
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: Mapping[str, Any],
+        callback: Callable[[int, torch.Tensor, torch.Tensor, int], None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """Denoise ``noise``; Cancel ends the job in the workers after the step that runs."""
+        check_forward(extra_args["model_options"].get("transformer_options", {}))
+        sampling = model_wrap.inner_model.model_sampling
+        start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        rows, _, height, width = start.shape
+        conditions = model_wrap.conds["positive"][0]["model_conds"]
+        embeds = _rows(conditions["c_crossattn"].cond, rows)
+        pooled = _rows(conditions["y"].cond, rows)
+        guidance = conditions["guidance"].cond.item() if "guidance" in conditions else 1.0
+        with self._weights.connect().generate(
+            self._weights.loan,
+            embeds,
+            pooled,
+            vae=None if self._vae is None else self._vae.loan,
+            height=height * PIXELS_PER_LATENT,
+            width=width * PIXELS_PER_LATENT,
+            steps=len(sigmas) - 1,
+            sigmas=sigmas[:-1],
+            guidance_scale=guidance,
+            noise=start,
+        ) as job:
+            for event in job:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if callback is not None:
+                    callback(event.step - 1, start, start, event.total_steps)
+            result = job.result()
+        if result.image is not None:
+            self.image = result.image.float().add(1.0).div(2.0).clamp(0.0, 1.0).movedim(1, -1)
+        samples: torch.Tensor = sampling.inverse_noise_scaling(sigmas[-1], result.latents)
+        return samples
+
+
+def positive_conditions(positive: Sequence[Any]) -> list[dict[str, Any]]:
+    """The parts of a CONDITIONING with everything that is attached to them."""
+    return [dict(part[1]) for part in positive]
+
+
+def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    repeated: torch.Tensor = comfy.utils.repeat_to_batch_size(tensor, rows)
+    return repeated

@@ -1,0 +1,30 @@
+"""XDiT Accelerate: the one node that a stock workflow needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from xditd.client.comfyui.accelerate import accelerate
+from xditd.client.comfyui.connections import connect
+
+
+class XditAccelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="XDiTAccelerate",
+            display_name="XDiT Accelerate",
+            category="xDiT",
+            description="Put it between any FLUX.1 loader (and its LoRAs) and the sampler: the transformer then runs "
+            "on all GPUs. The weights that ComfyUI holds are lent, not loaded again.",
+            search_aliases=["xdit", "multi gpu", "speed up"],
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> Any:
+        connect()
+        return io.NodeOutput(accelerate(model))

@@ -1,0 +1,132 @@
+"""XDiT KSampler: the whole loop, and the picture, in one round trip."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import nodes
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from xditd.client.comfyui.accelerate import accelerate
+from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.fused_sampler import FusedEuler, positive_conditions
+from xditd.client.comfyui.fusion import STEPWISE_WRAPPERS, why_stepwise
+from xditd.client.comfyui.patcher import WRAPPER_KEY, RemotePatcher
+from xditd.client.comfyui.vae import weights_of
+
+logger = logging.getLogger(__name__)
+
+
+class XditKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="XDiTKSampler",
+            display_name="XDiT KSampler",
+            category="xDiT",
+            description="The sampler with the whole loop in the workers: one round trip, the same seed gives the same "
+            "image as KSampler. With a VAE the workers decode too. What their loop cannot do runs step by step, and "
+            "the node says so.",
+            search_aliases=["xdit", "multi gpu", "sampler"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=20, min=1, max=1000),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                io.Vae.Input("vae", optional=True, tooltip="xDiT's or a stock one, which is then lent"),
+            ],
+            outputs=[io.Latent.Output(), io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any = None, **inputs: Any) -> Any:
+        latent, image, note = sample(vae=vae, **inputs)
+        if image is None:
+            image = ExecutionBlocker("XDiT KSampler: IMAGE needs a VAE; connect one to it, or decode LATENT")
+        return io.NodeOutput(latent, image, ui=ui.PreviewText(note))
+
+
+def sample(
+    *,
+    model: Any,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: Any,
+    negative: Any,
+    latent_image: dict[str, Any],
+    denoise: float = 1.0,
+    vae: Any = None,
+) -> tuple[dict[str, Any], Any, str]:
+    """Sample as ComfyUI's KSampler does; hand back latent, image (None without a VAE) and how it was done."""
+    connect()
+    remote = accelerate(model)
+    start = comfy.sample.fix_empty_latent_channels(
+        remote,
+        latent_image["samples"],
+        latent_image.get("downscale_ratio_spacial"),
+        latent_image.get("downscale_ratio_temporal"),
+    )
+    sigmas = comfy.samplers.KSampler(
+        remote, steps, remote.load_device, sampler_name, scheduler, denoise, remote.model_options
+    ).sigmas
+    reason = why_stepwise(
+        sampler=sampler_name,
+        cfg=cfg,
+        has_mask="noise_mask" in latent_image,
+        sigmas=sigmas.tolist(),
+        conditions=positive_conditions(positive),
+        model_options=remote.model_options,
+        foreign_wrappers=_foreign_wrappers(remote),
+        latent_sides=(start.shape[-2], start.shape[-1]),
+    )
+    if reason is not None:
+        note = f"step by step: {reason}"
+        logger.info("XDiT KSampler runs %s", note)
+        (out,) = nodes.common_ksampler(
+            remote, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+        )
+        return out, None if vae is None else vae.decode(out["samples"]), note
+
+    noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
+    fused = FusedEuler(remote.weights, None if vae is None else weights_of(vae))
+    samples = comfy.sample.sample_custom(
+        remote,
+        noise,
+        cfg,
+        fused,
+        sigmas,
+        positive,
+        negative,
+        start,
+        callback=latent_preview.prepare_callback(remote, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
+    out["samples"] = samples
+    return out, fused.image, f"fused: {len(sigmas) - 1} steps in the workers"
+
+
+def _foreign_wrappers(remote: RemotePatcher) -> list[str]:
+    return sorted(
+        str(key)
+        for kind in STEPWISE_WRAPPERS
+        for key, wrappers in remote.wrappers.get(kind, {}).items()
+        if key != WRAPPER_KEY and wrappers
+    )

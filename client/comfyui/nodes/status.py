@@ -1,0 +1,35 @@
+"""XDiT Status: what the daemon, its workers and the lent components are doing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from xditd.client.cli.status import describe
+from xditd.client.comfyui.connections import connect
+
+
+class XditStatus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="XDiTStatus",
+            display_name="XDiT Status",
+            category="xDiT",
+            description="Workers, lent components with their tier and bytes, queue and last timings, as text.",
+            search_aliases=["xdit", "multi gpu"],
+            inputs=[],
+            outputs=[io.String.Output()],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls) -> float:
+        return time.time()  # another answer every time
+
+    @classmethod
+    def execute(cls) -> Any:
+        text = describe(connect().status())
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

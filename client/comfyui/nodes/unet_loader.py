@@ -1,0 +1,87 @@
+"""XDiT UNet Loader: a file becomes a MODEL whose forward runs in the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.patcher import lendable, make_patcher, plain_names, weightless_model
+from xditd.client.comfyui.weights import check_plain
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensors import ComponentKind
+
+DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class XditUnetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="XDiTUNetLoader",
+            display_name="XDiT UNet Loader",
+            category="xDiT",
+            description="Loads a FLUX.1 transformer once and lends it to the xDiT workers. The MODEL works with every "
+            "sampler, guider and LoRA loader; its forward runs on all GPUs.",
+            search_aliases=["xdit", "multi gpu", "load diffusion model"],
+            inputs=[
+                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models")),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    tooltip="default keeps the file's own, and needs no conversion",
+                ),
+                io.Int.Input(
+                    "ulysses_degree",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="0 takes the daemon's layout; another number insists on it",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str, weight_dtype: str, ulysses_degree: int) -> Any:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        return io.NodeOutput(load_unet(path, DTYPES[weight_dtype], ulysses_degree))
+
+
+def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int = 0) -> Any:
+    """Make a MODEL of a checkpoint file. ComfyUI lends it when it first needs it.
+
+    Raises:
+        Unsupported: another model family, quantised weights, or a layout that the daemon does not have.
+        DaemonUnreachable: no daemon runs.
+    """
+    label = Path(path).stem
+    if path.lower().endswith(".gguf"):
+        raise Unsupported(f"{label}: GGUF is not supported; use a bf16 or fp16 safetensors file")
+    check_layout(ulysses_degree)
+    tensors = plain_names(comfy.utils.load_torch_file(path))
+    check_plain(tensors, label)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    model = weightless_model(tensors, label)
+    return make_patcher(model, lendable(tensors, ComponentKind.TRANSFORMER, label, is_whole=True))
+
+
+def check_layout(ulysses_degree: int) -> None:
+    """Greet the daemon, and refuse a parallel layout that it was not started with."""
+    client = connect()
+    if not ulysses_degree:
+        return
+    status = client.status()
+    found = status.parallel.get("ulysses", status.world_size)
+    if status.world_size and found != ulysses_degree:
+        raise Unsupported(
+            f"ulysses_degree {ulysses_degree}: the daemon runs with {found}; set 0, or restart it with "
+            f"xditd serve --workers {ulysses_degree}"
+        )

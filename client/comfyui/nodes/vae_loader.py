@@ -1,0 +1,42 @@
+"""Load VAE (xDiT): a file becomes a VAE that runs in the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.vae import make_vae
+
+
+class XditVaeLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="XDiTVAELoader",
+            display_name="Load VAE (xDiT)",
+            category="xDiT",
+            description="Loads FLUX.1's VAE once and lends it to the xDiT workers. Works wherever a VAE does.",
+            search_aliases=["xdit", "multi gpu"],
+            inputs=[io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"))],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae_name: str) -> Any:
+        return io.NodeOutput(load_vae(folder_paths.get_full_path_or_raise("vae", vae_name)))
+
+
+def load_vae(path: str) -> Any:
+    """Make a VAE of a checkpoint file. ComfyUI lends it when it first needs it.
+
+    Raises:
+        Unsupported: not FLUX.1's VAE.
+        DaemonUnreachable: no daemon runs.
+    """
+    connect()
+    return make_vae(comfy.utils.load_torch_file(path), Path(path).stem)

@@ -1,0 +1,180 @@
+"""The MODEL that nodes hand on: ComfyUI's own patcher around a model without weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.forward import RemoteForward
+from xditd.client.comfyui.weights import Edit, RemoteWeights
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensors import ComponentKind
+
+logger = logging.getLogger(__name__)
+
+WRAPPER_KEY = "xditd"
+PREFIX = "diffusion_model."
+"""ComfyUI's names of parameters begin with it, those of checkpoints do not."""
+
+
+class RemotePatcher(comfy.model_patcher.ModelPatcher):
+    """A ModelPatcher whose weights are lent to the workers when ComfyUI loads it, and taken back when it unloads.
+
+    ComfyUI's memory management sees what the loan takes on its GPU, and frees other models for it first.
+    """
+
+    @property
+    def weights(self) -> RemoteWeights:
+        found: RemoteWeights = self.model.xditd_weights
+        return found
+
+    def model_size(self) -> int:
+        return self.weights.size_bytes
+
+    def loaded_size(self) -> int:
+        return self.weights.loaded_bytes
+
+    def load(self, device_to: Any = None, *_: Any, **__: Any) -> None:
+        """Lend the weights with this patcher's patches merged; nothing happens where that is done already."""
+        if self.hook_patches:
+            raise Unsupported("XDiT: LoRA hooks (scheduled LoRAs) are not supported; use Load LoRA instead")
+        if self.weight_wrapper_patches:
+            raise Unsupported("XDiT: weight wrappers run Python inside the model; they are not supported")
+        self.weights.apply({name.removeprefix(PREFIX): self._edit(name) for name in self.patches})
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        self.model.device = self.load_device
+
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        super().unpatch_model(None, unpatch_weights=False)  # another clone's object patches
+        before = self.loaded_size()
+        self.patch_model(device_to)
+        return self.loaded_size() - before
+
+    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+        """Nothing: a loan is taken back as a whole, which ComfyUI does next."""
+        return 0
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self.weights.release()
+            self.model.current_weight_patches_uuid = None
+            self.model.device = self.offload_device
+        super().unpatch_model(None, unpatch_weights=False)
+
+    def patch_weight_to_device(self, key: str, *_: Any, **__: Any) -> Any:
+        raise Unsupported(f"XDiT: {key} lies in the workers and cannot be patched one by one")
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        """As the base class does, with the values that the loan is made of: model merging nodes read them."""
+        found: dict[str, Any] = super().get_key_patches(filter_prefix)
+        for key, patches in found.items():
+            value = self.weights.base.get(key.removeprefix(PREFIX))
+            if value is not None:
+                found[key] = [(value, patches[0][1]), *patches[1:]]
+        return found
+
+    def _edit(self, key: str) -> Edit:
+        patches = self.patches[key]
+        # Adapters compare by identity; the recipe holds them, so an identity is never used twice.
+        recipe = tuple((strength, _Same(value), model, offset) for strength, value, model, offset, _ in patches)
+        return Edit(recipe, functools.partial(_merge, patches, key, self.load_device))
+
+
+class _Same:
+    """Equal to itself alone."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _merge(patches: list[Any], key: str, device: torch.device, base: torch.Tensor) -> torch.Tensor:
+    """Compute a patched weight with ComfyUI's own algorithm, precision and rounding."""
+    wide = comfy.model_management.lora_compute_dtype(device)
+    value = comfy.model_management.cast_to_device(base, device, wide, copy=True)
+    value = comfy.lora.calculate_weight(patches, value, key)
+    if value.shape != base.shape:
+        raise Unsupported(
+            f"XDiT: a patch changes the shape of {key} from {list(base.shape)} to {list(value.shape)}; control LoRAs "
+            "are not supported"
+        )
+    rounded: torch.Tensor = comfy.float.stochastic_rounding(value, base.dtype, seed=comfy.utils.string_to_seed(key))
+    return rounded
+
+
+def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name a checkpoint's transformer tensors as ComfyUI's model does: no prefix, norms ending in ``weight``."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    chosen = inside or dict(tensors)
+    return {_with_weight(name): value for name, value in chosen.items()}
+
+
+def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
+    """Build ComfyUI's model of a checkpoint on the meta device: every name and shape, no memory.
+
+    Raises:
+        Unsupported: not FLUX.1.
+    """
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    config = comfy.model_detection.model_config_from_unet(shapes, "")
+    if not isinstance(config, (comfy.supported_models.Flux, comfy.supported_models.FluxSchnell)):
+        found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
+        raise Unsupported(f"{label}: {found}; XDiT runs FLUX.1 (dev, schnell and their fine-tunes)")
+    dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda each: (each.itemsize, str(each)))
+    logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
+    config.set_inference_dtype(dtype, None)
+    config.custom_operations = comfy.ops.disable_weight_init
+    return config.get_model(shapes, "", device=torch.device("meta"))
+
+
+def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:
+    """Tie a weightless transformer to its weights, and wrap both as a MODEL."""
+    model.memory_usage_factor = 0.0  # activations are the workers': nothing to reserve, everything fits in one batch
+    patcher = bind(
+        model, weights, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
+    params = model.diffusion_model.params
+    forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed)
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, forward)
+    return patcher
+
+
+def lendable(tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool) -> RemoteWeights:
+    """Hold tensors for lending; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU."""
+    device = comfy.model_management.get_torch_device()
+    is_whole = is_whole and device.type == "cuda"
+    return RemoteWeights(tensors, kind=kind, label=label, device=str(device), is_whole=is_whole, connect=connect)
+
+
+def bind(model: Any, weights: RemoteWeights, load_device: Any, offload_device: Any) -> RemotePatcher:
+    """Tie a module without weights to those that are lent for it. The loan ends with the module at the latest."""
+    model.xditd_weights = weights
+    weakref.finalize(model, weights.release).atexit = False
+    return RemotePatcher(model, load_device=load_device, offload_device=offload_device)
+
+
+def _with_weight(name: str) -> str:
+    return f"{name.removesuffix('.scale')}.weight" if name.endswith("_norm.scale") else name

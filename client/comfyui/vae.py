@@ -1,0 +1,94 @@
+"""A VAE whose decoder and encoder run in the workers, for every node that takes a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from xditd.client.client import Client
+from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.weights import RemoteWeights, check_plain
+from xditd.client.loans import Loan
+from xditd.ipc import limits
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensors import ComponentKind
+
+SCALING: Final = 0.3611
+SHIFT: Final = 0.1159
+"""FLUX.1: the daemon speaks latents ``(z - SHIFT) * SCALING``, ComfyUI hands the VAE ``z``."""
+
+LATENT_CHANNELS: Final = 16
+_PREFIXES = ("first_stage_model.", "vae.")
+
+
+class RemoteStage(torch.nn.Module):
+    """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself."""
+
+    def __init__(self, weights: RemoteWeights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Decode to (batch, 3, height, width) in [-1, 1]."""
+        latents = (z.float() - SHIFT) * SCALING
+        return self._in_batches(Client.decode, latents).to(z.dtype)
+
+    def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode."""
+        latents = self._in_batches(Client.encode, pixels.float())
+        return (latents / SCALING + SHIFT).to(pixels.dtype)
+
+    def _in_batches(self, run: Callable[[Client, Loan, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for part in torch.split(x, limits.MAX_BATCH):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            parts.append(run(self._weights.connect(), self._weights.loan, part))
+        return torch.cat(parts)
+
+
+def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
+    """Make a VAE object of a checkpoint's tensors.
+
+    Raises:
+        Unsupported: not the VAE of FLUX.1, or quantised weights.
+    """
+    plain = {_without_prefix(name): tensor for name, tensor in tensors.items()}
+    check_plain(plain, label)
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
+    with torch.device("meta"):
+        vae = comfy.sd.VAE(sd=shapes)  # knows ratios, ranges and tile sizes; its module takes no memory
+    if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 2:
+        raise Unsupported(f"{label}: not the VAE of FLUX.1; use Load VAE")
+    weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
+    vae.first_stage_model = RemoteStage(weights)
+    vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
+    vae.vae_dtype = next(iter(plain.values())).dtype
+    vae.size = 0
+    # What a job needs is the workers' own memory; one byte, because ComfyUI divides by it.
+    vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
+    return vae
+
+
+def weights_of(vae: Any) -> RemoteWeights:
+    """Get what a VAE decodes with, ready to be lent: of ours what it is made of, of a stock VAE its own tensors."""
+    if isinstance(vae.first_stage_model, RemoteStage):
+        comfy.model_management.load_models_gpu([vae.patcher])
+        own: RemoteWeights = vae.patcher.weights
+        return own
+    found: RemoteWeights | None = getattr(vae, "xditd_weights", None)
+    if found is None:
+        tensors = {
+            name: tensor for name, tensor in vae.first_stage_model.state_dict().items() if name.startswith("decoder.")
+        }
+        found = vae.xditd_weights = lendable(tensors, ComponentKind.VAE, "vae", is_whole=False)
+    return found
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name

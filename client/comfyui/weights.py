@@ -1,0 +1,203 @@
+"""The weights of one component as ComfyUI holds them: lent while ComfyUI counts the model as loaded.
+
+| | unpatched tensors | patched tensors |
+|---|---|---|
+| whole | one arena on ComfyUI's GPU, filled once | written into the same arena |
+| not whole | as they are: slices of the file where they are that | an arena of their own |
+
+A patch (LoRA) is merged between jobs. Only tensors whose patches changed are computed again; the loan then rises by
+one generation, and the workers read the new values.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xditd.client.arenas import Arena
+from xditd.client.client import Client
+from xditd.client.loans import Loan
+from xditd.ipc.errors import Unsupported, XditdError
+from xditd.ipc.tensors import ComponentKind
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A tensor's new value: ``merge`` computes it from the unpatched one; equal ``recipe`` means equal result."""
+
+    recipe: tuple[Any, ...]
+    merge: Callable[[torch.Tensor], torch.Tensor]
+
+
+class RemoteWeights:
+    """One component's tensors and its loan. For one thread at a time, like ComfyUI's execution."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        kind: ComponentKind,
+        label: str,
+        device: str,
+        is_whole: bool,
+        connect: Callable[[], Client],
+    ) -> None:
+        """Keep ``tensors``, by their names in the checkpoint; ``device`` is where ComfyUI would load them.
+
+        ``is_whole`` loads all of them there, into one arena; else that is done for patched ones only.
+
+        Raises:
+            Unsupported: quantised tensors.
+        """
+        check_plain(tensors, label)
+        self.base = dict(tensors)
+        self.kind = kind
+        self.label = label
+        self.connect = connect
+        self._device = device
+        self._is_whole = is_whole
+        self._arena: Arena | None = None
+        self._generation = 0
+        self._merged: dict[str, tuple[Any, ...]] = {}
+        self._loan: Loan | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """What the loan takes on ComfyUI's GPU; nothing where ComfyUI runs on the CPU."""
+        if self._device == "cpu":
+            return 0
+        if not self._is_whole:
+            return 0 if self._arena is None else self._arena.size_bytes
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.base.values())
+
+    @property
+    def loaded_bytes(self) -> int:
+        return self.size_bytes if self._loan is not None else 0
+
+    @property
+    def loan(self) -> Loan:
+        """The live loan; made, or made again after the daemon restarted, where there is none."""
+        if self._loan is None or not self._loan.is_live:
+            return self._lend()
+        return self._loan
+
+    def apply(self, edits: Mapping[str, Edit]) -> Loan:
+        """Make the lent tensors those of ``edits`` over the base; a no-op where they are that already."""
+        stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}
+        gone = {name for name in self._merged if name not in edits}
+        if not stale and not gone:
+            return self.loan
+        started = time.perf_counter()
+        if self._is_whole:
+            self._ensure_whole_arena()
+            self._write(stale, gone, edits)
+        elif not edits:
+            self._replace_arena(None)
+            self._merged.clear()
+        else:
+            for name in gone:
+                del self._merged[name]  # lent from the base again
+            if self._arena is None or not edits.keys() <= self._arena.tensors.keys():
+                shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in edits}
+                self._replace_arena(Arena(shapes, self._device))
+                stale = set(edits)
+            self._write(stale, set(), edits)
+        merged_ms = (time.perf_counter() - started) * 1e3
+        logger.info(
+            "weights patched label=%s changed=%d restored=%d patched=%d merge_ms=%.1f",
+            self.label, len(stale), len(gone), len(edits), merged_ms,
+        )  # fmt: skip
+        return self._lend()
+
+    def release(self) -> None:
+        """Take the loan back and free what it took. The next use lends again."""
+        loan, self._loan = self._loan, None
+        arena, self._arena = self._arena, None
+        self._merged.clear()
+        self._generation = 0
+        try:
+            if loan is not None:
+                loan.return_()
+        except XditdError as error:
+            logger.warning("loan not returned label=%s reason=%s", self.label, error)
+        finally:
+            _close(arena, self.label)
+
+    def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> None:
+        assert self._arena is not None
+        for name in sorted(stale | gone):
+            # A merge that fails half way must be done again, so the note of the old one goes first.
+            self._merged.pop(name, None)
+            value = edits[name].merge(self.base[name]) if name in stale else self.base[name]
+            self._arena.tensors[name].copy_(value)
+            if name in stale:
+                self._merged[name] = edits[name].recipe
+        self._generation += 1
+
+    def _ensure_whole_arena(self) -> Arena:
+        if self._arena is None:
+            self._arena = Arena.copy_of(self.base, self._device)
+            logger.info(
+                "weights loaded label=%s device=%s bytes=%d load_ms=%.1f",
+                self.label, self._device, self._arena.size_bytes, self._arena.fill_ms,
+            )  # fmt: skip
+        return self._arena
+
+    def _replace_arena(self, arena: Arena | None) -> None:
+        """Swap the arena of patched tensors; the old one is freed once its loan has been returned."""
+        loan, self._loan = self._loan, None
+        if loan is not None and loan.is_live:
+            loan.return_()
+        _close(self._arena, self.label)
+        self._arena = arena
+        self._generation = 0
+
+    def _lend(self) -> Loan:
+        if self._is_whole:
+            tensors: Mapping[str, torch.Tensor] = self._ensure_whole_arena().tensors
+        elif self._arena is not None:
+            tensors = {**self.base, **{name: self._arena.tensors[name] for name in self._merged}}
+        else:
+            tensors = self.base
+        older = self._loan
+        self._loan = self.connect().lend(tensors, kind=self.kind, label=self.label, generation=self._generation)
+        if older is not None and older.is_live:
+            older.return_()
+        return self._loan
+
+
+def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Refuse weights that the workers cannot read as numbers.
+
+    Raises:
+        Unsupported: fp8 or another packed dtype, or GGUF.
+    """
+    import torch
+
+    plain = (torch.bfloat16, torch.float16, torch.float32)
+    for name, tensor in tensors.items():
+        kind = type(tensor).__name__
+        if "gg" in kind.lower():
+            raise Unsupported(f"{label}: {name} is a GGUF tensor; GGUF is not supported, use a bf16 or fp16 file")
+        if tensor.dtype not in plain or kind == "QuantizedTensor":
+            raise Unsupported(
+                f"{label}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}; fp8 and other quantised "
+                "weights are not supported, use a bf16 or fp16 file"
+            )
+
+
+def _close(arena: Arena | None, label: str) -> None:
+    if arena is None:
+        return
+    try:
+        arena.close()
+    except XditdError as error:
+        logger.warning("arena not freed label=%s reason=%s", label, error)

@@ -1,0 +1,251 @@
+"""What the nodes do with a real ComfyUI and real workers, beside the stock nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from xditd.client import Unsupported
+from xditd.client.demo import checkpoints
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+
+TOLERANCE = 2e-6
+ENCODE_TOLERANCE = 6e-6
+"""Rounding of two implementations of a full-size encoder: 2.8e-6 was seen."""
+
+
+@pytest.fixture
+def latent() -> dict[str, Any]:
+    return {"samples": torch.zeros(1, 16, 16, 16)}
+
+
+@pytest.fixture(scope="session")
+def decoder_file(tmp_path_factory) -> Path:
+    """A small VAE that ComfyUI takes: it reads the decoder's width from the file, the encoder's it has fixed."""
+    path = tmp_path_factory.mktemp("vae") / "decoder.safetensors"
+    save_file(checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_file(tmp_path_factory) -> Path:
+    """A VAE of the real size, so with its encoder."""
+    path = tmp_path_factory.mktemp("vae") / "whole.safetensors"
+    save_file(checkpoints.flux_vae_state_dict(4, channels=(128, 256, 512, 512)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock_vae(comfy, decoder_file) -> Any:
+    return comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(decoder_file)))
+
+
+@pytest.fixture
+def vae(connected, decoder_file) -> Any:
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    return load_vae(str(decoder_file))
+
+
+@pytest.fixture
+def xsample(connected, conditioning, latent):
+    """Run XDiT KSampler; returns latents, image and its note."""
+    from xditd.client.comfyui.nodes.ksampler import sample
+
+    def run(model: Any, **more: Any) -> tuple[torch.Tensor, Any, str]:
+        options = {"seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+        options |= {"positive": conditioning(1), "negative": conditioning(2), "latent_image": latent}
+        out, image, note = sample(model=model, **(options | more))
+        return out["samples"], image, note
+
+    return run
+
+
+def lora(seed: int, kind: str = "own") -> dict[str, torch.Tensor]:
+    """A LoRA in the names of the checkpoint, or in those of diffusers, where q, k and v are apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return 0.1 * torch.randn(rows, 4, generator=generator), 0.1 * torch.randn(4, columns, generator=generator)
+
+    found = {}
+    if kind == "own":
+        for name, rows in (("double_blocks.0.img_attn.qkv", 768), ("single_blocks.1.linear2", 256)):
+            up, down = pair(rows, 256 if rows == 768 else 1280)
+            found[f"diffusion_model.{name}.lora_up.weight"] = up
+            found[f"diffusion_model.{name}.lora_down.weight"] = down
+    else:
+        for name in ("transformer_blocks.1.attn.to_k", "single_transformer_blocks.0.attn.to_v"):
+            up, down = pair(256, 256)
+            found[f"transformer.{name}.lora_B.weight"] = up
+            found[f"transformer.{name}.lora_A.weight"] = down
+    return found
+
+
+@pytest.mark.parametrize("kind", ["own", "diffusers"])
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+def test_lora_at_two_strengths(kind, through, comfy, remote, local, conditioning, ksample, latent, relative_error):
+    from xditd.client.comfyui.accelerate import accelerate
+
+    def with_lora(model: Any, strength: float) -> Any:
+        return comfy.comfy.sd.load_lora_for_models(model, None, lora(3, kind), strength, 0.0)[0]
+
+    def run(model: Any) -> torch.Tensor:
+        return ksample(model, conditioning(1), conditioning(2), dict(latent))
+
+    base = remote if through == "loader" else accelerate(local)
+    plain = run(local)
+    for strength in (1.0, 0.4):
+        expected = run(with_lora(local, strength))
+        assert relative_error(expected, plain) > 1e-3
+        model = with_lora(base, strength) if through == "loader" else accelerate(with_lora(local, strength))
+        assert relative_error(run(model), expected) <= TOLERANCE
+    assert relative_error(run(base), plain) <= TOLERANCE
+
+
+def test_same_model_again_lends_nothing_and_another_strength_patches_in_place(
+    comfy, daemon, remote, conditioning, ksample, latent
+):
+    def run(strength: float) -> None:
+        patched = comfy.comfy.sd.load_lora_for_models(remote, None, adapters, strength, 0.0)[0]
+        ksample(patched, conditioning(1), conditioning(2), dict(latent))
+
+    adapters = lora(3)
+    run(1.0)
+    before = remote.weights.loan
+    ksample(remote, conditioning(1), conditioning(2), dict(latent))
+    run(0.5)
+    run(0.6)
+    mine = [each for each in daemon.status().components if each.component_id == remote.weights.loan.component_id]
+    assert before.component_id != remote.weights.loan.component_id
+    assert len(mine) == 1
+    assert mine[0].generation == 2
+    held = remote.weights.loan
+    run(0.6)
+    assert len(daemon.status().components) == 1
+    assert held.lent_bytes == remote.weights.loan.lent_bytes
+
+
+def test_unloading_takes_the_loan_back(comfy, daemon, remote, conditioning, ksample, latent):
+    first = ksample(remote, conditioning(1), conditioning(2), dict(latent))
+    assert len(daemon.status().components) == 1
+    comfy.comfy.model_management.unload_all_models()
+    assert not daemon.status().components
+    assert torch.equal(ksample(remote, conditioning(1), conditioning(2), dict(latent)), first)
+
+
+def test_vae_decodes(vae, stock_vae, relative_error):
+    z = torch.randn(2, 16, 14, 16, generator=torch.Generator().manual_seed(1))
+    expected = stock_vae.decode(z)
+    assert expected.std() > 0.05
+    assert relative_error(vae.decode(z), expected) <= TOLERANCE
+    tiles = dict(tile_x=16, tile_y=16, overlap=4)
+    z = 0.3 * torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(1))
+    # The workers clip each tile to [-1, 1], ComfyUI clips the mean of overlapping ones.
+    assert relative_error(vae.decode_tiled(z, **tiles), stock_vae.decode_tiled(z, **tiles)) <= 3e-2
+
+
+def test_vae_encodes(comfy, connected, whole_file, relative_error):
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    vae = load_vae(str(whole_file))
+    stock = comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(whole_file)))
+    pixels = torch.rand(1, 112, 128, 3, generator=torch.Generator().manual_seed(2))
+    assert relative_error(vae.encode(pixels), stock.encode(pixels)) <= ENCODE_TOLERANCE
+    tiles = dict(tile_x=64, tile_y=64, overlap=16)
+    assert relative_error(vae.encode_tiled(pixels, **tiles), stock.encode_tiled(pixels, **tiles)) <= ENCODE_TOLERANCE
+    z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert relative_error(vae.decode(z), stock.decode(z)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("which", ["xdit", "stock", "none"])
+def test_fused_sampler(which, xsample, remote, local, vae, stock_vae, conditioning, ksample, latent, relative_error):
+    chosen = {"xdit": vae, "stock": stock_vae, "none": None}[which]
+    samples, image, note = xsample(remote, vae=chosen)
+    assert note.startswith("fused: 4 steps")
+    expected = ksample(local, conditioning(1), conditioning(2), dict(latent))
+    assert relative_error(samples, expected) <= TOLERANCE
+    if which == "none":
+        assert image is None
+    else:
+        assert relative_error(image, stock_vae.decode(expected)) <= 1e-5
+
+
+def test_fused_sampler_from_an_image_and_a_stock_model(xsample, local, conditioning, ksample, relative_error):
+    start = {"samples": torch.randn(2, 16, 16, 14, generator=torch.Generator().manual_seed(9))}
+    more = dict(denoise=0.6, scheduler="beta")
+    samples, _, note = xsample(local, latent_image=dict(start), **more)
+    assert note.startswith("fused: 4 steps")
+    expected = ksample(local, conditioning(1), conditioning(2), dict(start), **more)
+    assert relative_error(samples, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("more", "said"), [({"sampler_name": "dpmpp_2m"}, "dpmpp_2m"), ({"cfg": 2.5}, "cfg 2.5")])
+def test_what_is_not_fused_runs_step_by_step_and_says_so(
+    more, said, xsample, remote, local, conditioning, ksample, latent, relative_error
+):
+    samples, _, note = xsample(remote, **more)
+    assert note.startswith("step by step")
+    assert said in note
+    expected = ksample(local, conditioning(1), conditioning(2), dict(latent), **more)
+    assert relative_error(samples, expected) <= TOLERANCE
+
+
+def test_progress_and_interrupt(comfy, daemon, xsample, remote, monkeypatch, wait_until):
+    management = comfy.comfy.model_management
+    seen: list[int] = []
+
+    def update(bar: Any, value: int, total: int, preview: Any = None) -> None:
+        seen.append(value)
+        if value == 2:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.comfy.utils.ProgressBar, "update_absolute", update)
+    with pytest.raises(management.InterruptProcessingException):
+        xsample(remote, steps=200)
+    assert seen == [1, 2]
+    wait_until(lambda: not daemon.status().jobs, "the cancelled job to leave")
+    seen.clear()
+    _, _, note = xsample(remote, steps=1)
+    assert seen == [1]
+    assert note.startswith("fused")
+
+
+def test_what_cannot_run_is_refused_by_name(remote, conditioning, ksample, latent):
+    patched = remote.clone()
+    patched.set_model_attn1_patch(lambda *_: None)
+    with pytest.raises(Unsupported, match="attn1_patch"):
+        ksample(patched, conditioning(1), conditioning(2), dict(latent))
+    kontext = conditioning(1)
+    kontext[0][1]["reference_latents"] = [latent["samples"]]
+    with pytest.raises(Unsupported, match="Kontext"):
+        ksample(remote, kontext, conditioning(2), dict(latent))
+
+
+def test_wrappers_of_other_nodes_run_around_the_workers(remote, local, conditioning, ksample, latent, relative_error):
+    from comfy.patcher_extension import WrappersMP
+
+    calls = []
+
+    def double(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return 0.5 * executor(*args, **kwargs)
+
+    found = []
+    for model in (remote, local):
+        wrapped = model.clone()
+        wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", double)
+        found.append(ksample(wrapped, conditioning(1), conditioning(2), dict(latent)))
+    assert len(calls) == 8
+    assert relative_error(*found) <= TOLERANCE
+
+
+def test_status_node(connected):
+    from xditd.client.comfyui.nodes.status import XditStatus
+
+    assert "workers   ready: 2 on cpu" in XditStatus.execute().result[0]
