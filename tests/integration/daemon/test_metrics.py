@@ -40,7 +40,7 @@ def test_metrics_tell_what_happened(start_daemon: Any, memory: Any) -> None:
     path = daemon.runtime.metrics_socket
     before = scrape(path)
     assert before['xditd_group_state{state="ready"}'] == 1
-    assert before["xditd_queue_limit"] == 64
+    assert before["xditd_queue_limit"] == 512
     assert not [name for name in before if name.startswith("xditd_jobs_total")]
     lent = client.lend(memory.manifest())
     client.ask(memory.generate(lent.component_id, steps=4), Generated)
