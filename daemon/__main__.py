@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xditd.daemon.arguments import build_parser
 from xditd.daemon.configuration import Configuration, build_configuration
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
     logbook = configure_logging(configuration.log_level)
     try:
-        serve(configuration, logbook)
+        serve(configuration, logbook, lambda: build_configuration(flags, os.environ))
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -43,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return STOPPED
 
 
-def serve(configuration: Configuration, logbook: Logbook) -> None:
-    """Hold the runtime folder and serve from it."""
+def serve(configuration: Configuration, logbook: Logbook, reread: Callable[[], Configuration]) -> None:
+    """Hold the runtime folder and serve from it; ``reread`` builds the configuration anew for a reload."""
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         service = Service(configuration, folder, worker_environment(os.environ), logbook)
+        service.reread = reread
         Dispatcher(service)
         StopSignals(service)
         logger.info("daemon listening pid=%d socket=%s", os.getpid(), folder.runtime.client_socket)

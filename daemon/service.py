@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, Final
 
 import msgspec
@@ -30,8 +31,21 @@ from xditd.ipc.worker_messages import Answer, Command, Run, StepReached
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S: Final = 5.0
-"""How long a running job may take to notice that the daemon stops. Its next step is enough."""
+CANCEL_GRACE_S: Final = 5.0
+"""How long a job that used up its time to drain may take to notice its cancel. Its next step is enough."""
+
+RELOADED: Final = (
+    "log_level",
+    "queue_limit",
+    "client_queue_limit",
+    "client_loan_limit",
+    "client_lent_bytes",
+    "client_io_bytes",
+    "message_bytes",
+    "client_deadline_s",
+    "drain_deadline_s",
+)
+"""What :meth:`Service.reload` takes over; the rest was given to processes and folders that are there already."""
 
 _LINGER_MS: Final = 300
 """For last replies to leave; a client that does not read holds the daemon no longer than this."""
@@ -49,6 +63,8 @@ class Service:
         self, configuration: Configuration, folder: RuntimeFolder, environment: Mapping[str, str], logbook: Logbook
     ) -> None:
         self.configuration = configuration
+        self.reread: Callable[[], Configuration] = lambda: configuration
+        """Where :meth:`reload` gets the configuration from."""
         self.quotas = Quotas.of(configuration)
         self.logbook = logbook
         self.loop = Loop()
@@ -124,13 +140,39 @@ class Service:
         self.desk.submit(job, will_wait=not is_next)
 
     def stop(self, why: str) -> None:
-        """Take no new work, end what runs, shut the workers down, and leave the loop."""
+        """Take no new work, let what runs finish within its deadline, shut the workers down, and leave the loop."""
         if self.is_stopping:
             return
         self.is_stopping = True
-        logger.info("stopping: %s", why)
-        self.desk.cancel_all(DaemonStopping(f"the daemon is shutting down: {why}"))
-        self.loop.call_later(DRAIN_S, self._shut_down)
+        stopping = DaemonStopping(f"the daemon is shutting down: {why}")
+        deadline_s = self.configuration.drain_deadline_s
+        running = self.desk.queue.running
+        logger.info("stopping: %s%s", why, f"; a job may run on for {deadline_s:g} s" if running is not None else "")
+        for job in self.desk.queue.waiting:
+            self.desk.cancel(job, stopping)
+        self.loop.call_later(deadline_s, lambda: self._end_drain(stopping))
+
+    def reload(self) -> None:
+        """Read the configuration again, and take over what can change while workers and clients stay: see RELOADED.
+
+        A configuration that cannot be read changes nothing, and the log says why.
+        """
+        try:
+            fresh = self.reread()
+        except XditdError as error:
+            logger.error("configuration not read again, the old one stays: %s", error.detail)
+            return
+        ignored = [
+            field.name
+            for field in fields(fresh)
+            if field.name not in RELOADED and getattr(fresh, field.name) != getattr(self.configuration, field.name)
+        ]
+        self.configuration = replace(self.configuration, **{name: getattr(fresh, name) for name in RELOADED})
+        self.quotas = Quotas.of(self.configuration)
+        self.desk.queue.limit = self.configuration.queue_limit
+        self.desk.queue.client_limit = self.configuration.client_queue_limit
+        logging.getLogger().setLevel(self.configuration.log_level.upper())
+        logger.info("configuration read again; waits for a restart: %s", ", ".join(ignored) or "nothing")
 
     # --- What the group tells ------------------------------------------------------------------------
 
@@ -173,6 +215,10 @@ class Service:
 
     def _next_errand(self) -> Errand[Any] | None:
         return self.loans.next_errand() or self.desk.next_errand()
+
+    def _end_drain(self, stopping: DaemonStopping) -> None:
+        self.desk.cancel_all(stopping)
+        self.loop.call_later(CANCEL_GRACE_S, self._shut_down)
 
     def _shut_down(self) -> None:
         if not self._is_shutting_down:
