@@ -31,6 +31,8 @@ class Configuration:
     client_lent_bytes: int = 2**40
     client_io_bytes: int = 16 * 2**30
     message_bytes: int = limits.MAX_MESSAGE_BYTES
+    client_deadline_s: float = 60.0
+    drain_deadline_s: float = 20.0
     log_level: str = "info"
     metrics: str = "off"
     workers: Literal["auto"] | int = "auto"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.jobs import Job
 from xditd.daemon.leases import Lease
+from xditd.ipc import limits
 from xditd.ipc.errors import LimitExceeded
 from xditd.ipc.requests import Lend
 from xditd.ipc.tensors import HostShmBlock, Manifest
@@ -20,7 +21,7 @@ class Quotas:
     loans: int = 64
     lent_bytes: int = 2**40
     io_bytes: int = 16 * 2**30
-    message_bytes: int = 8 * 2**20
+    message_bytes: int = limits.MAX_MESSAGE_BYTES
 
     @classmethod
     def of(cls, configuration: Configuration) -> Quotas:

@@ -8,12 +8,24 @@ from collections.abc import Callable
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
+from xditd.daemon.quotas import Quotas
 from xditd.daemon.service import Service
 from xditd.ipc.errors import XditdError
 
 logger = logging.getLogger(__name__)
 
-LIVE: Final = ("log_level", "max_restarts", "queue_limit")
+LIVE: Final = (
+    "client_deadline_s",
+    "client_io_bytes",
+    "client_lent_bytes",
+    "client_loan_limit",
+    "client_queue_limit",
+    "drain_deadline_s",
+    "log_level",
+    "max_restarts",
+    "message_bytes",
+    "queue_limit",
+)
 """Settings that a reload applies. The others shape sockets and worker processes, and need a restart."""
 
 
@@ -31,7 +43,9 @@ def reload(service: Service, read: Callable[[], Configuration]) -> str:
     names = [field.name for field in dataclasses.fields(Configuration)]
     changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     service.configuration = dataclasses.replace(old, **{name: getattr(new, name) for name in LIVE})
+    service.quotas = Quotas.of(service.configuration)
     service.desk.queue.limit = new.queue_limit
+    service.desk.queue.client_limit = new.client_queue_limit
     service.supervisor.restarts.limit = new.max_restarts
     logging.getLogger().setLevel(new.log_level.upper())
     applied = ", ".join(name for name in changed if name in LIVE) or "nothing"

@@ -33,8 +33,8 @@ from xditd.ipc.worker_messages import Answer, Command, Run, StepReached
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S: Final = 5.0
-"""How long a running job may take to notice that the daemon stops. Its next step is enough."""
+CANCEL_GRACE_S: Final = 5.0
+"""How long a job that used up its time to drain may take to notice its cancel. Its next step is enough."""
 
 _LINGER_MS: Final = 300
 """For last replies to leave; a client that does not read holds the daemon no longer than this."""
@@ -137,14 +137,18 @@ class Service:
         self.desk.submit(job, will_wait=not is_next)
 
     def stop(self, why: str) -> None:
-        """Take no new work, end what runs, shut the workers down, and leave the loop."""
+        """Take no new work, let what runs finish within its deadline, shut the workers down, and leave the loop."""
         if self.is_stopping:
             return
         self.is_stopping = True
-        logger.info("stopping: %s", why)
+        stopping = DaemonStopping(f"the daemon is shutting down: {why}")
+        deadline_s = self.configuration.drain_deadline_s
+        running = self.desk.queue.running
+        logger.info("stopping: %s%s", why, f"; a job may run on for {deadline_s:g} s" if running is not None else "")
         self.vitals.end(f"stopping: {why}")
-        self.desk.cancel_all(DaemonStopping(f"the daemon is shutting down: {why}"))
-        self.loop.call_later(DRAIN_S, self._shut_down)
+        for job in self.desk.queue.waiting:
+            self.desk.cancel(job, stopping)
+        self.loop.call_later(deadline_s, lambda: self._end_drain(stopping))
 
     # --- What the group tells ------------------------------------------------------------------------
 
@@ -193,6 +197,10 @@ class Service:
 
     def _next_errand(self) -> Errand[Any] | None:
         return self.loans.next_errand() or self.desk.next_errand()
+
+    def _end_drain(self, stopping: DaemonStopping) -> None:
+        self.desk.cancel_all(stopping)
+        self.loop.call_later(CANCEL_GRACE_S, self._shut_down)
 
     def _shut_down(self) -> None:
         if not self._is_shutting_down:

@@ -9,7 +9,10 @@ import sys
 from xditd.client.cli import exits, flags
 
 SUMMARY = "stop the daemon and its workers"
-DESCRIPTION = "Stop the daemon and wait for its end. Running jobs fail with daemon_stopping; lent memory is let go."
+DESCRIPTION = (
+    "Stop the daemon and wait for its end. A running job may finish within the daemon's drain_deadline_s; waiting ones "
+    "fail with daemon_stopping; lent memory is let go."
+)
 EXAMPLES = """\
 examples:
   xditd stop

@@ -217,5 +217,5 @@ def test_a_request_that_no_daemon_reads_is_refused_here(daemon, connect):
     tensors = tuple(TensorSpec(f"{number:0600d}", "uint8", (8,), 0, 0) for number in range(16_000))
     manifest = Manifest(kind=ComponentKind.VAE, label="huge", blocks=(block,), tensors=tensors)
     connection = connect()
-    with pytest.raises(LimitExceeded, match=r"request Lend: \d+ bytes, at most 8388608 are read"):
+    with pytest.raises(LimitExceeded, match=r"request Lend: \d+ bytes, at most 4194304 are read"):
         connection.submit(Lend(request_id=connection.next_request_id(), manifest=manifest))

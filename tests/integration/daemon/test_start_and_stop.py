@@ -69,7 +69,7 @@ def test_sockets_are_private(start_daemon: Any) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_mid_job_ends_everything_in_order(start_daemon: Any, memory: Any, number: int) -> None:
-    daemon = start_daemon()
+    daemon = start_daemon("--drain-deadline-s", "0.3")
     client = daemon.ready_client()
     lent = client.lend(memory.manifest())
     pids = worker_pids(client)
@@ -86,6 +86,24 @@ def test_signal_in_mid_job_ends_everything_in_order(start_daemon: Any, memory: A
     assert not daemon.runtime.client_socket.exists()
     assert not daemon.runtime.worker_socket.exists()
     assert "Traceback" not in daemon.log
+
+
+def test_running_job_may_finish_and_nothing_else_gets_in(start_daemon: Any, memory: Any) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    lent = client.lend(memory.manifest())
+    running = client.send(memory.generate(lent.component_id, steps=100))
+    client.wait_event(running, StepDone)
+    waiting = client.send(memory.generate(lent.component_id))
+    daemon.process.send_signal(signal.SIGTERM)
+    failed = client.wait(waiting)  # at once, while the other one runs
+    assert isinstance(failed, Failed)
+    assert failed.code == "daemon_stopping"
+    assert running not in client.ended
+    assert client.fail(memory.generate(lent.component_id)).code == "daemon_stopping"
+    assert [job.request_id for job in client.status().jobs] == [running]
+    assert isinstance(client.wait(running), Generated)
+    assert daemon.wait() == 0
 
 
 def test_stop_request_while_the_workers_start(start_daemon: Any) -> None:

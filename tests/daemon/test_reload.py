@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xditd.daemon.configuration import Configuration
+from xditd.daemon.logbook import Logbook
+from xditd.daemon.notify import Notifier
+from xditd.daemon.reload import LIVE, reload
+from xditd.daemon.runtime_folder import RuntimeFolder
+from xditd.daemon.service import Service
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.errors import BadRequest
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    umask = os.umask(0o022)  # which the folder changes for the whole process
+    with tempfile.TemporaryDirectory(prefix="xditd-") as name:
+        configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
+        with RuntimeFolder(configuration.runtime) as folder:
+            service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
+            yield service
+            service.close()
+    os.umask(umask)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+
+
+def test_reload_takes_over_limits_and_log_level(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = replace(
+        service.configuration, queue_limit=7, client_queue_limit=3, client_loan_limit=2, log_level="debug", workers=4
+    )
+    outcome = reload(service, lambda: fresh)
+    assert (service.desk.queue.limit, service.desk.queue.client_limit) == (7, 3)
+    assert service.quotas.loans == 2
+    assert logging.getLogger().level == logging.DEBUG
+    assert service.configuration.workers == "auto"
+    assert outcome.endswith("workers needs a restart")
+    assert outcome in caplog.text
+
+
+def test_reload_of_what_cannot_be_read_changes_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Configuration:
+        raise BadRequest("file x: not TOML")
+
+    before = service.configuration
+    reload(service, fails)
+    assert service.configuration is before
+    assert "configuration not reloaded: file x: not TOML" in caplog.text
+
+
+def test_what_is_reloaded_exists(service: Service) -> None:
+    assert set(LIVE) <= set(vars(service.configuration))
