@@ -101,6 +101,14 @@ class Client:
         """Take a component back; once this returns no worker maps it."""
         loan.return_(deadline_s=deadline_s)
 
+    def check_canary(self, *, deadline_s: float | None = None) -> None:
+        """Show that every worker reads what this process writes into shared memory; the first lend does so anyway.
+
+        Raises:
+            StaleSource: a worker read something else.
+        """
+        self._current().check_canary(deadline_s)
+
     # --- Jobs ----------------------------------------------------------------------------------
 
     def generate(

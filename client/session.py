@@ -102,6 +102,14 @@ class Session:
         )  # fmt: skip
         return loan
 
+    def check_canary(self, deadline_s: float | None) -> None:
+        """Show, unless that was done before, that every worker reads this process's memory.
+
+        Raises:
+            StaleSource: a worker read something else.
+        """
+        self._check_canary(Patience(self._silence_s, deadline_s))
+
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Take back one loan of a component; the daemon counts them too, and the last one unmaps it."""
         with self._lock:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from xditd import __version__
-from xditd.client.cli import demo, exits, generate, install_service, logs, serve, status, stop
+from xditd.client.cli import demo, doctor, exits, generate, install_service, logs, serve, status, stop
 from xditd.ipc.errors import XditdError
 
 VERBS: dict[str, ModuleType] = {
@@ -20,6 +20,7 @@ VERBS: dict[str, ModuleType] = {
     "logs": logs,
     "stop": stop,
     "install-service": install_service,
+    "doctor": doctor,
 }
 
 _DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and get images back."

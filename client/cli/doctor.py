@@ -1,0 +1,85 @@
+"""``xditd doctor``: check this machine, this installation and the daemon, each with a remedy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from xditd import __version__
+from xditd.client.cli import exits, flags
+from xditd.client.cli.tables import table
+from xditd.client.doctor import daemon, host, workers
+from xditd.client.doctor.findings import Finding, Verdict, ok
+from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
+from xditd.ipc.protocol import PROTOCOL_VERSION
+
+SUMMARY = "check GPUs, drivers, limits, permissions and the running daemon"
+DESCRIPTION = (
+    "Check what lending and jobs rely on, and say how to mend what is wrong. Changes nothing. Exits with 1 if a check "
+    "failed; warnings do not count. Importing the workers' libraries takes most of the time: --quick leaves it out."
+)
+EXAMPLES = """\
+examples:
+  xditd doctor
+  xditd doctor --quick --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_switch(
+        parser, "--quick", variable="XDITD_QUICK", help="leave out GPUs, libraries and attention: no torch, no waiting"
+    )
+    flags.add_json(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    found = examine(parsed.runtime_dir, is_quick=parsed.quick)
+    failed = [each for each in found if each.verdict is Verdict.FAIL]
+    if parsed.json:
+        print(json.dumps({"ok": not failed, "findings": [each.as_builtins() for each in found]}, indent=2))
+    else:
+        print(describe(found))
+    return exits.FAILED if failed else exits.DONE
+
+
+def examine(runtime_dir: Path | None, *, is_quick: bool) -> list[Finding]:
+    """Run every check."""
+    runtime = RuntimeDir(runtime_dir.absolute()) if runtime_dir else default_runtime_dir()
+    devices = host.check_devices()
+    answers, pid = daemon.check_daemon(runtime.path)
+    limits = host.limits_of(pid)
+    return [
+        _versions(),
+        *([devices] if devices else []),
+        *([] if is_quick else workers.check_workers(workers.probe())),
+        host.check_allocator(os.environ),
+        host.check_runtime_folder(runtime),
+        host.check_shared_memory(),
+        host.check_locked_memory(limits, has_gpu=devices is not None),
+        host.check_open_files(limits),
+        *answers,
+    ]
+
+
+def _versions() -> Finding:
+    return ok(
+        "versions",
+        f"xditd {__version__}, protocol {PROTOCOL_VERSION}, Python {platform.python_version()}, "
+        f"ZeroMQ {zmq.zmq_version()}, msgspec {msgspec.__version__}, Linux {platform.release()}",
+    )
+
+
+def describe(found: list[Finding]) -> str:
+    """Write the findings as a table, and the remedies below it."""
+    lines = [table(("CHECK", "", "FOUND"), [(each.check, each.verdict.value, each.detail) for each in found])]
+    remedies = [f"  {each.check}: {each.remedy}" for each in found if each.remedy]
+    if remedies:
+        lines += ["", "remedies", *remedies]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Checks of this machine and this user that need no library: folders, limits, shared memory, environment."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from xditd.client.doctor.findings import Finding, fail, ok, warn
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.errors import BadRequest
+
+SHM: Final = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+SHM_WARN_BYTES: Final = 2 * 2**30
+SHM_FAIL_BYTES: Final = 64 * 2**20
+"""The I/O block of one 1024x1024 job with its image takes about 10 MiB."""
+
+FILES_WARN: Final = 4096
+FILES_FAIL: Final = 256
+
+_ALLOCATORS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_GIB: Final = 2**30
+
+
+def check_runtime_folder(runtime: RuntimeDir) -> Finding:
+    """Whether the daemon would take this folder."""
+    name, path = "runtime folder", runtime.path
+    try:
+        runtime.check_lengths()
+    except BadRequest as error:
+        return fail(name, error.detail, "choose a shorter one (--runtime-dir or XDITD_RUNTIME_DIR)")
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        parent = next((each for each in path.parents if each.exists()), Path("/"))
+        if os.access(parent, os.W_OK | os.X_OK):
+            return ok(name, f"{path}: not there yet; the daemon makes it with mode 0700")
+        return fail(name, f"{path}: not there, and {parent} cannot be written", "choose another (XDITD_RUNTIME_DIR)")
+    except OSError as error:
+        return fail(name, f"{path}: {error.strerror}", "choose another (--runtime-dir or XDITD_RUNTIME_DIR)")
+    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISDIR(found.st_mode):
+        return fail(name, f"{path}: not a folder", "remove it, or choose another (XDITD_RUNTIME_DIR)")
+    if found.st_uid != os.getuid():
+        return fail(name, f"{path}: owned by uid {found.st_uid}, not by {os.getuid()}", "choose another folder")
+    if mode & 0o077:
+        return fail(name, f"{path}: mode {mode:04o} lets other users in", f"chmod 700 {path}")
+    return ok(name, f"{path}: private, mode {mode:04o}")
+
+
+def check_shared_memory(path: Path = SHM) -> Finding:
+    """Whether embeddings, latents and images, and weights of clients without a GPU, find room."""
+    name = "shared memory"
+    try:
+        found = os.statvfs(path)
+    except OSError as error:
+        return fail(name, f"{path}: {error.strerror}", f"mount -t tmpfs tmpfs {path}")
+    free_bytes, total_bytes = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    detail = f"{path}: {free_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB free"
+    remedy = f"remove what is not needed from {path}, or mount -o remount,size=8G {path} (containers: --shm-size=8g)"
+    if free_bytes < SHM_FAIL_BYTES:
+        return fail(name, detail, remedy)
+    return warn(name, detail, remedy) if free_bytes < SHM_WARN_BYTES else ok(name, detail)
+
+
+def check_locked_memory(limits: Mapping[str, int], *, has_gpu: bool) -> Finding:
+    """Whether CUDA may pin host memory for fast uploads."""
+    limit = limits["memlock"]
+    text = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit / 2**20:.0f} MiB"
+    if limit == resource.RLIM_INFINITY or not has_gpu:
+        return ok("locked memory", text)
+    return warn(
+        "locked memory",
+        f"{text}: large uploads to the GPU may be refused or slow",
+        "LimitMEMLOCK=infinity in the unit, or memlock in /etc/security/limits.d",
+    )
+
+
+def check_open_files(limits: Mapping[str, int]) -> Finding:
+    """Whether descriptors suffice: each client costs the daemon two, each lent file or block one in every worker."""
+    limit = limits["files"]
+    remedy = "LimitNOFILE=65536 in the unit, or ulimit -n 65536 before xditd serve"
+    if limit != resource.RLIM_INFINITY and limit < FILES_FAIL:
+        return fail("open files", f"at most {limit}", remedy)
+    if limit != resource.RLIM_INFINITY and limit < FILES_WARN:
+        return warn("open files", f"at most {limit}", remedy)
+    return ok("open files", "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}")
+
+
+def limits_of(pid: int | None) -> dict[str, int]:
+    """Soft limits of a process of this user, or of this one.
+
+    Source: getrlimit(2); prlimit(2).
+    """
+    wanted = {"memlock": resource.RLIMIT_MEMLOCK, "files": resource.RLIMIT_NOFILE}
+    try:
+        return {key: resource.prlimit(pid or 0, number)[0] for key, number in wanted.items()}
+    except (ProcessLookupError, PermissionError):
+        return {key: resource.getrlimit(number)[0] for key, number in wanted.items()}
+
+
+def check_allocator(environ: Mapping[str, str]) -> Finding:
+    """Whether CUDA can export what torch allocates in programs that are started from this environment."""
+    name = "allocator"
+    said = {key: environ[key] for key in _ALLOCATORS if environ.get(key)}
+    text = ", ".join(f"{key}={value}" for key, value in said.items())
+    if "cudaMallocAsync" in text or "expandable_segments:True" in text:
+        return warn(
+            name,
+            f"{text}: CUDA exports no memory of this allocator, so lent tensors are copied once on their GPU",
+            "allocate weights in a xditd.client.Arena, or unset the variable; workers are not affected",
+        )
+    return ok(name, text or "torch's own; memory is lent as it is")
+
+
+def check_devices(dev: Path = Path("/dev")) -> Finding | None:
+    """Whether NVIDIA's device files are complete and open to this user; ``None`` where there is no NVIDIA GPU."""
+    name = "device files"
+    if not (dev / "nvidiactl").exists():
+        return None
+    missing = [each for each in ("nvidia-uvm",) if not (dev / each).exists()]
+    if missing:
+        return fail(name, f"{dev}/{missing[0]} is missing", "sudo nvidia-modprobe -u (or enable nvidia-persistenced)")
+    shut = [path for path in sorted(dev.glob("nvidia[0-9]*")) if not os.access(path, os.R_OK | os.W_OK)]
+    if shut:
+        return fail(name, f"{shut[0]} may not be opened by uid {os.getuid()}", "join the group that owns it (ls -l)")
+    return ok(name, f"{len(list(dev.glob('nvidia[0-9]*')))} GPU(s) in {dev}")

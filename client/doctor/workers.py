@@ -1,0 +1,100 @@
+"""Checks of what workers need: libraries, GPUs, peer access, attention. The facts come from a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any, Final
+
+from xditd.client.doctor.findings import Finding, fail, ok, warn
+from xditd.client.subprograms import module_command
+
+PROBE_DEADLINE_S: Final = 180.0
+"""Importing xfuser takes most of it: seconds on a warm disk, a minute on a cold or busy one."""
+
+NEEDED: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "safetensors")
+_GIB: Final = 2**30
+
+
+def probe() -> dict[str, Any] | str:
+    """Ask ``xditd.gpu_workers.probe`` for the facts; a sentence where it has none to give."""
+    # As the daemon does for its workers: the allocator of this shell is not theirs.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")}
+    command = module_command("xditd.gpu_workers.probe", [])
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False
+        )
+        if done.returncode == 0:
+            return dict(json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PROBE_DEADLINE_S:.0f} s: the disk is very slow, or the driver hangs (dmesg)"
+    except ValueError:
+        return f"an answer that is not JSON: {done.stdout[:200]!r}"
+    last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    return f"status {done.returncode}: {last[0]}"
+
+
+def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
+    """Turn the facts into findings."""
+    if isinstance(facts, str):
+        return [fail("workers' libraries", facts, "pip install 'xditd[workers]' into the environment of the daemon")]
+    packages = facts["packages"]
+    missing = [name for name in NEEDED if name not in packages]
+    if missing:
+        return [
+            fail(
+                "workers' libraries",
+                f"not installed: {', '.join(missing)}",
+                "pip install 'xditd[workers]' (a client alone does not need them)",
+            )
+        ]
+    found = [ok("workers' libraries", ", ".join(f"{name} {packages[name]}" for name in NEEDED))]
+    found += _check_gpus(facts)
+    found.append(_check_attention(facts))
+    return found
+
+
+def _check_gpus(facts: dict[str, Any]) -> list[Finding]:
+    gpus, built_for = facts["gpus"], facts.get("cuda", "")
+    if facts["error"]:
+        return [fail("driver", facts["error"], "install an NVIDIA driver that fits torch's CUDA, and restart")]
+    if not gpus:
+        why = f"torch is built for CUDA {built_for} and sees no GPU" if built_for else "torch is built without CUDA"
+        return [
+            warn(
+                "GPUs",
+                f"{why}: workers run on the CPU",
+                "for GPUs: a driver (nvidia-smi), a torch for CUDA, and CUDA_VISIBLE_DEVICES unset",
+            )
+        ]
+    lines = ", ".join(
+        f"{gpu['name']} ({gpu['free_bytes'] / _GIB:.0f} of {gpu['total_bytes'] / _GIB:.0f} GiB free, {gpu['uuid']})"
+        for gpu in gpus
+    )
+    found = [ok("GPUs", lines), ok("driver", f"answers; torch is built for CUDA {built_for}")]
+    if "cuda-bindings" not in facts["packages"]:
+        found.append(fail("cuda-bindings", "not installed: CUDA memory cannot be lent", "pip install 'xditd[cuda]'"))
+    found.append(_check_peers(len(gpus), facts["peers"]))
+    return found
+
+
+def _check_peers(count: int, peers: list[list[int]]) -> Finding:
+    if count == 1:
+        return ok("peer access", "one GPU: none needed")
+    blind = [f"{a}-{b}" for a in range(count) for b in range(count) if a < b and [a, b] not in peers]
+    if blind:
+        return warn(
+            "peer access",
+            f"GPUs {', '.join(blind)} do not reach each other directly: copies go through the host",
+            "see nvidia-smi topo -m; ACS or IOMMU settings of a virtual machine may forbid it",
+        )
+    return ok("peer access", f"all {count} GPUs reach each other")
+
+
+def _check_attention(facts: dict[str, Any]) -> Finding:
+    if facts["attention"]:
+        return ok("attention", f"runs here: {', '.join(facts['attention'])}")
+    why = facts["attention_error"] or "no backend ran"
+    return fail("attention", why, "reinstall torch and xfuser for this machine (pip install 'xditd[workers]')")

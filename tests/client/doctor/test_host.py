@@ -1,0 +1,99 @@
+"""Each state of the machine that a check tells apart, made for real where that is possible."""
+
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from xditd.client.doctor import host
+from xditd.client.doctor.findings import Verdict
+from xditd.ipc.addresses import RuntimeDir
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory(prefix="xd") as path:
+        yield Path(path)
+
+
+def test_runtime_folder_as_the_daemon_takes_it(folder):
+    assert host.check_runtime_folder(RuntimeDir(folder)).verdict is Verdict.OK
+    assert host.check_runtime_folder(RuntimeDir(folder / "new")).verdict is Verdict.OK
+
+
+def test_runtime_folder_that_lets_others_in(folder):
+    folder.chmod(0o750)
+    found = host.check_runtime_folder(RuntimeDir(folder))
+    assert found.verdict is Verdict.FAIL
+    assert found.remedy == f"chmod 700 {folder}"
+
+
+def test_runtime_folder_that_is_none_or_too_long(folder):
+    (folder / "file").touch()
+    assert "not a folder" in host.check_runtime_folder(RuntimeDir(folder / "file")).detail
+    assert "at most 107" in host.check_runtime_folder(RuntimeDir(folder / ("x" * 120))).detail
+
+
+def test_runtime_folder_of_somebody_else():
+    owner = next(
+        path for path in (Path("/proc/1"), Path("/etc")) if path.stat().st_uid != os.getuid() or not os.getuid()
+    )
+    if owner.stat().st_uid == os.getuid():
+        pytest.skip("root owns what there is")
+    assert "owned by uid" in host.check_runtime_folder(RuntimeDir(owner)).detail
+
+
+def test_shared_memory(folder, monkeypatch):
+    assert host.check_shared_memory(folder / "missing").verdict is Verdict.FAIL
+    free_bytes = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    monkeypatch.setattr(host, "SHM_WARN_BYTES", 1)
+    monkeypatch.setattr(host, "SHM_FAIL_BYTES", 0)
+    assert host.check_shared_memory(folder).verdict is Verdict.OK
+    monkeypatch.setattr(host, "SHM_WARN_BYTES", 2 * free_bytes + 1)
+    assert host.check_shared_memory(folder).verdict is Verdict.WARN
+    monkeypatch.setattr(host, "SHM_FAIL_BYTES", 2 * free_bytes + 1)
+    assert "--shm-size" in host.check_shared_memory(folder).remedy
+
+
+@pytest.mark.parametrize(
+    ("limit", "verdict"),
+    [(100, Verdict.FAIL), (1024, Verdict.WARN), (65536, Verdict.OK), (resource.RLIM_INFINITY, Verdict.OK)],
+)
+def test_open_files(limit, verdict):
+    assert host.check_open_files({"files": limit}).verdict is verdict
+
+
+def test_locked_memory_matters_with_a_gpu():
+    assert host.check_locked_memory({"memlock": 2**23}, has_gpu=True).verdict is Verdict.WARN
+    assert host.check_locked_memory({"memlock": 2**23}, has_gpu=False).verdict is Verdict.OK
+    assert host.check_locked_memory({"memlock": resource.RLIM_INFINITY}, has_gpu=True).verdict is Verdict.OK
+
+
+def test_limits_are_those_of_the_process_that_is_named():
+    assert host.limits_of(None) == host.limits_of(os.getpid())
+    assert host.limits_of(None)["files"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@pytest.mark.parametrize(
+    ("environ", "verdict"),
+    [
+        ({}, Verdict.OK),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, Verdict.OK),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, Verdict.WARN),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, Verdict.WARN),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, Verdict.OK),
+    ],
+)
+def test_allocator(environ, verdict):
+    assert host.check_allocator(environ).verdict is verdict
+
+
+def test_device_files(folder):
+    assert host.check_devices(folder) is None
+    (folder / "nvidiactl").touch()
+    (folder / "nvidia0").touch()
+    assert "nvidia-modprobe" in host.check_devices(folder).remedy
+    (folder / "nvidia-uvm").touch()
+    assert host.check_devices(folder).verdict is Verdict.OK
