@@ -102,15 +102,29 @@ class Components:
         Raises:
             UnknownComponent: nothing is lent under this id.
             BadRequest: it is of another kind.
+            StaleSource: its file has changed.
         """
         component = self._live.get(component_id)
         if component is None:
             raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
         if component.plan.family.kind != kind:
             raise BadRequest(f"component {component_id} is a {component.plan.family.kind}; this job needs a {kind}")
+        self.check_unchanged(component)
         if not component.is_plugged:
             self._plug(component)
         return component
+
+    def check_unchanged(self, component: Component) -> None:
+        """Check that what this rank computes with is what was lent. Call before a job, and before its results are used.
+
+        On a GPU there is nothing to check: what came from files was copied, and checked, when it was lent.
+
+        Raises:
+            StaleSource: a file whose own pages are the weights was rewritten, truncated or grown.
+        """
+        if self._device.type != "cuda":
+            for block in component.opened:
+                block.check_unchanged()
 
     def unmap(self, component_id: str) -> None:
         """Forget a component, prepared or plugged; unknown is no error, so that an undo can be sent to every rank."""

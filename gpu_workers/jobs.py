@@ -123,9 +123,12 @@ class JobRunner:
         clock.lap("steps")
         with together():
             if self._is_leader and vae is not None and job.out_image is not None:
-                io.write("out_image", job.out_image, pipelines.decode(vae.plan.skeleton, latents))
+                image = pipelines.decode(vae.plan.skeleton, latents)
+                self._components.check_unchanged(vae)
+                io.write("out_image", job.out_image, image)
                 clock.lap("decode")
             if self._is_leader:
+                self._components.check_unchanged(transformer)
                 io.write("out_latents", job.out_latents, latents)
                 clock.lap("outputs")
         return {**clock.laps_ms, "first_step": progress.first_step_ms}
@@ -158,6 +161,7 @@ class JobRunner:
         )
         clock.lap("forward")
         if self._is_leader:
+            self._components.check_unchanged(transformer)
             io.write("out", job.out, prediction)
             clock.lap("outputs")
         return clock.laps_ms
@@ -171,7 +175,9 @@ class JobRunner:
             latents = io.read("latents", job.latents)
             if self._is_leader:
                 clock.lap("inputs")
-                io.write("out", job.out, pipelines.decode(vae.plan.skeleton, latents))
+                image = pipelines.decode(vae.plan.skeleton, latents)
+                self._components.check_unchanged(vae)
+                io.write("out", job.out, image)
                 clock.lap("decode")
         return clock.laps_ms
 
@@ -184,7 +190,9 @@ class JobRunner:
             image = io.read("image", job.image)
             if self._is_leader:
                 clock.lap("inputs")
-                io.write("out", job.out, pipelines.encode(vae.plan.skeleton, image))
+                latents = pipelines.encode(vae.plan.skeleton, image)
+                self._components.check_unchanged(vae)
+                io.write("out", job.out, latents)
                 clock.lap("encode")
         return clock.laps_ms
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +36,13 @@ class Inputs:
 class RunningDaemon:
     """A daemon that this test session started, with its log."""
 
-    def __init__(self, folder: Path, workers: int, device: str) -> None:
+    def __init__(self, folder: Path, workers: int, device: str, flags: Sequence[str], before: Sequence[str]) -> None:
         self.runtime_dir = folder / "run"
         self.log = folder / "daemon.log"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
-        command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime_dir)]
-        command += ["--workers", str(workers), "--device", device]
-        with self.log.open("w") as log:
+        command = [*before, sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime_dir)]
+        command += ["--workers", str(workers), "--device", device, *flags]
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stderr=log, env=environment)
 
     def connect(self) -> Client:
@@ -109,8 +109,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningDaemon]]:
     running: list[RunningDaemon] = []
 
-    def start(workers: int, device: str = "cpu") -> RunningDaemon:
-        daemon = RunningDaemon(tmp_path_factory.mktemp("d"), workers, device)
+    def start(
+        workers: int,
+        device: str = "cpu",
+        *,
+        flags: Sequence[str] = (),
+        before: Sequence[str] = (),
+        folder: Path | None = None,
+    ) -> RunningDaemon:
+        """``before`` goes in front of the command; ``folder`` is that of an earlier daemon."""
+        daemon = RunningDaemon(folder or tmp_path_factory.mktemp("d"), workers, device, flags, before)
         running.append(daemon)
         return daemon
 

@@ -1,0 +1,170 @@
+"""After a fault: the same seed gives the same bits, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from xditd.client import Client
+from xditd.ipc.status import GroupState
+
+DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a daemon and its workers hold, without the numbers that a rebuilt group changes."""
+
+    processes: int
+    daemon_fds: int
+    worker_fds: tuple[int, ...]
+    segments: tuple[int, ...]
+    """Memfds that each worker has mapped, but for those of this process, which keeps its own for its next job."""
+    components: int
+    clients: int
+    jobs: int
+
+    def is_within(self, before: Footprint) -> bool:
+        """Whether nothing grew; a file of the interpreter may be open in passing, so two descriptors are room."""
+        return (
+            (self.processes, self.components, self.clients, self.jobs)
+            == (before.processes, before.components, before.clients, before.jobs)
+            and self.daemon_fds <= before.daemon_fds + 2
+            and all(now <= then + 2 for now, then in zip(self.worker_fds, before.worker_fds, strict=True))
+            and self.segments == before.segments
+        )
+
+
+def measure(client: Client, daemon_pid: int) -> Footprint | None:
+    """Take the footprint; ``None`` while the group is not up."""
+    status = client.status()
+    if status.group_state is not GroupState.READY:
+        return None
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        workers = [worker.pid for worker in status.workers]
+        own = memfds(os.getpid())
+        return Footprint(
+            processes=len(descendants(daemon_pid)),
+            daemon_fds=count_fds(daemon_pid),
+            worker_fds=tuple(count_fds(pid) for pid in workers),
+            segments=tuple(len(memfds(pid) - own) for pid in workers),
+            components=len(status.components),
+            clients=status.clients,
+            jobs=len(status.jobs),
+        )
+    return None
+
+
+def count_fds(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def memfds(pid: int) -> set[str]:
+    """The memfds that a process has mapped, by inode."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+        return {line.split()[4] for line in maps if "/memfd:" in line}
+
+
+def parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def descendants(pid: int) -> set[int]:
+    """Every live process below ``pid``."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and is_running(int(name)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(name)] = parent_of(int(name))
+    found: set[int] = set()
+    grown = {pid}
+    while grown:
+        found |= grown
+        grown = {child for child, parent in parents.items() if parent in found} - found
+    return found - {pid}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def processes() -> SimpleNamespace:
+    """Looking at other processes."""
+    return SimpleNamespace(
+        parent_of=parent_of, descendants=descendants, is_running=is_running, count_fds=count_fds, memfds=memfds
+    )
+
+
+@pytest.fixture(scope="session")
+def seed_bits(daemon, files, make_inputs, run) -> torch.Tensor:
+    """The latents of the one job that every test repeats, made before anything went wrong."""
+    with daemon.connect() as client, client.lend(files.transformer) as loan:
+        return run(client, loan, make_inputs(seed=5))
+
+
+@pytest.fixture
+def good_job(client, transformer, make_inputs, run, seed_bits) -> Callable[..., None]:
+    """Run the job of :func:`seed_bits` again: the bits must be the same."""
+    inputs = make_inputs(seed=5)
+
+    def check(by: Client = client, loan: object = transformer) -> None:
+        assert torch.equal(run(by, loan, inputs), seed_bits)
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test with the shared daemon: the same bits again, and everything as large as it was."""
+    if "daemon" not in request.fixturenames:
+        yield
+        return
+    daemon, client = request.getfixturevalue("daemon"), request.getfixturevalue("client")
+    good_job = request.getfixturevalue("good_job")
+    good_job()
+    before = measure(client, daemon.process.pid)
+    assert before is not None  # nothing has gone wrong yet
+    yield
+    good_job()  # waits for a group that is being rebuilt, in which the loan is mapped again
+    ends = time.monotonic() + DEADLINE_S
+    while (after := measure(client, daemon.process.pid)) is None or not after.is_within(before):
+        assert time.monotonic() < ends, f"left behind: {after}, before: {before}"
+        time.sleep(0.05)  # between two looks
+
+
+@pytest.fixture
+def start_script() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Run Python text in a process of its own, with pipes; it is killed after the test if it is still there."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(text: str, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+        child.stdout.close()

@@ -1,0 +1,131 @@
+"""Workers, leader and daemon that are killed or stopped: a typed end in time, and a group that works again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from xditd.client import Client, DaemonStopping, DaemonUnreachable, WorkersLost
+from xditd.ipc.status import GroupState
+
+HANG_DEADLINE_S = 4.0
+
+
+@pytest.fixture
+def long_job(client, transformer, make_inputs):
+    """Start a job that nothing but a fault ends, and wait until it runs."""
+
+    def start(by: Client = client, loan=transformer):
+        inputs = make_inputs()
+        job = by.generate(
+            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=1000, seed=1
+        )
+        events = iter(job)
+        next(events)
+        return job, events  # the iterator is kept: dropping it cancels its job
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "leader"])
+def test_a_killed_worker_or_leader(victim, client, long_job, good_job, processes):
+    status = client.status()
+    ranks = [worker.pid for worker in status.workers]
+    pid = processes.parent_of(ranks[0]) if victim == "leader" else ranks[int(victim[-1])]
+    job, _events = long_job()
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkersLost):
+        job.result()
+    assert time.monotonic() - began < 5.0
+    good_job()  # waits for the new group, in which the loan was mapped again
+    after = client.status()
+    assert after.counters.group_starts == status.counters.group_starts + 1
+    assert not set(ranks) & {worker.pid for worker in after.workers}
+    assert not any(processes.is_running(rank) for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_idle(client, good_job, processes):
+    before = client.status()
+    ranks = [worker.pid for worker in before.workers]
+    os.kill(ranks[1], signal.SIGKILL)
+    good_job()  # asked for before anybody told the client that something had happened
+    assert client.status().counters.group_starts == before.counters.group_starts + 1
+    assert not any(processes.is_running(rank) for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def impatient(start_daemon):
+    """A daemon that gives its workers a few seconds."""
+    started = start_daemon(2, flags=["--hang-deadline-s", str(HANG_DEADLINE_S)])
+    started.wait_ready()
+    yield started
+    started.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_inputs, run, seed_bits, long_job):
+    """The stopped rank hangs the other one in a collective."""
+    with impatient.connect() as client, client.lend(files.transformer) as loan:
+        assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+        job, _events = long_job(client, loan)
+        began = time.monotonic()
+        os.kill(client.status().workers[rank].pid, signal.SIGSTOP)
+        with pytest.raises(WorkersLost, match="no report"):
+            job.result()
+        assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 5
+        assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGKILL, DaemonUnreachable), (signal.SIGTERM, DaemonStopping)])
+def test_a_daemon_that_ends_in_mid_job(
+    number, error, start_daemon, wait_until, files, make_inputs, run, seed_bits, long_job, processes
+):
+    """Its workers go with it, and the next one takes over the socket and gives the same bits."""
+    first = start_daemon(2)
+    first.wait_ready()
+    with first.connect() as client:
+        loan = client.lend(files.transformer)
+        job, _events = long_job(client, loan)
+        workers = processes.descendants(first.process.pid)
+        assert len(workers) >= 3
+        began = time.monotonic()
+        first.process.send_signal(number)
+        with pytest.raises(error):
+            job.result()
+        assert time.monotonic() - began < 10
+        assert first.process.wait(timeout=30) == (-number if number == signal.SIGKILL else 0)
+        wait_until(lambda: not any(processes.is_running(pid) for pid in workers), "the workers to go with the daemon")
+    assert (first.runtime_dir / "daemon.sock").exists() is (number == signal.SIGKILL)
+    second = start_daemon(2, folder=first.runtime_dir.parent)
+    with second.connect() as client, client.lend(files.transformer) as loan:
+        assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+    second.stop()
+
+
+def test_a_second_daemon_is_refused(daemon, client):
+    second = subprocess.run(
+        [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(daemon.runtime_dir), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert str(daemon.process.pid) in second.stderr
+    assert client.status().group_state is GroupState.READY
+
+
+def test_no_daemon(tmp_path):
+    with pytest.raises(DaemonUnreachable, match=str(tmp_path)):
+        Client(tmp_path)

@@ -1,0 +1,93 @@
+"""Other users, and bytes that are no messages: refused with a code, while everybody else is served."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import msgpack
+import pytest
+import zmq
+
+from xditd.ipc import limits
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.replies import Failed
+from xditd.ipc.requests import GetStatus
+
+NOBODY = 65534
+
+KNOCK = """
+    import os, sys, zmq
+    from pathlib import Path
+    from xditd.client import Client, XditdError
+    from xditd.ipc.addresses import RuntimeDir, endpoint
+    from xditd.ipc.codec import encode, reply_decoder
+    from xditd.ipc.requests import Hello
+    os.setgroups([])
+    os.setgid(int(sys.argv[2]))
+    os.setuid(int(sys.argv[2]))
+    try:
+        Client(sys.argv[1])
+    except XditdError as error:
+        print(error.code, error, flush=True)
+    peer = zmq.Context().socket(zmq.DEALER)
+    peer.setsockopt(zmq.LINGER, 0)
+    peer.connect(endpoint(RuntimeDir(Path(sys.argv[1])).client_socket))
+    peer.send(encode(Hello(request_id="h", protocol_version=1, package_version="1", client_name="stranger")))
+    print(reply_decoder.decode(peer.recv()).code if peer.poll(2000) else "silence", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_another_user_is_refused_by_the_folder_and_by_credentials(daemon, start_script):
+    folder, runtime = daemon.runtime_dir, RuntimeDir(daemon.runtime_dir)
+    child = start_script(KNOCK, folder, NOBODY)
+    assert child.stdout.readline().startswith("not_permitted socket")
+    assert child.stdout.readline() == "silence\n"
+    opened = [*[*reversed(folder.parents)][1:], folder, runtime.client_socket]
+    modes = [path.stat().st_mode for path in opened]
+    for path, mode in zip(opened, modes, strict=True):
+        path.chmod(mode | (0o666 if path.is_socket() else 0o055))
+    try:
+        child = start_script(KNOCK, folder, NOBODY)
+        assert child.stdout.readline().startswith("not_permitted socket")
+        assert child.stdout.readline() == "not_permitted\n"
+    finally:
+        for path, mode in zip(opened, modes, strict=True):
+            path.chmod(mode)
+
+
+HOSTILE = {
+    "empty": b"",
+    "ten million nils": b"\xdd\x00\x98\x96\x80" + b"\xc0" * (limits.MAX_MESSAGE_BYTES - 5),
+    "a full message of empty maps": b"\xdc\x00\x7f" + (b"\xdc\x7f\xff" + b"\x80" * 0x7FFF) * 0x7F,
+    "deep": b"\x91" * 100_000,
+    "trailing bytes": encode(GetStatus(request_id="x")) + b"x",
+    "duplicate key": b"\x82\xa2op\xa4stop\xa2op\xaaget_status",
+    "NaN": msgpack.packb({"op": "denoise", "request_id": "r", "guidance": float("nan")}),
+    "extension": b"\xd4\x01x",
+    "random": random.Random(7).randbytes(65_536),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_messages(name, daemon, good_job):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.connect(endpoint(RuntimeDir(daemon.runtime_dir).client_socket))
+        peer.send(HOSTILE[name])
+        assert peer.poll(5000)
+        reply = reply_decoder.decode(peer.recv())
+    assert isinstance(reply, Failed)
+    assert reply.code == "bad_message"
+
+
+def test_an_oversize_message(daemon, good_job):
+    """ZeroMQ closes the connection at the length, before the bytes are read."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.connect(endpoint(RuntimeDir(daemon.runtime_dir).client_socket))
+        peer.send(bytes(limits.MAX_MESSAGE_BYTES + 1))
+        assert not peer.poll(500)
+        good_job()
