@@ -91,9 +91,9 @@ def prepare(skeleton: Skeleton, *, checked: Sequence[Bounded] = (), **tensors: t
         if bounded is not None:
             names.append(f"{name}: some values are not finite numbers from {low} to {high}")
             verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all())
-    on_device = [verdict for verdict in verdicts if verdict.device == skeleton.device]
-    read = iter(torch.stack(on_device).tolist())
+    place = skeleton.device.type
+    read = iter(torch.stack([verdict for verdict in verdicts if verdict.device.type == place]).tolist())
     for fault, verdict in zip(names, verdicts, strict=True):
-        if not (next(read) if verdict.device == skeleton.device else bool(verdict)):
+        if not (next(read) if verdict.device.type == place else bool(verdict)):  # a number's is on the host already
             raise BadRequest(fault)
     return moved
