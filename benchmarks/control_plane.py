@@ -59,7 +59,7 @@ print(time.perf_counter() - began, "torch" in sys.modules)
 
 
 def compiled_code() -> None:
-    """Have every process run from compiled bytecode, as an installed package does; a check-out may forbid writing it."""
+    """Have every process run from compiled bytecode, as an installed package does."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="xditd-pyc-")
     for module in ("xditd.client", "xditd.daemon.__main__"):
@@ -240,7 +240,7 @@ def table(figures: dict[str, Any]) -> str:
     rows.append(("status / echo", f"{figures['status_to_echo']:.2f}x", "", f"{BAR_RATIO}x"))
     lines = [f"{name:<40} {value:>12}  {more:<28} {bar:>7}".rstrip() for name, value, more, bar in rows]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return "\n".join([f"{machine['cpu']}, Python {machine['python']}, Linux {machine['kernel']}", versions, "", *lines])
+    return "\n".join([f"{machine['cpu']}, Python {machine['python']}", versions, "", *lines])
 
 
 if __name__ == "__main__":

@@ -8,22 +8,23 @@ import platform
 import subprocess
 from typing import Any
 
-PACKAGES = ("xditd", "torch", "xfuser", "diffusers", "pyzmq", "msgpack", "msgspec", "cuda-bindings")
+import xditd
+
+PACKAGES = ("torch", "xfuser", "diffusers", "pyzmq", "msgpack", "msgspec", "cuda-bindings")
 
 
 def describe_machine() -> dict[str, Any]:
     """Name the processor, the GPUs with their driver, and the versions of what matters."""
-    versions = {}
+    versions = {"xditd": xditd.__version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "source tree"
+            versions[package] = "not installed"
     return {
         "cpu": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "gpus": _query("name,driver_version", "--query-gpu"),
         "python": platform.python_version(),
-        "kernel": platform.release(),
         "versions": versions,
     }
 
