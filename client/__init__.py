@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xditd.client.client import Client
+from xditd.client.conditioning import Conditioning
 from xditd.client.jobs import GenerationJob
 from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
+from xditd.client.text_encoding import TextEncoding
 from xditd.ipc.errors import (
     AlreadyRunning,
     BadCheckpoint,
@@ -32,6 +34,7 @@ from xditd.ipc.errors import (
     RequestError,
     StaleSource,
     UnknownComponent,
+    UnknownConditioning,
     UnknownFamily,
     Unsupported,
     UnsupportedDtype,
@@ -56,6 +59,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "ComponentKind",
+    "Conditioning",
     "CopiedBytes",
     "DaemonStatus",
     "DaemonStopping",
@@ -76,8 +80,10 @@ __all__ = [
     "RequestError",
     "StaleSource",
     "StepDone",
+    "TextEncoding",
     "Tier",
     "UnknownComponent",
+    "UnknownConditioning",
     "UnknownFamily",
     "Unsupported",
     "UnsupportedDtype",

@@ -9,18 +9,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.conditioning import Conditioning, conditionings_of
 from xditd.client.connection import CONTROL_DEADLINE_S
-from xditd.client.drafts import Draft, draft_decode, draft_denoise, draft_encode, draft_generate
-from xditd.client.io_blocks import IoBlock, IoPool
-from xditd.client.jobs import GenerationJob, PendingJob, draw_seed
-from xditd.client.loans import Loan
-from xditd.client.mailboxes import Patience
+from xditd.client.drafts import (
+    draft_decode,
+    draft_encode,
+    draft_encode_text,
+    draft_generate,
+)
+from xditd.client.io_blocks import IoPool
+from xditd.client.jobs import GenerationJob, draw_seed
+from xditd.client.loans import Loan, component_id_of, kind_named
 from xditd.client.results import GenerationResult
+from xditd.client.running import Runner
 from xditd.client.session import Session
+from xditd.client.text_encoding import TextEncoding
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
-from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated, LogLines, Status, Stopping
+from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind
@@ -59,6 +65,7 @@ class Client:
         self._name = name
         self._silence_s = deadline_s
         self._pool = IoPool()
+        self._runner = Runner(self._pool, self._current, deadline_s)
         self._lock = threading.Lock()
         self._is_closed = False
         self._session: Session | None = self._open()
@@ -90,7 +97,7 @@ class Client:
         """
         return self._current().lend(
             source,
-            kind=None if kind is None else _read_kind(kind),
+            kind=None if kind is None else kind_named(kind),
             label=label,
             device=device,
             generation=generation,
@@ -144,8 +151,8 @@ class Client:
         if seed is None and noise is None:
             seed = draw_seed()
         draft = draft_generate(
-            _component_id(transformer, ComponentKind.TRANSFORMER),
-            None if vae is None else _component_id(vae, ComponentKind.VAE),
+            component_id_of(transformer, ComponentKind.TRANSFORMER),
+            None if vae is None else component_id_of(vae, ComponentKind.VAE),
             prompt_embeds,
             pooled_prompt_embeds,
             height=height,
@@ -161,40 +168,78 @@ class Client:
         def read_outputs(generated: Generated) -> GenerationResult:
             return GenerationResult(
                 latents=block.read(draft.output, draft.device),
-                image=None if draft.image is None else block.read(draft.image, draft.device),
+                image=None if draft.second is None else block.read(draft.second, draft.device),
                 timings_ms=dict(generated.timings_ms),
                 seed=seed,
             )
 
-        return GenerationJob(self._start(draft, block, deadline_s), read_outputs, steps)
+        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, steps)
+
+    def condition(
+        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        """Make text conditioning that is sent once, with the first ``denoise`` that uses it, and kept in the workers.
+
+        ``prompt_embeds`` (batch, text tokens, context) and ``pooled_prompt_embeds`` (batch, pooled) are copied to the
+        host. The workers let go of it with this process, or when others were used since and room is needed.
+        """
+        return Conditioning(prompt_embeds, pooled_prompt_embeds, guidance)
 
     def denoise(
         self,
         transformer: Loan | str,
         latents: torch.Tensor,
         timestep: float | Sequence[float] | torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor,
+        conditioning: Conditioning | Sequence[Conditioning] | torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor | None = None,
         guidance: float | None = None,
         *,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
-        """Run one forward of the transformer; returns the prediction on the device and dtype of ``latents``.
+        """Run the transformer once; returns the prediction on the device and dtype of ``latents``.
 
         ``latents`` are (batch, 16, height/8, width/8), ``timestep`` is the current sigma in [0, 1], one or one
-        for each image. ``guidance`` is for guidance-distilled checkpoints.
+        for each image. ``conditioning`` comes from :meth:`condition`; several share the batch out evenly, in order
+        (unconditional and conditional images in one request). Or give ``prompt_embeds`` and ``pooled_prompt_embeds``
+        as tensors, which then cross every time. ``guidance``, for guidance-distilled checkpoints, goes before theirs.
         """
-        component_id = _component_id(transformer, ComponentKind.TRANSFORMER)
-        draft = draft_denoise(component_id, latents, timestep, prompt_embeds, pooled_prompt_embeds, guidance)
-        return self._run(draft, Denoised, deadline_s)
+        component_id = component_id_of(transformer, ComponentKind.TRANSFORMER)
+        given = conditionings_of(conditioning, pooled_prompt_embeds)
+        return self._runner.forward(component_id, latents, timestep, given, guidance, deadline_s)
+
+    def encode_text(
+        self,
+        encoder: Loan | str,
+        token_ids: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        pooled: bool = False,
+        width: int | None = None,
+        deadline_s: float | None = None,
+    ) -> TextEncoding:
+        """Encode tokens (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
+
+        Every token counts, padding too, as FLUX.1 was trained; CLIP takes up to 77. ``pooled`` asks for CLIP's pooled
+        state. ``width`` is that of the states, and needed only for an encoder that is named by its id.
+
+        Raises:
+            BadRequest: a token that the encoder does not know, too many tokens, or no pooled state.
+        """
+        encoder_id = component_id_of(encoder, ComponentKind.TEXT_ENCODER)
+        if width is None:
+            width = encoder.text_width if isinstance(encoder, Loan) else None
+        if width is None:
+            raise BadRequest(f"width: that of the states of {encoder_id} is not known here; give it, such as 4096")
+        draft = draft_encode_text(encoder_id, token_ids, width, pooled=pooled)
+        hidden_states, pooled_states = self._runner.run(draft, TextEncoded, deadline_s)
+        return TextEncoding(hidden_states, pooled_states)
 
     def decode(self, vae: Loan | str, latents: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype."""
-        return self._run(draft_decode(_component_id(vae, ComponentKind.VAE), latents), Decoded, deadline_s)
+        return self._runner.run(draft_decode(component_id_of(vae, ComponentKind.VAE), latents), Decoded, deadline_s)[0]
 
     def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Encode images (batch, 3, 8h, 8w) in [-1, 1] to latents (batch, 16, h, w), on their device and dtype."""
-        return self._run(draft_encode(_component_id(vae, ComponentKind.VAE), image), Encoded, deadline_s)
+        return self._runner.run(draft_encode(component_id_of(vae, ComponentKind.VAE), image), Encoded, deadline_s)[0]
 
     # --- The daemon ----------------------------------------------------------------------------
 
@@ -253,40 +298,3 @@ class Client:
             if self._session is None:
                 self._session = self._open()
             return self._session
-
-    def _start(self, draft: Draft, block: IoBlock, deadline_s: float | None) -> PendingJob:
-        try:
-            connection = self._current().connection
-            request = draft.write(connection.next_request_id(), block.describe())
-        except BaseException:
-            self._pool.give_back(block)
-            raise
-        patience = Patience(self._silence_s, deadline_s)
-        purpose = f"{type(request).__name__.lower()} {request.request_id}"
-        return PendingJob(connection, self._pool, request, block, patience, purpose)
-
-    def _run(self, draft: Draft, reply_type: type[Reply], deadline_s: float | None) -> torch.Tensor:
-        """Run a job that has one output, and wait for it."""
-        block = draft.fill(self._pool)
-        with self._start(draft, block, deadline_s) as pending:
-            pending.wait(reply_type)
-            return block.read(draft.output, draft.device)
-
-
-def _read_kind(kind: ComponentKind | str) -> ComponentKind:
-    try:
-        return ComponentKind(kind)
-    except ValueError:
-        known = ", ".join(each.value for each in ComponentKind)
-        raise BadRequest(f"kind {kind!r}: unknown; choose one of {known}") from None
-
-
-def _component_id(component: Loan | str, kind: ComponentKind) -> str:
-    if isinstance(component, str):
-        return component
-    if not isinstance(component, Loan):
-        raise BadRequest(f"{kind.value}: a loan or a component id is needed, not {type(component).__name__}")
-    component.check()
-    if component.kind is not kind:
-        raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
-    return component.component_id

@@ -1,18 +1,116 @@
-"""Text conditioning for jobs: read from a file, or random of the widths that a checkpoint takes."""
+"""Text conditioning for jobs: kept in the workers, read from a file, or random."""
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.job_inputs import check_embeds, check_guidance
 from xditd.client.tensor_files import read_shapes, read_tensors
+from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
     import torch
 
+    from xditd.client.session import Session
+
 EMBEDS: Final = "prompt_embeds"
 POOLED: Final = "pooled_prompt_embeds"
+
+_numbers = itertools.count(1)  # across the clients of this process: the workers know conditionings by process and id
+
+
+class Conditioning:
+    """Text conditioning that workers keep: tensors cross with the first ``denoise`` that uses it, then only a name.
+
+    Holds a copy on the host, to send it again when the workers have lost it or pushed it out (it is then sent along
+    with the request, unasked). ``guidance`` is for guidance-distilled checkpoints. One row serves a whole batch.
+    """
+
+    def __init__(
+        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None
+    ) -> None:
+        self.batch = check_embeds(prompt_embeds, pooled_prompt_embeds)
+        self.guidance = None if guidance is None else check_guidance("guidance", guidance)
+        embeds, pooled = (each.detach().to("cpu", copy=True) for each in (prompt_embeds, pooled_prompt_embeds))
+        # Twice the size: the workers hold it in the dtype of the model, which may be a wider one.
+        is_kept = 2 * (embeds.nbytes + pooled.nbytes) <= limits.MAX_KEPT_CONDITIONING_BYTES
+        self._held = _Held(embeds, pooled, f"c{next(_numbers)}" if is_kept else None)
+
+    @property
+    def prompt_embeds(self) -> torch.Tensor:
+        """(batch, text tokens, context), on the host. Do not write to it: workers would not notice."""
+        return self._held.prompt_embeds
+
+    @property
+    def pooled_prompt_embeds(self) -> torch.Tensor:
+        """(batch, pooled), on the host. Do not write to it."""
+        return self._held.pooled_prompt_embeds
+
+    @property
+    def conditioning_id(self) -> str | None:
+        """Its name in the workers; ``None`` if it is too large to be kept, and crosses every time."""
+        return self._held.conditioning_id
+
+    @classmethod
+    def passing(cls, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> Conditioning:
+        """Tensors for one request, where they are: nothing is copied, and no worker keeps them."""
+        passing = cls.__new__(cls)
+        passing.batch = check_embeds(prompt_embeds, pooled_prompt_embeds)
+        passing.guidance = None
+        passing._held = _Held(prompt_embeds, pooled_prompt_embeds, None)
+        return passing
+
+    def with_guidance(self, guidance: float | None) -> Conditioning:
+        """The same with another guidance; the workers keep the tensors once for both."""
+        other = Conditioning.__new__(Conditioning)
+        other.batch = self.batch
+        other.guidance = None if guidance is None else check_guidance("guidance", guidance)
+        other._held = self._held
+        return other
+
+    def is_kept_by(self, session: Session) -> bool:
+        """Whether the workers behind a session were sent it; they may have lost it since."""
+        return self._held.keeper is not None and self._held.keeper() is session
+
+    def note_kept_by(self, session: Session) -> None:
+        if self.conditioning_id is not None:
+            self._held.keeper = weakref.ref(session)
+
+
+class _Held:
+    """What conditionings of different guidance share."""
+
+    def __init__(
+        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, conditioning_id: str | None
+    ) -> None:
+        self.prompt_embeds = prompt_embeds
+        self.pooled_prompt_embeds = pooled_prompt_embeds
+        self.conditioning_id = conditioning_id
+        self.keeper: weakref.ref[Session] | None = None
+
+
+def conditionings_of(
+    given: Conditioning | Sequence[Conditioning] | torch.Tensor, pooled_prompt_embeds: torch.Tensor | None
+) -> list[Conditioning]:
+    """Read what a forward is given: one conditioning, several, or tensors.
+
+    Raises:
+        BadRequest: something else, or tensors that are not a pair.
+    """
+    if pooled_prompt_embeds is not None:
+        return [Conditioning.passing(given, pooled_prompt_embeds)]  # type: ignore[arg-type]
+    listed = [given] if isinstance(given, Conditioning) else given
+    if not isinstance(listed, Sequence) or not all(isinstance(each, Conditioning) for each in listed):
+        raise BadRequest(
+            f"conditioning: {type(given).__name__} alone cannot be used; give what condition() returns, one or "
+            "several, or prompt_embeds and pooled_prompt_embeds"
+        )
+    return list(listed)
 
 
 def read_conditioning(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from xditd.client import job_inputs
+from xditd.client.conditioning import Conditioning
 from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
-from xditd.ipc.requests import Decode, Denoise, Encode, Generate, Job
+from xditd.client.text_encoding import check_token_ids
+from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
@@ -17,12 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """``write`` makes the request, once there are a request id and a block. ``image`` is a second output."""
+    """``write`` makes the request, once there are a request id and a block.
+
+    ``second`` is another output: the image of a generation, the pooled state of a text.
+    """
 
     layout: IoLayout
     inputs: tuple[tuple[IoTensor, torch.Tensor], ...]
     output: IoTensor
-    image: IoTensor | None
+    second: IoTensor | None
     device: torch.device
     write: Callable[[str, HostShmBlock], Job]
 
@@ -103,20 +110,34 @@ def draft_denoise(
     transformer_id: str,
     latents: torch.Tensor,
     timestep: float | Sequence[float] | torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
+    conditionings: Sequence[Conditioning],
     guidance: float | None,
+    is_kept: Callable[[Conditioning], bool],
 ) -> Draft:
-    """Check and lay out one forward of the transformer."""
-    batch = job_inputs.check_embeds(prompt_embeds, pooled_prompt_embeds)
-    job_inputs.check_latents("latents", latents, batch=batch)
+    """Check and lay out one forward of the transformer; what ``is_kept`` says is kept goes by its name alone."""
+    job_inputs.check_latents("latents", latents)
     job_inputs.check_even_latents("latents", latents)
+    batch = latents.shape[0]
+    shares = job_inputs.check_shares(batch, [conditioning.batch for conditioning in conditionings])
     sigmas = job_inputs.check_timestep(timestep, batch)
     scale = None if guidance is None else job_inputs.check_guidance("guidance", guidance)
 
     layout = IoLayout()
     latents_at = layout.add_input(latents)
-    embeds_at, pooled_at = layout.add_input(prompt_embeds), layout.add_input(pooled_prompt_embeds)
+    inputs = [(latents_at, latents)]
+    parts = []
+    for conditioning, rows in zip(conditionings, shares, strict=True):
+        part = Part(
+            rows=rows,
+            conditioning_id=conditioning.conditioning_id,
+            guidance=conditioning.guidance if scale is None else scale,
+        )
+        if conditioning.conditioning_id is None or not is_kept(conditioning):
+            embeds_at = layout.add_input(conditioning.prompt_embeds)
+            pooled_at = layout.add_input(conditioning.pooled_prompt_embeds)
+            inputs += [(embeds_at, conditioning.prompt_embeds), (pooled_at, conditioning.pooled_prompt_embeds)]
+            part = msgspec.structs.replace(part, prompt_embeds=embeds_at, pooled_prompt_embeds=pooled_at)
+        parts.append(part)
     out_at = layout.add_output(latents.dtype, tuple(latents.shape))
 
     def write(request_id: str, io: HostShmBlock) -> Denoise:
@@ -125,15 +146,12 @@ def draft_denoise(
             transformer_id=transformer_id,
             io=io,
             latents=latents_at,
-            prompt_embeds=embeds_at,
-            pooled_prompt_embeds=pooled_at,
             timestep=sigmas,
-            guidance=scale,
+            parts=tuple(parts),
             out=out_at,
         )
 
-    inputs = ((latents_at, latents), (embeds_at, prompt_embeds), (pooled_at, pooled_prompt_embeds))
-    return Draft(layout, inputs, out_at, None, latents.device, write)
+    return Draft(layout, tuple(inputs), out_at, None, latents.device, write)
 
 
 def draft_decode(vae_id: str, latents: torch.Tensor) -> Draft:
@@ -164,3 +182,23 @@ def draft_encode(vae_id: str, image: torch.Tensor) -> Draft:
         return Encode(request_id=request_id, vae_id=vae_id, io=io, image=image_at, out=out_at)
 
     return Draft(layout, ((image_at, image),), out_at, None, image.device, write)
+
+
+def draft_encode_text(
+    encoder_id: str, token_ids: torch.Tensor | Sequence[Sequence[int]], width: int, *, pooled: bool
+) -> Draft:
+    """Check and lay out an encoding of text; ``second`` is the place of the pooled state."""
+    import torch
+
+    ids = check_token_ids(token_ids)
+    layout = IoLayout()
+    ids_at = layout.add_input(ids)
+    out_at = layout.add_output(torch.float32, (*ids.shape, width))
+    pooled_at = layout.add_output(torch.float32, (ids.shape[0], width)) if pooled else None
+
+    def write(request_id: str, io: HostShmBlock) -> EncodeText:
+        return EncodeText(
+            request_id=request_id, encoder_id=encoder_id, io=io, token_ids=ids_at, out=out_at, out_pooled=pooled_at
+        )
+
+    return Draft(layout, ((ids_at, ids),), out_at, pooled_at, ids.device, write)

@@ -123,6 +123,23 @@ def check_latents(name: str, latents: torch.Tensor, *, batch: int | None = None)
         raise BadRequest(f"{name}: batch {latents.shape[0]}, at most {limits.MAX_BATCH}; split it into several jobs")
 
 
+def check_shares(batch: int, given: Sequence[int]) -> list[int]:
+    """Share a batch out evenly among conditionings of so many rows each; returns the images of each.
+
+    Raises:
+        BadRequest: it does not divide, or a conditioning has neither one row nor as many as its share.
+    """
+    if not given or batch % len(given):
+        raise BadRequest(f"latents: a batch of {batch} cannot be shared out evenly among {len(given)} conditionings")
+    share = batch // len(given)
+    for rows in given:
+        if rows not in (1, share):
+            raise BadRequest(
+                f"conditioning: {rows} rows for {share} of the {batch} latents; give one row, or one for each of them"
+            )
+    return [share] * len(given)
+
+
 def check_even_latents(name: str, latents: torch.Tensor) -> None:
     """Refuse latents that do not fold into tokens of two by two."""
     for axis, side in (("height", latents.shape[2]), ("width", latents.shape[3])):

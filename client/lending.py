@@ -23,6 +23,7 @@ from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
+from xditd.client.text_encoding import is_text_encoder
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
@@ -138,18 +139,20 @@ def describe(
 
 
 def guess_kind(names: Iterable[str]) -> ComponentKind:
-    """Tell a transformer from a VAE by its tensor names.
+    """Tell a transformer, a text encoder and a VAE by their tensor names.
 
     Raises:
-        BadRequest: neither.
+        BadRequest: none of them.
     """
     listed = list(names)
     if any("double_blocks." in name or "transformer_blocks." in name for name in listed):
         return ComponentKind.TRANSFORMER
+    if is_text_encoder(listed):
+        return ComponentKind.TEXT_ENCODER
     if any(name.startswith(("decoder.", "encoder.", "first_stage_model.", "vae.")) for name in listed):
         return ComponentKind.VAE
     sample = ", ".join(listed[:3]) or "no tensors"
-    raise BadRequest(f"component with {sample}, ...: neither a transformer nor a VAE by its names; pass kind=")
+    raise BadRequest(f"component with {sample}, ...: no transformer, VAE or text encoder by its names; pass kind=")
 
 
 def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpec]:

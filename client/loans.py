@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from xditd.ipc.errors import LeaseLost, XditdError
+from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.replies import Lent
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
@@ -29,6 +29,7 @@ class Loan:
         label: str,
         copied_here: CopiedBytes,
         timings_ms: dict[str, float],
+        text_width: int | None = None,
     ) -> None:
         self._session = session
         self._is_returned = False
@@ -43,6 +44,8 @@ class Loan:
         self.is_reused = lent.is_reused
         self.is_skeleton_reused = lent.is_skeleton_reused
         self.timings_ms = timings_ms
+        self.text_width = text_width
+        """Width of the states of a text encoder."""
 
     @property
     def is_live(self) -> bool:
@@ -86,3 +89,33 @@ class Loan:
         tiers = "+".join(tier.value for tier in self.tiers)
         state = "live" if self.is_live else "ended"
         return f"<Loan {self.label} {self.component_id} {self.family} {tiers} {self.lent_bytes} bytes, {state}>"
+
+
+def kind_named(kind: ComponentKind | str) -> ComponentKind:
+    """Read a kind, by its name or as it is.
+
+    Raises:
+        BadRequest: there is none of this name.
+    """
+    try:
+        return ComponentKind(kind)
+    except ValueError:
+        known = ", ".join(each.value for each in ComponentKind)
+        raise BadRequest(f"kind {kind!r}: unknown; choose one of {known}") from None
+
+
+def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
+    """The id of a loan that is live and of this kind; an id is taken as it is.
+
+    Raises:
+        BadRequest: it is neither, or of another kind.
+        LeaseLost: the loan has ended.
+    """
+    if isinstance(component, str):
+        return component
+    if not isinstance(component, Loan):
+        raise BadRequest(f"{kind.value}: a loan or a component id is needed, not {type(component).__name__}")
+    component.check()
+    if component.kind is not kind:
+        raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
+    return component.component_id

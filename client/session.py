@@ -14,6 +14,7 @@ from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Patience
+from xditd.client.text_encoding import width_of
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import DaemonUnreachable, StaleSource, XditdError
 from xditd.ipc.replies import AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned
@@ -93,7 +94,15 @@ class Session:
         if canary_ms > 1.0:
             timings["canary"] = canary_ms
         timings["total"] = (time.perf_counter() - started) * 1e3
-        loan = Loan(self, lent, kind=manifest.kind, label=manifest.label, copied_here=offer.copied, timings_ms=timings)
+        loan = Loan(
+            self,
+            lent,
+            kind=manifest.kind,
+            label=manifest.label,
+            copied_here=offer.copied,
+            timings_ms=timings,
+            text_width=width_of(manifest) if manifest.kind is ComponentKind.TEXT_ENCODER else None,
+        )
         logger.info(
             "component lent label=%s component_id=%s family=%s tiers=%s lent_bytes=%d copied_bytes=%d "
             "reused=%s total_ms=%.1f",

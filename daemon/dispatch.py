@@ -33,6 +33,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.Denoise: jobs.run,
     requests.Decode: jobs.run,
     requests.Encode: jobs.run,
+    requests.EncodeText: jobs.run,
     requests.Cancel: cancel.cancel,
     requests.GetStatus: status.report,
     requests.GetLogs: logs.read,

@@ -90,8 +90,10 @@ def prepare(skeleton: Skeleton, *, checked: Sequence[Bounded] = (), **tensors: t
     for bounded, name, low, high in checked:
         if bounded is not None:
             names.append(f"{name}: some values are not finite numbers from {low} to {high}")
-            verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all().to(skeleton.device))
-    for fault, is_fine in zip(names, torch.stack(verdicts).tolist(), strict=True):
-        if not is_fine:
+            verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all())
+    place = skeleton.device.type
+    read = iter(torch.stack([verdict for verdict in verdicts if verdict.device.type == place]).tolist())
+    for fault, verdict in zip(names, verdicts, strict=True):
+        if not (next(read) if verdict.device.type == place else bool(verdict)):  # a number's is on the host already
             raise BadRequest(fault)
     return moved

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
 
-from xditd.gpu_workers import pipelines
+from xditd.gpu_workers import pipelines, text_encoding
 from xditd.gpu_workers.agreement import broadcast_stop
 from xditd.gpu_workers.components import Component, Components
+from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
 from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.job_io import OpenIo
+from xditd.gpu_workers.skeletons import Skeleton
 from xditd.ipc.errors import BadRequest, Cancelled
-from xditd.ipc.requests import Decode, Denoise, Encode, Generate, Job
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
 
 PIXELS_PER_LATENT = 8
 
@@ -61,15 +65,22 @@ class Progress:
 
 
 class JobRunner:
-    """Runs jobs on this rank's components. Rank 0 alone writes outputs and runs the VAE."""
+    """Runs jobs on this rank's components. Rank 0 alone writes outputs, and runs the VAE and the text encoders."""
 
     def __init__(self, components: Components, rank: int, device: torch.device) -> None:
         self._components = components
         self._is_leader = rank == 0
         self._device = device
+        self._kept = KeptConditionings()
 
-    def run(self, job: Job, open_io: Callable[[], OpenIo], progress: Progress) -> dict[str, float]:
-        """Run a job and return its timings in milliseconds by phase.
+    def forget(self, client: ProcessIdentity) -> None:
+        """Free what is kept for a client that is gone."""
+        self._kept.forget(client)
+
+    def run(
+        self, job: Job, open_io: Callable[[], OpenIo], progress: Progress, client: ProcessIdentity
+    ) -> dict[str, float]:
+        """Run a client's job and return its timings in milliseconds by phase.
 
         Raises:
             RequestError: on every rank alike, before any step.
@@ -80,11 +91,13 @@ class JobRunner:
         if isinstance(job, Generate):
             timings = self._generate(job, open_io, progress)
         elif isinstance(job, Denoise):
-            timings = self._denoise(job, open_io)
+            timings = self._denoise(job, open_io, client)
         elif isinstance(job, Decode):
             timings = self._decode(job, open_io)
-        else:
+        elif isinstance(job, Encode):
             timings = self._encode(job, open_io)
+        else:
+            timings = self._encode_text(job, open_io)
         timings["total"] = (time.perf_counter() - started) * 1e3
         return timings
 
@@ -138,33 +151,62 @@ class JobRunner:
             raise BadRequest("generate: vae_id and out_image come together: without a VAE there is no image")
         return None if job.vae_id is None else self._components.get(job.vae_id, "vae")
 
-    def _denoise(self, job: Denoise, open_io: Callable[[], OpenIo]) -> dict[str, float]:
+    def _denoise(self, job: Denoise, open_io: Callable[[], OpenIo], client: ProcessIdentity) -> dict[str, float]:
         clock = _Laps(self._device)
         with together():
-            transformer = self._components.get(job.transformer_id, "transformer")
-            clock.lap("plug")
+            skeleton = self._components.get(job.transformer_id, "transformer").plan.skeleton
+            clock.lap("plug", waits=False)
             io = open_io()
             io.check("out", job.out, job.latents.shape)
+            rows = sum(part.rows for part in job.parts)
+            if (rows, rows) != (job.latents.shape[0] if job.latents.shape else 0, len(job.timestep)):
+                raise BadRequest(
+                    f"parts: {rows} rows, but latents are {list(job.latents.shape)} with {len(job.timestep)} "
+                    "timesteps; give one row for each image"
+                )
             latents = io.read("latents", job.latents)
-            prompt_embeds = io.read("prompt_embeds", job.prompt_embeds)
-            pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds)
-            count = len(job.timestep)
-            guidance = None if job.guidance is None else torch.full((count,), job.guidance)
-        clock.lap("inputs")
-        prediction = pipelines.denoise(
-            transformer.plan.skeleton,
-            latents=latents,
-            timestep=torch.tensor(job.timestep, dtype=torch.float32),
-            prompt_embeds=prompt_embeds,
-            pooled=pooled,
-            guidance=guidance,
-        )
+            conditionings = [self._condition(skeleton, part, io, client) for part in job.parts]
+        clock.lap("inputs", waits=False)
+        predictions: list[torch.Tensor] = []
+        done = 0
+        for conditioning, guidance in _joined(job.parts, conditionings):
+            end = done + conditioning.prompt_embeds.shape[0]
+            predictions.append(
+                pipelines.denoise(
+                    skeleton,
+                    latents=latents[done:end],
+                    timestep=torch.tensor(job.timestep[done:end], dtype=torch.float32),
+                    conditioning=conditioning,
+                    guidance=guidance,
+                )
+            )
+            done = end
+        prediction = predictions[0] if len(predictions) == 1 else torch.cat(predictions)
         clock.lap("forward")
         if self._is_leader:
             self._components.check_unchanged(transformer)
             io.write("out", job.out, prediction)
-            clock.lap("outputs")
+            clock.lap("outputs", waits=False)
         return clock.laps_ms
+
+    def _condition(self, skeleton: Skeleton, part: Part, io: OpenIo, client: ProcessIdentity) -> Conditioning:
+        """Read and check the conditioning of a part, or find what was kept of an earlier one."""
+        if part.prompt_embeds is None or part.pooled_prompt_embeds is None:
+            if part.conditioning_id is None:
+                raise BadRequest("parts: prompt_embeds and pooled_prompt_embeds, or a conditioning_id, are needed")
+            found = self._kept.find(client, part.conditioning_id, skeleton.dtype)
+        else:
+            found = pipelines.condition(
+                skeleton,
+                prompt_embeds=io.read("prompt_embeds", part.prompt_embeds),
+                pooled=io.read("pooled_prompt_embeds", part.pooled_prompt_embeds),
+            )
+            if part.conditioning_id is not None:
+                self._kept.keep(client, part.conditioning_id, skeleton.dtype, found)
+        given = found.prompt_embeds.shape[0]
+        if given not in (1, part.rows):
+            raise BadRequest(f"prompt_embeds: {given} rows for {part.rows} images; give one, or one for each image")
+        return found.repeated(part.rows)
 
     def _decode(self, job: Decode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)
@@ -196,21 +238,60 @@ class JobRunner:
                 clock.lap("encode")
         return clock.laps_ms
 
+    def _encode_text(self, job: EncodeText, open_io: Callable[[], OpenIo]) -> dict[str, float]:
+        clock = _Laps(self._device)
+        with together():
+            encoder = self._components.get(job.encoder_id, "text_encoder").plan.skeleton
+            clock.lap("plug")
+            io = open_io()
+            token_ids = io.read("token_ids", job.token_ids)
+            width = text_encoding.check_token_ids(encoder, token_ids).width
+            io.check("out", job.out, (*token_ids.shape, width))
+            if job.out_pooled is not None:
+                io.check("out_pooled", job.out_pooled, (token_ids.shape[0], width))
+            if self._is_leader:
+                clock.lap("inputs")
+                hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
+                clock.lap("encode_text")
+                io.write("out", job.out, hidden)
+                if job.out_pooled is not None and pooled is not None:
+                    io.write("out_pooled", job.out_pooled, pooled)
+                clock.lap("outputs")
+        return clock.laps_ms
+
+
+def _joined(
+    parts: tuple[Part, ...], conditionings: list[Conditioning]
+) -> Iterator[tuple[Conditioning, torch.Tensor | None]]:
+    """Join neighbours of as many text tokens into one forward each, with one guidance for each image."""
+    for _, group in groupby(zip(parts, conditionings, strict=True), key=lambda pair: pair[1].prompt_embeds.shape[1]):
+        members = list(group)
+        scales = [part.guidance for part, _ in members for _ in range(part.rows)]
+        guidance = torch.tensor([scale for scale in scales if scale is not None])
+        yield (
+            Conditioning(
+                torch.cat([each.prompt_embeds for _, each in members]), torch.cat([each.pooled for _, each in members])
+            )
+            if len(members) > 1
+            else members[0][1],
+            guidance if len(guidance) == len(scales) else None,
+        )
+
 
 def _latent_shape(batch: int, height: int, width: int) -> tuple[int, ...]:
     return (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 
 class _Laps:
-    """Milliseconds by phase. Each lap waits for the GPU, so that a phase is charged with its own work."""
+    """Milliseconds by phase. A lap that waits for the GPU charges the phase with its own work."""
 
     def __init__(self, device: torch.device) -> None:
         self.laps_ms: dict[str, float] = {}
         self._device = device
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        if self._device.type == "cuda":
+    def lap(self, phase: str, *, waits: bool = True) -> None:
+        if waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.laps_ms[phase] = (now - self._last) * 1e3

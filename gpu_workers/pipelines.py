@@ -1,4 +1,4 @@
-"""What jobs do with a plugged skeleton: ``generate``, ``denoise``, ``decode``, ``encode``. No input or output.
+"""What jobs do with a plugged skeleton: ``generate``, ``condition``, ``denoise``, ``decode``, ``encode``. No I/O.
 
 Latents here are always (batch, 16, height / 8, width / 8); packing into tokens happens inside. In a group every
 rank calls the same function with the same arguments, and every rank gets the whole result. Inputs may be on
@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.utils.torch_utils import randn_tensor
 
 from xditd.gpu_workers import attention
+from xditd.gpu_workers.conditionings import Conditioning
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
 from xditd.gpu_workers.job_checks import (
@@ -106,26 +107,37 @@ def generate(
 
 
 @torch.inference_mode()
+def condition(skeleton: Skeleton, *, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> Conditioning:
+    """Check text conditioning for a transformer, and move it there; :func:`denoise` then takes it as it is.
+
+    Raises:
+        BadRequest: shapes, or values that are not finite in the transformer's dtype.
+    """
+    check_conditioning(_transformer_config(skeleton), prompt_embeds, pooled)
+    return Conditioning(*prepare(skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled))
+
+
+@torch.inference_mode()
 def denoise(
     skeleton: Skeleton,
     *,
     latents: torch.Tensor,
     timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled: torch.Tensor,
+    conditioning: Conditioning,
     guidance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the transformer once and return its prediction (the velocity), shaped as ``latents``.
 
     ``timestep`` is the sigma of each sample, (batch,), in [0, 1]; ``guidance`` the guidance scale of each, (batch,),
-    needed by models with guidance (dev) and ignored by others.
+    needed by models with guidance (dev) and ignored by others. ``conditioning`` has a row for each sample, and comes
+    from :func:`condition` for this skeleton: it is not checked again.
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
         Unsupported: too few tokens for the group.
     """
     config = _transformer_config(skeleton)
-    batch = check_conditioning(config, prompt_embeds, pooled)
+    batch = conditioning.prompt_embeds.shape[0]
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
     height, width = latents.shape[2:]
@@ -139,10 +151,8 @@ def denoise(
         check_shape("guidance", guidance, (batch,))
     else:
         guidance = None
-    prompt_embeds, pooled, latents = prepare(
+    (latents,) = prepare(
         skeleton,
-        prompt_embeds=prompt_embeds,
-        pooled_prompt_embeds=pooled,
         latents=latents,
         checked=((timestep, "timestep", 0.0, 1.0), (guidance, "guidance", -math.inf, math.inf)),
     )
@@ -152,9 +162,9 @@ def denoise(
         hidden_states=_pack(latents),
         timestep=timestep.to(skeleton.device, torch.float32),
         guidance=None if guidance is None else guidance.to(skeleton.device, torch.float32),
-        pooled_projections=pooled,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=skeleton.device),
+        pooled_projections=conditioning.pooled,
+        encoder_hidden_states=conditioning.prompt_embeds,
+        txt_ids=torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=skeleton.device),
         img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
         return_dict=False,
     )[0]

@@ -153,6 +153,7 @@ class Rank:
             self._channel.send(Done(**common, timings_ms={}, tally=self._tally()))
         elif isinstance(command, ForgetClient):
             self._io.forget(command.exporter)
+            self._jobs.forget(command.exporter)
             self._channel.send(Done(**common, timings_ms={}, tally=self._tally()))
         elif isinstance(command, ReadCanary):
             digest = self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
@@ -180,7 +181,9 @@ class Rank:
         progress = Progress(
             self._layout.rank == 0, self._layout.device, lambda: self._channel.is_cancelled(command.op_number), tell
         )
-        return self._jobs.run(command.job, lambda: self._io.open(command.job.io, command.exporter), progress)
+        return self._jobs.run(
+            command.job, lambda: self._io.open(command.job.io, command.exporter), progress, command.exporter
+        )
 
     def _fail(self, command: AnyCommand, error: XditdError, *, is_fatal: bool) -> None:
         if is_fatal:

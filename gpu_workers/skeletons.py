@@ -140,6 +140,10 @@ class SkeletonCache:
             module = family.build(config).eval().requires_grad_(False)
         # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
         torch.nn.Module.to(module, dtype)
+        for submodule in module.modules():
+            for name, buffer in submodule._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    submodule._buffers[name] = buffer.to(self.layout.device)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
         if stranded:
             raise Internal(f"{family.name}: buffers without values after building: {', '.join(stranded)}")

@@ -81,6 +81,12 @@ class UnknownComponent(RequestError):
     code = "unknown_component"
 
 
+class UnknownConditioning(RequestError):
+    """The workers do not hold a conditioning of this id: never sent, pushed out, or lost with them. Send it again."""
+
+    code = "unknown_conditioning"
+
+
 class StaleSource(RequestError):
     """Lent bytes are not what was described: the file, segment or allocation changed or went away."""
 

@@ -33,6 +33,15 @@ MAX_SIDE_PIXELS: Final = 16_384
 MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
 
+MAX_TEXT_TOKENS: Final = 4_096
+"""Tokens of one text: T5's attention keeps a number for every pair of them in every head."""
+
+MAX_KEPT_CONDITIONINGS: Final = 64
+"""Conditionings of one client that a worker keeps for later requests, least recently used first out."""
+
+MAX_KEPT_CONDITIONING_BYTES: Final = 256 * 2**20
+"""Their bytes, altogether. One prompt of 512 T5 tokens takes 4 MiB in bfloat16."""
+
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 """Header of a safetensors file; the format itself allows 100 MB."""
 

@@ -81,6 +81,12 @@ class Encoded(Reply, tag="encoded", frozen=True, kw_only=True):
     timings_ms: TimingsMs
 
 
+class TextEncoded(Reply, tag="text_encoded", frozen=True, kw_only=True):
+    """Answers ``EncodeText``."""
+
+    timings_ms: TimingsMs
+
+
 class CancelNoted(Reply, tag="cancel_noted", frozen=True, kw_only=True):
     """Answers ``Cancel``; ``was_found`` is false when that request had ended already."""
 
@@ -140,6 +146,7 @@ AnyReply = (
     | Denoised
     | Decoded
     | Encoded
+    | TextEncoded
     | CancelNoted
     | Status
     | LogLines

@@ -8,7 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.protocol import ComponentId, Request, RequestId
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, IoTensor, Manifest, Name
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock, IoTensor, Manifest, Name
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -78,20 +78,34 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     out_image: IoTensor | None = None
 
 
+class Part(Described, frozen=True, kw_only=True):
+    """The text conditioning of ``rows`` images of a batch.
+
+    ``prompt_embeds`` is (1 or rows, text tokens, context), ``pooled_prompt_embeds`` (1 or rows, pooled); one row
+    serves all. With a ``conditioning_id`` the workers keep both for the client, and a later part may leave them out.
+    ``guidance`` is for guidance-distilled checkpoints.
+    """
+
+    rows: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)]
+    conditioning_id: Name | None = None
+    prompt_embeds: IoTensor | None = None
+    pooled_prompt_embeds: IoTensor | None = None
+    guidance: Guidance | None = None
+
+
 class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
-    """Run one forward of the transformer. Answered by ``Denoised``.
+    """Run the transformer once for every image of a batch. Answered by ``Denoised``.
 
     ``latents`` and ``out`` are (batch, 16, height/8, width/8); ``timestep`` holds one sigma in
-    [0, 1] for each image of the batch. ``guidance`` is for guidance-distilled checkpoints.
+    [0, 1] for each image. ``parts`` share the batch out in order. Neighbours with as many text tokens run together
+    in one forward; others one after the other, since padding would change the result.
     """
 
     transformer_id: ComponentId
     io: HostShmBlock
     latents: IoTensor
-    prompt_embeds: IoTensor
-    pooled_prompt_embeds: IoTensor
     timestep: Annotated[tuple[Unit, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
-    guidance: Guidance | None = None
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
     out: IoTensor
 
 
@@ -114,6 +128,20 @@ class Encode(Request, tag="encode", frozen=True, kw_only=True):
     io: HostShmBlock
     image: IoTensor
     out: IoTensor
+
+
+class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
+    """Encode ``token_ids`` (batch, tokens), int64, to ``out`` (batch, tokens, width). Answered by ``TextEncoded``.
+
+    ``out`` is the last layer after the final norm. ``out_pooled`` (batch, width), of encoders that have one, is its
+    state at the first end-of-text token, not projected. Tokenizers are the client's.
+    """
+
+    encoder_id: ComponentId
+    io: HostShmBlock
+    token_ids: IoTensor
+    out: IoTensor
+    out_pooled: IoTensor | None = None
 
 
 class Cancel(Request, tag="cancel", frozen=True, kw_only=True):
@@ -139,7 +167,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-Job = Generate | Denoise | Decode | Encode
+Job = Generate | Denoise | Decode | Encode | EncodeText
 """Requests that run on the workers and are queued."""
 
 AnyRequest = (
@@ -152,6 +180,7 @@ AnyRequest = (
     | Denoise
     | Decode
     | Encode
+    | EncodeText
     | Cancel
     | GetStatus
     | GetLogs

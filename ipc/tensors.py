@@ -1,6 +1,6 @@
 """Descriptions of lent bytes: blocks (where bytes are) and tensors (what they mean).
 
-A component (transformer, VAE) crosses as a :class:`Manifest`. The bytes never do: a block names a
+A component (transformer, VAE, text encoder) crosses as a :class:`Manifest`. The bytes never do: a block names a
 device allocation, a sealed shared-memory segment or a file, which a worker opens for itself.
 Descriptors are numbers in the exporting process; which process that is, the daemon takes from the
 socket's peer credentials, never from a message.
@@ -56,10 +56,14 @@ ITEM_BYTES: dict[str, int] = {
 
 
 class ComponentKind(Enum):
-    """What a component is for; a job names one component of each kind that it needs."""
+    """What a component is for; a job names one component of each kind that it needs.
+
+    One kind for all text encoders: which one it is (CLIP-L, T5) the family says, as for transformers.
+    """
 
     TRANSFORMER = "transformer"
     VAE = "vae"
+    TEXT_ENCODER = "text_encoder"
 
 
 class Tier(Enum):

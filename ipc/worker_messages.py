@@ -49,7 +49,7 @@ class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
 
 
 class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
-    """Close the I/O blocks of a client that is gone. Answered by ``Done``."""
+    """Close the I/O blocks of a client that is gone, and free its conditionings. Answered by ``Done``."""
 
     exporter: ProcessIdentity
 

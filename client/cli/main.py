@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from xditd import __version__
-from xditd.client.cli import demo, doctor, exits, generate, install_service, logs, serve, status, stop
+from xditd.client.cli import comfyui, demo, doctor, exits, generate, install_service, logs, serve, status, stop
 from xditd.ipc.errors import XditdError
 
 VERBS: dict[str, ModuleType] = {
@@ -17,6 +17,7 @@ VERBS: dict[str, ModuleType] = {
     "status": status,
     "generate": generate,
     "demo": demo,
+    "comfyui": comfyui,
     "logs": logs,
     "stop": stop,
     "install-service": install_service,
@@ -30,6 +31,7 @@ first steps:
   xditd demo --out out                 everything once, on small checkpoints made on the spot: out/demo.png
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
   xditd status                         workers, lent components, queue
+  xditd comfyui install ~/ComfyUI      the nodes for ComfyUI
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o out.png
 
 `xditd VERB --help` explains each verb. Flags can be set by the environment variables named in brackets.

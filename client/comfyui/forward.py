@@ -15,10 +15,14 @@ import torch
 
 from xditd.client.comfyui.refusals import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
+from xditd.client.conditioning import Conditioning
 from xditd.ipc.errors import BadRequest
 
 PATCH = 2
 """Latents on a token's side."""
+
+KNOWN_CONDITIONINGS = 8
+"""Rows whose tensors are remembered: positive and negative of a few prompts."""
 
 
 class RemoteForward:
@@ -28,6 +32,7 @@ class RemoteForward:
         self._weights = weights
         self._pooled_channels = pooled_channels
         self._has_guidance = has_guidance
+        self._known: list[tuple[torch.Tensor, torch.Tensor, Conditioning]] = []
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the wrappers of other nodes run as they are set up, around the workers instead of the local model."""
@@ -66,22 +71,33 @@ class RemoteForward:
         rows, _, height, width = x.shape
         padded = comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
         pooled = x.new_zeros(rows, self._pooled_channels) if y is None else y[:, : self._pooled_channels]
-        predicted = torch.empty_like(padded)
-        for scale, members in _by_guidance(guidance if self._has_guidance else None, rows):
-            predicted[members] = self._weights.connect().denoise(
-                self._weights.loan, padded[members], timestep[members], context[members], pooled[members], scale
-            )
+        conditionings = self._conditionings(context, pooled, guidance if self._has_guidance else None)
+        client = self._weights.connect()
+        predicted = client.denoise(self._weights.loan, padded, timestep.float(), conditionings)
         return predicted[:, :, :height, :width]
 
+    def _conditionings(
+        self, context: torch.Tensor, pooled: torch.Tensor, guidance: torch.Tensor | None
+    ) -> list[Conditioning]:
+        """One for each row; rows of equal content share what the workers keep, at this step and at the next ones."""
+        rows = context.shape[0]
+        scales: list[float | None] = [None] * rows
+        if guidance is not None:
+            scales = guidance.float().reshape(-1).expand(rows).tolist()
+        found = [self._kept(context[row : row + 1], pooled[row : row + 1]) for row in range(rows)]
+        return [kept.with_guidance(scale) for kept, scale in zip(found, scales, strict=True)]
 
-def _by_guidance(guidance: torch.Tensor | None, rows: int) -> list[tuple[float | None, list[int]]]:
-    """Group rows by their guidance scale: a request has one."""
-    if guidance is None:
-        return [(None, list(range(rows)))]
-    values = guidance.float().reshape(-1).tolist()
-    if len(values) == 1:
-        values = values * rows
-    groups: dict[float, list[int]] = {}
-    for row, value in enumerate(values):
-        groups.setdefault(value, []).append(row)
-    return list(groups.items())
+    def _kept(self, context: torch.Tensor, pooled: torch.Tensor) -> Conditioning:
+        # By content: ComfyUI gathers the tensors anew at each step, and other nodes may replace them in between.
+        for at, (known, known_pooled, kept) in enumerate(self._known):
+            if _is_same(known, context) and _is_same(known_pooled, pooled):
+                self._known.insert(0, self._known.pop(at))
+                return kept
+        fresh = Conditioning(context, pooled)
+        self._known.insert(0, (context.clone(), pooled.clone(), fresh))
+        del self._known[KNOWN_CONDITIONINGS:]
+        return fresh
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)

@@ -169,8 +169,11 @@ def lendable(tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: st
     return RemoteWeights(tensors, kind=kind, label=label, device=str(device), is_whole=is_whole, connect=connect)
 
 
-def bind(model: Any, weights: RemoteWeights, load_device: Any, offload_device: Any) -> RemotePatcher:
-    """Tie a module without weights to those that are lent for it. The loan ends with the module at the latest."""
+def bind(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:
+    """Tie a module without weights to those that are lent for it: ``RemoteWeights``, or what has the same methods.
+
+    The loan ends with the module at the latest.
+    """
     model.xditd_weights = weights
     weakref.finalize(model, weights.release).atexit = False
     return RemotePatcher(model, load_device=load_device, offload_device=offload_device)

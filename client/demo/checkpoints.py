@@ -1,4 +1,5 @@
-"""Small seeded checkpoints of a FLUX.1 transformer and its VAE, with the tensor names that users' files have.
+"""Small seeded checkpoints of a FLUX.1 transformer and its VAE, with the tensor names that users' files have. Those of
+its text encoders are in :mod:`xditd.client.demo.text_checkpoints`.
 
 The values are random, but not arbitrary: activations keep their size from layer to layer, and every tensor matters.
 Zeroing any one of them moves the result by far more than the tolerance of a parity check, so such a check cannot
@@ -50,11 +51,11 @@ def flux1_state_dict(
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in _flux1_shapes(heads, double_blocks, single_blocks, guidance, context_dim, pooled_dim):
         if name.endswith("_norm.scale"):
-            values = 1.0 + 0.3 * _normal(seed, name, shape)
+            values = 1.0 + 0.3 * normal(seed, name, shape)
         elif name.endswith(".bias"):
-            values = 0.2 * _normal(seed, name, shape)
+            values = 0.2 * normal(seed, name, shape)
         else:
-            values = _normal(seed, name, shape) / math.sqrt(shape[1])
+            values = normal(seed, name, shape) / math.sqrt(shape[1])
         if name.endswith("_norm.scale"):
             name = name.removesuffix("scale") + norm_suffix
         tensors[prefix + name] = values if dtype is None else values.to(dtype)
@@ -82,15 +83,15 @@ def flux_vae_state_dict(
 
 def write_flux1(path: Path, seed: int, *, dtype: torch.dtype | None = None) -> None:
     """Write the demo transformer to one safetensors file."""
-    _save(flux1_state_dict(seed, dtype=dtype), path)
+    save_aligned(flux1_state_dict(seed, dtype=dtype), path)
 
 
 def write_flux_vae(path: Path, seed: int, *, dtype: torch.dtype | None = None) -> None:
     """Write the demo VAE to one safetensors file."""
-    _save(flux_vae_state_dict(seed, dtype=dtype), path)
+    save_aligned(flux_vae_state_dict(seed, dtype=dtype), path)
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file whose data starts at a multiple of 256 bytes.
 
     The format asks for 8 only, and slices that start elsewhere than at 64 are copied by workers on the CPU. What
@@ -105,7 +106,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.write_bytes(file_with(" " * (-data_start % DATA_ALIGNMENT_BYTES)))
 
 
-def _normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Draw values that depend on seed and name alone, so that adding a tensor changes no other."""
     import torch
 
@@ -117,7 +118,7 @@ def _normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def _vae_values(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
-    noise = _normal(seed, name, shape)
+    noise = normal(seed, name, shape)
     if len(shape) == 1:
         return (1.0 if "norm" in name and name.endswith(".weight") else 0.0) + 0.2 * noise
     if shape[2] == 1:
@@ -125,7 +126,7 @@ def _vae_values(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     # Convolutions that mostly blur: the picture of random latents is then soft clouds of colour, not static.
     line = torch.tensor([0.25, 0.5, 0.25])
     blur = torch.outer(line, line)
-    mixing = _normal(seed, f"{name}:mixing", shape[:2])[:, :, None, None]
+    mixing = normal(seed, f"{name}:mixing", shape[:2])[:, :, None, None]
     gain = 0.4 if name.endswith("conv_out.weight") else 1.0
     return gain * (1.5 * mixing * blur + 0.1 * noise) / math.sqrt(shape[1])
 

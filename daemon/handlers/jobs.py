@@ -1,4 +1,4 @@
-"""``Generate``, ``Denoise``, ``Decode`` and ``Encode``: the four kinds of work on the workers."""
+"""``Generate``, ``Denoise``, ``Decode``, ``Encode`` and ``EncodeText``: the five kinds of work on the workers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from xditd.daemon.service import Service
 from xditd.daemon.sessions import Session
 from xditd.ipc.errors import BadRequest, LeaseLost
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated
-from xditd.ipc.requests import Decode, Denoise, Encode, Generate
+from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated, TextEncoded
+from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Part
 from xditd.ipc.requests import Job as JobRequest
 from xditd.ipc.status import LeaseState
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
-_REPLY: Final[dict[type[JobRequest], type[Generated | Denoised | Decoded | Encoded]]] = {
+_REPLY: Final[dict[type[JobRequest], type[Generated | Denoised | Decoded | Encoded | TextEncoded]]] = {
     Generate: Generated,
     Denoise: Denoised,
     Decode: Decoded,
     Encode: Encoded,
+    EncodeText: TextEncoded,
 }
 
 
@@ -60,6 +61,8 @@ def _check_components(service: Service, request: JobRequest) -> tuple[str, ...]:
         wanted.append((request.transformer_id, ComponentKind.TRANSFORMER))
     if isinstance(request, (Generate, Decode, Encode)) and request.vae_id is not None:
         wanted.append((request.vae_id, ComponentKind.VAE))
+    if isinstance(request, EncodeText):
+        wanted.append((request.encoder_id, ComponentKind.TEXT_ENCODER))
     for component_id, kind in wanted:
         found = service.loans.registry.live(component_id).manifest.kind
         if found is not kind:
@@ -74,8 +77,11 @@ def _check_io(request: JobRequest) -> None:
             raise BadRequest(f"{name} ends at byte {end} of an I/O block of {request.io.size_bytes}")
 
 
-def _io_tensors(request: JobRequest) -> Iterator[tuple[str, IoTensor]]:
-    for field in msgspec.structs.fields(request):
-        value = getattr(request, field.name)
+def _io_tensors(described: JobRequest | Part) -> Iterator[tuple[str, IoTensor]]:
+    for field in msgspec.structs.fields(described):
+        value = getattr(described, field.name)
         if isinstance(value, IoTensor):
             yield field.name, value
+    if isinstance(described, Denoise):
+        for part in described.parts:
+            yield from _io_tensors(part)

@@ -6,11 +6,13 @@ from collections.abc import Collection
 from typing import Any
 
 from xditd.gpu_workers.families.base import Family
+from xditd.gpu_workers.families.clip_l import ClipL
 from xditd.gpu_workers.families.flux1 import Flux1
 from xditd.gpu_workers.families.flux_vae import FluxVae
+from xditd.gpu_workers.families.t5 import T5
 from xditd.ipc.errors import UnknownFamily
 
-FAMILIES: tuple[Family[Any], ...] = (Flux1(), FluxVae())
+FAMILIES: tuple[Family[Any], ...] = (Flux1(), FluxVae(), ClipL(), T5())
 
 SHOWN_NAMES = 8
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
 
 Shape = tuple[int, ...]
-Kind = Literal["transformer", "vae"]
+Kind = Literal["transformer", "vae", "text_encoder"]
 ConfigT = TypeVar("ConfigT", bound=Hashable)
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -77,6 +77,14 @@ class Family(Protocol[ConfigT]):
     @property
     def kind(self) -> Kind:
         """What a component of this family is for."""
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Canonical names that files hold in place of, or as a copy beside, another one: copy to original."""
+
+    @property
+    def unused(self) -> Collection[str]:
+        """Canonical names of tensors that files hold and no job reads, of any dtype."""
 
     def claims(self, names: Collection[str]) -> bool:
         """Say whether these tensor names are a checkpoint of this family, complete or not."""
@@ -149,6 +157,14 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
             unexpected.append(f"{name} (the same tensor as {given[canonical]})")
         else:
             given[canonical] = name
+    idle = {given.pop(name) for name in family.unused if name in given}
+    for copy, original in family.tied.items():
+        if copy in given:
+            name = given.pop(copy)
+            if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
+                idle.update({name} - {given[original]})
+            else:
+                unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
     config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
     prefix = _common_prefix(given)
 
@@ -168,7 +184,8 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
     unexpected += given.values()
     if missing or unexpected or misshapen:
         raise BadCheckpoint(_mismatch(family, config, missing, unexpected, misshapen))
-    return Resolution(family, config, check_dtype(family, tensors), key_map)
+    used = {name: info for name, info in tensors.items() if name not in idle}
+    return Resolution(family, config, check_dtype(family, used), key_map)
 
 
 def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:

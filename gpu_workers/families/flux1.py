@@ -82,6 +82,8 @@ class Flux1:
 
     name = "flux1"
     kind: Kind = "transformer"
+    tied: Mapping[str, str] = {}
+    unused: tuple[str, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         bare = [self.canonical(name) for name in names]

@@ -55,6 +55,8 @@ class FluxVae:
 
     name = "flux_vae"
     kind: Kind = "vae"
+    tied: Mapping[str, str] = {}
+    unused: tuple[str, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         return not _MARKS.isdisjoint(self.canonical(name) for name in names)

@@ -46,6 +46,17 @@ def test_a_transposed_view_is_written_in_its_own_order(pool):
     pool.give_back(block)
 
 
+def test_values_that_are_negated_or_strided_or_empty_arrive(pool):
+    base = torch.arange(6.0).reshape(2, 3)
+    for tensor in (torch._neg_view(base), base[:, ::2], base.to(torch.complex64).imag, base.requires_grad_()):
+        layout = IoLayout()
+        spec = layout.add_input(tensor)
+        block = pool.borrow(layout.size_bytes)
+        block.write(spec, tensor)
+        assert torch.equal(block.read(spec, torch.device("cpu")), tensor)
+        pool.give_back(block)
+
+
 def test_blocks_on_loan_are_distinct_and_come_back(pool):
     first, second = pool.borrow(10), pool.borrow(10)
     assert first.describe().inode != second.describe().inode

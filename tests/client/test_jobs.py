@@ -260,7 +260,8 @@ def test_a_forward_hands_back_the_prediction(client, daemon):
     assert torch.equal(out, latents * 2)
     request = daemon.requests(Denoise)[0]
     assert request.timestep == (0.75, 0.75)
-    assert request.guidance == 3.5
+    (part,) = request.parts
+    assert (part.rows, part.guidance, part.conditioning_id) == (2, 3.5, None)
 
 
 def test_an_interrupted_forward_is_cancelled(client, daemon):

@@ -325,6 +325,8 @@ def test_generations_are_passed_on(path: Path, offers: list[Offer]) -> None:
         (["double_blocks.0.img_attn.qkv.weight"], ComponentKind.TRANSFORMER),
         (["model.diffusion_model.double_blocks.0.x"], ComponentKind.TRANSFORMER),
         (["transformer_blocks.0.attn.to_q.weight", "encoder.x"], ComponentKind.TRANSFORMER),
+        (["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"], ComponentKind.TEXT_ENCODER),
+        (["shared.weight", "encoder.block.0.layer.0.SelfAttention.k.weight"], ComponentKind.TEXT_ENCODER),
         (["decoder.conv_in.weight"], VAE),
         (["first_stage_model.encoder.conv_in.weight"], VAE),
         (["vae.decoder.x"], VAE),

@@ -101,8 +101,7 @@ def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, pipelines: Mod
             transformer,
             latents=latents,
             timestep=torch.tensor([sigma]),
-            prompt_embeds=given["prompt_embeds"],
-            pooled=given["pooled"],
+            conditioning=pipelines.condition(transformer, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]),
             guidance=torch.tensor([3.5]),
         )
         latents = latents + (following - sigma) * velocity
@@ -262,8 +261,7 @@ def test_bad_denoise_requests_name_the_value(
     arguments = {
         "latents": given["noise"],
         "timestep": torch.tensor([0.5]),
-        "prompt_embeds": given["prompt_embeds"],
-        "pooled": given["pooled"],
+        "conditioning": pipelines.condition(transformer, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]),
         "guidance": torch.tensor([3.5]),
     }
     pipelines.denoise(transformer, **arguments)

@@ -32,8 +32,11 @@ def prediction(plan: Plan) -> torch.Tensor:
         plan.skeleton,
         latents=torch.randn(1, 16, 4, 4, generator=generator),
         timestep=torch.tensor([0.5]),
-        prompt_embeds=torch.randn(1, 3, config.context_channels, generator=generator),
-        pooled=torch.randn(1, config.pooled_channels, generator=generator),
+        conditioning=pipelines.condition(
+            plan.skeleton,
+            prompt_embeds=torch.randn(1, 3, config.context_channels, generator=generator),
+            pooled=torch.randn(1, config.pooled_channels, generator=generator),
+        ),
         guidance=torch.tensor([3.5]),
     )
 

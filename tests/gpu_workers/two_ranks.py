@@ -80,8 +80,9 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
             plan.skeleton,
             latents=given["noise"],
             timestep=torch.full((batch,), 0.7),
-            prompt_embeds=given["prompt_embeds"],
-            pooled=given["pooled"],
+            conditioning=pipelines.condition(
+                plan.skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]
+            ),
             guidance=torch.full((batch,), GUIDANCE),
         )
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -52,6 +53,18 @@ def test_stock_ksampler(case, remote, local, conditioning, ksample, relative_err
     actual = ksample(remote, positive, negative, dict(latent), **options)
     assert expected.std() > 0.1
     assert relative_error(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["double_blocks.1.txt_attn.norm.key_norm.scale", "single_blocks.0.linear2.bias"])
+def test_a_zeroed_tensor_shows(name, connected, files, local, conditioning, ksample, tmp_path, relative_error):
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    tensors = load_file(files.transformer)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, tmp_path / "zeroed.safetensors")
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    zeroed = load_unet(str(tmp_path / "zeroed.safetensors"))
+    found = [ksample(model, conditioning(1), conditioning(2), dict(latent)) for model in (zeroed, local)]
+    assert relative_error(*found) > 10 * TOLERANCE
 
 
 def test_sampler_custom_advanced(comfy, remote, local, conditioning, relative_error):

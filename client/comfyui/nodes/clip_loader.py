@@ -1,0 +1,46 @@
+"""Load Dual CLIP (xDiT): two files become a CLIP that encodes in the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.text import make_clip
+
+
+class XditDualClipLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        names = folder_paths.get_filename_list("text_encoders")
+        return io.Schema(
+            node_id="XDiTDualCLIPLoader",
+            display_name="Load Dual CLIP (xDiT)",
+            category="xDiT",
+            description="Lends CLIP-L and T5 to the xDiT workers. ComfyUI's tokenizers stay here; encoding runs in the "
+            "workers.",
+            search_aliases=["xdit", "multi gpu", "text encoder"],
+            inputs=[io.Combo.Input("clip_name1", options=names), io.Combo.Input("clip_name2", options=names)],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, clip_name1: str, clip_name2: str) -> Any:
+        paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in (clip_name1, clip_name2)]
+        return io.NodeOutput(load_clip(*paths))
+
+
+def load_clip(*paths: str) -> Any:
+    """Make a CLIP of two checkpoint files, in either order. ComfyUI lends them when it first encodes.
+
+    Raises:
+        BadRequest: not one CLIP-L and one T5.
+        Unsupported: quantised weights.
+        DaemonUnreachable: no daemon runs.
+    """
+    connect()
+    return make_clip({Path(path).stem: comfy.utils.load_torch_file(path, safe_load=True) for path in paths})

@@ -1,0 +1,142 @@
+"""The encoder of T5 v1.1 (``t5xxl_fp16.safetensors``), in the names of transformers and ComfyUI.
+
+Names may carry the prefixes ``text_encoders.``, ``t5xxl.`` and ``transformer.``, in this order. The token embedding is
+``shared.weight``; ``encoder.embed_tokens.weight`` is the same tensor again, which many files hold twice. Everything is
+read from shapes but the distances over which positions are told apart: 32 buckets up to 128 tokens, in every T5.
+
+Source: transformers, ``T5EncoderModel``; google/t5-v1_1-xxl, ``config.json``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from xditd.gpu_workers.families.base import Entry, Kind, Shape
+from xditd.gpu_workers.full_precision import compute_in_float32
+from xditd.ipc import limits
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.layouts import ParallelLayout
+
+PREFIXES = ("text_encoders.", "t5xxl.", "transformer.")
+HEAD_SIZE = 64
+BUCKETS = 32
+MAX_DISTANCE = 128
+MAX_LAYERS = 128
+
+_BLOCK = re.compile(r"^encoder\.block\.(\d+)\.layer\.")
+_TOKENS = "shared.weight"
+_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
+_FEED_FORWARD = "encoder.block.{}.layer.1.DenseReluDense"
+_BIAS = "relative_attention_bias.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class T5Config:
+    """The shape of a T5 encoder; ``inner`` is the width of its feed-forward layers."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    inner: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions are relative, so what bounds a text is the memory of its attention."""
+        return limits.MAX_TEXT_TOKENS
+
+
+class T5:
+    """T5 v1.1: see the module's docstring."""
+
+    name = "t5"
+    kind: Kind = "text_encoder"
+    tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
+    unused: tuple[str, ...] = ()
+
+    def claims(self, names: Collection[str]) -> bool:
+        return any(_BLOCK.match(self.canonical(name)) for name in names)
+
+    def canonical(self, name: str) -> str:
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        return name
+
+    def configure(self, shapes: Mapping[str, Shape]) -> T5Config:
+        if f"{_ATTENTION.format(1)}.{_BIAS}" in shapes:
+            raise Unsupported("t5: every block has a relative_attention_bias: this is UMT5, which FLUX.1 does not use")
+        if f"{_FEED_FORWARD.format(0)}.wi.weight" in shapes:
+            raise Unsupported("t5: its feed-forward layers have no gate (wi): this is T5 1.0; lend T5 v1.1")
+        layers = 1 + max((int(found[1]) for found in map(_BLOCK.match, shapes) if found), default=-1)
+        if layers > MAX_LAYERS:
+            raise BadCheckpoint(f"t5: block {layers - 1} exceeds the limit of {MAX_LAYERS} blocks")
+        vocabulary, width = _sides(shapes, _TOKENS)
+        return T5Config(
+            vocabulary=vocabulary,
+            width=width,
+            layers=layers,
+            heads=_sides(shapes, f"{_ATTENTION.format(0)}.{_BIAS}")[1],
+            inner=_sides(shapes, f"{_FEED_FORWARD.format(0)}.wi_0.weight")[0],
+        )
+
+    def entries(self, config: T5Config) -> Iterator[Entry]:
+        width, attended = config.width, config.heads * HEAD_SIZE
+        yield _same(_TOKENS, (config.vocabulary, width))
+        for number in range(config.layers):
+            attention, feed_forward = _ATTENTION.format(number), _FEED_FORWARD.format(number)
+            for part in ("q", "k", "v"):
+                yield _same(f"{attention}.{part}.weight", (attended, width))
+            yield _same(f"{attention}.o.weight", (width, attended))
+            if number == 0:  # all blocks use the first one's
+                yield _same(f"{attention}.{_BIAS}", (BUCKETS, config.heads))
+            yield _same(f"encoder.block.{number}.layer.0.layer_norm.weight", (width,))
+            for part in ("wi_0", "wi_1"):
+                yield _same(f"{feed_forward}.{part}.weight", (config.inner, width))
+            yield _same(f"{feed_forward}.wo.weight", (width, config.inner))
+            yield _same(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
+        yield _same("encoder.final_layer_norm.weight", (width,))
+
+    def check_layout(self, config: T5Config, layout: ParallelLayout) -> None:
+        """One rank runs it whole, so any layout will do."""
+
+    def build(self, config: T5Config) -> torch.nn.Module:
+        from transformers import T5Config as TransformersT5Config
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel(
+            TransformersT5Config(
+                vocab_size=config.vocabulary,
+                d_model=config.width,
+                d_kv=HEAD_SIZE,
+                d_ff=config.inner,
+                num_layers=config.layers,
+                num_heads=config.heads,
+                relative_attention_num_buckets=BUCKETS,
+                relative_attention_max_distance=MAX_DISTANCE,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
+        )
+        model.set_input_embeddings(model.shared)  # one module in both places, so that one parameter fills both
+        compute_in_float32([*model.encoder.block, model.encoder.final_layer_norm], model.shared)
+        return cast(torch.nn.Module, model)
+
+
+def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:
+    shape = shapes.get(name, ())
+    if len(shape) != 2 or 0 in shape:
+        found = f"is {list(shape)}, not a matrix" if shape else "is missing"
+        raise BadCheckpoint(f"t5: {name} {found}: the size of the model cannot be read")
+    return shape[0], shape[1]
+
+
+def _same(source: str, shape: Shape) -> Entry:
+    return Entry(source, shape, ((source, shape[0]),))

@@ -1,0 +1,144 @@
+"""Weights on loan: what is lent, what a patch changes, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.client import Unsupported
+from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
+from xditd.ipc.tensors import ComponentKind
+
+
+class Lender:
+    """Stands where the client does, and keeps what it was lent."""
+
+    def __init__(self) -> None:
+        self.lends: list[tuple[dict[str, torch.Tensor], int]] = []
+        self.live = 0
+
+    def lend(self, tensors: dict[str, torch.Tensor], *, kind: Any, label: str, generation: int) -> Loan:
+        self.lends.append(({name: tensor.clone() for name, tensor in tensors.items()}, generation))
+        self.live += 1
+        return Loan(self)
+
+
+class Loan:
+    def __init__(self, lender: Lender) -> None:
+        self.lender = lender
+        self.is_live = True
+
+    def return_(self) -> None:
+        assert self.is_live
+        self.is_live = False
+        self.lender.live -= 1
+
+
+@pytest.fixture
+def lender() -> Lender:
+    return Lender()
+
+
+@pytest.fixture
+def base() -> dict[str, torch.Tensor]:
+    return {"a": torch.zeros(4), "b": torch.ones(4)}
+
+
+@pytest.fixture(params=[False, True], ids=["as they are", "whole"])
+def weights(lender, base, request) -> Iterator[RemoteWeights]:
+    made = RemoteWeights(
+        base,
+        kind=ComponentKind.TRANSFORMER,
+        label="x",
+        device="cpu",
+        is_whole=request.param,
+        connect=lambda: lender,  # type: ignore[arg-type, return-value]
+    )
+    yield made
+    made.release()
+    assert lender.live == 0
+
+
+def add(amount: float) -> Edit:
+    return Edit((amount,), lambda value: value + amount)
+
+
+def test_lends_once_and_again_after_the_loan_is_lost(weights, lender):
+    first = weights.loan
+    assert weights.loan is first
+    first.is_live = False
+    lender.live -= 1
+    assert weights.loan is not first
+    assert [generation for _, generation in lender.lends] == [0, 0]
+
+
+def test_a_patch_changes_its_tensor_alone_and_leaves_the_base(weights, lender, base):
+    weights.apply({"b": add(1.0)})
+    (tensors, _) = lender.lends[-1]
+    assert tensors["a"].tolist() == [0.0] * 4
+    assert tensors["b"].tolist() == [2.0] * 4
+    assert base["b"].tolist() == [1.0] * 4
+    assert lender.live == 1
+
+
+def test_the_same_patch_again_is_no_work(weights, lender):
+    weights.apply({"b": add(1.0)})
+    weights.apply({"b": add(1.0)})
+    assert len(lender.lends) == 1
+
+
+def test_another_strength_is_written_in_place_as_the_next_generation(weights, lender):
+    merged = []
+
+    def edit(name: str, amount: float) -> Edit:
+        return Edit((amount,), lambda value: (merged.append(name), value + amount)[1])
+
+    weights.apply({"a": edit("a", 1.0), "b": edit("b", 1.0)})
+    first = lender.lends[-1][1]
+    weights.apply({"a": edit("a", 1.0), "b": edit("b", 3.0)})
+    assert merged == ["a", "b", "b"]
+    assert lender.lends[-1][1] == first + 1
+    assert lender.lends[-1][0]["b"].tolist() == [4.0] * 4
+
+
+def test_a_patch_that_goes_is_undone(weights, lender):
+    weights.apply({"a": add(1.0), "b": add(1.0)})
+    weights.apply({"a": add(1.0)})
+    assert lender.lends[-1][0]["b"].tolist() == [1.0] * 4
+    weights.apply({})
+    assert lender.lends[-1][0]["a"].tolist() == [0.0] * 4
+    assert lender.live == 1
+
+
+def test_a_merge_that_failed_is_done_again(weights, lender):
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no room")
+
+    weights.apply({"b": add(1.0)})
+    with pytest.raises(RuntimeError, match="no room"):
+        weights.apply({"b": Edit((9.0,), fail)})
+    weights.apply({"b": add(1.0)})
+    assert lender.lends[-1][0]["b"].tolist() == [2.0] * 4
+
+
+def test_release_gives_back_and_the_next_use_lends_again(weights, lender):
+    weights.apply({"b": add(1.0)})
+    weights.release()
+    assert lender.live == 0
+    weights.release()
+    weights.apply({"b": add(1.0)})
+    assert lender.lends[-1][0]["b"].tolist() == [2.0] * 4
+
+
+def test_quantised_weights_are_refused_by_name():
+    with pytest.raises(Unsupported, match=r"x: blk .*float8_e4m3fn.*bf16"):
+        check_plain({"blk": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "x")
+
+    class GGMLTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(Unsupported, match="GGUF"):
+        check_plain({"blk": torch.zeros(2).as_subclass(GGMLTensor)}, "x")

@@ -1,0 +1,82 @@
+"""Encoding text, from the client's side: what is sent, what comes back, and what is refused before it is sent."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from xditd.client import BadRequest, Client, ComponentKind  # noqa: E402
+from xditd.client.text_encoding import check_token_ids  # noqa: E402
+from xditd.ipc.replies import TextEncoded  # noqa: E402
+from xditd.ipc.requests import EncodeText  # noqa: E402
+
+CLIP = {
+    "text_model.embeddings.token_embedding.weight": torch.zeros(9, 6),
+    "text_model.encoder.layers.0.layer_norm1.weight": torch.zeros(6),
+}
+
+
+@pytest.fixture
+def client(daemon, folder):
+    """Its workers answer with the token ids in every column, and minus one as the pooled state."""
+
+    def answer(request):
+        ids = daemon.open_io(request.io, request.token_ids)
+        daemon.open_io(request.io, request.out).copy_(ids[..., None].float().expand(request.out.shape))
+        if request.out_pooled is not None:
+            daemon.open_io(request.io, request.out_pooled).fill_(-1.0)
+        return [TextEncoded(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[EncodeText] = answer
+    with Client(folder) as connected:
+        yield connected
+
+
+def test_the_states_have_the_width_of_the_lent_encoder(client, daemon):
+    loan = client.lend(CLIP)
+    assert (loan.kind, loan.text_width) == (ComponentKind.TEXT_ENCODER, 6)
+    encoding = client.encode_text(loan, [[1, 2, 3], [4, 5, 6]], pooled=True)
+    assert encoding.hidden_states.shape == (2, 3, 6)
+    assert encoding.hidden_states.dtype == torch.float32
+    assert encoding.hidden_states[..., 5].tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    assert encoding.pooled.tolist() == [[-1.0] * 6] * 2
+    request = daemon.requests(EncodeText)[0]
+    assert (request.encoder_id, request.token_ids.dtype, request.out.dtype) == (loan.component_id, "int64", "float32")
+
+
+def test_pooled_is_asked_for_or_not_there(client):
+    assert client.encode_text(client.lend(CLIP), torch.ones(1, 2, dtype=torch.int32)).pooled is None
+
+
+def test_an_encoder_named_by_its_id_needs_a_width(client):
+    with pytest.raises(BadRequest, match="width: that of the states of c9 is not known here"):
+        client.encode_text("c9", [[1]])
+    assert client.encode_text("c9", [[1]], width=4).hidden_states.shape == (1, 1, 4)
+
+
+def test_a_component_of_another_kind_is_refused(client):
+    vae = client.lend({"decoder.conv_in.weight": torch.zeros(2)})
+    assert vae.text_width is None
+    with pytest.raises(BadRequest, match="is a vae; name a text_encoder"):
+        client.encode_text(vae, [[1]])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "says"),
+    [
+        ([[1, 2], [3]], r"rows of \[1, 2\] tokens; pad them"),
+        ([["a"]], "rows of whole numbers are needed"),
+        ([[2**70]], "rows of whole numbers are needed"),
+        ([[0.5]], "dtype float32 cannot be used"),
+        ([1, 2], r"shape \(2,\) instead of \(batch, tokens\)"),
+        ([], "cannot be used|instead of"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"shape \(1, 0\) instead of"),
+        (torch.zeros(65, 1, dtype=torch.int64), r"shape \(65, 1\), at most \(64, 4096\)"),
+        (torch.zeros(1, 4097, dtype=torch.int64), r"shape \(1, 4097\), at most"),
+        (torch.zeros(1, 4, dtype=torch.bool), "dtype bool cannot be used"),
+    ],
+)
+def test_refuses(token_ids, says):
+    with pytest.raises(BadRequest, match=says):
+        check_token_ids(token_ids)

@@ -1,0 +1,214 @@
+"""A whole ComfyUI server with the installed pack: the example workflows, Cancel, and processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from xditd.client.cli import comfyui as pack
+from xditd.client.demo import checkpoints, text_checkpoints
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+
+EXAMPLES = Path(pack.__file__).parents[1] / "comfyui" / "example_workflows"
+
+
+class Server:
+    """A ComfyUI process with folders of its own."""
+
+    def __init__(self, root: Path, base: Path, runtime_dir: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.base = base
+        self.log = base / "comfyui.log"
+        command = [sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--base-directory", str(base)]
+        command += ["--port", self.url.rsplit(":", 1)[1], "--database-url", "sqlite:///:memory:"]
+        environment = os.environ | {"XDITD_RUNTIME_DIR": str(runtime_dir)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=environment)
+
+    def ask(self, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as reply:
+            text = reply.read().decode()
+        return json.loads(text) if reply.headers.get_content_type() == "application/json" else text
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        try:
+            return bool(self.ask("/system_stats"))
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        return str(self.ask("/prompt", {"prompt": prompt})["prompt_id"])
+
+    def outcome(self, prompt_id: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.ask(f"/history/{prompt_id}").get(prompt_id)
+        return found
+
+    def picture(self, prompt_id: str, wait_until: Callable[..., Any]) -> np.ndarray:
+        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
+        assert done["status"]["status_str"] == "success", json.dumps(done["status"])[-3000:]
+        (image,) = [image for output in done["outputs"].values() for image in output.get("images", [])]
+        return np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"])).astype(int)
+
+    def error(self, prompt_id: str, wait_until: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
+        assert done["status"]["status_str"] == "error"
+        name, detail = done["status"]["messages"][-1]
+        return name, detail
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def start_server(comfy, daemon, tmp_path_factory, wait_until) -> Iterator[Callable[[], Server]]:
+    running: list[Server] = []
+    base = tmp_path_factory.mktemp("comfyui")
+    for folder in ("models/diffusion_models", "models/text_encoders", "models/vae", "custom_nodes", "input"):
+        (base / folder).mkdir(parents=True)
+    transformer = checkpoints.flux1_state_dict(1, context_dim=128, pooled_dim=128)
+    save_file(transformer, base / "models/diffusion_models/flux1-dev.safetensors")
+    text_checkpoints.write_clip_l(base / "models/text_encoders/clip_l.safetensors", seed=5)
+    text_checkpoints.write_t5(base / "models/text_encoders/t5xxl_fp16.safetensors", seed=6)
+    vae = checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False)
+    save_file(vae, base / "models/vae/ae.safetensors")
+    pack.install(base / "custom_nodes" / pack.FOLDER)
+
+    def start() -> Server:
+        running.append(Server(comfy.root, base, daemon.runtime_dir))
+        wait_until(running[-1].is_up, "ComfyUI to answer", running[-1].log)
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(start_server) -> Server:
+    return start_server()
+
+
+@pytest.fixture
+def prompt(server) -> Callable[..., dict[str, Any]]:
+    """Turn an example into what the page sends, small enough for a CPU."""
+    offered = server.ask("/object_info")
+
+    def make(name: str, steps: int = 3, **more: Any) -> dict[str, Any]:
+        drawn = json.loads((EXAMPLES / f"{name}.json").read_text())
+        sources = {link[0]: [str(link[1]), link[2]] for link in drawn["links"]}
+        found = {}
+        for node in drawn["nodes"]:
+            inputs = {each["name"]: sources[each["link"]] for each in node["inputs"] if each["link"] is not None}
+            inputs |= _widgets(offered[node["type"]], set(inputs), list(node["widgets_values"]))
+            small = {"steps": steps, "width": 128, "height": 128, **more}
+            inputs |= {key: value for key, value in small.items() if key in inputs}
+            kind = node["type"]
+            if kind == "DualCLIPLoader":  # it takes text encoders of the real sizes only
+                kind, inputs = "XDiTDualCLIPLoader", {name: inputs[name] for name in ("clip_name1", "clip_name2")}
+            found[str(node["id"])] = {"class_type": kind, "inputs": inputs}
+        return found
+
+    return make
+
+
+def _widgets(described: dict[str, Any], linked: set[str], values: list[Any]) -> dict[str, Any]:
+    """Name a node's widget values, in the order in which the page keeps them."""
+    found = {}
+    for name, spec in {**described["input"].get("required", {}), **described["input"].get("optional", {})}.items():
+        is_widget = isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
+        if is_widget and name not in linked:
+            found[name] = values.pop(0)
+            if len(spec) > 1 and spec[1].get("control_after_generate"):
+                values.pop(0)
+    assert not values
+    return found
+
+
+def test_nodes_help_translations_and_examples_are_offered(server):
+    offered = server.ask("/object_info")
+    ours = {name for name, node in offered.items() if node["category"] == "xDiT"}
+    assert len(ours) == 6
+    translations = server.ask("/i18n")
+    for name in ours:
+        assert server.ask(f"/extensions/xditd/docs/{name}.md").startswith("# ")
+        assert server.ask(f"/extensions/xditd/docs/{name}/zh.md").startswith("# ")
+        for language in ("en", "zh"):
+            described = translations[language]["nodeDefs"][name]
+            inputs = {**offered[name]["input"].get("required", {}), **offered[name]["input"].get("optional", {})}
+            assert described.get("inputs", {}).keys() == inputs.keys()
+    assert set(server.ask("/workflow_templates")["xditd"]) == {path.stem for path in EXAMPLES.glob("*.json")}
+
+
+def test_examples_give_the_same_image_and_again_lend_nothing(server, prompt, wait_until):
+    fused = server.picture(server.queue(prompt("flux1_xdit")), wait_until)
+    stepwise = server.picture(server.queue(prompt("flux1_accelerate")), wait_until)
+    assert fused.shape == (128, 128, 3)
+    assert fused.std() > 10
+    assert np.abs(fused - stepwise).max() <= 1
+    lends = server.log.read_text().count("component lent")
+    server.picture(server.queue(prompt("flux1_accelerate", seed=8)), wait_until)
+    assert server.log.read_text().count("component lent") == lends
+
+
+@pytest.mark.parametrize("example", ["flux1_xdit", "flux1_accelerate"])
+def test_interrupt(example, server, daemon, prompt, wait_until):
+    before = server.picture(server.queue(prompt(example, seed=11)), wait_until)
+    doomed = server.queue(prompt(example, seed=12, steps=900))
+    wait_until(lambda: any(job.ran_s > 0 for job in daemon.status().jobs), "the job to run", server.log)
+    server.ask("/interrupt", {})
+    name, _ = server.error(doomed, wait_until)
+    assert name == "execution_interrupted"
+    wait_until(lambda: not daemon.status().jobs, "the workers to be free")
+    # Another picture first: ComfyUI would answer the same prompt from its cache.
+    server.picture(server.queue(prompt(example, seed=13)), wait_until)
+    after = server.picture(server.queue(prompt(example, seed=11)), wait_until)
+    assert np.array_equal(before, after)
+
+
+def test_a_worker_killed_in_mid_run(server, daemon, prompt, wait_until):
+    before = server.picture(server.queue(prompt("flux1_xdit", seed=21)), wait_until)
+    doomed = server.queue(prompt("flux1_xdit", seed=22, steps=900))
+    wait_until(lambda: any(job.step for job in daemon.status().jobs), "a step", server.log)
+    os.kill(daemon.status().workers[1].pid, signal.SIGKILL)
+    name, detail = server.error(doomed, wait_until)
+    assert name == "execution_error"
+    assert detail["node_type"] == "XDiTKSampler"
+    assert "WorkersLost" in detail["exception_type"]
+    assert "worker" in detail["exception_message"]
+    server.picture(server.queue(prompt("flux1_xdit", seed=23)), wait_until)
+    assert np.array_equal(server.picture(server.queue(prompt("flux1_xdit", seed=21)), wait_until), before)
+
+
+def test_comfyui_killed_in_mid_run_leaves_the_daemon_clean(start_server, server, daemon, prompt, wait_until):
+    other = start_server()
+    other.queue(prompt("flux1_xdit", seed=31, steps=900))
+    wait_until(lambda: any(job.owner_pid == other.process.pid for job in daemon.status().jobs), "the job", other.log)
+    other.kill()
+
+    def is_clean() -> bool:
+        status = daemon.status()
+        return not status.jobs and all(each.owner_pid != other.process.pid for each in status.components)
+
+    wait_until(is_clean, "the dead client's loans to end")

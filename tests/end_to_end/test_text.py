@@ -1,0 +1,212 @@
+"""Text encoders and kept conditioning, from a client's tensors through the daemon and two ranks, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from xditd.client import BadRequest, Client
+from xditd.client.arenas import Arena
+from xditd.client.demo import text_checkpoints
+
+BAR = 1e-6
+CLIP_END = text_checkpoints.CLIP_VOCABULARY - 1
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("encoders")
+    found = SimpleNamespace(clip=folder / "clip_l.safetensors", t5=folder / "t5xxl.safetensors")
+    text_checkpoints.write_clip_l(found.clip, seed=5)
+    text_checkpoints.write_t5(found.t5, seed=6)
+    return found
+
+
+def tokens(batch: int, count: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(2, vocabulary - 1, (batch, count), generator=torch.Generator().manual_seed(count))
+
+
+@torch.no_grad()
+def plain_clip(path: Path, ids: torch.Tensor) -> SimpleNamespace:
+    """transformers' own module, built and loaded the ordinary way, of the shape of the demo's checkpoint."""
+    from safetensors.torch import load_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=CLIP_END + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=2, eos_token_id=CLIP_END,
+        )
+    ).eval()  # fmt: skip
+    inner = getattr(model, "text_model", model)
+    inner.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()})
+    result = model(input_ids=ids)
+    return SimpleNamespace(hidden=result.last_hidden_state, pooled=result.pooler_output)
+
+
+@torch.no_grad()
+def plain_t5(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    from safetensors.torch import load_file
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=text_checkpoints.T5_VOCABULARY, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    model = T5EncoderModel(config).eval()
+    state = load_file(path)
+    model.load_state_dict({**state, "encoder.embed_tokens.weight": state["shared.weight"]})
+    return model(input_ids=ids).last_hidden_state
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 77), (3, 77), (2, 15)])
+def test_clip_agrees_with_transformers(client, texts, relative_error, batch, count):
+    loan = client.lend(texts.clip)
+    assert (loan.family, loan.copied.total) == ("clip_l", 0)
+    ids = tokens(batch, count, CLIP_END)
+    ids[:, count // 2 :] = CLIP_END
+    ours = client.encode_text(loan, ids, pooled=True)
+    expected = plain_clip(texts.clip, ids)
+    assert relative_error(ours.hidden_states, expected.hidden) <= BAR
+    assert relative_error(ours.pooled, expected.pooled) <= BAR
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 256), (1, 301), (2, 33)])
+def test_t5_agrees_with_transformers(client, texts, relative_error, batch, count):
+    loan = client.lend(texts.t5)
+    assert (loan.family, loan.copied.total) == ("t5", 0)
+    ids = tokens(batch, count, text_checkpoints.T5_VOCABULARY)
+    ours = client.encode_text(loan, ids)
+    assert ours.pooled is None
+    assert relative_error(ours.hidden_states, plain_t5(texts.t5, ids)) <= BAR
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [
+        ("clip", "text_model.encoder.layers.1.self_attn.v_proj.bias"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ],
+)
+def test_lent_encoders_are_the_same_memory(client, texts, relative_error, encoder, name):
+    from safetensors.torch import load_file
+
+    arena = Arena.copy_of(load_file(getattr(texts, encoder)))
+    ids = tokens(1, 21, 1000)
+    with client.lend(arena.tensors) as loan:
+        before = client.encode_text(loan, ids).hidden_states
+        kept = arena.tensors[name].clone()
+        arena.tensors[name].zero_()
+        assert relative_error(client.encode_text(loan, ids).hidden_states, before) > 10 * BAR
+        arena.tensors[name].copy_(kept)
+        assert torch.equal(client.encode_text(loan, ids).hidden_states, before)
+    arena.close()
+
+
+def test_what_an_encoder_cannot_read_is_refused_and_the_next_text_is_right(client, texts, transformer):
+    clip, t5 = client.lend(texts.clip), client.lend(texts.t5)
+    good = client.encode_text(t5, [[1, 2, 3]]).hidden_states
+    for encoder, ids, pooled, says in [
+        (
+            t5,
+            [[1, 32_128]],
+            False,
+            r"token_ids\[0\]\[1\]: 32128 is not in the vocabulary of t5, which has 32128 tokens",
+        ),
+        (clip, [[0] * 78], False, "78 tokens, but clip_l takes up to 77"),
+        (t5, [[1]], True, "t5 has no pooled state"),
+        (transformer.component_id, [[1]], False, "transformer where a text_encoder is needed"),
+    ]:
+        with pytest.raises(BadRequest, match=says):
+            client.encode_text(encoder, ids, pooled=pooled, width=128)
+    with pytest.raises(
+        BadRequest, match=r"out: the place for it is \[1, 1, 64\], but the result will be \[1, 1, 128\]"
+    ):
+        client.encode_text(t5, [[1]], width=64)
+    assert torch.equal(client.encode_text(t5, [[1, 2, 3]]).hidden_states, good)
+
+
+Forward = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def forward(client: Client, transformer) -> Forward:
+    """One image, tensors sent along: what everything else is compared with."""
+
+    def run(latents, inputs, sigma=0.6, guidance=3.5):
+        return client.denoise(transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance)
+
+    return run
+
+
+def test_kept_conditioning_has_the_bits_of_tensors_sent_along(client, transformer, make_inputs, forward):
+    inputs = make_inputs(tokens=33)
+    conditioning = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
+    for sigma in (0.9, 0.6, 0.3):
+        assert torch.equal(
+            client.denoise(transformer, inputs.noise, sigma, conditioning), forward(inputs.noise, inputs, sigma)
+        )
+
+
+def test_conditional_and_unconditional_in_one_request(client, transformer, make_inputs, forward, relative_error):
+    positive, negative, longer = make_inputs(33, seed=1), make_inputs(33, seed=2), make_inputs(301, seed=3)
+    wanted = [(positive, 3.5), (negative, 1.0), (longer, 2.0)]
+    made = [
+        client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance) for inputs, guidance in wanted
+    ]
+    alone = [forward(inputs.noise, inputs, 0.6, guidance) for inputs, guidance in wanted]
+    for chosen in ([0, 1], [0, 2], [2, 0], [1, 2, 0, 1]):
+        latents = torch.cat([wanted[i][0].noise for i in chosen])
+        together = client.denoise(transformer, latents, 0.6, [made[i] for i in chosen])
+        for i, ours in zip(chosen, together.split(1), strict=True):
+            assert relative_error(ours, alone[i]) <= BAR
+    # One row serves every image of its share.
+    doubled = client.denoise(transformer, positive.noise.repeat(4, 1, 1, 1), 0.6, made[:2])
+    for row, (inputs, guidance) in enumerate([(positive, 3.5), (positive, 3.5), (negative, 1.0), (negative, 1.0)]):
+        assert relative_error(doubled[row : row + 1], forward(positive.noise, inputs, 0.6, guidance)) <= BAR
+
+
+def test_conditioning_that_was_pushed_out_is_sent_again(client, transformer, make_inputs, monkeypatch):
+    from xditd.ipc import limits
+
+    inputs = make_inputs()
+    first = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
+    before = client.denoise(transformer, inputs.noise, 0.5, first)
+    for number in range(limits.MAX_KEPT_CONDITIONINGS):
+        other = client.condition(inputs.prompt_embeds * (1 + number / 100), inputs.pooled_prompt_embeds, 3.5)
+        client.denoise(transformer, inputs.noise[..., :4, :4], 0.5, other)
+    known = client_log(client).count("code=unknown_conditioning")
+    assert torch.equal(client.denoise(transformer, inputs.noise, 0.5, first), before)
+    assert client_log(client).count("code=unknown_conditioning") > known
+
+
+def test_what_is_kept_goes_with_the_client(daemon, files, make_inputs):
+    inputs = make_inputs()
+    with daemon.connect() as first:
+        loan = first.lend(files.transformer)
+        conditioning = first.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
+        before = first.denoise(loan, inputs.noise, 0.5, conditioning)
+    with daemon.connect() as second:
+        loan = second.lend(files.transformer)
+        # As if the workers still knew its name, which they do not: it is this process's last client that has left.
+        conditioning.note_kept_by(second._session)
+        known = client_log(second).count("code=unknown_conditioning")
+        assert torch.equal(second.denoise(loan, inputs.noise, 0.5, conditioning), before)
+        assert client_log(second).count("code=unknown_conditioning") > known
+
+
+def client_log(client: Client) -> str:
+    return "\n".join(client.logs()[0])
+
+
+def test_conditioning_that_is_not_finite_is_refused_and_not_kept(client, transformer, make_inputs):
+    inputs = make_inputs()
+    inputs.prompt_embeds[0, 3, 7] = float("nan")
+    conditioning = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="prompt_embeds: some values are not finite"):
+            client.denoise(transformer, inputs.noise, 0.5, conditioning)

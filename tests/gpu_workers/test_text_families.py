@@ -1,0 +1,151 @@
+"""CLIP-L and T5: recognition, configuration, names that are copies or that nothing reads, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
+from xditd.gpu_workers.families import detect
+from xditd.gpu_workers.families.base import Resolution, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
+from xditd.gpu_workers.families.t5 import T5, T5Config
+from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
+
+Infos = dict[str, TensorInfo]
+State = dict[str, torch.Tensor]
+CLIP_DEMO = ClipLConfig(vocabulary=300, max_tokens=77, width=128, layers=2, inner=512)
+T5_DEMO = T5Config(vocabulary=300, width=128, layers=2, heads=2, inner=256)
+CLIP_FULL = ClipLConfig(vocabulary=49_408, max_tokens=77, width=768, layers=12, inner=3072)
+T5_FULL = T5Config(vocabulary=32_128, width=4096, layers=24, heads=64, inner=10_240)
+EXTRAS = {"text_projection.weight", "logit_scale", "text_model.embeddings.position_ids"}
+CLIP_LAYER = "text_model.encoder.layers.0"
+T5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
+
+
+@pytest.fixture(scope="module")
+def clip(describe: Callable[[State], Infos]) -> Infos:
+    return describe(clip_l_state_dict(0, vocabulary=300))
+
+
+@pytest.fixture(scope="module")
+def t5(describe: Callable[[State], Infos]) -> Infos:
+    return describe(t5_state_dict(0, vocabulary=300))
+
+
+def fitted(infos: Infos) -> Resolution:
+    return resolve(detect(infos.keys()), infos)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "clip_l.transformer.", "text_encoders.clip_l.transformer."])
+def test_every_prefix_of_clip_is_recognised(clip: Infos, prefix: str) -> None:
+    found = fitted({prefix + name: info for name, info in clip.items()})
+    assert (found.family.name, found.family.kind, found.config) == ("clip_l", "text_encoder", CLIP_DEMO)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "t5xxl.transformer.", "text_encoders.t5xxl.transformer."])
+def test_every_prefix_of_t5_is_recognised(t5: Infos, prefix: str) -> None:
+    found = fitted({prefix + name: info for name, info in t5.items()})
+    assert (found.family.name, found.family.kind, found.config) == ("t5", "text_encoder", T5_DEMO)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "tensors", "elements"),
+    [(ClipL(), CLIP_FULL, 196, 123_060_480), (T5(), T5_FULL, 219, 4_762_310_656)],
+    ids=["clip_l", "t5"],
+)
+def test_full_size_has_the_known_counts_and_fills_transformers_module(family, config, tensors, elements) -> None:
+    from diffusers.models.modeling_utils import no_init_weights
+
+    entries = list(family.entries(config))
+    found = fitted({entry.source: TensorInfo("float16", entry.shape) for entry in entries})
+    assert found.config == config
+    assert len(entries) == tensors
+    assert sum(torch.Size(entry.shape).numel() for entry in entries) == elements
+    with torch.device("meta"), no_init_weights():
+        module = family.build(config)
+    check_targets(family, iter(entries), {name: tuple(p.shape) for name, p in module.named_parameters()})
+
+
+def test_what_flux_does_not_read_of_a_clip_is_accepted_in_any_dtype(clip: Infos) -> None:
+    extras = {
+        "text_projection.weight": TensorInfo("float16", (128, 128)),
+        "logit_scale": TensorInfo("float32", ()),
+        "text_model.embeddings.position_ids": TensorInfo("int64", (1, 77)),
+    }
+    found = fitted({**clip, **extras})
+    assert found.config == CLIP_DEMO
+    assert found.key_map == fitted(clip).key_map
+    assert extras.keys() == EXTRAS
+
+
+def test_the_token_embedding_of_t5_may_be_there_twice_or_under_its_other_name(t5: Infos) -> None:
+    copy, original = "encoder.embed_tokens.weight", "shared.weight"
+    assert fitted({copy: t5[original], **t5}).key_map == fitted(t5).key_map
+    renamed = {copy if name == original else name: info for name, info in t5.items()}
+    assert fitted(renamed).key_map["shared.weight"].source == copy
+
+
+def test_a_second_token_embedding_of_another_shape_is_refused(t5: Infos) -> None:
+    with pytest.raises(BadCheckpoint, match=r"embed_tokens\.weight \(not of the shape of shared\.weight"):
+        fitted({**t5, "encoder.embed_tokens.weight": TensorInfo("float32", (301, 128))})
+
+
+def test_the_end_of_a_text_is_clips_own_token_also_in_a_larger_vocabulary() -> None:
+    assert CLIP_FULL.end_of_text == 49_407
+    assert replace(CLIP_FULL, vocabulary=49_410).end_of_text == 49_407
+    assert CLIP_DEMO.end_of_text == 299
+
+
+@pytest.mark.parametrize(("width", "known_as"), [(1024, "CLIP-H"), (1280, "CLIP-G")])
+def test_clips_with_another_activation_are_refused(width: int, known_as: str) -> None:
+    infos = {
+        entry.source: TensorInfo("float16", entry.shape) for entry in ClipL().entries(replace(CLIP_FULL, width=width))
+    }
+    with pytest.raises(Unsupported, match=f"width {width} is {known_as}"):
+        fitted(infos)
+
+
+def test_relatives_of_t5_are_refused_by_name(t5: Infos) -> None:
+    bias = t5[f"{T5_ATTENTION.format(0)}.relative_attention_bias.weight"]
+    with pytest.raises(Unsupported, match="UMT5"):
+        fitted({**t5, f"{T5_ATTENTION.format(1)}.relative_attention_bias.weight": bias})
+    ungated = {name.replace("wi_0", "wi"): info for name, info in t5.items() if "wi_1" not in name}
+    with pytest.raises(Unsupported, match=r"T5 1\.0"):
+        fitted(ungated)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(clip: Infos, t5: Infos) -> None:
+    broken = {**clip, "vision_model.x": TensorInfo("float32", (2, 2))}
+    del broken["text_model.final_layer_norm.bias"]
+    broken[f"{CLIP_LAYER}.self_attn.q_proj.weight"] = TensorInfo("float32", (64, 128))
+    with pytest.raises(BadCheckpoint) as caught:
+        fitted(broken)
+    assert "1 missing: text_model.final_layer_norm.bias" in caught.value.detail
+    assert "1 unexpected: vision_model.x" in caught.value.detail
+    assert f"{CLIP_LAYER}.self_attn.q_proj.weight is [64, 128], expected [128, 128]" in caught.value.detail
+    with pytest.raises(BadCheckpoint, match=r"1 missing: encoder\.block\.1\.layer\.1\.DenseReluDense\.wo\.weight"):
+        fitted({name: info for name, info in t5.items() if name != "encoder.block.1.layer.1.DenseReluDense.wo.weight"})
+
+
+@pytest.mark.parametrize("name", ["text_model.embeddings.token_embedding.weight", f"{CLIP_LAYER}.mlp.fc1.weight"])
+def test_a_size_that_cannot_be_read_is_a_bad_checkpoint(clip: Infos, name: str) -> None:
+    with pytest.raises(BadCheckpoint, match="is missing: the size of the model"):
+        fitted({other: info for other, info in clip.items() if other != name})
+    with pytest.raises(BadCheckpoint, match="not a matrix"):
+        fitted({**clip, name: TensorInfo("float32", (128,))})
+
+
+def test_a_layer_number_that_no_model_has_is_refused(clip: Infos, t5: Infos) -> None:
+    with pytest.raises(BadCheckpoint, match="layer 9999 exceeds"):
+        fitted({**clip, "text_model.encoder.layers.9999.mlp.fc1.bias": TensorInfo("float32", (512,))})
+    with pytest.raises(BadCheckpoint, match="block 9999 exceeds"):
+        fitted({**t5, "encoder.block.9999.layer.0.layer_norm.weight": TensorInfo("float32", (128,))})
+
+
+def test_eight_bit_weights_are_refused(t5: Infos) -> None:
+    with pytest.raises(UnsupportedDtype, match="float8_e4m3fn"):
+        fitted({name: replace(info, dtype="float8_e4m3fn") for name, info in t5.items()})
