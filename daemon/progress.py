@@ -65,6 +65,10 @@ class CommandWatch:
         self._watch = watch
         self._is_last_chance = False
 
+    @property
+    def overdue_s(self) -> float:
+        return self._watch.overdue_s
+
     def begin(self, command: AnyCommand) -> None:
         self._is_last_chance = False
         self._watch.expect(self._paces.begin(command))

@@ -154,7 +154,8 @@ class JobRunner:
     def _denoise(self, job: Denoise, open_io: Callable[[], OpenIo], client: ProcessIdentity) -> dict[str, float]:
         clock = _Laps(self._device)
         with together():
-            skeleton = self._components.get(job.transformer_id, "transformer").plan.skeleton
+            transformer = self._components.get(job.transformer_id, "transformer")
+            skeleton = transformer.plan.skeleton
             clock.lap("plug", waits=False)
             io = open_io()
             io.check("out", job.out, job.latents.shape)
