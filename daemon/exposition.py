@@ -1,7 +1,7 @@
 """Numbers in Prometheus's text format.
 
-``prometheus_client`` would do too. It is one more dependency in the client's environment, and was slower to import
-(0.8 to 1.0 s on a busy machine, where this module with all that it needs took 0.5 s), for what is here in forty lines.
+``prometheus_client`` would do too. It is one more dependency in the client's environment, and was slower to import (0.8
+to 1.0 s on a busy machine, where this module with all that it needs took 0.5 s), for what is here in forty lines.
 
 Source: Prometheus, "Exposition formats", text-based format 0.0.4.
 """

@@ -28,25 +28,23 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--user", action="store_true", help="a service of your own (default)")
-    flags.add_switch(parser, "--system", variable="XDITD_INSTALL_SYSTEM", help="a system service; needs --for")
-    flags.add_flag(
-        parser,
-        "--for",
-        variable="XDITD_INSTALL_FOR",
-        metavar="USER",
-        help="whom the system service serves",
-    )
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is missing or differs")
-    task.add_argument("--uninstall", action="store_true", help="remove the files")
-    task.add_argument("--dry-run", action="store_true", help="write nothing; print the files")
+    for names, variable, words in (
+        ("--user", "XDITD_INSTALL_USER", "a service of your own (default)"),
+        ("--system", "XDITD_INSTALL_SYSTEM", "a system service; needs --for"),
+        ("--check", "XDITD_INSTALL_CHECK", "write nothing; exit 1 if a file is missing or differs"),
+        ("--uninstall", "XDITD_INSTALL_UNINSTALL", "remove the files"),
+        ("--dry-run", "XDITD_INSTALL_DRY_RUN", "write nothing; print the files"),
+    ):
+        flags.add_switch(parser, names, variable=variable, help=words)
+    flags.add_flag(parser, "--for", variable="XDITD_INSTALL_FOR", metavar="USER", help="whom the system service serves")
     flags.add_json(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
     if parsed.user and parsed.system:
         raise BadRequest("--user and --system: choose one")
+    if parsed.check + parsed.uninstall + parsed.dry_run > 1:
+        raise BadRequest("--check, --uninstall and --dry-run: choose one")
     owner: str | None = vars(parsed)["for"]  # a word of Python's own, so no attribute
     if parsed.system != bool(owner):
         raise BadRequest("--system and --for USER belong together: a system service shares memory with one user")

@@ -109,6 +109,7 @@ def test_unit_that_systemd_complains_about_is_not_written(command, home, capsys,
         (["--for", getpass.getuser()], "belong together"),
         (["--user", "--system", "--for", "x"], "choose one"),
         (["--system", "--for", "no-such-user"], "no such user"),
+        (["--check", "--uninstall"], "choose one"),
     ],
 )
 def test_misuse(command, home, capsys, arguments, words):

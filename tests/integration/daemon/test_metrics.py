@@ -12,6 +12,8 @@ from typing import Any
 
 from xditd.ipc.replies import Generated
 
+OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
+
 
 def scrape(path: Path) -> dict[str, float]:
     with socket.socket(socket.AF_UNIX) as client:
@@ -62,6 +64,10 @@ def test_metrics_tell_what_happened(start_daemon: Any, memory: Any) -> None:
     assert {error.where for error in status.last_errors} == {"generate", "workers"}
     assert status.last_errors[0].where == "workers"
     assert status.lent_bytes == {"host_shm": 64}
+    text = OPERATIONS.read_text()
+    table = text[text.index("| metric | labels |") : text.index("The daemon answers from its one loop")]
+    documented = set(re.findall(r"`(xditd_[a-z_]+)`", table))
+    assert documented == {re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name) for name in found}
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.wait() == 0
     assert not path.exists()
@@ -81,12 +87,14 @@ def test_metrics_on_loopback(start_daemon: Any) -> None:
         assert parse(answer.read().decode())["xditd_clients"] == 1
 
 
-def test_one_log_line_a_job_with_its_timings(start_daemon: Any, memory: Any) -> None:
+def test_one_log_line_a_job_with_its_timings(start_daemon: Any, memory: Any, wait_until: Any) -> None:
     daemon = start_daemon()
     client = daemon.ready_client()
     lent = client.lend(memory.manifest())
     request_id = client.send(memory.generate(lent.component_id, steps=2))
     client.wait(request_id)
+    wait_until(lambda: f"request_id={request_id} " in daemon.log)  # the reply goes first
+    client.status()  # and what else there is to log about it has been logged once this is answered
     lines = [line for line in daemon.log.splitlines() if f"request_id={request_id} " in line]
     assert len(lines) == 1
     assert re.search(r"INFO .* op=generate .* waited_ms=\d+\.\d ran_ms=\d+\.\d", lines[0])
