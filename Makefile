@@ -20,11 +20,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench soak fuzz clean
 
 help:
 	@sed -n '/^#   make/s/^# *//p' Makefile
-	@echo 'also: install, lint, format, bench, clean'
+	@echo 'also: install, lint, format, bench, soak, fuzz, clean'
 
 install: $(STAMP)
 
@@ -55,6 +55,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/control_plane.py
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --minutes 2
+
+fuzz: $(STAMP)
+	$(BIN)/python benchmarks/fuzz.py
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -12,9 +12,10 @@ from xditd.daemon.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.parametrize("document", ["architecture.md", "guarantees.md"])
 @pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("loan", LEASE_NEXT), ("job", JOB_NEXT)])
-def test_tables_of_states(title, table):
-    text = (ROOT / "docs" / "architecture.md").read_text()
+def test_tables_of_states(title, table, document):
+    text = (ROOT / "docs" / document).read_text()
     rows = re.search(rf"\| {title} \| may become \|\n\|---\|---\|\n((?:\|.*\|\n?)+)", text)
     assert rows is not None
     documented = {}
@@ -30,3 +31,22 @@ def test_tables_of_states(title, table):
 def test_links_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", ["guarantees.md", "security.md"])
+def test_every_promise_names_a_test_that_exists(document):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / document).read_text())
+    assert len(named) > 10
+    missing = [
+        f"{path}::{name}"
+        for path, name in named
+        if not (ROOT / path).is_file() or (name and f"def {name}(" not in (ROOT / path).read_text())
+    ]
+    assert missing == []
+
+
+def test_every_row_of_guarantees_names_a_test():
+    rows = (ROOT / "docs" / "guarantees.md").read_text().partition("## States")[0].splitlines()
+    rows = [row for row in rows if row.startswith("| ") and "shown by" not in row]
+    assert len(rows) > 40
+    assert [row for row in rows if "::test_" not in row] == []

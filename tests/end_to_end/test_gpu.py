@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from xditd.client import ForeignGpu, OutOfMemory
+from xditd.client import ForeignGpu, OutOfMemory, UnknownComponent
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -136,3 +137,60 @@ def test_memory_of_another_gpu_is_refused(start_daemon, state, wait_until):
         client.lend(arena.tensors)
     arena.close()
     elsewhere.stop()
+
+
+def test_fifty_loans_leave_no_handle_open(daemon, client, make_inputs, run):
+    """Each cycle exports, opens and closes a handle of its own; the driver's memory for them must come back."""
+    config = {"heads": 4, "double_blocks": 1, "single_blocks": 1}
+    state = checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **config)
+    (worker,) = client.status().workers
+    inputs = make_inputs()
+
+    def cycle() -> torch.Tensor:
+        arena = Arena.copy_of(state, "cuda")
+        with client.lend(arena.tensors) as loan:
+            latents = run(client, loan, inputs, steps=1)
+        arena.close()
+        return latents
+
+    expected = [cycle() for _ in range(5)][-1]
+    free, fds = free_bytes(), len(os.listdir(f"/proc/{worker.pid}/fd"))
+    for _ in range(50):
+        assert torch.equal(cycle(), expected)
+    assert free - free_bytes() < 8 * MIB
+    assert len(os.listdir(f"/proc/{worker.pid}/fd")) <= fds + 2
+    assert [after.pid for after in client.status().workers] == [worker.pid]
+
+
+def test_a_dead_exporters_component_is_gone(daemon, client, state, make_inputs, run, wait_until):
+    """Its handle is closed by the workers, and a job that names it is refused; others' memory is untouched."""
+    script = textwrap.dedent("""
+        import sys, torch
+        from xditd.client import Client
+        from xditd.client.arenas import Arena
+        from xditd.client.demo import checkpoints
+        arena = Arena.copy_of(checkpoints.flux1_state_dict(2, dtype=torch.bfloat16), "cuda")
+        client = Client(sys.argv[1])
+        print(client.lend(arena.tensors).component_id, flush=True)
+        sys.stdin.read()
+    """)
+    arena = Arena.copy_of(state, "cuda")
+    inputs = make_inputs()
+    with client.lend(arena.tensors) as loan:
+        expected = run(client, loan, inputs)
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(daemon.runtime_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        component_id = child.stdout.readline().strip()
+        run(client, component_id, inputs)
+        child.kill()
+        child.wait()
+        wait_until(lambda: len(client.status().components) == 1, "the loan of the dead process to end")
+        with pytest.raises(UnknownComponent, match=component_id):
+            run(client, component_id, inputs)
+        assert torch.equal(run(client, loan, inputs), expected)
+    arena.close()
