@@ -23,7 +23,7 @@ from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated, LogLines, Status, Stopping
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, CopiedBytes
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,18 @@ class Client:
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
         """Take a component back; once this returns no worker maps it."""
         loan.return_(deadline_s=deadline_s)
+
+    def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
+        """Make a component the workers' own, whichever process of yours has lent it; see ``Loan.adopt``."""
+        return self._current().adopt(component_id, component_id, deadline_s)
+
+    def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
+        """End a loan, or free an adopted component, whichever process of yours has lent it.
+
+        Returns once no worker maps or holds it. Jobs that use it fail with ``LeaseLost``, and so does its owner's next.
+        """
+        component_id = component if isinstance(component, str) else component.component_id
+        self._current().revoke(component_id, deadline_s)
 
     # --- Jobs ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from xditd import __version__
-from xditd.client.cli import demo, exits, generate, logs, serve, status, stop
+from xditd.client.cli import adopt, demo, exits, generate, logs, revoke, serve, status, stop
 from xditd.ipc.errors import XditdError
 
 VERBS: dict[str, ModuleType] = {
@@ -18,6 +18,8 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "demo": demo,
     "logs": logs,
+    "adopt": adopt,
+    "revoke": revoke,
     "stop": stop,
 }
 
