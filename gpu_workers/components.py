@@ -174,6 +174,9 @@ class Components:
     def _let_go(self, component: Component) -> None:
         component.bindings.clear()
         component.tensors.clear()
+        if component.copies and self._device.type == "cuda":
+            component.copies.clear()
+            torch.cuda.empty_cache()  # torch would keep gigabytes that other programs on this GPU may be waiting for
         component.copies.clear()
         self._release(component)
 
