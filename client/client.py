@@ -29,7 +29,7 @@ from xditd.ipc.errors import BadRequest, DaemonUnreachable
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, CopiedBytes
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,18 @@ class Client:
             StaleSource: a worker read something else.
         """
         self._current().check_canary(deadline_s)
+
+    def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
+        """Make a component the workers' own, whichever process of yours has lent it; see ``Loan.adopt``."""
+        return self._current().adopt(component_id, component_id, deadline_s)
+
+    def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
+        """End a loan, or free an adopted component, whichever process of yours has lent it.
+
+        Returns once no worker maps or holds it. Jobs that use it fail with ``LeaseLost``, and so does its owner's next.
+        """
+        component_id = component if isinstance(component, str) else component.component_id
+        self._current().revoke(component_id, deadline_s)
 
     # --- Jobs ----------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -25,12 +27,13 @@ from xditd.ipc.errors import (
     DaemonUnreachable,
     DeadlineExceeded,
     LimitExceeded,
+    SessionLost,
     Unsupported,
     XditdError,
 )
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
-from xditd.ipc.replies import AnyReply, Welcome
-from xditd.ipc.requests import Hello
+from xditd.ipc.replies import AnyReply, Failed, Welcome
+from xditd.ipc.requests import Beat, Hello
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,9 @@ class _IoThread:
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._is_closing = False
+        self._beat_every_s: float | None = None
+        self._beats = itertools.count(1)
+        self._sent_s = time.monotonic()
         self.loss: Callable[[], XditdError] | None = None
         self.ended = threading.Event()
         # A context of its own: what a fork, or another library, does to a shared one is not our business.
@@ -76,6 +82,13 @@ class _IoThread:
             self._mailboxes[mailbox.request_id] = mailbox
             self._outgoing.append(payload)
             os.eventfd_write(self._wake_fd, 1)
+
+    def start_beating(self, every_s: float) -> None:
+        """Send a sign of life whenever nothing else was sent for so long; the daemon ends silent sessions."""
+        self._beat_every_s = every_s
+        with self._lock:
+            if self.loss is None:
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         """Ask the loop to end. Any thread may call this, also twice; in a fork it does nothing."""
@@ -97,7 +110,7 @@ class _IoThread:
         )
         try:
             while not self._is_closing:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(self._beat()))
                 if self._wake_fd in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
@@ -115,6 +128,9 @@ class _IoThread:
                 poller.modify(self._socket, zmq.POLLIN | zmq.POLLOUT if self._outgoing else zmq.POLLIN)
             else:
                 self._send()
+        except SessionLost as error:
+            gone = f"socket {socket}: the daemon (pid {pid}) has ended this session: {error.detail}"
+            loss = lambda: SessionLost(gone)  # noqa: E731
         except BadMessage as error:
             detail = f"socket {socket}: the daemon sent what this client cannot read: {error.detail}"
             loss = lambda: BadMessage(detail)  # noqa: E731
@@ -136,9 +152,24 @@ class _IoThread:
             if mailbox is not None and mailbox.deliver(reply):
                 with self._lock:
                     self._mailboxes.pop(reply.request_id, None)
+            if isinstance(reply, Failed) and reply.code == SessionLost.code:
+                raise SessionLost(reply.detail)
+
+    def _beat(self) -> int | None:
+        """Queue a sign of life if one is due; returns the milliseconds until the next one."""
+        if self._beat_every_s is None:
+            return None
+        rest_s = self._sent_s + self._beat_every_s - time.monotonic()
+        if rest_s <= 0:
+            # Nobody waits for the answer. One that says "no session" ends this connection.
+            self._outgoing.append(encode(Beat(request_id=f"beat-{next(self._beats)}")))
+            self._send()
+            rest_s = self._beat_every_s
+        return math.ceil(rest_s * 1000)
 
     def _send(self) -> None:
         while self._outgoing:
+            self._sent_s = time.monotonic()
             try:
                 self._socket.send(self._outgoing[0], zmq.NOBLOCK)
             except zmq.Again:  # a daemon that does not read: the caller's deadline decides
@@ -182,6 +213,7 @@ class Connection:
         self._finalizer = weakref.finalize(self, self._io.close)
         try:
             self.welcome = self._greet(client_name, hello_deadline_s)
+            self._io.start_beating(self.welcome.beat_every_s)
             self._max_message_bytes = min(self._max_message_bytes, self.welcome.max_message_bytes)
         except BaseException:
             self.close()

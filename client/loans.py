@@ -33,6 +33,8 @@ class Loan:
     ) -> None:
         self._session = session
         self._is_returned = False
+        self.is_adopted = False
+        """Whether the workers hold it in memory of their own: it then outlives this client."""
         self.kind = kind
         self.label = label
         self.component_id = lent.component_id
@@ -66,9 +68,28 @@ class Loan:
                 f"{self._session.daemon_pid}; lend it again"
             )
 
+    def adopt(self, *, deadline_s: float | None = None) -> CopiedBytes:
+        """Have the workers copy the component, and let go of this process's memory; returns what was copied.
+
+        One copy for each rank that maps the lent memory: on its GPU, or on the host where the ranks run on the CPU.
+        The component then outlives this client, by its ``component_id``, until ``Client.revoke`` or the end of the
+        worker group. Returning the loan frees nothing any more, and what is written to the lent memory is not seen.
+
+        Raises:
+            LeaseLost: the loan has ended.
+            OutOfMemory: a worker has no room for the copy; the loan stays as it was.
+        """
+        self.check()
+        copied = self._session.adopt(self.component_id, self.label, deadline_s)
+        self.is_adopted = True
+        return copied
+
     def return_(self, *, deadline_s: float | None = None) -> None:
-        """Take the component back; once this returns no worker maps it. A loan that has ended is no error."""
-        if self._is_returned:
+        """Take the component back; once this returns no worker maps it. A loan that has ended is no error.
+
+        Of an adopted component the workers map nothing of this process: there is nothing to take back.
+        """
+        if self._is_returned or self.is_adopted:
             return
         self._is_returned = True
         self._session.return_loan(self.component_id, self.label, deadline_s)

@@ -16,10 +16,10 @@ from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Patience
 from xditd.client.text_encoding import width_of
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import DaemonUnreachable, StaleSource, XditdError
-from xditd.ipc.replies import AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned
-from xditd.ipc.requests import Cancel, CheckCanary, Goodbye, Lend, ReturnLoan
-from xditd.ipc.tensors import ComponentKind, Tier
+from xditd.ipc.errors import DaemonUnreachable, LeaseLost, SessionLost, StaleSource, XditdError
+from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked
+from xditd.ipc.requests import Adopt, Cancel, CheckCanary, Goodbye, Lend, ReturnLoan, Revoke
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
     import torch
@@ -130,15 +130,39 @@ class Session:
         request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
         try:
             mailbox = self.connection.submit(request, f"return of {label}")
-        except DaemonUnreachable:
-            _close_offers(freed)  # daemon and workers are gone: nothing maps the memory any more
+        except (DaemonUnreachable, SessionLost):
+            _close_offers(freed)  # daemon and workers are gone, or have ended the loan: nothing maps the memory
             return
         # The memory stays alive until the workers have unmapped it, however long this thread waits for that.
         mailbox.when_ended(lambda _: _close_offers(freed))
         try:
             mailbox.wait(Returned, Patience(self._silence_s, deadline_s))
-        except DaemonUnreachable:
-            logger.info("loan ended with its daemon component_id=%s", component_id)
+        except (DaemonUnreachable, LeaseLost, SessionLost) as error:
+            logger.info("loan had ended component_id=%s reason=%s", component_id, error.detail)
+
+    def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
+        """Have the workers copy a component; what it kept alive here is let go once they have."""
+        request = Adopt(request_id=self.connection.next_request_id(), component_id=component_id)
+        mailbox = self.connection.submit(request, f"adoption of {label}")
+        try:
+            adopted = mailbox.wait(Adopted, Patience(self._silence_s, deadline_s))
+        except BaseException:
+            mailbox.when_ended(lambda ending: self._let_go(component_id) if isinstance(ending, Adopted) else None)
+            raise
+        self._let_go(component_id)
+        return adopted.copied
+
+    def revoke(self, component_id: str, deadline_s: float | None) -> None:
+        """End somebody's loan, or free an adopted component."""
+        request = Revoke(request_id=self.connection.next_request_id(), component_id=component_id)
+        mailbox = self.connection.submit(request, f"revocation of {component_id}")
+        mailbox.wait(Revoked, Patience(self._silence_s, deadline_s))
+
+    def _let_go(self, component_id: str) -> None:
+        with self._lock:
+            holding = self._holdings.pop(component_id, None)
+        if holding is not None:
+            _close_offers(holding.offers)
 
     def close(self) -> None:
         """End the session and all its loans. Does not raise for a daemon that is gone."""

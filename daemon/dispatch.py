@@ -9,7 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from xditd.daemon.front import failed
-from xditd.daemon.handlers import canary, cancel, goodbye, hello, jobs, lend, logs, return_loan, status, stop
+from xditd.daemon.handlers import (
+    adopt,
+    beat,
+    canary,
+    cancel,
+    goodbye,
+    hello,
+    jobs,
+    lend,
+    logs,
+    return_loan,
+    revoke,
+    status,
+    stop,
+)
 from xditd.daemon.jobs import op_of
 from xditd.daemon.peers import Peer, check_uid
 from xditd.daemon.routers import Envelope
@@ -25,10 +39,13 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Service, Session, Any], Reply | None]
 
 HANDLERS: Final[Mapping[type[Request], Handler]] = {
+    requests.Beat: beat.hear,
     requests.Goodbye: goodbye.close,
     requests.CheckCanary: canary.check,
     requests.Lend: lend.lend,
     requests.ReturnLoan: return_loan.take_back,
+    requests.Adopt: adopt.adopt,
+    requests.Revoke: revoke.revoke,
     requests.Generate: jobs.run,
     requests.Denoise: jobs.run,
     requests.Decode: jobs.run,
@@ -41,7 +58,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
 }
 """``Hello`` is not here: it makes the session that all others need."""
 
-_POLLED: Final = (requests.GetStatus, requests.GetLogs)
+_POLLED: Final = (requests.Beat, requests.GetStatus, requests.GetLogs)
 """Asked over and over: at INFO they would push everything else out of the log that ``GetLogs`` shows."""
 
 UNREADABLE_ID: Final = "?"
@@ -104,6 +121,7 @@ class Dispatcher:
             )
         if session.address != envelope.peer:
             raise NotPermitted(f"process {peer.pid} uses the session of process {session.process.pid}")
+        session.heard_s = time.monotonic()
         return HANDLERS[type(request)](self._service, session, request)
 
     def _refuse(self, envelope: Envelope, request_id: str, error: XditdError) -> None:

@@ -12,6 +12,7 @@ from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
     Done,
+    Kept,
     Plugged,
     RankFailed,
     RankReady,
@@ -116,7 +117,7 @@ class Group:
         if answer.rank in in_flight.answers:
             raise BadMessage(f"rank {answer.rank} answered command {answer.op_number} twice")
         in_flight.answers[answer.rank] = answer
-        if isinstance(answer, (Done, Plugged)):
+        if isinstance(answer, (Done, Kept, Plugged)):
             self.tallies[answer.rank] = answer.tally
         if len(in_flight.answers) < self.world_size:
             return None

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from xditd.daemon.sessions import Session
 from xditd.daemon.states import LEASE_NEXT, move
-from xditd.ipc.errors import StaleSource, UnknownComponent
+from xditd.ipc.errors import LeaseLost, StaleSource, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, Manifest
+
+_REMEMBERED: Final = 256
+"""Loans that ended against their owners' will, and why."""
 
 
 @dataclass(eq=False)
@@ -41,6 +46,9 @@ class Lease:
     def __post_init__(self) -> None:
         self.lent_bytes = self.manifest.tensor_bytes
 
+    lost: LeaseLost | None = None
+    """Why it ended, where that was not its owner's wish: told to those who name it later."""
+
     @property
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes on loan by the tier's name. Kept: a checkpoint has a thousand tensors, and status is asked often."""
@@ -50,7 +58,12 @@ class Lease:
 
     @property
     def is_live(self) -> bool:
-        return self.state in (LeaseState.LENDING, LeaseState.LENT)
+        return self.state in (LeaseState.LENDING, LeaseState.LENT, LeaseState.ADOPTED)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether every worker has it plugged or can plug it."""
+        return self.state in (LeaseState.LENT, LeaseState.ADOPTED)
 
     def move(self, to: LeaseState) -> None:
         self.state = move(LEASE_NEXT, self.state, to)
@@ -66,7 +79,7 @@ class Lease:
             lent_bytes=self.lent_bytes,
             copied=self.client_copied + self.worker_copied,
             generation=self.manifest.generation,
-            owner_pid=self.session.process.pid,
+            owner_pid=0 if self.state is LeaseState.ADOPTED else self.session.process.pid,
             lend_ms=self.lend_ms,
         )
 
@@ -77,6 +90,7 @@ class LeaseRegistry:
     def __init__(self) -> None:
         self._by_id: dict[str, Lease] = {}
         self._numbers = itertools.count(1)
+        self._lost: OrderedDict[str, str] = OrderedDict()
 
     def __iter__(self) -> Iterator[Lease]:
         return iter(list(self._by_id.values()))
@@ -91,23 +105,44 @@ class LeaseRegistry:
         """Find a loan that jobs may use.
 
         Raises:
+            LeaseLost: it ended against its owner's will.
             UnknownComponent: never lent, returned, or its owner is gone.
         """
-        lease = self._by_id.get(component_id)
-        if lease is None or not lease.is_live:
-            raise UnknownComponent(f"component {component_id}: not on loan (returned, or its owner is gone); lend it")
+        lease = self.find(component_id)
+        if not lease.is_live:
+            raise lease.lost or UnknownComponent(f"component {component_id}: its owner takes it back; lend it again")
         return lease
 
+    def find(self, component_id: str) -> Lease:
+        """Find a loan, also one that workers still have to unmap.
+
+        Raises:
+            LeaseLost: it ended against its owner's will.
+            UnknownComponent: never lent, or returned.
+        """
+        lease = self._by_id.get(component_id)
+        if lease is not None:
+            return lease
+        if component_id in self._lost:
+            raise LeaseLost(self._lost[component_id])
+        raise UnknownComponent(f"component {component_id}: not on loan (returned, or its owner is gone); lend it")
+
     def of_session(self, session: Session) -> list[Lease]:
-        return [lease for lease in self if lease.session is session]
+        """The loans that end with a session; what was adopted does not."""
+        return [lease for lease in self if lease.session is session and lease.state is not LeaseState.ADOPTED]
 
     def of_process(self, process: ProcessIdentity) -> list[Lease]:
-        return [lease for lease in self if lease.session.process == process]
+        """The loans of a client over all its sessions; what was adopted is not its own any more."""
+        return [lease for lease in self if lease.session.process == process and lease.state is not LeaseState.ADOPTED]
 
     def end(self, lease: Lease) -> None:
         """Drop a loan that nobody maps any more, and tell those who waited for that."""
         lease.move(LeaseState.ENDED)
         del self._by_id[lease.component_id]
+        if lease.lost is not None:
+            self._lost[lease.component_id] = lease.lost.detail
+            while len(self._lost) > _REMEMBERED:
+                self._lost.popitem(last=False)
         for callback in lease.on_ended:
             callback()
 

@@ -17,11 +17,11 @@ from xditd.daemon.sequence import Errand, Script, expect, slowest_ms
 from xditd.daemon.sessions import Session
 from xditd.ipc.errors import LeaseLost, XditdError
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.replies import Lent
+from xditd.ipc.replies import Adopted, Lent
 from xditd.ipc.requests import Lend
 from xditd.ipc.status import LeaseState
 from xditd.ipc.tensors import CopiedBytes, Tier
-from xditd.ipc.worker_messages import Done, ForgetClient, Plug, Plugged, Prepare, Prepared, Unmap
+from xditd.ipc.worker_messages import Done, ForgetClient, Keep, Kept, Plug, Plugged, Prepare, Prepared, Unmap
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +98,47 @@ class Loans:
         _log_lent(lease, request)
         return _lent(request, lease, is_reused=False)
 
+    # --- Adopting ------------------------------------------------------------------------------------
+
+    def adopt(self, job: Job, lease: Lease) -> Script[Adopted]:
+        """The script that makes a loan the workers' own."""
+        component_id = lease.component_id
+        if lease.state is not LeaseState.LENT:
+            raise LeaseLost(f"component {component_id}: {lease.state.value} when the turn to adopt it came")
+        kept = expect((yield lambda number: Keep(op_number=number, component_id=component_id)), Kept)
+        if lease.state is not LeaseState.LENT:
+            raise lease.lost or LeaseLost(f"component {component_id}: taken back while it was being adopted")
+        if job.ending is not None:
+            yield from self._disown(lease)
+            raise job.ending
+        lease.move(LeaseState.ADOPTED)
+        copied = sum((answer.copied for answer in kept), CopiedBytes())
+        lease.worker_copied += copied
+        logger.info("loan adopted component_id=%s copied=%s", component_id, describe_copied(copied))
+        timings_ms = slowest_ms([answer.timings_ms for answer in kept])
+        return Adopted(request_id=job.request.request_id, copied=copied, timings_ms=timings_ms)
+
+    def _disown(self, lease: Lease) -> Script[None]:
+        """Map the client's memory again: who asked for the copy does not want it any more."""
+        lease.move(LeaseState.LENDING)
+        try:
+            yield from _map(lease, None)
+        except XditdError as error:
+            if lease.state is LeaseState.LENDING:
+                lease.lost = LeaseLost(f"component {lease.component_id}: could not be mapped again: {error.detail}")
+                self.registry.end(lease)
+            raise
+        lease.move(LeaseState.LENT)
+
     # --- Ending --------------------------------------------------------------------------------------
 
-    def end(self, lease: Lease, why: LeaseLost, then: Callback) -> None:
+    def end(self, lease: Lease, why: LeaseLost, then: Callback, *, is_returned: bool = False) -> None:
         """End a loan: its jobs fail with ``why``; ``then`` is called once no worker maps it."""
         lease.on_ended.append(then)
         if not lease.is_live:
             return
+        if not is_returned:
+            lease.lost = why
         lease.move(LeaseState.RETURNING)
         self._desk.cancel_using(lease.component_id, why)
         self._chore(_unmap(lease), lambda: self.registry.end(lease))
@@ -146,6 +180,12 @@ class Loans:
         for lease in self.registry:
             if lease.state is LeaseState.LENT:
                 lease.move(LeaseState.LENDING)
+            elif lease.state is LeaseState.ADOPTED:
+                gone = LeaseLost(
+                    f"component {lease.component_id}: adopted, so it ended with the workers; lend it again"
+                )
+                logger.warning("adopted component lost component_id=%s", lease.component_id)
+                self.end(lease, gone, lambda: None)
         self._replays = deque(lease for lease in self.registry if lease.state is LeaseState.LENDING)
 
     def _replay(self, lease: Lease) -> Errand[None]:
@@ -163,6 +203,7 @@ class Loans:
                 return  # the group died of something else, or of this: the next life will tell
             logger.error("loan ended component_id=%s: could not be mapped again: %s", lease.component_id, error.detail)
             why = LeaseLost(f"component {lease.component_id}: the rebuilt workers could not map it: {error.detail}")
+            lease.lost = why
             self._desk.cancel_using(lease.component_id, why)
             self.registry.end(lease)
 

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 CANCEL_GRACE_S: Final = 5.0
 """How long a job that used up its time to drain may take to notice its cancel. Its next step is enough."""
 
+BEATS: Final = 4
+"""Signs of life within the time after which a silent client is given up: some may come late."""
+
 _LINGER_MS: Final = 300
 """For last replies to leave; a client that does not read holds the daemon no longer than this."""
 
@@ -64,6 +67,7 @@ class Service:
         self.accounts = Accounts()
         self.started_s = time.monotonic()
         self.is_stopping = False
+        self._beats_checked_s = self.started_s
         self.snapshot: msgspec.Raw | None = None
         """The state in the form in which it is sent, until anything may have changed."""
         self._is_shutting_down = False
@@ -90,6 +94,7 @@ class Service:
         """Start the group and serve until :meth:`stop`."""
         self.supervisor.start()
         self.vitals.begin(self.supervisor.detail)
+        self._check_beats()
         self.loop.run(self._after_round)
 
     def close(self) -> None:
@@ -187,6 +192,22 @@ class Service:
             self.runner.advance()
         if self.is_stopping and self.runner.current is None:
             self._shut_down()
+
+    def _check_beats(self) -> None:
+        """End the sessions of clients that are there but say nothing: a stopped one must not hold memory for ever."""
+        now = time.monotonic()
+        deadline_s = self.configuration.client_deadline_s
+        every_s = deadline_s / BEATS
+        # Where this process itself stood still, what clients have sent meanwhile comes first.
+        if now - self._beats_checked_s < 2 * every_s:
+            for session in self.sessions:
+                silent_s = now - session.heard_s
+                if silent_s >= deadline_s:
+                    self.end_session(
+                        session, f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})"
+                    )
+        self._beats_checked_s = now
+        self.loop.call_later(every_s, self._check_beats)
 
     def _close_unreachable(self) -> None:
         unreachable, self.front.unreachable = self.front.unreachable, {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xditd.daemon.loop import Loop
 from xditd.daemon.peers import Peer
@@ -21,6 +22,8 @@ class Session:
     process: ProcessIdentity
     pidfd: int
     client_name: str
+    heard_s: float = field(default_factory=time.monotonic)
+    """When its client last said something."""
     has_io: bool = False
     """Whether workers may have an I/O block of its process open."""
 

@@ -21,11 +21,13 @@ GROUP_NEXT: Final[Mapping[GroupState, Set[GroupState]]] = {
 
 LEASE_NEXT: Final[Mapping[LeaseState, Set[LeaseState]]] = {
     LeaseState.LENDING: {LeaseState.LENT, LeaseState.RETURNING, LeaseState.ENDED},
-    LeaseState.LENT: {LeaseState.LENDING, LeaseState.RETURNING},
+    LeaseState.LENT: {LeaseState.LENDING, LeaseState.ADOPTED, LeaseState.RETURNING},
+    LeaseState.ADOPTED: {LeaseState.RETURNING},
     LeaseState.RETURNING: {LeaseState.ENDED},
     LeaseState.ENDED: set(),
 }
-"""LENT goes back to LENDING when its bytes were rewritten, or when a rebuilt group has to map them again."""
+"""LENT goes back to LENDING when its bytes were rewritten, or when a rebuilt group has to map them again.
+ADOPTED has no way back: the client's memory is not mapped any more."""
 
 JOB_NEXT: Final[Mapping[JobState, Set[JobState]]] = {
     JobState.QUEUED: {JobState.RUNNING, JobState.FAILED},

@@ -25,6 +25,8 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 @dataclass
 class Component:
@@ -33,7 +35,10 @@ class Component:
     component_id: str
     plan: Plan
     bindings: dict[str, torch.Tensor]
-    opened: list[OpenBlock]
+    manifest: Manifest
+    tensors: dict[str, torch.Tensor]
+    """The lent tensors by name, as views like the bindings."""
+    opened: list[OpenBlock | None]
     copies: list[torch.Tensor]
     copied: CopiedBytes
     timings_ms: dict[str, float]
@@ -124,7 +129,44 @@ class Components:
         """
         if self._device.type != "cuda":
             for block in component.opened:
-                block.check_unchanged()
+                if block is not None:
+                    block.check_unchanged()
+
+    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+        """Copy what is mapped of a component into memory of this rank's own, and unmap it. All ranks fail together.
+
+        Returns what was copied, and the milliseconds by phase.
+
+        Raises:
+            UnknownComponent: nothing is lent under this id.
+            OutOfMemory: no room for the copy; everything stays as it was.
+            OtherRankFailed: this rank could, another could not.
+        """
+        clock = _Clock()
+        with together():
+            component = self._live.get(component_id)
+            if component is None:
+                raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
+            sources = [_NOTHING if block is None else block.bytes for block in component.opened]
+            specs = [
+                spec
+                for spec in component.manifest.tensors
+                if _shares_storage(component.tensors[spec.name], sources[spec.block])
+            ]
+            own, copies = self._copy(specs, sources)
+        clock.mark("copy")
+        is_plugged = component.is_plugged
+        component.tensors.update(own)
+        component.copies.extend(copies)
+        component.bindings = component.plan.bind(component.tensors)
+        if is_plugged:
+            self._plug(component)
+        sources.clear()  # a block with views cannot be unmapped
+        self._release(component)
+        clock.mark("unmap")
+        size = sum(spec.extent_bytes for spec in specs)
+        is_cuda = self._device.type == "cuda"
+        return CopiedBytes(device_to_device=size) if is_cuda else CopiedBytes(host_to_host=size), clock.marks_ms
 
     def unmap(self, component_id: str) -> None:
         """Forget a component, prepared or plugged; unknown is no error, so that an undo can be sent to every rank."""
@@ -146,9 +188,17 @@ class Components:
 
     def _let_go(self, component: Component) -> None:
         component.bindings.clear()
+        component.tensors.clear()
+        if component.copies and self._device.type == "cuda":
+            component.copies.clear()
+            torch.cuda.empty_cache()  # torch would keep gigabytes that other programs on this GPU may be waiting for
         component.copies.clear()
+        self._release(component)
+
+    def _release(self, component: Component) -> None:
         for block in component.opened:
-            self.blocks.release(block)
+            if block is not None:
+                self.blocks.release(block)
         component.opened.clear()
 
     def _assemble(
@@ -165,8 +215,8 @@ class Components:
                 opened.append(self._open(block, exporter))
             clock.mark("map")
         tensors, copies, copied = self._gather(manifest, opened, clock)
-        mapped = [block for block in opened if block is not None]
-        component = Component(component_id, plan, plan.bind(tensors), mapped, copies, copied, clock.marks_ms)
+        bindings = plan.bind(tensors)
+        component = Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
         clock.mark("bind")
         return component
 
@@ -244,6 +294,10 @@ class Components:
             if isinstance(block, CudaIpcBlock):
                 dist.broadcast(source, src=self._fellow_uuids.index(block.device_uuid))
         torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+
+
+def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
 
 
 class _Clock:

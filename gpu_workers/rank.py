@@ -26,6 +26,8 @@ from xditd.ipc.worker_messages import (
     CancelRun,
     Done,
     ForgetClient,
+    Keep,
+    Kept,
     Plug,
     Plugged,
     Prepare,
@@ -148,6 +150,9 @@ class Rank:
         elif isinstance(command, Plug):
             component = self._components.plug(command.component_id)
             self._channel.send(Plugged(**common, timings_ms=component.timings_ms, tally=self._tally()))
+        elif isinstance(command, Keep):
+            copied, timings_ms = self._components.keep(command.component_id)
+            self._channel.send(Kept(**common, copied=copied, timings_ms=timings_ms, tally=self._tally()))
         elif isinstance(command, Unmap):
             self._components.unmap(command.component_id)
             self._channel.send(Done(**common, timings_ms={}, tally=self._tally()))

@@ -20,8 +20,14 @@ class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
     daemon_pid: Count
     max_message_bytes: Count = limits.MAX_MESSAGE_BYTES
     """The longest message that this daemon reads."""
+    beat_every_s: Seconds = 15.0
+    """How often the client has to send something, a ``Beat`` if nothing else, for its loans to live."""
     world_size: Count
     """Workers that the group has, or will have once it is up; 0 while that is not known."""
+
+
+class BeatHeard(Reply, tag="beat_heard", frozen=True, kw_only=True):
+    """Answers ``Beat``."""
 
 
 class Farewell(Reply, tag="farewell", frozen=True, kw_only=True):
@@ -55,6 +61,17 @@ class Lent(Reply, tag="lent", frozen=True, kw_only=True):
 
 class Returned(Reply, tag="returned", frozen=True, kw_only=True):
     """Answers ``ReturnLoan``: no worker maps the component any more."""
+
+
+class Adopted(Reply, tag="adopted", frozen=True, kw_only=True):
+    """Answers ``Adopt``. ``copied`` is over all ranks, ``timings_ms`` the slowest one's."""
+
+    copied: CopiedBytes
+    timings_ms: TimingsMs
+
+
+class Revoked(Reply, tag="revoked", frozen=True, kw_only=True):
+    """Answers ``Revoke``."""
 
 
 class Generated(Reply, tag="generated", frozen=True, kw_only=True):
@@ -138,10 +155,13 @@ AnyEvent = Queued | StepDone
 
 AnyReply = (
     Welcome
+    | BeatHeard
     | Farewell
     | CanarySeen
     | Lent
     | Returned
+    | Adopted
+    | Revoked
     | Generated
     | Denoised
     | Decoded

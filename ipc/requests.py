@@ -23,6 +23,10 @@ class Hello(Request, tag="hello", frozen=True, kw_only=True):
     client_name: Name
 
 
+class Beat(Request, tag="beat", frozen=True, kw_only=True):
+    """A sign of life, sent every ``Welcome.beat_every_s``: a session that is silent ends. Answered by ``BeatHeard``."""
+
+
 class Goodbye(Request, tag="goodbye", frozen=True, kw_only=True):
     """Close the session and end its loans. Answered by ``Farewell``; a dead process needs no goodbye."""
 
@@ -48,6 +52,24 @@ class Lend(Request, tag="lend", frozen=True, kw_only=True):
 
 class ReturnLoan(Request, tag="return_loan", frozen=True, kw_only=True):
     """Take a component back. Answered by ``Returned`` once no worker maps it any more."""
+
+    component_id: ComponentId
+
+
+class Adopt(Request, tag="adopt", frozen=True, kw_only=True):
+    """Make a loan the workers' own: each copies what it maps of it, once. It then outlives its client.
+
+    Answered by ``Adopted`` once no worker maps the client's memory any more. ``Revoke`` frees it.
+    """
+
+    component_id: ComponentId
+
+
+class Revoke(Request, tag="revoke", frozen=True, kw_only=True):
+    """End a loan, or free an adopted component, whoever lent it. Its jobs fail with ``lease_lost``.
+
+    Answered by ``Revoked`` once no worker maps or holds it.
+    """
 
     component_id: ComponentId
 
@@ -172,10 +194,13 @@ Job = Generate | Denoise | Decode | Encode | EncodeText
 
 AnyRequest = (
     Hello
+    | Beat
     | Goodbye
     | CheckCanary
     | Lend
     | ReturnLoan
+    | Adopt
+    | Revoke
     | Generate
     | Denoise
     | Decode

@@ -27,6 +27,7 @@ class LeaseState(Enum):
 
     LENDING = "lending"
     LENT = "lent"
+    ADOPTED = "adopted"
     RETURNING = "returning"
     ENDED = "ended"
 
@@ -64,6 +65,7 @@ class ComponentStatus(Described, frozen=True, kw_only=True):
     copied: CopiedBytes
     generation: Count
     owner_pid: Count
+    """0 for a component that was adopted."""
     lend_ms: TimingsMs
 
 

@@ -48,6 +48,12 @@ class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
     component_id: ComponentId
 
 
+class Keep(Command, tag="keep", frozen=True, kw_only=True):
+    """Copy what is mapped of a plugged component into memory of the rank's own, and unmap. Answered by ``Kept``."""
+
+    component_id: ComponentId
+
+
 class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
     """Close the I/O blocks of a client that is gone, and free its conditionings. Answered by ``Done``."""
 
@@ -80,7 +86,7 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
     """Unmap everything and exit. Not answered; the leader's exit is the answer."""
 
 
-AnyCommand = Prepare | Plug | Unmap | ForgetClient | ReadCanary | Run | CancelRun | Shutdown
+AnyCommand = Prepare | Plug | Keep | Unmap | ForgetClient | ReadCanary | Run | CancelRun | Shutdown
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -117,6 +123,12 @@ class Prepared(Answer, tag="prepared", frozen=True, kw_only=True):
 
 
 class Plugged(Answer, tag="plugged", frozen=True, kw_only=True):
+    timings_ms: TimingsMs
+    tally: RankTally
+
+
+class Kept(Answer, tag="kept", frozen=True, kw_only=True):
+    copied: CopiedBytes
     timings_ms: TimingsMs
     tally: RankTally
 
@@ -158,4 +170,4 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory_bytes: Bytes = 0
 
 
-AnyReport = RankReady | Prepared | Plugged | CanaryRead | Done | RankFailed | StepReached
+AnyReport = RankReady | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached

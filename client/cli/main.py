@@ -9,7 +9,20 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from xditd import __version__
-from xditd.client.cli import comfyui, demo, doctor, exits, generate, install_service, logs, serve, status, stop
+from xditd.client.cli import (
+    adopt,
+    comfyui,
+    demo,
+    doctor,
+    exits,
+    generate,
+    install_service,
+    logs,
+    revoke,
+    serve,
+    status,
+    stop,
+)
 from xditd.ipc.errors import XditdError
 
 VERBS: dict[str, ModuleType] = {
@@ -19,6 +32,8 @@ VERBS: dict[str, ModuleType] = {
     "demo": demo,
     "comfyui": comfyui,
     "logs": logs,
+    "adopt": adopt,
+    "revoke": revoke,
     "stop": stop,
     "install-service": install_service,
     "doctor": doctor,

@@ -7,7 +7,7 @@ import os
 
 from xditd import __version__
 from xditd.daemon.peers import Peer
-from xditd.daemon.service import Service
+from xditd.daemon.service import BEATS, Service
 from xditd.ipc.errors import ProtocolMismatch
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Welcome
@@ -38,6 +38,7 @@ def greet(service: Service, routing_id: bytes, address: str, peer: Peer, request
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
         daemon_pid=os.getpid(),
+        beat_every_s=service.configuration.client_deadline_s / BEATS,
         max_message_bytes=service.quotas.message_bytes,
         world_size=service.supervisor.expected_world_size,
     )

@@ -16,7 +16,6 @@ from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Decoded, Denoised, Encoded, Generated, TextEncoded
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Part
 from xditd.ipc.requests import Job as JobRequest
-from xditd.ipc.status import LeaseState
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
@@ -45,7 +44,7 @@ def run(service: Service, session: Session, request: JobRequest) -> None:
 
     def work(_: Job) -> Script[Reply]:
         for component_id in component_ids:
-            if service.loans.registry.live(component_id).state is not LeaseState.LENT:
+            if not service.loans.registry.live(component_id).is_usable:
                 raise LeaseLost(f"component {component_id}: no longer mapped when the job's turn came")
         done = expect((yield lambda number: Run(op_number=number, job=request, exporter=session.process)), Done)
         return _REPLY[type(request)](

@@ -113,6 +113,25 @@ def test_memory_comes_back_from_a_killed_client(daemon, wait_until):
     wait_until(lambda: free - free_bytes() < 64 * MIB or None, "the memory of a killed client to come back")
 
 
+def test_adopted_arena_is_the_workers_own(client, make_inputs, run):
+    config = {"heads": 16, "double_blocks": 4, "single_blocks": 4}
+    arena = Arena.copy_of(checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **config), "cuda")
+    inputs = make_inputs()
+    loan = client.lend(arena.tensors)
+    expected = run(client, loan, inputs)
+    copied = loan.adopt()
+    assert copied.device_to_device == copied.total == loan.lent_bytes
+    for tensor in arena.tensors.values():
+        tensor.zero_()
+    torch.cuda.synchronize()
+    arena.close()  # nobody maps it any more
+    assert torch.equal(run(client, loan.component_id, inputs), expected)
+    free = free_bytes()
+    client.revoke(loan)
+    assert free_bytes() - free > 1000 * MIB
+    assert [worker.loaded for worker in client.status().workers] == [0]
+
+
 def test_a_job_without_room_is_refused_and_the_next_one_served(client, state, make_inputs, run):
     arena = Arena.copy_of(state, "cuda")
     inputs = make_inputs()

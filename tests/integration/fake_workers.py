@@ -32,6 +32,8 @@ from xditd.ipc.worker_messages import (
     Command,
     Done,
     ForgetClient,
+    Keep,
+    Kept,
     Plug,
     Plugged,
     Prepare,
@@ -140,6 +142,8 @@ class Rank:
                 raise BadRequest("a view is still open")
             self.plugged.discard(command.component_id)
             self.send(Done(**common, timings_ms={}, tally=self.tally()))
+        elif isinstance(command, Keep):
+            self.send(Kept(**common, copied=CopiedBytes(host_to_host=64), timings_ms={"copy": 1.0}, tally=self.tally()))
         elif isinstance(command, ForgetClient):
             self.send(Done(**common, timings_ms={}, tally=self.tally()))
         elif isinstance(command, ReadCanary):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from xditd.ipc.codec import encode
 from xditd.ipc.replies import CancelNoted, Failed, Generated, Queued, StepDone
-from xditd.ipc.requests import Cancel
-from xditd.ipc.status import JobState
+from xditd.ipc.requests import Adopt, Cancel, Lend
+from xditd.ipc.status import JobState, LeaseState
 
 
 def cancel(client: Any, target: str) -> bool:
@@ -67,6 +69,53 @@ def test_cancel_of_a_queued_job_ends_it_at_once(client: Any, memory: Any) -> Non
     assert failed.code == "cancelled"
     assert client.status().counters.jobs_cancelled == cancelled_before + 2
     client.ask(memory.generate(component_id), Generated)
+
+
+def test_cancel_of_a_lend_at_every_stage(client: Any, memory: Any) -> None:
+    first = client.lend(memory.manifest())
+    running = client.send(memory.generate(first.component_id, steps=1000))
+    client.wait_event(running, StepDone)
+    waiting = client.send(Lend(request_id="", manifest=memory.manifest(kind="vae")))
+    assert cancel(client, waiting)
+    assert client.wait(waiting).code == "cancelled"
+    assert cancel(client, running)
+    client.wait(running)
+    # Between prepare and plug: a rank that stands still keeps the lend there until the cancel was noted.
+    pid = client.status().workers[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    mapping = client.send(Lend(request_id="", manifest=memory.manifest(kind="vae")))
+    client.wait_status(lambda status: [job.state for job in status.jobs] == [JobState.RUNNING])
+    assert cancel(client, mapping)
+    assert [job.state for job in client.status().jobs] == [JobState.CANCELLING]
+    os.kill(pid, signal.SIGCONT)
+    assert client.wait(mapping).code == "cancelled"
+    status = client.status()
+    assert [component.component_id for component in status.components] == [first.component_id]
+    assert [worker.loaded for worker in status.workers] == [1, 1]
+    assert not cancel(client, mapping)
+    client.lend(memory.manifest(kind="vae"))
+
+
+def test_cancel_of_an_adoption_after_the_copy_maps_the_loan_again(client: Any, memory: Any) -> None:
+    component_id = client.lend(memory.manifest()).component_id
+    pid = client.status().workers[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    adopting = client.send(Adopt(request_id="", component_id=component_id))
+    client.wait_status(lambda status: [job.state for job in status.jobs] == [JobState.RUNNING])
+    assert cancel(client, adopting)
+    os.kill(pid, signal.SIGCONT)
+    assert client.wait(adopting).code == "cancelled"
+    assert [component.state for component in client.status().components] == [LeaseState.LENT]
+    client.ask(memory.generate(component_id), Generated)
+
+
+def test_cancel_while_the_workers_start(start_daemon: Any, memory: Any) -> None:
+    client = start_daemon(worker_flags=["--never-ready"]).client()
+    lending = client.send(Lend(request_id="", manifest=memory.manifest()))
+    client.wait_event(lending, Queued)
+    assert cancel(client, lending)
+    assert client.wait(lending).code == "cancelled"
+    assert client.status().jobs == ()
 
 
 def test_cancel_of_nothing_is_told(client: Any) -> None:

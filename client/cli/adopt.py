@@ -1,0 +1,45 @@
+"""``xditd adopt``: make a lent component the workers' own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from xditd.client.cli import exits, flags
+
+SUMMARY = "make a lent component the workers' own"
+DESCRIPTION = """\
+Copy a lent component into the workers' own memory, so that it outlives the program that lent it. `xditd revoke`
+frees it; so does the end of the worker group."""
+EXAMPLES = """\
+examples:
+  xditd status
+  xditd adopt transformer-1-5f3a2c
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
+    flags.add_flag(
+        parser,
+        "--deadline-s",
+        variable="XDITD_ADOPT_DEADLINE_S",
+        type=flags.whole(1, 86_400),
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for it",
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+
+    with Client(parsed.runtime_dir, name="xditd adopt") as client:
+        copied = client.adopt(parsed.component_id, deadline_s=parsed.deadline_s)
+    if parsed.json:
+        print(json.dumps({"component_id": parsed.component_id, "adopted": True, "copied_bytes": copied.total}))
+    else:
+        print(f"adopted {parsed.component_id}, {copied.total} bytes copied")
+    return exits.DONE

@@ -1,0 +1,45 @@
+"""``xditd revoke``: end a loan, or free an adopted component."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from xditd.client.cli import exits, flags
+
+SUMMARY = "end a loan, or free an adopted component"
+DESCRIPTION = """\
+End a loan whoever lent it, or free an adopted component. Its jobs fail with lease_lost; this returns once no worker
+maps it."""
+EXAMPLES = """\
+examples:
+  xditd status
+  xditd revoke transformer-1-5f3a2c
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
+    flags.add_flag(
+        parser,
+        "--deadline-s",
+        variable="XDITD_REVOKE_DEADLINE_S",
+        type=flags.whole(1, 86_400),
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for it",
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+
+    with Client(parsed.runtime_dir, name="xditd revoke") as client:
+        client.revoke(parsed.component_id, deadline_s=parsed.deadline_s)
+    if parsed.json:
+        print(json.dumps({"component_id": parsed.component_id, "revoked": True}))
+    else:
+        print(f"revoked {parsed.component_id}")
+    return exits.DONE

@@ -1,0 +1,101 @@
+"""Clients that are there but say nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from xditd.ipc.replies import Generated
+
+BEATING_CLIENT = """
+import sys, time
+from pathlib import Path
+from xditd.client.connection import Connection
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.errors import SessionLost
+from xditd.ipc.replies import Status
+from xditd.ipc.requests import GetStatus
+connection = Connection(RuntimeDir(Path(sys.argv[1])), client_name="beating")
+print("up", flush=True)
+sys.stdin.readline()
+end = time.monotonic() + 10
+try:
+    while time.monotonic() < end:
+        connection.ask(GetStatus(request_id=connection.next_request_id()), Status)
+        if sys.argv[2] == "alive":
+            print("served", flush=True)
+            break
+    else:
+        print("served all along", flush=True)
+except SessionLost as error:
+    print("lost", connection.is_lost or connection.wait_lost(5), error.detail, flush=True)
+"""
+
+
+def start_beating(daemon: Any, mode: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BEATING_CLIENT, str(daemon.runtime.path), mode]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    assert client.stdout.readline() == "up\n"
+    return client
+
+
+def finish(client: subprocess.Popen[str]) -> str:
+    out, _ = client.communicate("go\n", timeout=20)
+    return out
+
+
+def test_silent_client_loses_its_loan_and_the_log_says_so(start_daemon: Any, memory: Any, start_lender: Any) -> None:
+    daemon = start_daemon("--client-deadline-s", "1")
+    client = daemon.ready_client()
+    lender, component_id = start_lender(daemon, "--runs")
+    os.kill(lender.pid, signal.SIGSTOP)
+    client.wait_status(lambda status: status.components == () and status.jobs == ())
+    failed = client.fail(memory.generate(component_id))
+    assert failed.code == "lease_lost"
+    assert "no sign of life for" in failed.detail
+    assert "client_deadline_s 1" in daemon.log
+    assert [worker.loaded for worker in client.status().workers] == [0, 0]
+    # The tests' own client is alive for the daemon because it asks.
+    client.ask(memory.generate(client.lend(memory.manifest()).component_id), Generated)
+
+
+def test_client_that_only_waits_stays(start_daemon: Any, wait_until: Any) -> None:
+    daemon = start_daemon("--client-deadline-s", "0.6")
+    watcher = daemon.client()
+    beating = start_beating(daemon, "alive")
+    began_s = watcher.status().uptime_s
+    watcher.wait_status(lambda status: status.uptime_s > began_s + 2.0)
+    assert watcher.status().clients == 2
+    assert finish(beating) == "served\n"
+
+
+def test_stopped_client_is_told_when_it_goes_on(start_daemon: Any) -> None:
+    daemon = start_daemon("--client-deadline-s", "0.6")
+    watcher = daemon.client()
+    beating = start_beating(daemon, "stopped")
+    assert watcher.status().clients == 2
+    os.kill(beating.pid, signal.SIGSTOP)
+    watcher.wait_status(lambda status: status.clients == 1)
+    os.kill(beating.pid, signal.SIGCONT)
+    said = finish(beating)
+    assert said.startswith("lost True")
+    assert "the session was closed" in said
+
+
+def test_stopped_daemon_blames_nobody(start_daemon: Any) -> None:
+    daemon = start_daemon("--client-deadline-s", "1")
+    watcher = daemon.client()
+    beating = start_beating(daemon, "alive")
+    daemon.process.send_signal(signal.SIGSTOP)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it waits, and beats into a socket that nobody reads
+        beating.wait(2.5)
+    daemon.process.send_signal(signal.SIGCONT)
+    began_s = watcher.status().uptime_s
+    status = watcher.wait_status(lambda status: status.uptime_s > began_s + 1.0)
+    assert status.clients == 2
+    assert finish(beating) == "served\n"
