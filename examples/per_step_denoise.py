@@ -31,9 +31,11 @@ def sample(
     pooled_prompt_embeds: torch.Tensor,
 ) -> torch.Tensor:
     """Go from noise to latents. The transformer predicts the velocity from the image to the noise."""
+    # Sent with the first step and kept in the workers: later steps send latents and sigma alone.
+    conditioning = client.condition(prompt_embeds, pooled_prompt_embeds, GUIDANCE)
     latents = noise
     for sigma, next_sigma in pairwise([*sigmas, 0.0]):
-        velocity = client.denoise(transformer, latents, sigma, prompt_embeds, pooled_prompt_embeds, GUIDANCE)
+        velocity = client.denoise(transformer, latents, sigma, conditioning)
         latents = latents + (next_sigma - sigma) * velocity
         print(f"sigma {sigma:.3f}: latents have a spread of {latents.std():.3f}")
     return latents

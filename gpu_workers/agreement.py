@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 def agree(ok: bool) -> bool:
     """Return whether ``ok`` is true on every rank."""
+    if dist.get_world_size() == 1:
+        return ok
     flag = torch.tensor([int(ok)], dtype=torch.int32)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
@@ -18,6 +20,8 @@ def agree(ok: bool) -> bool:
 
 def broadcast_stop(flag: bool) -> bool:
     """Return rank 0's ``flag`` on every rank; the others' arguments are ignored."""
+    if dist.get_world_size() == 1:
+        return flag
     message = torch.tensor([int(flag)], dtype=torch.int32)
     dist.broadcast(message, src=0)
     return bool(message.item())
