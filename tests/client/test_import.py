@@ -1,4 +1,4 @@
-"""What importing the client costs: no torch, no numpy, and little time."""
+"""What importing the client loads: no torch, no numpy. What it takes is benchmarks/control_plane.py's to say."""
 
 import subprocess
 import sys
@@ -13,13 +13,6 @@ def test_imports_nothing_heavy(module):
     check = f"import {module}, sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
-
-
-def test_imports_quickly():
-    # Processor time, and the best of five: a busy machine must not fail this, a careless import must.
-    check = "import time; t = time.process_time(); import xditd.client; print(time.process_time() - t)"
-    runs = [subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True) for _ in range(5)]
-    assert min(float(run.stdout) for run in runs) <= 0.15
 
 
 def test_every_exported_name_exists():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ def main(folder: str) -> None:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers import attention, reference, xfuser_start
     from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
     from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 
     gpu = torch.device("cuda", 0)
@@ -112,26 +110,8 @@ def main(folder: str) -> None:
             same = torch.equal(norm(tokens, conditioning), plain(tokens, conditioning))
         facts[f"last norm has the same bits in {dtype}"] = same
 
-    one = torch.zeros((), dtype=BF16, device=gpu)
-    full = {e.source: one.expand(e.shape) for e in Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True))}
-    infos = {name: TensorInfo.of(tensor) for name, tensor in full.items()}
-    facts["full size: first plan, ms"] = _best_ms(lambda: cache.plan(infos), 1)
-    plan = cache.plan(infos)
-    facts["full size: plan again, ms"] = _best_ms(lambda: cache.plan(infos))
-    facts["full size: bind, ms"] = _best_ms(lambda: plan.bind(full))
-    bindings = plan.bind(full)
-    facts["full size: plug, ms"] = _best_ms(lambda: plan.skeleton.plug(bindings))
     Path(folder, "facts.json").write_text(json.dumps(facts, indent=1))
     xfuser_start.stop()
-
-
-def _best_ms(action: Any, rounds: int = 5) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        action()
-        best = min(best, time.perf_counter() - started)
-    return best * 1e3
 
 
 if __name__ == "__main__":

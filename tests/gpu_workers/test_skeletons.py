@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable
 
@@ -149,21 +148,14 @@ def test_strided_tensors_are_viewed_too(cache: SkeletonCache, describe: Describe
     assert torch.allclose(prediction(plan), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_full_size_model_is_planned_and_plugged_in_a_few_milliseconds(cache: SkeletonCache) -> None:
+def test_a_full_size_model_is_planned_and_plugged(cache: SkeletonCache) -> None:
     one = torch.zeros((), dtype=torch.bfloat16)
     entries = Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True))
     state = {entry.source: one.expand(entry.shape) for entry in entries}
-    infos = {name: TensorInfo.of(tensor) for name, tensor in state.items()}
-    cache.plan(infos)
-    best_s = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        plan = cache.plan(infos)
-        plan.skeleton.plug(plan.bind(state))
-        best_s = min(best_s, time.perf_counter() - started)
+    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    plan.skeleton.plug(plan.bind(state))
     assert len(list(plan.skeleton.module.parameters())) == 1160
-    # The whole lend has 25 ms. Measured: 4 ms; load_state_dict(assign=True) alone took 35 ms.
-    assert best_s < 0.015
+    assert not any(parameter.is_meta for parameter in plan.skeleton.module.parameters())
 
 
 @pytest.mark.usefixtures("layout")

@@ -40,7 +40,8 @@ from xditd.ipc.tensors import (
 HERE = Path(__file__).resolve().parent
 FAKE_WORKERS = HERE.parent / "fake_workers.py"
 LENDING_CLIENT = HERE / "lending_client.py"
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
+"""How long anything may take on a busy machine; waiting ends as soon as the condition holds."""
 R = TypeVar("R", bound=Reply)
 
 
