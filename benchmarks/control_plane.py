@@ -34,7 +34,7 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
 from xditd.ipc.replies import Denoised, Queued, Status, StepDone, Welcome
-from xditd.ipc.requests import Denoise, GetStatus, Hello, Lend
+from xditd.ipc.requests import Denoise, GetStatus, Hello, Lend, Part
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 
 BAR_HELLO_S = 0.3
@@ -300,8 +300,7 @@ def measure_memory(jobs: int) -> float:
                 io=block,
                 latents=io,
                 timestep=(0.5,),
-                prompt_embeds=io,
-                pooled_prompt_embeds=io,
+                parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
                 out=io,
             )
             if not isinstance(ask(job), Denoised):

@@ -196,6 +196,21 @@ def test_what_is_not_fused_runs_step_by_step_and_says_so(
     assert relative_error(samples, expected) <= TOLERANCE
 
 
+def test_previews_come_with_every_step(comfy, xsample, remote, monkeypatch):
+    previews: list[Any] = []
+
+    def update(bar: Any, value: int, total: int, preview: Any = None) -> None:
+        previews.append(preview)
+
+    arguments = comfy.comfy.cli_args.args
+    monkeypatch.setattr(arguments, "preview_method", comfy.comfy.cli_args.LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(comfy.comfy.utils.ProgressBar, "update_absolute", update)
+    _, _, note = xsample(remote)
+    assert "previews" in note
+    assert len(previews) == 4
+    assert all(preview is not None for preview in previews)
+
+
 def test_progress_and_interrupt(comfy, daemon, xsample, remote, monkeypatch, wait_until):
     management = comfy.comfy.model_management
     seen: list[int] = []

@@ -14,7 +14,7 @@ from xditd.ipc.addresses import endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Denoised, Failed, Queued, Welcome
-from xditd.ipc.requests import CheckCanary, Denoise, Hello, Lend
+from xditd.ipc.requests import CheckCanary, Denoise, Hello, Lend, Part
 from xditd.ipc.tensors import IoTensor
 
 CLIENTS = 100
@@ -31,8 +31,7 @@ def denoise(memory: Any, component_id: str, request_id: str) -> bytes:
             transformer_id=component_id,
             io=memory.block,
             latents=tensor,
-            prompt_embeds=tensor,
-            pooled_prompt_embeds=tensor,
+            parts=(Part(rows=1, prompt_embeds=tensor, pooled_prompt_embeds=tensor),),
             timestep=(0.5,),
             out=tensor,
         )
