@@ -125,6 +125,9 @@ class Rank:
                 torch.cuda.empty_cache()
                 self._fail(command, _out_of_memory(error), is_fatal=self._layout.world_size > 1)
             except Exception as error:
+                if _is_want_of_host_memory(error):
+                    self._fail(command, _out_of_memory(error), is_fatal=self._layout.world_size > 1)
+                    continue
                 logger.exception("command failed op=%s op_number=%d", type(command).__name__, command.op_number)
                 self._fail(
                     command, Internal(f"rank {self._layout.rank}: {type(error).__name__}: {error}"), is_fatal=True
@@ -248,6 +251,15 @@ class Rank:
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemory:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
     return OutOfMemory(
-        f"the GPU has no room: {str(error).splitlines()[0]}; use a smaller size or batch, or free GPU memory"
+        f"no room on the worker's device: {first_line}; use a smaller size or batch, or free memory there"
     )
+
+
+def _is_want_of_host_memory(error: Exception) -> bool:
+    """torch's allocator for CPUs has no error class of its own.
+
+    Source: c10/core/impl/alloc_cpu.cpp, "DefaultCPUAllocator: can't allocate memory".
+    """
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -27,20 +27,38 @@ def test_one_rank_that_cannot_open_what_is_lent(client, files, make_inputs, run,
 
 
 @pytest.mark.slow
-def test_one_rank_without_memory(client, transformer, files, make_inputs, run):
+def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
     """The host's memory stands for a GPU's: an allocation fails on one rank in mid-job."""
+    child = start_script(
+        """
+        import sys, torch
+        from xditd.client import Client, XditdError
+        client = Client(sys.argv[1])
+        loan = client.lend(sys.argv[2])
+        embeds = torch.randn(1, 512, 4096), torch.randn(1, 768)
+        for _ in range(2):
+            try:
+                client.generate(loan, *embeds, height=1024, width=1024, steps=1, seed=1).result()
+                print("done", flush=True)
+            except XditdError as error:
+                print(error.code, flush=True)
+            sys.stdin.readline()
+        """,
+        daemon.runtime_dir,
+        files.tuned,
+    )
+    assert child.stdout.readline() == "done\n"  # its I/O block is mapped by now
     pid = client.status().workers[1].pid
     with open(f"/proc/{pid}/statm", encoding="utf-8") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    before = resource.prlimit(pid, resource.RLIMIT_AS)
-    resource.prlimit(pid, resource.RLIMIT_AS, (used + 64 * 2**20, before[1]))
-    try:
-        with pytest.raises(OutOfMemory):
-            run(client, transformer, make_inputs(tokens=512, pixels=1024), steps=1)
-    finally:
-        for worker in client.status().workers:
-            if worker.pid == pid:
-                resource.prlimit(pid, resource.RLIMIT_AS, before)
+    before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    child.stdin.write("again\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "out_of_memory\n"
+    if pid in {worker.pid for worker in client.status().workers}:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+    child.kill()
+    good_job()
 
 
 def test_a_client_without_memory(daemon, good_job, start_script):
