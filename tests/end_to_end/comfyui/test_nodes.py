@@ -139,6 +139,7 @@ def test_unloading_takes_the_loan_back(comfy, daemon, remote, conditioning, ksam
     assert torch.equal(ksample(remote, conditioning(1), conditioning(2), dict(latent)), first)
 
 
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def test_vae_decodes(vae, stock_vae, relative_error):
     z = torch.randn(2, 16, 14, 16, generator=torch.Generator().manual_seed(1))
     expected = stock_vae.decode(z)
@@ -150,6 +151,7 @@ def test_vae_decodes(vae, stock_vae, relative_error):
     assert relative_error(vae.decode_tiled(z, **tiles), stock_vae.decode_tiled(z, **tiles)) <= 3e-2
 
 
+@torch.inference_mode()
 def test_vae_encodes(comfy, connected, whole_file, relative_error):
     from xditd.client.comfyui.nodes.vae_loader import load_vae
 
