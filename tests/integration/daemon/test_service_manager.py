@@ -110,7 +110,7 @@ def test_no_process_of_the_group_inherits_the_manager(manager: Manager, start_da
 def test_reload_applies_what_can_change_and_names_the_rest(manager: Manager, start_daemon: Any, folder: Path) -> None:
     daemon = start_daemon()
     client = daemon.ready_client()
-    assert client.status().queue_limit == 64
+    assert client.status().queue_limit == 512
     path = folder / "xditd.toml"
     before = path.read_text()
     path.write_text("[daemon]\nqueue_limit = 7\nlog_level = 'debug'\n" + before + "\nhang_deadline_s = 7\n")
