@@ -28,7 +28,7 @@ def test_one_rank_that_cannot_open_what_is_lent(client, files, make_inputs, run,
 
 @pytest.mark.slow
 def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
-    """The host's memory stands for a GPU's: an allocation fails on one rank in mid-job."""
+    """The host's memory stands for a GPU's: one rank may not take what the job needs, and the other one could."""
     child = start_script(
         """
         import sys, torch
@@ -36,9 +36,9 @@ def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
         client = Client(sys.argv[1])
         loan = client.lend(sys.argv[2])
         embeds = torch.randn(1, 512, 4096), torch.randn(1, 768)
-        for _ in range(2):
+        for side in (256, 1024):
             try:
-                client.generate(loan, *embeds, height=1024, width=1024, steps=1, seed=1).result()
+                client.generate(loan, *embeds, height=side, width=side, steps=1, seed=1).result()
                 print("done", flush=True)
             except XditdError as error:
                 print(error.code, flush=True)
@@ -47,7 +47,7 @@ def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
         daemon.runtime_dir,
         files.tuned,
     )
-    assert child.stdout.readline() == "done\n"  # its I/O block is mapped by now
+    assert child.stdout.readline() == "done\n"
     pid = client.status().workers[1].pid
     with open(f"/proc/{pid}/statm", encoding="utf-8") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
