@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from xditd.client import ForeignGpu, OutOfMemory, UnknownComponent
+from xditd.client import ForeignGpu, LeaseLost, OutOfMemory
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -209,7 +209,7 @@ def test_a_dead_exporters_component_is_gone(daemon, client, state, make_inputs, 
         child.kill()
         child.wait()
         wait_until(lambda: len(client.status().components) == 1, "the loan of the dead process to end")
-        with pytest.raises(UnknownComponent, match=component_id):
+        with pytest.raises(LeaseLost, match="is gone"):
             run(client, component_id, inputs)
         assert torch.equal(run(client, loan, inputs), expected)
     arena.close()
