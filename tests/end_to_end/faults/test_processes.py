@@ -83,7 +83,7 @@ def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_in
         os.kill(client.status().workers[rank].pid, signal.SIGSTOP)
         with pytest.raises(WorkersLost, match="no report"):
             job.result()
-        assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 5
+        assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 30
         assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
 
 
@@ -104,7 +104,7 @@ def test_a_daemon_that_ends_in_mid_job(
         first.process.send_signal(number)
         with pytest.raises(error):
             job.result()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # a told daemon lets a job run on for 20 s
         assert first.process.wait(timeout=30) == (-number if number == signal.SIGKILL else 0)
         wait_until(lambda: not any(processes.is_running(pid) for pid in workers), "the workers to go with the daemon")
     assert (first.runtime_dir / "daemon.sock").exists() is (number == signal.SIGKILL)
