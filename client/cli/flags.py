@@ -103,3 +103,17 @@ def size(text: str) -> tuple[int, int]:
                 f"{text!r}: sides are multiples of 16 pixels, up to {limits.MAX_SIDE_PIXELS}"
             )
     return found
+
+
+def add_component(parser: argparse.ArgumentParser, *, deadline_variable: str) -> None:
+    """Take one component by its id, and how long to wait for what is done to it."""
+    parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
+    add_flag(
+        parser,
+        "--deadline-s",
+        variable=deadline_variable,
+        type=whole(1, 86_400),
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for it",
+    )

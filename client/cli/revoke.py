@@ -21,16 +21,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_runtime_dir(parser)
     flags.add_json(parser)
-    parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
-    flags.add_flag(
-        parser,
-        "--deadline-s",
-        variable="XDITD_REVOKE_DEADLINE_S",
-        type=flags.whole(1, 86_400),
-        default=300,
-        metavar="SECONDS",
-        help="how long to wait for it",
-    )
+    flags.add_component(parser, deadline_variable="XDITD_REVOKE_DEADLINE_S")
 
 
 def run(parsed: argparse.Namespace) -> int:
