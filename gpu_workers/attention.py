@@ -6,7 +6,8 @@ first step of the first job. So the one that is chosen runs once, on a few token
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -71,6 +72,18 @@ def use(backend: str) -> None:
     from xfuser.core.distributed.runtime_state import get_runtime_state
 
     get_runtime_state().attention_backend = AttentionBackendType[backend]
+
+
+def function(backend: str) -> Callable[..., torch.Tensor]:
+    """Return xDiT's function for this backend: (batch, heads, tokens, head size) three times in, once out."""
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    attend = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, attend(query, key, value, dropout_p=0.0, is_causal=False)[0])
+
+    return run
 
 
 def _probe(backend: AttentionBackendType, device: torch.device) -> str | None:
