@@ -1,4 +1,4 @@
-"""Correct before fast: the first result of a fast path is compared with the plain one, and a wrong one is never used."""
+"""Correct before fast: the first result of a fast path is compared with the plain one; a wrong one is never used."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ class Canary:
         self._passed: set[Hashable] = set()
         self.is_refused = False
 
-    def run(
-        self, case: Hashable, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """Return what ``fast`` gives, once it has agreed with ``plain`` on a ``case`` of this kind; else what that gives.
+    def run(self, case: Hashable, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what ``fast`` gives, if it agreed with ``plain`` when this ``case`` first ran; else ``plain``'s.
 
         Every rank runs the same case; rank 0's verdict holds for all.
         """

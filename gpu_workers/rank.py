@@ -65,7 +65,13 @@ def main(options: Options, rank: int, world_size: int, device: str, complain: Co
     torch.set_num_threads(max(1, cores // world_size) if where.type == "cpu" else 1)
     try:
         layout = xfuser_start.start(
-            rank, world_size, str(options.store), where, options.ulysses or None, options.attention_backend
+            rank,
+            world_size,
+            str(options.store),
+            where,
+            options.ulysses or None,
+            options.attention_backend,
+            options.kernels,
         )
     except RequestError as error:
         complain.send_bytes(error.detail.encode()[:65_536])
@@ -227,7 +233,7 @@ class Rank:
                 device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
                 device_uuid=self._uuid,
                 parallel=layout.degrees,
-                attention_backend=layout.attention_backend,
+                attention_backend=layout.fused_attention or layout.attention_backend,
                 families=tuple(family.name for family in FAMILIES),
             )
         )

@@ -167,12 +167,11 @@ class Flux1:
     def fuse(
         self, config: Flux1Config, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
     ) -> FusedFlux1 | None:
-        if not layout.is_fused or (layout.device.type == "cuda" and dtype == torch.float32):
+        if layout.fused_attention is None or (layout.device.type == "cuda" and dtype == torch.float32):
             return None
-        from xditd.gpu_workers.attention import for_dtype
         from xditd.gpu_workers.fused.flux1 import FusedFlux1
 
-        fused = FusedFlux1(config, module, layout, for_dtype(layout.attention_backend, dtype, layout.device))
+        fused = FusedFlux1(config, module, layout, layout.fused_attention)
         cast(Any, module).fused = fused
         return fused
 

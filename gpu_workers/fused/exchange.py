@@ -1,9 +1,9 @@
 """Ulysses without all-to-alls: kernels store heads and tokens straight into the memory of the rank that needs them.
 
-Each rank owns one arena, which its fellows on this host open by CUDA IPC; handles cross over gloo as plain bytes. NVLink
-multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the second meeting
-of a layer knows that all attention of that layer has read its input, and whoever has passed the first one that all
-projections of the layer before have read theirs.
+Each rank owns one arena, which its fellows on this host open by CUDA IPC; handles cross over gloo as plain bytes.
+NVLink multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the second
+meeting of a layer knows that all attention of that layer has read its input, and whoever has passed the first one that
+all projections of the layer before have read theirs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Exchange:
 
 
 class Buffers:
-    """Where one rank receives: ``heads`` (3, all rows, heads of a rank * 128), ``tokens`` (rows of a rank, width)."""
+    """Where one rank receives: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width)."""
 
     def __init__(
         self, heads: torch.Tensor, tokens: torch.Tensor, heads_bases: torch.Tensor, tokens_bases: torch.Tensor
@@ -106,10 +106,10 @@ class Buffers:
         self.tokens_bases = tokens_bases
 
 
-def is_possible(layout: ParallelLayout) -> bool:
-    """Say whether every GPU of the group can reach every other one's memory directly."""
-    own = layout.device.index
-    return all(torch.cuda.can_device_access_peer(own, peer) for peer in range(layout.world_size) if peer != own)
+def is_possible(world_size: int) -> bool:
+    """Say whether every GPU of the group, one for each rank in order, can reach every other one's memory directly."""
+    pairs = ((one, other) for one in range(world_size) for other in range(world_size) if one != other)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
 
 
 def _aligned(size: int) -> int:

@@ -1,8 +1,8 @@
 """FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
 
 Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
-which stays the judge: ``canary.Canary`` compares the two. Where several ranks share the tokens, queries, keys and values
-go straight to the rank that attends with their head (``exchange``).
+which stays the judge: ``canary.Canary`` compares the two. Where several ranks share the tokens, queries, keys and
+values go straight to the rank that attends with their head (``exchange``).
 
 A step of 1024x1024 pixels is about 500 launches instead of 5,000, so that the host stays ahead of the GPU without CUDA
 graphs, nothing is compiled for a size, and another checkpoint of the same architecture costs nothing.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+import torch.nn.functional as F
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.fused import kernels
@@ -47,7 +47,10 @@ class Stream(NamedTuple):
 
 
 class Single(NamedTuple):
-    """The weights of a single block; ``down`` are the columns of ``linear2`` for the MLP, ``out`` those for attention."""
+    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``out`` and ``down`` columns of
+    ``linear2``. Two products with GELU in the epilogue of one beat a whole one with GELU apart: what is between is not
+    written and read once more, and under full load power is what limits.
+    """
 
     qkv: Linear
     query_norm: torch.Tensor
@@ -136,7 +139,7 @@ class FusedFlux1:
         return embed(scaled, guidance.to(dtype) * 1000, pooled)
 
     def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: Share) -> Angles:
-        """Cosines and sines, (rows, 64), of this rank's tokens; kept for the next step, which gives the same tensors."""
+        """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
         kept = self._rotated
         if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:
             ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
@@ -151,18 +154,19 @@ class FusedFlux1:
         assert self._blocks is not None
         double, single, double_modulation, single_modulation = self._blocks
         module, width, at = self._module, self._config.hidden, text.shape[0]
-        x = torch.empty(at + image.shape[0], width, dtype=text.dtype, device=text.device)
-        for rows, embedder, stream in ((x[:at], module.context_embedder, text), (x[at:], module.x_embedder, image)):
-            torch.addmm(embedder.bias, stream, embedder.weight.t(), out=rows)
+        rows = at + image.shape[0]
+        x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
+        torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
+        torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
         doubles = kernels.multiply_vector(*double_modulation, vector, 6 * width).view(len(double), 2, 6 * width)
         singles = kernels.multiply_vector(*single_modulation, vector, 3 * width)
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
         normed = kernels.add_and_modulate(x, text_rows=at, shift=starts[0])
-        qkv = torch.empty(x.shape[0], 3 * width, dtype=x.dtype, device=x.device)
+        qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
+        halves = (slice(None, at), slice(at, None))
         for number, streams in enumerate(double):
             modulation = doubles[number]
-            halves = (slice(None, at), slice(at, None))
             for stream, half in zip(streams, halves, strict=True):
                 torch.addmm(stream.qkv.bias, normed[half], stream.qkv.weight, out=qkv[half])
             norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
@@ -179,10 +183,9 @@ class FusedFlux1:
             )
         for number, block in enumerate(single):
             torch.addmm(block.qkv.bias, normed, block.qkv.weight, out=qkv)
-            up = _up(normed, block.up)
             attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
             torch.addmm(block.out.bias, attended, block.out.weight, out=y)
-            y.addmm_(up, block.down)
+            y.addmm_(_up(normed, block.up), block.down)
             following = len(double) + number + 1
             normed = kernels.add_and_modulate(
                 x,
@@ -197,17 +200,15 @@ class FusedFlux1:
         self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
     ) -> torch.Tensor:
         """Attend from this rank's tokens to everybody's ``valid`` ones; (rows, hidden)."""
-        heads, rows = self._config.heads, qkv.shape[0]
+        heads, rows, width = self._config.heads, qkv.shape[0], self._config.hidden
         given: dict[str, Any] = {"heads": heads, "norms": norms, "angles": angles, "text_rows": text_rows}
         if self._exchange is None:
             kernels.norm_and_rotate(qkv, **given)
             query, key, value = qkv.view(rows, 3, heads, kernels.HEAD_SIZE).unbind(1)
-            return self._dot(query, key, value).reshape(rows, -1)
+            return self._dot(query, key, value).reshape(rows, width)
         ranks, rank = self._layout.world_size, self._layout.rank
-        buffers = self._exchange.reserve(rows, self._config.hidden, qkv.dtype)
-        kernels.norm_and_rotate(
-            qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows
-        )
+        buffers = self._exchange.reserve(rows, width, qkv.dtype)
+        kernels.norm_and_rotate(qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows)
         self._exchange.meet()
         query, key, value = buffers.heads.view(3, ranks * rows, heads // ranks, kernels.HEAD_SIZE)
         attended = self._dot(query, key[:valid], value[:valid]).reshape(ranks * rows, -1)
@@ -259,9 +260,7 @@ class FusedFlux1:
             single_modulation=self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
         )
 
-    def _addresses(
-        self, checkpoint: Mapping[str, torch.Tensor], names: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         weights, biases = (
             torch.tensor([checkpoint[f"{name}.{part}"].data_ptr() for name in names], dtype=torch.int64)
             for part in ("weight", "bias")

@@ -39,7 +39,7 @@ def whole_model(store: str) -> dict[str, Any]:
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
 
-    layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), is_fused=True)
+    layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), fused_attention="SDPA")
     from xditd.gpu_workers import pipelines
 
     found: dict[str, Any] = {"parity": {}, "canary": {}, "unmoved": []}
