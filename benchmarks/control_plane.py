@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from typing import Any
 
 import zmq
 from machine import describe_machine
+from zmtp_client import ZmtpClient, framed
 
 from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
@@ -202,30 +204,25 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 def load(
     address: str, pid: int, payload: bytes, clients: int, window: int, seconds: float, greeting: bytes | None
 ) -> dict[str, float]:
-    """Keep ``clients`` sockets busy, each with a window of requests, and count what comes back."""
-    context = zmq.Context()
-    sockets = []
+    """Keep ``clients`` connections busy, each with a window of requests, and time what comes back."""
+    connections = []
     for _ in range(clients):
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.RECONNECT_IVL, 1)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(address)
-        sockets.append(socket)
-        if greeting is not None:
-            socket.send(greeting)
-            socket.recv()
-    used_s = cpu_s(pid)
-    latencies_ms = exchange(sockets, payload, window, seconds, check_status if greeting is not None else None)
-    used_s = cpu_s(pid) - used_s
-    for socket in sockets:
-        socket.close()
-    context.term()
+        connection = ZmtpClient(address.removeprefix("ipc://"))
+        connections.append(connection)
+        if greeting is not None and not isinstance(reply_decoder.decode(connection.ask(greeting)), Welcome):
+            raise SystemExit("the daemon did not welcome the benchmark")
+    used_s, own_s = cpu_s(pid), time.process_time()
+    latencies_ms = exchange(connections, payload, window, seconds, check_status if greeting is not None else None)
+    used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
+    for connection in connections:
+        connection.close()
     ordered = sorted(latencies_ms)
     return {
         "per_s": len(ordered) / seconds,
         "median_ms": statistics.median(ordered),
         "p99_ms": ordered[int(len(ordered) * 0.99)],
         "server_cpu_us": used_s / len(ordered) * 1e6,
+        "client_cpu_us": own_s / len(ordered) * 1e6,
     }
 
 
@@ -236,30 +233,30 @@ def cpu_s(pid: int) -> float:
 
 
 def exchange(
-    sockets: list[zmq.Socket[bytes]],
+    connections: list[ZmtpClient],
     payload: bytes,
     window: int,
     seconds: float,
     check: Callable[[bytes], None] | None,
 ) -> list[float]:
-    poller = zmq.Poller()
-    sent: dict[zmq.Socket[bytes], list[float]] = {}
-    for socket in sockets:
-        poller.register(socket, zmq.POLLIN)
-        sent[socket] = []
-        for _ in range(window):
-            socket.send(payload)
-            sent[socket].append(time.perf_counter())
+    """Send again whatever is answered, at once: as many requests are under way at any time as there can be."""
+    frame = framed(payload)
+    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
     latencies_ms: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for socket, _ in poller.poll(1_000):
-            answer = socket.recv()
-            latencies_ms.append((time.perf_counter() - sent[socket].pop(0)) * 1000)
-            if check is not None and len(latencies_ms) % 1_000 == 1:
-                check(answer)
-            socket.send(payload)
-            sent[socket].append(time.perf_counter())
+    with select.epoll() as epoll:
+        for descriptor, connection in by_descriptor.items():
+            epoll.register(descriptor, select.EPOLLIN)
+            for _ in range(window):
+                connection.send(frame)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for descriptor, _ in epoll.poll(1.0):
+                connection = by_descriptor[descriptor]
+                for answer in connection.receive():
+                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
+                    if check is not None and len(latencies_ms) % 1_000 == 1:
+                        check(answer)
+                    connection.send(frame)
     return latencies_ms
 
 
