@@ -89,8 +89,8 @@ def test_stopped_client_is_told_when_it_goes_on(start_daemon: Any) -> None:
 
 def test_stopped_daemon_blames_nobody(start_daemon: Any) -> None:
     daemon = start_daemon("--client-deadline-s", "1")
-    watcher = daemon.client()
     beating = start_beating(daemon, "alive")
+    watcher = daemon.client()  # it does not beat: nothing that may take a second comes between this and the stop
     daemon.process.send_signal(signal.SIGSTOP)
     with contextlib.suppress(subprocess.TimeoutExpired):  # it waits, and beats into a socket that nobody reads
         beating.wait(2.5)
