@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Final
 
 from xditd.daemon.routers import Delivery, Router
@@ -17,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 MOST_UNSENT: Final = 64
 MOST_UNSENT_BYTES: Final = 256 * 1024
-"""Replies that wait for the end of a round, at most: a round may serve 256 requests."""
+MOST_UNSENT_S: Final = 0.002
+"""Replies that wait for the end of a round, at most. A round may serve 256 requests, and the worst that somebody can
+send takes several milliseconds to be refused: nobody else's answer should wait for many of them."""
 
 
 class Front:
@@ -36,6 +39,7 @@ class Front:
         self._router = router
         self._unsent: list[tuple[bytes, bytes, bool]] = []
         self._unsent_bytes = 0
+        self._unsent_since_s = 0.0
 
     def reply(self, session: Session, reply: Reply) -> None:
         """Send to a session. One that said goodbye still gets the ends of its requests, if it is there to read them."""
@@ -70,9 +74,16 @@ class Front:
         self._router.close(linger_ms)
 
     def _put(self, routing_id: bytes, payload: bytes, *, has_session: bool) -> None:
+        now = time.monotonic()
+        if not self._unsent:
+            self._unsent_since_s = now
         self._unsent.append((routing_id, payload, has_session))
         self._unsent_bytes += len(payload)
-        if len(self._unsent) >= MOST_UNSENT or self._unsent_bytes >= MOST_UNSENT_BYTES:
+        if (
+            len(self._unsent) >= MOST_UNSENT
+            or self._unsent_bytes >= MOST_UNSENT_BYTES
+            or now - self._unsent_since_s >= MOST_UNSENT_S
+        ):
             self.flush()
 
 
