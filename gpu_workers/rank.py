@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 CONFIGURATION_ERROR = 2
 MEASURE_EVERY_S = 1.0
 
+SWEEP_EVERY_S = 0.5
+"""How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
+
 
 def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
     """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
@@ -115,7 +118,10 @@ class Rank:
         self._measure_memory()
         self._announce()
         while True:
-            command = self._channel.receive()
+            command = self._channel.receive(SWEEP_EVERY_S if len(self._io) else None)
+            self._io.sweep()
+            if command is None:
+                continue
             if isinstance(command, Shutdown):
                 break
             if isinstance(command, CancelRun):
