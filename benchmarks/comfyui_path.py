@@ -28,7 +28,7 @@ from comfyui_table import print_table
 from machine import describe_machine, gpu_memory_by_process, gpu_memory_used
 
 from xditd.client import Client
-from xditd.ipc.errors import DaemonUnreachable
+from xditd.ipc.errors import DaemonUnreachable, XditdError
 from xditd.ipc.status import GroupState
 
 HERE = Path(__file__).resolve().parent
@@ -118,7 +118,7 @@ class Run:
         say(what)
         try:
             run()
-        except (Failure, OSError, KeyError) as error:
+        except (Failure, XditdError, OSError, KeyError) as error:
             say(f"{what} failed: {error}")
             self.report["faults"].append(f"{what}: {type(error).__name__}: {error}")
         self.write()
@@ -142,14 +142,13 @@ class Run:
             found["generate_step_ms"] = self._generate_step_ms(server, client)
         if name in ("loader", "accelerate"):
             found["lora"] = self._lora(server, client, name, label)
-        server.unload()
-        found["memory"]["unloaded"] = self._memory_after_unload(client)
+        found["memory"]["unloaded"] = self._memory_after_unload(server, client)
 
     def _generate_step_ms(self, server: ComfyServer, client: Client) -> float:
         """What the workers say that a step of ``generate`` takes: of the whole loop with many steps and with few."""
         took = []
         for seed, steps in ((5, self.steps[0]), (6, self.steps[1])):
-            server.run(self._prompt("fused", seed, steps, "generate", image=False))
+            server.run(self._prompt("fused", seed, steps, "generate"))
             took.append(client.status().last_job_ms["steps"])
         return (took[0] - took[1]) / (self.steps[0] - self.steps[1])
 
@@ -165,11 +164,14 @@ class Run:
         found["change_s"] = [found[what]["latents_s"] - same for what in ("changed", "again")]
         return found
 
-    def _memory_after_unload(self, client: Client) -> dict[str, Any]:
+    def _memory_after_unload(self, server: ComfyServer, client: Client) -> dict[str, Any]:
         ends = time.monotonic() + 20.0
-        while client.status().components and time.monotonic() < ends:
-            time.sleep(0.05)
-        return {**self._memory(), "components": len(client.status().components)}
+        while True:
+            server.unload()  # again and again: ComfyUI overlooks it where a prompt is just ending
+            time.sleep(0.5)
+            components = len(client.status().components)
+            if not components or time.monotonic() > ends:
+                return {**self._memory(), "components": components}
 
     def _memory(self) -> dict[str, Any]:
         return {
@@ -177,9 +179,7 @@ class Run:
             "by_process_gib": {str(pid): used / GIB for pid, used in gpu_memory_by_process().items()},
         }
 
-    def _prompt(
-        self, name: str, seed: int, steps: int, keep: str, *, lora: float | None = None, image: bool = True
-    ) -> dict[str, Any]:
+    def _prompt(self, name: str, seed: int, steps: int, keep: str, *, lora: float | None = None) -> dict[str, Any]:
         nodes: dict[str, Any] = {}
 
         def add(number: str, kind: str, **inputs: Any) -> list[Any]:
@@ -202,17 +202,14 @@ class Run:
             "latent_image": add("9", "EmptyLatentImage", width=self.pixels, height=self.pixels, batch_size=1),
             "denoise": 1.0,
         }  # fmt: skip
-        if name == "fused" and image:
-            add("10", "XDiTKSampler", vae=vae, **sampling)
-            add("11", "BenchLatents", latent=["10", 0], name=keep)
-            picture = ["10", 1]
+        if name == "fused":
+            sampled = add("10", "XDiTKSampler", vae=vae, **sampling)
+            add("12", "BenchSink", latent=add("11", "BenchLatents", latent=sampled, name=keep))
+            picture = [sampled[0], 1]
         else:
-            add("10", "XDiTKSampler" if name == "fused" else "KSampler", **sampling)
-            latents = add("11", "BenchLatents", latent=["10", 0], name=keep)
+            latents = add("11", "BenchLatents", latent=add("10", "KSampler", **sampling), name=keep)
             picture = add("12", "VAEDecode", samples=latents, vae=vae)
         add("13", "BenchImage", image=picture)
-        if name == "fused" and image:
-            nodes["14"] = {"class_type": "BenchSink", "inputs": {"latent": ["11", 0]}}
         return nodes
 
     def compare(self) -> None:
@@ -297,7 +294,7 @@ def main() -> None:
             paths = [name for name in given.paths if at == 0 or name != "stock"]
             try:
                 run.group(workers, paths, files)
-            except (Failure, OSError, subprocess.SubprocessError) as error:
+            except (Failure, XditdError, OSError, subprocess.SubprocessError) as error:
                 run.report["faults"].append(f"{workers} worker(s): {error}")
                 say(run.report["faults"][-1])
             files = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -97,7 +98,7 @@ class ComfyServer:
             "latents_s": noted["marks"]["latents"] - queued,
             "image_s": noted["marks"]["image"] - queued,
             "first_step_s": stamps[0] - queued if stamps else None,
-            "gaps_ms": [(after - before) * 1e3 for before, after in zip(stamps, stamps[1:], strict=False)],
+            "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
             "said": [line for line in said.splitlines() if "ms=" in line or "step by step" in line or "tier" in line],
         }
 

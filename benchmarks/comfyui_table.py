@@ -55,7 +55,7 @@ def rows_of(found: Mapping[str, Any], group: Mapping[str, Any]) -> list[tuple[st
                 f"{generate:.1f} ms: {found['step_ms'] / generate:.3f}x, {found['gap_ms'] / generate:.3f}x",
             )
         )
-    if "worker_ms" in found and found["worker_ms"]:
+    if found.get("worker_ms"):
         rows.append(("last job in the workers, ms", ", ".join(f"{k} {v:.1f}" for k, v in found["worker_ms"].items())))
     lora = found.get("lora")
     if lora:
