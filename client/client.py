@@ -144,6 +144,7 @@ class Client:
         guidance_scale: float = 3.5,
         seed: int | None = None,
         noise: torch.Tensor | None = None,
+        previews: bool = False,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
@@ -151,7 +152,8 @@ class Client:
         ``prompt_embeds`` (batch, text tokens, context) and ``pooled_prompt_embeds`` (batch, pooled) may lie on
         any device. ``noise`` (batch, 16, height/8, width/8) is used as it is; else ``seed`` makes it, and
         without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule:
-        ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. Components may be
+        ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. ``previews`` lets
+        ``job.denoised()`` say after each step what the latents are about to become. Components may be
         named by id, as ``xditd status`` shows them.
 
         Raises:
@@ -174,6 +176,7 @@ class Client:
             guidance_scale=guidance_scale,
             seed=seed,
             noise=noise,
+            previews=previews,
         )
         block = draft.fill(self._pool)
 
@@ -185,7 +188,12 @@ class Client:
                 seed=seed,
             )
 
-        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, steps)
+        def read_denoised() -> torch.Tensor:
+            if draft.denoised is None:
+                raise BadRequest("denoised: the job was started without previews=True")
+            return block.read(draft.denoised, draft.device)
+
+        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, read_denoised, steps)
 
     def condition(
         self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None

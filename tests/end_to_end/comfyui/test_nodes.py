@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -198,7 +199,7 @@ def test_what_is_not_fused_runs_step_by_step_and_says_so(
     assert relative_error(samples, expected) <= TOLERANCE
 
 
-def test_previews_come_with_every_step(comfy, xsample, remote, monkeypatch):
+def test_previews_come_with_every_fused_step(comfy, xsample, remote, local, conditioning, ksample, latent, monkeypatch):
     previews: list[Any] = []
 
     def update(bar: Any, value: int, total: int, preview: Any = None) -> None:
@@ -208,9 +209,14 @@ def test_previews_come_with_every_step(comfy, xsample, remote, monkeypatch):
     monkeypatch.setattr(arguments, "preview_method", comfy.comfy.cli_args.LatentPreviewMethod.Latent2RGB)
     monkeypatch.setattr(comfy.comfy.utils.ProgressBar, "update_absolute", update)
     _, _, note = xsample(remote)
-    assert "previews" in note
-    assert len(previews) == 4
-    assert all(preview is not None for preview in previews)
+    assert note.startswith("fused: 4 steps")
+    fused, previews[:] = [np.asarray(preview[1]).astype(int) for preview in previews], []
+    ksample(local, conditioning(1), conditioning(2), dict(latent))
+    stock = [np.asarray(preview[1]).astype(int) for preview in previews]
+    assert len(fused) == len(stock) == 4
+    # A preview that is read while the workers write the next one may show some of it; the last one has no next.
+    assert np.abs(fused[-1] - stock[-1]).max() <= 1
+    assert np.abs(fused[0] - fused[-1]).max() > 10
 
 
 def test_progress_and_interrupt(comfy, daemon, xsample, remote, monkeypatch, wait_until):
