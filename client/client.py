@@ -253,9 +253,16 @@ class Client:
         hidden_states, pooled_states = self._runner.run(draft, TextEncoded, deadline_s)
         return TextEncoding(hidden_states, pooled_states)
 
-    def decode(self, vae: Loan | str, latents: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
-        """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype."""
-        return self._runner.run(draft_decode(component_id_of(vae, ComponentKind.VAE), latents), Decoded, deadline_s)[0]
+    def decode(
+        self, vae: Loan | str, latents: torch.Tensor, *, clamp: bool = True, deadline_s: float | None = None
+    ) -> torch.Tensor:
+        """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype.
+
+        Without ``clamp`` values outside stay as they are: tiles are joined before they are cut off.
+        """
+        draft = draft_decode(component_id_of(vae, ComponentKind.VAE), latents)
+        image = self._runner.run(draft, Decoded, deadline_s)[0]
+        return image.clamp_(-1.0, 1.0) if clamp else image
 
     def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Encode images (batch, 3, 8h, 8w) in [-1, 1] to latents (batch, 16, h, w), on their device and dtype."""

@@ -12,7 +12,7 @@ from xditd.gpu_workers import pipelines, text_encoding
 from xditd.gpu_workers.components import Component, Components
 from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
-from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.fellows import together, with_every_core
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
@@ -97,7 +97,8 @@ class JobRunner:
         clock.lap("steps")
         with together():
             if self._is_leader and vae is not None and job.out_image is not None:
-                image = pipelines.decode(vae.plan.skeleton, latents)
+                with with_every_core(self._device):
+                    image = pipelines.decode(vae.plan.skeleton, latents)
                 self._components.check_unchanged(vae)
                 io.write("out_image", job.out_image, image)
                 clock.lap("decode")
@@ -190,7 +191,8 @@ class JobRunner:
             latents = io.read("latents", job.latents)
             if self._is_leader:
                 clock.lap("inputs")
-                image = pipelines.decode(vae.plan.skeleton, latents)
+                with with_every_core(self._device):
+                    image = pipelines.decode(vae.plan.skeleton, latents, clamp=False)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, image)
                 clock.lap("decode")
@@ -205,7 +207,8 @@ class JobRunner:
             image = io.read("image", job.image)
             if self._is_leader:
                 clock.lap("inputs")
-                latents = pipelines.encode(vae.plan.skeleton, image)
+                with with_every_core(self._device):
+                    latents = pipelines.encode(vae.plan.skeleton, image)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, latents)
                 clock.lap("encode")
@@ -224,7 +227,8 @@ class JobRunner:
                 io.check("out_pooled", job.out_pooled, (token_ids.shape[0], width))
             if self._is_leader:
                 clock.lap("inputs")
-                hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
+                with with_every_core(self._device):
+                    hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
                 clock.lap("encode_text")
                 io.write("out", job.out, hidden)
                 if job.out_pooled is not None and pooled is not None:

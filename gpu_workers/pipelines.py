@@ -190,8 +190,10 @@ def denoise(
 
 
 @torch.inference_mode()
-def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width), clamped to [-1, 1].
+def decode(skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True) -> torch.Tensor:
+    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width).
+
+    It lies in [-1, 1], without ``clamp`` only about there, for callers who join tiles first.
 
     Raises:
         BadRequest: not latents of this VAE, or values that are not finite.
@@ -204,7 +206,8 @@ def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
             f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
         )
     (latents,) = prepare(skeleton, latents=latents)
-    return cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0]).clamp(-1.0, 1.0)
+    image = cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0])
+    return image.clamp(-1.0, 1.0) if clamp else image
 
 
 @torch.inference_mode()

@@ -134,7 +134,7 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):
-    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w) in [-1, 1]. Answered by ``Decoded``."""
+    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w), uncut at [-1, 1]. Answered by ``Decoded``."""
 
     vae_id: ComponentId
     io: HostShmBlock
