@@ -35,6 +35,11 @@ def gpu_memory_by_process() -> dict[int, int]:
     return {int(pid): int(used.split()[0]) * 2**20 for pid, used in rows}
 
 
+def gpu_memory_used() -> list[int]:
+    """Bytes in use on each GPU, by every process."""
+    return [int(used.split()[0]) * 2**20 for used in _query("memory.used", "--query-gpu")]
+
+
 def _query(fields: str, what: str) -> list[str]:
     try:
         found = subprocess.run(

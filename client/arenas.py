@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -12,6 +12,7 @@ from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
 from xditd.ipc.transports.layout import dtype_name, place
+from xditd.ipc.transports.uploads import can_upload, upload
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +80,8 @@ class Arena:
         started = time.perf_counter()
         moved = {"cpu": 0, "cuda": 0}
         try:
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    arena.tensors[name].copy_(tensor)
-                    moved["cuda" if tensor.is_cuda else "cpu"] += tensor.numel() * tensor.element_size()
+            for name in arena.fill(tensors):
+                moved[tensors[name].device.type] += tensors[name].nbytes
             if isinstance(arena._memory, DeviceArena):
                 torch.cuda.synchronize(arena._memory.index)  # the copies must have landed before a handle is given away
         except BaseException:
@@ -94,6 +93,22 @@ class Arena:
             arena.copied = CopiedBytes(host_to_host=moved["cpu"] + moved["cuda"])
         arena.fill_ms = (time.perf_counter() - started) * 1e3
         return arena
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """Copy tensors into those of the same names, and yield each name once its values are there.
+
+        On a GPU that is so for work issued on the current stream; other tensors are copied meanwhile.
+        """
+        import torch
+
+        uploads = [name for name, tensor in tensors.items() if can_upload(tensor, self.tensors[name])]
+        for number in upload([(tensors[name].detach(), self.tensors[name]) for name in uploads]):
+            yield uploads[number]
+        uploaded = set(uploads)
+        for name in [name for name in tensors if name not in uploaded]:
+            with torch.no_grad():
+                self.tensors[name].copy_(tensors[name])
+            yield name
 
     @property
     def size_bytes(self) -> int:

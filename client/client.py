@@ -144,6 +144,7 @@ class Client:
         guidance_scale: float = 3.5,
         seed: int | None = None,
         noise: torch.Tensor | None = None,
+        previews: bool = False,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
@@ -151,7 +152,8 @@ class Client:
         ``prompt_embeds`` (batch, text tokens, context) and ``pooled_prompt_embeds`` (batch, pooled) may lie on
         any device. ``noise`` (batch, 16, height/8, width/8) is used as it is; else ``seed`` makes it, and
         without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule:
-        ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. Components may be
+        ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. ``previews`` lets
+        ``job.denoised()`` say after each step what the latents are about to become. Components may be
         named by id, as ``xditd status`` shows them.
 
         Raises:
@@ -174,6 +176,7 @@ class Client:
             guidance_scale=guidance_scale,
             seed=seed,
             noise=noise,
+            previews=previews,
         )
         block = draft.fill(self._pool)
 
@@ -185,7 +188,12 @@ class Client:
                 seed=seed,
             )
 
-        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, steps)
+        def read_denoised() -> torch.Tensor:
+            if draft.denoised is None:
+                raise BadRequest("denoised: the job was started without previews=True")
+            return block.read(draft.denoised, draft.device)
+
+        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, read_denoised, steps)
 
     def condition(
         self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None
@@ -245,9 +253,16 @@ class Client:
         hidden_states, pooled_states = self._runner.run(draft, TextEncoded, deadline_s)
         return TextEncoding(hidden_states, pooled_states)
 
-    def decode(self, vae: Loan | str, latents: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
-        """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype."""
-        return self._runner.run(draft_decode(component_id_of(vae, ComponentKind.VAE), latents), Decoded, deadline_s)[0]
+    def decode(
+        self, vae: Loan | str, latents: torch.Tensor, *, clamp: bool = True, deadline_s: float | None = None
+    ) -> torch.Tensor:
+        """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype.
+
+        Without ``clamp`` values outside stay as they are: tiles are joined before they are cut off.
+        """
+        draft = draft_decode(component_id_of(vae, ComponentKind.VAE), latents)
+        image = self._runner.run(draft, Decoded, deadline_s)[0]
+        return image.clamp_(-1.0, 1.0) if clamp else image
 
     def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
         """Encode images (batch, 3, 8h, 8w) in [-1, 1] to latents (batch, 16, h, w), on their device and dtype."""

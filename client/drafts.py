@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Draft:
     """``write`` makes the request, once there are a request id and a block.
 
-    ``second`` is another output: the image of a generation, the pooled state of a text.
+    ``second`` is another output: the image of a generation, the pooled state of a text; ``denoised`` is where a
+    generation's steps leave what they take the clean latents for.
     """
 
     layout: IoLayout
@@ -32,6 +33,7 @@ class Draft:
     second: IoTensor | None
     device: torch.device
     write: Callable[[str, HostShmBlock], Job]
+    denoised: IoTensor | None = None
 
     def fill(self, pool: IoPool) -> IoBlock:
         """Borrow a block and copy the inputs in."""
@@ -58,6 +60,7 @@ def draft_generate(
     guidance_scale: float,
     seed: int | None,
     noise: torch.Tensor | None,
+    previews: bool,
 ) -> Draft:
     """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
@@ -83,6 +86,7 @@ def draft_generate(
     side = job_inputs.PIXELS_PER_LATENT
     latents_at = layout.add_output(like.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
     image_at = None if vae_id is None else layout.add_output(torch.float32, (batch, 3, height, width))
+    denoised_at = layout.add_output(like.dtype, latents_at.shape) if previews else None
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
         return Generate(
@@ -101,9 +105,10 @@ def draft_generate(
             guidance_scale=guidance_scale,
             out_latents=latents_at,
             out_image=image_at,
+            out_denoised=denoised_at,
         )
 
-    return Draft(layout, tuple(inputs), latents_at, image_at, like.device, write)
+    return Draft(layout, tuple(inputs), latents_at, image_at, like.device, write, denoised_at)
 
 
 def draft_denoise(

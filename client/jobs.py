@@ -9,16 +9,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.mailboxes import Ending, Patience, expect
 from xditd.client.results import GenerationResult
-from xditd.ipc.errors import BY_CODE, Cancelled, RequestError, XditdError
+from xditd.ipc.errors import BY_CODE, BadRequest, Cancelled, RequestError, XditdError
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Generated, Queued, StepDone
 from xditd.ipc.requests import Cancel, Job
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +128,16 @@ class GenerationJob:
     """
 
     def __init__(
-        self, pending: PendingJob, read_outputs: Callable[[Generated], GenerationResult], total_steps: int
+        self,
+        pending: PendingJob,
+        read_outputs: Callable[[Generated], GenerationResult],
+        read_denoised: Callable[[], torch.Tensor],
+        total_steps: int,
     ) -> None:
         self.total_steps = total_steps
         self._pending = pending
         self._read_outputs = read_outputs
+        self._read_denoised = read_denoised
         self._started_s = time.perf_counter()
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
@@ -176,6 +184,19 @@ class GenerationJob:
         if self._result is None:
             raise Cancelled(f"generation {self.request_id}: cancelled by its caller")
         return self._result
+
+    def denoised(self) -> torch.Tensor:
+        """Copy what the last step takes the clean latents for: call it between two events, for a preview.
+
+        (batch, 16, height/8, width/8), on the device and in the dtype of the latents. The workers may be writing
+        the next step's meanwhile, so that parts of both are seen.
+
+        Raises:
+            BadRequest: the job was started without ``previews``, or has ended.
+        """
+        if self._pending.is_closed:
+            raise BadRequest(f"generation {self.request_id} has ended: its result has the latents")
+        return self._read_denoised()
 
     def cancel(self) -> None:
         """Stop the job at its next step, without waiting; ``result()`` then raises ``Cancelled``. For any thread."""

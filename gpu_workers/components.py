@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
+from xditd.ipc.transports.uploads import upload
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -281,12 +283,16 @@ class Components:
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
         views = BlockViews(buffer)
         tensors: dict[str, torch.Tensor] = {}
+        pairs = []
         for spec, offset in zip(specs, offsets, strict=True):
             extent = sources[spec.block].narrow(0, spec.offset_bytes, spec.extent_bytes)
-            buffer.narrow(0, offset, spec.extent_bytes).copy_(extent, non_blocking=True)
+            pairs.append((extent, buffer.narrow(0, offset, spec.extent_bytes)))
             tensors[spec.name] = views.view(spec, offset)
         if buffer.is_cuda:
-            torch.cuda.synchronize(self._device)  # the file is checked for changes next, so reading it must be over
+            deque(upload(pairs), maxlen=0)  # the file is checked for changes next; nothing reads it any more
+        else:
+            for source, target in pairs:
+                target.copy_(source)
         return tensors, [buffer]
 
     def _exchange(self, manifest: Manifest, sources: list[torch.Tensor]) -> None:

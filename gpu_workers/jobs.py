@@ -1,4 +1,4 @@
-"""Running one job on one rank: inputs in, the pipeline, outputs out, with cancel and progress between steps."""
+"""Running one job on one rank: inputs in, the pipeline, outputs out."""
 
 from __future__ import annotations
 
@@ -9,59 +9,18 @@ from itertools import groupby
 import torch
 
 from xditd.gpu_workers import pipelines, text_encoding
-from xditd.gpu_workers.agreement import broadcast_stop
 from xditd.gpu_workers.components import Component, Components
 from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
-from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.fellows import together, with_every_core
 from xditd.gpu_workers.job_io import OpenIo
+from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
-from xditd.ipc.errors import BadRequest, Cancelled
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
 
 PIXELS_PER_LATENT = 8
-
-
-class Progress:
-    """What a job does between steps: agree whether to go on, keep the host close to the GPU, tell rank 0's listener.
-
-    ``is_cancelled`` and ``tell`` are used on rank 0 alone.
-    """
-
-    def __init__(
-        self,
-        is_leader: bool,
-        device: torch.device,
-        is_cancelled: Callable[[], bool],
-        tell: Callable[[int, int, float], None],
-    ) -> None:
-        self._is_leader = is_leader
-        self._is_cancelled = is_cancelled
-        self._tell = tell
-        self._events = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
-        self._started = time.perf_counter()
-        self.first_step_ms = 0.0
-
-    def step(self, done: int, total: int) -> None:
-        """Call after each step was issued.
-
-        Raises:
-            Cancelled: on every rank at the same step.
-        """
-        if self._events:
-            # Wait for the step before this one: the host then runs at most one step ahead, so that progress and
-            # cancel are true to the GPU, and the GPU never waits for the host.
-            self._events[done % 2].record()
-            if done > 1:
-                self._events[(done - 1) % 2].synchronize()
-        elapsed_s = time.perf_counter() - self._started
-        if done == 1:
-            self.first_step_ms = elapsed_s * 1e3
-        if self._is_leader:
-            self._tell(done, total, elapsed_s)
-        if broadcast_stop(self._is_leader and self._is_cancelled()):
-            raise Cancelled(f"cancelled after step {done} of {total}")
 
 
 class JobRunner:
@@ -112,6 +71,7 @@ class JobRunner:
             io.check("out_latents", job.out_latents, _latent_shape(batch, job.height, job.width))
             if job.out_image is not None:
                 io.check("out_image", job.out_image, (batch, 3, job.height, job.width))
+            show = self._previews_of(job, io)
             prompt_embeds = io.read("prompt_embeds", job.prompt_embeds)
             pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds)
             if job.noise is not None:
@@ -132,11 +92,13 @@ class JobRunner:
             sigmas=job.sigmas,
             guidance_scale=job.guidance_scale,
             on_step=progress.step,
+            on_denoised=show,
         )
         clock.lap("steps")
         with together():
             if self._is_leader and vae is not None and job.out_image is not None:
-                image = pipelines.decode(vae.plan.skeleton, latents)
+                with with_every_core(self._device):
+                    image = pipelines.decode(vae.plan.skeleton, latents)
                 self._components.check_unchanged(vae)
                 io.write("out_image", job.out_image, image)
                 clock.lap("decode")
@@ -145,6 +107,17 @@ class JobRunner:
                 io.write("out_latents", job.out_latents, latents)
                 clock.lap("outputs")
         return {**clock.laps_ms, "first_step": progress.first_step_ms}
+
+    def _previews_of(self, job: Generate, io: OpenIo) -> Callable[[torch.Tensor], None] | None:
+        """What writes each step's prediction of the clean latents, where the client wants to see them.
+
+        It waits for the step, so the host does not run ahead of the GPU as it does without.
+        """
+        place = job.out_denoised
+        if place is None:
+            return None
+        io.check("out_denoised", place, job.out_latents.shape)
+        return (lambda denoised: io.write("out_denoised", place, denoised)) if self._is_leader else None
 
     def _vae_for(self, job: Generate) -> Component | None:
         if (job.vae_id is None) != (job.out_image is None):
@@ -218,7 +191,8 @@ class JobRunner:
             latents = io.read("latents", job.latents)
             if self._is_leader:
                 clock.lap("inputs")
-                image = pipelines.decode(vae.plan.skeleton, latents)
+                with with_every_core(self._device):
+                    image = pipelines.decode(vae.plan.skeleton, latents, clamp=False)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, image)
                 clock.lap("decode")
@@ -233,7 +207,8 @@ class JobRunner:
             image = io.read("image", job.image)
             if self._is_leader:
                 clock.lap("inputs")
-                latents = pipelines.encode(vae.plan.skeleton, image)
+                with with_every_core(self._device):
+                    latents = pipelines.encode(vae.plan.skeleton, image)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, latents)
                 clock.lap("encode")
@@ -252,7 +227,8 @@ class JobRunner:
                 io.check("out_pooled", job.out_pooled, (token_ids.shape[0], width))
             if self._is_leader:
                 clock.lap("inputs")
-                hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
+                with with_every_core(self._device):
+                    hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
                 clock.lap("encode_text")
                 io.write("out", job.out, hidden)
                 if job.out_pooled is not None and pooled is not None:

@@ -32,6 +32,19 @@ from xditd.gpu_workers.skeletons import Skeleton
 from xditd.ipc.errors import BadRequest, Unsupported
 
 OnStep = Callable[[int, int], None]
+OnDenoised = Callable[[torch.Tensor], None]
+
+
+class _Watched(FlowMatchEulerDiscreteScheduler):
+    """diffusers' scheduler, which also says what each step takes the clean latents for."""
+
+    denoised: torch.Tensor
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *given: Any, **more: Any) -> Any:
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        self.denoised = sample.float() - self.sigmas[self.step_index] * model_output.float()
+        return super().step(model_output, timestep, sample, *given, **more)
 
 
 def seeded_noise(seed: int, *, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,6 +75,7 @@ def generate(
     sigmas: Sequence[float] | None = None,
     guidance_scale: float = 3.5,
     on_step: OnStep | None = None,
+    on_denoised: OnDenoised | None = None,
 ) -> torch.Tensor:
     """Denoise ``noise`` in ``steps`` steps and return the latents, in the skeleton's dtype.
 
@@ -69,6 +83,7 @@ def generate(
     diffusers' for this model unless ``sigmas`` are given, which are used as they are: no shift is applied and the
     final 0 is appended. ``guidance_scale`` is ignored by models without guidance (schnell). ``on_step(done, total)``
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
+    ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
@@ -83,12 +98,15 @@ def generate(
     )
 
     def report(_: FluxPipeline, index: int, __: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(scheduler, _Watched) and on_denoised is not None:
+            on_denoised(_unpack(scheduler.denoised, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
         if on_step is not None:
             on_step(index + 1, steps)
         return tensors
 
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
-    pipeline = _pipeline(skeleton, FlowMatchEulerDiscreteScheduler(**schedule))
+    scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
+    pipeline = _pipeline(skeleton, scheduler)
     attention.use(skeleton.attention_backend)
     packed = pipeline(
         prompt_embeds=prompt_embeds,
@@ -172,8 +190,10 @@ def denoise(
 
 
 @torch.inference_mode()
-def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width), clamped to [-1, 1].
+def decode(skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True) -> torch.Tensor:
+    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width).
+
+    It lies in [-1, 1], without ``clamp`` only about there, for callers who join tiles first.
 
     Raises:
         BadRequest: not latents of this VAE, or values that are not finite.
@@ -186,7 +206,8 @@ def decode(skeleton: Skeleton, latents: torch.Tensor) -> torch.Tensor:
             f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
         )
     (latents,) = prepare(skeleton, latents=latents)
-    return cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0]).clamp(-1.0, 1.0)
+    image = cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0])
+    return image.clamp(-1.0, 1.0) if clamp else image
 
 
 @torch.inference_mode()

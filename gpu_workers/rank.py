@@ -184,7 +184,7 @@ class Rank:
             raise Internal(f"no rank handles {type(command).__name__}")
 
     def _run(self, command: Run) -> dict[str, float]:
-        from xditd.gpu_workers.jobs import Progress
+        from xditd.gpu_workers.progress import Progress
 
         def tell(step: int, total_steps: int, elapsed_s: float) -> None:
             self._channel.send(

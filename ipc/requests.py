@@ -81,7 +81,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     ``pooled_prompt_embeds`` (batch, pooled), ``noise`` and ``out_latents`` (batch, 16, height/8,
     width/8), ``out_image`` (batch, 3, height, width) in [-1, 1], decoded by ``vae_id``.
     ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as
-    in diffusers. Without it, the family's own schedule runs.
+    in diffusers. Without it, the family's own schedule runs. With ``out_denoised``, shaped as ``out_latents``, the
+    clean latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
     """
 
     transformer_id: ComponentId
@@ -98,6 +99,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     guidance_scale: Guidance = 3.5
     out_latents: IoTensor
     out_image: IoTensor | None = None
+    out_denoised: IoTensor | None = None
 
 
 class Part(Described, frozen=True, kw_only=True):
@@ -132,7 +134,7 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):
-    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w) in [-1, 1]. Answered by ``Decoded``."""
+    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w), uncut at [-1, 1]. Answered by ``Decoded``."""
 
     vae_id: ComponentId
     io: HostShmBlock

@@ -8,7 +8,14 @@ from typing import Any
 import comfy.model_base
 import torch
 
-from xditd.client.comfyui.patcher import PREFIX, WRAPPER_KEY, RemotePatcher, lendable, make_patcher
+from xditd.client.comfyui.patcher import (
+    PREFIX,
+    WRAPPER_KEY,
+    RemotePatcher,
+    build_weightless,
+    lendable,
+    make_patcher,
+)
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
 
@@ -31,9 +38,9 @@ def accelerate(patcher: Any) -> RemotePatcher:
         raise Unsupported(f"XDiT: {', '.join(map(str, patcher.injections))} injects Python code into the MODEL")
     twin = _twins.get(model)
     if twin is None:
-        weights = lendable(_base_tensors(patcher), ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
-        bare = model.model_config.get_model({}, "", device=torch.device("meta"))
-        twin = _twins[model] = make_patcher(bare, weights)
+        tensors = _base_tensors(patcher)
+        weights = lendable(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
+        twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights)
     stock = patcher.clone()
     remote: RemotePatcher = twin.clone()
     for name in ("patches", "patches_uuid", "object_patches", "model_options", "callbacks", "attachments"):

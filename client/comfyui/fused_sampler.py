@@ -22,9 +22,10 @@ class FusedEuler(comfy.samplers.Sampler):
     ``image`` is the decoded picture (batch, height, width, 3) in [0, 1] where ``vae`` was given.
     """
 
-    def __init__(self, weights: RemoteWeights, vae: RemoteWeights | None) -> None:
+    def __init__(self, weights: RemoteWeights, vae: RemoteWeights | None, *, has_previews: bool = False) -> None:
         self._weights = weights
         self._vae = vae
+        self._has_previews = has_previews
         self.image: torch.Tensor | None = None
 
     def sample(
@@ -58,11 +59,12 @@ class FusedEuler(comfy.samplers.Sampler):
             sigmas=sigmas[:-1],
             guidance_scale=guidance,
             noise=start,
+            previews=self._has_previews,
         ) as job:
             for event in job:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if callback is not None:
-                    callback(event.step - 1, start, start, event.total_steps)
+                    callback(event.step - 1, job.denoised() if self._has_previews else start, start, event.total_steps)
             result = job.result()
         if result.image is not None:
             self.image = result.image.float().add(1.0).div(2.0).clamp(0.0, 1.0).movedim(1, -1)

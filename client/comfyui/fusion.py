@@ -31,15 +31,12 @@ def why_stepwise(
     model_options: Mapping[str, Any],
     foreign_wrappers: Sequence[str],
     latent_sides: tuple[int, int],
-    has_previews: bool,
 ) -> str | None:
     """Say why ComfyUI's own loop has to run, or nothing where the workers' loop gives the same latents."""
     if sampler != EULER:
         return f"the workers' loop has the sampler euler, not {sampler}"
     if cfg != 1.0:
         return f"cfg {cfg:g} needs two predictions a step"
-    if has_previews:
-        return "ComfyUI shows previews, which need the latents of every step here"
     if has_mask:
         return "the latent has a mask"
     if len(sigmas) < 2 or sigmas[-1] != 0.0 or sigmas[0] > 1.0:

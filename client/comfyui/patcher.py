@@ -147,7 +147,16 @@ def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
-    return config.get_model(shapes, "", device=torch.device("meta"))
+    return build_weightless(config, shapes)
+
+
+def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Build the model of a configuration with parameters on the meta device, shaped as ``tensors`` are."""
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    model = config.get_model(shapes, "", device=torch.device("meta"))
+    # Under DynamicVRAM linear layers have no parameters until some are loaded, and LoRA loaders find no names.
+    model.diffusion_model.load_state_dict(shapes, strict=False, assign=True)
+    return model
 
 
 def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:

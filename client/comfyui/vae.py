@@ -33,9 +33,9 @@ class RemoteStage(torch.nn.Module):
         self._weights = weights
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Decode to (batch, 3, height, width) in [-1, 1]."""
+        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
         latents = (z.float() - SHIFT) * SCALING
-        return self._in_batches(Client.decode, latents).to(z.dtype)
+        return self._in_batches(_decode, latents).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode."""
@@ -48,6 +48,10 @@ class RemoteStage(torch.nn.Module):
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts.append(run(self._weights.connect(), self._weights.loan, part))
         return torch.cat(parts)
+
+
+def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
+    return client.decode(loan, latents, clamp=False)
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:

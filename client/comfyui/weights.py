@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_UNFINISHED = (object(),)
+"""The recipe of a tensor whose merge has begun: equal to that of no edit."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -133,13 +136,16 @@ class RemoteWeights:
 
     def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> None:
         assert self._arena is not None
-        for name in sorted(stale | gone):
-            # A merge that fails half way must be done again, so the note of the old one goes first.
-            self._merged.pop(name, None)
-            value = edits[name].merge(self.base[name]) if name in stale else self.base[name]
-            self._arena.tensors[name].copy_(value)
+        names = sorted(stale | gone)
+        # What is written half way when a merge fails must be written again, whatever is asked for next.
+        self._merged.update(dict.fromkeys(names, _UNFINISHED))
+        for name in self._arena.fill({name: self.base[name] for name in names}):
             if name in stale:
+                target = self._arena.tensors[name]
+                target.copy_(edits[name].merge(target))
                 self._merged[name] = edits[name].recipe
+            else:
+                del self._merged[name]
         self._generation += 1
 
     def _ensure_whole_arena(self) -> Arena:

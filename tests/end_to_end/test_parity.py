@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xditd.client import BadRequest
 from xditd.client.arenas import Arena
 
 BAR = 1e-6
@@ -67,6 +68,25 @@ def test_a_loop_of_denoise_is_generate(client, transformer, make_inputs, run, re
         )
         latents = latents + (following - sigma) * velocity
     assert relative_error(latents, run(client, transformer, inputs, sigmas=sigmas)) <= BAR
+
+
+def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transformer, make_inputs, relative_error):
+    inputs = make_inputs()
+    given = dict(noise=inputs.noise, height=inputs.pixels, width=inputs.pixels, steps=3)
+    seen = []
+    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, previews=True, **given) as job:
+        for _ in job:
+            seen.append(job.denoised())
+        latents = job.result().latents
+    assert len(seen) == 3
+    assert relative_error(seen[-1], latents) <= 1e-6
+    assert relative_error(seen[0], latents) > 1e-3
+    with pytest.raises(BadRequest, match="has ended"):
+        job.denoised()
+    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given) as plain:
+        with pytest.raises(BadRequest, match="previews=True"):
+            plain.denoised()
+        assert torch.equal(plain.result().latents, latents)
 
 
 def test_vae_decodes_and_encodes_as_diffusers_does(client, vae, files, relative_error):

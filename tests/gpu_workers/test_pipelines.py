@@ -136,6 +136,26 @@ def test_steps_are_reported_and_a_stopped_job_leaves_no_trace(transformer: Skele
     assert torch.equal(pipelines.generate(transformer, **given, steps=3), first)
 
 
+def test_each_step_shows_what_it_takes_the_clean_latents_for(transformer: Skeleton, pipelines: ModuleType) -> None:
+    given = job(8, 64, 64)
+    sigmas = [0.9, 0.7, 0.05]
+    seen: list[torch.Tensor] = []
+    result = pipelines.generate(transformer, **given, steps=3, sigmas=sigmas, on_denoised=seen.append)
+    assert torch.equal(pipelines.generate(transformer, **given, steps=3, sigmas=sigmas), result)
+    latents = given["noise"]
+    for sigma, following, denoised in zip(sigmas, [*sigmas[1:], 0.0], seen, strict=True):
+        velocity = pipelines.denoise(
+            transformer,
+            latents=latents,
+            timestep=torch.tensor([sigma]),
+            conditioning=pipelines.condition(transformer, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]),
+            guidance=torch.tensor([3.5]),
+        )
+        assert reference.relative_error(denoised, latents - sigma * velocity) <= BAR
+        latents = latents + (following - sigma) * velocity
+    assert reference.relative_error(seen[-1], result) <= BAR
+
+
 def test_guidance_is_ignored_without_guidance_tensors(
     cache: SkeletonCache, plug: Plugger, pipelines: ModuleType
 ) -> None:

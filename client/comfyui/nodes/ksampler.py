@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -95,7 +94,6 @@ def sample(
         model_options=remote.model_options,
         foreign_wrappers=_foreign_wrappers(remote),
         latent_sides=(start.shape[-2], start.shape[-1]),
-        has_previews=latent_preview.get_previewer(remote.load_device, remote.model.latent_format) is not None,
     )
     if reason is not None:
         note = f"step by step: {reason}"
@@ -106,7 +104,8 @@ def sample(
         return out, None if vae is None else vae.decode(out["samples"]), note
 
     noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
-    fused = FusedEuler(remote.weights, None if vae is None else weights_of(vae))
+    has_previews = latent_preview.get_previewer(remote.load_device, remote.model.latent_format) is not None
+    fused = FusedEuler(remote.weights, None if vae is None else weights_of(vae), has_previews=has_previews)
     samples = comfy.sample.sample_custom(
         remote,
         noise,
@@ -116,18 +115,13 @@ def sample(
         positive,
         negative,
         start,
-        callback=_progress(len(sigmas) - 1),
+        callback=latent_preview.prepare_callback(remote, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
     out["samples"] = samples
     return out, fused.image, f"fused: {len(sigmas) - 1} steps in the workers"
-
-
-def _progress(steps: int) -> Callable[[int, object, object, int], None]:
-    bar = comfy.utils.ProgressBar(steps)
-    return lambda step, _x0, _x, total: bar.update_absolute(step + 1, total)
 
 
 def _foreign_wrappers(remote: RemotePatcher) -> list[str]:

@@ -17,7 +17,6 @@ PLAIN: dict[str, Any] = {
     "model_options": {"transformer_options": {}},
     "foreign_wrappers": [],
     "latent_sides": (16, 14),
-    "has_previews": False,
 }
 
 
@@ -31,7 +30,6 @@ def test_the_plain_job_is_fused():
         ({"sampler": "dpmpp_2m"}, "dpmpp_2m"),
         ({"cfg": 2.5}, "cfg 2.5"),
         ({"has_mask": True}, "mask"),
-        ({"has_previews": True}, "previews"),
         ({"sigmas": [1.0, 0.5]}, "to 0"),
         ({"sigmas": [1.5, 0.5, 0.0]}, "at most 1"),
         ({"sigmas": []}, "schedule"),

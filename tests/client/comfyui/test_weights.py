@@ -122,6 +122,10 @@ def test_a_merge_that_failed_is_done_again(weights, lender):
         weights.apply({"b": Edit((9.0,), fail)})
     weights.apply({"b": add(1.0)})
     assert lender.lends[-1][0]["b"].tolist() == [2.0] * 4
+    with pytest.raises(RuntimeError, match="no room"):
+        weights.apply({"b": Edit((9.0,), fail)})
+    weights.apply({})
+    assert lender.lends[-1][0]["b"].tolist() == [1.0] * 4
 
 
 def test_release_gives_back_and_the_next_use_lends_again(weights, lender):

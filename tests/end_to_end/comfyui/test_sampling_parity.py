@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,12 +37,40 @@ def name_of(case: dict[str, Any]) -> str:
     return "-".join(str(value) if isinstance(value, str) else f"{key}{value}" for key, value in case.items())
 
 
+ZEROED = [
+    "double_blocks.1.txt_attn.norm.key_norm.scale",
+    "single_blocks.0.linear2.bias",
+    "img_in.bias",
+    "double_blocks.0.img_mod.lin.weight",
+    "final_layer.adaLN_modulation.1.bias",
+    "single_blocks.1.modulation.lin.bias",
+    "vector_in.out_layer.bias",
+]
+"""What a checkpoint lacks in turn, so that each case is seen to fail when it should."""
+
+
+@pytest.fixture
+def spoiled(connected, files, tmp_path) -> Callable[[int], Any]:
+    """The remote model of the same checkpoint with one tensor zeroed."""
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    def load(which: int) -> Any:
+        tensors = load_file(files.transformer)
+        name = ZEROED[which % len(ZEROED)]
+        save_file({**tensors, name: torch.zeros_like(tensors[name])}, tmp_path / "zeroed.safetensors")
+        return load_unet(str(tmp_path / "zeroed.safetensors"))
+
+    return load
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_stock_ksampler(case, remote, local, conditioning, ksample, relative_error):
+def test_stock_ksampler(case, comfy, remote, spoiled, local, conditioning, ksample, relative_error):
     options = dict(case)
     pixels, batch = options.pop("pixels", 128), options.pop("batch", 1)
     tokens, guidance = options.pop("tokens", 16), options.pop("guidance", None)
-    positive = conditioning(1, tokens, guidance)
+    positive = conditioning(1, tokens)
+    if guidance is not None:
+        positive = comfy.flux.FluxGuidance.execute(positive, guidance).result[0]
     negative = conditioning(2, options.pop("negative_tokens", tokens))
     latent: dict[str, Any] = {"samples": torch.zeros(batch, 16, pixels // 8, pixels // 8)}
     if "denoise" in options:
@@ -53,21 +82,11 @@ def test_stock_ksampler(case, remote, local, conditioning, ksample, relative_err
     actual = ksample(remote, positive, negative, dict(latent), **options)
     assert expected.std() > 0.1
     assert relative_error(actual, expected) <= TOLERANCE
+    wrong = ksample(spoiled(CASES.index(case)), positive, negative, dict(latent), **options)
+    assert relative_error(wrong, expected) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["double_blocks.1.txt_attn.norm.key_norm.scale", "single_blocks.0.linear2.bias"])
-def test_a_zeroed_tensor_shows(name, connected, files, local, conditioning, ksample, tmp_path, relative_error):
-    from xditd.client.comfyui.nodes.unet_loader import load_unet
-
-    tensors = load_file(files.transformer)
-    save_file({**tensors, name: torch.zeros_like(tensors[name])}, tmp_path / "zeroed.safetensors")
-    latent = {"samples": torch.zeros(1, 16, 16, 16)}
-    zeroed = load_unet(str(tmp_path / "zeroed.safetensors"))
-    found = [ksample(model, conditioning(1), conditioning(2), dict(latent)) for model in (zeroed, local)]
-    assert relative_error(*found) > 10 * TOLERANCE
-
-
-def test_sampler_custom_advanced(comfy, remote, local, conditioning, relative_error):
+def test_sampler_custom_advanced(comfy, remote, spoiled, local, conditioning, relative_error):
     def run(model: Any) -> torch.Tensor:
         guider = comfy.custom.BasicGuider.execute(model, conditioning(1)).result[0]
         sigmas = comfy.custom.BasicScheduler.execute(model, "simple", 4, 1.0).result[0]
@@ -76,7 +95,9 @@ def test_sampler_custom_advanced(comfy, remote, local, conditioning, relative_er
         latent = {"samples": torch.zeros(1, 16, 16, 16)}
         return comfy.custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).result[0]["samples"]
 
-    assert relative_error(run(remote), run(local)) <= TOLERANCE
+    expected = run(local)
+    assert relative_error(run(remote), expected) <= TOLERANCE
+    assert relative_error(run(spoiled(0)), expected) > 10 * TOLERANCE
 
 
 def test_model_sampling_flux_works_on_the_model(comfy, remote, local, conditioning, ksample, relative_error):

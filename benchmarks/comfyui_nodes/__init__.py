@@ -1,0 +1,126 @@
+"""Nodes for benchmarks/comfyui_path.py: random conditioning, and what happened when.
+
+The benchmark copies this folder into the ComfyUI that it starts. ``GET /xditd_bench`` returns what was noted since the
+last call, and how this ComfyUI is set up.
+"""
+
+import time
+from pathlib import Path
+
+import comfy.ldm.flux.math
+import comfy.memory_management
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from aiohttp import web
+from safetensors.torch import save_file
+from server import PromptServer
+
+steps: list[float] = []
+marks: dict[str, float] = {}
+_update = comfy.utils.ProgressBar.update_absolute
+
+
+def _noted(bar, value, total=None, preview=None):
+    steps.append(time.time())
+    return _update(bar, value, total, preview)
+
+
+comfy.utils.ProgressBar.update_absolute = _noted
+
+
+def _is_cuda():
+    return comfy.model_management.get_torch_device().type == "cuda"
+
+
+def _wait_for_gpu():
+    if _is_cuda():
+        torch.cuda.synchronize()
+
+
+@PromptServer.instance.routes.get("/xditd_bench")
+async def noted(_):
+    found = {
+        "steps": list(steps),
+        "marks": dict(marks),
+        "allocator": torch.cuda.get_allocator_backend() if _is_cuda() else "none, on the CPU",
+        "dynamic_vram": bool(comfy.memory_management.aimdo_enabled),
+        "attention": comfy.ldm.flux.math.optimized_attention.__name__,
+        "torch": torch.__version__,
+    }
+    steps.clear()
+    marks.clear()
+    return web.json_response(found)
+
+
+class BenchConditioning:
+    CATEGORY = "benchmark"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {}), "tokens": ("INT", {}), "guidance": ("FLOAT", {})}}
+
+    def make(self, seed, tokens, guidance):
+        generator = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, 768, generator=generator)
+        embeds = torch.randn(1, tokens, 4096, generator=generator)
+        return ([[embeds, {"pooled_output": pooled, "guidance": guidance}]],)
+
+
+class BenchLatents:
+    """Notes when latents are there, and keeps them in the output folder."""
+
+    CATEGORY = "benchmark"
+    FUNCTION = "note"
+    RETURN_TYPES = ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",), "name": ("STRING", {})}}
+
+    def note(self, latent, name):
+        _wait_for_gpu()
+        marks["latents"] = time.time()
+        kept = latent["samples"].float().cpu().contiguous()
+        save_file({"latents": kept}, Path(folder_paths.get_output_directory()) / f"{name}.safetensors")
+        return (latent,)
+
+
+class BenchSink:
+    """An end for latents that no other node takes."""
+
+    CATEGORY = "benchmark"
+    FUNCTION = "take"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",)}}
+
+    def take(self, latent):
+        return {}
+
+
+class BenchImage:
+    """Notes when a picture is there. It is not written as PNG, which would take longer than some steps."""
+
+    CATEGORY = "benchmark"
+    FUNCTION = "note"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",)}}
+
+    def note(self, image):
+        _wait_for_gpu()
+        marks["image"] = time.time()
+        return {"ui": {"shape": [list(image.shape)], "is_finite": [bool(image.isfinite().all())]}}
+
+
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (BenchConditioning, BenchLatents, BenchSink, BenchImage)}
