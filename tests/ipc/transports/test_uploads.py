@@ -32,6 +32,14 @@ def test_every_byte_arrives(sources):
 
 
 @gpu
+def test_memory_made_in_inference_mode_is_filled(sources):
+    with torch.inference_mode():
+        targets = [torch.zeros_like(source, device="cuda:0") for source in sources]
+        list(upload(list(zip(sources, targets, strict=True))))
+    assert all(torch.equal(target.cpu(), source) for source, target in zip(sources, targets, strict=True))
+
+
+@gpu
 def test_work_issued_after_a_pair_sees_it(sources):
     targets = [torch.zeros_like(source, device="cuda:0") for source in sources]
     sums = {}
