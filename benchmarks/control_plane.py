@@ -5,8 +5,10 @@
 
 Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
 compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients, in turns: a few clients
-that always have several requests under way, and a hundred that wait for each answer. Memory is what the daemon holds
-after many jobs on a worker group that does nothing.
+that always have several requests under way, a hundred that ask again as soon as they have their answer, and the same
+hundred at a stated rate. The first two load the server all it can take, so there a latency is clients by throughput;
+the third tells what one of a hundred waits at a server with time to spare. Memory is what the daemon holds after many
+jobs on a worker group that does nothing. Clients are plain sockets in one process (``zmtp_client.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ from typing import Any
 
 import zmq
 from machine import describe_machine
+from zmtp_client import ZmtpClient, framed
 
 from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
@@ -45,6 +49,9 @@ BAR_MEMORY_BYTES = 60e6
 FEW, FEW_WINDOW = 16, 4
 MANY, MANY_WINDOW = 100, 1
 """Clients, and the requests that each of them has under way."""
+
+PACED_PER_S = 5_000
+"""Requests that the hundred clients send together, in turns, whether or not the earlier ones are answered."""
 
 FAKE_WORKERS = Path(__file__).resolve().parent.parent / "tests" / "integration" / "fake_workers.py"
 
@@ -94,6 +101,7 @@ def main() -> int:
     }
     for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW)):
         figures[name] = compare(clients, window, options.seconds, options.rounds)
+    figures["paced"] = compare(MANY, 0, options.seconds, options.rounds)
     figures["memory_bytes"] = measure_memory(options.jobs)
     figures["jobs"] = options.jobs
     shutil.rmtree(os.environ["PYTHONPYCACHEPREFIX"])
@@ -175,7 +183,7 @@ def measure_import(times: int) -> tuple[list[float], bool]:
 
 
 def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Load the echo and the daemon in turns; other work on the machine then meets both."""
+    """Load the echo and the daemon in turns; other work on the machine then meets both. A window of 0: at a pace."""
     request = encode(GetStatus(request_id="1"))
     echoes, statuses = [], []
     for _ in range(rounds):
@@ -202,30 +210,29 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 def load(
     address: str, pid: int, payload: bytes, clients: int, window: int, seconds: float, greeting: bytes | None
 ) -> dict[str, float]:
-    """Keep ``clients`` sockets busy, each with a window of requests, and count what comes back."""
-    context = zmq.Context()
-    sockets = []
+    """Keep ``clients`` connections busy, each with a window of requests, and time what comes back."""
+    connections = []
     for _ in range(clients):
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.RECONNECT_IVL, 1)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(address)
-        sockets.append(socket)
-        if greeting is not None:
-            socket.send(greeting)
-            socket.recv()
-    used_s = cpu_s(pid)
-    latencies_ms = exchange(sockets, payload, window, seconds, check_status if greeting is not None else None)
-    used_s = cpu_s(pid) - used_s
-    for socket in sockets:
-        socket.close()
-    context.term()
+        connection = ZmtpClient(address.removeprefix("ipc://"))
+        connections.append(connection)
+        if greeting is not None and not isinstance(reply_decoder.decode(connection.ask(greeting)), Welcome):
+            raise SystemExit("the daemon did not welcome the benchmark")
+    used_s, own_s = cpu_s(pid), time.process_time()
+    check = check_status if greeting is not None else None
+    if window:
+        latencies_ms = exchange(connections, payload, window, seconds, check)
+    else:
+        latencies_ms = exchange_paced(connections, payload, PACED_PER_S, seconds, check)
+    used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
+    for connection in connections:
+        connection.close()
     ordered = sorted(latencies_ms)
     return {
         "per_s": len(ordered) / seconds,
         "median_ms": statistics.median(ordered),
         "p99_ms": ordered[int(len(ordered) * 0.99)],
         "server_cpu_us": used_s / len(ordered) * 1e6,
+        "client_cpu_us": own_s / len(ordered) * 1e6,
     }
 
 
@@ -236,30 +243,60 @@ def cpu_s(pid: int) -> float:
 
 
 def exchange(
-    sockets: list[zmq.Socket[bytes]],
+    connections: list[ZmtpClient],
     payload: bytes,
     window: int,
     seconds: float,
     check: Callable[[bytes], None] | None,
 ) -> list[float]:
-    poller = zmq.Poller()
-    sent: dict[zmq.Socket[bytes], list[float]] = {}
-    for socket in sockets:
-        poller.register(socket, zmq.POLLIN)
-        sent[socket] = []
-        for _ in range(window):
-            socket.send(payload)
-            sent[socket].append(time.perf_counter())
+    """Send again whatever is answered, at once: as many requests are under way at any time as there can be."""
+    frame = framed(payload)
+    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
     latencies_ms: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for socket, _ in poller.poll(1_000):
-            answer = socket.recv()
-            latencies_ms.append((time.perf_counter() - sent[socket].pop(0)) * 1000)
-            if check is not None and len(latencies_ms) % 1_000 == 1:
-                check(answer)
-            socket.send(payload)
-            sent[socket].append(time.perf_counter())
+    with select.epoll() as epoll:
+        for descriptor, connection in by_descriptor.items():
+            epoll.register(descriptor, select.EPOLLIN)
+            for _ in range(window):
+                connection.send(frame)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for descriptor, _ in epoll.poll(1.0):
+                connection = by_descriptor[descriptor]
+                for answer in connection.receive():
+                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
+                    if check is not None and len(latencies_ms) % 1_000 == 1:
+                        check(answer)
+                    connection.send(frame)
+    return latencies_ms
+
+
+def exchange_paced(
+    connections: list[ZmtpClient],
+    payload: bytes,
+    per_s: float,
+    seconds: float,
+    check: Callable[[bytes], None] | None,
+) -> list[float]:
+    """Send at a steady rate. A request counts from when it was due, so that one that is sent late is not flattered."""
+    frame = framed(payload)
+    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
+    latencies_ms: list[float] = []
+    due = 0
+    began = time.perf_counter()
+    with select.epoll() as epoll:
+        for descriptor in by_descriptor:
+            epoll.register(descriptor, select.EPOLLIN)
+        while (now := time.perf_counter() - began) < seconds:
+            while due / per_s <= now:
+                connection = connections[due % len(connections)]
+                connection.send(frame, began + due / per_s)
+                due += 1
+            for descriptor, _ in epoll.poll(max(0.0, due / per_s - (time.perf_counter() - began))):
+                connection = by_descriptor[descriptor]
+                for answer in connection.receive():
+                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
+                    if check is not None and len(latencies_ms) % 1_000 == 1:
+                        check(answer)
     return latencies_ms
 
 
@@ -332,14 +369,17 @@ def table(figures: dict[str, Any]) -> str:
         found = figures[key]
         rows.append((name, f"{found['median']:.3f} s", f"{found['min']:.3f} - {found['max']:.3f} s", f"{bar:.2f} s"))
     rows.append(("torch loaded by that import", "yes" if figures["import_client_loads_torch"] else "no", "", "no"))
-    for key in ("few", "many"):
+    for key in ("few", "many", "paced"):
         found = figures[key]
-        rows.append((f"{found['clients']} clients, {found['window']} under way each", "", "", ""))
+        title = f"{found['window']} under way each" if found["window"] else f"{PACED_PER_S} requests/s together"
+        rows.append((f"{found['clients']} clients, {title}", "", "", ""))
         for server, name in (("echo", "  bare pyzmq ROUTER echo"), ("status", "  xditd status")):
             one = found[server]
             latency = f"p50 {one['median_ms']:.2f}, p99 {one['p99_ms']:.2f} ms, {one['server_cpu_us']:.0f} us CPU"
             bar = f"{BAR_P99_MS:.0f} ms" if (key, server) == ("many", "status") else ""
             rows.append((name, f"{one['per_s']:.0f} /s", latency, bar))
+        if not found["window"]:
+            continue
         least, most = min(found["ratios"]), max(found["ratios"])
         rows.append(("  status / echo", f"{found['ratio']:.2f}x", f"{least:.2f} - {most:.2f}x", f"{BAR_RATIO}x"))
     memory, bar = f"{figures['memory_bytes'] / 1e6:.1f} MB", f"{BAR_MEMORY_BYTES / 1e6:.0f} MB"

@@ -1,6 +1,6 @@
 """Hostile bytes for the message decoder, for the safetensors header, and through the daemon's real socket.
 
-    python benchmarks/fuzz.py                    # 40 million bytes through the socket, then both parsers
+    python benchmarks/fuzz.py                    # 12 million bytes through the socket, then both parsers
     python benchmarks/fuzz.py --coverage 60      # and 60 s of each parser under atheris (pip install atheris)
 
 Through the socket: messages of the real protocol, spoilt at random, random bytes, and the worst that the limits allow.

@@ -80,6 +80,11 @@ class Run:
         save_file(inputs, self.folder / "inputs.safetensors")
         return inputs
 
+    def write(self) -> None:
+        """Keep what was measured so far, should the rest fail."""
+        if self.given.json is not None:
+            self.given.json.write_text(json.dumps(self.report, indent=1) + "\n")
+
     def rival(self, name: str, ranks: int) -> None:
         """Run a rival in a process of its own, which gives its memory back when it ends."""
         say(f"rival: {name} with {ranks} rank(s)")
@@ -109,6 +114,7 @@ class Run:
         try:
             found = self._walk(workers, runtime, daemon, started)
             self.report["groups"].append(found)
+            self.write()
         finally:
             daemon.terminate()
             daemon.wait(timeout=60)
@@ -193,8 +199,10 @@ class Run:
             step()
             return statistics.median(timed_ms(step) for _ in range(8))
 
+        kept_ms = median_ms(lambda: client.denoise(loan, self.inputs["noise"], 0.5, kept))
+        self.report["denoise_in_workers_ms"] = dict(client.status().last_job_ms)
         return {
-            "kept": median_ms(lambda: client.denoise(loan, self.inputs["noise"], 0.5, kept)),
+            "kept": kept_ms,
             "sent_along": median_ms(lambda: client.denoise(loan, self.inputs["noise"], 0.5, *tensors, guidance=3.5)),
         }
 
@@ -305,8 +313,7 @@ def main() -> int:
                 say((run.folder / f"daemon{workers}.log").read_text()[-4000:])
                 raise
         print_table(run.report)
-        if given.json:
-            given.json.write_text(json.dumps(run.report, indent=2) + "\n")
+        run.write()
     return 0
 
 

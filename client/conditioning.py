@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from xditd.client.job_inputs import check_embeds, check_guidance
-from xditd.client.tensor_files import read_shapes, read_tensors
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 
@@ -120,6 +119,8 @@ def read_conditioning(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         BadCheckpoint: the file is no sound safetensors file.
         BadRequest: it lacks one of the two.
     """
+    from xditd.client.tensor_files import read_tensors
+
     tensors = read_tensors(path)
     missing = [name for name in (EMBEDS, POOLED) if name not in tensors]
     if missing:
@@ -145,6 +146,8 @@ def random_conditioning(transformer: Path, seed: int, text_tokens: int) -> tuple
 
 def conditioning_widths(transformer: Path) -> tuple[int, int]:
     """Tell context and pooled width by the layers that take them in, under any prefix."""
+    from xditd.client.tensor_files import read_shapes
+
     shapes = read_shapes(transformer)
     widths = []
     for layer in ("txt_in.weight", "vector_in.in_layer.weight"):

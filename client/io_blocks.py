@@ -124,7 +124,7 @@ class IoPool:
         block.arena.close()
 
     def drop(self, block: IoBlock) -> None:
-        """Unmap a block that a worker may still write to; its memory goes with the last mapping."""
+        """Unmap a block that a worker may still write to. Workers see that it is closed, and unmap it too."""
         block.arena.close()
 
     def close(self) -> None:

@@ -109,12 +109,14 @@ class PendingJob:
 
 
 def _left_alone(ending: Ending) -> bool:
-    """Whether every worker has surely stopped writing: not so when the group, or the daemon, was lost."""
-    if isinstance(ending, XditdError):
-        return False
+    """Whether every worker has surely stopped writing.
+
+    Only a result or a refusal of the request tells: a job that was cancelled, or whose loan was lost, may have ended
+    with its group, whose ranks are being killed just now.
+    """
     if isinstance(ending, Failed):
-        return issubclass(BY_CODE.get(ending.code, XditdError), (RequestError, Cancelled))
-    return True
+        return issubclass(BY_CODE.get(ending.code, XditdError), RequestError)
+    return not isinstance(ending, XditdError)
 
 
 class GenerationJob:

@@ -14,6 +14,7 @@ from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest
 
 Device = Literal["auto", "cuda", "cpu"]
+Kernels = Literal["auto", "fused", "plain"]
 
 DEFAULT_WORKER_COMMAND: Final = (sys.executable, "-m", "xditd.gpu_workers")
 
@@ -39,6 +40,7 @@ class Configuration:
     device: Device = "auto"
     ulysses: int = 0
     attention_backend: str = "auto"
+    kernels: Kernels = "auto"
     start_deadline_s: float = 120.0
     hang_deadline_s: float = 300.0
     step_deadline_s: float = 10.0

@@ -58,7 +58,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
 }
 """``Hello`` is not here: it makes the session that all others need."""
 
-_POLLED: Final = (requests.Beat, requests.GetStatus, requests.GetLogs)
+_POLLED: Final = frozenset({requests.Beat, requests.GetStatus, requests.GetLogs})
 """Asked over and over: at INFO they would push everything else out of the log that ``GetLogs`` shows."""
 
 UNREADABLE_ID: Final = "?"
@@ -96,7 +96,7 @@ class Dispatcher:
             self._refuse(envelope, request_id, error)
             return
         level = logging.DEBUG
-        if not isinstance(request, _POLLED):
+        if type(request) not in _POLLED:
             level, self._service.snapshot = logging.INFO, None
         if reply is None:
             return

@@ -47,6 +47,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
         *("--device", configuration.device),
         *("--ulysses", str(configuration.ulysses)),
         *("--attention-backend", configuration.attention_backend),
+        *("--kernels", configuration.kernels),
         *("--log-level", configuration.log_level),
     ]
 

@@ -24,6 +24,9 @@ _RECEIVE_LIMIT: Final = 32
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 
+_send: Final = zmq.backend.Socket.send
+"""Without the layer above it, which looks for what only draft socket types have."""
+
 
 class Delivery(Enum):
     """What became of a message."""
@@ -40,7 +43,7 @@ class Envelope(NamedTuple):
 
     routing_id: bytes
     peer: str
-    payload: memoryview | None
+    payload: bytes | None
     """``None`` when the message did not have exactly one frame."""
 
 
@@ -74,18 +77,22 @@ class Router:
                 return
             # The frame itself for the payload: it alone knows the peer. ZeroMQ hands over whole messages, so the
             # frames that follow are there.
-            frame: zmq.Frame = receive(_NOBLOCK, copy=False)
-            payload: memoryview | None = frame.buffer
+            frame: zmq.Frame = receive(_NOBLOCK, False)
+            payload: bytes | None = frame.bytes
             while frame.more:
-                frame, payload = receive(_NOBLOCK, copy=False), None
-            yield Envelope(routing_id, _peer_of(frame), payload)
+                frame, payload = receive(_NOBLOCK, False), None
+            try:
+                peer = str(frame.get("Peer-Address"))
+            except zmq.ZMQError:
+                peer = ""
+            yield Envelope(routing_id, peer, payload)
 
     def send(self, routing_id: bytes, payload: bytes) -> Delivery:
         """Send without ever waiting."""
         try:
             # Where there is no room or no peer, the first frame is refused, so no message is cut in half.
-            self.socket.send(routing_id, _NOBLOCK_MORE)
-            self.socket.send(payload, _NOBLOCK)
+            _send(self.socket, routing_id, _NOBLOCK_MORE)
+            _send(self.socket, payload, _NOBLOCK)
         except zmq.Again:
             return Delivery.NO_ROOM
         except zmq.ZMQError as error:
@@ -96,10 +103,3 @@ class Router:
 
     def close(self, linger_ms: int) -> None:
         self.socket.close(linger=linger_ms)
-
-
-def _peer_of(frame: zmq.Frame) -> str:
-    try:
-        return str(frame.get("Peer-Address"))
-    except zmq.ZMQError:
-        return ""

@@ -187,9 +187,11 @@ class Service:
 
     def _after_round(self) -> None:
         self.runner.advance()
+        self.front.flush()
         while self.front.unreachable:
             self._close_unreachable()
             self.runner.advance()
+            self.front.flush()
         if self.is_stopping and self.runner.current is None:
             self._shut_down()
 

@@ -229,6 +229,15 @@ SETTINGS: Final = (
         _name,
     ),
     Setting(
+        "kernels",
+        "workers",
+        "kernels",
+        'one of "auto", "fused", "plain"',
+        "auto",
+        "how transformers run; auto: fused kernels on GPUs, checked against plain modules",
+        _one_of("auto", "fused", "plain"),
+    ),
+    Setting(
         "start_deadline_s",
         "workers",
         "start_deadline_s",

@@ -57,9 +57,10 @@ FIXED: Final[Mapping[str, str]] = {
     # One judge of silence: the daemon, which knows how long a step takes. torch's monitor would also abort a rank that
     # was stopped and goes on, or whose machine slept, and end the group for another reason than the log gives.
     "TORCH_NCCL_ENABLE_MONITORING": "0",
-    # No flight recorder, and no dump of it that a broken rank would wait for and leave in /tmp.
+    # No flight recorder, and no dump of it that a broken rank would wait for and leave in /tmp. (torch warns of the
+    # recorder's older name, TORCH_NCCL_TRACE_BUFFER_SIZE, in every rank.)
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
     # Lent memory cannot be opened under cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
     "PYTORCH_ALLOC_CONF": "backend:native",

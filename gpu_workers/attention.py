@@ -6,7 +6,10 @@ first step of the first job. So the one that is chosen runs once, on a few token
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -15,11 +18,16 @@ from xditd.ipc.errors import Unsupported
 if TYPE_CHECKING:
     from xfuser.core.distributed.attention_backend import AttentionBackendType
 
+logger = logging.getLogger(__name__)
+
 AUTO = "auto"
 """xDiT's own choice: the fastest that it finds installed."""
 
 LOSSLESS = ("CUDNN", "FLASH_4", "FLASH_3", "FLASH", "SDPA_FLASH", "SDPA_EFFICIENT", "SDPA", "SDPA_MATH")
 TAKES_FLOAT32 = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT"})
+FLASH_3_FORWARD = "FLASH_3_FORWARD"
+"""FlashAttention 3 without its backward pass, from the package ``fa3-fwd``: ours, not one of xDiT's names."""
+HOPPER = 9
 HEAD_SIZE = 128
 PROBE_TOKENS = 32
 # What a backend raises when its package, kernel or GPU generation is missing: a name that was never
@@ -71,6 +79,48 @@ def use(backend: str) -> None:
     from xfuser.core.distributed.runtime_state import get_runtime_state
 
     get_runtime_state().attention_backend = AttentionBackendType[backend]
+
+
+def for_fused(requested: str, chosen: str, device: torch.device) -> str:
+    """Return what fused transformers attend with: FlashAttention 3 where it runs and nobody asked for another one.
+
+    On Hopper GPUs it is the fastest of the lossless ones: 713 TFLOP/s for 24 heads of 4,608 tokens, cuDNN's 669
+    (``benchmarks/step_time.py --attention``). xDiT knows it by a package that has no wheels.
+    """
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    if requested.lower() == AUTO and is_hopper and find_spec("fa3_fwd_interface") is not None:
+        tokens = torch.ones(1, 1, PROBE_TOKENS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
+        try:
+            function(FLASH_3_FORWARD)(tokens, tokens[:, :, 1:], tokens[:, :, 1:])
+        except PROBE_FAULTS as error:
+            logger.warning("fa3-fwd is installed and does not run: %s; attention=%s", error, chosen)
+        else:
+            return FLASH_3_FORWARD
+    return chosen
+
+
+def function(backend: str) -> Callable[..., torch.Tensor]:
+    """Return the function for this backend: (batch, heads, tokens, head size) three times in, once out."""
+    if backend == FLASH_3_FORWARD:
+        return _flash_3_forward()
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    attend = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, attend(query, key, value, dropout_p=0.0, is_causal=False)[0])
+
+    return run
+
+
+def _flash_3_forward() -> Callable[..., torch.Tensor]:
+    from fa3_fwd_interface import flash_attn_func
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended = flash_attn_func(*(part.transpose(1, 2) for part in (query, key, value)))
+        return cast(torch.Tensor, attended[0] if isinstance(attended, tuple) else attended).transpose(1, 2)
+
+    return run
 
 
 def _probe(backend: AttentionBackendType, device: torch.device) -> str | None:

@@ -23,10 +23,15 @@ class DaemonChannel:
         self._socket.connect(endpoint(runtime_dir.worker_socket))
         self._waiting: deque[AnyCommand] = deque()
 
-    def receive(self) -> AnyCommand:
-        """Wait for the next command. There is no deadline: the kernel ends this process with the daemon."""
+    def receive(self, wait_s: float | None = None) -> AnyCommand | None:
+        """Wait for the next command, ``None`` after ``wait_s`` without one.
+
+        Without ``wait_s`` there is no deadline: the kernel ends this process with the daemon.
+        """
         if self._waiting:
             return self._waiting.popleft()
+        if wait_s is not None and not self._socket.poll(round(wait_s * 1e3)):
+            return None
         return command_decoder.decode(self._socket.recv())
 
     def is_cancelled(self, op_number: int) -> bool:

@@ -185,7 +185,8 @@ class Components:
             self.unmap(component_id)
 
     def _plug(self, component: Component) -> None:
-        component.plan.skeleton.plug(component.bindings, component.component_id)
+        plan = component.plan
+        plan.skeleton.plug(component.bindings, component.component_id, plan.by_canonical_name(component.tensors))
         self.plugs += 1
 
     def _let_go(self, component: Component) -> None:

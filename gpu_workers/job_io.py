@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +23,10 @@ class JobIo:
     """The clients' I/O blocks that this rank has mapped for reading and writing."""
 
     def __init__(self) -> None:
-        self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], HostMapping] = OrderedDict()
+        self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], _Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._mapped)
 
     def open(self, block: HostShmBlock, exporter: ProcessIdentity) -> OpenIo:
         """Map a client's I/O block, or find it mapped.
@@ -30,23 +35,48 @@ class JobIo:
             ProcessGone, StaleSource, NotPermitted: see :func:`map_shm`.
         """
         key = (exporter, block.inode, block.size_bytes)
-        mapping = self._mapped.get(key)
-        if mapping is None:
-            mapping = map_shm(block, exporter, is_writable=True)
-            self._mapped[key] = mapping
+        kept = self._mapped.get(key)
+        if kept is None:
+            kept = self._mapped[key] = _Kept(map_shm(block, exporter, is_writable=True), block.fd)
             while len(self._mapped) > _KEPT:
-                self._mapped.popitem(last=False)[1].close()
+                self._mapped.popitem(last=False)[1].mapping.close()
+        kept.fd = block.fd
         self._mapped.move_to_end(key)
-        return OpenIo(mapping)
+        return OpenIo(kept.mapping)
+
+    def sweep(self) -> None:
+        """Unmap every block that its client has closed, as it does after a job of which it cannot be sure.
+
+        Nobody tells: the client's descriptor does, so that a client's thread, session or error path that ends in
+        another way leaves nothing behind either.
+        """
+        for key, kept in list(self._mapped.items()):
+            exporter, inode, _ = key
+            if not _is_open(exporter, kept.fd, inode):
+                self._mapped.pop(key).mapping.close()
 
     def forget(self, exporter: ProcessIdentity) -> None:
         """Unmap every block of a client that is gone."""
         for key in [key for key in self._mapped if key[0] == exporter]:
-            self._mapped.pop(key).close()
+            self._mapped.pop(key).mapping.close()
 
     def close(self) -> None:
         while self._mapped:
-            self._mapped.popitem()[1].close()
+            self._mapped.popitem()[1].mapping.close()
+
+
+@dataclass
+class _Kept:
+    mapping: HostMapping
+    fd: int
+    """The block's descriptor in its client, by the latest job."""
+
+
+def _is_open(exporter: ProcessIdentity, fd: int, inode: int) -> bool:
+    try:
+        return os.stat(f"/proc/{exporter.pid}/fd/{fd}").st_ino == inode
+    except OSError:
+        return False  # closed, or not ours to look at any more: then it could not be mapped again either
 
 
 class OpenIo:

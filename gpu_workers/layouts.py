@@ -11,7 +11,8 @@ import torch
 class ParallelLayout:
     """The split that all skeletons of this process share, fixed when the group starts.
 
-    ``attention_backend`` is xDiT's name for what ``auto`` or the configuration came to.
+    ``attention_backend`` is xDiT's name for what ``auto`` or the configuration came to; ``fused_attention``
+    what fused transformers attend with, ``None`` where transformers run plain.
     """
 
     rank: int
@@ -19,6 +20,7 @@ class ParallelLayout:
     ulysses_degree: int
     device: torch.device
     attention_backend: str
+    fused_attention: str | None = None
 
     @property
     def degrees(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ class Options:
     device: str
     ulysses: int
     attention_backend: str
+    kernels: str
     log_level: str
 
     @property
@@ -39,6 +40,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--ulysses", type=int, default=0, help="sequence-parallel degree; 0: all workers")
     parser.add_argument("--attention-backend", default="auto", help="an xDiT attention backend by name")
+    parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     given = parser.parse_args(arguments)
     if given.workers != "auto" and (not given.workers.isdecimal() or int(given.workers) < 1):
@@ -50,5 +52,6 @@ def parse(arguments: Sequence[str]) -> Options:
         device=given.device,
         ulysses=given.ulysses,
         attention_backend=given.attention_backend,
+        kernels=given.kernels,
         log_level=given.log_level,
     )

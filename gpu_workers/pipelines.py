@@ -182,7 +182,7 @@ def denoise(
         guidance=None if guidance is None else guidance.to(skeleton.device, torch.float32),
         pooled_projections=conditioning.pooled,
         encoder_hidden_states=conditioning.prompt_embeds,
-        txt_ids=torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=skeleton.device),
+        txt_ids=_text_ids(conditioning.prompt_embeds.shape[1], skeleton.device),
         img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
         return_dict=False,
     )[0]
@@ -262,6 +262,11 @@ def _pack(latents: torch.Tensor) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return cast(torch.Tensor, FluxPipeline._unpack_latents(packed, height, width, 1))
+
+
+@lru_cache(maxsize=16)
+def _text_ids(tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(tokens, 3, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 CONFIGURATION_ERROR = 2
 MEASURE_EVERY_S = 1.0
 
+SWEEP_EVERY_S = 0.5
+"""How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
+
 
 def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
     """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
@@ -65,7 +68,13 @@ def main(options: Options, rank: int, world_size: int, device: str, complain: Co
     torch.set_num_threads(max(1, cores // world_size) if where.type == "cpu" else 1)
     try:
         layout = xfuser_start.start(
-            rank, world_size, str(options.store), where, options.ulysses or None, options.attention_backend
+            rank,
+            world_size,
+            str(options.store),
+            where,
+            options.ulysses or None,
+            options.attention_backend,
+            options.kernels,
         )
     except RequestError as error:
         complain.send_bytes(error.detail.encode()[:65_536])
@@ -109,7 +118,10 @@ class Rank:
         self._measure_memory()
         self._announce()
         while True:
-            command = self._channel.receive()
+            command = self._channel.receive(SWEEP_EVERY_S if len(self._io) else None)
+            self._io.sweep()
+            if command is None:
+                continue
             if isinstance(command, Shutdown):
                 break
             if isinstance(command, CancelRun):
@@ -227,7 +239,7 @@ class Rank:
                 device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
                 device_uuid=self._uuid,
                 parallel=layout.degrees,
-                attention_backend=layout.attention_backend,
+                attention_backend=layout.fused_attention or layout.attention_backend,
                 families=tuple(family.name for family in FAMILIES),
             )
         )

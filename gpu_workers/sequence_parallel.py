@@ -6,67 +6,29 @@ silence). Here uneven counts are dealt out so that the *totals* of all ranks are
 all-to-all needs: the streams are worked per token, and attention runs over all tokens of all ranks. If even the
 total does not divide, the last rank's image stream is padded at its end. That is the very end of the gathered
 sequence, where xfuser trims keys and values between its two all-to-alls, so that no token attends to padding.
-
-Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
-its keys but for rounding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
-from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size, get_sp_group
+from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from xfuser.model_executor.layers.usp import USP
 from xfuser.model_executor.models.transformers.transformer_flux import (
     xFuserFlux1Transformer2DWrapper,
     xFuserFluxAttnProcessor,
 )
 
-from xditd.ipc.errors import Unsupported
+from xditd.gpu_workers.canary import Canary
+from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One rank's tokens: ranges of the whole text and image, and the padding behind its image tokens."""
-
-    text: slice
-    image: slice
-    padding: int
-
-    @property
-    def image_tokens(self) -> int:
-        return int(self.image.stop - self.image.start)
-
-
-def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
-    """Deal ``text`` and ``image`` tokens to ranks so that each gets equally many in total, padding included.
-
-    Raises:
-        Unsupported: fewer text or image tokens than ranks, or too few to leave the padding to the last rank alone.
-    """
-    each = -(-(text + image) // ranks)
-    padding = each * ranks - text - image
-    shares: list[Share] = []
-    text_at = image_at = 0
-    for rank in range(ranks):
-        own_text = text // ranks + (rank < text % ranks)
-        pad = padding if rank == ranks - 1 else 0
-        own_image = each - own_text - pad
-        if text < ranks or image < ranks or own_image < 0:
-            raise Unsupported(
-                f"{text} text and {image} image tokens are too few to split over {ranks} workers: "
-                "use a larger image, a longer prompt or fewer workers"
-            )
-        shares.append(Share(slice(text_at, text_at + own_text), slice(image_at, image_at + own_image), pad))
-        text_at += own_text
-        image_at += own_image
-    return tuple(shares)
+if TYPE_CHECKING:
+    from xditd.gpu_workers.fused.flux1 import FusedFlux1
 
 
 class CheckpointOrderNorm(AdaLayerNormContinuous):
@@ -131,23 +93,62 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
 
 
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
-    """FLUX.1 whose forward takes and returns whole streams on every rank, and works on this rank's share."""
+    """FLUX.1 whose forward takes and returns whole streams on every rank, and works on this rank's share.
+
+    ``fused``, where it is set and plugged, does the same faster. The canary compares it with the plain forward for
+    each number of tokens, once.
+    """
+
+    fused: FusedFlux1 | None = None
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
+        self._canary = Canary("fused FLUX.1 blocks")
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        *args: Any,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        return_dict: bool = True,
+    ) -> Any:
+        def plain() -> torch.Tensor:
+            return cast(
+                torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
+            )
+
+        others: dict[str, Any] = {
+            "pooled_projections": pooled_projections,
+            "timestep": timestep,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "guidance": guidance,
+        }
+        fused = self.fused
+        if fused is None or not fused.is_plugged or joint_attention_kwargs:
+            sample = plain()
+        else:
+            case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
+            sample = self._canary.run(case, lambda: fused(hidden_states, encoder_hidden_states, **others), plain)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _plain(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None,
+        *,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        **others: Any,
     ) -> Any:
         ranks = get_sequence_parallel_world_size()
         text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
@@ -155,44 +156,25 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
             return super().forward(
                 hidden_states,
                 encoder_hidden_states,
-                *args,
                 img_ids=img_ids,
                 txt_ids=txt_ids,
                 joint_attention_kwargs=joint_attention_kwargs,
-                **kwargs,
-            )
+                return_dict=False,
+                **others,
+            )[0]
         shares = deal_tokens(text, image, ranks)
         own = shares[get_sequence_parallel_rank()]
         attention_kwargs = dict(joint_attention_kwargs or {})
         if shares[-1].padding:
             attention_kwargs["valid_kv_len"] = text + image
-        output = FluxTransformer2DModel.forward(
+        sample = FluxTransformer2DModel.forward(
             self,
-            _pad_rows(hidden_states[:, own.image], own.padding, dim=1),
+            pad_rows(hidden_states[:, own.image], own.padding, dim=1),
             encoder_hidden_states[:, own.text],
-            *args,
-            img_ids=_pad_rows(img_ids[own.image], own.padding, dim=0),
+            img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
             txt_ids=txt_ids[own.text],
             joint_attention_kwargs=attention_kwargs,
-            **kwargs,
-        )
-        sample = _gather(output[0], shares)
-        if isinstance(output, tuple):
-            return (sample, *output[1:])
-        return Transformer2DModelOutput(sample=sample)
-
-
-def _pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
-    if rows == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = rows
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
-
-
-def _gather(sample: torch.Tensor, shares: tuple[Share, ...]) -> torch.Tensor:
-    """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
-    longest = max(share.image_tokens + share.padding for share in shares)
-    sample = _pad_rows(sample, longest - sample.shape[1], dim=1)
-    gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(shares), longest))
-    return torch.cat([gathered[:, rank, : share.image_tokens] for rank, share in enumerate(shares)], dim=1)
+            return_dict=False,
+            **others,
+        )[0]
+        return gather(sample, shares)

@@ -28,7 +28,12 @@ class Skeleton:
     """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
 
     def __init__(
-        self, family: Family[Any], config: Hashable, dtype: torch.dtype, layout: ParallelLayout, module: torch.nn.Module
+        self,
+        family: Family[Any],
+        config: Hashable,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        module: torch.nn.Module,
     ) -> None:
         self.family = family
         self.config = config
@@ -37,6 +42,7 @@ class Skeleton:
         self.module = module
         self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
+        self._fast = family.fuse(config, module, layout, dtype)
         # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
@@ -47,22 +53,32 @@ class Skeleton:
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
 
-    def plug(self, bindings: Mapping[str, torch.Tensor], owner: str = "") -> None:
+    def plug(
+        self,
+        bindings: Mapping[str, torch.Tensor],
+        owner: str = "",
+        checkpoint: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Point every parameter at the tensor bound to it, and hold these until :meth:`unplug` or the next plug.
 
-        Assigns parameters where they live: `X.
+        ``checkpoint`` are the same bytes by canonical name, for the family's fast path; without them it stays idle.
+        Parameters are assigned where they live: ``load_state_dict(assign=True)`` takes ten times as long.
         """
         if bindings.keys() != self._slots.keys():
             differing = sorted(bindings.keys() ^ self._slots.keys())
             raise Internal(f"bindings do not match the {self.family.name} skeleton: {', '.join(differing)}")
         for target, (parameters, name) in self._slots.items():
             parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
+        if self._fast is not None:
+            self._fast.plug(checkpoint or {})
         self.owner = owner
 
     def unplug(self) -> None:
         """Point every parameter at nothing; this skeleton then holds no reference to lent memory."""
         for target, (parameters, name) in self._slots.items():
             parameters[name] = self._empty[target]
+        if self._fast is not None:
+            self._fast.unplug()
         self.owner = None
 
 
@@ -75,6 +91,7 @@ class Plan:
     config: Hashable
     dtype: torch.dtype
     key_map: Mapping[str, Slice]
+    sources: Mapping[str, str]
     is_reused: bool
     build_s: float
 
@@ -87,6 +104,10 @@ class Plan:
                 tensor = tensor[part.start : part.stop]
             bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
         return bindings
+
+    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors that the family uses, as the checkpoint has them, under the family's own names."""
+        return {canonical: tensors[given] for canonical, given in self.sources.items()}
 
 
 class SkeletonCache:
@@ -127,6 +148,7 @@ class SkeletonCache:
             config=resolution.config,
             dtype=resolution.dtype,
             key_map=resolution.key_map,
+            sources=resolution.sources,
             is_reused=is_reused,
             build_s=time.perf_counter() - started,
         )

@@ -36,14 +36,17 @@ def start(
     device: torch.device,
     ulysses_degree: int | None = None,
     attention_backend: str = attention.AUTO,
+    kernels: str = "plain",
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
-    open; all ranks name the same one. ``ulysses_degree`` is the world size unless given.
+    open; all ranks name the same one. ``ulysses_degree`` is the world size unless given. ``kernels`` is ``plain``,
+    ``fused``, or ``auto`` for fused where it is possible.
 
     Raises:
-        Unsupported: a layout other than Ulysses over all ranks, or an attention backend that is not installed.
+        Unsupported: a layout other than Ulysses over all ranks, an attention backend that is not installed, or fused
+            kernels where they do not run.
     """
     degree = world_size if ulysses_degree is None else ulysses_degree
     if degree != world_size:
@@ -57,12 +60,13 @@ def start(
     _import_xfuser(device)
     _join(rank, world_size, store_path, device)
     backend = _start_xdit(rank, world_size, degree, device, attention_backend)
+    fused_attention = _start_fused(rank, world_size, device, attention_backend, backend, kernels)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
-    return ParallelLayout(rank, world_size, degree, device, backend)
+    return ParallelLayout(rank, world_size, degree, device, backend, fused_attention)
 
 
 def stop() -> None:
@@ -123,6 +127,31 @@ def _start_xdit(rank: int, world_size: int, degree: int, device: torch.device, a
     chosen = str(state.attention_backend.name)
     attention.check(chosen, device)
     logger.info("xdit started rank=%d world_size=%d ulysses=%d attention=%s", rank, world_size, degree, chosen)
+    return chosen
+
+
+def _start_fused(
+    rank: int, world_size: int, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
+) -> str | None:
+    """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
+
+    Raises:
+        Unsupported: fused kernels were asked for by name, and do not run here.
+    """
+    if kernels == "plain" or (kernels == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cpu":
+        raise Unsupported("kernels 'fused' need NVIDIA GPUs; use auto or plain")
+    from xditd.gpu_workers.fused import exchange, warm_up
+
+    if not exchange.is_possible(world_size):
+        if kernels == "fused":
+            raise Unsupported("kernels 'fused' need GPUs that reach each other's memory, and these do not; use plain")
+        logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
+        return None
+    chosen = attention.for_fused(requested_attention, attention_backend, device)
+    took_s = warm_up.compile_kernels(rank, world_size, device)
+    logger.info("fused kernels ready rank=%d attention=%s took_s=%.2f", rank, chosen, took_s)
     return chosen
 
 

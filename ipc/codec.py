@@ -28,6 +28,10 @@ _QUOTED_CHARS: Final = 1_000
 """How much of a bad message a refusal repeats: a reply that holds it all could be too long to be read."""
 
 
+_SMALL_BYTES: Final = min(limits.MAX_MAPS, limits.MAX_ARRAYS)
+"""A message of so few bytes cannot hold too many maps or arrays: each of them takes one."""
+
+
 class _Builder:
     """Builds the maps and arrays of one message, and counts them.
 
@@ -42,20 +46,24 @@ class _Builder:
         self._arrays = limits.MAX_ARRAYS
 
     def map(self, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-        """Build a map; msgpack alone would keep the last of two equal keys."""
         self._maps -= 1
         if self._maps < 0:
             raise BadMessage(f"more than {limits.MAX_MAPS} maps in one message")
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise BadMessage(f"key {_first_repeated(pairs)!r:.{_QUOTED_CHARS}} appears twice in one map")
-        return found
+        return _map_of(pairs)
 
     def array(self, items: list[Any]) -> list[Any]:
         self._arrays -= 1
         if self._arrays < 0:
             raise BadMessage(f"more than {limits.MAX_ARRAYS} arrays in one message")
         return items
+
+
+def _map_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Build a map; msgpack alone would keep the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise BadMessage(f"key {_first_repeated(pairs)!r:.{_QUOTED_CHARS}} appears twice in one map")
+    return found
 
 
 def _first_repeated(pairs: Sequence[tuple[Any, Any]]) -> Any:
@@ -101,14 +109,18 @@ class Decoder(Generic[T]):
         """
         if len(payload) > limits.MAX_MESSAGE_BYTES:
             raise BadMessage(f"message of {len(payload)} bytes; at most {limits.MAX_MESSAGE_BYTES} are read")
-        builder = _Builder()
+        if len(payload) > _SMALL_BYTES:
+            builder = _Builder()
+            build_map, build_array = builder.map, builder.array
+        else:
+            build_map, build_array = _map_of, None
         try:
             plain = msgpack.unpackb(
                 payload,
                 raw=False,
                 strict_map_key=True,
-                object_pairs_hook=builder.map,
-                list_hook=builder.array,
+                object_pairs_hook=build_map,
+                list_hook=build_array,
                 max_str_len=limits.MAX_TEXT_CHARS * 4,
                 max_bin_len=4096,
                 max_array_len=_MAX_ARRAY_LEN,

@@ -109,15 +109,34 @@ class Family(Protocol[ConfigT]):
     def build(self, config: ConfigT) -> torch.nn.Module:
         """Build the module. The caller makes it a meta module and sets the dtype."""
 
+    def fuse(
+        self, config: ConfigT, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
+    ) -> FastPath | None:
+        """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none."""
+
+
+class FastPath(Protocol):
+    """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
+
+    def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors until :meth:`unplug` or the next plug."""
+
+    def unplug(self) -> None:
+        """Hold no reference to lent memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names."""
+    """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names.
+
+    ``sources`` are the given names by canonical name.
+    """
 
     family: Family[Any]
     config: Hashable
     dtype: torch.dtype
     key_map: Mapping[str, Slice]
+    sources: Mapping[str, str]
 
 
 def check_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
@@ -169,6 +188,7 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
     prefix = _common_prefix(given)
 
     key_map: dict[str, Slice] = {}
+    sources: dict[str, str] = {}
     missing: list[str] = []
     misshapen: list[str] = []
     for entry in family.entries(config):
@@ -181,11 +201,12 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
         key_map.update(_slices(entry, found))
+        sources[entry.source] = found
     unexpected += given.values()
     if missing or unexpected or misshapen:
         raise BadCheckpoint(_mismatch(family, config, missing, unexpected, misshapen))
     used = {name: info for name, info in tensors.items() if name not in idle}
-    return Resolution(family, config, check_dtype(family, used), key_map)
+    return Resolution(family, config, check_dtype(family, used), key_map, sources)
 
 
 def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:

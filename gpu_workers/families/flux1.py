@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from xditd.gpu_workers.families.base import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
+    from xditd.gpu_workers.fused.flux1 import FusedFlux1
     from xditd.gpu_workers.layouts import ParallelLayout
 
 PREFIX = "model.diffusion_model."
@@ -162,6 +163,17 @@ class Flux1:
             pooled_projection_dim=config.pooled_channels,
             guidance_embeds=config.has_guidance,
         )
+
+    def fuse(
+        self, config: Flux1Config, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
+    ) -> FusedFlux1 | None:
+        if layout.fused_attention is None or (layout.device.type == "cuda" and dtype == torch.float32):
+            return None
+        from xditd.gpu_workers.fused.flux1 import FusedFlux1
+
+        fused = FusedFlux1(config, module, layout, layout.fused_attention)
+        cast(Any, module).fused = fused
+        return fused
 
 
 def _count_blocks(shapes: Mapping[str, Shape], kind: str) -> int:

@@ -152,6 +152,9 @@ class FluxVae:
             module.encoder = None
         return cast(torch.nn.Module, module)
 
+    def fuse(self, *_: object) -> None:
+        """There is no faster forward."""
+
 
 def _channels(shapes: Mapping[str, Shape], level: int, residuals: int) -> int:
     """Width of a level: every convolution of the level that ends at that width votes."""

@@ -71,8 +71,8 @@ def upload(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[int]:
         try:
             buffer.fetched.synchronize()
             ctypes.memmove(buffer.bytes.data_ptr(), address, target.numel())
-            # Whoever calls may be in inference mode, as ComfyUI is; each thread has a mode of its own.
-            with torch.inference_mode(), torch.cuda.stream(stream):
+            # A thread has modes of its own, and a tensor made in inference mode is written in that mode alone.
+            with torch.cuda.stream(stream), torch.inference_mode():
                 target.copy_(buffer.bytes[: target.numel()], non_blocking=True)
                 buffer.fetched.record()
         finally:

@@ -15,6 +15,14 @@ def test_imports_nothing_heavy(module):
     assert found.stdout.split() == []
 
 
+def test_what_only_some_calls_need_is_imported_by_them():
+    """Lending, files and jobs bring their own modules: a script that asks for a status need not wait for those."""
+    later = ("xditd.client.lending", "xditd.client.tensor_files", "xditd.ipc.transports.file", "hashlib", "mmap")
+    check = f"import xditd.client, sys; print(*[name for name in {later!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
 def test_every_exported_name_exists():
     import xditd.client
 

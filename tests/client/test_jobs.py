@@ -8,11 +8,11 @@ torch = pytest.importorskip("torch")
 
 from xditd.client import Client  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
+    BY_CODE,
     BadRequest,
     Cancelled,
     DeadlineExceeded,
     UnknownComponent,
-    WorkersLost,
 )
 from xditd.ipc.replies import (  # noqa: E402
     CancelNoted,
@@ -231,7 +231,7 @@ def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon,
     second = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
     one, two = daemon.wait_for(Generate, 1), daemon.wait_for(Generate, 2)
     assert one.io.inode != two.io.inode  # the first may still be written to
-    daemon.send(Failed(request_id=first.request_id, code="cancelled", detail="at step 1"))
+    daemon.send(Failed(request_id=first.request_id, code="bad_request", detail="steps: 1 is too few"))
     wait_until(lambda: any(client._pool._idle.values()))
     third = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
     assert daemon.wait_for(Generate, 3).io.inode == one.io.inode
@@ -239,11 +239,11 @@ def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon,
     third.cancel()
 
 
-def test_a_block_of_lost_workers_is_not_used_again(client, daemon, wait_until):
-    daemon.answers[Generate] = lambda request: [
-        Failed(request_id=request.request_id, code="workers_lost", detail="rank 1 died")
-    ]
-    with pytest.raises(WorkersLost):
+@pytest.mark.parametrize("code", ["workers_lost", "lease_lost", "cancelled", "out_of_memory", "internal"])
+def test_a_block_that_lost_workers_may_write_to_is_not_used_again(client, daemon, code):
+    """A job that was cancelled, or lost its loan, may have ended with its group, whose ranks are being killed."""
+    daemon.answers[Generate] = lambda request: [Failed(request_id=request.request_id, code=code, detail="gone")]
+    with pytest.raises(BY_CODE[code]):
         client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
     assert not any(client._pool._idle.values())
 

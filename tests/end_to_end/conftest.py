@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -85,6 +86,52 @@ def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> 
             pytest.fail(f"waited {DEADLINE_S} s for {what}\n{tail}")
         time.sleep(0.02)  # between two looks; what is waited for is the condition above
     return found
+
+
+def count_fds(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def memfds(pid: int) -> set[str]:
+    """The memfds that a process has mapped, by inode."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+        return {line.split()[4] for line in maps if "/memfd:" in line}
+
+
+def parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def descendants(pid: int) -> set[int]:
+    """Every live process below ``pid``."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and is_running(int(name)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(name)] = parent_of(int(name))
+    found: set[int] = set()
+    grown = {pid}
+    while grown:
+        found |= grown
+        grown = {child for child, parent in parents.items() if parent in found} - found
+    return found - {pid}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def processes() -> SimpleNamespace:
+    """Looking at other processes."""
+    return SimpleNamespace(
+        parent_of=parent_of, descendants=descendants, is_running=is_running, count_fds=count_fds, memfds=memfds
+    )
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import textwrap
 import pytest
 import torch
 
-from xditd.client import ForeignGpu, LeaseLost, OutOfMemory
+from xditd.client import ForeignGpu, LeaseLost, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -144,6 +145,30 @@ def test_a_job_without_room_is_refused_and_the_next_one_served(client, state, ma
         del hog
         torch.cuda.empty_cache()
         assert torch.equal(run(client, loan, inputs), expected)
+    arena.close()
+
+
+def test_a_killed_workers_memory_comes_back_and_its_loan_is_mapped_again(
+    client, make_inputs, run, wait_until, processes
+):
+    config = {"heads": 16, "double_blocks": 4, "single_blocks": 4}
+    arena = Arena.copy_of(checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **config), "cuda")
+    inputs = make_inputs()
+    with client.lend(arena.tensors) as loan:
+        expected = run(client, loan, inputs)
+        free = free_bytes()
+        (worker,) = client.status().workers
+        job = client.generate(
+            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=512, width=512, steps=1000, seed=1
+        )
+        events = iter(job)  # kept: dropping an iterator cancels its job
+        next(events)
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(WorkersLost):
+            job.result()
+        wait_until(lambda: not processes.is_running(worker.pid), "the old worker to be gone")
+        assert torch.equal(run(client, loan, inputs), expected)  # waits for the new one
+        assert free - free_bytes() < 256 * MIB  # kernels and workspaces, and no second gigabyte of weights
     arena.close()
 
 

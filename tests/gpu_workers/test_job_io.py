@@ -178,6 +178,37 @@ def test_a_client_that_is_gone_is_forgotten(
     io.forget(owner)
 
 
+def test_blocks_that_their_client_closed_are_swept(io: JobIo, me: ProcessIdentity, open_fds: Callable[[], int]) -> None:
+    """Also where the number of the descriptor means another block by now."""
+    kept, closed, replaced = HostArena(1), HostArena(1), HostArena(1)
+    for arena in (kept, closed, replaced):
+        io.open(arena.block(), me)
+    io.sweep()
+    assert len(io) == 3
+    before = open_fds()
+    number = replaced.block().fd
+    replaced.close()
+    other = HostArena(1)
+    assert other.block().fd == number
+    closed.close()
+    io.sweep()
+    assert len(io) == 1
+    assert open_fds() == before - 2 - 2  # the arena's two and the mapping's two
+    other.close()
+    kept.close()
+
+
+def test_blocks_of_a_dead_client_are_swept(io: JobIo, spawn_other: Callable[[], Any]) -> None:
+    other = spawn_other()
+    owner = msgspec.convert(other.identity, ProcessIdentity)
+    io.open(msgspec.convert(other.ask("export", size_bytes=10), HostShmBlock), owner)
+    io.sweep()
+    assert len(io) == 1
+    other.kill()
+    io.sweep()
+    assert len(io) == 0
+
+
 def test_a_file_in_place_of_shared_memory(io: JobIo, arena: HostArena, me: ProcessIdentity, tmp_path: Any) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(4096))

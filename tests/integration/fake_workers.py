@@ -265,7 +265,15 @@ def main() -> int:
     parser.add_argument("--exit-status", type=int)
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--workers", default="auto")
-    for flag in ("--runtime-dir", "--group-token", "--device", "--ulysses", "--attention-backend", "--log-level"):
+    for flag in (
+        "--runtime-dir",
+        "--group-token",
+        "--device",
+        "--ulysses",
+        "--attention-backend",
+        "--kernels",
+        "--log-level",
+    ):
         parser.add_argument(flag, required=True)
     options = parser.parse_args()
     options.world_size = 2 if options.workers == "auto" else int(options.workers)

@@ -1,7 +1,8 @@
 """A user's program during the journey: it lends, starts a job that does not end, sees it end, and is served again.
 
-    python attached_client.py RUNTIME_DIR
+    python attached_client.py RUNTIME_DIR [CHECKPOINT]
 
+Without a checkpoint the workers are the fake group of the integration tests, whose jobs need no tensors.
 Prints a line for each thing that happens, with the seconds since it started.
 """
 
@@ -52,8 +53,33 @@ def next_daemon(client: Client) -> int:
         time.sleep(0.1)  # what a polite program does between two tries
 
 
+def run_real(runtime: RuntimeDir, checkpoint: str) -> None:
+    """A FLUX.1 checkpoint on loan, and a job of a thousand steps."""
+    import torch
+
+    with Client(runtime.path) as client:
+        client.check_canary()
+        say(f"canary seen by every worker of daemon {client.daemon_pid}")
+        loan = client.lend(checkpoint)
+        say(f"has lent {loan.label}, {loan.lent_bytes} bytes")
+        embeds = torch.zeros(1, 16, 4096), torch.zeros(1, 768)
+        job = client.generate(loan, *embeds, height=512, width=512, steps=1000, seed=1)
+        events = iter(job)
+        next(events)
+        say("its job runs")
+        try:
+            job.result()
+            say("its job ended as if nothing were")
+        except XditdError as error:
+            say(f"its job ended: {error.code}")
+        say(f"served again, by daemon {next_daemon(client)}")
+
+
 def main() -> int:
     runtime = RuntimeDir(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        run_real(runtime, sys.argv[2])
+        return 0
     helpers = load_helpers()
     client = helpers.RawClient(runtime)
     client.wait_status(lambda status: status.group_state is GroupState.READY)

@@ -3,8 +3,9 @@
     sudo tests/systemd/sandbox.sh python tests/systemd/journey.py      in a throw-away systemd
     sudo python tests/systemd/journey.py                              in a virtual machine made for it
 
-It makes a user (``xditd-journey``), installs the units for that user, and removes both at its end. Workers are the fake
-group of the integration tests: real processes that map real memory, without a GPU. Nothing is downloaded.
+It makes a user (``xditd-journey``), installs the units for that user, and removes both at its end. Workers are the real
+group, two gloo ranks on the CPU, and the client lends a small random checkpoint; with ``--fake`` they are the fake one
+of the integration tests, which starts at once. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ USER = "xditd-journey"
 UNIT, SOCKET = f"xditd@{USER}.service", f"xditd@{USER}.socket"
 RUNTIME = Path("/run/xditd") / USER
 PREFIX = Path("/opt/xditd-journey")
-DEADLINE_S = 60.0
+CHECKPOINT = Path("/home") / USER / "flux1.safetensors"
+IS_REAL = "--fake" not in sys.argv[1:]
+DEADLINE_S = 180.0
+DRAIN_S = 3
+MOST_EXPOSED = 2.5
 
 
 def run(*words: str, check: bool = True) -> str:
@@ -90,18 +95,39 @@ def install() -> None:
     run("useradd", "--create-home", USER)
     folder = Path(pwd.getpwnam(USER).pw_dir) / ".config" / "xditd"
     folder.mkdir(parents=True)
-    workers = [str(python), str(ROOT / "tests/integration/fake_workers.py"), "--step-s", "0.05"]
-    (folder / "xditd.toml").write_text(f"[daemon]\nmetrics = 'unix'\n[workers]\ncommand = {json.dumps(workers)}\n")
+    fake = [str(python), str(ROOT / "tests/integration/fake_workers.py"), "--step-s", "0.05"]
+    workers = 'count = 2\ndevice = "cpu"' if IS_REAL else f"command = {json.dumps(fake)}"
+    daemon = f"metrics = 'unix'\ndrain_deadline_s = {DRAIN_S}"
+    (folder / "xditd.toml").write_text(f"[daemon]\n{daemon}\n[workers]\n{workers}\n")
     run("chown", "-R", f"{USER}:", str(folder.parent))
+    if IS_REAL:
+        make = "import sys, pathlib; from xditd.client.demo.checkpoints import write_flux1; "
+        make += "write_flux1(pathlib.Path(sys.argv[1]), seed=1)"
+        run(*as_user(str(python), "-c", make, str(CHECKPOINT)))
     show(run(str(command), "install-service", "--system", "--for", USER))
     drop_in = Path(f"/run/systemd/system/{UNIT}.d/short.conf")
     drop_in.parent.mkdir(parents=True)
     drop_in.write_text("[Service]\nWatchdogSec=4\n")
-    print("\nWatchdogSec is 4 instead of 30 in this run, so that it does not take so long.")
+    print(
+        f"\nWatchdogSec is 4 instead of 30 in this run, and drain_deadline_s {DRAIN_S} instead of 20, so that it does "
+        "not take so long.",
+        flush=True,
+    )
     run("systemd-sysusers", "xditd.conf")
     run("systemd-tmpfiles", "--create", "xditd.conf")  # by name: without one it would clean the whole machine
     run("systemctl", "daemon-reload")
     show(run(str(command), "install-service", "--system", "--for", USER, "--check"))
+
+
+def analyze() -> None:
+    """What systemd itself says of the unit as it is loaded here, drop-in and all."""
+    found = run("systemd-analyze", "verify", "--man=no", UNIT, SOCKET)
+    print(f"`systemd-analyze verify`: {found or 'nothing to say'}", flush=True)
+    level = run("systemd-analyze", "security", "--no-pager", UNIT).splitlines()[-1]
+    print(f"`systemd-analyze security`: {level}", flush=True)
+    exposure = re.search(r": ([0-9.]+)", level)
+    if found or exposure is None or float(exposure[1]) > MOST_EXPOSED:
+        raise SystemExit("the unit has faults, or is too open")
 
 
 def start() -> None:
@@ -141,6 +167,7 @@ def another_user() -> None:
 def attach() -> subprocess.Popen[str]:
     """A client with a loan and a running job."""
     word = as_user(str(PREFIX / "bin/python"), str(ROOT / "tests/systemd/attached_client.py"), str(RUNTIME))
+    word += [str(CHECKPOINT)] if IS_REAL else []
     client = subprocess.Popen(word, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert client.stdout is not None
     seen = []
@@ -191,7 +218,7 @@ def restart_with_client() -> None:
     client = attach()
     began_s = time.monotonic()
     run("systemctl", "restart", UNIT)
-    print(f"`systemctl restart` took {time.monotonic() - began_s:.2f} s.")
+    print(f"`systemctl restart` took {time.monotonic() - began_s:.2f} s, of which the job had {DRAIN_S} to finish.")
     detach(client, "daemon_stopping")
 
 
@@ -234,6 +261,7 @@ def uninstall() -> None:
 
 STEPS: tuple[tuple[str, Callable[[], None]], ...] = (
     ("Install", install),
+    ("What systemd says of the unit", analyze),
     ("Start to READY", start),
     ("Another user", another_user),
     ("Watchdog: kill and restart", watchdog),
@@ -251,6 +279,7 @@ def main() -> int:
         print("journey: needs root, and systemd as process 1", file=sys.stderr)
         return 2
     print(f"systemd: {run('systemctl', '--version').splitlines()[0]}")
+    print("workers: two gloo ranks on the CPU" if IS_REAL else "workers: the fake group of the integration tests")
     for name, step in STEPS:
         title(name)
         step()

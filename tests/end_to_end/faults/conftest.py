@@ -35,84 +35,34 @@ class Footprint:
     jobs: int
 
     def is_within(self, before: Footprint) -> bool:
-        """Whether nothing grew beyond its bound.
-
-        A file of the interpreter may be open in passing, so two descriptors are room. An I/O block that the client let
-        go of, because a job failed on it, stays mapped in the workers until newer ones push it out: one is room.
-        """
+        """Whether nothing grew; a file of the interpreter may be open in passing, so two descriptors are room."""
         return (
             (self.processes, self.components, self.clients, self.jobs)
             == (before.processes, before.components, before.clients, before.jobs)
             and self.daemon_fds <= before.daemon_fds + 2
             and all(now <= then + 2 for now, then in zip(self.worker_fds, before.worker_fds, strict=True))
-            and all(now <= then + 1 for now, then in zip(self.segments, before.segments, strict=True))
+            and self.segments == before.segments
         )
 
 
-def measure(client: Client, daemon_pid: int) -> Footprint | None:
+def measure(client: Client, daemon_pid: int, processes: SimpleNamespace) -> Footprint | None:
     """Take the footprint; ``None`` while the group is not up."""
     status = client.status()
     if status.group_state is not GroupState.READY:
         return None
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         workers = [worker.pid for worker in status.workers]
-        own = memfds(os.getpid())
+        own = processes.memfds(os.getpid())
         return Footprint(
-            processes=len(descendants(daemon_pid)),
-            daemon_fds=count_fds(daemon_pid),
-            worker_fds=tuple(count_fds(pid) for pid in workers),
-            segments=tuple(len(memfds(pid) - own) for pid in workers),
+            processes=len(processes.descendants(daemon_pid)),
+            daemon_fds=processes.count_fds(daemon_pid),
+            worker_fds=tuple(processes.count_fds(pid) for pid in workers),
+            segments=tuple(len(processes.memfds(pid) - own) for pid in workers),
             components=len(status.components),
             clients=status.clients,
             jobs=len(status.jobs),
         )
     return None
-
-
-def count_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def memfds(pid: int) -> set[str]:
-    """The memfds that a process has mapped, by inode."""
-    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
-        return {line.split()[4] for line in maps if "/memfd:" in line}
-
-
-def parent_of(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-        return int(stat.read().rpartition(")")[2].split()[1])
-
-
-def descendants(pid: int) -> set[int]:
-    """Every live process below ``pid``."""
-    parents = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit() and is_running(int(name)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                parents[int(name)] = parent_of(int(name))
-    found: set[int] = set()
-    grown = {pid}
-    while grown:
-        found |= grown
-        grown = {child for child, parent in parents.items() if parent in found} - found
-    return found - {pid}
-
-
-def is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@pytest.fixture(scope="session")
-def processes() -> SimpleNamespace:
-    """Looking at other processes."""
-    return SimpleNamespace(
-        parent_of=parent_of, descendants=descendants, is_running=is_running, count_fds=count_fds, memfds=memfds
-    )
 
 
 @pytest.fixture(scope="session")
@@ -140,14 +90,14 @@ def unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     daemon, client = request.getfixturevalue("daemon"), request.getfixturevalue("client")
-    good_job = request.getfixturevalue("good_job")
+    good_job, processes = request.getfixturevalue("good_job"), request.getfixturevalue("processes")
     good_job()
-    before = measure(client, daemon.process.pid)
+    before = measure(client, daemon.process.pid, processes)
     assert before is not None  # nothing has gone wrong yet
     yield
     good_job()  # waits for a group that is being rebuilt, in which the loan is mapped again
     ends = time.monotonic() + DEADLINE_S
-    while (after := measure(client, daemon.process.pid)) is None or not after.is_within(before):
+    while (after := measure(client, daemon.process.pid, processes)) is None or not after.is_within(before):
         assert time.monotonic() < ends, f"left behind: {after}, before: {before}"
         time.sleep(0.05)  # between two looks
 

@@ -149,6 +149,26 @@ def test_a_lease_that_ends_under_a_job(client, files, make_inputs, good_job):
     good_job()
 
 
+def test_a_block_that_a_failed_job_used_is_unmapped_by_idle_workers(
+    daemon, client, files, make_inputs, processes, wait_until
+):
+    """The client cannot know whether anybody still writes to it, so it lets go of it; workers must not keep it."""
+    loan = client.lend(files.tuned)
+    inputs = make_inputs(tokens=512)  # more than fits into the block that the tests before have used
+    ranks = [worker.pid for worker in client.status().workers]
+    before = [processes.memfds(pid) for pid in ranks]
+    job = client.generate(
+        loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
+    )
+    events = iter(job)
+    next(events)
+    assert all(processes.memfds(pid) - mapped for pid, mapped in zip(ranks, before, strict=True))
+    loan.return_()
+    with pytest.raises(LeaseLost):
+        job.result()
+    wait_until(lambda: [processes.memfds(pid) for pid in ranks] == before, "the block to be unmapped, with no job sent")
+
+
 def test_a_hundred_loans_leave_nothing_behind(client, files, good_job):
     status = client.status()
     ranks = [worker.pid for worker in status.workers]

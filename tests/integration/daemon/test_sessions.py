@@ -8,7 +8,7 @@ from typing import Any
 
 from xditd.ipc.codec import encode
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Failed, Farewell, Generated, StepDone, Welcome
+from xditd.ipc.replies import Failed, Farewell, Generated, Queued, StepDone, Welcome
 from xditd.ipc.requests import GetLogs, GetStatus, Goodbye
 from xditd.ipc.status import JobState
 
@@ -76,6 +76,7 @@ def test_client_killed_in_mid_job_frees_the_workers(
     assert (job.state, job.owner_pid, job.total_steps) == (JobState.RUNNING, lender.pid, 1000)
     failed_before = client.status().counters.jobs_failed
     waiting = client.send(memory.generate(component_id))
+    client.wait_event(waiting, Queued)  # else the end of the lender may be seen first, and this one never be a job
     lender.kill()
     lost = client.wait(waiting)
     assert isinstance(lost, Failed)

@@ -1,0 +1,217 @@
+"""One step of a full-size FLUX.1 by each way of running its blocks, side by side in one run, without a daemon.
+
+    python benchmarks/step_time.py --ranks 1 2
+    python benchmarks/step_time.py --ranks 1 --ways plain fused --profile
+
+``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
+kernels of ``gpu_workers/fused``. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, ratios,
+the relative error against ``plain``, and with ``--profile`` where the time of a step goes; ``--json FILE`` writes all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flux_weights
+import torch
+from machine import describe_machine
+
+WAYS = ("plain", "compiled", "fused")
+PARITY_STEPS = 12
+FLOOR_TFLOPS = 790.0
+CATEGORIES = (
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vector", "gemv")),
+    ("attention", ("sdpa", "flash", "fmha", "cudnn_generated")),
+    ("communication", ("nccl", "_meet", "_send_rows")),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--pixels", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20, help="timed forwards; the median counts")
+    parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
+    parser.add_argument("--attention", default="auto", help="an xDiT attention backend by name")
+    parser.add_argument("--profile", action="store_true", help="sum a step's kernels by kind")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
+    from xditd.gpu_workers import xfuser_start
+
+    device = torch.device("cuda", rank)
+    layout = xfuser_start.start(
+        rank, ranks, f"{folder}/store", device, attention_backend=given.attention, kernels="fused"
+    )
+    from xditd.gpu_workers import attention, pipelines
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+
+    size = flux_weights.SMALL if given.small else flux_weights.FULL
+    state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
+    cache = SkeletonCache(layout)
+    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    plan.skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+    module: Any = plan.skeleton.module
+    fused = module.fused
+    attention.use(plan.skeleton.attention_backend)
+    inputs = make_inputs(given, device, pipelines)
+
+    @torch.inference_mode()
+    def step() -> torch.Tensor:
+        return module(**inputs, return_dict=False)[0]
+
+    found: dict[str, Any] = {"attention": f"{layout.attention_backend}, fused {layout.fused_attention}", "ways": {}}
+
+    @torch.inference_mode()
+    def few_steps() -> torch.Tensor:
+        """Twelve steps of Euler's method from noise, for the error that a job would see."""
+        moved = dict(inputs)
+        for number in range(PARITY_STEPS):
+            moved["timestep"] = torch.full((1,), 1.0 - number / PARITY_STEPS, device=device)
+            moved["hidden_states"] = moved["hidden_states"] - module(**moved, return_dict=False)[0] / PARITY_STEPS
+        return moved["hidden_states"].float()
+
+    expected: tuple[torch.Tensor, torch.Tensor] | None = None
+    for way in given.ways:
+        module.fused = fused if way == "fused" else None
+        started = time.perf_counter()
+        if way == "compiled":
+            module.compile_repeated_blocks(fullgraph=False)
+        result = step().float()
+        torch.cuda.synchronize()
+        first_s = time.perf_counter() - started
+        results = (result, few_steps())
+        expected = results if expected is None else expected
+        errors = [float((one - other).norm() / other.norm()) for one, other in zip(results, expected, strict=True)]
+        entry: dict[str, Any] = {
+            "first_s": first_s,
+            "ms": time_steps(step, given.steps),
+            "error": errors[0],
+            "error_after_steps": errors[1],
+            "same_bits_again": bool(torch.equal(results[1], few_steps())),
+        }
+        if given.profile:
+            entry["profile"] = profile(step)
+        found["ways"][way] = entry
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    torch.cuda.synchronize()
+    xfuser_start.stop()
+
+
+def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.bfloat16, device=device)
+
+    side = given.pixels // 16
+    return {
+        "hidden_states": random(1, side * side, 64),
+        "encoder_hidden_states": random(1, given.tokens, 4096),
+        "pooled_projections": random(1, 768),
+        "timestep": torch.tensor([0.5], device=device),
+        "guidance": torch.tensor([3.5], device=device),
+        "txt_ids": torch.zeros(given.tokens, 3, device=device),
+        "img_ids": pipelines._image_ids(side, side, device),
+    }
+
+
+def time_steps(step: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds of each step by events, the host running ahead as it does in a job."""
+    for _ in range(3):
+        step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def profile(step: Callable[[], object]) -> dict[str, Any]:
+    """Milliseconds of one step's kernels by kind, and the longest by name."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in recorded.key_averages():
+        took_ms = event.self_device_time_total / 1e3
+        kind = next(
+            (label for label, marks in CATEGORIES if any(mark in event.key.lower() for mark in marks)), "the rest"
+        )
+        kinds[kind] += took_ms
+        names[event.key[:90]][0] += took_ms
+        names[event.key[:90]][1] += event.count
+    top = sorted(((took, int(count), name) for name, (took, count) in names.items()), reverse=True)[:16]
+    return {"kinds_ms": dict(kinds), "kernels": sum(count for _, count in names.values()), "top": top}
+
+
+def floor_ms(given: argparse.Namespace, ranks: int) -> float:
+    """Multiplications of one step at the measured rate of large matrix products, split evenly."""
+    size = flux_weights.SMALL if given.small else flux_weights.FULL
+    h, image, text = size.hidden, (given.pixels // 16) ** 2, given.tokens
+    tokens = image + text
+    products = (size.double_blocks * 12 + size.single_blocks * 12) * h * h * tokens
+    dots = (size.double_blocks + size.single_blocks) * 2 * tokens * tokens * h
+    return 2 * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3 / ranks
+
+
+def main() -> None:
+    given = build_parser().parse_args()
+    report: dict[str, Any] = {"machine": describe_machine(), "groups": []}
+    machine = report["machine"]
+    print(f"{', '.join(machine['gpus'])}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}")
+    print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, bfloat16")
+    for ranks in given.ranks:
+        with tempfile.TemporaryDirectory(prefix="xditd-step-") as folder:
+            torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)
+            found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        group: dict[str, Any] = {"ranks": ranks, "attention": found[0]["attention"], "floor_ms": floor_ms(given, ranks)}
+        print(f"\n{ranks} rank(s), attention {group['attention']}, floor {group['floor_ms']:.1f} ms")
+        group["ways"] = {way: [each["ways"][way] for each in found] for way in given.ways}
+        plain = None
+        for way, entries in group["ways"].items():
+            ms = max(statistics.median(entry["ms"]) for entry in entries)
+            plain = plain or ms
+            first = entries[0]
+            same = all(entry["same_bits_again"] for entry in entries)
+            print(
+                f"  {way:10s} {ms:7.1f} ms  {ms / plain:.3f}x of {given.ways[0]}  "
+                f"{ms / group['floor_ms']:.2f}x of the floor  error {first['error']:.1e}, "
+                f"{first['error_after_steps']:.1e} after {PARITY_STEPS} steps  first {first['first_s']:.1f} s  "
+                f"same bits again {same}"
+            )
+            if given.profile:
+                kinds = entries[0]["profile"]["kinds_ms"]
+                print("             " + ", ".join(f"{kind} {took:.1f}" for kind, took in sorted(kinds.items())), end="")
+                print(f"; {entries[0]['profile']['kernels']} kernels")
+                for took, count, name in entries[0]["profile"]["top"]:
+                    print(f"               {took:7.2f} ms {count:5d}  {name}")
+        report["groups"].append(group)
+    if given.json:
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main()

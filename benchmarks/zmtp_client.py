@@ -1,0 +1,90 @@
+"""A client that costs next to nothing: a plain Unix socket that speaks ZeroMQ's protocol as a DEALER.
+
+A hundred sockets of libzmq in one process take more of two cores than the server that they are to measure. This one
+takes two system calls a message and no second thread, so what is timed is the server.
+
+Source: ZMTP 3.1 (rfc.zeromq.org/spec/37), "Greeting", "NULL", "Framing".
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from typing import Final
+
+_GREETING: Final = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+_READY: Final = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+_LONG: Final = 0x02
+_COMMAND: Final = 0x04
+_CHUNK_BYTES: Final = 65_536
+
+
+def framed(body: bytes, flags: int = 0) -> bytes:
+    """One frame, short or long."""
+    if len(body) > 255:
+        return struct.pack(">BQ", flags | _LONG, len(body)) + body
+    return struct.pack(">BB", flags, len(body)) + body
+
+
+class ZmtpClient:
+    """One connection. ``sent_s`` are the times of the requests under way, the oldest first."""
+
+    def __init__(self, path: str, wait_s: float = 20.0) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sent_s: list[float] = []
+        self._unread = b""
+        ends_s = time.monotonic() + wait_s
+        while True:
+            try:
+                self.socket.connect(path)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > ends_s:
+                    raise
+                time.sleep(0.005)  # the server is starting, and a Unix socket cannot wait for its listener
+        self.socket.sendall(_GREETING + framed(_READY, _COMMAND))
+        while len(self._unread) < len(_GREETING):
+            self._read()
+        self._unread = self._unread[len(_GREETING) :]
+
+    def send(self, frame: bytes, due_s: float | None = None) -> None:
+        """Send what :func:`framed` made. A request is small, so the kernel takes all of it or the test is void."""
+        self.sent_s.append(time.perf_counter() if due_s is None else due_s)
+        if self.socket.send(frame) != len(frame):
+            raise SystemExit("the server does not read its requests")
+
+    def receive(self) -> list[bytes]:
+        """Read once, and return the messages that are complete by now."""
+        self._read()
+        found = []
+        data, at = self._unread, 0
+        while len(data) - at >= 2:
+            flags = data[at]
+            head = 9 if flags & _LONG else 2
+            if len(data) - at < head:
+                break
+            size = int.from_bytes(data[at + 1 : at + head], "big")
+            if len(data) - at < head + size:
+                break
+            if not flags & _COMMAND:
+                found.append(data[at + head : at + head + size])
+            at += head + size
+        self._unread = data[at:]
+        return found
+
+    def ask(self, body: bytes) -> bytes:
+        """Send one message and wait for the answer."""
+        self.socket.sendall(framed(body))
+        while not (found := self.receive()):
+            pass
+        return found[0]
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _read(self) -> None:
+        chunk = self.socket.recv(_CHUNK_BYTES)
+        if not chunk:
+            raise SystemExit("the server closed a connection of the benchmark")
+        self._unread += chunk

@@ -1,0 +1,275 @@
+"""FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
+
+Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
+which stays the judge: ``canary.Canary`` compares the two. Where several ranks share the tokens, queries, keys and
+values go straight to the rank that attends with their head (``exchange``).
+
+A step of 1024x1024 pixels is about 500 launches instead of 5,000, so that the host stays ahead of the GPU without CUDA
+graphs, nothing is compiled for a size, and another checkpoint of the same architecture costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers import attention
+from xditd.gpu_workers.fused import kernels
+from xditd.gpu_workers.fused.exchange import Exchange
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.token_shares import Share, deal_tokens, gather, pad_rows
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.families.flux1 import Flux1Config
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class Linear(NamedTuple):
+    """A projection: its weight transposed, (in, out), and its bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Stream(NamedTuple):
+    """The weights of text or of images in a double block."""
+
+    qkv: Linear
+    query_norm: torch.Tensor
+    key_norm: torch.Tensor
+    out: Linear
+    up: Linear
+    down: Linear
+
+
+class Single(NamedTuple):
+    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``out`` and ``down`` columns of
+    ``linear2``. Two products with GELU in the epilogue of one beat a whole one with GELU apart: what is between is not
+    written and read once more, and under full load power is what limits.
+    """
+
+    qkv: Linear
+    query_norm: torch.Tensor
+    key_norm: torch.Tensor
+    up: Linear
+    out: Linear
+    down: torch.Tensor
+
+
+class Blocks(NamedTuple):
+    """All blocks of a checkpoint, and the addresses of what turns the timestep into their modulation."""
+
+    double: list[tuple[Stream, Stream]]
+    single: list[Single]
+    double_modulation: tuple[torch.Tensor, torch.Tensor]
+    single_modulation: tuple[torch.Tensor, torch.Tensor]
+
+
+class FusedFlux1:
+    """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own."""
+
+    def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
+        self._config = config
+        self._module = module
+        self._layout = layout
+        self._attend_with = attention.function(attention_backend)
+        self._exchange = Exchange(layout) if layout.world_size > 1 else None
+        self._checkpoint: Mapping[str, torch.Tensor] = {}
+        self._blocks: Blocks | None = None
+        self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
+
+    @property
+    def is_plugged(self) -> bool:
+        return bool(self._checkpoint)
+
+    def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors, by canonical name, until :meth:`unplug` or the next plug."""
+        self._checkpoint = checkpoint
+        self._blocks = None
+
+    def unplug(self) -> None:
+        """Hold no reference to lent memory."""
+        self._checkpoint = {}
+        self._blocks = None
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``."""
+        if self._blocks is None:
+            self._blocks = self._bind(self._checkpoint)
+        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.world_size)
+        own = shares[self._layout.rank]
+        conditioning = self._embed_time(timestep, guidance, pooled_projections, hidden_states.dtype)
+        angles = self._rotations(txt_ids, img_ids, own)
+        valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
+        done = [
+            self._sample(
+                encoder_hidden_states[number, own.text],
+                pad_rows(hidden_states[number, own.image], own.padding, dim=0),
+                F.silu(conditioning[number]),
+                angles,
+                valid,
+            )
+            for number in range(hidden_states.shape[0])
+        ]
+        module = self._module
+        tokens = module.proj_out(module.norm_out(torch.stack(done), conditioning))
+        return tokens if len(shares) == 1 else gather(tokens, shares)
+
+    def _embed_time(
+        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        embed = self._module.time_text_embed
+        scaled = timestep.to(dtype) * 1000
+        if guidance is None:
+            return embed(scaled, pooled)
+        return embed(scaled, guidance.to(dtype) * 1000, pooled)
+
+    def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: Share) -> Angles:
+        """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
+        kept = self._rotated
+        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:
+            ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
+            cos, sin = self._module.pos_embed(ids)
+            kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
+        return kept[2]
+
+    def _sample(
+        self, text: torch.Tensor, image: torch.Tensor, vector: torch.Tensor, angles: Angles, valid: int
+    ) -> torch.Tensor:
+        """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
+        assert self._blocks is not None
+        double, single, double_modulation, single_modulation = self._blocks
+        module, width, at = self._module, self._config.hidden, text.shape[0]
+        rows = at + image.shape[0]
+        x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
+        torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
+        torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
+        doubles = kernels.multiply_vector(*double_modulation, vector, 6 * width).view(len(double), 2, 6 * width)
+        singles = kernels.multiply_vector(*single_modulation, vector, 3 * width)
+        starts = [(modulation, 0) for modulation in (*doubles, *singles)]
+        normed = kernels.add_and_modulate(x, text_rows=at, shift=starts[0])
+        qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
+        y = torch.empty_like(x)
+        halves = (slice(None, at), slice(at, None))
+        for number, streams in enumerate(double):
+            modulation = doubles[number]
+            for stream, half in zip(streams, halves, strict=True):
+                torch.addmm(stream.qkv.bias, normed[half], stream.qkv.weight, out=qkv[half])
+            norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
+            attended = self._attend(qkv, norms, angles, at, valid)
+            for stream, half in zip(streams, halves, strict=True):
+                torch.addmm(stream.out.bias, attended[half], stream.out.weight, out=y[half])
+            normed = kernels.add_and_modulate(
+                x, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
+            )
+            for stream, half in zip(streams, halves, strict=True):
+                torch.addmm(stream.down.bias, _up(normed[half], stream.up), stream.down.weight, out=y[half])
+            normed = kernels.add_and_modulate(
+                x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1]
+            )
+        for number, block in enumerate(single):
+            torch.addmm(block.qkv.bias, normed, block.qkv.weight, out=qkv)
+            attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
+            torch.addmm(block.out.bias, attended, block.out.weight, out=y)
+            y.addmm_(_up(normed, block.up), block.down)
+            following = len(double) + number + 1
+            normed = kernels.add_and_modulate(
+                x,
+                text_rows=at,
+                added=y,
+                gate=(singles[number], 2 * width),
+                shift=starts[following] if following < len(starts) else None,
+            )
+        return x[at:]
+
+    def _attend(
+        self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
+    ) -> torch.Tensor:
+        """Attend from this rank's tokens to everybody's ``valid`` ones; (rows, hidden)."""
+        heads, rows, width = self._config.heads, qkv.shape[0], self._config.hidden
+        given: dict[str, Any] = {"heads": heads, "norms": norms, "angles": angles, "text_rows": text_rows}
+        if self._exchange is None:
+            kernels.norm_and_rotate(qkv, **given)
+            query, key, value = qkv.view(rows, 3, heads, kernels.HEAD_SIZE).unbind(1)
+            return self._dot(query, key, value).reshape(rows, width)
+        ranks, rank = self._layout.world_size, self._layout.rank
+        buffers = self._exchange.reserve(rows, width, qkv.dtype)
+        kernels.norm_and_rotate(qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows)
+        self._exchange.meet()
+        query, key, value = buffers.heads.view(3, ranks * rows, heads // ranks, kernels.HEAD_SIZE)
+        attended = self._dot(query, key[:valid], value[:valid]).reshape(ranks * rows, -1)
+        kernels.send_rows(attended, bases=buffers.tokens_bases, rank=rank, rows_a_rank=rows)
+        self._exchange.meet()
+        return buffers.tokens
+
+    def _dot(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention on (rows, heads, 128) tensors."""
+        wide = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        return self._attend_with(*wide)[0].transpose(0, 1)
+
+    def _bind(self, checkpoint: Mapping[str, torch.Tensor]) -> Blocks:
+        width = self._config.hidden
+
+        def linear(name: str) -> Linear:
+            return Linear(checkpoint[f"{name}.weight"].t(), checkpoint[f"{name}.bias"])
+
+        def stream(block: str, kind: str) -> Stream:
+            name = f"{block}.{kind}"
+            return Stream(
+                qkv=linear(f"{name}_attn.qkv"),
+                query_norm=checkpoint[f"{name}_attn.norm.query_norm.scale"],
+                key_norm=checkpoint[f"{name}_attn.norm.key_norm.scale"],
+                out=linear(f"{name}_attn.proj"),
+                up=linear(f"{name}_mlp.0"),
+                down=linear(f"{name}_mlp.2"),
+            )
+
+        def single(block: str) -> Single:
+            first, second = linear(f"{block}.linear1"), linear(f"{block}.linear2")
+            return Single(
+                qkv=Linear(first.weight[:, : 3 * width], first.bias[: 3 * width]),
+                query_norm=checkpoint[f"{block}.norm.query_norm.scale"],
+                key_norm=checkpoint[f"{block}.norm.key_norm.scale"],
+                up=Linear(first.weight[:, 3 * width :], first.bias[3 * width :]),
+                out=Linear(second.weight[:width], second.bias),
+                down=second.weight[width:],
+            )
+
+        doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
+        singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
+        return Blocks(
+            double=[(stream(block, "txt"), stream(block, "img")) for block in doubles],
+            single=[single(block) for block in singles],
+            double_modulation=self._addresses(
+                checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]
+            ),
+            single_modulation=self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
+        )
+
+    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, biases = (
+            torch.tensor([checkpoint[f"{name}.{part}"].data_ptr() for name in names], dtype=torch.int64)
+            for part in ("weight", "bias")
+        )
+        return weights.to(self._layout.device), biases.to(self._layout.device)
+
+
+def _up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """Project and apply GELU (tanh); on GPUs in the epilogue of the product."""
+    if x.is_cuda:
+        return torch._addmm_activation(linear.bias, x, linear.weight, use_gelu=True)
+    return F.gelu(torch.addmm(linear.bias, x, linear.weight), approximate="tanh")

@@ -1,0 +1,47 @@
+"""Compile the fused kernels when a group starts, so that no job waits for it; Triton keeps them on disk."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from xditd.gpu_workers.fused import kernels
+
+HIDDEN = 3072
+"""FLUX.1's width. Another one compiles at its first step."""
+
+_ROWS = 16
+
+
+def compile_kernels(rank: int, world_size: int, device: torch.device) -> float:
+    """Run every kernel once on a few rows, for bfloat16 weights of FLUX.1; return the seconds it took."""
+    started = time.perf_counter()
+    heads = HIDDEN // kernels.HEAD_SIZE
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16, device=device)
+
+    x, modulation, qkv = some(_ROWS, HIDDEN), some(2, 6 * HIDDEN), some(_ROWS, 3 * HIDDEN)
+    norms = (some(kernels.HEAD_SIZE),) * 4
+    angles = (torch.ones(_ROWS, kernels.HEAD_SIZE // 2, device=device),) * 2
+    kernels.add_and_modulate(x, text_rows=1, shift=(modulation, 0))
+    for block in (modulation, modulation[0]):
+        kernels.add_and_modulate(x, text_rows=1, added=x, gate=(block, 2 * HIDDEN), shift=(block, 3 * HIDDEN))
+    kernels.add_and_modulate(x, text_rows=1, added=x, gate=(modulation[0], 2 * HIDDEN))
+    matrix, bias = some(_ROWS, HIDDEN), some(_ROWS)
+    weights, biases = (torch.tensor([tensor.data_ptr()], device=device) for tensor in (matrix, bias))
+    kernels.multiply_vector(weights, biases, x[0], _ROWS)
+    kernels.norm_and_rotate(qkv, heads=heads, norms=norms, angles=angles, text_rows=1)
+    if world_size > 1:
+        # Every rank's buffer is this rank's own here: it holds what all ranks would get together.
+        buffer = some(3 * _ROWS, HIDDEN)
+        own = torch.tensor([buffer.data_ptr()] * world_size, device=device)
+        kernels.norm_and_rotate(
+            qkv, heads=heads, norms=norms, angles=angles, text_rows=1, bases=own, first_row=0, all_rows=_ROWS
+        )
+        kernels.send_rows(x[:, : HIDDEN // world_size].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
+        flags = torch.ones(world_size, dtype=torch.int64, device=device)
+        kernels.meet(bases=torch.tensor([flags.data_ptr()] * world_size, device=device), rank=rank, round_number=1)
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,68 @@
+"""How the tokens of text and image are dealt to the ranks of a group, and how they are put together again.
+
+Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
+its keys but for rounding. What is padded lies at the very end of the last rank, where it can be cut off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from xfuser.core.distributed import get_sp_group
+
+from xditd.ipc.errors import Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's tokens: ranges of the whole text and image, and the padding behind its image tokens."""
+
+    text: slice
+    image: slice
+    padding: int
+
+    @property
+    def image_tokens(self) -> int:
+        return int(self.image.stop - self.image.start)
+
+
+def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
+    """Deal ``text`` and ``image`` tokens to ranks so that each gets equally many in total, padding included.
+
+    Raises:
+        Unsupported: fewer text or image tokens than ranks, or too few to leave the padding to the last rank alone.
+    """
+    each = -(-(text + image) // ranks)
+    padding = each * ranks - text - image
+    shares: list[Share] = []
+    text_at = image_at = 0
+    for rank in range(ranks):
+        own_text = text // ranks + (rank < text % ranks)
+        pad = padding if rank == ranks - 1 else 0
+        own_image = each - own_text - pad
+        if text < ranks or image < ranks or own_image < 0:
+            raise Unsupported(
+                f"{text} text and {image} image tokens are too few to split over {ranks} workers: "
+                "use a larger image, a longer prompt or fewer workers"
+            )
+        shares.append(Share(slice(text_at, text_at + own_text), slice(image_at, image_at + own_image), pad))
+        text_at += own_text
+        image_at += own_image
+    return tuple(shares)
+
+
+def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
+    if rows == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = rows
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def gather(sample: torch.Tensor, shares: tuple[Share, ...]) -> torch.Tensor:
+    """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
+    longest = max(share.image_tokens + share.padding for share in shares)
+    sample = pad_rows(sample, longest - sample.shape[1], dim=1)
+    gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(shares), longest))
+    return torch.cat([gathered[:, rank, : share.image_tokens] for rank, share in enumerate(shares)], dim=1)

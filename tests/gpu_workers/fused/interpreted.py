@@ -1,0 +1,120 @@
+"""A program, not a test: run the fused kernels in Triton's interpreter on the CPU, and write what was found as JSON.
+
+python interpreted.py OUT_FILE STORE_FILE
+
+Triton reads ``TRITON_INTERPRET`` when it is imported, so this needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+GUIDANCE = 3.5
+
+
+def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(tokens)
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
+        "pooled": torch.randn(batch, 768, generator=generator),
+        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
+        "height": height,
+        "width": width,
+    }
+
+
+def whole_model(store: str) -> dict[str, Any]:
+    """Denoise with fused blocks, and compare with plain diffusers; then zero every tensor once."""
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import reference, xfuser_start
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+
+    layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), fused_attention="SDPA")
+    from xditd.gpu_workers import pipelines
+
+    found: dict[str, Any] = {"parity": {}, "canary": {}, "unmoved": []}
+    cache = SkeletonCache(layout)
+    for label, has_guidance, blocks, (tokens, height, width, batch) in (
+        ("dev", True, 1, (5, 32, 32, 1)),
+        ("schnell", False, 2, (4, 48, 16, 2)),
+    ):
+        state = checkpoints.flux1_state_dict(1, guidance=has_guidance, double_blocks=blocks, single_blocks=blocks)
+        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        skeleton = plan.skeleton
+        skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+        given = job(tokens, height, width, batch)
+        result = pipelines.generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
+        renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
+        expected = reference.reference_latents(
+            reference.transformer_from(state), **renamed, steps=2, guidance_scale=GUIDANCE
+        )
+        found["parity"][label] = reference.relative_error(result, expected)
+        canary = skeleton.module._canary
+        if has_guidance:
+            given = job(3, 16, 32, 1)
+            before = pipelines.generate(skeleton, **given, steps=1)
+            for name, tensor in state.items():
+                kept = tensor.clone()
+                tensor.zero_()
+                after = pipelines.generate(skeleton, **given, steps=1)
+                tensor.copy_(kept)
+                if reference.relative_error(after, before) < 1e-5:
+                    found["unmoved"].append(name)
+        found["canary"][label] = {"refused": canary.is_refused, "passed": len(canary._passed)}
+        skeleton.unplug()
+        found["canary"][label]["plugged after unplug"] = skeleton.module.fused.is_plugged
+    xfuser_start.stop()
+    return found
+
+
+def exchange_of_two() -> dict[str, float]:
+    """Let two ranks' kernels run in turn on buffers of this process, and compare with one rank's attention."""
+    from xditd.gpu_workers.fused import kernels
+
+    ranks, heads, rows, text = 2, 4, 6, 2
+    width = heads * kernels.HEAD_SIZE
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    qkv = [random(rows, 3 * width) for _ in range(ranks)]
+    norms = tuple(random(kernels.HEAD_SIZE) for _ in range(4))
+    angles = [(random(rows, 64), random(rows, 64)) for _ in range(ranks)]
+    received = [torch.full((3, ranks * rows, width // ranks), float("nan")) for _ in range(ranks)]
+    tokens = [torch.full((rows, width), float("nan")) for _ in range(ranks)]
+    flags = [torch.zeros(ranks, dtype=torch.int64) for _ in range(ranks)]
+
+    def bases(buffers: list[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([buffer.data_ptr() for buffer in buffers])
+
+    for rank in range(ranks):
+        kernels.norm_and_rotate(
+            qkv[rank], heads=heads, norms=norms, angles=angles[rank], text_rows=text,
+            bases=bases(received), first_row=rank * rows, all_rows=ranks * rows,
+        )  # fmt: skip
+    for buffer in flags:
+        buffer.fill_(7)
+    kernels.meet(bases=bases(flags), rank=0, round_number=7)
+    for rank in range(ranks):
+        kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
+    for rank in range(ranks):
+        kernels.norm_and_rotate(qkv[rank], heads=heads, norms=norms, angles=angles[rank], text_rows=text)
+    alone = torch.cat(qkv).view(ranks * rows, 3, ranks, width // ranks)
+    sent = max(float((received[rank].transpose(0, 1) - alone[:, :, rank]).abs().max()) for rank in range(ranks))
+    returned = float((torch.cat(tokens) - alone[:, 0].flatten(1)).abs().max())
+    return {"sent": sent, "returned": returned}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps({"model": whole_model(sys.argv[2]), "exchange": exchange_of_two()}))

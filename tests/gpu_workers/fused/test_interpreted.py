@@ -1,0 +1,53 @@
+"""The fused kernels on the CPU, in Triton's interpreter: the same numbers as plain diffusers, from every tensor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("interpreted.py")
+BAR = 1e-6
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("interpreted")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder / "found.json"), str(folder / "store")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_fused_blocks_agree_with_plain_diffusers(found: Any) -> None:
+    assert found["model"]["parity"].keys() == {"dev", "schnell"}
+    assert all(error <= BAR for error in found["model"]["parity"].values()), found["model"]["parity"]
+
+
+def test_every_tensor_of_the_checkpoint_is_read(found: Any) -> None:
+    assert found["model"]["unmoved"] == []
+
+
+def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:
+    canaries = found["model"]["canary"]
+    assert [verdict["refused"] for verdict in canaries.values()] == [False, False]
+    assert [verdict["passed"] for verdict in canaries.values()] == [2, 1]
+
+
+def test_unplugging_lets_go_of_the_checkpoint(found: Any) -> None:
+    assert not any(verdict["plugged after unplug"] for verdict in found["model"]["canary"].values())
+
+
+def test_two_ranks_get_their_heads_and_then_their_tokens(found: Any) -> None:
+    assert found["exchange"] == {"sent": 0.0, "returned": 0.0}
