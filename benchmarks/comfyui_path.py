@@ -100,7 +100,11 @@ class Run:
             with connect(runtime, daemon) as client:
                 found["parallel"] = wait_ready(client)
                 found["idle"] = self._memory()
-                found["comfyui"] = {k: v for k, v in server.ask("/xditd_bench").items() if k not in ("steps", "marks")}
+                found["comfyui"] = {
+                    key: value
+                    for key, value in server.ask("/xditd_bench").items()
+                    if key not in ("steps", "marks", "forwards", "profile")
+                }
                 say(f"ComfyUI: {found['comfyui']}")
                 for name in paths:
                     self._part(
@@ -137,7 +141,13 @@ class Run:
         found["again"] = [server.run(self._prompt(name, seed, few, f"{label}_few")) for seed in (3, 4)]
         longer = [found["second"]["latents_s"] - each["latents_s"] for each in found["again"]]
         found["step_ms"] = statistics.median(longer) / (many - few) * 1e3
+        for what, times in found["second"]["forwards"].items():
+            if times:
+                found[what] = statistics.median(times)
         found["gap_ms"] = statistics.median(found["second"]["gaps_ms"])
+        if name == "loader":
+            server.ask("/xditd_bench?profile=1")
+            found["profile"] = server.run(self._prompt(name, 7, many, f"{label}_profile"))["profile"].splitlines()
         if name == "fused":
             found["generate_step_ms"] = self._generate_step_ms(server, client)
         if name in ("loader", "accelerate"):

@@ -41,6 +41,12 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH")} | more
 
 
+def said_of(status: dict[str, Any]) -> str:
+    """What a failed prompt said, without the inputs of its node: those are pages of numbers."""
+    detail = status["messages"][-1][1]
+    return f"{detail.get('node_type')}: {detail.get('exception_type')}: {detail.get('exception_message')}"[:1500]
+
+
 class ComfyServer:
     """One ComfyUI process on default flags, without a page and without API nodes."""
 
@@ -85,7 +91,7 @@ class ComfyServer:
         found = self._until(lambda: self.ask(f"/history/{number}").get(number), PROMPT_DEADLINE_S, "the prompt to end")
         status = found["status"]
         if status["status_str"] != "success":
-            raise Failure(f"{json.dumps(status)[-3000:]}\n{self.tail()}")
+            raise Failure(f"{said_of(status)}\n{self.tail()}")
         noted = self.ask("/xditd_bench")
         outputs = [each for each in found["outputs"].values() if "is_finite" in each]
         if not all(each["is_finite"][0] for each in outputs):
@@ -98,6 +104,8 @@ class ComfyServer:
             "latents_s": noted["marks"]["latents"] - queued,
             "image_s": noted["marks"]["image"] - queued,
             "first_step_s": stamps[0] - queued if stamps else None,
+            "forwards": noted["forwards"],
+            "profile": noted["profile"],
             "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
             "said": [line for line in said.splitlines() if "ms=" in line or "step by step" in line or "tier" in line],
         }

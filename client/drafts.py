@@ -175,11 +175,13 @@ def draft_decode(vae_id: str, latents: torch.Tensor) -> Draft:
 
 
 def draft_encode(vae_id: str, image: torch.Tensor) -> Draft:
-    """Check and lay out an encoding."""
+    """Check and lay out an encoding. The image crosses in the layout that it has, channels first or last."""
     job_inputs.check_image(image)
     batch, _, height, width = image.shape
     side = job_inputs.PIXELS_PER_LATENT
     layout = IoLayout()
+    if _has_channels_last(image):
+        image = image.movedim(1, -1)
     image_at = layout.add_input(image)
     out_at = layout.add_output(image.dtype, (batch, job_inputs.LATENT_CHANNELS, height // side, width // side))
 
@@ -187,6 +189,15 @@ def draft_encode(vae_id: str, image: torch.Tensor) -> Draft:
         return Encode(request_id=request_id, vae_id=vae_id, io=io, image=image_at, out=out_at)
 
     return Draft(layout, ((image_at, image),), out_at, None, image.device, write)
+
+
+def _has_channels_last(image: torch.Tensor) -> bool:
+    """Whether convolutions would take it as channels-last: its strides say so, whole or cut out of a larger image.
+
+    They compute in that layout, and round differently then. So the workers must see the one that the client has.
+    """
+    _, channels, _, width = image.shape
+    return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width
 
 
 def draft_encode_text(

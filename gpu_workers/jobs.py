@@ -12,6 +12,7 @@ from xditd.gpu_workers import pipelines, text_encoding
 from xditd.gpu_workers.components import Component, Components
 from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
+from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS
 from xditd.gpu_workers.fellows import together, with_every_core
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
@@ -205,6 +206,8 @@ class JobRunner:
             clock.lap("plug")
             io = open_io()
             image = io.read("image", job.image)
+            if image.ndim == 4 and image.shape[-1] == IMAGE_CHANNELS:
+                image = image.movedim(-1, 1)  # computed in the layout in which it came
             if self._is_leader:
                 clock.lap("inputs")
                 with with_every_core(self._device):

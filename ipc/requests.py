@@ -143,9 +143,9 @@ class Decode(Request, tag="decode", frozen=True, kw_only=True):
 
 
 class Encode(Request, tag="encode", frozen=True, kw_only=True):
-    """Encode ``image`` (batch, 3, 8h, 8w) in [-1, 1] to ``out`` (batch, 16, h, w), the posterior's mode.
+    """Encode ``image`` (batch, 3, 8h, 8w) or (batch, 8h, 8w, 3) in [-1, 1] to ``out`` (batch, 16, h, w).
 
-    Answered by ``Encoded``.
+    The latents are the posterior's mode. Answered by ``Encoded``.
     """
 
     vae_id: ComponentId

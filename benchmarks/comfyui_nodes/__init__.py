@@ -4,12 +4,16 @@ The benchmark copies this folder into the ComfyUI that it starts. ``GET /xditd_b
 last call, and how this ComfyUI is set up.
 """
 
+import cProfile
+import io
+import pstats
 import time
 from pathlib import Path
 
 import comfy.ldm.flux.math
 import comfy.memory_management
 import comfy.model_management
+import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
@@ -17,8 +21,13 @@ from aiohttp import web
 from safetensors.torch import save_file
 from server import PromptServer
 
+from xditd.client.client import Client
+from xditd.client.comfyui.forward import RemoteForward
+
 steps: list[float] = []
 marks: dict[str, float] = {}
+profile = {"wanted": False, "text": ""}
+forwards: dict[str, list[float]] = {"forward_ms": [], "denoise_ms": []}
 _update = comfy.utils.ProgressBar.update_absolute
 
 
@@ -28,6 +37,40 @@ def _noted(bar, value, total=None, preview=None):
 
 
 comfy.utils.ProgressBar.update_absolute = _noted
+
+
+def _timed(name, function):
+    def run(*given, **more):
+        _wait_for_gpu()
+        started = time.perf_counter()
+        result = function(*given, **more)
+        _wait_for_gpu()
+        forwards[name].append((time.perf_counter() - started) * 1e3)
+        return result
+
+    return run
+
+
+RemoteForward.run = _timed("forward_ms", RemoteForward.run)
+Client.denoise = _timed("denoise_ms", Client.denoise)
+
+
+def _profiled(function):
+    def run(*given, **more):
+        if not profile["wanted"]:
+            return function(*given, **more)
+        profiler = cProfile.Profile()
+        try:
+            return profiler.runcall(function, *given, **more)
+        finally:
+            out = io.StringIO()
+            pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(40)
+            profile.update(wanted=False, text=out.getvalue())
+
+    return run
+
+
+comfy.sample.sample = _profiled(comfy.sample.sample)
 
 
 def _is_cuda():
@@ -40,10 +83,13 @@ def _wait_for_gpu():
 
 
 @PromptServer.instance.routes.get("/xditd_bench")
-async def noted(_):
+async def noted(request):
+    profile["wanted"] = "profile" in request.query
     found = {
         "steps": list(steps),
         "marks": dict(marks),
+        "profile": profile["text"],
+        "forwards": {name: list(times) for name, times in forwards.items()},
         "allocator": torch.cuda.get_allocator_backend() if _is_cuda() else "none, on the CPU",
         "dynamic_vram": bool(comfy.memory_management.aimdo_enabled),
         "attention": comfy.ldm.flux.math.optimized_attention.__name__,
@@ -51,6 +97,9 @@ async def noted(_):
     }
     steps.clear()
     marks.clear()
+    profile["text"] = ""
+    for times in forwards.values():
+        times.clear()
     return web.json_response(found)
 
 
