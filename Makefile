@@ -55,6 +55,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/control_plane.py
+	$(BIN)/python benchmarks/main_path.py --device cpu --small
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --minutes 2

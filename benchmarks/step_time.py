@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -178,6 +179,9 @@ def floor_ms(given: argparse.Namespace, ranks: int) -> float:
 
 def main() -> None:
     given = build_parser().parse_args()
+    gpus = torch.cuda.device_count()
+    if gpus < max(given.ranks):
+        sys.exit(f"--ranks {max(given.ranks)}: there are {gpus} GPUs here, and each rank needs one")
     report: dict[str, Any] = {"machine": describe_machine(), "groups": []}
     machine = report["machine"]
     print(f"{', '.join(machine['gpus'])}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}")

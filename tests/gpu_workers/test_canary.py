@@ -1,0 +1,53 @@
+"""A fast path is used once it has agreed with the plain one, for each case, and never again after it has not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xditd.gpu_workers.canary import TOLERANCE, Canary
+from xditd.gpu_workers.layouts import ParallelLayout
+
+pytestmark = pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
+
+RIGHT = torch.arange(1.0, 9.0)
+
+
+class Path:
+    """A path that gives one result, and counts how often it was asked for it."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self.result = result
+        self.calls = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        return self.result
+
+
+def test_the_plain_path_runs_once_for_each_case(layout: ParallelLayout) -> None:
+    canary, fast, plain = Canary("path"), Path(RIGHT * (1 + TOLERANCE / 2)), Path(RIGHT)
+    results = [canary.run(case, fast, plain) for case in ("a", "a", "b", "a")]
+    assert all(result is fast.result for result in results)
+    assert (fast.calls, plain.calls) == (4, 2)
+    assert not canary.is_refused
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [RIGHT * (1 + 2 * TOLERANCE), torch.zeros(8), torch.full((8,), torch.nan), torch.full((8,), torch.inf)],
+    ids=["off", "zeros", "NaN", "infinite"],
+)
+def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tensor) -> None:
+    canary, fast, plain = Canary("path"), Path(wrong), Path(RIGHT)
+    assert canary.run("a", fast, plain) is RIGHT
+    assert canary.is_refused
+    assert canary.run("b", fast, plain) is RIGHT
+    assert fast.calls == 1
+
+
+def test_a_case_that_fails_later_turns_the_path_off_for_those_that_passed(layout: ParallelLayout) -> None:
+    canary, plain = Canary("path"), Path(RIGHT)
+    assert canary.run("a", Path(RIGHT.clone()), plain) is not RIGHT
+    assert canary.run("b", Path(-RIGHT), plain) is RIGHT
+    assert canary.run("a", Path(RIGHT.clone()), plain) is RIGHT
