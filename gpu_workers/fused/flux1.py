@@ -10,6 +10,7 @@ graphs, nothing is compiled for a size, and another checkpoint of the same archi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,8 @@ from xditd.gpu_workers.token_shares import Share, deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1 import Flux1Config
+
+logger = logging.getLogger(__name__)
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -87,8 +90,14 @@ class FusedFlux1:
         return bool(self._checkpoint)
 
     def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
-        """Use these tensors, by canonical name, until :meth:`unplug` or the next plug."""
-        self._checkpoint = checkpoint
+        """Use these tensors, by canonical name, until :meth:`unplug` or the next plug.
+
+        Kernels go by addresses, so tensors with gaps leave this path idle, and plain modules run.
+        """
+        apart = [name for name, tensor in checkpoint.items() if not tensor.is_contiguous()]
+        if apart:
+            logger.info("fused blocks are idle: %d tensors are not contiguous, first=%s", len(apart), apart[0])
+        self._checkpoint = {} if apart else checkpoint
         self._blocks = None
 
     def unplug(self) -> None:

@@ -32,6 +32,14 @@ def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
     }
 
 
+def reference_of(state: dict[str, torch.Tensor], given: dict[str, Any], steps: int) -> torch.Tensor:
+    from xditd.gpu_workers import reference
+
+    renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
+    model = reference.transformer_from(state)
+    return reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
+
+
 def whole_model(store: str) -> dict[str, Any]:
     """Denoise with fused blocks, and compare with plain diffusers; then zero every tensor once."""
     from xditd.client.demo import checkpoints
@@ -54,11 +62,7 @@ def whole_model(store: str) -> dict[str, Any]:
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
         given = job(tokens, height, width, batch)
         result = pipelines.generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
-        renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
-        expected = reference.reference_latents(
-            reference.transformer_from(state), **renamed, steps=2, guidance_scale=GUIDANCE
-        )
-        found["parity"][label] = reference.relative_error(result, expected)
+        found["parity"][label] = reference.relative_error(result, reference_of(state, given, steps=2))
         canary = skeleton.module._canary
         if has_guidance:
             given = job(3, 16, 32, 1)
@@ -73,6 +77,14 @@ def whole_model(store: str) -> dict[str, Any]:
         found["canary"][label] = {"refused": canary.is_refused, "passed": len(canary._passed)}
         skeleton.unplug()
         found["canary"][label]["plugged after unplug"] = skeleton.module.fused.is_plugged
+        gapped = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in state.items()}
+        skeleton.plug(plan.bind(gapped), "gapped", plan.by_canonical_name(gapped))
+        found["gapped"] = {
+            "plugged": skeleton.module.fused.is_plugged,
+            "error": reference.relative_error(
+                pipelines.generate(skeleton, **given, steps=1), reference_of(state, given, steps=1)
+            ),
+        }
     xfuser_start.stop()
     return found
 

@@ -49,5 +49,11 @@ def test_unplugging_lets_go_of_the_checkpoint(found: Any) -> None:
     assert not any(verdict["plugged after unplug"] for verdict in found["model"]["canary"].values())
 
 
+def test_tensors_with_gaps_are_left_to_plain_modules(found: Any) -> None:
+    gapped = found["model"]["gapped"]
+    assert gapped["plugged"] is False
+    assert gapped["error"] <= BAR
+
+
 def test_two_ranks_get_their_heads_and_then_their_tokens(found: Any) -> None:
     assert found["exchange"] == {"sent": 0.0, "returned": 0.0}
