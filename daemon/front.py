@@ -29,8 +29,7 @@ class Front:
     Later, because a reply may be sent while a list of jobs or loans is being walked, which closing a session changes.
 
     Replies of one round of the loop leave together, in their order, by :meth:`flush`. Sent one by one, each of them
-    wakes ZeroMQ's thread, which has fallen asleep since the one before: on two cores that wake-up took more of the
-    daemon's time than all the rest of a request.
+    wakes ZeroMQ's thread, which has fallen asleep since the one before, and that took as long as the rest of a request.
     """
 
     def __init__(self, router: Router, sessions: Sessions) -> None:
