@@ -80,7 +80,11 @@ def work(client: Client, folder: Path, rng: random.Random, references: dict[str,
         checkpoint = rng.choice(("1", "2"))
         began = time.monotonic()
         tell(begins="lend")
-        loan = client.lend(folder / f"{checkpoint}.safetensors", deadline_s=JOB_DEADLINE_S)
+        try:
+            loan = client.lend(folder / f"{checkpoint}.safetensors", deadline_s=JOB_DEADLINE_S)
+        except XditdError as error:
+            tell(ends="error", code=error.code, took_s=time.monotonic() - began, detail=str(error)[:200])
+            return
         tell(ends="lend", took_s=time.monotonic() - began)
         for _ in range(rng.randint(1, 4)):
             seed = rng.randrange(SEEDS)

@@ -17,7 +17,15 @@ from xditd.gpu_workers.channel import DaemonChannel
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
 from xditd.ipc import limits
-from xditd.ipc.errors import Cancelled, Internal, OtherRankFailed, OutOfMemory, RequestError, XditdError
+from xditd.ipc.errors import (
+    Cancelled,
+    Internal,
+    OtherRankFailed,
+    OutOfMemory,
+    RequestError,
+    WorkersLost,
+    XditdError,
+)
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import (
@@ -140,6 +148,10 @@ class Rank:
                 if _is_want_of_host_memory(error):
                     self._fail(command, _out_of_memory(error), is_fatal=self._layout.world_size > 1)
                     continue
+                if _is_loss_of_a_fellow(error):
+                    # A killed process closes its connections before its GPU is tidied up and the leader hears of its
+                    # end, so that those who wait for it in a collective are often the first to know.
+                    self._fail(command, WorkersLost(f"another rank is gone: {error}".split("\n")[0]), is_fatal=True)
                 logger.exception("command failed op=%s op_number=%d", type(command).__name__, command.op_number)
                 self._fail(
                     command, Internal(f"rank {self._layout.rank}: {type(error).__name__}: {error}"), is_fatal=True
@@ -275,3 +287,15 @@ def _is_want_of_host_memory(error: Exception) -> bool:
     Source: c10/core/impl/alloc_cpu.cpp, "DefaultCPUAllocator: can't allocate memory".
     """
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _is_loss_of_a_fellow(error: Exception) -> bool:
+    """Say whether a collective failed because another process ended; gloo has no error class for that.
+
+    Source: gloo/transport/tcp/pair.cc, "Connection closed by peer"; a reset is the same, with data under way.
+    """
+    if isinstance(error, torch.distributed.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        mark in str(error) for mark in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    )

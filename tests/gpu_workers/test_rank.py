@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from xditd.gpu_workers.rank import _is_want_of_host_memory, _out_of_memory
+from xditd.gpu_workers.rank import _is_loss_of_a_fellow, _is_want_of_host_memory, _out_of_memory
 
 
 def test_want_of_host_memory_is_told_from_other_errors() -> None:
@@ -15,3 +19,17 @@ def test_want_of_host_memory_is_told_from_other_errors() -> None:
     assert "memory" in _out_of_memory(caught.value).detail
     assert _is_want_of_host_memory(MemoryError())
     assert not _is_want_of_host_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.slow
+def test_a_fellow_that_dies_in_a_collective_is_recognised(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("lost_fellow.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.startswith("True "), done.stdout + done.stderr[-2000:]
+
+
+def test_other_errors_are_not_the_loss_of_a_fellow() -> None:
+    assert not _is_loss_of_a_fellow(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not _is_loss_of_a_fellow(ValueError("Connection closed by peer"))

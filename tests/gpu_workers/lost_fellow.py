@@ -1,0 +1,31 @@
+"""A program, not a test: of two gloo ranks one ends while the other waits for it, and that one prints its verdict.
+
+python lost_fellow.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    flag = torch.ones(1)
+    dist.all_reduce(flag)
+    if rank == 1:
+        os._exit(0)
+    from xditd.gpu_workers.rank import _is_loss_of_a_fellow
+
+    try:
+        dist.all_reduce(flag)
+    except RuntimeError as error:
+        print(_is_loss_of_a_fellow(error), error, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_rank, (sys.argv[1],), nprocs=2)
