@@ -163,8 +163,8 @@ def start_server(comfy, daemon, tmp_path_factory, wait_until) -> Iterator[Callab
     save_file(vae, base / "models/vae/ae.safetensors")
     pack.install(base / "custom_nodes" / pack.FOLDER)
 
-    def start() -> Server:
-        running.append(Server(comfy.root, base, daemon.runtime_dir))
+    def start(runtime_dir: Path | None = None) -> Server:
+        running.append(Server(comfy.root, base, runtime_dir or daemon.runtime_dir))
         wait_until(running[-1].is_up, "ComfyUI to answer", running[-1].log)
         return running[-1]
 

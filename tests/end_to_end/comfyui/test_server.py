@@ -121,3 +121,59 @@ def test_comfyui_killed_in_mid_run_leaves_the_daemon_clean(start_server, server,
         return not status.jobs and all(each.owner_pid != other.process.pid for each in status.components)
 
     wait_until(is_clean, "the dead client's loans to end")
+
+
+def test_two_servers_share_one_daemon(start_server, server, daemon, prompt, wait_until):
+    expected = [server.picture(server.queue(prompt("flux1_accelerate", seed=seed)), wait_until) for seed in (51, 52)]
+    other = start_server()
+    # Each draws the other's picture: what it drew itself it would answer from its cache.
+    other.picture(other.queue(prompt("flux1_accelerate", seed=53)), wait_until)
+    server.picture(server.queue(prompt("flux1_accelerate", seed=53)), wait_until)
+    queued = [
+        (each, each.queue(prompt("flux1_accelerate", seed=seed))) for seed in (51, 52) for each in (server, other)
+    ]
+    for number, (each, prompt_id) in enumerate(queued):
+        assert np.array_equal(each.picture(prompt_id, wait_until), expected[number // 2])
+    owners = {component.owner_pid for component in daemon.status().components}
+    assert {server.process.pid, other.process.pid} <= owners
+    other.kill()
+
+
+def test_free_takes_the_loans_back(server, daemon, prompt, wait_until):
+    before = server.picture(server.queue(prompt("flux1_xdit", seed=61)), wait_until)
+
+    def mine() -> list[str]:
+        return [each.label for each in daemon.status().components if each.owner_pid == server.process.pid]
+
+    assert mine()
+
+    def is_freed() -> bool:
+        server.ask("/free", {"unload_models": True, "free_memory": True})  # overlooked while a prompt is just ending
+        return not mine()
+
+    wait_until(is_freed, "the loans to be taken back", server.log)
+    assert np.array_equal(server.picture(server.queue(prompt("flux1_xdit", seed=61)), wait_until), before)
+
+
+def test_a_daemon_that_is_not_there_and_one_that_comes_again(
+    start_server, start_daemon, server, prompt, wait_until, tmp_path
+):
+    expected = {
+        seed: server.picture(server.queue(prompt("flux1_accelerate", seed=seed)), wait_until) for seed in (71, 72)
+    }
+    other = start_server(tmp_path / "run")
+    name, detail = other.error(other.queue(prompt("flux1_accelerate", seed=71)), wait_until)
+    assert name == "execution_error"
+    assert "xditd serve" in detail["exception_message"]
+    assert "queue the prompt again" in detail["exception_message"]
+    for seed, picture in expected.items():  # started while ComfyUI is open, then killed and started again
+        daemon = start_daemon(1, folder=tmp_path)
+        daemon.wait_ready()
+        found = other.picture(other.queue(prompt("flux1_accelerate", seed=seed)), wait_until)
+        assert np.abs(found - picture).max() <= 1
+        daemon.process.kill()
+        daemon.process.wait(timeout=30)
+    name, detail = other.error(other.queue(prompt("flux1_accelerate", seed=73)), wait_until)
+    assert name == "execution_error"
+    assert "xditd serve" in detail["exception_message"]
+    other.kill()
