@@ -186,7 +186,7 @@ def test_an_example_loads_and_runs(name, page, server, wait_until):
         )
     before = set(server.ask("/history"))
     page.element("[data-testid='queue-button']").click()
-    done = wait_until(lambda: set(server.ask("/history")) - before, "the prompt to end", server.log)
+    done = wait_until(lambda: set(server.ask("/history")) - before or None, "the prompt to end", server.log)
     outcome = server.outcome(done.pop())
     assert outcome["status"]["status_str"] == "success"
     page.wait(
