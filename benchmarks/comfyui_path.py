@@ -228,7 +228,7 @@ class Run:
         from safetensors.torch import load_file
 
         kept = {path.stem: load_file(path)["latents"] for path in (self.base / "output").glob("*.safetensors")}
-        plain = kept.get("stock1")
+        plain = next((value for name, value in sorted(kept.items()) if name.rstrip("0123456789") == "stock"), None)
         if plain is None:
             return
         self.report["against_stock"] = {

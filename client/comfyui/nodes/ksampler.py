@@ -18,6 +18,7 @@ from xditd.client.comfyui.accelerate import accelerate
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.fused_sampler import FusedEuler, positive_conditions
 from xditd.client.comfyui.fusion import STEPWISE_WRAPPERS, why_stepwise
+from xditd.client.comfyui.notes import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY, RemotePatcher
 from xditd.client.comfyui.vae import weights_of
 
@@ -49,6 +50,7 @@ class XditKSampler(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="xDiT's or a stock one, which is then lent"),
             ],
             outputs=[io.Latent.Output(), io.Image.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,6 +58,7 @@ class XditKSampler(io.ComfyNode):
         latent, image, note = sample(vae=vae, **inputs)
         if image is None:
             image = ExecutionBlocker("XDiT KSampler: IMAGE needs a VAE; connect one to it, or decode LATENT")
+        show_on_node(cls, note)
         return io.NodeOutput(latent, image, ui=ui.PreviewText(note))
 
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from xditd.client.cli.status import describe
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.notes import show_on_node
 
 
 class XditStatus(io.ComfyNode):
@@ -22,6 +23,7 @@ class XditStatus(io.ComfyNode):
             search_aliases=["xdit", "multi gpu"],
             inputs=[],
             outputs=[io.String.Output()],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -32,4 +34,5 @@ class XditStatus(io.ComfyNode):
     @classmethod
     def execute(cls) -> Any:
         text = describe(connect().status())
+        show_on_node(cls, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from xditd.client.cli import comfyui as pack
+from xditd.client.demo import checkpoints, text_checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +94,86 @@ def ksample(comfy) -> Callable[..., torch.Tensor]:
         return out["samples"]
 
     return run
+
+
+class Server:
+    """A ComfyUI process with folders of its own."""
+
+    def __init__(self, root: Path, base: Path, runtime_dir: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.base = base
+        self.log = base / "comfyui.log"
+        command = [sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--base-directory", str(base)]
+        command += ["--port", self.url.rsplit(":", 1)[1], "--database-url", "sqlite:///:memory:"]
+        environment = os.environ | {"XDITD_RUNTIME_DIR": str(runtime_dir)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=environment)
+
+    def ask(self, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as reply:
+            text = reply.read().decode()
+        return json.loads(text) if reply.headers.get_content_type() == "application/json" else text
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        try:
+            return bool(self.ask("/system_stats"))
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        return str(self.ask("/prompt", {"prompt": prompt})["prompt_id"])
+
+    def outcome(self, prompt_id: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.ask(f"/history/{prompt_id}").get(prompt_id)
+        return found
+
+    def picture(self, prompt_id: str, wait_until: Callable[..., Any]) -> np.ndarray:
+        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
+        assert done["status"]["status_str"] == "success", json.dumps(done["status"])[-3000:]
+        (image,) = [image for output in done["outputs"].values() for image in output.get("images", [])]
+        return np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"])).astype(int)
+
+    def error(self, prompt_id: str, wait_until: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
+        assert done["status"]["status_str"] == "error"
+        name, detail = done["status"]["messages"][-1]
+        return name, detail
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def start_server(comfy, daemon, tmp_path_factory, wait_until) -> Iterator[Callable[[], Server]]:
+    running: list[Server] = []
+    base = tmp_path_factory.mktemp("comfyui")
+    for folder in ("models/diffusion_models", "models/text_encoders", "models/vae", "custom_nodes", "input"):
+        (base / folder).mkdir(parents=True)
+    transformer = checkpoints.flux1_state_dict(1, context_dim=128, pooled_dim=128)
+    save_file(transformer, base / "models/diffusion_models/flux1-dev.safetensors")
+    text_checkpoints.write_clip_l(base / "models/text_encoders/clip_l.safetensors", seed=5)
+    text_checkpoints.write_t5(base / "models/text_encoders/t5xxl_fp16.safetensors", seed=6)
+    vae = checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False)
+    save_file(vae, base / "models/vae/ae.safetensors")
+    pack.install(base / "custom_nodes" / pack.FOLDER)
+
+    def start(runtime_dir: Path | None = None) -> Server:
+        running.append(Server(comfy.root, base, runtime_dir or daemon.runtime_dir))
+        wait_until(running[-1].is_up, "ComfyUI to answer", running[-1].log)
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(start_server) -> Server:
+    return start_server()

@@ -5,109 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import save_file
 
 from xditd.client.cli import comfyui as pack
-from xditd.client.demo import checkpoints, text_checkpoints
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 EXAMPLES = Path(pack.__file__).parents[1] / "comfyui" / "example_workflows"
-
-
-class Server:
-    """A ComfyUI process with folders of its own."""
-
-    def __init__(self, root: Path, base: Path, runtime_dir: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        self.base = base
-        self.log = base / "comfyui.log"
-        command = [sys.executable, "main.py", "--cpu", "--disable-auto-launch", "--base-directory", str(base)]
-        command += ["--port", self.url.rsplit(":", 1)[1], "--database-url", "sqlite:///:memory:"]
-        environment = os.environ | {"XDITD_RUNTIME_DIR": str(runtime_dir)}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=environment)
-
-    def ask(self, path: str, body: object = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as reply:
-            text = reply.read().decode()
-        return json.loads(text) if reply.headers.get_content_type() == "application/json" else text
-
-    def is_up(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        try:
-            return bool(self.ask("/system_stats"))
-        except (urllib.error.URLError, ConnectionError):
-            return False
-
-    def queue(self, prompt: dict[str, Any]) -> str:
-        return str(self.ask("/prompt", {"prompt": prompt})["prompt_id"])
-
-    def outcome(self, prompt_id: str) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self.ask(f"/history/{prompt_id}").get(prompt_id)
-        return found
-
-    def picture(self, prompt_id: str, wait_until: Callable[..., Any]) -> np.ndarray:
-        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
-        assert done["status"]["status_str"] == "success", json.dumps(done["status"])[-3000:]
-        (image,) = [image for output in done["outputs"].values() for image in output.get("images", [])]
-        return np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"])).astype(int)
-
-    def error(self, prompt_id: str, wait_until: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
-        done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
-        assert done["status"]["status_str"] == "error"
-        name, detail = done["status"]["messages"][-1]
-        return name, detail
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def start_server(comfy, daemon, tmp_path_factory, wait_until) -> Iterator[Callable[[], Server]]:
-    running: list[Server] = []
-    base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("models/diffusion_models", "models/text_encoders", "models/vae", "custom_nodes", "input"):
-        (base / folder).mkdir(parents=True)
-    transformer = checkpoints.flux1_state_dict(1, context_dim=128, pooled_dim=128)
-    save_file(transformer, base / "models/diffusion_models/flux1-dev.safetensors")
-    text_checkpoints.write_clip_l(base / "models/text_encoders/clip_l.safetensors", seed=5)
-    text_checkpoints.write_t5(base / "models/text_encoders/t5xxl_fp16.safetensors", seed=6)
-    vae = checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False)
-    save_file(vae, base / "models/vae/ae.safetensors")
-    pack.install(base / "custom_nodes" / pack.FOLDER)
-
-    def start() -> Server:
-        running.append(Server(comfy.root, base, daemon.runtime_dir))
-        wait_until(running[-1].is_up, "ComfyUI to answer", running[-1].log)
-        return running[-1]
-
-    yield start
-    for server in running:
-        if server.process.poll() is None:
-            server.kill()
-
-
-@pytest.fixture(scope="module")
-def server(start_server) -> Server:
-    return start_server()
 
 
 @pytest.fixture
@@ -212,3 +121,59 @@ def test_comfyui_killed_in_mid_run_leaves_the_daemon_clean(start_server, server,
         return not status.jobs and all(each.owner_pid != other.process.pid for each in status.components)
 
     wait_until(is_clean, "the dead client's loans to end")
+
+
+def test_two_servers_share_one_daemon(start_server, server, daemon, prompt, wait_until):
+    expected = [server.picture(server.queue(prompt("flux1_accelerate", seed=seed)), wait_until) for seed in (51, 52)]
+    other = start_server()
+    # Each draws the other's picture: what it drew itself it would answer from its cache.
+    other.picture(other.queue(prompt("flux1_accelerate", seed=53)), wait_until)
+    server.picture(server.queue(prompt("flux1_accelerate", seed=53)), wait_until)
+    queued = [
+        (each, each.queue(prompt("flux1_accelerate", seed=seed))) for seed in (51, 52) for each in (server, other)
+    ]
+    for number, (each, prompt_id) in enumerate(queued):
+        assert np.array_equal(each.picture(prompt_id, wait_until), expected[number // 2])
+    owners = {component.owner_pid for component in daemon.status().components}
+    assert {server.process.pid, other.process.pid} <= owners
+    other.kill()
+
+
+def test_free_takes_the_loans_back(server, daemon, prompt, wait_until):
+    before = server.picture(server.queue(prompt("flux1_xdit", seed=61)), wait_until)
+
+    def mine() -> list[str]:
+        return [each.label for each in daemon.status().components if each.owner_pid == server.process.pid]
+
+    assert mine()
+
+    def is_freed() -> bool:
+        server.ask("/free", {"unload_models": True, "free_memory": True})  # overlooked while a prompt is just ending
+        return not mine()
+
+    wait_until(is_freed, "the loans to be taken back", server.log)
+    assert np.array_equal(server.picture(server.queue(prompt("flux1_xdit", seed=61)), wait_until), before)
+
+
+def test_a_daemon_that_is_not_there_and_one_that_comes_again(
+    start_server, start_daemon, server, prompt, wait_until, tmp_path
+):
+    expected = {
+        seed: server.picture(server.queue(prompt("flux1_accelerate", seed=seed)), wait_until) for seed in (71, 72)
+    }
+    other = start_server(tmp_path / "run")
+    name, detail = other.error(other.queue(prompt("flux1_accelerate", seed=71)), wait_until)
+    assert name == "execution_error"
+    assert "xditd serve" in detail["exception_message"]
+    assert "queue the prompt again" in detail["exception_message"]
+    for seed, picture in expected.items():  # started while ComfyUI is open, then killed and started again
+        daemon = start_daemon(1, folder=tmp_path)
+        daemon.wait_ready()
+        found = other.picture(other.queue(prompt("flux1_accelerate", seed=seed)), wait_until)
+        assert np.abs(found - picture).max() <= 1
+        daemon.process.kill()
+        daemon.process.wait(timeout=30)
+    name, detail = other.error(other.queue(prompt("flux1_accelerate", seed=73)), wait_until)
+    assert name == "execution_error"
+    assert "xditd serve" in detail["exception_message"]
+    other.kill()
