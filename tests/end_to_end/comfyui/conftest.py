@@ -32,7 +32,10 @@ def comfy() -> SimpleNamespace:
         pytest.skip("COMFYUI_PATH names no ComfyUI checkout")
     sys.path.insert(0, path)
     import comfy.cli_args
+    import comfy_aimdo.control
 
+    # As main.py does, and before what binds its library: DynamicVRAM's way of loading files then works on a CPU, too.
+    comfy_aimdo.control.init()
     comfy.cli_args.args.cpu = True
     import comfy.lora
     import comfy.sample

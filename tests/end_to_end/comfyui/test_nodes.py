@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,26 @@ def test_lora_at_two_strengths(
         wrong = with_lora(spoiled, strength) if through == "loader" else accelerate(with_lora(spoiled_local, strength))
         assert relative_error(run(wrong), expected) > 10 * TOLERANCE
     assert relative_error(run(base), plain) <= TOLERANCE
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+def test_lora_on_a_model_that_was_made_under_dynamic_vram(
+    through, comfy, connected, files, local, conditioning, ksample, latent, relative_error, monkeypatch
+):
+    """Linear layers have no parameters there until some are loaded; a LoRA finds its places by their names."""
+    from xditd.client.comfyui.accelerate import accelerate
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    with monkeypatch.context() as dynamic:
+        dynamic.setattr(comfy.comfy.memory_management, "aimdo_enabled", True)
+        path = str(files.transformer)
+        model = load_unet(path) if through == "loader" else accelerate(comfy.comfy.sd.load_diffusion_model(path))
+    patched, expected = (
+        comfy.comfy.sd.load_lora_for_models(each, None, lora(3), 1.0, 0.0)[0] for each in (model, local)
+    )
+    run = functools.partial(ksample, positive=conditioning(1), negative=conditioning(2), latent=dict(latent))
+    assert relative_error(run(patched), run(expected)) <= TOLERANCE
+    assert relative_error(run(model), run(local)) <= TOLERANCE
 
 
 def test_same_model_again_lends_nothing_and_another_strength_patches_in_place(

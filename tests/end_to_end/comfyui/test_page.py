@@ -181,6 +181,7 @@ def test_an_example_loads_and_runs(name, page, server, wait_until):
         page.run(
             "const graph = window.app.graph; const old = graph._nodes.find(n => n.type == 'DualCLIPLoader');"
             "const node = window.LiteGraph.createNode('XDiTDualCLIPLoader'); node.pos = old.pos; graph.add(node);"
+            "for (const widget of node.widgets) widget.value = old.widgets.find(w => w.name == widget.name).value;"
             "const target = graph._nodes.find(n => n.type == 'CLIPTextEncode'); node.connect(0, target, 0);"
             "graph.remove(old)"
         )
