@@ -17,27 +17,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-
-GUIDANCE = 3.5
-
-
-def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(tokens)
-    return {
-        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
-        "pooled": torch.randn(batch, 768, generator=generator),
-        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
-        "height": height,
-        "width": width,
-    }
-
-
-def reference_of(state: dict[str, torch.Tensor], given: dict[str, Any], steps: int) -> torch.Tensor:
-    from xditd.gpu_workers import reference
-
-    renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
-    model = reference.transformer_from(state)
-    return reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
+from inputs import GUIDANCE, job, reference_latents
 
 
 def whole_model(store: str) -> dict[str, Any]:
@@ -62,7 +42,8 @@ def whole_model(store: str) -> dict[str, Any]:
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
         given = job(tokens, height, width, batch)
         result = pipelines.generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
-        found["parity"][label] = reference.relative_error(result, reference_of(state, given, steps=2))
+        model = reference.transformer_from(state)
+        found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
         canary = skeleton.module._canary
         if has_guidance:
             given = job(3, 16, 32, 1)
@@ -82,7 +63,7 @@ def whole_model(store: str) -> dict[str, Any]:
         found["gapped"] = {
             "plugged": skeleton.module.fused.is_plugged,
             "error": reference.relative_error(
-                pipelines.generate(skeleton, **given, steps=1), reference_of(state, given, steps=1)
+                pipelines.generate(skeleton, **given, steps=1), reference_latents(model, given, steps=1)
             ),
         }
     xfuser_start.stop()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import GUIDANCE, job, reference_latents
 
-GUIDANCE = 3.5
 STEPS = 2
 # text tokens, height, width, batch; the odd ones leave ranks unequal shares, and padding on the last one.
 CASES = {
@@ -24,17 +24,6 @@ CASES = {
     "odd total, odd text": (15, 128, 128, 1),
     "two samples": (33, 64, 96, 2),
 }
-
-
-def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(tokens)
-    return {
-        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
-        "pooled": torch.randn(batch, 768, generator=generator),
-        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
-        "height": height,
-        "width": width,
-    }
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
@@ -62,8 +51,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         plain = pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
         skeleton.plug(plan.bind(state), "fused", plan.by_canonical_name(state))
         fused = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
-        renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
-        expected = reference.reference_latents(exact, **renamed, steps=STEPS, guidance_scale=GUIDANCE)
+        expected = reference_latents(exact, given, STEPS)
         facts["cases"][case] = {
             "plain": distance(plain, expected),
             "fused": distance(fused[1], expected),

@@ -1,0 +1,29 @@
+"""What the programs of this folder give to a job: the same in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+GUIDANCE = 3.5
+
+
+def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
+    """Conditioning and noise of a case, and its size."""
+    generator = torch.Generator().manual_seed(tokens)
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
+        "pooled": torch.randn(batch, 768, generator=generator),
+        "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
+        "height": height,
+        "width": width,
+    }
+
+
+def reference_latents(model: Any, given: dict[str, Any], steps: int) -> torch.Tensor:
+    """What plain diffusers makes of the same job."""
+    from xditd.gpu_workers import reference
+
+    renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
+    return reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
