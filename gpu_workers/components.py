@@ -178,6 +178,8 @@ class Components:
                 if component.is_plugged:
                     component.plan.skeleton.unplug()
                 self._let_go(component)
+        if not self._live and not self._prepared and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what jobs worked in, gigabytes after a VAE: there are none until a new loan
 
     def close(self) -> None:
         """Forget every component."""
