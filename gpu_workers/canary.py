@@ -12,7 +12,8 @@ from xditd.gpu_workers.agreement import broadcast_stop
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
-"""Relative error of one forward. Rounding in another order costs 3e-3 to 7e-3 in bfloat16; what is wrong costs 0.1."""
+"""Relative error of one forward. In bfloat16 at full size, sums in another order cost 1.5e-2, in code that torch
+compiles just as in fused kernels (``benchmarks/step_time.py``); what is wrong costs 0.1 and more."""
 
 
 class Canary:

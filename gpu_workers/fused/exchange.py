@@ -8,6 +8,8 @@ all projections of the layer before have read theirs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.fused import kernels
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.ipc.transports.cuda_ipc import CudaMapping, DeviceArena
+from xditd.ipc.transports.layout import align
 
 FLAGS_BYTES = 4096
 _ALIGNMENT = 256
@@ -39,8 +42,8 @@ class Exchange:
         They are valid until the next call.
         """
         ranks = self._layout.world_size
-        heads_bytes = _aligned(3 * ranks * rows_a_rank * (width // ranks) * dtype.itemsize)
-        tokens_bytes = _aligned(rows_a_rank * width * dtype.itemsize)
+        heads_bytes = align(3 * ranks * rows_a_rank * (width // ranks) * dtype.itemsize, _ALIGNMENT)
+        tokens_bytes = align(rows_a_rank * width * dtype.itemsize, _ALIGNMENT)
         if heads_bytes > self._capacity[0] or tokens_bytes > self._capacity[1]:
             self._grow(max(heads_bytes, self._capacity[0]), max(tokens_bytes, self._capacity[1]))
         assert self._arena is not None
@@ -94,23 +97,19 @@ class Exchange:
         agree(True)  # every rank's flags are zero before anybody raises one
 
 
-class Buffers:
-    """Where one rank receives: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width)."""
+class Buffers(NamedTuple):
+    """Where one rank receives: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width).
 
-    def __init__(
-        self, heads: torch.Tensor, tokens: torch.Tensor, heads_bases: torch.Tensor, tokens_bases: torch.Tensor
-    ) -> None:
-        self.heads = heads
-        self.tokens = tokens
-        self.heads_bases = heads_bases
-        self.tokens_bases = tokens_bases
+    ``heads_bases`` and ``tokens_bases`` are the addresses of every rank's.
+    """
+
+    heads: torch.Tensor
+    tokens: torch.Tensor
+    heads_bases: torch.Tensor
+    tokens_bases: torch.Tensor
 
 
 def is_possible(world_size: int) -> bool:
     """Say whether every GPU of the group, one for each rank in order, can reach every other one's memory directly."""
     pairs = ((one, other) for one in range(world_size) for other in range(world_size) if one != other)
     return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
