@@ -25,7 +25,7 @@ from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
-from xditd.ipc.transports.uploads import upload
+from xditd.ipc.transports.uploads import can_upload, upload
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -278,7 +278,7 @@ class Components:
     def _copy(
         self, specs: list[TensorSpec], sources: list[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Copy tensors of host blocks into one buffer of this rank, each aligned."""
+        """Copy tensors into one buffer of this rank, each aligned."""
         if not specs:
             return {}, []
         offsets, total = place([spec.extent_bytes for spec in specs])
@@ -290,11 +290,10 @@ class Components:
             extent = sources[spec.block].narrow(0, spec.offset_bytes, spec.extent_bytes)
             pairs.append((extent, buffer.narrow(0, offset, spec.extent_bytes)))
             tensors[spec.name] = views.view(spec, offset)
-        if buffer.is_cuda:
-            deque(upload(pairs), maxlen=0)  # the file is checked for changes next; nothing reads it any more
-        else:
-            for source, target in pairs:
-                target.copy_(source)
+        uploads = [pair for pair in pairs if can_upload(*pair)]
+        deque(upload(uploads), maxlen=0)  # the file is checked for changes next; nothing reads it any more
+        for source, target in pairs if not uploads else ():
+            target.copy_(source)
         return tensors, [buffer]
 
     def _exchange(self, manifest: Manifest, sources: list[torch.Tensor]) -> None:

@@ -149,8 +149,11 @@ def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
     Raises:
         NotExportable: the driver knows no such allocation.
     """
+    import torch
+
     driver = _driver()
-    status, base, size = driver.cuMemGetAddressRange(tensor.untyped_storage().data_ptr())
+    with torch.cuda.device(tensor.device):  # the driver knows the allocations of the current GPU's context alone
+        status, base, size = driver.cuMemGetAddressRange(tensor.untyped_storage().data_ptr())
     if int(status) != 0:
         raise NotExportable(f"device memory of a tensor of shape {tuple(tensor.shape)}: {status.name}")
     return int(base), int(size)
@@ -190,7 +193,10 @@ class CudaMapping:
         Raises:
             StaleSource: the allocation is smaller, so views would reach beyond it.
         """
-        status, _, size = _driver().cuMemGetAddressRange(self._pointer)
+        import torch
+
+        with torch.cuda.device(self._index):
+            status, _, size = _driver().cuMemGetAddressRange(self._pointer)
         _call("cuMemGetAddressRange", (status,))
         if int(size) < self.size_bytes:
             raise StaleSource(

@@ -56,6 +56,7 @@ def upload(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[int]:
 
     if not pairs:
         return
+    assert all(can_upload(*pair) for pair in pairs)  # threads read the sources by address: device memory is no source
     device = pairs[0][1].device
     threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
     total = sum(source.nbytes for source, _ in pairs)
