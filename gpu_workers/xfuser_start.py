@@ -10,12 +10,13 @@ import logging
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers import attention, xfuser_cpu
+from xditd.gpu_workers import agreement, attention, xfuser_cpu
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.ipc.errors import Unsupported
 
@@ -59,6 +60,7 @@ def start(
         torch.cuda.set_device(device)
     _import_xfuser(device)
     _join(rank, world_size, store_path, device)
+    agreement.join(Path(f"{store_path}.flags"), rank, world_size)
     backend = _start_xdit(rank, world_size, degree, device, attention_backend)
     fused_attention = _start_fused(rank, world_size, device, attention_backend, backend, kernels)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks

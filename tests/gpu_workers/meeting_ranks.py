@@ -1,0 +1,43 @@
+"""A program, not a test: three gloo ranks agree many times, each late by turns, and print what went wrong.
+
+python meeting_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RANKS = 3
+ROUNDS = 600
+
+
+def run_rank(rank: int, folder: str) -> None:
+    from xditd.gpu_workers import agreement
+
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    agreement.join(Path(folder) / "flags", rank, RANKS)
+    wrong = []
+    lateness = random.Random(rank)
+    for number in range(ROUNDS):
+        if lateness.random() < 0.1:
+            time.sleep(lateness.random() * 5e-3)
+        draw = random.Random(number)  # the same on every rank
+        said = [draw.random() < 0.7 for _ in range(RANKS)]
+        if agreement.agree(said[rank]) != all(said):
+            wrong.append(f"round {number}: agree")
+        if agreement.broadcast_stop(said[rank]) != said[0]:
+            wrong.append(f"round {number}: broadcast_stop")
+    if (Path(folder) / "flags").exists():
+        wrong.append("the file is left behind")
+    print(f"rank {rank}: {wrong or 'agreed'}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_rank, (sys.argv[1],), nprocs=RANKS)
