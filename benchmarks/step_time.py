@@ -31,7 +31,7 @@ WAYS = ("plain", "compiled", "fused")
 PARITY_STEPS = 12
 FLOOR_TFLOPS = 790.0
 CATEGORIES = (
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vector", "gemv")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vectors", "gemv")),
     ("attention", ("sdpa", "flash", "fmha", "cudnn_generated")),
     ("communication", ("nccl", "_meet", "_send_rows")),
 )

@@ -28,6 +28,7 @@ from xditd.gpu_workers.job_checks import (
     check_shape,
     prepare,
 )
+from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -108,19 +109,20 @@ def generate(
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
     attention.use(skeleton.attention_backend)
-    packed = pipeline(
-        prompt_embeds=prompt_embeds,
-        pooled_prompt_embeds=pooled,
-        latents=_pack(noise),
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        sigmas=None if sigmas is None else list(sigmas),
-        guidance_scale=guidance_scale,
-        callback_on_step_end=report,
-        output_type="latent",
-        return_dict=False,
-    )[0]
+    with cast(SequenceParallelFlux1, skeleton.module).stepping(scheduler):
+        packed = pipeline(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled,
+            latents=_pack(noise),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            sigmas=None if sigmas is None else list(sigmas),
+            guidance_scale=guidance_scale,
+            callback_on_step_end=report,
+            output_type="latent",
+            return_dict=False,
+        )[0]
     return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 

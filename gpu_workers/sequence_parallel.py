@@ -10,6 +10,7 @@ sequence, where xfuser trims keys and values between its two all-to-alls, so tha
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from xditd.gpu_workers.canary import Canary
 from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.fused.flux1 import FusedFlux1
+    from xditd.gpu_workers.fused.flux1 import FusedFlux1, Schedule
 
 
 class CheckpointOrderNorm(AdaLayerNormContinuous):
@@ -107,6 +108,10 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
         self._canary = Canary("fused FLUX.1 blocks")
+
+    def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
+        """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
+        return nullcontext() if self.fused is None else self.fused.stepping(schedule)
 
     def forward(
         self,

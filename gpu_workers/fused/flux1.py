@@ -11,8 +11,9 @@ graphs, nothing is compiled for a size, and another checkpoint of the same archi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+AHEAD: Final = 32
+"""Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
+
+
+class Schedule(Protocol):
+    """What is read of a diffusers scheduler."""
+
+    timesteps: torch.Tensor
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next; ``None`` before the first one has ended."""
+
+
+class Modulations(NamedTuple):
+    """What the timestep, guidance and pooled text come to, for some vectors (one for each sample of each step).
+
+    ``conditioning`` is (vectors, hidden), ``double`` (vectors, blocks, 2, 6 * hidden) for text and image, ``single``
+    (vectors, blocks, 3 * hidden).
+    """
+
+    conditioning: torch.Tensor
+    double: torch.Tensor
+    single: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> Modulations:
+        return Modulations(*(part[start:stop] for part in self))
 
 
 class Linear(NamedTuple):
@@ -84,6 +113,8 @@ class FusedFlux1:
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
+        self._schedule: Schedule | None = None
+        self._ahead: tuple[int, Modulations] | None = None
 
     @property
     def is_plugged(self) -> bool:
@@ -105,6 +136,18 @@ class FusedFlux1:
         self._checkpoint = {}
         self._blocks = None
 
+    @contextmanager
+    def stepping(self, schedule: Schedule) -> Iterator[None]:
+        """While diffusers' pipeline calls this once for each step of ``schedule``, compute many modulations at once.
+
+        Their weights, more than a quarter of the model, are then read once and not at every step; same bits.
+        """
+        self._schedule = schedule
+        try:
+            yield
+        finally:
+            self._schedule = self._ahead = None
+
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -121,22 +164,48 @@ class FusedFlux1:
             self._blocks = self._bind(self._checkpoint)
         shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.world_size)
         own = shares[self._layout.rank]
-        conditioning = self._embed_time(timestep, guidance, pooled_projections, hidden_states.dtype)
+        modulations = self._modulations(timestep, guidance, pooled_projections, hidden_states.dtype)
         angles = self._rotations(txt_ids, img_ids, own)
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
         done = [
             self._sample(
                 encoder_hidden_states[number, own.text],
                 pad_rows(hidden_states[number, own.image], own.padding, dim=0),
-                F.silu(conditioning[number]),
+                modulations.double[number],
+                modulations.single[number],
                 angles,
                 valid,
             )
             for number in range(hidden_states.shape[0])
         ]
         module = self._module
-        tokens = module.proj_out(module.norm_out(torch.stack(done), conditioning))
+        tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return tokens if len(shares) == 1 else gather(tokens, shares)
+
+    def _modulations(
+        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
+    ) -> Modulations:
+        """Modulations of this step, a row for each sample."""
+        schedule, samples = self._schedule, pooled.shape[0]
+        if schedule is None:
+            return self._modulate(self._embed_time(timestep, guidance, pooled, dtype))
+        step = schedule.step_index or 0
+        steps = max(1, AHEAD // samples)
+        if self._ahead is None or not 0 <= step - self._ahead[0] < steps:
+            # As FluxPipeline gives them, one step after the other: embedders would round a batch in another way.
+            given = [each.expand(samples).to(dtype) / 1000 for each in schedule.timesteps[step : step + steps]]
+            embedded = [self._embed_time(each, guidance, pooled, dtype) for each in given]
+            self._ahead = step, self._modulate(torch.cat(embedded))
+        first, modulations = self._ahead
+        at = (step - first) * samples
+        return modulations.rows(at, at + samples)
+
+    def _modulate(self, conditioning: torch.Tensor) -> Modulations:
+        assert self._blocks is not None
+        width, vectors = self._config.hidden, F.silu(conditioning)
+        double = kernels.multiply_vectors(*self._blocks.double_modulation, vectors, 6 * width)
+        single = kernels.multiply_vectors(*self._blocks.single_modulation, vectors, 3 * width)
+        return Modulations(conditioning, double.unflatten(1, (-1, 2)), single)
 
     def _embed_time(
         self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
@@ -157,18 +226,22 @@ class FusedFlux1:
         return kept[2]
 
     def _sample(
-        self, text: torch.Tensor, image: torch.Tensor, vector: torch.Tensor, angles: Angles, valid: int
+        self,
+        text: torch.Tensor,
+        image: torch.Tensor,
+        doubles: torch.Tensor,
+        singles: torch.Tensor,
+        angles: Angles,
+        valid: int,
     ) -> torch.Tensor:
         """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
         assert self._blocks is not None
-        double, single, double_modulation, single_modulation = self._blocks
+        double, single = self._blocks.double, self._blocks.single
         module, width, at = self._module, self._config.hidden, text.shape[0]
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
         torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
         torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
-        doubles = kernels.multiply_vector(*double_modulation, vector, 6 * width).view(len(double), 2, 6 * width)
-        singles = kernels.multiply_vector(*single_modulation, vector, 3 * width)
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
         normed = kernels.add_and_modulate(x, text_rows=at, shift=starts[0])
         qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)

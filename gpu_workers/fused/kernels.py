@@ -146,29 +146,35 @@ def _meet(bases_ptr, rank, round_number, RANKS: tl.constexpr):
             seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
 
 
-@triton.jit
-def _multiply_vector(
+@triton.jit(do_not_specialize=["vectors"])
+def _multiply_vectors(
     weights_ptr,
     biases_ptr,
-    vector_ptr,
+    vectors_ptr,
     out_ptr,
     matrix_rows,
+    vectors,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     matrix = tl.program_id(1)
-    kind = vector_ptr.dtype.element_ty
+    kind = vectors_ptr.dtype.element_ty
     weight = tl.load(weights_ptr + matrix).to(tl.pointer_type(kind))
     bias = tl.load(biases_ptr + matrix).to(tl.pointer_type(kind))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, WIDTH, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        vector = tl.load(vector_ptr + columns).to(tl.float32)
-        total += tl.load(weight + rows[:, None] * WIDTH + columns[None, :]).to(tl.float32) * vector[None, :]
-    result = tl.sum(total, 1) + tl.load(bias + rows).to(tl.float32)
-    tl.store(out_ptr + matrix.to(tl.int64) * matrix_rows + rows, result.to(kind))
+    # The rows of weights stay in the SM's own cache from one vector to the next. Each vector's sums are those that it
+    # would get alone, to the bit.
+    for number in range(vectors):
+        vector_ptr = vectors_ptr + number * WIDTH
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, WIDTH, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            vector = tl.load(vector_ptr + columns).to(tl.float32)
+            total += tl.load(weight + rows[:, None] * WIDTH + columns[None, :]).to(tl.float32) * vector[None, :]
+        result = tl.sum(total, 1) + tl.load(bias + rows).to(tl.float32)
+        place = (number * tl.num_programs(1) + matrix).to(tl.int64) * matrix_rows
+        tl.store(out_ptr + place + rows, result.to(kind))
 
 
 Vectors = tuple[torch.Tensor, int]
@@ -280,23 +286,25 @@ def meet(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
     _meet[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
 
 
-def multiply_vector(weights: torch.Tensor, biases: torch.Tensor, vector: torch.Tensor, rows: int) -> torch.Tensor:
-    """Multiply many matrices with one vector, all in one kernel: (matrices, ``rows``) in the vector's dtype.
+def multiply_vectors(weights: torch.Tensor, biases: torch.Tensor, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+    """Multiply many matrices with each of some vectors, all in one kernel: (vectors, matrices, ``rows``).
 
-    ``weights`` and ``biases`` are the addresses, as int64 on the GPU, of (``rows``, width) and (``rows``,) tensors of
-    that dtype. Reading the weights is all that it costs: as many products by cuBLAS took twice as long.
+    ``vectors`` are (vectors, width) and contiguous, ``weights`` and ``biases`` the addresses, as int64 on the GPU, of
+    (``rows``, width) and (``rows``,) tensors of their dtype. For a few vectors, reading the weights once is all that it
+    costs: as many products by cuBLAS took twice as long for one.
     """
-    (width,) = vector.shape
+    count, width = vectors.shape
     columns = _MAX_COLUMNS_A_LOAD
     while width % columns:
         columns //= 2
-    out = torch.empty(len(weights), rows, dtype=vector.dtype, device=vector.device)
-    _multiply_vector[(rows // _ROWS_A_PROGRAM, len(weights))](
+    out = torch.empty(count, len(weights), rows, dtype=vectors.dtype, device=vectors.device)
+    _multiply_vectors[(rows // _ROWS_A_PROGRAM, len(weights))](
         weights,
         biases,
-        vector,
+        vectors,
         out,
         rows,
+        count,
         WIDTH=width,
         ROWS=_ROWS_A_PROGRAM,
         COLUMNS=columns,

@@ -31,7 +31,7 @@ def compile_kernels(rank: int, world_size: int, device: torch.device) -> float:
     kernels.add_and_modulate(x, text_rows=1, added=x, gate=(modulation[0], 2 * HIDDEN))
     matrix, bias = some(_ROWS, HIDDEN), some(_ROWS)
     weights, biases = (torch.tensor([tensor.data_ptr()], device=device) for tensor in (matrix, bias))
-    kernels.multiply_vector(weights, biases, x[0], _ROWS)
+    kernels.multiply_vectors(weights, biases, x[:1], _ROWS)
     kernels.norm_and_rotate(qkv, heads=heads, norms=norms, angles=angles, text_rows=1)
     if world_size > 1:
         # Every rank's buffer is this rank's own here: it holds what all ranks would get together.

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def whole_model(store: str) -> dict[str, Any]:
         found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
         canary = skeleton.module._canary
         if has_guidance:
+            found["at once"] = steps_at_once(skeleton)
             given = job(3, 16, 32, 1)
             before = pipelines.generate(skeleton, **given, steps=1)
             for name, tensor in state.items():
@@ -68,6 +70,22 @@ def whole_model(store: str) -> dict[str, Any]:
         }
     xfuser_start.stop()
     return found
+
+
+def steps_at_once(skeleton: Any) -> dict[str, bool]:
+    """Generate with modulations of all steps, of two at a time, and of each alone; say whether bits are the same."""
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.fused import flux1
+
+    fused, given = skeleton.module.fused, job(3, 16, 32, 2)
+    made = []
+    for ahead in (flux1.AHEAD, 4):
+        flux1.AHEAD = ahead
+        made.append(pipelines.generate(skeleton, **given, steps=3))
+    fused.stepping = lambda _: nullcontext()
+    made.append(pipelines.generate(skeleton, **given, steps=3))
+    del fused.stepping
+    return {"all": torch.equal(made[0], made[2]), "two": torch.equal(made[1], made[2]), "left": bool(fused._ahead)}
 
 
 def exchange_of_two() -> dict[str, float]:

@@ -39,6 +39,10 @@ def test_every_tensor_of_the_checkpoint_is_read(found: Any) -> None:
     assert found["model"]["unmoved"] == []
 
 
+def test_modulations_of_many_steps_have_the_bits_of_single_ones(found: Any) -> None:
+    assert found["model"]["at once"] == {"all": True, "two": True, "left": False}
+
+
 def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:
     canaries = found["model"]["canary"]
     assert [verdict["refused"] for verdict in canaries.values()] == [False, False]
