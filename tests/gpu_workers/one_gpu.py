@@ -5,6 +5,7 @@ python one_gpu.py OUT_FOLDER
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -30,19 +31,22 @@ def job(tokens: int, height: int, width: int) -> dict[str, Any]:
 
 def main(folder: str) -> None:
     from xditd.client.demo import checkpoints
+    from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
     from xditd.gpu_workers import attention, reference, xfuser_start
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 
     gpu = torch.device("cuda", 0)
     layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers import pipelines, text_encoding
     from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
     cache = SkeletonCache(layout)
 
-    def plugged(state: dict[str, torch.Tensor]) -> Plan:
+    cpu_cache = SkeletonCache(dataclasses.replace(layout, device=torch.device("cpu")))
+
+    def plugged(state: dict[str, torch.Tensor], cache: SkeletonCache = cache) -> Plan:
         plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
         plan.skeleton.plug(plan.bind(state))
         return plan
@@ -83,6 +87,16 @@ def main(folder: str) -> None:
     facts["encode error"] = reference.relative_error(
         pipelines.encode(plan.skeleton, image), reference.reference_encode(model, image)
     )
+
+    # Against this rank's own modules on the CPU, which other tests hold to the bits of transformers.
+    for encoder, state, tokens in (
+        ("clip_l", clip_l_state_dict(3, vocabulary=300), 77),
+        ("t5", t5_state_dict(3, vocabulary=300), 301),
+    ):
+        ids = torch.randint(0, 300, (2, tokens), generator=torch.Generator().manual_seed(0))
+        on_cpu = text_encoding.encode_text(plugged(state, cpu_cache).skeleton, ids)[0]
+        on_gpu = text_encoding.encode_text(plugged({n: t.to(gpu) for n, t in state.items()}).skeleton, ids)[0]
+        facts[f"{encoder} error"] = reference.relative_error(on_gpu.cpu(), on_cpu)
 
     # Waits for the GPU: the same number however many steps there are.
     plan = plugged(wide)

@@ -44,6 +44,11 @@ def test_the_vae_agrees_with_plain_diffusers(facts: dict[str, Any]) -> None:
     assert facts["encode error"] <= 1e-6
 
 
+def test_text_encoders_agree_with_the_cpu(facts: dict[str, Any]) -> None:
+    assert facts["clip_l error"] <= 1e-5
+    assert facts["t5 error"] <= 1e-5
+
+
 def test_steps_add_no_waits(facts: dict[str, Any]) -> None:
     # Measured: 5 in the first of the two jobs, which is the first of its size, and 4 in the second.
     assert facts["waits by steps"]["6"] <= facts["waits by steps"]["2"]
