@@ -17,6 +17,7 @@ from xditd.gpu_workers.channel import DaemonChannel
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
 from xditd.ipc import limits
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import (
     Cancelled,
     Internal,
@@ -62,7 +63,7 @@ SWEEP_EVERY_S = 0.5
 """How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
 
 
-def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
+def main(options: Options, rank: int, degrees: Degrees, device: str, complain: Connection, leader_pid: int) -> None:
     """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
     die_with_parent(leader_pid)
     logging.basicConfig(
@@ -73,14 +74,14 @@ def main(options: Options, rank: int, world_size: int, device: str, complain: Co
     where = torch.device(device)
     # On a GPU the host only copies small tensors, and waking sixteen threads for that was seen to take 10 ms.
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // world_size) if where.type == "cpu" else 1)
+    torch.set_num_threads(max(1, cores // degrees.world_size) if where.type == "cpu" else 1)
     try:
         layout = xfuser_start.start(
             rank,
-            world_size,
+            degrees.world_size,
             str(options.store),
             where,
-            options.ulysses or None,
+            degrees,
             options.attention_backend,
             options.kernels,
         )
@@ -250,7 +251,7 @@ class Rank:
                 device_kind=layout.device.type,
                 device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
                 device_uuid=self._uuid,
-                parallel=layout.degrees,
+                parallel=layout.degrees.named(),
                 attention_backend=layout.fused_attention or layout.attention_backend,
                 families=tuple(family.name for family in FAMILIES),
             )

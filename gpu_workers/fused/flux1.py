@@ -80,7 +80,7 @@ class FusedFlux1:
         self._module = module
         self._layout = layout
         self._attend_with = attention.function(attention_backend)
-        self._exchange = Exchange(layout) if layout.world_size > 1 else None
+        self._exchange = Exchange(layout) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
@@ -119,8 +119,8 @@ class FusedFlux1:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``."""
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
-        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.world_size)
-        own = shares[self._layout.rank]
+        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
+        own = shares[self._layout.sequence_rank]
         conditioning = self._embed_time(timestep, guidance, pooled_projections, hidden_states.dtype)
         angles = self._rotations(txt_ids, img_ids, own)
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
@@ -215,7 +215,7 @@ class FusedFlux1:
             kernels.norm_and_rotate(qkv, **given)
             query, key, value = qkv.view(rows, 3, heads, kernels.HEAD_SIZE).unbind(1)
             return self._dot(query, key, value).reshape(rows, width)
-        ranks, rank = self._layout.world_size, self._layout.rank
+        ranks, rank = self._layout.degrees.sequence, self._layout.sequence_rank
         buffers = self._exchange.reserve(rows, width, qkv.dtype)
         kernels.norm_and_rotate(qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows)
         self._exchange.meet()

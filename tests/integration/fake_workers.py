@@ -21,6 +21,7 @@ import zmq
 
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import command_decoder, encode
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Cancelled, Internal, StaleSource, XditdError
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Message
@@ -97,7 +98,7 @@ class Rank:
                 device_kind="cpu",
                 device="cpu",
                 device_uuid="",
-                parallel={"ulysses": self.options.world_size},
+                parallel=Degrees(ulysses=self.options.world_size).named(),
                 attention_backend="fake",
                 families=("fake",),
             )
@@ -269,7 +270,7 @@ def main() -> int:
         "--runtime-dir",
         "--group-token",
         "--device",
-        "--ulysses",
+        "--layout",
         "--attention-backend",
         "--kernels",
         "--log-level",
