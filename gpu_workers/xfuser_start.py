@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers import agreement, attention, xfuser_cpu
+from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
@@ -51,17 +51,18 @@ def start(
         Unsupported: no layout fits, an attention backend is not installed, or fused kernels do not run here.
     """
     degrees = planner.plan(world_size).degrees if degrees is None else degrees
-    for name in ("ring", "pipefusion", "cfg"):
-        if degrees.named()[name] > 1:
-            raise Unsupported(f"layout {degrees}: {name} is not supported yet; use {name}=1")
+    if degrees.pipefusion > 1:
+        raise Unsupported(f"layout {degrees}: PipeFusion is not supported yet; use pipefusion=1")
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)
     _import_xfuser(device)
     _join(rank, world_size, store_path, device)
     agreement.join(Path(f"{store_path}.flags"), rank, world_size)
+    image, place = divmod(rank, degrees.sequence)
+    agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
     backend = _start_xdit(rank, degrees, device, attention_backend)
-    fused_attention = _start_fused(rank, world_size, device, attention_backend, backend, kernels)
+    fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
     gc.collect()
@@ -119,12 +120,14 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         pipeline_parallel_degree=degrees.pipefusion,
         backend=collectives,
     )
+    # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
+    wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
     config, _ = xFuserArgs(
         use_cfg_parallel=degrees.cfg > 1,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
         pipefusion_parallel_degree=degrees.pipefusion,
-        attention_backend=attention.requested(attention_backend, device),
+        attention_backend="SDPA_FLASH" if wanted else attention.requested(attention_backend, device),
     ).create_config()
     try:
         runtime_state.initialize_runtime_state(_nominal_pipeline(degrees.ulysses), config)
@@ -134,6 +137,8 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
     # The attention of single blocks reads this, and uses it with PipeFusion alone. set_input_parameters would set
     # it too, but refuses every size whose rows of tokens do not divide by the degree.
     state.max_condition_sequence_length = 0
+    if wanted is not None:
+        attention.use(wanted)
     chosen = str(state.attention_backend.name)
     attention.check(chosen, device)
     logger.info("xdit started rank=%d world_size=%d layout=%s attention=%s", rank, degrees.world_size, degrees, chosen)
@@ -141,7 +146,7 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
 
 
 def _start_fused(
-    rank: int, world_size: int, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
+    rank: int, degrees: Degrees, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
 ) -> str | None:
     """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
 
@@ -152,15 +157,20 @@ def _start_fused(
         return None
     if device.type == "cpu":
         raise Unsupported("kernels 'fused' need NVIDIA GPUs; use auto or plain")
+    if degrees.ring > 1:
+        if kernels == "fused":
+            raise Unsupported(f"kernels 'fused' with layout {degrees}: they attend without a ring; use ring=1 or plain")
+        logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
+        return None
     from xditd.gpu_workers.fused import exchange, warm_up
 
-    if not exchange.is_possible(world_size):
+    if not exchange.is_possible(degrees.world_size):
         if kernels == "fused":
             raise Unsupported("kernels 'fused' need GPUs that reach each other's memory, and these do not; use plain")
         logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
         return None
     chosen = attention.for_fused(requested_attention, attention_backend, device)
-    took_s = warm_up.compile_kernels(rank, world_size, device)
+    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device)
     logger.info("fused kernels ready rank=%d attention=%s took_s=%.2f", rank, chosen, took_s)
     return chosen
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from xfuser.core.distributed import get_sp_group
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.fused import kernels
@@ -80,7 +81,7 @@ class FusedFlux1:
         self._module = module
         self._layout = layout
         self._attend_with = attention.function(attention_backend)
-        self._exchange = Exchange(layout) if layout.degrees.sequence > 1 else None
+        self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
@@ -136,7 +137,7 @@ class FusedFlux1:
         ]
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), conditioning))
-        return tokens if len(shares) == 1 else gather(tokens, shares)
+        return gather(tokens, shares)
 
     def _embed_time(
         self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype

@@ -45,12 +45,12 @@ def test_xfuser_does_not_log_to_standard_output() -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("asked", "expected"), [("auto", None), ("plain", None)])
 def test_transformers_run_plain_on_a_cpu(asked: str, expected: None) -> None:
-    assert xfuser_start._start_fused(0, 1, CPU, "auto", "SDPA", asked) is expected
+    assert xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", asked) is expected
 
 
 def test_fused_kernels_by_name_are_refused_on_a_cpu() -> None:
     with pytest.raises(Unsupported, match="need NVIDIA GPUs; use auto or plain"):
-        xfuser_start._start_fused(0, 1, CPU, "auto", "SDPA", "fused")
+        xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", "fused")
 
 
 def test_an_unknown_attention_backend_lists_those_that_run() -> None:
