@@ -16,8 +16,8 @@ from xditd.gpu_workers import rank
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
 from xditd.ipc import planner
-from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.planner import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def lead(options: Options) -> int:
     plan = planner.plan(len(devices), options.layout)
     logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), plan.degrees, plan.reason)
     signal.signal(signal.SIGTERM, _leave)
-    return _run(options, plan.degrees, devices)
+    return _run(options, plan, devices)
 
 
 def _leave(*_: object) -> None:
@@ -61,7 +61,7 @@ def choose_devices(options: Options) -> list[str]:
     return [f"cuda:{index}" for index in range(workers)]
 
 
-def _run(options: Options, degrees: Degrees, devices: list[str]) -> int:
+def _run(options: Options, plan: Plan, devices: list[str]) -> int:
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
     complaints: list[Connection] = []
@@ -69,7 +69,7 @@ def _run(options: Options, degrees: Degrees, devices: list[str]) -> int:
         for number, device in enumerate(devices):
             complaint, complain = spawn.Pipe(duplex=False)
             process = spawn.Process(
-                target=rank.main, args=(options, number, degrees, device, complain, os.getpid()), daemon=True
+                target=rank.main, args=(options, number, plan, device, complain, os.getpid()), daemon=True
             )
             process.start()
             complain.close()

@@ -61,3 +61,8 @@ def parse_layout(text: str) -> Mapping[str, int]:
             raise ValueError(f"layout {text!r}: {name} takes a whole number from 1 to {MAX_DEGREE}, as in {name}=2")
         found[name] = int(degree)
     return found
+
+
+def spell(asked: Mapping[str, int]) -> str:
+    """Spell what was asked for, as :func:`parse_layout` reads it."""
+    return ",".join(f"{name}={degree}" for name, degree in asked.items()) or AUTO

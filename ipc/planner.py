@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from xditd.ipc.degrees import AUTO, Degrees
+from xditd.ipc.degrees import Degrees, spell
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.status import LayoutCandidate, LayoutReport
 
 CFG_DEGREES: Final = (1, 2)
 """Rows of a batch come with a prompt, or with a negative one."""
@@ -65,13 +66,25 @@ def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Work
     chosen = _choose(world_size, asked, workload)
     fault = why_impossible(chosen, workload)
     if fault:
-        raise Unsupported(f"layout {_named(asked)} with {world_size} workers: {fault}")
+        raise Unsupported(f"layout {spell(asked)} with {world_size} workers: {fault}")
     return Plan(
         degrees=chosen,
         reason=_reason(chosen, asked, workload),
         candidates=tuple(
             Candidate(degrees, "" if degrees == chosen else _why_not(degrees, chosen, asked, workload))
             for degrees in _splits(world_size)
+        ),
+    )
+
+
+def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
+    """Tell a plan as the workers and the daemon do."""
+    return LayoutReport(
+        asked=spell(asked),
+        reason=planned.reason,
+        candidates=tuple(
+            LayoutCandidate(layout=str(candidate.degrees), why_not=candidate.why_not)
+            for candidate in planned.candidates
         ),
     )
 
@@ -106,7 +119,7 @@ def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> De
     is_whole = fixed == world_size if ulysses and ring else world_size % fixed == 0
     if not is_whole:
         raise Unsupported(
-            f"layout {_named(asked)} with {world_size} workers: these degrees make {fixed}; "
+            f"layout {spell(asked)} with {world_size} workers: these degrees make {fixed}; "
             f"use --workers {fixed}, or degrees that make {world_size}"
         )
     rest = world_size // fixed
@@ -130,14 +143,10 @@ def _divisors(world_size: int, taken: int) -> list[int]:
     return [] if remainder else [number for number in range(1, rest + 1) if rest % number == 0]
 
 
-def _named(asked: Mapping[str, int]) -> str:
-    return ",".join(f"{name}={degree}" for name, degree in asked.items()) or AUTO
-
-
 def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> str:
     if chosen.world_size == 1:
         return "one worker: nothing to split"
-    parts = [f"{_named(asked)} as asked"] if asked else []
+    parts = [f"{spell(asked)} as asked"] if asked else []
     if chosen.ulysses > 1 and "ulysses" not in asked:
         parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
     if chosen.ring > 1 and "ring" not in asked:

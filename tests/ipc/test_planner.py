@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from xditd.ipc import limits
 from xditd.ipc.degrees import Degrees, parse_layout
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.planner import Workload, plan
+from xditd.ipc.planner import Workload, _splits, plan
 
 TABLE = [
     # workers, asked, chosen
@@ -72,6 +73,11 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
 def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workload: Workload, words: str) -> None:
     with pytest.raises(Unsupported, match=words):
         plan(workers, parse_layout(asked), workload)
+
+
+def test_the_most_candidates_fit_a_message() -> None:
+    assert max(len(list(_splits(workers))) for workers in range(1, 1025)) == 450
+    assert limits.MAX_LAYOUT_CANDIDATES >= 450
 
 
 def test_reasons_name_what_decides() -> None:
