@@ -1,8 +1,8 @@
 """Agreement between ranks: a small number from each, through a page of memory that they share, never an object.
 
-Every rank that is ``among`` those asked must call the same function at the same point. Not by a collective: gloo wakes four threads one after the
-other for a flag, 1 ms of every ``denoise`` step where waking is slow, as in virtual machines. Where a fellow is gone,
-ranks wait here until the leader, which is told of every rank's end, ends the group.
+Every rank of those that agree must call the same function at the same point. Not by a collective: gloo wakes four
+threads one after the other for a flag, 1 ms of every ``denoise`` step where waking is slow, as in virtual machines.
+Where a fellow is gone, ranks wait here until the leader, which is told of every rank's end, ends the group.
 """
 
 from __future__ import annotations
