@@ -144,27 +144,41 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        def plain() -> torch.Tensor:
-            return cast(torch.Tensor, self._plain(image, text, joint_attention_kwargs, **others))
-
         rows = hidden_states.shape[0]
         own = own_rows(rows)
-        image, text = hidden_states[own], encoder_hidden_states[own]
-        others: dict[str, Any] = {
-            "pooled_projections": pooled_projections[own],
-            "timestep": timestep[own],
-            "img_ids": img_ids,
-            "txt_ids": txt_ids,
-            "guidance": None if guidance is None else guidance[own],
-        }
-        fused = self.fused
-        if fused is None or not fused.is_plugged or joint_attention_kwargs:
-            sample = plain()
-        else:
-            case = (text.shape[1], image.shape[1])
-            sample = self._canary.run(case, lambda: fused(image, text, **others), plain)
+        sample = self.forward_rows(
+            hidden_states[own],
+            encoder_hidden_states[own],
+            pooled_projections=pooled_projections[own],
+            timestep=timestep[own],
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=None if guidance is None else guidance[own],
+            joint_attention_kwargs=joint_attention_kwargs,
+        )
         sample = gather_rows(sample, rows)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_rows(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Do the same for rows that are this half's own, and return them alone."""
+
+        def plain() -> torch.Tensor:
+            return cast(
+                torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
+            )
+
+        fused = self.fused
+        if fused is None or not fused.is_plugged or joint_attention_kwargs:
+            return plain()
+        case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
+        return self._canary.run(case, lambda: fused(hidden_states, encoder_hidden_states, **others), plain)
 
     def _plain(
         self,

@@ -75,7 +75,7 @@ def expected() -> dict[str, torch.Tensor]:
                 return_dict=False,
             )[0]
         found[case] = FluxPipeline._unpack_latents(packed, height * 8, width * 8, 8)
-    return found
+    return found | {name: torch.cat([found[case] for case in cases]) for name, cases in many_layouts.JOINED.items()}
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_layout_agrees_with_plain_diffusers(computed: Any, expected: Any, layo
 @pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
 def test_a_layout_gives_the_same_bits_again(computed: Any, layout: str) -> None:
     for results in computed[layout]:
-        for case in many_layouts.CASES:
+        for case in (*many_layouts.CASES, *many_layouts.JOINED):
             assert torch.equal(results[f"{case}/0"], results[f"{case}/1"]), case
 
 
