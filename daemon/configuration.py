@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, cast
 from xditd.daemon.settings import SETTINGS, Setting
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
+from xditd.ipc.degrees import AUTO
 from xditd.ipc.errors import BadRequest
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -23,7 +24,7 @@ _COMMAND_KEY: Final = "command"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the daemon is told. ``workers`` is "auto" or a count; ``ulysses`` 0 means: over all workers."""
+    """What the daemon is told. ``workers`` is "auto" or a count; ``layout`` is "auto" or degrees by name."""
 
     runtime: RuntimeDir
     queue_limit: int = 512
@@ -38,7 +39,7 @@ class Configuration:
     metrics: str = "off"
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
-    ulysses: int = 0
+    layout: str = AUTO
     attention_backend: str = "auto"
     kernels: Kernels = "auto"
     start_deadline_s: float = 120.0

@@ -45,7 +45,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
         *("--group-token", token),
         *("--workers", str(configuration.workers)),
         *("--device", configuration.device),
-        *("--ulysses", str(configuration.ulysses)),
+        *("--layout", configuration.layout),
         *("--attention-backend", configuration.attention_backend),
         *("--kernels", configuration.kernels),
         *("--log-level", configuration.log_level),

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from xditd.daemon.metrics_server import parse_address
 from xditd.ipc import limits
+from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadRequest
 
 
@@ -85,6 +86,11 @@ def _name(value: Any) -> str:
 
 def _metrics(value: Any) -> str:
     parse_address(_name(value))
+    return str(value)
+
+
+def _layout(value: Any) -> str:
+    parse_layout(_name(value))
     return str(value)
 
 
@@ -211,13 +217,13 @@ SETTINGS: Final = (
         _one_of("auto", "cuda", "cpu"),
     ),
     Setting(
-        "ulysses",
+        "layout",
         "workers",
-        "ulysses",
-        "a whole number from 0 to 1024",
-        "0",
-        "Ulysses degree: workers that share the tokens of one image; 0: all",
-        _whole(0, 1024),
+        "layout",
+        '"auto", or degrees that multiply to the number of workers, such as "ulysses=2,ring=2,cfg=2"',
+        "auto",
+        "how workers share a job: degrees of ulysses, ring and cfg; auto: ulysses as far as heads divide",
+        _layout,
     ),
     Setting(
         "attention_backend",

@@ -240,7 +240,7 @@ class Supervisor:
             size,
             size,
             first.device_kind,
-            ",".join(f"{name}:{degree}" for name, degree in sorted(first.parallel.items())) or "none",
+            ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none",
             first.attention_backend,
             self._ready_s - self._started_s,
         )

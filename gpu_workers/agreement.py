@@ -1,14 +1,15 @@
 """Agreement between ranks: a small number from each, through a page of memory that they share, never an object.
 
-Every rank must call the same function at the same point. Not by a collective: gloo wakes four threads one after the
-other for a flag, 1 ms of every ``denoise`` step where waking is slow, as in virtual machines. Where a fellow is gone,
-ranks wait here until the leader, which is told of every rank's end, ends the group.
+Every rank of those that agree must call the same function at the same point. Not by a collective: gloo wakes four
+threads one after the other for a flag, 1 ms of every ``denoise`` step where waking is slow, as in virtual machines.
+Where a fellow is gone, ranks wait here until the leader, which is told of every rank's end, ends the group.
 """
 
 from __future__ import annotations
 
 import mmap
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -57,26 +58,37 @@ class _Page:
         return word & ((1 << _VALUE_BITS) - 1)
 
 
-_page: _Page | None = None
+class Circle(Enum):
+    """Who agrees."""
+
+    GROUP = "all ranks"
+    IMAGE = "the ranks that share the tokens of an image"
 
 
-def join(path: Path, rank: int, ranks: int) -> None:
-    """Share a page with the other ranks of the process group, by a file at ``path`` that is gone again on return.
+_pages: dict[Circle, _Page] = {}
 
-    ``path`` lies in a folder that only this user can open, and is new; every rank names the same one.
+
+def join(path: Path, rank: int, ranks: int, circle: Circle = Circle.GROUP) -> None:
+    """Share a page with the other ranks of a circle, by a file at ``path`` that is gone again on return.
+
+    ``path`` lies in a folder that only this user can open, and is new; all of a circle name the same one, and ``rank``
+    counts within it. All ranks of the process group call this at the same point, each for its own circle.
     """
-    global _page
-    _page = _Page(path, rank, ranks) if ranks > 1 else None
+    _pages.pop(circle, None)
+    if ranks > 1:
+        _pages[circle] = _Page(path, rank, ranks)
 
 
-def agree(ok: bool) -> bool:
+def agree(ok: bool, among: Circle = Circle.GROUP) -> bool:
     """Return whether ``ok`` is true on every rank."""
-    return ok if _page is None else all(_page.exchange(ok))
+    page = _pages.get(among)
+    return ok if page is None else all(page.exchange(ok))
 
 
 def broadcast_stop(flag: bool) -> bool:
     """Return rank 0's ``flag`` on every rank; the others' arguments are ignored."""
-    return flag if _page is None else bool(_page.exchange(flag)[0])
+    page = _pages.get(Circle.GROUP)
+    return flag if page is None else bool(page.exchange(flag)[0])
 
 
 def _meet() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from xditd.gpu_workers.agreement import broadcast_stop
+from xditd.gpu_workers.agreement import Circle, agree
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Canary:
     def run(self, case: Hashable, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what ``fast`` gives, if it agreed with ``plain`` when this ``case`` first ran; else ``plain``'s.
 
-        Every rank runs the same case; rank 0's verdict holds for all.
+        All ranks that share an image run the same case, and what one of them refuses all do.
         """
         if self.is_refused:
             return plain()
@@ -38,7 +38,7 @@ class Canary:
         expected = plain()
         error = float((result.float() - expected.float()).norm() / expected.float().norm())
         # Not "error > tolerance": a NaN must be refused, too.
-        self.is_refused = broadcast_stop(not error <= self._tolerance)
+        self.is_refused = not agree(error <= self._tolerance, Circle.IMAGE)
         if self.is_refused:
             logger.error("%s refused case=%s error=%.3g tolerance=%g", self._what, case, error, self._tolerance)
             return expected

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers.agreement import agree
+from xditd.gpu_workers.agreement import Circle, agree
 from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
 
 _UUID_BYTES = 64
@@ -26,8 +26,8 @@ def gather_uuids(device_uuid: str, world_size: int) -> tuple[str, ...]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Run a block that may fail, on every rank, and leave it together.
+def together(among: Circle = Circle.GROUP) -> Iterator[None]:
+    """Run a block that may fail, on every rank of a circle, and leave it together.
 
     An error of this rank is raised here once the others know; where another rank failed, this one
     raises ``OtherRankFailed``. So no rank goes on to a collective that another one will not enter.
@@ -39,7 +39,7 @@ def together() -> Iterator[None]:
         fault = OutOfMemory(f"the GPU has no room: {error}".split("\n")[0])
     except XditdError as error:
         fault = error
-    if agree(fault is None):
+    if agree(fault is None, among):
         return
     if fault is not None:
         raise fault

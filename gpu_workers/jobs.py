@@ -142,21 +142,14 @@ class JobRunner:
             latents = io.read("latents", job.latents)
             conditionings = [self._condition(skeleton, part, io, client) for part in job.parts]
         clock.lap("inputs", waits=False)
-        predictions: list[torch.Tensor] = []
+        batches: list[pipelines.Batch] = []
         done = 0
         for conditioning, guidance in _joined(job.parts, conditionings):
             end = done + conditioning.prompt_embeds.shape[0]
-            predictions.append(
-                pipelines.denoise(
-                    skeleton,
-                    latents=latents[done:end],
-                    timestep=torch.tensor(job.timestep[done:end], dtype=torch.float32),
-                    conditioning=conditioning,
-                    guidance=guidance,
-                )
-            )
+            timestep = torch.tensor(job.timestep[done:end], dtype=torch.float32)
+            batches.append(pipelines.Batch(latents[done:end], timestep, conditioning, guidance))
             done = end
-        prediction = predictions[0] if len(predictions) == 1 else torch.cat(predictions)
+        prediction = pipelines.denoise_batches(skeleton, batches)
         clock.lap("forward")
         if self._is_leader:
             self._components.check_unchanged(transformer)

@@ -1,4 +1,4 @@
-"""How one model is split over the ranks of a group."""
+"""How one model is split over the ranks of a group, and where this rank stands in it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,39 @@ from dataclasses import dataclass
 
 import torch
 
+from xditd.ipc.degrees import Degrees
+
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
     """The split that all skeletons of this process share, fixed when the group starts.
 
-    ``attention_backend`` is xDiT's name for what ``auto`` or the configuration came to; ``fused_attention``
-    what fused transformers attend with, ``None`` where transformers run plain.
+    Ranks count as :class:`Degrees` says: sequence groups are neighbours. ``attention_backend`` is xDiT's name for what
+    ``auto`` or the configuration came to; ``fused_attention`` what fused transformers attend with, ``None`` where
+    transformers run plain.
     """
 
     rank: int
-    world_size: int
-    ulysses_degree: int
+    degrees: Degrees
     device: torch.device
     attention_backend: str
     fused_attention: str | None = None
 
     @property
-    def degrees(self) -> dict[str, int]:
-        """The degrees by name, as status and reports show them."""
-        return {"ulysses": self.ulysses_degree}
+    def world_size(self) -> int:
+        return self.degrees.world_size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which share of an image's tokens this rank works on, from 0 to ``degrees.sequence - 1``."""
+        return self.rank % self.degrees.sequence
+
+    @property
+    def stage(self) -> int:
+        """Which stage of the pipeline this rank is."""
+        return self.rank // self.degrees.sequence % self.degrees.pipefusion
+
+    @property
+    def half(self) -> int:
+        """Which half of a batch's rows this rank works on; 0 where they are not split."""
+        return self.rank // (self.degrees.sequence * self.degrees.pipefusion)

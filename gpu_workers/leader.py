@@ -15,7 +15,9 @@ import torch.multiprocessing
 from xditd.gpu_workers import rank
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
+from xditd.ipc import planner
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.planner import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,10 @@ def lead(options: Options) -> int:
     """
     die_with_parent(os.getppid())
     devices = choose_devices(options)
+    plan = planner.plan(len(devices), options.layout)
+    logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), plan.degrees, plan.reason)
     signal.signal(signal.SIGTERM, _leave)
-    return _run(options, devices)
+    return _run(options, plan, devices)
 
 
 def _leave(*_: object) -> None:
@@ -57,7 +61,7 @@ def choose_devices(options: Options) -> list[str]:
     return [f"cuda:{index}" for index in range(workers)]
 
 
-def _run(options: Options, devices: list[str]) -> int:
+def _run(options: Options, plan: Plan, devices: list[str]) -> int:
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
     complaints: list[Connection] = []
@@ -65,7 +69,7 @@ def _run(options: Options, devices: list[str]) -> int:
         for number, device in enumerate(devices):
             complaint, complain = spawn.Pipe(duplex=False)
             process = spawn.Process(
-                target=rank.main, args=(options, number, len(devices), device, complain, os.getpid()), daemon=True
+                target=rank.main, args=(options, number, plan, device, complain, os.getpid()), daemon=True
             )
             process.start()
             complain.close()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.degrees import AUTO, parse_layout
 
 
 @dataclass(frozen=True)
 class Options:
-    """``workers`` and ``ulysses`` are 0 where the group decides: one worker a GPU, one sequence over all workers."""
+    """``workers`` is 0 where the group decides: one a GPU. ``layout`` are the degrees that are asked for by name."""
 
     runtime_dir: RuntimeDir
     group_token: str
     workers: int
     device: str
-    ulysses: int
+    layout: Mapping[str, int]
     attention_backend: str
     kernels: str
     log_level: str
@@ -38,19 +39,23 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--group-token", required=True, help="proves that reports belong to this group")
     parser.add_argument("--workers", default="auto", help="how many ranks; auto: one for each GPU, or two on the CPU")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--ulysses", type=int, default=0, help="sequence-parallel degree; 0: all workers")
+    parser.add_argument("--layout", default=AUTO, help="auto, or degrees such as ulysses=2,ring=2,cfg=2")
     parser.add_argument("--attention-backend", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     given = parser.parse_args(arguments)
     if given.workers != "auto" and (not given.workers.isdecimal() or int(given.workers) < 1):
         parser.error(f"--workers {given.workers}: use auto or a number from 1")
+    try:
+        layout = parse_layout(given.layout)
+    except ValueError as error:
+        parser.error(str(error))
     return Options(
         runtime_dir=RuntimeDir(given.runtime_dir),
         group_token=given.group_token,
         workers=0 if given.workers == "auto" else int(given.workers),
         device=given.device,
-        ulysses=given.ulysses,
+        layout=layout,
         attention_backend=given.attention_backend,
         kernels=given.kernels,
         log_level=given.log_level,

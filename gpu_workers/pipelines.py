@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from xfuser.core.distributed import get_sequence_parallel_world_size
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.conditionings import Conditioning
@@ -28,8 +29,10 @@ from xditd.gpu_workers.job_checks import (
     check_shape,
     prepare,
 )
+from xditd.gpu_workers.row_shares import gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
+from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
 
 OnStep = Callable[[int, int], None]
@@ -46,6 +49,29 @@ class _Watched(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
         self.denoised = sample.float() - self.sigmas[self.step_index] * model_output.float()
         return super().step(model_output, timestep, sample, *given, **more)
+
+
+class Batch(NamedTuple):
+    """What one forward of the transformer takes: rows of as many text tokens, on any device.
+
+    ``latents`` is (rows, 16, height / 8, width / 8). ``timestep``, (rows,), is the sigma of each row, in [0, 1];
+    ``guidance``, (rows,), the guidance scale of each, needed by models with guidance (dev) and ignored by others.
+    ``conditioning`` has a row for each, and comes from :func:`condition` for this skeleton: it is not checked again.
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    conditioning: Conditioning
+    guidance: torch.Tensor | None
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the rows, as views."""
+        return Batch(
+            self.latents[rows],
+            self.timestep[rows],
+            Conditioning(self.conditioning.prompt_embeds[rows], self.conditioning.pooled[rows]),
+            None if self.guidance is None else self.guidance[rows],
+        )
 
 
 def seeded_noise(seed: int, *, batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -146,48 +172,84 @@ def denoise(
     conditioning: Conditioning,
     guidance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the transformer once and return its prediction (the velocity), shaped as ``latents``.
-
-    ``timestep`` is the sigma of each sample, (batch,), in [0, 1]; ``guidance`` the guidance scale of each, (batch,),
-    needed by models with guidance (dev) and ignored by others. ``conditioning`` has a row for each sample, and comes
-    from :func:`condition` for this skeleton: it is not checked again.
+    """Run the transformer once and return its prediction (the velocity), shaped as ``latents``: see :class:`Batch`.
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
         Unsupported: too few tokens for the group.
     """
+    return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)])
+
+
+@torch.inference_mode()
+def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tensor:
+    """Run the transformer on every row of some batches of one size, and return the predictions of all, in order.
+
+    Halves of a group deal the rows of all batches between them, so that a prompt and a negative one of another length
+    run at the same time, too.
+
+    Raises:
+        BadRequest, Unsupported: as :func:`denoise`, for any batch, before any is launched: so on every rank alike.
+    """
+    checked = [_check_batch(skeleton, batch) for batch in batches]
+    attention.use(skeleton.attention_backend)
+    rows = sum(batch.latents.shape[0] for batch in checked)
+    own = own_rows(rows)
+    predictions: list[torch.Tensor] = []
+    done = 0
+    for batch in checked:
+        size = batch.latents.shape[0]
+        mine = slice(max(own.start - done, 0), min(own.stop - done, size))
+        if mine.start < mine.stop:
+            predictions.append(_predict(skeleton, batch.rows(mine)))
+        done += size
+    return gather_rows(predictions[0] if len(predictions) == 1 else torch.cat(predictions), rows)
+
+
+def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
+    """Refuse what cannot run, and move the rest to the skeleton's device."""
+    latents, timestep, conditioning, guidance = batch
     config = _transformer_config(skeleton)
-    batch = conditioning.prompt_embeds.shape[0]
+    rows, text_tokens = conditioning.prompt_embeds.shape[:2]
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
     height, width = latents.shape[2:]
     if max(height, width) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE:
         raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_PIXELS_PER_SIDE} pixels on a side")
-    check_shape("latents", latents, (batch, LATENT_CHANNELS, height, width))
-    check_shape("timestep", timestep, (batch,))
+    check_shape("latents", latents, (rows, LATENT_CHANNELS, height, width))
+    check_shape("timestep", timestep, (rows,))
     if config.has_guidance:
         if guidance is None:
             raise BadRequest("guidance is missing: this model has guidance_in; give one number for each sample")
-        check_shape("guidance", guidance, (batch,))
+        check_shape("guidance", guidance, (rows,))
     else:
         guidance = None
+    deal_tokens(text_tokens, (height // PATCH) * (width // PATCH), get_sequence_parallel_world_size())
     (latents,) = prepare(
         skeleton,
         latents=latents,
         checked=((timestep, "timestep", 0.0, 1.0), (guidance, "guidance", -math.inf, math.inf)),
     )
     # Both stay float32 as in FluxPipeline; the model rounds them to its own dtype.
-    attention.use(skeleton.attention_backend)
-    prediction = skeleton.module(
-        hidden_states=_pack(latents),
-        timestep=timestep.to(skeleton.device, torch.float32),
-        guidance=None if guidance is None else guidance.to(skeleton.device, torch.float32),
-        pooled_projections=conditioning.pooled,
-        encoder_hidden_states=conditioning.prompt_embeds,
-        txt_ids=_text_ids(conditioning.prompt_embeds.shape[1], skeleton.device),
+    return Batch(
+        latents,
+        timestep.to(skeleton.device, torch.float32),
+        conditioning,
+        None if guidance is None else guidance.to(skeleton.device, torch.float32),
+    )
+
+
+def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
+    height, width = batch.latents.shape[2:]
+    prediction = cast(Any, skeleton.module).forward_rows(
+        _pack(batch.latents),
+        batch.conditioning.prompt_embeds,
+        pooled_projections=batch.conditioning.pooled,
+        timestep=batch.timestep,
+        guidance=batch.guidance,
+        txt_ids=_text_ids(batch.conditioning.prompt_embeds.shape[1], skeleton.device),
         img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
-        return_dict=False,
-    )[0]
+    )
     return _unpack(prediction, height, width)
 
 

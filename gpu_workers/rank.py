@@ -27,6 +27,8 @@ from xditd.ipc.errors import (
     XditdError,
 )
 from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.planner import Plan, report
+from xditd.ipc.status import LayoutReport
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import (
     AnyCommand,
@@ -62,7 +64,7 @@ SWEEP_EVERY_S = 0.5
 """How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
 
 
-def main(options: Options, rank: int, world_size: int, device: str, complain: Connection, leader_pid: int) -> None:
+def main(options: Options, rank: int, plan: Plan, device: str, complain: Connection, leader_pid: int) -> None:
     """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
     die_with_parent(leader_pid)
     logging.basicConfig(
@@ -73,21 +75,21 @@ def main(options: Options, rank: int, world_size: int, device: str, complain: Co
     where = torch.device(device)
     # On a GPU the host only copies small tensors, and waking sixteen threads for that was seen to take 10 ms.
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // world_size) if where.type == "cpu" else 1)
+    torch.set_num_threads(max(1, cores // plan.degrees.world_size) if where.type == "cpu" else 1)
     try:
         layout = xfuser_start.start(
             rank,
-            world_size,
+            plan.degrees.world_size,
             str(options.store),
             where,
-            options.ulysses or None,
+            plan.degrees,
             options.attention_backend,
             options.kernels,
         )
     except RequestError as error:
         complain.send_bytes(error.detail.encode()[:65_536])
         sys.exit(CONFIGURATION_ERROR)
-    Rank(options, layout, outside).serve()
+    Rank(options, layout, report(plan, options.layout), outside).serve()
 
 
 def _quiet_libraries() -> None:
@@ -99,7 +101,9 @@ def _quiet_libraries() -> None:
 class Rank:
     """A started rank and everything it holds."""
 
-    def __init__(self, options: Options, layout: ParallelLayout, outside: OutsideConnections) -> None:
+    def __init__(
+        self, options: Options, layout: ParallelLayout, layout_report: LayoutReport, outside: OutsideConnections
+    ) -> None:
         # Imported here: both import xfuser's dependants, which the start has to come before.
         from xditd.gpu_workers.components import Components
         from xditd.gpu_workers.fellows import gather_uuids
@@ -108,6 +112,7 @@ class Rank:
 
         self._uuid = device_uuid(layout.device.index) if layout.device.type == "cuda" else ""
         self._layout = layout
+        self._layout_report = layout_report
         self._token = options.group_token
         self._outside = outside
         self._components = Components(layout, self._uuid, gather_uuids(self._uuid, layout.world_size))
@@ -250,7 +255,8 @@ class Rank:
                 device_kind=layout.device.type,
                 device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
                 device_uuid=self._uuid,
-                parallel=layout.degrees,
+                parallel=layout.degrees.named(),
+                layout=self._layout_report,
                 attention_backend=layout.fused_attention or layout.attention_backend,
                 families=tuple(family.name for family in FAMILIES),
             )

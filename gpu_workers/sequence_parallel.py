@@ -1,11 +1,11 @@
-"""The FLUX.1 transformer for xDiT's Ulysses, exact for every number of tokens.
+"""The FLUX.1 transformer for xDiT's Ulysses and for rings, exact for every number of tokens.
 
 xfuser 0.7's own wrapper is right only when text and image tokens both divide by the degree; otherwise it calls
 a helper by a name that does not exist (image), or lets every rank count the whole text in attention (2e-3 off, in
 silence). Here uneven counts are dealt out so that the *totals* of all ranks are equal, which is all that the
 all-to-all needs: the streams are worked per token, and attention runs over all tokens of all ranks. If even the
 total does not divide, the last rank's image stream is padded at its end. That is the very end of the gathered
-sequence, where xfuser trims keys and values between its two all-to-alls, so that no token attends to padding.
+sequence, where keys and values are trimmed before attention, so that no token attends to padding.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
-from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
-from xfuser.model_executor.layers.usp import USP
+from xfuser.core.distributed import (
+    get_ring_parallel_world_size,
+    get_runtime_state,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
+    get_sp_group,
+)
+from xfuser.model_executor.layers.usp import USP, _combined_qkv_all_to_all, _ft_c_output_all_to_all
 from xfuser.model_executor.models.transformers.transformer_flux import (
     xFuserFlux1Transformer2DWrapper,
     xFuserFluxAttnProcessor,
 )
 
+from xditd.gpu_workers import ring
 from xditd.gpu_workers.canary import Canary
+from xditd.gpu_workers.row_shares import gather_rows, own_rows
 from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
@@ -46,9 +54,10 @@ class CheckpointOrderNorm(AdaLayerNormContinuous):
 
 
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
-    """xfuser's Ulysses attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
+    """xfuser's attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
 
-    The operations are those of its base class without PipeFusion, which has no argument for that length.
+    The operations are those of its base class without PipeFusion, which has no argument for that length; a ring is
+    ours, since xfuser's takes no parts of unequal lengths.
     """
 
     def __call__(
@@ -77,14 +86,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        out = USP(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            combine_qkv_a2a=True,
-            attn_layer=attn,
-            attention_kwargs=None if valid_kv_len is None else {"valid_kv_len": valid_kv_len},
-        )
+        out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn, valid_kv_len)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
@@ -93,8 +95,30 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         return image_out, attn.to_add_out(out[:, :text].contiguous())
 
 
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn: FluxAttention, valid: int | None
+) -> torch.Tensor:
+    """Attend from this rank's tokens to everybody's; all are (batch, heads, tokens, head size)."""
+    if get_ring_parallel_world_size() == 1:
+        return USP(
+            query,
+            key,
+            value,
+            combine_qkv_a2a=True,
+            attn_layer=attn,
+            attention_kwargs=None if valid is None else {"valid_kv_len": valid},
+        )
+    attended = ring.attend(
+        *_combined_qkv_all_to_all(query, key, value),
+        backend=get_runtime_state().attention_backend.name,
+        group=get_sp_group().ring_group,
+        valid=valid,
+    )
+    return _ft_c_output_all_to_all(attended)
+
+
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
-    """FLUX.1 whose forward takes and returns whole streams on every rank, and works on this rank's share.
+    """FLUX.1 whose forward takes and returns whole batches on every rank, and works on this rank's share of them.
 
     ``fused``, where it is set and plugged, does the same faster. The canary compares it with the plain forward for
     each number of tokens, once.
@@ -125,25 +149,41 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
+        rows = hidden_states.shape[0]
+        own = own_rows(rows)
+        sample = self.forward_rows(
+            hidden_states[own],
+            encoder_hidden_states[own],
+            pooled_projections=pooled_projections[own],
+            timestep=timestep[own],
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=None if guidance is None else guidance[own],
+            joint_attention_kwargs=joint_attention_kwargs,
+        )
+        sample = gather_rows(sample, rows)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_rows(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Do the same for rows that are this half's own, and return them alone."""
+
         def plain() -> torch.Tensor:
             return cast(
                 torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
             )
 
-        others: dict[str, Any] = {
-            "pooled_projections": pooled_projections,
-            "timestep": timestep,
-            "img_ids": img_ids,
-            "txt_ids": txt_ids,
-            "guidance": guidance,
-        }
         fused = self.fused
         if fused is None or not fused.is_plugged or joint_attention_kwargs:
-            sample = plain()
-        else:
-            case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
-            sample = self._canary.run(case, lambda: fused(hidden_states, encoder_hidden_states, **others), plain)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+            return plain()
+        case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
+        return self._canary.run(case, lambda: fused(hidden_states, encoder_hidden_states, **others), plain)
 
     def _plain(
         self,
@@ -155,19 +195,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         txt_ids: torch.Tensor,
         **others: Any,
     ) -> Any:
-        ranks = get_sequence_parallel_world_size()
         text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
-        if text % ranks == 0 and image % ranks == 0:
-            return super().forward(
-                hidden_states,
-                encoder_hidden_states,
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                joint_attention_kwargs=joint_attention_kwargs,
-                return_dict=False,
-                **others,
-            )[0]
-        shares = deal_tokens(text, image, ranks)
+        shares = deal_tokens(text, image, get_sequence_parallel_world_size())
         own = shares[get_sequence_parallel_rank()]
         attention_kwargs = dict(joint_attention_kwargs or {})
         if shares[-1].padding:

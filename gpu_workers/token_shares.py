@@ -62,6 +62,8 @@ def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
 
 def gather(sample: torch.Tensor, shares: tuple[Share, ...]) -> torch.Tensor:
     """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
+    if len(shares) == 1:
+        return sample
     longest = max(share.image_tokens + share.padding for share in shares)
     sample = pad_rows(sample, longest - sample.shape[1], dim=1)
     gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(shares), longest))

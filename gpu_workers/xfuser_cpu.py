@@ -2,8 +2,7 @@
 
 xfuser expects a GPU: on a CPU machine two functions of ``xfuser.envs`` raise while it is imported, its table
 of packages says that yunchang (the Ulysses groups) is missing, and the group that USP communicates in is
-``None``. With these four set, Ulysses over gloo runs on CPU and agrees with diffusers to rounding. Ring
-attention and PipeFusion stay impossible there.
+``None``. With these four set, Ulysses over gloo runs on CPU and agrees with diffusers to rounding.
 """
 
 from __future__ import annotations

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers import agreement, attention, xfuser_cpu
+from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc import planner
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -35,40 +37,38 @@ def start(
     world_size: int,
     store_path: str,
     device: torch.device,
-    ulysses_degree: int | None = None,
+    degrees: Degrees | None = None,
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
-    open; all ranks name the same one. ``ulysses_degree`` is the world size unless given. ``kernels`` is ``plain``,
-    ``fused``, or ``auto`` for fused where it is possible.
+    open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
+    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
 
     Raises:
-        Unsupported: a layout other than Ulysses over all ranks, an attention backend that is not installed, or fused
-            kernels where they do not run.
+        Unsupported: no layout fits, an attention backend is not installed, or fused kernels do not run here.
     """
-    degree = world_size if ulysses_degree is None else ulysses_degree
-    if degree != world_size:
-        raise Unsupported(
-            f"Ulysses degree {degree} with {world_size} workers: only Ulysses over all workers is supported "
-            "(no ring, PipeFusion, tensor or classifier-free-guidance parallelism yet)"
-        )
+    degrees = planner.plan(world_size).degrees if degrees is None else degrees
+    if degrees.pipefusion > 1:
+        raise Unsupported(f"layout {degrees}: PipeFusion is not supported yet; use pipefusion=1")
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)
     _import_xfuser(device)
     _join(rank, world_size, store_path, device)
     agreement.join(Path(f"{store_path}.flags"), rank, world_size)
-    backend = _start_xdit(rank, world_size, degree, device, attention_backend)
-    fused_attention = _start_fused(rank, world_size, device, attention_backend, backend, kernels)
+    image, place = divmod(rank, degrees.sequence)
+    agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
+    backend = _start_xdit(rank, degrees, device, attention_backend)
+    fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
-    return ParallelLayout(rank, world_size, degree, device, backend, fused_attention)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention)
 
 
 def stop() -> None:
@@ -104,36 +104,49 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
     )
 
 
-def _start_xdit(rank: int, world_size: int, degree: int, device: torch.device, attention_backend: str) -> str:
+def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:
     from xfuser import xFuserArgs
     from xfuser.core.distributed import runtime_state
     from xfuser.core.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 
     collectives = "nccl" if device.type == "cuda" else "gloo"
     local_rank = (device.index or 0) if device.type == "cuda" else rank
-    init_distributed_environment(world_size=world_size, rank=rank, local_rank=local_rank, backend=collectives)
+    init_distributed_environment(world_size=degrees.world_size, rank=rank, local_rank=local_rank, backend=collectives)
     initialize_model_parallel(
-        sequence_parallel_degree=degree, ulysses_degree=degree, ring_degree=1, backend=collectives
+        classifier_free_guidance_degree=degrees.cfg,
+        sequence_parallel_degree=degrees.sequence,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        pipeline_parallel_degree=degrees.pipefusion,
+        backend=collectives,
     )
+    # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
+    wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
     config, _ = xFuserArgs(
-        ulysses_degree=degree, ring_degree=1, attention_backend=attention.requested(attention_backend, device)
+        use_cfg_parallel=degrees.cfg > 1,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        pipefusion_parallel_degree=degrees.pipefusion,
+        attention_backend="SDPA_FLASH" if wanted else attention.requested(attention_backend, device),
     ).create_config()
     try:
-        runtime_state.initialize_runtime_state(_nominal_pipeline(degree), config)
+        runtime_state.initialize_runtime_state(_nominal_pipeline(degrees.ulysses), config)
     except RuntimeError as error:  # how xfuser refuses a backend together with a layout
         raise Unsupported(f"attention backend {attention_backend!r}: {error}") from error
     state = runtime_state.get_runtime_state()
     # The attention of single blocks reads this, and uses it with PipeFusion alone. set_input_parameters would set
     # it too, but refuses every size whose rows of tokens do not divide by the degree.
     state.max_condition_sequence_length = 0
+    if wanted is not None:
+        attention.use(wanted)
     chosen = str(state.attention_backend.name)
     attention.check(chosen, device)
-    logger.info("xdit started rank=%d world_size=%d ulysses=%d attention=%s", rank, world_size, degree, chosen)
+    logger.info("xdit started rank=%d world_size=%d layout=%s attention=%s", rank, degrees.world_size, degrees, chosen)
     return chosen
 
 
 def _start_fused(
-    rank: int, world_size: int, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
+    rank: int, degrees: Degrees, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
 ) -> str | None:
     """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
 
@@ -144,15 +157,20 @@ def _start_fused(
         return None
     if device.type == "cpu":
         raise Unsupported("kernels 'fused' need NVIDIA GPUs; use auto or plain")
+    if degrees.ring > 1:
+        if kernels == "fused":
+            raise Unsupported(f"kernels 'fused' with layout {degrees}: they attend without a ring; use ring=1 or plain")
+        logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
+        return None
     from xditd.gpu_workers.fused import exchange, warm_up
 
-    if not exchange.is_possible(world_size):
+    if not exchange.is_possible(degrees.world_size):
         if kernels == "fused":
             raise Unsupported("kernels 'fused' need GPUs that reach each other's memory, and these do not; use plain")
         logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
         return None
     chosen = attention.for_fused(requested_attention, attention_backend, device)
-    took_s = warm_up.compile_kernels(rank, world_size, device)
+    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device)
     logger.info("fused kernels ready rank=%d attention=%s took_s=%.2f", rank, chosen, took_s)
     return chosen
 

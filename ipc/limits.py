@@ -48,4 +48,7 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 
+MAX_LAYOUT_CANDIDATES: Final = 512
+"""Ways to split the work of a group; 720 workers have 450, and no other number up to 1024 has more."""
+
 MAX_LOG_LINES: Final = 2_000

@@ -103,6 +103,21 @@ class Counters(Described, frozen=True, kw_only=True):
     """Connections to other hosts that any worker attempted; without one, nothing can have been downloaded."""
 
 
+class LayoutCandidate(Described, frozen=True, kw_only=True):
+    """One way to split the work, as the setting spells it, and why it was not taken: empty for the one that was."""
+
+    layout: Name
+    why_not: Text
+
+
+class LayoutReport(Described, frozen=True, kw_only=True):
+    """The parallel layout of a group: what was asked for, why it became what it is, and what else there was."""
+
+    asked: Text
+    reason: Text
+    candidates: Annotated[tuple[LayoutCandidate, ...], msgspec.Meta(max_length=limits.MAX_LAYOUT_CANDIDATES)]
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -114,6 +129,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     device_kind: Text
     world_size: Count
     parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
+    layout: LayoutReport | None
+    """``None`` until the workers have said how they are laid out."""
     attention_backend: Text
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]

@@ -13,6 +13,7 @@ import msgspec
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
+from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Manifest, Name
 
 
@@ -105,6 +106,7 @@ class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
     device: Name
     device_uuid: Text
     parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
+    layout: LayoutReport
     attention_backend: Name
     families: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 

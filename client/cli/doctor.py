@@ -77,8 +77,11 @@ def _versions() -> Finding:
 
 
 def describe(found: list[Finding]) -> str:
-    """Write the findings as a table, and the remedies below it."""
+    """Write the findings as a table, and notes and remedies below it."""
     lines = [table(("CHECK", "", "FOUND"), [(each.check, each.verdict.value, each.detail) for each in found])]
+    for each in found:
+        if each.notes:
+            lines += ["", each.check, *(f"  {note}" for note in each.notes)]
     remedies = [f"  {each.check}: {each.remedy}" for each in found if each.remedy]
     if remedies:
         lines += ["", "remedies", *remedies]

@@ -46,6 +46,8 @@ def describe(found: DaemonStatus) -> str:
         f"workers   {found.group_state.value}: {found.world_size or '?'} on {found.device_kind or '?'}, "
         f"parallel: {parallel}, attention: {found.attention_backend or '?'}",
     ]
+    if found.layout is not None:
+        lines.append(f"layout    {found.layout.reason} (asked for: {found.layout.asked}; others: xditd doctor)")
     if found.group_detail:
         lines.append(f"          {found.group_detail}")
     if found.workers:

@@ -92,7 +92,7 @@ class Report:
 
     def summary(self) -> str:
         """Write the table that ends the demo."""
-        degrees = ", ".join(f"{name} {degree}" for name, degree in self.parallel.items()) or "none"
+        degrees = ", ".join(f"{name} {degree}" for name, degree in self.parallel.items() if degree > 1) or "none"
         rows: list[tuple[object, object]] = [("workers", f"{self.workers} on {self.device_kind}, parallel: {degrees}")]
         rows += [(text, span_text(self.seconds[name])) for name, text in PHASES.items() if name in self.seconds]
         for loan in self.loans:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from xditd import __version__
 from xditd.client.doctor.findings import Finding, fail, ok, warn
+from xditd.client.doctor.layout import describe_layout
 from xditd.ipc.errors import DaemonUnreachable, XditdError
 from xditd.ipc.status import DaemonStatus, GroupState
 
@@ -25,6 +26,8 @@ def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
         with Client(runtime_dir, name="xditd doctor") as client:
             status = client.status()
             found = [_check_version(status), _check_group(status)]
+            if status.layout is not None:
+                found.append(describe_layout("layout in use", status.layout))
             if status.group_state in (GroupState.READY, GroupState.BUSY):
                 found.append(_check_canary(client))
             return found, status.pid

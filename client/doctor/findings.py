@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 
 class Verdict(Enum):
@@ -16,19 +17,20 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. ``remedy`` is empty where there is nothing to do."""
+    """One check. ``remedy`` is empty where there is nothing to do; ``notes`` are what else there is to know."""
 
     check: str
     verdict: Verdict
     detail: str
     remedy: str = ""
+    notes: tuple[str, ...] = ()
 
-    def as_builtins(self) -> dict[str, str]:
+    def as_builtins(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict.value}
 
 
-def ok(check: str, detail: str) -> Finding:
-    return Finding(check, Verdict.OK, detail)
+def ok(check: str, detail: str, notes: tuple[str, ...] = ()) -> Finding:
+    return Finding(check, Verdict.OK, detail, notes=notes)
 
 
 def warn(check: str, detail: str, remedy: str) -> Finding:

@@ -8,6 +8,7 @@ import subprocess
 from typing import Any, Final
 
 from xditd.client.doctor.findings import Finding, fail, ok, warn
+from xditd.client.doctor.layout import plan_for
 from xditd.client.subprograms import module_command
 
 PROBE_DEADLINE_S: Final = 180.0
@@ -53,6 +54,7 @@ def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
     found = [ok("workers' libraries", ", ".join(f"{name} {packages[name]}" for name in NEEDED))]
     found += _check_gpus(facts)
     found.append(_check_attention(facts))
+    found.append(plan_for(len(facts["gpus"])))
     return found
 
 

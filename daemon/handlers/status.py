@@ -51,6 +51,7 @@ def _gather(service: Service) -> DaemonStatus:
         device_kind=first.device_kind if first else "",
         world_size=supervisor.expected_world_size,
         parallel=first.parallel if first else {},
+        layout=first.layout if first else None,
         attention_backend=first.attention_backend if first else "",
         workers=report_workers(supervisor),
         components=tuple(lease.status() for lease in service.loans.registry),

@@ -9,6 +9,7 @@ Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 
 from xditd.gpu_workers.families.base import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.planner import most_ulysses
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1
@@ -143,10 +145,13 @@ class Flux1:
         yield from _linear("final_layer.linear", PACKED_CHANNELS, h, "proj_out")
 
     def check_layout(self, config: Flux1Config, layout: ParallelLayout) -> None:
-        if config.heads % layout.ulysses_degree:
+        degrees = layout.degrees
+        if config.heads % degrees.ulysses:
+            ulysses = most_ulysses(degrees.sequence, config.heads)
+            other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
             raise Unsupported(
-                f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {layout.ulysses_degree}; "
-                f"start the daemon with a number of workers that divides {config.heads}"
+                f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
+                f"start the daemon with --layout {other}"
             )
 
     def build(self, config: Flux1Config) -> torch.nn.Module:

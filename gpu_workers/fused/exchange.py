@@ -1,9 +1,9 @@
 """Ulysses without all-to-alls: kernels store heads and tokens straight into the memory of the rank that needs them.
 
-Each rank owns one arena, which its fellows on this host open by CUDA IPC; handles cross over gloo as plain bytes.
-NVLink multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the second
-meeting of a layer knows that all attention of that layer has read its input, and whoever has passed the first one that
-all projections of the layer before have read theirs.
+Each rank owns one arena, which those that share its image's tokens open by CUDA IPC; handles cross over gloo as plain
+bytes. NVLink multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the
+second meeting of a layer knows that all attention of that layer has read its input, and whoever has passed the first
+one that all projections of the layer before have read theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers.agreement import agree
+from xditd.gpu_workers.agreement import Circle, agree
 from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.fused import kernels
 from xditd.gpu_workers.layouts import ParallelLayout
@@ -26,10 +26,11 @@ _ALIGNMENT = 256
 
 
 class Exchange:
-    """The shared buffers of all ranks; every rank makes the same calls in the same order."""
+    """The shared buffers of a sequence-parallel ``group``; each of its ranks makes the same calls in the same order."""
 
-    def __init__(self, layout: ParallelLayout) -> None:
+    def __init__(self, layout: ParallelLayout, group: dist.ProcessGroup) -> None:
         self._layout = layout
+        self._group = group
         self._arena: DeviceArena | None = None
         self._mappings: list[CudaMapping | None] = []
         self._rounds = 0
@@ -41,7 +42,7 @@ class Exchange:
 
         They are valid until the next call.
         """
-        ranks = self._layout.world_size
+        ranks = self._layout.degrees.sequence
         heads_bytes = align(3 * ranks * rows_a_rank * (width // ranks) * dtype.itemsize, _ALIGNMENT)
         tokens_bytes = align(rows_a_rank * width * dtype.itemsize, _ALIGNMENT)
         if heads_bytes > self._capacity[0] or tokens_bytes > self._capacity[1]:
@@ -54,7 +55,7 @@ class Exchange:
     def meet(self) -> None:
         """Order what was stored before on any rank ahead of what is loaded after on every rank."""
         self._rounds += 1
-        kernels.meet(bases=self._addresses[0], rank=self._layout.rank, round_number=self._rounds)
+        kernels.meet(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
 
     def close(self) -> None:
         """Unmap the fellows' buffers, then free this rank's own."""
@@ -63,7 +64,7 @@ class Exchange:
             if mapping is not None:
                 mapping.close()
         self._mappings = []
-        agree(True)  # nobody frees what a fellow still has mapped
+        agree(True, Circle.IMAGE)  # nobody frees what a fellow still has mapped
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -72,16 +73,16 @@ class Exchange:
         self.close()
         index = self._layout.device.index
         self._capacity, self._rounds = (0, 0), 0
-        with together():
+        with together(Circle.IMAGE):
             self._arena = DeviceArena(FLAGS_BYTES + heads_bytes + tokens_bytes, index)
         self._arena.bytes[:FLAGS_BYTES].zero_()
         own = self._arena.block()
-        handles = [torch.empty(len(own.handle), dtype=torch.uint8) for _ in range(self._layout.world_size)]
-        dist.all_gather(handles, torch.tensor(list(own.handle), dtype=torch.uint8))
-        with together():
+        handles = [torch.empty(len(own.handle), dtype=torch.uint8) for _ in range(self._layout.degrees.sequence)]
+        dist.all_gather(handles, torch.tensor(list(own.handle), dtype=torch.uint8), group=self._group)
+        with together(Circle.IMAGE):
             self._mappings = [
                 None
-                if rank == self._layout.rank
+                if rank == self._layout.sequence_rank
                 else CudaMapping(msgspec.structs.replace(own, handle=bytes(handle.tolist())), index)
                 for rank, handle in enumerate(handles)
             ]
@@ -94,7 +95,7 @@ class Exchange:
         )
         self._capacity = (heads_bytes, tokens_bytes)
         torch.cuda.synchronize(index)
-        agree(True)  # every rank's flags are zero before anybody raises one
+        agree(True, Circle.IMAGE)  # every rank's flags are zero before anybody raises one
 
 
 class Buffers(NamedTuple):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from xfuser.core.distributed import get_sp_group
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.fused import kernels
@@ -109,7 +110,7 @@ class FusedFlux1:
         self._module = module
         self._layout = layout
         self._attend_with = attention.function(attention_backend)
-        self._exchange = Exchange(layout) if layout.world_size > 1 else None
+        self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
@@ -162,8 +163,8 @@ class FusedFlux1:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``."""
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
-        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.world_size)
-        own = shares[self._layout.rank]
+        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
+        own = shares[self._layout.sequence_rank]
         modulations = self._modulations(timestep, guidance, pooled_projections, hidden_states.dtype)
         angles = self._rotations(txt_ids, img_ids, own)
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
@@ -180,7 +181,7 @@ class FusedFlux1:
         ]
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
-        return tokens if len(shares) == 1 else gather(tokens, shares)
+        return gather(tokens, shares)
 
     def _modulations(
         self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
@@ -288,7 +289,7 @@ class FusedFlux1:
             kernels.norm_and_rotate(qkv, **given)
             query, key, value = qkv.view(rows, 3, heads, kernels.HEAD_SIZE).unbind(1)
             return self._dot(query, key, value).reshape(rows, width)
-        ranks, rank = self._layout.world_size, self._layout.rank
+        ranks, rank = self._layout.degrees.sequence, self._layout.sequence_rank
         buffers = self._exchange.reserve(rows, width, qkv.dtype)
         kernels.norm_and_rotate(qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows)
         self._exchange.meet()

@@ -14,8 +14,11 @@ HIDDEN = 3072
 _ROWS = 16
 
 
-def compile_kernels(rank: int, world_size: int, device: torch.device) -> float:
-    """Run every kernel once on a few rows, for bfloat16 weights of FLUX.1; return the seconds it took."""
+def compile_kernels(rank: int, ranks: int, device: torch.device) -> float:
+    """Run every kernel once on a few rows, for bfloat16 weights of FLUX.1; return the seconds it took.
+
+    ``ranks`` share the tokens of an image, and this is the ``rank``-th of them.
+    """
     started = time.perf_counter()
     heads = HIDDEN // kernels.HEAD_SIZE
 
@@ -33,15 +36,15 @@ def compile_kernels(rank: int, world_size: int, device: torch.device) -> float:
     weights, biases = (torch.tensor([tensor.data_ptr()], device=device) for tensor in (matrix, bias))
     kernels.multiply_vectors(weights, biases, x[:1], _ROWS)
     kernels.norm_and_rotate(qkv, heads=heads, norms=norms, angles=angles, text_rows=1)
-    if world_size > 1:
+    if ranks > 1:
         # Every rank's buffer is this rank's own here: it holds what all ranks would get together.
         buffer = some(3 * _ROWS, HIDDEN)
-        own = torch.tensor([buffer.data_ptr()] * world_size, device=device)
+        own = torch.tensor([buffer.data_ptr()] * ranks, device=device)
         kernels.norm_and_rotate(
             qkv, heads=heads, norms=norms, angles=angles, text_rows=1, bases=own, first_row=0, all_rows=_ROWS
         )
-        kernels.send_rows(x[:, : HIDDEN // world_size].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
-        flags = torch.ones(world_size, dtype=torch.int64, device=device)
-        kernels.meet(bases=torch.tensor([flags.data_ptr()] * world_size, device=device), rank=rank, round_number=1)
+        kernels.send_rows(x[:, : HIDDEN // ranks].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
+        flags = torch.ones(ranks, dtype=torch.int64, device=device)
+        kernels.meet(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
     torch.cuda.synchronize(device)
     return time.perf_counter() - started

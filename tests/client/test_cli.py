@@ -10,6 +10,7 @@ import pytest
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
 from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
+from xditd.ipc.planner import plan, report
 from xditd.ipc.replies import LogLines, Status, Stopping
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import (
@@ -36,6 +37,7 @@ STATUS = DaemonStatus(
     device_kind="cuda",
     world_size=2,
     parallel={"ulysses": 2},
+    layout=report(plan(2), {}),
     attention_backend="CUDNN",
     workers=(
         WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1),
@@ -79,7 +81,8 @@ def test_status_is_a_table_for_people(daemon, folder, capsys):
     answers_status(daemon)
     assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
     out = capsys.readouterr().out
-    for text in ("busy: 2 on cuda", "ulysses 2", "GPU-b", "transformer-1", "cuda_ipc", "22.0 GiB peer", "3/28",
+    for text in ("busy: 2 on cuda", "ulysses 2", "ulysses=2 divides the 24 heads", "GPU-b", "transformer-1", "cuda_ipc",
+                 "22.0 GiB peer", "3/28",
                  "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
         assert text in out
 

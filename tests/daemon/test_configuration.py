@@ -75,8 +75,8 @@ def test_what_does_not_fit_is_named_with_its_remedy(tmp_path: Path, text: str, w
 
 
 def test_bad_variable_is_named() -> None:
-    with pytest.raises(BadRequest, match="environment variable XDITD_ULYSSES = 'two': use a whole number"):
-        build_configuration({}, {"XDITD_ULYSSES": "two"})
+    with pytest.raises(BadRequest, match="environment variable XDITD_LAYOUT = 'two': use \"auto\", or degrees"):
+        build_configuration({}, {"XDITD_LAYOUT": "two"})
 
 
 def test_bytes_that_are_no_text_are_not_toml(tmp_path: Path) -> None:

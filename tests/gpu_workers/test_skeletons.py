@@ -14,6 +14,7 @@ from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import BadCheckpoint, Internal, Unsupported
 
 State = dict[str, torch.Tensor]
@@ -123,7 +124,7 @@ def test_a_checkpoint_that_does_not_fit_builds_nothing(cache: SkeletonCache, des
 
 
 def test_heads_that_do_not_divide_build_nothing(layout: ParallelLayout, describe: Describer) -> None:
-    two = SkeletonCache(ParallelLayout(0, 2, 2, layout.device, layout.attention_backend))
+    two = SkeletonCache(ParallelLayout(0, Degrees(ulysses=2), layout.device, layout.attention_backend))
     with pytest.raises(Unsupported, match="1 attention heads do not divide by the Ulysses degree 2"):
         two.plan(describe(flux1_state_dict(0, **SMALL)))
     assert two.built == 0

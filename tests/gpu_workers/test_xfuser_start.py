@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,21 +12,15 @@ import torch
 
 from xditd.gpu_workers import agreement, attention, xfuser_start
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("world_size", "degree"), [(2, 1), (4, 2), (1, 2)])
-def test_layouts_other_than_ulysses_over_all_are_refused(tmp_path: Path, world_size: int, degree: int) -> None:
-    with pytest.raises(Unsupported, match=f"Ulysses degree {degree} with {world_size} workers"):
-        xfuser_start.start(0, world_size, str(tmp_path / "store"), CPU, ulysses_degree=degree)
-
-
 def test_a_single_rank_starts_and_agrees_with_itself(layout: ParallelLayout) -> None:
-    assert (layout.rank, layout.world_size, layout.ulysses_degree) == (0, 1, 1)
+    assert (layout.rank, layout.world_size, layout.degrees) == (0, 1, Degrees())
     assert layout.attention_backend == "SDPA"
-    assert layout.degrees == {"ulysses": 1}
     assert agreement.agree(True) is True
     assert agreement.agree(False) is False
     assert agreement.broadcast_stop(True) is True
@@ -52,12 +45,12 @@ def test_xfuser_does_not_log_to_standard_output() -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("asked", "expected"), [("auto", None), ("plain", None)])
 def test_transformers_run_plain_on_a_cpu(asked: str, expected: None) -> None:
-    assert xfuser_start._start_fused(0, 1, CPU, "auto", "SDPA", asked) is expected
+    assert xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", asked) is expected
 
 
 def test_fused_kernels_by_name_are_refused_on_a_cpu() -> None:
     with pytest.raises(Unsupported, match="need NVIDIA GPUs; use auto or plain"):
-        xfuser_start._start_fused(0, 1, CPU, "auto", "SDPA", "fused")
+        xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", "fused")
 
 
 def test_an_unknown_attention_backend_lists_those_that_run() -> None:

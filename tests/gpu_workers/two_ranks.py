@@ -56,7 +56,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "agree when rank 1 is false": agreement.agree(rank == 0),
         "rank 0 stops": agreement.broadcast_stop(rank == 0),
         "rank 1 alone stops": agreement.broadcast_stop(rank == 1),
-        "degrees": layout.degrees,
+        "degrees": layout.degrees.named(),
     }
     cache = SkeletonCache(layout)
     results: dict[str, torch.Tensor] = {}

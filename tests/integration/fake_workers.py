@@ -21,7 +21,9 @@ import zmq
 
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import command_decoder, encode
+from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Cancelled, Internal, StaleSource, XditdError
+from xditd.ipc.planner import plan, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Message
 from xditd.ipc.requests import Generate
@@ -88,6 +90,8 @@ class Rank:
         self.socket.send(encode(message))
 
     def serve(self) -> None:
+        asked = parse_layout(self.options.layout)
+        planned = plan(self.options.world_size, asked)
         self.send(
             RankReady(
                 group_token=self.options.group_token,
@@ -97,7 +101,8 @@ class Rank:
                 device_kind="cpu",
                 device="cpu",
                 device_uuid="",
-                parallel={"ulysses": self.options.world_size},
+                parallel=planned.degrees.named(),
+                layout=report(planned, asked),
                 attention_backend="fake",
                 families=("fake",),
             )
@@ -269,7 +274,7 @@ def main() -> int:
         "--runtime-dir",
         "--group-token",
         "--device",
-        "--ulysses",
+        "--layout",
         "--attention-backend",
         "--kernels",
         "--log-level",

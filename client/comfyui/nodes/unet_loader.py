@@ -83,5 +83,5 @@ def check_layout(ulysses_degree: int) -> None:
     if status.world_size and found != ulysses_degree:
         raise Unsupported(
             f"ulysses_degree {ulysses_degree}: the daemon runs with {found}; set 0, or restart it with "
-            f"xditd serve --workers {ulysses_degree}"
+            f"xditd serve --layout ulysses={ulysses_degree}"
         )

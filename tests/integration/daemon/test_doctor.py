@@ -10,7 +10,7 @@ from typing import Any
 from xditd.client.cli.main import main
 
 
-def examine(daemon: Any, capsys: Any) -> tuple[int, dict[str, dict[str, str]]]:
+def examine(daemon: Any, capsys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
     code = main(["doctor", "--quick", "--json", "--runtime-dir", str(daemon.runtime.path)])
     return code, {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
 
@@ -22,6 +22,16 @@ def test_sound_daemon_passes_with_its_canary(shared_daemon: Any, client: Any, ca
     assert found["worker group"]["detail"] == "ready, 2 on cpu"
     assert f"pid {shared_daemon.process.pid}" in found["daemon"]["detail"]
     assert found["runtime folder"]["verdict"] == "ok"
+    assert found["layout in use"]["detail"].startswith("ulysses=2: ")
+    assert any(note.startswith("not ring=2: ") for note in found["layout in use"]["notes"])
+
+
+def test_layout_that_was_asked_for_is_in_use(start_daemon: Any, capsys: Any) -> None:
+    daemon = start_daemon("--layout", "ring=2")
+    daemon.ready_client()
+    _, found = examine(daemon, capsys)
+    assert found["layout in use"]["detail"] == "ring=2: ring=2 as asked (asked for: ring=2)"
+    assert "not ulysses=2: ring=2 was asked for" in found["layout in use"]["notes"]
 
 
 def test_daemon_without_workers_fails_with_the_reason(start_daemon: Any, capsys: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.replies import CanarySeen, Decoded, Generated, LogLines, Returned, StepDone
 from xditd.ipc.requests import CheckCanary, Decode, GetLogs, ReturnLoan
 from xditd.ipc.status import GroupState, LeaseState
@@ -23,7 +24,7 @@ def test_lend_run_return(start_daemon: Any, memory: Any) -> None:
     assert [event.step for event in client.events if isinstance(event, StepDone)] == [1, 2, 3]
     status = client.status()
     assert status.group_state is GroupState.READY
-    assert (status.world_size, status.device_kind, status.parallel) == (2, "cpu", {"ulysses": 2})
+    assert (status.world_size, status.device_kind, status.parallel) == (2, "cpu", Degrees(ulysses=2).named())
     (component,) = status.components
     assert (component.state, component.component_id) == (LeaseState.LENT, lent.component_id)
     assert (status.counters.jobs_done, status.counters.group_starts, status.counters.plugs) == (1, 1, 1)

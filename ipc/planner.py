@@ -1,0 +1,168 @@
+"""Which degrees a group of workers gets, and why: numbers in, a choice and its reasons out.
+
+The layout is fixed when a group starts, before any model is lent. So it is planned for the model that the workers are
+for; one with another number of heads is checked again when it is lent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from xditd.ipc.degrees import Degrees, spell
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.status import LayoutCandidate, LayoutReport
+
+CFG_DEGREES: Final = (1, 2)
+"""Rows of a batch come with a prompt, or with a negative one."""
+
+PIXELS_PER_TOKEN: Final = 16
+"""On one side of the square that an image token stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a layout is planned for. The defaults are FLUX.1 at 1024x1024."""
+
+    model: str = "flux1"
+    heads: int = 24
+    text_tokens: int = 512
+    height: int = 1024
+    width: int = 1024
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+
+
+FLUX1: Final = Workload()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to split the work, and why it was not taken; empty for the one that was."""
+
+    degrees: Degrees
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The layout of a group, the sentence that explains it, and every candidate."""
+
+    degrees: Degrees
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+
+def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = FLUX1) -> Plan:
+    """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
+
+    Raises:
+        Unsupported: what is asked for cannot work; the message names the number at fault and what would do.
+    """
+    asked = asked or {}
+    chosen = _choose(world_size, asked, workload)
+    fault = why_impossible(chosen, workload)
+    if fault:
+        raise Unsupported(f"layout {spell(asked)} with {world_size} workers: {fault}")
+    return Plan(
+        degrees=chosen,
+        reason=_reason(chosen, asked, workload),
+        candidates=tuple(
+            Candidate(degrees, "" if degrees == chosen else _why_not(degrees, chosen, asked, workload))
+            for degrees in _splits(world_size)
+        ),
+    )
+
+
+def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
+    """Tell a plan as the workers and the daemon do."""
+    return LayoutReport(
+        asked=spell(asked),
+        reason=planned.reason,
+        candidates=tuple(
+            LayoutCandidate(layout=str(candidate.degrees), why_not=candidate.why_not)
+            for candidate in planned.candidates
+        ),
+    )
+
+
+def why_impossible(degrees: Degrees, workload: Workload) -> str:
+    """Say why these degrees cannot work for this model and size; nothing if they can."""
+    if degrees.cfg not in CFG_DEGREES:
+        return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
+    if workload.heads % degrees.ulysses:
+        return (
+            f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
+            f"use ulysses={most_ulysses(degrees.sequence, workload.heads)} and ring for the rest"
+        )
+    scarce = min(workload.text_tokens, workload.image_tokens)
+    if degrees.sequence > scarce:
+        return (
+            f"{workload.text_tokens} text and {workload.image_tokens} image tokens are too few to split over "
+            f"{degrees.sequence} workers (ulysses x ring); use at most {scarce}"
+        )
+    return ""
+
+
+def most_ulysses(workers: int, heads: int) -> int:
+    """The largest Ulysses degree that divides both; ring takes what is left of ``workers``."""
+    return max(number for number in range(1, workers + 1) if workers % number == 0 and heads % number == 0)
+
+
+def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> Degrees:
+    cfg, pipefusion = asked.get("cfg", 1), asked.get("pipefusion", 1)
+    ulysses, ring = asked.get("ulysses", 0), asked.get("ring", 0)
+    fixed = cfg * pipefusion * (ulysses or 1) * (ring or 1)
+    is_whole = fixed == world_size if ulysses and ring else world_size % fixed == 0
+    if not is_whole:
+        raise Unsupported(
+            f"layout {spell(asked)} with {world_size} workers: these degrees make {fixed}; "
+            f"use --workers {fixed}, or degrees that make {world_size}"
+        )
+    rest = world_size // fixed
+    if not ulysses:
+        ulysses = rest if ring else most_ulysses(rest, workload.heads)
+    return Degrees(
+        ulysses=ulysses, ring=ring or world_size // (cfg * pipefusion * ulysses), pipefusion=pipefusion, cfg=cfg
+    )
+
+
+def _splits(world_size: int) -> Iterator[Degrees]:
+    """Every way to write ``world_size`` as a product of degrees; the most Ulysses first."""
+    for cfg in CFG_DEGREES:
+        for pipefusion in _divisors(world_size, cfg):
+            for ring in _divisors(world_size, cfg * pipefusion):
+                yield Degrees(world_size // (cfg * pipefusion * ring), ring, pipefusion, cfg)
+
+
+def _divisors(world_size: int, taken: int) -> list[int]:
+    rest, remainder = divmod(world_size, taken)
+    return [] if remainder else [number for number in range(1, rest + 1) if rest % number == 0]
+
+
+def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> str:
+    if chosen.world_size == 1:
+        return "one worker: nothing to split"
+    parts = [f"{spell(asked)} as asked"] if asked else []
+    if chosen.ulysses > 1 and "ulysses" not in asked:
+        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
+    if chosen.ring > 1 and "ring" not in asked:
+        parts.append(f"ring={chosen.ring} takes the workers that are left")
+    return "; ".join(parts)
+
+
+def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> str:
+    fault = why_impossible(degrees, workload)
+    if fault:
+        return fault
+    for name, degree in asked.items():
+        if degrees.named()[name] != degree:
+            return f"{name}={degree} was asked for"
+    if degrees.cfg > chosen.cfg:
+        return "cfg=2 halves the work of jobs with a negative prompt alone; it has to be asked for"
+    if degrees.pipefusion > chosen.pipefusion:
+        return "PipeFusion runs generate jobs alone; it has to be asked for"
+    return f"the more Ulysses, the better: ring sends keys and values around, and runs plain modules ({chosen})"
