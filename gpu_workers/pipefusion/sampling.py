@@ -43,8 +43,8 @@ def sample(
     *,
     patches: int,
     warm_up_steps: int,
-    on_step: Callable[[int, int], None],
-    on_denoised: Callable[[torch.Tensor], None] | None = None,
+    on_step: Callable[[int, int], None] | None,
+    on_denoised: Callable[[torch.Tensor], None] | None,
 ) -> torch.Tensor:
     """Denoise ``inputs.noise`` along ``schedule``, whose timesteps are set; return the latents on every rank.
 
@@ -63,6 +63,8 @@ def sample(
             turns.take_whole(step)
         else:
             turns.take_patches(step, is_last_step=step == steps - 1)
+        if on_step is None:
+            continue
         try:
             on_step(step + 1, steps)
         except BaseException:
@@ -159,12 +161,12 @@ class _Turns:
             links.send(torch.cat((text_after, image), dim=1) if is_first_patch else image)
             return text
         prediction = model.predict(image, modulation)
-        # As FlowMatchEulerDiscreteScheduler.step does, which counts its calls and not our patches.
         before, sigma = self._latents[:, patch.tokens].float(), self._sigmas[step]
+        # As FlowMatchEulerDiscreteScheduler.step does, which counts its calls and not our patches.
         after = (before + (self._sigmas[step + 1] - sigma) * prediction).to(prediction.dtype)
-        self._latents[:, patch.tokens] = after
+        foreseen = () if self._foreseen is None else ((before - sigma * prediction).to(prediction.dtype),)
+        self._latents[:, patch.tokens] = after  # and with it ``before``, where that is no copy
         if is_result_wanted:
-            foreseen = () if self._foreseen is None else ((before - sigma * prediction).to(prediction.dtype),)
             links.send(torch.cat((after, *foreseen)))
         return text
 
