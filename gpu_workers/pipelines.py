@@ -138,12 +138,12 @@ def generate(
 
     attention.use(skeleton.attention_backend)
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
-    if skeleton.layout.pipefusion_degree > 1:
-        from xditd.gpu_workers.pipefusion import generation
+    if skeleton.layout.degrees.pipefusion > 1:
+        from xditd.gpu_workers.pipefusion import generation, sampling
 
         packed = generation.generate(
             skeleton,
-            generation.Inputs(
+            sampling.Inputs(
                 noise=_pack(noise),
                 text=prompt_embeds,
                 pooled=pooled,
@@ -234,10 +234,10 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     """Refuse what cannot run, and move the rest to the skeleton's device."""
     latents, timestep, conditioning, guidance = batch
     config = _transformer_config(skeleton)
-    if skeleton.layout.pipefusion_degree > 1:
+    if skeleton.layout.degrees.pipefusion > 1:
         raise Unsupported(
-            f"denoise: the workers' layout pipefusion={skeleton.layout.pipefusion_degree} runs whole generations, not "
-            "single steps: use generate (in ComfyUI the XDiT KSampler), or start the daemon with another layout"
+            f"denoise: the workers' layout {skeleton.layout.degrees} runs whole generations, not single steps: "
+            "use generate (in ComfyUI the XDiT KSampler), or start the daemon with --layout auto"
         )
     rows, text_tokens = conditioning.prompt_embeds.shape[:2]
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:

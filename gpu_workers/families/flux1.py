@@ -154,10 +154,10 @@ class Flux1:
                 f"start the daemon with --layout {other}"
             )
         blocks = config.double_blocks + config.single_blocks
-        if blocks < layout.pipefusion_degree:
+        if blocks < degrees.pipefusion:
             raise Unsupported(
-                f"flux1: {blocks} blocks are too few for {layout.pipefusion_degree} PipeFusion stages; "
-                "start the daemon with another layout"
+                f"flux1: {blocks} blocks are too few for {degrees.pipefusion} PipeFusion stages; "
+                "start the daemon with --layout auto"
             )
 
     def build(self, config: Flux1Config) -> torch.nn.Module:

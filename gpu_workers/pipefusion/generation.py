@@ -33,11 +33,11 @@ def generate(
     layout = skeleton.layout
     return sample(
         cast(StagedFlux1, skeleton.module),
-        StageLinks(layout.device, in_flight=layout.pipefusion_patches),
+        StageLinks(layout.device, in_flight=layout.patches),
         inputs,
         schedule_of(schedule, steps=steps, sigmas=sigmas, image_tokens=inputs.noise.shape[1], device=layout.device),
-        patches=layout.pipefusion_patches,
-        warm_up_steps=layout.pipefusion_warm_up_steps,
+        patches=layout.patches,
+        warm_up_steps=layout.patching.warm_up_steps,
         on_step=on_step,
         on_denoised=on_denoised,
     )

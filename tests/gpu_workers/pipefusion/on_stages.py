@@ -83,10 +83,12 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
     from safetensors.torch import save_file
 
     from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.layouts import Patching
+    from xditd.ipc.degrees import Degrees
 
     torch.set_num_threads(1)
     layout = xfuser_start.start(
-        rank, len(devices), f"{folder}/store", torch.device(devices[rank]), pipefusion_degree=len(devices)
+        rank, len(devices), f"{folder}/store", torch.device(devices[rank]), Degrees(pipefusion=len(devices))
     )
     from xditd.gpu_workers import pipelines
     from xditd.gpu_workers.families.base import TensorInfo
@@ -95,7 +97,7 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
 
     def skeleton_for(case: Case) -> Skeleton:
         state = checkpoint(case.blocks, case.is_dev, devices[rank], dtype)
-        laid_out = replace(layout, pipefusion_patches=case.patches, pipefusion_warm_up_steps=case.warm_up)
+        laid_out = replace(layout, patching=Patching(case.patches, case.warm_up))
         plan = SkeletonCache(laid_out).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
         plan.skeleton.plug(plan.bind(state))
         return plan.skeleton
@@ -113,7 +115,7 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
         )
 
     results: dict[str, torch.Tensor] = {}
-    facts: dict[str, Any] = {"degrees": layout.degrees}
+    facts: dict[str, Any] = {}
     for name, case in CASES.items():
         skeleton = skeleton_for(case)
         for attempt in range(ROUNDS):
@@ -153,7 +155,7 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
     except Unsupported as error:
         facts["one image token"] = error.detail
     try:
-        SkeletonCache(replace(layout, pipefusion_degree=3)).plan(
+        SkeletonCache(replace(layout, degrees=Degrees(pipefusion=3))).plan(
             {name: TensorInfo.of(tensor) for name, tensor in checkpoint((1, 1), True, "cpu", dtype).items()}
         )
     except Unsupported as error:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -119,7 +120,7 @@ def test_a_cancelled_job_ends_on_all_ranks_at_the_same_step_and_the_next_one_is_
 
 def test_what_stages_cannot_do_is_refused_by_name(made: Any) -> None:
     for facts in made.facts:
-        assert f"denoise: the workers' layout pipefusion={len(made.facts)} runs whole" in facts["denoise"]
+        assert f"denoise: the workers' layout pipefusion={len(made.facts)} runs whole generations" in facts["denoise"]
         assert "1 image tokens are too few for 2 PipeFusion patches" in facts["one image token"]
         assert "2 blocks are too few for 3 PipeFusion stages" in facts["two blocks"]
 
@@ -179,7 +180,7 @@ def one_turn_after_the_other(stages: list[Any], case: Any) -> torch.Tensor:
             sizes = [image // case.patches + (number < image % case.patches) for number in range(case.patches)]
             ends = [sum(sizes[:number]) for number in range(case.patches + 1)]
         first_text = None
-        for start, stop in zip(ends, ends[1:], strict=False):
+        for start, stop in pairwise(ends):
             rows = [*range(text), *range(text + start, text + stop)]
             rotary = cosine[rows], sine[rows]
             state, words = (
