@@ -202,7 +202,8 @@ class Rank:
             raise Internal(f"no rank handles {type(command).__name__}")
 
     def _run(self, command: Run) -> dict[str, float]:
-        from xditd.gpu_workers.agreement import StopRelay, broadcast_stop
+        from xditd.gpu_workers.agreement import broadcast_stop
+        from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
         from xditd.gpu_workers.progress import Progress
 
         def tell(step: int, total_steps: int, elapsed_s: float) -> None:

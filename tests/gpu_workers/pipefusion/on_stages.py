@@ -167,7 +167,7 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
 
 def cancel(rank: int, device: torch.device, generate: Any, case: Case, skeleton_for: Any, after: int) -> str:
     """Cancel a job on rank 0 once some steps are done, as the daemon does; return what this rank raised."""
-    from xditd.gpu_workers.agreement import StopRelay
+    from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
     from xditd.gpu_workers.progress import Progress
     from xditd.ipc.errors import Cancelled
 
