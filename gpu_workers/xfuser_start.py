@@ -192,7 +192,7 @@ def _nominal_pipeline(heads: int) -> FluxPipeline:
     """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
 
     The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch sizes, widths) serves PipeFusion alone; what the Ulysses path uses are the degrees and the backend.
+    (patch sizes, widths) serves its own PipeFusion alone; what is used here are the degrees and the backend.
     """
     from diffusers import FluxPipeline, FluxTransformer2DModel
 

@@ -82,7 +82,7 @@ def test_patches_stay_near(made: Any, name: str) -> None:
 
 
 def test_repeats_have_the_same_bits(made: Any) -> None:
-    for name in on_stages.CASES:
+    for name in PATCHED:
         assert torch.equal(made.results[0][f"{name}/0"], made.results[0][f"{name}/1"]), name
 
 
