@@ -1,4 +1,4 @@
-"""A daemon whose workers are stages: generations are right, what stages cannot do is refused, faults end as elsewhere."""
+"""A daemon whose workers are stages: generations are right, single steps are refused, faults end as elsewhere."""
 
 from __future__ import annotations
 
