@@ -27,7 +27,6 @@ class StageLinks:
         self._in_flight = in_flight
         self._next: int = group.next_rank
         self._previous: int = group.prev_rank
-        self.last_rank: int = group.ranks[-1]
         # xDiT makes a group for each direction where there are two stages: what one group does is done in order, and
         # a send that waits for its receiver would hold up the answer.
         one_way = group.device_groups if self.stages == 2 else [group.device_group]

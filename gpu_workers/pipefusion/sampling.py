@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from xditd.gpu_workers.pipefusion.flux1 import Rotary, StagedFlux1
@@ -193,9 +192,13 @@ class _Turns:
         self._links.settle()
 
     def share_result(self) -> torch.Tensor:
-        """Give every rank the last stage's latents."""
-        self._links.settle()
-        dist.broadcast(self._latents, src=self._links.last_rank)
+        """Hand the last stage's latents on to every rank, by the links, since a broadcast has yet to connect."""
+        links = self._links
+        if not links.is_last:
+            self._latents = links.receive(tuple(self._latents.shape), self._latents.dtype)
+        if links.stage != links.stages - 2:  # whose next one has them from the start
+            links.send(self._latents)
+        links.settle()
         return self._latents
 
     def _show(self) -> None:

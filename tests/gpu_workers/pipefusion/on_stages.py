@@ -1,9 +1,9 @@
 """A program, not a test: run jobs on stages, one for each device, and the same ones in plain diffusers.
 
-    python on_stages.py OUT_FOLDER DTYPE DEVICE DEVICE ...
+    python on_stages.py OUT_FOLDER DTYPE CASES DEVICE DEVICE ...
 
-Writes ``rank<N>.safetensors`` with ``<case>/<round>``, ``rank<N>.json`` with what else happened, and
-``reference.safetensors``.
+``CASES`` are names joined by ``;``, or ``all``, which also watches, cancels and refuses jobs. Writes
+``rank<N>.safetensors`` with ``<case>/<round>``, ``rank<N>.json`` with what else was seen, and ``reference.safetensors``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 SEED = 0
 GUIDANCE = 3.5
 ROUNDS = 2
+ALL = "all"
 SIGMAS = (1.0, 0.8, 0.55, 0.3, 0.1)
 
 
@@ -79,32 +80,47 @@ def checkpoint(blocks: tuple[int, int], is_dev: bool, device: str, dtype: torch.
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> None:
+def chosen(cases: str) -> dict[str, Case]:
+    return CASES if cases == ALL else {name: CASES[name] for name in cases.split(";")}
+
+
+def run_rank(rank: int, devices: list[str], dtype: torch.dtype, cases: str, folder: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.gpu_workers import xfuser_start
-    from xditd.gpu_workers.layouts import Patching
     from xditd.ipc.degrees import Degrees
 
     torch.set_num_threads(1)
     layout = xfuser_start.start(
         rank, len(devices), f"{folder}/store", torch.device(devices[rank]), Degrees(pipefusion=len(devices))
     )
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import Skeleton, SkeletonCache
-    from xditd.ipc.errors import Unsupported
+    jobs = Jobs(layout, dtype)
+    for name, case in chosen(cases).items():
+        for attempt in range(1 if case.is_exact else ROUNDS):
+            jobs.results[f"{name}/{attempt}"] = jobs.generate(case)
+    if cases == ALL:
+        jobs.watch()
+        jobs.cancel_and_go_on()
+        jobs.ask_for_what_is_refused()
+    results = {name: tensor.cpu().contiguous() for name, tensor in jobs.results.items()}
+    save_file(results, f"{folder}/rank{rank}.safetensors")
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(jobs.facts))
+    xfuser_start.stop()
 
-    def skeleton_for(case: Case) -> Skeleton:
-        state = checkpoint(case.blocks, case.is_dev, devices[rank], dtype)
-        laid_out = replace(layout, patching=Patching(case.patches, case.warm_up))
-        plan = SkeletonCache(laid_out).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
-        return plan.skeleton
 
-    def generate(case: Case, skeleton: Skeleton, **more: Any) -> torch.Tensor:
+class Jobs:
+    """Jobs of one rank, what they gave, and what else was seen."""
+
+    def __init__(self, layout: Any, dtype: torch.dtype) -> None:
+        self.layout, self.dtype = layout, dtype
+        self.results: dict[str, torch.Tensor] = {}
+        self.facts: dict[str, Any] = {}
+
+    def generate(self, case: Case, **more: Any) -> torch.Tensor:
+        from xditd.gpu_workers import pipelines
+
         return pipelines.generate(
-            skeleton,
+            self.skeleton_for(case),
             **inputs(case),
             height=case.height,
             width=case.width,
@@ -114,78 +130,87 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, folder: str) -> 
             **more,
         )
 
-    results: dict[str, torch.Tensor] = {}
-    facts: dict[str, Any] = {}
-    for name, case in CASES.items():
-        skeleton = skeleton_for(case)
-        for attempt in range(1 if case.is_exact else ROUNDS):
-            results[f"{name}/{attempt}"] = generate(case, skeleton)
+    def skeleton_for(self, case: Case) -> Any:
+        from xditd.gpu_workers.layouts import Patching
 
-    for name in ("every step warms up", "patches", "one step"):
-        case, seen, steps = CASES[name], [], []
-        skeleton = skeleton_for(case)
-        results[f"watched/{name}"] = generate(
-            case,
-            skeleton,
-            on_step=lambda done, total, steps=steps, seen=seen: steps.append((done, total, len(seen))),
-            on_denoised=lambda denoised, seen=seen: seen.append(denoised.clone()),
-        )
-        facts[f"steps/{name}"] = steps
-        for number, denoised in enumerate(seen):
-            results[f"denoised/{name}/{number}"] = denoised
+        state = checkpoint(case.blocks, case.is_dev, str(self.layout.device), self.dtype)
+        plan = self.plan(state, patching=Patching(case.patches, case.warm_up))
+        plan.skeleton.plug(plan.bind(state))
+        return plan.skeleton
 
-    facts["cancelled"] = [cancel(rank, layout.device, generate, CANCELLED, skeleton_for, after) for after in (1, 2, 5)]
-    results["after cancelling"] = generate(CANCELLED, skeleton_for(CANCELLED))
+    def plan(self, state: dict[str, torch.Tensor], **changes: Any) -> Any:
+        from xditd.gpu_workers.families.base import TensorInfo
+        from xditd.gpu_workers.skeletons import SkeletonCache
 
-    skeleton = skeleton_for(CASES["patches"])
-    given = inputs(CASES["patches"])
-    try:
-        pipelines.denoise(
-            skeleton,
-            latents=given["noise"],
-            timestep=torch.full((1,), 0.7),
-            conditioning=pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]),
-            guidance=torch.full((1,), GUIDANCE),
-        )
-    except Unsupported as error:
-        facts["denoise"] = error.detail
-    small = Case(height=16, width=16, patches=2)
-    try:
-        generate(small, skeleton_for(small))
-    except Unsupported as error:
-        facts["one image token"] = error.detail
-    try:
-        SkeletonCache(replace(layout, degrees=Degrees(pipefusion=3))).plan(
-            {name: TensorInfo.of(tensor) for name, tensor in checkpoint((1, 1), True, "cpu", dtype).items()}
-        )
-    except Unsupported as error:
-        facts["two blocks"] = error.detail
-    save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
-    xfuser_start.stop()
+        described = {name: TensorInfo.of(tensor) for name, tensor in state.items()}
+        return SkeletonCache(replace(self.layout, **changes)).plan(described)
+
+    def watch(self) -> None:
+        for name in ("every step warms up", "patches", "one step"):
+            seen: list[torch.Tensor] = []
+            steps: list[tuple[int, int, int]] = []
+            self.results[f"watched/{name}"] = self.generate(
+                CASES[name],
+                on_step=lambda done, total, steps=steps, seen=seen: steps.append((done, total, len(seen))),
+                on_denoised=lambda denoised, seen=seen: seen.append(denoised.clone()),
+            )
+            self.facts[f"steps/{name}"] = steps
+            for number, denoised in enumerate(seen):
+                self.results[f"denoised/{name}/{number}"] = denoised
+
+    def cancel_and_go_on(self) -> None:
+        """Cancel a job on rank 0 after some steps, as the daemon does."""
+        from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
+        from xditd.gpu_workers.progress import Progress
+        from xditd.ipc.errors import Cancelled
+
+        self.facts["cancelled"] = []
+        for after in (1, 2, 5):
+            told: list[int] = []
+            progress = Progress(
+                self.layout.rank == 0,
+                self.layout.device,
+                lambda told=told, after=after: len(told) >= after,
+                lambda done, *_, told=told: told.append(done),
+                StopRelay(),
+            )
+            try:
+                self.generate(CANCELLED, on_step=progress.step)
+            except Cancelled as error:
+                self.facts["cancelled"].append(error.detail)
+        self.results["after cancelling"] = self.generate(CANCELLED)
+
+    def ask_for_what_is_refused(self) -> None:
+        from xditd.gpu_workers import pipelines
+        from xditd.ipc.degrees import Degrees
+        from xditd.ipc.errors import Unsupported
+
+        def denoise() -> None:
+            skeleton, given = self.skeleton_for(CASES["patches"]), inputs(CASES["patches"])
+            known = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
+            guidance = torch.full((1,), GUIDANCE)
+            timestep = torch.full((1,), 0.7)
+            pipelines.denoise(
+                skeleton, latents=given["noise"], timestep=timestep, conditioning=known, guidance=guidance
+            )
+
+        for what, ask in {
+            "denoise": denoise,
+            "one image token": lambda: self.generate(Case(height=16, width=16, patches=2)),
+            "two blocks": lambda: self.plan(checkpoint((1, 1), True, "cpu", self.dtype), degrees=Degrees(pipefusion=3)),
+        }.items():
+            try:
+                ask()
+            except Unsupported as error:
+                self.facts[what] = error.detail
 
 
-def cancel(rank: int, device: torch.device, generate: Any, case: Case, skeleton_for: Any, after: int) -> str:
-    """Cancel a job on rank 0 once some steps are done, as the daemon does; return what this rank raised."""
-    from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
-    from xditd.gpu_workers.progress import Progress
-    from xditd.ipc.errors import Cancelled
-
-    told: list[int] = []
-    progress = Progress(rank == 0, device, lambda: len(told) >= after, lambda done, *_: told.append(done), StopRelay())
-    try:
-        generate(case, skeleton_for(case), on_step=progress.step)
-    except Cancelled as error:
-        return error.detail
-    return "not cancelled"
-
-
-def reference(dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+def reference(dtype: torch.dtype, cases: str, device: str) -> dict[str, torch.Tensor]:
     """The same jobs in plain diffusers, in this process."""
     from xditd.gpu_workers import reference as plain
 
     found = {}
-    for name, case in CASES.items():
+    for name, case in chosen(cases).items():
         given = inputs(case)
         found[name] = plain.reference_latents(
             plain.transformer_from(checkpoint(case.blocks, case.is_dev, device, dtype)),
@@ -201,14 +226,14 @@ def reference(dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(folder: str, dtype_name: str, devices: list[str]) -> None:
+def main(folder: str, dtype_name: str, cases: str, devices: list[str]) -> None:
     from safetensors.torch import save_file
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype_name]
-    torch.multiprocessing.spawn(run_rank, (devices, dtype, folder), nprocs=len(devices))
-    expected = reference(dtype, devices[0])
+    torch.multiprocessing.spawn(run_rank, (devices, dtype, cases, folder), nprocs=len(devices))
+    expected = reference(dtype, cases, devices[0])
     save_file({name: tensor.cpu().contiguous() for name, tensor in expected.items()}, f"{folder}/reference.safetensors")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
