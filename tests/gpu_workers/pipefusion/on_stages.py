@@ -3,7 +3,7 @@
     python on_stages.py OUT_FOLDER DTYPE CASES DEVICE DEVICE ...
 
 ``CASES`` are names joined by ``;``, or ``all``, which also watches, cancels and refuses jobs. Writes
-``rank<N>.safetensors`` with ``<case>/<round>``, ``rank<N>.json`` with what else was seen, and ``reference.safetensors``.
+``rank<N>.safetensors`` with ``<case>/<round>``, ``rank<N>.json`` with what else was seen, ``reference.safetensors``.
 """
 
 from __future__ import annotations
@@ -209,11 +209,12 @@ def reference(dtype: torch.dtype, cases: str, device: str) -> dict[str, torch.Te
     """The same jobs in plain diffusers, in this process."""
     from xditd.gpu_workers import reference as plain
 
+    model = lru_cache(lambda *which: plain.transformer_from(checkpoint(*which, device, dtype)))
     found = {}
     for name, case in chosen(cases).items():
         given = inputs(case)
         found[name] = plain.reference_latents(
-            plain.transformer_from(checkpoint(case.blocks, case.is_dev, device, dtype)),
+            model(case.blocks, case.is_dev),
             prompt_embeds=given["prompt_embeds"],
             pooled_prompt_embeds=given["pooled"],
             noise=given["noise"],

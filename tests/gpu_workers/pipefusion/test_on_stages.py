@@ -44,7 +44,7 @@ def run_program(folder: Path, dtype: str, devices: list[str], cases: str = on_st
         [sys.executable, str(PROGRAM), str(folder), dtype, cases, *devices],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
