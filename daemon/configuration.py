@@ -40,6 +40,8 @@ class Configuration:
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
     layout: str = AUTO
+    pipefusion_patches: int = 0
+    pipefusion_warm_up_steps: int = 1
     attention_backend: str = "auto"
     kernels: Kernels = "auto"
     start_deadline_s: float = 120.0

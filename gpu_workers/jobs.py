@@ -112,13 +112,14 @@ class JobRunner:
     def _previews_of(self, job: Generate, io: OpenIo) -> Callable[[torch.Tensor], None] | None:
         """What writes each step's prediction of the clean latents, where the client wants to see them.
 
-        It waits for the step, so the host does not run ahead of the GPU as it does without.
+        It waits for the step, so the host does not run ahead of the GPU as it does without. Every rank gets one, since
+        all have to know; rank 0's alone writes.
         """
         place = job.out_denoised
         if place is None:
             return None
         io.check("out_denoised", place, job.out_latents.shape)
-        return (lambda denoised: io.write("out_denoised", place, denoised)) if self._is_leader else None
+        return lambda denoised: io.write("out_denoised", place, denoised) if self._is_leader else None
 
     def _vae_for(self, job: Generate) -> Component | None:
         if (job.vae_id is None) != (job.out_image is None):

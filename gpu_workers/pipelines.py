@@ -24,6 +24,7 @@ from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATEN
 from xditd.gpu_workers.job_checks import (
     MAX_BATCH,
     MAX_PIXELS_PER_SIDE,
+    SIZE_MULTIPLE,
     check_conditioning,
     check_generate,
     check_shape,
@@ -110,7 +111,8 @@ def generate(
     diffusers' for this model unless ``sigmas`` are given, which are used as they are: no shift is applied and the
     final 0 is appended. ``guidance_scale`` is ignored by models without guidance (schnell). ``on_step(done, total)``
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
-    ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32.
+    ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32. All ranks give one, or
+    none. With PipeFusion it runs on rank 0 alone, and lags by a step: see ``pipefusion.sampling``.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
@@ -124,17 +126,41 @@ def generate(
         skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, noise=noise
     )
 
+    def show(denoised: torch.Tensor) -> None:
+        if on_denoised is not None:
+            on_denoised(_unpack(denoised.float(), height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+
     def report(_: FluxPipeline, index: int, __: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(scheduler, _Watched) and on_denoised is not None:
-            on_denoised(_unpack(scheduler.denoised, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        if isinstance(scheduler, _Watched):
+            show(scheduler.denoised)
         if on_step is not None:
             on_step(index + 1, steps)
         return tensors
 
+    attention.use(skeleton.attention_backend)
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
+    if skeleton.layout.degrees.pipefusion > 1:
+        from xditd.gpu_workers.pipefusion import generation, sampling
+
+        packed = generation.generate(
+            skeleton,
+            sampling.Inputs(
+                noise=_pack(noise),
+                text=prompt_embeds,
+                pooled=pooled,
+                guidance=torch.full((batch,), guidance_scale, device=skeleton.device) if config.has_guidance else None,
+                text_ids=_text_ids(prompt_embeds.shape[1], skeleton.device),
+                image_ids=_image_ids(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE, skeleton.device),
+            ),
+            schedule,
+            steps=steps,
+            sigmas=sigmas,
+            on_step=on_step,
+            on_denoised=None if on_denoised is None else show,
+        )
+        return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
-    attention.use(skeleton.attention_backend)
     with cast(SequenceParallelFlux1, skeleton.module).stepping(scheduler):
         packed = pipeline(
             prompt_embeds=prompt_embeds,
@@ -176,7 +202,7 @@ def denoise(
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
-        Unsupported: too few tokens for the group.
+        Unsupported: too few tokens for the group, or a group in stages.
     """
     return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)])
 
@@ -210,6 +236,11 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     """Refuse what cannot run, and move the rest to the skeleton's device."""
     latents, timestep, conditioning, guidance = batch
     config = _transformer_config(skeleton)
+    if skeleton.layout.degrees.pipefusion > 1:
+        raise Unsupported(
+            f"denoise: the workers' layout {skeleton.layout.degrees} runs whole generations, not single steps: "
+            "use generate (in ComfyUI the XDiT KSampler), or start the daemon with --layout auto"
+        )
     rows, text_tokens = conditioning.prompt_embeds.shape[:2]
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")

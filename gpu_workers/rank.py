@@ -85,6 +85,7 @@ def main(options: Options, rank: int, plan: Plan, device: str, complain: Connect
             plan.degrees,
             options.attention_backend,
             options.kernels,
+            options.patching,
         )
     except RequestError as error:
         complain.send_bytes(error.detail.encode()[:65_536])
@@ -201,6 +202,8 @@ class Rank:
             raise Internal(f"no rank handles {type(command).__name__}")
 
     def _run(self, command: Run) -> dict[str, float]:
+        from xditd.gpu_workers.agreement import broadcast_stop
+        from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
         from xditd.gpu_workers.progress import Progress
 
         def tell(step: int, total_steps: int, elapsed_s: float) -> None:
@@ -216,7 +219,11 @@ class Rank:
             )
 
         progress = Progress(
-            self._layout.rank == 0, self._layout.device, lambda: self._channel.is_cancelled(command.op_number), tell
+            self._layout.rank == 0,
+            self._layout.device,
+            lambda: self._channel.is_cancelled(command.op_number),
+            tell,
+            StopRelay() if self._layout.degrees.pipefusion > 1 else broadcast_stop,
         )
         return self._jobs.run(
             command.job, lambda: self._io.open(command.job.io, command.exporter), progress, command.exporter

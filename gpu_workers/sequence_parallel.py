@@ -38,6 +38,7 @@ from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1, Schedule
+    from xditd.gpu_workers.pipefusion.key_values import KeyValues
 
 
 class CheckpointOrderNorm(AdaLayerNormContinuous):
@@ -56,8 +57,9 @@ class CheckpointOrderNorm(AdaLayerNormContinuous):
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
     """xfuser's attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
 
-    The operations are those of its base class without PipeFusion, which has no argument for that length; a ring is
-    ours, since xfuser's takes no parts of unequal lengths.
+    The operations are those of its base class, which has no argument for that length; a ring is ours, since xfuser's
+    takes no parts of unequal lengths. With ``key_values``, of a stage of PipeFusion, queries attend to the whole image
+    although only a patch of it is given.
     """
 
     def __call__(
@@ -68,6 +70,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers' signature
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         valid_kv_len: int | None = None,
+        key_values: KeyValues | None = None,
     ) -> Any:
         query, key, value = (
             part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
@@ -86,6 +89,8 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if key_values is not None:
+            key, value = key_values.renew(attn, key, value)
         out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn, valid_kv_len)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:

@@ -38,6 +38,7 @@ class Skeleton:
         self.family = family
         self.config = config
         self.dtype = dtype
+        self.layout = layout
         self.device = layout.device
         self.module = module
         self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
-from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.layouts import AS_MANY_AS_STAGES, ParallelLayout, Patching
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
@@ -40,19 +40,18 @@ def start(
     degrees: Degrees | None = None,
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
+    patching: Patching = AS_MANY_AS_STAGES,
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
-    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
+    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible. ``patching`` is PipeFusion's.
 
     Raises:
         Unsupported: no layout fits, an attention backend is not installed, or fused kernels do not run here.
     """
     degrees = planner.plan(world_size).degrees if degrees is None else degrees
-    if degrees.pipefusion > 1:
-        raise Unsupported(f"layout {degrees}: PipeFusion is not supported yet; use pipefusion=1")
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)
@@ -63,12 +62,14 @@ def start(
     agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
     backend = _start_xdit(rank, degrees, device, attention_backend)
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels)
+    if degrees.pipefusion > 1:
+        _connect_stages(device)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
-    return ParallelLayout(rank, degrees, device, backend, fused_attention)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, patching)
 
 
 def stop() -> None:
@@ -162,6 +163,11 @@ def _start_fused(
             raise Unsupported(f"kernels 'fused' with layout {degrees}: they attend without a ring; use ring=1 or plain")
         logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
         return None
+    if degrees.pipefusion > 1:
+        if kernels == "fused":
+            raise Unsupported(f"kernels 'fused' with layout {degrees}: they do not run in stages; use auto or plain")
+        logger.warning("fused kernels are off: they do not run in stages, and the layout is %s", degrees)
+        return None
     from xditd.gpu_workers.fused import exchange, warm_up
 
     if not exchange.is_possible(degrees.world_size):
@@ -175,11 +181,18 @@ def _start_fused(
     return chosen
 
 
+def _connect_stages(device: torch.device) -> None:
+    """Let NCCL connect the stages now: at the first message of the first job it would take its time there."""
+    from xditd.gpu_workers.pipefusion.links import StageLinks
+
+    StageLinks(device, in_flight=1).connect()
+
+
 def _nominal_pipeline(heads: int) -> FluxPipeline:
     """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
 
     The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch sizes, widths) serves PipeFusion alone; what the Ulysses path uses are the degrees and the backend.
+    (patch sizes, widths) serves its own PipeFusion alone; what is used here are the degrees and the backend.
     """
     from diffusers import FluxPipeline, FluxTransformer2DModel
 

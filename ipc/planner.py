@@ -93,6 +93,11 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
     """Say why these degrees cannot work for this model and size; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
+    if degrees.pipefusion not in (1, degrees.world_size):
+        return (
+            f"pipefusion={degrees.pipefusion} does not go together with other degrees yet; "
+            f"use pipefusion={degrees.world_size}, or --workers {degrees.pipefusion}"
+        )
     if workload.heads % degrees.ulysses:
         return (
             f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
@@ -164,5 +169,5 @@ def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], worklo
     if degrees.cfg > chosen.cfg:
         return "cfg=2 halves the work of jobs with a negative prompt alone; it has to be asked for"
     if degrees.pipefusion > chosen.pipefusion:
-        return "PipeFusion runs generate jobs alone; it has to be asked for"
+        return "PipeFusion runs generate jobs alone, and not exactly; it has to be asked for"
     return f"the more Ulysses, the better: ring sends keys and values around, and runs plain modules ({chosen})"

@@ -153,21 +153,34 @@ class Flux1:
                 f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
                 f"start the daemon with --layout {other}"
             )
+        blocks = config.double_blocks + config.single_blocks
+        if blocks < degrees.pipefusion:
+            raise Unsupported(
+                f"flux1: {blocks} blocks are too few for {degrees.pipefusion} PipeFusion stages; "
+                "start the daemon with --layout auto"
+            )
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
+        from xfuser.core.distributed import get_pipeline_parallel_rank, get_pipeline_parallel_world_size
+
+        from xditd.gpu_workers.pipefusion.flux1 import StagedFlux1
         from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 
-        return SequenceParallelFlux1(
-            in_channels=PACKED_CHANNELS,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=HEAD_SIZE,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.context_channels,
-            pooled_projection_dim=config.pooled_channels,
-            guidance_embeds=config.has_guidance,
-        )
+        arguments: dict[str, Any] = {
+            "in_channels": PACKED_CHANNELS,
+            "num_layers": config.double_blocks,
+            "num_single_layers": config.single_blocks,
+            "attention_head_dim": HEAD_SIZE,
+            "num_attention_heads": config.heads,
+            "joint_attention_dim": config.context_channels,
+            "pooled_projection_dim": config.pooled_channels,
+            "guidance_embeds": config.has_guidance,
+        }
+        stages = get_pipeline_parallel_world_size()
+        if stages > 1:
+            return StagedFlux1(get_pipeline_parallel_rank(), stages, **arguments)
+        return SequenceParallelFlux1(**arguments)
 
     def fuse(
         self, config: Flux1Config, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
