@@ -14,12 +14,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
 from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
@@ -56,6 +56,7 @@ class Components:
     def __init__(self, layout: ParallelLayout, device_uuid: str, fellow_uuids: tuple[str, ...]) -> None:
         self.skeletons = SkeletonCache(layout)
         self.blocks = OpenBlocks(layout.device, device_uuid)
+        self.peers = PeerCopies(layout, fellow_uuids)
         self.plugs = 0
         self._device = layout.device
         self._rank = layout.rank
@@ -261,7 +262,7 @@ class Components:
         if apart:
             clock.mark("copy")
         if len(self._fellow_uuids) > 1 and is_cuda:
-            self._exchange(manifest, sources)
+            self.peers.deliver(manifest.blocks, sources, received)
             clock.mark("peer_copy")
             copied = copied + CopiedBytes(peer=sum(buffer.numel() for buffer in received.values()))
         views = [BlockViews(source) for source in sources]
@@ -295,13 +296,6 @@ class Components:
         for source, target in pairs if not uploads else ():
             target.copy_(source)
         return tensors, [buffer]
-
-    def _exchange(self, manifest: Manifest, sources: list[torch.Tensor]) -> None:
-        """Send the blocks that lie on one rank's GPU to all others, in one piece each, over NVLink or PCIe."""
-        for block, source in zip(manifest.blocks, sources, strict=True):
-            if isinstance(block, CudaIpcBlock):
-                dist.broadcast(source, src=self._fellow_uuids.index(block.device_uuid))
-        torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

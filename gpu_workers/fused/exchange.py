@@ -112,4 +112,6 @@ class Buffers(NamedTuple):
 def is_possible(world_size: int) -> bool:
     """Say whether every GPU of the group, one for each rank in order, can reach every other one's memory directly."""
     pairs = ((one, other) for one in range(world_size) for other in range(world_size) if one != other)
-    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    return world_size <= torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(one, other) for one, other in pairs
+    )

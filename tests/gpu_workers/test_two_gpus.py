@@ -14,6 +14,10 @@ import torch
 
 pytestmark = pytest.mark.multigpu
 
+MIB = 2**20
+NCCL_BYTES = 1024 * MIB
+"""What NCCL keeps for good from its first collective on, at most."""
+
 PROGRAM = Path(__file__).with_name("two_gpus.py")
 
 
@@ -31,12 +35,28 @@ def made(tmp_path_factory):
         ranks=[load_file(folder / f"rank{rank}.safetensors") for rank in range(2)],
         facts=[json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)],
         reference=load_file(folder / "reference.safetensors"),
+        lent=(folder / "lent.txt").read_text(),
     )
 
 
 def test_the_second_rank_gets_one_peer_copy(made):
     assert made.facts[0]["total"] == 0
     assert made.facts[1]["peer"] == made.facts[1]["total"] > 30_000_000
+
+
+@pytest.mark.parametrize("way", ["chosen", "broadcast"])
+def test_both_ranks_hold_the_bytes_that_were_lent_and_give_their_memory_back(made, way):
+    for facts in made.facts:
+        assert facts[f"{way}: digest"] == made.lent
+        assert facts[f"{way}: left"] < (64 * MIB if way == "chosen" else NCCL_BYTES)
+
+
+def test_a_peer_copy_opens_no_context_on_the_lenders_gpu(made):
+    """A context takes some 500 MiB there, where memory is short."""
+    if not made.facts[0]["is direct"]:
+        pytest.skip("the GPUs do not reach each other's memory")
+    assert made.facts[0]["chosen: taken"] < 64 * MIB
+    assert made.facts[1]["chosen: taken"] < made.facts[1]["peer"] + 64 * MIB
 
 
 def test_both_ranks_agree_with_plain_diffusers(made):

@@ -8,6 +8,8 @@ itself another name, so that it takes the same path; NCCL has to allow that (``N
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import sys
@@ -33,6 +35,16 @@ def inputs(tokens: int, pixels: int) -> dict[str, torch.Tensor]:
     }
 
 
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """The bytes of all tensors, by name."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        flat = tensors[name].contiguous().view(-1).view(torch.uint8).cpu()
+        found.update(name.encode())
+        found.update(ctypes.string_at(flat.data_ptr(), flat.numel()))
+    return found.hexdigest()
+
+
 def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None:
     from safetensors.torch import save_file
 
@@ -44,6 +56,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
     device = torch.device(devices[rank])
     layout = xfuser_start.start(rank, len(devices), f"{folder}/store", device)
     from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.agreement import agree
     from xditd.gpu_workers.components import Components
     from xditd.gpu_workers.fellows import gather_uuids
 
@@ -54,6 +67,28 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
     command = command_decoder.decode(prepare)
     if not isinstance(command, Prepare):
         raise SystemExit("not a Prepare")
+    facts: dict[str, object] = {"is direct": components.peers.is_direct, "attention": layout.attention_backend}
+
+    def free_bytes() -> int:
+        """Free memory of this rank's own GPU, once every rank has come as far."""
+        torch.cuda.synchronize(device)
+        agree(True)
+        free = torch.cuda.mem_get_info(device)[0]
+        agree(True)
+        return free
+
+    # By the way of choice first: whatever a peer copy opens on the lender's GPU must not have been there before.
+    for attempt, is_direct in {"chosen": components.peers.is_direct, "broadcast": False}.items():
+        components.peers.is_direct = is_direct
+        before = free_bytes()
+        component = components.prepare(command.component_id, command.manifest, command.exporter)
+        facts[f"{attempt}: taken"] = before - free_bytes()
+        facts[f"{attempt}: peer_copy_ms"] = component.timings_ms["peer_copy"]
+        facts[f"{attempt}: digest"] = digest_of(component.tensors)
+        del component
+        components.unmap(command.component_id)
+        facts[f"{attempt}: left"] = before - free_bytes()
+    components.peers.is_direct = bool(facts["is direct"])
     component = components.prepare(command.component_id, command.manifest, command.exporter)
     components.plug(command.component_id)
     results = {}
@@ -67,7 +102,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
                 steps=STEPS,
                 guidance_scale=GUIDANCE,
             )
-    facts = {"peer": component.copied.peer, "total": component.copied.total, "attention": layout.attention_backend}
+    facts |= {"peer": component.copied.peer, "total": component.copied.total}
     components.close()
     save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
@@ -108,6 +143,7 @@ def main(folder: str, devices: list[str]) -> None:
 
     state = checkpoints.flux1_state_dict(1, dtype=torch.float32)
     arena = Arena.copy_of(state, devices[0])
+    Path(folder, "lent.txt").write_text(digest_of(state))
     offer = describe(arena.tensors)
     command = Prepare(op_number=1, component_id="c", manifest=offer.manifest, exporter=identify(os.getpid()))
     context = multiprocessing.get_context("spawn")
