@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,9 @@ from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
+from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
-from xditd.ipc.transports.uploads import can_upload, upload
+from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -253,7 +255,7 @@ class Components:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
-            tensors, copies = self._copy(apart, sources)
+            tensors, copies = self._copy(apart, sources, opened)
             for mapped in opened:
                 if mapped is not None:
                     mapped.check_unchanged()
@@ -277,25 +279,44 @@ class Components:
         return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
 
     def _copy(
-        self, specs: list[TensorSpec], sources: list[torch.Tensor]
+        self, specs: list[TensorSpec], sources: list[torch.Tensor], opened: Sequence[OpenBlock | None] = ()
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Copy tensors into one buffer of this rank, each aligned."""
+        """Copy tensors into one buffer of this rank, each aligned. Files among ``opened`` are read, not looked at."""
         if not specs:
             return {}, []
+        specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
         views = BlockViews(buffer)
-        tensors: dict[str, torch.Tensor] = {}
-        pairs = []
-        for spec, offset in zip(specs, offsets, strict=True):
-            extent = sources[spec.block].narrow(0, spec.offset_bytes, spec.extent_bytes)
-            pairs.append((extent, buffer.narrow(0, offset, spec.extent_bytes)))
-            tensors[spec.name] = views.view(spec, offset)
-        uploads = [pair for pair in pairs if can_upload(*pair)]
+        tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
+        uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
+        for number, start, to, size in _stretches(specs, offsets):
+            source, target = sources[number].narrow(0, start, size), buffer.narrow(0, to, size)
+            block = opened[number] if opened else None
+            if buffer.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
+                uploads.append((block.mapping.stretch(start, size), target))
+            elif can_upload(source, target):
+                uploads.append((source, target))
+            else:
+                target.copy_(source)
         deque(upload(uploads), maxlen=0)  # the file is checked for changes next; nothing reads it any more
-        for source, target in pairs if not uploads else ():
-            target.copy_(source)
         return tensors, [buffer]
+
+
+def _stretches(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Join tensors that follow each other in their block and in the copy: (block, from, to, bytes) of each stretch.
+
+    A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
+    """
+    found: list[tuple[int, int, int, int]] = []
+    for spec, offset in zip(specs, offsets, strict=True):
+        if found:
+            block, start, to, size = found[-1]
+            if (block, start + size, to + size) == (spec.block, spec.offset_bytes, offset):
+                found[-1] = (block, start, to, size + spec.extent_bytes)
+                continue
+        found.append((spec.block, spec.offset_bytes, offset, spec.extent_bytes))
+    return found
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

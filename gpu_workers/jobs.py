@@ -17,6 +17,7 @@ from xditd.gpu_workers.fellows import together, with_every_core
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
+from xditd.gpu_workers.split_decode import whole_group
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
@@ -25,12 +26,13 @@ PIXELS_PER_LATENT = 8
 
 
 class JobRunner:
-    """Runs jobs on this rank's components. Rank 0 alone writes outputs, and runs the VAE and the text encoders."""
+    """Runs jobs on this rank's components. Rank 0 alone writes outputs, encodes, and decodes small images."""
 
     def __init__(self, components: Components, rank: int, device: torch.device) -> None:
         self._components = components
         self._is_leader = rank == 0
         self._device = device
+        self._bands = whole_group()
         self._kept = KeptConditionings()
 
     def forget(self, client: ProcessIdentity) -> None:
@@ -96,10 +98,12 @@ class JobRunner:
             on_denoised=show,
         )
         clock.lap("steps")
+        image = None if vae is None else self._decode_by_all(vae, latents, clamp=True)
         with together():
             if self._is_leader and vae is not None and job.out_image is not None:
-                with with_every_core(self._device):
-                    image = pipelines.decode(vae.plan.skeleton, latents)
+                if image is None:
+                    with with_every_core(self._device):
+                        image = pipelines.decode(vae.plan.skeleton, latents)
                 self._components.check_unchanged(vae)
                 io.write("out_image", job.out_image, image)
                 clock.lap("decode")
@@ -184,14 +188,27 @@ class JobRunner:
             clock.lap("plug")
             io = open_io()
             latents = io.read("latents", job.latents)
+        clock.lap("inputs")
+        image = self._decode_by_all(vae, latents, clamp=False)
+        with together():
             if self._is_leader:
-                clock.lap("inputs")
-                with with_every_core(self._device):
-                    image = pipelines.decode(vae.plan.skeleton, latents, clamp=False)
+                if image is None:
+                    with with_every_core(self._device):
+                        image = pipelines.decode(vae.plan.skeleton, latents, clamp=False)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, image)
                 clock.lap("decode")
         return clock.laps_ms
+
+    def _decode_by_all(self, vae: Component, latents: torch.Tensor, *, clamp: bool) -> torch.Tensor | None:
+        """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
+
+        Not inside ``together``: ranks meet many times in there, and whoever runs out of memory meets nobody any more.
+        The rank then ends, and the group with it, as in a step.
+        """
+        if latents.ndim != 4 or not self._bands.fit(*latents.shape[2:]):
+            return None
+        return pipelines.decode(vae.plan.skeleton, latents, clamp=clamp, bands=self._bands)
 
     def _encode(self, job: Encode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)

@@ -33,6 +33,7 @@ from xditd.gpu_workers.job_checks import (
 from xditd.gpu_workers.row_shares import gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
+from xditd.gpu_workers.split_decode import Bands, SplitDecoder
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -285,10 +286,13 @@ def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decode(skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True) -> torch.Tensor:
+def decode(
+    skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True, bands: Bands | None = None
+) -> torch.Tensor:
     """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width).
 
-    It lies in [-1, 1], without ``clamp`` only about there, for callers who join tiles first.
+    It lies in [-1, 1], without ``clamp`` only about there, for callers who join tiles first. Each rank decodes the
+    whole image alone, unless there are ``bands``: then all ranks call this, and each computes its rows of each sample.
 
     Raises:
         BadRequest: not latents of this VAE, or values that are not finite.
@@ -301,7 +305,12 @@ def decode(skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True) -> 
             f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
         )
     (latents,) = prepare(skeleton, latents=latents)
-    image = cast(torch.Tensor, vae.decode(latents / SCALING + SHIFT, return_dict=False)[0])
+    latents = latents / SCALING + SHIFT
+    if bands is None:
+        image = cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
+    else:
+        split = SplitDecoder(vae.decoder, bands, latents.shape[2])
+        image = torch.cat([split(sample) for sample in latents.split(1)])
     return image.clamp(-1.0, 1.0) if clamp else image
 
 

@@ -11,6 +11,7 @@ from xditd.ipc.tensors import FileBlock, Fingerprint
 from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.host_shm import HostMapping
+from xditd.ipc.transports.uploads import FileStretch
 
 
 class LentFile:
@@ -86,6 +87,10 @@ class FileMapping(HostMapping):
             StaleSource: it was rewritten, truncated, or is another file.
         """
         check_identity(self._fd, self._block)
+
+    def stretch(self, offset_bytes: int, size_bytes: int) -> FileStretch:
+        """Name part of the file for an upload, which reads it; valid until :meth:`close`."""
+        return FileStretch(self._fd, offset_bytes, size_bytes, self._block.path)
 
     def close(self) -> None:
         super().close()

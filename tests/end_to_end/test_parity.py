@@ -101,6 +101,21 @@ def test_vae_decodes_and_encodes_as_diffusers_does(client, vae, files, relative_
     assert relative_error(client.encode(vae, image), encoded) <= BAR
 
 
+@pytest.mark.slow
+def test_both_ranks_decode_a_large_image(client, relative_error):
+    """The ranks share the work, an odd number of rows, and the picture is diffusers' all the same."""
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import reference
+
+    state = checkpoints.flux_vae_state_dict(1, channels=(64, 64, 64, 64))
+    latents = torch.randn(1, 16, 65, 64, generator=torch.Generator().manual_seed(2))
+    expected = reference.reference_decode(reference.vae_from(state), latents)
+    with client.lend(state) as loan:
+        image = client.decode(loan, latents)
+        assert relative_error(image, expected) <= 3 * BAR
+        assert torch.equal(client.decode(loan, latents), image)
+
+
 def test_the_image_of_generate_is_its_latents_decoded(client, transformer, vae, make_inputs, relative_error):
     inputs = make_inputs()
     result = client.generate(

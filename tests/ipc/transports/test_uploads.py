@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,19 +12,35 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
-from xditd.ipc.transports.uploads import can_upload, upload
+from xditd.ipc.errors import StaleSource
+from xditd.ipc.transports.uploads import FileStretch, can_upload, read_into, upload
 
 gpu = pytest.mark.gpu
 MIB = 2**20
 
 
+SIZES = [40 * MIB + 3, 7, 16 * MIB, 1, 0, 33 * MIB, 5]
+
+
+@pytest.fixture(scope="module")
+def whole() -> torch.Tensor:
+    return torch.randint(0, 256, (sum(SIZES),), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture
-def sources() -> list[torch.Tensor]:
+def sources(whole: torch.Tensor) -> list[torch.Tensor]:
     """More than one buffer each, less than one, odd sizes, one byte, nothing; the odd ones at odd addresses."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = [40 * MIB + 3, 7, 16 * MIB, 1, 0, 33 * MIB, 5]
-    whole = torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, generator=generator)
-    return list(whole.split(sizes))
+    return list(whole.split(SIZES))
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def anonymous_bytes() -> int:
+    """This process's resident memory that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 @gpu
@@ -82,6 +101,92 @@ def test_an_arena_is_filled_from_a_mapped_file(tmp_path: Path):
     assert all(torch.equal(arena.tensors[name].cpu(), tensor) for name, tensor in tensors.items())
     assert arena.copied.host_to_device == sum(tensor.nbytes for tensor in tensors.values())
     arena.close()
+
+
+@gpu
+def test_stretches_of_a_file_arrive(whole, tmp_path: Path):
+    """More than one buffer, from odd places; beside memory in the same upload."""
+    path = tmp_path / "x"
+    path.write_bytes(bytes_of(whole))
+    places = [(0, 40 * MIB + 3), (5, 7), (17 * MIB + 1, 16 * MIB), (3, 0), (len(whole) - 1, 1)]
+    targets = [torch.zeros(size, dtype=torch.uint8, device="cuda:0") for _, size in places]
+    memory = torch.zeros(33 * MIB, dtype=torch.uint8, device="cuda:0")
+    with path.open("rb") as file:
+        stretches = [FileStretch(file.fileno(), at, size, "x") for at, size in places]
+        pairs = [*zip(stretches, targets, strict=True), (whole[: 33 * MIB], memory)]
+        assert list(upload(pairs)) == list(range(6))
+    for (at, size), target in zip(places, targets, strict=True):
+        assert torch.equal(target.cpu(), whole[at : at + size])
+    assert torch.equal(memory.cpu(), whole[: 33 * MIB])
+
+
+@gpu
+def test_a_file_that_was_cut_short_ends_the_upload(whole, tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes_of(whole))
+    target = torch.zeros(len(whole), dtype=torch.uint8, device="cuda:0")
+    with path.open("rb") as file:
+        stretch = FileStretch(file.fileno(), 0, len(whole), "x")
+        os.truncate(path, 50 * MIB)
+        with pytest.raises(StaleSource, match=f"x: ends at byte {50 * MIB}"):
+            list(upload([(stretch, target)]))
+    assert list(upload([(whole, target)])) == [0]  # buffers and threads are as they were
+    assert torch.equal(target.cpu(), whole)
+
+
+@gpu
+def test_no_copy_of_a_file_is_kept_in_memory(tmp_path: Path):
+    size = 2048 * MIB
+    path = tmp_path / "x"
+    with path.open("wb") as file:
+        file.truncate(size)
+    target = torch.ones(size, dtype=torch.uint8, device="cuda:0")
+    with path.open("rb") as file:
+        list(upload([(FileStretch(file.fileno(), 0, 600 * MIB, "x"), target[: 600 * MIB])]))  # makes the buffers
+        before = anonymous_bytes()
+        list(upload([(FileStretch(file.fileno(), 0, size, "x"), target)]))
+        assert anonymous_bytes() - before < 64 * MIB
+    assert int(target.max()) == 0
+
+
+def test_reading_fills_exactly_what_was_asked_for(whole, tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes_of(whole[: 3 * MIB]))
+    room = torch.full((2 * MIB + 11,), 7, dtype=torch.uint8)
+    with path.open("rb") as file:
+        read_into(room.data_ptr() + 3, 2 * MIB + 5, file.fileno(), 1001, "x")
+    assert torch.equal(room[3:-3], whole[1001 : 1001 + 2 * MIB + 5])
+    assert room[:3].tolist() == room[-3:].tolist() == [7, 7, 7]
+
+
+def test_threads_share_one_descriptor(whole, tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes_of(whole[: 8 * MIB]))
+    room = torch.zeros(8 * MIB, dtype=torch.uint8)
+    step = 100_003
+    with path.open("rb") as file, ThreadPoolExecutor(4) as pool:
+        reads = [
+            pool.submit(read_into, room.data_ptr() + at, min(step, 8 * MIB - at), file.fileno(), at, "x")
+            for at in range(0, 8 * MIB, step)
+        ]
+        for read in reads:
+            read.result()
+    assert torch.equal(room, whole[: 8 * MIB])
+
+
+def test_reading_beyond_the_end_is_an_error_and_not_zeros(tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes(1000))
+    room = torch.full((600,), 7, dtype=torch.uint8)
+    with path.open("rb") as file, pytest.raises(StaleSource, match="x: ends at byte 1000"):
+        read_into(room.data_ptr(), 600, file.fileno(), 500, "x")
+    assert room[500:].tolist() == [7] * 100
+
+
+def test_a_descriptor_that_cannot_be_read_is_an_error(tmp_path: Path):
+    room = torch.zeros(10, dtype=torch.uint8)
+    with (tmp_path / "x").open("wb") as file, pytest.raises(StaleSource, match="x: reading byte 4"):
+        read_into(room.data_ptr(), 10, file.fileno(), 4, "x")
 
 
 def test_nothing_to_upload():

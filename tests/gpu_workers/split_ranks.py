@@ -1,0 +1,76 @@
+"""A program, not a test: decode on several ranks together, and on rank 0 alone, and write both.
+
+    python split_ranks.py OUT_FOLDER RANKS cpu|cuda
+
+Every rank writes ``rank<N>.safetensors`` with ``<case>/<round>``; rank 0 adds ``<case>/whole`` and, in float32 whatever
+the weights are, ``<case>/float32``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+ROUNDS = 2
+
+# batch, latent height and width, dtype of the weights
+CASES = {
+    "rows divide by two and three": (1, 6, 4, torch.float32),
+    "a row left over": (1, 7, 5, torch.float32),
+    "a row for each": (1, 3, 6, torch.float32),
+    "batch of two": (2, 5, 3, torch.float32),
+    "no attention": (1, 5, 4, torch.float32),
+    "bfloat16": (1, 5, 3, torch.bfloat16),
+}
+GPU_CASES = {
+    "a row left over": (1, 65, 72, torch.float32),
+    "batch of two": (2, 64, 64, torch.float32),
+    "bfloat16": (1, 128, 96, torch.bfloat16),
+}
+
+
+def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
+    from safetensors.torch import save_file
+
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.split_decode import whole_group
+
+    cache = SkeletonCache(layout)
+
+    def decoder(dtype: torch.dtype, values: torch.dtype, has_attention: bool):
+        """The same weights in one dtype, with values that another one can hold."""
+        state = checkpoints.flux_vae_state_dict(0, channels=(64, 64, 64, 128), encoder=False)
+        state = {name: tensor.to(values).to(device, dtype) for name, tensor in state.items()}
+        if not has_attention:
+            state = {name: tensor for name, tensor in state.items() if ".attn_1." not in name}
+        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        plan.skeleton.plug(plan.bind(state))
+        return plan.skeleton
+
+    results: dict[str, torch.Tensor] = {}
+    for case, (batch, height, width, dtype) in (CASES if kind == "cpu" else GPU_CASES).items():
+        skeleton = decoder(dtype, dtype, case != "no attention")
+        generator = torch.Generator().manual_seed(height)
+        latents = torch.randn(batch, 16, height, width, generator=generator).to(dtype)
+        for attempt in range(ROUNDS):
+            results[f"{case}/{attempt}"] = pipelines.decode(skeleton, latents, bands=whole_group(), clamp=False)
+        if rank == 0:
+            results[f"{case}/whole"] = pipelines.decode(skeleton, latents, clamp=False)
+            exact = decoder(torch.float32, dtype, case != "no attention")
+            results[f"{case}/float32"] = pipelines.decode(exact, latents.float(), clamp=False)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
+    xfuser_start.stop()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_rank, (int(sys.argv[2]), sys.argv[1], sys.argv[3]), nprocs=int(sys.argv[2]))
