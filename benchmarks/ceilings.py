@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import scales
 import torch
-from measuring import GIB, Report, repeat_ms
+from measuring import GIB, Report, add_arguments, repeat_ms
 
 UPLOAD_BYTES = 4 * GIB
 PEER_BYTES = 8 * GIB
@@ -60,7 +59,7 @@ def rate(copy: Callable[[], object], size_bytes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    scales.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     report = Report(given.out)

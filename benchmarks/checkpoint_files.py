@@ -22,6 +22,7 @@ from typing import Any
 import flux_weights
 import scales
 import torch
+from measuring import add_arguments
 
 CHECKPOINT = "flux.safetensors"
 VAE = "ae.safetensors"
@@ -124,7 +125,7 @@ def describe(scale: scales.Scale, device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    scales.add_arguments(parser)
+    add_arguments(parser)
     given = parser.parse_args()
     scale = scales.named(given)
     made = describe(scale, given.device)

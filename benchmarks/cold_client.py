@@ -17,6 +17,7 @@ import checkpoint_files
 import flux_weights
 import scales
 import torch
+from measuring import add_arguments
 from safetensors.torch import load_file
 
 from xditd.client import Client
@@ -25,7 +26,7 @@ from xditd.client.arenas import Arena
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    scales.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--runtime", type=Path, required=True)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
@@ -13,6 +14,12 @@ from typing import Any
 
 GIB = 2**30
 SAMPLE_EVERY_S = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every part takes."""
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="a tiny transformer and small images: a dry run")
 
 
 def timed_ms(action: Callable[[], object]) -> float:

@@ -84,10 +84,11 @@ def draw_steps(report: Report, target: Path) -> None:
             gpus[name] = int(name[-1]) if name[-1].isdecimal() else 1
             asked[name] = partial(median, report.rival_step, name)
     for workers in sorted(report.groups):
-        for part, title in ((f"plain-{workers}", "plain kernels"), (f"workers-{workers}", "fused")):
+        for part, how in ((f"plain-{workers}", ", plain kernels"), (f"workers-{workers}", "")):
             if part in report.parts:
-                gpus[f"xditd, {title}, {workers} GPU"] = workers
-                asked[f"xditd, {title}, {workers} GPU"] = partial(median, report.step, part)
+                label = f"xditd{how}, {workers} GPU"
+                gpus[label] = workers
+                asked[label] = partial(median, report.step, part)
     bars = dict(sorted(collect(asked).items(), key=lambda bar: gpus[bar[0]]))
     figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 0.9 + 0.45 * len(bars)), layout="constrained")
     has_floor = False

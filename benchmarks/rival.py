@@ -26,13 +26,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import checkpoint_files
 import scales
 import torch
-from measuring import Report
+from measuring import Report, add_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Time loading and jobs in-process, and write latents.")
     parser.add_argument("rival", choices=tuple(LOADERS))
-    scales.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--files", type=Path, required=True)

@@ -21,7 +21,7 @@ import checkpoint_files
 import page_cache
 import scales
 import torch
-from measuring import AnonymousPeak, Report, repeat_ms
+from measuring import AnonymousPeak, Report, add_arguments, repeat_ms
 
 SECONDS = 25.0
 """No further warm load begins once those before have taken so long together."""
@@ -67,7 +67,7 @@ def options(device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("way", choices=tuple(WAYS))
-    scales.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

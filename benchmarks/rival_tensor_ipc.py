@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import flux_weights
 import scales
 import torch
-from measuring import Report
+from measuring import Report, add_arguments
 
 DEADLINE_S = 120.0
 
@@ -59,7 +59,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    scales.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

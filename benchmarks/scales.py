@@ -28,11 +28,6 @@ FULL = Scale(flux_weights.FULL, 1024, 512, 28, 12, (128, 256, 512, 512))
 SMALL = Scale(flux_weights.SMALL, 128, 16, 4, 4, (64, 64, 128, 128))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a tiny transformer and small images: a dry run")
-
-
 def named(given: argparse.Namespace) -> Scale:
     return SMALL if given.small else FULL
 

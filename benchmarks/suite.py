@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, roomy_folder
+from measuring import add_arguments, say
 from suite_table import print_tables
 
 HERE = Path(__file__).resolve().parent
@@ -171,14 +172,9 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a tiny transformer and small images: a dry run")
+    add_arguments(parser)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PART", help="names of parts, with * and ?")
     parser.add_argument("--list", action="store_true", help="name the parts with their estimates in seconds, and stop")
     parser.add_argument("--json", type=Path, help="write everything here, after every part")

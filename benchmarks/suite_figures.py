@@ -51,6 +51,12 @@ class Report:
         numbers = {int(name.rpartition("-")[2]) for name in self.parts if name.startswith(("workers-", "plain-"))}
         return sorted(numbers, reverse=True)
 
+    def group_line(self, workers: int) -> str:
+        """How a group computes."""
+        part = f"workers-{workers}"
+        degrees = ", ".join(f"{name} {degree}" for name, degree in self.look(part, "parallel").items())
+        return f"{workers} worker(s): {degrees}; attention {self.look(part, 'attention')}"
+
     def look(self, part: str, *path: str) -> Any:
         if part not in self.parts:
             raise Missing(f"{part} was not asked for")
@@ -85,8 +91,10 @@ class Report:
         found.pop("lend", None)  # the daemon's clock around what the workers' phases say
         return {**found, "messages and the rest": total - sum(found.values())}
 
-    def copied_gib(self, workers: int) -> float:
-        return sum(self.look(f"workers-{workers}", "lends")[0]["copied_bytes"].values()) / GIB
+    def copied_gib(self, workers: int) -> Figure:
+        """What a lend copies, of all kinds, here and in all workers."""
+        lends = self.look(f"workers-{workers}", "lends")
+        return Figure((max(sum(each["copied_bytes"].values()) for each in lends) / GIB,), "GiB")
 
     def peer_gb_s(self, workers: int) -> Figure:
         """Bytes a second of the copies to other GPUs, of the slowest rank."""

@@ -64,6 +64,9 @@ def print_tables(raw: dict[str, Any]) -> None:
         f"{made['parameters'] / 1e9:.3g} B parameters, {made['bytes'] / 2**30:.3g} GiB {made['dtype']}, random; "
         f"{made['pixels']} pixels, {made['tokens']} text tokens, {made['steps']} steps. Medians (least-most, runs)."
     )
+    for workers in report.groups:
+        if reason_of(partial(report.group_line, workers)) is None:
+            print(report.group_line(workers))
     is_full = made["parameters"] > 10**10
     for title, rows in tables(report, is_full):
         if rows:
@@ -112,6 +115,7 @@ def lending(report: Report, workers: int, bar: Callable[[float], float | None]) 
         ),
         Row(f"  lend again what is lent{label}", partial(report.relend, workers)),
     ]
+    rows.append(Row(f"  bytes copied{label}", partial(report.copied_gib, workers)))
     if workers > 1:
         rows.append(
             Row(
