@@ -25,7 +25,6 @@ from suite_figures import Figure, Missing, Report
 
 COLOURS = {
     "start and imports": "#9aa5b1",
-    "workers ready": "#9aa5b1",
     "load": "#d1495b",
     "lend": "#edae49",
     "steps": "#00798c",
@@ -55,10 +54,10 @@ def draw_phases(report: Report, target: Path) -> None:
         name: partial(report.rival_phases, name) for name in RIVALS if name in report.parts
     }
     for workers in sorted(report.groups):
-        asked[f"xditd, {workers} GPU, with its start"] = partial(report.start_phases, workers)
-        asked[f"xditd, {workers} GPU, warm"] = partial(report.cold_phases, workers)
+        asked[f"xditd-{workers}, with its start"] = partial(report.start_phases, workers)
+        asked[f"xditd-{workers}, warm"] = partial(report.cold_phases, workers)
     bars = collect(asked)
-    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 0.9 + 0.45 * len(bars)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(bars)), layout="constrained")
     named = set()
     for row, phases in enumerate(bars.values()):
         left = 0.0
@@ -86,11 +85,11 @@ def draw_steps(report: Report, target: Path) -> None:
     for workers in sorted(report.groups):
         for part, how in ((f"plain-{workers}", ", plain kernels"), (f"workers-{workers}", "")):
             if part in report.parts:
-                label = f"xditd{how}, {workers} GPU"
+                label = f"xditd-{workers}{how}"
                 gpus[label] = workers
                 asked[label] = partial(median, report.step, part)
     bars = dict(sorted(collect(asked).items(), key=lambda bar: gpus[bar[0]]))
-    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 0.9 + 0.45 * len(bars)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(bars)), layout="constrained")
     has_floor = False
     for row, (label, took_ms) in enumerate(bars.items()):
         axes.barh(row, took_ms, color=OURS if label.startswith("xditd") else THEIRS)
@@ -115,7 +114,7 @@ def finish(figure: pyplot.Figure, axes: pyplot.Axes, report: Report, target: Pat
     axes.set_title(f"{report.made['parameters'] / 1e9:.3g} B parameters, {where}", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize="small")
     figure.savefig(target, dpi=DOTS_PER_INCH)
     pyplot.close(figure)
     print(target)

@@ -156,9 +156,9 @@ def wait(process: subprocess.Popen[bytes], limit_s: float) -> str | None:
 
 
 def refusal(found: dict[str, Any]) -> str | None:
-    """Why a worker group did not start: the first line says what, the last one of the daemon's log says why."""
+    """Why a worker group did not start: the last line of the daemon's log, which the message ends with."""
     lines = found.get("failed_stages", {}).get("start", "").splitlines()
-    return " ... ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else None
+    return str(lines[-1]) if lines else None
 
 
 def last_line(log: Path) -> str:

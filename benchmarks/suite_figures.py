@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
+LONGEST_REASON = 100
+"""More would push the table out of shape; the whole reason is in the JSON, and at the end of the tables."""
 
 
 class Missing(Exception):
@@ -76,7 +78,8 @@ class Report:
         if isinstance(refused, dict) and "cold_refused" in refused:
             return str(refused["cold_refused"])
         reason = stages.get(told.get(path[0], "")) or whole.get("failed") or whole.get("cold_refused")
-        return f"{part}: {reason or 'not measured: ' + '.'.join(path)}".splitlines()[0]
+        text = f"{part}: {reason or 'not measured: ' + '.'.join(path)}".splitlines()[0]
+        return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
     # --- Through the daemon ----------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class Report:
         image = self.look(part, "first_image_workers_ms")
         decode_s = image.get("decode", 0.0) / 1e3
         return {
-            "workers ready": seconds["workers_ready"],
+            "start and imports": seconds["workers_ready"],
             "lend": lends_ms / 1e3,
             "steps": self.look(part, "first_image_ms") / 1e3 - decode_s,
             "decode": decode_s,
