@@ -44,6 +44,8 @@ class Part:
     arguments: tuple[str, ...]
     estimate_s: float
     reads_files: bool = True
+    leaves: str | None = None
+    """A file among those of the run that later parts read: with files made anew, the part has to run again."""
 
 
 def parts_for(gpus: int, small: bool) -> list[Part]:
@@ -60,7 +62,8 @@ def parts_for(gpus: int, small: bool) -> list[Part]:
 
     def rival(name: str, ranks: int) -> Part:
         label = name if ranks == 1 and name == "diffusers" else f"{name}-{ranks}"
-        return Part(label, "rival.py", (name, "--ranks", str(ranks), *rival_few), 50.0)
+        leaves = f"latents_{name}_{ranks}.safetensors"
+        return Part(label, "rival.py", (name, "--ranks", str(ranks), *rival_few), 50.0, leaves=leaves)
 
     parts = [Part("ceilings", "ceilings.py", (), 15.0, reads_files=False), rival("diffusers", 1)]
     for workers in groups:
@@ -88,7 +91,7 @@ class Suite:
         self.outs = outs
         self.began = time.monotonic()
         self.report: dict[str, Any] = {"machine": describe_machine(), "made": {}, "parts": {}}
-        if given.resume:
+        if given.resume and given.json.exists():
             self._take_over(json.loads(given.json.read_text()))
 
     def _take_over(self, earlier: dict[str, Any]) -> None:
@@ -104,12 +107,22 @@ class Suite:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=clean_environment())
         if done.returncode:
             sys.exit("the files were not written")
-        self.report["made"] = json.loads(done.stdout.splitlines()[-1])
+        made = json.loads(done.stdout.splitlines()[-1])
+        if self.report["made"] not in ({}, made):
+            sys.exit(f"{self.given.json}: of another size; two do not go in one table")
+        self.report["made"] = made
+
+    def has(self, part: Part) -> bool:
+        """Whether a part needs not run: an earlier run found all, and what it left is still there."""
+        found = self.report["parts"].get(part.name)
+        is_left = part.leaves is None or (self.files / part.leaves).exists()
+        return found is not None and "failed" not in found and is_left
 
     def run(self, part: Part) -> None:
         """Run one part and keep what it found, or the reason why it found nothing."""
         spent_s = time.monotonic() - self.began
         if spent_s + part.estimate_s > self.given.deadline:
+            say(f"{part.name} is not begun: it takes {part.estimate_s:.0f} s, and {spent_s:.0f} s are over")
             self.report["parts"].setdefault(part.name, {"failed": f"not begun, {spent_s:.0f} s were over"})
             return
         say(f"{part.name} (at {spent_s:.0f} s)")
@@ -158,7 +171,7 @@ def wait(process: subprocess.Popen[bytes], limit_s: float) -> str | None:
 def refusal(found: dict[str, Any]) -> str | None:
     """Why a worker group did not start: the last line of the daemon's log, which the message ends with."""
     lines = found.get("failed_stages", {}).get("start", "").splitlines()
-    return str(lines[-1]) if lines else None
+    return str(lines[-1].partition(" ERROR ")[2] or lines[-1]) if lines else None
 
 
 def last_line(log: Path) -> str:
@@ -178,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PART", help="names of parts, with * and ?")
     parser.add_argument("--list", action="store_true", help="name the parts with their estimates in seconds, and stop")
     parser.add_argument("--json", type=Path, help="write everything here, after every part")
-    parser.add_argument("--resume", action="store_true", help="keep what --json holds; parts that it has are skipped")
+    parser.add_argument("--resume", action="store_true", help="keep what --json holds, if it is there")
     parser.add_argument("--files", type=Path, help="folder of checkpoints, made if need be and kept (default: for now)")
     parser.add_argument("--deadline", type=float, default=3600.0, help="begin no part that would end after so many s")
     parser.add_argument("--patience", type=float, default=3.0, help="end a part after so many times its estimate")
@@ -204,9 +217,8 @@ def main() -> int:
         suite = Suite(given, given.files or Path(folder, "files"), given.logs or Path(folder))
         suite.make_files()
         for part in parts:
-            if "failed" not in suite.report["parts"].get(part.name, {"failed": "not begun"}):
-                continue
-            suite.run(part)
+            if not suite.has(part):
+                suite.run(part)
         suite.write()
     print_tables(suite.report)
     return 0
