@@ -75,8 +75,10 @@ class Report:
         told = {"lends": "lends", "relend_ms": "lends", "latents": "jobs", "image": "jobs", "swap": "swap"}
         told |= {"parity": "parity", "denoise": "denoise", "files": "files", "cold_clients": "cold_clients"}
         refused = whole.get(path[0]) if path else None
-        if isinstance(refused, dict) and "cold_refused" in refused:
+        if isinstance(refused, dict) and path[-1] == "cold" and "cold_refused" in refused:
             return str(refused["cold_refused"])
+        if path[-1] == "through_arena" and not self.machine["gpus"]:
+            return "no GPU"
         reason = stages.get(told.get(path[0], "")) or whole.get("failed") or whole.get("cold_refused")
         text = f"{part}: {reason or 'not measured: ' + '.'.join(path)}".splitlines()[0]
         return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
