@@ -11,6 +11,8 @@ PYTHON ?= python3.11
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= workers,dev
 PYTEST_ARGS ?=
+# On two cores in minutes: with one worker and with two, and what they are compared with.
+BENCH_PARTS ?= ceilings diffusers xfuser-2 'workers-*' load-pretrained tensor-ipc
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,7 +57,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/control_plane.py
-	$(BIN)/python benchmarks/main_path.py --device cpu --small
+	$(BIN)/python benchmarks/suite.py --device cpu --small --only $(BENCH_PARTS)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --minutes 2

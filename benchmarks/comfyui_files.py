@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -12,38 +10,12 @@ from pathlib import Path
 
 import flux_weights
 import torch
+from checkpoint_files import write_in_place
 from safetensors.torch import save_file
 
 from xditd.client.demo import checkpoints
 
 RANK = 16
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-
-
-def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file from tensors on a GPU, straight into its mapped pages.
-
-    ``save_file`` would hold 22 GiB twice on the host before it writes the first byte.
-    """
-    header: dict[str, object] = {}
-    at = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % 256)
-    start = 8 + len(text)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(start + at)
-    mapped = torch.from_file(str(path), shared=True, size=start + at, dtype=torch.uint8)
-    for tensor in tensors.values():
-        mapped[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
-        start += tensor.nbytes
 
 
 def lora_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:

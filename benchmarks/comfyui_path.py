@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 from comfyui_server import ComfyServer, Failure, clean_environment, make_base
 from comfyui_table import print_table
-from machine import describe_machine, gpu_memory_by_process, gpu_memory_used
+from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
 
 from xditd.client import Client
 from xditd.ipc.errors import DaemonUnreachable, XditdError
@@ -274,17 +273,6 @@ def wait_ready(client: Client) -> dict[str, int]:
     return dict(status.parallel)
 
 
-def scratch_folder(given: argparse.Namespace) -> Path:
-    """Choose where the checkpoint lies: memory is the faster disk, where it has room for the file."""
-    if given.scratch is not None:
-        return Path(given.scratch)
-    needed = 1 if given.small else 26
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free >= needed * GIB:
-        return shared
-    return Path(tempfile.gettempdir())
-
-
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
@@ -297,7 +285,8 @@ def main() -> None:
     if not gpus:
         sys.exit("no GPU here; --device cpu --small makes a dry run")
     sizes = given.workers or sorted({1, gpus})
-    with tempfile.TemporaryDirectory(prefix="xditd-comfy-", dir=scratch_folder(given)) as folder:
+    scratch = given.scratch or roomy_folder((1 if given.small else 26) * GIB)
+    with tempfile.TemporaryDirectory(prefix="xditd-comfy-", dir=scratch) as folder:
         run = Run(given, Path(folder))
         files: subprocess.Popen[bytes] | None = run.write_files()
         for at, workers in enumerate(sizes):

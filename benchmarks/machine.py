@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import xditd
@@ -38,6 +41,14 @@ def gpu_memory_by_process() -> dict[int, int]:
 def gpu_memory_used() -> list[int]:
     """Bytes in use on each GPU, by every process."""
     return [int(used.split()[0]) * 2**20 for used in _query("memory.used", "--query-gpu")]
+
+
+def roomy_folder(size_bytes: int) -> Path:
+    """Choose where files of so many bytes lie for a while: memory is the faster disk, where it has room for them."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and shutil.disk_usage(shared).free >= size_bytes:
+        return shared
+    return Path(tempfile.gettempdir())
 
 
 def _query(fields: str, what: str) -> list[str]:

@@ -1,9 +1,12 @@
-"""The same job without the daemon, in a process of its own: plain diffusers, or xfuser as its users run it.
+"""The same jobs without the daemon, as users run them: load a folder of diffusers, denoise, decode.
 
-    python benchmarks/rival.py diffusers --inputs IN --latents OUT --steps 28
-    python benchmarks/rival.py xfuser --ranks 2 --inputs IN --latents OUT --steps 28
+    python benchmarks/rival.py diffusers --files FOLDER --out FILE
+    python benchmarks/rival.py xfuser --ranks 2 --files FOLDER --out FILE
+    python benchmarks/rival.py context-parallel --ranks 2 --files FOLDER --out FILE
 
-Makes the seeded weights of ``flux_weights``, converts them with diffusers' own converter, and prints one JSON line.
+``diffusers`` is one process, ``xfuser`` its Flux wrapper with Ulysses, ``context-parallel`` diffusers' own
+``enable_parallelism`` with Ulysses. All run in eager mode. Files come from ``checkpoint_files.py``; latents after a few
+steps are left in their folder, for what others are compared with. Seconds are those of the slowest rank.
 """
 
 from __future__ import annotations
@@ -11,64 +14,162 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import flux_weights
+import checkpoint_files
+import scales
 import torch
+from measuring import Report, add_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time one job in-process and write its latents.")
-    parser.add_argument("rival", choices=("diffusers", "xfuser"))
+    parser = argparse.ArgumentParser(description="Time loading and jobs in-process, and write latents.")
+    parser.add_argument("rival", choices=tuple(LOADERS))
+    add_arguments(parser)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a tiny transformer instead of FLUX.1-dev's size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", type=Path, required=True)
-    parser.add_argument("--latents", type=Path, required=True)
-    parser.add_argument("--pixels", type=int, default=1024)
-    parser.add_argument("--parity-steps", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--files", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--began", type=float, default=time.time(), help="when the program was started, as time.time()")
     return parser
 
 
-def run(pipeline: Any, given: argparse.Namespace, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
-    """Latents after ``parity_steps``, and the seconds that ``steps`` steps took, for each repeat after a warm-up."""
+@dataclass(frozen=True)
+class Rank:
+    """One process of a rival. ``store`` is a file through which ranks meet."""
+
+    given: argparse.Namespace
+    number: int
+    store: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.number) if self.given.device == "cuda" else torch.device("cpu")
+
+    @property
+    def transformer_folder(self) -> Path:
+        return self.given.files / checkpoint_files.DIFFUSERS / "transformer"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How ``from_pretrained`` is called: straight to the device, which is its fastest way there."""
+        dtype = scales.dtype_on(self.given.device)
+        return {"torch_dtype": dtype, "device_map": {"": str(self.device)}, "local_files_only": True}
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_diffusers(rank: Rank) -> Callable[[], Any]:
+    from diffusers import FluxTransformer2DModel
+
+    return lambda: FluxTransformer2DModel.from_pretrained(rank.transformer_folder, **rank.options)
+
+
+def start_xfuser(rank: Rank) -> Callable[[], Any]:
+    from xditd.gpu_workers import xfuser_start
+
+    xfuser_start.start(rank.number, rank.given.ranks, rank.store, rank.device)
+    from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
+
+    return lambda: xFuserFlux1Transformer2DWrapper.from_pretrained(rank.transformer_folder, **rank.options)
+
+
+def start_context_parallel(rank: Rank) -> Callable[[], Any]:
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig, FluxTransformer2DModel
+
+    if rank.device.type == "cuda":
+        torch.cuda.set_device(rank.device)
+    for backend in ("GLOO", "NCCL"):
+        os.environ[f"{backend}_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo",
+        store=dist.FileStore(rank.store, rank.given.ranks),
+        rank=rank.number,
+        world_size=rank.given.ranks,
+    )
+
+    def load() -> Any:
+        transformer = FluxTransformer2DModel.from_pretrained(rank.transformer_folder, **rank.options)
+        if rank.device.type == "cuda":
+            transformer.set_attention_backend("_native_cudnn")  # as xfuser chooses on these GPUs
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=rank.given.ranks))
+        return transformer
+
+    return load
+
+
+LOADERS = {"diffusers": start_diffusers, "xfuser": start_xfuser, "context-parallel": start_context_parallel}
+
+
+def measure(rank: Rank) -> dict[str, Any]:
+    """Load, make a first image, then time jobs; rank 0 leaves latents in the folder of the files."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file, save_file
+
+    from xditd.gpu_workers import reference
+
+    given, scale = rank.given, scales.named(rank.given)
+    load = LOADERS[given.rival](rank)
+    inputs = load_file(given.files / checkpoint_files.INPUTS, device=str(rank.device))
+    rank.wait()
+    found: dict[str, Any] = {"started_s": time.time() - given.began}
+
+    with torch.no_grad():
+        pipeline, found["load_s"] = timed(rank, lambda: make_pipeline(load()))
+        vae_folder = given.files / checkpoint_files.DIFFUSERS / "vae"
+        vae, found["load_vae_s"] = timed(rank, lambda: AutoencoderKL.from_pretrained(vae_folder, **rank.options))
+        first, found["first_job_s"] = timed(rank, lambda: job(pipeline, scale, inputs, scale.steps))
+        _, found["first_decode_s"] = timed(rank, lambda: reference.reference_decode(vae, first))
+        found["job_s"] = [
+            timed(rank, lambda: job(pipeline, scale, inputs, scale.steps))[1] for _ in range(given.repeats)
+        ]
+        found["decode_s"] = [
+            timed(rank, lambda: reference.reference_decode(vae, first))[1] for _ in range(given.repeats)
+        ]
+        latents = job(pipeline, scale, inputs, scale.parity_steps)
+        found["same_bits_again"] = torch.equal(latents, job(pipeline, scale, inputs, scale.parity_steps))
+    if rank.number == 0:
+        save_file({"latents": latents.float().cpu().contiguous()}, latents_file(given.files, given.rival, given.ranks))
+    return found
+
+
+def latents_file(files: Path, rival: str, ranks: int) -> Path:
+    return files / f"latents_{rival}_{ranks}.safetensors"
+
+
+def timed(rank: Rank, action: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = action()
+    rank.wait()
+    return result, time.perf_counter() - started
+
+
+def job(pipeline: Any, scale: scales.Scale, inputs: dict[str, torch.Tensor], steps: int) -> torch.Tensor:
     from diffusers import FluxPipeline
 
     noise = inputs["noise"]
-    side = given.pixels // 8
-
-    def job(steps: int) -> torch.Tensor:
-        packed = pipeline(
-            prompt_embeds=inputs["prompt_embeds"],
-            pooled_prompt_embeds=inputs["pooled_prompt_embeds"],
-            latents=FluxPipeline._pack_latents(noise, *noise.shape),
-            height=given.pixels,
-            width=given.pixels,
-            num_inference_steps=steps,
-            guidance_scale=3.5,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        if given.device == "cuda":
-            torch.cuda.synchronize()
-        return FluxPipeline._unpack_latents(packed, side, side, 1)
-
-    latents = job(given.parity_steps)
-    took = []
-    for _ in range(given.repeats):
-        started = time.perf_counter()
-        job(given.steps)
-        took.append(time.perf_counter() - started)
-    return latents, took
+    packed = pipeline(
+        prompt_embeds=inputs["prompt_embeds"],
+        pooled_prompt_embeds=inputs["pooled_prompt_embeds"],
+        latents=FluxPipeline._pack_latents(noise, *noise.shape),
+        height=scale.pixels,
+        width=scale.pixels,
+        num_inference_steps=steps,
+        guidance_scale=3.5,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return FluxPipeline._unpack_latents(packed, scale.pixels // 8, scale.pixels // 8, 1)
 
 
 def make_pipeline(transformer: Any) -> Any:
@@ -90,80 +191,43 @@ def make_pipeline(transformer: Any) -> Any:
     return pipeline
 
 
-def load_inputs(given: argparse.Namespace, device: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(given.inputs, device=device)
-
-
-def weights(given: argparse.Namespace, device: str) -> dict[str, torch.Tensor]:
-    size = flux_weights.SMALL if given.small else flux_weights.FULL
-    dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
-    return flux_weights.state_dict(size, dtype, device, given.seed)
-
-
-def run_diffusers(given: argparse.Namespace) -> dict[str, Any]:
-    from xditd.gpu_workers import reference
-
-    device = "cuda:0" if given.device == "cuda" else "cpu"
-    with torch.no_grad():
-        transformer = reference.transformer_from(weights(given, device))
-        latents, took = run(make_pipeline(transformer), given, load_inputs(given, device))
-    save(latents, given.latents)
-    return {"seconds": took}
-
-
-def run_xfuser_rank(rank: int, given: argparse.Namespace, store: str, out: Any) -> None:
-    from xditd.gpu_workers import xfuser_start
-
-    device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
+def run_rank(number: int, given: argparse.Namespace, folder: str) -> None:
+    if given.device == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // given.ranks))
-    layout = xfuser_start.start(rank, given.ranks, store, device)
-
-    from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
-
-    from xditd.gpu_workers import reference
-
-    state = weights(given, str(device))
-    plain = reference.transformer_from(state)
-    with torch.device("meta"):
-        wrapped = xFuserFlux1Transformer2DWrapper(**{k: v for k, v in plain.config.items() if not k.startswith("_")})
-    wrapped.load_state_dict(plain.state_dict(), assign=True)
-    with torch.no_grad():
-        latents, took = run(make_pipeline(wrapped.eval()), given, load_inputs(given, str(device)))
-    if rank == 0:
-        save(latents, given.latents)
-        out.put(json.dumps({"seconds": took, "attention": layout.attention_backend}))
-    xfuser_start.stop()
+    found = measure(Rank(given, number, f"{folder}/store"))
+    Path(folder, f"rank{number}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def run_xfuser(given: argparse.Namespace) -> dict[str, Any]:
-    import torch.multiprocessing as multiprocessing
-
-    spawn = multiprocessing.get_context("spawn")
-    out = spawn.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            spawn.Process(target=run_xfuser_rank, args=(rank, given, f"{folder}/store", out))
-            for rank in range(given.ranks)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"xfuser ranks ended with {[process.exitcode for process in ranks]}")
-    found: dict[str, Any] = json.loads(out.get(timeout=10))
-    return found
+def slowest(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One rival's figures from its ranks': for each run what the slowest one took."""
+    whole: dict[str, Any] = {}
+    for name in found[0]:
+        each = [rank[name] for rank in found]
+        if name == "same_bits_again":
+            whole[name] = all(each)
+        else:
+            whole[name] = [max(run) for run in zip(*each, strict=True)] if isinstance(each[0], list) else max(each)
+    return whole
 
 
-def save(latents: torch.Tensor, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"latents": latents.float().cpu().contiguous()}, path)
+def main() -> None:
+    given = build_parser().parse_args()
+    report = Report(given.out)
+    with tempfile.TemporaryDirectory(prefix="xditd-rival-") as folder:
+        if given.ranks == 1:
+            run_rank(0, given, folder)
+        else:
+            # Daemonic processes end with this one, whatever ends it.
+            ranks = torch.multiprocessing.start_processes(
+                run_rank, (given, folder), nprocs=given.ranks, join=False, daemon=True, start_method="spawn"
+            )
+            while not ranks.join():
+                pass
+        found = [json.loads(Path(folder, f"rank{number}.json").read_text()) for number in range(given.ranks)]
+    report.add(rival=given.rival, ranks=given.ranks, **slowest(found))
 
 
 if __name__ == "__main__":
-    arguments = build_parser().parse_args()
-    print(json.dumps(run_diffusers(arguments) if arguments.rival == "diffusers" else run_xfuser(arguments)))
+    main()

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,14 +25,18 @@ _LOG_TAIL_LINES: Final = 15
 
 
 class DaemonProcess:
-    """``xditd serve`` as a child process. ``log`` gets what it and its workers write to stderr."""
+    """``xditd serve`` as a child process. ``log`` gets what it and its workers write to stderr.
 
-    def __init__(self, log: Path, workers: int, device: str) -> None:
+    ``flags`` are more of ``xditd serve``'s; what they should not be ends the daemon, and :meth:`connect` says so.
+    """
+
+    def __init__(self, log: Path, workers: int, device: str, flags: Sequence[str] = ()) -> None:
         # Socket paths hold 107 bytes, so the folder is not below the output folder, whose path may be long.
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
         self.log = log
         command = module_command(
-            "xditd.daemon", ["--runtime-dir", str(self.runtime_dir), "--workers", str(workers), "--device", device]
+            "xditd.daemon",
+            ["--runtime-dir", str(self.runtime_dir), "--workers", str(workers), "--device", device, *flags],
         )
         with log.open("wb") as stderr:
             # A session of its own: Ctrl-C ends the demo, which then ends the daemon in good order.

@@ -1,0 +1,76 @@
+"""What the machine itself reaches: pinned host memory to each GPU, to all of them at once, and from GPU to GPU.
+
+python benchmarks/ceilings.py --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import GIB, Report, add_arguments, repeat_ms
+
+UPLOAD_BYTES = 4 * GIB
+PEER_BYTES = 8 * GIB
+SMALL_BYTES = GIB // 4
+REPEATS = 7
+
+
+def upload_gb_s(gpus: list[int], size_bytes: int) -> float:
+    """Bytes a second that reach these GPUs from pinned memory, together; each copies from a buffer of its own."""
+    sources = [torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) for _ in gpus]
+    targets = [torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{gpu}") for gpu in gpus]
+
+    def copy() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source, non_blocking=True)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+
+    return rate(copy, size_bytes * len(gpus))
+
+
+def peer_gb_s(source: int, target: int, size_bytes: int) -> float:
+    """Bytes a second of one copy in one piece from GPU to GPU."""
+    there = torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{source}")
+    here = torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{target}")
+
+    def copy() -> None:
+        here.copy_(there, non_blocking=True)
+        torch.cuda.synchronize(source)
+        torch.cuda.synchronize(target)
+
+    return rate(copy, size_bytes)
+
+
+def host_gb_s(size_bytes: int) -> float:
+    """Bytes a second of one copy in host memory."""
+    source, target = torch.ones(size_bytes, dtype=torch.uint8), torch.ones(size_bytes, dtype=torch.uint8)
+    return rate(lambda: target.copy_(source), size_bytes)
+
+
+def rate(copy: Callable[[], object], size_bytes: int) -> float:
+    """The best of several runs: a ceiling is what is possible."""
+    copy()  # the first one maps pages and peers
+    return size_bytes / (min(repeat_ms(copy, REPEATS)) / 1e3) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    report = Report(given.out)
+    report.add(host_gb_s=host_gb_s(SMALL_BYTES))
+    gpus = list(range(torch.cuda.device_count())) if given.device == "cuda" else []
+    uploads, peers = (SMALL_BYTES, SMALL_BYTES) if given.small else (UPLOAD_BYTES, PEER_BYTES)
+    for gpu in gpus:
+        report.add(**{f"upload_{gpu}_gb_s": upload_gb_s([gpu], uploads)})
+    if len(gpus) > 1:
+        report.add(upload_all_gb_s=upload_gb_s(gpus, uploads), peer_gb_s=peer_gb_s(0, 1, peers))
+
+
+if __name__ == "__main__":
+    main()

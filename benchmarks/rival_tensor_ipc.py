@@ -1,0 +1,104 @@
+"""Handing a checkpoint to another process by torch's own multiprocessing, one handle for each tensor.
+
+    python benchmarks/rival_tensor_ipc.py --out FILE
+
+One process makes the weights, sends them through a pipe (``reduce_tensor``), and another opens all of them and assigns
+them to diffusers' module. Counted from before the first tensor is described until the module holds all of them.
+Prefer the daemon's way: torch refuses this under ``cudaMallocAsync``, and a receiver that is killed leaks a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import flux_weights
+import scales
+import torch
+from measuring import Report, add_arguments
+
+DEADLINE_S = 120.0
+
+
+def receive(connection: Any, given: argparse.Namespace) -> None:
+    """Build the module once, then answer each checkpoint with the moments when it was open and assigned."""
+    from diffusers import FluxTransformer2DModel
+
+    from xditd.gpu_workers import reference
+
+    device = torch.device(scales.first_of(given.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+    module: Any = None
+    connection.send(None)
+    for _ in range(given.repeats + 1):
+        tensors = connection.recv()
+        opened = time.perf_counter()
+        # Only the first one pays for the module: it stands for a skeleton that is built already.
+        converted = reference.convert_transformer(tensors)
+        if module is None:
+            config = reference.transformer_from(tensors).config
+            with torch.device("meta"):
+                module = FluxTransformer2DModel.from_config(config)
+        module.load_state_dict(converted, assign=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        connection.send((opened, time.perf_counter()))
+        module.to_empty(device="meta")
+        del tensors, converted
+        gc.collect()
+        connection.send(None)  # all handles are closed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    report = Report(given.out)
+    spawn = torch.multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    receiver = spawn.Process(target=receive, args=(there, given), daemon=True)
+    receiver.start()
+    there.close()
+    dtype, device = scales.dtype_on(given.device), scales.first_of(given.device)
+    tensors = flux_weights.state_dict(scales.named(given).size, dtype, device, 0)
+    answer(here)
+    opens, wholes = [], []
+    for _ in range(given.repeats + 1):
+        if given.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()  # CLOCK_MONOTONIC: the same in both processes
+        here.send(tensors)
+        opened, assigned = answer(here)
+        opens.append((opened - started) * 1e3)
+        wholes.append((assigned - started) * 1e3)
+        answer(here)
+    report.add(tensors=len(tensors), first_ms=wholes[0], open_ms=opens[1:], whole_ms=wholes[1:])
+    receiver.join(DEADLINE_S)
+
+
+def answer(connection: Any) -> Any:
+    """What the other process says next.
+
+    Raises:
+        SystemExit: it ended, or says nothing.
+    """
+    try:
+        if connection.poll(DEADLINE_S):
+            return connection.recv()
+    except EOFError:
+        raise SystemExit("the receiving process ended") from None
+    raise SystemExit(f"the receiving process said nothing for {DEADLINE_S:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The stages of a walk with one worker group, and what they write down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files
+import flux_weights
+import page_cache
+import scales
+import torch
+from machine import gpu_memory_by_process
+from measuring import GIB, AnonymousPeak, Report, repeat_ms, say
+from safetensors.torch import load_file
+
+from xditd.client import Client, Loan
+from xditd.client.arenas import Arena
+from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.ipc.errors import XditdError
+
+HERE = Path(__file__).resolve().parent
+RIVALS = ("diffusers_1", "xfuser_1", "xfuser_2")
+FILE_SECONDS = 20.0
+COLD_CLIENT_DEADLINE_S = 90.0
+
+
+class StageFailed(Exception):
+    """A stage cannot be measured here; the message says why."""
+
+
+class Walk:
+    """One daemon and one client, taken through stages in order."""
+
+    def __init__(self, given: argparse.Namespace, report: Report, daemon: DaemonProcess) -> None:
+        self.given = given
+        self.report = report
+        self.daemon = daemon
+        self.scale = scales.named(given)
+        self.device = scales.first_of(given.device)
+        self.inputs = load_file(given.files / checkpoint_files.INPUTS)
+        self.arenas: list[Arena] = []
+        self.client: Client
+        self.loan: Loan
+        self.vae: Loan
+        self.other: Loan
+        self.failed: dict[str, str] = {}
+
+    def run(self, stages: tuple[Callable[[Walk], None], ...]) -> None:
+        for stage in stages:
+            say(f"  {stage.__name__}")
+            try:
+                stage(self)
+            except (XditdError, StageFailed, OSError, subprocess.SubprocessError) as error:
+                self.failed[stage.__name__] = f"{type(error).__name__}: {error}"
+                say(f"  {stage.__name__} failed: {error}")
+                self.report.add(failed_stages=self.failed)
+                if stage is Walk.start:
+                    return
+
+    def close(self) -> None:
+        """End all loans and free the memory."""
+        client: Client | None = getattr(self, "client", None)
+        if client is not None:
+            client.close()
+        for arena in self.arenas:
+            arena.close()
+
+    # --- Stages ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """From starting the daemon to a first image, and what that consists of."""
+        seconds: dict[str, float] = {}
+        self.client = self.daemon.connect()
+        seconds["daemon_answers"] = time.perf_counter() - self.given.began
+        # Made while the workers start: clients have their weights already.
+        shapes = flux_weights.shapes(self.scale.size, scales.dtype_on(self.given.device))
+        for seed in (0, 1):
+            self.arenas.append(Arena(shapes, self.device))
+            flux_weights.fill(self.arenas[-1].tensors, seed)
+        self.arenas.append(Arena.copy_of(load_file(self.given.files / checkpoint_files.VAE), self.device))
+        status = self.daemon.wait_ready(self.client, lambda _: None)
+        seconds["workers_ready"] = time.perf_counter() - self.given.began
+        self.report.add(
+            workers=self.given.workers,
+            flags=self.given.flags,
+            parallel=dict(status.parallel),
+            attention=status.attention_backend,
+            lent_gib=self.arenas[0].size_bytes / GIB,
+            memory={"workers_ready": self._extra_memory()},
+        )
+        self.loan, first = lend_once(self.client, self.arenas[0])
+        self.vae, first_vae = lend_once(self.client, self.arenas[2])
+        self.report.found["memory"]["lent"] = self._extra_memory()
+        image_ms, timings = self._generate(self.scale.steps, with_vae=self.given.walk == "whole")
+        self.report.add(
+            start_s=seconds,
+            first_lend=first,
+            first_vae_lend=first_vae,
+            first_image_ms=image_ms,
+            first_image_workers_ms=timings,
+        )
+
+    def lends(self) -> None:
+        """Lending to a skeleton that is built, and lending again what is lent."""
+        relent: list[Loan] = []
+        again = repeat_ms(lambda: relent.append(self.client.lend(self.arenas[0].tensors)), self.given.repeats)
+        for loan in relent:
+            loan.return_()
+        found = []
+        for number in range(self.given.lends):
+            self.other, measured = lend_once(self.client, self.arenas[1])
+            found.append(measured)
+            if number < self.given.lends - 1:
+                self.other.return_()
+        self.report.add(relend_ms=again, lends=found)
+
+    def jobs(self) -> None:
+        """Whole jobs to latents and to an image."""
+        runs = [self._generate(self.scale.steps) for _ in range(self.given.repeats)]
+        self.report.add(
+            latents={"client_ms": [whole for whole, _ in runs], "workers_ms": [timings for _, timings in runs]}
+        )
+        if self.given.walk == "whole":
+            runs = [self._generate(self.scale.steps, with_vae=True) for _ in range(self.given.repeats)]
+            self.report.add(
+                image={"client_ms": [whole for whole, _ in runs], "workers_ms": [timings for _, timings in runs]}
+            )
+        self.report.found["memory"]["ran"] = self._extra_memory()
+
+    def parity(self) -> None:
+        """Latents after a few steps against those that rivals left, and the same bits again."""
+        latents, again = (self._latents(self.scale.parity_steps) for _ in range(2))
+        errors = {}
+        for rival in RIVALS:
+            path = self.given.files / f"latents_{rival}.safetensors"
+            if path.exists():
+                expected = load_file(path)["latents"]
+                errors[rival] = float((latents.float() - expected).norm() / expected.norm())
+        self.report.add(parity=errors, same_bits_again=bool(torch.equal(latents, again)))
+
+    def denoise(self) -> None:
+        """One forward as a client's own sampler asks for it; with two rows, as with a negative prompt."""
+        tensors = self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"]
+        noise, kept = self.inputs["noise"], self.client.condition(*tensors, guidance=3.5)
+        two = torch.cat([noise, noise.flip(-1)])
+        repeats = self.given.repeats + 3
+
+        def step_ms(step: Callable[[], object]) -> list[float]:
+            step()
+            return repeat_ms(step, repeats)
+
+        found: dict[str, Any] = {"kept_ms": step_ms(lambda: self.client.denoise(self.loan, noise, 0.5, kept))}
+        found["workers_ms"] = dict(self.client.status().last_job_ms)
+        found["sent_ms"] = step_ms(lambda: self.client.denoise(self.loan, noise, 0.5, *tensors, guidance=3.5))
+        found["two_rows_ms"] = step_ms(lambda: self.client.denoise(self.loan, two, 0.5, [kept, kept]))
+        self.report.add(denoise=found)
+
+    def swap(self) -> None:
+        """The first step after another fine-tune was asked for, against the next one; both are jobs of one step."""
+        built = self.client.status().counters.skeletons_built
+        first, steady, plug = [], [], []
+        for number in range(2 * self.given.repeats):
+            which = (self.other, self.loan)[number % 2]
+            _, timings = self._generate(1, loan=which)
+            first.append(timings["plug"] + timings["steps"])
+            plug.append(timings["plug"])
+            _, timings = self._generate(1, loan=which)
+            steady.append(timings["plug"] + timings["steps"])
+        counters = self.client.status().counters
+        self.report.add(
+            swap={
+                "first_workers_ms": first,
+                "steady_workers_ms": steady,
+                "plug_workers_ms": plug,
+                "skeletons_built": counters.skeletons_built - built,
+            }
+        )
+
+    def files(self) -> None:
+        """Lending a file: to each GPU from the page cache, from the disk, and through an arena of the client."""
+        self._free_other()
+        path = self.given.files / checkpoint_files.CHECKPOINT
+        pids = [worker.pid for worker in self.client.status().workers]
+        found: dict[str, Any] = {"warm": [], "anonymous_gib": []}
+
+        def lend_file(device: str | None = None) -> dict[str, Any]:
+            with AnonymousPeak(pids) as peak:
+                loan, measured = lend_once(self.client, path, device=device)
+            measured["anonymous_gib"] = peak.grown_gib()
+            loan.return_()
+            return measured
+
+        started = time.perf_counter()
+        while len(found["warm"]) < self.given.repeats and time.perf_counter() - started < FILE_SECONDS:
+            found["warm"].append(lend_file())
+            self.report.add(files=found)
+        if self.given.device == "cuda":
+            found["through_arena"] = [lend_file(self.device)]
+        reason = page_cache.evict(path)
+        found |= {"cold_refused": reason} if reason else {"cold": lend_file()}
+        self.report.add(files=found)
+
+    def cold_clients(self) -> None:
+        """Clients in processes that have just started: from ``lend`` to a first image."""
+        self._free_other()
+        command = [sys.executable, str(HERE / "cold_client.py"), "--runtime", str(self.daemon.runtime_dir)]
+        command += ["--files", str(self.given.files), "--device", self.given.device]
+        command += ["--small"] if self.given.small else []
+        found: list[dict[str, Any]] = []
+        for number in range(self.given.cold_clients):
+            done = subprocess.run(
+                [*command, "--seed", str(10 + number)],
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=COLD_CLIENT_DEADLINE_S,
+                check=True,
+            )
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            self.report.add(cold_clients=found)
+
+    # --- Their tools -----------------------------------------------------------------------------
+
+    def _generate(
+        self, steps: int, *, with_vae: bool = False, loan: Loan | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """Milliseconds of a job as the client sees it, and the workers' by phase."""
+        started = time.perf_counter()
+        result = self._start_job(steps, self.vae if with_vae else None, loan or self.loan).result()
+        return (time.perf_counter() - started) * 1e3, result.timings_ms
+
+    def _latents(self, steps: int) -> torch.Tensor:
+        return self._start_job(steps, None, self.loan).result().latents
+
+    def _start_job(self, steps: int, vae: Loan | None, loan: Loan) -> Any:
+        more = {"step_cache": self.given.step_cache} if self.given.step_cache else {}
+        return self.client.generate(
+            loan,
+            self.inputs["prompt_embeds"],
+            self.inputs["pooled_prompt_embeds"],
+            vae=vae,
+            noise=self.inputs["noise"],
+            height=self.scale.pixels,
+            width=self.scale.pixels,
+            steps=steps,
+            **more,
+        )
+
+    def _free_other(self) -> None:
+        """Give the second checkpoint's memory back, on the lending GPU and on the others."""
+        if hasattr(self, "other"):
+            self.other.return_()
+            del self.other
+            self.arenas.pop(1).close()
+
+    def _extra_memory(self) -> dict[str, float]:
+        """GiB on the GPUs by process; the client's share without its own weights."""
+        by_process = gpu_memory_by_process()
+        mine = by_process.pop(os.getpid(), 0) - sum(arena.size_bytes for arena in self.arenas)
+        return {"workers_gib": sum(by_process.values()) / GIB, "client_beyond_weights_gib": mine / GIB}
+
+
+WALKS = {
+    "whole": (
+        Walk.start,
+        Walk.lends,
+        Walk.jobs,
+        Walk.parity,
+        Walk.denoise,
+        Walk.swap,
+        Walk.cold_clients,
+        Walk.files,
+    ),
+    "jobs": (Walk.start, Walk.parity, Walk.jobs, Walk.denoise),
+}
+
+
+def lend_once(client: Client, source: Arena | Path, device: str | None = None) -> tuple[Loan, dict[str, Any]]:
+    """Lend. ``total_ms`` ends when ``lend`` returns: mapped, verified and plugged on all ranks."""
+    started = time.perf_counter()
+    loan = client.lend(source.tensors if isinstance(source, Arena) else source, device=device)
+    total_ms = (time.perf_counter() - started) * 1e3
+    copied = {kind: getattr(loan.copied, kind) for kind in loan.copied.__struct_fields__}
+    tiers = [tier.value for tier in loan.tiers]
+    return loan, {"total_ms": total_ms, "phases_ms": dict(loan.timings_ms), "copied_bytes": copied, "tiers": tiers}
