@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py --ranks 1 2
     python benchmarks/step_time.py --ranks 1 --ways plain fused --profile
+    python benchmarks/step_time.py --ranks 2 --layout ring=2 --ways plain
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
 kernels of ``gpu_workers/fused``. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, ratios,
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="timed forwards; the median counts")
     parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
+    parser.add_argument("--layout", default="auto", help="as xditd serve takes it, such as ring=2")
     parser.add_argument("--attention", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--profile", action="store_true", help="sum a step's kernels by kind")
     parser.add_argument("--json", type=Path)
@@ -53,11 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
     from xditd.gpu_workers import xfuser_start
+    from xditd.ipc.degrees import parse_layout
+    from xditd.ipc.planner import plan as plan_layout
 
     device = torch.device("cuda", rank)
-    layout = xfuser_start.start(
-        rank, ranks, f"{folder}/store", device, attention_backend=given.attention, kernels="fused"
-    )
+    degrees = plan_layout(ranks, parse_layout(given.layout)).degrees
+    kernels = "fused" if "fused" in given.ways else "plain"
+    layout = xfuser_start.start(rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels)
     from xditd.gpu_workers import attention, pipelines
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
@@ -76,7 +80,11 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     def step() -> torch.Tensor:
         return module(**inputs, return_dict=False)[0]
 
-    found: dict[str, Any] = {"attention": f"{layout.attention_backend}, fused {layout.fused_attention}", "ways": {}}
+    found: dict[str, Any] = {
+        "layout": str(degrees),
+        "attention": f"{layout.attention_backend}, fused {layout.fused_attention}",
+        "ways": {},
+    }
 
     @torch.inference_mode()
     def few_steps() -> torch.Tensor:
@@ -190,8 +198,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="xditd-step-") as folder:
             torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)
             found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
-        group: dict[str, Any] = {"ranks": ranks, "attention": found[0]["attention"], "floor_ms": floor_ms(given, ranks)}
-        print(f"\n{ranks} rank(s), attention {group['attention']}, floor {group['floor_ms']:.1f} ms")
+        group: dict[str, Any] = {
+            "ranks": ranks,
+            "layout": found[0]["layout"],
+            "attention": found[0]["attention"],
+            "floor_ms": floor_ms(given, ranks),
+        }
+        print(f"\n{ranks} rank(s), {group['layout']}, attention {group['attention']}, floor {group['floor_ms']:.1f} ms")
         group["ways"] = {way: [each["ways"][way] for each in found] for way in given.ways}
         plain = None
         for way, entries in group["ways"].items():

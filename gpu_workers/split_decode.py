@@ -4,7 +4,7 @@ Convolutions need one row of each neighbour's, norms the moments of all rows, an
 and values of all rows. Nothing is blended or approximated: in float32 a split picture differs from a whole one by the
 order of sums. Works on diffusers' decoder as ``families/flux_vae.py`` builds it, on its own parameters.
 
-DistVAE, which xDiT uses, was looked at: docs/decisions/0007.
+DistVAE, which xDiT uses, was looked at: docs/decisions/0008.
 """
 
 from __future__ import annotations

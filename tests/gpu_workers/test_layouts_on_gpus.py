@@ -1,0 +1,67 @@
+"""Ulysses, ring and CFG parallel on two GPUs: as near to float32 as one GPU is, and the same bits again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.multigpu
+
+PROGRAM = Path(__file__).with_name("layouts_on_gpus.py")
+LAYOUTS = ("ulysses=2", "ring=2", "cfg=2")
+# All round to bfloat16 about as often; which of two such results is nearer is chance.
+AS_NEAR = 1.25
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each rank of each layout found."""
+    folder = tmp_path_factory.mktemp("layouts_on_gpus")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        layout: [json.loads((folder / f"{layout}-rank{rank}.json").read_text()) for rank in (0, 1)]
+        for layout in LAYOUTS
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_is_as_near_to_float32_as_on_one_gpu(facts: Any, layout: str) -> None:
+    for case, found in facts[layout][0]["cases"].items():
+        half = found["bfloat16"]
+        for error, bar in zip(half["errors"], half["errors of one GPU"], strict=True):
+            assert 0.0 < error <= AS_NEAR * bar, (case, half)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_is_exact(facts: Any, layout: str) -> None:
+    for case, found in facts[layout][0]["cases"].items():
+        assert max(found["float32"]["errors"]) <= EXACT, (case, found["float32"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_are_the_same_again_and_on_both_ranks(facts: Any, layout: str) -> None:
+    first, second = facts[layout]
+    for case, found in first["cases"].items():
+        for dtype, numbers in found.items():
+            assert numbers["same bits"], (case, dtype)
+            assert numbers["sum"] == second["cases"][case][dtype]["sum"], (case, dtype)
+
+
+def test_fused_kernels_run_where_there_is_no_ring(facts: Any) -> None:
+    for layout in ("ulysses=2", "cfg=2"):
+        for rank in facts[layout]:
+            assert rank["fused"], layout
+            assert not rank["canary"]["bfloat16"]["refused"], layout
+            assert rank["canary"]["bfloat16"]["passed"] > 0, layout
+    for rank in facts["ring=2"]:
+        assert rank["fused"] is None
+        assert rank["canary"]["bfloat16"] == {"refused": False, "passed": 0}
