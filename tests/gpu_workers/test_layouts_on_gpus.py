@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multigpu
 PROGRAM = Path(__file__).with_name("layouts_on_gpus.py")
 LAYOUTS = ("ulysses=2", "ring=2", "cfg=2")
 # All round to bfloat16 about as often; which of two such results is nearer is chance.
-AS_NEAR = 1.25
+AS_NEAR = 1.6  # on H200s up to 1.37 was seen: these are largest differences, of images of 49 tokens
 EXACT = 1e-5
 
 
