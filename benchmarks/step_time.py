@@ -3,6 +3,7 @@
     python benchmarks/step_time.py --ranks 1 2
     python benchmarks/step_time.py --ranks 1 --ways plain fused --profile
     python benchmarks/step_time.py --ranks 2 --layout ring=2 --ways plain
+    python benchmarks/step_time.py --ranks 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
 kernels of ``gpu_workers/fused``. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, ratios,
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="timed forwards; the median counts")
     parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
+    parser.add_argument("--rows", type=int, default=1, help="images in one forward; 2: a prompt and a negative one")
     parser.add_argument("--layout", default="auto", help="as xditd serve takes it, such as ring=2")
     parser.add_argument("--attention", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--profile", action="store_true", help="sum a step's kernels by kind")
@@ -91,7 +93,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         """Twelve steps of Euler's method from noise, for the error that a job would see."""
         moved = dict(inputs)
         for number in range(PARITY_STEPS):
-            moved["timestep"] = torch.full((1,), 1.0 - number / PARITY_STEPS, device=device)
+            moved["timestep"] = torch.full((given.rows,), 1.0 - number / PARITY_STEPS, device=device)
             moved["hidden_states"] = moved["hidden_states"] - module(**moved, return_dict=False)[0] / PARITY_STEPS
         return moved["hidden_states"].float()
 
@@ -130,11 +132,11 @@ def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any)
 
     side = given.pixels // 16
     return {
-        "hidden_states": random(1, side * side, 64),
-        "encoder_hidden_states": random(1, given.tokens, 4096),
-        "pooled_projections": random(1, 768),
-        "timestep": torch.tensor([0.5], device=device),
-        "guidance": torch.tensor([3.5], device=device),
+        "hidden_states": random(given.rows, side * side, 64),
+        "encoder_hidden_states": random(given.rows, given.tokens, 4096),
+        "pooled_projections": random(given.rows, 768),
+        "timestep": torch.full((given.rows,), 0.5, device=device),
+        "guidance": torch.full((given.rows,), 3.5, device=device),
         "txt_ids": torch.zeros(given.tokens, 3, device=device),
         "img_ids": pipelines._image_ids(side, side, device),
     }
@@ -182,7 +184,7 @@ def floor_ms(given: argparse.Namespace, ranks: int) -> float:
     tokens = image + text
     products = (size.double_blocks * 12 + size.single_blocks * 12) * h * h * tokens
     dots = (size.double_blocks + size.single_blocks) * 2 * tokens * tokens * h
-    return 2 * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3 / ranks
+    return 2 * given.rows * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3 / ranks
 
 
 def main() -> None:
@@ -193,7 +195,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe_machine(), "groups": []}
     machine = report["machine"]
     print(f"{', '.join(machine['gpus'])}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}")
-    print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, bfloat16")
+    print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.rows} row(s), bfloat16")
     for ranks in given.ranks:
         with tempfile.TemporaryDirectory(prefix="xditd-step-") as folder:
             torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)

@@ -3,7 +3,8 @@
     python layouts_on_gpus.py OUT_FOLDER [cuda|cpu]
 
 For each layout and rank it writes ``<layout>-rank<N>.json``: for each case the relative error of every row against one
-process in float32, and that of plain diffusers in bfloat16 on one GPU, which rounds as often. ``cpu`` is a dry run.
+process in float32, and that of plain diffusers in bfloat16 on one GPU, which rounds as often. ``cpu`` is a dry run
+without the large case.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ LAYOUTS = ("ulysses=2", "ring=2", "cfg=2")
 # name: text tokens of each batch, latent height and width, rows of each batch
 CASES: dict[str, tuple[tuple[int, ...], int, int, int]] = {
     "usual": ((512,), 64, 64, 1),
-    "prompt and negative": ((256,), 64, 64, 2),
-    "negative of another length": ((301, 256), 48, 64, 1),
+    "prompt and negative": ((256,), 16, 16, 2),
+    "negative of another length": ((301, 256), 14, 16, 1),
     "odd total": ((16,), 14, 14, 2),
     "odd text, odd image, three rows": ((15,), 14, 14, 3),
 }
@@ -49,6 +50,8 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     from xditd.ipc.degrees import Degrees, parse_layout
 
     device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cpu":
+        torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, 2, f"{folder}/{layout}.store", device, degrees, kernels="auto")
     from xditd.gpu_workers import pipelines
@@ -62,7 +65,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         "attention": started.attention_backend,
         "fused": started.fused_attention,
         "canary": {},
-        "cases": {case: {} for case in CASES},
+        "cases": {case: {} for case in CASES if kind == "cuda" or case != "usual"},
     }
     exact = reference.transformer_from(rounded, dtype=torch.float32)
     plain = reference.transformer_from(rounded)
@@ -71,7 +74,8 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
         skeleton = plan.skeleton
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-        for case, (lengths, height, width, rows) in CASES.items():
+        for case in facts["cases"]:
+            lengths, height, width, rows = CASES[case]
             given = [inputs(tokens, height, width, rows) for tokens in lengths]
             batches = [
                 pipelines.Batch(
