@@ -107,11 +107,12 @@ def test_a_client_that_stops_reading(daemon, client, good_job, start_script, wai
         from pathlib import Path
         from xditd.ipc.addresses import RuntimeDir, endpoint
         from xditd.ipc.codec import encode
+        from xditd.ipc.protocol import PROTOCOL_VERSION as version
         from xditd.ipc.requests import GetLogs, Hello
         peer = zmq.Context().socket(zmq.DEALER)
         peer.setsockopt(zmq.RCVHWM, 1)
         peer.connect(endpoint(RuntimeDir(Path(sys.argv[1])).client_socket))
-        peer.send(encode(Hello(request_id="h", protocol_version=1, package_version="1", client_name="deaf")))
+        peer.send(encode(Hello(request_id="h", protocol_version=version, package_version="1", client_name="deaf")))
         peer.recv()
         print("now", flush=True)
         request = encode(GetLogs(request_id="x"))
