@@ -23,7 +23,7 @@ KNOCK = """
     from xditd.client import Client, XditdError
     from xditd.ipc.addresses import RuntimeDir, endpoint
     from xditd.ipc.codec import encode, reply_decoder
-    from xditd.ipc.protocol import PROTOCOL_VERSION
+    from xditd.ipc.protocol import PROTOCOL_VERSION as version
     from xditd.ipc.requests import Hello
     os.setgroups([])
     os.setgid(int(sys.argv[2]))
@@ -35,7 +35,7 @@ KNOCK = """
     peer = zmq.Context().socket(zmq.DEALER)
     peer.setsockopt(zmq.LINGER, 0)
     peer.connect(endpoint(RuntimeDir(Path(sys.argv[1])).client_socket))
-    peer.send(encode(Hello(request_id="h", protocol_version=PROTOCOL_VERSION, package_version="1", client_name="stranger")))
+    peer.send(encode(Hello(request_id="h", protocol_version=version, package_version="1", client_name="stranger")))
     print(reply_decoder.decode(peer.recv()).code if peer.poll(2000) else "silence", flush=True)
 """
 
