@@ -43,7 +43,7 @@ demo: $(STAMP)
 	$(BIN)/xditd demo --out out
 
 test: $(STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not bench' $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
