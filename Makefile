@@ -3,6 +3,7 @@
 #   make demo                       the main job, end to end: out/demo.png and out/demo.json
 #   make test                       every test that this machine can run
 #   make test PYTEST_ARGS='-m "not slow"'
+#   make test PYTEST_ARGS='-m long'  the rest, which takes about a minute each
 #
 # PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
 # pyproject.toml.
@@ -43,7 +44,7 @@ demo: $(STAMP)
 	$(BIN)/xditd demo --out out
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not bench' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not long' $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def test_what_is_missing_says_why_and_has_no_number(table: dict[str, str]) -> No
     assert line_of(table, "plain kernels: step, 2 workers").endswith("- plain-2 was not asked for")
 
 
-@pytest.mark.bench
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_part_that_fails_keeps_its_place_and_a_run_goes_on(tmp_path: Path) -> None:
     """diffusers' own converter takes one width, and the small transformer has another: a rival that cannot run."""

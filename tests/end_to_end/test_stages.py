@@ -10,7 +10,7 @@ import torch
 
 from xditd.client import Cancelled, Unsupported, WorkersLost
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 STEPS = 4
 FLAGS = ("--layout", "pipefusion=2", "--pipefusion-warm-up-steps", "3", "--pipefusion-patches", "4")

@@ -153,6 +153,7 @@ def test_patches_have_the_bits_of_the_same_turns_in_one_process(made: Any, stage
     assert torch.equal(made.results[0][f"{name}/0"], one_turn_after_the_other(stages(case, 2), case))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_three_stages(stages: Any, tmp_path: Path) -> None:
     exact, patched = "every step warms up, blocks do not divide", "patches, blocks do not divide"
