@@ -1,7 +1,7 @@
 # Set-up happens once, on the first target that needs it; after that no target touches the network.
 #
 #   make demo                       the main job, end to end: out/demo.png and out/demo.json
-#   make test                       every test that this machine can run
+#   make test                       the tests that this machine can run in some minutes
 #   make test PYTEST_ARGS='-m "not slow"'
 #   make test PYTEST_ARGS='-m long'  the rest, which takes about a minute each
 #
