@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from xditd.gpu_workers.reference import relative_error
 from xditd.gpu_workers.split_decode import LEAST_AREA, Bands
 
-pytestmark = pytest.mark.long
-
 PROGRAM = Path(__file__).with_name("split_ranks.py")
 BAR = 3e-6
 """The largest difference over the largest value. diffusers' own float32 is 1.6e-6 from float64 with these weights."""
