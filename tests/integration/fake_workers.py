@@ -275,6 +275,8 @@ def main() -> int:
         "--group-token",
         "--device",
         "--layout",
+        "--pipefusion-patches",
+        "--pipefusion-warm-up-steps",
         "--attention-backend",
         "--kernels",
         "--log-level",

@@ -215,8 +215,10 @@ class DaemonProcess:
         return client
 
     def ready_client(self) -> RawClient:
+        """Connect once the workers are up; a group that is given up for good ends the wait at once."""
         client = self.client()
-        client.wait_status(lambda status: status.group_state is GroupState.READY)
+        status = client.wait_status(lambda status: status.group_state in {GroupState.READY, GroupState.GIVEN_UP})
+        assert status.group_state is GroupState.READY, self.log
         return client
 
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
@@ -274,9 +276,13 @@ def shared_daemon() -> Iterator[DaemonProcess]:
     """One daemon for all tests that leave it and its workers as they were."""
     path = make_folder()
     daemon = DaemonProcess(path, settings={}, worker_flags=[], flags=["--queue-limit", "3"])
-    yield daemon
-    daemon.close()
-    shutil.rmtree(path)
+    try:
+        # Once for all: without workers, each of these tests would wait for them until its deadline.
+        daemon.ready_client().close()
+        yield daemon
+    finally:
+        daemon.close()
+        shutil.rmtree(path)
 
 
 @pytest.fixture
