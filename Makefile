@@ -3,7 +3,7 @@
 #   make demo                       the main job, end to end: out/demo.png and out/demo.json
 #   make test                       the tests that this machine can run in some minutes
 #   make test PYTEST_ARGS='-m "not slow"'
-#   make test PYTEST_ARGS='-m long'  the rest, which takes about a minute each
+#   make test PYTEST_ARGS='-m long'  the rest, which takes some minutes more
 #
 # PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
 # pyproject.toml.

@@ -72,5 +72,14 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     xfuser_start.stop()
 
 
+def main(folder: str, ranks: int, kind: str) -> None:
+    if kind == "cpu":
+        from forked_ranks import fork_ranks
+
+        fork_ranks(run_rank, ranks, ranks, folder, kind)
+    else:
+        torch.multiprocessing.spawn(run_rank, (ranks, folder, kind), nprocs=ranks)
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (int(sys.argv[2]), sys.argv[1], sys.argv[3]), nprocs=int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -24,7 +24,7 @@ Results = list[dict[str, torch.Tensor]]
     scope="module",
     params=[
         pytest.param((2, "cpu"), id="2 on the CPU"),
-        pytest.param((3, "cpu"), id="3 on the CPU", marks=pytest.mark.slow),
+        pytest.param((3, "cpu"), id="3 on the CPU", marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param((2, "cuda"), id="2 GPUs", marks=pytest.mark.multigpu),
     ],
 )

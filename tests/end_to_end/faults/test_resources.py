@@ -83,6 +83,7 @@ def test_a_client_without_memory(daemon, good_job, start_script):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_dev_shm(start_daemon, files, make_inputs, run, seed_bits):
     """Shared memory here is memfds, which need no room in /dev/shm: daemon, ranks and client work without."""
     tiny = 'mount -t tmpfs -o size=16k tmpfs /dev/shm && ! head -c 1M /dev/zero > /dev/shm/full 2>&1 && exec "$@"'

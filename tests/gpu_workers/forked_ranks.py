@@ -1,0 +1,22 @@
+"""For programs beside tests: ranks on the CPU, forked where xfuser has been imported.
+
+Importing is most of what a group's start costs, and with ``spawn`` every rank does it anew. Only on the CPU: a process
+that has used CUDA cannot be forked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers import xfuser_cpu
+
+
+def fork_ranks(run_rank: Callable[..., None], ranks: int, *given: Any) -> None:
+    """Run ``run_rank(rank, *given)`` in a process for each rank, and wait; raises what the first of them raised."""
+    with xfuser_cpu.importable():
+        import xditd.gpu_workers.pipelines
+        import xditd.gpu_workers.sequence_parallel  # noqa: F401 - what ranks would import one by one
+    torch.multiprocessing.start_processes(run_rank, given, nprocs=ranks, start_method="fork")
