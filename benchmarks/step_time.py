@@ -6,13 +6,15 @@
     python benchmarks/step_time.py --ranks 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
-kernels of ``gpu_workers/fused``. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, ratios,
-the relative error against ``plain``, and with ``--profile`` where the time of a step goes; ``--json FILE`` writes all.
+kernels of ``gpu_workers/fused``, ``fp8`` the same with products in eight bits, which is not lossless. Weights are
+random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against ``plain``, and
+with ``--profile`` where the time of a step goes; ``--json FILE`` writes all.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -29,7 +31,8 @@ import flux_weights
 import torch
 from machine import describe_machine
 
-WAYS = ("plain", "compiled", "fused")
+LOSSLESS = ("plain", "compiled", "fused")
+WAYS = (*LOSSLESS, "fp8")
 PARITY_STEPS = 12
 FLOOR_TFLOPS = 790.0
 CATEGORIES = (
@@ -42,7 +45,7 @@ CATEGORIES = (
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(LOSSLESS), choices=WAYS)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="timed forwards; the median counts")
@@ -62,19 +65,25 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     device = torch.device("cuda", rank)
     degrees = plan_layout(ranks, parse_layout(given.layout)).degrees
-    kernels = "fused" if "fused" in given.ways else "plain"
-    layout = xfuser_start.start(rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels)
+    precision = "fp8" if "fp8" in given.ways else "bf16"
+    kernels = "fused" if {"fused", "fp8"} & set(given.ways) else "plain"
+    layout = xfuser_start.start(
+        rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
+    )
     from xditd.gpu_workers import attention, pipelines
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
-    cache = SkeletonCache(layout)
-    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    plan.skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-    module: Any = plan.skeleton.module
-    fused = module.fused
+    modules: dict[str, Any] = {}
+    for precision in dict.fromkeys(("bf16", layout.precision)):
+        cache = SkeletonCache(dataclasses.replace(layout, precision=precision))
+        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        plan.skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+        modules[precision] = plan.skeleton.module
+    module = modules["bf16"]
+    fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
     attention.use(plan.skeleton.attention_backend)
     inputs = make_inputs(given, device, pipelines)
 
@@ -99,7 +108,8 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     expected: tuple[torch.Tensor, torch.Tensor] | None = None
     for way in given.ways:
-        module.fused = fused if way == "fused" else None
+        module = modules["fp8" if way == "fp8" else "bf16"]
+        module.fused = fast.get(way)
         started = time.perf_counter()
         if way == "compiled":
             module.compile_repeated_blocks(fullgraph=False)
@@ -115,6 +125,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
             "error": errors[0],
             "error_after_steps": errors[1],
             "same_bits_again": bool(torch.equal(results[1], few_steps())),
+            "refused": way in fast and fast[way].canary.is_refused,
         }
         if given.profile:
             entry["profile"] = profile(step)
@@ -218,7 +229,7 @@ def main() -> None:
                 f"  {way:10s} {ms:7.1f} ms  {ms / plain:.3f}x of {given.ways[0]}  "
                 f"{ms / group['floor_ms']:.2f}x of the floor  error {first['error']:.1e}, "
                 f"{first['error_after_steps']:.1e} after {PARITY_STEPS} steps  first {first['first_s']:.1f} s  "
-                f"same bits again {same}"
+                f"same bits again {same}{'  REFUSED: these are plain' if first['refused'] else ''}"
             )
             if given.profile:
                 kinds = entries[0]["profile"]["kinds_ms"]

@@ -145,6 +145,7 @@ class Client:
         seed: int | None = None,
         noise: torch.Tensor | None = None,
         previews: bool = False,
+        step_cache: float = 0.0,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
@@ -155,6 +156,10 @@ class Client:
         ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. ``previews`` lets
         ``job.denoised()`` say after each step what the latents are about to become. Components may be
         named by id, as ``xditd status`` shows them.
+
+        ``step_cache``, up to 1, trades precision for time: a step whose first block does nearly the same as at the
+        last one that was computed, by less than this share of it, is not computed to its end. 0.08 is a start, and
+        ``reused_steps`` of the result says how many that were. The same job gives the same bits again.
 
         Raises:
             BadRequest: a value that no job can use, by name and with the remedy.
@@ -177,6 +182,7 @@ class Client:
             seed=seed,
             noise=noise,
             previews=previews,
+            step_cache=step_cache,
         )
         block = draft.fill(self._pool)
 
@@ -186,6 +192,7 @@ class Client:
                 image=None if draft.second is None else block.read(draft.second, draft.device),
                 timings_ms=dict(generated.timings_ms),
                 seed=seed,
+                reused_steps=generated.reused_steps,
             )
 
         def read_denoised() -> torch.Tensor:

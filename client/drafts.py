@@ -61,6 +61,7 @@ def draft_generate(
     seed: int | None,
     noise: torch.Tensor | None,
     previews: bool,
+    step_cache: float,
 ) -> Draft:
     """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
@@ -69,6 +70,7 @@ def draft_generate(
     job_inputs.check_size(height, width)
     job_inputs.check_steps(steps)
     guidance_scale = job_inputs.check_guidance("guidance_scale", guidance_scale)
+    threshold = job_inputs.check_step_cache(step_cache)
     schedule = None if sigmas is None else job_inputs.check_sigmas(sigmas, steps)
     if noise is not None:
         job_inputs.check_noise(noise, batch, height, width)
@@ -106,6 +108,7 @@ def draft_generate(
             out_latents=latents_at,
             out_image=image_at,
             out_denoised=denoised_at,
+            step_cache_threshold=threshold,
         )
 
     return Draft(layout, tuple(inputs), latents_at, image_at, like.device, write, denoised_at)

@@ -83,6 +83,13 @@ def check_guidance(name: str, value: float) -> float:
     return float(value)
 
 
+def check_step_cache(value: float) -> float:
+    """Check the threshold of the step cache; returns it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is spared) to 1; 0.08 is a start")
+    return float(value)
+
+
 def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[float, ...]:
     """Check a noise schedule: ``steps`` descending values in (0, 1], the final 0 implied."""
     values = floats_of("sigmas", sigmas)

@@ -20,13 +20,15 @@ class GenerationResult:
     ``latents`` (batch, 16, height/8, width/8) have the device and dtype of ``noise``, or of
     ``prompt_embeds`` without it. ``image`` (batch, 3, height, width) is float32 in [-1, 1], on the
     same device. ``timings_ms`` is the slowest worker's by phase, with ``round_trip`` as the client
-    saw it. ``seed`` is the seed that was used, ``None`` where ``noise`` was given.
+    saw it. ``seed`` is the seed that was used, ``None`` where ``noise`` was given. ``reused_steps`` is how many steps
+    the step cache spared, counted for each image of the batch; 0 without one.
     """
 
     latents: torch.Tensor
     image: torch.Tensor | None
     timings_ms: dict[str, float]
     seed: int | None
+    reused_steps: int = 0
 
     def to_pil(self, index: int = 0) -> Image.Image:
         """Convert one image of the batch to 8-bit RGB.

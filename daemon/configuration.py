@@ -16,6 +16,7 @@ from xditd.ipc.errors import BadRequest
 
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
+Precision = Literal["bf16", "fp8"]
 
 DEFAULT_WORKER_COMMAND: Final = (sys.executable, "-m", "xditd.gpu_workers")
 
@@ -44,6 +45,7 @@ class Configuration:
     pipefusion_warm_up_steps: int = 1
     attention_backend: str = "auto"
     kernels: Kernels = "auto"
+    precision: Precision = "bf16"
     start_deadline_s: float = 120.0
     hang_deadline_s: float = 300.0
     step_deadline_s: float = 10.0

@@ -50,6 +50,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
         *("--pipefusion-warm-up-steps", str(configuration.pipefusion_warm_up_steps)),
         *("--attention-backend", configuration.attention_backend),
         *("--kernels", configuration.kernels),
+        *("--precision", configuration.precision),
         *("--log-level", configuration.log_level),
     ]
 

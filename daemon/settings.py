@@ -262,6 +262,15 @@ SETTINGS: Final = (
         _one_of("auto", "fused", "plain"),
     ),
     Setting(
+        "precision",
+        "workers",
+        "precision",
+        'one of "bf16", "fp8"',
+        "bf16",
+        "of a transformer's matrix products; fp8 is faster, not lossless, and keeps a copy of half the weights",
+        _one_of("bf16", "fp8"),
+    ),
+    Setting(
         "start_deadline_s",
         "workers",
         "start_deadline_s",

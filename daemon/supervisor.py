@@ -236,12 +236,13 @@ class Supervisor:
         first = group.ranks[min(group.ranks)]
         size = group.world_size
         logger.info(
-            "%d workers ready, 0 loaded, %d deferred device=%s parallel=%s attention=%s start_s=%.2f",
+            "%d workers ready, 0 loaded, %d deferred device=%s parallel=%s attention=%s precision=%s start_s=%.2f",
             size,
             size,
             first.device_kind,
             ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none",
             first.attention_backend,
+            first.precision,
             self._ready_s - self._started_s,
         )
         self.listener.group_ready()

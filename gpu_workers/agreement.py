@@ -85,6 +85,19 @@ def agree(ok: bool, among: Circle = Circle.GROUP) -> bool:
     return ok if page is None else all(page.exchange(ok))
 
 
+def add_up(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the sum of a gloo group's ``values``, a few numbers on the CPU, with the same bits on every rank.
+
+    Every rank adds the same numbers in the same order, which an all-reduce does not promise.
+    """
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return values
+    everyone = [torch.empty_like(values) for _ in range(ranks)]
+    dist.all_gather(everyone, values, group=group)
+    return torch.stack(everyone).sum(0)
+
+
 def broadcast_stop(flag: bool) -> bool:
     """Return rank 0's ``flag`` on every rank; the others' arguments are ignored."""
     page = _pages.get(Circle.GROUP)

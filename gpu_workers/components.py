@@ -88,6 +88,7 @@ class Components:
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
+            self.skeletons.release_idle()
             raise
         self._prepared[component_id] = component
         return component
@@ -181,6 +182,7 @@ class Components:
                 if component.is_plugged:
                     component.plan.skeleton.unplug()
                 self._let_go(component)
+                self.skeletons.release_idle()
         if not self._live and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # what jobs worked in, gigabytes after a VAE: there are none until a new loan
 
@@ -218,11 +220,14 @@ class Components:
                 raise BadRequest("; ".join(faults))
             plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
             self._check_kind(manifest, plan)
+            reserved = plan.skeleton.reserve()
             clock.mark("plan")
             for block in manifest.blocks:
                 opened.append(self._open(block, exporter))
             clock.mark("map")
         tensors, copies, copied = self._gather(manifest, opened, clock)
+        # What plugging makes of the weights is a copy too, if a smaller one.
+        copied = copied + CopiedBytes(device_to_device=reserved)
         bindings = plan.bind(tensors)
         component = Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
         clock.mark("bind")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -18,11 +19,19 @@ from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import whole_group
+from xditd.gpu_workers.step_cache import StepCache
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
 
 PIXELS_PER_LATENT = 8
+
+
+class Finished(NamedTuple):
+    """Milliseconds by phase, and how many steps a cache spared, counted for each image."""
+
+    timings_ms: dict[str, float]
+    reused_steps: int
 
 
 class JobRunner:
@@ -39,10 +48,8 @@ class JobRunner:
         """Free what is kept for a client that is gone."""
         self._kept.forget(client)
 
-    def run(
-        self, job: Job, open_io: Callable[[], OpenIo], progress: Progress, client: ProcessIdentity
-    ) -> dict[str, float]:
-        """Run a client's job and return its timings in milliseconds by phase.
+    def run(self, job: Job, open_io: Callable[[], OpenIo], progress: Progress, client: ProcessIdentity) -> Finished:
+        """Run a client's job and return what is to be said of it.
 
         Raises:
             RequestError: on every rank alike, before any step.
@@ -50,8 +57,10 @@ class JobRunner:
             Cancelled: on every rank at the same step.
         """
         started = time.perf_counter()
+        cache: StepCache | None = None
         if isinstance(job, Generate):
-            timings = self._generate(job, open_io, progress)
+            cache = StepCache(job.step_cache_threshold) if job.step_cache_threshold > 0.0 else None
+            timings = self._generate(job, open_io, progress, cache)
         elif isinstance(job, Denoise):
             timings = self._denoise(job, open_io, client)
         elif isinstance(job, Decode):
@@ -61,9 +70,11 @@ class JobRunner:
         else:
             timings = self._encode_text(job, open_io)
         timings["total"] = (time.perf_counter() - started) * 1e3
-        return timings
+        return Finished(timings, 0 if cache is None else cache.reused)
 
-    def _generate(self, job: Generate, open_io: Callable[[], OpenIo], progress: Progress) -> dict[str, float]:
+    def _generate(
+        self, job: Generate, open_io: Callable[[], OpenIo], progress: Progress, cache: StepCache | None
+    ) -> dict[str, float]:
         clock = _Laps(self._device)
         with together():
             transformer = self._components.get(job.transformer_id, "transformer")
@@ -96,6 +107,7 @@ class JobRunner:
             guidance_scale=job.guidance_scale,
             on_step=progress.step,
             on_denoised=show,
+            step_cache=cache,
         )
         clock.lap("steps")
         image = None if vae is None else self._decode_by_all(vae, latents, clamp=True)

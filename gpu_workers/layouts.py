@@ -30,7 +30,8 @@ class ParallelLayout:
 
     Ranks count as :class:`Degrees` says: sequence groups are neighbours. ``attention_backend`` is xDiT's name for what
     ``auto`` or the configuration came to; ``fused_attention`` what fused transformers attend with, ``None`` where
-    transformers run plain.
+    transformers run plain. ``precision`` is that of their products: ``bf16`` for the weights as they were lent, or
+    ``fp8``.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class ParallelLayout:
     attention_backend: str
     fused_attention: str | None = None
     patching: Patching = AS_MANY_AS_STAGES
+    precision: str = "bf16"
 
     @property
     def world_size(self) -> int:

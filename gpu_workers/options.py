@@ -27,6 +27,7 @@ class Options:
     patching: Patching
     attention_backend: str
     kernels: str
+    precision: str
     log_level: str
 
     @property
@@ -49,6 +50,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--pipefusion-warm-up-steps", type=int, default=1, help="steps that take the image as a whole")
     parser.add_argument("--attention-backend", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="of matrix products")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     given = parser.parse_args(arguments)
     if given.workers != "auto" and (not given.workers.isdecimal() or int(given.workers) < 1):
@@ -68,5 +70,6 @@ def parse(arguments: Sequence[str]) -> Options:
         patching=Patching(given.pipefusion_patches, given.pipefusion_warm_up_steps),
         attention_backend=given.attention_backend,
         kernels=given.kernels,
+        precision=given.precision,
         log_level=given.log_level,
     )

@@ -30,10 +30,11 @@ from xditd.gpu_workers.job_checks import (
     check_shape,
     prepare,
 )
-from xditd.gpu_workers.row_shares import gather_rows, own_rows
+from xditd.gpu_workers.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import Bands, SplitDecoder
+from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -105,6 +106,7 @@ def generate(
     guidance_scale: float = 3.5,
     on_step: OnStep | None = None,
     on_denoised: OnDenoised | None = None,
+    step_cache: StepCache | None = None,
 ) -> torch.Tensor:
     """Denoise ``noise`` in ``steps`` steps and return the latents, in the skeleton's dtype.
 
@@ -114,10 +116,11 @@ def generate(
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
     ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32. All ranks give one, or
     none. With PipeFusion it runs on rank 0 alone, and lags by a step: see ``pipefusion.sampling``.
+    ``step_cache``, a new one for each job, spares steps and says how many.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
-        Unsupported: too few tokens for the group.
+        Unsupported: too few tokens for the group, or a step cache in a group in stages.
     """
     config = _transformer_config(skeleton)
     check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
@@ -141,6 +144,11 @@ def generate(
     attention.use(skeleton.attention_backend)
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
     if skeleton.layout.degrees.pipefusion > 1:
+        if step_cache is not None:
+            raise Unsupported(
+                f"step_cache_threshold: a stage of {skeleton.layout.degrees} cannot spare the blocks of others; "
+                "use 0, or start the daemon with --layout auto"
+            )
         from xditd.gpu_workers.pipefusion import generation, sampling
 
         packed = generation.generate(
@@ -162,7 +170,8 @@ def generate(
         return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
-    with cast(SequenceParallelFlux1, skeleton.module).stepping(scheduler):
+    module = cast(SequenceParallelFlux1, skeleton.module)
+    with module.stepping(scheduler), module.caching(step_cache):
         packed = pipeline(
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled,
@@ -176,6 +185,8 @@ def generate(
             output_type="latent",
             return_dict=False,
         )[0]
+    if step_cache is not None:
+        step_cache.reused = add_halves(step_cache.reused, batch)
     return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 

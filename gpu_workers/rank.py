@@ -53,6 +53,7 @@ from xditd.ipc.worker_messages import (
 )
 
 if TYPE_CHECKING:
+    from xditd.gpu_workers.jobs import Finished
     from xditd.gpu_workers.layouts import ParallelLayout
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def main(options: Options, rank: int, plan: Plan, device: str, complain: Connect
             options.attention_backend,
             options.kernels,
             options.patching,
+            options.precision,
         )
     except RequestError as error:
         complain.send_bytes(error.detail.encode()[:65_536])
@@ -197,11 +199,12 @@ class Rank:
             digest = self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
             self._channel.send(CanaryRead(**common, digest=digest))
         elif isinstance(command, Run):
-            self._channel.send(Done(**common, timings_ms=self._run(command), tally=self._tally()))
+            timings_ms, reused_steps = self._run(command)
+            self._channel.send(Done(**common, timings_ms=timings_ms, tally=self._tally(), reused_steps=reused_steps))
         else:
             raise Internal(f"no rank handles {type(command).__name__}")
 
-    def _run(self, command: Run) -> dict[str, float]:
+    def _run(self, command: Run) -> Finished:
         from xditd.gpu_workers.agreement import broadcast_stop
         from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
         from xditd.gpu_workers.progress import Progress
@@ -265,6 +268,7 @@ class Rank:
                 parallel=layout.degrees.named(),
                 layout=self._layout_report,
                 attention_backend=layout.fused_attention or layout.attention_backend,
+                precision=layout.precision,
                 families=tuple(family.name for family in FAMILIES),
             )
         )
@@ -284,6 +288,7 @@ class Rank:
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
+            fast_error=self._components.skeletons.fast_error,
         )
 
 

@@ -13,6 +13,7 @@ from xfuser.core.distributed import (
     get_classifier_free_guidance_world_size,
 )
 
+from xditd.gpu_workers.agreement import add_up
 from xditd.gpu_workers.token_shares import pad_rows
 
 
@@ -38,3 +39,10 @@ def gather_rows(sample: torch.Tensor, rows: int) -> torch.Tensor:
     gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(sample, each - sample.shape[0], dim=0), dim=0)
     # Only the last half can have had fewer.
     return gathered[:rows]
+
+
+def add_halves(count: int, rows: int) -> int:
+    """Return what every half counted among its own of ``rows``, in all."""
+    if rows < get_classifier_free_guidance_world_size():
+        return count
+    return int(add_up(torch.tensor(count), get_cfg_group().cpu_group))

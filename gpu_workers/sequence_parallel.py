@@ -10,7 +10,8 @@ sequence, where keys and values are trimmed before attention, so that no token a
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,8 +33,8 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 )
 
 from xditd.gpu_workers import ring
-from xditd.gpu_workers.canary import Canary
 from xditd.gpu_workers.row_shares import gather_rows, own_rows
+from xditd.gpu_workers.step_cache import CachedBlocks, StepCache
 from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
@@ -125,22 +126,31 @@ def _attend(
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
     """FLUX.1 whose forward takes and returns whole batches on every rank, and works on this rank's share of them.
 
-    ``fused``, where it is set and plugged, does the same faster. The canary compares it with the plain forward for
+    ``fused``, where it is set and plugged, does the same faster. Its canary compares it with the plain forward for
     each number of tokens, once.
     """
 
     fused: FusedFlux1 | None = None
+    _step_cache: StepCache | None = None
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
-        self._canary = Canary("fused FLUX.1 blocks")
 
     def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
         """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
         return nullcontext() if self.fused is None else self.fused.stepping(schedule)
+
+    @contextmanager
+    def caching(self, cache: StepCache | None) -> Iterator[None]:
+        """Meanwhile spare what a step cache can of steps, on fused blocks and on plain ones."""
+        self._step_cache = cache
+        try:
+            yield
+        finally:
+            self._step_cache = None  # it holds what the steps of this job were like
 
     def forward(
         self,
@@ -179,16 +189,39 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
     ) -> torch.Tensor:
         """Do the same for rows that are this half's own, and return them alone."""
 
-        def plain() -> torch.Tensor:
-            return cast(
-                torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
-            )
+        def plain(cache: StepCache | None) -> torch.Tensor:
+            with self._behind(cache):
+                return cast(
+                    torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
+                )
 
-        fused = self.fused
-        if fused is None or not fused.is_plugged or joint_attention_kwargs:
-            return plain()
+        fused, cache = self.fused, self._step_cache
+        if fused is None or not fused.is_plugged or fused.canary.is_refused or joint_attention_kwargs:
+            return plain(cache)
         case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
-        return self._canary.run(case, lambda: fused(hidden_states, encoder_hidden_states, **others), plain)
+        sample = fused.canary.run(
+            case,
+            lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, **others),
+            lambda: plain(None),
+        )
+        if fused.canary.is_refused and cache is not None:
+            cache.forget()  # what wrong blocks did is not used
+        return sample
+
+    @contextmanager
+    def _behind(self, cache: StepCache | None) -> Iterator[None]:
+        """Meanwhile run all plain blocks behind a step cache."""
+        if cache is None:
+            yield
+            return
+        module = cast(Any, self)
+        double, single = module.transformer_blocks, module.single_transformer_blocks
+        module.transformer_blocks = torch.nn.ModuleList([CachedBlocks(double, single, cache)])
+        module.single_transformer_blocks = torch.nn.ModuleList()
+        try:
+            yield
+        finally:
+            module.transformer_blocks, module.single_transformer_blocks = double, single
 
     def _plain(
         self,

@@ -54,6 +54,20 @@ class Skeleton:
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
 
+    @property
+    def fast_error(self) -> float | None:
+        """How far the fast path was from plain modules, relative, at most; ``None`` where nothing was compared."""
+        return None if self._fast is None else self._fast.error
+
+    def reserve(self) -> int:
+        """Get what memory a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        return 0 if self._fast is None else self._fast.reserve()
+
+    def release(self) -> None:
+        """Free what was reserved, if nothing is plugged in."""
+        if self._fast is not None and self.owner is None:
+            self._fast.unplug()
+
     def plug(
         self,
         bindings: Mapping[str, torch.Tensor],
@@ -120,6 +134,17 @@ class SkeletonCache:
         self.reused = 0
         self._skeletons: dict[Key, Skeleton] = {}
         self._resolutions: dict[Signature, Resolution] = {}
+
+    @property
+    def fast_error(self) -> float | None:
+        """The largest such error of all skeletons."""
+        errors = [skeleton.fast_error for skeleton in self._skeletons.values()]
+        return max((error for error in errors if error is not None), default=None)
+
+    def release_idle(self) -> None:
+        """Free what was reserved for skeletons that nothing is plugged into."""
+        for skeleton in self._skeletons.values():
+            skeleton.release()
 
     def plan(self, tensors: Mapping[str, TensorInfo]) -> Plan:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.

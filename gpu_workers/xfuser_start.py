@@ -41,15 +41,18 @@ def start(
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
     patching: Patching = AS_MANY_AS_STAGES,
+    precision: str = "bf16",
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
     ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible. ``patching`` is PipeFusion's.
+    ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
 
     Raises:
-        Unsupported: no layout fits, an attention backend is not installed, or fused kernels do not run here.
+        Unsupported: no layout fits, an attention backend is not installed, or fused kernels or products in eight bits
+            do not run here.
     """
     degrees = planner.plan(world_size).degrees if degrees is None else degrees
     if device.type == "cuda":
@@ -61,7 +64,7 @@ def start(
     image, place = divmod(rank, degrees.sequence)
     agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
     backend = _start_xdit(rank, degrees, device, attention_backend)
-    fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels)
+    fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
     if degrees.pipefusion > 1:
         _connect_stages(device)
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
@@ -69,7 +72,7 @@ def start(
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
-    return ParallelLayout(rank, degrees, device, backend, fused_attention, patching)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, patching, precision)
 
 
 def stop() -> None:
@@ -147,37 +150,56 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
 
 
 def _start_fused(
-    rank: int, degrees: Degrees, device: torch.device, requested_attention: str, attention_backend: str, kernels: str
+    rank: int,
+    degrees: Degrees,
+    device: torch.device,
+    requested_attention: str,
+    attention_backend: str,
+    kernels: str,
+    precision: str,
 ) -> str | None:
     """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
 
     Raises:
-        Unsupported: fused kernels were asked for by name, and do not run here.
+        Unsupported: fused kernels, or products in eight bits, were asked for by name and do not run here.
     """
+    is_lossless = precision == "bf16"
+    if not is_lossless and (kernels == "plain" or device.type == "cpu"):
+        where = "the CPU" if device.type == "cpu" else "kernels 'plain'"
+        raise Unsupported(f"precision {precision!r} needs fused kernels on NVIDIA GPUs, not {where}; use bf16")
     if kernels == "plain" or (kernels == "auto" and device.type == "cpu"):
         return None
     if device.type == "cpu":
         raise Unsupported("kernels 'fused' need NVIDIA GPUs; use auto or plain")
+    asked, instead = ("kernels 'fused'", "plain") if is_lossless else (f"precision {precision!r}", "bf16")
+    is_asked = kernels == "fused" or not is_lossless
     if degrees.ring > 1:
-        if kernels == "fused":
-            raise Unsupported(f"kernels 'fused' with layout {degrees}: they attend without a ring; use ring=1 or plain")
+        if is_asked:
+            raise Unsupported(
+                f"{asked} with layout {degrees}: fused kernels attend without a ring; use ring=1 or {instead}"
+            )
         logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
         return None
     if degrees.pipefusion > 1:
-        if kernels == "fused":
-            raise Unsupported(f"kernels 'fused' with layout {degrees}: they do not run in stages; use auto or plain")
+        if is_asked:
+            raise Unsupported(
+                f"{asked} with layout {degrees}: fused kernels do not run in stages; use layout auto or {instead}"
+            )
         logger.warning("fused kernels are off: they do not run in stages, and the layout is %s", degrees)
         return None
     from xditd.gpu_workers.fused import exchange, warm_up
+    from xditd.gpu_workers.fused.products import check_eight_bits
 
     if not exchange.is_possible(degrees.world_size):
-        if kernels == "fused":
-            raise Unsupported("kernels 'fused' need GPUs that reach each other's memory, and these do not; use plain")
+        if is_asked:
+            raise Unsupported(f"{asked} needs GPUs that reach each other's memory, and these do not; use {instead}")
         logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
         return None
     chosen = attention.for_fused(requested_attention, attention_backend, device)
-    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device)
-    logger.info("fused kernels ready rank=%d attention=%s took_s=%.2f", rank, chosen, took_s)
+    if precision == "fp8":
+        check_eight_bits(device)
+    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device, precision)
+    logger.info("fused kernels ready rank=%d attention=%s precision=%s took_s=%.2f", rank, chosen, precision, took_s)
     return chosen
 
 

@@ -8,13 +8,14 @@ import msgspec
 
 from xditd.ipc import limits
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Rises with every change of a message, since unknown fields are refused. Not the package's version."""
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 ComponentId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_TEXT_CHARS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+RelativeError = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 TimingsMs = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]], msgspec.Meta(max_length=64)]
 
 

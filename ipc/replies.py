@@ -75,9 +75,13 @@ class Revoked(Reply, tag="revoked", frozen=True, kw_only=True):
 
 
 class Generated(Reply, tag="generated", frozen=True, kw_only=True):
-    """Answers ``Generate``: the outputs are in the I/O block. Timings are the slowest rank's, by phase."""
+    """Answers ``Generate``: the outputs are in the I/O block. Timings are the slowest rank's, by phase.
+
+    ``reused_steps`` says how many steps the step cache spared, counted for each image of the batch.
+    """
 
     timings_ms: TimingsMs
+    reused_steps: Count = 0
 
 
 class Denoised(Reply, tag="denoised", frozen=True, kw_only=True):

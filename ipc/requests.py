@@ -83,6 +83,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as
     in diffusers. Without it, the family's own schedule runs. With ``out_denoised``, shaped as ``out_latents``, the
     clean latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
+    With a ``step_cache_threshold`` above 0, a step whose first block changes the image by less than that, relative to
+    what it did at the last step that was computed, takes over what all other blocks did there: not lossless.
     """
 
     transformer_id: ComponentId
@@ -100,6 +102,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     out_latents: IoTensor
     out_image: IoTensor | None = None
     out_denoised: IoTensor | None = None
+    step_cache_threshold: Unit = 0.0
 
 
 class Part(Described, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.protocol import ComponentId, RequestId, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, RelativeError, RequestId, Seconds, Text, TimingsMs
 from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
 
 
@@ -132,6 +132,10 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     layout: LayoutReport | None
     """``None`` until the workers have said how they are laid out."""
     attention_backend: Text
+    precision: Text
+    """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is up."""
+    fast_error: RelativeError | None
+    """How far fused kernels were from plain modules in bf16, relative, at most; ``None`` before the first job."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.protocol import ComponentId, Message, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, Message, RelativeError, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Manifest, Name
@@ -108,6 +108,7 @@ class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
     parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
     layout: LayoutReport
     attention_backend: Name
+    precision: Name
     families: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
@@ -140,8 +141,11 @@ class CanaryRead(Answer, tag="canary_read", frozen=True, kw_only=True):
 
 
 class Done(Answer, tag="done", frozen=True, kw_only=True):
+    """``reused_steps`` is that of ``Generated``; 0 for other commands."""
+
     timings_ms: TimingsMs
     tally: RankTally
+    reused_steps: Count = 0
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
@@ -170,6 +174,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     outside_connections: Count = 0
     """Connections to other hosts that were attempted; without one, nothing can have been downloaded."""
     memory_bytes: Bytes = 0
+    fast_error: RelativeError | None = None
+    """How far fused kernels were from plain modules, at most; ``None`` before the first comparison."""
 
 
 AnyReport = RankReady | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached

@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="seed of the noise; drawn and reported without it")  # fmt: skip
     flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=float, default=3.5, metavar="SCALE",
                    help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
+    flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=float, default=0.0, metavar="SHARE",
+                   help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
                    help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
     flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=Path, default="out.png", metavar="FILE",
@@ -91,6 +93,7 @@ def run(parsed: argparse.Namespace) -> int:
             steps=parsed.steps,
             seed=parsed.seed,
             guidance_scale=parsed.guidance,
+            step_cache=parsed.step_cache,
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         image = None if vae is None else result.save(parsed.out)
@@ -105,6 +108,7 @@ def run(parsed: argparse.Namespace) -> int:
                 "seed": result.seed,
                 "seconds": seconds,
                 "timings_ms": result.timings_ms,
+                "reused_steps": result.reused_steps,
                 "components": [describe_loan(loan) for loan in loans],
             }
             print(json.dumps(report, indent=2))
@@ -114,8 +118,9 @@ def run(parsed: argparse.Namespace) -> int:
                 print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
                       f"copied: {copied_text(loan.copied)}")  # fmt: skip
             written = ", ".join(str(path) for path in (image, parsed.save_latents) if path is not None)
+            reused = f", {result.reused_steps} of {parsed.steps} steps reused" if parsed.step_cache else ""
             print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
-                  f"generated in {span_text(seconds['generate'])}")  # fmt: skip
+                  f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
     return exits.DONE
 
 

@@ -12,6 +12,8 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.ipc.status import DaemonStatus
 
+LOSSLESS: Final = "bf16"
+
 SUMMARY = "show workers, lent components, queue and counters"
 DESCRIPTION = "Show the daemon's state: a table for people, or JSON for programs."
 EXAMPLES = """\
@@ -46,6 +48,9 @@ def describe(found: DaemonStatus) -> str:
         f"workers   {found.group_state.value}: {found.world_size or '?'} on {found.device_kind or '?'}, "
         f"parallel: {parallel}, attention: {found.attention_backend or '?'}",
     ]
+    if found.precision not in ("", LOSSLESS):
+        error = "not measured yet" if found.fast_error is None else f"{found.fast_error:.2e}"
+        lines.append(f"          products in {found.precision}, error of a step against plain {LOSSLESS}: {error}")
     if found.layout is not None:
         lines.append(f"layout    {found.layout.reason} (asked for: {found.layout.asked}; others: xditd doctor)")
     if found.group_detail:

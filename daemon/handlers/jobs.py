@@ -19,8 +19,7 @@ from xditd.ipc.requests import Job as JobRequest
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
-_REPLY: Final[dict[type[JobRequest], type[Generated | Denoised | Decoded | Encoded | TextEncoded]]] = {
-    Generate: Generated,
+_REPLY: Final[dict[type[JobRequest], type[Denoised | Decoded | Encoded | TextEncoded]]] = {
     Denoise: Denoised,
     Decode: Decoded,
     Encode: Encoded,
@@ -47,9 +46,10 @@ def run(service: Service, session: Session, request: JobRequest) -> None:
             if not service.loans.registry.live(component_id).is_usable:
                 raise LeaseLost(f"component {component_id}: no longer mapped when the job's turn came")
         done = expect((yield lambda number: Run(op_number=number, job=request, exporter=session.process)), Done)
-        return _REPLY[type(request)](
-            request_id=request.request_id, timings_ms=slowest_ms([answer.timings_ms for answer in done])
-        )
+        timings_ms = slowest_ms([answer.timings_ms for answer in done])
+        if isinstance(request, Generate):  # whose steps are spared on every rank alike
+            return Generated(request_id=request.request_id, timings_ms=timings_ms, reused_steps=done[0].reused_steps)
+        return _REPLY[type(request)](request_id=request.request_id, timings_ms=timings_ms)
 
     service.submit(Job(session, request, work, component_ids))
 

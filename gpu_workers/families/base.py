@@ -112,17 +112,28 @@ class Family(Protocol[ConfigT]):
     def fuse(
         self, config: ConfigT, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
     ) -> FastPath | None:
-        """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none."""
+        """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
+
+        Raises:
+            Unsupported: the layout's precision cannot be had from weights of this dtype.
+        """
 
 
 class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
 
+    @property
+    def error(self) -> float | None:
+        """The largest relative error against the plain forward that was let pass; ``None`` before the first."""
+
+    def reserve(self) -> int:
+        """Get the memory that :meth:`plug` fills with what it makes of a checkpoint; return its bytes, mostly 0."""
+
     def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors until :meth:`unplug` or the next plug."""
 
     def unplug(self) -> None:
-        """Hold no reference to lent memory."""
+        """Hold no reference to lent memory, and nothing that was reserved."""
 
 
 @dataclass(frozen=True, slots=True)

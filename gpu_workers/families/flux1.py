@@ -185,7 +185,13 @@ class Flux1:
     def fuse(
         self, config: Flux1Config, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
     ) -> FusedFlux1 | None:
-        if layout.fused_attention is None or (layout.device.type == "cuda" and dtype == torch.float32):
+        is_cuda = layout.device.type == "cuda"
+        if layout.precision != "bf16" and is_cuda and dtype != torch.bfloat16:
+            raise Unsupported(
+                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {dtype}; lend them as "
+                "bfloat16, or start the daemon with precision bf16"
+            )
+        if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
             return None
         from xditd.gpu_workers.fused.flux1 import FusedFlux1
 

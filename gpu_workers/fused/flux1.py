@@ -1,7 +1,8 @@
 """FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
 
 Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
-which stays the judge: ``canary.Canary`` compares the two. Where several ranks share the tokens, queries, keys and
+which stays the judge: ``canary.Canary`` compares the two. Products are in the checkpoint's dtype or in eight bits
+(``products``), and nothing else here knows which. Where several ranks share the tokens, queries, keys and
 values go straight to the rank that attends with their head (``exchange``).
 
 A step of 1024x1024 pixels is about 500 launches instead of 5,000, so that the host stays ahead of the GPU without CUDA
@@ -20,9 +21,12 @@ import torch.nn.functional as F
 from xfuser.core.distributed import get_sp_group
 
 from xditd.gpu_workers import attention
+from xditd.gpu_workers.canary import Canary
 from xditd.gpu_workers.fused import kernels
 from xditd.gpu_workers.fused.exchange import Exchange
+from xditd.gpu_workers.fused.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.step_cache import ImageCache, StepCache
 from xditd.gpu_workers.token_shares import Share, deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
@@ -61,36 +65,25 @@ class Modulations(NamedTuple):
         return Modulations(*(part[start:stop] for part in self))
 
 
-class Linear(NamedTuple):
-    """A projection: its weight transposed, (in, out), and its bias."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
 class Stream(NamedTuple):
-    """The weights of text or of images in a double block."""
+    """The weights of text or of images in a double block. Projections are as ``Products.linear`` gives them."""
 
-    qkv: Linear
+    qkv: Any
     query_norm: torch.Tensor
     key_norm: torch.Tensor
-    out: Linear
-    up: Linear
-    down: Linear
+    out: Any
+    up: Any
+    down: Any
 
 
 class Single(NamedTuple):
-    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``out`` and ``down`` columns of
-    ``linear2``. Two products with GELU in the epilogue of one beat a whole one with GELU apart: what is between is not
-    written and read once more, and under full load power is what limits.
-    """
+    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``second`` is ``linear2``."""
 
-    qkv: Linear
+    qkv: Any
     query_norm: torch.Tensor
     key_norm: torch.Tensor
-    up: Linear
-    out: Linear
-    down: torch.Tensor
+    up: Any
+    second: Any
 
 
 class Blocks(NamedTuple):
@@ -103,12 +96,19 @@ class Blocks(NamedTuple):
 
 
 class FusedFlux1:
-    """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own."""
+    """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own.
+
+    ``canary`` judges its results for whoever calls it.
+    """
 
     def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
         self._config = config
         self._module = module
         self._layout = layout
+        self._products: Products[Any, Any] = (
+            EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
+        )
+        self.canary = Canary(self._products.label, self._products.tolerance)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
@@ -121,6 +121,19 @@ class FusedFlux1:
     def is_plugged(self) -> bool:
         return bool(self._checkpoint)
 
+    @property
+    def error(self) -> float | None:
+        """The largest relative error against plain modules that was seen and let pass; ``None`` before the first."""
+        return self.canary.error
+
+    def reserve(self) -> int:
+        """Get the memory of its own that :meth:`plug` will fill; return its bytes.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room.
+        """
+        return self._products.reserve()
+
     def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors, by canonical name, until :meth:`unplug` or the next plug.
 
@@ -131,11 +144,16 @@ class FusedFlux1:
             logger.info("fused blocks are idle: %d tensors are not contiguous, first=%s", len(apart), apart[0])
         self._checkpoint = {} if apart else checkpoint
         self._blocks = None
+        if self._checkpoint:
+            self._products.hold(self._checkpoint)
+        else:
+            self._products.release()
 
     def unplug(self) -> None:
-        """Hold no reference to lent memory."""
+        """Hold no reference to lent memory, and no memory of its own."""
         self._checkpoint = {}
         self._blocks = None
+        self._products.release()
 
     @contextmanager
     def stepping(self, schedule: Schedule) -> Iterator[None]:
@@ -159,8 +177,12 @@ class FusedFlux1:
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
         guidance: torch.Tensor | None = None,
+        step_cache: StepCache | None = None,
     ) -> torch.Tensor:
-        """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``."""
+        """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
+
+        ``step_cache`` spares what it can of blocks behind the first.
+        """
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
         shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
@@ -176,6 +198,7 @@ class FusedFlux1:
                 modulations.single[number],
                 angles,
                 valid,
+                None if step_cache is None else ImageCache(step_cache, number),
             )
             for number in range(hidden_states.shape[0])
         ]
@@ -234,6 +257,7 @@ class FusedFlux1:
         singles: torch.Tensor,
         angles: Angles,
         valid: int,
+        cache: ImageCache | None,
     ) -> torch.Tensor:
         """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
         assert self._blocks is not None
@@ -244,39 +268,40 @@ class FusedFlux1:
         torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
         torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
-        normed = kernels.add_and_modulate(x, text_rows=at, shift=starts[0])
+        products = self._products
+        normed = products.modulate(x, text_rows=at, shift=starts[0])
         qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
-        halves = (slice(None, at), slice(at, None))
+        y_halves = (y[:at], y[at:])
+        if cache is not None:
+            cache.begin(x[at:])
         for number, streams in enumerate(double):
             modulation = doubles[number]
-            for stream, half in zip(streams, halves, strict=True):
-                torch.addmm(stream.qkv.bias, normed[half], stream.qkv.weight, out=qkv[half])
+            for stream, half, out in zip(streams, products.halves(normed, at), (qkv[:at], qkv[at:]), strict=True):
+                products.multiply(half, stream.qkv, out)
             norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
-            attended = self._attend(qkv, norms, angles, at, valid)
-            for stream, half in zip(streams, halves, strict=True):
-                torch.addmm(stream.out.bias, attended[half], stream.out.weight, out=y[half])
-            normed = kernels.add_and_modulate(
+            attended = products.take(self._attend(qkv, norms, angles, at, valid))
+            for stream, half, out in zip(streams, products.halves(attended, at), y_halves, strict=True):
+                products.multiply(half, stream.out, out)
+            normed = products.modulate(
                 x, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
             )
-            for stream, half in zip(streams, halves, strict=True):
-                torch.addmm(stream.down.bias, _up(normed[half], stream.up), stream.down.weight, out=y[half])
-            normed = kernels.add_and_modulate(
-                x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1]
-            )
+            for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
+                products.mlp(half, stream.up, stream.down, out)
+            normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
+            if number == 0 and cache is not None and cache.is_enough(x[at:]):
+                return x[at:]
         for number, block in enumerate(single):
-            torch.addmm(block.qkv.bias, normed, block.qkv.weight, out=qkv)
+            products.multiply(normed, block.qkv, qkv)
             attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
-            torch.addmm(block.out.bias, attended, block.out.weight, out=y)
-            y.addmm_(_up(normed, block.up), block.down)
-            following = len(double) + number + 1
-            normed = kernels.add_and_modulate(
-                x,
-                text_rows=at,
-                added=y,
-                gate=(singles[number], 2 * width),
-                shift=starts[following] if following < len(starts) else None,
-            )
+            products.mlp_and_attention(attended, normed, block.up, block.second, y)
+            gate, following = (singles[number], 2 * width), len(double) + number + 1
+            if following < len(starts):
+                normed = products.modulate(x, text_rows=at, added=y, gate=gate, shift=starts[following])
+            else:
+                kernels.add_and_modulate(x, text_rows=at, added=y, gate=gate)
+        if cache is not None:
+            cache.end(x[at:])
         return x[at:]
 
     def _attend(
@@ -307,8 +332,7 @@ class FusedFlux1:
     def _bind(self, checkpoint: Mapping[str, torch.Tensor]) -> Blocks:
         width = self._config.hidden
 
-        def linear(name: str) -> Linear:
-            return Linear(checkpoint[f"{name}.weight"].t(), checkpoint[f"{name}.bias"])
+        linear = self._products.linear
 
         def stream(block: str, kind: str) -> Stream:
             name = f"{block}.{kind}"
@@ -322,14 +346,12 @@ class FusedFlux1:
             )
 
         def single(block: str) -> Single:
-            first, second = linear(f"{block}.linear1"), linear(f"{block}.linear2")
             return Single(
-                qkv=Linear(first.weight[:, : 3 * width], first.bias[: 3 * width]),
+                qkv=linear(f"{block}.linear1", slice(None, 3 * width)),
                 query_norm=checkpoint[f"{block}.norm.query_norm.scale"],
                 key_norm=checkpoint[f"{block}.norm.key_norm.scale"],
-                up=Linear(first.weight[:, 3 * width :], first.bias[3 * width :]),
-                out=Linear(second.weight[:width], second.bias),
-                down=second.weight[width:],
+                up=linear(f"{block}.linear1", slice(3 * width, None)),
+                second=linear(f"{block}.linear2"),
             )
 
         doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
@@ -351,8 +373,21 @@ class FusedFlux1:
         return weights.to(self._layout.device), biases.to(self._layout.device)
 
 
-def _up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """Project and apply GELU (tanh); on GPUs in the epilogue of the product."""
-    if x.is_cuda:
-        return torch._addmm_activation(linear.bias, x, linear.weight, use_gelu=True)
-    return F.gelu(torch.addmm(linear.bias, x, linear.weight), approximate="tanh")
+def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
+    """Name the projections of all blocks, each with its outputs and inputs.
+
+    Not those of modulations, which one kernel multiplies with a single vector, nor the few outside of blocks.
+    """
+    width = config.hidden
+    found: dict[str, tuple[int, int]] = {}
+    for block in range(config.double_blocks):
+        for kind in ("txt", "img"):
+            name = f"double_blocks.{block}.{kind}"
+            found[f"{name}_attn.qkv"] = (3 * width, width)
+            found[f"{name}_attn.proj"] = (width, width)
+            found[f"{name}_mlp.0"] = (4 * width, width)
+            found[f"{name}_mlp.2"] = (width, 4 * width)
+    for block in range(config.single_blocks):
+        found[f"single_blocks.{block}.linear1"] = (7 * width, width)
+        found[f"single_blocks.{block}.linear2"] = (width, 5 * width)
+    return found

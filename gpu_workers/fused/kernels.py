@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from xditd.gpu_workers.fused.eight_bits import LARGEST, TINY, Quantised
+
 HEAD_SIZE = 128
 EPSILON = 1e-6
 FLOAT16_MAX = 65504.0
@@ -29,6 +31,7 @@ def _add_and_modulate(
     x_ptr,
     y_ptr,
     out_ptr,
+    scales_ptr,
     gates_ptr,
     gate_at,
     gate_stride,
@@ -42,6 +45,8 @@ def _add_and_modulate(
     HAS_SHIFT: tl.constexpr,
     LIMIT: tl.constexpr,
     EPS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
 ):
     row = tl.program_id(0)
     stream = (row >= text_rows).to(tl.int64)
@@ -66,7 +71,13 @@ def _add_and_modulate(
         shift = tl.load(shifts, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(shifts + WIDTH, mask=inside, other=0.0).to(tl.float32)
         scaled = normed * (1.0 + scale).to(kind).to(tl.float32)
-        tl.store(out_ptr + here, (scaled.to(kind).to(tl.float32) + shift).to(kind), mask=inside)
+        shifted = (scaled.to(kind).to(tl.float32) + shift).to(kind)
+        if LARGEST > 0:
+            wide = shifted.to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(wide), 0), TINY)
+            tl.store(scales_ptr + row, largest / LARGEST)
+            shifted = (wide * (LARGEST / largest)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + here, shifted, mask=inside)
 
 
 @triton.jit(do_not_specialize=["text_rows", "first_row", "all_rows"])
@@ -194,14 +205,43 @@ def add_and_modulate(
     Both halves are optional: without ``gate`` nothing is added, without ``shift`` the sum itself, ``x``, comes back.
     ``x`` and ``added`` are (rows, width) and contiguous. ``scale`` is the chunk behind ``shift``.
     """
-    rows, width = x.shape
     out = x if shift is None else torch.empty_like(x)
+    _launch_add_and_modulate(x, text_rows, added, gate, shift, out, None)
+    return out
+
+
+def add_and_modulate_to_eight_bits(
+    x: torch.Tensor,
+    *,
+    text_rows: int,
+    added: torch.Tensor | None = None,
+    gate: Vectors | None = None,
+    shift: Vectors,
+) -> Quantised:
+    """Do the same, and return what is modulated in eight bits, a scale for each row; ``x`` keeps its dtype."""
+    rows, width = x.shape
+    out = Quantised.empty(rows, width, x.device)
+    _launch_add_and_modulate(x, text_rows, added, gate, shift, out.values, out.scales)
+    return out
+
+
+def _launch_add_and_modulate(
+    x: torch.Tensor,
+    text_rows: int,
+    added: torch.Tensor | None,
+    gate: Vectors | None,
+    shift: Vectors | None,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> None:
+    rows, width = x.shape
     gates, gate_at = (x, 0) if gate is None else gate
     shifts, shift_at = (x, 0) if shift is None else shift
     _add_and_modulate[(rows,)](
         x,
         x if added is None else added,
         out,
+        x if scales is None else scales,
         gates,
         gate_at,
         gates.stride(0) if gates.ndim == 2 else 0,
@@ -215,9 +255,10 @@ def add_and_modulate(
         HAS_SHIFT=shift is not None,
         LIMIT=FLOAT16_MAX if x.dtype == torch.float16 else 0.0,
         EPS=EPSILON,
+        LARGEST=0.0 if scales is None else LARGEST,
+        TINY=TINY,
         num_warps=8,
     )
-    return out
 
 
 def norm_and_rotate(

@@ -7,6 +7,8 @@ import time
 import torch
 
 from xditd.gpu_workers.fused import kernels
+from xditd.gpu_workers.fused.eight_bits import quantise
+from xditd.gpu_workers.fused.products import EIGHT
 
 HIDDEN = 3072
 """FLUX.1's width. Another one compiles at its first step."""
@@ -14,7 +16,7 @@ HIDDEN = 3072
 _ROWS = 16
 
 
-def compile_kernels(rank: int, ranks: int, device: torch.device) -> float:
+def compile_kernels(rank: int, ranks: int, device: torch.device, precision: str) -> float:
     """Run every kernel once on a few rows, for bfloat16 weights of FLUX.1; return the seconds it took.
 
     ``ranks`` share the tokens of an image, and this is the ``rank``-th of them.
@@ -28,9 +30,18 @@ def compile_kernels(rank: int, ranks: int, device: torch.device) -> float:
     x, modulation, qkv = some(_ROWS, HIDDEN), some(2, 6 * HIDDEN), some(_ROWS, 3 * HIDDEN)
     norms = (some(kernels.HEAD_SIZE),) * 4
     angles = (torch.ones(_ROWS, kernels.HEAD_SIZE // 2, device=device),) * 2
-    kernels.add_and_modulate(x, text_rows=1, shift=(modulation, 0))
+    is_eight = precision == EIGHT
+    modulate = kernels.add_and_modulate_to_eight_bits if is_eight else kernels.add_and_modulate
+    modulate(x, text_rows=1, shift=(modulation, 0))
     for block in (modulation, modulation[0]):
-        kernels.add_and_modulate(x, text_rows=1, added=x, gate=(block, 2 * HIDDEN), shift=(block, 3 * HIDDEN))
+        modulate(x, text_rows=1, added=x, gate=(block, 2 * HIDDEN), shift=(block, 3 * HIDDEN))
+    if is_eight:
+        hidden = some(_ROWS, 4 * HIDDEN)
+        quantise(x)  # attention, and weights as wide
+        quantise(hidden)  # weights alone are
+        quantise(some(_ROWS, 5 * HIDDEN))
+        quantise(gelu_of=hidden)
+        quantise(x, gelu_of=hidden)
     kernels.add_and_modulate(x, text_rows=1, added=x, gate=(modulation[0], 2 * HIDDEN))
     matrix, bias = some(_ROWS, HIDDEN), some(_ROWS)
     weights, biases = (torch.tensor([tensor.data_ptr()], device=device) for tensor in (matrix, bias))

@@ -28,7 +28,7 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 STATUS = DaemonStatus(
     package_version="0.1.0",
-    protocol_version=1,
+    protocol_version=2,
     pid=41,
     uptime_s=3_725.0,
     runtime_dir="/run/user/1/xditd",
@@ -39,6 +39,8 @@ STATUS = DaemonStatus(
     parallel={"ulysses": 2},
     layout=report(plan(2), {}),
     attention_backend="CUDNN",
+    precision="bf16",
+    fast_error=0.007,
     workers=(
         WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1),
         WorkerStatus(rank=1, pid=43, device="cuda:1", device_uuid="GPU-b", memory_bytes=0, loaded=1),

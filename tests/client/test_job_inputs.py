@@ -22,6 +22,8 @@ EMBEDS, POOLED = torch.zeros(1, 8, 32), torch.zeros(1, 16)
         (lambda: job_inputs.check_size(64, 10**6), r"width: 1000000 is not a whole number from 16 to 16384"),
         (lambda: job_inputs.check_guidance("guidance_scale", float("nan")), r"guidance_scale: nan is not a number"),
         (lambda: job_inputs.check_guidance("guidance_scale", -1), r"guidance_scale: -1 is not"),
+        (lambda: job_inputs.check_step_cache(1.5), r"step_cache: 1.5 is not a number from 0"),
+        (lambda: job_inputs.check_step_cache(float("nan")), r"step_cache: nan is not a number from 0"),
         (lambda: job_inputs.check_sigmas([1.0, 0.5], 3), r"sigmas: 2 values for 3 steps"),
         (lambda: job_inputs.check_sigmas([1.0, 0.5, 0.0], 2), r"leave the final 0 out"),
         (lambda: job_inputs.check_sigmas([0.5, 1.0], 2), r"sigmas\[1\]: 1\.0 does not descend from 0\.5"),

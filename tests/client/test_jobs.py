@@ -66,7 +66,11 @@ def generates(daemon):
         return [
             Queued(request_id=request.request_id, ahead=1, reason="another job runs"),
             *(step(request, number, request.steps) for number in range(1, request.steps + 1)),
-            Generated(request_id=request.request_id, timings_ms={"denoise": 3.0}),
+            Generated(
+                request_id=request.request_id,
+                timings_ms={"denoise": 3.0},
+                reused_steps=2 if request.step_cache_threshold else 0,
+            ),
         ]
 
     daemon.answers[Generate] = answer
@@ -122,6 +126,13 @@ def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, 
 def test_a_drawn_seed_is_handed_back(client, daemon, generates):
     result = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
     assert result.seed == daemon.requests(Generate)[0].seed
+
+
+def test_a_step_cache_is_off_unless_asked_for_and_says_what_it_spared(client, daemon, generates):
+    size = {"height": 16, "width": 16, "steps": 4}
+    results = [client.generate("c1", EMBEDS, POOLED, **size, **more).result() for more in ({}, {"step_cache": 0.08})]
+    assert [request.step_cache_threshold for request in daemon.requests(Generate)] == [0.0, 0.08]
+    assert [result.reused_steps for result in results] == [0, 2]
 
 
 def test_images_become_files(client, generates, tmp_path):

@@ -59,6 +59,7 @@ def test_file_is_found_where_the_desktop_keeps_it(tmp_path: Path) -> None:
         ("[daemon]\nqueue_limit = [1]", "queue_limit = [1]: use a whole number"),
         ("[daemon]\nlog_level = 'loud'", "log_level = 'loud': use one of"),
         ("[workers]\ndevice = ['cpu']", "device = ['cpu']: use one of"),
+        ("[workers]\nprecision = 'fp4'", "precision = 'fp4': use one of"),
         ("[workers]\nhang_deadline_s = nan", "hang_deadline_s = nan: use seconds"),
         ("[workers]\nattention_backend = '--evil'", "attention_backend = '--evil': use"),
         ("[workers]\ncommand = 'python'", "command = 'python': use a list of words"),

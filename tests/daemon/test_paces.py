@@ -88,6 +88,13 @@ def test_another_shape_or_group_starts_without_experience(subject: Paces, run: C
     assert run(1.0, 1.0, 1.0)[0] == HANG_S
 
 
+def test_steps_that_a_cache_spares_do_not_hurry_those_that_are_computed(run: Callable[..., list[float]]) -> None:
+    cached = msgspec.structs.replace(GENERATE, step_cache_threshold=0.1)
+    run(3.0, 0.01, 1.0, cached)
+    assert run(3.0, 0.01, 1.0, cached)[1:4] == [FACTOR * 3.0] * 3
+    assert run(1.0, 1.0, 1.0)[0] == HANG_S  # steps without a cache are another kind
+
+
 def test_kind_does_not_depend_on_what_costs_nothing() -> None:
     same = msgspec.structs.replace(GENERATE, request_id="2", seed=3, steps=50, guidance_scale=1.0)
     assert kind_of(same) == kind_of(GENERATE)

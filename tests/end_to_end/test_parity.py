@@ -42,6 +42,27 @@ def test_sigmas_are_used_as_they_are(client, transformer, make_inputs, run, diff
     assert relative_error(ours, diffusers_run(inputs)) > 1e-3
 
 
+def test_a_step_cache_spares_steps_on_both_ranks_and_repeats_bit_by_bit(
+    client, transformer, make_inputs, run, relative_error
+):
+    inputs = make_inputs()
+    sigmas = [1.0, 0.9999, 0.9998, 0.5]  # three that random weights take for alike
+    assert client.status().precision == "bf16"
+
+    def cached(threshold):
+        given = {"height": 128, "width": 128, "steps": len(sigmas), "sigmas": sigmas, "noise": inputs.noise}
+        job = client.generate(
+            transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given, step_cache=threshold
+        )
+        return job.result()
+
+    off, unlike, alike, again = (cached(threshold) for threshold in (0.0, 1e-9, 0.1, 0.1))
+    assert [result.reused_steps for result in (off, unlike, alike, again)] == [0, 0, 2, 2]
+    assert torch.equal(off.latents, unlike.latents)
+    assert torch.equal(alike.latents, again.latents)
+    assert 1e-5 < relative_error(alike.latents, off.latents) < 0.02
+
+
 def test_guidance_reaches_the_model(client, transformer, make_inputs, run, diffusers_run, relative_error):
     inputs = make_inputs()
     ours = run(client, transformer, inputs, guidance_scale=7.0)

@@ -100,7 +100,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
                 "same bits": torch.equal(results[1], results[2]),
                 "sum": float(results[1].double().sum()),
             }
-        canary = skeleton.module._canary
+        canary = skeleton.module.fused.canary
         facts["canary"][str(dtype).removeprefix("torch.")] = {
             "refused": canary.is_refused,
             "passed": len(canary._passed),

@@ -2,8 +2,7 @@
 
     python many_layouts.py OUT_FOLDER
 
-Each rank of each layout writes ``<layout>/rank<N>.safetensors`` with ``<case>/<round>`` tensors. xfuser is imported
-once, and the ranks are forked from there: importing is most of what a group's start costs.
+Each rank of each layout writes ``<layout>/rank<N>.safetensors`` with ``<case>/<round>`` tensors.
 """
 
 from __future__ import annotations
@@ -36,6 +35,9 @@ CASES = {
     "odd text, three rows": (13, 8, 12, 3),
 }
 
+ALIKE = (1.0, 0.9999, 0.9998)
+"""Steps of a job on the last case; a step cache spares all but the first."""
+
 # name: the cases of one latent size whose rows share a request
 JOINED = {
     "other lengths": ("odd text, odd image", "odd total"),
@@ -61,6 +63,7 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     from xditd.gpu_workers import pipelines, xfuser_start
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.step_cache import StepCache
     from xditd.ipc.degrees import Degrees, parse_layout
 
     torch.set_num_threads(1)
@@ -81,34 +84,34 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
         for name, cases in ({case: (case,) for case in CASES} | JOINED).items()
         for attempt in range(ROUNDS)
     }
+    given, cache = inputs(*CASES["odd text, three rows"]), StepCache(0.1)
+    results["cached"] = pipelines.generate(
+        plan.skeleton,
+        prompt_embeds=given["prompt_embeds"],
+        pooled=given["pooled"],
+        noise=given["latents"],
+        height=8 * given["latents"].shape[2],
+        width=8 * given["latents"].shape[3],
+        steps=len(ALIKE),
+        sigmas=ALIKE,
+        step_cache=cache,
+    )
+    results["reused"] = torch.tensor(cache.reused)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / f"rank{rank}.safetensors")
     xfuser_start.stop()
 
 
 def main(out: Path) -> None:
+    from forked_ranks import fork_ranks
+
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import xfuser_cpu
     from xditd.ipc.degrees import Degrees, parse_layout
 
-    with xfuser_cpu.importable():
-        import xditd.gpu_workers.pipelines
-        import xditd.gpu_workers.sequence_parallel  # noqa: F401 - what ranks would import one by one
-
     state = checkpoints.flux1_state_dict(SEED, **MODEL)
-    fork = torch.multiprocessing.get_context("fork")
     for layout in LAYOUTS:
         folder = out / layout
         folder.mkdir()
-        ranks = [
-            fork.Process(target=run_rank, args=(rank, layout, state, folder), daemon=True)
-            for rank in range(Degrees(**parse_layout(layout)).world_size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"{layout}: ranks ended with {[process.exitcode for process in ranks]}")
+        fork_ranks(run_rank, Degrees(**parse_layout(layout)).world_size, layout, state, folder)
 
 
 if __name__ == "__main__":

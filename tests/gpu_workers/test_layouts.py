@@ -103,6 +103,15 @@ def test_every_rank_gets_every_row(computed: Any, layout: str) -> None:
         assert all(torch.equal(results[name], tensor) for name, tensor in first.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
+def test_a_step_cache_spares_the_same_steps_of_every_row(computed: Any, layout: str) -> None:
+    rows = many_layouts.CASES["odd text, three rows"][-1]
+    assert computed[layout][0]["reused"] == rows * (len(many_layouts.ALIKE) - 1)
+    whole = computed[many_layouts.LAYOUTS[0]][0]["cached"]
+    assert reference.relative_error(computed[layout][0]["cached"], whole) <= BAR
+
+
 @pytest.mark.usefixtures("layout")
 def test_rows_are_dealt_once() -> None:
     from xditd.gpu_workers.row_shares import deal_rows

@@ -113,6 +113,24 @@ def test_denoise_on_two_ranks_is_one_plain_forward(group: Any, models: Any, labe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("label", ["dev", "schnell"])
+def test_two_ranks_spare_the_same_steps(group: Any, label: str) -> None:
+    for rank in (0, 1):
+        assert group[rank][1][f"{label} reused"] == len(two_ranks.ALIKE) - 1
+    results = group[0][0]
+    assert torch.equal(results[f"{label}/cached/0"], results[f"{label}/cached/1"])
+    error = reference.relative_error(results[f"{label}/cached/0"], results[f"{label}/not cached"])
+    assert 1e-5 < error < 0.02
+
+
+@pytest.mark.slow
+def test_ranks_decide_by_what_changed_on_all_of_them(group: Any) -> None:
+    for rank in (0, 1):
+        assert group[rank][1]["alike below 0.6"] == [True]
+        assert group[rank][1]["alike below 0.4"] == [False]
+
+
+@pytest.mark.slow
 def test_too_few_tokens_are_refused_by_count_on_every_rank(group: Any) -> None:
     for rank in (0, 1):
         facts = group[rank][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import logging
 import sys
@@ -16,6 +17,7 @@ from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 
 
 def test_a_single_rank_starts_and_agrees_with_itself(layout: ParallelLayout) -> None:
@@ -45,12 +47,46 @@ def test_xfuser_does_not_log_to_standard_output() -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("asked", "expected"), [("auto", None), ("plain", None)])
 def test_transformers_run_plain_on_a_cpu(asked: str, expected: None) -> None:
-    assert xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", asked) is expected
+    assert xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", asked, "bf16") is expected
 
 
 def test_fused_kernels_by_name_are_refused_on_a_cpu() -> None:
     with pytest.raises(Unsupported, match="need NVIDIA GPUs; use auto or plain"):
-        xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", "fused")
+        xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", "fused", "bf16")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "fused", "plain"])
+def test_eight_bits_are_refused_on_a_cpu(kernels: str) -> None:
+    with pytest.raises(Unsupported, match="precision 'fp8' needs fused kernels on NVIDIA GPUs, not the CPU; use bf16"):
+        xfuser_start._start_fused(0, Degrees(), CPU, "auto", "SDPA", kernels, "fp8")
+
+
+def test_eight_bits_are_refused_with_plain_modules() -> None:
+    with pytest.raises(Unsupported, match="needs fused kernels on NVIDIA GPUs, not kernels 'plain'"):
+        xfuser_start._start_fused(0, Degrees(), GPU, "auto", "SDPA", "plain", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("degrees", "why"),
+    [
+        (Degrees(ring=2), "precision 'fp8' with layout .*ring.*; use ring=1 or bf16"),
+        (Degrees(pipefusion=2), "precision 'fp8' with layout .*stages; use layout auto or bf16"),
+    ],
+    ids=str,
+)
+def test_eight_bits_are_refused_in_layouts_that_run_plain(degrees: Degrees, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        xfuser_start._start_fused(0, degrees, GPU, "auto", "SDPA", "auto", "fp8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_eight_bits_are_made_of_bfloat16_weights_alone(layout: ParallelLayout, dtype: torch.dtype) -> None:
+    from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
+
+    config = Flux1Config(256, 1, 1, 4096, 768, True)
+    gpu = dataclasses.replace(layout, device=GPU, fused_attention="CUDNN", precision="fp8")
+    with pytest.raises(Unsupported, match=f"precision 'fp8' takes bfloat16 weights, and these are {dtype}"):
+        Flux1().fuse(config, torch.nn.Module(), gpu, dtype)
 
 
 def test_an_unknown_attention_backend_lists_those_that_run() -> None:

@@ -17,6 +17,8 @@ SEED = 0
 STEPS = 2
 ROUNDS = 2
 GUIDANCE = 3.5
+ALIKE = (1.0, 0.9999, 0.9998)
+"""Steps that a cache spares, but for the first."""
 
 # name: text tokens, height, width, batch
 CASES = {
@@ -46,6 +48,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from xditd.gpu_workers import agreement, xfuser_start
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.step_cache import StepCache
     from xditd.ipc.errors import Unsupported
 
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
@@ -85,10 +88,24 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
             ),
             guidance=torch.full((batch,), GUIDANCE),
         )
+        for attempt in range(ROUNDS):
+            steps = StepCache(0.1)
+            results[f"{label}/cached/{attempt}"] = pipelines.generate(
+                plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
+            )
+            facts[f"{label} reused"] = steps.reused
+        results[f"{label}/not cached"] = pipelines.generate(
+            plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
+        )
         try:
             pipelines.generate(plan.skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
         except Unsupported as error:
             facts[f"{label} refuses one text token"] = error.detail
+    for threshold in (0.6, 0.4):
+        # By itself rank 0 would see no change, and rank 1 one of 1.0: together it is 0.5.
+        steps = StepCache(threshold)
+        steps.decide(range(1), torch.ones(1, 4, 8))
+        facts[f"alike below {threshold}"] = steps.decide(range(1), torch.full((1, 4, 8), 1.0 + rank))
     odd_heads = checkpoints.flux1_state_dict(SEED, heads=3, double_blocks=1, single_blocks=1)
     try:
         cache.plan({name: TensorInfo.of(tensor) for name, tensor in odd_heads.items()})

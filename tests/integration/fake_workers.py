@@ -104,6 +104,7 @@ class Rank:
                 parallel=planned.degrees.named(),
                 layout=report(planned, asked),
                 attention_backend="fake",
+                precision="bf16",
                 families=("fake",),
             )
         )
@@ -279,6 +280,7 @@ def main() -> int:
         "--pipefusion-warm-up-steps",
         "--attention-backend",
         "--kernels",
+        "--precision",
         "--log-level",
     ):
         parser.add_argument(flag, required=True)

@@ -20,6 +20,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from inputs import GUIDANCE, job, reference_latents
 
+ALIKE = (1.0, 0.9999)
+
 
 def whole_model(store: str) -> dict[str, Any]:
     """Denoise with fused blocks, and compare with plain diffusers; then zero every tensor once."""
@@ -45,7 +47,7 @@ def whole_model(store: str) -> dict[str, Any]:
         result = pipelines.generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
         model = reference.transformer_from(state)
         found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
-        canary = skeleton.module._canary
+        canary = skeleton.module.fused.canary
         if has_guidance:
             found["at once"] = steps_at_once(skeleton)
             given = job(3, 16, 32, 1)
@@ -57,6 +59,7 @@ def whole_model(store: str) -> dict[str, Any]:
                 tensor.copy_(kept)
                 if reference.relative_error(after, before) < 1e-5:
                     found["unmoved"].append(name)
+            found["cached"] = cached(skeleton, given)
         found["canary"][label] = {"refused": canary.is_refused, "passed": len(canary._passed)}
         skeleton.unplug()
         found["canary"][label]["plugged after unplug"] = skeleton.module.fused.is_plugged
@@ -86,6 +89,27 @@ def steps_at_once(skeleton: Any) -> dict[str, bool]:
     made.append(pipelines.generate(skeleton, **given, steps=3))
     del fused.stepping
     return {"all": torch.equal(made[0], made[2]), "two": torch.equal(made[1], made[2]), "left": bool(fused._ahead)}
+
+
+def cached(skeleton: Any, given: dict[str, Any]) -> dict[str, float]:
+    """Spare steps of a job on fused blocks and on plain ones; the error is that of one against the other."""
+    from xditd.gpu_workers import pipelines, reference
+    from xditd.gpu_workers.step_cache import StepCache
+
+    def run(cache: StepCache | None) -> torch.Tensor:
+        return pipelines.generate(skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
+
+    fused, plain = StepCache(0.1), StepCache(0.1)
+    result, whole = run(fused), run(None)
+    kept, skeleton.module.fused = skeleton.module.fused, None
+    expected = run(plain)
+    skeleton.module.fused = kept
+    return {
+        "fused": fused.reused,
+        "plain": plain.reused,
+        "error": reference.relative_error(result, expected),
+        "cost": reference.relative_error(result, whole),
+    }
 
 
 def exchange_of_two() -> dict[str, float]:

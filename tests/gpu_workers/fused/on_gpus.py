@@ -7,15 +7,22 @@ Rank 0 writes ``facts.json``: for each case the errors of both ways against floa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from inputs import GUIDANCE, job, reference_latents
 
+if TYPE_CHECKING:
+    from xditd.gpu_workers.layouts import ParallelLayout
+    from xditd.gpu_workers.skeletons import Plan
+
 STEPS = 2
+ALIKE = (1.0, 0.9999, 0.5)
+"""Two steps that are alike, and one that is not."""
 # text tokens, height, width, batch; the odd ones leave ranks unequal shares, and padding on the last one.
 CASES = {
     "usual": (512, 1024, 1024, 1),
@@ -33,7 +40,8 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.gpu_workers.skeletons import SkeletonCache
 
     gpu = torch.device("cuda", rank)
-    layout = xfuser_start.start(rank, ranks, f"{folder}/store", gpu, kernels="fused")
+    started = xfuser_start.start(rank, ranks, f"{folder}/store", gpu, kernels="fused", precision="fp8")
+    layout = dataclasses.replace(started, precision="bf16")
     from xditd.gpu_workers import pipelines
 
     state = {
@@ -57,7 +65,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             "fused": distance(fused[1], expected),
             "same bits twice": torch.equal(*fused),
         }
-    canary = skeleton.module._canary
+    canary = skeleton.module.fused.canary
     facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed)}
     broken = state["single_blocks.1.linear2.weight"]
     kept = broken.clone()
@@ -72,9 +80,74 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         "plain bits": torch.equal(judged, pipelines.generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)),
         "untouched": torch.equal(kept, broken),
     }
+    facts["eight bits"] = eight_bits(started, state, exact)
+    facts["cached"] = cached(started, state)
     if rank == 0:
         Path(folder, "facts.json").write_text(json.dumps(facts))
     xfuser_start.stop()
+
+
+def eight_bits(layout: ParallelLayout, state: dict[str, torch.Tensor], exact: Any) -> dict[str, Any]:
+    """The same cases with products in eight bits, and what their copy of the weights takes."""
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+
+    cache = SkeletonCache(layout)
+    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    skeleton = plan.skeleton
+    before = torch.cuda.memory_allocated()
+    skeleton.plug(plan.bind(state), "fp8", plan.by_canonical_name(state))
+    facts: dict[str, Any] = {
+        "held": torch.cuda.memory_allocated() - before,
+        "reserved": skeleton.reserve(),
+        "cases": {},
+    }
+    for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
+        results = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
+        facts["cases"][case] = {
+            "error": distance(results[0], reference_latents(exact, given, STEPS)),
+            "same bits twice": torch.equal(*results),
+        }
+    canary = cast(Any, skeleton.module).fused.canary
+    facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed), "error": cache.fast_error}
+    skeleton.unplug()
+    del results
+    facts["left"] = torch.cuda.memory_allocated() - before
+    return facts
+
+
+def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Spare steps that are alike, in both precisions."""
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.step_cache import StepCache
+
+    facts: dict[str, Any] = {}
+    for precision in ("bf16", "fp8"):
+        plan = SkeletonCache(dataclasses.replace(layout, precision=precision)).plan(
+            {name: TensorInfo.of(tensor) for name, tensor in state.items()}
+        )
+        plan.skeleton.plug(plan.bind(state), precision, plan.by_canonical_name(state))
+        for case in ("odd total, odd text", "two samples"):
+            given = job(*CASES[case])
+
+            def run(threshold: float, given: dict[str, Any] = given, plan: Plan = plan) -> tuple[torch.Tensor, int]:
+                cache = StepCache(threshold)
+                latents = pipelines.generate(
+                    plan.skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, guidance_scale=GUIDANCE, step_cache=cache
+                )
+                return latents, cache.reused
+
+            (whole, none), (result, spared), (again, _) = run(1e-9), run(0.2), run(0.2)
+            facts[f"{precision}, {case}"] = {
+                "spared": [none, spared],
+                "error": distance(result, whole),
+                "same bits twice": torch.equal(result, again),
+            }
+        plan.skeleton.unplug()
+    return facts
 
 
 def distance(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -49,6 +49,13 @@ def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) ->
     assert [verdict["passed"] for verdict in canaries.values()] == [2, 1]
 
 
+def test_a_step_cache_does_on_fused_blocks_what_it_does_on_plain_ones(found: Any) -> None:
+    cached = found["model"]["cached"]
+    assert cached["fused"] == cached["plain"] == 1
+    assert cached["error"] <= BAR
+    assert 1e-6 < cached["cost"] < 0.02
+
+
 def test_unplugging_lets_go_of_the_checkpoint(found: Any) -> None:
     assert not any(verdict["plugged after unplug"] for verdict in found["model"]["canary"].values())
 

@@ -45,5 +45,33 @@ def test_the_canary_judged_every_number_of_tokens_and_refused_none(facts: Any) -
     assert facts["canary"] == {"refused": False, "passed": 5}
 
 
+def test_eight_bits_are_off_by_their_rounding_and_repeat_bit_by_bit(facts: Any) -> None:
+    eight = facts["eight bits"]
+    assert len(eight["cases"]) == 5
+    for case, found in eight["cases"].items():
+        assert 5e-3 < found["error"] < 0.1, (case, found)
+        assert found["same bits twice"] is True
+    assert eight["canary"]["refused"] is False
+    assert eight["canary"]["passed"] == 5
+    assert 5e-3 < eight["canary"]["error"] < 0.1
+
+
+def test_the_copy_in_eight_bits_is_what_was_reserved_and_goes_when_unplugged(facts: Any) -> None:
+    eight = facts["eight bits"]
+    products = 3072 * 3072 * 12 * (2 * 2 + 2)  # two double blocks of two streams, two single ones
+    assert products < eight["reserved"] < 1.01 * products
+    assert eight["reserved"] <= eight["held"] < eight["reserved"] + 2**22
+    assert eight["left"] < eight["reserved"] / 4  # workspaces of libraries
+
+
+def test_a_step_cache_spares_what_is_alike_on_every_rank(facts: Any) -> None:
+    assert len(facts["cached"]) == 4
+    for case, found in facts["cached"].items():
+        images = 2 if "two samples" in case else 1
+        assert found["spared"] == [0, images], (case, found)
+        assert 0.0 < found["error"] < 0.05, (case, found)
+        assert found["same bits twice"] is True
+
+
 def test_wrong_blocks_are_refused_and_the_plain_result_is_given(facts: Any) -> None:
     assert facts["broken"] == {"refused": True, "plain bits": True, "untouched": True}

@@ -182,6 +182,7 @@ class Jobs:
 
     def ask_for_what_is_refused(self) -> None:
         from xditd.gpu_workers import pipelines
+        from xditd.gpu_workers.step_cache import StepCache
         from xditd.ipc.degrees import Degrees
         from xditd.ipc.errors import Unsupported
 
@@ -196,6 +197,7 @@ class Jobs:
 
         for what, ask in {
             "denoise": denoise,
+            "step cache": lambda: self.generate(CASES["patches"], step_cache=StepCache(0.1)),
             "one image token": lambda: self.generate(Case(height=16, width=16, patches=2)),
             "two blocks": lambda: self.plan(checkpoint((1, 1), True, "cpu", self.dtype), degrees=Degrees(pipefusion=3)),
         }.items():

@@ -120,6 +120,7 @@ def test_a_cancelled_job_ends_on_all_ranks_at_the_same_step_and_the_next_one_is_
 def test_what_stages_cannot_do_is_refused_by_name(made: Any) -> None:
     for facts in made.facts:
         assert f"denoise: the workers' layout pipefusion={len(made.facts)} runs whole generations" in facts["denoise"]
+        assert "step_cache_threshold: a stage of pipefusion=" in facts["step cache"]
         assert "1 image tokens are too few for 2 PipeFusion patches" in facts["one image token"]
         assert "2 blocks are too few for 3 PipeFusion stages" in facts["two blocks"]
 

@@ -1,0 +1,107 @@
+"""Steps that are spared: those that are alike, for each image of a batch, and never by what is not a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.gpu_workers import reference
+from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.step_cache import StepCache
+from xditd.ipc.errors import Cancelled
+
+# Steps that hardly differ, twice: random weights react to every step of a usual schedule as to another image.
+SIGMAS = (1.0, 0.9999, 0.9998, 0.5, 0.4999)
+ALIKE = 3
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def skeleton(layout: ParallelLayout) -> Skeleton:
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers.families.base import TensorInfo
+
+    state = checkpoints.flux1_state_dict(0)
+    plan: Plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    plan.skeleton.plug(plan.bind(state))
+    return plan.skeleton
+
+
+@pytest.fixture(scope="module")
+def run(skeleton: Skeleton) -> Callable[..., torch.Tensor]:
+    from xditd.gpu_workers import pipelines
+
+    generator = torch.Generator().manual_seed(3)
+    given: dict[str, Any] = {
+        "prompt_embeds": torch.randn(BATCH, 9, 4096, generator=generator),
+        "pooled": torch.randn(BATCH, 768, generator=generator),
+        "noise": torch.randn(BATCH, 16, 8, 12, generator=generator),
+    }
+
+    def run(cache: StepCache | None = None, **more: Any) -> torch.Tensor:
+        return pipelines.generate(
+            skeleton, **given, height=64, width=96, steps=len(SIGMAS), sigmas=SIGMAS, step_cache=cache, **more
+        )
+
+    return run
+
+
+def test_a_cache_that_finds_nothing_alike_changes_no_bit(run: Callable[..., torch.Tensor]) -> None:
+    cache = StepCache(1e-9)
+    assert torch.equal(run(cache), run())
+    assert cache.reused == 0
+
+
+def test_steps_that_are_alike_are_spared_for_a_bounded_error(run: Callable[..., torch.Tensor]) -> None:
+    cache, again = StepCache(0.1), StepCache(0.1)
+    result = run(cache)
+    assert cache.reused == again.reused + ALIKE * BATCH == ALIKE * BATCH
+    assert 1e-5 < reference.relative_error(result, run()) < 0.02
+    assert torch.equal(run(again), result)
+
+
+def test_the_model_is_whole_again_after_a_job_and_after_one_that_was_cancelled(
+    skeleton: Skeleton, run: Callable[..., torch.Tensor]
+) -> None:
+    module: Any = skeleton.module
+    blocks = (module.transformer_blocks, module.single_transformer_blocks)
+
+    def cancel(step: int, _: int) -> None:
+        if step == 2:
+            raise Cancelled("by the test")
+
+    run(StepCache(0.1))
+    with pytest.raises(Cancelled):
+        run(StepCache(0.1), on_step=cancel)
+    assert (module.transformer_blocks, module.single_transformer_blocks) == blocks
+    assert module._step_cache is None
+
+
+@pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
+def test_each_image_is_compared_with_its_own_last_computed_step() -> None:
+    cache = StepCache(0.1)
+    one, other = torch.ones(4, 8), torch.full((4, 8), 2.0)
+    assert cache.decide(range(2), torch.stack([one, other])) == [False, False]
+    cache.keep(0, one)
+    cache.keep(1, other)
+    assert cache.decide(range(2), torch.stack([one * 1.09, other * 1.2])) == [True, False]
+    cache.keep(1, other * 3)
+    assert torch.equal(cache.reuse(0), one)
+    # Not with the one before: the first has drifted by now, the second was computed anew.
+    assert cache.decide(range(2), torch.stack([one * 1.11, other * 1.3])) == [False, True]
+    assert torch.equal(cache.reuse(1), other * 3)
+    assert cache.reused == 2
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0], ids=["NaN", "infinite", "zero"])
+def test_what_is_no_size_to_compare_with_is_computed(value: float) -> None:
+    cache = StepCache(1.0)
+    tokens = torch.full((1, 4, 8), value)
+    assert cache.decide(range(1), tokens) == [False]
+    cache.keep(0, tokens[0])
+    assert cache.decide(range(1), tokens) == [False]
