@@ -269,8 +269,7 @@ class Components:
         if apart:
             clock.mark("copy")
         if len(self._fellow_uuids) > 1 and is_cuda:
-            self.peers.deliver(manifest.blocks, sources, received)
-            clock.mark("peer_copy")
+            self.peers.deliver(manifest.blocks, sources, received, clock.mark)
             copied = copied + CopiedBytes(peer=sum(buffer.numel() for buffer in received.values()))
         views = [BlockViews(source) for source in sources]
         for spec in manifest.tensors:

@@ -7,7 +7,7 @@ others broadcast. Which way it is, all ranks agree on. docs/decisions/0004 has t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,9 +33,15 @@ class PeerCopies:
         """Whether ranks try to copy from the lender's memory; where that fails, they broadcast all the same."""
 
     def deliver(
-        self, blocks: Sequence[Block], sources: Sequence[torch.Tensor], missing: Mapping[int, torch.Tensor]
+        self,
+        blocks: Sequence[Block],
+        sources: Sequence[torch.Tensor],
+        missing: Mapping[int, torch.Tensor],
+        mark: Callable[[str], None],
     ) -> None:
         """Fill what is missing here, and give the others what is missing there; the bytes are there on return.
+
+        ``mark`` ends a phase for the lend's timings: ``peer_open``, ``peer_copy`` (or a broadcast) and ``peer_close``.
 
         ``sources`` are this rank's bytes (1-D uint8) of each block: what is mapped from its own GPU, or the buffers
         that are to be filled, which are ``missing``, too, by number of block. Every rank has opened the blocks of its
@@ -44,12 +50,16 @@ class PeerCopies:
         wanted = {number: block for number, block in enumerate(blocks) if isinstance(block, CudaIpcBlock)}
         if not wanted:
             return
-        if not (self.is_direct and self._copy(wanted, missing)):
-            for number, block in wanted.items():
-                dist.broadcast(sources[number], src=self._fellow_uuids.index(block.device_uuid))
+        if self.is_direct and self._copy(wanted, missing, mark):
+            return
+        for number, block in wanted.items():
+            dist.broadcast(sources[number], src=self._fellow_uuids.index(block.device_uuid))
         torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+        mark("peer_copy")
 
-    def _copy(self, blocks: Mapping[int, CudaIpcBlock], missing: Mapping[int, torch.Tensor]) -> bool:
+    def _copy(
+        self, blocks: Mapping[int, CudaIpcBlock], missing: Mapping[int, torch.Tensor], mark: Callable[[str], None]
+    ) -> bool:
         """Copy from the lender's memory; ``False``, on every rank, where one of them cannot."""
         mappings: dict[int, CudaMapping] = {}
         try:
@@ -58,12 +68,16 @@ class PeerCopies:
                 logger.warning("no peer copy, blocks are broadcast reason=%s", fault)
             if not agree(not fault):
                 return False
+            mark("peer_open")
             for number, mapping in mappings.items():
                 mapping.copy_to(missing[number], 0, mapping.size_bytes)
+            torch.cuda.synchronize(self._device)
+            mark("peer_copy")
             return True
         finally:
             for mapping in mappings.values():
-                mapping.close()  # which waits for the copies
+                mapping.close()
+            mark("peer_close")
 
     def _open(
         self,
