@@ -64,7 +64,7 @@ def _profiled(function):
             return profiler.runcall(function, *given, **more)
         finally:
             out = io.StringIO()
-            pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(40)
+            pstats.Stats(profiler, stream=out).strip_dirs().sort_stats("tottime").print_stats(40)
             profile.update(wanted=False, text=out.getvalue())
 
     return run
