@@ -17,7 +17,6 @@ from xditd.gpu_workers.fused import kernels
 from xditd.gpu_workers.fused.eight_bits import DTYPE, Quantised, quantise
 from xditd.ipc.errors import Unsupported
 
-SIXTEEN = "bf16"
 EIGHT = "fp8"
 ADA = (8, 9)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("eight_bits.py")
 # e4m3 has three bits behind the point: 2.6 % of a number that falls anywhere between two of them, in the mean.
 ROUNDING = 0.03
 
@@ -18,16 +15,9 @@ pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def found(tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., None]) -> Any:
     folder = tmp_path_factory.mktemp("eight_bits")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "found.json"), str(folder / "store")],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_program("eight_bits.py", folder / "found.json", folder / "store")
     return json.loads((folder / "found.json").read_text())
 
 

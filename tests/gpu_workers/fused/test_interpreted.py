@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("interpreted.py")
 BAR = 1e-6
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def found(tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., None]) -> Any:
     folder = tmp_path_factory.mktemp("interpreted")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "found.json"), str(folder / "store")],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_program("interpreted.py", folder / "found.json", folder / "store")
     return json.loads((folder / "found.json").read_text())
 
 

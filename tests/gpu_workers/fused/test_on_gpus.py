@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("on_gpus.py")
 ONE = pytest.param(1, marks=pytest.mark.gpu, id="one GPU")
 TWO = pytest.param(2, marks=pytest.mark.multigpu, id="two GPUs")
 # Both ways round to bfloat16 about as often; which of two such results is nearer is chance.
@@ -18,16 +15,11 @@ AS_NEAR = 1.15
 
 
 @pytest.fixture(scope="module", params=[ONE, TWO])
-def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def facts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., None]
+) -> Any:
     folder = tmp_path_factory.mktemp("fused")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), str(request.param)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_program("on_gpus.py", folder, request.param)
     return json.loads((folder / "facts.json").read_text())
 
 
