@@ -100,11 +100,12 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
                 "same bits": torch.equal(results[1], results[2]),
                 "sum": float(results[1].double().sum()),
             }
-        canary = skeleton.module.fused.canary
-        facts["canary"][str(dtype).removeprefix("torch.")] = {
-            "refused": canary.is_refused,
-            "passed": len(canary._passed),
-        }
+        fused = skeleton.module.fused
+        if fused is not None:
+            facts["canary"][str(dtype).removeprefix("torch.")] = {
+                "refused": fused.canary.is_refused,
+                "passed": len(fused.canary._passed),
+            }
         skeleton.unplug()
     Path(folder, f"{layout}-rank{rank}.json").write_text(json.dumps(facts, indent=1))
     xfuser_start.stop()

@@ -64,4 +64,4 @@ def test_fused_kernels_run_where_there_is_no_ring(facts: Any) -> None:
             assert rank["canary"]["bfloat16"]["passed"] > 0, layout
     for rank in facts["ring=2"]:
         assert rank["fused"] is None
-        assert rank["canary"]["bfloat16"] == {"refused": False, "passed": 0}
+        assert rank["canary"] == {}
