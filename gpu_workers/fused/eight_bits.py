@@ -79,6 +79,13 @@ class Quantised(NamedTuple):
             torch.empty(rows, dtype=torch.float32, device=device),
         )
 
+    def padded(self, rows: int) -> Quantised:
+        """Return a copy with rows of zeros behind these, ``rows`` in all."""
+        whole = Quantised.empty(rows, self.values.shape[1], self.values.device)
+        for part, given in zip(whole, self, strict=True):
+            part.zero_()[: len(given)] = given
+        return whole
+
     def halves(self, text_rows: int) -> tuple[Quantised, Quantised]:
         """Return the rows of text and those of images."""
         image_scales = self.scales[text_rows:]

@@ -19,6 +19,9 @@ from xditd.ipc.errors import Unsupported
 
 EIGHT = "fp8"
 ADA = (8, 9)
+_FEWEST_ROWS = 64
+"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits, with a scale for each, where their sums are long (12,288
+numbers and more). Such rows get company, which costs nothing: a product reads its weights, whatever their number."""
 
 RowsT = TypeVar("RowsT")
 LinearT = TypeVar("LinearT")
@@ -240,6 +243,14 @@ def check_eight_bits(device: torch.device) -> None:
 
 
 def _multiply(rows: Quantised, linear: EightBitLinear, out: torch.Tensor | None = None) -> torch.Tensor:
+    count = rows.values.shape[0]
+    if count < _FEWEST_ROWS:
+        few = _multiply_many(rows.padded(_FEWEST_ROWS), linear)[:count]
+        return few if out is None else out.copy_(few)
+    return _multiply_many(rows, linear, out)
+
+
+def _multiply_many(rows: Quantised, linear: EightBitLinear, out: torch.Tensor | None = None) -> torch.Tensor:
     given: dict[str, Any] = {} if out is None else {"out": out}
     return torch._scaled_mm(
         rows.values,
