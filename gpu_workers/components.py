@@ -89,6 +89,8 @@ class Components:
                 if block is not None:
                     self.blocks.release(block)
             self.skeletons.release_idle()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # a copy that was begun: torch would keep it, gigabytes that others may need
             raise
         self._prepared[component_id] = component
         return component
