@@ -3,7 +3,9 @@
 | block | on its own GPU | on another rank's GPU | on the CPU |
 |---|---|---|---|
 | ``cuda_ipc`` | mapped | one peer copy | refused |
-| ``host_shm``, ``file`` | one upload | one upload | mapped; slices that start off 64 bytes copied |
+| ``host_shm``, ``file`` | a share of one upload | the same | mapped; slices that start off 64 bytes copied |
+
+What other ranks upload of host memory comes from their GPUs by a peer copy; small components every rank uploads whole.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.upload_shares import cut, join
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
@@ -89,6 +92,8 @@ class Components:
                 if block is not None:
                     self.blocks.release(block)
             self.skeletons.release_idle()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # a copy that was begun: torch would keep it, gigabytes that others may need
             raise
         self._prepared[component_id] = component
         return component
@@ -159,7 +164,7 @@ class Components:
                 for spec in component.manifest.tensors
                 if _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
-            own, copies = self._copy(specs, sources)
+            own, copies, size = self._copy(specs, sources)
         clock.mark("copy")
         is_plugged = component.is_plugged
         component.tensors.update(own)
@@ -170,7 +175,6 @@ class Components:
         sources.clear()  # a block with views cannot be unmapped
         self._release(component)
         clock.mark("unmap")
-        size = sum(spec.extent_bytes for spec in specs)
         is_cuda = self._device.type == "cuda"
         return CopiedBytes(device_to_device=size) if is_cuda else CopiedBytes(host_to_host=size), clock.marks_ms
 
@@ -251,7 +255,11 @@ class Components:
     def _gather(
         self, manifest: Manifest, opened: list[OpenBlock | None], clock: _Clock
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
-        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy."""
+        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy.
+
+        Of bytes of the host that several GPUs need, each rank uploads its share. Every rank lists the same tensors as
+        ``apart`` then, and lays them out in the same way: on a GPU it is the tier that says which are copied.
+        """
         is_cuda = self._device.type == "cuda"
         received: dict[int, torch.Tensor] = {}
         with together():
@@ -260,17 +268,19 @@ class Components:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
-            tensors, copies = self._copy(apart, sources, opened)
+            tensors, copies, size = self._copy(apart, sources, opened, is_shared=True)
             for mapped in opened:
                 if mapped is not None:
                     mapped.check_unchanged()
-        size = sum(spec.extent_bytes for spec in apart)
         copied = CopiedBytes(host_to_device=size) if is_cuda else CopiedBytes(host_to_host=size)
         if apart:
             clock.mark("copy")
         if len(self._fellow_uuids) > 1 and is_cuda:
             self.peers.deliver(manifest.blocks, sources, received, clock.mark)
-            copied = copied + CopiedBytes(peer=sum(buffer.numel() for buffer in received.values()))
+            for buffer in copies:
+                self.peers.complete(buffer, clock.mark)
+            others = sum(spec.extent_bytes for spec in apart) - size
+            copied = copied + CopiedBytes(peer=others + sum(buffer.numel() for buffer in received.values()))
         views = [BlockViews(source) for source in sources]
         for spec in manifest.tensors:
             if spec.name not in tensors:
@@ -283,18 +293,28 @@ class Components:
         return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
 
     def _copy(
-        self, specs: list[TensorSpec], sources: list[torch.Tensor], opened: Sequence[OpenBlock | None] = ()
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Copy tensors into one buffer of this rank, each aligned. Files among ``opened`` are read, not looked at."""
+        self,
+        specs: list[TensorSpec],
+        sources: list[torch.Tensor],
+        opened: Sequence[OpenBlock | None] = (),
+        *,
+        is_shared: bool = False,
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], int]:
+        """Copy tensors into one buffer of this rank, each aligned. Files among ``opened`` are read, not looked at.
+
+        Returns the tensors, the buffer, and how many bytes were copied: where the buffer ``is_shared`` that is this
+        rank's share of it, and the rest is still to come.
+        """
         if not specs:
-            return {}, []
+            return {}, [], 0
         specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
         views = BlockViews(buffer)
         tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
+        stretches = cut(join(specs, offsets), self.peers.own_share(total) if is_shared else range(total))
         uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
-        for number, start, to, size in _stretches(specs, offsets):
+        for number, start, to, size in stretches:
             source, target = sources[number].narrow(0, start, size), buffer.narrow(0, to, size)
             block = opened[number] if opened else None
             if buffer.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
@@ -304,23 +324,7 @@ class Components:
             else:
                 target.copy_(source)
         deque(upload(uploads), maxlen=0)  # the file is checked for changes next; nothing reads it any more
-        return tensors, [buffer]
-
-
-def _stretches(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Join tensors that follow each other in their block and in the copy: (block, from, to, bytes) of each stretch.
-
-    A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
-    """
-    found: list[tuple[int, int, int, int]] = []
-    for spec, offset in zip(specs, offsets, strict=True):
-        if found:
-            block, start, to, size = found[-1]
-            if (block, start + size, to + size) == (spec.block, spec.offset_bytes, offset):
-                found[-1] = (block, start, to, size + spec.extent_bytes)
-                continue
-        found.append((spec.block, spec.offset_bytes, offset, spec.extent_bytes))
-    return found
+        return tensors, [buffer], sum(stretch.nbytes for stretch in stretches)
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

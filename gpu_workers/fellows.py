@@ -13,16 +13,22 @@ from xditd.gpu_workers.agreement import Circle, agree
 from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
 
 _UUID_BYTES = 64
+_LENGTH_BYTES = 4
 
 
 def gather_uuids(device_uuid: str, world_size: int) -> tuple[str, ...]:
     """Tell every rank the GPU of every other; empty names on the CPU."""
-    mine = torch.zeros(_UUID_BYTES, dtype=torch.uint8)
-    encoded = device_uuid.encode()
-    mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    everyone = [torch.zeros_like(mine) for _ in range(world_size)]
-    dist.all_gather(everyone, mine)
-    return tuple(bytes(row.tolist()).rstrip(b"\0").decode() for row in everyone)
+    return tuple(name.decode() for name in gather_bytes(device_uuid.encode(), _UUID_BYTES, world_size))
+
+
+def gather_bytes(mine: bytes, most_bytes: int, world_size: int) -> list[bytes]:
+    """Tell every rank what each one has to say, at most ``most_bytes``, which all name alike."""
+    assert len(mine) <= most_bytes
+    padded = len(mine).to_bytes(_LENGTH_BYTES, "big") + mine.ljust(most_bytes, b"\0")
+    everyone = [torch.zeros(len(padded), dtype=torch.uint8) for _ in range(world_size)]
+    dist.all_gather(everyone, torch.tensor(list(padded), dtype=torch.uint8))
+    rows = [bytes(row.tolist()) for row in everyone]
+    return [row[_LENGTH_BYTES:][: int.from_bytes(row[:_LENGTH_BYTES], "big")] for row in rows]
 
 
 @contextmanager

@@ -207,21 +207,22 @@ class CudaMapping:
         """View everything as 1-D uint8 on the GPU. Drop every view before :meth:`close`."""
         return _wrap(self._pointer, self.size_bytes, self._index)
 
-    def copy_to(self, target: torch.Tensor, offset_bytes: int, length_bytes: int) -> None:
-        """Copy a stretch to the same place in ``target`` (1-D uint8 on this GPU), on the current stream, unawaited.
+    def copy_to(self, target: torch.Tensor, offset_bytes: int) -> None:
+        """Fill ``target`` (1-D uint8 on this GPU) with the bytes from an offset on, on the current stream, unawaited.
 
         By address, so that torch need not know whose GPU the mapped memory is on: that may be another one than
         this process's own, with no context there.
         """
         import torch
 
-        assert offset_bytes + length_bytes <= min(self.size_bytes, target.numel())
+        length_bytes = target.numel()
+        assert offset_bytes + length_bytes <= self.size_bytes
         runtime = _runtime()
         with torch.cuda.device(self._index):
             _call(
                 f"cudaMemcpyAsync of {length_bytes} bytes",
                 runtime.cudaMemcpyAsync(
-                    target.data_ptr() + offset_bytes,
+                    target.data_ptr(),
                     self._pointer + offset_bytes,
                     length_bytes,
                     runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,

@@ -1,0 +1,60 @@
+"""Which rank uploads what of a buffer that all ranks fill with the same bytes of the host: numbers alone, no copies.
+
+Every rank lays the same tensors out in the same way, since all have the same manifest. So all agree on the shares
+without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from xditd.ipc.tensors import TensorSpec
+from xditd.ipc.transports.layout import ALLOCATION_BYTES, align
+
+SHARED_FROM_BYTES: Final = 64 * 2**20
+"""A smaller buffer every rank uploads whole: that takes a few milliseconds, and so does opening and closing a fellow's
+memory."""
+
+
+class Stretch(NamedTuple):
+    """Bytes of block number ``block`` from ``start``, which belong at ``to`` in the copy."""
+
+    block: int
+    start: int
+    to: int
+    nbytes: int
+
+
+def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[Stretch]:
+    """Join tensors that follow each other in their block and in the copy, where each has its offset.
+
+    A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
+    """
+    found: list[Stretch] = []
+    for spec, offset in zip(specs, offsets, strict=True):
+        if found:
+            block, start, to, nbytes = found[-1]
+            if (block, start + nbytes, to + nbytes) == (spec.block, spec.offset_bytes, offset):
+                found[-1] = Stretch(block, start, to, nbytes + spec.extent_bytes)
+                continue
+        found.append(Stretch(spec.block, spec.offset_bytes, offset, spec.extent_bytes))
+    return found
+
+
+def split(size_bytes: int, ranks: int) -> list[range]:
+    """Split the bytes of a buffer into one share for each rank, in order; the last ones may be shorter, or empty."""
+    share = align(-(-size_bytes // ranks), ALLOCATION_BYTES)
+    edges = [min(rank * share, size_bytes) for rank in range(ranks + 1)]
+    return [range(start, end) for start, end in pairwise(edges)]
+
+
+def cut(stretches: Sequence[Stretch], share: range) -> list[Stretch]:
+    """Return what of the stretches lies in a share of the copy; those that cross its edges are cut."""
+    found: list[Stretch] = []
+    for block, start, to, nbytes in stretches:
+        first, end = max(to, share.start), min(to + nbytes, share.stop)
+        if first < end:
+            found.append(Stretch(block, start + first - to, first, end - first))
+    return found

@@ -1,0 +1,133 @@
+"""A program, not a test: gloo ranks share what they uploaded of a buffer, and print what went wrong.
+
+    python sharing_ranks.py FOLDER RANKS
+
+Their buffers are files instead of memory of a GPU: each rank opens the other's by its number. All else is as on GPUs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SIZE = 70 * 2**20 + 12_345
+OFFSET = 4096 * 3
+"""Where the buffer begins in its allocation."""
+
+
+def run_rank(rank: int, ranks: int, folder: str) -> None:
+    from xditd.gpu_workers import agreement, peers
+    from xditd.gpu_workers.layouts import ParallelLayout
+    from xditd.ipc.degrees import Degrees
+    from xditd.ipc.errors import Internal, OtherRankFailed, StaleSource
+    from xditd.ipc.tensors import CudaIpcBlock
+    from xditd.ipc.transports.cuda_ipc import NotExportable
+    from xditd.ipc.transports.fingerprints import take_fingerprint
+
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    agreement.join(Path(folder) / "flags", rank, ranks)
+    torch.set_num_threads(1)
+
+    def allocation_of(owner: int) -> torch.Tensor:
+        path = str(Path(folder) / f"memory{owner}")
+        return torch.from_file(path, shared=True, size=OFFSET + SIZE, dtype=torch.uint8)
+
+    buffer = allocation_of(rank)[OFFSET:]
+    faults: set[str] = set()
+    is_open = False
+
+    class Mapping:
+        """The fellow's allocation, opened."""
+
+        def __init__(self, block: CudaIpcBlock, index: int) -> None:
+            nonlocal is_open
+            if "open" in faults:
+                raise StaleSource("this one cannot be opened")
+            self._bytes = allocation_of(block.handle[0])
+            is_open = True
+
+        def copy_to(self, target: torch.Tensor, offset_bytes: int) -> None:
+            if "copy" in faults and target.numel() > 4096:
+                raise Internal("a copy that fails")
+            target.copy_(self._bytes[offset_bytes:][: target.numel()])
+            if "sample" in faults:
+                target[0] += 1
+
+        def close(self) -> None:
+            nonlocal is_open
+            is_open = False
+
+    def export(base: int, whole: torch.Tensor, index: int, at: int) -> CudaIpcBlock:
+        if "export" in faults:
+            raise NotExportable("no handle for this")
+        handle = bytes([rank]) * 64
+        fingerprint = take_fingerprint(whole, at)
+        return CudaIpcBlock(device_uuid="GPU", handle=handle, size_bytes=whole.numel(), fingerprint=fingerprint)
+
+    peers.segment_of = lambda tensor: (tensor.data_ptr() - OFFSET, OFFSET + SIZE)
+    peers.wrap_segment = lambda base, size, index: allocation_of(rank)
+    peers.export_allocation = export
+    peers.CudaMapping = Mapping
+    torch.cuda.synchronize = lambda device: None
+
+    layout = ParallelLayout(rank, Degrees(ulysses=ranks), torch.device("cuda", 0), "none")
+    copies = peers.PeerCopies(layout, ("GPU",) * ranks)
+    expected = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    wrong: list[str] = []
+
+    def share(what: str, fault: str = "", faulty: int = 0) -> list[str]:
+        """Upload this rank's share, complete the buffer, and look at it; returns the phases."""
+        if fault and rank == faulty:
+            faults.add(fault)
+        own = copies.own_share(SIZE)
+        buffer.fill_(7)
+        buffer[own.start : own.stop] = expected[own.start : own.stop]
+        agreement.agree(True)
+        phases: list[str] = []
+        try:
+            copies.complete(buffer, phases.append)
+            if not torch.equal(buffer, expected):
+                wrong.append(f"{what}: other bytes")
+        finally:
+            faults.clear()
+            if is_open:
+                wrong.append(f"{what}: left open")
+            agreement.agree(True)
+        return phases
+
+    if share("broadcast") != ["peer_copy"]:
+        wrong.append("broadcast: phases")
+    if copies.own_share(60 * 2**20) != range(60 * 2**20):
+        wrong.append("a small buffer is shared")
+    if ranks == 2:
+        copies.is_direct = True
+        if share("direct") != ["peer_open", "peer_copy", "peer_close"]:
+            wrong.append("direct: phases")
+        for fault in ("export", "open", "sample"):
+            for faulty in range(ranks):
+                if share(f"{fault} fails on rank {faulty}", fault, faulty) != ["peer_close", "peer_copy"]:
+                    wrong.append(f"{fault} fails on rank {faulty}: not broadcast")
+        for faulty in range(ranks):
+            try:
+                share("copy fails", "copy", faulty)
+            except (Internal, OtherRankFailed) as error:
+                if isinstance(error, Internal) != (rank == faulty):
+                    wrong.append(f"copy fails on rank {faulty}: {error!r}")
+            else:
+                wrong.append(f"copy fails on rank {faulty}: no error")
+        share("direct, after faults")
+    print(f"rank {rank}: {wrong or 'complete'}\n", end="", flush=True)  # one write: ranks share the pipe
+    dist.destroy_process_group()
+
+
+def main(folder: str, ranks: int) -> None:
+    import xditd.gpu_workers.peers  # noqa: F401 - before the fork, so that it is imported once
+
+    torch.multiprocessing.start_processes(run_rank, (ranks, folder), nprocs=ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
