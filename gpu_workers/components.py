@@ -229,13 +229,10 @@ class Components:
             for block in manifest.blocks:
                 opened.append(self._open(block, exporter))
             clock.mark("map")
-        tensors, copies, copied = self._gather(manifest, opened, clock)
+        tensors, bindings, copies, copied = self._gather(manifest, plan, opened, clock)
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
-        bindings = plan.bind(tensors)
-        component = Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
-        clock.mark("bind")
-        return component
+        return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
 
     @staticmethod
     def _check_kind(manifest: Manifest, plan: Plan) -> None:
@@ -253,9 +250,9 @@ class Components:
         return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
 
     def _gather(
-        self, manifest: Manifest, opened: list[OpenBlock | None], clock: _Clock
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
-        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy.
+        self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: _Clock
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
+        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy; and bind them.
 
         Of bytes of the host that several GPUs need, each rank uploads its share. Every rank lists the same tensors as
         ``apart`` then, and lays them out in the same way: on a GPU it is the tier that says which are copied.
@@ -272,20 +269,22 @@ class Components:
             for mapped in opened:
                 if mapped is not None:
                     mapped.check_unchanged()
-        copied = CopiedBytes(host_to_device=size) if is_cuda else CopiedBytes(host_to_host=size)
         if apart:
             clock.mark("copy")
-        if len(self._fellow_uuids) > 1 and is_cuda:
-            self.peers.deliver(manifest.blocks, sources, received, clock.mark)
-            for buffer in copies:
-                self.peers.complete(buffer, clock.mark)
-            others = sum(spec.extent_bytes for spec in apart) - size
-            copied = copied + CopiedBytes(peer=others + sum(buffer.numel() for buffer in received.values()))
-        views = [BlockViews(source) for source in sources]
-        for spec in manifest.tensors:
-            if spec.name not in tensors:
-                tensors[spec.name] = views[spec.block].view(spec)
-        return tensors, [*copies, *received.values()], copied
+        for buffer in copies:
+            self.peers.complete(buffer, clock.mark)
+        with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
+            views = [BlockViews(source) for source in sources]
+            for spec in manifest.tensors:
+                if spec.name not in tensors:
+                    tensors[spec.name] = views[spec.block].view(spec)
+            bindings = plan.bind(tensors)
+        clock.mark("bind")
+        if not is_cuda:
+            return tensors, bindings, copies, CopiedBytes(host_to_host=size)
+        others = sum(spec.extent_bytes for spec in apart) - size
+        copied = CopiedBytes(host_to_device=size, peer=others + sum(buffer.numel() for buffer in received.values()))
+        return tensors, bindings, [*copies, *received.values()], copied
 
     def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
         if self._device.type == "cuda":

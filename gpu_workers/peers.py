@@ -8,8 +8,8 @@ it is, all ranks agree on. docs/decisions/0004 has the reasons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 import msgspec
@@ -43,30 +43,34 @@ class PeerCopies:
         self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and exchange.is_possible(2)
         """Whether ranks try to copy from the lender's memory; where that fails, they broadcast all the same."""
 
-    def deliver(
+    @contextmanager
+    def delivering(
         self,
         blocks: Sequence[Block],
         sources: Sequence[torch.Tensor],
         missing: Mapping[int, torch.Tensor],
         mark: Callable[[str], None],
-    ) -> None:
-        """Fill what is missing here, and give the others what is missing there; the bytes are there on return.
+    ) -> Iterator[None]:
+        """Fill what is missing here, and give the others what is missing there, while the ``with`` block runs.
 
-        ``mark`` ends a phase for the lend's timings: ``peer_open``, ``peer_copy`` (or a broadcast) and ``peer_close``.
+        The bytes are there when the block has been left. ``mark`` ends a phase for the lend's timings: ``peer_open``,
+        ``peer_copy`` (or a broadcast; what the block did meanwhile is in it) and ``peer_close``.
 
         ``sources`` are this rank's bytes (1-D uint8) of each block: what is mapped from its own GPU, or the buffers
         that are to be filled, which are ``missing``, too, by number of block. Every rank has opened the blocks of its
         own GPU by then, so that what is stale or too short has been refused already.
         """
         wanted = {number: block for number, block in enumerate(blocks) if isinstance(block, CudaIpcBlock)}
-        if not wanted:
+        if self._ranks == 1 or not wanted:
+            yield
             return
-        if self.is_direct and self._copy(wanted, missing, mark):
-            return
-        for number, block in wanted.items():
-            dist.broadcast(sources[number], src=self._fellow_uuids.index(block.device_uuid))
-        torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
-        mark("peer_copy")
+        with ExitStack() as opened:
+            if not (self.is_direct and self._copy(wanted, missing, opened, mark)):
+                for number, block in wanted.items():
+                    dist.broadcast(sources[number], src=self._fellow_uuids.index(block.device_uuid))
+            yield
+            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            mark("peer_copy")
 
     def own_share(self, size_bytes: int) -> range:
         """Which bytes this rank uploads of a buffer that all ranks fill alike; :meth:`complete` brings the others."""
@@ -76,7 +80,7 @@ class PeerCopies:
         """Fill in what the others uploaded of ``buffer`` (1-D uint8), and give them this rank's share.
 
         The bytes are there on return, and nobody maps the buffer any more. Call once every rank is known to have
-        uploaded its share; ``mark`` is that of :meth:`deliver`.
+        uploaded its share; ``mark`` is that of :meth:`delivering`.
 
         Raises:
             OtherRankFailed, Internal: a copy failed, here or there.
@@ -150,32 +154,32 @@ class PeerCopies:
         return mapping
 
     def _copy(
-        self, blocks: Mapping[int, CudaIpcBlock], missing: Mapping[int, torch.Tensor], mark: Callable[[str], None]
+        self,
+        blocks: Mapping[int, CudaIpcBlock],
+        missing: Mapping[int, torch.Tensor],
+        opened: ExitStack,
+        mark: Callable[[str], None],
     ) -> bool:
-        """Copy from the lender's memory; ``False``, on every rank, where one of them cannot."""
+        """Begin to copy from the lender's memory, for ``opened`` to close; ``False``, on every rank, if one cannot."""
+        opened.callback(mark, "peer_close")
         mappings: dict[int, CudaMapping] = {}
-        try:
-            fault = self._open(blocks, missing, mappings)
-            if fault:
-                logger.warning("no peer copy, blocks are broadcast reason=%s", fault)
-            if not agree(not fault):
-                return False
-            mark("peer_open")
-            for number, mapping in mappings.items():
-                mapping.copy_to(missing[number], 0)
-            torch.cuda.synchronize(self._device)
-            mark("peer_copy")
-            return True
-        finally:
-            for mapping in mappings.values():
-                mapping.close()
-            mark("peer_close")
+        fault = self._open(blocks, missing, mappings, opened)
+        if fault:
+            logger.warning("no peer copy, blocks are broadcast reason=%s", fault)
+        if not agree(not fault):
+            opened.close()
+            return False
+        mark("peer_open")
+        for number, mapping in mappings.items():
+            mapping.copy_to(missing[number], 0)
+        return True
 
     def _open(
         self,
         blocks: Mapping[int, CudaIpcBlock],
         missing: Mapping[int, torch.Tensor],
         mappings: dict[int, CudaMapping],
+        opened: ExitStack,
     ) -> str:
         """Open the lender's handle of each block that is missing here; return why one cannot be used, or nothing.
 
@@ -187,6 +191,7 @@ class PeerCopies:
                 block = blocks[number]
                 # The current GPU is this rank's own, so that no context appears on the lender's.
                 mapping = mappings[number] = CudaMapping(block, self._device.index)
+                opened.callback(mapping.close)
                 sample = block.fingerprint
                 mapping.copy_to(target.narrow(0, sample.offset_bytes, sample.length_bytes), sample.offset_bytes)
                 check_fingerprint(target, sample, f"GPU {block.device_uuid}, seen from another GPU")

@@ -20,7 +20,7 @@ from xditd.ipc.errors import Unsupported
 EIGHT = "fp8"
 ADA = (8, 9)
 _FEWEST_ROWS = 64
-"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits, with a scale for each, where their sums are long (12,288
+"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits, with a scale for each, where sums are long (12,288
 numbers and more). Such rows get company, which costs nothing: a product reads its weights, whatever their number."""
 
 RowsT = TypeVar("RowsT")
