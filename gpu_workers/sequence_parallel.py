@@ -139,6 +139,11 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all weights. (diffusers walks all modules to find it, and its pipeline asks in every job.)"""
+        return cast(torch.dtype, self.x_embedder.weight.dtype)
+
     def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
         """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
         return nullcontext() if self.fused is None else self.fused.stepping(schedule)

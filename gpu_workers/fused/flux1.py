@@ -214,8 +214,9 @@ class FusedFlux1:
         if schedule is None:
             return self._modulate(self._embed_time(timestep, guidance, pooled, dtype))
         step = schedule.step_index or 0
-        steps = max(1, AHEAD // samples)
-        if self._ahead is None or not 0 <= step - self._ahead[0] < steps:
+        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
+        steps = max(1, AHEAD // samples) if step else 1
+        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].double) // samples:
             # As FluxPipeline gives them, one step after the other: embedders would round a batch in another way.
             given = [each.expand(samples).to(dtype) / 1000 for each in schedule.timesteps[step : step + steps]]
             embedded = [self._embed_time(each, guidance, pooled, dtype) for each in given]
