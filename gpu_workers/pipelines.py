@@ -55,7 +55,7 @@ class _Watched(FlowMatchEulerDiscreteScheduler):
 
 
 class _Pipeline(FluxPipeline):
-    """diffusers' pipeline, told where it runs: its own way asks all 1,200 modules, before the first step of each job."""
+    """diffusers' pipeline, told where it runs: it would ask all 1,200 modules, before the first step of each job."""
 
     @property
     def _execution_device(self) -> torch.device:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 16 * 2**20
-_MOST_THREADS: Final = 8
-_BUFFERS_A_THREAD: Final = 2
-"""One is filled while the GPU fetches the other. torch keeps pinned memory for the next upload: 256 MiB at most."""
+_MOST_THREADS: Final = 16
+_SPARE_BUFFERS: Final = 2
+"""Filled while the GPU fetches others, which takes it a tenth of the time. torch keeps pinned memory for the next upload,
+288 MiB at most. Smaller pieces are slower: threads then wait for each other's Python."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -109,7 +110,7 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
     total = sum(source.nbytes for source, _ in pairs)
     size = min(_CHUNK_BYTES, total) or 1
     buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-    for _ in range(min(threads * _BUFFERS_A_THREAD, -(-total // size))):
+    for _ in range(min(threads + _SPARE_BUFFERS, -(-total // size))):
         buffers.put(_Buffer(size))
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))  # what still reads or writes the targets

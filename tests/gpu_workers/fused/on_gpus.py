@@ -54,12 +54,14 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     skeleton = plan.skeleton
     exact = reference.transformer_from(state, dtype=torch.float32)
     facts: dict[str, Any] = {"attention": layout.fused_attention, "cases": {}}
+    lossless: dict[str, torch.Tensor] = {}
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
         skeleton.plug(plan.bind(state), "plain")
         plain = pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
         skeleton.plug(plan.bind(state), "fused", plan.by_canonical_name(state))
         fused = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         expected = reference_latents(exact, given, STEPS)
+        lossless[case] = fused[1]
         facts["cases"][case] = {
             "plain": distance(plain, expected),
             "fused": distance(fused[1], expected),
@@ -80,15 +82,20 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         "plain bits": torch.equal(judged, pipelines.generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)),
         "untouched": torch.equal(kept, broken),
     }
-    facts["eight bits"] = eight_bits(started, state, exact)
+    facts["eight bits"] = eight_bits(started, state, lossless)
     facts["cached"] = cached(started, state)
     if rank == 0:
         Path(folder, "facts.json").write_text(json.dumps(facts))
     xfuser_start.stop()
 
 
-def eight_bits(layout: ParallelLayout, state: dict[str, torch.Tensor], exact: Any) -> dict[str, Any]:
-    """The same cases with products in eight bits, and what their copy of the weights takes."""
+def eight_bits(
+    layout: ParallelLayout, state: dict[str, torch.Tensor], lossless: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The same cases with products in eight bits, beside what they gave in sixteen, and what the copy of weights takes.
+
+    Not beside float32: embedding a timestep that is rounded to bfloat16 costs more than all of the products.
+    """
     from xditd.gpu_workers import pipelines
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
@@ -106,7 +113,7 @@ def eight_bits(layout: ParallelLayout, state: dict[str, torch.Tensor], exact: An
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
         results = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         facts["cases"][case] = {
-            "error": distance(results[0], reference_latents(exact, given, STEPS)),
+            "error": distance(results[0], lossless[case]),
             "same bits twice": torch.equal(*results),
         }
     canary = cast(Any, skeleton.module).fused.canary
