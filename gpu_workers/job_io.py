@@ -94,7 +94,7 @@ class OpenIo:
         Raises:
             BadRequest: it does not lie inside the block.
         """
-        view = self._view(name, described)
+        view = self._view(name, described)  # not converted on the way: that would happen on the host
         return view.clone() if device is None else view.to(device, copy=True)
 
     def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
@@ -107,7 +107,10 @@ class OpenIo:
             raise BadRequest(
                 f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}"
             )
-        self._view(name, described).copy_(value)
+        view = self._view(name, described)
+        # What lies on a GPU is converted there: torch would copy it first, by way of memory that is not pinned, and
+        # convert it on the host (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
+        view.copy_(value.to(view.dtype) if value.is_cuda else value)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
         """Check an output's place before the work is done.
