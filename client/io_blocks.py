@@ -66,6 +66,8 @@ class IoBlock:
         if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg():
             _copy_bytes(place, tensor)
         else:
+            if tensor.device.type == "cuda":
+                self.arena.pin(tensor.device.index)
             place.copy_(tensor.detach())
 
     def read(self, spec: IoTensor, device: torch.device) -> torch.Tensor:

@@ -54,6 +54,7 @@ class Desk:
         self._why_waiting = why_waiting
         self._announce_timer: Timer | None = None
         self._announced_s = -math.inf
+        self._unlogged: list[tuple[object, ...]] = []
 
     def submit(self, job: Job, *, will_wait: bool) -> None:
         """Let a job wait for its turn; its client hears so unless the turn is now.
@@ -115,8 +116,17 @@ class Desk:
         for job in self.queue:
             self.cancel(job, why)
 
+    def log_ended(self) -> None:
+        """Write the lines of the jobs that have ended. Called once their replies have left, which need not wait for it.
+
+        That is in the same round of the loop: who has read a reply finds its line in the log.
+        """
+        unlogged, self._unlogged = self._unlogged, []
+        for line in unlogged:
+            logger.info("request %s op=%s request_id=%s client_pid=%d waited_ms=%.1f ran_ms=%.1f", *line)
+
     def _end(self, job: Job, reply: Reply | None, error: XditdError | None) -> None:
-        """Answer a job, count it and log it."""
+        """Answer a job and count it; its line follows in :meth:`log_ended`."""
         error = job.ending or error
         self.queue.remove(job)
         waited_ms, ran_ms = job.waited_s * 1000, job.ran_s * 1000
@@ -136,14 +146,8 @@ class Desk:
             if error is None:
                 phases: TimingsMs = getattr(reply, "timings_ms", {})
                 self.last_job_ms = {**phases, "waited": waited_ms, "ran": ran_ms}
-        logger.info(
-            "request %s op=%s request_id=%s client_pid=%d waited_ms=%.1f ran_ms=%.1f",
-            outcome,
-            job.op,
-            job.request.request_id,
-            job.session.process.pid,
-            waited_ms,
-            ran_ms,
+        self._unlogged.append(
+            (outcome, job.op, job.request.request_id, job.session.process.pid, waited_ms, ran_ms),
         )
 
     def _announce_move(self) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Final
 
-import msgspec
-
 from xditd.daemon.configuration import Configuration
 from xditd.ipc.requests import Job
 from xditd.ipc.tensors import IoTensor
@@ -125,12 +123,12 @@ class Paces:
 def kind_of(job: Job) -> Hashable:
     """What decides how long a job's steps take: components, shapes and sizes, not seeds or the number of steps."""
     found: list[Hashable] = [type(job)]
-    for field in msgspec.structs.fields(job):
-        value = getattr(job, field.name)
+    for name in job.__struct_fields__:  # msgspec.structs.fields would work out the types anew in every call
+        value = getattr(job, name)
         if isinstance(value, IoTensor):
-            found.append((field.name, value.dtype, value.shape))
-        elif field.name in ("height", "width") or (field.name.endswith("_id") and field.name != "request_id"):
-            found.append((field.name, value))
-        elif field.name == "step_cache_threshold":
-            found.append((field.name, value > 0.0))
+            found.append((name, value.dtype, value.shape))
+        elif name in ("height", "width") or (name.endswith("_id") and name != "request_id"):
+            found.append((name, value))
+        elif name == "step_cache_threshold":
+            found.append((name, value > 0.0))
     return tuple(found)

@@ -102,6 +102,7 @@ class Service:
         self.supervisor.kill()
         self._worker_router.close(0)
         self.front.close(_LINGER_MS)
+        self.desk.log_ended()
         self._context.term()
         self.loop.close()
 
@@ -192,6 +193,7 @@ class Service:
             self._close_unreachable()
             self.runner.advance()
             self.front.flush()
+        self.desk.log_ended()
         if self.is_stopping and self.runner.current is None:
             self._shut_down()
 

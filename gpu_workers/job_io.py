@@ -22,7 +22,8 @@ _KEPT = 16
 class JobIo:
     """The clients' I/O blocks that this rank has mapped for reading and writing."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], _Kept] = OrderedDict()
 
     def __len__(self) -> int:
@@ -38,6 +39,8 @@ class JobIo:
         kept = self._mapped.get(key)
         if kept is None:
             kept = self._mapped[key] = _Kept(map_shm(block, exporter, is_writable=True), block.fd)
+            if self._device.type == "cuda":
+                kept.mapping.pin(self._device.index)
             while len(self._mapped) > _KEPT:
                 self._mapped.popitem(last=False)[1].mapping.close()
         kept.fd = block.fd
@@ -85,13 +88,14 @@ class OpenIo:
     def __init__(self, mapping: HostMapping) -> None:
         self._mapping = mapping
 
-    def read(self, name: str, described: IoTensor) -> torch.Tensor:
-        """Copy an input out, so that nothing the client writes later changes the job.
+    def read(self, name: str, described: IoTensor, device: torch.device | None = None) -> torch.Tensor:
+        """Copy an input out, to ``device`` or on the host, so that nothing the client writes later changes the job.
 
         Raises:
             BadRequest: it does not lie inside the block.
         """
-        return self._view(name, described).clone()
+        view = self._view(name, described)  # not converted on the way: that would happen on the host
+        return view.clone() if device is None else view.to(device, copy=True)
 
     def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
         """Copy a result into its place, converted to the dtype that the client asked for.
@@ -103,7 +107,10 @@ class OpenIo:
             raise BadRequest(
                 f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}"
             )
-        self._view(name, described).copy_(value)
+        view = self._view(name, described)
+        # What lies on a GPU is converted there: torch would copy it first, by way of memory that is not pinned, and
+        # convert it on the host (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
+        view.copy_(value.to(view.dtype) if value.is_cuda else value)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
         """Check an output's place before the work is done.

@@ -156,7 +156,7 @@ class JobRunner:
                     f"parts: {rows} rows, but latents are {list(job.latents.shape)} with {len(job.timestep)} "
                     "timesteps; give one row for each image"
                 )
-            latents = io.read("latents", job.latents)
+            latents = io.read("latents", job.latents, self._device)
             conditionings = [self._condition(skeleton, part, io, client) for part in job.parts]
         clock.lap("inputs", waits=False)
         batches: list[pipelines.Batch] = []

@@ -119,7 +119,7 @@ class Rank:
         self._token = options.group_token
         self._outside = outside
         self._components = Components(layout, self._uuid, gather_uuids(self._uuid, layout.world_size))
-        self._io = JobIo()
+        self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device)
         self._channel = DaemonChannel(options.runtime_dir)
         self._memory_bytes = 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import msgspec
-
 from xditd.daemon.jobs import Job
 from xditd.daemon.sequence import Script, expect, slowest_ms
 from xditd.daemon.service import Service
@@ -77,10 +75,11 @@ def _check_io(request: JobRequest) -> None:
 
 
 def _io_tensors(described: JobRequest | Part) -> Iterator[tuple[str, IoTensor]]:
-    for field in msgspec.structs.fields(described):
-        value = getattr(described, field.name)
+    # Not msgspec.structs.fields: it works out the types anew in every call, which took 0.3 ms of every step.
+    for name in described.__struct_fields__:
+        value = getattr(described, name)
         if isinstance(value, IoTensor):
-            yield field.name, value
+            yield name, value
     if isinstance(described, Denoise):
         for part in described.parts:
             yield from _io_tensors(part)

@@ -11,7 +11,7 @@ import mmap
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.ipc.errors import Internal, OutOfMemory, StaleSource
 from xditd.ipc.processes import ProcessIdentity
@@ -19,6 +19,7 @@ from xditd.ipc.tensors import Fingerprint, HostShmBlock
 from xditd.ipc.transports.descriptors import open_descriptor, refusal
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, torch_dtype
+from xditd.ipc.transports.pinning import pin
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,14 @@ class HostArena:
         except (OSError, OverflowError) as error:
             self._close_fd()
             raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error}") from error
+        self._unpin: weakref.finalize[Any, Any] | None = None
+        self._is_pin_tried = False
+
+    def pin(self, index: int) -> None:
+        """Pin the arena for copies to and from the GPUs of this process, which uses GPU ``index``, if it can be had."""
+        if not self._is_pin_tried:
+            self._is_pin_tried = True
+            self._unpin = pin(self, self.tensor(0, "uint8", (1,)).data_ptr(), self.size_bytes, index)
 
     def block(self, sample_offset_bytes: int = 0) -> HostShmBlock:
         """Describe the arena to other processes, with a fingerprint of its content as it is now."""
@@ -95,6 +104,8 @@ class HostArena:
         """
         if self._mapping.closed:
             return
+        if self._unpin is not None:
+            self._unpin()
         try:
             self._mapping.close()
         except BufferError as error:
@@ -111,6 +122,11 @@ class HostMapping:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         self.size_bytes = size_bytes
         self._mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
+        self._unpin: weakref.finalize[Any, Any] | None = None
+
+    def pin(self, index: int) -> None:
+        """Pin the mapping for copies to and from GPU ``index``, if that can be had. Call it once."""
+        self._unpin = pin(self, self.bytes_tensor().data_ptr(), self.size_bytes, index)
 
     def bytes_tensor(self) -> torch.Tensor:
         """View everything as 1-D uint8. Writing to a read-only mapping would be a segmentation fault."""
@@ -127,6 +143,8 @@ class HostMapping:
         Raises:
             Internal: a view is still alive; the mapping stays.
         """
+        if self._unpin is not None:
+            self._unpin()
         try:
             self._mapping.close()
         except BufferError as error:

@@ -32,7 +32,7 @@ def me() -> ProcessIdentity:
 
 @pytest.fixture
 def io() -> Iterator[JobIo]:
-    io = JobIo()
+    io = JobIo(torch.device("cpu"))
     yield io
     io.close()
 
@@ -224,7 +224,7 @@ def test_a_file_in_place_of_shared_memory(io: JobIo, arena: HostArena, me: Proce
 def test_a_hundred_jobs_leave_nothing(me: ProcessIdentity, open_fds: Callable[[], int]) -> None:
     gc.collect()
     before = open_fds()
-    io = JobIo()
+    io = JobIo(torch.device("cpu"))
     for _ in range(100):
         arena = HostArena(1)
         opened = io.open(arena.block(), me)

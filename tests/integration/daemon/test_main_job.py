@@ -54,6 +54,13 @@ def test_log_tells_what_a_user_wants_to_know(start_daemon: Any, memory: Any) -> 
     assert "fake leader" not in "".join(again.lines)
 
 
+def test_who_has_a_reply_finds_its_line_in_the_log(client: Any, memory: Any) -> None:
+    lent = client.lend(memory.manifest())
+    done = client.ask(memory.generate(lent.component_id, steps=1), Generated)
+    logs = client.ask(GetLogs(request_id=""), LogLines)
+    assert [line for line in logs.lines if f"request done op=generate request_id={done.request_id} " in line]
+
+
 def test_canary_is_read_by_every_rank_in_the_clients_memory(client: Any, memory: Any) -> None:
     seen = client.ask(CheckCanary(request_id="", io=memory.block, offset_bytes=8, length_bytes=16), CanarySeen)
     assert seen.digests == (hashlib.blake2b(b"weights!" * 2, digest_size=16).digest(),) * 2
