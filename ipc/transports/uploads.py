@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES: Final = 16 * 2**20
 _MOST_THREADS: Final = 16
 _SPARE_BUFFERS: Final = 2
-"""Filled while the GPU fetches others, which takes it a tenth of the time. torch keeps pinned memory for the next upload,
+"""Filled while the GPU fetches others, in a tenth of the time. torch keeps pinned memory for the next upload,
 288 MiB at most. Smaller pieces are slower: threads then wait for each other's Python."""
 
 _REPORT_EVERY_S: Final = 5.0
