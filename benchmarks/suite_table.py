@@ -226,6 +226,13 @@ def jobs(report: Report, workers: int, bar: Callable[[float], float | None]) -> 
             is_bar_of_ratio=True,
         ),
         Row(
+            f"  sigmas not told before{label}",
+            partial(report.denoise, part, "unforeseen_ms"),
+            None,
+            "a step of generate",
+            partial(report.step, part),
+        ),
+        Row(
             f"  conditioning sent each time{label}",
             partial(report.denoise, part, "sent_ms"),
             None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -152,15 +153,23 @@ class Walk:
         noise, kept = self.inputs["noise"], self.client.condition(*tensors, guidance=3.5)
         two = torch.cat([noise, noise.flip(-1)])
         repeats = self.given.repeats + 3
+        sigmas = [1.0 - number / self.scale.steps for number in range(self.scale.steps)]
 
-        def step_ms(step: Callable[[], object]) -> list[float]:
-            step()
-            return repeat_ms(step, repeats)
+        def step_ms(step: Callable[[float], object]) -> list[float]:
+            """Walk down the schedule, as samplers do; what its first two steps do for all is not a step's cost."""
+            coming = itertools.cycle(sigmas)
+            for _ in range(3):
+                step(next(coming))
+            return repeat_ms(lambda: step(next(coming)), repeats)
 
-        found: dict[str, Any] = {"kept_ms": step_ms(lambda: self.client.denoise(self.loan, noise, 0.5, kept))}
+        def ask(latents: torch.Tensor, sigma: float, *conditioning: Any, **more: Any) -> torch.Tensor:
+            return self.client.denoise(self.loan, latents, sigma, *conditioning, **more)
+
+        found: dict[str, Any] = {"kept_ms": step_ms(lambda sigma: ask(noise, sigma, kept, sigmas=sigmas))}
         found["workers_ms"] = dict(self.client.status().last_job_ms)
-        found["sent_ms"] = step_ms(lambda: self.client.denoise(self.loan, noise, 0.5, *tensors, guidance=3.5))
-        found["two_rows_ms"] = step_ms(lambda: self.client.denoise(self.loan, two, 0.5, [kept, kept]))
+        found["unforeseen_ms"] = step_ms(lambda sigma: ask(noise, sigma, kept))
+        found["sent_ms"] = step_ms(lambda sigma: ask(noise, sigma, *tensors, guidance=3.5))
+        found["two_rows_ms"] = step_ms(lambda sigma: ask(two, sigma, [kept, kept], sigmas=sigmas))
         self.report.add(denoise=found)
 
     def swap(self) -> None:

@@ -221,6 +221,7 @@ class Client:
         pooled_prompt_embeds: torch.Tensor | None = None,
         guidance: float | None = None,
         *,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Run the transformer once; returns the prediction on the device and dtype of ``latents``.
@@ -229,10 +230,12 @@ class Client:
         for each image. ``conditioning`` comes from :meth:`condition`; several share the batch out evenly, in order
         (unconditional and conditional images in one request). Or give ``prompt_embeds`` and ``pooled_prompt_embeds``
         as tensors, which then cross every time. ``guidance``, for guidance-distilled checkpoints, goes before theirs.
+        ``sigmas`` are those of the whole run, if its sampler knows them: workers then make for all of them at once what
+        hangs on the timestep alone, to the same bits.
         """
         component_id = component_id_of(transformer, ComponentKind.TRANSFORMER)
         given = conditionings_of(conditioning, pooled_prompt_embeds)
-        return self._runner.forward(component_id, latents, timestep, given, guidance, deadline_s)
+        return self._runner.forward(component_id, latents, timestep, given, guidance, sigmas, deadline_s)
 
     def encode_text(
         self,

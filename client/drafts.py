@@ -120,6 +120,7 @@ def draft_denoise(
     timestep: float | Sequence[float] | torch.Tensor,
     conditionings: Sequence[Conditioning],
     guidance: float | None,
+    to_come: Sequence[float] | torch.Tensor | None,
     is_kept: Callable[[Conditioning], bool],
 ) -> Draft:
     """Check and lay out one forward of the transformer; what ``is_kept`` says is kept goes by its name alone."""
@@ -129,6 +130,7 @@ def draft_denoise(
     shares = job_inputs.check_shares(batch, [conditioning.batch for conditioning in conditionings])
     sigmas = job_inputs.check_timestep(timestep, batch)
     scale = None if guidance is None else job_inputs.check_guidance("guidance", guidance)
+    foreseen = job_inputs.check_foreseen(to_come)
 
     layout = IoLayout()
     latents_at = layout.add_input(latents)
@@ -156,6 +158,7 @@ def draft_denoise(
             latents=latents_at,
             timestep=sigmas,
             parts=tuple(parts),
+            sigmas=foreseen,
             out=out_at,
         )
 

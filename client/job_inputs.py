@@ -106,6 +106,17 @@ def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[fl
     return values
 
 
+def check_foreseen(sigmas: Sequence[float] | torch.Tensor | None) -> tuple[float, ...]:
+    """Check the sigmas of forwards to come: any order, as samplers may ask for some of them twice."""
+    values = () if sigmas is None else floats_of("sigmas", sigmas)
+    if len(values) > limits.MAX_STEPS:
+        raise BadRequest(f"sigmas: {len(values)} values, at most {limits.MAX_STEPS} can be foreseen")
+    for index, value in enumerate(values):
+        if not 0.0 <= value <= 1.0:
+            raise BadRequest(f"sigmas[{index}]: {value!r} is not in [0, 1]")
+    return values
+
+
 def check_timestep(timestep: float | Sequence[float] | torch.Tensor, batch: int) -> tuple[float, ...]:
     """Check the sigmas of one forward; a single one serves the whole batch."""
     values = (float(timestep),) if isinstance(timestep, (int, float)) else floats_of("timestep", timestep)

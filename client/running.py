@@ -56,13 +56,14 @@ class Runner:
         timestep: float | Sequence[float] | torch.Tensor,
         conditionings: Sequence[Conditioning],
         guidance: float | None,
+        sigmas: Sequence[float] | torch.Tensor | None,
         deadline_s: float | None,
     ) -> torch.Tensor:
         """Run one forward. What the workers keep goes by its name, and again with tensors if they lost it."""
         session = self._current()
 
         def run(is_kept: Callable[[Conditioning], bool]) -> torch.Tensor:
-            draft = draft_denoise(transformer_id, latents, timestep, conditionings, guidance, is_kept)
+            draft = draft_denoise(transformer_id, latents, timestep, conditionings, guidance, sigmas, is_kept)
             return self.run(draft, Denoised, deadline_s)[0]
 
         try:

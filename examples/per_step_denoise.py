@@ -35,7 +35,7 @@ def sample(
     conditioning = client.condition(prompt_embeds, pooled_prompt_embeds, GUIDANCE)
     latents = noise
     for sigma, next_sigma in pairwise([*sigmas, 0.0]):
-        velocity = client.denoise(transformer, latents, sigma, conditioning)
+        velocity = client.denoise(transformer, latents, sigma, conditioning, sigmas=sigmas)
         latents = latents + (next_sigma - sigma) * velocity
         print(f"sigma {sigma:.3f}: latents have a spread of {latents.std():.3f}")
     return latents

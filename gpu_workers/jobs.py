@@ -15,6 +15,7 @@ from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS
 from xditd.gpu_workers.fellows import together, with_every_core
+from xditd.gpu_workers.fused.modulations import Times
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
@@ -164,7 +165,8 @@ class JobRunner:
         for conditioning, guidance in _joined(job.parts, conditionings):
             end = done + conditioning.prompt_embeds.shape[0]
             timestep = torch.tensor(job.timestep[done:end], dtype=torch.float32)
-            batches.append(pipelines.Batch(latents[done:end], timestep, conditioning, guidance))
+            times = _times(job, slice(done, end), guidance)
+            batches.append(pipelines.Batch(latents[done:end], timestep, conditioning, guidance, times))
             done = end
         prediction = pipelines.denoise_batches(skeleton, batches)
         clock.lap("forward")
@@ -279,6 +281,22 @@ def _joined(
             else members[0][1],
             guidance if len(guidance) == len(scales) else None,
         )
+
+
+def _times(job: Denoise, rows: slice, guidance: torch.Tensor | None) -> Times | None:
+    """When these rows are and others are to come, if the client says so and the rows are alike."""
+    if not job.sigmas:
+        return None
+    moments = set(_rounded(job.timestep[rows]))
+    scales = set() if guidance is None else set(guidance.tolist())
+    if len(moments) > 1 or len(scales) > 1:
+        return None
+    return Times(moments.pop(), scales.pop() if scales else None, _rounded(job.sigmas))
+
+
+def _rounded(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    """Round to float32, as timesteps are: equal ones then are, however the client came by them."""
+    return tuple(torch.tensor(sigmas, dtype=torch.float32).tolist())
 
 
 def _latent_shape(batch: int, height: int, width: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from xditd.gpu_workers import attention
 from xditd.gpu_workers.conditionings import Conditioning
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
+from xditd.gpu_workers.fused.modulations import Times
 from xditd.gpu_workers.job_checks import (
     MAX_BATCH,
     MAX_PIXELS_PER_SIDE,
@@ -74,6 +75,9 @@ class Batch(NamedTuple):
     timestep: torch.Tensor
     conditioning: Conditioning
     guidance: torch.Tensor | None
+    times: Times | None = None
+    """Where the host knows the timestep of all rows, and those of forwards to come: less is computed then, to the same
+    bits."""
 
     def rows(self, rows: slice) -> Batch:
         """Some of the rows, as views."""
@@ -82,6 +86,7 @@ class Batch(NamedTuple):
             self.timestep[rows],
             Conditioning(self.conditioning.prompt_embeds[rows], self.conditioning.pooled[rows]),
             None if self.guidance is None else self.guidance[rows],
+            self.times,
         )
 
 
@@ -254,7 +259,7 @@ def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tenso
 
 def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     """Refuse what cannot run, and move the rest to the skeleton's device."""
-    latents, timestep, conditioning, guidance = batch
+    latents, timestep, conditioning, guidance, times = batch
     config = _transformer_config(skeleton)
     if skeleton.layout.degrees.pipefusion > 1:
         raise Unsupported(
@@ -287,20 +292,23 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
         timestep.to(skeleton.device, torch.float32),
         conditioning,
         None if guidance is None else guidance.to(skeleton.device, torch.float32),
+        times,
     )
 
 
 def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
     height, width = batch.latents.shape[2:]
-    prediction = cast(Any, skeleton.module).forward_rows(
-        _pack(batch.latents),
-        batch.conditioning.prompt_embeds,
-        pooled_projections=batch.conditioning.pooled,
-        timestep=batch.timestep,
-        guidance=batch.guidance,
-        txt_ids=_text_ids(batch.conditioning.prompt_embeds.shape[1], skeleton.device),
-        img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
-    )
+    module = cast(SequenceParallelFlux1, skeleton.module)
+    with module.foreseeing(batch.times):
+        prediction = module.forward_rows(
+            _pack(batch.latents),
+            batch.conditioning.prompt_embeds,
+            pooled_projections=batch.conditioning.pooled,
+            timestep=batch.timestep,
+            guidance=batch.guidance,
+            txt_ids=_text_ids(batch.conditioning.prompt_embeds.shape[1], skeleton.device),
+            img_ids=_image_ids(height // PATCH, width // PATCH, skeleton.device),
+        )
     return _unpack(prediction, height, width)
 
 

@@ -38,7 +38,8 @@ from xditd.gpu_workers.step_cache import CachedBlocks, StepCache
 from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.fused.flux1 import FusedFlux1, Schedule
+    from xditd.gpu_workers.fused.flux1 import FusedFlux1
+    from xditd.gpu_workers.fused.modulations import Schedule, Times
     from xditd.gpu_workers.pipefusion.key_values import KeyValues
 
 
@@ -146,7 +147,11 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
 
     def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
         """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
-        return nullcontext() if self.fused is None else self.fused.stepping(schedule)
+        return nullcontext() if self.fused is None else self.fused.modulator.stepping(schedule)
+
+    def foreseeing(self, times: Times | None) -> AbstractContextManager[None]:
+        """Enter this for one forward whose timestep, and those of others to come, the host knows."""
+        return nullcontext() if self.fused is None or times is None else self.fused.modulator.foreseeing(times)
 
     @contextmanager
     def caching(self, cache: StepCache | None) -> Iterator[None]:

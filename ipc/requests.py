@@ -125,7 +125,8 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
 
     ``latents`` and ``out`` are (batch, 16, height/8, width/8); ``timestep`` holds one sigma in
     [0, 1] for each image. ``parts`` share the batch out in order. Neighbours with as many text tokens run together
-    in one forward; others one after the other, since padding would change the result.
+    in one forward; others one after the other, since padding would change the result. ``sigmas`` are those of forwards
+    to come, if the client knows them; they change no bit of the result.
     """
 
     transformer_id: ComponentId
@@ -133,6 +134,7 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
     latents: IoTensor
     timestep: Annotated[tuple[Unit, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
+    sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] = ()
     out: IoTensor
 
 

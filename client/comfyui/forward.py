@@ -18,6 +18,7 @@ from xditd.client.comfyui.refusals import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.client.conditioning import Conditioning
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.limits import MAX_STEPS
 
 PATCH = 2
 """Latents on a token's side."""
@@ -35,6 +36,7 @@ class RemoteForward:
         self._has_guidance = has_guidance
         self._known: list[tuple[torch.Tensor, torch.Tensor, Conditioning]] = []
         self._last: _Step | None = None
+        self._foreseen: tuple[object, list[float]] = (None, [])
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the wrappers of other nodes run as they are set up, around the workers instead of the local model."""
@@ -76,8 +78,16 @@ class RemoteForward:
         scales = guidance.expand(rows) if guidance is not None and self._has_guidance else None
         sigmas, conditionings = self._read(timestep, scales, context, pooled)
         client = self._weights.connect()
-        predicted = client.denoise(self._weights.loan, padded, sigmas, conditionings)
+        foreseen = self._foresee((transformer_options or {}).get("sample_sigmas"))
+        predicted = client.denoise(self._weights.loan, padded, sigmas, conditionings, sigmas=foreseen)
         return predicted[:, :, :height, :width]
+
+    def _foresee(self, sigmas: torch.Tensor | None) -> list[float]:
+        """Read the sampler's whole schedule, once for each run; what workers would refuse there foresees nothing."""
+        if self._foreseen[0] is not sigmas:
+            values = [] if sigmas is None else sigmas.reshape(-1).double().tolist()
+            self._foreseen = (sigmas, [value for value in values if 0.0 <= value <= 1.0][:MAX_STEPS])
+        return self._foreseen[1]
 
     def _read(
         self, timestep: torch.Tensor, scales: torch.Tensor | None, context: torch.Tensor, pooled: torch.Tensor

@@ -12,18 +12,17 @@ graphs, nothing is compiled for a size, and another checkpoint of the same archi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from xfuser.core.distributed import get_sp_group
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.canary import Canary
 from xditd.gpu_workers.fused import kernels
 from xditd.gpu_workers.fused.exchange import Exchange
+from xditd.gpu_workers.fused.modulations import Addresses, Modulator
 from xditd.gpu_workers.fused.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.step_cache import ImageCache, StepCache
@@ -35,34 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-
-AHEAD: Final = 32
-"""Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
-
-
-class Schedule(Protocol):
-    """What is read of a diffusers scheduler."""
-
-    timesteps: torch.Tensor
-
-    @property
-    def step_index(self) -> int | None:
-        """The step that comes next; ``None`` before the first one has ended."""
-
-
-class Modulations(NamedTuple):
-    """What the timestep, guidance and pooled text come to, for some vectors (one for each sample of each step).
-
-    ``conditioning`` is (vectors, hidden), ``double`` (vectors, blocks, 2, 6 * hidden) for text and image, ``single``
-    (vectors, blocks, 3 * hidden).
-    """
-
-    conditioning: torch.Tensor
-    double: torch.Tensor
-    single: torch.Tensor
-
-    def rows(self, start: int, stop: int) -> Modulations:
-        return Modulations(*(part[start:stop] for part in self))
 
 
 class Stream(NamedTuple):
@@ -87,18 +58,16 @@ class Single(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """All blocks of a checkpoint, and the addresses of what turns the timestep into their modulation."""
+    """All blocks of a checkpoint."""
 
     double: list[tuple[Stream, Stream]]
     single: list[Single]
-    double_modulation: tuple[torch.Tensor, torch.Tensor]
-    single_modulation: tuple[torch.Tensor, torch.Tensor]
 
 
 class FusedFlux1:
     """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own.
 
-    ``canary`` judges its results for whoever calls it.
+    ``canary`` judges its results for whoever calls it, and ``modulator`` may be told what is to come.
     """
 
     def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
@@ -114,8 +83,7 @@ class FusedFlux1:
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
-        self._schedule: Schedule | None = None
-        self._ahead: tuple[int, Modulations] | None = None
+        self.modulator = Modulator(module.time_text_embed, config.hidden)
 
     @property
     def is_plugged(self) -> bool:
@@ -154,18 +122,7 @@ class FusedFlux1:
         self._checkpoint = {}
         self._blocks = None
         self._products.release()
-
-    @contextmanager
-    def stepping(self, schedule: Schedule) -> Iterator[None]:
-        """While diffusers' pipeline calls this once for each step of ``schedule``, compute many modulations at once.
-
-        Their weights, more than a quarter of the model, are then read once and not at every step; same bits.
-        """
-        self._schedule = schedule
-        try:
-            yield
-        finally:
-            self._schedule = self._ahead = None
+        self.modulator.unplug()
 
     def __call__(
         self,
@@ -187,7 +144,7 @@ class FusedFlux1:
             self._blocks = self._bind(self._checkpoint)
         shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
         own = shares[self._layout.sequence_rank]
-        modulations = self._modulations(timestep, guidance, pooled_projections, hidden_states.dtype)
+        modulations = self.modulator(timestep, guidance, pooled_projections, hidden_states.dtype)
         angles = self._rotations(txt_ids, img_ids, own)
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
         done = [
@@ -205,41 +162,6 @@ class FusedFlux1:
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
-
-    def _modulations(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> Modulations:
-        """Modulations of this step, a row for each sample."""
-        schedule, samples = self._schedule, pooled.shape[0]
-        if schedule is None:
-            return self._modulate(self._embed_time(timestep, guidance, pooled, dtype))
-        step = schedule.step_index or 0
-        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
-        steps = max(1, AHEAD // samples) if step else 1
-        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].double) // samples:
-            # As FluxPipeline gives them, one step after the other: embedders would round a batch in another way.
-            given = [each.expand(samples).to(dtype) / 1000 for each in schedule.timesteps[step : step + steps]]
-            embedded = [self._embed_time(each, guidance, pooled, dtype) for each in given]
-            self._ahead = step, self._modulate(torch.cat(embedded))
-        first, modulations = self._ahead
-        at = (step - first) * samples
-        return modulations.rows(at, at + samples)
-
-    def _modulate(self, conditioning: torch.Tensor) -> Modulations:
-        assert self._blocks is not None
-        width, vectors = self._config.hidden, F.silu(conditioning)
-        double = kernels.multiply_vectors(*self._blocks.double_modulation, vectors, 6 * width)
-        single = kernels.multiply_vectors(*self._blocks.single_modulation, vectors, 3 * width)
-        return Modulations(conditioning, double.unflatten(1, (-1, 2)), single)
-
-    def _embed_time(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        embed = self._module.time_text_embed
-        scaled = timestep.to(dtype) * 1000
-        if guidance is None:
-            return embed(scaled, pooled)
-        return embed(scaled, guidance.to(dtype) * 1000, pooled)
 
     def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: Share) -> Angles:
         """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
@@ -357,16 +279,16 @@ class FusedFlux1:
 
         doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
         singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
+        self.modulator.plug(
+            self._addresses(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
+            self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
+        )
         return Blocks(
             double=[(stream(block, "txt"), stream(block, "img")) for block in doubles],
             single=[single(block) for block in singles],
-            double_modulation=self._addresses(
-                checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]
-            ),
-            single_modulation=self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
         )
 
-    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> Addresses:
         weights, biases = (
             torch.tensor([checkpoint[f"{name}.{part}"].data_ptr() for name in names], dtype=torch.int64)
             for part in ("weight", "bias")

@@ -33,6 +33,8 @@ EMBEDS, POOLED = torch.zeros(1, 8, 32), torch.zeros(1, 16)
         (lambda: job_inputs.check_sigmas(torch.ones(1, 1), 1), r"sigmas: a flat sequence of numbers"),
         (lambda: job_inputs.check_timestep(500.0, 1), r"timestep: 500\.0 is not in \[0, 1\]; give sigmas"),
         (lambda: job_inputs.check_timestep([0.5, 0.5], 3), r"timestep: 2 values for a batch of 3"),
+        (lambda: job_inputs.check_foreseen([1.0, 500.0]), r"sigmas\[1\]: 500\.0 is not in \[0, 1\]"),
+        (lambda: job_inputs.check_foreseen([0.5] * 10_001), r"sigmas: 10001 values, at most \d+ can be foreseen"),
         (lambda: job_inputs.check_embeds(EMBEDS[0], POOLED), r"prompt_embeds: shape \(8, 32\) instead of \(batch"),
         (lambda: job_inputs.check_embeds(EMBEDS, torch.zeros(2, 16)), r"batch 2, but prompt_embeds has batch 1"),
         (lambda: job_inputs.check_embeds(EMBEDS[:, :0], POOLED), r"every side at least 1"),
@@ -58,5 +60,7 @@ def test_accepts_what_jobs_can_use():
     assert job_inputs.check_sigmas(torch.tensor([1.0, 0.5]), 2) == (1.0, 0.5)
     assert job_inputs.check_timestep(torch.tensor(0.25), 2) == (0.25, 0.25)
     assert job_inputs.check_timestep(1, 1) == (1.0,)
+    assert job_inputs.check_foreseen(None) == ()
+    assert job_inputs.check_foreseen(torch.tensor([0.25, 1.0, 0.0])) == (0.25, 1.0, 0.0)
     job_inputs.check_noise(torch.zeros(1, 16, 14, 14), 1, 112, 112)
     job_inputs.check_image(torch.zeros(1, 3, 72, 64))

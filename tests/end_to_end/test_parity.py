@@ -85,7 +85,7 @@ def test_a_loop_of_denoise_is_generate(client, transformer, make_inputs, run, re
     latents = inputs.noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         velocity = client.denoise(
-            transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5
+            transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5, sigmas=sigmas
         )
         latents = latents + (following - sigma) * velocity
     assert relative_error(latents, run(client, transformer, inputs, sigmas=sigmas)) <= BAR

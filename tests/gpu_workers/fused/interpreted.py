@@ -60,6 +60,7 @@ def whole_model(store: str) -> dict[str, Any]:
                 if reference.relative_error(after, before) < 1e-5:
                     found["unmoved"].append(name)
             found["cached"] = cached(skeleton, given)
+            found["foreseen"] = foreseen(skeleton)
         found["canary"][label] = {"refused": canary.is_refused, "passed": len(canary._passed)}
         skeleton.unplug()
         found["canary"][label]["plugged after unplug"] = skeleton.module.fused.is_plugged
@@ -78,17 +79,54 @@ def whole_model(store: str) -> dict[str, Any]:
 def steps_at_once(skeleton: Any) -> dict[str, bool]:
     """Generate with modulations of all steps, of two at a time, and of each alone; say whether bits are the same."""
     from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.fused import flux1
+    from xditd.gpu_workers.fused import modulations
 
-    fused, given = skeleton.module.fused, job(3, 16, 32, 2)
+    modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
     made = []
-    for ahead in (flux1.AHEAD, 4):
-        flux1.AHEAD = ahead
-        made.append(pipelines.generate(skeleton, **given, steps=3))
-    fused.stepping = lambda _: nullcontext()
-    made.append(pipelines.generate(skeleton, **given, steps=3))
-    del fused.stepping
-    return {"all": torch.equal(made[0], made[2]), "two": torch.equal(made[1], made[2]), "left": bool(fused._ahead)}
+    for ahead in (modulations.AHEAD, 4):
+        modulations.AHEAD = ahead
+        made.append(pipelines.generate(skeleton, **given, steps=5))
+    modulator.stepping = lambda _: nullcontext()
+    made.append(pipelines.generate(skeleton, **given, steps=5))
+    del modulator.stepping
+    return {"all": torch.equal(made[0], made[2]), "two": torch.equal(made[1], made[2]), "left": modulator.kept > 0}
+
+
+def foreseen(skeleton: Any) -> dict[str, Any]:
+    """Run forwards whose sigmas are foreseen and others, twice; say whether bits are the same and what was computed."""
+    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.fused import kernels, modulations
+
+    modulations.AHEAD = 32
+    modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
+    conditioning = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
+    other = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"] + 1)
+    sigmas, counts = (1.0, 0.75, 0.5, 0.25, 0.0), []
+    multiply = kernels.multiply_vectors
+
+    def count(weights: Any, biases: Any, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+        counts.append(len(vectors))
+        return multiply(weights, biases, vectors, rows)
+
+    def run(sigma: float, given_conditioning: Any, times: modulations.Times | None) -> torch.Tensor:
+        guidance = torch.full((2,), GUIDANCE)
+        batch = pipelines.Batch(given["noise"], torch.full((2,), sigma), given_conditioning, guidance, times)
+        return pipelines.denoise_batches(skeleton, [batch])
+
+    found: dict[str, Any] = {"same bits": True, "vectors": []}
+    kernels.multiply_vectors = count
+    # The first alone, the others at once; a sigma between them, another prompt, another guidance: each by itself.
+    walk = [(1.0, conditioning), (0.75, conditioning), (0.6, conditioning), (0.5, conditioning), (0.25, other)]
+    for sigma, given_conditioning in [*walk, (1.0, conditioning), (0.25, conditioning)]:
+        counts.clear()
+        result = run(sigma, given_conditioning, modulations.Times(sigma, GUIDANCE, sigmas))
+        found["vectors"].append(sum(counts) // 2)
+        found["same bits"] &= torch.equal(result, run(sigma, given_conditioning, None))
+    kernels.multiply_vectors = multiply
+    found["kept"] = modulator.kept
+    skeleton.unplug()
+    found["left"] = modulator.kept
+    return found
 
 
 def cached(skeleton: Any, given: dict[str, Any]) -> dict[str, float]:

@@ -33,6 +33,14 @@ def test_modulations_of_many_steps_have_the_bits_of_single_ones(found: Any) -> N
     assert found["model"]["at once"] == {"all": True, "two": True, "left": False}
 
 
+def test_forwards_that_are_foreseen_compute_modulations_once_and_give_the_same_bits(found: Any) -> None:
+    foreseen = found["model"]["foreseen"]
+    assert foreseen["same bits"] is True
+    # Two images: the first sigma, all four at once, one between them, a kept one, another prompt's, two kept ones.
+    assert foreseen["vectors"] == [2, 8, 2, 0, 2, 0, 0]
+    assert (foreseen["kept"], foreseen["left"]) == (10, 0)
+
+
 def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:
     canaries = found["model"]["canary"]
     assert [verdict["refused"] for verdict in canaries.values()] == [False, False]
