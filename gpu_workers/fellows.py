@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,8 @@ def together(among: Circle = Circle.GROUP) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        # It stays behind the other one as its context, and the frames that failed hold views of what is to be unmapped.
+        traceback.clear_frames(error.__traceback__)
         fault = OutOfMemory(f"the GPU has no room: {error}".split("\n")[0])
     except XditdError as error:
         fault = error

@@ -87,10 +87,10 @@ class JobRunner:
             if job.out_image is not None:
                 io.check("out_image", job.out_image, (batch, 3, job.height, job.width))
             show = self._previews_of(job, io)
-            prompt_embeds = io.read("prompt_embeds", job.prompt_embeds)
-            pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds)
+            prompt_embeds = io.read("prompt_embeds", job.prompt_embeds, self._device)
+            pooled = io.read("pooled_prompt_embeds", job.pooled_prompt_embeds, self._device)
             if job.noise is not None:
-                noise = io.read("noise", job.noise)
+                noise = io.read("noise", job.noise, self._device)
             else:
                 noise = pipelines.seeded_noise(
                     job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=transformer.plan.dtype
@@ -185,8 +185,8 @@ class JobRunner:
         else:
             found = pipelines.condition(
                 skeleton,
-                prompt_embeds=io.read("prompt_embeds", part.prompt_embeds),
-                pooled=io.read("pooled_prompt_embeds", part.pooled_prompt_embeds),
+                prompt_embeds=io.read("prompt_embeds", part.prompt_embeds, self._device),
+                pooled=io.read("pooled_prompt_embeds", part.pooled_prompt_embeds, self._device),
             )
             if part.conditioning_id is not None:
                 self._kept.keep(client, part.conditioning_id, skeleton.dtype, found)
@@ -201,7 +201,7 @@ class JobRunner:
             vae = self._components.get(job.vae_id, "vae")
             clock.lap("plug")
             io = open_io()
-            latents = io.read("latents", job.latents)
+            latents = io.read("latents", job.latents, self._device)
         clock.lap("inputs")
         image = self._decode_by_all(vae, latents, clamp=False)
         with together():
@@ -230,7 +230,7 @@ class JobRunner:
             vae = self._components.get(job.vae_id, "vae")
             clock.lap("plug")
             io = open_io()
-            image = io.read("image", job.image)
+            image = io.read("image", job.image, self._device)
             if image.ndim == 4 and image.shape[-1] == IMAGE_CHANNELS:
                 image = image.movedim(-1, 1)  # computed in the layout in which it came
             if self._is_leader:

@@ -130,7 +130,8 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
         finally:
             buffers.put(buffer)
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="xditd-upload")
+    # A fresh thread is on the first GPU, and would open a context there when it goes back from the stream's.
+    pool = ThreadPoolExecutor(threads, "xditd-upload", initializer=torch.cuda.set_device, initargs=(device,))
     try:
         jobs = []
         for source, target in pairs:
