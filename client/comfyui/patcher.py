@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.forward import RemoteForward
+from xditd.client.comfyui.placement import place_conditioning
 from xditd.client.comfyui.weights import Edit, RemoteWeights
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
@@ -168,6 +169,7 @@ def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:
     params = model.diffusion_model.params
     forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, forward)
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, place_conditioning)
     return patcher
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,32 @@ def test_wrappers_of_other_nodes_run_around_the_workers(remote, local, condition
         found.append(ksample(wrapped, conditioning(1), conditioning(2), dict(latent)))
     assert len(calls) == 8
     assert relative_error(*found) <= TOLERANCE
+
+
+def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
+    from comfy.conds import CONDConstant, CONDRegular
+    from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+    from xditd.client.comfyui.accelerate import accelerate
+    from xditd.client.comfyui.fused_sampler import FusedEuler
+    from xditd.client.comfyui.placement import place_conditioning
+
+    def run(sampler: Any) -> dict[str, Any]:
+        conds = {"positive": [{"model_conds": dict(given), "uuid": 1}], "negative": []}
+        guider = SimpleNamespace(conds=conds, model_patcher=SimpleNamespace(load_device=torch.device("meta")))
+        executor = WrapperExecutor.new_class_executor(lambda guider, *_: guider.conds, sampler, [place_conditioning])
+        found: dict[str, Any] = executor.execute(guider, None)["positive"][0]["model_conds"]
+        return found
+
+    given = {"c_crossattn": CONDRegular(torch.zeros(1, 16, 64)), "named": CONDConstant("a"), "other": object()}
+    placed = run(object())
+    assert type(placed["c_crossattn"]) is CONDRegular
+    assert placed["c_crossattn"].cond.device.type == "meta"
+    assert given["c_crossattn"].cond.device.type == "cpu"  # the node's own, which later prompts use again
+    assert (placed["named"], placed["other"]) == (given["named"], given["other"])
+    assert run(FusedEuler(remote.weights, None)) == given
+    for model in (remote, accelerate(local)):
+        assert [place_conditioning] in model.wrappers[WrappersMP.SAMPLER_SAMPLE].values()
 
 
 def test_status_node(connected):
