@@ -351,6 +351,31 @@ def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
         assert [place_conditioning] in model.wrappers[WrappersMP.SAMPLER_SAMPLE].values()
 
 
+def test_no_step_asks_how_much_memory_is_free(comfy, remote, local, conditioning, ksample, latent, monkeypatch):
+    from xditd.client import Client
+
+    asked: list[Any] = []
+    forwards: list[Any] = []
+    management = comfy.comfy.model_management
+
+    def noted(function: Any, calls: list[Any]) -> Any:
+        return lambda *given, **more: calls.append(given) or function(*given, **more)
+
+    def runs(model: Any, steps: int) -> tuple[int, int]:
+        asked.clear()
+        forwards.clear()
+        ksample(model, conditioning(1), conditioning(2), dict(latent), cfg=3.0, steps=steps)
+        return len(asked), len(forwards)
+
+    monkeypatch.setattr(management, "get_free_memory", noted(management.get_free_memory, asked))
+    monkeypatch.setattr(Client, "denoise", noted(Client.denoise, forwards))
+    runs(remote, 2)
+    (few, two), (many, six) = runs(remote, 2), runs(remote, 6)
+    assert (two, six) == (2, 6)  # both rows of a step in one request
+    assert few == many
+    assert runs(local, 6)[0] >= runs(local, 2)[0] + 4  # as ComfyUI does otherwise
+
+
 def test_status_node(connected):
     from xditd.client.comfyui.nodes.status import XditStatus
 
