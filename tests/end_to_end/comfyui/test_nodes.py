@@ -325,6 +325,36 @@ def test_wrappers_of_other_nodes_run_around_the_workers(remote, local, condition
     assert relative_error(*found) <= TOLERANCE
 
 
+@pytest.mark.parametrize("what", ["context", "y", "guidance"])
+def test_conditioning_that_another_node_changes_between_steps_is_seen_at_once(
+    what, comfy, remote, local, conditioning, ksample, latent, relative_error
+):
+    from comfy.patcher_extension import WrappersMP
+
+    positions = {"context": 2, "y": 3, "guidance": 4}
+    wanted = {"context": (1, 16, 4096), "y": (1, 768), "guidance": (1,)}[what]
+    found = []
+    for model in (remote, local):
+        calls: list[int] = []
+
+        def change(executor: Any, *args: Any, calls: list[int] = calls, **kwargs: Any) -> torch.Tensor:
+            calls.append(1)
+            values = list(args)
+            assert values[positions[what]].shape == wanted
+            if len(calls) in (2, 3):  # the same change twice, and back
+                values[positions[what]] = 0.5 * values[positions[what]]
+            return executor(*values, **kwargs)
+
+        wrapped = model.clone()
+        wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", change)
+        positive = conditioning(1, guidance=3.3)
+        found.append(ksample(wrapped, positive, conditioning(2), dict(latent), steps=5))
+        assert len(calls) == 5
+    assert relative_error(*found) <= TOLERANCE
+    plain = ksample(local, conditioning(1, guidance=3.3), conditioning(2), dict(latent), steps=5)
+    assert relative_error(found[0], plain) > 10 * TOLERANCE
+
+
 def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
     from comfy.conds import CONDConstant, CONDRegular
     from comfy.patcher_extension import WrapperExecutor, WrappersMP
