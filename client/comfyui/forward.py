@@ -73,14 +73,15 @@ class RemoteForward:
         # ComfyUI looks for Cancel at every operation of a local model. Here a whole forward is one operation.
         comfy.model_management.throw_exception_if_processing_interrupted()
         rows, _, height, width = x.shape
-        padded = comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
+        is_even = height % PATCH == 0 == width % PATCH
+        padded = x if is_even else comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
         pooled = x.new_zeros(rows, self._pooled_channels) if y is None else y[:, : self._pooled_channels]
         scales = guidance.expand(rows) if guidance is not None and self._has_guidance else None
         sigmas, conditionings = self._read(timestep, scales, context, pooled)
         client = self._weights.connect()
         foreseen = self._foresee((transformer_options or {}).get("sample_sigmas"))
         predicted = client.denoise(self._weights.loan, padded, sigmas, conditionings, sigmas=foreseen)
-        return predicted[:, :, :height, :width]
+        return predicted if is_even else predicted[:, :, :height, :width]
 
     def _foresee(self, sigmas: torch.Tensor | None) -> list[float]:
         """Read the sampler's whole schedule, once for each run; what workers would refuse there foresees nothing."""
@@ -99,15 +100,16 @@ class RemoteForward:
         """
         last = self._last
         can_be_last = last is not None and _is_alike(last.context, context) and _is_alike(last.pooled, pooled)
-        parts = [timestep.reshape(-1).double()]
+        parts = [timestep.reshape(-1)]
         if scales is not None:
-            parts.append(scales.reshape(-1).double())
+            parts.append(scales)
         if last is not None and can_be_last:
-            same = (last.context == context).all() & (last.pooled == pooled).all()
-            parts.append(same.reshape(1).double())
+            same = ((last.context == context).all(), (last.pooled == pooled).all())
+            parts += [each.reshape(1) for each in same]
+        # One tensor of the widest of their dtypes, which holds each of these numbers exactly.
         numbers: list[float] = torch.cat(parts).tolist()
         sigmas = numbers[: timestep.numel()]
-        if last is None or not can_be_last or not numbers[-1]:
+        if last is None or not can_be_last or not all(numbers[-2:]):
             rows = range(context.shape[0])
             kept = [self._kept(context[row : row + 1], pooled[row : row + 1]) for row in rows]
             last = self._last = _Step(context.clone(), pooled.clone(), kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from comfy.patcher_extension import WrappersMP
 
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.forward import RemoteForward
+from xditd.client.comfyui.placement import place_conditioning
 from xditd.client.comfyui.weights import Edit, RemoteWeights
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
@@ -49,6 +51,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def loaded_size(self) -> int:
         return self.weights.loaded_bytes
+
+    def get_free_memory(self, device: Any) -> int:
+        """As the base class does, without asking the driver at each step where any amount is enough."""
+        if getattr(self.model, "memory_usage_factor", None) == 0.0:
+            return sys.maxsize
+        free: int = super().get_free_memory(device)
+        return free
 
     def load(self, device_to: Any = None, *_: Any, **__: Any) -> None:
         """Lend the weights with this patcher's patches merged; nothing happens where that is done already."""
@@ -168,6 +177,7 @@ def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:
     params = model.diffusion_model.params
     forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, forward)
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, place_conditioning)
     return patcher
 
 

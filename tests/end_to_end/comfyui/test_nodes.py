@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,87 @@ def test_wrappers_of_other_nodes_run_around_the_workers(remote, local, condition
         found.append(ksample(wrapped, conditioning(1), conditioning(2), dict(latent)))
     assert len(calls) == 8
     assert relative_error(*found) <= TOLERANCE
+
+
+@pytest.mark.parametrize("what", ["context", "y", "guidance"])
+def test_conditioning_that_another_node_changes_between_steps_is_seen_at_once(
+    what, comfy, remote, local, conditioning, ksample, latent, relative_error
+):
+    from comfy.patcher_extension import WrappersMP
+
+    positions = {"context": 2, "y": 3, "guidance": 4}
+    wanted = {"context": (1, 16, 4096), "y": (1, 768), "guidance": (1,)}[what]
+    found = []
+    for model in (remote, local):
+        calls: list[int] = []
+
+        def change(executor: Any, *args: Any, calls: list[int] = calls, **kwargs: Any) -> torch.Tensor:
+            calls.append(1)
+            values = list(args)
+            assert values[positions[what]].shape == wanted
+            if len(calls) in (2, 3):  # the same change twice, and back
+                values[positions[what]] = 0.5 * values[positions[what]]
+            return executor(*values, **kwargs)
+
+        wrapped = model.clone()
+        wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", change)
+        positive = conditioning(1, guidance=3.3)
+        found.append(ksample(wrapped, positive, conditioning(2), dict(latent), steps=5))
+        assert len(calls) == 5
+    assert relative_error(*found) <= TOLERANCE
+    plain = ksample(local, conditioning(1, guidance=3.3), conditioning(2), dict(latent), steps=5)
+    assert relative_error(found[0], plain) > 10 * TOLERANCE
+
+
+def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
+    from comfy.conds import CONDConstant, CONDRegular
+    from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+    from xditd.client.comfyui.accelerate import accelerate
+    from xditd.client.comfyui.fused_sampler import FusedEuler
+    from xditd.client.comfyui.placement import place_conditioning
+
+    def run(sampler: Any) -> dict[str, Any]:
+        conds = {"positive": [{"model_conds": dict(given), "uuid": 1}], "negative": []}
+        guider = SimpleNamespace(conds=conds, model_patcher=SimpleNamespace(load_device=torch.device("meta")))
+        executor = WrapperExecutor.new_class_executor(lambda guider, *_: guider.conds, sampler, [place_conditioning])
+        found: dict[str, Any] = executor.execute(guider, None)["positive"][0]["model_conds"]
+        return found
+
+    given = {"c_crossattn": CONDRegular(torch.zeros(1, 16, 64)), "named": CONDConstant("a"), "other": object()}
+    placed = run(object())
+    assert type(placed["c_crossattn"]) is CONDRegular
+    assert placed["c_crossattn"].cond.device.type == "meta"
+    assert given["c_crossattn"].cond.device.type == "cpu"  # the node's own, which later prompts use again
+    assert (placed["named"], placed["other"]) == (given["named"], given["other"])
+    assert run(FusedEuler(remote.weights, None)) == given
+    for model in (remote, accelerate(local)):
+        assert [place_conditioning] in model.wrappers[WrappersMP.SAMPLER_SAMPLE].values()
+
+
+def test_no_step_asks_how_much_memory_is_free(comfy, remote, local, conditioning, ksample, latent, monkeypatch):
+    from xditd.client import Client
+
+    asked: list[Any] = []
+    forwards: list[Any] = []
+    management = comfy.comfy.model_management
+
+    def noted(function: Any, calls: list[Any]) -> Any:
+        return lambda *given, **more: calls.append(given) or function(*given, **more)
+
+    def runs(model: Any, steps: int) -> tuple[int, int]:
+        asked.clear()
+        forwards.clear()
+        ksample(model, conditioning(1), conditioning(2), dict(latent), cfg=3.0, steps=steps)
+        return len(asked), len(forwards)
+
+    monkeypatch.setattr(management, "get_free_memory", noted(management.get_free_memory, asked))
+    monkeypatch.setattr(Client, "denoise", noted(Client.denoise, forwards))
+    runs(remote, 2)
+    (few, two), (many, six) = runs(remote, 2), runs(remote, 6)
+    assert (two, six) == (2, 6)  # both rows of a step in one request
+    assert few == many
+    assert runs(local, 6)[0] >= runs(local, 2)[0] + 4  # as ComfyUI does otherwise
 
 
 def test_status_node(connected):
