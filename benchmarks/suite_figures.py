@@ -191,9 +191,8 @@ class Report:
         if not self.machine["gpus"]:
             raise Missing("no GPU")
         part = f"workers-{workers}"
-        used = self.look(part, "memory", when)["workers_gib"]
-        copies = 0 if when == "workers_ready" else (workers - 1) * self.look(part, "lent_gib")
-        return Figure((used - copies,), "GiB")
+        found = self.look(part, "memory", when)
+        return Figure((found["workers_gib"] - (workers - 1) * found["lent_gib"],), "GiB")
 
     def client_gib(self, workers: int) -> Figure:
         if not self.machine["gpus"]:

@@ -94,7 +94,6 @@ class Walk:
             flags=self.given.flags,
             parallel=dict(status.parallel),
             attention=status.attention_backend,
-            lent_gib=self.arenas[0].size_bytes / GIB,
             memory={"workers_ready": self._extra_memory()},
         )
         self.loan, first = lend_once(self.client, self.arenas[0])
@@ -273,7 +272,12 @@ class Walk:
         """GiB on the GPUs by process; the client's share without its own weights."""
         by_process = gpu_memory_by_process()
         mine = by_process.pop(os.getpid(), 0) - sum(arena.size_bytes for arena in self.arenas)
-        return {"workers_gib": sum(by_process.values()) / GIB, "client_beyond_weights_gib": mine / GIB}
+        lent = [arena for arena, name in zip(self.arenas, ("loan", "other", "vae"), strict=True) if hasattr(self, name)]
+        return {
+            "workers_gib": sum(by_process.values()) / GIB,
+            "lent_gib": sum(arena.size_bytes for arena in lent) / GIB,
+            "client_beyond_weights_gib": mine / GIB,
+        }
 
 
 WALKS = {

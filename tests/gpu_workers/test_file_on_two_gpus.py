@@ -16,6 +16,8 @@ pytestmark = pytest.mark.multigpu
 MIB = 2**20
 NCCL_BYTES = 1024 * MIB
 """What NCCL keeps for good from its first collective on, at most."""
+KEPT_BYTES = 128 * MIB
+"""What ranks keep of a first upload at most: 68 to 72 MiB were seen. A context on a GPU takes more than 500."""
 
 PROGRAM = Path(__file__).with_name("file_on_two_gpus.py")
 WAYS = ("chosen", "broadcast")
@@ -77,7 +79,7 @@ def test_memory_and_files_come_back(made, way, attempt):
         first_broadcast = "broadcast" if facts["is direct"] else "chosen"
         is_connecting = (way, attempt) == (first_broadcast, "whole")
         assert facts[f"{way}, {attempt}: blocks"] == 0
-        assert facts[f"{way}, {attempt}: left"] < (NCCL_BYTES if is_connecting else 64 * MIB)
+        assert facts[f"{way}, {attempt}: left"] < (NCCL_BYTES if is_connecting else KEPT_BYTES)
 
 
 def test_no_context_is_opened_on_the_fellows_gpu(made):
@@ -85,4 +87,4 @@ def test_no_context_is_opened_on_the_fellows_gpu(made):
     if not made.facts[0]["is direct"]:
         pytest.skip("the GPUs do not reach each other's memory")
     for facts in made.facts:
-        assert facts["chosen, whole: taken"] < facts["chosen, whole: bytes"] + 64 * MIB
+        assert facts["chosen, whole: taken"] < facts["chosen, whole: bytes"] + KEPT_BYTES
