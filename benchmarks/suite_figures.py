@@ -191,8 +191,8 @@ class Report:
         if not self.machine["gpus"]:
             raise Missing("no GPU")
         part = f"workers-{workers}"
-        found = self.look(part, "memory", when)
-        return Figure((found["workers_gib"] - (workers - 1) * found["lent_gib"],), "GiB")
+        used, lent = (self.look(part, "memory", when, which) for which in ("workers_gib", "lent_gib"))
+        return Figure((used - (workers - 1) * lent,), "GiB")
 
     def client_gib(self, workers: int) -> Figure:
         if not self.machine["gpus"]:
