@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from xditd.gpu_workers import flash3
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ AUTO = "auto"
 LOSSLESS = ("CUDNN", "FLASH_4", "FLASH_3", "FLASH", "SDPA_FLASH", "SDPA_EFFICIENT", "SDPA", "SDPA_MATH")
 TAKES_FLOAT32 = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT"})
 FLASH_3_FORWARD = "FLASH_3_FORWARD"
-"""FlashAttention 3 without its backward pass, from the package ``fa3-fwd``: ours, not one of xDiT's names."""
+"""That of :mod:`flash3`: ours, not one of xDiT's names."""
 HOPPER = 9
 HEAD_SIZE = 128
 PROBE_TOKENS = 32
@@ -89,7 +88,7 @@ def for_fused(requested: str, chosen: str, device: torch.device) -> str:
     (``benchmarks/step_time.py --attention``). xDiT knows it by a package that has no wheels.
     """
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
-    if requested.lower() == AUTO and is_hopper and find_spec("fa3_fwd_interface") is not None:
+    if requested.lower() == AUTO and is_hopper and flash3.is_installed():
         tokens = torch.ones(1, 1, PROBE_TOKENS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
         try:
             function(FLASH_3_FORWARD)(tokens, tokens[:, :, 1:], tokens[:, :, 1:])
@@ -103,25 +102,13 @@ def for_fused(requested: str, chosen: str, device: torch.device) -> str:
 def function(backend: str) -> Callable[..., torch.Tensor]:
     """Return the function for this backend: (batch, heads, tokens, head size) three times in, once out."""
     if backend == FLASH_3_FORWARD:
-        return _flash_3_forward()
+        return flash3.forward()
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     attend = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, attend(query, key, value, dropout_p=0.0, is_causal=False)[0])
-
-    return run
-
-
-def _flash_3_forward() -> Callable[..., torch.Tensor]:
-    # Its function for Python also serves training, and takes the host three times as long as the operator below it.
-    import_module("fa3_fwd_interface")
-    attend = torch.ops.fa3_fwd.fwd
-
-    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        wide = (part.transpose(1, 2) for part in (query, key, value))
-        return cast(torch.Tensor, attend(*wide, softmax_scale=query.shape[-1] ** -0.5, num_splits=1)[0]).transpose(1, 2)
 
     return run
 
