@@ -11,23 +11,25 @@ import ctypes
 import logging
 import os
 import queue
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xditd.ipc.errors import StaleSource
+from xditd.ipc.errors import Internal, StaleSource
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES: Final = 16 * 2**20
-_MOST_THREADS: Final = 16
-_SPARE_BUFFERS: Final = 2
-"""Filled while the GPU fetches others, in a tenth of the time. torch keeps pinned memory for the next upload,
-288 MiB at most. Smaller pieces are slower: threads then wait for each other's Python."""
+_PIECE_BYTES: Final = 2 * 2**20
+"""What a core's cache holds, so that bytes cross the host's memory once, and not three times."""
+_MOST_THREADS: Final = 12
+_BUFFERS_A_THREAD: Final = 2
+"""One is filled while the GPU fetches the other. torch keeps their memory for the next upload, 48 MiB at most."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -39,17 +41,6 @@ class FileStretch(NamedTuple):
     offset_bytes: int
     nbytes: int
     path: str
-
-
-class _Buffer:
-    """Pinned memory, and the moment when the GPU has fetched what was last in it."""
-
-    def __init__(self, size_bytes: int) -> None:
-        import torch
-
-        self.bytes = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        self.address = self.bytes.data_ptr()
-        self.fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
@@ -66,15 +57,14 @@ def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
     )
 
 
-def read_into(address: int, size_bytes: int, fd: int, offset_bytes: int, path: str) -> None:
-    """Read exactly ``size_bytes`` of a file to ``address``; other threads run meanwhile.
+def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
+    """Fill ``room`` from a file; other threads run meanwhile.
 
     Raises:
         StaleSource: the file ends before, or cannot be read.
     """
-    room = memoryview((ctypes.c_ubyte * size_bytes).from_address(address)).cast("B")
     done = 0
-    while done < size_bytes:
+    while done < len(room):
         try:
             count = os.preadv(fd, [room[done:]], offset_bytes + done)
         except OSError as error:
@@ -94,8 +84,6 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
     Raises:
         StaleSource: a file ends before its stretch does, or cannot be read.
     """
-    import torch
-
     if not pairs:
         return
     for source, target in pairs:  # threads read the sources by address: device memory is no source
@@ -105,49 +93,172 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
             assert target.nbytes == source.nbytes
         else:
             assert can_upload(source, target)
-    device = pairs[0][1].device
-    threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-    total = sum(source.nbytes for source, _ in pairs)
-    size = min(_CHUNK_BYTES, total) or 1
-    buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-    for _ in range(min(threads + _SPARE_BUFFERS, -(-total // size))):
-        buffers.put(_Buffer(size))
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))  # what still reads or writes the targets
-
-    def copy(source: torch.Tensor | FileStretch, at: int, target: torch.Tensor) -> None:
-        buffer = buffers.get()
-        try:
-            buffer.fetched.synchronize()
-            if isinstance(source, FileStretch):
-                read_into(buffer.address, target.numel(), source.fd, source.offset_bytes + at, source.path)
-            else:
-                ctypes.memmove(buffer.address, source.data_ptr() + at, target.numel())
-            # A thread has modes of its own, and a tensor made in inference mode is written in that mode alone.
-            with torch.cuda.stream(stream), torch.inference_mode():
-                target.copy_(buffer.bytes[: target.numel()], non_blocking=True)
-                buffer.fetched.record()
-        finally:
-            buffers.put(buffer)
-
-    # A fresh thread is on the first GPU, and would open a context there when it goes back from the stream's.
-    pool = ThreadPoolExecutor(threads, "xditd-upload", initializer=torch.cuda.set_device, initargs=(device,))
+    crew = _Crew(pairs)
     try:
-        jobs = []
-        for source, target in pairs:
-            flat = target.detach().view(-1).view(torch.uint8)
-            starts = range(0, source.nbytes, size)
-            jobs.append([pool.submit(copy, source, at, flat[at : at + size]) for at in starts])
-        reported, done = time.monotonic(), 0
-        for number, chunks in enumerate(jobs):
-            for chunk in chunks:
-                chunk.result()
-                done += size
-                if time.monotonic() - reported > _REPORT_EVERY_S:
-                    reported = time.monotonic()
-                    logger.info("uploading done_gib=%.1f of_gib=%.1f", min(done, total) / 2**30, total / 2**30)
-            torch.cuda.current_stream(device).wait_stream(stream)
+        for number in range(len(pairs)):
+            crew.wait_for(number)
             yield number
     finally:
-        pool.shutdown(cancel_futures=True)
-        stream.synchronize()  # buffers and sources may go once nothing reads them
+        crew.stop()
+
+
+class _Piece(NamedTuple):
+    """What is copied through a buffer at once: bytes of pair ``number``."""
+
+    number: int
+    source: FileStretch | int
+    """Of a file, or an address of the host."""
+    at: int
+    """Where in the file's stretch."""
+    target: int
+    """An address of the GPU."""
+    nbytes: int
+
+
+class _Crew:
+    """The threads of an upload. Each takes the next piece, whoever is done with one.
+
+    They meet in single steps of the interpreter (``next`` of a counter): no lock is held, and nobody is woken, for a
+    piece. Where waking is slow, as in virtual machines, threads would wait for Python most of the time.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> None:
+        import torch
+
+        self._device = pairs[0][1].device
+        self._pieces = list(_cut(pairs))
+        self._counts = Counter(piece.number for piece in self._pieces)
+        self._turns = count()
+        self._taken = 0
+        self._copied = [count(1) for _ in pairs]
+        self._ready = {number for number in range(len(pairs)) if not self._counts[number]}
+        self._told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        """Numbers of pairs that are filled, and ``None`` from each thread at its end."""
+        self._buffers: list[_Buffer] = []
+        """Of all threads: the GPU may still fetch from those of one that has ended."""
+        self._is_over = False
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets
+        size = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
+        self._pool = ThreadPoolExecutor(size, "xditd-upload")
+        self._running = [self._pool.submit(self._run) for _ in range(size)]
+
+    def wait_for(self, number: int) -> None:
+        """Wait until work that is then issued on the current stream sees this pair's target filled."""
+        import torch
+
+        while number not in self._ready:
+            try:
+                told = self._told.get(timeout=_REPORT_EVERY_S)
+            except queue.Empty:
+                done, of = (sum(piece.nbytes for piece in self._pieces[:end]) for end in (self._taken, None))
+                logger.info("uploading done_gib=%.1f of_gib=%.1f", done / 2**30, of / 2**30)
+                continue
+            if told is None:
+                self._raise_fault()
+            else:
+                self._ready.add(told)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def stop(self) -> None:
+        """Take no further piece, and wait for those that are under way."""
+        self._is_over = True
+        self._pool.shutdown()
+        self._stream.synchronize()
+        self._buffers.clear()
+
+    def _raise_fault(self) -> None:
+        """Raise what ended a thread, now that one has come to its end; all others are at their last piece."""
+        for thread in self._running:
+            thread.result()
+
+    def _run(self) -> None:
+        import torch
+
+        buffers: deque[_Buffer] = deque()
+        try:
+            # A fresh thread is on the first GPU, and would open a context there.
+            torch.cuda.set_device(self._device)
+            while not self._is_over and (turn := next(self._turns)) < len(self._pieces):
+                self._taken = turn
+                if len(buffers) < _BUFFERS_A_THREAD:
+                    buffers.append(_Buffer(self._stream))
+                    self._buffers.append(buffers[-1])
+                buffers.rotate()  # the one that the GPU has had longest
+                piece = self._pieces[turn]
+                buffers[0].carry(piece)
+                if next(self._copied[piece.number]) == self._counts[piece.number]:
+                    self._told.put(piece.number)
+        finally:  # nothing is left to take, or all has failed
+            self._is_over = True
+            self._told.put(None)
+
+
+class _Buffer:
+    """Pinned memory of a thread, and the moment when the GPU has fetched what was last in it."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        import torch
+
+        self._memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._address = self._memory.data_ptr()
+        self._room = memoryview((ctypes.c_ubyte * _PIECE_BYTES).from_address(self._address)).cast("B")
+        self._stream = stream.cuda_stream
+        self._fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._fetched.record(stream)  # makes it, and the GPU's context the current one of this thread
+        self._event = self._fetched.cuda_event
+
+    def carry(self, piece: _Piece) -> None:
+        """Fill the buffer once it is free, and let the GPU fetch from it."""
+        driver = _driver()
+        if driver.query(self._event):  # seldom: there are two of them
+            _check("cuEventSynchronize", driver.wait(self._event))
+        if isinstance(piece.source, FileStretch):
+            file = piece.source
+            read_into(self._room[: piece.nbytes], file.fd, file.offset_bytes + piece.at, file.path)
+        else:
+            ctypes.memmove(self._address, piece.source + piece.at, piece.nbytes)
+        _check("cuMemcpyHtoDAsync", driver.copy(piece.target, self._address, piece.nbytes, self._stream))
+        _check("cuEventRecord", driver.record(self._event, self._stream))
+
+
+class _Driver(NamedTuple):
+    """The calls that every piece takes.
+
+    Those that return at once keep Python's lock: torch's own, and cuda-bindings', give it away each time, and a thread
+    waits longer to have it back than the call takes.
+
+    Source: CUDA Driver API, "cuMemcpyHtoDAsync", "cuEventRecord", "cuEventQuery", "cuEventSynchronize".
+    """
+
+    copy: Callable[[int, int, int, int], int]
+    record: Callable[[int, int], int]
+    query: Callable[[int], int]
+    wait: Callable[[int], int]
+
+
+def _check(what: str, status: int) -> None:
+    if status:
+        raise Internal(f"{what}: error {status} of the CUDA driver")
+
+
+@cache
+def _driver() -> _Driver:
+    keeping, giving = ctypes.PyDLL("libcuda.so.1"), ctypes.CDLL("libcuda.so.1")
+    copy, record, query, wait = (
+        keeping.cuMemcpyHtoDAsync_v2,
+        keeping.cuEventRecord,
+        keeping.cuEventQuery,
+        giving.cuEventSynchronize,
+    )
+    copy.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    record.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    query.argtypes = wait.argtypes = (ctypes.c_void_p,)
+    return _Driver(copy, record, query, wait)
+
+
+def _cut(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Iterator[_Piece]:
+    for number, (source, target) in enumerate(pairs):
+        first = source if isinstance(source, FileStretch) else source.data_ptr()
+        for at in range(0, source.nbytes, _PIECE_BYTES):
+            yield _Piece(number, first, at, target.data_ptr() + at, min(_PIECE_BYTES, source.nbytes - at))

@@ -37,6 +37,10 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
+def view(tensor: torch.Tensor) -> memoryview:
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
 def anonymous_bytes() -> int:
     """This process's resident memory that no file backs."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -91,6 +95,24 @@ def test_an_iterator_that_is_left_early_reads_no_more():
     source.fill_(2)
     torch.cuda.synchronize()
     assert torch.equal(pairs[1][1], left)
+
+
+@gpu
+def test_one_upload_after_another_and_two_at_a_time(whole):
+    """Their buffers are the same memory, and none is given away while the GPU still fetches from it."""
+    size = 3 * MIB + 1
+    starts = [chance % (len(whole) - size) for chance in range(0, 10**9, 10**9 // 64)]
+    targets = [torch.zeros(size, dtype=torch.uint8, device="cuda:0") for _ in starts]
+
+    def run(numbers: range) -> None:
+        for number in numbers:
+            assert list(upload([(whole[starts[number] :][:size], targets[number])])) == [0]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [range(0, len(starts), 2), range(1, len(starts), 2)]))
+    torch.cuda.synchronize()
+    for start, target in zip(starts, targets, strict=True):
+        assert torch.equal(target.cpu(), whole[start : start + size])
 
 
 @gpu
@@ -154,7 +176,7 @@ def test_reading_fills_exactly_what_was_asked_for(whole, tmp_path: Path):
     path.write_bytes(bytes_of(whole[: 3 * MIB]))
     room = torch.full((2 * MIB + 11,), 7, dtype=torch.uint8)
     with path.open("rb") as file:
-        read_into(room.data_ptr() + 3, 2 * MIB + 5, file.fileno(), 1001, "x")
+        read_into(view(room[3:-3]), file.fileno(), 1001, "x")
     assert torch.equal(room[3:-3], whole[1001 : 1001 + 2 * MIB + 5])
     assert room[:3].tolist() == room[-3:].tolist() == [7, 7, 7]
 
@@ -166,8 +188,7 @@ def test_threads_share_one_descriptor(whole, tmp_path: Path):
     step = 100_003
     with path.open("rb") as file, ThreadPoolExecutor(4) as pool:
         reads = [
-            pool.submit(read_into, room.data_ptr() + at, min(step, 8 * MIB - at), file.fileno(), at, "x")
-            for at in range(0, 8 * MIB, step)
+            pool.submit(read_into, view(room[at : at + step]), file.fileno(), at, "x") for at in range(0, 8 * MIB, step)
         ]
         for read in reads:
             read.result()
@@ -179,14 +200,14 @@ def test_reading_beyond_the_end_is_an_error_and_not_zeros(tmp_path: Path):
     path.write_bytes(bytes(1000))
     room = torch.full((600,), 7, dtype=torch.uint8)
     with path.open("rb") as file, pytest.raises(StaleSource, match="x: ends at byte 1000"):
-        read_into(room.data_ptr(), 600, file.fileno(), 500, "x")
+        read_into(view(room), file.fileno(), 500, "x")
     assert room[500:].tolist() == [7] * 100
 
 
 def test_a_descriptor_that_cannot_be_read_is_an_error(tmp_path: Path):
     room = torch.zeros(10, dtype=torch.uint8)
     with (tmp_path / "x").open("wb") as file, pytest.raises(StaleSource, match="x: reading byte 4"):
-        read_into(room.data_ptr(), 10, file.fileno(), 4, "x")
+        read_into(view(room), file.fileno(), 4, "x")
 
 
 def test_nothing_to_upload():
