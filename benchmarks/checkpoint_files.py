@@ -9,13 +9,14 @@ folder that says the same is left as it is. Prints the same as one JSON line.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ DIFFUSERS = "diffusers"
 MADE = "made.json"
 VAE_SEED = 3
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-WRITERS = 8
+WRITERS = 16
+PIECE_BYTES = 16 * 2**20
 
 
 def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -55,22 +57,29 @@ def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(start + at)
     mapped = torch.from_file(str(path), shared=True, size=start + at, dtype=torch.uint8)
-
-    def write(tensor: torch.Tensor, start: int) -> None:
-        # A stream of its own: on one stream the copies of all threads would follow one another.
-        with torch.cuda.stream(torch.cuda.Stream(tensor.device)) if tensor.is_cuda else nullcontext():
-            mapped[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
-
+    pieces = []
+    for tensor in tensors.values():
+        flat = tensor.reshape(-1).view(torch.uint8)
+        pieces += [(flat[at : at + PIECE_BYTES], start + at) for at in range(0, flat.numel(), PIECE_BYTES)]
+        start += flat.numel()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # other streams do not wait for what fills the tensors
-
     with ThreadPoolExecutor(WRITERS) as pool:
-        writes = []
-        for tensor in tensors.values():
-            writes.append(pool.submit(write, tensor, start))
-            start += tensor.nbytes
-        for each in writes:
-            each.result()
+        deque(pool.map(lambda piece: write_piece(mapped, *piece), pieces), maxlen=0)
+
+
+def write_piece(mapped: torch.Tensor, piece: torch.Tensor, start: int) -> None:
+    """Copy bytes from any device to where they belong in a file's pages.
+
+    Straight from a GPU they would go through one thread, which waits for every page to be made.
+    """
+    target = mapped[start : start + piece.numel()]
+    if piece.is_cuda:
+        # A stream of its own: on one stream the copies of all threads would follow one another.
+        with torch.cuda.stream(torch.cuda.Stream(piece.device)):
+            pinned = torch.empty(piece.numel(), dtype=torch.uint8, pin_memory=True)
+            piece = pinned.copy_(piece)
+    ctypes.memmove(target.data_ptr(), piece.data_ptr(), piece.numel())
 
 
 def write_all(folder: Path, scale: scales.Scale, device: str) -> None:

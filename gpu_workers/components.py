@@ -13,8 +13,12 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +28,7 @@ from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
-from xditd.gpu_workers.upload_shares import cut, join
+from xditd.gpu_workers.upload_shares import Stretch, cut, join
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
@@ -53,6 +57,14 @@ class Component:
     @property
     def is_plugged(self) -> bool:
         return self.plan.skeleton.owner == self.component_id
+
+
+class _Own(NamedTuple):
+    """Tensors in a buffer of this rank, and what of the lent blocks belongs where in it."""
+
+    tensors: dict[str, torch.Tensor]
+    buffer: torch.Tensor
+    stretches: list[Stretch]
 
 
 class Components:
@@ -164,11 +176,17 @@ class Components:
                 for spec in component.manifest.tensors
                 if _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
-            own, copies, size = self._copy(specs, sources)
+            own = self._lay_out(specs)
+            if own is not None:
+                nowhere = [None] * len(sources)  # in no file: what is mapped is copied
+                deque(self._copy(own, sources, nowhere, [range(own.buffer.numel())]), maxlen=0)
         clock.mark("copy")
         is_plugged = component.is_plugged
-        component.tensors.update(own)
-        component.copies.extend(copies)
+        size = 0
+        if own is not None:
+            component.tensors.update(own.tensors)
+            component.copies.append(own.buffer)
+            size = sum(stretch.nbytes for stretch in own.stretches)
         component.bindings = component.plan.bind(component.tensors)
         if is_plugged:
             self._plug(component)
@@ -265,14 +283,16 @@ class Components:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
-            tensors, copies, size = self._copy(apart, sources, opened, is_shared=True)
-            for mapped in opened:
-                if mapped is not None:
-                    mapped.check_unchanged()
-        if apart:
-            clock.mark("copy")
-        for buffer in copies:
-            self.peers.complete(buffer, clock.mark)
+            own = self._lay_out(apart)
+            if own is None:
+                _check_opened(opened)
+        tensors: dict[str, torch.Tensor] = {}
+        copies: list[torch.Tensor] = []
+        size = 0
+        if own is not None:
+            share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            tensors, copies = own.tensors, [own.buffer]
+            size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
             for spec in manifest.tensors:
@@ -291,39 +311,49 @@ class Components:
             return not source.is_cuda
         return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
 
-    def _copy(
-        self,
-        specs: list[TensorSpec],
-        sources: list[torch.Tensor],
-        opened: Sequence[OpenBlock | None] = (),
-        *,
-        is_shared: bool = False,
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], int]:
-        """Copy tensors into one buffer of this rank, each aligned. Files among ``opened`` are read, not looked at.
-
-        Returns the tensors, the buffer, and how many bytes were copied: where the buffer ``is_shared`` that is this
-        rank's share of it, and the rest is still to come.
-        """
+    def _lay_out(self, specs: list[TensorSpec]) -> _Own | None:
+        """Get a buffer of this rank for these tensors, each aligned; ``None`` is for none."""
         if not specs:
-            return {}, [], 0
+            return None
         specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
         views = BlockViews(buffer)
         tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
-        stretches = cut(join(specs, offsets), self.peers.own_share(total) if is_shared else range(total))
+        return _Own(tensors, buffer, join(specs, offsets))
+
+    def _copy(
+        self, own: _Own, sources: list[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
+    ) -> Generator[None, None, None]:
+        """Copy what of each part of a buffer comes from these sources, and yield after it, in stream order.
+
+        Files among ``opened`` are read, not looked at; at the end they are checked for changes.
+        """
         uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
-        for number, start, to, size in stretches:
-            source, target = sources[number].narrow(0, start, size), buffer.narrow(0, to, size)
-            block = opened[number] if opened else None
-            if buffer.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
-                uploads.append((block.mapping.stretch(start, size), target))
-            elif can_upload(source, target):
-                uploads.append((source, target))
-            else:
-                target.copy_(source)
-        deque(upload(uploads), maxlen=0)  # the file is checked for changes next; nothing reads it any more
-        return tensors, [buffer], sum(stretch.nbytes for stretch in stretches)
+        counts = []
+        for part in parts:
+            before = len(uploads)
+            for number, start, to, size in cut(own.stretches, part):
+                source, target = sources[number].narrow(0, start, size), own.buffer.narrow(0, to, size)
+                block = opened[number]
+                if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
+                    uploads.append((block.mapping.stretch(start, size), target))
+                elif can_upload(source, target):
+                    uploads.append((source, target))
+                else:
+                    target.copy_(source)
+            counts.append(len(uploads) - before)
+        with closing(upload(uploads)) as uploaded:
+            for count in counts:
+                deque(islice(uploaded, count), maxlen=0)
+                yield
+        _check_opened(opened)  # nothing reads them any more
+
+
+def _check_opened(opened: Sequence[OpenBlock | None]) -> None:
+    for block in opened:
+        if block is not None:
+            block.check_unchanged()
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

@@ -8,9 +8,10 @@ it is, all ranks agree on. docs/decisions/0004 has the reasons.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Final
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Final, NamedTuple
 
 import msgspec
 import torch
@@ -30,6 +31,26 @@ logger = logging.getLogger(__name__)
 
 _MOST_BLOCK_BYTES: Final = 1024
 """Of a description of device memory, encoded: some 300."""
+
+
+_PARTS: Final = 4
+"""Of a share: all but the last are fetched while others are uploaded."""
+
+Upload = Callable[[Sequence[range]], Generator[None, None, None]]
+"""Fills ranges of a buffer from the host, one after the other, and yields after each, once work that is then issued on
+the current stream sees it. Closing it ends all reading and writing."""
+
+
+class _FellowsShare(NamedTuple):
+    """A share of a buffer that another rank has uploaded: its memory, and where the share begins in there."""
+
+    mapping: CudaMapping
+    share: range
+    at: int
+
+    def fetch(self, part: range, buffer: torch.Tensor) -> None:
+        """Begin to copy part of the share to where it belongs in this rank's own buffer."""
+        self.mapping.copy_to(buffer.narrow(0, part.start, len(part)), self.at + part.start - self.share.start)
 
 
 class PeerCopies:
@@ -72,53 +93,67 @@ class PeerCopies:
             torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
             mark("peer_copy")
 
-    def own_share(self, size_bytes: int) -> range:
-        """Which bytes this rank uploads of a buffer that all ranks fill alike; :meth:`complete` brings the others."""
-        return split(size_bytes, self._ranks)[self._rank] if self._is_shared(size_bytes) else range(size_bytes)
+    def fill(self, buffer: torch.Tensor, upload: Upload, mark: Callable[[str], None]) -> range:
+        """Fill a buffer (1-D uint8) that all ranks need alike; return which of its bytes this rank uploaded.
 
-    def complete(self, buffer: torch.Tensor, mark: Callable[[str], None]) -> None:
-        """Fill in what the others uploaded of ``buffer`` (1-D uint8), and give them this rank's share.
-
-        The bytes are there on return, and nobody maps the buffer any more. Call once every rank is known to have
-        uploaded its share; ``mark`` is that of :meth:`delivering`.
+        Of a large one each rank uploads a share, and gets the others' from their GPUs: meanwhile, part by part, where
+        two of them reach each other's memory, and by broadcasts afterwards where they do not. On return the bytes are
+        there, and nobody maps the buffer any more. All ranks fail together. ``mark`` is that of :meth:`delivering`;
+        ``copy`` is the upload, with all that other ranks sent meanwhile.
 
         Raises:
             OtherRankFailed, Internal: a copy failed, here or there.
+            StaleSource and others: what ``upload`` raises.
         """
-        if not self._is_shared(buffer.numel()):
-            return
-        shares = split(buffer.numel(), self._ranks)
-        if self.is_direct and self._swap(buffer, shares, mark):
-            return
-        for rank, share in enumerate(shares):
-            if share:  # NCCL connects all ranks at their first collective, which takes its time and keeps memory
-                dist.broadcast(buffer.narrow(0, share.start, len(share)), src=rank)
-        torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
-        mark("peer_copy")
+        size_bytes = buffer.numel()
+        if self._device.type != "cuda" or self._ranks == 1 or size_bytes < SHARED_FROM_BYTES:
+            with together(), closing(upload([range(size_bytes)])) as uploaded:
+                deque(uploaded, maxlen=0)
+            mark("copy")
+            return range(size_bytes)
+        shares = split(range(size_bytes), self._ranks)
+        if not self._upload_and_swap(buffer, shares, upload, mark):
+            for rank, share in enumerate(shares):
+                if share:  # NCCL connects all ranks at their first collective, which takes its time and keeps memory
+                    dist.broadcast(buffer.narrow(0, share.start, len(share)), src=rank)
+            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            mark("peer_copy")
+        return shares[self._rank]
 
-    def _is_shared(self, size_bytes: int) -> bool:
-        return self._device.type == "cuda" and self._ranks > 1 and size_bytes >= SHARED_FROM_BYTES
-
-    def _swap(self, buffer: torch.Tensor, shares: Sequence[range], mark: Callable[[str], None]) -> bool:
-        """Copy the fellow's share from its memory, as it does from here; ``False``, on both, where one cannot.
+    def _upload_and_swap(
+        self, buffer: torch.Tensor, shares: Sequence[range], upload: Upload, mark: Callable[[str], None]
+    ) -> bool:
+        """Upload this rank's share; ``True``, on both, if the fellow's came from its memory, as it did from here.
 
         Either way, and with an error too, both have closed the other's memory before one goes on and may free its own.
+        Whatever may fail on one rank alone lies between two agreements, so that both leave at the same one.
         """
-        mine, theirs = shares[self._rank], shares[1 - self._rank]
-        block = self._trade_blocks(buffer, mine)
-        target = buffer.narrow(0, theirs.start, len(theirs))
+        count = _PARTS if self.is_direct else 1
+        mine = split(shares[self._rank], count)
+        theirs = split(shares[1 - self._rank], count) if self.is_direct else []
+        fellow: _FellowsShare | None = None
         with together(), ExitStack() as opened:
-            opened.callback(mark, "peer_close")
-            mapping = self._open_fellow(block, target, opened)
-            if not agree(mapping is not None):
-                return False
-            assert block is not None
-            assert mapping is not None
-            mark("peer_open")
-            mapping.copy_to(target, block.fingerprint.offset_bytes)
-            torch.cuda.synchronize(self._device)
-            mark("peer_copy")
-        return True
+            uploaded = opened.enter_context(closing(upload(mine)))
+            for number in range(count):
+                with together():
+                    if fellow is not None:
+                        fellow.fetch(theirs[number - 1], buffer)
+                    next(uploaded)
+                    torch.cuda.current_stream(self._device).synchronize()
+                if number == 0 and self.is_direct:
+                    opened.callback(mark, "peer_close")
+                    block = self._trade_blocks(buffer, shares[self._rank])
+                    fellow = self._open_fellow(block, shares[1 - self._rank], buffer, opened)
+                    if not agree(fellow is not None):
+                        fellow = None
+            with together():
+                deque(uploaded, maxlen=0)  # what it checks when all is read
+                mark("copy")
+                if fellow is not None:
+                    fellow.fetch(theirs[-1], buffer)
+                    torch.cuda.synchronize(self._device)
+                    mark("peer_copy")
+        return fellow is not None
 
     def _trade_blocks(self, buffer: torch.Tensor, share: range) -> CudaIpcBlock | None:
         """Describe the memory that this rank's share lies in to the fellow, for the description of the fellow's.
@@ -137,21 +172,24 @@ class PeerCopies:
         both = gather_bytes(msgspec.msgpack.encode(mine), _MOST_BLOCK_BYTES, self._ranks)
         return msgspec.msgpack.decode(both[1 - self._rank], type=CudaIpcBlock | None)
 
-    def _open_fellow(self, block: CudaIpcBlock | None, target: torch.Tensor, opened: ExitStack) -> CudaMapping | None:
+    def _open_fellow(
+        self, block: CudaIpcBlock | None, share: range, buffer: torch.Tensor, opened: ExitStack
+    ) -> _FellowsShare | None:
         """Open the fellow's memory, for ``opened`` to close; ``None`` where that fails, or shows other bytes."""
         if block is None:
             return None
         try:
+            sample = block.fingerprint
             mapping = CudaMapping(block, self._device.index)
             opened.callback(mapping.close)
-            sample = block.fingerprint
-            mapping.copy_to(target.narrow(0, 0, sample.length_bytes), sample.offset_bytes)
-            sample = msgspec.structs.replace(sample, offset_bytes=0)
-            check_fingerprint(target, sample, f"GPU {block.device_uuid}, seen from another GPU")
+            fellow = _FellowsShare(mapping, share, sample.offset_bytes)
+            fellow.fetch(share[: sample.length_bytes], buffer)
+            sample = msgspec.structs.replace(sample, offset_bytes=share.start)
+            check_fingerprint(buffer, sample, f"GPU {block.device_uuid}, seen from another GPU")
         except XditdError as error:  # whichever it is, the fellow waits for an answer
             logger.warning("no peer copy, uploads are broadcast reason=%s", error.detail)
             return None
-        return mapping
+        return fellow
 
     def _copy(
         self,

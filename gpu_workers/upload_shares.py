@@ -43,10 +43,10 @@ def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[Stretch]:
     return found
 
 
-def split(size_bytes: int, ranks: int) -> list[range]:
-    """Split the bytes of a buffer into one share for each rank, in order; the last ones may be shorter, or empty."""
-    share = align(-(-size_bytes // ranks), ALLOCATION_BYTES)
-    edges = [min(rank * share, size_bytes) for rank in range(ranks + 1)]
+def split(whole: range, parts: int) -> list[range]:
+    """Split bytes of a buffer into parts, in order, of whole allocations; the last ones may be shorter, or empty."""
+    part = align(-(-len(whole) // parts), ALLOCATION_BYTES)
+    edges = [min(whole.start + number * part, whole.stop) for number in range(parts + 1)]
     return [range(start, end) for start, end in pairwise(edges)]
 
 

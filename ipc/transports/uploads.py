@@ -12,8 +12,8 @@ import logging
 import os
 import queue
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 _PIECE_BYTES: Final = 2 * 2**20
 """What a core's cache holds, so that bytes cross the host's memory once, and not three times."""
-_MOST_THREADS: Final = 12
+_MOST_THREADS: Final = 10
 _BUFFERS_A_THREAD: Final = 2
-"""One is filled while the GPU fetches the other. torch keeps their memory for the next upload, 48 MiB at most."""
+"""One is filled while the GPU fetches the other. torch keeps their memory for the next upload, 40 MiB at most."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -63,18 +63,20 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
     Raises:
         StaleSource: the file ends before, or cannot be read.
     """
-    done = 0
-    while done < len(room):
+    while True:
         try:
-            count = os.preadv(fd, [room[done:]], offset_bytes + done)
+            count = os.preadv(fd, (room,), offset_bytes)
         except OSError as error:
-            raise StaleSource(f"{path}: reading byte {offset_bytes + done}: {error.strerror}") from error
+            raise StaleSource(f"{path}: reading byte {offset_bytes}: {error.strerror}") from error
+        if count == len(room):
+            return
+        offset_bytes += count
         if not count:
-            raise StaleSource(f"{path}: ends at byte {offset_bytes + done} since it was lent; lend it again")
-        done += count
+            raise StaleSource(f"{path}: ends at byte {offset_bytes} since it was lent; lend it again")
+        room = room[count:]
 
 
-def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Iterator[int]:
+def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Generator[int, None, None]:
     """Copy each source into its target; all targets are on one GPU.
 
     Pairs of tensors pass :func:`can_upload`; the target of a stretch of a file is contiguous and has as many bytes.
@@ -95,6 +97,7 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
             assert can_upload(source, target)
     crew = _Crew(pairs)
     try:
+        crew.start()
         for number in range(len(pairs)):
             crew.wait_for(number)
             yield number
@@ -139,9 +142,13 @@ class _Crew:
         self._is_over = False
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets
-        size = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
-        self._pool = ThreadPoolExecutor(size, "xditd-upload")
-        self._running = [self._pool.submit(self._run) for _ in range(size)]
+        self._size = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
+        self._pool = ThreadPoolExecutor(self._size, "xditd-upload")
+        self._running: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Begin. Once this was called, and if it failed too, :meth:`stop` must be."""
+        self._running += [self._pool.submit(self._run) for _ in range(self._size)]
 
     def wait_for(self, number: int) -> None:
         """Wait until work that is then issued on the current stream sees this pair's target filled."""
@@ -185,10 +192,10 @@ class _Crew:
                     buffers.append(_Buffer(self._stream))
                     self._buffers.append(buffers[-1])
                 buffers.rotate()  # the one that the GPU has had longest
-                piece = self._pieces[turn]
-                buffers[0].carry(piece)
-                if next(self._copied[piece.number]) == self._counts[piece.number]:
-                    self._told.put(piece.number)
+                buffers[0].carry(self._pieces[turn])
+                number = self._pieces[turn].number
+                if next(self._copied[number]) == self._counts[number]:
+                    self._told.put(number)
         finally:  # nothing is left to take, or all has failed
             self._is_over = True
             self._told.put(None)
@@ -207,18 +214,20 @@ class _Buffer:
         self._fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._fetched.record(stream)  # makes it, and the GPU's context the current one of this thread
         self._event = self._fetched.cuda_event
+        self._driver = _driver()
 
     def carry(self, piece: _Piece) -> None:
         """Fill the buffer once it is free, and let the GPU fetch from it."""
-        driver = _driver()
+        _, source, at, target, nbytes = piece
+        driver = self._driver
         if driver.query(self._event):  # seldom: there are two of them
             _check("cuEventSynchronize", driver.wait(self._event))
-        if isinstance(piece.source, FileStretch):
-            file = piece.source
-            read_into(self._room[: piece.nbytes], file.fd, file.offset_bytes + piece.at, file.path)
+        if isinstance(source, FileStretch):
+            room = self._room if nbytes == _PIECE_BYTES else self._room[:nbytes]
+            read_into(room, source.fd, source.offset_bytes + at, source.path)
         else:
-            ctypes.memmove(self._address, piece.source + piece.at, piece.nbytes)
-        _check("cuMemcpyHtoDAsync", driver.copy(piece.target, self._address, piece.nbytes, self._stream))
+            ctypes.memmove(self._address, source + at, nbytes)
+        _check("cuMemcpyHtoDAsync", driver.copy(target, self._address, nbytes, self._stream))
         _check("cuEventRecord", driver.record(self._event, self._stream))
 
 

@@ -8,12 +8,15 @@ Their buffers are files instead of memory of a GPU: each rank opens the other's 
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 SIZE = 70 * 2**20 + 12_345
+SMALL = 60 * 2**20
 OFFSET = 4096 * 3
 """Where the buffer begins in its allocation."""
 
@@ -21,8 +24,9 @@ OFFSET = 4096 * 3
 def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.gpu_workers import agreement, peers
     from xditd.gpu_workers.layouts import ParallelLayout
+    from xditd.gpu_workers.upload_shares import split
     from xditd.ipc.degrees import Degrees
-    from xditd.ipc.errors import Internal, OtherRankFailed, StaleSource
+    from xditd.ipc.errors import Internal, OtherRankFailed, StaleSource, XditdError
     from xditd.ipc.tensors import CudaIpcBlock
     from xditd.ipc.transports.cuda_ipc import NotExportable
     from xditd.ipc.transports.fingerprints import take_fingerprint
@@ -72,52 +76,78 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     peers.export_allocation = export
     peers.CudaMapping = Mapping
     torch.cuda.synchronize = lambda device: None
+    torch.cuda.current_stream = lambda device: SimpleNamespace(synchronize=lambda: None)
 
     layout = ParallelLayout(rank, Degrees(ulysses=ranks), torch.device("cuda", 0), "none")
     copies = peers.PeerCopies(layout, ("GPU",) * ranks)
     expected = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     wrong: list[str] = []
+    is_uploading = False
+
+    def upload(parts: Sequence[range]) -> Generator[None, None, None]:
+        nonlocal is_uploading
+        is_uploading = True
+        try:
+            for number, part in enumerate(parts):
+                if f"upload {number}" in faults:
+                    raise StaleSource("the file ends here")
+                buffer[part.start : part.stop] = expected[part.start : part.stop]
+                yield
+            if "changed" in faults:
+                raise StaleSource("the file has changed")
+        finally:
+            is_uploading = False
 
     def share(what: str, fault: str = "", faulty: int = 0) -> list[str]:
-        """Upload this rank's share, complete the buffer, and look at it; returns the phases."""
+        """Fill the buffer, and look at it; returns the phases."""
         if fault and rank == faulty:
             faults.add(fault)
-        own = copies.own_share(SIZE)
         buffer.fill_(7)
-        buffer[own.start : own.stop] = expected[own.start : own.stop]
         agreement.agree(True)
         phases: list[str] = []
         try:
-            copies.complete(buffer, phases.append)
+            own = copies.fill(buffer, upload, phases.append)
             if not torch.equal(buffer, expected):
                 wrong.append(f"{what}: other bytes")
+            if own != split(range(SIZE), ranks)[rank]:
+                wrong.append(f"{what}: uploaded {own}")
         finally:
             faults.clear()
-            if is_open:
+            if is_open or is_uploading:
                 wrong.append(f"{what}: left open")
             agreement.agree(True)
         return phases
 
-    if share("broadcast") != ["peer_copy"]:
+    def fail(fault: str, kind: type[XditdError]) -> None:
+        """On one rank, then on another: the one says what, the others that it was not theirs."""
+        for faulty in range(ranks):
+            try:
+                share(fault, fault, faulty)
+            except (kind, OtherRankFailed) as error:
+                if isinstance(error, kind) != (rank == faulty):
+                    wrong.append(f"{fault} on rank {faulty}: {error!r}")
+            else:
+                wrong.append(f"{fault} on rank {faulty}: no error")
+
+    if share("broadcast") != ["copy", "peer_copy"]:
         wrong.append("broadcast: phases")
-    if copies.own_share(60 * 2**20) != range(60 * 2**20):
+    for fault in ("upload 0", "changed"):
+        fail(fault, StaleSource)
+    whole, buffer = buffer, buffer[:SMALL]
+    if copies.fill(buffer, upload, [].append) != range(SMALL) or not torch.equal(buffer, expected[:SMALL]):
         wrong.append("a small buffer is shared")
+    buffer = whole
     if ranks == 2:
         copies.is_direct = True
-        if share("direct") != ["peer_open", "peer_copy", "peer_close"]:
+        if share("direct") != ["copy", "peer_copy", "peer_close"]:
             wrong.append("direct: phases")
         for fault in ("export", "open", "sample"):
             for faulty in range(ranks):
-                if share(f"{fault} fails on rank {faulty}", fault, faulty) != ["peer_close", "peer_copy"]:
+                if share(f"{fault} fails on rank {faulty}", fault, faulty) != ["copy", "peer_close", "peer_copy"]:
                     wrong.append(f"{fault} fails on rank {faulty}: not broadcast")
-        for faulty in range(ranks):
-            try:
-                share("copy fails", "copy", faulty)
-            except (Internal, OtherRankFailed) as error:
-                if isinstance(error, Internal) != (rank == faulty):
-                    wrong.append(f"copy fails on rank {faulty}: {error!r}")
-            else:
-                wrong.append(f"copy fails on rank {faulty}: no error")
+        fail("copy", Internal)
+        for fault in ("upload 0", "upload 1", "upload 3", "changed"):
+            fail(fault, StaleSource)
         share("direct, after faults")
     print(f"rank {rank}: {wrong or 'complete'}\n", end="", flush=True)  # one write: ranks share the pipe
     dist.destroy_process_group()

@@ -56,9 +56,9 @@ def test_each_rank_uploads_a_share_and_gets_the_other(made, way):
 def test_the_fellows_memory_is_opened_where_it_can_be_and_else_not(made):
     for facts in made.facts:
         assert {"copy", "peer_copy"} <= set(facts["broadcast, whole: phases"])
-        assert "peer_open" not in facts["broadcast, whole: phases"]
+        assert "peer_close" not in facts["broadcast, whole: phases"]
         if facts["is direct"]:
-            assert {"copy", "peer_open", "peer_copy", "peer_close"} <= set(facts["chosen, whole: phases"])
+            assert {"copy", "peer_copy", "peer_close"} <= set(facts["chosen, whole: phases"])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -61,7 +61,7 @@ def test_nothing_is_a_stretch_too() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("size_bytes", [1, 2 * MIB, 64 * MIB, 64 * MIB + 1, 12_345_678_901, 24 * 1024 * MIB])
 def test_shares_follow_each_other_and_are_alike(size_bytes: int, ranks: int) -> None:
-    shares = split(size_bytes, ranks)
+    shares = split(range(size_bytes), ranks)
     assert len(shares) == ranks
     assert (shares[0].start, shares[-1].stop) == (0, size_bytes)
     for one, following in pairwise(shares):
@@ -70,13 +70,22 @@ def test_shares_follow_each_other_and_are_alike(size_bytes: int, ranks: int) -> 
     assert max(map(len, shares)) < size_bytes / ranks + ALLOCATION_BYTES
 
 
+def test_a_share_is_split_into_parts_in_the_same_way() -> None:
+    assert split(range(4 * MIB, 15 * MIB), 4) == [
+        range(4 * MIB, 8 * MIB),
+        range(8 * MIB, 12 * MIB),
+        range(12 * MIB, 15 * MIB),
+        range(15 * MIB, 15 * MIB),
+    ]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_upload_every_byte_once(blocks: list[torch.Tensor], seed: int, ranks: int) -> None:
     specs = checkpoint(seed)
     offsets, total = place([one.extent_bytes for one in specs])
     copy, times = torch.zeros(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
-    for share in split(total, ranks):
+    for share in split(range(total), ranks):
         for block, start, to, nbytes in cut(join(specs, offsets), share):
             assert share.start <= to < to + nbytes <= share.stop
             copy[to : to + nbytes] = blocks[block][start : start + nbytes]
