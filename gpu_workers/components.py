@@ -10,7 +10,6 @@ What other ranks upload of host memory comes from their GPUs by a peer copy; sma
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
+from xditd.gpu_workers.clock import Clock
 from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.fellows import together
 from xditd.gpu_workers.layouts import ParallelLayout
@@ -115,7 +115,7 @@ class Components:
         component = self._prepared.pop(component_id, None)
         if component is None:
             raise Internal(f"component {component_id} was not prepared")
-        clock = _Clock(component.timings_ms)
+        clock = Clock(component.timings_ms)
         older = self._live.pop(component_id, None)
         self._live[component_id] = component
         self._plug(component)
@@ -165,7 +165,7 @@ class Components:
             OutOfMemory: no room for the copy; everything stays as it was.
             OtherRankFailed: this rank could, another could not.
         """
-        clock = _Clock()
+        clock = Clock()
         with together():
             component = self._live.get(component_id)
             if component is None:
@@ -236,7 +236,7 @@ class Components:
     def _assemble(
         self, component_id: str, manifest: Manifest, exporter: ProcessIdentity, opened: list[OpenBlock | None]
     ) -> Component:
-        clock = _Clock()
+        clock = Clock()
         with together():
             if faults := manifest.faults():
                 raise BadRequest("; ".join(faults))
@@ -268,7 +268,7 @@ class Components:
         return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
 
     def _gather(
-        self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: _Clock
+        self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: Clock
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device: as a view where it can be one, else as one copy; and bind them.
 
@@ -358,16 +358,3 @@ def _check_opened(opened: Sequence[OpenBlock | None]) -> None:
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-
-
-class _Clock:
-    """Milliseconds by phase; each mark ends the phase that the last one began."""
-
-    def __init__(self, marks_ms: dict[str, float] | None = None) -> None:
-        self.marks_ms: dict[str, float] = {} if marks_ms is None else marks_ms
-        self._last = time.perf_counter()
-
-    def mark(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.marks_ms[phase] = self.marks_ms.get(phase, 0.0) + (now - self._last) * 1e3
-        self._last = now

@@ -28,6 +28,7 @@ from xditd.ipc.errors import (
 )
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.planner import Plan, report
+from xditd.ipc.processes import age_s
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import (
@@ -71,6 +72,7 @@ def main(options: Options, rank: int, plan: Plan, device: str, complain: Connect
     logging.basicConfig(
         level=options.log_level.upper(), format=f"%(levelname)s rank{rank} %(name)s: %(message)s", force=True
     )
+    logger.info("rank process runs rank=%d python_and_torch_s=%.2f", rank, age_s())
     outside = OutsideConnections.install()
     _quiet_libraries()
     where = torch.device(device)

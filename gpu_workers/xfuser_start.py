@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
+from xditd.gpu_workers.clock import Clock
 from xditd.gpu_workers.layouts import AS_MANY_AS_STAGES, ParallelLayout, Patching
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
@@ -54,24 +55,32 @@ def start(
         Unsupported: no layout fits, an attention backend is not installed, or fused kernels or products in eight bits
             do not run here.
     """
+    clock = Clock()
     degrees = planner.plan(world_size).degrees if degrees is None else degrees
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)
     _import_xfuser(device)
+    clock.mark("imports")
     _join(rank, world_size, store_path, device)
     agreement.join(Path(f"{store_path}.flags"), rank, world_size)
     image, place = divmod(rank, degrees.sequence)
     agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
+    clock.mark("group")
     backend = _start_xdit(rank, degrees, device, attention_backend)
+    clock.mark("xdit")
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
     if degrees.pipefusion > 1:
         _connect_stages(device)
+    clock.mark("kernels")
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
+    clock.mark("freeze")
+    took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
+    logger.info("rank started rank=%d %s", rank, took)
     return ParallelLayout(rank, degrees, device, backend, fused_attention, patching, precision)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Annotated
 
 import msgspec
@@ -37,6 +39,12 @@ def identify(pid: int) -> ProcessIdentity:
     if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
         raise ProcessGone(f"process {pid} is dead")
     return ProcessIdentity(pid=pid, start_ticks=int(fields[19]))
+
+
+def age_s() -> float:
+    """Seconds since this process was started, by clock ticks: the interpreter's own start is in it."""
+    began_s = identify(os.getpid()).start_ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
 
 
 def is_alive(process: ProcessIdentity) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def test_a_command_name_with_parentheses_and_spaces() -> None:
         mine = identify(os.getpid()).start_ticks
         assert 0 <= identify(child.pid).start_ticks - mine < 100 * 3600
         child.stdin.close()
+
+
+def test_the_age_of_a_process_begins_with_its_interpreter() -> None:
+    program = "import time; time.sleep(0.3); from xditd.ipc.processes import age_s; print(age_s())"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0.3 <= float(done.stdout) + 1 / os.sysconf("SC_CLK_TCK") <= time.monotonic() - began + 1.0
 
 
 def test_a_process_that_was_never_there() -> None:
