@@ -46,7 +46,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers import image_coding
     from xditd.gpu_workers.families.base import TensorInfo
     from xditd.gpu_workers.skeletons import SkeletonCache
     from xditd.gpu_workers.split_decode import whole_group
@@ -63,14 +63,14 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     side = given.pixels // 8
     latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
-    exact = pipelines.decode(plugged(torch.float32), latents.float(), clamp=False)
+    exact = image_coding.decode(plugged(torch.float32), latents.float(), clamp=False)
     skeleton, bands = plugged(torch.bfloat16), whole_group()
     decodes: dict[str, Callable[[], torch.Tensor]] = {
-        "diffusers": lambda: pipelines.decode(skeleton, latents, clamp=False),
-        "channels_last": lambda: pipelines.decode(
+        "diffusers": lambda: image_coding.decode(skeleton, latents, clamp=False),
+        "channels_last": lambda: image_coding.decode(
             skeleton, latents.contiguous(memory_format=torch.channels_last), clamp=False
         ),
-        "bands": lambda: pipelines.decode(skeleton, latents, clamp=False, bands=bands),
+        "bands": lambda: image_coding.decode(skeleton, latents, clamp=False, bands=bands),
     }
     found = {}
     for way, decode in decodes.items():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from xditd.gpu_workers import pipelines, text_encoding
+from xditd.gpu_workers import image_coding, pipelines, text_encoding
 from xditd.gpu_workers.components import Component, Components
 from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
@@ -116,7 +116,7 @@ class JobRunner:
             if self._is_leader and vae is not None and job.out_image is not None:
                 if image is None:
                     with with_every_core(self._device):
-                        image = pipelines.decode(vae.plan.skeleton, latents)
+                        image = image_coding.decode(vae.plan.skeleton, latents)
                 self._components.check_unchanged(vae)
                 io.write("out_image", job.out_image, image)
                 clock.lap("decode")
@@ -208,7 +208,7 @@ class JobRunner:
             if self._is_leader:
                 if image is None:
                     with with_every_core(self._device):
-                        image = pipelines.decode(vae.plan.skeleton, latents, clamp=False)
+                        image = image_coding.decode(vae.plan.skeleton, latents, clamp=False)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, image)
                 clock.lap("decode")
@@ -222,7 +222,7 @@ class JobRunner:
         """
         if latents.ndim != 4 or not self._bands.fit(*latents.shape[2:]):
             return None
-        return pipelines.decode(vae.plan.skeleton, latents, clamp=clamp, bands=self._bands)
+        return image_coding.decode(vae.plan.skeleton, latents, clamp=clamp, bands=self._bands)
 
     def _encode(self, job: Encode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)
@@ -236,7 +236,7 @@ class JobRunner:
             if self._is_leader:
                 clock.lap("inputs")
                 with with_every_core(self._device):
-                    latents = pipelines.encode(vae.plan.skeleton, image)
+                    latents = image_coding.encode(vae.plan.skeleton, image)
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, latents)
                 clock.lap("encode")

@@ -1,4 +1,4 @@
-"""What jobs do with a plugged skeleton: ``generate``, ``condition``, ``denoise``, ``decode``, ``encode``. No I/O.
+"""What jobs do with a plugged transformer: ``generate``, ``condition``, ``denoise``. No I/O.
 
 Latents here are always (batch, 16, height / 8, width / 8); packing into tokens happens inside. In a group every
 rank calls the same function with the same arguments, and every rank gets the whole result. Inputs may be on
@@ -13,14 +13,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from xfuser.core.distributed import get_sequence_parallel_world_size
 
 from xditd.gpu_workers import attention
 from xditd.gpu_workers.conditionings import Conditioning
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
-from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
+from xditd.gpu_workers.families.flux_vae import PIXELS_PER_LATENT
 from xditd.gpu_workers.fused.modulations import Times
 from xditd.gpu_workers.job_checks import (
     MAX_BATCH,
@@ -34,7 +34,6 @@ from xditd.gpu_workers.job_checks import (
 from xditd.gpu_workers.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
-from xditd.gpu_workers.split_decode import Bands, SplitDecoder
 from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -312,65 +311,10 @@ def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
     return _unpack(prediction, height, width)
 
 
-@torch.inference_mode()
-def decode(
-    skeleton: Skeleton, latents: torch.Tensor, *, clamp: bool = True, bands: Bands | None = None
-) -> torch.Tensor:
-    """Decode latents as :func:`generate` returns them into an image (batch, 3, height, width).
-
-    It lies in [-1, 1], without ``clamp`` only about there, for callers who join tiles first. Each rank decodes the
-    whole image alone, unless there are ``bands``: then all ranks call this, and each computes its rows of each sample.
-
-    Raises:
-        BadRequest: not latents of this VAE, or values that are not finite.
-    """
-    vae, _ = _vae(skeleton)
-    if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
-        raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]")
-    if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE or latents.shape[0] > MAX_BATCH:
-        raise BadRequest(
-            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
-        )
-    (latents,) = prepare(skeleton, latents=latents)
-    latents = latents / SCALING + SHIFT
-    if bands is None:
-        image = cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
-    else:
-        split = SplitDecoder(vae.decoder, bands, latents.shape[2])
-        image = torch.cat([split(sample) for sample in latents.split(1)])
-    return image.clamp(-1.0, 1.0) if clamp else image
-
-
-@torch.inference_mode()
-def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
-    """Encode an image (batch, 3, height, width) in [-1, 1] into latents as :func:`generate` takes and returns them.
-
-    The latents are the mode of the posterior, so that the same image always gives the same latents.
-
-    Raises:
-        BadRequest: sizes that are not multiples of 16, or values that are not finite.
-        Unsupported: the VAE was lent without its encoder.
-    """
-    vae, config = _vae(skeleton)
-    if not config.has_encoder:
-        raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
-    if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
-        raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-    check_generate(height=image.shape[2], width=image.shape[3], steps=1)
-    (image,) = prepare(skeleton, image=image)
-    return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
-
-
 def _transformer_config(skeleton: Skeleton) -> Flux1Config:
     if not isinstance(skeleton.config, Flux1Config):
         raise BadRequest(f"the job needs a transformer, but the component is a {skeleton.family.kind}")
     return skeleton.config
-
-
-def _vae(skeleton: Skeleton) -> tuple[AutoencoderKL, FluxVaeConfig]:
-    if not isinstance(skeleton.config, FluxVaeConfig):
-        raise BadRequest(f"the job needs a VAE, but the component is a {skeleton.family.kind}")
-    return cast(AutoencoderKL, skeleton.module), skeleton.config
 
 
 def _pipeline(skeleton: Skeleton, scheduler: FlowMatchEulerDiscreteScheduler) -> FluxPipeline:

@@ -38,7 +38,7 @@ def main(folder: str) -> None:
 
     gpu = torch.device("cuda", 0)
     layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
-    from xditd.gpu_workers import pipelines, text_encoding
+    from xditd.gpu_workers import image_coding, pipelines, text_encoding
     from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
@@ -82,10 +82,10 @@ def main(folder: str) -> None:
     plan = plugged(vae)
     model = reference.vae_from(vae)
     latents = torch.randn(1, 16, 14, 14, generator=torch.Generator().manual_seed(0))
-    image = pipelines.decode(plan.skeleton, latents)
+    image = image_coding.decode(plan.skeleton, latents)
     facts["decode error"] = reference.relative_error(image, reference.reference_decode(model, latents))
     facts["encode error"] = reference.relative_error(
-        pipelines.encode(plan.skeleton, image), reference.reference_encode(model, image)
+        image_coding.encode(plan.skeleton, image), reference.reference_encode(model, image)
     )
 
     # Against this rank's own modules on the CPU, which other tests hold to the bits of transformers.

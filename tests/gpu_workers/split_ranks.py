@@ -42,7 +42,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers import image_coding
     from xditd.gpu_workers.split_decode import whole_group
 
     cache = SkeletonCache(layout)
@@ -63,11 +63,11 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
         generator = torch.Generator().manual_seed(height)
         latents = torch.randn(batch, 16, height, width, generator=generator).to(dtype)
         for attempt in range(ROUNDS):
-            results[f"{case}/{attempt}"] = pipelines.decode(skeleton, latents, bands=whole_group(), clamp=False)
+            results[f"{case}/{attempt}"] = image_coding.decode(skeleton, latents, bands=whole_group(), clamp=False)
         if rank == 0:
-            results[f"{case}/whole"] = pipelines.decode(skeleton, latents, clamp=False)
+            results[f"{case}/whole"] = image_coding.decode(skeleton, latents, clamp=False)
             exact = decoder(torch.float32, dtype, case != "no attention")
-            results[f"{case}/float32"] = pipelines.decode(exact, latents.float(), clamp=False)
+            results[f"{case}/float32"] = image_coding.decode(exact, latents.float(), clamp=False)
     save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
     xfuser_start.stop()
 

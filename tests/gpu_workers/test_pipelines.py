@@ -34,6 +34,13 @@ def pipelines(layout: ParallelLayout) -> ModuleType:
     return pipelines
 
 
+@pytest.fixture(scope="module")
+def image_coding(layout: ParallelLayout) -> ModuleType:
+    from xditd.gpu_workers import image_coding
+
+    return image_coding
+
+
 @pytest.fixture
 def transformer(shared_cache: SkeletonCache, demo_transformer: State, plug: Plugger) -> Skeleton:
     return plug(shared_cache, demo_transformer).skeleton
@@ -165,27 +172,27 @@ def test_guidance_is_ignored_without_guidance_tensors(
     assert torch.equal(one, other)
 
 
-def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State, pipelines: ModuleType) -> None:
+def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State, image_coding: ModuleType) -> None:
     model = reference.vae_from(demo_vae)
     latents = torch.randn(1, 16, 14, 10, generator=torch.Generator().manual_seed(0))
-    image = pipelines.decode(vae, latents)
+    image = image_coding.decode(vae, latents)
     assert image.shape == (1, 3, 112, 80)
     assert image.abs().max() <= 1.0
     assert reference.relative_error(image, reference.reference_decode(model, latents)) <= BAR
-    encoded = pipelines.encode(vae, image)
+    encoded = image_coding.encode(vae, image)
     assert encoded.shape == latents.shape
     assert reference.relative_error(encoded, reference.reference_encode(model, image)) <= BAR
     assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING, SHIFT)
 
 
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
-    cache: SkeletonCache, vae: Skeleton, demo_vae: State, plug: Plugger, pipelines: ModuleType
+    cache: SkeletonCache, vae: Skeleton, demo_vae: State, plug: Plugger, image_coding: ModuleType
 ) -> None:
     half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).skeleton
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pipelines.decode(half, latents), pipelines.decode(vae, latents))
+    assert torch.equal(image_coding.decode(half, latents), image_coding.decode(vae, latents))
     with pytest.raises(Unsupported, match="without its encoder"):
-        pipelines.encode(half, torch.zeros(1, 3, 32, 32))
+        image_coding.encode(half, torch.zeros(1, 3, 32, 32))
 
 
 def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
@@ -203,7 +210,7 @@ def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
 
 @pytest.mark.slow
 def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
-    shared_cache: SkeletonCache, demo_vae: State, plug: Plugger, pipelines: ModuleType
+    shared_cache: SkeletonCache, demo_vae: State, plug: Plugger, image_coding: ModuleType
 ) -> None:
     model = reference.vae_from(demo_vae)
     generator = torch.Generator().manual_seed(0)
@@ -214,9 +221,9 @@ def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
     for name, tensor in demo_vae.items():
         skeleton = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).skeleton
         if name.startswith("decoder."):
-            figures[name] = reference.relative_error(pipelines.decode(skeleton, latents), decoded)
+            figures[name] = reference.relative_error(image_coding.decode(skeleton, latents), decoded)
         else:
-            figures[name] = reference.relative_error(pipelines.encode(skeleton, image), encoded)
+            figures[name] = reference.relative_error(image_coding.encode(skeleton, image), encoded)
     assert {name for name, figure in figures.items() if figure < MUTATION_BAR} == INVISIBLE
     # What no figure can show, the parameters do.
     module = plug(shared_cache, demo_vae).skeleton.module
@@ -289,7 +296,7 @@ def test_bad_denoise_requests_name_the_value(
         pipelines.denoise(transformer, **{**arguments, **changes})
 
 
-def test_bad_images_and_latents_name_the_value(vae: Skeleton, pipelines: ModuleType) -> None:
+def test_bad_images_and_latents_name_the_value(vae: Skeleton, image_coding: ModuleType) -> None:
     for latents in (
         torch.zeros(1, 4, 8, 8),
         torch.zeros(16, 8, 8),
@@ -298,17 +305,17 @@ def test_bad_images_and_latents_name_the_value(vae: Skeleton, pipelines: ModuleT
         torch.zeros(65, 16, 1, 1),
     ):
         with pytest.raises(BadRequest, match="latents are"):
-            pipelines.decode(vae, latents)
+            image_coding.decode(vae, latents)
     with pytest.raises(BadRequest, match="latents: some values are not finite"):
-        pipelines.decode(vae, torch.full((1, 16, 4, 4), NAN))
+        image_coding.decode(vae, torch.full((1, 16, 4, 4), NAN))
     with pytest.raises(BadRequest, match="image is"):
-        pipelines.encode(vae, torch.zeros(1, 4, 32, 32))
+        image_coding.encode(vae, torch.zeros(1, 4, 32, 32))
     with pytest.raises(BadRequest, match="image is"):
-        pipelines.encode(vae, torch.zeros(65, 3, 16, 16))
+        image_coding.encode(vae, torch.zeros(65, 3, 16, 16))
     with pytest.raises(BadRequest, match="width 40"):
-        pipelines.encode(vae, torch.zeros(1, 3, 32, 40))
+        image_coding.encode(vae, torch.zeros(1, 3, 32, 40))
     with pytest.raises(BadRequest, match="image: some values are not finite"):
-        pipelines.encode(vae, torch.full((1, 3, 32, 32), NAN))
+        image_coding.encode(vae, torch.full((1, 3, 32, 32), NAN))
 
 
 def test_bad_seeds_and_batches_name_the_value(pipelines: ModuleType) -> None:
@@ -320,11 +327,13 @@ def test_bad_seeds_and_batches_name_the_value(pipelines: ModuleType) -> None:
             pipelines.seeded_noise(0, batch=batch, height=16, width=16)
 
 
-def test_a_component_of_the_wrong_kind_is_refused(transformer: Skeleton, vae: Skeleton, pipelines: ModuleType) -> None:
+def test_a_component_of_the_wrong_kind_is_refused(
+    transformer: Skeleton, vae: Skeleton, pipelines: ModuleType, image_coding: ModuleType
+) -> None:
     with pytest.raises(BadRequest, match="needs a transformer, but the component is a vae"):
         pipelines.generate(vae, **job(8, 64, 64), steps=1)
     with pytest.raises(BadRequest, match="needs a VAE, but the component is a transformer"):
-        pipelines.decode(transformer, torch.zeros(1, 16, 4, 4))
+        image_coding.decode(transformer, torch.zeros(1, 16, 4, 4))
 
 
 def test_a_good_job_after_bad_ones_has_the_same_bits(
