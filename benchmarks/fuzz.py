@@ -35,7 +35,8 @@ from xditd.ipc import codec, limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder, request_decoder
 from xditd.ipc.errors import BadCheckpoint, BadMessage
-from xditd.ipc.requests import Cancel, GetLogs, GetStatus, Hello, ReturnLoan
+from xditd.ipc.protocol import PROTOCOL_VERSION
+from xditd.ipc.requests import GetLogs, Hello
 from xditd.ipc.transports import safetensors_header
 
 SLOWEST_S = 1.0
@@ -44,13 +45,16 @@ GROWTH_BYTES = 160 * 2**20
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
 
+ENDING = {"hello", "goodbye", "stop"}
+"""Requests that, sound by chance, would leave nothing to be fuzzed; and the one whose record says another version."""
+RECORD = Path(__file__).parents[1] / "tests" / "ipc" / "data" / f"protocol_{PROTOCOL_VERSION}.json"
+HELLO = encode(Hello(request_id="r1", protocol_version=PROTOCOL_VERSION, package_version="1", client_name="fuzz"))
 SOUND = [
-    encode(Hello(request_id="r1", protocol_version=1, package_version="1", client_name="fuzz")),
-    encode(GetStatus(request_id="r1")),
+    HELLO,
     encode(GetLogs(request_id="r1", after_line=3)),
-    encode(Cancel(request_id="r1", target_request_id="r0")),
-    encode(ReturnLoan(request_id="r1", component_id="transformer-1-abcdef")),
+    *(bytes.fromhex(text) for op, text in json.loads(RECORD.read_text())["request"].items() if op not in ENDING),
 ]
+"""One of each request, to be spoilt."""
 HEADER = json.dumps(
     {f"t{n}": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * n, 16 * n + 16]} for n in range(4)}
 ).encode()
@@ -86,7 +90,8 @@ def worst_messages() -> list[bytes]:
 
 
 def hostile_messages(total_bytes: int, rng: random.Random) -> Iterator[bytes]:
-    """The worst messages once, and then many small ones until they have ``total_bytes`` together."""
+    """A session, the worst messages once, and then many small ones until they have ``total_bytes`` together."""
+    yield HELLO
     yield from worst_messages()
     sent = 0
     while sent < total_bytes:
