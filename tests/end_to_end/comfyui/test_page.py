@@ -6,6 +6,7 @@ folder for pictures of what is on the page; those of docs/comfyui.md are made so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 pytest.importorskip("comfyui_frontend_package", reason="comfyui-frontend-package is not installed")
 
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -50,9 +52,7 @@ class Page:
         driver.get(url)
         self.wait("return !!(window.app && window.app.graph && window.app.extensionManager)", "the page to load")
         self.wait("return window.LiteGraph.registered_node_types.KSampler !== undefined", "its nodes")
-        self.close_dialogs()
-        for button in driver.find_elements(By.CSS_SELECTOR, "[data-testid='close-minimap-button']"):
-            button.click()
+        self._wait_until(self._close_minimap, "the minimap to close")
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self._driver.execute_script(script, *arguments)
@@ -74,7 +74,7 @@ class Page:
 
     def close_dialogs(self) -> None:
         def is_clear() -> bool:
-            if not self.shown("[role=dialog]"):
+            if not self.shown("[role=dialog], [data-testid='dialog-overlay']"):
                 return True
             self.press(Keys.ESCAPE)
             return False
@@ -82,6 +82,14 @@ class Page:
         # The template browser opens itself on the first visit, some moments after the page is there.
         self.wait("return window.app.extensionManager.setting.get('Comfy.TutorialCompleted')", "the first visit's end")
         self._wait_until(is_clear, "dialogs to close")
+
+    def _close_minimap(self) -> bool:
+        self.close_dialogs()
+        buttons = self.shown("[data-testid='close-minimap-button']")
+        if buttons:
+            with contextlib.suppress(ElementClickInterceptedException):  # a dialog opened just now
+                buttons[0].click()
+        return not buttons
 
     def search(self, text: str) -> list[str]:
         """Double-click on an empty place, type, and read what is found."""
