@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from xditd.gpu_workers import image_coding, pipelines, text_encoding
+from xditd.gpu_workers.clock import Clock
 from xditd.gpu_workers.components import Component, Components
 from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
@@ -124,7 +125,7 @@ class JobRunner:
                 self._components.check_unchanged(transformer)
                 io.write("out_latents", job.out_latents, latents)
                 clock.lap("outputs")
-        return {**clock.laps_ms, "first_step": progress.first_step_ms}
+        return {**clock.marks_ms, "first_step": progress.first_step_ms}
 
     def _previews_of(self, job: Generate, io: OpenIo) -> Callable[[torch.Tensor], None] | None:
         """What writes each step's prediction of the clean latents, where the client wants to see them.
@@ -174,7 +175,7 @@ class JobRunner:
             self._components.check_unchanged(transformer)
             io.write("out", job.out, prediction)
             clock.lap("outputs", waits=False)
-        return clock.laps_ms
+        return clock.marks_ms
 
     def _condition(self, skeleton: Skeleton, part: Part, io: OpenIo, client: ProcessIdentity) -> Conditioning:
         """Read and check the conditioning of a part, or find what was kept of an earlier one."""
@@ -212,7 +213,7 @@ class JobRunner:
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, image)
                 clock.lap("decode")
-        return clock.laps_ms
+        return clock.marks_ms
 
     def _decode_by_all(self, vae: Component, latents: torch.Tensor, *, clamp: bool) -> torch.Tensor | None:
         """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
@@ -240,7 +241,7 @@ class JobRunner:
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, latents)
                 clock.lap("encode")
-        return clock.laps_ms
+        return clock.marks_ms
 
     def _encode_text(self, job: EncodeText, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)
@@ -262,7 +263,7 @@ class JobRunner:
                 if job.out_pooled is not None and pooled is not None:
                     io.write("out_pooled", job.out_pooled, pooled)
                 clock.lap("outputs")
-        return clock.laps_ms
+        return clock.marks_ms
 
 
 def _joined(
@@ -303,17 +304,14 @@ def _latent_shape(batch: int, height: int, width: int) -> tuple[int, ...]:
     return (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 
-class _Laps:
-    """Milliseconds by phase. A lap that waits for the GPU charges the phase with its own work."""
+class _Laps(Clock):
+    """A lap is a mark; one that waits for the GPU charges the phase with its own work."""
 
     def __init__(self, device: torch.device) -> None:
-        self.laps_ms: dict[str, float] = {}
+        super().__init__()
         self._device = device
-        self._last = time.perf_counter()
 
     def lap(self, phase: str, *, waits: bool = True) -> None:
         if waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.laps_ms[phase] = (now - self._last) * 1e3
-        self._last = now
+        self.mark(phase)
