@@ -185,4 +185,4 @@ def _block_place(block: Block) -> Hashable:
 
 def _content(block: Block) -> Hashable:
     """What was in a block when it was described. Descriptor numbers differ where a file was opened twice."""
-    return block.fingerprint, block.mtime_ns if isinstance(block, FileBlock) else 0
+    return block.fingerprint, (block.mtime_ns, block.ctime_ns) if isinstance(block, FileBlock) else None

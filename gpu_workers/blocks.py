@@ -13,6 +13,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CudaIpcBlock, FileBlock
 from xditd.ipc.transports.cuda_ipc import CudaMapping
 from xditd.ipc.transports.file import FileMapping, map_file
+from xditd.ipc.transports.file_state import FileState
 from xditd.ipc.transports.fingerprints import check_fingerprint
 from xditd.ipc.transports.host_shm import HostMapping, map_shm
 
@@ -32,6 +33,16 @@ class OpenBlock:
         """Raise ``StaleSource`` if this is a file that changed since it was lent."""
         if isinstance(self.mapping, FileMapping):
             self.mapping.check_unchanged()
+
+    def begin_digest(self) -> None:
+        """Digest a file in the background; see :meth:`FileMapping.check_unchanged`."""
+        if isinstance(self.mapping, FileMapping):
+            self.mapping.begin_digest()
+
+    def await_small_digest(self) -> None:
+        """Wait until a small file is digested."""
+        if isinstance(self.mapping, FileMapping):
+            self.mapping.await_small_digest()
 
 
 class OpenBlocks:
@@ -117,7 +128,7 @@ def _identity(block: Block) -> Hashable:
     if isinstance(block, CudaIpcBlock):
         return block.handle
     if isinstance(block, FileBlock):
-        return (block.device, block.inode, block.mtime_ns, block.size_bytes)
+        return FileState.of_block(block)
     return block.inode
 
 

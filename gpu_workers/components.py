@@ -29,7 +29,7 @@ from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
-from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
+from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
@@ -78,6 +78,7 @@ class Components:
         self._device = layout.device
         self._rank = layout.rank
         self._fellow_uuids = fellow_uuids
+        self._watches_files = layout.rank == 0 and layout.device.type != "cuda"
         self._prepared: dict[str, Component] = {}
         self._live: dict[str, Component] = {}
 
@@ -143,17 +144,16 @@ class Components:
         return component
 
     def check_unchanged(self, component: Component) -> None:
-        """Check that what this rank computes with is what was lent. Call before a job, and before its results are used.
+        """Check that what the ranks compute with is what was lent. Call before a job, and before its results are used.
 
-        On a GPU there is nothing to check: what came from files was copied, and checked, when it was lent.
+        Rank 0 looks for all of them, since they map the same files; ``together`` tells the others. On a GPU there is
+        nothing to check: what came from files was copied, and checked, when it was lent.
 
         Raises:
-            StaleSource: a file whose own pages are the weights was rewritten, truncated or grown.
+            StaleSource: on rank 0: a file whose own pages are the weights was rewritten, truncated or grown.
         """
-        if self._device.type != "cuda":
-            for block in component.opened:
-                if block is not None:
-                    block.check_unchanged()
+        if self._watches_files:
+            _check_opened(component.opened)
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy what is mapped of a component into memory of this rank's own, and unmap it. All ranks fail together.
@@ -162,6 +162,7 @@ class Components:
 
         Raises:
             UnknownComponent: nothing is lent under this id.
+            StaleSource: its file has changed.
             OutOfMemory: no room for the copy; everything stays as it was.
             OtherRankFailed: this rank could, another could not.
         """
@@ -176,10 +177,12 @@ class Components:
                 for spec in component.manifest.tensors
                 if _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
+            self.check_unchanged(component)
             own = self._lay_out(specs)
             if own is not None:
                 nowhere = [None] * len(sources)  # in no file: what is mapped is copied
                 deque(self._copy(own, sources, nowhere, [range(own.buffer.numel())]), maxlen=0)
+            self.check_unchanged(component)
         clock.mark("copy")
         is_plugged = component.is_plugged
         size = 0
@@ -247,7 +250,12 @@ class Components:
             for block in manifest.blocks:
                 opened.append(self._open(block, exporter))
             clock.mark("map")
+        watched = [block for block in opened if block is not None] if self._watches_files else []
+        for block in watched:
+            block.begin_digest()  # while the rest of the lend goes on
         tensors, bindings, copies, copied = self._gather(manifest, plan, opened, clock)
+        for block in watched:
+            block.await_small_digest()
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
         return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
@@ -290,7 +298,13 @@ class Components:
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
-            share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            try:
+                share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            except OtherRankFailed:
+                # A file that changed under one rank's share has changed for all, also for those whose share was read
+                # before: each says so itself, and not that another rank does.
+                _check_opened(opened)
+                raise
             tensors, copies = own.tensors, [own.buffer]
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):

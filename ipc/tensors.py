@@ -20,6 +20,8 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Inode = Annotated[int, msgspec.Meta(ge=0)]
 """All 64 bits, which is what MessagePack carries: overlay file systems put a layer's number into the highest ones."""
+Nanoseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Since 1970; files may claim to be older."""
 Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=limits.MAX_RANK)]
 
@@ -112,13 +114,17 @@ class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
 
 
 class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="file"):
-    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people."""
+    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people.
+
+    ``mtime_ns`` can be set back by whoever writes to the file, ``ctime_ns`` cannot.
+    """
 
     fd: Descriptor
     path: Annotated[str, msgspec.Meta(max_length=4096)]
     device: Count
     inode: Inode
-    mtime_ns: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    mtime_ns: Nanoseconds
+    ctime_ns: Nanoseconds
     size_bytes: Bytes
     fingerprint: Fingerprint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 
@@ -9,9 +10,12 @@ from xditd.ipc.errors import BadCheckpoint, OutOfMemory, StaleSource
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import FileBlock, Fingerprint
 from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
+from xditd.ipc.transports.file_state import SMALL_BYTES, DigestThread, FileState, digest_file, settled_stat
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.host_shm import HostMapping
 from xditd.ipc.transports.uploads import FileStretch
+
+logger = logging.getLogger(__name__)
 
 
 class LentFile:
@@ -27,25 +31,29 @@ class LentFile:
             raise BadCheckpoint(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise BadCheckpoint(f"{path!r}: {error}") from error
-        self._opened = os.fstat(self.fd)
-        if not stat.S_ISREG(self._opened.st_mode):
+        opened = settled_stat(self.fd)
+        if not stat.S_ISREG(opened.st_mode):
             os.close(self.fd)
             raise BadCheckpoint(f"{path}: not a regular file")
+        self._opened = FileState.of_stat(opened)
 
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode."""
-        return self._opened.st_dev, self._opened.st_ino
+        return self._opened.device, self._opened.inode
 
     def check_unchanged(self) -> None:
         """Check that what was read since the file was opened is what it still holds.
 
         Raises:
-            StaleSource: it was rewritten, grown or truncated meanwhile.
+            StaleSource: it was rewritten, grown, truncated or renamed meanwhile.
         """
-        found = os.fstat(self.fd)
-        if (found.st_size, found.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise StaleSource(f"{self.path}: changed while it was being read; lend it again once it is complete")
+        found = FileState.of_stat(os.fstat(self.fd))
+        if found != self._opened:
+            raise StaleSource(
+                f"{self.path}: changed while it was being read ({self._opened.differences(found)}); "
+                "lend it again once it is complete"
+            )
 
     def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
         """Describe the file; ``header_bytes`` from its start are fingerprinted.
@@ -59,10 +67,11 @@ class LentFile:
         return FileBlock(
             fd=self.fd,
             path=os.fsencode(self.path).decode("utf-8", "replace"),  # for people; names need not be Unicode
-            device=found.st_dev,
-            inode=found.st_ino,
-            mtime_ns=found.st_mtime_ns,
-            size_bytes=found.st_size,
+            device=found.device,
+            inode=found.inode,
+            mtime_ns=found.mtime_ns,
+            ctime_ns=found.ctime_ns,
+            size_bytes=found.size_bytes,
             fingerprint=Fingerprint(length_bytes=len(sample), digest=digest_bytes(sample)),
         )
 
@@ -77,22 +86,55 @@ class FileMapping(HostMapping):
 
     def __init__(self, fd: int, block: FileBlock) -> None:
         self._fd = fd
-        self._block = block
+        self._path = block.path
+        self._known = FileState.of_block(block)
+        """In which the file holds the bytes that were lent."""
+        self._digest: DigestThread | None = None
         super().__init__(fd, block.size_bytes, is_writable=False)
 
+    def begin_digest(self) -> None:
+        """Let a thread digest the file, so that a change of its ctime alone can be told from a write afterwards."""
+        if self._digest is None:
+            self._digest = DigestThread(self._fd, self._known, self._path)
+
+    def await_small_digest(self) -> None:
+        """Wait until a small file is digested. What is larger is digested while others work."""
+        if self._digest is not None and self._known.size_bytes <= SMALL_BYTES:
+            self._digest.wait()
+
     def check_unchanged(self) -> None:
-        """Compare the file's identity with the one that was lent. Call before and after reading.
+        """Compare the file with the one that was lent. Call before and after reading.
+
+        Where its ctime alone has moved, as after chmod, a rename or a new hard link, the bytes decide, if
+        :meth:`begin_digest` was called and the digest was complete by then. They are read once for each such change.
 
         Raises:
-            StaleSource: it was rewritten, truncated, or is another file.
+            StaleSource: it was rewritten, truncated, or is another file; or nobody can tell.
         """
-        check_identity(self._fd, self._block)
+        found = FileState.of_stat(os.fstat(self._fd))
+        if found != self._known:
+            if found._replace(ctime_ns=self._known.ctime_ns) != self._known:
+                raise _changed(self._path, self._known.differences(found))
+            self._compare_bytes()
+
+    def _compare_bytes(self) -> None:
+        expected = None if self._digest is None else self._digest.found
+        if expected is None:
+            raise _changed(self._path, "ctime, and its bytes were not digested before that, so nothing tells a write")
+        state = FileState.of_stat(settled_stat(self._fd))
+        digest = digest_file(self._fd, state.size_bytes)
+        if digest != expected or FileState.of_stat(os.fstat(self._fd)) != state:
+            raise _changed(self._path, "ctime and bytes")
+        logger.info("file accepted path=%s: its ctime has moved, its bytes have not changed", self._path)
+        self._known = state
 
     def stretch(self, offset_bytes: int, size_bytes: int) -> FileStretch:
         """Name part of the file for an upload, which reads it; valid until :meth:`close`."""
-        return FileStretch(self._fd, offset_bytes, size_bytes, self._block.path)
+        return FileStretch(self._fd, offset_bytes, size_bytes, self._path)
 
     def close(self) -> None:
+        if self._digest is not None:
+            self._digest.stop()
         super().close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -106,11 +148,15 @@ def check_identity(fd: int, block: FileBlock) -> None:
         StaleSource: anything differs.
     """
     found = os.fstat(fd)
-    actual = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    if actual != (block.device, block.inode, block.size_bytes, block.mtime_ns):
-        raise StaleSource(f"{block.path}: changed since it was lent (device, inode, size or mtime); lend it again")
+    state, lent = FileState.of_stat(found), FileState.of_block(block)
+    if state != lent:
+        raise _changed(block.path, lent.differences(state))
     if not stat.S_ISREG(found.st_mode):
         raise StaleSource(f"{block.path}: not a regular file")
+
+
+def _changed(path: str, what: str) -> StaleSource:
+    return StaleSource(f"{path}: changed since it was lent ({what}); lend it again")
 
 
 def map_file(block: FileBlock, exporter: ProcessIdentity) -> FileMapping:

@@ -32,8 +32,9 @@ def shm(inode: int = 1, fd: int = 3, text: bytes = b"x") -> HostShmBlock:
     return HostShmBlock(fd=fd, inode=inode, size_bytes=100, fingerprint=fingerprint(text))
 
 
-def file(mtime_ns: int = 1, fd: int = 3) -> FileBlock:
-    return FileBlock(fd=fd, path="/m", device=1, inode=1, mtime_ns=mtime_ns, size_bytes=100, fingerprint=fingerprint())
+def file(mtime_ns: int = 1, fd: int = 3, ctime_ns: int = 1) -> FileBlock:
+    times = {"mtime_ns": mtime_ns, "ctime_ns": ctime_ns}
+    return FileBlock(fd=fd, path="/m", device=1, inode=1, size_bytes=100, fingerprint=fingerprint(), **times)
 
 
 def manifest(
@@ -77,6 +78,7 @@ def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
     assert not is_same_content(manifest([shm()]), manifest([shm(text=b"y")]))
     assert not is_same_content(manifest([shm()]), manifest([shm()], generation=1))
     assert not is_same_content(manifest([file()]), manifest([file(mtime_ns=2)]))
+    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # whatever mtime was set back to
 
 
 def test_cuda_blocks_are_told_apart_by_gpu_and_handle() -> None:

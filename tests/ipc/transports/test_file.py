@@ -128,7 +128,7 @@ def test_a_file_that_changed_between_opening_and_describing_is_refused(lent: Len
         lent.block()
 
 
-@pytest.mark.parametrize("field", ["device", "inode", "mtime_ns", "size_bytes"])
+@pytest.mark.parametrize("field", ["device", "inode", "mtime_ns", "ctime_ns", "size_bytes"])
 def test_each_part_of_the_identity_counts(lent: LentFile, me: ProcessIdentity, field: str) -> None:
     block = lent.block()
     wrong = msgspec.structs.replace(block, **{field: getattr(block, field) + 1})
@@ -147,6 +147,7 @@ def test_descriptors_of_other_things_are_refused(lent: LentFile, me: ProcessIden
             device=found.st_dev,
             inode=found.st_ino,
             mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
             size_bytes=found.st_size,
         )
         with pytest.raises(StaleSource, match="not a regular file"):
