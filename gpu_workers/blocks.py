@@ -34,16 +34,6 @@ class OpenBlock:
         if isinstance(self.mapping, FileMapping):
             self.mapping.check_unchanged()
 
-    def begin_digest(self) -> None:
-        """Digest a file in the background; see :meth:`FileMapping.check_unchanged`."""
-        if isinstance(self.mapping, FileMapping):
-            self.mapping.begin_digest()
-
-    def await_small_digest(self) -> None:
-        """Wait until a small file is digested."""
-        if isinstance(self.mapping, FileMapping):
-            self.mapping.await_small_digest()
-
 
 class OpenBlocks:
     """All blocks that this rank has mapped, counted: two components may lie in one, and a CUDA handle opens once."""
@@ -60,10 +50,11 @@ class OpenBlocks:
         """Whether this rank can map the block: host memory always, device memory on its own GPU."""
         return not isinstance(block, CudaIpcBlock) or block.device_uuid == self._device_uuid
 
-    def acquire(self, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+    def acquire(self, block: Block, exporter: ProcessIdentity, digest: bytes | None = None) -> OpenBlock:
         """Map a block, or count one more user of it, after checking that it holds what was lent.
 
-        Pair every call with :meth:`release`; views of ``bytes`` must be gone by then.
+        ``digest`` is that of a file's bytes, where it is known. Pair every call with :meth:`release`; views of
+        ``bytes`` must be gone by then.
 
         Raises:
             ForeignGpu: device memory of a GPU that is not this rank's.
@@ -74,7 +65,7 @@ class OpenBlocks:
         key = (exporter, _identity(block))
         found = self._open.get(key)
         if found is None:
-            found = self._map(key, block, exporter)
+            found = self._map(key, block, exporter, digest)
         elif found.bytes.numel() != block.size_bytes:  # tensors were checked against the size in the description
             raise StaleSource(
                 f"{_name(block, exporter)}: {found.bytes.numel()} bytes are mapped, but {block.size_bytes} were lent; "
@@ -106,7 +97,7 @@ class OpenBlocks:
             del self._open[opened.key]
             self._close(opened)
 
-    def _map(self, key: Key, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+    def _map(self, key: Key, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock:
         if isinstance(block, CudaIpcBlock):
             mapping = CudaMapping(block, self._device.index)
             try:
@@ -115,7 +106,7 @@ class OpenBlocks:
                 mapping.close()
                 raise
             return OpenBlock(key, mapping, mapping.bytes_tensor())
-        host = map_file(block, exporter) if isinstance(block, FileBlock) else map_shm(block, exporter)
+        host = map_file(block, exporter, digest) if isinstance(block, FileBlock) else map_shm(block, exporter)
         return OpenBlock(key, host, host.bytes_tensor())
 
     @staticmethod

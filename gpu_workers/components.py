@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,14 @@ from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
 from xditd.gpu_workers.clock import Clock
 from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.file_watch import FileWatch, check_opened
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
+from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
 from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
@@ -74,21 +75,28 @@ class Components:
         self.skeletons = SkeletonCache(layout)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.peers = PeerCopies(layout, fellow_uuids)
+        self.files = FileWatch(layout)
         self.plugs = 0
         self._device = layout.device
         self._rank = layout.rank
         self._fellow_uuids = fellow_uuids
-        self._watches_files = layout.rank == 0 and layout.device.type != "cuda"
         self._prepared: dict[str, Component] = {}
         self._live: dict[str, Component] = {}
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def prepare(self, component_id: str, manifest: Manifest, exporter: ProcessIdentity) -> Component:
+    def prepare(
+        self,
+        component_id: str,
+        manifest: Manifest,
+        exporter: ProcessIdentity,
+        digests: Sequence[FileDigest] = (),
+    ) -> Component:
         """Do everything about a lend that may fail: check, map, verify, copy where it must be, bind.
 
-        Nothing that runs is touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
+        ``digests`` are those that :meth:`FileWatch.take_digests` returned in an earlier group. Nothing that runs is
+        touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
@@ -97,7 +105,8 @@ class Components:
         """
         opened: list[OpenBlock | None] = []
         try:
-            component = self._assemble(component_id, manifest, exporter, opened)
+            known = {found.block: found.digest for found in digests}
+            component = self._assemble(component_id, manifest, exporter, opened, known)
         except BaseException as error:
             # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
@@ -123,6 +132,7 @@ class Components:
         clock.mark("plug")
         if older is not None:
             self._let_go(older)
+        self.files.plugged(component_id, component.manifest, component.opened)
         return component
 
     def get(self, component_id: str, kind: str) -> Component:
@@ -146,14 +156,10 @@ class Components:
     def check_unchanged(self, component: Component) -> None:
         """Check that what the ranks compute with is what was lent. Call before a job, and before its results are used.
 
-        Rank 0 looks for all of them, since they map the same files; ``together`` tells the others. On a GPU there is
-        nothing to check: what came from files was copied, and checked, when it was lent.
-
         Raises:
             StaleSource: on rank 0: a file whose own pages are the weights was rewritten, truncated or grown.
         """
-        if self._watches_files:
-            _check_opened(component.opened)
+        self.files.check(component.opened)
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy what is mapped of a component into memory of this rank's own, and unmap it. All ranks fail together.
@@ -231,13 +237,19 @@ class Components:
         self._release(component)
 
     def _release(self, component: Component) -> None:
+        self.files.forget(component.component_id)
         for block in component.opened:
             if block is not None:
                 self.blocks.release(block)
         component.opened.clear()
 
     def _assemble(
-        self, component_id: str, manifest: Manifest, exporter: ProcessIdentity, opened: list[OpenBlock | None]
+        self,
+        component_id: str,
+        manifest: Manifest,
+        exporter: ProcessIdentity,
+        opened: list[OpenBlock | None],
+        digests: Mapping[int, bytes],
     ) -> Component:
         clock = Clock()
         with together():
@@ -247,15 +259,12 @@ class Components:
             self._check_kind(manifest, plan)
             reserved = plan.skeleton.reserve()
             clock.mark("plan")
-            for block in manifest.blocks:
-                opened.append(self._open(block, exporter))
+            for number, block in enumerate(manifest.blocks):
+                opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
-        watched = [block for block in opened if block is not None] if self._watches_files else []
-        for block in watched:
-            block.begin_digest()  # while the rest of the lend goes on
+        self.files.begin(opened)  # the rest of the lend goes on meanwhile
         tensors, bindings, copies, copied = self._gather(manifest, plan, opened, clock)
-        for block in watched:
-            block.await_small_digest()
+        self.files.await_small(opened)
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
         return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
@@ -268,12 +277,12 @@ class Components:
                 f"a {plan.family.kind}"
             )
 
-    def _open(self, block: Block, exporter: ProcessIdentity) -> OpenBlock | None:
+    def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
         if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
             known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
-        return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
+        return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
     def _gather(
         self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: Clock
@@ -293,7 +302,7 @@ class Components:
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
             own = self._lay_out(apart)
             if own is None:
-                _check_opened(opened)
+                check_opened(opened)
         tensors: dict[str, torch.Tensor] = {}
         copies: list[torch.Tensor] = []
         size = 0
@@ -303,7 +312,7 @@ class Components:
             except OtherRankFailed:
                 # A file that changed under one rank's share has changed for all, also for those whose share was read
                 # before: each says so itself, and not that another rank does.
-                _check_opened(opened)
+                check_opened(opened)
                 raise
             tensors, copies = own.tensors, [own.buffer]
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
@@ -361,13 +370,7 @@ class Components:
             for count in counts:
                 deque(islice(uploaded, count), maxlen=0)
                 yield
-        _check_opened(opened)  # nothing reads them any more
-
-
-def _check_opened(opened: Sequence[OpenBlock | None]) -> None:
-    for block in opened:
-        if block is not None:
-            block.check_unchanged()
+        check_opened(opened)  # nothing reads them any more
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

@@ -82,93 +82,104 @@ class LentFile:
 
 
 class FileMapping(HostMapping):
-    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent."""
+    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent.
 
-    def __init__(self, fd: int, block: FileBlock) -> None:
+    ``state`` is that in which it was found to hold the bytes that were lent; ``digest`` is theirs, where it is known.
+    """
+
+    def __init__(self, fd: int, block: FileBlock, state: FileState, digest: bytes | None) -> None:
         self._fd = fd
         self._path = block.path
-        self._known = FileState.of_block(block)
-        """In which the file holds the bytes that were lent."""
-        self._digest: DigestThread | None = None
+        self._state = state
+        self._digest = digest
+        self._thread: DigestThread | None = None
         super().__init__(fd, block.size_bytes, is_writable=False)
 
     def begin_digest(self) -> None:
         """Let a thread digest the file, so that a change of its ctime alone can be told from a write afterwards."""
-        if self._digest is None:
-            self._digest = DigestThread(self._fd, self._known, self._path)
+        if self._digest is None and self._thread is None:
+            self._thread = DigestThread(self._fd, self._state, self._path)
 
     def await_small_digest(self) -> None:
         """Wait until a small file is digested. What is larger is digested while others work."""
-        if self._digest is not None and self._known.size_bytes <= SMALL_BYTES:
-            self._digest.wait()
+        if self._thread is not None and self._state.size_bytes <= SMALL_BYTES:
+            self._thread.wait()
+
+    @property
+    def is_digesting(self) -> bool:
+        """Whether :attr:`digest` may be known later."""
+        return self._thread is not None and not self._thread.is_over
+
+    @property
+    def digest(self) -> bytes | None:
+        """The digest of the bytes that were lent; ``None`` before it is known."""
+        if self._digest is None and self._thread is not None:
+            self._digest = self._thread.found
+        return self._digest
 
     def check_unchanged(self) -> None:
         """Compare the file with the one that was lent. Call before and after reading.
 
-        Where its ctime alone has moved, as after chmod, a rename or a new hard link, the bytes decide, if
-        :meth:`begin_digest` was called and the digest was complete by then. They are read once for each such change.
+        Where its ctime alone has moved, as after chmod, a rename or a new hard link, the bytes decide, if their digest
+        was known by then. They are read once for each such change.
 
         Raises:
             StaleSource: it was rewritten, truncated, or is another file; or nobody can tell.
         """
-        found = FileState.of_stat(os.fstat(self._fd))
-        if found != self._known:
-            if found._replace(ctime_ns=self._known.ctime_ns) != self._known:
-                raise _changed(self._path, self._known.differences(found))
-            self._compare_bytes()
-
-    def _compare_bytes(self) -> None:
-        expected = None if self._digest is None else self._digest.found
-        if expected is None:
-            raise _changed(self._path, "ctime, and its bytes were not digested before that, so nothing tells a write")
-        state = FileState.of_stat(settled_stat(self._fd))
-        digest = digest_file(self._fd, state.size_bytes)
-        if digest != expected or FileState.of_stat(os.fstat(self._fd)) != state:
-            raise _changed(self._path, "ctime and bytes")
-        logger.info("file accepted path=%s: its ctime has moved, its bytes have not changed", self._path)
-        self._known = state
+        self._state = _recognise(self._fd, self._path, self._state, self.digest)
 
     def stretch(self, offset_bytes: int, size_bytes: int) -> FileStretch:
         """Name part of the file for an upload, which reads it; valid until :meth:`close`."""
         return FileStretch(self._fd, offset_bytes, size_bytes, self._path)
 
     def close(self) -> None:
-        if self._digest is not None:
-            self._digest.stop()
+        if self._thread is not None:
+            self._thread.stop()
         super().close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
-def check_identity(fd: int, block: FileBlock) -> None:
-    """Check that an open descriptor is the file that was lent, unchanged.
+def _recognise(fd: int, path: str, known: FileState, digest: bytes | None) -> FileState:
+    """Check that a file holds what it held in a known state; return the state that it is in.
 
     Raises:
-        StaleSource: anything differs.
+        StaleSource: more than its ctime has moved, or that alone, and the bytes are not those of ``digest``.
     """
-    found = os.fstat(fd)
-    state, lent = FileState.of_stat(found), FileState.of_block(block)
-    if state != lent:
-        raise _changed(block.path, lent.differences(state))
-    if not stat.S_ISREG(found.st_mode):
-        raise StaleSource(f"{block.path}: not a regular file")
+    found = FileState.of_stat(os.fstat(fd))
+    if found == known:
+        return known
+    if found._replace(ctime_ns=known.ctime_ns) != known:
+        raise _changed(path, known.differences(found))
+    if digest is None:
+        raise _changed(path, "ctime, before its bytes were digested, so nothing tells whether they changed")
+    found = FileState.of_stat(settled_stat(fd))
+    # The states around the reading are one, so that no write fell into it.
+    if digest_file(fd, found.size_bytes) != digest or FileState.of_stat(os.fstat(fd)) != found:
+        raise _changed(path, "ctime and bytes")
+    logger.info("file accepted path=%s: its ctime has moved, its bytes have not changed", path)
+    return found
 
 
 def _changed(path: str, what: str) -> StaleSource:
     return StaleSource(f"{path}: changed since it was lent ({what}); lend it again")
 
 
-def map_file(block: FileBlock, exporter: ProcessIdentity) -> FileMapping:
+def map_file(block: FileBlock, exporter: ProcessIdentity, digest: bytes | None = None) -> FileMapping:
     """Map another process's open file read-only; the fingerprint is the caller's to check.
+
+    ``digest`` is that of the bytes that were lent, if an earlier mapping got to know it.
 
     Raises:
         ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the file has changed.
     """
     fd = open_descriptor(exporter, block.fd, is_writable=False, what=block.path)
     try:
-        check_identity(fd, block)
-        return FileMapping(fd, block)
+        state = _recognise(fd, block.path, FileState.of_block(block), digest)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StaleSource(f"{block.path}: not a regular file")
+        return FileMapping(fd, block, state, digest)
     except StaleSource:
         os.close(fd)
         raise

@@ -26,8 +26,8 @@ _TICK_NS: Final = 10_000_000
 class FileState(NamedTuple):
     """What tells one content of a file from another without reading it.
 
-    Only ``ctime_ns`` is out of the writer's hands: sync and restore tools set ``mtime_ns`` back. It also moves without a
-    write, with every change of mode, owner, name or number of links.
+    Only ``ctime_ns`` is out of the writer's hands: sync and restore tools set ``mtime_ns`` back. It also moves without
+    a write, with every change of mode, owner, name or number of links.
     """
 
     device: int
@@ -109,6 +109,11 @@ class DigestThread:
     def found(self) -> bytes | None:
         """The digest of the bytes that the file had in the given state; ``None`` before it is known."""
         return self._found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether :attr:`found` stays what it is."""
+        return not self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait for the end of the reading."""
