@@ -16,6 +16,7 @@ from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.layout import dtype_name, torch_dtype
 from xditd.ipc.transports.safetensors_header import read_header
+from xditd.ipc.transports.uploads import read_into
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,13 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
     Raises:
         BadCheckpoint: it is not a sound safetensors file.
+        StaleSource: it changed meanwhile.
     """
     file = LentFile(os.fspath(path))
     try:
-        return {stored.name: stored.shape for stored in read_header(file.fd, file.path).tensors}
+        found = {stored.name: stored.shape for stored in read_header(file.fd, file.path).tensors}
+        file.check_unchanged()
+        return found
     finally:
         file.close()
 
@@ -53,6 +57,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         BadCheckpoint: it is not a sound safetensors file.
+        StaleSource: it changed meanwhile, so that what was read may be of two files.
     """
     import torch
 
@@ -60,10 +65,12 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         found: dict[str, torch.Tensor] = {}
         for stored in read_header(file.fd, file.path).tensors:
-            data = bytearray(os.pread(file.fd, stored.size_bytes, stored.offset_bytes))
+            data = bytearray(stored.size_bytes)
+            read_into(memoryview(data), file.fd, stored.offset_bytes, file.path)
             dtype = torch_dtype(stored.dtype)
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             found[stored.name] = flat.view(stored.shape)
+        file.check_unchanged()
         return found
     finally:
         file.close()

@@ -15,7 +15,7 @@ from xditd.ipc.errors import LeaseLost, StaleSource, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
-from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, Manifest
+from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, FileDigest, Manifest
 
 _REMEMBERED: Final = 256
 """Loans that ended against their owners' will, and why."""
@@ -36,6 +36,8 @@ class Lease:
     worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
     is_skeleton_reused: bool = False
     lend_ms: TimingsMs = field(default_factory=dict)
+    digests: tuple[FileDigest, ...] = ()
+    """What the workers found in its files: those of a rebuilt group compare with it."""
     deaths: int = 0
     """How many groups have died while they mapped it again."""
     on_ended: list[Callable[[], None]] = field(default_factory=list)
@@ -64,6 +66,22 @@ class Lease:
     def is_usable(self) -> bool:
         """Whether every worker has it plugged or can plug it."""
         return self.state in (LeaseState.LENT, LeaseState.ADOPTED)
+
+    def offer(self, manifest: Manifest) -> None:
+        """Take another description of the same place; forget what was found in files that have changed since."""
+        self.manifest = manifest
+        self.note_digests(self.digests)
+
+    def note_digests(self, digests: tuple[FileDigest, ...]) -> None:
+        """Keep what was found in files, as far as it is of those that are on loan now."""
+        blocks = self.manifest.blocks
+        self.digests = tuple(
+            found
+            for found in digests
+            if found.block < len(blocks)
+            and isinstance(block := blocks[found.block], FileBlock)
+            and block.ctime_ns == found.ctime_ns
+        )
 
     def move(self, to: LeaseState) -> None:
         self.state = move(LEASE_NEXT, self.state, to)
@@ -146,6 +164,12 @@ class LeaseRegistry:
         for callback in lease.on_ended:
             callback()
 
+    def note_digests(self, component_id: str, digests: tuple[FileDigest, ...]) -> None:
+        """Keep what the workers found in a loan's files, if it is still there."""
+        lease = self._by_id.get(component_id)
+        if lease is not None:
+            lease.note_digests(digests)
+
     def same_place(self, session: Session, manifest: Manifest) -> Lease | None:
         """Find this session's live loan of the same memory, whatever was written to it since.
 
@@ -185,4 +209,4 @@ def _block_place(block: Block) -> Hashable:
 
 def _content(block: Block) -> Hashable:
     """What was in a block when it was described. Descriptor numbers differ where a file was opened twice."""
-    return block.fingerprint, block.mtime_ns if isinstance(block, FileBlock) else 0
+    return block.fingerprint, (block.mtime_ns, block.ctime_ns) if isinstance(block, FileBlock) else None

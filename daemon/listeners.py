@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from xditd.ipc.errors import WorkersUnavailable, XditdError
-from xditd.ipc.worker_messages import Answer, Command, StepReached
+from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReached
 
 
 class GroupListener(Protocol):
@@ -26,3 +26,6 @@ class GroupListener(Protocol):
 
     def step_reached(self, step: StepReached) -> None:
         """The running job got on."""
+
+    def files_digested(self, report: FilesDigested) -> None:
+        """A rank has read files that are on loan."""

@@ -68,7 +68,7 @@ class Loans:
             return None
         lease.holds += 1
         # The newest descriptors: the earlier offer's may be closed by the time a rebuilt group needs them.
-        lease.manifest = request.manifest
+        lease.offer(request.manifest)
         return _lent(request, lease, is_reused=True)
 
     def lend(self, job: Job, request: Lend) -> Script[Lent]:
@@ -85,7 +85,7 @@ class Loans:
                 # What the workers made of the old content goes before the new one is prepared.
                 lease.move(LeaseState.LENDING)
                 lease.holds += 1
-                lease.manifest = request.manifest
+                lease.offer(request.manifest)
                 yield from _unmap(lease)
             yield from _map(lease, job)
             lease.client_copied += request.copied
@@ -213,16 +213,15 @@ class Loans:
 def _map(lease: Lease, job: Job | None) -> Script[None]:
     """Two phases: no rank plugs in before every rank is prepared. Whoever refuses, all unmap."""
     exporter = lease.session.process
-    component_id, manifest = lease.component_id, lease.manifest
-    try:
-        prepared = expect(
-            (
-                yield lambda number: Prepare(
-                    op_number=number, component_id=component_id, manifest=manifest, exporter=exporter
-                )
-            ),
-            Prepared,
+    component_id, manifest, digests = lease.component_id, lease.manifest, lease.digests
+
+    def prepare(number: int) -> Prepare:
+        return Prepare(
+            op_number=number, component_id=component_id, manifest=manifest, exporter=exporter, digests=digests
         )
+
+    try:
+        prepared = expect((yield prepare), Prepared)
         _check_wanted(lease, job)
         plugged = expect((yield lambda number: Plug(op_number=number, component_id=component_id)), Plugged)
         _check_wanted(lease, job)

@@ -29,7 +29,7 @@ from xditd.daemon.supervisor import Supervisor
 from xditd.daemon.vitals import Vitals
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
 from xditd.ipc.status import GroupState
-from xditd.ipc.worker_messages import Answer, Command, Run, StepReached
+from xditd.ipc.worker_messages import Answer, Command, FilesDigested, Run, StepReached
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,9 @@ class Service:
 
     def step_reached(self, step: StepReached) -> None:
         self.desk.step_reached(step)
+
+    def files_digested(self, report: FilesDigested) -> None:
+        self.loans.registry.note_digests(report.component_id, report.digests)
 
     # --- Between rounds ------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from xditd.ipc.status import GroupState
 from xditd.ipc.worker_messages import (
     Answer,
     CancelRun,
+    FilesDigested,
     RankFailed,
     RankReady,
     Report,
@@ -207,9 +208,11 @@ class Supervisor:
             if group.is_complete:
                 self._mark_ready(group)
             return
-        if not isinstance(report, Answer) or not group.is_from_rank(envelope.routing_id, report.rank):
+        if not isinstance(report, (Answer, FilesDigested)) or not group.is_from_rank(envelope.routing_id, report.rank):
             raise BadMessage(f"{type(report).__name__} of rank {report.rank} did not come from that rank")
-        if isinstance(report, StepReached):
+        if isinstance(report, FilesDigested):
+            self.listener.files_digested(report)
+        elif isinstance(report, StepReached):
             group.check_in_flight(report)
             self._progress.step_reached(report)
             self.listener.step_reached(report)

@@ -13,6 +13,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CudaIpcBlock, FileBlock
 from xditd.ipc.transports.cuda_ipc import CudaMapping
 from xditd.ipc.transports.file import FileMapping, map_file
+from xditd.ipc.transports.file_state import FileState
 from xditd.ipc.transports.fingerprints import check_fingerprint
 from xditd.ipc.transports.host_shm import HostMapping, map_shm
 
@@ -49,10 +50,11 @@ class OpenBlocks:
         """Whether this rank can map the block: host memory always, device memory on its own GPU."""
         return not isinstance(block, CudaIpcBlock) or block.device_uuid == self._device_uuid
 
-    def acquire(self, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+    def acquire(self, block: Block, exporter: ProcessIdentity, digest: bytes | None = None) -> OpenBlock:
         """Map a block, or count one more user of it, after checking that it holds what was lent.
 
-        Pair every call with :meth:`release`; views of ``bytes`` must be gone by then.
+        ``digest`` is that of a file's bytes, where it is known. Pair every call with :meth:`release`; views of
+        ``bytes`` must be gone by then.
 
         Raises:
             ForeignGpu: device memory of a GPU that is not this rank's.
@@ -63,7 +65,7 @@ class OpenBlocks:
         key = (exporter, _identity(block))
         found = self._open.get(key)
         if found is None:
-            found = self._map(key, block, exporter)
+            found = self._map(key, block, exporter, digest)
         elif found.bytes.numel() != block.size_bytes:  # tensors were checked against the size in the description
             raise StaleSource(
                 f"{_name(block, exporter)}: {found.bytes.numel()} bytes are mapped, but {block.size_bytes} were lent; "
@@ -95,7 +97,7 @@ class OpenBlocks:
             del self._open[opened.key]
             self._close(opened)
 
-    def _map(self, key: Key, block: Block, exporter: ProcessIdentity) -> OpenBlock:
+    def _map(self, key: Key, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock:
         if isinstance(block, CudaIpcBlock):
             mapping = CudaMapping(block, self._device.index)
             try:
@@ -104,7 +106,7 @@ class OpenBlocks:
                 mapping.close()
                 raise
             return OpenBlock(key, mapping, mapping.bytes_tensor())
-        host = map_file(block, exporter) if isinstance(block, FileBlock) else map_shm(block, exporter)
+        host = map_file(block, exporter, digest) if isinstance(block, FileBlock) else map_shm(block, exporter)
         return OpenBlock(key, host, host.bytes_tensor())
 
     @staticmethod
@@ -117,7 +119,7 @@ def _identity(block: Block) -> Hashable:
     if isinstance(block, CudaIpcBlock):
         return block.handle
     if isinstance(block, FileBlock):
-        return (block.device, block.inode, block.mtime_ns, block.size_bytes)
+        return FileState.of_block(block)
     return block.inode
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,14 @@ from xditd.gpu_workers.blocks import OpenBlock, OpenBlocks
 from xditd.gpu_workers.clock import Clock
 from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.file_watch import FileWatch, check_opened
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
-from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
+from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
+from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
 from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
@@ -74,6 +75,7 @@ class Components:
         self.skeletons = SkeletonCache(layout)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.peers = PeerCopies(layout, fellow_uuids)
+        self.files = FileWatch(layout)
         self.plugs = 0
         self._device = layout.device
         self._rank = layout.rank
@@ -84,10 +86,17 @@ class Components:
     def __len__(self) -> int:
         return len(self._live)
 
-    def prepare(self, component_id: str, manifest: Manifest, exporter: ProcessIdentity) -> Component:
+    def prepare(
+        self,
+        component_id: str,
+        manifest: Manifest,
+        exporter: ProcessIdentity,
+        digests: Sequence[FileDigest] = (),
+    ) -> Component:
         """Do everything about a lend that may fail: check, map, verify, copy where it must be, bind.
 
-        Nothing that runs is touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
+        ``digests`` are those that :meth:`FileWatch.take_digests` returned in an earlier group. Nothing that runs is
+        touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
@@ -96,7 +105,8 @@ class Components:
         """
         opened: list[OpenBlock | None] = []
         try:
-            component = self._assemble(component_id, manifest, exporter, opened)
+            known = {found.block: found.digest for found in digests}
+            component = self._assemble(component_id, manifest, exporter, opened, known)
         except BaseException as error:
             # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
@@ -122,6 +132,7 @@ class Components:
         clock.mark("plug")
         if older is not None:
             self._let_go(older)
+        self.files.plugged(component_id, component.manifest, component.opened)
         return component
 
     def get(self, component_id: str, kind: str) -> Component:
@@ -143,17 +154,12 @@ class Components:
         return component
 
     def check_unchanged(self, component: Component) -> None:
-        """Check that what this rank computes with is what was lent. Call before a job, and before its results are used.
-
-        On a GPU there is nothing to check: what came from files was copied, and checked, when it was lent.
+        """Check that what the ranks compute with is what was lent. Call before a job, and before its results are used.
 
         Raises:
-            StaleSource: a file whose own pages are the weights was rewritten, truncated or grown.
+            StaleSource: on rank 0: a file whose own pages are the weights was rewritten, truncated or grown.
         """
-        if self._device.type != "cuda":
-            for block in component.opened:
-                if block is not None:
-                    block.check_unchanged()
+        self.files.check(component.opened)
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy what is mapped of a component into memory of this rank's own, and unmap it. All ranks fail together.
@@ -162,6 +168,7 @@ class Components:
 
         Raises:
             UnknownComponent: nothing is lent under this id.
+            StaleSource: its file has changed.
             OutOfMemory: no room for the copy; everything stays as it was.
             OtherRankFailed: this rank could, another could not.
         """
@@ -176,10 +183,12 @@ class Components:
                 for spec in component.manifest.tensors
                 if _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
+            self.check_unchanged(component)
             own = self._lay_out(specs)
             if own is not None:
                 nowhere = [None] * len(sources)  # in no file: what is mapped is copied
                 deque(self._copy(own, sources, nowhere, [range(own.buffer.numel())]), maxlen=0)
+            self.check_unchanged(component)
         clock.mark("copy")
         is_plugged = component.is_plugged
         size = 0
@@ -228,13 +237,19 @@ class Components:
         self._release(component)
 
     def _release(self, component: Component) -> None:
+        self.files.forget(component.component_id)
         for block in component.opened:
             if block is not None:
                 self.blocks.release(block)
         component.opened.clear()
 
     def _assemble(
-        self, component_id: str, manifest: Manifest, exporter: ProcessIdentity, opened: list[OpenBlock | None]
+        self,
+        component_id: str,
+        manifest: Manifest,
+        exporter: ProcessIdentity,
+        opened: list[OpenBlock | None],
+        digests: Mapping[int, bytes],
     ) -> Component:
         clock = Clock()
         with together():
@@ -244,10 +259,12 @@ class Components:
             self._check_kind(manifest, plan)
             reserved = plan.skeleton.reserve()
             clock.mark("plan")
-            for block in manifest.blocks:
-                opened.append(self._open(block, exporter))
+            for number, block in enumerate(manifest.blocks):
+                opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
+        self.files.begin(opened)  # the rest of the lend goes on meanwhile
         tensors, bindings, copies, copied = self._gather(manifest, plan, opened, clock)
+        self.files.await_small(opened)
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
         return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
@@ -260,12 +277,12 @@ class Components:
                 f"a {plan.family.kind}"
             )
 
-    def _open(self, block: Block, exporter: ProcessIdentity) -> OpenBlock | None:
+    def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
         if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
             known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
-        return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
+        return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
     def _gather(
         self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: Clock
@@ -285,12 +302,18 @@ class Components:
             apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
             own = self._lay_out(apart)
             if own is None:
-                _check_opened(opened)
+                check_opened(opened)
         tensors: dict[str, torch.Tensor] = {}
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
-            share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            try:
+                share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            except OtherRankFailed:
+                # A file that changed under one rank's share has changed for all, also for those whose share was read
+                # before: each says so itself, and not that another rank does.
+                check_opened(opened)
+                raise
             tensors, copies = own.tensors, [own.buffer]
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
@@ -347,13 +370,7 @@ class Components:
             for count in counts:
                 deque(islice(uploaded, count), maxlen=0)
                 yield
-        _check_opened(opened)  # nothing reads them any more
-
-
-def _check_opened(opened: Sequence[OpenBlock | None]) -> None:
-    for block in opened:
-        if block is not None:
-            block.check_unchanged()
+        check_opened(opened)  # nothing reads them any more
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

@@ -54,8 +54,7 @@ class JobIo:
         another way leaves nothing behind either.
         """
         for key, kept in list(self._mapped.items()):
-            exporter, inode, _ = key
-            if not _is_open(exporter, kept.fd, inode):
+            if not _is_open(key[0], kept.fd, kept.mapping.identity):
                 self._mapped.pop(key).mapping.close()
 
     def forget(self, exporter: ProcessIdentity) -> None:
@@ -75,9 +74,10 @@ class _Kept:
     """The block's descriptor in its client, by the latest job."""
 
 
-def _is_open(exporter: ProcessIdentity, fd: int, inode: int) -> bool:
+def _is_open(exporter: ProcessIdentity, fd: int, identity: tuple[int, int]) -> bool:
     try:
-        return os.stat(f"/proc/{exporter.pid}/fd/{fd}").st_ino == inode
+        found = os.stat(f"/proc/{exporter.pid}/fd/{fd}")
+        return (found.st_dev, found.st_ino) == identity
     except OSError:
         return False  # closed, or not ours to look at any more: then it could not be mapped again either
 

@@ -246,7 +246,8 @@ class JobRunner:
     def _encode_text(self, job: EncodeText, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)
         with together():
-            encoder = self._components.get(job.encoder_id, "text_encoder").plan.skeleton
+            component = self._components.get(job.encoder_id, "text_encoder")
+            encoder = component.plan.skeleton
             clock.lap("plug")
             io = open_io()
             token_ids = io.read("token_ids", job.token_ids)
@@ -259,6 +260,7 @@ class JobRunner:
                 with with_every_core(self._device):
                     hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
                 clock.lap("encode_text")
+                self._components.check_unchanged(component)
                 io.write("out", job.out, hidden)
                 if job.out_pooled is not None and pooled is not None:
                     io.write("out_pooled", job.out_pooled, pooled)

@@ -36,6 +36,7 @@ from xditd.ipc.worker_messages import (
     CanaryRead,
     CancelRun,
     Done,
+    FilesDigested,
     ForgetClient,
     Keep,
     Kept,
@@ -136,7 +137,10 @@ class Rank:
         self._measure_memory()
         self._announce()
         while True:
-            command = self._channel.receive(SWEEP_EVERY_S if len(self._io) else None)
+            self._tell_digests()
+            command = self._channel.receive(
+                SWEEP_EVERY_S if len(self._io) or self._components.files.has_untold else None
+            )
             self._io.sweep()
             if command is None:
                 continue
@@ -174,7 +178,9 @@ class Rank:
     def _answer(self, command: AnyCommand) -> None:
         common: dict[str, Any] = {"group_token": self._token, "rank": self._layout.rank, "op_number": command.op_number}
         if isinstance(command, Prepare):
-            component = self._components.prepare(command.component_id, command.manifest, command.exporter)
+            component = self._components.prepare(
+                command.component_id, command.manifest, command.exporter, command.digests
+            )
             self._channel.send(
                 Prepared(
                     **common,
@@ -233,6 +239,15 @@ class Rank:
         return self._jobs.run(
             command.job, lambda: self._io.open(command.job.io, command.exporter), progress, command.exporter
         )
+
+    def _tell_digests(self) -> None:
+        """Tell the daemon what files hold, for the ranks of a rebuilt group to compare with."""
+        for component_id, digests in self._components.files.take_digests().items():
+            self._channel.send(
+                FilesDigested(
+                    group_token=self._token, rank=self._layout.rank, component_id=component_id, digests=digests
+                )
+            )
 
     def _fail(self, command: AnyCommand, error: XditdError, *, is_fatal: bool) -> None:
         if is_fatal:

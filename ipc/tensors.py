@@ -20,6 +20,10 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Inode = Annotated[int, msgspec.Meta(ge=0)]
 """All 64 bits, which is what MessagePack carries: overlay file systems put a layer's number into the highest ones."""
+Nanoseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Since 1970; files may claim to be older."""
+Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""BLAKE2b-128."""
 Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=limits.MAX_RANK)]
 
@@ -87,7 +91,7 @@ class Fingerprint(Described, frozen=True, kw_only=True):
 
     offset_bytes: Bytes = 0
     length_bytes: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SAFETENSORS_HEADER_BYTES + 8)]
-    digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    digest: Digest
 
 
 class CudaIpcBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="cuda_ipc"):
@@ -112,15 +116,28 @@ class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
 
 
 class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="file"):
-    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people."""
+    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people.
+
+    ``mtime_ns`` can be set back by whoever writes to the file, ``ctime_ns`` cannot.
+    """
 
     fd: Descriptor
     path: Annotated[str, msgspec.Meta(max_length=4096)]
     device: Count
     inode: Inode
-    mtime_ns: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    mtime_ns: Nanoseconds
+    ctime_ns: Nanoseconds
     size_bytes: Bytes
     fingerprint: Fingerprint
+
+
+class FileDigest(Described, frozen=True, kw_only=True):
+    """The digest of all bytes of a lent file, as they were while its ctime was ``ctime_ns``."""
+
+    block: Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_BLOCKS)]
+    """Its number in the manifest."""
+    ctime_ns: Nanoseconds
+    digest: Digest
 
 
 Block = CudaIpcBlock | HostShmBlock | FileBlock

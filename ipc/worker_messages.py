@@ -10,11 +10,14 @@ from typing import Annotated
 
 import msgspec
 
+from xditd.ipc import limits
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, Message, RelativeError, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
 from xditd.ipc.status import LayoutReport
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Manifest, Name
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Digest, FileDigest, HostShmBlock, Manifest, Name
+
+FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
 
 
 class Command(Message, frozen=True, kw_only=True):
@@ -26,12 +29,14 @@ class Command(Message, frozen=True, kw_only=True):
 class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
     """First half of a lend: map, verify and get ready all that may fail. Answered by ``Prepared``.
 
-    ``exporter`` is the client's process as the socket's credentials name it.
+    ``exporter`` is the client's process as the socket's credentials name it. ``digests`` are those of
+    :class:`FilesDigested`, when the component is mapped again: for files whose ctime alone has moved since.
     """
 
     component_id: ComponentId
     manifest: Manifest
     exporter: ProcessIdentity
+    digests: FileDigests = ()
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
@@ -112,6 +117,13 @@ class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
     families: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
+class FilesDigested(Report, tag="files_digested", frozen=True, kw_only=True):
+    """Files of a plugged component were digested. Sent by rank 0 when it is so; answers nothing."""
+
+    component_id: ComponentId
+    digests: FileDigests
+
+
 class Answer(Report, frozen=True, kw_only=True):
     """Answers the command ``op_number``."""
 
@@ -137,7 +149,7 @@ class Kept(Answer, tag="kept", frozen=True, kw_only=True):
 
 
 class CanaryRead(Answer, tag="canary_read", frozen=True, kw_only=True):
-    digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    digest: Digest
 
 
 class Done(Answer, tag="done", frozen=True, kw_only=True):
@@ -178,4 +190,4 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How far fused kernels were from plain modules, at most; ``None`` before the first comparison."""
 
 
-AnyReport = RankReady | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached
+AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 
@@ -9,9 +10,12 @@ from xditd.ipc.errors import BadCheckpoint, OutOfMemory, StaleSource
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import FileBlock, Fingerprint
 from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
+from xditd.ipc.transports.file_state import SMALL_BYTES, DigestThread, FileState, digest_file, settled_stat
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.host_shm import HostMapping
 from xditd.ipc.transports.uploads import FileStretch
+
+logger = logging.getLogger(__name__)
 
 
 class LentFile:
@@ -27,25 +31,29 @@ class LentFile:
             raise BadCheckpoint(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise BadCheckpoint(f"{path!r}: {error}") from error
-        self._opened = os.fstat(self.fd)
-        if not stat.S_ISREG(self._opened.st_mode):
+        opened = settled_stat(self.fd)
+        if not stat.S_ISREG(opened.st_mode):
             os.close(self.fd)
             raise BadCheckpoint(f"{path}: not a regular file")
+        self._opened = FileState.of_stat(opened)
 
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode."""
-        return self._opened.st_dev, self._opened.st_ino
+        return self._opened.device, self._opened.inode
 
     def check_unchanged(self) -> None:
         """Check that what was read since the file was opened is what it still holds.
 
         Raises:
-            StaleSource: it was rewritten, grown or truncated meanwhile.
+            StaleSource: it was rewritten, grown, truncated or renamed meanwhile.
         """
-        found = os.fstat(self.fd)
-        if (found.st_size, found.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise StaleSource(f"{self.path}: changed while it was being read; lend it again once it is complete")
+        found = FileState.of_stat(os.fstat(self.fd))
+        if found != self._opened:
+            raise StaleSource(
+                f"{self.path}: changed while it was being read ({self._opened.differences(found)}); "
+                "lend it again once it is complete"
+            )
 
     def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
         """Describe the file; ``header_bytes`` from its start are fingerprinted.
@@ -59,10 +67,11 @@ class LentFile:
         return FileBlock(
             fd=self.fd,
             path=os.fsencode(self.path).decode("utf-8", "replace"),  # for people; names need not be Unicode
-            device=found.st_dev,
-            inode=found.st_ino,
-            mtime_ns=found.st_mtime_ns,
-            size_bytes=found.st_size,
+            device=found.device,
+            inode=found.inode,
+            mtime_ns=found.mtime_ns,
+            ctime_ns=found.ctime_ns,
+            size_bytes=found.size_bytes,
             fingerprint=Fingerprint(length_bytes=len(sample), digest=digest_bytes(sample)),
         )
 
@@ -73,56 +82,104 @@ class LentFile:
 
 
 class FileMapping(HostMapping):
-    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent."""
+    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent.
 
-    def __init__(self, fd: int, block: FileBlock) -> None:
+    ``state`` is that in which it was found to hold the bytes that were lent; ``digest`` is theirs, where it is known.
+    """
+
+    def __init__(self, fd: int, block: FileBlock, state: FileState, digest: bytes | None) -> None:
         self._fd = fd
-        self._block = block
+        self._path = block.path
+        self._state = state
+        self._digest = digest
+        self._thread: DigestThread | None = None
         super().__init__(fd, block.size_bytes, is_writable=False)
 
+    def begin_digest(self) -> None:
+        """Let a thread digest the file, so that a change of its ctime alone can be told from a write afterwards."""
+        if self._digest is None and self._thread is None:
+            self._thread = DigestThread(self._fd, self._state, self._path)
+
+    def await_small_digest(self) -> None:
+        """Wait until a small file is digested. What is larger is digested while others work."""
+        if self._thread is not None and self._state.size_bytes <= SMALL_BYTES:
+            self._thread.wait()
+
+    @property
+    def is_digesting(self) -> bool:
+        """Whether :attr:`digest` may be known later."""
+        return self._thread is not None and not self._thread.is_over
+
+    @property
+    def digest(self) -> bytes | None:
+        """The digest of the bytes that were lent; ``None`` before it is known."""
+        if self._digest is None and self._thread is not None:
+            self._digest = self._thread.found
+        return self._digest
+
     def check_unchanged(self) -> None:
-        """Compare the file's identity with the one that was lent. Call before and after reading.
+        """Compare the file with the one that was lent. Call before and after reading.
+
+        Where its ctime alone has moved, as after chmod, a rename or a new hard link, the bytes decide, if their digest
+        was known by then. They are read once for each such change.
 
         Raises:
-            StaleSource: it was rewritten, truncated, or is another file.
+            StaleSource: it was rewritten, truncated, or is another file; or nobody can tell.
         """
-        check_identity(self._fd, self._block)
+        self._state = _recognise(self._fd, self._path, self._state, self.digest)
 
     def stretch(self, offset_bytes: int, size_bytes: int) -> FileStretch:
         """Name part of the file for an upload, which reads it; valid until :meth:`close`."""
-        return FileStretch(self._fd, offset_bytes, size_bytes, self._block.path)
+        return FileStretch(self._fd, offset_bytes, size_bytes, self._path)
 
     def close(self) -> None:
+        if self._thread is not None:
+            self._thread.stop()
         super().close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
-def check_identity(fd: int, block: FileBlock) -> None:
-    """Check that an open descriptor is the file that was lent, unchanged.
+def _recognise(fd: int, path: str, known: FileState, digest: bytes | None) -> FileState:
+    """Check that a file holds what it held in a known state; return the state that it is in.
 
     Raises:
-        StaleSource: anything differs.
+        StaleSource: more than its ctime has moved, or that alone, and the bytes are not those of ``digest``.
     """
-    found = os.fstat(fd)
-    actual = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    if actual != (block.device, block.inode, block.size_bytes, block.mtime_ns):
-        raise StaleSource(f"{block.path}: changed since it was lent (device, inode, size or mtime); lend it again")
-    if not stat.S_ISREG(found.st_mode):
-        raise StaleSource(f"{block.path}: not a regular file")
+    found = FileState.of_stat(os.fstat(fd))
+    if found == known:
+        return known
+    if found._replace(ctime_ns=known.ctime_ns) != known:
+        raise _changed(path, known.differences(found))
+    if digest is None:
+        raise _changed(path, "ctime, before its bytes were digested, so nothing tells whether they changed")
+    found = FileState.of_stat(settled_stat(fd))
+    # The states around the reading are one, so that no write fell into it.
+    if digest_file(fd, found.size_bytes) != digest or FileState.of_stat(os.fstat(fd)) != found:
+        raise _changed(path, "ctime and bytes")
+    logger.info("file accepted path=%s: its ctime has moved, its bytes have not changed", path)
+    return found
 
 
-def map_file(block: FileBlock, exporter: ProcessIdentity) -> FileMapping:
+def _changed(path: str, what: str) -> StaleSource:
+    return StaleSource(f"{path}: changed since it was lent ({what}); lend it again")
+
+
+def map_file(block: FileBlock, exporter: ProcessIdentity, digest: bytes | None = None) -> FileMapping:
     """Map another process's open file read-only; the fingerprint is the caller's to check.
+
+    ``digest`` is that of the bytes that were lent, if an earlier mapping got to know it.
 
     Raises:
         ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the file has changed.
     """
     fd = open_descriptor(exporter, block.fd, is_writable=False, what=block.path)
     try:
-        check_identity(fd, block)
-        return FileMapping(fd, block)
+        state = _recognise(fd, block.path, FileState.of_block(block), digest)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StaleSource(f"{block.path}: not a regular file")
+        return FileMapping(fd, block, state, digest)
     except StaleSource:
         os.close(fd)
         raise

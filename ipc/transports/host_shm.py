@@ -121,6 +121,9 @@ class HostMapping:
     def __init__(self, fd: int, size_bytes: int, *, is_writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         self.size_bytes = size_bytes
+        found = os.fstat(fd)
+        self.identity = found.st_dev, found.st_ino
+        """Device and inode: another file has other ones for as long as this one is mapped."""
         self._mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
         self._unpin: weakref.finalize[Any, Any] | None = None
 

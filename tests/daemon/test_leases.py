@@ -14,6 +14,7 @@ from xditd.ipc.tensors import (
     ComponentKind,
     CudaIpcBlock,
     FileBlock,
+    FileDigest,
     Fingerprint,
     HostShmBlock,
     Manifest,
@@ -32,8 +33,9 @@ def shm(inode: int = 1, fd: int = 3, text: bytes = b"x") -> HostShmBlock:
     return HostShmBlock(fd=fd, inode=inode, size_bytes=100, fingerprint=fingerprint(text))
 
 
-def file(mtime_ns: int = 1, fd: int = 3) -> FileBlock:
-    return FileBlock(fd=fd, path="/m", device=1, inode=1, mtime_ns=mtime_ns, size_bytes=100, fingerprint=fingerprint())
+def file(mtime_ns: int = 1, fd: int = 3, ctime_ns: int = 1) -> FileBlock:
+    times = {"mtime_ns": mtime_ns, "ctime_ns": ctime_ns}
+    return FileBlock(fd=fd, path="/m", device=1, inode=1, size_bytes=100, fingerprint=fingerprint(), **times)
 
 
 def manifest(
@@ -77,6 +79,26 @@ def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
     assert not is_same_content(manifest([shm()]), manifest([shm(text=b"y")]))
     assert not is_same_content(manifest([shm()]), manifest([shm()], generation=1))
     assert not is_same_content(manifest([file()]), manifest([file(mtime_ns=2)]))
+    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # whatever mtime was set back to
+
+
+def test_digests_are_kept_for_as_long_as_the_files_are_the_same() -> None:
+    registry = LeaseRegistry()
+    lease = registry.add(OWNER, manifest([shm(), file(ctime_ns=5)]))
+    found = FileDigest(block=1, ctime_ns=5, digest=b"d" * 16)
+    others = (
+        FileDigest(block=0, ctime_ns=5, digest=b"d" * 16),  # no file
+        FileDigest(block=1, ctime_ns=4, digest=b"d" * 16),  # of what it held before
+        FileDigest(block=2, ctime_ns=5, digest=b"d" * 16),  # no such block
+    )
+    registry.note_digests("another", (found,))
+    assert lease.digests == ()
+    registry.note_digests(lease.component_id, (*others, found))
+    assert lease.digests == (found,)
+    lease.offer(manifest([shm(), file(ctime_ns=5, fd=9)]))
+    assert lease.digests == (found,)
+    lease.offer(manifest([shm(), file(ctime_ns=6)]))
+    assert lease.digests == ()
 
 
 def test_cuda_blocks_are_told_apart_by_gpu_and_handle() -> None:

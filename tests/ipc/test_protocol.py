@@ -76,6 +76,7 @@ SPELLED_OUT: list[tuple[str, Any, bytes]] = [
                         device=1,
                         inode=2**64 - 1,
                         mtime_ns=-1,
+                        ctime_ns=5,
                         size_bytes=256,
                         fingerprint=Fingerprint(offset_bytes=1, length_bytes=2, digest=b"e" * 16),
                     ),
@@ -90,11 +91,11 @@ SPELLED_OUT: list[tuple[str, Any, bytes]] = [
         ),
         b"\x84\xa2op\xa4lend\xaarequest_id\xa2r1\xa8manifest\x85\xa4kind\xa3vae\xa5label\xa2ae\xa6blocks\x92"
         b"\x85\xa4tier\xa8host_shm\xa2fd\x09\xa5inode\x4d\xaasize_bytes\xcd\x10\x00"
-        b"\xabfingerprint\x83\xacoffset_bytes\x00\xaclength_bytes\x00\xa6digest\xc4\x10" + b"d" * 16 + b"\x88\xa4tier"
+        b"\xabfingerprint\x83\xacoffset_bytes\x00\xaclength_bytes\x00\xa6digest\xc4\x10" + b"d" * 16 + b"\x89\xa4tier"
         b"\xa4file\xa2fd\x0a\xa4path\xb1/m/ae.safetensors\xa6device\x01\xa5inode\xcf"
         + b"\xff"
         * 8
-        + b"\xa8mtime_ns\xff"
+        + b"\xa8mtime_ns\xff\xa8ctime_ns\x05"
         b"\xaasize_bytes\xcd\x01\x00\xabfingerprint\x83\xacoffset_bytes\x01\xaclength_bytes\x02\xa6digest\xc4\x10"
         + b"e"
         * 16

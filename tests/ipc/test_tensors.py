@@ -28,7 +28,7 @@ from xditd.ipc.tensors import (
 PRINT = Fingerprint(length_bytes=0, digest=bytes(16))
 SHM = HostShmBlock(fd=3, inode=1, size_bytes=1000, fingerprint=PRINT)
 CUDA = CudaIpcBlock(device_uuid="GPU-0", handle=bytes(64), size_bytes=1000, fingerprint=PRINT)
-FILE = FileBlock(fd=3, path="/x", device=1, inode=1, mtime_ns=0, size_bytes=1000, fingerprint=PRINT)
+FILE = FileBlock(fd=3, path="/x", device=1, inode=1, mtime_ns=0, ctime_ns=0, size_bytes=1000, fingerprint=PRINT)
 
 
 def manifest(*tensors: TensorSpec, blocks: Any = (SHM,)) -> Manifest:

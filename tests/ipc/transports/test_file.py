@@ -17,6 +17,7 @@ from xditd.ipc.errors import BadCheckpoint, Internal, OutOfMemory, ProcessGone, 
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.requests import Lend
 from xditd.ipc.tensors import ComponentKind, FileBlock, Manifest, TensorSpec
+from xditd.ipc.transports import file
 from xditd.ipc.transports.file import LentFile, map_file
 from xditd.ipc.transports.fingerprints import check_fingerprint
 
@@ -76,20 +77,96 @@ def test_a_file_that_was_replaced_under_its_name_is_still_the_lent_one(
 ) -> None:
     """The descriptor decides, not the name: a download that replaces the file does not touch a loan."""
     block = lent.block()
-    save_file({"a": torch.zeros(2000)}, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
     mapping = map_file(block, me)
+    mapping.begin_digest()
+    mapping.await_small_digest()
+    save_file({"a": torch.zeros(2000)}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # the lent file has lost its last name, and its ctime has moved
+    mapping.check_unchanged()
     assert mapping.bytes_tensor()[-4:].view(torch.float32).item() == 1999.0
+    digest = mapping.digest
     mapping.close()
-    mapping = None
-    path.unlink()
-    map_file(block, me).close()
+    map_file(block, me, digest).close()  # as the ranks of a rebuilt group do
+
+
+def overwrite(path: Path, old: os.stat_result) -> None:
+    """Put other bytes in place, as many, and set the mtime back, as sync and restore tools do."""
+    damage_in_place(path)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+
+
+@pytest.mark.parametrize("is_digested", [False, True])
+def test_a_file_that_was_overwritten_and_its_mtime_set_back(
+    lent: LentFile, path: Path, me: ProcessIdentity, is_digested: bool
+) -> None:
+    block = lent.block()
+    mapping = map_file(block, me)
+    if is_digested:
+        mapping.begin_digest()
+        mapping.await_small_digest()
+    overwrite(path, path.stat())
+    for _ in range(2):
+        with pytest.raises(StaleSource, match=r"changed since it was lent \(ctime"):
+            mapping.check_unchanged()
+    with pytest.raises(StaleSource, match=r"changed since it was lent \(ctime"):
+        map_file(block, me, mapping.digest)
+    mapping.close()
+
+
+@pytest.mark.parametrize("change", ["mode", "link", "name", "time of reading", "same bytes"])
+def test_a_ctime_that_moves_alone_is_decided_by_the_bytes(
+    lent: LentFile, path: Path, me: ProcessIdentity, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = lent.block()
+    mapping = map_file(block, me)
+    mapping.begin_digest()
+    mapping.await_small_digest()
+    old = path.stat()
+    if change == "mode":
+        path.chmod(0o400)
+    elif change == "link":
+        os.link(path, path.with_suffix(".link"))
+    elif change == "name":
+        path = path.rename(path.with_suffix(".renamed"))
+    elif change == "time of reading":
+        os.utime(path, ns=(1, old.st_mtime_ns))
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content)
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_ctime_ns > old.st_ctime_ns
+    read: list[int] = []
+    digest_file = file.digest_file
+    monkeypatch.setattr(file, "digest_file", lambda fd, size: read.append(size) or digest_file(fd, size))
+    mapping.check_unchanged()
+    mapping.check_unchanged()
+    assert read == [block.size_bytes]  # compared once, not at every use
+    path.chmod(0o600)
+    overwrite(path, path.stat())
+    with pytest.raises(StaleSource, match="changed since it was lent"):
+        mapping.check_unchanged()
+    mapping.close()
+
+
+def test_a_ctime_that_moves_before_the_bytes_are_known_is_refused(
+    lent: LentFile, path: Path, me: ProcessIdentity
+) -> None:
+    """Nothing tells what the file held when it was lent, not even a digest that is made afterwards."""
+    mapping = map_file(lent.block(), me)
+    path.chmod(0o400)
+    mapping.begin_digest()
+    mapping.await_small_digest()
+    assert (mapping.digest, mapping.is_digesting) == (None, False)
+    with pytest.raises(StaleSource, match="ctime, before its bytes were digested"):
+        mapping.check_unchanged()
+    mapping.close()
 
 
 def damage_in_place(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\xff\xff\xff\xff")
+    with path.open("r+b") as opened:
+        opened.seek(-4, os.SEEK_END)
+        opened.write(b"\xff\xff\xff\xff")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +205,13 @@ def test_a_file_that_changed_between_opening_and_describing_is_refused(lent: Len
         lent.block()
 
 
-@pytest.mark.parametrize("field", ["device", "inode", "mtime_ns", "size_bytes"])
+def test_a_file_that_was_overwritten_while_it_was_read_is_refused(lent: LentFile, path: Path) -> None:
+    overwrite(path, path.stat())
+    with pytest.raises(StaleSource, match=r"changed while it was being read \(ctime\)"):
+        lent.check_unchanged()
+
+
+@pytest.mark.parametrize("field", ["device", "inode", "mtime_ns", "ctime_ns", "size_bytes"])
 def test_each_part_of_the_identity_counts(lent: LentFile, me: ProcessIdentity, field: str) -> None:
     block = lent.block()
     wrong = msgspec.structs.replace(block, **{field: getattr(block, field) + 1})
@@ -147,6 +230,7 @@ def test_descriptors_of_other_things_are_refused(lent: LentFile, me: ProcessIden
             device=found.st_dev,
             inode=found.st_ino,
             mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
             size_bytes=found.st_size,
         )
         with pytest.raises(StaleSource, match="not a regular file"):

@@ -1,0 +1,136 @@
+"""Whether a file is still what it was: by its inode, size and times, and by its bytes where those leave it open."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from xditd.ipc.tensors import FileBlock
+
+logger = logging.getLogger(__name__)
+
+SMALL_BYTES: Final = 64 * 2**20
+"""A file up to this size is digested in less time than anyone needs to rename it after the lend."""
+
+_PIECE_BYTES: Final = 2 * 2**20
+# linux/time.h; the time module has no name for it. Source: clock_getres(2).
+_CLOCK_REALTIME_COARSE: Final = 5
+_TICK_NS: Final = 10_000_000
+"""Of the clock that stamps files, at most (CONFIG_HZ=100)."""
+
+
+class FileState(NamedTuple):
+    """What tells one content of a file from another without reading it.
+
+    Only ``ctime_ns`` is out of the writer's hands: sync and restore tools set ``mtime_ns`` back. It also moves without
+    a write, with every change of mode, owner, name or number of links.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of_block(cls, block: FileBlock) -> FileState:
+        return cls(block.device, block.inode, block.size_bytes, block.mtime_ns, block.ctime_ns)
+
+    @classmethod
+    def of_stat(cls, found: os.stat_result) -> FileState:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def differences(self, other: FileState) -> str:
+        """The names of what differs, for people."""
+        fields = ("device", "inode", "size", "mtime", "ctime")
+        return ", ".join(name for name, old, new in zip(fields, self, other, strict=True) if old != new)
+
+
+def settled_stat(fd: int) -> os.stat_result:
+    """Look at an open file once every later change must show in its ctime.
+
+    The kernel stamps changes with a clock that ticks every 1 to 10 ms: a second one within the tick of the first could
+    leave the stamp as it is. So a file that has just changed is looked at again when the clock has moved on.
+
+    Source: Linux, kernel/time/timekeeping.c, "ktime_get_coarse_real_ts64"; fs/inode.c, "current_time".
+    """
+    waited_until = time.monotonic_ns() + _TICK_NS
+    while True:
+        found = os.fstat(fd)
+        age_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) - found.st_ctime_ns
+        # A server's clock may be far ahead of this machine's: no wait would end then.
+        if age_ns > 0 or age_ns < -_TICK_NS or time.monotonic_ns() > waited_until:
+            return found
+        time.sleep(1e-3)
+
+
+def digest_file(fd: int, size_bytes: int, stop: threading.Event | None = None) -> bytes | None:
+    """BLAKE2b-128 of an open file, read and not mapped: a file that is cut short must not end the process.
+
+    ``None`` when it ends before ``size_bytes``, cannot be read, or ``stop`` was set. Other threads run meanwhile.
+    """
+    digest = blake2b(digest_size=16)
+    room = memoryview(bytearray(min(_PIECE_BYTES, max(size_bytes, 1))))
+    at = 0
+    while at < size_bytes:
+        if stop is not None and stop.is_set():
+            return None
+        try:
+            count = os.preadv(fd, (room[: size_bytes - at],), at)
+        except OSError:
+            return None
+        if not count:
+            return None
+        digest.update(room[:count])
+        at += count
+    return digest.digest()
+
+
+class DigestThread:
+    """A thread that digests an open file of a known state, once, without being in anybody's way.
+
+    The file's descriptor is the caller's, and stays open until :meth:`stop`.
+    """
+
+    def __init__(self, fd: int, state: FileState, path: str) -> None:
+        self._fd = fd
+        self._state = state
+        self._path = path
+        self._found: bytes | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="xditd-digest", daemon=True)
+        self._thread.start()
+
+    @property
+    def found(self) -> bytes | None:
+        """The digest of the bytes that the file had in the given state; ``None`` before it is known."""
+        return self._found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether :attr:`found` stays what it is."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the end of the reading."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """End the reading; the descriptor is not used any more on return."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        if self._state.size_bytes > SMALL_BYTES:
+            # Jobs go before this: it gets what they leave of the cores.
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        found = digest_file(self._fd, self._state.size_bytes, self._stop)
+        # Whatever was written since the state was read has moved the ctime.
+        if found is not None and FileState.of_stat(os.fstat(self._fd)) == self._state:
+            self._found = found
+            logger.debug("file digested path=%s digest_s=%.2f", self._path, time.perf_counter() - started)
