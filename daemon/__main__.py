@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from xditd.daemon.dispatch import Dispatcher
 from xditd.daemon.leader import adopt_orphans
 from xditd.daemon.logbook import Logbook, configure_logging
 from xditd.daemon.metrics import write_metrics
-from xditd.daemon.metrics_server import OFF, MetricsServer
+from xditd.daemon.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
 from xditd.daemon.notify import Notifier, notifier_of_this_process
 from xditd.daemon.open_files import raise_limit
 from xditd.daemon.reload import reload
@@ -55,20 +56,21 @@ def serve(
     configuration: Configuration,
     logbook: Logbook,
     notifier: Notifier,
-    listener: int | None,
+    listener: socket.socket | None,
     read_again: Callable[[], Configuration],
 ) -> None:
     """Hold the runtime folder and serve from it, on the socket ``listener`` where a service manager made one."""
-    with RuntimeFolder(configuration.runtime, keeps_client_socket=listener is not None) as folder:
+    with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, worker_environment(os.environ), logbook, notifier, listener)
+        service = Service(configuration, folder, worker_environment(os.environ), logbook, notifier)
         Dispatcher(service)
         is_managed = notifier.is_enabled
         Signals(service, (lambda: service.vitals.reload(lambda: reload(service, read_again))) if is_managed else None)
         metrics: MetricsServer | None = None
         try:
-            metrics = _serve_metrics(service)
+            service.listen(listener)
+            metrics = _serve_metrics(service, folder)
             logger.info("daemon listening pid=%d socket=%s", os.getpid(), folder.runtime.client_socket)
             service.run()
         finally:
@@ -76,14 +78,20 @@ def serve(
                 metrics.close()
             service.close()
             notifier.close()
+        if service.failure is not None:
+            raise service.failure
         logger.info("daemon stopped")
 
 
-def _serve_metrics(service: Service) -> MetricsServer | None:
-    setting, runtime = service.configuration.metrics, service.configuration.runtime
-    if setting == OFF:
+def _serve_metrics(service: Service, folder: RuntimeFolder) -> MetricsServer | None:
+    address = parse_address(service.configuration.metrics)
+    if address == OFF:
         return None
-    server = MetricsServer(service.loop, setting, runtime.metrics_socket, lambda: write_metrics(service))
+    server = MetricsServer(service.loop, lambda: write_metrics(service))
+    if isinstance(address, str):
+        folder.listen(folder.runtime.metrics_socket, server.listen)
+    else:
+        server.listen(listen_on_loopback(address))
     logger.info("metrics served at=%s", server.address)
     return server
 
