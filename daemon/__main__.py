@@ -6,7 +6,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final
 
 from xditd.daemon.activation import take_listener
 from xditd.daemon.arguments import build_parser
@@ -24,25 +26,35 @@ from xditd.daemon.service import Service
 from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
 from xditd.ipc.errors import XditdError
+from xditd.ipc.inherited import current_folder, open_streams, reset_signals
 
 logger = logging.getLogger("xditd.daemon")
 
 STOPPED, FAILED, MISUSED = 0, 1, 2
 
+WORKING_FOLDER: Final = "/"
+"""Of the daemon and its workers. A folder that a user was in may be removed, and torch does not load in one that is."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
+    reset_signals()
+    open_streams()
     flags = vars(build_parser().parse_args(arguments))
+    folder = current_folder()
     try:
-        configuration = build_configuration(flags, os.environ)
+        configuration = build_configuration(flags, os.environ, folder)
         notifier = notifier_of_this_process()
         listener = take_listener(os.environ, os.getpid(), configuration.runtime.client_socket)
     except XditdError as error:
         print(f"xditd serve: {error.detail}", file=sys.stderr)
         return MISUSED
+    environment = worker_environment(os.environ, folder)
+    os.chdir(WORKING_FOLDER)
     logbook = configure_logging(configuration.log_level)
     try:
-        serve(configuration, logbook, notifier, listener, lambda: build_configuration(flags, os.environ))
+        read_again = partial(build_configuration, flags, os.environ, folder)
+        serve(configuration, environment, logbook, notifier, listener, read_again)
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -54,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(
     configuration: Configuration,
+    environment: Mapping[str, str],
     logbook: Logbook,
     notifier: Notifier,
     listener: socket.socket | None,
@@ -63,7 +76,7 @@ def serve(
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, worker_environment(os.environ), logbook, notifier)
+        service = Service(configuration, folder, environment, logbook, notifier)
         Dispatcher(service)
         is_managed = notifier.is_enabled
         Signals(service, (lambda: service.vitals.reload(lambda: reload(service, read_again))) if is_managed else None)

@@ -17,10 +17,13 @@ MAX_ANSWER_CHARS: Final = 256 * 1024
 
 
 class Logbook:
-    """Write lines to ``stream`` and keep the last :data:`xditd.ipc.limits.MAX_LOG_LINES` of them, numbered from 0."""
+    """Write lines to ``stream``, standard error by default, and keep the last of them, numbered from 0.
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    It keeps :data:`xditd.ipc.limits.MAX_LOG_LINES`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
         self._lines: deque[str] = deque(maxlen=limits.MAX_LOG_LINES)
         self.next_line = 0
 

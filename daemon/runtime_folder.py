@@ -28,8 +28,9 @@ class RuntimeFolder:
 
     Raises:
         AlreadyRunning: another daemon holds it.
-        BadRequest: the path is not a folder, cannot be made or written, or is too long for a socket.
+        BadRequest: the path is not a folder, or is too long for a socket.
         NotPermitted: somebody else owns it, or may enter it.
+        StorageError: it cannot be made or written.
     """
 
     def __init__(self, runtime: RuntimeDir) -> None:
@@ -70,7 +71,8 @@ class RuntimeFolder:
 
         Raises:
             AlreadyRunning: a process listens there.
-            BadRequest: something else lies there, or nothing can be made there.
+            BadRequest: something else lies there.
+            StorageError: nothing can be made there.
         """
         listener = listen_at(path)
         try:
@@ -93,8 +95,9 @@ class RuntimeFolder:
 
         Raises:
             AlreadyRunning: another daemon holds the folder by now.
-            BadRequest: something cannot be made again, or is not ours to make.
+            BadRequest: something else has taken its place, or it is not ours to make.
             NotPermitted: somebody else owns the folder by now, or may enter it.
+            StorageError: it cannot be made.
         """
         try:
             return self._restore()

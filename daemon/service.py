@@ -101,7 +101,7 @@ class Service:
 
         Raises:
             AlreadyRunning: another process listens there.
-            BadRequest: a socket cannot be made.
+            StorageError: a socket cannot be made.
         """
         runtime = self._folder.runtime
         self._folder.listen(runtime.worker_socket, self._worker_router.listen)

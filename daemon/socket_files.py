@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from xditd.ipc.errors import AlreadyRunning, BadRequest
+from xditd.ipc.errors import AlreadyRunning, BadRequest, StorageError
 
 BACKLOG: Final = 128
 
@@ -26,7 +26,8 @@ def listen_at(path: Path) -> socket.socket:
 
     Raises:
         AlreadyRunning: a process listens there.
-        BadRequest: something else lies there, or nothing can be made there; the message says what helps.
+        BadRequest: something else lies there.
+        StorageError: nothing can be made there; the message says what helps.
     """
     remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -45,7 +46,8 @@ def remove_stale(path: Path) -> None:
 
     Raises:
         AlreadyRunning: a process listens on it.
-        BadRequest: it is not a socket, or cannot be removed.
+        BadRequest: it is not a socket.
+        StorageError: it cannot be removed.
     """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -79,9 +81,9 @@ def who_listens(path: Path) -> int | None:
     return int(pid)
 
 
-def refusal(what: str, error: OSError) -> BadRequest:
+def refusal(what: str, error: OSError) -> StorageError:
     """Say that ``what`` cannot be made in the runtime folder, and what helps."""
     elsewhere = "choose another runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BadRequest(f"{what}: {error.strerror}; make room there (df and df -i show it), or {elsewhere}")
-    return BadRequest(f"{what}: {error.strerror}; {elsewhere}")
+        return StorageError(f"{what}: {error.strerror}; make room there (df and df -i show it), or {elsewhere}")
+    return StorageError(f"{what}: {error.strerror}; {elsewhere}")

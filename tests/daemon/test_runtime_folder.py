@@ -14,7 +14,7 @@ import pytest
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.socket_files import listen_at, who_listens
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted
+from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, StorageError
 
 Listen = Callable[[RuntimeFolder], None]
 
@@ -193,7 +193,7 @@ def test_lock_that_is_a_link_is_refused(runtime: RuntimeDir, tmp_path: Path) -> 
     victim.write_text("keep me")
     runtime.path.mkdir(mode=0o700)
     runtime.lock.symlink_to(victim)
-    with pytest.raises(BadRequest, match="lock"):
+    with pytest.raises(StorageError, match="lock"):
         RuntimeFolder(runtime)
     assert victim.read_text() == "keep me"
 
