@@ -96,7 +96,13 @@ def test_the_folder_in_which_the_daemon_was_started(folder: Path, wait_until: An
     assert "foreign" not in (folder / "log").read_text()
 
 
-def test_a_daemon_that_is_started_in_a_removed_folder(folder: Path) -> None:
+def test_a_daemon_that_is_started_in_a_removed_folder(start_daemon: Any, folder: Path) -> None:
+    (folder / "gone").mkdir()
+    daemon = start_daemon(before=["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(folder / "gone")])
+    assert daemon.ready_client().status().pid == daemon.process.pid
+
+
+def test_a_relative_path_in_a_removed_folder(folder: Path) -> None:
     (folder / "gone").mkdir()
     shell = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
     word = ["sh", "-c", shell, "sh", str(folder / "gone"), sys.executable, "-P", "-m", "xditd.daemon"]
