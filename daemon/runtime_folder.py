@@ -120,9 +120,14 @@ class RuntimeFolder:
             made.append(self.runtime.path)
         if not self._lock.is_in_place():
             lock_fd = _take_lock(self.runtime.lock)
+            try:
+                lock = HeldFile(self.runtime.lock)
+            except OSError:
+                os.close(lock_fd)
+                raise
             self._lock.close()
             os.close(self._lock_fd)
-            self._lock_fd, self._lock = lock_fd, HeldFile(self.runtime.lock)
+            self._lock_fd, self._lock = lock_fd, lock
             made.append(self.runtime.lock)
         for path, (held, serve) in list(self._sockets.items()):
             if not held.is_in_place():
