@@ -1,7 +1,5 @@
 """Folders of the demo that cannot be written: a typed error that names place and remedy, and no traceback."""
 
-import errno
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +21,16 @@ def test_what_the_operating_system_says_is_typed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "why"), [("ro", errno.EROFS), ("nr_inodes=2", errno.ENOSPC)])
-def test_demo_into_a_folder_without_room(tmp_path, options, why):
+def test_demo_into_a_folder_without_room(tmp_path):
     mount = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
     demo = [Path(sys.executable).with_name("xditd"), "demo", "--device", "cpu", "--out", tmp_path / "out"]
-    word = ["unshare", "-rm", "sh", "-c", mount, "sh", options, str(tmp_path), *map(str, demo)]
+    word = ["unshare", "-rm", "sh", "-c", mount, "sh", "nr_inodes=2", str(tmp_path), *map(str, demo)]
     done = subprocess.run(word, capture_output=True, text=True, timeout=120, check=False)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("needs a mount namespace of its own")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"xditd demo: storage: {tmp_path / 'out'}")
-    assert os.strerror(why) in last
+    assert "No space left on device" in last
     assert "(--out)" in last
     assert "Traceback" not in done.stderr

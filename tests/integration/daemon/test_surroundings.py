@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from xditd.client import Client
-from xditd.ipc.replies import LogLines
-from xditd.ipc.requests import GetLogs
+from xditd.ipc.replies import Farewell, LogLines
+from xditd.ipc.requests import GetLogs, Goodbye
 from xditd.ipc.status import GroupState
 
 FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
@@ -69,6 +70,24 @@ def test_a_log_that_cannot_be_written(start_daemon: Any) -> None:
     daemon = start_daemon(before=["sh", "-c", 'exec "$@" 2>/dev/full', "sh"])
     client = daemon.ready_client()
     assert any("workers ready" in line for line in client.ask(GetLogs(request_id=""), LogLines).lines)
+
+
+def test_a_log_that_nobody_reads(start_daemon: Any, folder: Path) -> None:
+    """A stopped pager behind a pipe of one page, which a hundred lines fill."""
+    os.mkfifo(folder / "pipe")
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    daemon = start_daemon("--log-level", "debug", before=["sh", "-c", f'exec "$@" 2>{folder}/pipe', "sh"])
+    clients = [daemon.ready_client() for _ in range(50)]
+    for client in clients:
+        client.ask(Goodbye(request_id=""), Farewell)
+    assert daemon.client().status().pid == daemon.process.pid
+    os.set_blocking(reader, True)
+    with open(reader, encoding="utf-8") as pager:
+        assert "daemon" in pager.readline()
+        daemon.process.send_signal(signal.SIGTERM)
+        assert any("lines were not written" in line for line in pager)
+    assert daemon.wait() == 0
 
 
 def test_the_folder_in_which_the_daemon_was_started(folder: Path, wait_until: Any) -> None:
