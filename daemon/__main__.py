@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final
 
 from xditd.daemon.activation import take_listener
 from xditd.daemon.arguments import build_parser
@@ -14,7 +17,7 @@ from xditd.daemon.dispatch import Dispatcher
 from xditd.daemon.leader import adopt_orphans
 from xditd.daemon.logbook import Logbook, configure_logging
 from xditd.daemon.metrics import write_metrics
-from xditd.daemon.metrics_server import OFF, MetricsServer
+from xditd.daemon.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
 from xditd.daemon.notify import Notifier, notifier_of_this_process
 from xditd.daemon.open_files import raise_limit
 from xditd.daemon.reload import reload
@@ -23,25 +26,35 @@ from xditd.daemon.service import Service
 from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
 from xditd.ipc.errors import XditdError
+from xditd.ipc.inherited import current_folder, open_streams, reset_signals
 
 logger = logging.getLogger("xditd.daemon")
 
 STOPPED, FAILED, MISUSED = 0, 1, 2
 
+WORKING_FOLDER: Final = "/"
+"""Of the daemon and its workers. A folder that a user was in may be removed, and torch does not load in one that is."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
+    reset_signals()
+    open_streams()
     flags = vars(build_parser().parse_args(arguments))
+    folder = current_folder()
     try:
-        configuration = build_configuration(flags, os.environ)
+        configuration = build_configuration(flags, os.environ, folder)
         notifier = notifier_of_this_process()
         listener = take_listener(os.environ, os.getpid(), configuration.runtime.client_socket)
     except XditdError as error:
         print(f"xditd serve: {error.detail}", file=sys.stderr)
         return MISUSED
+    environment = worker_environment(os.environ, folder)
+    os.chdir(WORKING_FOLDER)
     logbook = configure_logging(configuration.log_level)
     try:
-        serve(configuration, logbook, notifier, listener, lambda: build_configuration(flags, os.environ))
+        read_again = partial(build_configuration, flags, os.environ, folder)
+        serve(configuration, environment, logbook, notifier, listener, read_again)
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -53,22 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(
     configuration: Configuration,
+    environment: Mapping[str, str],
     logbook: Logbook,
     notifier: Notifier,
-    listener: int | None,
+    listener: socket.socket | None,
     read_again: Callable[[], Configuration],
 ) -> None:
     """Hold the runtime folder and serve from it, on the socket ``listener`` where a service manager made one."""
-    with RuntimeFolder(configuration.runtime, keeps_client_socket=listener is not None) as folder:
+    with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, worker_environment(os.environ), logbook, notifier, listener)
+        service = Service(configuration, folder, environment, logbook, notifier)
         Dispatcher(service)
         is_managed = notifier.is_enabled
         Signals(service, (lambda: service.vitals.reload(lambda: reload(service, read_again))) if is_managed else None)
         metrics: MetricsServer | None = None
         try:
-            metrics = _serve_metrics(service)
+            service.listen(listener)
+            metrics = _serve_metrics(service, folder)
             logger.info("daemon listening pid=%d socket=%s", os.getpid(), folder.runtime.client_socket)
             service.run()
         finally:
@@ -76,14 +91,20 @@ def serve(
                 metrics.close()
             service.close()
             notifier.close()
+        if service.failure is not None:
+            raise service.failure
         logger.info("daemon stopped")
 
 
-def _serve_metrics(service: Service) -> MetricsServer | None:
-    setting, runtime = service.configuration.metrics, service.configuration.runtime
-    if setting == OFF:
+def _serve_metrics(service: Service, folder: RuntimeFolder) -> MetricsServer | None:
+    address = parse_address(service.configuration.metrics)
+    if address == OFF:
         return None
-    server = MetricsServer(service.loop, setting, runtime.metrics_socket, lambda: write_metrics(service))
+    server = MetricsServer(service.loop, lambda: write_metrics(service))
+    if isinstance(address, str):
+        folder.listen(folder.runtime.metrics_socket, server.listen)
+    else:
+        server.listen(listen_on_loopback(address))
     logger.info("metrics served at=%s", server.address)
     return server
 

@@ -11,20 +11,22 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
+from xditd.daemon.socket_files import BACKLOG
 from xditd.ipc.errors import BadRequest
 
 FIRST_FD: Final = 3
-BACKLOG: Final = 128
 
 
-def take_listener(environ: MutableMapping[str, str], pid: int, path: Path, first_fd: int = FIRST_FD) -> int | None:
-    """Take the listening descriptor of ``path`` over; ``None`` where this daemon has to bind by itself.
+def take_listener(
+    environ: MutableMapping[str, str], pid: int, path: Path, first_fd: int = FIRST_FD
+) -> socket.socket | None:
+    """Take the listening socket of ``path`` over; ``None`` where this daemon has to bind by itself.
 
     The variables are removed from ``environ``: workers must not believe that they are meant. The caller owns the
-    descriptor, which does not block and is closed on exec.
+    socket, which does not block and is closed on exec.
 
     Raises:
-        BadRequest: other than one listening Unix socket was handed over, or one of another path.
+        BadRequest: other than one listening Unix socket was handed over, or one of another path, or its file is gone.
     """
     count = environ.pop("LISTEN_FDS", "")
     meant_for = environ.pop("LISTEN_PID", "")
@@ -48,9 +50,14 @@ def take_listener(environ: MutableMapping[str, str], pid: int, path: Path, first
             f"LISTEN_FDS=1: descriptor {first_fd} is not a socket that listens on {path} but on {found!r}; "
             "use the same folder in ListenStream and in --runtime-dir"
         )
+    if not os.path.lexists(path):
+        raise BadRequest(
+            f"socket {path}: the service manager listens on it, but its file was removed, so that no client finds it; "
+            "restart the socket unit (systemctl --user restart xditd.socket)"
+        )
     # Clients ask the kernel who listens, and watch that process. It answers with whoever called listen(2) last
     # (unix_listen() in net/unix/af_unix.c), which was the manager so far.
     listener.listen(BACKLOG)
     listener.setblocking(False)
     listener.set_inheritable(False)
-    return listener.detach()
+    return listener

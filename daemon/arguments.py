@@ -11,7 +11,7 @@ _EPILOG = """\
 Each flag has an environment variable, named in brackets. A flag beats its variable, which beats the file, which beats
 the default. In the file, settings live in the sections [daemon] and [workers]; xditd.toml in xditd/systemd shows all.
 
-exit status: 0 stopped on request, 1 could not start (another daemon holds the folder), 2 misuse
+exit status: 0 stopped on request, 1 could not start or go on (the log says why), 2 misuse
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,15 +61,19 @@ def default_file(environ: Mapping[str, str]) -> Path:
     return Path(base) / "xditd" / "xditd.toml"
 
 
-def build_configuration(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Configuration:
+def build_configuration(
+    flags: Mapping[str, str | None], environ: Mapping[str, str], folder: Path | None = None
+) -> Configuration:
     """Merge the sources: a flag beats its environment variable, which beats the file, which beats the default.
+
+    Relative paths count from ``folder``, the one in which the daemon was started; without one they are refused.
 
     Raises:
         BadRequest: an unknown key, or a value that does not fit; the message names source, value and remedy.
     """
     found: dict[str, Any] = {}
     named = flags.get("config") or environ.get("XDITD_CONFIG")
-    path = Path(named) if named else default_file(environ)
+    path = _absolute(named or default_file(environ), folder)
     if named or path.is_file():
         found.update(_read_file(path))
     for setting in SETTINGS:
@@ -78,9 +83,18 @@ def build_configuration(flags: Mapping[str, str | None], environ: Mapping[str, s
         flag = flags.get(setting.name)
         if flag is not None:
             found[setting.name] = setting.read_text(flag, f"flag {setting.flag}")
-    folder = found.pop("runtime_dir", None)
-    runtime = RuntimeDir(Path(folder).absolute()) if folder else default_runtime_dir()
-    return Configuration(runtime=runtime, **found)
+    runtime_dir = found.pop("runtime_dir", None) or default_runtime_dir().path
+    command = found.get("worker_command")
+    if command and os.sep in command[0]:
+        found["worker_command"] = (str(_absolute(command[0], folder)), *command[1:])
+    return Configuration(runtime=RuntimeDir(_absolute(runtime_dir, folder)), **found)
+
+
+def _absolute(path: str | Path, folder: Path | None) -> Path:
+    if folder is None and not os.path.isabs(path):
+        raise BadRequest(f"path {path}: counts from the current folder, which was removed; name it in full, from / on")
+    # Without "..": what it goes through may be removed.
+    return Path(os.path.normpath(path if folder is None else folder / path))
 
 
 def _read_file(path: Path) -> dict[str, Any]:

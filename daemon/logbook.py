@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import sys
 from collections import deque
 from typing import Final, TextIO
 
+from xditd.daemon.log_stream import LogStream
 from xditd.ipc import limits
 
 MAX_LINE_CHARS: Final = 2_000
@@ -17,18 +17,18 @@ MAX_ANSWER_CHARS: Final = 256 * 1024
 
 
 class Logbook:
-    """Write lines to ``stream`` and keep the last :data:`xditd.ipc.limits.MAX_LOG_LINES` of them, numbered from 0."""
+    """Write lines to ``stream``, standard error by default, and keep the last of them, numbered from 0.
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    It keeps :data:`xditd.ipc.limits.MAX_LOG_LINES`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = LogStream(sys.stderr if stream is None else stream)
         self._lines: deque[str] = deque(maxlen=limits.MAX_LOG_LINES)
         self.next_line = 0
 
     def add(self, line: str) -> None:
-        # A closed pipe at the other end of standard error is no reason to end: the lines stay readable from memory.
-        with contextlib.suppress(OSError):
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        self._stream.write_line(line)
         for part in line[: limits.MAX_TEXT_CHARS].splitlines():
             self._lines.append(part[:MAX_LINE_CHARS])
             self.next_line += 1

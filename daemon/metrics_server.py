@@ -6,12 +6,11 @@ Source: RFC 1945 (HTTP/1.0). One request a connection, which is what a scraper n
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from xditd.daemon.exposition import CONTENT_TYPE
@@ -55,33 +54,41 @@ class _Reader:
 
 
 class MetricsServer:
-    """Answer ``GET /metrics`` with what ``write`` returns. ``address`` says where, for the log and for people.
+    """Answer ``GET /metrics`` with what ``write`` returns, to whoever connects to the socket of :meth:`listen`."""
 
-    Raises:
-        AlreadyRunning: the port is taken.
-        BadRequest: this machine has no such address.
-    """
-
-    def __init__(self, loop: Loop, setting: str, unix_path: Path, write: Callable[[], str]) -> None:
+    def __init__(self, loop: Loop, write: Callable[[], str]) -> None:
         self._loop = loop
         self._write = write
         self._readers: dict[int, _Reader] = {}
-        self._unix_path = unix_path if setting == UNIX else None
-        self._listener = _listen(parse_address(setting), unix_path)
-        self.address = (
-            f"unix:{unix_path}" if setting == UNIX else "http://{}:{}/metrics".format(*_host_and_port(self._listener))
-        )
-        loop.watch(self._listener.fileno(), self._accept)
+        self._listener: socket.socket | None = None
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take connections from this socket, which is ours from now on, and not from an earlier one any more."""
+        self._stop_listening()
+        self._listener = listener
+        self._loop.watch(listener.fileno(), self._accept)
 
     def close(self) -> None:
         for fd in list(self._readers):
             self._drop(fd)
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)
+        self._stop_listening()
+
+    @property
+    def address(self) -> str:
+        """Where metrics are served, for the log and for people."""
+        assert self._listener is not None
+        if self._listener.family == socket.AF_UNIX:
+            return f"unix:{self._listener.getsockname()}"
+        return "http://{}:{}/metrics".format(*_host_and_port(self._listener))
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
 
     def _accept(self) -> None:
+        assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
         except OSError:  # it went away again, or no descriptor is free: a scraper tries again
@@ -150,23 +157,23 @@ def _response(status: str, body: str, *, with_body: bool) -> bytes:
     return head.encode() + (content if with_body else b"")
 
 
-def _listen(address: str | tuple[str, int], unix_path: Path) -> socket.socket:
-    family = socket.AF_UNIX if address == UNIX else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+def listen_on_loopback(address: tuple[str, int]) -> socket.socket:
+    """Return a socket that listens on a loopback address and port.
+
+    Raises:
+        AlreadyRunning: the port is taken.
+        BadRequest: this machine has no such address.
+    """
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        if address == UNIX:
-            # The runtime folder is ours alone, and its lock is held: what lies there is of a daemon that died.
-            unix_path.unlink(missing_ok=True)
-            listener.bind(os.fspath(unix_path))
-            unix_path.chmod(0o600)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
         listener.listen(MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
-        where = f"metrics address {unix_path if address == UNIX else address}"
-        if error.errno == 98:  # EADDRINUSE
+        where = f"metrics address {address}"
+        if error.errno == errno.EADDRINUSE:
             raise AlreadyRunning(f'{where}: in use; choose another port (--metrics), or "unix"') from error
         raise BadRequest(f'{where}: {error.strerror}; choose another (--metrics), or "unix"') from error
     return listener

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -48,24 +49,24 @@ class Envelope(NamedTuple):
 
 
 class Router:
-    """A ROUTER on a path of the runtime folder, which only its owner may enter.
+    """A ROUTER for ``path`` of the runtime folder, which only its owner may enter; it serves after :meth:`listen`."""
 
-    ``listener`` is a descriptor that listens on ``path`` already; ZeroMQ owns it from then on.
-    """
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path, listener: int | None = None) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+        self._endpoint = endpoint(path)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
         self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
-        if listener is not None:
-            # ZeroMQ then neither binds nor unlinks the path, at no time (libzmq 4.3.5, ipc_listener.cpp).
-            self.socket.setsockopt(zmq.USE_FD, listener)
-        self.socket.bind(endpoint(path))
-        if listener is None:
-            # bind(2) sets every mode bit that the umask allows, execution included. The folder is private already.
-            path.chmod(0o600)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take connections from a socket that listens at the path, too; ZeroMQ owns its descriptor from then on.
+
+        Earlier listeners are kept: ZeroMQ ends every connection that came through one together with it.
+        """
+        # ZeroMQ then neither binds nor unlinks the path, at no time (libzmq 4.3.5, ipc_listener.cpp).
+        self.socket.setsockopt(zmq.USE_FD, listener.detach())
+        self.socket.bind(self._endpoint)
 
     def receive(self) -> Iterator[Envelope]:
         """Yield what has arrived, at most :data:`BATCH` messages."""

@@ -1,16 +1,26 @@
-"""The runtime folder: private, held by one daemon at a time, and free of what a dead one left."""
+"""The runtime folder: private, held by one daemon at a time, and made again when another program has removed it.
+
+Programs that tidy up remove files from ``/tmp`` and ``/run/user`` while they are in use. What is held here is known by
+its inode, so that :meth:`RuntimeFolder.restore` sees what is missing, and nothing that another process made is removed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
+import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from xditd.daemon.held_files import HeldFile
+from xditd.daemon.socket_files import listen_at, refusal, remove_stale
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted
+
+Serve = Callable[[socket.socket], None]
+"""Takes a listening socket over, beside those that it has: connections that exist stay."""
 
 
 class RuntimeFolder:
@@ -18,22 +28,29 @@ class RuntimeFolder:
 
     Raises:
         AlreadyRunning: another daemon holds it.
-        BadRequest: the path is not a folder, cannot be made, or is too long for a socket.
+        BadRequest: the path is not a folder, or is too long for a socket.
         NotPermitted: somebody else owns it, or may enter it.
+        StorageError: it cannot be made or written.
     """
 
-    def __init__(self, runtime: RuntimeDir, *, keeps_client_socket: bool = False) -> None:
-        """``keeps_client_socket``: a service manager listens on it, before us and after us."""
+    def __init__(self, runtime: RuntimeDir) -> None:
         runtime.check_lengths()
         self.runtime = runtime
-        self._own_sockets = [runtime.worker_socket, *([] if keeps_client_socket else [runtime.client_socket])]
+        self._sockets: dict[Path, tuple[HeldFile, Serve]] = {}
+        self._awaited: HeldFile | None = None
         # For everything that is made in the folder, by the workers too, which inherit it.
         os.umask(0o077)
         _make_private(runtime.path)
+        self._folder = HeldFile(runtime.path)
         self._lock_fd = _take_lock(runtime.lock)
-        # Binding to a path that exists takes a live socket over without a word, so this waits for the lock.
-        self._remove_sockets()
-        self.remove_group_files()
+        self._lock = HeldFile(runtime.lock)
+        try:
+            # Whoever removed the lock of a live daemon, for us to take, did not end that daemon. This socket is its own
+            # in every case; the clients' may be a service manager's.
+            remove_stale(runtime.worker_socket)
+        except BaseException:
+            self._let_go()
+            raise
 
     def __enter__(self) -> RuntimeFolder:
         return self
@@ -42,19 +59,87 @@ class RuntimeFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the sockets, then let go of the lock; the lock file stays, since a successor may hold it already."""
-        self._remove_sockets()
-        self.remove_group_files()
+        for held, _ in self._sockets.values():
+            held.remove()
+            held.close()
+        self._let_go()
+
+    def listen(self, path: Path, serve: Serve) -> None:
+        """Listen at ``path`` for as long as the folder is held: ``serve`` gets the listening socket.
+
+        It gets another one whenever the file had to be made again.
+
+        Raises:
+            AlreadyRunning: a process listens there.
+            BadRequest: something else lies there.
+            StorageError: nothing can be made there.
+        """
+        listener = listen_at(path)
+        try:
+            held = HeldFile(path)
+        except OSError as error:
+            listener.close()
+            raise refusal(f"socket {path}", error) from error
+        before = self._sockets.get(path)
+        self._sockets[path] = (held, serve)
+        if before is not None:
+            before[0].close()
+        serve(listener)
+
+    def await_clients_at(self, path: Path) -> None:
+        """Rely on the socket at ``path``, on which a service manager listens: it is not ours to make or to remove."""
+        self._awaited = HeldFile(path)
+
+    def restore(self) -> list[Path]:
+        """Make again what is missing of folder, lock and sockets; returns their paths.
+
+        Raises:
+            AlreadyRunning: another daemon holds the folder by now.
+            BadRequest: something else has taken its place, or it is not ours to make.
+            NotPermitted: somebody else owns the folder by now, or may enter it.
+            StorageError: it cannot be made.
+        """
+        try:
+            return self._restore()
+        except OSError as error:
+            raise refusal(f"runtime folder {self.runtime.path}", error) from error
+
+    def _restore(self) -> list[Path]:
+        made: list[Path] = []
+        if self._awaited is not None and not self._awaited.is_in_place():
+            raise BadRequest(
+                f"socket {self._awaited.path}: it was removed, and with it the way of clients to this daemon; the "
+                "service manager made it, and makes it again when the socket unit is restarted "
+                "(systemctl --user restart xditd.socket)"
+            )
+        if not self._folder.is_in_place():
+            _make_private(self.runtime.path)
+            folder = HeldFile(self.runtime.path)
+            self._folder.close()
+            self._folder = folder
+            made.append(self.runtime.path)
+        if not self._lock.is_in_place():
+            lock_fd = _take_lock(self.runtime.lock)
+            try:
+                lock = HeldFile(self.runtime.lock)
+            except OSError:
+                os.close(lock_fd)
+                raise
+            self._lock.close()
+            os.close(self._lock_fd)
+            self._lock_fd, self._lock = lock_fd, lock
+            made.append(self.runtime.lock)
+        for path, (held, serve) in list(self._sockets.items()):
+            if not held.is_in_place():
+                self.listen(path, serve)
+                made.append(path)
+        return made
+
+    def _let_go(self) -> None:
+        for held in (self._folder, self._lock, self._awaited):
+            if held is not None:
+                held.close()
         os.close(self._lock_fd)
-
-    def remove_group_files(self) -> None:
-        """Remove the files through which the ranks of a dead group met."""
-        for path in self.runtime.path.glob("group-*"):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                path.unlink()
-
-    def _remove_sockets(self) -> None:
-        for socket in self._own_sockets:
-            socket.unlink(missing_ok=True)
 
 
 def _make_private(path: Path) -> None:
@@ -63,9 +148,7 @@ def _make_private(path: Path) -> None:
     except FileExistsError:
         raise BadRequest(f"runtime folder {path}: exists and is not a folder; remove it or choose another") from None
     except OSError as error:
-        raise BadRequest(
-            f"runtime folder {path}: {error.strerror}; choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
-        ) from error
+        raise refusal(f"runtime folder {path}", error) from error
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise BadRequest(f"runtime folder {path}: a link, not a folder; name the folder itself")
@@ -78,19 +161,33 @@ def _make_private(path: Path) -> None:
 
 
 def _take_lock(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise refusal(f"lock {path}", error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, descriptor):
+                os.close(descriptor)  # it was removed in between, and a lock on it keeps nobody out
+                continue
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise AlreadyRunning(
+                f"runtime folder {path.parent}: another daemon (pid {holder}) holds it; "
+                "stop it (xditd stop) or choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise refusal(f"lock {path}", error) from error
+        return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise BadRequest(f"lock {path}: {error.strerror}; remove it or choose another runtime folder") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise AlreadyRunning(
-            f"runtime folder {path.parent}: another daemon (pid {holder}) holds it; "
-            "stop it (xditd stop) or choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -13,6 +14,7 @@ import zmq
 from xditd.daemon.accounts import Accounts
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.desk import Desk
+from xditd.daemon.folder_watch import FolderWatch
 from xditd.daemon.front import Front
 from xditd.daemon.jobs import Job, JobQueue
 from xditd.daemon.loans import Loans
@@ -48,7 +50,8 @@ Callback = Callable[[], None]
 class Service:
     """Everything that serves requests. Handlers use its parts; it is the group's listener.
 
-    Binding comes first, and the group starts at its side: hello is answered while the workers import their libraries.
+    :meth:`listen` comes first, and :meth:`run` starts the group: hello is answered while the workers import their
+    libraries.
     """
 
     def __init__(
@@ -58,7 +61,6 @@ class Service:
         environment: Mapping[str, str],
         logbook: Logbook,
         notifier: Notifier,
-        client_listener: int | None = None,
     ) -> None:
         self.configuration = configuration
         self.quotas = Quotas.of(configuration)
@@ -70,13 +72,16 @@ class Service:
         self._beats_checked_s = self.started_s
         self.snapshot: msgspec.Raw | None = None
         """The state in the form in which it is sent, until anything may have changed."""
+        self.failure: XditdError | None = None
+        """Why the daemon ends although nobody told it to."""
         self._is_shutting_down = False
+        self._folder = folder
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._worker_router = Router(self._context, folder.runtime.worker_socket)
-        self.client_router = Router(self._context, folder.runtime.client_socket, client_listener)
+        self.client_router = Router(self._context, folder.runtime.client_socket)
         self.sessions = Sessions(self.loop)
         self.front = Front(self.client_router, self.sessions)
-        self.supervisor = Supervisor(self.loop, self._worker_router, folder, configuration, environment, logbook)
+        self.supervisor = Supervisor(self.loop, self._worker_router, configuration, environment, logbook)
         self.supervisor.listener = self
         self.runner = ErrandRunner(self.supervisor, self._next_errand)
         self.desk = Desk(
@@ -89,9 +94,26 @@ class Service:
         )
         self.loans = Loans(self.desk, lambda: self.supervisor.is_alive)
         self.vitals = Vitals(self.loop, notifier, lambda: self.supervisor.overdue_s)
+        self._folder_watch = FolderWatch(self.loop, folder, self.fail)
+
+    def listen(self, client_listener: socket.socket | None) -> None:
+        """Open the sockets of the runtime folder; the clients' is ``client_listener`` where a service manager made one.
+
+        Raises:
+            AlreadyRunning: another process listens there.
+            StorageError: a socket cannot be made.
+        """
+        runtime = self._folder.runtime
+        self._folder.listen(runtime.worker_socket, self._worker_router.listen)
+        if client_listener is None:
+            self._folder.listen(runtime.client_socket, self.client_router.listen)
+        else:
+            self._folder.await_clients_at(runtime.client_socket)
+            self.client_router.listen(client_listener)
 
     def run(self) -> None:
         """Start the group and serve until :meth:`stop`."""
+        self._folder_watch.begin()
         self.supervisor.start()
         self.vitals.begin(self.supervisor.detail)
         self._check_beats()
@@ -155,6 +177,11 @@ class Service:
         for job in self.desk.queue.waiting:
             self.desk.cancel(job, stopping)
         self.loop.call_later(deadline_s, lambda: self._end_drain(stopping))
+
+    def fail(self, error: XditdError) -> None:
+        """Stop because the daemon cannot go on: like :meth:`stop`, and it ends with this error."""
+        self.failure = error
+        self.stop(error.detail)
 
     # --- What the group tells ------------------------------------------------------------------------
 

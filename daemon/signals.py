@@ -13,7 +13,8 @@ from xditd.daemon.service import Service
 class Signals:
     """Handle this process's signals for ``service``.
 
-    ``reload`` is ``None`` where no service manager is: SIGHUP then means that the terminal is gone, and stops.
+    ``reload`` is ``None`` where no service manager is: SIGHUP then means that the terminal is gone, and stops the
+    daemon unless it was started to ignore that (``nohup``).
     """
 
     def __init__(self, service: Service, reload: Callable[[], None] | None) -> None:
@@ -27,7 +28,10 @@ class Signals:
         service.loop.watch(self._read_fd, self._act)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive_stop)
-        signal.signal(signal.SIGHUP, self._receive_stop if reload is None else self._receive_reload)
+        if reload is not None:
+            signal.signal(signal.SIGHUP, self._receive_reload)
+        elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1): the terminal may go
+            signal.signal(signal.SIGHUP, self._receive_stop)
 
     def _receive_stop(self, number: int, _: FrameType | None) -> None:
         self._stops.append(number)

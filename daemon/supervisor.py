@@ -19,7 +19,6 @@ from xditd.daemon.peers import check_uid
 from xditd.daemon.progress import CommandWatch, ProgressWatch
 from xditd.daemon.restarts import RestartBudget
 from xditd.daemon.routers import Envelope, Router
-from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.states import GROUP_NEXT, move
 from xditd.ipc.codec import report_decoder
 from xditd.ipc.errors import (
@@ -66,7 +65,6 @@ class Supervisor:
         self,
         loop: Loop,
         router: Router,
-        folder: RuntimeFolder,
         configuration: Configuration,
         environment: Mapping[str, str],
         logbook: Logbook,
@@ -80,7 +78,6 @@ class Supervisor:
         """What the ranks of earlier lives had attempted."""
         self._loop = loop
         self._router = router
-        self._folder = folder
         self._configuration = configuration
         self._environment = environment
         self._logbook = logbook
@@ -266,7 +263,6 @@ class Supervisor:
         self._leader = None
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
             self._mark_dead(WorkersLost(f"the group's leader exited with status {status}: {last_line or 'no output'}"))
-        self._folder.remove_group_files()
         if self._on_stopped is not None:
             self._on_stopped()
             return

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
+
+from xditd.ipc.inherited import search_path
 
 INHERITED: Final = frozenset(
     {
@@ -20,7 +23,6 @@ INHERITED: Final = frozenset(
         "LOGNAME",
         "NCCL_DEBUG",
         "NCCL_DEBUG_SUBSYS",
-        "OMP_NUM_THREADS",
         "PATH",
         "PYTHONDONTWRITEBYTECODE",
         "PYTHONPATH",
@@ -38,6 +40,24 @@ INHERITED: Final = frozenset(
     }
 )
 INHERITED_PREFIXES: Final = ("LC_", "NVIDIA_", "XDG_")
+
+PATHS: Final = frozenset(
+    {
+        "CUDA_CACHE_PATH",
+        "CUDA_HOME",
+        "HOME",
+        "LD_LIBRARY_PATH",
+        "PATH",
+        "PYTHONPATH",
+        "TEMP",
+        "TMP",
+        "TMPDIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "VIRTUAL_ENV",
+    }
+)
+"""Those that hold a path, or a list of paths: the workers run in another folder than the daemon was started in."""
 
 FIXED: Final[Mapping[str, str]] = {
     # Nothing is downloaded, ever: weights come from clients.
@@ -64,15 +84,25 @@ FIXED: Final[Mapping[str, str]] = {
     # Lent memory cannot be opened under cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
     "PYTORCH_ALLOC_CONF": "backend:native",
+    # Nothing is imported from the folder in which a process runs. Before Python 3.11 this has no effect; the group runs
+    # in /, where only root can leave a module.
+    "PYTHONSAFEPATH": "1",
     # A line of the log should arrive when it is written, also from a rank that is about to die.
     "PYTHONUNBUFFERED": "1",
 }
 
 
-def worker_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Choose what the group's leader gets: an allow-list, so that nothing is inherited by accident."""
+def worker_environment(inherited: Mapping[str, str], folder: Path | None) -> dict[str, str]:
+    """Choose what the group's leader gets: an allow-list, so that nothing is inherited by accident.
+
+    Relative paths in it count from ``folder``, the one in which the daemon was started; without one they are left out.
+    """
     chosen = {
         name: value for name, value in inherited.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)
     }
+    for name in PATHS:
+        settled = search_path(chosen.pop(name, ""), folder)
+        if settled:
+            chosen[name] = settled
     chosen.update(FIXED)
     return chosen

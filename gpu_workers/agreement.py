@@ -8,9 +8,9 @@ Where a fellow is gone, ranks wait here until the leader, which is told of every
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from enum import Enum
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -30,18 +30,19 @@ class _Page:
     have read it. Words are written and read whole, so that no order of two writes matters.
     """
 
-    def __init__(self, path: Path, rank: int, ranks: int) -> None:
+    def __init__(self, store: dist.Store, key: str, rank: int, ranks: int) -> None:
         self._rank, self._ranks, self._round = rank, ranks, 0
         size = 2 * ranks * _WORD_BYTES
         if rank == 0:
-            path.write_bytes(bytes(size))
-            path.chmod(0o600)
-        _meet()  # it is there
-        with path.open("r+b") as file:
-            self._words = memoryview(mmap.mmap(file.fileno(), size)).cast("q")
+            # Memory without a name in any folder: a file could be removed before everyone has opened it.
+            page = os.memfd_create("xditd-agreement", os.MFD_CLOEXEC)
+            os.ftruncate(page, size)
+            store.set(key, f"/proc/{os.getpid()}/fd/{page}")
+        else:
+            page = os.open(store.get(key), os.O_RDWR | os.O_CLOEXEC)
+        self._words = memoryview(mmap.mmap(page, size)).cast("q")
         _meet()  # everyone has it
-        if rank == 0:
-            path.unlink()
+        os.close(page)
 
     def exchange(self, value: int) -> list[int]:
         self._round += 1
@@ -68,15 +69,15 @@ class Circle(Enum):
 _pages: dict[Circle, _Page] = {}
 
 
-def join(path: Path, rank: int, ranks: int, circle: Circle = Circle.GROUP) -> None:
-    """Share a page with the other ranks of a circle, by a file at ``path`` that is gone again on return.
+def join(store: dist.Store, key: str, rank: int, ranks: int, circle: Circle = Circle.GROUP) -> None:
+    """Share a page of memory with the other ranks of a circle.
 
-    ``path`` lies in a folder that only this user can open, and is new; all of a circle name the same one, and ``rank``
-    counts within it. All ranks of the process group call this at the same point, each for its own circle.
+    They find it through ``store`` under ``key``, which is new and the same for all of a circle; ``rank`` counts within
+    it. All ranks of the process group call this at the same point, each for its own circle.
     """
     _pages.pop(circle, None)
     if ranks > 1:
-        _pages[circle] = _Page(path, rank, ranks)
+        _pages[circle] = _Page(store, key, rank, ranks)
 
 
 def agree(ok: bool, among: Circle = Circle.GROUP) -> bool:

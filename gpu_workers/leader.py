@@ -65,11 +65,17 @@ def _run(options: Options, plan: Plan, devices: list[str]) -> int:
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
     complaints: list[Connection] = []
+    # Where the ranks find each other: memory of this process. A file in a folder could be removed before they have met,
+    # and NCCL comes back to it whenever a job needs a communicator for the first time.
+    store = os.memfd_create("xditd-store", os.MFD_CLOEXEC)
+    store_path = f"/proc/{os.getpid()}/fd/{store}"
     try:
         for number, device in enumerate(devices):
             complaint, complain = spawn.Pipe(duplex=False)
             process = spawn.Process(
-                target=rank.main, args=(options, number, plan, device, complain, os.getpid()), daemon=True
+                target=rank.main,
+                args=(options, number, plan, device, complain, os.getpid(), store_path),
+                daemon=True,
             )
             process.start()
             complain.close()
@@ -81,7 +87,7 @@ def _run(options: Options, plan: Plan, devices: list[str]) -> int:
             process.kill()  # SIGKILL: a rank may be stopped, or stuck in a collective
         for process in ranks:
             process.join()
-        options.store.unlink(missing_ok=True)
+        os.close(store)
 
 
 def _watch(ranks: list[SpawnProcess], complaints: list[Connection]) -> int:

@@ -30,11 +30,6 @@ class Options:
     precision: str
     log_level: str
 
-    @property
-    def store(self) -> Path:
-        """The file through which the ranks find each other; the runtime folder is private to this user."""
-        return self.runtime_dir.path / f"group-{self.group_token}.store"
-
 
 def parse(arguments: Sequence[str]) -> Options:
     """Parse the command line; misuse exits with status 2."""

@@ -67,8 +67,13 @@ SWEEP_EVERY_S = 0.5
 """How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
 
 
-def main(options: Options, rank: int, plan: Plan, device: str, complain: Connection, leader_pid: int) -> None:
-    """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work."""
+def main(
+    options: Options, rank: int, plan: Plan, device: str, complain: Connection, leader_pid: int, store_path: str
+) -> None:
+    """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work.
+
+    The ranks find each other through ``store_path``, an empty file of the leader's.
+    """
     die_with_parent(leader_pid)
     logging.basicConfig(
         level=options.log_level.upper(), format=f"%(levelname)s rank{rank} %(name)s: %(message)s", force=True
@@ -84,7 +89,7 @@ def main(options: Options, rank: int, plan: Plan, device: str, complain: Connect
         layout = xfuser_start.start(
             rank,
             plan.degrees.world_size,
-            str(options.store),
+            store_path,
             where,
             plan.degrees,
             options.attention_backend,

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +45,7 @@ def start(
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
-    Call once per process. ``store_path`` is a file that does not exist yet, in a folder that only this user can
+    Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
     ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible. ``patching`` is PipeFusion's.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
@@ -62,10 +61,10 @@ def start(
         torch.cuda.set_device(device)
     _import_xfuser(device)
     clock.mark("imports")
-    _join(rank, world_size, store_path, device)
-    agreement.join(Path(f"{store_path}.flags"), rank, world_size)
+    store = _join(rank, world_size, store_path, device)
+    agreement.join(store, "xditd/agreement", rank, world_size)
     image, place = divmod(rank, degrees.sequence)
-    agreement.join(Path(f"{store_path}.flags{image}"), place, degrees.sequence, agreement.Circle.IMAGE)
+    agreement.join(store, f"xditd/agreement/{image}", place, degrees.sequence, agreement.Circle.IMAGE)
     clock.mark("group")
     backend = _start_xdit(rank, degrees, device, attention_backend)
     clock.mark("xdit")
@@ -101,13 +100,15 @@ def _import_xfuser(device: torch.device) -> None:
     xfuser_logging._default_handler.setLevel(logging.ERROR)
 
 
-def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> None:
+def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> dist.Store:
     # Nothing listens beyond loopback. The parent sets these too; a rank started by hand must not be more open.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    store = dist.FileStore(store_path, world_size)
+    store.set_timeout(GROUP_TIMEOUT)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(store_path, world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=GROUP_TIMEOUT,
@@ -115,6 +116,7 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
         # xfuser reports (core/distributed/parallel_state.py) that its new_group calls then fail. set_device above
         # already binds every communicator of this rank to the one GPU that it uses.
     )
+    return store
 
 
 def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:

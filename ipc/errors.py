@@ -171,6 +171,12 @@ class OutOfMemory(PeerError):
     code = "out_of_memory"
 
 
+class StorageError(PeerError):
+    """A file cannot be written: its file system is full or read-only, or its folder is gone."""
+
+    code = "storage"
+
+
 class DeadlineExceeded(PeerError):
     """No answer within the deadline."""
 

@@ -64,7 +64,6 @@ def run(parsed: argparse.Namespace) -> int:
             stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
         report = Journey(plan, steps).run()
         steps.set_description_str("done")
-    report.write(plan.out / "demo.json")
     print(json.dumps(report.as_json(), indent=2) if parsed.json else report.summary())
     faults = report.faults()
     for fault in faults:

@@ -24,6 +24,7 @@ from xditd.client.cli import (
     stop,
 )
 from xditd.ipc.errors import XditdError
+from xditd.ipc.inherited import reset_signals
 
 VERBS: dict[str, ModuleType] = {
     "serve": serve,
@@ -82,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
+    if arguments is None:
+        reset_signals()  # how daemons and probes end is told by SIGCHLD, which a parent may have had ignored
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["serve"]:
         return serve.replace_process(given[1:])  # the daemon knows its own flags, and its own help

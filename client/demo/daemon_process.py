@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from xditd.client.client import Client
-from xditd.client.subprograms import module_command
+from xditd.client.demo.output import writing_to
+from xditd.client.subprograms import module_command, module_environment
 from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable, XditdError
 from xditd.ipc.network_watch import internet_sockets
 from xditd.ipc.status import DaemonStatus, GroupState
@@ -32,7 +33,8 @@ class DaemonProcess:
 
     def __init__(self, log: Path, workers: int, device: str, flags: Sequence[str] = ()) -> None:
         # Socket paths hold 107 bytes, so the folder is not below the output folder, whose path may be long.
-        self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
+        with writing_to(Path(tempfile.gettempdir()), "TMPDIR"):
+            self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
         self.log = log
         command = module_command(
             "xditd.daemon",
@@ -41,7 +43,12 @@ class DaemonProcess:
         with log.open("wb") as stderr:
             # A session of its own: Ctrl-C ends the demo, which then ends the daemon in good order.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True
+                command,
+                env=module_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                start_new_session=True,
             )
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xditd.client.client import Client
 from xditd.client.demo import parity
 from xditd.client.demo.daemon_process import DaemonProcess, outside_sockets
+from xditd.client.demo.output import writing_to
 from xditd.client.demo.report import Report
 from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
@@ -69,13 +70,20 @@ class Journey:
         return 6 + 2 * plan.steps
 
     def run(self) -> Report:
-        """Run everything; the daemon is ended on every way out, unless it is to be kept.
+        """Run everything, and write the report; the daemon is ended on every way out, unless it is to be kept.
 
         Raises:
+            StorageError: the output folder, or the one for temporary files, cannot be written.
             XditdError: a phase failed; its message names it.
         """
         # Nothing here asks for a file of a model hub; if something did, it must fail and not fetch.
         os.environ["HF_HUB_OFFLINE"] = "1"
+        with writing_to(self.plan.out, "--out"):
+            self._run()
+            self.report.write(self.plan.out / "demo.json")
+        return self.report
+
+    def _run(self) -> None:
         self.plan.out.mkdir(parents=True, exist_ok=True)
         with self._phase("daemon_start", "starting the daemon"):
             daemon = DaemonProcess(self.plan.out / "daemon.log", self._count_workers(), self.plan.device)
@@ -96,7 +104,6 @@ class Journey:
                 daemon.stop(client)
                 if client is not None:
                     client.close()
-        return self.report
 
     def _travel(self, daemon: DaemonProcess, client: Client) -> None:
         report = self.report

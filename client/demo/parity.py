@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from xditd.client.subprograms import module_command
+from xditd.client.subprograms import module_command, module_environment
 from xditd.client.tensor_files import read_tensors, write_tensors
 from xditd.ipc.errors import DeadlineExceeded, PeerError
 
@@ -61,7 +60,7 @@ def reference_latents(
                "--inputs", str(given), "--out", str(made), "--height", str(inputs.height), "--width", str(inputs.width),
                "--steps", str(len(inputs.sigmas)), "--guidance", str(inputs.guidance), "--device", device]  # fmt: skip
     command = module_command("xditd.gpu_workers.reference", arguments)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**module_environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     waited_s = 0.0
     with (folder / "reference.log").open("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

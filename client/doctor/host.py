@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ SHM_FAIL_BYTES: Final = 64 * 2**20
 FILES_WARN: Final = 4096
 FILES_FAIL: Final = 256
 
+_ROOM_OR_ANOTHER: Final = "make room there (df, df -i), or choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
 _ALLOCATORS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _GIB: Final = 2**30
 
@@ -36,9 +38,10 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
         found = path.lstat()
     except FileNotFoundError:
         parent = next((each for each in path.parents if each.exists()), Path("/"))
-        if os.access(parent, os.W_OK | os.X_OK):
+        why = _why_not_written(parent)
+        if not why:
             return ok(name, f"{path}: not there yet; the daemon makes it with mode 0700")
-        return fail(name, f"{path}: not there, and {parent} cannot be written", "choose another (XDITD_RUNTIME_DIR)")
+        return fail(name, f"{path}: not there, and {parent} cannot be written: {why}", _ROOM_OR_ANOTHER)
     except OSError as error:
         return fail(name, f"{path}: {error.strerror}", "choose another (--runtime-dir or XDITD_RUNTIME_DIR)")
     mode = stat.S_IMODE(found.st_mode)
@@ -48,7 +51,20 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
         return fail(name, f"{path}: owned by uid {found.st_uid}, not by {os.getuid()}", "choose another folder")
     if mode & 0o077:
         return fail(name, f"{path}: mode {mode:04o} lets other users in", f"chmod 700 {path}")
-    return ok(name, f"{path}: private, mode {mode:04o}")
+    why = _why_not_written(path)
+    if why:
+        return fail(name, f"{path}: cannot be written: {why}", _ROOM_OR_ANOTHER)
+    return ok(name, f"{path}: private, mode {mode:04o}, can be written")
+
+
+def _why_not_written(folder: Path) -> str:
+    """Make a folder with a file in there and remove both again: no mode tells of full and read-only disks."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="xditd-doctor-", dir=folder) as made:
+            (Path(made) / "page").write_bytes(bytes(4096))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def check_shared_memory(path: Path = SHM) -> Finding:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from typing import Any, Final
 
 from xditd.client.doctor.findings import Finding, fail, ok, warn
 from xditd.client.doctor.layout import plan_for
-from xditd.client.subprograms import module_command
+from xditd.client.subprograms import module_command, module_environment
 
 PROBE_DEADLINE_S: Final = 180.0
 """Importing xfuser takes most of it: seconds on a warm disk, a minute on a cold or busy one."""
@@ -21,11 +20,12 @@ _GIB: Final = 2**30
 def probe() -> dict[str, Any] | str:
     """Ask ``xditd.gpu_workers.probe`` for the facts; a sentence where it has none to give."""
     # As the daemon does for its workers: the allocator of this shell is not theirs.
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")}
+    environ = {key: value for key, value in module_environment().items() if not key.startswith("PYTORCH_")}
     command = module_command("xditd.gpu_workers.probe", [])
     try:
+        # In a folder that is there: torch does not load in one that was removed.
         done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False
+            command, cwd="/", env=environ, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False
         )
         if done.returncode == 0:
             return dict(json.loads(done.stdout))

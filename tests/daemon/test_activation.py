@@ -40,12 +40,15 @@ def variables(**changes: str) -> dict[str, str]:
 def test_listener_serves_zeromq_and_keeps_its_path(path: Path) -> None:
     fd = handed_over(path)
     environ = variables()
-    assert take_listener(environ, 7, path, fd) == fd
+    listener = take_listener(environ, 7, path, fd)
+    assert listener is not None
+    assert listener.fileno() == fd
     assert environ == {}  # a worker must not think that it is meant
     assert not os.get_inheritable(fd)
     assert not os.get_blocking(fd)
     context = zmq.Context()
-    router = Router(context, path, fd)
+    router = Router(context, path)
+    router.listen(listener)
     client = context.socket(zmq.DEALER)
     client.connect(f"ipc://{path}")
     client.send(b"hi")
@@ -62,7 +65,7 @@ def test_clients_are_told_who_serves_not_who_listened_first(path: Path) -> None:
     fd = handed_over(path)
     code = (
         "import os, sys; from pathlib import Path; from xditd.daemon.activation import take_listener as take\n"
-        "take({'LISTEN_FDS': '1', 'LISTEN_PID': '7'}, 7, Path(sys.argv[1]), int(sys.argv[2]))\n"
+        "taken = take({'LISTEN_FDS': '1', 'LISTEN_PID': '7'}, 7, Path(sys.argv[1]), int(sys.argv[2]))\n"
         "print(os.getpid(), flush=True); sys.stdin.read()"
     )
     word = [sys.executable, "-c", code, str(path), str(fd)]
@@ -90,6 +93,13 @@ def test_several_sockets_are_refused(path: Path) -> None:
 def test_socket_of_another_path_is_refused(path: Path) -> None:
     fd = handed_over(path.with_name("other.sock"))
     with pytest.raises(BadRequest, match=r"not a socket that listens on .*daemon.sock"):
+        take_listener(variables(), 7, path, fd)
+
+
+def test_socket_whose_file_was_removed_is_refused(path: Path) -> None:
+    fd = handed_over(path)
+    path.unlink()
+    with pytest.raises(BadRequest, match="restart the socket unit"):
         take_listener(variables(), 7, path, fd)
 
 

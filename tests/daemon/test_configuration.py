@@ -100,3 +100,13 @@ def test_every_setting_is_a_field() -> None:
         if setting.name != "runtime_dir":
             assert str(getattr(configuration, setting.name)).removesuffix(".0") == setting.default
     assert configuration.runtime.path == Path("/run/x")
+
+
+def test_relative_paths_count_from_the_folder_in_which_the_daemon_was_started(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text('[daemon]\nruntime_dir = "run"\n[workers]\ncommand = ["./python", "-m", "./x"]\n')
+    configuration = build_configuration({"config": "my.toml"}, {}, tmp_path)
+    assert configuration.runtime.path == tmp_path / "run"
+    assert configuration.worker_command == (str(tmp_path / "python"), "-m", "./x")  # a program, not its arguments
+    assert build_configuration({"runtime_dir": "r"}, {}, tmp_path).runtime.path == tmp_path / "r"
+    with pytest.raises(BadRequest, match=r"path my.toml: .*name it in full"):
+        build_configuration({"config": "my.toml"}, {})  # the folder was removed

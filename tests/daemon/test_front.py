@@ -16,6 +16,7 @@ from xditd.daemon.loop import Loop
 from xditd.daemon.peers import parse_peer
 from xditd.daemon.routers import Router
 from xditd.daemon.sessions import Session, Sessions
+from xditd.daemon.socket_files import listen_at
 from xditd.ipc.codec import reply_decoder
 from xditd.ipc.replies import Farewell, LogLines
 
@@ -26,6 +27,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.router = Router(self.context, folder / "s")
+        self.router.listen(listen_at(folder / "s"))
         self.loop = Loop()
         self.sessions = Sessions(self.loop)
         self.front = Front(self.router, self.sessions)

@@ -12,7 +12,8 @@ import pytest
 
 from xditd.daemon import metrics_server
 from xditd.daemon.loop import Loop
-from xditd.daemon.metrics_server import MAX_CONNECTIONS, MetricsServer, parse_address
+from xditd.daemon.metrics_server import MAX_CONNECTIONS, MetricsServer, listen_on_loopback, parse_address
+from xditd.daemon.socket_files import listen_at
 from xditd.ipc.errors import AlreadyRunning
 
 BIG = "x 1\n" * 2_000_000
@@ -32,7 +33,8 @@ def serve(path: Path) -> Iterator[Callable[[str], Path]]:
 
     def start(text: str) -> Path:
         loop = Loop()
-        server = MetricsServer(loop, "unix", path, lambda: text)
+        server = MetricsServer(loop, lambda: text)
+        server.listen(listen_at(path))
         read_fd, write_fd = os.pipe()
         loop.watch(read_fd, loop.stop)
         thread = threading.Thread(target=loop.run, args=(lambda: None,))
@@ -46,7 +48,6 @@ def serve(path: Path) -> Iterator[Callable[[str], Path]]:
             loop.close()
             os.close(read_fd)
             os.close(write_fd)
-            assert not path.exists()
 
         ends.append(end)
         return path
@@ -138,11 +139,12 @@ def test_loopback_only() -> None:
             parse_address(text)
 
 
-def test_taken_port_is_refused_by_name(path: Path) -> None:
+def test_taken_port_is_refused_by_name() -> None:
     loop = Loop()
-    first = MetricsServer(loop, "127.0.0.1:0", path, str)
-    address = first.address.removeprefix("http://").removesuffix("/metrics")
+    first = MetricsServer(loop, str)
+    first.listen(listen_on_loopback(("127.0.0.1", 0)))
+    host, _, port = first.address.removeprefix("http://").removesuffix("/metrics").rpartition(":")
     with pytest.raises(AlreadyRunning, match="--metrics"):
-        MetricsServer(loop, address, path, str)
+        listen_on_loopback((host, int(port)))
     first.close()
     loop.close()

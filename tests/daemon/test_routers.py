@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from xditd.daemon.routers import BATCH, Delivery, Envelope, Router
+from xditd.daemon.socket_files import listen_at
 
 
 @pytest.fixture
@@ -24,6 +25,12 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     context.destroy(linger=0)
 
 
+def listening(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> Router:
+    router = Router(context, path)
+    router.listen(listen_at(path))
+    return router
+
+
 def receive(router: Router, count: int) -> list[Envelope]:
     found: list[Envelope] = []
     while len(found) < count:
@@ -33,7 +40,7 @@ def receive(router: Router, count: int) -> list[Envelope]:
 
 
 def test_sender_is_named_by_the_kernel(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
-    router = Router(context, path)
+    router = listening(context, path)
     client = context.socket(zmq.DEALER)
     client.connect(f"ipc://{path}")
     client.send(b"hi")
@@ -47,7 +54,7 @@ def test_sender_is_named_by_the_kernel(context: zmq.Context[zmq.Socket[bytes]], 
 
 
 def test_one_turn_is_bounded(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
-    router = Router(context, path)
+    router = listening(context, path)
     clients = [context.socket(zmq.DEALER) for _ in range(4)]
     for client in clients:
         client.connect(f"ipc://{path}")
@@ -62,7 +69,7 @@ def test_one_turn_is_bounded(context: zmq.Context[zmq.Socket[bytes]], path: Path
 
 
 def test_nobody_and_a_peer_that_does_not_read(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
-    router = Router(context, path)
+    router = listening(context, path)
     assert router.send(b"nobody", b"x") is Delivery.GONE
     client = context.socket(zmq.DEALER)
     client.setsockopt(zmq.RCVHWM, 1)
@@ -73,6 +80,30 @@ def test_nobody_and_a_peer_that_does_not_read(context: zmq.Context[zmq.Socket[by
     assert deliveries == {Delivery.SENT, Delivery.NO_ROOM}
 
 
-def test_socket_is_for_its_owner_only(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
-    Router(context, path)
-    assert path.stat().st_mode & 0o777 == 0o600
+def test_a_removed_socket_is_made_again_and_connections_stay(
+    context: zmq.Context[zmq.Socket[bytes]], path: Path
+) -> None:
+    router = listening(context, path)
+    clients = []
+    for number in range(3):
+        client = context.socket(zmq.DEALER)
+        client.connect(f"ipc://{path}")
+        clients.append(client)
+        client.send(b"%d" % number)
+        receive(router, 1)
+        path.unlink()
+        router.listen(listen_at(path))
+    for number, client in enumerate(clients):
+        client.send(b"%d" % number)
+    for envelope in receive(router, 3):
+        assert router.send(envelope.routing_id, envelope.payload or b"") is Delivery.SENT
+    assert [client.recv() for client in clients] == [b"0", b"1", b"2"]
+
+
+def test_zeromq_removes_no_file_when_it_closes(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+    router = listening(context, path)
+    path.unlink()
+    path.write_text("somebody else's")
+    router.close(0)
+    context.term()
+    assert path.read_text() == "somebody else's"

@@ -31,8 +31,9 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.ipc.transports.cuda_ipc import NotExportable
     from xditd.ipc.transports.fingerprints import take_fingerprint
 
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
-    agreement.join(Path(folder) / "flags", rank, ranks)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    agreement.join(store, "flags", rank, ranks)
     torch.set_num_threads(1)
 
     def allocation_of(owner: int) -> torch.Tensor:

@@ -234,6 +234,7 @@ def lead(options: argparse.Namespace) -> int:
         return int(options.exit_status)
     if options.never_ready:
         signal.pause()
+    time.sleep(options.late_s)
     # Outside of the try block: its clean-up is the leader's, and a rank leaves through here.
     ranks = [start_rank(options, rank) for rank in range(options.world_size)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -269,6 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--exit-status", type=int)
+    parser.add_argument("--late-s", type=float, default=0.0)
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--workers", default="auto")
     for flag in (

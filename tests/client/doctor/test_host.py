@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,36 @@ def test_runtime_folder_that_lets_others_in(folder):
     found = host.check_runtime_folder(RuntimeDir(folder))
     assert found.verdict is Verdict.FAIL
     assert found.remedy == f"chmod 700 {folder}"
+
+
+CHECK = (
+    "import sys; from pathlib import Path; from xditd.client.doctor.host import check_runtime_folder; "
+    "from xditd.ipc.addresses import RuntimeDir; found = check_runtime_folder(RuntimeDir(Path(sys.argv[1]))); "
+    "print(found.verdict.value, found.detail, found.remedy, sep='|')"
+)
+SPOIL = 'mount -t tmpfs -o mode=700,$2 tmpfs "$1" && { head -c 64k /dev/zero > "$1/full"; "$3" -c "$4" "$1$5"; }'
+
+
+@pytest.mark.parametrize("name", ["", "/new"])
+@pytest.mark.parametrize(
+    ("options", "why"), [("ro", "Read-only file system"), ("size=4k,nr_inodes=5", "No space left on device")]
+)
+def test_runtime_folder_that_cannot_be_written(folder, options, why, name):
+    """Root may write whatever modes say, so that only a real try tells."""
+    word = ["unshare", "-rm", "sh", "-c", SPOIL, "sh", str(folder), options, sys.executable, CHECK, name]
+    done = subprocess.run(word, capture_output=True, text=True, timeout=60, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("needs a mount namespace of its own")
+    verdict, detail, remedy = done.stdout.strip().split("|")
+    assert verdict == "fail"
+    assert detail.endswith(f"cannot be written: {why}")
+    assert "XDITD_RUNTIME_DIR" in remedy
+
+
+def test_nothing_is_left_in_the_runtime_folder(folder):
+    host.check_runtime_folder(RuntimeDir(folder))
+    host.check_runtime_folder(RuntimeDir(folder / "new"))
+    assert not list(folder.iterdir())
 
 
 def test_runtime_folder_that_is_none_or_too_long(folder):
