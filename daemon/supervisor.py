@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,7 +12,7 @@ from xditd.daemon.group import CommandMaker, Group
 from xditd.daemon.leader import Leader, leader_command
 from xditd.daemon.listeners import GroupListener
 from xditd.daemon.logbook import Logbook
-from xditd.daemon.loop import Callback, Loop, Timer
+from xditd.daemon.loop import Callback, Deadline, Loop, Timer
 from xditd.daemon.paces import Paces
 from xditd.daemon.peers import check_uid
 from xditd.daemon.progress import CommandWatch, ProgressWatch
@@ -87,11 +86,11 @@ class Supervisor:
         self._is_ended_by_us = False
         self._started_s = 0.0
         self._ready_s: float | None = None
-        self._start_timer: Timer | None = None
+        self._start_deadline: Deadline | None = None
         self._restart_timer: Timer | None = None
         self._on_stopped: Callback | None = None
         silence = ProgressWatch(loop, lambda: self.state is GroupState.BUSY, self._fell_silent)
-        self._progress = CommandWatch(Paces.of(configuration), silence)
+        self._progress = CommandWatch(Paces.of(configuration, loop.clock), silence)
         loop.watch_socket(router.socket, self._read_reports)
 
     @property
@@ -120,7 +119,7 @@ class Supervisor:
         self.state = move(GROUP_NEXT, self.state, GroupState.STARTING)
         self.detail = "workers are starting" if self.starts == 0 else f"workers are being rebuilt: {self.detail}"
         self.starts += 1
-        self._started_s = time.monotonic()
+        self._started_s = self._loop.clock.now_s()
         self._ready_s = None
         self._is_ended_by_us = False
         token = os.urandom(16).hex()
@@ -132,8 +131,7 @@ class Supervisor:
             self._mark_dead(WorkersLost(f"worker command {command[0]}: {error.strerror}"))
             self._give_up(f"worker command {command[0]}: {error.strerror}; correct [workers] command")
             return
-        deadline_s = self._configuration.start_deadline_s
-        self._start_timer = self._loop.call_later(deadline_s, self._start_overdue)
+        self._start_deadline = self._loop.deadline(self._configuration.start_deadline_s, self._start_overdue)
         logger.info("worker group starting leader_pid=%d start=%d", self._leader.pid, self.starts)
 
     def tell(self, make: CommandMaker) -> None:
@@ -172,7 +170,7 @@ class Supervisor:
             on_stopped()
         elif self.is_idle and self._live_group().interject(lambda number: Shutdown(op_number=number)):
             self._mark_dead(WorkersLost("the daemon is stopping"))
-            self._loop.call_later(SHUTDOWN_GRACE_S, leader.terminate)
+            self._loop.deadline(SHUTDOWN_GRACE_S, leader.terminate)
         else:
             self.end(WorkersLost("the daemon is stopping"))
 
@@ -232,7 +230,7 @@ class Supervisor:
         self._cancel_start_deadline()
         self.state = move(GROUP_NEXT, self.state, GroupState.READY)
         self.detail = ""
-        self._ready_s = time.monotonic()
+        self._ready_s = self._loop.clock.now_s()
         first = group.ranks[min(group.ranks)]
         size = group.world_size
         logger.info(
@@ -270,7 +268,7 @@ class Supervisor:
         if status == CONFIGURATION_STATUS and not self._is_ended_by_us:
             self._give_up(last_line or "the workers refused their configuration and did not say why")
             return
-        ready_for_s = 0.0 if self._ready_s is None else time.monotonic() - self._ready_s
+        ready_for_s = 0.0 if self._ready_s is None else self._loop.clock.now_s() - self._ready_s
         delay_s = self.restarts.note_end(ready_for_s)
         if delay_s is None:
             self._give_up(f"the workers failed {self.restarts.failures} times in a row; last: {self.detail}")
@@ -296,9 +294,9 @@ class Supervisor:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))
 
     def _cancel_start_deadline(self) -> None:
-        if self._start_timer is not None:
-            self._start_timer.cancel()
-            self._start_timer = None
+        if self._start_deadline is not None:
+            self._start_deadline.stop()
+            self._start_deadline = None
 
     def _live_group(self) -> Group:
         if self.group is None:
