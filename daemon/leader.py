@@ -57,8 +57,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
 class Leader:
     """Start the leader in a process group of its own, and watch it until no process of that group is left.
 
-    ``on_gone(exit_status, last_line)`` is called once: the status is negative for a signal, and the line is the last
-    that the processes wrote.
+    ``on_gone(exit_status, output)`` is called once: the status is negative for a signal, and the output knows why.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Leader:
         logbook: Logbook,
         command: Sequence[str],
         environment: Mapping[str, str],
-        on_gone: Callable[[int, str], None],
+        on_gone: Callable[[int, WorkerOutput], None],
     ) -> None:
         self._loop = loop
         self._on_gone = on_gone
@@ -132,7 +131,7 @@ class Leader:
             self._empty_deadline.stop()
         self._output.close()
         os.close(self._pidfd)
-        self._on_gone(self._process.returncode, self._output.last_line)
+        self._on_gone(self._process.returncode, self._output)
 
     def _is_empty(self) -> bool:
         """Reap adopted ranks; true once the process group has no members."""

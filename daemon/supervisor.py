@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from xditd.daemon.restarts import RestartBudget
 from xditd.daemon.routers import Envelope, Router
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.states import GROUP_NEXT, move
+from xditd.daemon.worker_output import WorkerOutput
 from xditd.ipc.codec import report_decoder
 from xditd.ipc.errors import (
     BadMessage,
@@ -30,6 +32,7 @@ from xditd.ipc.errors import (
     XditdError,
     error_for,
 )
+from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 from xditd.ipc.status import GroupState
 from xditd.ipc.worker_messages import (
     Answer,
@@ -47,8 +50,8 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_GRACE_S: Final = 5.0
 """From Shutdown to SIGTERM: unmapping takes well under a second."""
 
-CONFIGURATION_STATUS: Final = 2
-"""The leader's exit status for what no restart can cure."""
+_PASSING: Final = (errno.EAGAIN, errno.ENOMEM)
+"""Why a process could not be started now, and may be later; anything else stays as it is."""
 
 
 class Supervisor:
@@ -128,8 +131,7 @@ class Supervisor:
         try:
             self._leader = Leader(self._loop, self._logbook, command, self._environment, self._leader_gone)
         except OSError as error:
-            self._mark_dead(WorkersLost(f"worker command {command[0]}: {error.strerror}"))
-            self._give_up(f"worker command {command[0]}: {error.strerror}; correct [workers] command")
+            self._could_not_start(command[0], error)
             return
         self._start_deadline = self._loop.deadline(self._configuration.start_deadline_s, self._start_overdue)
         logger.info("worker group starting leader_pid=%d start=%d", self._leader.pid, self.starts)
@@ -257,17 +259,34 @@ class Supervisor:
             logger.error("worker group ended code=%s: %s", error.code, error.detail)
         self.listener.group_ended(error)
 
-    def _leader_gone(self, status: int, last_line: str) -> None:
+    def _leader_gone(self, status: int, output: WorkerOutput) -> None:
         self._leader = None
+        why = output.explain(status)
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
-            self._mark_dead(WorkersLost(f"the group's leader exited with status {status}: {last_line or 'no output'}"))
+            self._mark_dead(WorkersLost(why))
+        elif self._on_stopped is None and output.verdict and status == 1:
+            # We ended the group, for what its ranks reported; which of them was lost first, only the leader knows.
+            self.detail = f"{self.detail}; {output.verdict}"
+            logger.error("worker group had ended: %s", output.verdict)
         self._folder.remove_group_files()
         if self._on_stopped is not None:
             self._on_stopped()
-            return
-        if status == CONFIGURATION_STATUS and not self._is_ended_by_us:
-            self._give_up(last_line or "the workers refused their configuration and did not say why")
-            return
+        elif output.is_final(status) and not self._is_ended_by_us:
+            self._give_up(output.verdict or why)
+        else:
+            self._plan_next_life()
+
+    def _could_not_start(self, program: str, error: OSError) -> None:
+        self._mark_dead(WorkersLost(f"worker command {program}: {error.strerror}"))
+        self._folder.remove_group_files()
+        if is_want_of_descriptors(error):
+            self._give_up(describe_limit())
+        elif error.errno in _PASSING:
+            self._plan_next_life()
+        else:
+            self._give_up(f"worker command {program}: {error.strerror}; correct [workers] command")
+
+    def _plan_next_life(self) -> None:
         ready_for_s = 0.0 if self._ready_s is None else self._loop.clock.now_s() - self._ready_s
         delay_s = self.restarts.note_end(ready_for_s)
         if delay_s is None:
