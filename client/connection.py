@@ -21,6 +21,7 @@ from xditd.client.mailboxes import Mailbox, Patience
 from xditd.client.rendezvous import HINT, DaemonProcess, close_quietly, find_daemon
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.awake_clock import TICK_S, AwakeClock
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.errors import (
     BadMessage,
@@ -64,6 +65,8 @@ class _IoThread:
         self._beat_every_s: float | None = None
         self._beats = itertools.count(1)
         self._sent_s = time.monotonic()
+        self.clock = AwakeClock()
+        """By which waits for the daemon are timed; this thread keeps it while there are any."""
         self.loss: Callable[[], XditdError] | None = None
         self.ended = threading.Event()
         # A context of its own: what a fork, or another library, does to a shared one is not our business.
@@ -113,7 +116,8 @@ class _IoThread:
         )
         try:
             while not self._is_closing:
-                ready = dict(poller.poll(self._beat()))
+                ready = dict(poller.poll(self._patience_ms()))
+                self.clock.now_s()
                 if self._wake_fd in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
@@ -158,17 +162,22 @@ class _IoThread:
             if isinstance(reply, Failed) and reply.code == SessionLost.code:
                 raise SessionLost(reply.detail)
 
-    def _beat(self) -> int | None:
-        """Queue a sign of life if one is due; returns the milliseconds until the next one."""
-        if self._beat_every_s is None:
-            return None
-        rest_s = self._sent_s + self._beat_every_s - time.monotonic()
-        if rest_s <= 0:
-            # Nobody waits for the answer. One that says "no session" ends this connection.
-            self._outgoing.append(encode(Beat(request_id=f"beat-{next(self._beats)}")))
-            self._send()
-            rest_s = self._beat_every_s
-        return math.ceil(rest_s * 1000)
+    def _patience_ms(self) -> int | None:
+        """Say how long to sleep: until the next sign of life, or the next reading of the clock while anybody waits."""
+        rests_s = [TICK_S] if self._mailboxes else []
+        if self._beat_every_s is not None:
+            rests_s.append(self._beat(self._beat_every_s))
+        return math.ceil(min(rests_s) * 1000) if rests_s else None
+
+    def _beat(self, every_s: float) -> float:
+        """Queue a sign of life if one is due; returns the seconds until the next one."""
+        rest_s = self._sent_s + every_s - time.monotonic()
+        if rest_s > 0:
+            return rest_s
+        # Nobody waits for the answer. One that says "no session" ends this connection.
+        self._outgoing.append(encode(Beat(request_id=f"beat-{next(self._beats)}")))
+        self._send()
+        return every_s
 
     def _send(self) -> None:
         while self._outgoing:
@@ -261,7 +270,7 @@ class Connection:
                 f"request {type(request).__name__}: {len(payload)} bytes, at most {self._max_message_bytes} are read; "
                 "lend a component in fewer, larger blocks, or have the operator raise message_bytes"
             )
-        mailbox = Mailbox(request.request_id, purpose or f"request {type(request).__name__}")
+        mailbox = Mailbox(request.request_id, purpose or f"request {type(request).__name__}", self._io.clock)
         self._io.post(mailbox, payload)
         return mailbox
 
@@ -275,7 +284,12 @@ class Connection:
 
     def wait_lost(self, deadline_s: float) -> bool:
         """Wait until the daemon has exited; returns whether it has."""
-        return self._io.ended.wait(deadline_s)
+        clock = AwakeClock()
+        began_s = clock.now_s()
+        while (rest_s := deadline_s - clock.waited_s(began_s)) > 0:
+            if self._io.ended.wait(min(TICK_S, rest_s)):
+                return True
+        return self._io.ended.is_set()
 
     def close(self) -> None:
         """Close the socket. Waiting requests fail; in a fork of the maker this does nothing."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.awake_clock import TICK_S, AwakeClock
 from xditd.ipc.errors import DaemonUnreachable, NotPermitted, Unsupported
 
 HINT = "is it running? (xditd serve, or systemctl --user status xditd)"
@@ -24,7 +25,7 @@ ACTIVATION_DEADLINE_S: Final = 20.0
 
 _PROBE_DEADLINE_S: Final = 2.0
 _ACTIVATION_POLL_S: Final = 0.05
-_ACTIVATION_POLL_MAX_S: Final = 1.0
+_ACTIVATION_POLL_MAX_S: Final = TICK_S
 """Each look is a connection, which the socket's queue holds until the daemon takes it: a few dozen at most."""
 
 _UCRED: Final = struct.Struct("3i")
@@ -52,7 +53,8 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
     """
     runtime.check_lengths()
     path = runtime.client_socket
-    end_s = time.monotonic() + ACTIVATION_DEADLINE_S
+    clock = AwakeClock()
+    began_s = clock.now_s()
     pause_s = _ACTIVATION_POLL_S
     while True:
         pid, uid = _who_listens(path)
@@ -68,7 +70,7 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
                 f"socket {path}: the daemon's process is not visible from here, so no memory can be shared with it; "
                 "run client and daemon in one pid namespace (one container, or --pid=host)"
             )
-        if time.monotonic() >= end_s:
+        if clock.waited_s(began_s) >= ACTIVATION_DEADLINE_S:
             raise DaemonUnreachable(
                 f"socket {path}: systemd listens, but no daemon took over within {ACTIVATION_DEADLINE_S:.0f} s; "
                 "see journalctl --user -u xditd"

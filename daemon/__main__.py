@@ -27,6 +27,7 @@ from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
 from xditd.ipc.errors import XditdError
 from xditd.ipc.inherited import current_folder, open_streams, reset_signals
+from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 
 logger = logging.getLogger("xditd.daemon")
 
@@ -58,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
-    except Exception:
+    except Exception as error:
+        if is_want_of_descriptors(error):
+            logger.error("%s", describe_limit())
+            return FAILED
         logger.exception("a defect ends the daemon; please report it with this log")
         return FAILED
     return STOPPED

@@ -121,7 +121,7 @@ class Dispatcher:
             )
         if session.address != envelope.peer:
             raise NotPermitted(f"process {peer.pid} uses the session of process {session.process.pid}")
-        session.heard_s = time.monotonic()
+        session.heard_s = self._service.loop.clock.now_s()
         return HANDLERS[type(request)](self._service, session, request)
 
     def _refuse(self, envelope: Envelope, request_id: str, error: XditdError) -> None:

@@ -8,13 +8,12 @@ import logging
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.logbook import Logbook
-from xditd.daemon.loop import Loop, Timer
+from xditd.daemon.loop import Deadline, Loop
 from xditd.daemon.worker_output import WorkerOutput
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
 class Leader:
     """Start the leader in a process group of its own, and watch it until no process of that group is left.
 
-    ``on_gone(exit_status, last_line)`` is called once: the status is negative for a signal, and the line is the last
-    that the processes wrote.
+    ``on_gone(exit_status, output)`` is called once: the status is negative for a signal, and the output knows why.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Leader:
         logbook: Logbook,
         command: Sequence[str],
         environment: Mapping[str, str],
-        on_gone: Callable[[int, str], None],
+        on_gone: Callable[[int, WorkerOutput], None],
     ) -> None:
         self._loop = loop
         self._on_gone = on_gone
@@ -84,14 +82,16 @@ class Leader:
         assert self._process.stdout is not None  # because of PIPE
         self._output = WorkerOutput(loop, logbook, os.dup(self._process.stdout.fileno()))
         self._process.stdout.close()
-        self._kill_timer: Timer | None = None
+        self._kill_deadline: Deadline | None = None
+        self._empty_deadline: Deadline | None = None
+        self._is_gone = False
         self._pidfd = os.pidfd_open(self.pid)
         loop.watch(self._pidfd, self._leader_exited)
 
     def terminate(self) -> None:
         """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
-        if self._kill_timer is None and self._process.returncode is None:
-            self._kill_timer = self._loop.call_later(TERM_GRACE_S, self.kill)
+        if self._kill_deadline is None and self._process.returncode is None:
+            self._kill_deadline = self._loop.deadline(TERM_GRACE_S, self.kill)
             # Through the descriptor: a pid may have been given to somebody else by now.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
@@ -105,22 +105,33 @@ class Leader:
     def _leader_exited(self) -> None:
         """The leader is a zombie. Kill its ranks while its number cannot be used again, then wait for them."""
         self._loop.unwatch(self._pidfd)
-        if self._kill_timer is not None:
-            self._kill_timer.cancel()
+        if self._kill_deadline is not None:
+            self._kill_deadline.stop()
         self.kill()
         self._process.wait()
-        self._wait_until_empty(time.monotonic() + _EMPTY_DEADLINE_S)
+        self._empty_deadline = self._loop.deadline(_EMPTY_DEADLINE_S, self._ranks_stay)
+        self._wait_until_empty()
 
-    def _wait_until_empty(self, deadline: float) -> None:
-        if not self._is_empty() and time.monotonic() < deadline:
-            # A killed rank takes a while to go: the driver frees its memory first.
-            self._loop.call_later(_EMPTY_POLL_S, lambda: self._wait_until_empty(deadline))
+    def _wait_until_empty(self) -> None:
+        if self._is_gone:
             return
-        if time.monotonic() >= deadline:
-            logger.error("ranks of leader pid=%d did not go away %.0f s after SIGKILL", self.pid, _EMPTY_DEADLINE_S)
+        if self._is_empty():
+            self._finish()
+        else:
+            # A killed rank takes a while to go: the driver frees its memory first.
+            self._loop.call_later(_EMPTY_POLL_S, self._wait_until_empty)
+
+    def _ranks_stay(self) -> None:
+        logger.error("ranks of leader pid=%d did not go away %.0f s after SIGKILL", self.pid, _EMPTY_DEADLINE_S)
+        self._finish()
+
+    def _finish(self) -> None:
+        self._is_gone = True
+        if self._empty_deadline is not None:
+            self._empty_deadline.stop()
         self._output.close()
         os.close(self._pidfd)
-        self._on_gone(self._process.returncode, self._output.last_line)
+        self._on_gone(self._process.returncode, self._output)
 
     def _is_empty(self) -> bool:
         """Reap adopted ranks; true once the process group has no members."""

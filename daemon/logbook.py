@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
+import time
 from collections import deque
+from enum import Enum
 from typing import Final, TextIO
 
 from xditd.daemon.log_stream import LogStream
 from xditd.ipc import limits
+from xditd.ipc.worker_messages import VERDICT_PREFIX
 
 MAX_LINE_CHARS: Final = 2_000
 MAX_ANSWER_CHARS: Final = 256 * 1024
 """In one ``LogLines``. A client that asks without reading can make us hold only so many of them."""
 
 
-class Logbook:
-    """Write lines to ``stream``, standard error by default, and keep the last of them, numbered from 0.
+class Shelf(Enum):
+    """Where a line is kept: none of them pushes out lines of another. The value is how many it holds."""
 
-    It keeps :data:`xditd.ipc.limits.MAX_LOG_LINES`.
+    LIFE = 200
+    """The daemon's own: listening, workers starting, ready, given up, stopping."""
+    WARNINGS = 400
+    REQUESTS = 900
+    """What clients ask, and all else at INFO and below."""
+    WORKERS = 500
+    """What the workers write, warnings and errors apart."""
+
+
+assert sum(shelf.value for shelf in Shelf) == limits.MAX_LOG_LINES
+
+_LIFE: Final = frozenset({"xditd.daemon", "xditd.daemon.reload", "xditd.daemon.service", "xditd.daemon.supervisor"})
+"""Loggers that write a few lines in a day."""
+
+_WORKER_WARNINGS: Final = ("WARNING ", "ERROR ", "CRITICAL ", VERDICT_PREFIX)
+"""How lines of the leader and of ranks begin that are more than news."""
+
+_TIME: Final = "%Y-%m-%d %H:%M:%S"
+
+
+class Logbook:
+    """Write lines to ``stream``, standard error by default, and keep the last of each :class:`Shelf`.
+
+    They are numbered from 0 in the order in which they came.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = LogStream(sys.stderr if stream is None else stream)
-        self._lines: deque[str] = deque(maxlen=limits.MAX_LOG_LINES)
+        self._shelves = {shelf: deque[tuple[int, str]](maxlen=shelf.value) for shelf in Shelf}
         self.next_line = 0
 
-    def add(self, line: str) -> None:
+    def add(self, line: str, shelf: Shelf = Shelf.REQUESTS) -> None:
         self._stream.write_line(line)
         for part in line[: limits.MAX_TEXT_CHARS].splitlines():
-            self._lines.append(part[:MAX_LINE_CHARS])
+            self._shelves[shelf].append((self.next_line, part[:MAX_LINE_CHARS]))
             self.next_line += 1
+
+    def add_output(self, line: str) -> None:
+        """Add what a worker has written, with the time: not every line there comes from a logger."""
+        now_s = time.time()
+        stamp = f"{time.strftime(_TIME, time.localtime(now_s))},{int(now_s * 1000) % 1000:03d}"
+        self.add(f"{stamp} {line}", Shelf.WARNINGS if line.startswith(_WORKER_WARNINGS) else Shelf.WORKERS)
 
     def since(self, line: int) -> tuple[list[str], int]:
         """Return the lines from number ``line`` on, as many as one answer carries, and the number to ask for next."""
-        first_kept = self.next_line - len(self._lines)
-        start = min(max(line, first_kept), self.next_line)
         found: list[str] = []
         room = MAX_ANSWER_CHARS
-        for text in itertools.islice(self._lines, start - first_kept, None):
+        for number, text in sorted(each for shelf in self._shelves.values() for each in shelf if each[0] >= line):
             room -= len(text)
             if room < 0:
-                break
+                return found, number
             found.append(text)
-        return found, start + len(found)
+        return found, self.next_line
 
 
 class OneLineFormatter(logging.Formatter):
@@ -63,7 +92,9 @@ class LogbookHandler(logging.Handler):
         self.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._logbook.add(self.format(record))
+        is_warning = record.levelno >= logging.WARNING
+        shelf = Shelf.WARNINGS if is_warning else Shelf.LIFE if record.name in _LIFE else Shelf.REQUESTS
+        self._logbook.add(self.format(record), shelf)
 
 
 def configure_logging(level: str) -> Logbook:

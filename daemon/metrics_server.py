@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from xditd.daemon.exposition import CONTENT_TYPE
-from xditd.daemon.loop import Loop, Timer
+from xditd.daemon.loop import Deadline, Loop
 from xditd.ipc.errors import AlreadyRunning, BadRequest
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def parse_address(text: str) -> str | tuple[str, int]:
 class _Reader:
     """One connection: what it asked so far, and what is left of its answer."""
 
-    def __init__(self, connection: socket.socket, deadline: Timer) -> None:
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
         self.deadline = deadline
         self.asked = b""
@@ -98,7 +98,7 @@ class MetricsServer:
             return
         connection.setblocking(False)
         fd = connection.fileno()
-        self._readers[fd] = _Reader(connection, self._loop.call_later(DEADLINE_S, lambda: self._drop(fd)))
+        self._readers[fd] = _Reader(connection, self._loop.deadline(DEADLINE_S, lambda: self._drop(fd)))
         self._loop.watch(fd, lambda: self._read(fd))
 
     def _read(self, fd: int) -> None:
@@ -143,7 +143,7 @@ class MetricsServer:
     def _drop(self, fd: int) -> None:
         reader = self._readers.pop(fd, None)
         if reader is not None:
-            reader.deadline.cancel()
+            reader.deadline.stop()
             self._loop.unwatch(fd)
             # Without this, bytes that were sent and not yet read could be thrown away with the connection.
             with contextlib.suppress(OSError):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from enum import Enum
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
+from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.requests import Job
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, Unmap
@@ -37,13 +37,21 @@ class Paces:
 
     What was never seen may take ``hang_deadline_s``: the first step plugs weights in and compiles. What was seen may
     take :data:`FACTOR` times the median, at least ``step_deadline_s`` and at most ``hang_deadline_s``. Mapping gets
-    ``lend_deadline_s``, and more for more bytes.
+    ``lend_deadline_s``, and more for more bytes. ``now_s`` reads the clock by which steps are measured.
     """
 
-    def __init__(self, *, hang_deadline_s: float, step_deadline_s: float, lend_deadline_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        hang_deadline_s: float,
+        step_deadline_s: float,
+        lend_deadline_s: float,
+        now_s: Callable[[], float],
+    ) -> None:
         self._hang_s = hang_deadline_s
         self._step_s = step_deadline_s
         self._lend_s = lend_deadline_s
+        self._now_s = now_s
         self._samples: OrderedDict[Hashable, deque[float]] = OrderedDict()
         self._sizes: dict[str, int] = {}
         self._job: Hashable = None
@@ -52,11 +60,12 @@ class Paces:
         self._since_s = 0.0
 
     @classmethod
-    def of(cls, configuration: Configuration) -> Paces:
+    def of(cls, configuration: Configuration, clock: AwakeClock) -> Paces:
         return cls(
             hang_deadline_s=configuration.hang_deadline_s,
             step_deadline_s=configuration.step_deadline_s,
             lend_deadline_s=configuration.lend_deadline_s,
+            now_s=clock.now_s,
         )
 
     def forget(self) -> None:
@@ -102,12 +111,12 @@ class Paces:
             self._leave()
 
     def _enter(self, phase: Phase) -> float:
-        self._phase, self._since_s = phase, time.monotonic()
+        self._phase, self._since_s = phase, self._now_s()
         samples = self._samples.get((self._job, phase))
         return self._hang_s if samples is None else self._bounded(statistics.median(samples))
 
     def _leave(self) -> float:
-        took_s = time.monotonic() - self._since_s
+        took_s = self._now_s() - self._since_s
         key = (self._job, self._phase)
         self._samples.setdefault(key, deque(maxlen=_KEPT_SAMPLES)).append(took_s)
         self._samples.move_to_end(key)

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-from xditd.daemon.loop import Loop, Timer
+from xditd.daemon.loop import Deadline, Loop
 from xditd.daemon.paces import Paces
 from xditd.ipc.worker_messages import AnyCommand, StepReached
 
 
 class ProgressWatch:
-    """Call ``on_silent(seconds)`` once a sign is overdue while ``is_busy()``.
-
-    One timer follows all commands: there may be hundreds a second, and each would leave its own behind for minutes.
-    """
+    """Call ``on_silent(seconds)`` once a sign is overdue while ``is_busy()``."""
 
     def __init__(self, loop: Loop, is_busy: Callable[[], bool], on_silent: Callable[[float], None]) -> None:
-        self._loop = loop
         self._is_busy = is_busy
         self._on_silent = on_silent
-        self._last_s = 0.0
-        self._due_s = 0.0
-        self._timer: Timer | None = None
+        self._deadline = Deadline(loop, self._missed)
 
     @property
     def overdue_s(self) -> float:
         """How long a busy group has been silent beyond the deadline; 0 while it is within."""
-        if self._timer is None or not self._is_busy():
-            return 0.0
-        return max(0.0, time.monotonic() - self._due_s)
+        return self._deadline.overdue_s if self._is_busy() else 0.0
 
     def expect(self, deadline_s: float) -> None:
         """Something happened; the next sign is due within ``deadline_s``."""
-        self._last_s = time.monotonic()
-        self._due_s = self._last_s + deadline_s
-        if self._timer is not None and self._timer.due_s > self._due_s:
-            self.stop()
-        if self._timer is None:
-            self._timer = self._loop.call_later(deadline_s, self._check)
+        self._deadline.extend(deadline_s)
 
     def stop(self) -> None:
         """The group has ended."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline.stop()
 
-    def _check(self) -> None:
-        self._timer = None
-        if not self._is_busy():
-            return
-        now = time.monotonic()
-        if now >= self._due_s:
-            self._on_silent(now - self._last_s)
-        else:
-            self._timer = self._loop.call_later(self._due_s - now, self._check)
+    def _missed(self) -> None:
+        if self._is_busy():
+            self._on_silent(self._deadline.waited_s)
 
 
 class CommandWatch:

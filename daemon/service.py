@@ -69,7 +69,6 @@ class Service:
         self.accounts = Accounts()
         self.started_s = time.monotonic()
         self.is_stopping = False
-        self._beats_checked_s = self.started_s
         self.snapshot: msgspec.Raw | None = None
         """The state in the form in which it is sent, until anything may have changed."""
         self.failure: XditdError | None = None
@@ -176,7 +175,7 @@ class Service:
         self.vitals.end(f"stopping: {why}")
         for job in self.desk.queue.waiting:
             self.desk.cancel(job, stopping)
-        self.loop.call_later(deadline_s, lambda: self._end_drain(stopping))
+        self.loop.deadline(deadline_s, lambda: self._end_drain(stopping))
 
     def fail(self, error: XditdError) -> None:
         """Stop because the daemon cannot go on: like :meth:`stop`, and it ends with this error."""
@@ -229,19 +228,12 @@ class Service:
 
     def _check_beats(self) -> None:
         """End the sessions of clients that are there but say nothing: a stopped one must not hold memory for ever."""
-        now = time.monotonic()
         deadline_s = self.configuration.client_deadline_s
-        every_s = deadline_s / BEATS
-        # Where this process itself stood still, what clients have sent meanwhile comes first.
-        if now - self._beats_checked_s < 2 * every_s:
-            for session in self.sessions:
-                silent_s = now - session.heard_s
-                if silent_s >= deadline_s:
-                    self.end_session(
-                        session, f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})"
-                    )
-        self._beats_checked_s = now
-        self.loop.call_later(every_s, self._check_beats)
+        for session in self.sessions:
+            silent_s = self.loop.clock.waited_s(session.heard_s)
+            if silent_s >= deadline_s:
+                self.end_session(session, f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})")
+        self.loop.call_later(deadline_s / BEATS, self._check_beats)
 
     def _close_unreachable(self) -> None:
         unreachable, self.front.unreachable = self.front.unreachable, {}
@@ -255,7 +247,7 @@ class Service:
 
     def _end_drain(self, stopping: DaemonStopping) -> None:
         self.desk.cancel_all(stopping)
-        self.loop.call_later(CANCEL_GRACE_S, self._shut_down)
+        self.loop.deadline(CANCEL_GRACE_S, self._shut_down)
 
     def _shut_down(self) -> None:
         if not self._is_shutting_down:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from xditd.daemon.loop import Loop
 from xditd.daemon.peers import Peer
@@ -22,8 +21,8 @@ class Session:
     process: ProcessIdentity
     pidfd: int
     client_name: str
-    heard_s: float = field(default_factory=time.monotonic)
-    """When its client last said something."""
+    heard_s: float = 0.0
+    """When its client last said something, by the loop's clock."""
     has_io: bool = False
     """Whether workers may have an I/O block of its process open."""
 
@@ -58,7 +57,7 @@ class Sessions:
         except OSError as error:
             raise Busy(f"no more clients can be watched: {error.strerror}; raise the limit on open files") from error
         try:
-            session = Session(routing_id, address, identify(peer.pid), pidfd, client_name)
+            session = Session(routing_id, address, identify(peer.pid), pidfd, client_name, self._loop.clock.now_s())
         except ProcessGone:
             os.close(pidfd)
             raise

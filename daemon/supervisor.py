@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,13 +13,14 @@ from xditd.daemon.group import CommandMaker, Group
 from xditd.daemon.leader import Leader, leader_command
 from xditd.daemon.listeners import GroupListener
 from xditd.daemon.logbook import Logbook
-from xditd.daemon.loop import Callback, Loop, Timer
+from xditd.daemon.loop import Callback, Deadline, Loop, Timer
 from xditd.daemon.paces import Paces
 from xditd.daemon.peers import check_uid
 from xditd.daemon.progress import CommandWatch, ProgressWatch
 from xditd.daemon.restarts import RestartBudget
 from xditd.daemon.routers import Envelope, Router
 from xditd.daemon.states import GROUP_NEXT, move
+from xditd.daemon.worker_output import WorkerOutput
 from xditd.ipc.codec import report_decoder
 from xditd.ipc.errors import (
     BadMessage,
@@ -30,6 +31,7 @@ from xditd.ipc.errors import (
     XditdError,
     error_for,
 )
+from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 from xditd.ipc.status import GroupState
 from xditd.ipc.worker_messages import (
     Answer,
@@ -48,8 +50,8 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_GRACE_S: Final = 5.0
 """From Shutdown to SIGTERM: unmapping takes well under a second."""
 
-CONFIGURATION_STATUS: Final = 2
-"""The leader's exit status for what no restart can cure."""
+_PASSING: Final = (errno.EAGAIN, errno.ENOMEM)
+"""Why a process could not be started now, and may be later; anything else stays as it is."""
 
 
 class Supervisor:
@@ -85,11 +87,11 @@ class Supervisor:
         self._is_ended_by_us = False
         self._started_s = 0.0
         self._ready_s: float | None = None
-        self._start_timer: Timer | None = None
+        self._start_deadline: Deadline | None = None
         self._restart_timer: Timer | None = None
         self._on_stopped: Callback | None = None
         silence = ProgressWatch(loop, lambda: self.state is GroupState.BUSY, self._fell_silent)
-        self._progress = CommandWatch(Paces.of(configuration), silence)
+        self._progress = CommandWatch(Paces.of(configuration, loop.clock), silence)
         loop.watch_socket(router.socket, self._read_reports)
 
     @property
@@ -118,7 +120,7 @@ class Supervisor:
         self.state = move(GROUP_NEXT, self.state, GroupState.STARTING)
         self.detail = "workers are starting" if self.starts == 0 else f"workers are being rebuilt: {self.detail}"
         self.starts += 1
-        self._started_s = time.monotonic()
+        self._started_s = self._loop.clock.now_s()
         self._ready_s = None
         self._is_ended_by_us = False
         token = os.urandom(16).hex()
@@ -127,11 +129,9 @@ class Supervisor:
         try:
             self._leader = Leader(self._loop, self._logbook, command, self._environment, self._leader_gone)
         except OSError as error:
-            self._mark_dead(WorkersLost(f"worker command {command[0]}: {error.strerror}"))
-            self._give_up(f"worker command {command[0]}: {error.strerror}; correct [workers] command")
+            self._could_not_start(command[0], error)
             return
-        deadline_s = self._configuration.start_deadline_s
-        self._start_timer = self._loop.call_later(deadline_s, self._start_overdue)
+        self._start_deadline = self._loop.deadline(self._configuration.start_deadline_s, self._start_overdue)
         logger.info("worker group starting leader_pid=%d start=%d", self._leader.pid, self.starts)
 
     def tell(self, make: CommandMaker) -> None:
@@ -170,7 +170,7 @@ class Supervisor:
             on_stopped()
         elif self.is_idle and self._live_group().interject(lambda number: Shutdown(op_number=number)):
             self._mark_dead(WorkersLost("the daemon is stopping"))
-            self._loop.call_later(SHUTDOWN_GRACE_S, leader.terminate)
+            self._loop.deadline(SHUTDOWN_GRACE_S, leader.terminate)
         else:
             self.end(WorkersLost("the daemon is stopping"))
 
@@ -232,7 +232,7 @@ class Supervisor:
         self._cancel_start_deadline()
         self.state = move(GROUP_NEXT, self.state, GroupState.READY)
         self.detail = ""
-        self._ready_s = time.monotonic()
+        self._ready_s = self._loop.clock.now_s()
         first = group.ranks[min(group.ranks)]
         size = group.world_size
         logger.info(
@@ -259,17 +259,33 @@ class Supervisor:
             logger.error("worker group ended code=%s: %s", error.code, error.detail)
         self.listener.group_ended(error)
 
-    def _leader_gone(self, status: int, last_line: str) -> None:
+    def _leader_gone(self, status: int, output: WorkerOutput) -> None:
         self._leader = None
+        why = output.explain(status)
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
-            self._mark_dead(WorkersLost(f"the group's leader exited with status {status}: {last_line or 'no output'}"))
+            self._mark_dead(WorkersLost(why))
+        elif self._on_stopped is None and output.verdict and status == 1:
+            # We ended the group, for what its ranks reported; which of them was lost first, only the leader knows.
+            self.detail = f"{self.detail}; {output.verdict}"
+            logger.error("worker group had ended: %s", output.verdict)
         if self._on_stopped is not None:
             self._on_stopped()
-            return
-        if status == CONFIGURATION_STATUS and not self._is_ended_by_us:
-            self._give_up(last_line or "the workers refused their configuration and did not say why")
-            return
-        ready_for_s = 0.0 if self._ready_s is None else time.monotonic() - self._ready_s
+        elif output.is_final(status) and not self._is_ended_by_us:
+            self._give_up(output.verdict or why)
+        else:
+            self._plan_next_life()
+
+    def _could_not_start(self, program: str, error: OSError) -> None:
+        self._mark_dead(WorkersLost(f"worker command {program}: {error.strerror}"))
+        if is_want_of_descriptors(error):
+            self._give_up(describe_limit())
+        elif error.errno in _PASSING:
+            self._plan_next_life()
+        else:
+            self._give_up(f"worker command {program}: {error.strerror}; correct [workers] command")
+
+    def _plan_next_life(self) -> None:
+        ready_for_s = 0.0 if self._ready_s is None else self._loop.clock.now_s() - self._ready_s
         delay_s = self.restarts.note_end(ready_for_s)
         if delay_s is None:
             self._give_up(f"the workers failed {self.restarts.failures} times in a row; last: {self.detail}")
@@ -295,9 +311,9 @@ class Supervisor:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))
 
     def _cancel_start_deadline(self) -> None:
-        if self._start_timer is not None:
-            self._start_timer.cancel()
-            self._start_timer = None
+        if self._start_deadline is not None:
+            self._start_deadline.stop()
+            self._start_deadline = None
 
     def _live_group(self) -> Group:
         if self.group is None:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import logging
 import sys
 
-from xditd.gpu_workers.leader import lead
-from xditd.gpu_workers.options import parse
-from xditd.ipc.errors import RequestError
+from xditd.gpu_workers.loopback import check_loopback
+from xditd.gpu_workers.start_faults import explain
+from xditd.ipc.errors import XditdError
+from xditd.ipc.worker_messages import CONFIGURATION_STATUS, VERDICT_PREFIX
 
-CONFIGURATION_ERROR = 2
-"""Exit status that tells the daemon not to try again; the reason is the last line on stderr."""
+logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    options = parse(sys.argv[1:])
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s leader %(name)s: %(message)s")
+    """Lead a group to its end; returns the exit status. A line on stderr says why it is not 0."""
+    logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
+        check_loopback()
+        # Imported here: they import torch, and where that is missing somebody has to say so.
+        from xditd.gpu_workers.leader import lead
+        from xditd.gpu_workers.options import parse
+
+        options = parse(sys.argv[1:])
+        logging.getLogger().setLevel(options.log_level.upper())
         return lead(options)
-    except RequestError as error:
-        print(f"worker group: {error.detail}", file=sys.stderr, flush=True)
-        return CONFIGURATION_ERROR
+    except Exception as error:
+        if not isinstance(error, XditdError):
+            logger.exception("the leader cannot go on")
+        why, is_final = explain(error)
+        print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
+        return CONFIGURATION_STATUS if is_final else 1
 
 
 if __name__ == "__main__":

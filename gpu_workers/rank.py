@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xditd.gpu_workers import xfuser_start
+from xditd.gpu_workers import start_faults, xfuser_start
 from xditd.gpu_workers.channel import DaemonChannel
 from xditd.gpu_workers.options import Options
 from xditd.gpu_workers.parents import die_with_parent
@@ -32,6 +32,7 @@ from xditd.ipc.processes import age_s
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import (
+    CONFIGURATION_STATUS,
     AnyCommand,
     CanaryRead,
     CancelRun,
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIGURATION_ERROR = 2
 MEASURE_EVERY_S = 1.0
 
 SWEEP_EVERY_S = 0.5
@@ -70,7 +70,7 @@ SWEEP_EVERY_S = 0.5
 def main(
     options: Options, rank: int, plan: Plan, device: str, complain: Connection, leader_pid: int, store_path: str
 ) -> None:
-    """Run one rank to its end. ``complain`` takes the reason when the configuration cannot work.
+    """Run one rank to its end. ``complain`` takes the reason when it cannot start.
 
     The ranks find each other through ``store_path``, an empty file of the leader's.
     """
@@ -97,10 +97,14 @@ def main(
             options.patching,
             options.precision,
         )
-    except RequestError as error:
-        complain.send_bytes(error.detail.encode()[:65_536])
-        sys.exit(CONFIGURATION_ERROR)
-    Rank(options, layout, report(plan, options.layout), outside).serve()
+        served = Rank(options, layout, report(plan, options.layout), outside)
+    except Exception as error:
+        if not isinstance(error, RequestError):
+            logger.exception("rank cannot start rank=%d", rank)
+        why, is_final = start_faults.explain(error)
+        complain.send_bytes(why.encode()[: start_faults.MAX_DETAIL_BYTES])
+        sys.exit(CONFIGURATION_STATUS if is_final else 1)
+    served.serve()
 
 
 def _quiet_libraries() -> None:

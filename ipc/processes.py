@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Annotated
 
@@ -53,3 +54,15 @@ def is_alive(process: ProcessIdentity) -> bool:
         return identify(process.pid) == process
     except ProcessGone:
         return False
+
+
+def describe_exit(status: int) -> str:
+    """Say how a child ended, from its exit status, or from the number of the signal that killed it, negated."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (by somebody, or by the kernel for want of memory: see dmesg)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

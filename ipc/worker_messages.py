@@ -6,7 +6,7 @@ the group; a report names the command that it answers and the rank that answers.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
@@ -18,6 +18,15 @@ from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Digest, FileDigest, HostShmBlock, Manifest, Name
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
+
+CONFIGURATION_STATUS: Final = 2
+"""Exit status of a leader, or a rank, for what no restart can cure: a setting, the installation, a limit."""
+
+VERDICT_PREFIX: Final = "worker group: "
+"""Begins the line in which a leader says why the group has ended."""
+
+UNEXPLAINED: Final = "and did not say why"
+"""Ends such a line where the leader does not know; the processes' output may."""
 
 
 class Command(Message, frozen=True, kw_only=True):

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import zmq
 
 from xditd.daemon.loop import Loop
+from xditd.ipc import awake_clock
 
 
 @pytest.fixture
@@ -99,3 +102,67 @@ def test_socket_callback_that_leaves_messages_is_called_again(loop: Loop) -> Non
     receiver.close()
     sender.close()
     context.term()
+
+
+@pytest.fixture
+def stand_still(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the monotonic clock be so much further than it was, as after SIGSTOP and SIGCONT."""
+    jumps: list[float] = []
+    jumping = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(jumps))
+    monkeypatch.setattr(awake_clock, "time", jumping)
+    return jumps.append
+
+
+def test_deadline_is_missed_once_and_not_early(loop: Loop) -> None:
+    missed: list[float] = []
+    deadline = loop.deadline(0.05, lambda: missed.append(deadline.waited_s))
+    loop.call_later(0.15, loop.stop)
+    loop.run(nothing)
+    assert len(missed) == 1
+    assert missed[0] >= 0.05
+
+
+def test_deadline_that_is_stopped_is_not_missed(loop: Loop) -> None:
+    missed: list[str] = []
+    loop.deadline(0.02, lambda: missed.append("wrong")).stop()
+    loop.call_later(0.06, loop.stop)
+    loop.run(nothing)
+    assert missed == []
+
+
+def test_standstill_of_the_loop_starts_every_deadline_anew(
+    loop: Loop, stand_still: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    missed: list[float] = []
+    began = time.monotonic()
+    for _ in range(2):
+        loop.deadline(0.1, lambda: missed.append(time.monotonic() - began))
+    loop.call_later(0.08, lambda: stand_still(15.0))
+    loop.call_later(0.4, loop.stop)
+    loop.run(nothing)
+    assert len(missed) == 2
+    assert min(missed) >= 0.18
+    assert "stood still for 15.0 s" in caplog.text
+
+
+def test_standstill_between_waking_and_judging_counts_too(loop: Loop, stand_still: Callable[[float], None]) -> None:
+    missed: list[float] = []
+    began = time.monotonic()
+    loop.call_later(0.05, lambda: stand_still(15.0))
+    loop.deadline(0.05, lambda: missed.append(time.monotonic() - began))
+    while time.monotonic() - began < 0.06:
+        pass  # both are due in the loop's first round
+    loop.call_later(0.3, loop.stop)
+    loop.run(nothing)
+    assert len(missed) == 1
+    assert missed[0] >= 0.1
+
+
+def test_timers_go_on_through_a_standstill(loop: Loop, stand_still: Callable[[float], None]) -> None:
+    """What the daemon itself has to do, such as to feed the watchdog, is done at once."""
+    ran: list[float] = []
+    began = time.monotonic()
+    loop.call_later(0.02, lambda: stand_still(15.0))
+    loop.call_later(0.04, lambda: (ran.append(time.monotonic() - began), loop.stop()))
+    loop.run(nothing)
+    assert ran[0] < 1.0

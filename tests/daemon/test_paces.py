@@ -5,7 +5,6 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from xditd.daemon import paces
 from xditd.daemon.paces import FACTOR, SLOWEST_BYTES_PER_S, Paces, kind_of
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Generate
@@ -32,20 +31,15 @@ GENERATE = Generate(
 class Clock:
     now_s = 1000.0
 
-    def monotonic(self) -> float:
-        return self.now_s
-
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(paces, "time", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
 def subject(clock: Clock) -> Paces:
-    return Paces(hang_deadline_s=HANG_S, step_deadline_s=STEP_S, lend_deadline_s=LEND_S)
+    return Paces(hang_deadline_s=HANG_S, step_deadline_s=STEP_S, lend_deadline_s=LEND_S, now_s=lambda: clock.now_s)
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""Running out of descriptors: how it shows, and what to say of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+
+def is_want_of_descriptors(error: BaseException) -> bool:
+    """Say whether an error means that this process, or the machine, may open no more files.
+
+    Libraries in C++ pass on no number: gloo raises RuntimeError with the system's words (gloo/transport/tcp/loop.cc).
+    """
+    number = getattr(error, "errno", None)
+    return number in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error)
+
+
+def describe_limit() -> str:
+    """Name the limit on open files of this process, and the remedy."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"too many open files: the hard limit of this process is {hard}; raise it to 1024 or more "
+        "(ulimit -Hn, LimitNOFILE= of the service, --ulimit nofile= of the container), then start the daemon again"
+    )

@@ -1,0 +1,96 @@
+"""A worker group that cannot start, with the real leader: the true cause in status and log, and no other try."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from xditd.ipc.status import DaemonStatus, GroupState
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # as in an environment where it is not installed
+runpy.run_module("xditd.gpu_workers", run_name="__main__", alter_sys=True)
+"""
+
+
+def given_up(daemon: Any) -> DaemonStatus:
+    status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert status.counters.group_starts == 1
+    assert status.group_detail in daemon.log
+    return status
+
+
+def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
+    status = given_up(start_daemon(command=[sys.executable, "-c", WITHOUT_TORCH]))
+    assert "cannot import what workers need" in status.group_detail
+    assert "torch" in status.group_detail
+    assert "pip install 'xditd[workers]'" in status.group_detail
+
+
+def test_missing_package_is_named_and_not_tried_again(start_daemon: Any) -> None:
+    """An interpreter that does not even find the leader."""
+    status = given_up(start_daemon(command=[sys.executable, "-S", "-I", "-m", "xditd.gpu_workers"]))
+    assert "xditd" in status.group_detail
+
+
+def test_loopback_that_is_down_is_named_and_not_tried_again(start_daemon: Any) -> None:
+    alone = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespace may be made here")
+    # Only the leader: a daemon in a user namespace of its own would see its clients as another user's.
+    status = given_up(start_daemon(command=[*alone, sys.executable, "-m", "xditd.gpu_workers"]))
+    assert "network interface lo: it is down" in status.group_detail
+    assert "ip link set lo up" in status.group_detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [13, pytest.param(40, marks=pytest.mark.long)])
+def test_want_of_descriptors_is_named_and_not_tried_again(start_daemon: Any, limit: int) -> None:
+    limited = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-m", "xditd.gpu_workers"]
+    status = given_up(start_daemon(command=limited, device="cpu", count=2))
+    assert f"the hard limit of this process is {limit}" in status.group_detail
+    assert "LimitNOFILE=" in status.group_detail
+
+
+def test_daemon_without_descriptors_for_its_workers_says_so(start_daemon: Any) -> None:
+    daemon = start_daemon(before=["sh", "-c", 'ulimit -n 20; exec "$@"', "sh"])
+    status = given_up(daemon)
+    assert "the hard limit of this process is 20" in status.group_detail
+
+
+def test_daemon_without_descriptors_for_itself_says_so(start_daemon: Any) -> None:
+    daemon = start_daemon(before=["sh", "-c", 'ulimit -n 14; exec "$@"', "sh"])
+    assert daemon.wait() == 1
+    assert "the hard limit of this process is 14" in daemon.log
+    assert "defect" not in daemon.log
+
+
+@pytest.mark.parametrize("status", [126, 127])
+def test_program_that_a_shell_cannot_run_is_not_tried_again(start_daemon: Any, status: int) -> None:
+    found = given_up(start_daemon(command=["sh", "-c", f"echo leader: not found >&2; exit {status}", "sh"]))
+    assert "leader: not found" in found.group_detail
+    assert f"exited with status {status}" in found.group_detail
+
+
+def test_leader_that_leaves_unasked_is_not_reported_as_a_success(start_daemon: Any) -> None:
+    daemon = start_daemon(worker_flags=["--exit-status", "0"], max_restarts=0)
+    client = daemon.client()
+    status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "left without being told to (exit status 0)" in status.group_detail
+
+
+def test_leader_that_is_killed_is_reported_by_the_signal(start_daemon: Any) -> None:
+    daemon = start_daemon(max_restarts=0)
+    client = daemon.ready_client()
+    pid = client.status().workers[0].pid
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        leader = int(stat.read().rpartition(")")[2].split()[1])
+    os.kill(leader, signal.SIGKILL)
+    status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "the group's leader was killed by SIGKILL" in status.group_detail

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from xditd.ipc import awake_clock
+from xditd.ipc.awake_clock import STANDSTILL_S, TICK_S, AwakeClock
+
+
+class Monotonic:
+    """The monotonic clock, in the hands of the test."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def run(self, seconds: float, clock: AwakeClock) -> None:
+        """Let time pass while the process runs, and so reads its clock."""
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self.now_s = min(end_s, self.now_s + TICK_S)
+            clock.now_s()
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Monotonic:
+    real = Monotonic()
+    monkeypatch.setattr(awake_clock, "time", real)
+    return real
+
+
+def test_time_in_which_the_process_runs_is_counted(real: Monotonic) -> None:
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    real.run(7.0, clock)
+    assert clock.now_s() - began_s == pytest.approx(7.0)
+    assert clock.waited_s(began_s) == pytest.approx(7.0)
+    assert clock.stood_still_s == 0.0
+
+
+def test_a_standstill_is_not_counted_and_grants_all_the_time_again(real: Monotonic) -> None:
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    real.run(7.0, clock)
+    real.now_s += 3600.0
+    assert clock.waited_s(began_s) == 0.0
+    assert clock.now_s() - began_s == pytest.approx(7.0)
+    assert clock.stood_still_s == pytest.approx(3600.0)
+    real.run(2.0, clock)
+    assert clock.waited_s(began_s) == pytest.approx(2.0)
+
+
+def test_what_began_after_a_standstill_is_timed_from_its_beginning(real: Monotonic) -> None:
+    clock = AwakeClock()
+    real.now_s += 60.0
+    clock.now_s()
+    real.run(5.0, clock)
+    began_s = clock.now_s()
+    real.run(1.0, clock)
+    assert clock.waited_s(began_s) == pytest.approx(1.0)
+
+
+def test_a_busy_moment_is_no_standstill(real: Monotonic) -> None:
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    real.now_s += 0.9 * STANDSTILL_S
+    assert clock.waited_s(began_s) == pytest.approx(0.9 * STANDSTILL_S)
