@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from xditd.client.client import Client
 from xditd.client.demo.output import writing_to
@@ -40,7 +40,7 @@ class DaemonProcess:
             "xditd.daemon",
             ["--runtime-dir", str(self.runtime_dir), "--workers", str(workers), "--device", device, *flags],
         )
-        with log.open("wb") as stderr:
+        with self._log_file() as stderr:
             # A session of its own: Ctrl-C ends the demo, which then ends the daemon in good order.
             self._process = subprocess.Popen(
                 command,
@@ -50,6 +50,13 @@ class DaemonProcess:
                 stderr=stderr,
                 start_new_session=True,
             )
+
+    def _log_file(self) -> BinaryIO:
+        try:
+            return self.log.open("wb")
+        except OSError:
+            self.runtime_dir.rmdir()
+            raise
 
     @property
     def pid(self) -> int:

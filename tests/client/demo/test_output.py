@@ -1,5 +1,6 @@
 """Folders of the demo that cannot be written: a typed error that names place and remedy, and no traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ def test_what_the_operating_system_says_is_typed(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_into_a_folder_without_room(tmp_path):
+def test_demo_into_a_folder_without_room(tmp_path, tmp_path_factory):
     mount = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
     demo = [Path(sys.executable).with_name("xditd"), "demo", "--device", "cpu", "--out", tmp_path / "out"]
+    temporary = tmp_path_factory.mktemp("temporary")
     word = ["unshare", "-rm", "sh", "-c", mount, "sh", "nr_inodes=2", str(tmp_path), *map(str, demo)]
-    done = subprocess.run(word, capture_output=True, text=True, timeout=120, check=False)
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(word, capture_output=True, text=True, timeout=120, check=False, env=environ)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("needs a mount namespace of its own")
     assert done.returncode == 1
@@ -34,3 +37,4 @@ def test_demo_into_a_folder_without_room(tmp_path):
     assert "No space left on device" in last
     assert "(--out)" in last
     assert "Traceback" not in done.stderr
+    assert not list(temporary.iterdir())

@@ -36,7 +36,8 @@ TORCHRUN = {
 def test_the_runtime_folder_is_removed_and_a_rank_dies(daemon, client, good_job, wait_until):
     """Sockets are back within seconds, connections stay, and the rebuilt ranks find daemon and each other."""
     before = client.status()
-    shutil.rmtree(daemon.runtime_dir)
+    removed = daemon.runtime_dir.rename(daemon.runtime_dir.with_name("removed"))
+    shutil.rmtree(removed)
     good_job()
     wait_until((daemon.runtime_dir / "workers.sock").exists, "the folder to be made again")
     os.kill(before.workers[1].pid, signal.SIGKILL)

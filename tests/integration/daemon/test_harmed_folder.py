@@ -28,13 +28,19 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+def remove(folder: Path) -> None:
+    """In one step: the daemon may look at any time."""
+    folder.rename(folder.with_name("removed"))
+    shutil.rmtree(folder.with_name("removed"))
+
+
 def test_a_removed_folder_is_made_again(start_daemon: Any, memory: Any, wait_until: Any) -> None:
     daemon = start_daemon("--metrics", "unix")
     client = daemon.ready_client()
     lent = client.lend(memory.manifest())
     running = client.send(memory.generate(lent.component_id, steps=100))
     client.wait_event(running, StepDone)
-    shutil.rmtree(daemon.runtime.path)
+    remove(daemon.runtime.path)
     everything = {"daemon.sock", "workers.sock", "metrics.sock", "daemon.lock"}
     wait_until(lambda: names(daemon.runtime.path) >= everything, MENDED_S)
     assert isinstance(client.wait(running), Generated)  # connections that exist stay
@@ -54,7 +60,7 @@ def test_a_removed_folder_is_made_again(start_daemon: Any, memory: Any, wait_unt
 def test_a_folder_removed_while_the_workers_start(start_daemon: Any, wait_until: Any) -> None:
     daemon = start_daemon(worker_flags=["--late-s", "1"])
     wait_until(lambda: "fake leader start=1" in daemon.log)
-    shutil.rmtree(daemon.runtime.path)
+    remove(daemon.runtime.path)
     wait_until(daemon.runtime.client_socket.exists, MENDED_S)
     assert daemon.ready_client().status().counters.group_starts == 1
 
@@ -85,9 +91,11 @@ def test_a_second_daemon_is_refused_although_the_lock_was_removed(start_daemon: 
 def test_a_daemon_whose_folder_another_one_has_taken_ends(start_daemon: Any, folder: Path) -> None:
     first = start_daemon()
     client = first.ready_client()
+    first.process.send_signal(signal.SIGSTOP)  # it would be the first to make the folder again
     first.runtime.path.rename(folder / "elsewhere")
     second = start_daemon()
     second.ready_client()
+    first.process.send_signal(signal.SIGCONT)
     assert first.wait() == 1
     assert f"another daemon (pid {second.process.pid}) holds it" in first.log
     client.close()
@@ -97,8 +105,10 @@ def test_a_daemon_whose_folder_another_one_has_taken_ends(start_daemon: Any, fol
 def test_a_folder_that_cannot_be_made_again_ends_the_daemon(start_daemon: Any) -> None:
     daemon = start_daemon()
     daemon.ready_client()
-    shutil.rmtree(daemon.runtime.path)
+    daemon.process.send_signal(signal.SIGSTOP)
+    remove(daemon.runtime.path)
     daemon.runtime.path.write_text("in the way")
+    daemon.process.send_signal(signal.SIGCONT)
     assert daemon.wait() == 1
     assert "exists and is not a folder" in daemon.log
     assert "Traceback" not in daemon.log
