@@ -21,14 +21,12 @@ from xditd.ipc.errors import BadRequest
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    umask = os.umask(0o022)  # which the folder changes for the whole process
     with tempfile.TemporaryDirectory(prefix="xditd-") as name:
         configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
         with RuntimeFolder(configuration.runtime) as folder:
             service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
             yield service
             service.close()
-    os.umask(umask)
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,9 @@ Listen = Callable[[RuntimeFolder], None]
 
 
 @pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RuntimeDir]:
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
     monkeypatch.chdir(tmp_path)  # relative paths keep sockets short
-    mask = os.umask(0o022)
-    yield RuntimeDir(Path("run"))
-    os.umask(mask)
+    return RuntimeDir(Path("run"))
 
 
 @pytest.fixture
