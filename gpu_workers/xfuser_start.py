@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
 from xditd.gpu_workers.clock import Clock
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "lo"
-GROUP_TIMEOUT = timedelta(seconds=120)
-"""How long ranks wait for each other, at start and in a collective. The daemon ends a stuck group sooner."""
+GROUP_TIMEOUT = timedelta(days=7)
+"""How long ranks wait for each other, at start and in a collective: the daemon alone judges who is late. gloo, NCCL and
+the store count the time in which all ranks stood still (SIGSTOP, a frozen container), and would end a sound group."""
 
 
 def start(
@@ -72,6 +74,7 @@ def start(
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
     if degrees.pipefusion > 1:
         _connect_stages(device)
+    _set_timeouts()
     clock.mark("kernels")
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
@@ -105,9 +108,11 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
     # Nothing listens beyond loopback. The parent sets these too; a rank started by hand must not be more open.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    store = dist.FileStore(store_path, world_size)
+    store.set_timeout(GROUP_TIMEOUT)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(store_path, world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=GROUP_TIMEOUT,
@@ -115,6 +120,12 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
         # xfuser reports (core/distributed/parallel_state.py) that its new_group calls then fail. set_device above
         # already binds every communicator of this rank to the one GPU that it uses.
     )
+
+
+def _set_timeouts() -> None:
+    """Set :data:`GROUP_TIMEOUT` for xfuser's groups, too: it makes them with torch's own, 10 or 30 minutes."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)
 
 
 def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:
