@@ -94,7 +94,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
                     "error": float((results[0] - expected).norm() / expected.norm()),
                     "same_bits_again": bool(torch.equal(*results)),
                     "error_of_a_step": skeleton.fast_error,
-                    "refused": bool(layout.fused_attention) and skeletons.fast_error is None,
+                    "refused": bool(layout.fused_attention) and skeleton.fast_error is None,
                     "own_bytes": reserved,
                     "plug_ms": plug_ms,
                 }

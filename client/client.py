@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -24,6 +24,7 @@ from xditd.client.results import GenerationResult
 from xditd.client.running import Runner
 from xditd.client.session import Session
 from xditd.client.text_encoding import TextEncoding
+from xditd.client.waiting import wait_for
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
@@ -42,14 +43,16 @@ from a cold disk and compiling on the first step all stay well below it."""
 class Client:
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
-    ``runtime_dir`` is the daemon's folder (default ``$XDG_RUNTIME_DIR/xditd``). ``deadline_s`` bounds
-    the silence between two signs of progress of a lend or a job; a total can be given to each call.
+    ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
+    ``deadline_s`` bounds the silence between two signs of progress of a lend or a job; a total can be given to each
+    call. ``wait_s`` is for a daemon that is being started: how long to wait until its workers are ready.
     Safe to use from several threads, not across ``fork``. When the daemon is gone, waiting calls raise
     :class:`DaemonUnreachable` within a second; the next call greets the new daemon, where loans have
     to be made again. Leaving a ``with`` block, or ``close()``, ends all loans.
 
     Raises:
-        DaemonUnreachable: no daemon answered within 2 s.
+        DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
+        WorkersUnavailable, DeadlineExceeded: with ``wait_s``, the workers are given up, or not ready in time.
         ProtocolMismatch: the daemon is of a version that speaks another protocol.
         NotPermitted: the daemon serves another user.
     """
@@ -60,6 +63,7 @@ class Client:
         *,
         name: str = "python",
         deadline_s: float = SILENCE_DEADLINE_S,
+        wait_s: float = 0.0,
     ) -> None:
         self._runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(Path(runtime_dir).absolute())
         self._name = name
@@ -68,7 +72,15 @@ class Client:
         self._runner = Runner(self._pool, self._current, deadline_s)
         self._lock = threading.Lock()
         self._is_closed = False
-        self._session: Session | None = self._open()
+        self._session: Session | None = None
+        try:
+            if wait_s:
+                self.wait_ready(wait_s)
+            else:
+                self._current()
+        except BaseException:
+            self.close()
+            raise
 
     # --- Loans ---------------------------------------------------------------------------------
 
@@ -290,6 +302,20 @@ class Client:
         connection = self._current().connection
         request = GetStatus(request_id=connection.next_request_id())
         return connection.ask(request, Status, deadline_s=deadline_s).daemon
+
+    def wait_ready(
+        self, wait_s: float, *, workers: bool = True, show: Callable[[str], None] = lambda _: None
+    ) -> DaemonStatus:
+        """Wait until a daemon answers and its workers are ready, or, without ``workers``, until it answers.
+
+        ``show`` gets what is waited for, whenever it changes. A job may be sent before that, too: it then waits.
+
+        Raises:
+            DaemonUnreachable: no daemon answers within ``wait_s``.
+            WorkersUnavailable: the workers are given up.
+            DeadlineExceeded: the workers are not ready within ``wait_s``.
+        """
+        return wait_for(self.status, wait_s, workers=workers, show=show)
 
     def logs(self, after: int = 0, *, deadline_s: float = CONTROL_DEADLINE_S) -> tuple[list[str], int]:
         """Ask for recent log lines from number ``after`` on; returns them and the number to go on from."""

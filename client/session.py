@@ -54,7 +54,7 @@ class Session:
         self.connection = Connection(runtime, client_name=name)
         welcome = self.connection.welcome
         self.daemon_pid = welcome.daemon_pid
-        logger.info(
+        logger.debug(
             "session open socket=%s daemon_pid=%d daemon_version=%s workers=%d",
             runtime.client_socket, welcome.daemon_pid, welcome.package_version, welcome.world_size,
         )  # fmt: skip

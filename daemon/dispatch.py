@@ -59,7 +59,10 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
 """``Hello`` is not here: it makes the session that all others need."""
 
 _POLLED: Final = frozenset({requests.Beat, requests.GetStatus, requests.GetLogs})
-"""Asked over and over: at INFO they would push everything else out of the log that ``GetLogs`` shows."""
+"""Asked over and over, and change nothing."""
+
+_QUIET: Final = _POLLED | {requests.Hello, requests.Goodbye}
+"""Come with every look at the daemon: at INFO they would push other requests out of the log that ``GetLogs`` shows."""
 
 UNREADABLE_ID: Final = "?"
 """Answers a message whose own request id could not be read."""
@@ -95,9 +98,9 @@ class Dispatcher:
                 request_id = error.request_id or request_id
             self._refuse(envelope, request_id, error)
             return
-        level = logging.DEBUG
         if type(request) not in _POLLED:
-            level, self._service.snapshot = logging.INFO, None
+            self._service.snapshot = None
+        level = logging.DEBUG if type(request) in _QUIET else logging.INFO
         if reply is None:
             return
         self._service.front.answer(envelope.routing_id, reply)

@@ -62,6 +62,8 @@ def _escape(text: str) -> str:
 
 
 def _number(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
     if math.isinf(value):
         return "+Inf"
     return str(int(value)) if value == int(value) else repr(value)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from xditd.daemon.routers import Delivery, Router
+from xditd.ipc import limits
 from xditd.ipc.codec import encode
 from xditd.ipc.errors import BadMessage, OtherRankFailed
+from xditd.ipc.status import FusedCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -42,6 +44,7 @@ class Group:
         self._router = router
         self._routes: dict[int, bytes] = {}
         self._next_op_number = 1
+        self._fused_checks: dict[tuple[str, str], FusedCheck] = {}
 
     @property
     def world_size(self) -> int:
@@ -52,6 +55,11 @@ class Group:
     def outside_connections(self) -> int:
         """Connections to other hosts that its ranks have attempted."""
         return sum(tally.outside_connections for tally in self.tallies.values())
+
+    @property
+    def fused_checks(self) -> tuple[FusedCheck, ...]:
+        """How fused kernels compared with plain modules, oldest first; refusals stay longest."""
+        return tuple(self._fused_checks.values())
 
     @property
     def is_complete(self) -> bool:
@@ -119,11 +127,24 @@ class Group:
         in_flight.answers[answer.rank] = answer
         if isinstance(answer, (Done, Kept, Plugged)):
             self.tallies[answer.rank] = answer.tally
+            for check in answer.tally.fused_checks:
+                self._note(answer.rank, check)
         if len(in_flight.answers) < self.world_size:
             return None
         answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]
         self.in_flight = None
         return answers
+
+    def _note(self, rank: int, check: FusedCheck) -> None:
+        """Keep rank 0's comparisons, and from any rank those that were refused: others have fewer images to judge."""
+        key = (check.kernels, check.case)
+        if rank != 0 and check.is_used:
+            return
+        self._fused_checks.pop(key, None)
+        self._fused_checks[key] = check
+        if len(self._fused_checks) > limits.MAX_FUSED_CHECKS:
+            oldest = min(self._fused_checks, key=lambda each: not self._fused_checks[each].is_used)
+            del self._fused_checks[oldest]
 
     def _send_all(self, command: AnyCommand) -> bool:
         payload = encode(command)

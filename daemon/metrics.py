@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 
@@ -11,7 +12,7 @@ from xditd.daemon.exposition import Exposition
 from xditd.daemon.handlers.status import report_counters, report_workers
 from xditd.daemon.service import Service
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.status import GroupState, JobState, LeaseState
+from xditd.ipc.status import FusedCheck, GroupState, JobState, LeaseState
 from xditd.ipc.tensors import Tier
 
 
@@ -51,11 +52,31 @@ def _write_group(text: Exposition, service: Service) -> None:
     text.gauge(
         "xditd_worker_components", "Components mapped by a rank.", *(({"rank": w.rank}, w.loaded) for w in workers)
     )
+    checks = supervisor.group.fused_checks if supervisor.group is not None else ()
+    text.gauge(
+        "xditd_fused_error_ratio",
+        "Relative error of fused kernels against plain modules, by the tokens of a forward on a rank; NaN: not finite.",
+        *((_of(each), math.nan if each.error is None else each.error) for each in checks),
+    )
+    text.gauge(
+        "xditd_fused_tolerance_ratio",
+        "The error up to which fused kernels are used.",
+        *((_of(each), each.tolerance) for each in checks),
+    )
+    text.gauge(
+        "xditd_fused_in_use",
+        "1 where fused kernels are used, 0 where they were refused and plain modules run.",
+        *((_of(each), each.is_used) for each in checks),
+    )
     text.counter(
         "xditd_outside_connections_total",
         "Connections to other hosts that workers attempted; has to be 0.",
         ({}, counters.outside_connections),
     )
+
+
+def _of(check: FusedCheck) -> dict[str, str]:
+    return {"kernels": check.kernels, "tokens": check.case}
 
 
 def _write_jobs(text: Exposition, service: Service) -> None:

@@ -141,7 +141,9 @@ class Service:
             return
         lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
         leases = self.loans.registry.of_session(session)
-        logger.info("session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
+        # One that only looked leaves no line: at INFO those of a monitor would push out all others.
+        level = logging.INFO if leases else logging.DEBUG
+        logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.desk.cancel_session(session, lost)
         self.loans.end_all(leases, lost, then)
         if session.has_io and not self.sessions.has_process(session.process):

@@ -314,7 +314,7 @@ class Rank:
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
-            fast_error=self._components.skeletons.fast_error,
+            fused_checks=self._components.skeletons.take_checks(),
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -41,6 +41,16 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1
     from xditd.gpu_workers.fused.modulations import Schedule, Times
     from xditd.gpu_workers.pipefusion.key_values import KeyValues
+
+
+class TokenCounts(NamedTuple):
+    """How many tokens one rank works on in a forward: what decides how its sums are split."""
+
+    text: int
+    image: int
+
+    def __str__(self) -> str:
+        return f"{self.text} text + {self.image} image"
 
 
 class CheckpointOrderNorm(AdaLayerNormContinuous):
@@ -208,7 +218,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         fused, cache = self.fused, self._step_cache
         if fused is None or not fused.is_plugged or fused.canary.is_refused or joint_attention_kwargs:
             return plain(cache)
-        case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
+        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
         sample = fused.canary.run(
             case,
             lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, **others),

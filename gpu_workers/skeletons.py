@@ -18,7 +18,9 @@ from xditd.gpu_workers import attention
 from xditd.gpu_workers.families import detect
 from xditd.gpu_workers.families.base import Family, Resolution, Slice, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.ipc import limits
 from xditd.ipc.errors import Internal
+from xditd.ipc.status import FusedCheck
 
 Signature = frozenset[tuple[str, TensorInfo]]
 Key = tuple[str, Hashable, torch.dtype]
@@ -58,6 +60,10 @@ class Skeleton:
     def fast_error(self) -> float | None:
         """How far the fast path was from plain modules, relative, at most; ``None`` where nothing was compared."""
         return None if self._fast is None else self._fast.error
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out how the fast path compared with plain modules since the last call."""
+        return () if self._fast is None else self._fast.take_checks()
 
     def reserve(self) -> int:
         """Get what memory a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
@@ -135,11 +141,10 @@ class SkeletonCache:
         self._skeletons: dict[Key, Skeleton] = {}
         self._resolutions: dict[Signature, Resolution] = {}
 
-    @property
-    def fast_error(self) -> float | None:
-        """The largest such error of all skeletons."""
-        errors = [skeleton.fast_error for skeleton in self._skeletons.values()]
-        return max((error for error in errors if error is not None), default=None)
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out what all skeletons have to say."""
+        found = [check for skeleton in self._skeletons.values() for check in skeleton.take_checks()]
+        return tuple(found[-limits.MAX_FUSED_CHECKS :])
 
     def release_idle(self) -> None:
         """Free what was reserved for skeletons that nothing is plugged into."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
 from xditd.gpu_workers.clock import Clock
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "lo"
-GROUP_TIMEOUT = timedelta(seconds=120)
-"""How long ranks wait for each other, at start and in a collective. The daemon ends a stuck group sooner."""
+GROUP_TIMEOUT = timedelta(days=7)
+"""How long ranks wait for each other, at start and in a collective: the daemon alone judges who is late. gloo, NCCL and
+the store count the time in which all ranks stood still (SIGSTOP, a frozen container), and would end a sound group."""
 
 
 def start(
@@ -71,6 +73,7 @@ def start(
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
     if degrees.pipefusion > 1:
         _connect_stages(device)
+    _set_timeouts()
     clock.mark("kernels")
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
     # them, which takes 0.2 s and can fall into the middle of a lend.
@@ -117,6 +120,12 @@ def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> 
         # already binds every communicator of this rank to the one GPU that it uses.
     )
     return store
+
+
+def _set_timeouts() -> None:
+    """Set :data:`GROUP_TIMEOUT` for xfuser's groups, too: it makes them with torch's own, 10 or 30 minutes."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)
 
 
 def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:

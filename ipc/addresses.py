@@ -8,6 +8,9 @@ from pathlib import Path
 
 from xditd.ipc.errors import BadRequest
 
+RUNTIME_DIR_VARIABLE = "XDITD_RUNTIME_DIR"
+"""Names the folder for daemon, command line and library alike."""
+
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` holds 108 bytes with its final NUL (unix(7))."""
 
@@ -61,10 +64,13 @@ def endpoint(socket: Path) -> str:
 
 
 def default_runtime_dir() -> RuntimeDir:
-    """``$XDG_RUNTIME_DIR/xditd``, or ``/tmp/xditd-<uid>`` where no session manager made one.
+    """``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``, or ``/tmp/xditd-<uid>`` without a session manager.
 
     The daemon creates the folder with mode 0700 and refuses one that somebody else owns.
     """
+    named = os.environ.get(RUNTIME_DIR_VARIABLE)
+    if named:
+        return RuntimeDir(Path(named).absolute())
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
         return RuntimeDir(Path(base) / "xditd")

@@ -48,6 +48,9 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 
+MAX_FUSED_CHECKS: Final = 32
+"""Comparisons of fused kernels with plain modules that ``status`` shows; a new number of tokens makes another one."""
+
 MAX_LAYOUT_CANDIDATES: Final = 512
 """Ways to split the work of a group; 720 workers have 450, and no other number up to 1024 has more."""
 

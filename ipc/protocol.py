@@ -15,7 +15,8 @@ RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 ComponentId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_TEXT_CHARS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
-RelativeError = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
+MAX_RELATIVE_ERROR: Final = 1e6
+RelativeError = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RELATIVE_ERROR)]
 TimingsMs = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]], msgspec.Meta(max_length=64)]
 
 

@@ -118,6 +118,19 @@ class LayoutReport(Described, frozen=True, kw_only=True):
     candidates: Annotated[tuple[LayoutCandidate, ...], msgspec.Meta(max_length=limits.MAX_LAYOUT_CANDIDATES)]
 
 
+class FusedCheck(Described, frozen=True, kw_only=True):
+    """Fused kernels, compared with plain modules when a rank first ran them for so many tokens."""
+
+    kernels: Name
+    case: Name
+    """The tokens of a forward on that rank."""
+    error: RelativeError | None
+    """Relative error of the result; ``None`` where it was not finite."""
+    tolerance: RelativeError
+    is_used: bool
+    """Whether they run; else plain modules do. Once refused they are not used for any number of tokens."""
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -134,8 +147,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     attention_backend: Text
     precision: Text
     """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is up."""
-    fast_error: RelativeError | None
-    """How far fused kernels were from plain modules in bf16, relative, at most; ``None`` before the first job."""
+    fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)]
+    """How fused kernels compared with plain modules since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

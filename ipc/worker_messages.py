@@ -12,9 +12,9 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.protocol import ComponentId, Message, RelativeError, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import FusedCheck, LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Digest, FileDigest, HostShmBlock, Manifest, Name
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
@@ -186,7 +186,7 @@ class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
 
 
 class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Counters of one rank since its start, sent along with answers."""
+    """Counters of one rank since its start, and what is new, sent along with answers."""
 
     loaded: Count = 0
     skeletons_built: Count = 0
@@ -195,8 +195,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     outside_connections: Count = 0
     """Connections to other hosts that were attempted; without one, nothing can have been downloaded."""
     memory_bytes: Bytes = 0
-    fast_error: RelativeError | None = None
-    """How far fused kernels were from plain modules, at most; ``None`` before the first comparison."""
+    fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)] = ()
+    """Comparisons since the last tally; nearly always none."""
 
 
 AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached

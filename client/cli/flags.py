@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xditd.ipc import limits
+from xditd.ipc.addresses import RUNTIME_DIR_VARIABLE
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
@@ -22,6 +23,7 @@ def add_flag(
     type: Callable[[str], Any] = str,
     default: Any = None,
     metavar: str | None = None,
+    dest: str | None = None,
 ) -> None:
     """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag."""
     shown = "" if default is None else f" (default: {default})"
@@ -31,6 +33,7 @@ def add_flag(
         # argparse converts a default that is text as if it had been typed, and reports what is wrong with it.
         default=os.environ.get(variable, default),
         metavar=metavar,
+        **({} if dest is None else {"dest": dest}),
         help=f"{help}{shown} [{variable}]",
     )
 
@@ -47,7 +50,7 @@ def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser,
         "--runtime-dir",
-        variable="XDITD_RUNTIME_DIR",
+        variable=RUNTIME_DIR_VARIABLE,
         type=Path,
         metavar="DIR",
         help="folder of the daemon's sockets (default: $XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>)",

@@ -22,12 +22,14 @@ from xditd.client.cli import (
     serve,
     status,
     stop,
+    wait,
 )
 from xditd.ipc.errors import XditdError
 from xditd.ipc.inherited import reset_signals
 
 VERBS: dict[str, ModuleType] = {
     "serve": serve,
+    "wait": wait,
     "status": status,
     "generate": generate,
     "demo": demo,
@@ -46,6 +48,7 @@ _EPILOG = f"""\
 first steps:
   xditd demo --out out                 everything once, on small checkpoints made on the spot: out/demo.png
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
+  xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue
   xditd comfyui install ~/ComfyUI      the nodes for ComfyUI
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o out.png

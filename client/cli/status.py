@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Final
 
 import msgspec
@@ -15,11 +16,15 @@ from xditd.ipc.status import DaemonStatus
 LOSSLESS: Final = "bf16"
 
 SUMMARY = "show workers, lent components, queue and counters"
-DESCRIPTION = "Show the daemon's state: a table for people, or JSON for programs."
+DESCRIPTION = (
+    "Show the daemon's state: a table for people, or JSON for programs. Exits with 0 whatever it is, unless --check is "
+    "given."
+)
 EXAMPLES = """\
 examples:
   xditd status
   xditd status --json | jq .group_state
+  xditd status --check >/dev/null && echo ready
 """
 
 _DETAIL_CHARS: Final = 100
@@ -28,15 +33,25 @@ _DETAIL_CHARS: Final = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_runtime_dir(parser)
     flags.add_json(parser)
+    flags.add_switch(
+        parser,
+        "--check",
+        variable="XDITD_CHECK",
+        help="exit with 1, and say why on stderr, if no workers are ready: starting, lost or given up",
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
     from xditd.client.client import Client
+    from xditd.client.waiting import why_not_serving
 
     with Client(parsed.runtime_dir, name="xditd status") as client:
         found = client.status()
     print(json.dumps(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
-    return exits.DONE
+    why = why_not_serving(found) if parsed.check else ""
+    if why:
+        print(f"xditd status: {why}", file=sys.stderr)
+    return exits.FAILED if why else exits.DONE
 
 
 def describe(found: DaemonStatus) -> str:
@@ -49,12 +64,18 @@ def describe(found: DaemonStatus) -> str:
         f"parallel: {parallel}, attention: {found.attention_backend or '?'}",
     ]
     if found.precision not in ("", LOSSLESS):
-        error = "not measured yet" if found.fast_error is None else f"{found.fast_error:.2e}"
-        lines.append(f"          products in {found.precision}, error of a step against plain {LOSSLESS}: {error}")
+        lines.append(f"          products in {found.precision} instead of {LOSSLESS}")
     if found.layout is not None:
         lines.append(f"layout    {found.layout.reason} (asked for: {found.layout.asked}; others: xditd doctor)")
     if found.group_detail:
         lines.append(f"          {found.group_detail}")
+    if found.fused_checks:
+        checks = [
+            (each.kernels, each.case, "not finite" if each.error is None else f"{each.error:.2e}",
+             f"{each.tolerance:g}", "in use" if each.is_used else "refused, plain modules run")
+            for each in found.fused_checks
+        ]  # fmt: skip
+        lines += ["", table(("FUSED KERNELS", "TOKENS", "ERROR", "AT MOST", "VERDICT"), checks)]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 from xditd.client.client import Client
+from xditd.ipc.addresses import RUNTIME_DIR_VARIABLE
 from xditd.ipc.errors import DaemonUnreachable
 
-_RUNTIME_DIR = "XDITD_RUNTIME_DIR"
 _lock = threading.Lock()
 _client: Client | None = None
 
@@ -23,12 +22,12 @@ def connect() -> Client:
     with _lock:
         try:
             if _client is None:
-                _client = Client(os.environ.get(_RUNTIME_DIR) or None, name="ComfyUI")
+                _client = Client(name="ComfyUI")
             _ = _client.daemon_pid  # greets the new daemon where the last one is gone
         except DaemonUnreachable as error:
             raise DaemonUnreachable(
                 f"{error.detail}. Start it (xditd serve), then queue the prompt again; ComfyUI can stay open. "
-                f"A daemon with a folder of its own is found by {_RUNTIME_DIR}."
+                f"A daemon with a folder of its own is found by {RUNTIME_DIR_VARIABLE}."
             ) from None
         return _client
 

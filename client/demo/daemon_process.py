@@ -14,6 +14,7 @@ from typing import BinaryIO, Final
 from xditd.client.client import Client
 from xditd.client.demo.output import writing_to
 from xditd.client.subprograms import module_command, module_environment
+from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable, XditdError
 from xditd.ipc.network_watch import internet_sockets
 from xditd.ipc.status import DaemonStatus, GroupState
@@ -68,7 +69,8 @@ class DaemonProcess:
         Raises:
             DaemonUnreachable: it has ended, or does not answer in time; with the end of its log.
         """
-        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        clock = AwakeClock()
+        began_s = clock.now_s()
         while True:
             try:
                 return Client(self.runtime_dir, name="xditd demo")
@@ -77,7 +79,7 @@ class DaemonProcess:
                     raise DaemonUnreachable(
                         f"the daemon ended with status {self._process.returncode}; its log ends:\n{self.log_tail()}"
                     ) from None
-                if time.monotonic() > deadline:
+                if clock.waited_s(began_s) > ANSWER_DEADLINE_S:
                     raise DaemonUnreachable(f"{error.detail}; its log ends:\n{self.log_tail()}") from None
             time.sleep(_POLL_S)  # nothing tells when a socket appears; a start takes a tenth of a second
 
@@ -87,12 +89,13 @@ class DaemonProcess:
         Raises:
             WorkersUnavailable: the group was given up, or is not ready in time; with the end of the log.
         """
-        started = time.monotonic()
+        clock = AwakeClock()
+        began_s = clock.now_s()
         while True:
             status = client.status()
             if status.group_state is GroupState.READY:
                 return status
-            waited_s = time.monotonic() - started
+            waited_s = clock.waited_s(began_s)
             if status.group_state is GroupState.GIVEN_UP or waited_s > WORKERS_DEADLINE_S:
                 raise WorkersUnavailable(
                     f"workers: {status.group_state.value} after {waited_s:.0f} s, {status.group_detail}; "

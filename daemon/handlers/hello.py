@@ -32,7 +32,7 @@ def greet(service: Service, routing_id: bytes, address: str, peer: Peer, request
     session = service.sessions.find(routing_id)
     if session is None:
         session = service.open_session(routing_id, address, peer, request.client_name)
-        logger.info("session opened client_pid=%d client_name=%s", peer.pid, request.client_name)
+        logger.debug("session opened client_pid=%d client_name=%s", peer.pid, request.client_name)
     return Welcome(
         request_id=request.request_id,
         protocol_version=PROTOCOL_VERSION,

@@ -54,7 +54,7 @@ def _gather(service: Service) -> DaemonStatus:
         layout=first.layout if first else None,
         attention_backend=first.attention_backend if first else "",
         precision=first.precision if first else "",
-        fast_error=supervisor.group.tallies.get(0, RankTally()).fast_error if supervisor.group is not None else None,
+        fused_checks=supervisor.group.fused_checks if supervisor.group is not None else (),
         workers=report_workers(supervisor),
         components=tuple(lease.status() for lease in service.loans.registry),
         jobs=tuple(job.status() for job in queue),

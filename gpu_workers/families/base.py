@@ -19,6 +19,7 @@ from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
+    from xditd.ipc.status import FusedCheck
 
 Shape = tuple[int, ...]
 Kind = Literal["transformer", "vae", "text_encoder"]
@@ -125,6 +126,9 @@ class FastPath(Protocol):
     @property
     def error(self) -> float | None:
         """The largest relative error against the plain forward that was let pass; ``None`` before the first."""
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out how it compared with the plain forward, each comparison once."""
 
     def reserve(self) -> int:
         """Get the memory that :meth:`plug` fills with what it makes of a checkpoint; return its bytes, mostly 0."""

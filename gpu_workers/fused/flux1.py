@@ -27,6 +27,7 @@ from xditd.gpu_workers.fused.products import EIGHT, EightBit, Products, SixteenB
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.step_cache import ImageCache, StepCache
 from xditd.gpu_workers.token_shares import Share, deal_tokens, gather, pad_rows
+from xditd.ipc.status import FusedCheck
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1 import Flux1Config
@@ -93,6 +94,10 @@ class FusedFlux1:
     def error(self) -> float | None:
         """The largest relative error against plain modules that was seen and let pass; ``None`` before the first."""
         return self.canary.error
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out what the canary has found since the last call."""
+        return self.canary.take_checks()
 
     def reserve(self) -> int:
         """Get the memory of its own that :meth:`plug` will fill; return its bytes.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 
 from xditd.client.cli import exits, flags, tables
@@ -18,6 +19,7 @@ from xditd.ipc.status import (
     Counters,
     DaemonStatus,
     ErrorStatus,
+    FusedCheck,
     GroupState,
     JobState,
     JobStatus,
@@ -40,7 +42,12 @@ STATUS = DaemonStatus(
     layout=report(plan(2), {}),
     attention_backend="CUDNN",
     precision="bf16",
-    fast_error=0.007,
+    fused_checks=(
+        FusedCheck(
+            kernels="fused FLUX.1 blocks", case="512 text + 4096 image", error=0.007, tolerance=0.02, is_used=True
+        ),
+        FusedCheck(kernels="fp8 FLUX.1 blocks", case="1 text + 2 image", error=None, tolerance=0.1, is_used=False),
+    ),
     workers=(
         WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1),
         WorkerStatus(rank=1, pid=43, device="cuda:1", device_uuid="GPU-b", memory_bytes=0, loaded=1),
@@ -112,6 +119,84 @@ def test_status_is_json_for_programs(daemon, folder, capsys):
     assert captured.err == ""
 
 
+def test_status_shows_how_fused_kernels_compared_with_plain_modules(daemon, folder, capsys):
+    answers_status(daemon)
+    main(["status", "--runtime-dir", str(folder)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "fused FLUX.1 blocks 512 text + 4096 image 7.00e-03 0.02 in use" in lines
+    assert "fp8 FLUX.1 blocks 1 text + 2 image not finite 0.1 refused, plain modules run" in lines
+    main(["status", "--runtime-dir", str(folder), "--json"])
+    checks = json.loads(capsys.readouterr().out)["fused_checks"]
+    assert [(check["error"], check["is_used"]) for check in checks] == [(0.007, True), (None, False)]
+
+
+def has_group(daemon, *states):
+    """Let the daemon's workers be in these states, one status after the other; the last one stays."""
+    left = list(states)
+
+    def answer(request):
+        state = left.pop(0) if len(left) > 1 else left[0]
+        detail = "" if state in (GroupState.READY, GroupState.BUSY) else f"rank 1 is {state.value}"
+        found = msgspec.structs.replace(STATUS, group_state=state, group_detail=detail)
+        return [Status(request_id=request.request_id, daemon=found)]
+
+    daemon.answers[GetStatus] = answer
+
+
+@pytest.mark.parametrize("state", list(GroupState))
+def test_status_check_fails_without_workers_and_says_why(daemon, folder, capsys, state):
+    has_group(daemon, state)
+    assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
+    capsys.readouterr()
+    code = main(["status", "--runtime-dir", str(folder), "--check"])
+    captured = capsys.readouterr()
+    assert "GPU-b" in captured.out
+    if state in (GroupState.READY, GroupState.BUSY):
+        assert (code, captured.err) == (exits.DONE, "")
+    else:
+        assert code == exits.FAILED
+        assert captured.err == f"xditd status: workers {state.value.replace('_', ' ')}: rank 1 is {state.value}\n"
+
+
+def test_wait_returns_once_the_workers_are_ready(daemon, folder, capsys):
+    has_group(daemon, GroupState.STARTING, GroupState.STARTING, GroupState.DEAD, GroupState.STARTING, GroupState.READY)
+    assert main(["wait", "--runtime-dir", str(folder), "--json"]) == exits.DONE
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"pid": 41, "group_state": "ready", "workers": 2}
+    assert captured.err.splitlines() == [
+        "xditd wait: workers starting: rank 1 is starting",
+        "xditd wait: workers dead: rank 1 is dead",
+        "xditd wait: workers starting: rank 1 is starting",
+    ]
+
+
+def test_wait_for_the_daemon_alone(daemon, folder, capsys):
+    has_group(daemon, GroupState.STARTING)
+    assert main(["wait", "--runtime-dir", str(folder), "--for", "daemon"]) == exits.DONE
+    assert capsys.readouterr().out == "daemon 41: workers starting\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (GroupState.GIVEN_UP, "workers_unavailable: workers given up: rank 1 is given_up; cure the cause"),
+        (GroupState.STARTING, "deadline_exceeded: workers starting: rank 1 is starting; not ready within 0 s"),
+    ],
+)
+def test_wait_in_vain_is_one(daemon, folder, capsys, state, says):
+    has_group(daemon, state)
+    wait_s = "0" if state is GroupState.STARTING else "60"
+    assert main(["wait", "--runtime-dir", str(folder), "--wait-s", wait_s]) == exits.FAILED
+    assert says in capsys.readouterr().err
+
+
+def test_wait_without_a_daemon_is_three_in_the_end(folder, capsys):
+    assert main(["wait", "--runtime-dir", str(folder), "--wait-s", "1"]) == exits.UNREACHABLE
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2  # what it waits for, once, and how it ended
+    assert all("no such socket" in line for line in said)
+
+
 @pytest.mark.parametrize("verb", ["status", "logs", "stop"])
 def test_no_daemon_is_three(verb, folder, capsys):
     assert main([verb, "--runtime-dir", str(folder)]) == exits.UNREACHABLE
@@ -135,6 +220,7 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["demo", "--workers", "3"], "use a whole number from 1 to 2"),
         (["demo", "--device", "tpu"], "use auto, cuda or cpu"),
         (["status", "--js"], "unrecognized arguments"),
+        (["wait", "--for", "godot"], "use workers or daemon"),
     ],
 )
 def test_misuse_is_two(arguments, says, capsys):

@@ -1,7 +1,9 @@
 """Loans: what is sent, what is kept alive, and how they end."""
 
 import gc
+import os
 import threading
+import time
 
 import pytest
 
@@ -173,3 +175,22 @@ def test_threads_lend_side_by_side(client, daemon):
         thread.join(timeout=10)
     assert len({loan.component_id for loan in loans}) == 4
     assert len(daemon.requests(CheckCanary)) == 1
+
+
+def test_client_finds_the_folder_by_the_variable(daemon, folder, monkeypatch):
+    monkeypatch.setenv("XDITD_RUNTIME_DIR", str(folder))
+    with Client() as client:
+        assert client.daemon_pid == os.getpid()
+
+
+def test_client_that_waits_in_vain_says_what_for(folder):
+    began = time.monotonic()
+    with pytest.raises(DaemonUnreachable, match="no such socket"):
+        Client(folder, wait_s=0.3)
+    assert time.monotonic() - began >= 0.3
+
+
+@pytest.mark.parametrize("wait_s", [-1.0, float("nan"), float("inf")])
+def test_client_refuses_a_wait_that_is_no_time(folder, wait_s):
+    with pytest.raises(BadRequest, match="use seconds from 0"):
+        Client(folder, wait_s=wait_s)

@@ -1,6 +1,7 @@
 """The socket's thread: greetings, many callers, deadlines, and the daemon's death."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -244,3 +245,41 @@ def test_a_request_that_no_daemon_reads_is_refused_here(daemon, connect):
     connection = connect()
     with pytest.raises(LimitExceeded, match=r"request Lend: \d+ bytes, at most 4194304 are read"):
         connection.submit(Lend(request_id=connection.next_request_id(), manifest=manifest))
+
+
+ASKS_ONCE = """
+import sys
+from pathlib import Path
+from xditd.client.connection import Connection
+from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.replies import LogLines
+from xditd.ipc.requests import GetLogs
+connection = Connection(RuntimeDir(Path(sys.argv[1])), client_name="test", hello_deadline_s=30.0)
+request = GetLogs(request_id=connection.next_request_id())
+print(connection.ask(request, LogLines, deadline_s=float(sys.argv[2])).lines[0], flush=True)
+connection.close()
+"""
+
+
+def test_a_client_that_stood_still_waits_anew(daemon, folder, wait_until):
+    """Stopped for longer than its deadline, it does not blame the daemon, and takes what it says after that."""
+    deadline_s = 2.0
+    daemon.answers[GetLogs] = lambda _: []
+    client = subprocess.Popen(
+        [sys.executable, "-c", ASKS_ONCE, str(folder), str(deadline_s)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        asked = daemon.wait_for(GetLogs, deadline_s=30.0)
+        client.send_signal(signal.SIGSTOP)
+        ends = time.monotonic() + deadline_s + 0.5
+        wait_until(lambda: time.monotonic() > ends)
+        client.send_signal(signal.SIGCONT)
+        ends = time.monotonic() + 0.3
+        wait_until(lambda: time.monotonic() > ends)
+        daemon.send(LogLines(request_id=asked.request_id, lines=("late, and not too late",), next_line=1))
+        out, _ = client.communicate(timeout=10)
+        assert (out, client.returncode) == ("late, and not too late\n", 0)
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()

@@ -51,3 +51,23 @@ def test_a_case_that_fails_later_turns_the_path_off_for_those_that_passed(layout
     assert canary.run("a", Path(RIGHT.clone()), plain) is not RIGHT
     assert canary.run("b", Path(-RIGHT), plain) is RIGHT
     assert canary.run("a", Path(RIGHT.clone()), plain) is RIGHT
+
+
+def test_every_verdict_is_handed_out_once(layout: ParallelLayout) -> None:
+    canary, plain = Canary("path"), Path(RIGHT)
+    canary.run("a", Path(RIGHT * (1 + TOLERANCE / 2)), plain)
+    canary.run("a", Path(RIGHT.clone()), plain)
+    (check,) = canary.take_checks()
+    assert (check.kernels, check.case, check.is_used, check.tolerance) == ("path", "a", True, TOLERANCE)
+    assert check.error == pytest.approx(TOLERANCE / 2, rel=1e-4)
+    assert canary.take_checks() == ()
+
+
+def test_a_refusal_is_handed_out_with_all_that_it_turns_off(layout: ParallelLayout) -> None:
+    canary, plain = Canary("path"), Path(RIGHT)
+    canary.run("a", Path(RIGHT.clone()), plain)
+    canary.take_checks()
+    canary.run("b", Path(torch.full((8,), torch.nan)), plain)
+    checks = {check.case: check for check in canary.take_checks()}
+    assert not any(check.is_used for check in checks.values())
+    assert (checks["a"].error, checks["b"].error) == (0.0, None)

@@ -10,6 +10,7 @@ import sys
 import psutil
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers import agreement, attention, xfuser_start
 from xditd.gpu_workers.layouts import ParallelLayout
@@ -112,3 +113,11 @@ def test_float32_weights_avoid_kernels_for_half_precision() -> None:
     assert attention.for_dtype("CUDNN", torch.float32, gpu) == "SDPA"
     assert attention.for_dtype("CUDNN", torch.bfloat16, gpu) == "CUDNN"
     assert attention.for_dtype("SDPA_MATH", torch.float32, gpu) == "SDPA_MATH"
+
+
+@pytest.mark.usefixtures("layout")
+def test_no_group_of_a_rank_judges_by_a_time_of_its_own() -> None:
+    groups = list(distributed_c10d._world.pg_map)
+    assert len(groups) > 1  # xfuser's, too
+    timeouts = {group._get_backend(CPU).options._timeout for group in groups}
+    assert timeouts == {xfuser_start.GROUP_TIMEOUT}

@@ -27,6 +27,7 @@ from xditd.ipc.planner import plan, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Message
 from xditd.ipc.requests import Generate
+from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Manifest
 from xditd.ipc.worker_messages import (
     CanaryRead,
@@ -67,6 +68,8 @@ class Fault(enum.IntEnum):
     """Every rank refuses, in step."""
     FATAL = 904
     """Rank 0 says that it is out of step."""
+    INEXACT = 906
+    """Fused kernels were compared with plain modules, and refused."""
     DEAF = 905
     """Steps go on for ever, and no cancel is heard."""
 
@@ -83,6 +86,7 @@ class Rank:
         self.plugged: set[str] = set()
         self.known: set[str] = set()
         self.plugs = 0
+        self.checks: list[FusedCheck] = []
         self.socket = zmq.Context().socket(zmq.DEALER)
         self.socket.connect(endpoint(RuntimeDir(Path(options.runtime_dir)).worker_socket))
 
@@ -184,6 +188,16 @@ class Rank:
             os.kill(os.getpid(), signal.SIGKILL)
         while job.seed == Fault.HANG:
             time.sleep(60)
+        is_exact = job.seed != Fault.INEXACT
+        self.checks.append(
+            FusedCheck(
+                kernels="fake blocks",
+                case=f"1 text + {job.width} image",
+                error=0.001 if is_exact else None,
+                tolerance=0.02,
+                is_used=is_exact,
+            )
+        )
         step = 0
         while step < job.steps:
             self.wait_for_step(is_deaf=job.seed == Fault.DEAF)
@@ -197,6 +211,10 @@ class Rank:
             if isinstance(command, CancelRun) and not is_deaf:
                 raise Cancelled("stopped between two steps")
 
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        checks, self.checks = self.checks, []
+        return tuple(checks)
+
     def tally(self) -> RankTally:
         return RankTally(
             loaded=len(self.plugged),
@@ -204,6 +222,7 @@ class Rank:
             skeletons_reused=max(0, self.plugs - 1),
             plugs=self.plugs,
             memory_bytes=1000 * len(self.plugged),
+            fused_checks=self.take_checks(),
         )
 
 

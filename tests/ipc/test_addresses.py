@@ -46,3 +46,13 @@ def test_the_longest_path_can_be_bound(tmp_path: Path) -> None:
         server.bind(str(tmp_path / ("s" * room)))
     with socket.socket(socket.AF_UNIX) as server, pytest.raises(OSError, match="too long"):
         server.bind(str(tmp_path / ("s" * (room + 1))))
+
+
+def test_the_variable_of_the_command_line_counts_for_the_library_too(monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    monkeypatch.setenv("XDITD_RUNTIME_DIR", "/srv/gpu0")
+    assert default_runtime_dir() == RuntimeDir(Path("/srv/gpu0"))
+    monkeypatch.setenv("XDITD_RUNTIME_DIR", "here")
+    assert default_runtime_dir() == RuntimeDir(Path.cwd() / "here")
+    monkeypatch.setenv("XDITD_RUNTIME_DIR", "")
+    assert default_runtime_dir() == RuntimeDir(Path("/run/user/7/xditd"))

@@ -36,7 +36,7 @@ def long_job(client, transformer, make_inputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.long), "leader"])
-def test_a_killed_worker_or_leader(victim, client, long_job, good_job, processes):
+def test_a_killed_worker_or_leader(victim, client, daemon, long_job, good_job, processes):
     status = client.status()
     ranks = [worker.pid for worker in status.workers]
     pid = processes.parent_of(ranks[0]) if victim == "leader" else ranks[int(victim[-1])]
@@ -47,6 +47,9 @@ def test_a_killed_worker_or_leader(victim, client, long_job, good_job, processes
         job.result()
     assert time.monotonic() - began < 5.0
     good_job()  # waits for the new group, in which the loan was mapped again
+    # Whoever noticed first: the log says who was killed, and by what.
+    who = "the group's leader" if victim == "leader" else victim
+    assert f"{who} was killed by SIGKILL" in daemon.log_text()
     after = client.status()
     assert after.counters.group_starts == status.counters.group_starts + 1
     assert not set(ranks) & {worker.pid for worker in after.workers}
@@ -67,7 +70,8 @@ def test_a_worker_killed_while_idle(client, good_job, processes, wait_until):
 @pytest.fixture(scope="module")
 def impatient(start_daemon):
     """A daemon that gives its workers a few seconds."""
-    started = start_daemon(2, flags=["--hang-deadline-s", str(HANG_DEADLINE_S)])
+    flags = ["--hang-deadline-s", str(HANG_DEADLINE_S), "--client-deadline-s", str(HANG_DEADLINE_S)]
+    started = start_daemon(2, flags=flags)
     started.wait_ready()
     yield started
     started.stop()
@@ -86,6 +90,45 @@ def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_in
             job.result()
         assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 30
         assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+
+
+SAME_JOB_TWICE = """
+    import hashlib, sys, torch
+    from xditd.client import Client
+    generator = torch.Generator().manual_seed(5)
+    embeds = torch.randn(1, 16, 4096, generator=generator)
+    pooled = torch.randn(1, 768, generator=generator)
+    with Client(sys.argv[1], deadline_s=float(sys.argv[3])) as client, client.lend(sys.argv[2]) as loan:
+        for number in range(2):
+            job = client.generate(loan, embeds, pooled, height=128, width=128, steps=150, seed=1)
+            events = iter(job)
+            next(events)
+            print("job", number, "runs", flush=True)
+            for _ in events:
+                pass
+            print(hashlib.sha256(job.result().latents.numpy().tobytes()).hexdigest(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_pause_of_the_whole_machine_in_mid_job_loses_nothing(impatient, files, start_script, processes, wait_until):
+    """Daemon, leader, ranks and client are stopped for longer than every deadline, and go on."""
+    client = start_script(SAME_JOB_TWICE, impatient.runtime_dir, files.transformer, HANG_DEADLINE_S)
+    assert client.stdout.readline() == "job 0 runs\n"
+    undisturbed = client.stdout.readline()
+    starts = impatient.status().counters.group_starts
+    assert client.stdout.readline() == "job 1 runs\n"
+    everyone = [client.pid, impatient.process.pid, *processes.descendants(impatient.process.pid)]
+    for pid in everyone:
+        os.kill(pid, signal.SIGSTOP)
+    ends = time.monotonic() + HANG_DEADLINE_S + 2
+    wait_until(lambda: time.monotonic() > ends, "every deadline to pass")
+    for pid in everyone:
+        os.kill(pid, signal.SIGCONT)
+    assert client.stdout.readline() == undisturbed
+    assert client.wait(30) == 0
+    assert impatient.status().counters.group_starts == starts
+    assert "stood still for" in impatient.log_text()
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def whole_model(store: str) -> dict[str, Any]:
     plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     skeleton = plan.skeleton
     given = job(5, 32, 32, 1)
-    found: dict[str, Any] = {"reserved": skeleton.reserve(), "error before": cache.fast_error}
+    found: dict[str, Any] = {"reserved": skeleton.reserve(), "error before": skeleton.fast_error}
 
     def run() -> torch.Tensor:
         return pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
@@ -162,7 +162,7 @@ def whole_model(store: str) -> dict[str, Any]:
     result = run()
     fused = skeleton.module.fused
     found["canary"] = {
-        "error": cache.fast_error,
+        "error": skeleton.fast_error,
         "tolerance": fused._products.tolerance,
         "label": fused._products.label,
     }

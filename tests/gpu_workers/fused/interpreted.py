@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import msgspec
 import torch
 from inputs import GUIDANCE, job, reference_latents
 
@@ -61,7 +62,11 @@ def whole_model(store: str) -> dict[str, Any]:
                     found["unmoved"].append(name)
             found["cached"] = cached(skeleton, given)
             found["foreseen"] = foreseen(skeleton)
-        found["canary"][label] = {"refused": canary.is_refused, "passed": len(canary._passed)}
+        found["canary"][label] = {
+            "refused": canary.is_refused,
+            "passed": len(canary._passed),
+            "checks": [msgspec.to_builtins(check) for check in cache.take_checks()],
+        }
         skeleton.unplug()
         found["canary"][label]["plugged after unplug"] = skeleton.module.fused.is_plugged
         gapped = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in state.items()}

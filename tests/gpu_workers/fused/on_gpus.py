@@ -117,7 +117,7 @@ def eight_bits(
             "same bits twice": torch.equal(*results),
         }
     canary = cast(Any, skeleton.module).fused.canary
-    facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed), "error": cache.fast_error}
+    facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed), "error": skeleton.fast_error}
     skeleton.unplug()
     del results
     facts["left"] = torch.cuda.memory_allocated() - before

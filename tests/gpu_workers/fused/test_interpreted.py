@@ -47,6 +47,14 @@ def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) ->
     assert [verdict["passed"] for verdict in canaries.values()] == [2, 1]
 
 
+def test_what_the_canary_found_is_told_with_the_tokens_that_it_is_about(found: Any) -> None:
+    checks = found["model"]["canary"]["schnell"]["checks"]
+    assert [(check["kernels"], check["case"], check["is_used"]) for check in checks] == [
+        ("fused FLUX.1 blocks", "4 text + 3 image", True)
+    ]
+    assert 0.0 <= checks[0]["error"] < checks[0]["tolerance"]
+
+
 def test_a_step_cache_does_on_fused_blocks_what_it_does_on_plain_ones(found: Any) -> None:
     cached = found["model"]["cached"]
     assert cached["fused"] == cached["plain"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -10,6 +11,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from xditd.ipc import limits
 from xditd.ipc.replies import Generated
 
 OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
@@ -98,3 +102,28 @@ def test_one_log_line_a_job_with_its_timings(start_daemon: Any, memory: Any, wai
     lines = [line for line in daemon.log.splitlines() if f"request_id={request_id} " in line]
     assert len(lines) == 1
     assert re.search(r"INFO .* op=generate .* waited_ms=\d+\.\d ran_ms=\d+\.\d", lines[0])
+
+
+def test_verdicts_on_fused_kernels_are_in_status_and_metrics_and_bounded(
+    start_daemon: Any, memory: Any, fake: Any
+) -> None:
+    daemon = start_daemon("--metrics", "unix")
+    client = daemon.ready_client()
+    lent = client.lend(memory.manifest())
+    assert client.status().fused_checks == ()
+    refused = msgspec.structs.replace(memory.generate(lent.component_id, steps=1, seed=fake.Fault.INEXACT), width=16)
+    client.ask(refused, Generated)
+    for number in range(limits.MAX_FUSED_CHECKS + 8):
+        job = msgspec.structs.replace(memory.generate(lent.component_id, steps=1), width=32 + 16 * number)
+        client.ask(job, Generated)
+    checks = client.status().fused_checks
+    assert len(checks) == limits.MAX_FUSED_CHECKS
+    assert (checks[0].case, checks[0].is_used, checks[0].error) == ("1 text + 16 image", False, None)  # kept longest
+    assert (checks[-1].case, checks[-1].is_used) == (f"1 text + {job.width} image", True)
+    found = scrape(daemon.runtime.metrics_socket)
+    assert found['xditd_fused_in_use{kernels="fake blocks",tokens="1 text + 16 image"}'] == 0
+    assert math.isnan(found['xditd_fused_error_ratio{kernels="fake blocks",tokens="1 text + 16 image"}'])
+    last = f'{{kernels="fake blocks",tokens="1 text + {job.width} image"}}'
+    assert found[f"xditd_fused_in_use{last}"] == 1
+    assert found[f"xditd_fused_error_ratio{last}"] == 0.001
+    assert found[f"xditd_fused_tolerance_ratio{last}"] == 0.02

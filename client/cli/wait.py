@@ -1,0 +1,78 @@
+"""``xditd wait``: return once the daemon, or its workers, can be used."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from xditd.client.cli import exits, flags
+from xditd.ipc.status import DaemonStatus
+
+SUMMARY = "wait until the daemon answers and its workers are ready"
+DESCRIPTION = (
+    "Wait for a daemon that starts. Exits with 0 once its workers take jobs; with 1 if they are not ready in time, or "
+    "are given up; with 3 if no daemon answers in time. What is waited for goes to stderr."
+)
+EXAMPLES = """\
+examples:
+  xditd serve & xditd wait && xditd status
+  xditd wait --for daemon --wait-s 5
+  xditd wait --json
+"""
+
+WORKERS, DAEMON = "workers", "daemon"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_runtime_dir(parser)
+    flags.add_json(parser)
+    flags.add_flag(
+        parser,
+        "--for",
+        dest="target",
+        variable="XDITD_WAIT_FOR",
+        type=_what,
+        default=WORKERS,
+        metavar="WHAT",
+        help="workers, or the daemon alone, which answers while they start",
+    )
+    flags.add_flag(
+        parser,
+        "--wait-s",
+        variable="XDITD_WAIT_S",
+        type=flags.whole(0, 86_400),
+        default=150,
+        metavar="SECONDS",
+        help="how long to wait at most",
+    )
+
+
+def _what(text: str) -> str:
+    if text not in (WORKERS, DAEMON):
+        raise argparse.ArgumentTypeError(f"{text!r}: use {WORKERS} or {DAEMON}")
+    return text
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from xditd.client.client import Client
+    from xditd.client.waiting import wait_for
+
+    def show(what: str) -> None:
+        print(f"xditd wait: {what}", file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as opened:
+        clients: list[Client] = []
+
+        def look() -> DaemonStatus:
+            if not clients:
+                clients.append(opened.enter_context(Client(parsed.runtime_dir, name="xditd wait")))
+            return clients[0].status()
+
+        found = wait_for(look, parsed.wait_s, workers=parsed.target == WORKERS, show=show)
+    if parsed.json:
+        print(json.dumps({"pid": found.pid, "group_state": found.group_state.value, "workers": found.world_size}))
+    else:
+        print(f"daemon {found.pid}: workers {found.group_state.value}")
+    return exits.DONE

@@ -1,0 +1,66 @@
+"""Waiting for a daemon that starts, and for its workers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+from xditd.ipc.awake_clock import AwakeClock
+from xditd.ipc.errors import BadRequest, DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
+from xditd.ipc.status import DaemonStatus, GroupState
+
+_POLL_S: Final = 0.1
+"""Between two looks: nothing tells when a socket appears, and workers take seconds to start."""
+
+SERVING: Final = (GroupState.READY, GroupState.BUSY)
+"""States of a group that takes jobs."""
+
+
+def why_not_serving(status: DaemonStatus) -> str:
+    """Say why there are no workers for a job; empty where there are."""
+    if status.group_state in SERVING:
+        return ""
+    state = status.group_state.value.replace("_", " ")
+    return f"workers {state}: {status.group_detail}" if status.group_detail else f"workers {state}"
+
+
+def wait_for(
+    look: Callable[[], DaemonStatus], wait_s: float, *, workers: bool, show: Callable[[str], None]
+) -> DaemonStatus:
+    """Look until a daemon answers, and, if ``workers``, until its workers take jobs; at least once.
+
+    ``show`` gets what is waited for whenever it changes. A daemon that ends meanwhile is waited for again.
+
+    Raises:
+        BadRequest: ``wait_s`` is no time.
+        DaemonUnreachable: no daemon answers within ``wait_s``.
+        WorkersUnavailable: the workers are given up; waiting longer would not help.
+        DeadlineExceeded: the daemon answers, but its workers are not ready within ``wait_s``.
+    """
+    if not (math.isfinite(wait_s) and wait_s >= 0):
+        raise BadRequest(f"wait_s {wait_s}: use seconds from 0")
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    shown = ""
+    while True:
+        error: XditdError
+        try:
+            status = look()
+        except DaemonUnreachable as unreachable:
+            error = unreachable
+        else:
+            why = why_not_serving(status)
+            if not (workers and why):
+                return status
+            if status.group_state is GroupState.GIVEN_UP:
+                raise WorkersUnavailable(f"{why}; cure the cause, then restart the daemon")
+            error = DeadlineExceeded(f"{why}; not ready within {wait_s:g} s")
+        rest_s = wait_s - clock.waited_s(began_s)
+        if rest_s <= 0:
+            raise error
+        if error.detail != shown:
+            shown = error.detail
+            show(why if isinstance(error, DeadlineExceeded) else error.detail)
+        time.sleep(min(_POLL_S, rest_s))
