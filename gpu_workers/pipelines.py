@@ -31,6 +31,7 @@ from xditd.gpu_workers.job_checks import (
     check_shape,
     prepare,
 )
+from xditd.gpu_workers.result_checks import FiniteCheck
 from xditd.gpu_workers.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
@@ -136,6 +137,7 @@ def generate(
     on_denoised: OnDenoised | None = None,
     step_cache: StepCache | None = None,
     variant: Variant = "class",
+    finite: FiniteCheck | None = None,
 ) -> torch.Tensor:
     """Denoise ``noise`` in ``steps`` steps and return the latents, in the dtype that they have between steps.
 
@@ -147,7 +149,8 @@ def generate(
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
     ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32. All ranks give one, or
     none. With PipeFusion it runs on rank 0 alone, and lags by a step: see ``pipefusion.sampling``.
-    ``step_cache``, a new one for each job, spares steps and says how many.
+    ``step_cache``, a new one for each job, spares steps and says how many. ``finite`` notes the latents after every
+    step, the same on every rank; with PipeFusion once the job is done.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
@@ -169,6 +172,8 @@ def generate(
     def report(_: FluxPipeline, index: int, __: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if isinstance(scheduler, _Watched):
             show(scheduler.denoised)
+        if finite is not None:
+            finite.note(f"latents after step {index + 1} of {steps}", tensors["latents"])
         if on_step is not None:
             on_step(index + 1, steps)
         return tensors
@@ -199,6 +204,7 @@ def generate(
             sigmas=sigmas,
             on_step=on_step,
             on_denoised=None if on_denoised is None else show,
+            finite=finite,
         )
         return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
