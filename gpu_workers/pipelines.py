@@ -22,15 +22,7 @@ from xditd.gpu_workers.conditionings import Conditioning
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
 from xditd.gpu_workers.families.flux_vae import PIXELS_PER_LATENT
 from xditd.gpu_workers.fused.modulations import Times
-from xditd.gpu_workers.job_checks import (
-    MAX_BATCH,
-    MAX_PIXELS_PER_SIDE,
-    SIZE_MULTIPLE,
-    check_conditioning,
-    check_generate,
-    check_shape,
-    prepare,
-)
+from xditd.gpu_workers.job_checks import check_conditioning, check_generate, check_shape, prepare
 from xditd.gpu_workers.result_checks import FiniteCheck
 from xditd.gpu_workers.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
@@ -38,6 +30,7 @@ from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, SIDE_MULTIPLE_PIXELS
 from xditd.ipc.requests import Variant
 
 OnStep = Callable[[int, int], None]
@@ -196,7 +189,7 @@ def generate(
                 pooled=pooled,
                 guidance=torch.full((batch,), guidance_scale, device=skeleton.device) if config.has_guidance else None,
                 text_ids=_text_ids(prompt_embeds.shape[1], skeleton.device),
-                image_ids=_image_ids(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE, skeleton.device),
+                image_ids=_image_ids(height // SIDE_MULTIPLE_PIXELS, width // SIDE_MULTIPLE_PIXELS, skeleton.device),
                 variant=variant,
             ),
             schedule,
@@ -299,8 +292,8 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
     height, width = latents.shape[2:]
-    if max(height, width) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE:
-        raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_PIXELS_PER_SIDE} pixels on a side")
+    if max(height, width) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS:
+        raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_SIDE_PIXELS} pixels on a side")
     check_shape("latents", latents, (rows, LATENT_CHANNELS, height, width))
     check_shape("timestep", timestep, (rows,))
     if config.has_guidance:

@@ -12,7 +12,7 @@ from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)]
+Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=limits.MAX_GUIDANCE)]
 
 Variant = Literal["class", "float32_time"]
 """Whose rounding a transformer in half precision follows; in float32 both give the same bits.

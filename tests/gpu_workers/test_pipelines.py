@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,9 @@ from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.families.flux_vae import SCALING, SHIFT
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.tensors import ComponentKind
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -193,6 +195,32 @@ def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, pipe
     assert torch.equal(*both)
 
 
+@pytest.mark.parametrize("more", [{}, {"variant": "float32_time"}, {"step_cache": 0.1}], ids=str)
+def test_the_first_step_whose_latents_are_not_finite_is_named(
+    cache: SkeletonCache, plug: Plugger, pipelines: ModuleType, more: dict[str, Any]
+) -> None:
+    from xditd.gpu_workers.result_checks import FiniteCheck
+    from xditd.gpu_workers.step_cache import StepCache
+
+    state = flux1_state_dict(2, dtype=torch.bfloat16)
+    skeleton, finite = plug(cache, state).skeleton, FiniteCheck()
+    component = SimpleNamespace(
+        component_id="c1",
+        manifest=SimpleNamespace(kind=ComponentKind.TRANSFORMER, label="some"),
+        plan=SimpleNamespace(dtype=torch.bfloat16),
+    )
+
+    def break_weights(done: int, _: int) -> None:
+        if done == 2:
+            state["img_in.bias"][5] = torch.nan
+
+    if "step_cache" in more:
+        more = {"step_cache": StepCache(more["step_cache"])}
+    latents = pipelines.generate(skeleton, **job(8, 64, 64), steps=4, on_step=break_weights, finite=finite, **more)
+    assert latents.isnan().any()
+    assert "latents after step 3 of 4: some values are NaN" in finite.fault(component).detail
+
+
 def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, pipelines: ModuleType) -> None:
     given = job(8, 64, 64)
     sigmas = [0.9, 0.7, 0.05]
@@ -278,6 +306,8 @@ def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State,
     assert encoded.shape == latents.shape
     assert reference.relative_error(encoded, reference.reference_encode(model, image)) <= BAR
     assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING, SHIFT)
+    odd = image[:, :, :104, :72]  # a VAE needs multiples of 8 pixels; of 16 only what a transformer makes
+    assert reference.relative_error(image_coding.encode(vae, odd), reference.reference_encode(model, odd)) <= BAR
 
 
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
@@ -337,8 +367,10 @@ NAN = float("nan")
         ({"width": 0}, "width 0"),
         ({"width": -16}, "width -16"),
         ({"height": 16 * 10**6}, "height 16000000"),
+        ({"width": limits.MAX_SIDE_PIXELS + 16}, f"up to {limits.MAX_SIDE_PIXELS} pixels"),
         ({"steps": 0}, "steps 0: use 1 to 1000"),
         ({"steps": 10**9}, "steps 1000000000"),
+        ({"steps": limits.MAX_STEPS + 1}, f"use 1 to {limits.MAX_STEPS}"),
         ({"steps": 3, "sigmas": [1.0, 0.5]}, "2 sigmas for 3 steps"),
         ({"steps": 2, "sigmas": [1.0, 0.0]}, "sigma 0.0"),
         ({"steps": 2, "sigmas": [1.5, 0.5]}, "sigma 1.5"),
@@ -407,8 +439,8 @@ def test_bad_images_and_latents_name_the_value(vae: Skeleton, image_coding: Modu
         image_coding.encode(vae, torch.zeros(1, 4, 32, 32))
     with pytest.raises(BadRequest, match="image is"):
         image_coding.encode(vae, torch.zeros(65, 3, 16, 16))
-    with pytest.raises(BadRequest, match="width 40"):
-        image_coding.encode(vae, torch.zeros(1, 3, 32, 40))
+    with pytest.raises(BadRequest, match="width 44: use a multiple of 8 up to 8192 pixels"):
+        image_coding.encode(vae, torch.zeros(1, 3, 32, 44))
     with pytest.raises(BadRequest, match="image: some values are not finite"):
         image_coding.encode(vae, torch.full((1, 3, 32, 32), NAN))
 
