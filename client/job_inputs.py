@@ -9,18 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.requests import Variant
 
 if TYPE_CHECKING:
     import torch
 
 LATENT_CHANNELS: Final = 16
 PIXELS_PER_LATENT: Final = 8
-SIDE_MULTIPLE: Final = 16
-"""Eight pixels a latent, two latents a token."""
 
 FLOAT_DTYPES: Final = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
@@ -59,11 +58,12 @@ def check_embeds(prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
 
 def check_size(height: int, width: int) -> None:
     """Check an image size in pixels."""
+    multiple = limits.SIDE_MULTIPLE_PIXELS
     for name, side in (("height", height), ("width", width)):
-        check_whole(name, side, SIDE_MULTIPLE, limits.MAX_SIDE_PIXELS)
-        if side % SIDE_MULTIPLE:
-            near = max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
-            raise BadRequest(f"{name}: {side} is not a multiple of {SIDE_MULTIPLE} pixels; {near} is near")
+        check_whole(name, side, multiple, limits.MAX_SIDE_PIXELS)
+        if side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise BadRequest(f"{name}: {side} is not a multiple of {multiple} pixels; {near} is near")
 
 
 def check_steps(steps: int) -> None:
@@ -78,8 +78,8 @@ def check_whole(name: str, value: int, low: int, high: int) -> None:
 
 def check_guidance(name: str, value: float) -> float:
     """Check a guidance scale; returns it as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1000.0:
-        raise BadRequest(f"{name}: {value!r} is not a number from 0 to 1000")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= limits.MAX_GUIDANCE:
+        raise BadRequest(f"{name}: {value!r} is not a number from 0 to {limits.MAX_GUIDANCE:g}")
     return float(value)
 
 
@@ -88,6 +88,14 @@ def check_step_cache(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is spared) to 1; 0.08 is a start")
     return float(value)
+
+
+def check_variant(value: str) -> Variant:
+    """Check whose rounding a job follows."""
+    known = get_args(Variant)
+    if value not in known:
+        raise BadRequest(f"variant: {value!r} is not one of {', '.join(map(repr, known))}")
+    return value  # type: ignore[return-value]
 
 
 def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[float, ...]:
@@ -137,6 +145,12 @@ def check_latents(name: str, latents: torch.Tensor, *, batch: int | None = None)
         raise BadRequest(f"{name}: {latents.shape[1]} channels instead of {LATENT_CHANNELS}; give them unpacked")
     if batch is not None and latents.shape[0] != batch:
         raise BadRequest(f"{name}: batch {latents.shape[0]}, but the prompts have batch {batch}")
+    for axis, side in (("height", latents.shape[2]), ("width", latents.shape[3])):
+        if side * PIXELS_PER_LATENT > limits.MAX_SIDE_PIXELS:
+            raise BadRequest(
+                f"{name}: latent {axis} {side} stands for {side * PIXELS_PER_LATENT} pixels, "
+                f"at most {limits.MAX_SIDE_PIXELS}"
+            )
     if latents.shape[0] > limits.MAX_BATCH:
         raise BadRequest(f"{name}: batch {latents.shape[0]}, at most {limits.MAX_BATCH}; split it into several jobs")
 
@@ -162,7 +176,9 @@ def check_even_latents(name: str, latents: torch.Tensor) -> None:
     """Refuse latents that do not fold into tokens of two by two."""
     for axis, side in (("height", latents.shape[2]), ("width", latents.shape[3])):
         if side % 2:
-            raise BadRequest(f"{name}: latent {axis} {side} is odd; images have multiples of {SIDE_MULTIPLE} pixels")
+            raise BadRequest(
+                f"{name}: latent {axis} {side} is odd; images have multiples of {limits.SIDE_MULTIPLE_PIXELS} pixels"
+            )
 
 
 def check_noise(noise: torch.Tensor, batch: int, height: int, width: int) -> None:

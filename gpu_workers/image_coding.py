@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
-from xditd.gpu_workers.job_checks import MAX_BATCH, MAX_PIXELS_PER_SIDE, check_generate, prepare
+from xditd.gpu_workers.job_checks import check_sides, prepare
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import Bands, SplitDecoder
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
 
 
 @torch.inference_mode()
@@ -34,9 +35,9 @@ def decode(
     vae, _ = _vae(skeleton)
     if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]")
-    if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE or latents.shape[0] > MAX_BATCH:
+    if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
         raise BadRequest(
-            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_PIXELS_PER_SIDE} pixels on a side"
+            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
         )
     (latents,) = prepare(skeleton, latents=latents)
     latents = latents / SCALING + SHIFT
@@ -55,7 +56,7 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
     The latents are the mode of the posterior, so that the same image always gives the same latents.
 
     Raises:
-        BadRequest: sizes that are not multiples of 16, or values that are not finite.
+        BadRequest: sizes that are not multiples of 8, or values that are not finite.
         Unsupported: the VAE was lent without its encoder.
     """
     vae, config = _vae(skeleton)
@@ -63,7 +64,7 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
         raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
     if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
         raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-    check_generate(height=image.shape[2], width=image.shape[3], steps=1)
+    check_sides(*image.shape[2:], PIXELS_PER_LATENT)
     (image,) = prepare(skeleton, image=image)
     return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
 

@@ -8,15 +8,10 @@ from itertools import pairwise
 
 import torch
 
-from xditd.gpu_workers.families.flux1 import PATCH, Flux1Config
-from xditd.gpu_workers.families.flux_vae import PIXELS_PER_LATENT
+from xditd.gpu_workers.families.flux1 import Flux1Config
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.ipc.errors import BadRequest
-
-SIZE_MULTIPLE = PIXELS_PER_LATENT * PATCH
-MAX_PIXELS_PER_SIDE = 8192
-MAX_STEPS = 1000
-MAX_BATCH = 64
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS, SIDE_MULTIPLE_PIXELS
 
 Bounded = tuple[torch.Tensor | None, str, float, float]
 """A tensor or nothing, its name, and the range of its values."""
@@ -35,9 +30,7 @@ def check_generate(
     Raises:
         BadRequest: names the field, its value and what would do.
     """
-    for name, side in (("height", height), ("width", width)):
-        if not 0 < side <= MAX_PIXELS_PER_SIDE or side % SIZE_MULTIPLE:
-            raise BadRequest(f"{name} {side}: use a multiple of {SIZE_MULTIPLE} up to {MAX_PIXELS_PER_SIDE} pixels")
+    check_sides(height, width, SIDE_MULTIPLE_PIXELS)
     if not 1 <= steps <= MAX_STEPS:
         raise BadRequest(f"steps {steps}: use 1 to {MAX_STEPS}")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
@@ -51,6 +44,13 @@ def check_generate(
         raise BadRequest(f"sigma {wrong[0]}: every sigma lies above 0 and at most at 1")
     if any(later >= earlier for earlier, later in pairwise(sigmas)):
         raise BadRequest("sigmas do not fall from step to step")
+
+
+def check_sides(height: int, width: int, multiple: int) -> None:
+    """Raise ``BadRequest`` if a side in pixels is no multiple, or beyond the limit."""
+    for name, side in (("height", height), ("width", width)):
+        if not 0 < side <= MAX_SIDE_PIXELS or side % multiple:
+            raise BadRequest(f"{name} {side}: use a multiple of {multiple} up to {MAX_SIDE_PIXELS} pixels")
 
 
 def check_conditioning(config: Flux1Config, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> int:

@@ -19,12 +19,16 @@ from xditd.gpu_workers.fellows import together, with_every_core
 from xditd.gpu_workers.fused.modulations import Times
 from xditd.gpu_workers.job_io import OpenIo
 from xditd.gpu_workers.progress import Progress
+from xditd.gpu_workers.result_checks import FiniteCheck
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import whole_group
 from xditd.gpu_workers.step_cache import StepCache
+from xditd.gpu_workers.timesteps import time_dtype
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
+from xditd.ipc.tensors import IoTensor
+from xditd.ipc.transports.layout import torch_dtype
 
 PIXELS_PER_LATENT = 8
 
@@ -57,6 +61,7 @@ class JobRunner:
             RequestError: on every rank alike, before any step.
             OtherRankFailed, OutOfMemory, PeerError: inputs could not be had; on every rank.
             Cancelled: on every rank at the same step.
+            NotFinite: a result is, on rank 0 or on every rank, once no rank waits for another any more.
         """
         started = time.perf_counter()
         cache: StepCache | None = None
@@ -93,10 +98,12 @@ class JobRunner:
             if job.noise is not None:
                 noise = io.read("noise", job.noise, self._device)
             else:
+                dtype = time_dtype(transformer.plan.dtype, job.variant)
                 noise = pipelines.seeded_noise(
-                    job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=transformer.plan.dtype
+                    job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=dtype
                 )
         clock.lap("inputs")
+        finite = FiniteCheck()
         latents = pipelines.generate(
             transformer.plan.skeleton,
             prompt_embeds=prompt_embeds,
@@ -110,16 +117,19 @@ class JobRunner:
             on_step=progress.step,
             on_denoised=show,
             step_cache=cache,
+            variant=job.variant,
+            finite=finite,
         )
+        finite.fetch()
         clock.lap("steps")
-        image = None if vae is None else self._decode_by_all(vae, latents, clamp=True)
+        with together():
+            into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
+            self._check_finite(finite, transformer, *into)
+        image = None if vae is None else self._decode_by_all(vae, latents)
         with together():
             if self._is_leader and vae is not None and job.out_image is not None:
-                if image is None:
-                    with with_every_core(self._device):
-                        image = image_coding.decode(vae.plan.skeleton, latents)
-                self._components.check_unchanged(vae)
-                io.write("out_image", job.out_image, image)
+                image = self._decoded(vae, latents, image, job.out_image)
+                io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
                 clock.lap("decode")
             if self._is_leader:
                 self._components.check_unchanged(transformer)
@@ -169,9 +179,14 @@ class JobRunner:
             times = _times(job, slice(done, end), guidance)
             batches.append(pipelines.Batch(latents[done:end], timestep, conditioning, guidance, times))
             done = end
-        prediction = pipelines.denoise_batches(skeleton, batches)
+        prediction = pipelines.denoise_batches(skeleton, batches, job.variant)
+        finite = FiniteCheck()
+        if self._is_leader:
+            finite.note(f"prediction at sigma {_span(job.timestep)}", prediction)
+            finite.fetch()
         clock.lap("forward")
         if self._is_leader:
+            self._check_finite(finite, transformer, torch_dtype(job.out.dtype))
             self._components.check_unchanged(transformer)
             io.write("out", job.out, prediction)
             clock.lap("outputs", waits=False)
@@ -204,18 +219,14 @@ class JobRunner:
             io = open_io()
             latents = io.read("latents", job.latents, self._device)
         clock.lap("inputs")
-        image = self._decode_by_all(vae, latents, clamp=False)
+        image = self._decode_by_all(vae, latents)
         with together():
             if self._is_leader:
-                if image is None:
-                    with with_every_core(self._device):
-                        image = image_coding.decode(vae.plan.skeleton, latents, clamp=False)
-                self._components.check_unchanged(vae)
-                io.write("out", job.out, image)
+                io.write("out", job.out, self._decoded(vae, latents, image, job.out))
                 clock.lap("decode")
         return clock.marks_ms
 
-    def _decode_by_all(self, vae: Component, latents: torch.Tensor, *, clamp: bool) -> torch.Tensor | None:
+    def _decode_by_all(self, vae: Component, latents: torch.Tensor) -> torch.Tensor | None:
         """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
 
         Not inside ``together``: ranks meet many times in there, and whoever runs out of memory meets nobody any more.
@@ -223,7 +234,32 @@ class JobRunner:
         """
         if latents.ndim != 4 or not self._bands.fit(*latents.shape[2:]):
             return None
-        return image_coding.decode(vae.plan.skeleton, latents, clamp=clamp, bands=self._bands)
+        return image_coding.decode(vae.plan.skeleton, latents, clamp=False, bands=self._bands)
+
+    def _decoded(
+        self, vae: Component, latents: torch.Tensor, image: torch.Tensor | None, place: IoTensor
+    ) -> torch.Tensor:
+        """Return the image that all ranks have decoded, or decode it on this one, and check it, not cut off yet."""
+        if image is None:
+            with with_every_core(self._device):
+                image = image_coding.decode(vae.plan.skeleton, latents, clamp=False)
+        finite = FiniteCheck()
+        finite.note("image", image)
+        self._check_finite(finite, vae, torch_dtype(place.dtype))
+        self._components.check_unchanged(vae)
+        return image
+
+    def _check_finite(self, finite: FiniteCheck, component: Component, *into: torch.dtype) -> None:
+        """Refuse results that are not finite.
+
+        Raises:
+            StaleSource: because the component's weights were changed.
+            NotFinite: they were not.
+        """
+        fault = finite.fault(component, *into)
+        if fault is not None:
+            self._components.check_unchanged(component)
+            raise fault
 
     def _encode(self, job: Encode, open_io: Callable[[], OpenIo]) -> dict[str, float]:
         clock = _Laps(self._device)
@@ -238,6 +274,9 @@ class JobRunner:
                 clock.lap("inputs")
                 with with_every_core(self._device):
                     latents = image_coding.encode(vae.plan.skeleton, image)
+                finite = FiniteCheck()
+                finite.note("latents", latents)
+                self._check_finite(finite, vae, torch_dtype(job.out.dtype))
                 self._components.check_unchanged(vae)
                 io.write("out", job.out, latents)
                 clock.lap("encode")
@@ -259,7 +298,12 @@ class JobRunner:
                 clock.lap("inputs")
                 with with_every_core(self._device):
                     hidden, pooled = text_encoding.encode_text(encoder, token_ids, pooled=job.out_pooled is not None)
+                finite = FiniteCheck()
+                finite.note("hidden states", hidden)  # pooled ones are some of them
+                finite.fetch()
                 clock.lap("encode_text")
+                places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
+                self._check_finite(finite, component, *(torch_dtype(place.dtype) for place in places))
                 self._components.check_unchanged(component)
                 io.write("out", job.out, hidden)
                 if job.out_pooled is not None and pooled is not None:
@@ -295,6 +339,11 @@ def _times(job: Denoise, rows: slice, guidance: torch.Tensor | None) -> Times | 
     if len(moments) > 1 or len(scales) > 1:
         return None
     return Times(moments.pop(), scales.pop() if scales else None, _rounded(job.sigmas))
+
+
+def _span(sigmas: tuple[float, ...]) -> str:
+    least, most = min(sigmas), max(sigmas)
+    return f"{most:g}" if least == most else f"{most:g} to {least:g}"
 
 
 def _rounded(sigmas: tuple[float, ...]) -> tuple[float, ...]:

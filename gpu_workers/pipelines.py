@@ -22,21 +22,16 @@ from xditd.gpu_workers.conditionings import Conditioning
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS, PATCH, Flux1Config
 from xditd.gpu_workers.families.flux_vae import PIXELS_PER_LATENT
 from xditd.gpu_workers.fused.modulations import Times
-from xditd.gpu_workers.job_checks import (
-    MAX_BATCH,
-    MAX_PIXELS_PER_SIDE,
-    SIZE_MULTIPLE,
-    check_conditioning,
-    check_generate,
-    check_shape,
-    prepare,
-)
+from xditd.gpu_workers.job_checks import check_conditioning, check_generate, check_shape, prepare
+from xditd.gpu_workers.result_checks import FiniteCheck
 from xditd.gpu_workers.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, SIDE_MULTIPLE_PIXELS
+from xditd.ipc.requests import Variant
 
 OnStep = Callable[[int, int], None]
 OnDenoised = Callable[[torch.Tensor], None]
@@ -60,6 +55,21 @@ class _Pipeline(FluxPipeline):
     @property
     def _execution_device(self) -> torch.device:
         return cast(torch.device, self.transformer.x_embedder.weight.device)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None,
+        latents: torch.Tensor | None = None,
+    ) -> Any:
+        """Leave given latents in their dtype, and positions too, where diffusers casts them to that of the prompts."""
+        own = dtype if latents is None else latents.dtype
+        return super().prepare_latents(batch_size, channels, height, width, own, device, generator, latents)
 
 
 class Batch(NamedTuple):
@@ -119,8 +129,12 @@ def generate(
     on_step: OnStep | None = None,
     on_denoised: OnDenoised | None = None,
     step_cache: StepCache | None = None,
+    variant: Variant = "class",
+    finite: FiniteCheck | None = None,
 ) -> torch.Tensor:
-    """Denoise ``noise`` in ``steps`` steps and return the latents, in the skeleton's dtype.
+    """Denoise ``noise`` in ``steps`` steps and return the latents, in the dtype that they have between steps.
+
+    That is the skeleton's, or float32 where the ``variant`` keeps timesteps and latents in float32.
 
     ``prompt_embeds`` is (batch, tokens, text channels), ``pooled`` (batch, pooled channels). The schedule is
     diffusers' for this model unless ``sigmas`` are given, which are used as they are: no shift is applied and the
@@ -128,7 +142,8 @@ def generate(
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
     ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32. All ranks give one, or
     none. With PipeFusion it runs on rank 0 alone, and lags by a step: see ``pipefusion.sampling``.
-    ``step_cache``, a new one for each job, spares steps and says how many.
+    ``step_cache``, a new one for each job, spares steps and says how many. ``finite`` notes the latents after every
+    step, the same on every rank; with PipeFusion once the job is done.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
@@ -138,9 +153,10 @@ def generate(
     check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
     batch = check_conditioning(config, prompt_embeds, pooled)
     check_shape("noise", noise, (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
-    prompt_embeds, pooled, noise = prepare(
+    prompt_embeds, pooled, rounded = prepare(
         skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, noise=noise
     )
+    noise = noise.to(skeleton.device, torch.float32) if variant == "float32_time" else rounded
 
     def show(denoised: torch.Tensor) -> None:
         if on_denoised is not None:
@@ -149,6 +165,8 @@ def generate(
     def report(_: FluxPipeline, index: int, __: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if isinstance(scheduler, _Watched):
             show(scheduler.denoised)
+        if finite is not None:
+            finite.note(f"latents after step {index + 1} of {steps}", tensors["latents"])
         if on_step is not None:
             on_step(index + 1, steps)
         return tensors
@@ -171,19 +189,21 @@ def generate(
                 pooled=pooled,
                 guidance=torch.full((batch,), guidance_scale, device=skeleton.device) if config.has_guidance else None,
                 text_ids=_text_ids(prompt_embeds.shape[1], skeleton.device),
-                image_ids=_image_ids(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE, skeleton.device),
+                image_ids=_image_ids(height // SIDE_MULTIPLE_PIXELS, width // SIDE_MULTIPLE_PIXELS, skeleton.device),
+                variant=variant,
             ),
             schedule,
             steps=steps,
             sigmas=sigmas,
             on_step=on_step,
             on_denoised=None if on_denoised is None else show,
+            finite=finite,
         )
         return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
     module = cast(SequenceParallelFlux1, skeleton.module)
-    with module.stepping(scheduler), module.caching(step_cache):
+    with module.stepping(scheduler), module.caching(step_cache), module.following(variant):
         packed = pipeline(
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled,
@@ -221,18 +241,21 @@ def denoise(
     timestep: torch.Tensor,
     conditioning: Conditioning,
     guidance: torch.Tensor | None = None,
+    variant: Variant = "class",
 ) -> torch.Tensor:
     """Run the transformer once and return its prediction (the velocity), shaped as ``latents``: see :class:`Batch`.
+
+    It has the skeleton's dtype. ``variant`` says how the timestep is rounded.
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
         Unsupported: too few tokens for the group, or a group in stages.
     """
-    return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)])
+    return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)], variant)
 
 
 @torch.inference_mode()
-def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tensor:
+def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch], variant: Variant = "class") -> torch.Tensor:
     """Run the transformer on every row of some batches of one size, and return the predictions of all, in order.
 
     Halves of a group deal the rows of all batches between them, so that a prompt and a negative one of another length
@@ -251,7 +274,7 @@ def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tenso
         size = batch.latents.shape[0]
         mine = slice(max(own.start - done, 0), min(own.stop - done, size))
         if mine.start < mine.stop:
-            predictions.append(_predict(skeleton, batch.rows(mine)))
+            predictions.append(_predict(skeleton, batch.rows(mine), variant))
         done += size
     return gather_rows(predictions[0] if len(predictions) == 1 else torch.cat(predictions), rows)
 
@@ -269,8 +292,8 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")
     height, width = latents.shape[2:]
-    if max(height, width) * PIXELS_PER_LATENT > MAX_PIXELS_PER_SIDE:
-        raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_PIXELS_PER_SIDE} pixels on a side")
+    if max(height, width) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS:
+        raise BadRequest(f"latents are {list(latents.shape)}: more than {MAX_SIDE_PIXELS} pixels on a side")
     check_shape("latents", latents, (rows, LATENT_CHANNELS, height, width))
     check_shape("timestep", timestep, (rows,))
     if config.has_guidance:
@@ -285,7 +308,7 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
         latents=latents,
         checked=((timestep, "timestep", 0.0, 1.0), (guidance, "guidance", -math.inf, math.inf)),
     )
-    # Both stay float32 as in FluxPipeline; the model rounds them to its own dtype.
+    # Both stay float32 as in FluxPipeline; the model rounds them as the variant says.
     return Batch(
         latents,
         timestep.to(skeleton.device, torch.float32),
@@ -295,10 +318,10 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     )
 
 
-def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
+def _predict(skeleton: Skeleton, batch: Batch, variant: Variant) -> torch.Tensor:
     height, width = batch.latents.shape[2:]
     module = cast(SequenceParallelFlux1, skeleton.module)
-    with module.foreseeing(batch.times):
+    with module.foreseeing(batch.times), module.following(variant):
         prediction = module.forward_rows(
             _pack(batch.latents),
             batch.conditioning.prompt_embeds,

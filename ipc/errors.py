@@ -93,6 +93,15 @@ class StaleSource(RequestError):
     code = "stale_source"
 
 
+class NotFinite(RequestError):
+    """What a component computed is NaN or infinite, from sound inputs: its weights are at fault, or overflow does it.
+
+    The message names the component, the result and the step.
+    """
+
+    code = "not_finite"
+
+
 class ForeignGpu(RequestError):
     """A CUDA handle belongs to a GPU on which no worker runs."""
 

@@ -29,9 +29,15 @@ MAX_TEXT_CHARS: Final = 64 * 1024
 MAX_BYTES: Final = 2**46
 """Sizes and offsets (64 TiB)."""
 
-MAX_SIDE_PIXELS: Final = 16_384
+MAX_SIDE_PIXELS: Final = 8_192
+"""Height and width of an image: what the workers take. A refusal names it, in the client and in the workers."""
+
+SIDE_MULTIPLE_PIXELS: Final = 16
+"""Height and width of what a transformer makes: eight pixels a latent, two latents a token."""
+
 MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
+MAX_GUIDANCE: Final = 1_000.0
 
 MAX_TEXT_TOKENS: Final = 4_096
 """Tokens of one text: T5's attention keeps a number for every pair of them in every head."""

@@ -101,9 +101,9 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r}: use WIDTHxHEIGHT in pixels, for example 1024x768")
     found = int(width), int(height)
     for side in found:
-        if not 16 <= side <= limits.MAX_SIDE_PIXELS or side % 16:
+        if not 0 < side <= limits.MAX_SIDE_PIXELS or side % limits.SIDE_MULTIPLE_PIXELS:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: sides are multiples of 16 pixels, up to {limits.MAX_SIDE_PIXELS}"
+                f"{text!r}: sides are multiples of {limits.SIDE_MULTIPLE_PIXELS} pixels, up to {limits.MAX_SIDE_PIXELS}"
             )
     return found
 

@@ -13,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from xditd.gpu_workers.pipefusion.flux1 import StagedFlux1
 from xditd.gpu_workers.pipefusion.links import StageLinks
 from xditd.gpu_workers.pipefusion.sampling import Inputs, sample
+from xditd.gpu_workers.result_checks import FiniteCheck
 from xditd.gpu_workers.skeletons import Skeleton
 
 
@@ -25,6 +26,7 @@ def generate(
     sigmas: Sequence[float] | None,
     on_step: Callable[[int, int], None] | None,
     on_denoised: Callable[[torch.Tensor], None] | None,
+    finite: FiniteCheck | None,
 ) -> torch.Tensor:
     """Run a checked job; see :func:`sample`.
 
@@ -40,6 +42,7 @@ def generate(
         warm_up_steps=layout.patching.warm_up_steps,
         on_step=on_step,
         on_denoised=on_denoised,
+        finite=finite,
     )
 
 

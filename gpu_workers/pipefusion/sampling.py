@@ -16,14 +16,18 @@ from xditd.gpu_workers.pipefusion.flux1 import Rotary, StagedFlux1
 from xditd.gpu_workers.pipefusion.key_values import KeyValues
 from xditd.gpu_workers.pipefusion.links import StageLinks
 from xditd.gpu_workers.pipefusion.shares import deal_patches
+from xditd.gpu_workers.result_checks import FiniteCheck, magnitude
+from xditd.gpu_workers.timesteps import SCALE
+from xditd.ipc.requests import Variant
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """A checked job, on the device, in the model's dtype.
 
-    ``noise`` is (batch, image tokens, packed channels), ``text`` (batch, text tokens, channels), ``pooled`` (batch,
-    channels), ``guidance`` (batch,) in float32; ``text_ids`` and ``image_ids`` are the tokens' positions, (tokens, 3).
+    ``noise`` is (batch, image tokens, packed channels), in the dtype that latents have between steps, ``text`` (batch,
+    text tokens, channels), ``pooled`` (batch, channels), ``guidance`` (batch,) in float32; ``text_ids`` and
+    ``image_ids`` are the tokens' positions, (tokens, 3).
     """
 
     noise: torch.Tensor
@@ -32,6 +36,7 @@ class Inputs:
     guidance: torch.Tensor | None
     text_ids: torch.Tensor
     image_ids: torch.Tensor
+    variant: Variant
 
 
 def sample(
@@ -44,13 +49,14 @@ def sample(
     warm_up_steps: int,
     on_step: Callable[[int, int], None] | None,
     on_denoised: Callable[[torch.Tensor], None] | None,
+    finite: FiniteCheck | None = None,
 ) -> torch.Tensor:
     """Denoise ``inputs.noise`` along ``schedule``, whose timesteps are set; return the latents on every rank.
 
     ``on_step(done, total)`` runs on every rank after each step was issued there, which is not at the same time; if it
     raises, it has to on all of them after the same step. ``on_denoised`` runs on the first stage before it, with the
     clean latents that the latest complete step foresaw, rounded to the latents' dtype: this step while it warms up,
-    then the step before. All ranks give one, or none.
+    then the step before. All ranks give one, or none. ``finite`` notes the latents after every step, at the end.
 
     Raises:
         Unsupported: fewer image tokens than patches.
@@ -69,7 +75,13 @@ def sample(
         except BaseException:
             turns.abandon()
             raise
-    return turns.share_result()
+    latents = turns.share(turns.latents)
+    magnitudes = turns.share(turns.magnitudes)
+    links.settle()
+    if finite is not None:
+        for step, found in enumerate(magnitudes.unbind(), 1):
+            finite.note_magnitude(f"latents after step {step} of {steps}", found)
+    return latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,10 @@ class _Patch:
 
 
 class _Turns:
-    """One job on one rank. The first and the last stage keep the latents, each patch's as of its latest step."""
+    """One job on one rank. The first and the last stage keep the latents, each patch's as of its latest step.
+
+    The last one also keeps the largest magnitude of what each step gave, for all patches together.
+    """
 
     def __init__(
         self,
@@ -107,8 +122,9 @@ class _Turns:
         tables = model.pos_embed(torch.cat((inputs.text_ids, inputs.image_ids)))
         self._whole = _Patch(slice(0, tokens), tables)
         self._patches = [_Patch.of(tokens, inputs.text.shape[1], tables) for tokens in deal_patches(tokens, patches)]
-        self._latents = inputs.noise.clone()
-        self._foreseen = torch.empty_like(self._latents) if on_denoised is not None else None
+        self.latents = inputs.noise.clone()
+        self.magnitudes = torch.zeros(len(self._timesteps), device=self.latents.device)
+        self._foreseen = torch.empty_like(self.latents) if on_denoised is not None else None
         self._results_owed: list[_Patch] = []
         self._text = model.context_embedder(inputs.text) if links.is_first else inputs.text
         self._key_values = KeyValues(inputs.text.shape[1])
@@ -152,25 +168,26 @@ class _Turns:
         links, model = self._links, self._model
         is_first_patch = text is None
         if links.is_first:
-            text, image = self._text, model.x_embedder(self._latents[:, patch.tokens])
+            text, image = self._text, model.x_embedder(self.latents[:, patch.tokens].to(self._text.dtype))
         else:
             text, image = self._receive_states(patch, text)
         image, text_after = model.run_stage(image, text, modulation, patch.rotary, self._key_values)
         if not links.is_last:
             links.send(torch.cat((text_after, image), dim=1) if is_first_patch else image)
             return text
-        prediction = model.predict(image, modulation)
-        before, sigma = self._latents[:, patch.tokens].float(), self._sigmas[step]
+        prediction = model.predict(image, modulation).to(self.latents.dtype)
+        before, sigma = self.latents[:, patch.tokens].float(), self._sigmas[step]
         # As FlowMatchEulerDiscreteScheduler.step does, which counts its calls and not our patches.
         after = (before + (self._sigmas[step + 1] - sigma) * prediction).to(prediction.dtype)
         foreseen = () if self._foreseen is None else ((before - sigma * prediction).to(prediction.dtype),)
-        self._latents[:, patch.tokens] = after  # and with it ``before``, where that is no copy
+        self.latents[:, patch.tokens] = after  # and with it ``before``, where that is no copy
+        self.magnitudes[step] = torch.maximum(self.magnitudes[step], magnitude(after))  # NaN, if either is
         if is_result_wanted:
             links.send(torch.cat((after, *foreseen)))
         return text
 
     def _receive_states(self, patch: _Patch, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, hidden = self._latents.dtype, self._model.inner_dim
+        dtype, hidden = self._text.dtype, self._model.inner_dim
         if text is not None:
             return text, self._links.receive((self._batch, patch.length, hidden), dtype)
         text_length = self._text.shape[1]
@@ -180,8 +197,8 @@ class _Turns:
     def _take_result(self, patch: _Patch) -> None:
         """On the first stage: take what the last one made of a patch in the latest step."""
         copies = 1 if self._foreseen is None else 2
-        result = self._links.receive((copies * self._batch, patch.length, self._channels), self._latents.dtype)
-        self._latents[:, patch.tokens] = result[: self._batch]
+        result = self._links.receive((copies * self._batch, patch.length, self._channels), self.latents.dtype)
+        self.latents[:, patch.tokens] = result[: self._batch]
         if self._foreseen is not None:
             self._foreseen[:, patch.tokens] = result[self._batch :]
 
@@ -191,15 +208,13 @@ class _Turns:
             self._take_result(patch)
         self._links.settle()
 
-    def share_result(self) -> torch.Tensor:
-        """Hand the last stage's latents on to every rank, by the links, since a broadcast has yet to connect."""
+    def share(self, mine: torch.Tensor) -> torch.Tensor:
+        """Hand a tensor of the last stage's on to every rank, by the links, since a broadcast has yet to connect."""
         links = self._links
-        if not links.is_last:
-            self._latents = links.receive(tuple(self._latents.shape), self._latents.dtype)
-        if links.stage != links.stages - 2:  # whose next one has them from the start
-            links.send(self._latents)
-        links.settle()
-        return self._latents
+        theirs = mine if links.is_last else links.receive(tuple(mine.shape), mine.dtype)
+        if links.stage != links.stages - 2:  # whose next one has it from the start
+            links.send(theirs)
+        return theirs
 
     def _show(self) -> None:
         if self._on_denoised is not None and self._foreseen is not None:
@@ -207,5 +222,5 @@ class _Turns:
 
     def _modulation(self, step: int) -> torch.Tensor:
         # Rounded and divided as FluxPipeline does, for the same bits.
-        timestep = self._timesteps[step].expand(self._batch).to(self._latents.dtype) / 1000
-        return self._model.condition(timestep, self._inputs.guidance, self._inputs.pooled, self._latents.dtype)
+        timestep = self._timesteps[step].expand(self._batch).to(self.latents.dtype) / SCALE
+        return self._model.condition(timestep, self._inputs.guidance, self._inputs.pooled, self._inputs.variant)

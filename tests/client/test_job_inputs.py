@@ -19,7 +19,7 @@ EMBEDS, POOLED = torch.zeros(1, 8, 32), torch.zeros(1, 16)
         (lambda: job_inputs.check_steps(True), r"steps: True is not"),
         (lambda: job_inputs.check_size(100, 64), r"height: 100 is not a multiple of 16 pixels; 96 is near"),
         (lambda: job_inputs.check_size(64, 0), r"width: 0 is not a whole number"),
-        (lambda: job_inputs.check_size(64, 10**6), r"width: 1000000 is not a whole number from 16 to 16384"),
+        (lambda: job_inputs.check_size(64, 10**6), r"width: 1000000 is not a whole number from 16 to 8192"),
         (lambda: job_inputs.check_guidance("guidance_scale", float("nan")), r"guidance_scale: nan is not a number"),
         (lambda: job_inputs.check_guidance("guidance_scale", -1), r"guidance_scale: -1 is not"),
         (lambda: job_inputs.check_step_cache(1.5), r"step_cache: 1.5 is not a number from 0"),
@@ -43,6 +43,12 @@ EMBEDS, POOLED = torch.zeros(1, 8, 32), torch.zeros(1, 16)
         (lambda: job_inputs.check_noise(torch.zeros(1, 16, 8, 8), 1, 64, 128), r"instead of \(1, 16, 8, 16\)"),
         (lambda: job_inputs.check_noise(torch.zeros(1, 64, 16), 1, 64, 64), r"noise: shape \(1, 64, 16\)"),
         (lambda: job_inputs.check_latents("latents", torch.zeros(1, 4, 8, 8)), r"4 channels instead of 16"),
+        (
+            lambda: job_inputs.check_latents("latents", torch.zeros(1, 16, 2, 1026)),
+            r"latents: latent width 1026 stands for 8208 pixels, at most 8192",
+        ),
+        (lambda: job_inputs.check_variant("bfloat16"), r"variant: 'bfloat16' is not one of 'class', 'float32_time'"),
+        (lambda: job_inputs.check_variant(None), r"variant: None is not one of"),
         (lambda: job_inputs.check_even_latents("latents", torch.zeros(1, 16, 7, 8)), r"latent height 7 is odd"),
         (lambda: job_inputs.check_image(torch.zeros(1, 3, 60, 64)), r"image: height 60 is not a multiple of 8"),
         (lambda: job_inputs.check_image(torch.zeros(1, 4, 64, 64)), r"4 channels instead of 3"),
@@ -55,8 +61,10 @@ def test_refuses(check, says):
 
 def test_accepts_what_jobs_can_use():
     assert job_inputs.check_embeds(EMBEDS, POOLED) == 1
-    job_inputs.check_size(112, 16_384)
+    job_inputs.check_size(112, 8_192)
     job_inputs.check_steps(1_000)
+    job_inputs.check_latents("latents", torch.zeros(1, 16, 2, 1024))
+    assert job_inputs.check_variant("float32_time") == "float32_time"
     assert job_inputs.check_sigmas(torch.tensor([1.0, 0.5]), 2) == (1.0, 0.5)
     assert job_inputs.check_timestep(torch.tensor(0.25), 2) == (0.25, 0.25)
     assert job_inputs.check_timestep(1, 1) == (1.0,)

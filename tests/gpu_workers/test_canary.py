@@ -46,6 +46,17 @@ def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tens
     assert fast.calls == 1
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_say_nothing_of_the_path(layout: ParallelLayout, value: float) -> None:
+    canary, broken, sound = Canary("path"), torch.full((8,), value), Path(RIGHT.clone())
+    assert canary.run("a", Path(broken.clone()), Path(broken)) is broken
+    assert not canary.is_refused
+    assert canary.error is None
+    assert canary.run("a", sound, Path(RIGHT)) is sound.result  # judged now
+    assert canary.run("b", Path(broken.clone()), Path(RIGHT)) is RIGHT
+    assert canary.is_refused
+
+
 def test_a_case_that_fails_later_turns_the_path_off_for_those_that_passed(layout: ParallelLayout) -> None:
     canary, plain = Canary("path"), Path(RIGHT)
     assert canary.run("a", Path(RIGHT.clone()), plain) is not RIGHT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,9 @@ from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.families.flux_vae import SCALING, SHIFT
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.tensors import ComponentKind
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -96,6 +98,127 @@ def test_bfloat16_is_bit_identical_too(cache: SkeletonCache, plug: Plugger, pipe
     ours = pipelines.generate(plug(cache, state).skeleton, **given, steps=2)
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, plain(reference.transformer_from(state), given, steps=2))
+
+
+class AsComfyUi:
+    """diffusers' model in bfloat16, with all that ComfyUI keeps in float32 computed here from scratch."""
+
+    def __init__(self, state: State, given: dict[str, Any], guidance: float) -> None:
+        self._model = reference.transformer_from(state)
+        self._embedders = self._model.time_text_embed
+        self._given = {name: given[name].bfloat16() for name in ("prompt_embeds", "pooled")}
+        self._guidance = guidance
+
+    @torch.no_grad()
+    def velocity(self, latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Take float32 latents (1, 16, h, w), and return what the model predicts, in bfloat16, packed."""
+        from diffusers import FluxPipeline
+
+        embed, pooled = self._embedders, self._given["pooled"]
+        scaled = torch.tensor([self._guidance]).bfloat16() * 1000  # guidance is rounded by both
+        vectors = (
+            embed.timestep_embedder(waves(torch.tensor([sigma]) * 1000).bfloat16())
+            + embed.guidance_embedder(waves(scaled.float()).bfloat16())
+            + embed.text_embedder(pooled)
+        )
+
+        class Ready(torch.nn.Module):
+            def forward(self, *_: torch.Tensor) -> torch.Tensor:
+                return vectors
+
+        self._model.time_text_embed = Ready()
+        height, width = latents.shape[2:]
+        return self._model(
+            hidden_states=FluxPipeline._pack_latents(latents.bfloat16(), *latents.shape),
+            encoder_hidden_states=self._given["prompt_embeds"],
+            pooled_projections=pooled,
+            timestep=torch.tensor([sigma]),
+            guidance=torch.tensor([self._guidance]),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+            txt_ids=torch.zeros(self._given["prompt_embeds"].shape[1], 3),
+            return_dict=False,
+        )[0]
+
+
+def waves(scaled: torch.Tensor) -> torch.Tensor:
+    """Cosines, then sines, of 128 frequencies from 1 down to nearly 1 / 10,000."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
+    angles = scaled[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def test_float32_time_in_bfloat16_is_what_comfyui_computes(
+    cache: SkeletonCache, plug: Plugger, pipelines: ModuleType
+) -> None:
+    from diffusers import FluxPipeline
+
+    state = flux1_state_dict(1, dtype=torch.bfloat16)
+    skeleton, given = plug(cache, state).skeleton, job(15, 64, 96)
+    sigmas = [0.9871, 0.7313, 0.4457, 0.1237]  # no multiples of what bfloat16 rounds to
+    stock = AsComfyUi(state, given, guidance=2.6)
+    size = given["noise"].shape[2:]
+
+    expected = FluxPipeline._pack_latents(given["noise"], *given["noise"].shape)
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        unpacked = FluxPipeline._unpack_latents(expected, *size, 1)
+        difference = torch.tensor(following) - torch.tensor(sigma)
+        expected = expected + difference * stock.velocity(unpacked, sigma).float()
+    expected = FluxPipeline._unpack_latents(expected, *size, 1)
+    made = {
+        variant: pipelines.generate(skeleton, **given, steps=4, sigmas=sigmas, guidance_scale=2.6, variant=variant)
+        for variant in ("float32_time", "class")
+    }
+    assert made["float32_time"].dtype == torch.float32
+    assert reference.relative_error(made["float32_time"], expected) <= BAR
+    assert reference.relative_error(made["class"], expected) > 5e-3
+    assert torch.equal(
+        made["class"], plain(reference.transformer_from(state), given, steps=4, sigmas=sigmas, guidance_scale=2.6)
+    )
+
+    conditioning = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
+    for sigma in sigmas:
+        velocity = pipelines.denoise(
+            skeleton,
+            latents=given["noise"],
+            timestep=torch.tensor([sigma]),
+            conditioning=conditioning,
+            guidance=torch.tensor([2.6]),
+            variant="float32_time",
+        )
+        packed = stock.velocity(given["noise"], sigma)
+        assert torch.equal(velocity, FluxPipeline._unpack_latents(packed, *size, 1))
+
+
+def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, pipelines: ModuleType) -> None:
+    given = job(8, 64, 64)
+    both = [pipelines.generate(transformer, **given, steps=3, variant=variant) for variant in ("class", "float32_time")]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("more", [{}, {"variant": "float32_time"}, {"step_cache": 0.1}], ids=str)
+def test_the_first_step_whose_latents_are_not_finite_is_named(
+    cache: SkeletonCache, plug: Plugger, pipelines: ModuleType, more: dict[str, Any]
+) -> None:
+    from xditd.gpu_workers.result_checks import FiniteCheck
+    from xditd.gpu_workers.step_cache import StepCache
+
+    state = flux1_state_dict(2, dtype=torch.bfloat16)
+    skeleton, finite = plug(cache, state).skeleton, FiniteCheck()
+    component = SimpleNamespace(
+        component_id="c1",
+        manifest=SimpleNamespace(kind=ComponentKind.TRANSFORMER, label="some"),
+        plan=SimpleNamespace(dtype=torch.bfloat16),
+    )
+
+    def break_weights(done: int, _: int) -> None:
+        if done == 2:
+            state["img_in.bias"][5] = torch.nan
+
+    if "step_cache" in more:
+        more = {"step_cache": StepCache(more["step_cache"])}
+    latents = pipelines.generate(skeleton, **job(8, 64, 64), steps=4, on_step=break_weights, finite=finite, **more)
+    assert latents.isnan().any()
+    assert "latents after step 3 of 4: some values are NaN" in finite.fault(component).detail
 
 
 def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, pipelines: ModuleType) -> None:
@@ -183,6 +306,8 @@ def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State,
     assert encoded.shape == latents.shape
     assert reference.relative_error(encoded, reference.reference_encode(model, image)) <= BAR
     assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING, SHIFT)
+    odd = image[:, :, :104, :72]  # a VAE needs multiples of 8 pixels; of 16 only what a transformer makes
+    assert reference.relative_error(image_coding.encode(vae, odd), reference.reference_encode(model, odd)) <= BAR
 
 
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
@@ -242,8 +367,10 @@ NAN = float("nan")
         ({"width": 0}, "width 0"),
         ({"width": -16}, "width -16"),
         ({"height": 16 * 10**6}, "height 16000000"),
+        ({"width": limits.MAX_SIDE_PIXELS + 16}, f"up to {limits.MAX_SIDE_PIXELS} pixels"),
         ({"steps": 0}, "steps 0: use 1 to 1000"),
         ({"steps": 10**9}, "steps 1000000000"),
+        ({"steps": limits.MAX_STEPS + 1}, f"use 1 to {limits.MAX_STEPS}"),
         ({"steps": 3, "sigmas": [1.0, 0.5]}, "2 sigmas for 3 steps"),
         ({"steps": 2, "sigmas": [1.0, 0.0]}, "sigma 0.0"),
         ({"steps": 2, "sigmas": [1.5, 0.5]}, "sigma 1.5"),
@@ -312,8 +439,8 @@ def test_bad_images_and_latents_name_the_value(vae: Skeleton, image_coding: Modu
         image_coding.encode(vae, torch.zeros(1, 4, 32, 32))
     with pytest.raises(BadRequest, match="image is"):
         image_coding.encode(vae, torch.zeros(65, 3, 16, 16))
-    with pytest.raises(BadRequest, match="width 40"):
-        image_coding.encode(vae, torch.zeros(1, 3, 32, 40))
+    with pytest.raises(BadRequest, match="width 44: use a multiple of 8 up to 8192 pixels"):
+        image_coding.encode(vae, torch.zeros(1, 3, 32, 44))
     with pytest.raises(BadRequest, match="image: some values are not finite"):
         image_coding.encode(vae, torch.full((1, 3, 32, 32), NAN))
 

@@ -21,6 +21,7 @@ from xditd.client.comfyui.fusion import STEPWISE_WRAPPERS, why_stepwise
 from xditd.client.comfyui.notes import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY, RemotePatcher
 from xditd.client.comfyui.vae import weights_of
+from xditd.ipc.limits import MAX_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class XditKSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
-                io.Int.Input("steps", default=20, min=1, max=1000),
+                io.Int.Input("steps", default=20, min=1, max=MAX_STEPS),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),

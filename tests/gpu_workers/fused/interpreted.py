@@ -61,6 +61,7 @@ def whole_model(store: str) -> dict[str, Any]:
                 if reference.relative_error(after, before) < 1e-5:
                     found["unmoved"].append(name)
             found["cached"] = cached(skeleton, given)
+            found["not finite"] = not_finite(skeleton, state)
             found["foreseen"] = foreseen(skeleton)
         found["canary"][label] = {
             "refused": canary.is_refused,
@@ -77,8 +78,60 @@ def whole_model(store: str) -> dict[str, Any]:
                 pipelines.generate(skeleton, **given, steps=1), reference_latents(model, given, steps=1)
             ),
         }
+    found["half"] = half_precision(layout)
     xfuser_start.stop()
     return found
+
+
+def not_finite(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """Run a size for the first time with a weight that is NaN, and again with a sound one."""
+    from xditd.gpu_workers import pipelines
+
+    canary, given = skeleton.module.fused.canary, job(2, 32, 16, 1)
+    kept = state["img_in.bias"].clone()
+    state["img_in.bias"][3] = torch.nan
+    broken = pipelines.generate(skeleton, **given, steps=1)
+    judged = len(canary._passed)
+    state["img_in.bias"].copy_(kept)
+    sound = pipelines.generate(skeleton, **given, steps=1)
+    found = {
+        "result is NaN": bool(broken.isnan().any()),
+        "sound one is finite": bool(sound.isfinite().all()),
+        "judged by it": len(canary._passed) != judged + 1,
+        "refused": canary.is_refused,
+    }
+    canary._passed.discard((2, given["height"] * given["width"] // 256))
+    return found
+
+
+def half_precision(layout: Any) -> dict[str, float | bool]:
+    """Generate in bfloat16 as ComfyUI rounds: modulations of all steps at once and of each alone, and plain modules."""
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers import pipelines, reference
+    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.skeletons import SkeletonCache
+
+    state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)
+    plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    skeleton = plan.skeleton
+    skeleton.plug(plan.bind(state), "half", plan.by_canonical_name(state))
+    given, sigmas = job(3, 16, 32, 1), (0.9871, 0.7313, 0.4457)
+
+    def run(variant: Any) -> torch.Tensor:
+        return pipelines.generate(skeleton, **given, steps=len(sigmas), sigmas=sigmas, variant=variant)
+
+    at_once = run("float32_time")
+    fused = skeleton.module.fused
+    fused.modulator.stepping = lambda _: nullcontext()
+    alone = run("float32_time")
+    skeleton.module.fused = None
+    plain, rounded = run("float32_time"), run("class")
+    return {
+        "same bits": torch.equal(at_once, alone),
+        "refused": fused.canary.is_refused,
+        "error": reference.relative_error(at_once, plain),
+        "apart": reference.relative_error(rounded, plain),
+    }
 
 
 def steps_at_once(skeleton: Any) -> dict[str, bool]:
@@ -113,10 +166,12 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
         counts.append(len(vectors))
         return multiply(weights, biases, vectors, rows)
 
-    def run(sigma: float, given_conditioning: Any, times: modulations.Times | None) -> torch.Tensor:
+    def run(
+        sigma: float, given_conditioning: Any, times: modulations.Times | None, variant: Any = "class"
+    ) -> torch.Tensor:
         guidance = torch.full((2,), GUIDANCE)
         batch = pipelines.Batch(given["noise"], torch.full((2,), sigma), given_conditioning, guidance, times)
-        return pipelines.denoise_batches(skeleton, [batch])
+        return pipelines.denoise_batches(skeleton, [batch], variant)
 
     found: dict[str, Any] = {"same bits": True, "vectors": []}
     kernels.multiply_vectors = count
@@ -129,6 +184,11 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
         found["same bits"] &= torch.equal(result, run(sigma, given_conditioning, None))
     kernels.multiply_vectors = multiply
     found["kept"] = modulator.kept
+    counts.clear()
+    kernels.multiply_vectors = count
+    run(0.25, conditioning, modulations.Times(0.25, GUIDANCE, sigmas), "float32_time")
+    kernels.multiply_vectors = multiply
+    found["vectors of the other variant"] = sum(counts) // 2
     skeleton.unplug()
     found["left"] = modulator.kept
     return found

@@ -39,6 +39,20 @@ def test_forwards_that_are_foreseen_compute_modulations_once_and_give_the_same_b
     # Two images: the first sigma, all four at once, one between them, a kept one, another prompt's, two kept ones.
     assert foreseen["vectors"] == [2, 8, 2, 0, 2, 0, 0]
     assert (foreseen["kept"], foreseen["left"]) == (10, 0)
+    assert foreseen["vectors of the other variant"] == 2  # none that were rounded in another way
+
+
+def test_a_timestep_in_float32_is_embedded_so_ahead_too(found: Any) -> None:
+    half = found["model"]["half"]
+    assert half["same bits"] is True
+    assert half["refused"] is False
+    assert half["error"] < 0.02 < half["apart"]
+
+
+def test_weights_that_are_not_finite_do_not_turn_fused_blocks_off(found: Any) -> None:
+    assert found["model"]["not finite"] == {
+        "result is NaN": True, "sound one is finite": True, "judged by it": False, "refused": False,
+    }  # fmt: skip
 
 
 def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:

@@ -101,6 +101,8 @@ def run_rank(rank: int, devices: list[str], dtype: torch.dtype, cases: str, fold
     if cases == ALL:
         jobs.watch()
         jobs.cancel_and_go_on()
+        jobs.round_as_comfyui()
+        jobs.break_weights()
         jobs.ask_for_what_is_refused()
     results = {name: tensor.cpu().contiguous() for name, tensor in jobs.results.items()}
     save_file(results, f"{folder}/rank{rank}.safetensors")
@@ -179,6 +181,37 @@ class Jobs:
             except Cancelled as error:
                 self.facts["cancelled"].append(error.detail)
         self.results["after cancelling"] = self.generate(CANCELLED)
+
+    def round_as_comfyui(self) -> None:
+        """Generate with timesteps and latents in float32, which in float32 changes no bit."""
+        for name in ("every step warms up, given sigmas", "patches, given sigmas"):
+            self.results[f"comfyui/{name}"] = self.generate(CASES[name], variant="float32_time")
+
+    def break_weights(self) -> None:
+        """Put a NaN into the weights of the last stage between two steps, and take it out again."""
+        from types import SimpleNamespace
+
+        from xditd.gpu_workers.result_checks import FiniteCheck
+        from xditd.ipc.tensors import ComponentKind
+
+        component: Any = SimpleNamespace(
+            component_id="c1",
+            manifest=SimpleNamespace(kind=ComponentKind.TRANSFORMER, label="some"),
+            plan=SimpleNamespace(dtype=self.dtype),
+        )
+        case = CASES["patches"]
+        bias = checkpoint(case.blocks, case.is_dev, str(self.layout.device), self.dtype)["final_layer.linear.bias"]
+        kept = bias.clone()
+
+        def spoil(done: int, _: int) -> None:
+            if done == 3:
+                bias[2] = torch.nan
+
+        finite = FiniteCheck()
+        self.generate(case, on_step=spoil, finite=finite)
+        bias.copy_(kept)
+        fault = finite.fault(component)
+        self.facts["not finite"] = "" if fault is None else fault.detail
 
     def ask_for_what_is_refused(self) -> None:
         from xditd.gpu_workers import pipelines

@@ -117,6 +117,22 @@ def test_a_cancelled_job_ends_on_all_ranks_at_the_same_step_and_the_next_one_is_
     assert torch.equal(made.results[0]["after cancelling"], made.results[0][f"{name}/0"])
 
 
+def test_latents_stay_in_float32_where_the_variant_says_so(made: Any) -> None:
+    for name in ("every step warms up, given sigmas", "patches, given sigmas"):
+        result, rounded = made.results[0][f"comfyui/{name}"], made.results[0][f"{name}/0"]
+        assert result.dtype == torch.float32
+        assert torch.equal(result, made.results[-1][f"comfyui/{name}"])
+        if made.dtype == "float32":
+            assert torch.equal(result, rounded)
+        else:
+            assert 1e-3 < reference.relative_error(rounded, result) < STALE
+
+
+def test_all_ranks_name_the_step_whose_latents_are_not_finite(made: Any) -> None:
+    for facts in made.facts:
+        assert "latents after step 4 of 5: some values are NaN" in facts["not finite"]
+
+
 def test_what_stages_cannot_do_is_refused_by_name(made: Any) -> None:
     for facts in made.facts:
         assert f"denoise: the workers' layout pipefusion={len(made.facts)} runs whole generations" in facts["denoise"]
@@ -202,7 +218,7 @@ def one_turn_after_the_other(stages: list[Any], case: Any) -> torch.Tensor:
             )
             for number, stage in enumerate(stages):
                 kept[number].turn_to(None if step < case.warm_up else slice(start, stop))
-                modulation = stage.condition(timestep, guidance, given["pooled"], torch.float32)
+                modulation = stage.condition(timestep, guidance, given["pooled"], "class")
                 if number > 0:
                     words = first_texts.setdefault(number, words)
                 state, words = stage.run_stage(state, words, modulation, rotary, kept[number])
