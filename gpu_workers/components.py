@@ -30,6 +30,7 @@ from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, UnknownComponent
+from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
@@ -239,7 +240,7 @@ class Components:
         clock = Clock()
         with together():
             if faults := manifest.faults():
-                raise BadRequest("; ".join(faults))
+                raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
             plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
             self._check_kind(manifest, plan)
             reserved = plan.skeleton.reserve()
@@ -263,7 +264,7 @@ class Components:
     def _open(self, block: Block, exporter: ProcessIdentity) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
         if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
-            known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
+            known = listed(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter) if self.blocks.is_local(block) else None
 

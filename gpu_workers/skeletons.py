@@ -19,6 +19,7 @@ from xditd.gpu_workers.families import detect
 from xditd.gpu_workers.families.base import Family, Resolution, Slice, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
+from xditd.ipc.name_lists import listed
 
 Signature = frozenset[tuple[str, TensorInfo]]
 Key = tuple[str, Hashable, torch.dtype]
@@ -81,7 +82,9 @@ class Skeleton:
         """
         if bindings.keys() != self._slots.keys():
             differing = sorted(bindings.keys() ^ self._slots.keys())
-            raise Internal(f"bindings do not match the {self.family.name} skeleton: {', '.join(differing)}")
+            raise Internal(
+                f"bindings do not match the {self.family.name} skeleton: {listed(differing)}", names=differing
+            )
         for target, (parameters, name) in self._slots.items():
             parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
         if self._fast is not None:
@@ -194,6 +197,6 @@ class SkeletonCache:
                     submodule._buffers[name] = buffer.to(self.layout.device)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
         if stranded:
-            raise Internal(f"{family.name}: buffers without values after building: {', '.join(stranded)}")
+            raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
         return Skeleton(family, config, dtype, self.layout, module)

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.protocol import ComponentId, Message, RelativeError, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, ErrorNames, Message, RelativeError, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Manifest, Name
@@ -154,6 +154,8 @@ class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
     code: Name
     detail: Text
     is_fatal: bool
+    names: ErrorNames = ()
+    """As in ``Failed``."""
 
 
 class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
