@@ -49,7 +49,7 @@ class Component:
     bindings: dict[str, torch.Tensor]
     manifest: Manifest
     tensors: dict[str, torch.Tensor]
-    """The lent tensors by name, as views like the bindings."""
+    """The lent tensors that jobs read, by name, as views like the bindings."""
     opened: list[OpenBlock | None]
     copies: list[torch.Tensor]
     copied: CopiedBytes
@@ -175,7 +175,8 @@ class Components:
             specs = [
                 spec
                 for spec in component.manifest.tensors
-                if _shares_storage(component.tensors[spec.name], sources[spec.block])
+                if spec.name in component.tensors
+                and _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
             own = self._lay_out(specs)
             if own is not None:
@@ -283,7 +284,9 @@ class Components:
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
+            read = set(plan.sources.values())
+            specs = [spec for spec in manifest.tensors if spec.name in read]
+            apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
             own = self._lay_out(apart)
             if own is None:
                 _check_opened(opened)
@@ -296,7 +299,7 @@ class Components:
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
-            for spec in manifest.tensors:
+            for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
             bindings = plan.bind(tensors)
