@@ -175,8 +175,7 @@ class Components:
             specs = [
                 spec
                 for spec in component.manifest.tensors
-                if spec.name in component.tensors
-                and _shares_storage(component.tensors[spec.name], sources[spec.block])
+                if spec.name in component.tensors and _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
             own = self._lay_out(specs)
             if own is not None:

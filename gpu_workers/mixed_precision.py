@@ -1,13 +1,13 @@
 """Checkpoints of several dtypes: float32 norms in a bfloat16 model, or any other tensor that was kept wider.
 
 Weights stay as they were lent. A layer that has one of another dtype computes in the widest of its weights and its
-input, and returns its input's dtype. That is what torch's norms do with float32 weights on the CPU, to the same bits;
-on GPUs most of torch's layers refuse such a mixture.
+input, and returns its input's dtype. torch does the same for norms with float32 weights on the CPU, and refuses most
+other mixtures; where it has a way of its own, that one is taken, for the same bits as in the owner's process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -20,13 +20,15 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def compute_in_widest(module: torch.nn.Module, exceptions: Collection[str]) -> None:
+def compute_in_widest(module: torch.nn.Module, exceptions: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Make every layer of ``module`` that has one of these parameters compute in the widest dtype of all it has.
 
     For inference in one thread. Layers take their input as their first argument, by position.
     """
     for path in {target.rpartition(".")[0] for target in exceptions}:
         layer = module.get_submodule(path)
+        if device.type == "cpu" and isinstance(layer, torch.nn.GroupNorm) and _is_all_float32(layer, path, exceptions):
+            continue
         hooks = _Widened()
         layer.register_forward_pre_hook(hooks.enter)
         layer.register_forward_hook(hooks.leave, always_call=True)
@@ -40,6 +42,10 @@ def convolve(x: torch.Tensor, convolution: torch.nn.Conv2d, padding: tuple[int, 
         return F.conv2d(x, weight, bias, padding=padding)
     wide = widest((x.dtype, weight.dtype, bias.dtype))
     return F.conv2d(x.to(wide), weight.to(wide), bias.to(wide), padding=padding).to(x.dtype)
+
+
+def _is_all_float32(layer: torch.nn.Module, path: str, exceptions: Mapping[str, torch.dtype]) -> bool:
+    return all(exceptions.get(f"{path}.{name}") == torch.float32 for name, _ in layer.named_parameters(recurse=False))
 
 
 class _Widened:

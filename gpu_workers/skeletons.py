@@ -210,7 +210,7 @@ class SkeletonCache:
         if stranded:
             raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
         exceptions = _exceptions(resolution)
-        compute_in_widest(module, exceptions)
+        compute_in_widest(module, exceptions, self.layout.device)
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
         return Skeleton(family, config, dtype, self.layout, module, exceptions)
 
