@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from xditd.client.job_inputs import check_embeds, check_guidance
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
     import torch
@@ -124,8 +125,8 @@ def read_conditioning(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = read_tensors(path)
     missing = [name for name in (EMBEDS, POOLED) if name not in tensors]
     if missing:
-        there = ", ".join(tensors) or "no tensors"
-        raise BadRequest(f"{path}: lacks {' and '.join(missing)}; it holds {there}")
+        there = listed(tensors) or "no tensors"
+        raise BadRequest(f"{path}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
     embeds, pooled = tensors[EMBEDS], tensors[POOLED]
     return embeds[None] if embeds.ndim == 2 else embeds, pooled[None] if pooled.ndim == 1 else pooled
 

@@ -123,5 +123,5 @@ def expect(reply: AnyReply, reply_type: type[R], purpose: str) -> R:
     if isinstance(reply, reply_type):
         return reply
     if isinstance(reply, Failed):
-        raise error_for(reply.code, reply.detail, reply.retry_after_s)
+        raise error_for(reply.code, reply.detail, reply.retry_after_s, reply.names)
     raise PeerError(f"{purpose}: the daemon answered {type(reply).__name__} instead of {reply_type.__name__}")

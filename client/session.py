@@ -17,6 +17,7 @@ from xditd.client.mailboxes import Ending, Patience
 from xditd.client.text_encoding import width_of
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import DaemonUnreachable, LeaseLost, SessionLost, StaleSource, XditdError
+from xditd.ipc.name_lists import listed
 from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked
 from xditd.ipc.requests import Adopt, Cancel, CheckCanary, Goodbye, Lend, ReturnLoan, Revoke
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
@@ -254,7 +255,7 @@ class Session:
             expected = digest_bytes(written)
             wrong = [rank for rank, digest in enumerate(seen.digests) if digest != expected]
             if wrong or not seen.digests:
-                whose = f"worker {', '.join(map(str, wrong))} read other bytes" if wrong else "no worker read the bytes"
+                whose = f"worker {listed(wrong)} read other bytes" if wrong else "no worker read the bytes"
                 raise StaleSource(
                     f"canary: {whose} that this process wrote into shared memory; likely causes: client and workers "
                     "are in different containers or pid namespaces, or /proc is restricted; run both as one user on "

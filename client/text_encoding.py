@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Manifest
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.
     if not isinstance(token_ids, torch.Tensor):
         lengths = {len(row) if isinstance(row, Sequence) else -1 for row in token_ids}
         if len(lengths) > 1:
-            raise BadRequest(f"token_ids: rows of {sorted(lengths)} tokens; pad them to one length")
+            raise BadRequest(f"token_ids: rows of {listed(sorted(lengths))} tokens; pad them to one length")
         try:
             token_ids = torch.tensor(token_ids)
         except (TypeError, ValueError, RuntimeError, OverflowError):

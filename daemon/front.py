@@ -11,6 +11,7 @@ from xditd.daemon.sessions import Session, Sessions
 from xditd.ipc import limits
 from xditd.ipc.codec import encode
 from xditd.ipc.errors import XditdError
+from xditd.ipc.name_lists import for_message
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Failed
 
@@ -93,4 +94,5 @@ def failed(request_id: str, error: XditdError) -> Failed:
         code=error.code,
         detail=error.detail[: limits.MAX_TEXT_CHARS],
         retry_after_s=error.retry_after_s,
+        names=for_message(error.names),
     )

@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 from xditd.daemon.group import CommandMaker, first_failure
 from xditd.daemon.supervisor import Supervisor
 from xditd.ipc.errors import Internal, XditdError, error_for
+from xditd.ipc.name_lists import listed
 from xditd.ipc.worker_messages import Answer, Command, ForgetClient, Unmap
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class ErrandRunner:
             # The rank holds memory that its owner is about to free: only the end of its process returns it.
             self._supervisor.end(Internal(f"rank {failure.rank} could not unmap: {failure.detail}"))
         else:
-            error = error_for(failure.code, failure.detail)
+            error = error_for(failure.code, failure.detail, names=failure.names)
             self._resume(errand, lambda script: script.throw(error))
 
     def group_ended(self, error: XditdError) -> None:
@@ -97,7 +98,7 @@ def expect(answers: Answers, kind: type[A]) -> list[A]:
     """
     found = [answer for answer in answers if isinstance(answer, kind)]
     if len(found) != len(answers):
-        names = ", ".join(type(answer).__name__ for answer in answers)
+        names = listed(type(answer).__name__ for answer in answers)
         raise Internal(f"the ranks answered {names} where {kind.__name__} was asked for")
     return found
 

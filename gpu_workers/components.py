@@ -31,6 +31,7 @@ from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
 from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, UnknownComponent
+from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
@@ -49,7 +50,7 @@ class Component:
     bindings: dict[str, torch.Tensor]
     manifest: Manifest
     tensors: dict[str, torch.Tensor]
-    """The lent tensors by name, as views like the bindings."""
+    """The lent tensors that jobs read, by name, as views like the bindings."""
     opened: list[OpenBlock | None]
     copies: list[torch.Tensor]
     copied: CopiedBytes
@@ -181,7 +182,7 @@ class Components:
             specs = [
                 spec
                 for spec in component.manifest.tensors
-                if _shares_storage(component.tensors[spec.name], sources[spec.block])
+                if spec.name in component.tensors and _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
             self.check_unchanged(component)
             own = self._lay_out(specs)
@@ -254,7 +255,7 @@ class Components:
         clock = Clock()
         with together():
             if faults := manifest.faults():
-                raise BadRequest("; ".join(faults))
+                raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
             plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
             self._check_kind(manifest, plan)
             reserved = plan.skeleton.reserve()
@@ -280,7 +281,7 @@ class Components:
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
         if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
-            known = ", ".join(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
+            known = listed(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
@@ -299,7 +300,9 @@ class Components:
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            apart = [spec for spec in manifest.tensors if self._must_copy(spec, sources[spec.block])]
+            read = set(plan.sources.values())
+            specs = [spec for spec in manifest.tensors if spec.name in read]
+            apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
             own = self._lay_out(apart)
             if own is None:
                 check_opened(opened)
@@ -318,7 +321,7 @@ class Components:
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
-            for spec in manifest.tensors:
+            for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
             bindings = plan.bind(tensors)

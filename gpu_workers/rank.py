@@ -26,6 +26,7 @@ from xditd.ipc.errors import (
     WorkersLost,
     XditdError,
 )
+from xditd.ipc.name_lists import for_message, in_log_lines
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.planner import Plan, report
 from xditd.ipc.processes import age_s
@@ -263,6 +264,9 @@ class Rank:
             logger.error("rank ends op=%s error=%s", type(command).__name__, error.detail)
         elif not isinstance(error, (Cancelled, OtherRankFailed)):
             logger.info("refused op=%s code=%s detail=%s", type(command).__name__, error.code, error.detail[:500])
+            if self._layout.rank == 0:  # the others refuse the same
+                for line in in_log_lines(error.names):
+                    logger.info("refused, all of the names: %s", line)
         self._channel.send(
             RankFailed(
                 group_token=self._token,
@@ -271,6 +275,7 @@ class Rank:
                 code=error.code,
                 detail=error.detail[: limits.MAX_TEXT_CHARS],  # a longer one would be refused, and nobody answered
                 is_fatal=is_fatal,
+                names=for_message(error.names),
             )
         )
         if is_fatal:

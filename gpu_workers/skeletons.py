@@ -7,6 +7,7 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from xditd.gpu_workers import attention
 from xditd.gpu_workers.families import detect
 from xditd.gpu_workers.families.base import Family, Resolution, Slice, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.mixed_precision import compute_in_widest
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal
+from xditd.ipc.name_lists import listed
 from xditd.ipc.status import FusedCheck
 
+logger = logging.getLogger(__name__)
+
 Signature = frozenset[tuple[str, TensorInfo]]
-Key = tuple[str, Hashable, torch.dtype]
+Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
 class Skeleton:
@@ -36,6 +41,7 @@ class Skeleton:
         dtype: torch.dtype,
         layout: ParallelLayout,
         module: torch.nn.Module,
+        exceptions: Mapping[str, torch.dtype],
     ) -> None:
         self.family = family
         self.config = config
@@ -45,7 +51,7 @@ class Skeleton:
         self.module = module
         self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
-        self._fast = family.fuse(config, module, layout, dtype)
+        self._fast = family.fuse(config, module, layout, dtype, exceptions)
         # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
@@ -87,7 +93,9 @@ class Skeleton:
         """
         if bindings.keys() != self._slots.keys():
             differing = sorted(bindings.keys() ^ self._slots.keys())
-            raise Internal(f"bindings do not match the {self.family.name} skeleton: {', '.join(differing)}")
+            raise Internal(
+                f"bindings do not match the {self.family.name} skeleton: {listed(differing)}", names=differing
+            )
         for target, (parameters, name) in self._slots.items():
             parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
         if self._fast is not None:
@@ -132,7 +140,7 @@ class Plan:
 
 
 class SkeletonCache:
-    """The skeletons of this process, by family, configuration and dtype; the layout is fixed for its life."""
+    """The skeletons of this process, by family, configuration and dtypes; the layout is fixed for its life."""
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
@@ -163,7 +171,13 @@ class SkeletonCache:
             resolution = resolve(detect(tensors.keys()), tensors)
             resolution.family.check_layout(resolution.config, self.layout)
             self._resolutions[signature] = resolution
-        key = (resolution.family.name, resolution.config, resolution.dtype)
+            if resolution.skipped and self.layout.rank == 0:
+                logger.info(
+                    "tensors skipped, no job reads them: family=%s count=%d names=%s",
+                    resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
+                )  # fmt: skip
+        exceptions = frozenset(_exceptions(resolution).items())
+        key = (resolution.family.name, resolution.config, resolution.dtype, exceptions)
         skeleton = self._skeletons.get(key)
         started = time.perf_counter()
         is_reused = skeleton is not None
@@ -199,6 +213,13 @@ class SkeletonCache:
                     submodule._buffers[name] = buffer.to(self.layout.device)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
         if stranded:
-            raise Internal(f"{family.name}: buffers without values after building: {', '.join(stranded)}")
+            raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
+        exceptions = _exceptions(resolution)
+        compute_in_widest(module, exceptions, self.layout.device)
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, config, dtype, self.layout, module)
+        return Skeleton(family, config, dtype, self.layout, module, exceptions)
+
+
+def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:
+    """Parameters that need care beside those of the main dtype: none of a text encoder, which computes in float32."""
+    return {} if resolution.family.kind == "text_encoder" else resolution.exceptions

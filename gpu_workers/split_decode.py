@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from xditd.gpu_workers.mixed_precision import convolve
+
 LEAST_AREA = 64 * 64
 """Latent pixels from which a split pays, 512 x 512 in the image; a smaller decode is mostly launches and meetings."""
 
@@ -190,4 +192,4 @@ def _room_for(x: torch.Tensor) -> torch.Tensor:
 
 def _convolve(padded: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
     """A 3x3 convolution of rows that bring their neighbours along."""
-    return F.conv2d(padded, conv.weight, conv.bias, padding=(0, 1))
+    return convolve(padded, conv, padding=(0, 1))

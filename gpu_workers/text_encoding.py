@@ -51,8 +51,8 @@ def encode_text(
     """Encode token ids (batch, tokens), int64, in float32; returns hidden states, and the pooled ones if asked for.
 
     Hidden states (batch, tokens, width) are the last layer after the final norm. Every token is attended to, padding
-    too, as FLUX.1 was trained with; CLIP looks back only. Pooled (batch, width), CLIP only, is the state at the first
-    end-of-text token, or at the last token where there is none; it is not projected.
+    too, as FLUX.1 was trained with; CLIP looks back only. Pooled (batch, width), CLIP only, is transformers'
+    ``pooler_output``: the state at the first end-of-text token, or at token 0 where there is none; not projected.
 
     Raises:
         BadRequest: see :func:`check_token_ids`; or pooled states of an encoder that has none.
@@ -60,9 +60,5 @@ def encode_text(
     config = check_token_ids(skeleton, token_ids)
     if pooled and not isinstance(config, ClipLConfig):
         raise BadRequest(f"pooled: {skeleton.family.name} has no pooled state; take its hidden states, or ask a CLIP")
-    hidden = cast(torch.Tensor, skeleton.module(input_ids=token_ids.to(skeleton.device)).last_hidden_state)
-    if not pooled or not isinstance(config, ClipLConfig):
-        return hidden, None
-    is_end = token_ids == config.end_of_text
-    ends = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), token_ids.shape[1] - 1)
-    return hidden, hidden[torch.arange(len(ends), device=hidden.device), ends.to(hidden.device)]
+    encoded = skeleton.module(input_ids=token_ids.to(skeleton.device))
+    return cast(torch.Tensor, encoded.last_hidden_state), encoded.pooler_output if pooled else None

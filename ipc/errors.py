@@ -6,6 +6,7 @@ the wire maps one to one to a class, so a client raises what the daemon or a wor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -16,6 +17,12 @@ class XditdError(Exception):
     retryable: ClassVar[bool] = False
     retry_after_s: float | None = None
     """When the same request is likely to be served, in seconds from now, where the daemon can tell."""
+    names: tuple[str, ...] = ()
+    """All that the message's lists name, each with what is wrong with it; the message shows five of a list."""
+
+    def __init__(self, *args: object, names: Iterable[str] = ()) -> None:
+        super().__init__(*args)
+        self.names = tuple(names)
 
     @property
     def detail(self) -> str:
@@ -235,11 +242,11 @@ def _leaves(root: type[XditdError]) -> dict[str, type[XditdError]]:
 BY_CODE: dict[str, type[XditdError]] = _leaves(XditdError)
 
 
-def error_for(code: str, detail: str, retry_after_s: float | None = None) -> XditdError:
+def error_for(code: str, detail: str, retry_after_s: float | None = None, names: Iterable[str] = ()) -> XditdError:
     """Build the error that a ``Failed`` message stands for; an unknown code becomes :class:`Internal`."""
     cls = BY_CODE.get(code)
     if cls is None:
-        return Internal(f"unknown error code {code!r}: {detail}")
-    error = cls(detail)
+        return Internal(f"unknown error code {code!r}: {detail}", names=names)
+    error = cls(detail, names=names)
     error.retry_after_s = retry_after_s
     return error

@@ -24,7 +24,12 @@ MAX_NAME_CHARS: Final = 512
 """Characters in a tensor name, a component label or a path."""
 
 MAX_TEXT_CHARS: Final = 64 * 1024
-"""Characters in an error detail: long enough to name every missing tensor of a large checkpoint."""
+"""Characters in an error detail, far beyond what ours have: lists in them are cut to a few names."""
+
+MAX_ERROR_NAMES: Final = 2_048
+MAX_ERROR_NAME_CHARS: Final = 1_024
+MAX_ERROR_NAMES_CHARS: Final = 256 * 1024
+"""What an error names beside its detail: entries, characters of one, and of all together."""
 
 MAX_BYTES: Final = 2**46
 """Sizes and offsets (64 TiB)."""

@@ -14,6 +14,10 @@ PROTOCOL_VERSION: Final = 5
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 ComponentId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_TEXT_CHARS)]
+ErrorNames = Annotated[
+    tuple[Annotated[str, msgspec.Meta(max_length=limits.MAX_ERROR_NAME_CHARS)], ...],
+    msgspec.Meta(max_length=limits.MAX_ERROR_NAMES),
+]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 MAX_RELATIVE_ERROR: Final = 1e6
 RelativeError = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RELATIVE_ERROR)]

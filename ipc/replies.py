@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.protocol import ComponentId, Reply, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, ErrorNames, Reply, Seconds, Text, TimingsMs
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Name, Tier
 
@@ -138,6 +138,8 @@ class Failed(Reply, tag="failed", frozen=True, kw_only=True):
     detail: Text
     retry_after_s: Seconds | None = None
     """When to try again, where that is known."""
+    names: ErrorNames = ()
+    """All that the lists in ``detail`` name, of which it shows the first few."""
 
 
 class Queued(Reply, tag="queued", frozen=True, kw_only=True):

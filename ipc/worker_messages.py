@@ -12,7 +12,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.protocol import ComponentId, Message, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
 from xditd.ipc.status import FusedCheck, LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Digest, FileDigest, HostShmBlock, Manifest, Name
@@ -175,6 +175,8 @@ class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
     code: Name
     detail: Text
     is_fatal: bool
+    names: ErrorNames = ()
+    """As in ``Failed``."""
 
 
 class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):

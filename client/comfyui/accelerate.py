@@ -17,6 +17,7 @@ from xditd.client.comfyui.patcher import (
     make_patcher,
 )
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind
 
 _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -35,7 +36,7 @@ def accelerate(patcher: Any) -> RemotePatcher:
     if not isinstance(model, comfy.model_base.Flux):
         raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; FLUX.1 is supported, connect one of that family")
     if patcher.injections:
-        raise Unsupported(f"XDiT: {', '.join(map(str, patcher.injections))} injects Python code into the MODEL")
+        raise Unsupported(f"XDiT: {listed(patcher.injections)} injects Python code into the MODEL")
     twin = _twins.get(model)
     if twin is None:
         tensors = _base_tensors(patcher)

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xditd.ipc.name_lists import listed
+
 EULER = "euler"
 _PLAIN_CONDITION = {
     "cross_attn", "guidance", "model_conds", "pooled_output", "prompt_type", "strength", "uuid", "default",
@@ -49,12 +51,12 @@ def why_stepwise(
         return f"the positive conditioning has {len(conditions)} parts"
     special = sorted(key for key, value in conditions[0].items() if key not in _PLAIN_CONDITION and value is not None)
     if special:
-        return f"the conditioning has {', '.join(special)}"
+        return f"the conditioning has {listed(special)}"
     if conditions[0].get("strength", 1.0) != 1.0:
         return "the conditioning has a strength"
     for key, what in _LOCAL_OPTIONS.items():
         if model_options.get(key):
             return f"the model has {what}"
     if foreign_wrappers:
-        return f"other nodes wrap the model ({', '.join(foreign_wrappers)})"
+        return f"other nodes wrap the model ({listed(foreign_wrappers)})"
     return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.name_lists import listed
 
 _OPTIONS = {
     "patches": "a patch of the model's blocks",
@@ -50,5 +51,5 @@ def _faults(
     for key, what in _OPTIONS.items():
         value = options.get(key)
         if value:
-            names = ", ".join(sorted(map(str, value))) if isinstance(value, Mapping) else ""
+            names = listed(sorted(map(str, value))) if isinstance(value, Mapping) else ""
             yield f"{what} ({names})" if names else what

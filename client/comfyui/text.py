@@ -16,6 +16,7 @@ import torch
 from xditd.client.comfyui.patcher import bind, lendable
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind
 
 CLIP_TOKENS: Final = {"start": 49406, "end": 49407, "pad": 49407}
@@ -109,7 +110,7 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
         is_clip = any("text_model." in name for name in plain)
         found[is_clip] = lendable(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
     if len(found) != 2:
-        raise BadRequest(f"{' and '.join(files)}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")
+        raise BadRequest(f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = RemoteTextModel(found[True], found[False])
     clip.patcher = bind(

@@ -9,6 +9,7 @@ from typing import Any, Final
 from xditd.client.doctor.findings import Finding, fail, ok, warn
 from xditd.client.doctor.layout import plan_for
 from xditd.client.subprograms import module_command, module_environment
+from xditd.ipc.name_lists import listed
 
 PROBE_DEADLINE_S: Final = 180.0
 """Importing xfuser takes most of it: seconds on a warm disk, a minute on a cold or busy one."""
@@ -89,7 +90,7 @@ def _check_peers(count: int, peers: list[list[int]]) -> Finding:
     if blind:
         return warn(
             "peer access",
-            f"GPUs {', '.join(blind)} do not reach each other directly: copies go through the host",
+            f"GPUs {listed(blind)} do not reach each other directly: copies go through the host",
             "see nvidia-smi topo -m; ACS or IOMMU settings of a virtual machine may forbid it",
         )
     return ok("peer access", f"all {count} GPUs reach each other")

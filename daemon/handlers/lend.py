@@ -6,10 +6,9 @@ from xditd.daemon.jobs import Job
 from xditd.daemon.service import Service
 from xditd.daemon.sessions import Session
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
 from xditd.ipc.replies import Lent
 from xditd.ipc.requests import Lend
-
-_NAMED_FAULTS = 20
 
 
 def lend(service: Service, session: Session, request: Lend) -> Lent | None:
@@ -22,8 +21,7 @@ def lend(service: Service, session: Session, request: Lend) -> Lent | None:
     """
     faults = request.manifest.faults()
     if faults:
-        more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
-        raise BadRequest(f"manifest of {request.manifest.label}: {'; '.join(faults[:_NAMED_FAULTS])}{more}")
+        raise BadRequest(f"manifest of {request.manifest.label}: {listed(faults, joint='; ')}", names=faults)
     reused = service.loans.reuse(session, request)
     if reused is None:
         process = session.process

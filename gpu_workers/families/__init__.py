@@ -11,10 +11,10 @@ from xditd.gpu_workers.families.flux1 import Flux1
 from xditd.gpu_workers.families.flux_vae import FluxVae
 from xditd.gpu_workers.families.t5 import T5
 from xditd.ipc.errors import UnknownFamily
+from xditd.ipc.name_lists import listed
+from xditd.ipc.tensor_names import by_prefix
 
 FAMILIES: tuple[Family[Any], ...] = (Flux1(), FluxVae(), ClipL(), T5())
-
-SHOWN_NAMES = 8
 
 
 def detect(names: Collection[str]) -> Family[Any]:
@@ -23,11 +23,12 @@ def detect(names: Collection[str]) -> Family[Any]:
     Raises:
         UnknownFamily: none claims the names; the message shows some of them and the families that are known.
     """
+    groups = by_prefix(names)
     for family in FAMILIES:
-        if family.claims(names):
+        if any(family.claims(group) for group in groups.values()):
             return family
-    shown = ", ".join(sorted(names)[:SHOWN_NAMES])
     raise UnknownFamily(
-        f"no known model family has these {len(names)} tensor names ({shown}, ...); "
-        f"known: {', '.join(family.name for family in FAMILIES)}"
+        f"no known model family: lend one of {', '.join(family.name for family in FAMILIES)}; "
+        f"{len(names)} tensors: {listed(sorted(names))}",
+        names=sorted(names),
     )

@@ -8,6 +8,8 @@ bijection: each source element used once, each parameter filled once.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import torch
 
 from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
+from xditd.ipc.name_lists import listed
+from xditd.ipc.tensor_names import by_prefix
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
@@ -31,6 +35,9 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 """What can be run as it is lent. Eight-bit weights need scales that FLUX.1 files keep in no agreed place."""
+
+TELLS_NOTHING = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model)$|^loss\.|^logvar$")
+"""Markers, counters, training losses and tokenizers, in files of every family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +91,14 @@ class Family(Protocol[ConfigT]):
         """Canonical names that files hold in place of, or as a copy beside, another one: copy to original."""
 
     @property
-    def unused(self) -> Collection[str]:
-        """Canonical names of tensors that files hold and no job reads, of any dtype."""
+    def ignored(self) -> re.Pattern[str] | None:
+        """Canonical names of tensors that files hold and no job reads, of any dtype; besides :data:`TELLS_NOTHING`."""
 
     def claims(self, names: Collection[str]) -> bool:
-        """Say whether these tensor names are a checkpoint of this family, complete or not."""
+        """Say whether these names, without a prefix, are a checkpoint of this family, complete or not."""
 
     def canonical(self, name: str) -> str:
-        """Return the one spelling of a tensor name: no prefix, no alias."""
+        """Return the one spelling of a tensor name that has no prefix."""
 
     def configure(self, shapes: Mapping[str, Shape]) -> ConfigT:
         """Infer the configuration, a frozen dataclass, from canonical names and shapes alone.
@@ -111,12 +118,19 @@ class Family(Protocol[ConfigT]):
         """Build the module. The caller makes it a meta module and sets the dtype."""
 
     def fuse(
-        self, config: ConfigT, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
+        self,
+        config: ConfigT,
+        module: torch.nn.Module,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype],
     ) -> FastPath | None:
         """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
 
+        ``exceptions`` are the parameters of another dtype than ``dtype``.
+
         Raises:
-            Unsupported: the layout's precision cannot be had from weights of this dtype.
+            Unsupported: the layout's precision cannot be had from weights of these dtypes.
         """
 
 
@@ -144,59 +158,54 @@ class FastPath(Protocol):
 class Resolution:
     """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names.
 
-    ``sources`` are the given names by canonical name.
+    ``dtype`` is that of most weights, by elements; ``exceptions`` are the parameters of another one. ``sources`` are
+    the given names by canonical name, and ``skipped`` the given names of tensors that tell nothing.
     """
 
     family: Family[Any]
     config: Hashable
     dtype: torch.dtype
+    exceptions: Mapping[str, torch.dtype]
     key_map: Mapping[str, Slice]
     sources: Mapping[str, str]
+    skipped: tuple[str, ...]
 
 
-def check_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the one dtype of all tensors.
+def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """Return the dtype of most elements: what a model of mixed dtypes computes in between its exceptions.
 
     Raises:
-        UnsupportedDtype: some tensor has a dtype that cannot be run, or dtypes are mixed; all such tensors are named.
+        UnsupportedDtype: some tensor has a dtype that cannot be run.
     """
-    refused = sorted(name for name, info in tensors.items() if info.dtype not in TORCH_DTYPES)
+    refused = [f"{name} is {info.dtype}" for name, info in sorted(tensors.items()) if info.dtype not in TORCH_DTYPES]
     if refused:
-        named = ", ".join(f"{name} is {tensors[name].dtype}" for name in refused)
         raise UnsupportedDtype(
-            f"{family.name}: {len(refused)} of {len(tensors)} tensors have a dtype that cannot be run: {named}; "
-            f"lend them as {', '.join(TORCH_DTYPES)}"
+            f"{family.name}: weights cannot be run in these dtypes: lend them as {', '.join(TORCH_DTYPES)}; "
+            f"{len(refused)} of {len(tensors)} tensors: {listed(refused)}",
+            names=refused,
         )
-    ranking = Counter(info.dtype for info in tensors.values()).most_common()
-    main = ranking[0][0]
-    if len(ranking) > 1:
-        named = ", ".join(f"{name} is {info.dtype}" for name, info in sorted(tensors.items()) if info.dtype != main)
-        raise UnsupportedDtype(f"{family.name}: dtypes are mixed: most tensors are {main}, but {named}; lend one dtype")
-    return TORCH_DTYPES[main]
+    elements: Counter[str] = Counter()
+    for info in tensors.values():
+        elements[info.dtype] += math.prod(info.shape)
+    return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
 
 def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolution:
     """Fit a checkpoint to a family: configuration, key map, and the check of every name and shape.
 
+    All tensors but those that tell nothing have the same prefix.
+
     Raises:
-        BadCheckpoint: names every missing, unexpected and wrongly shaped tensor.
+        BadCheckpoint: missing, unexpected and wrongly shaped tensors.
         Unsupported: a variant of the family that is not implemented.
-        UnsupportedDtype: see :func:`check_dtype`.
+        UnsupportedDtype: see :func:`main_dtype`.
     """
-    given: dict[str, str] = {}
-    unexpected: list[str] = []
-    for name in tensors:
-        canonical = family.canonical(name)
-        if canonical in given:
-            unexpected.append(f"{name} (the same tensor as {given[canonical]})")
-        else:
-            given[canonical] = name
-    idle = {given.pop(name) for name in family.unused if name in given}
+    given, skipped, unexpected = _sort(family, tensors)
     for copy, original in family.tied.items():
         if copy in given:
             name = given.pop(copy)
             if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
-                idle.update({name} - {given[original]})
+                skipped += [name] if name != given[original] else []
             else:
                 unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
     config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
@@ -212,16 +221,18 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
             missing.append(prefix + entry.source)
             continue
         shape = tensors[found].shape
-        if shape != entry.shape:
+        if not _are_alike(shape, entry.shape):
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
-        key_map.update(_slices(entry, found))
+        key_map.update(_slices(entry, found, shape))
         sources[entry.source] = found
     unexpected += given.values()
     if missing or unexpected or misshapen:
-        raise BadCheckpoint(_mismatch(family, config, missing, unexpected, misshapen))
-    used = {name: info for name, info in tensors.items() if name not in idle}
-    return Resolution(family, config, check_dtype(family, used), key_map, sources)
+        raise _mismatch(family, config, missing, unexpected, misshapen)
+    main = main_dtype(family, {name: tensors[name] for name in sources.values()})
+    dtypes = {target: TORCH_DTYPES[tensors[part.source].dtype] for target, part in key_map.items()}
+    exceptions = {target: dtype for target, dtype in dtypes.items() if dtype != main}
+    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped))
 
 
 def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:
@@ -244,14 +255,46 @@ def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Map
                 faults.append(f"{target} is {list(shape)}, but its slice of {entry.source} is {[rows, *tail]}")
     faults += [f"{target} is filled by nothing" for target in unfilled]
     if faults:
-        raise Internal(f"the key map of {family.name} does not fit its module: {'; '.join(faults)}")
+        raise Internal(
+            f"the key map of {family.name} does not fit its module: {listed(faults, joint='; ')}", names=faults
+        )
 
 
-def _slices(entry: Entry, source: str) -> Iterator[tuple[str, Slice]]:
+def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Sort names into those of the model, by canonical name, those that tell nothing, and those that belong nowhere."""
+    groups = by_prefix(names)
+    claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
+    own = max(claimed, key=lambda prefix: len(groups[prefix]), default="")
+    given: dict[str, str] = {}
+    skipped: list[str] = []
+    unexpected: list[str] = []
+    for prefix, group in groups.items():
+        for bare, spelled in group.items():
+            canonical = family.canonical(bare)
+            if TELLS_NOTHING.search(canonical) or (family.ignored and family.ignored.search(canonical)):
+                skipped += spelled
+            elif prefix != own:
+                unexpected += spelled
+            else:
+                first, *again = spelled
+                if canonical in given:
+                    again.insert(0, first)
+                kept = given.setdefault(canonical, first)
+                unexpected += [f"{name} (the same tensor as {kept})" for name in again]
+    return given, skipped, unexpected
+
+
+def _are_alike(shape: Shape, expected: Shape) -> bool:
+    """Whether shapes differ by trailing ones at most: linear layers and convolutions of 1x1 hold the same numbers."""
+    shorter, longer = sorted((shape, expected), key=len)
+    return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
+
+
+def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
     start = 0
     tail = entry.shape[1 : len(entry.shape) - entry.drop]
     for target, rows in entry.targets:
-        yield target, Slice(source, start, start + rows, (rows, *tail) if entry.drop else None)
+        yield target, Slice(source, start, start + rows, (rows, *tail) if tail != given[1:] else None)
         start += rows
 
 
@@ -263,10 +306,11 @@ def _common_prefix(given: Mapping[str, str]) -> str:
 
 def _mismatch(
     family: Family[Any], config: Hashable, missing: list[str], unexpected: list[str], misshapen: list[str]
-) -> str:
-    parts = [
-        f"{len(names)} {label}: {', '.join(sorted(names))}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
-        if names
-    ]
-    return f"checkpoint does not fit {family.name} with {config}: {'; '.join(parts)}"
+) -> BadCheckpoint:
+    lists = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrongly shaped": sorted(misshapen)}
+    parts = [f"{len(names)} {label}: {listed(names)}" for label, names in lists.items() if names]
+    return BadCheckpoint(
+        f"checkpoint does not fit {family.name}: lend all of its tensors, and nothing else; "
+        f"{'; '.join(parts)} (read as {config})",
+        names=[f"{label}: {name}" for label, names in lists.items() for name in names],
+    )

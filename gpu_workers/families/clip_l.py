@@ -1,10 +1,10 @@
 """CLIP-L's text model (``clip_l.safetensors``), in the names of transformers and ComfyUI.
 
-Names may carry the prefixes ``text_encoders.``, ``clip_l.`` and ``transformer.``, in this order. Everything but the
-activation is read from shapes; OpenCLIP's larger models have another one, so they are refused by their widths.
+Names begin with ``text_model.``, or do not: transformers has left it out since 5.6. Everything but the activation is
+read from shapes; OpenCLIP's larger models have another one, so they are refused by their widths.
 
-``text_projection`` and ``logit_scale`` compare texts with images. FLUX.1 takes the pooled state as it is, so they are
-accepted and unused; ``position_ids`` counts from 0 up, in every file.
+``text_projection`` and the vision tower compare texts with images. FLUX.1 takes the pooled state as it is, so they are
+skipped.
 
 Source: transformers, ``CLIPTextModel``; openai/clip-vit-large-patch14, ``config.json``.
 """
@@ -25,15 +25,15 @@ from xditd.ipc.errors import BadCheckpoint, Unsupported
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
 
-PREFIXES = ("text_encoders.", "clip_l.", "transformer.")
 HEAD_SIZE = 64
 MAX_LAYERS = 64
 VOCABULARY = 49_408
 OPEN_CLIP = {1024: "CLIP-H", 1280: "CLIP-G"}
 
-_LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d+)\.")
-_TOKENS = "text_model.embeddings.token_embedding.weight"
-_POSITIONS = "text_model.embeddings.position_embedding.weight"
+_LAYER = re.compile(r"^encoder\.layers\.(\d+)\.")
+_OLD_LAYER = re.compile(r"^text_model\.encoder\.layers\.\d+\.")
+_TOKENS = "embeddings.token_embedding.weight"
+_POSITIONS = "embeddings.position_embedding.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +58,14 @@ class ClipL:
     name = "clip_l"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
-    unused: tuple[str, ...] = (
-        "text_projection.weight",
-        "text_projection",
-        "logit_scale",
-        "text_model.embeddings.position_ids",
-    )
+    ignored: re.Pattern[str] | None = re.compile(r"^(?:vision_model|visual_projection|text_projection)(?:\.|$)")
 
     def claims(self, names: Collection[str]) -> bool:
-        return any(_LAYER.match(self.canonical(name)) for name in names)
+        # Other encoders have layers of the same names without the old prefix; those of texts alone embed tokens.
+        return any(map(_OLD_LAYER.match, names)) or (_TOKENS in names and any(map(_LAYER.match, names)))
 
     def canonical(self, name: str) -> str:
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        return name
+        return name.removeprefix("text_model.")
 
     def configure(self, shapes: Mapping[str, Shape]) -> ClipLConfig:
         vocabulary, width = _sides(shapes, _TOKENS)
@@ -89,7 +83,7 @@ class ClipL:
             max_tokens=_sides(shapes, _POSITIONS)[0],
             width=width,
             layers=layers,
-            inner=_sides(shapes, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+            inner=_sides(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
         )
 
     def entries(self, config: ClipLConfig) -> Iterator[Entry]:
@@ -97,7 +91,7 @@ class ClipL:
         yield _same(_TOKENS, (config.vocabulary, width))
         yield _same(_POSITIONS, (config.max_tokens, width))
         for number in range(config.layers):
-            layer = f"text_model.encoder.layers.{number}"
+            layer = f"encoder.layers.{number}"
             for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
                 yield _same(f"{layer}.self_attn.{part}.weight", (width, width))
                 yield _same(f"{layer}.self_attn.{part}.bias", (width,))
@@ -108,8 +102,8 @@ class ClipL:
             yield _same(f"{layer}.mlp.fc1.bias", (config.inner,))
             yield _same(f"{layer}.mlp.fc2.weight", (width, config.inner))
             yield _same(f"{layer}.mlp.fc2.bias", (width,))
-        yield _same("text_model.final_layer_norm.weight", (width,))
-        yield _same("text_model.final_layer_norm.bias", (width,))
+        yield _same("final_layer_norm.weight", (width,))
+        yield _same("final_layer_norm.bias", (width,))
 
     def check_layout(self, config: ClipLConfig, layout: ParallelLayout) -> None:
         """One rank runs it whole, so any layout will do."""
@@ -151,4 +145,4 @@ def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:
 
 
 def _same(source: str, shape: Shape) -> Entry:
-    return Entry(source, shape, ((source.removeprefix("text_model."), shape[0]),))
+    return Entry(source, shape, ((source, shape[0]),))

@@ -1,8 +1,7 @@
 """FLUX.1 transformer, dev and schnell, in the checkpoint layout of Black Forest Labs and ComfyUI.
 
-Names may carry the prefix ``model.diffusion_model.``; query and key norms end in ``.scale`` (files) or
-``.weight`` (newer ComfyUI modules). dev and schnell differ in one thing that tensors show: dev has
-``guidance_in``. Everything else is read from shapes.
+Query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). dev and schnell differ in one
+thing that tensors show: dev has ``guidance_in``. Everything else is read from shapes.
 
 Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test compares every element.
 """
@@ -10,6 +9,7 @@ Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1
     from xditd.gpu_workers.layouts import ParallelLayout
 
-PREFIX = "model.diffusion_model."
+logger = logging.getLogger(__name__)
+
 HEAD_SIZE = 128
 MLP_RATIO = 4
 MODULATIONS_DOUBLE = 6
@@ -86,14 +87,14 @@ class Flux1:
     name = "flux1"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
-    unused: tuple[str, ...] = ()
+    ignored: re.Pattern[str] | None = None
 
     def claims(self, names: Collection[str]) -> bool:
         bare = [self.canonical(name) for name in names]
         return any(map(_MARKS.match, bare)) and not any(name.startswith(_FOREIGN) for name in bare)
 
     def canonical(self, name: str) -> str:
-        return _NORM_ALIAS.sub(r"\1.scale", name.removeprefix(PREFIX))
+        return _NORM_ALIAS.sub(r"\1.scale", name)
 
     def configure(self, shapes: Mapping[str, Shape]) -> Flux1Config:
         double = _count_blocks(shapes, "double")
@@ -183,15 +184,28 @@ class Flux1:
         return SequenceParallelFlux1(**arguments)
 
     def fuse(
-        self, config: Flux1Config, module: torch.nn.Module, layout: ParallelLayout, dtype: torch.dtype
+        self,
+        config: Flux1Config,
+        module: torch.nn.Module,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype],
     ) -> FusedFlux1 | None:
         is_cuda = layout.device.type == "cuda"
-        if layout.precision != "bf16" and is_cuda and dtype != torch.bfloat16:
+        if layout.precision != "bf16" and is_cuda and (dtype != torch.bfloat16 or exceptions):
+            found = sorted({str(each).removeprefix("torch.") for each in (dtype, *exceptions.values())})
             raise Unsupported(
-                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {dtype}; lend them as "
-                "bfloat16, or start the daemon with precision bf16"
+                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {' and '.join(found)}; "
+                "lend them as bfloat16, or start the daemon with precision bf16",
+                names=[f"{target} is {each}" for target, each in exceptions.items()],
             )
         if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
+            return None
+        if exceptions:  # its kernels read all weights of a block in one dtype
+            logger.info(
+                "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
+                dtype, len(exceptions), next(iter(exceptions)),
+            )  # fmt: skip
             return None
         from xditd.gpu_workers.fused.flux1 import FusedFlux1
 

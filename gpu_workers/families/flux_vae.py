@@ -1,6 +1,6 @@
 """The VAE of FLUX.1 (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
 
-Names may carry the prefix ``first_stage_model.`` or ``vae.``. Widths, depth and the mid attention are read
+Widths, depth and the mid attention are read
 from shapes. Two things are not in the tensors: the 32 groups of the norms, and the scaling of latents.
 SD3's VAE has the same structure and names with another scaling, so it cannot be told apart here: whoever
 lends a VAE as FLUX's gets FLUX's scaling.
@@ -24,7 +24,6 @@ from xditd.ipc.errors import BadCheckpoint, Unsupported
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
 
-PREFIXES = ("first_stage_model.", "vae.")
 SCALING = 0.3611
 SHIFT = 0.1159
 """Latents for the transformer are ``(z - SHIFT) * SCALING``."""
@@ -56,14 +55,12 @@ class FluxVae:
     name = "flux_vae"
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
-    unused: tuple[str, ...] = ()
+    ignored: re.Pattern[str] | None = None
 
     def claims(self, names: Collection[str]) -> bool:
-        return not _MARKS.isdisjoint(self.canonical(name) for name in names)
+        return not _MARKS.isdisjoint(names)
 
     def canonical(self, name: str) -> str:
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
         return name
 
     def configure(self, shapes: Mapping[str, Shape]) -> FluxVaeConfig:

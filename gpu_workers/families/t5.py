@@ -1,8 +1,8 @@
 """The encoder of T5 v1.1 (``t5xxl_fp16.safetensors``), in the names of transformers and ComfyUI.
 
-Names may carry the prefixes ``text_encoders.``, ``t5xxl.`` and ``transformer.``, in this order. The token embedding is
-``shared.weight``; ``encoder.embed_tokens.weight`` is the same tensor again, which many files hold twice. Everything is
-read from shapes but the distances over which positions are told apart: 32 buckets up to 128 tokens, in every T5.
+The token embedding is ``shared.weight``; ``encoder.embed_tokens.weight`` is the same tensor again, which many files
+hold twice. A decoder that comes along is not read. Everything is read from shapes but the distances over which
+positions are told apart: 32 buckets up to 128 tokens, in every T5.
 
 Source: transformers, ``T5EncoderModel``; google/t5-v1_1-xxl, ``config.json``.
 """
@@ -24,7 +24,6 @@ from xditd.ipc.errors import BadCheckpoint, Unsupported
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
 
-PREFIXES = ("text_encoders.", "t5xxl.", "transformer.")
 HEAD_SIZE = 64
 BUCKETS = 32
 MAX_DISTANCE = 128
@@ -59,14 +58,12 @@ class T5:
     name = "t5"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
-    unused: tuple[str, ...] = ()
+    ignored: re.Pattern[str] | None = re.compile(r"^(?:decoder|lm_head)\.")
 
     def claims(self, names: Collection[str]) -> bool:
-        return any(_BLOCK.match(self.canonical(name)) for name in names)
+        return any(map(_BLOCK.match, names))
 
     def canonical(self, name: str) -> str:
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
         return name
 
     def configure(self, shapes: Mapping[str, Shape]) -> T5Config:

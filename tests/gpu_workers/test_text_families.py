@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.families import detect
 from xditd.gpu_workers.families.base import Resolution, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
 from xditd.gpu_workers.families.t5 import T5, T5Config
-from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
+from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]
 State = dict[str, torch.Tensor]
+Describe = Callable[[State], Infos]
 CLIP_DEMO = ClipLConfig(vocabulary=300, max_tokens=77, width=128, layers=2, inner=512)
 T5_DEMO = T5Config(vocabulary=300, width=128, layers=2, heads=2, inner=256)
 CLIP_FULL = ClipLConfig(vocabulary=49_408, max_tokens=77, width=768, layers=12, inner=3072)
 T5_FULL = T5Config(vocabulary=32_128, width=4096, layers=24, heads=64, inner=10_240)
-EXTRAS = {"text_projection.weight", "logit_scale", "text_model.embeddings.position_ids"}
 CLIP_LAYER = "text_model.encoder.layers.0"
 T5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
 
@@ -76,10 +78,68 @@ def test_what_flux_does_not_read_of_a_clip_is_accepted_in_any_dtype(clip: Infos)
         "logit_scale": TensorInfo("float32", ()),
         "text_model.embeddings.position_ids": TensorInfo("int64", (1, 77)),
     }
+    extras["vision_model.encoder.layers.0.self_attn.q_proj.weight"] = TensorInfo("float16", (1024, 1024))
+    extras["visual_projection.weight"] = TensorInfo("float16", (768, 1024))
     found = fitted({**clip, **extras})
     assert found.config == CLIP_DEMO
     assert found.key_map == fitted(clip).key_map
-    assert extras.keys() == EXTRAS
+    assert set(found.skipped) == set(extras)
+    assert "vision_model" not in fitted({**clip, **extras}).sources
+
+
+def test_the_decoder_of_a_whole_t5_is_skipped(t5: Infos) -> None:
+    rest = {
+        "decoder.embed_tokens.weight": t5["shared.weight"],
+        "decoder.block.0.layer.0.SelfAttention.q.weight": TensorInfo("float32", (128, 128)),
+        "lm_head.weight": t5["shared.weight"],
+        "spiece_model": TensorInfo("uint8", (791_656,)),
+    }
+    found = fitted({**t5, **rest})
+    assert (found.config, set(found.skipped)) == (T5_DEMO, set(rest))
+    wrapped = fitted({f"module._orig_mod.{name}": info for name, info in {**t5, **rest}.items()})
+    assert wrapped.key_map.keys() == found.key_map.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoder.", "module.", "_orig_mod.module.text_encoder_2."])
+def test_what_transformers_holds_and_saves_is_read(tmp_path: Path, describe: Describe, prefix: str) -> None:
+    """Its CLIPTextModel has no ``text_model.`` since 5.6; the projecting one and the whole CLIP still do."""
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        T5EncoderModel,
+        T5ForConditionalGeneration,
+    )
+    from transformers import T5Config as WholeT5Config
+
+    text = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "bos_token_id": 298, "eos_token_id": 299, "projection_dim": 128}  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    whole = {"vocab_size": 300, "d_model": 128, "d_kv": 64, "d_ff": 256, "num_layers": 2, "num_heads": 2,
+             "feed_forward_proj": "gated-gelu"}  # fmt: skip
+    modules = {
+        CLIPTextModel(CLIPTextConfig(**text)): CLIP_DEMO,
+        CLIPTextModelWithProjection(CLIPTextConfig(**text)): CLIP_DEMO,
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision)): CLIP_DEMO,
+        T5EncoderModel(WholeT5Config(**whole)): T5_DEMO,
+        T5ForConditionalGeneration(WholeT5Config(**whole, num_decoder_layers=1)): T5_DEMO,
+    }
+    for number, (module, config) in enumerate(modules.items()):
+        module.save_pretrained(tmp_path / str(number))
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        for state in (module.state_dict(), saved):
+            found = fitted({prefix + name: info for name, info in describe(state).items()})
+            assert found.config == config, type(module).__name__
+
+
+def test_encoders_of_other_things_with_the_same_layers_are_no_clip() -> None:
+    layer = {
+        f"encoder.layers.0.self_attn.{part}.weight": TensorInfo("float32", (64, 64)) for part in ("q_proj", "k_proj")
+    }
+    with pytest.raises(UnknownFamily):
+        fitted({**layer, "embeddings.patch_embedding.weight": TensorInfo("float32", (64, 3, 14, 14))})
 
 
 def test_the_token_embedding_of_t5_may_be_there_twice_or_under_its_other_name(t5: Infos) -> None:
@@ -119,13 +179,13 @@ def test_relatives_of_t5_are_refused_by_name(t5: Infos) -> None:
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_named(clip: Infos, t5: Infos) -> None:
-    broken = {**clip, "vision_model.x": TensorInfo("float32", (2, 2))}
+    broken = {**clip, "text_model.x": TensorInfo("float32", (2, 2))}
     del broken["text_model.final_layer_norm.bias"]
     broken[f"{CLIP_LAYER}.self_attn.q_proj.weight"] = TensorInfo("float32", (64, 128))
     with pytest.raises(BadCheckpoint) as caught:
         fitted(broken)
     assert "1 missing: text_model.final_layer_norm.bias" in caught.value.detail
-    assert "1 unexpected: vision_model.x" in caught.value.detail
+    assert "1 unexpected: text_model.x" in caught.value.detail
     assert f"{CLIP_LAYER}.self_attn.q_proj.weight is [64, 128], expected [128, 128]" in caught.value.detail
     with pytest.raises(BadCheckpoint, match=r"1 missing: encoder\.block\.1\.layer\.1\.DenseReluDense\.wo\.weight"):
         fitted({name: info for name, info in t5.items() if name != "encoder.block.1.layer.1.DenseReluDense.wo.weight"})

@@ -1,0 +1,56 @@
+"""Lists of names in errors: the message shows the first few and the count, the error carries all of them.
+
+A checkpoint of another format differs in hundreds of tensors. A message that names them all hides what is wrong and
+what to do about it, so every list whose length depends on what was given goes through :func:`listed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from xditd.ipc import limits
+
+SHOWN: Final = 5
+"""Names in one list of a message."""
+
+_SHOWN_CHARS: Final = 120
+_LOG_LINE_CHARS: Final = 1_600
+"""Less than the daemon keeps of a log line."""
+
+
+def listed(names: Iterable[object], *, joint: str = ", ") -> str:
+    """Join the first names, and say how many more there are: ``a, b, c, d, e and 775 more``."""
+    every = [str(name) for name in names]
+    shown = joint.join(_cut(name, _SHOWN_CHARS) for name in every[:SHOWN])
+    return f"{shown} and {len(every) - SHOWN} more" if len(every) > SHOWN else shown
+
+
+def in_log_lines(names: Iterable[str]) -> Iterator[str]:
+    """Join all names by commas, in lines that a log keeps whole."""
+    line = ""
+    for name in names:
+        name = _cut(name, limits.MAX_ERROR_NAME_CHARS)
+        if line and len(line) + len(name) > _LOG_LINE_CHARS:
+            yield line
+            line = ""
+        line = f"{line}, {name}" if line else name
+    if line:
+        yield line
+
+
+def for_message(names: Iterable[str]) -> tuple[str, ...]:
+    """Cut a list to what a ``Failed`` message holds; what a checkpoint of FLUX.1 can lack fits in whole."""
+    found: list[str] = []
+    room = limits.MAX_ERROR_NAMES_CHARS
+    for name in names:
+        name = _cut(name, limits.MAX_ERROR_NAME_CHARS)
+        room -= len(name)
+        if room < 0 or len(found) == limits.MAX_ERROR_NAMES:
+            break
+        found.append(name)
+    return tuple(found)
+
+
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."

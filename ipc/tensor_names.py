@@ -1,0 +1,38 @@
+"""What training scripts, wrappers and loaders put around the names of a model's tensors.
+
+``torch.compile``, FSDP and activation checkpointing add a segment anywhere in a name; wrapper modules and all-in-one
+checkpoints put theirs in front, several deep. No model that is known here has a name of its own that starts with one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+_IN_FRONT: Final = re.compile(
+    r"(?:(?:module|model|diffusion_model|transformer|text_encoder(?:_\d)?|text_encoders|clip_l|t5xxl|cond_stage_model"
+    r"|vae|first_stage_model)\.)+"
+)
+_ANYWHERE: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def split_prefix(name: str) -> tuple[str, str]:
+    """Split a tensor's name into what lies around the model and the model's own name."""
+    bare = _ANYWHERE.sub("", name) if "_mod" in name else name
+    found = _IN_FRONT.match(bare)
+    return (found[0], bare[found.end() :]) if found else ("", bare)
+
+
+def bare_name(name: str) -> str:
+    """Return the model's own name of a tensor."""
+    return split_prefix(name)[1]
+
+
+def by_prefix(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Group names by their prefix: for each, given names by the model's own name (more than one is a repetition)."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        prefix, bare = split_prefix(name)
+        groups.setdefault(prefix, {}).setdefault(bare, []).append(name)
+    return groups
