@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +23,7 @@ from xditd.client.results import GenerationResult
 from xditd.client.running import Runner
 from xditd.client.session import Session
 from xditd.client.text_encoding import TextEncoding
-from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
+from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
@@ -61,7 +60,7 @@ class Client:
         name: str = "python",
         deadline_s: float = SILENCE_DEADLINE_S,
     ) -> None:
-        self._runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(Path(runtime_dir).absolute())
+        self._runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
         self._name = name
         self._silence_s = deadline_s
         self._pool = IoPool()

@@ -22,6 +22,7 @@ from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
 from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
+from xditd.ipc.command_line import unknown_variables
 from xditd.ipc.errors import XditdError
 
 logger = logging.getLogger("xditd.daemon")
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xditd serve: {error.detail}", file=sys.stderr)
         return MISUSED
     logbook = configure_logging(configuration.log_level)
+    for warning in unknown_variables(os.environ):
+        logger.warning("%s", warning)
     try:
         serve(configuration, logbook, notifier, listener, lambda: build_configuration(flags, os.environ))
     except XditdError as error:

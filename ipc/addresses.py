@@ -55,6 +55,11 @@ class RuntimeDir:
                 )
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Read a path as a person wrote it: ``~`` and ``~user`` stand for a home folder, where there is such a user."""
+    return Path(os.path.expanduser(path))
+
+
 def endpoint(socket: Path) -> str:
     """Spell a socket path as ZeroMQ wants it."""
     return f"ipc://{socket}"
