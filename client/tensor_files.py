@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from xditd.client.output_files import write_file
-from xditd.ipc.addresses import user_path
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.layout import dtype_name, torch_dtype
@@ -42,7 +42,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     Raises:
         BadCheckpoint: it is not a sound safetensors file.
     """
-    file = LentFile(str(user_path(path)))
+    file = LentFile(expand_home(os.fspath(path)))
     try:
         return {stored.name: stored.shape for stored in read_header(file.fd, file.path).tensors}
     finally:
@@ -57,7 +57,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    file = LentFile(str(user_path(path)))
+    file = LentFile(expand_home(os.fspath(path)))
     try:
         found: dict[str, torch.Tensor] = {}
         for stored in read_header(file.fd, file.path).tensors:

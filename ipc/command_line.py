@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         self.flags += action.option_strings
         return action
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and end with a misuse error where something is left over."""
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from xditd import __version__
 from xditd.client.cli import (
@@ -65,13 +64,11 @@ first steps:
 class _Parser(Parser):
     """Tells misuse to programs, too, if they asked for JSON."""
 
-    def __init__(self, *, as_json: bool, **options: Any) -> None:
-        self._as_json = as_json
-        super().__init__(**options)
+    as_json = False
 
     def error(self, message: str) -> NoReturn:
         """End with the usage, the message, and the status of misuse."""
-        if self._as_json:
+        if self.as_json:
             say_json_error(BadRequest(message))
         super().error(message)
 
@@ -79,17 +76,15 @@ class _Parser(Parser):
 def build_parser(*, as_json: bool = False) -> argparse.ArgumentParser:
     """Build the parser with a subparser for each verb. ``as_json``: misuse is told on stdout, as JSON, as well."""
     parser = _Parser(
-        as_json=as_json,
         prog="xditd",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.as_json = as_json
     parser.add_argument("--version", action="version", version=f"xditd {__version__}")
-    verbs = parser.add_subparsers(
-        dest="verb", metavar="VERB", required=True, parser_class=functools.partial(_Parser, as_json=as_json)
-    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
             name,
@@ -99,6 +94,7 @@ def build_parser(*, as_json: bool = False) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        sub.as_json = as_json
         verb.add_arguments(sub)
         sub.set_defaults(run=verb.run)
     return parser

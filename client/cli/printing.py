@@ -72,9 +72,14 @@ def settle() -> None:
         return  # a program that calls main() has put a stream of its own there
     old = sys.stdout
     assert isinstance(old, io.TextIOWrapper)
-    options = {"encoding": old.encoding, "line_buffering": old.line_buffering, "write_through": old.write_through}
-    errors = "backslashreplace" if old.errors == "strict" else old.errors
-    sys.stdout = sys.__stdout__ = _Stdout(old.detach(), errors=errors, **options)
+    new = _Stdout(
+        old.detach(),
+        encoding=old.encoding,
+        errors="backslashreplace" if old.errors == "strict" else old.errors,
+        line_buffering=old.line_buffering,
+        write_through=old.write_through,
+    )
+    sys.stdout = sys.__stdout__ = new  # type: ignore[misc]
 
 
 def say_error(text: str) -> None:
