@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 import sys
+from typing import Final
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
@@ -22,6 +23,9 @@ examples:
   xditd demo --out out           leaves out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
   xditd demo --device cpu --keep then: xditd status --runtime-dir (the folder that it prints)
 """
+
+_LEFT_BYTES: Final = 80 * 2**20
+"""What the demo leaves takes less: 54 MiB of checkpoints, two images, inputs and latents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +50,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     from xditd.client.cli.progress import bar
     from xditd.client.demo.journey import Journey, Plan
+    from xditd.client.output_files import check_folder
     from xditd.client.tensor_files import require_torch
 
+    check_folder(parsed.out, _LEFT_BYTES)
     require_torch()
     plan = Plan(
         out=parsed.out,

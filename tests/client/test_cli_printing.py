@@ -136,3 +136,12 @@ def test_a_misspelt_variable_is_a_warning(folder, capsys, monkeypatch):
         in captured.err
     )
     assert captured.out == ""
+
+
+def test_a_demo_that_could_not_leave_its_files_ends_before_it_begins(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in ("/sys/x", str(tmp_path / "file")):
+        assert main(["demo", "--out", out, "--json"]) == exits.FAILED
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["error"]["code"] == "output_failed"
+        assert f"output folder {out}: " in captured.err
