@@ -26,13 +26,16 @@ def add_flag(
     default: Any = None,
     metavar: str | None = None,
 ) -> None:
-    """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag."""
+    """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag.
+
+    An empty variable is none, as for the daemon.
+    """
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(
         *names,
         type=type,
         # argparse converts a default that is text as if it had been typed, and reports what is wrong with it.
-        default=os.environ.get(variable, default),
+        default=os.environ.get(variable) or default,
         metavar=metavar,
         help=f"{help}{shown} [{variable}]",
     )

@@ -1,7 +1,10 @@
 """``xditd generate``: where its files go, before the work and after it."""
 
+import contextlib
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,9 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 
 from xditd.client.cli import exits  # noqa: E402
-from xditd.client.cli.main import main  # noqa: E402
-from xditd.ipc.replies import Generated  # noqa: E402
-from xditd.ipc.requests import Generate, Hello, Lend  # noqa: E402
+from xditd.client.cli.main import build_parser, main  # noqa: E402
+from xditd.ipc.replies import Generated, StepDone  # noqa: E402
+from xditd.ipc.requests import Cancel, Generate, Hello, Lend  # noqa: E402
 
 
 @pytest.fixture
@@ -108,3 +111,32 @@ def test_the_help_says_where_embeddings_come_from(capsys):
     text = capsys.readouterr().out
     assert "takes no prompt and runs no text encoders" in text
     assert "encode_prompt" in text
+
+
+def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys):
+    def interrupt(request):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return [StepDone(request_id=request.request_id, step=1, total_steps=request.steps, elapsed_s=0.1)]
+
+    daemon.answers[Generate] = interrupt
+    assert generate("--out", str(tmp_path / "a.png"), "--json") == exits.INTERRUPTED
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["code"] == "cancelled"
+    assert "Traceback" not in captured.err
+    assert daemon.wait_for(Cancel).target_request_id == daemon.requests(Generate)[0].request_id
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_bar_that_cannot_be_drawn_ends_no_job(generate, tmp_path, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=1) as full, contextlib.suppress(OSError):
+        monkeypatch.setattr("sys.stderr", full)
+        assert generate("--out", str(tmp_path / "a.png"), "--log-level", "error") == exits.DONE
+    assert (tmp_path / "a.png").is_file()
+    assert "a.png: seed" in capsys.readouterr().out
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv("XDITD_RUNTIME_DIR", "")
+    monkeypatch.setenv("XDITD_OUT", "")
+    parsed = build_parser().parse_args(["generate"])
+    assert (parsed.runtime_dir, parsed.out) == (None, Path("out.png"))
