@@ -15,10 +15,16 @@ from safetensors.torch import save_file  # noqa: E402
 
 from xditd.client import Client  # noqa: E402
 from xditd.ipc.errors import DaemonUnreachable, LeaseLost  # noqa: E402
+from xditd.ipc.status import DaemonStatus, GroupState  # noqa: E402
 
 
 def weights() -> dict[str, Any]:
     return {"double_blocks.0.img_mlp.0.weight": torch.ones(3, 4)}
+
+
+def is_idle(status: DaemonStatus) -> bool:
+    """Whether nothing is lent any more, and the workers have unmapped it."""
+    return not status.components and status.group_state is GroupState.READY
 
 
 def test_a_loan_of_a_daemon_that_was_killed(start_daemon: Any, wait_until: Any) -> None:
@@ -45,7 +51,7 @@ def test_a_client_that_nobody_holds_any_more(shared_daemon: Any, client: Any) ->
     assert len(client.status().components) == 1
     with pytest.warns(ResourceWarning, match="its loans go back"):
         del forgotten
-    client.wait_status(lambda status: not status.components)
+    client.wait_status(is_idle)
 
 
 @pytest.mark.parametrize(
@@ -65,4 +71,4 @@ loan = client.lend({str(tmp_path / "t.safetensors")!r})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert "Exception ignored" not in done.stderr
     assert done.returncode == status, done.stderr
-    client.wait_status(lambda found: not found.components)
+    client.wait_status(is_idle)
