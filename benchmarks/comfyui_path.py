@@ -27,6 +27,7 @@ from comfyui_table import print_table
 from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
 
 from xditd.client import Client
+from xditd.client.output_files import write_file
 from xditd.ipc.errors import DaemonUnreachable, XditdError
 from xditd.ipc.status import GroupState
 
@@ -238,7 +239,7 @@ class Run:
 
     def write(self) -> None:
         if self.given.json is not None:
-            self.given.json.write_text(json.dumps(self.report, indent=2) + "\n")
+            write_file(self.given.json, json.dumps(self.report, indent=2).encode(), b"\n")
 
 
 def lent(client: Client) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from xditd.client.output_files import write_file
+
 GIB = 2**30
 SAMPLE_EVERY_S = 0.02
 
@@ -85,7 +87,7 @@ class Report:
 
     def add(self, **found: Any) -> None:
         self.found.update(found)
-        self._path.write_text(json.dumps(self.found, indent=1) + "\n")
+        write_file(self._path, json.dumps(self.found, indent=1).encode(), b"\n")
 
 
 def say(text: str) -> None:

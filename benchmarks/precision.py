@@ -27,6 +27,8 @@ import flux_weights
 import torch
 from machine import describe_machine
 
+from xditd.client.output_files import write_file
+
 GUIDANCE = 3.5
 
 
@@ -160,7 +162,7 @@ def main() -> None:
             size = last["own_bytes"] / 2**30
             print(f"  fp8 copy of the weights: {size:.2f} GiB a rank, made in {last['plug_ms']:.1f} ms")
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
 
 
 if __name__ == "__main__":

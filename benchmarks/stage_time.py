@@ -21,6 +21,8 @@ import flux_weights
 import torch
 from machine import describe_machine
 
+from xditd.client.output_files import write_file
+
 SEED = 0
 
 
@@ -115,7 +117,9 @@ def main() -> None:
             f"same bits again {all(rank['settings'][number]['same_bits_again'] for rank in ranks)}"
         )
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine, "arguments": _plain(given), "ranks": ranks}, indent=1))
+        write_file(
+            given.json, json.dumps({"machine": machine, "arguments": _plain(given), "ranks": ranks}, indent=1).encode()
+        )
 
 
 def _plain(given: argparse.Namespace) -> dict[str, Any]:

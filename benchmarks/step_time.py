@@ -31,6 +31,8 @@ import flux_weights
 import torch
 from machine import describe_machine
 
+from xditd.client.output_files import write_file
+
 LOSSLESS = ("plain", "compiled", "fused")
 WAYS = (*LOSSLESS, "fp8")
 PARITY_STEPS = 12
@@ -239,7 +241,7 @@ def main() -> None:
                     print(f"               {took:7.2f} ms {count:5d}  {name}")
         report["groups"].append(group)
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
 
 
 if __name__ == "__main__":

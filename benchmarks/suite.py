@@ -27,6 +27,8 @@ from machine import describe_machine, roomy_folder
 from measuring import add_arguments, say
 from suite_table import print_tables
 
+from xditd.client.output_files import write_file
+
 HERE = Path(__file__).resolve().parent
 FILES_BYTES = 50 * 2**30
 """Two checkpoints of FLUX.1-dev's size, a VAE, and room to write."""
@@ -147,7 +149,7 @@ class Suite:
         """Keep what was measured so far, should the rest fail."""
         if self.given.json is not None:
             self.given.json.parent.mkdir(parents=True, exist_ok=True)
-            self.given.json.write_text(json.dumps(self.report, indent=1) + "\n")
+            write_file(self.given.json, json.dumps(self.report, indent=1).encode(), b"\n")
 
     def _common(self) -> list[str]:
         return ["--device", self.given.device, *(["--small"] if self.given.small else [])]

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from machine import describe_machine
 
+from xditd.client.output_files import write_file
+
 MIB = 2**20
 PINNED_BYTES = 256 * MIB
 TENSOR_BYTES = 64 * MIB
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_file(path: Path, gib: int) -> int:
+def write_random(path: Path, gib: int) -> int:
     """Write a safetensors file of uint8 tensors with random content; return where its data starts."""
     count = gib * 2**30 // TENSOR_BYTES
     header = {
@@ -169,7 +171,7 @@ def main() -> None:
     print(f"{', '.join(machine['gpus'])}; {machine['cpu']}; torch {machine['versions']['torch']}")
     with tempfile.TemporaryDirectory(prefix="xditd-uploads-", dir=given.folder) as folder:
         path = Path(folder, "weights.safetensors")
-        start = write_file(path, given.gib)
+        start = write_random(path, given.gib)
         for ranks in given.ranks:
             barrier = torch.multiprocessing.get_context("spawn").Barrier(ranks)
             torch.multiprocessing.spawn(run_rank, (given, path, start, barrier, folder), nprocs=ranks)
@@ -179,7 +181,7 @@ def main() -> None:
             for line in lines(found, path.stat().st_size - start):
                 print(line)
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from machine import describe_machine
 
+from xditd.client.output_files import write_file
+
 WAYS = ("diffusers", "channels_last", "bands")
 CHANNELS = (128, 256, 512, 512)
 SMALL_CHANNELS = (64, 64, 64, 64)
@@ -124,7 +126,7 @@ def main() -> None:
                 f"  same bits again {all(each[way]['same_bits_again'] for each in found)}{peak}"
             )
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
 
 
 if __name__ == "__main__":

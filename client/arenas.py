@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest, Closed, Unsupported
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
@@ -66,6 +66,7 @@ class Arena:
             self.tensors = {name: gpu.tensor(at, dtype, shape) for (name, (dtype, shape)), at in layout}
             self.base_address = gpu.bytes.data_ptr()
             self._memory = gpu
+        self._is_closed = False
         self.copied = CopiedBytes()
         self.fill_ms = 0.0
         key = id(self)
@@ -98,7 +99,11 @@ class Arena:
         """Copy tensors into those of the same names, and yield each name once its values are there.
 
         On a GPU that is so for work issued on the current stream; other tensors are copied meanwhile.
+
+        Raises:
+            Closed: the arena is closed.
         """
+        self._check_open()
         import torch
 
         uploads = [name for name, tensor in tensors.items() if can_upload(tensor, self.tensors[name])]
@@ -115,7 +120,12 @@ class Arena:
         return self._memory.size_bytes
 
     def block(self, sample_offset_bytes: int = 0) -> HostShmBlock | CudaIpcBlock:
-        """Describe the arena to other processes."""
+        """Describe the arena to other processes.
+
+        Raises:
+            Closed: the arena is closed.
+        """
+        self._check_open()
         return self._memory.block(sample_offset_bytes)
 
     def close(self) -> None:
@@ -127,6 +137,16 @@ class Arena:
         _live.pop(id(self), None)
         self.tensors.clear()
         self._memory.close()
+        self._is_closed = True
+
+    def __repr__(self) -> str:
+        where = f"GPU {self._memory.index}" if isinstance(self._memory, DeviceArena) else "the host"
+        held = "closed" if self._is_closed else f"{len(self.tensors)} tensors"
+        return f"<Arena on {where}, {self.size_bytes} bytes, {held}>"
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Closed(f"arena of {self.size_bytes} bytes: it is closed, and its memory freed; make a new Arena")
 
 
 def host_arena_at(address: int) -> Arena | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -19,14 +18,14 @@ from xditd.client.drafts import (
 )
 from xditd.client.io_blocks import IoPool
 from xditd.client.jobs import GenerationJob, draw_seed
+from xditd.client.lifetime import Lifetime
 from xditd.client.loans import Loan, component_id_of, kind_named
 from xditd.client.results import GenerationResult
 from xditd.client.running import Runner
-from xditd.client.session import Session
 from xditd.client.text_encoding import TextEncoding
 from xditd.client.waiting import wait_for
-from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
-from xditd.ipc.errors import BadRequest, DaemonUnreachable
+from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop, Variant
 from xditd.ipc.status import DaemonStatus
@@ -48,7 +47,8 @@ class Client:
     call. ``wait_s`` is for a daemon that is being started: how long to wait until its workers are ready.
     Safe to use from several threads, not across ``fork``. When the daemon is gone, waiting calls raise
     :class:`DaemonUnreachable` within a second; the next call greets the new daemon, where loans have
-    to be made again. Leaving a ``with`` block, or ``close()``, ends all loans.
+    to be made again. Leaving a ``with`` block, or ``close()``, ends all loans; using the client after that raises
+    :class:`Closed`. A client that nobody holds any more is closed with a ``ResourceWarning``; a job under way holds it.
 
     Raises:
         DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
@@ -65,22 +65,21 @@ class Client:
         deadline_s: float = SILENCE_DEADLINE_S,
         wait_s: float = 0.0,
     ) -> None:
-        self._runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(Path(runtime_dir).absolute())
-        self._name = name
-        self._silence_s = deadline_s
+        runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
         self._pool = IoPool()
+        self._lifetime = Lifetime(runtime, name, self._pool, deadline_s)
+        self._current = self._lifetime.current
         self._runner = Runner(self._pool, self._current, deadline_s)
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._session: Session | None = None
         try:
             if wait_s:
                 self.wait_ready(wait_s)
             else:
                 self._current()
         except BaseException:
-            self.close()
+            self._lifetime.close()
             raise
+        self._finalizer = weakref.finalize(self, self._lifetime.abandon)
+        self._finalizer.atexit = False  # the daemon sees a process end: no program has to wait for it
 
     # --- Loans ---------------------------------------------------------------------------------
 
@@ -218,7 +217,7 @@ class Client:
                 raise BadRequest("denoised: the job was started without previews=True")
             return block.read(draft.denoised, draft.device)
 
-        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, read_denoised, steps)
+        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, read_denoised, steps, self)
 
     def condition(
         self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None
@@ -338,13 +337,9 @@ class Client:
         return connection.wait_lost(deadline_s)
 
     def close(self) -> None:
-        """End all loans and the session. A second call does nothing."""
-        with self._lock:
-            session, self._session = self._session, None
-            self._is_closed = True
-        if session is not None:
-            session.close()
-        self._pool.close()
+        """End all loans and the session. A second call does nothing; all other calls raise ``Closed`` from then on."""
+        self._finalizer.detach()
+        self._lifetime.close()
 
     def __enter__(self) -> Client:
         return self
@@ -354,17 +349,5 @@ class Client:
     ) -> None:
         self.close()
 
-    def _open(self) -> Session:
-        return Session(self._runtime, self._name, self._pool, self._silence_s)
-
-    def _current(self) -> Session:
-        """The session, or a new one where the daemon of the last one is gone."""
-        with self._lock:
-            if self._is_closed:
-                raise DaemonUnreachable("this client is closed; make a new Client")
-            if self._session is not None and self._session.is_lost:
-                self._session.close()
-                self._session = None
-            if self._session is None:
-                self._session = self._open()
-            return self._session
+    def __repr__(self) -> str:
+        return f"<Client of {self._lifetime.runtime.path}, {self._lifetime.state}>"

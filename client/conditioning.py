@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from xditd.client.job_inputs import check_embeds, check_guidance
+from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
@@ -72,6 +73,10 @@ class Conditioning:
         other.guidance = None if guidance is None else check_guidance("guidance", guidance)
         other._held = self._held
         return other
+
+    def __repr__(self) -> str:
+        embeds, pooled = tensor_text(self.prompt_embeds), tensor_text(self.pooled_prompt_embeds)
+        return f"<Conditioning prompt_embeds {embeds}, pooled {pooled}, guidance {self.guidance}>"
 
     def is_kept_by(self, session: Session) -> bool:
         """Whether the workers behind a session were sent it; they may have lost it since."""

@@ -25,6 +25,7 @@ from xditd.ipc.awake_clock import TICK_S, AwakeClock
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.errors import (
     BadMessage,
+    Closed,
     DaemonUnreachable,
     DeadlineExceeded,
     LimitExceeded,
@@ -61,7 +62,9 @@ class _IoThread:
         self._mailboxes: dict[str, Mailbox] = {}
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._calls: deque[Callable[[], None]] = deque()
         self._is_closing = False
+        self._ends_by_s = math.inf
         self._beat_every_s: float | None = None
         self._beats = itertools.count(1)
         self._sent_s = time.monotonic()
@@ -96,6 +99,26 @@ class _IoThread:
             if self.loss is None:
                 os.eventfd_write(self._wake_fd, 1)
 
+    def run_soon(self, call: Callable[[], None]) -> None:
+        """Have the loop's thread run something. Waits for no lock: finalizers run at any point of any thread.
+
+        At worst it runs with the next sign of life; never, once the loop has ended; and not in a fork.
+        """
+        if os.getpid() != self._made_by_pid:
+            return
+        self._calls.append(call)
+        # The descriptor is closed under this lock. Who holds it wakes the loop, is the loop, or is this very thread.
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self.ended.is_set():
+                    os.eventfd_write(self._wake_fd, 1)
+            finally:
+                self._lock.release()
+
+    def end_within(self, deadline_s: float) -> None:
+        """Let the loop end at its first turn after a deadline, whatever is still awaited."""
+        self._ends_by_s = time.monotonic() + deadline_s
+
     def close(self) -> None:
         """Ask the loop to end. Any thread may call this, also twice; in a fork it does nothing."""
         if os.getpid() != self._made_by_pid:
@@ -111,11 +134,12 @@ class _IoThread:
         poller.register(self._wake_fd, zmq.POLLIN)
         poller.register(self._daemon.pidfd, zmq.POLLIN)
         socket, pid = self._daemon.socket, self._daemon.pid
-        loss: Callable[[], XditdError] = lambda: DaemonUnreachable(  # noqa: E731 - a fresh error for each waiter
-            f"socket {socket}: this connection is closed; make a new Client"
+        loss: Callable[[], XditdError] = lambda: Closed(  # noqa: E731 - a fresh error for each waiter
+            f"socket {socket}: this client is closed, and so is its connection; make a new Client"
         )
         try:
-            while not self._is_closing:
+            while not self._is_closing and time.monotonic() < self._ends_by_s:
+                self._run_calls()
                 ready = dict(poller.poll(self._patience_ms()))
                 self.clock.now_s()
                 if self._wake_fd in ready:
@@ -143,6 +167,10 @@ class _IoThread:
             loss = lambda: BadMessage(detail)  # noqa: E731
         finally:
             self._end(loss)
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
 
     def _receive(self) -> None:
         """Hand all that has arrived to the mailboxes; an answer that nobody waits for is dropped."""
@@ -199,6 +227,7 @@ class _IoThread:
         # Before ZeroMQ is tidied up, which is no business of those who wait.
         for mailbox in waiting:
             mailbox.deliver(loss())
+        self._run_calls()
         # A farewell or a cancel should still leave; to a dead daemon nothing can.
         self._socket.close(linger=_FLUSH_MS if self._is_closing else 0)
         self._context.term()
@@ -208,7 +237,8 @@ class Connection:
     """One session with one daemon process, from ``Hello`` to the end of either side.
 
     Safe to use from several threads. When the daemon exits, every waiting request fails within a
-    second with :class:`DaemonUnreachable`, and so does every later one: make a new connection then.
+    second with :class:`DaemonUnreachable`, and so does every later one: make a new connection then. After ``close()``
+    they raise :class:`Closed`.
 
     Raises:
         DaemonUnreachable: nobody listens, or no answer to ``Hello`` within ``hello_deadline_s``.
@@ -223,7 +253,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._max_message_bytes = limits.MAX_MESSAGE_BYTES
         self._io = _IoThread(find_daemon(runtime))
-        self._finalizer = weakref.finalize(self, self._io.close)
+        self._finalizer = weakref.finalize(self, self._io.run_soon, self._io.close)
         try:
             self.welcome = self._greet(client_name, hello_deadline_s)
             self._io.start_beating(self.welcome.beat_every_s)
@@ -251,6 +281,14 @@ class Connection:
         """Whether the daemon has exited, or this side has closed."""
         return self._io.ended.is_set()
 
+    def run_soon(self, call: Callable[[], None]) -> None:
+        """Have the connection's thread run something that waits for nothing. Finalizers may call it."""
+        self._io.run_soon(call)
+
+    def end_within(self, deadline_s: float) -> None:
+        """End this side after a deadline, if nobody does before."""
+        self._io.end_within(deadline_s)
+
     def next_request_id(self) -> str:
         return f"{self._prefix}-{next(self._numbers)}"
 
@@ -260,6 +298,7 @@ class Connection:
         Raises:
             LimitExceeded: the encoded request is larger than the daemon reads.
             DaemonUnreachable: the daemon has exited.
+            Closed: this side has closed.
             Unsupported: this is a fork of the process that made the connection.
         """
         self._refuse_fork()

@@ -99,6 +99,10 @@ class PendingJob:
         pool, block = self._pool, self._block
         self._mailbox.when_ended(lambda ending: (pool.give_back if _left_alone(ending) else pool.drop)(block))
 
+    def close_soon(self) -> None:
+        """Close it on the connection's thread: for finalizers, which must wait for no lock."""
+        self._connection.run_soon(self.close)
+
     def __enter__(self) -> PendingJob:
         return self
 
@@ -133,8 +137,11 @@ class GenerationJob:
         read_outputs: Callable[[Generated], GenerationResult],
         read_denoised: Callable[[], torch.Tensor],
         total_steps: int,
+        owner: object = None,
     ) -> None:
+        """``owner`` is kept alive until the job has ended."""
         self.total_steps = total_steps
+        self._owner = owner
         self._pending = pending
         self._read_outputs = read_outputs
         self._read_denoised = read_denoised
@@ -142,7 +149,8 @@ class GenerationJob:
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
         # A job that nobody holds any more must not go on in the workers.
-        self._finalizer = weakref.finalize(self, pending.close)
+        self._finalizer = weakref.finalize(self, pending.close_soon)
+        self._finalizer.atexit = False  # the daemon sees the process end
 
     @property
     def request_id(self) -> str:
@@ -224,4 +232,9 @@ class GenerationJob:
                 result.timings_ms["round_trip"] = (time.perf_counter() - self._started_s) * 1e3
                 self._result = result
         finally:
+            self._owner = None
             self._pending.close()
+
+    def __repr__(self) -> str:
+        state = "done" if self._result is not None else "ended" if self._pending.is_closed else "under way"
+        return f"<GenerationJob {self.request_id}, {self.total_steps} steps, {state}>"

@@ -24,6 +24,7 @@ from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
 from xditd.client.text_encoding import is_text_encoder
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
@@ -120,7 +121,7 @@ def describe(
     started = time.perf_counter()
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
-            path = os.fsdecode(source)
+            path = expand_home(os.fsdecode(source))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
             specs = _describe_file(path, device, held)
         else:

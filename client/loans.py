@@ -58,15 +58,14 @@ class Loan:
         """Refuse a loan that has ended.
 
         Raises:
-            LeaseLost: it was returned, or the daemon that held it is gone.
+            LeaseLost: it was returned, or the daemon that held it is gone and another one runs.
+            DaemonUnreachable: the daemon that held it is gone, and none runs.
+            Closed: its client is closed.
         """
+        what = f"component {self.label} ({self.component_id})"
         if self._is_returned:
-            raise LeaseLost(f"component {self.label} ({self.component_id}): was returned; lend it again")
-        if self._session.is_lost:
-            raise LeaseLost(
-                f"component {self.label} ({self.component_id}): its loan ended with daemon "
-                f"{self._session.daemon_pid}; lend it again"
-            )
+            raise LeaseLost(f"{what}: was returned; lend it again")
+        self._session.check_loans(what)
 
     def adopt(self, *, deadline_s: float | None = None) -> CopiedBytes:
         """Have the workers copy the component, and let go of this process's memory; returns what was copied.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xditd.client.tensor_text import tensor_text
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from PIL import Image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GenerationResult:
     """Latents, and the image where a VAE was named; both belong to the caller.
 
@@ -34,19 +37,33 @@ class GenerationResult:
         """Convert one image of the batch to 8-bit RGB.
 
         Raises:
-            BadRequest: the job named no VAE, so there is no image.
+            BadRequest: the job named no VAE, so there is no image; or no image of this number.
         """
         if self.image is None:
             raise BadRequest("image: the job named no VAE; pass vae=... to generate, or decode the latents")
+        count = len(self.image)
+        if not -count <= index < count:
+            raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
         return image_to_pil(self.image[index])
 
-    def save(self, path: str | Path, index: int = 0) -> Path:
-        """Write one image of the batch to a file, in the format that its suffix names."""
-        target = Path(path)
+    def save(self, path: str | os.PathLike[str], index: int = 0) -> Path:
+        """Write one image of the batch to a file in one step, in the format that its suffix names.
+
+        Makes the folder, and returns the path with ``~`` replaced.
+
+        Raises:
+            BadRequest: as :meth:`to_pil`; or the suffix names no format that can hold the image.
+            OutputFailed: the place may not be written or has no room. The result is still here: save it elsewhere.
+        """
+        from xditd.client.image_files import encode_image, image_format
+        from xditd.client.output_files import write_file
+
         image = self.to_pil(index)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        image.save(target)
-        return target
+        return write_file(path, encode_image(image, image_format(path, *image.size)))
+
+    def __repr__(self) -> str:
+        image = "no image" if self.image is None else f"image {tensor_text(self.image)}"
+        return f"<GenerationResult {image}, latents {tensor_text(self.latents)}, seed {self.seed}>"
 
 
 def image_to_pil(image: torch.Tensor) -> Image.Image:

@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from xditd.ipc.errors import BadRequest, NotPermitted, Unsupported
+from xditd.client.output_files import write_file
+from xditd.ipc.errors import BadRequest, NotPermitted, OutputFailed, Unsupported
 
 _SYSTEM_UNITS: Final = ("xditd@.service", "xditd@.socket")
 _USER_UNITS: Final = ("xditd.service", "xditd.socket")
@@ -33,7 +34,7 @@ class ServiceFile:
     def state(self) -> str:
         """``missing``, ``current`` or ``different``."""
         try:
-            return "current" if self.path.read_text() == self.content else "different"
+            return "current" if self.path.read_bytes() == self.content.encode() else "different"
         except FileNotFoundError:
             return "missing"
         except OSError as error:
@@ -143,25 +144,34 @@ def verify(found: tuple[ServiceFile, ...], service: Service) -> list[str]:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         return []
-    with tempfile.TemporaryDirectory(prefix="xditd-") as folder:
-        names = []
-        for file in found:
-            if file.path.suffix in (".service", ".socket"):
-                # A template is looked at as the instance that it will be.
-                name = file.path.name.replace("@.", f"@{service.user}.")
-                (Path(folder) / name).write_text(file.content)
-                names.append(f"./{name}")
-        scope = [] if service.user else ["--user"]
-        done = subprocess.run(
-            [analyze, *scope, "verify", "--man=no", *names],
-            cwd=folder,
-            env={**service.environ, "XDG_RUNTIME_DIR": service.environ.get("XDG_RUNTIME_DIR", folder)},
-            capture_output=True,
-            text=True,
-            timeout=_VERIFY_DEADLINE_S,
-            check=False,
-        )
-        lines = [line.replace(f"{folder}/", "") for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    try:
+        with tempfile.TemporaryDirectory(prefix="xditd-") as folder:
+            return _complaints(analyze, Path(folder), found, service)
+    except OSError as error:
+        return [f"systemd-analyze could not be run: {error.strerror or error}"]
+    except subprocess.TimeoutExpired:
+        return [f"systemd-analyze is not done after {_VERIFY_DEADLINE_S:.0f} s"]
+
+
+def _complaints(analyze: str, folder: Path, found: tuple[ServiceFile, ...], service: Service) -> list[str]:
+    names = []
+    for file in found:
+        if file.path.suffix in (".service", ".socket"):
+            # A template is looked at as the instance that it will be.
+            name = file.path.name.replace("@.", f"@{service.user}.")
+            (folder / name).write_text(file.content)
+            names.append(f"./{name}")
+    scope = [] if service.user else ["--user"]
+    done = subprocess.run(
+        [analyze, *scope, "verify", "--man=no", *names],
+        cwd=folder,
+        env={**service.environ, "XDG_RUNTIME_DIR": service.environ.get("XDG_RUNTIME_DIR", str(folder))},
+        capture_output=True,
+        text=True,
+        timeout=_VERIFY_DEADLINE_S,
+        check=False,
+    )
+    lines = [line.replace(f"{folder}/", "") for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return lines or ([] if done.returncode == 0 else [f"systemd-analyze ended with status {done.returncode}"])
 
 
@@ -169,16 +179,15 @@ def write(file: ServiceFile) -> None:
     """Write a file in one step: systemd never reads half of it.
 
     Raises:
-        NotPermitted: its folder cannot be made or written.
+        NotPermitted: its folder may not be made or written.
+        OutputFailed: there is no room.
     """
     try:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        new = file.path.with_name(f".{file.path.name}.new")
-        new.write_text(file.content)
-        new.chmod(0o644)
-        new.replace(file.path)
-    except OSError as error:
-        raise NotPermitted(f"{file.path}: {error.strerror}; system units need root (sudo), or use --user") from error
+        write_file(file.path, file.content.encode(), mode=0o644)
+    except OutputFailed as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise NotPermitted(f"{error.detail}: system units need root (sudo), or use --user") from error
+        raise
 
 
 def remove(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,9 +15,10 @@ from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Patience
+from xditd.client.rendezvous import close_quietly, find_daemon
 from xditd.client.text_encoding import width_of
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import DaemonUnreachable, LeaseLost, SessionLost, StaleSource, XditdError
+from xditd.ipc.errors import Closed, DaemonUnreachable, LeaseLost, SessionLost, StaleSource, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked
 from xditd.ipc.requests import Adopt, Cancel, CheckCanary, Goodbye, Lend, ReturnLoan, Revoke
@@ -42,10 +44,28 @@ class _Holding:
     loans: int = 0
 
 
+class Closure:
+    """Whether a client is closed, and by whom. The client's sessions share it, and so do their loans."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def check(self) -> None:
+        """Refuse to go on with a client that is closed.
+
+        Raises:
+            Closed: it is.
+        """
+        if self.reason is not None:
+            raise Closed(f"{self.reason}; make a new Client")
+
+
 class Session:
     """From ``Hello`` until this side closes or the daemon exits. Safe to use from several threads."""
 
-    def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float) -> None:
+    def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float, closure: Closure) -> None:
+        self._runtime = runtime
+        self._closure = closure
         self._pool = pool
         self._silence_s = silence_s
         self._holdings: dict[str, _Holding] = {}
@@ -63,6 +83,19 @@ class Session:
     @property
     def is_lost(self) -> bool:
         return self.connection.is_lost
+
+    def check_loans(self, what: str) -> None:
+        """Refuse to use a loan of a session that has ended, by the true cause.
+
+        Raises:
+            Closed: this side has closed it.
+            DaemonUnreachable: its daemon is gone, and no other one runs.
+            LeaseLost: another daemon runs, which knows nothing of the loan, or the same has ended the session.
+        """
+        self._closure.check()
+        if self.is_lost:
+            close_quietly(find_daemon(self._runtime).pidfd)
+            raise LeaseLost(f"{what}: its loan ended with daemon {self.daemon_pid}; lend it again")
 
     def lend(
         self,
@@ -131,14 +164,14 @@ class Session:
         request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
         try:
             mailbox = self.connection.submit(request, f"return of {label}")
-        except (DaemonUnreachable, SessionLost):
+        except (Closed, DaemonUnreachable, SessionLost):
             _close_offers(freed)  # daemon and workers are gone, or have ended the loan: nothing maps the memory
             return
         # The memory stays alive until the workers have unmapped it, however long this thread waits for that.
         mailbox.when_ended(lambda _: _close_offers(freed))
         try:
             mailbox.wait(Returned, Patience(self._silence_s, deadline_s))
-        except (DaemonUnreachable, LeaseLost, SessionLost) as error:
+        except (Closed, DaemonUnreachable, LeaseLost, SessionLost) as error:
             logger.info("loan had ended component_id=%s reason=%s", component_id, error.detail)
 
     def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
@@ -173,12 +206,36 @@ class Session:
                 self.connection.ask(farewell, Farewell, deadline_s=_FAREWELL_DEADLINE_S)
             except XditdError as error:
                 logger.warning("session closed without a farewell reason=%s", error)
+        self._end()
+
+    def abandon(self) -> None:
+        """End the session of a client that was forgotten. For its finalizer: waits for no answer and for no lock."""
+        if self.is_lost:
+            self._free()
+        else:
+            self.connection.run_soon(self._leave)
+
+    def _leave(self) -> None:
+        """Say goodbye, and end the session once that is answered. On the connection's thread."""
+        logger.warning("client was not closed, its loans go back daemon_pid=%d", self.daemon_pid)
+        try:
+            mailbox = self.connection.submit(Goodbye(request_id=self.connection.next_request_id()))
+        except XditdError:
+            self._end()
+            return
+        self.connection.end_within(_FAREWELL_DEADLINE_S)
+        # Holds this session, and with it the lent memory, until workers have unmapped it.
+        mailbox.when_ended(lambda _: self._end())
+
+    def _end(self) -> None:
         self.connection.close()
-        with self._lock:
-            holdings = list(self._holdings.values())
-            self._holdings.clear()
-        for holding in holdings:
-            _close_offers(holding.offers)
+        self._free()
+
+    def _free(self) -> None:
+        """Let go of all lent memory. Without a lock: nobody lends in a session that has ended."""
+        with contextlib.suppress(KeyError):
+            while True:
+                _close_offers(self._holdings.popitem()[1].offers)
 
     def _send(self, offer: Offer, patience: Patience) -> Lent:
         label = offer.manifest.label

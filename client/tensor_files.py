@@ -9,9 +9,10 @@ import ctypes
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.output_files import write_file
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.layout import dtype_name, torch_dtype
@@ -36,14 +37,14 @@ def require_torch() -> None:
         raise Unsupported("torch: not installed here; pip install torch, or pip install 'xditd[workers]'") from None
 
 
-def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Read the names and shapes in a file, and nothing else of it.
 
     Raises:
         BadCheckpoint: it is not a sound safetensors file.
         StaleSource: it changed meanwhile.
     """
-    file = LentFile(os.fspath(path))
+    file = LentFile(expand_home(os.fspath(path)))
     try:
         found = {stored.name: stored.shape for stored in read_header(file.fd, file.path).tensors}
         file.check_unchanged()
@@ -52,7 +53,7 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         file.close()
 
 
-def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read a file into CPU tensors that the caller owns.
 
     Raises:
@@ -61,7 +62,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    file = LentFile(os.fspath(path))
+    file = LentFile(expand_home(os.fspath(path)))
     try:
         found: dict[str, torch.Tensor] = {}
         for stored in read_header(file.fd, file.path).tensors:
@@ -76,10 +77,23 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         file.close()
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write floating-point tensors to a file, in the order given.
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write floating-point tensors to a file in one step, in the order given.
+
+    Raises:
+        BadRequest: a tensor of another dtype.
+        OutputFailed: the place may not be written, or has no room.
+    """
+    write_file(path, *encode_tensors(tensors))
+
+
+def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """Encode floating-point tensors as the parts of a safetensors file, in the order given.
 
     Source: safetensors, README, "Format".
+
+    Raises:
+        BadRequest: a tensor of another dtype.
     """
     header: dict[str, object] = {}
     bodies: list[bytes] = []
@@ -94,10 +108,4 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None
         end += plain.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data to start at a multiple of 8
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for body in bodies:
-            file.write(body)
+    return [len(text).to_bytes(8, "little"), text, *bodies]

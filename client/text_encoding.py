@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
@@ -18,7 +19,7 @@ _MARKS: Final = ("text_model.encoder.layers.", "encoder.block.0.layer.")
 _EMBEDDINGS: Final = ("text_model.embeddings.token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TextEncoding:
     """What a text encoder makes of tokens, in float32, on their device; both belong to the caller.
 
@@ -28,6 +29,10 @@ class TextEncoding:
 
     hidden_states: torch.Tensor
     pooled: torch.Tensor | None
+
+    def __repr__(self) -> str:
+        pooled = "not pooled" if self.pooled is None else f"pooled {tensor_text(self.pooled)}"
+        return f"<TextEncoding hidden_states {tensor_text(self.hidden_states)}, {pooled}>"
 
 
 def is_text_encoder(names: Collection[str]) -> bool:

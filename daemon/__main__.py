@@ -25,6 +25,7 @@ from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
 from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
+from xditd.ipc.command_line import unknown_variables
 from xditd.ipc.errors import XditdError
 from xditd.ipc.inherited import current_folder, open_streams, reset_signals
 from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = worker_environment(os.environ, folder)
     os.chdir(WORKING_FOLDER)
     logbook = configure_logging(configuration.log_level)
+    for warning in unknown_variables(os.environ):
+        logger.warning("%s", warning)
     try:
         read_again = partial(build_configuration, flags, os.environ, folder)
         serve(configuration, environment, logbook, notifier, listener, read_again)

@@ -6,6 +6,7 @@ import argparse
 
 from xditd import __version__
 from xditd.daemon.settings import SETTINGS
+from xditd.ipc.command_line import Parser
 
 _EPILOG = """\
 Each flag has an environment variable, named in brackets. A flag beats its variable, which beats the file, which beats
@@ -17,7 +18,7 @@ exit status: 0 stopped on request, 1 could not start or go on (the log says why)
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser. Values stay text here: one place checks them, wherever they come from."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xditd serve",
         description="Keep xDiT workers warm and serve clients that lend them weights.",
         epilog=_EPILOG,

@@ -11,9 +11,10 @@ from typing import Any, Final, Literal, cast
 
 from xditd.daemon.settings import SETTINGS, Setting
 from xditd.ipc import limits
-from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
+from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.degrees import AUTO
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.suggestions import did_you_mean
 
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
@@ -21,6 +22,7 @@ Precision = Literal["bf16", "fp8"]
 
 DEFAULT_WORKER_COMMAND: Final = (sys.executable, "-m", "xditd.gpu_workers")
 
+_SECTIONS: Final = ("daemon", "workers")
 _COMMAND_KEY: Final = "command"
 
 
@@ -73,7 +75,7 @@ def build_configuration(
     """
     found: dict[str, Any] = {}
     named = flags.get("config") or environ.get("XDITD_CONFIG")
-    path = _absolute(named or default_file(environ), folder)
+    path = _absolute(user_path(named) if named else default_file(environ), folder)
     if named or path.is_file():
         found.update(_read_file(path))
     for setting in SETTINGS:
@@ -87,7 +89,7 @@ def build_configuration(
     command = found.get("worker_command")
     if command and os.sep in command[0]:
         found["worker_command"] = (str(_absolute(command[0], folder)), *command[1:])
-    return Configuration(runtime=RuntimeDir(_absolute(runtime_dir, folder)), **found)
+    return Configuration(runtime=RuntimeDir(_absolute(user_path(runtime_dir), folder)), **found)
 
 
 def _absolute(path: str | Path, folder: Path | None) -> Path:
@@ -102,7 +104,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     for section, table in _parse_toml(path).items():
         known: dict[str, Setting] = {setting.key: setting for setting in SETTINGS if setting.section == section}
         if not known or not isinstance(table, dict):
-            raise BadRequest(f"file {path}: unknown entry [{section}]; the sections are [daemon] and [workers]")
+            hint = did_you_mean(section, _SECTIONS)
+            raise BadRequest(f"file {path}: unknown entry [{section}]; the sections are [daemon] and [workers]{hint}")
         for key, value in table.items():
             source = f"file {path}, [{section}] {key}"
             if section == "workers" and key == _COMMAND_KEY:
@@ -110,8 +113,11 @@ def _read_file(path: Path) -> dict[str, Any]:
             elif key in known:
                 found[known[key].name] = known[key].read_toml(value, source)
             else:
-                names = ", ".join(sorted(known))
-                raise BadRequest(f"{source} = {value!r}: no such key; remove it, or use one of {names}")
+                names = sorted([*known, *([_COMMAND_KEY] if section == "workers" else [])])
+                raise BadRequest(
+                    f"{source} = {value!r}: no such key; remove it, or use one of {', '.join(names)}"
+                    f"{did_you_mean(key, names)}"
+                )
     return found
 
 

@@ -58,6 +58,16 @@ class RuntimeDir:
                 )
 
 
+def expand_home(path: str) -> str:
+    """Read a path as a person wrote it: ``~`` and ``~user`` stand for a home folder, where there is such a user."""
+    return os.path.expanduser(path)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The same, as a :class:`~pathlib.Path`. Every path that a person gives passes here, or through `expand_home`."""
+    return Path(expand_home(os.fspath(path)))
+
+
 def endpoint(socket: Path) -> str:
     """Spell a socket path as ZeroMQ wants it."""
     return f"ipc://{socket}"

@@ -127,6 +127,12 @@ class NotPermitted(RequestError):
     code = "not_permitted"
 
 
+class Closed(RequestError):
+    """A client, or what belongs to one, is used after its own program has closed it."""
+
+    code = "closed"
+
+
 # --- Something else went away or ran out: the same request may work later. ----------------------
 
 
@@ -222,6 +228,13 @@ class Cancelled(XditdError):
     """The caller cancelled the job."""
 
     code = "cancelled"
+
+
+class OutputFailed(XditdError):
+    """A result could not be written where it was wanted. ``kept`` names the files that hold it instead."""
+
+    code = "output_failed"
+    kept: tuple[str, ...] = ()
 
 
 class Internal(XditdError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 
 SUMMARY = "make a lent component the workers' own"
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
     with Client(parsed.runtime_dir, name="xditd adopt") as client:
         copied = client.adopt(parsed.component_id, deadline_s=parsed.deadline_s)
     if parsed.json:
-        print(json.dumps({"component_id": parsed.component_id, "adopted": True, "copied_bytes": copied.total}))
+        print(json_text({"component_id": parsed.component_id, "adopted": True, "copied_bytes": copied.total}))
     else:
         print(f"adopted {parsed.component_id}, {copied.total} bytes copied")
     return exits.DONE

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import filecmp
-import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from xditd.client.cli import exits, flags
-from xditd.ipc.errors import BadRequest
+from xditd.client.cli.printing import json_text
+from xditd.ipc.addresses import user_path
+from xditd.ipc.errors import BadRequest, OutputFailed
 
 SUMMARY = "install the node pack into a ComfyUI, check it, uninstall it"
 DESCRIPTION = """\
@@ -45,8 +47,9 @@ _IMPORT_DEADLINE_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("install", "check", "uninstall"), help="what to do")
-    parser.add_argument("path", type=Path, metavar="PATH", help="ComfyUI's folder, the one with main.py")
+    parser.add_argument("action", type=flags.one_of("install", "check", "uninstall"), metavar="ACTION",
+                        help="install, check or uninstall")  # fmt: skip
+    parser.add_argument("path", type=user_path, metavar="PATH", help="ComfyUI's folder, the one with main.py")
     flags.add_json(parser)
 
 
@@ -62,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
     else:
         faults = list(faults_of(folder, parsed.path))
         said = "\n".join(faults) or f"{folder} is complete and current"
-    print(json.dumps({"folder": str(folder), "faults": faults}) if parsed.json else said)
+    print(json_text({"folder": str(folder), "faults": faults}) if parsed.json else said)
     return exits.FAILED if faults else exits.DONE
 
 
@@ -78,17 +81,30 @@ def pack_folder(comfyui: Path) -> Path:
 
 
 def install(folder: Path) -> None:
-    """Write the folder, over an older one of ours.
+    """Write the folder in one step, over an older one of ours.
 
     Raises:
         BadRequest: something else has that name.
+        OutputFailed: it cannot be written; what was there before is unchanged.
     """
     if folder.is_symlink() or folder.exists():
-        uninstall(folder)
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(ENTRY)
-    for name in DATA:
-        shutil.copytree(_PACK / name, folder / name)
+        _refuse_others(folder)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        # ComfyUI passes over folders of this suffix, should it start meanwhile.
+        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER}-", suffix=".disabled"))
+        try:
+            new.chmod(0o755)
+            (new / "__init__.py").write_text(ENTRY)
+            for name in DATA:
+                shutil.copytree(_PACK / name, new / name)
+            if folder.exists():
+                shutil.rmtree(folder)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        raise OutputFailed(f"{folder}: {error.strerror or error}; the folder has to be writable, with room") from error
 
 
 def uninstall(folder: Path) -> None:
@@ -96,13 +112,21 @@ def uninstall(folder: Path) -> None:
 
     Raises:
         BadRequest: it is not there, or not ours.
+        OutputFailed: it cannot be removed.
     """
-    entry = folder / "__init__.py"
     if not folder.exists():
         raise BadRequest(f"{folder}: not there; nothing to remove")
+    _refuse_others(folder)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputFailed(f"{folder}: {error.strerror or error}; it could not be removed completely") from error
+
+
+def _refuse_others(folder: Path) -> None:
+    entry = folder / "__init__.py"
     if folder.is_symlink() or not entry.is_file() or MARK not in entry.read_text(errors="replace"):
         raise BadRequest(f"{folder}: not {MARK}; move it away yourself")
-    shutil.rmtree(folder)
 
 
 def faults_of(folder: Path, comfyui: Path) -> Iterator[str]:
@@ -119,11 +143,18 @@ def faults_of(folder: Path, comfyui: Path) -> Iterator[str]:
             if source.is_file() and not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
                 yield f"{target}: missing, of another version, or edited; {again}"
     python = next((path for name in _PYTHONS if (path := comfyui / name).is_file()), None)
-    if python is not None and not _imports_xditd(python):
-        yield f"{python}: cannot import xditd; run {python} -m pip install 'xditd[cuda]'"
+    fault = _import_fault(python) if python is not None else ""
+    if fault:
+        yield f"{python}: cannot import xditd ({fault}); run {python} -m pip install 'xditd[cuda]'"
 
 
-def _imports_xditd(python: Path) -> bool:
+def _import_fault(python: Path) -> str:
+    """Say why a Python does not import the nodes; nothing if it does."""
     command = [str(python), "-c", "import xditd.client.comfyui"]
-    done = subprocess.run(command, capture_output=True, timeout=_IMPORT_DEADLINE_S, check=False)
-    return done.returncode == 0
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_DEADLINE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done after {_IMPORT_DEADLINE_S:.0f} s"
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]

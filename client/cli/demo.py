@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import signal
 import sys
-from pathlib import Path
+from typing import Final
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 from xditd.ipc import limits
+from xditd.ipc.addresses import user_path
+from xditd.ipc.errors import OutputFailed
 
 SUMMARY = "run everything once on small checkpoints made on the spot"
 DESCRIPTION = """\
@@ -22,16 +24,19 @@ examples:
   xditd demo --device cpu --keep then: xditd status --runtime-dir (the folder that it prints)
 """
 
+_LEFT_BYTES: Final = 80 * 2**20
+"""What the demo leaves takes less: 54 MiB of checkpoints, two images, inputs and latents."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_json(parser)
     flags.add_log_level(parser, "info")
-    flags.add_flag(parser, "--out", variable="XDITD_DEMO_OUT", type=Path, default="out", metavar="DIR",
+    flags.add_flag(parser, "--out", variable="XDITD_DEMO_OUT", type=user_path, default="out", metavar="DIR",
                    help="folder for what the demo leaves")  # fmt: skip
     flags.add_flag(parser, "--workers", variable="XDITD_DEMO_WORKERS", type=flags.whole(1, 2), metavar="COUNT",
                    help="worker processes (default: 2, or 1 where there is one GPU)")  # fmt: skip
-    flags.add_flag(parser, "--device", variable="XDITD_DEVICE", type=_device, default="auto", metavar="KIND",
-                   help="auto (GPUs if there are any), cuda or cpu")  # fmt: skip
+    flags.add_flag(parser, "--device", variable="XDITD_DEVICE", type=flags.one_of("auto", "cuda", "cpu"),
+                   default="auto", metavar="KIND", help="auto (GPUs if there are any), cuda or cpu")  # fmt: skip
     flags.add_flag(parser, "--size", variable="XDITD_DEMO_SIZE", type=flags.size, default="256x256",
                    metavar="WIDTHxHEIGHT", help="image size in pixels, multiples of 16")  # fmt: skip
     flags.add_flag(parser, "--steps", variable="XDITD_DEMO_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=8,
@@ -45,8 +50,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     from xditd.client.cli.progress import bar
     from xditd.client.demo.journey import Journey, Plan
+    from xditd.client.output_files import check_folder
     from xditd.client.tensor_files import require_torch
 
+    check_folder(parsed.out, _LEFT_BYTES)
     require_torch()
     plan = Plan(
         out=parsed.out,
@@ -62,19 +69,17 @@ def run(parsed: argparse.Namespace) -> int:
             from tqdm.contrib.logging import logging_redirect_tqdm
 
             stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
-        report = Journey(plan, steps).run()
+        try:
+            report = Journey(plan, steps).run()
+        except OSError as error:  # a log or a folder that could not be written
+            where = error.filename or plan.out
+            raise OutputFailed(f"{where}: {error.strerror or error}; give it room, or another --out") from error
         steps.set_description_str("done")
-    print(json.dumps(report.as_json(), indent=2) if parsed.json else report.summary())
+    print(json_text(report.as_json(), indent=2) if parsed.json else report.summary())
     faults = report.faults()
     for fault in faults:
         print(f"xditd demo: {fault}", file=sys.stderr)
     return exits.FAILED if faults else exits.DONE
-
-
-def _device(text: str) -> str:
-    if text not in ("auto", "cuda", "cpu"):
-        raise argparse.ArgumentTypeError(f"{text!r}: use auto, cuda or cpu")
-    return text
 
 
 def _interrupt(*_: object) -> None:

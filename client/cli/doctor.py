@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from pathlib import Path
@@ -13,6 +12,7 @@ import zmq
 
 from xditd import __version__
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import table
 from xditd.client.doctor import daemon, host, workers
 from xditd.client.doctor.findings import Finding, Verdict, ok
@@ -43,7 +43,7 @@ def run(parsed: argparse.Namespace) -> int:
     found = examine(parsed.runtime_dir, is_quick=parsed.quick)
     failed = [each for each in found if each.verdict is Verdict.FAIL]
     if parsed.json:
-        print(json.dumps({"ok": not failed, "findings": [each.as_builtins() for each in found]}, indent=2))
+        print(json_text({"ok": not failed, "findings": [each.as_builtins() for each in found]}, indent=2))
     else:
         print(describe(found))
     return exits.FAILED if failed else exits.DONE

@@ -14,6 +14,9 @@ UNREACHABLE = 3
 INTERRUPTED = 130
 """As a shell reports a program that Ctrl-C ended (128 + SIGINT)."""
 
+READER_LEFT = 141
+"""As a shell reports a program that wrote to a pipe whose reader had gone (128 + SIGPIPE)."""
+
 HELP = "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable"
 
 

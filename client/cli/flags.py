@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from xditd.ipc import limits
-from xditd.ipc.addresses import RUNTIME_DIR_VARIABLE
+from xditd.ipc.addresses import RUNTIME_DIR_VARIABLE, user_path
+from xditd.ipc.suggestions import did_you_mean
+
+JSON_VARIABLE = "XDITD_JSON"
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
@@ -25,25 +27,34 @@ def add_flag(
     metavar: str | None = None,
     dest: str | None = None,
 ) -> None:
-    """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag."""
+    """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag.
+
+    An empty variable is none, as for the daemon.
+    """
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(
         *names,
         type=type,
         # argparse converts a default that is text as if it had been typed, and reports what is wrong with it.
-        default=os.environ.get(variable, default),
+        default=os.environ.get(variable) or default,
         metavar=metavar,
         **({} if dest is None else {"dest": dest}),
         help=f"{help}{shown} [{variable}]",
     )
 
 
+def is_on(variable: str) -> bool | None:
+    """Read a variable that turns a flag on or off; ``None`` where it says neither."""
+    text = os.environ.get(variable, "").strip().lower()
+    return text in _TRUE if text in _TRUE + _FALSE else None
+
+
 def add_switch(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
     """Add a flag without a value; its variable turns it on by 1, true, yes or on."""
-    text = os.environ.get(variable, "").strip().lower()
-    if text not in _TRUE + _FALSE:
-        parser.error(f"{variable}={text!r}: use 1 or 0")
-    parser.add_argument(*names, action="store_true", default=text in _TRUE, help=f"{help} [{variable}]")
+    default = is_on(variable)
+    if default is None:
+        parser.error(f"{variable}={os.environ[variable]!r}: use 1 or 0")
+    parser.add_argument(*names, action="store_true", default=default, help=f"{help} [{variable}]")
 
 
 def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +62,14 @@ def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
         parser,
         "--runtime-dir",
         variable=RUNTIME_DIR_VARIABLE,
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="folder of the daemon's sockets (default: $XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>)",
     )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    add_switch(parser, "--json", variable="XDITD_JSON", help="print JSON on stdout, for programs")
+    add_switch(parser, "--json", variable=JSON_VARIABLE, help="print JSON on stdout, for programs")
 
 
 def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
@@ -66,17 +77,23 @@ def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
         parser,
         "--log-level",
         variable="XDITD_LOG_LEVEL",
-        type=log_level,
+        type=one_of("debug", "info", "warning", "error"),
         default=default,
         metavar="LEVEL",
         help="debug, info, warning or error: what is logged on stderr",
     )
 
 
-def log_level(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise argparse.ArgumentTypeError(f"{text!r}: use debug, info, warning or error")
-    return text
+def one_of(*names: str) -> Callable[[str], str]:
+    """Make a type for a word of a few."""
+
+    def convert(text: str) -> str:
+        if text not in names:
+            listed = f"{', '.join(names[:-1])} or {names[-1]}"
+            raise argparse.ArgumentTypeError(f"{text!r}: use {listed}{did_you_mean(text, names)}")
+        return text
+
+    return convert
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

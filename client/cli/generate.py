@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
 from xditd.client.loans import Loan
 from xditd.ipc import limits
+from xditd.ipc.addresses import user_path
+from xditd.ipc.errors import BadRequest, OutputFailed
+
+if TYPE_CHECKING:
+    from xditd.client.results import GenerationResult
+
+_LATENT_BYTES_PER_PIXEL: Final = 1
+"""16 channels of at most 4 bytes for each square of 8x8 pixels."""
 
 SUMMARY = "lend checkpoint files and generate an image"
 DESCRIPTION = """\
 Lend a transformer and a VAE by their safetensors files, and generate an image from text embeddings.
 
-There are no text encoders yet: --embeds names a safetensors file with prompt_embeds (batch, text tokens, context) and
-pooled_prompt_embeds (batch, pooled), and --random-embeds draws a test pattern instead."""
+This verb takes no prompt and runs no text encoders: --embeds names a safetensors file with the embeddings of a prompt,
+prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled). Any program that has the encoders
+can write it, and the Python library runs them in the workers (Client.encode_text). --random-embeds draws a test pattern
+instead."""
 EXAMPLES = """\
 examples:
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
+
+prompt.safetensors, made with diffusers:
+  pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=None, vae=None)
+  embeds, pooled, _ = pipe.encode_prompt("a cat", None)
+  safetensors.torch.save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, "prompt.safetensors")
 """
 
 
@@ -29,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_runtime_dir(parser)
     flags.add_json(parser)
     flags.add_log_level(parser, "info")
-    flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=Path, metavar="FILE",
+    flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=user_path, metavar="FILE",
                    help="transformer checkpoint, one safetensors file")  # fmt: skip
-    flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=Path, metavar="FILE",
+    flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=user_path, metavar="FILE",
                    help="VAE checkpoint; without it only latents are made")  # fmt: skip
-    flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=Path, metavar="FILE",
+    flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=user_path, metavar="FILE",
                    help="safetensors file with prompt_embeds and pooled_prompt_embeds")  # fmt: skip
     flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
                    metavar="SEED", help="draw the embeddings instead")  # fmt: skip
@@ -51,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
                    help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
-    flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=Path, default="out.png", metavar="FILE",
+    flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=user_path, default="out.png", metavar="FILE",
                    help="image file")  # fmt: skip
-    flags.add_flag(parser, "--save-latents", variable="XDITD_SAVE_LATENTS", type=Path, metavar="FILE",
+    flags.add_flag(parser, "--save-latents", variable="XDITD_SAVE_LATENTS", type=user_path, metavar="FILE",
                    help="write the latents to a safetensors file, too")  # fmt: skip
     parser.set_defaults(refuse=parser.error)
 
@@ -70,7 +87,9 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.cli.progress import watch
     from xditd.client.client import Client
     from xditd.client.conditioning import random_conditioning, read_conditioning
-    from xditd.client.tensor_files import require_torch, write_tensors
+    from xditd.client.tensor_files import require_torch
+
+    outputs = Outputs(parsed)
 
     with Client(parsed.runtime_dir, name="xditd generate") as client:
         require_torch()
@@ -96,32 +115,86 @@ def run(parsed: argparse.Namespace) -> int:
             step_cache=parsed.step_cache,
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
-        image = None if vae is None else result.save(parsed.out)
-        if parsed.save_latents is not None:
-            write_tensors(parsed.save_latents, {"latents": result.latents})
+        outputs.write(result)
         loans = [loan for loan in (transformer, vae) if loan is not None]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
             report = {
-                "image": None if image is None else str(image),
-                "latents": None if parsed.save_latents is None else str(parsed.save_latents),
+                "image": None if outputs.image is None else str(outputs.image),
+                "latents": None if outputs.latents is None else str(outputs.latents),
                 "seed": result.seed,
                 "seconds": seconds,
                 "timings_ms": result.timings_ms,
                 "reused_steps": result.reused_steps,
                 "components": [describe_loan(loan) for loan in loans],
             }
-            print(json.dumps(report, indent=2))
+            print(json_text(report, indent=2))
         else:
             for loan in loans:
                 tiers = "+".join(tier.value for tier in loan.tiers)
                 print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
                       f"copied: {copied_text(loan.copied)}")  # fmt: skip
-            written = ", ".join(str(path) for path in (image, parsed.save_latents) if path is not None)
+            written = ", ".join(str(path) for path in (outputs.image, outputs.latents) if path is not None)
             reused = f", {result.reused_steps} of {parsed.steps} steps reused" if parsed.step_cache else ""
             print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
                   f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
     return exits.DONE
+
+
+class Outputs:
+    """Where a generation goes: checked before anything is lent, and not lost where it cannot be written after all."""
+
+    def __init__(self, parsed: argparse.Namespace) -> None:
+        """Check the places.
+
+        Raises:
+            BadRequest: one is no place for such a file, or holds what is about to be lent.
+            OutputFailed: one may not be written, or has no room.
+        """
+        from xditd.client.image_files import check_image_target
+        from xditd.client.output_files import check_target
+
+        width, height = parsed.size
+        self.image: Path | None = None
+        self.latents: Path | None = None
+        if parsed.vae is not None:
+            self.image = check_image_target(parsed.out, width, height)
+        if parsed.save_latents is not None:
+            self.latents = check_target(parsed.save_latents, _LATENT_BYTES_PER_PIXEL * width * height)
+        taken = [path for path in (parsed.transformer, parsed.vae, parsed.embeds) if path is not None]
+        for output in (self.image, self.latents):
+            if output is not None:
+                real = os.path.realpath(output)
+                if any(os.path.realpath(path) == real for path in taken):
+                    raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
+                taken.append(output)
+
+    def write(self, result: GenerationResult) -> None:
+        """Write the image and the latents.
+
+        Raises:
+            OutputFailed: one was not written; the message says where it is kept instead.
+        """
+        from xditd.client.image_files import encode_image, image_format
+        from xditd.client.output_files import write_or_keep
+        from xditd.client.tensor_files import encode_tensors
+
+        failures: list[OutputFailed] = []
+        contents: list[tuple[Path, str, list[bytes]]] = []
+        if self.image is not None:
+            image = result.to_pil()
+            contents.append((self.image, "image", [encode_image(image, image_format(self.image, *image.size))]))
+        if self.latents is not None:
+            contents.append((self.latents, "file of latents", encode_tensors({"latents": result.latents})))
+        for path, what, parts in contents:
+            try:
+                write_or_keep(path, what, *parts)
+            except OutputFailed as error:
+                failures.append(error)  # the other one is still to be written
+        if failures:
+            found = OutputFailed("; ".join(error.detail for error in failures))
+            found.kept = tuple(path for error in failures for path in error.kept)
+            raise found
 
 
 def describe_loan(loan: Loan) -> dict[str, object]:

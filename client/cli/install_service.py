@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 from xditd.client.services import Service, ServiceFile, check_user, remove, verify, write
 from xditd.ipc.errors import BadRequest
 
@@ -60,7 +60,7 @@ def run(parsed: argparse.Namespace) -> int:
                 write(file)
     is_bad = bool(complaints) or (parsed.check and any(state != "current" for state in before.values()))
     if parsed.json:
-        print(json.dumps(_facts(service, found, before, complaints, with_content=parsed.dry_run), indent=2))
+        print(json_text(_facts(service, found, before, complaints, with_content=parsed.dry_run), indent=2))
     elif parsed.dry_run:
         print("\n".join(f"# {file.path} ({before[file.path]})\n{file.content}" for file in found), end="")
     else:
@@ -89,7 +89,7 @@ def _uninstall(service: Service, found: tuple[ServiceFile, ...], *, as_json: boo
     removed = [str(path) for path in paths if remove(path)]
     commands = service.stop_commands() if removed else ()
     if as_json:
-        print(json.dumps({"removed": removed, "next": commands}))
+        print(json_text({"removed": removed, "next": commands}))
         return exits.DONE
     for path in removed:
         print(f"removed    {path}")

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
 from xditd.client.jobs import GenerationJob
 from xditd.client.results import GenerationResult
 from xditd.ipc.replies import Queued
+
+
+class _Stderr:
+    """Where bars are drawn: a terminal that is gone, or a full disk behind it, must not end the job."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def bar(total: int, text: str, is_quiet: bool = False, is_even: bool = True) -> Any:
@@ -18,7 +34,7 @@ def bar(total: int, text: str, is_quiet: bool = False, is_even: bool = True) -> 
     from tqdm import tqdm
 
     shape = None if is_even else "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
-    return tqdm(total=total, desc=text, file=sys.stderr, disable=is_quiet, dynamic_ncols=True, bar_format=shape)
+    return tqdm(total=total, desc=text, file=_Stderr(), disable=is_quiet, dynamic_ncols=True, bar_format=shape)
 
 
 def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:

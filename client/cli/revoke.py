@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
 
 SUMMARY = "end a loan, or free an adopted component"
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
     with Client(parsed.runtime_dir, name="xditd revoke") as client:
         client.revoke(parsed.component_id, deadline_s=parsed.deadline_s)
     if parsed.json:
-        print(json.dumps({"component_id": parsed.component_id, "revoked": True}))
+        print(json_text({"component_id": parsed.component_id, "revoked": True}))
     else:
         print(f"revoked {parsed.component_id}")
     return exits.DONE

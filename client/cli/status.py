@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Final
 
 import msgspec
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text, say_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.ipc.status import DaemonStatus
 
@@ -47,10 +46,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     with Client(parsed.runtime_dir, name="xditd status") as client:
         found = client.status()
-    print(json.dumps(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
+    print(json_text(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
     why = why_not_serving(found) if parsed.check else ""
     if why:
-        print(f"xditd status: {why}", file=sys.stderr)
+        say_error(f"xditd status: {why}")
     return exits.FAILED if why else exits.DONE
 
 

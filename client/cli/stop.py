@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text
+from xditd.ipc.errors import DeadlineExceeded
 
 SUMMARY = "stop the daemon and its workers"
 DESCRIPTION = (
@@ -40,10 +40,7 @@ def run(parsed: argparse.Namespace) -> int:
     with Client(parsed.runtime_dir, name="xditd stop") as client:
         pid = client.daemon_pid
         is_stopped = client.stop(deadline_s=parsed.deadline_s)
-    if parsed.json:
-        print(json.dumps({"pid": pid, "stopped": is_stopped}))
-    elif is_stopped:
-        print(f"stopped daemon {pid}")
     if not is_stopped:
-        print(f"xditd stop: daemon {pid} has not ended within {parsed.deadline_s} s; see its log", file=sys.stderr)
-    return exits.DONE if is_stopped else exits.FAILED
+        raise DeadlineExceeded(f"daemon {pid} has not ended within {parsed.deadline_s} s; see its log")
+    print(json_text({"pid": pid, "stopped": True}) if parsed.json else f"stopped daemon {pid}")
+    return exits.DONE

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import sys
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.printing import json_text, say_error
 from xditd.ipc.status import DaemonStatus
 
 SUMMARY = "wait until the daemon answers and its workers are ready"
@@ -60,7 +59,7 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.waiting import wait_for
 
     def show(what: str) -> None:
-        print(f"xditd wait: {what}", file=sys.stderr, flush=True)
+        say_error(f"xditd wait: {what}")
 
     with contextlib.ExitStack() as opened:
         clients: list[Client] = []
@@ -72,7 +71,7 @@ def run(parsed: argparse.Namespace) -> int:
 
         found = wait_for(look, parsed.wait_s, workers=parsed.target == WORKERS, show=show)
     if parsed.json:
-        print(json.dumps({"pid": found.pid, "group_state": found.group_state.value, "workers": found.world_size}))
+        print(json_text({"pid": found.pid, "group_state": found.group_state.value, "workers": found.world_size}))
     else:
         print(f"daemon {found.pid}: workers {found.group_state.value}")
     return exits.DONE

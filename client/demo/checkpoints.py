@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xditd.client.output_files import write_file
+
 if TYPE_CHECKING:
     import torch
 
@@ -103,7 +105,7 @@ def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
         return save(tensors, metadata={"filler": filler})
 
     data_start = 8 + int.from_bytes(file_with("")[:8], "little")
-    path.write_bytes(file_with(" " * (-data_start % DATA_ALIGNMENT_BYTES)))
+    write_file(path, file_with(" " * (-data_start % DATA_ALIGNMENT_BYTES)))
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -22,7 +22,7 @@ _DEADLINE_S: Final = 300.0
 _LOOK_EVERY_S: Final = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inputs:
     """Everything that decides the latents, weights aside."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -10,8 +9,10 @@ from pathlib import Path
 
 from xditd import __version__
 from xditd.client.cli.generate import describe_loan
+from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.client.loans import Loan
+from xditd.client.output_files import write_file
 from xditd.ipc.protocol import PROTOCOL_VERSION
 
 _PACKAGES = ("torch", "xfuser", "diffusers", "transformers", "safetensors", "pyzmq", "msgspec", "msgpack")
@@ -88,7 +89,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        write_file(path, json_text(self.as_json(), indent=2).encode() + b"\n")
 
     def summary(self) -> str:
         """Write the table that ends the demo."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xditd.client.arenas import Arena, host_arena_at
-from xditd.ipc.errors import BadRequest, Internal, OutOfMemory, Unsupported, UnsupportedDtype
+from xditd.ipc.errors import BadRequest, Closed, Internal, OutOfMemory, Unsupported, UnsupportedDtype
 from xditd.ipc.processes import identify
 from xditd.ipc.transports.host_shm import map_shm
 
@@ -173,3 +173,14 @@ def test_arenas_come_and_go_while_others_are_looked_up() -> None:
     finally:
         sys.setswitchinterval(interval)
     fixed.close()
+
+
+def test_a_closed_arena_says_so():
+    arena = Arena({"w": (torch.float32, (2, 2))})
+    assert repr(arena) == f"<Arena on the host, {arena.size_bytes} bytes, 1 tensors>"
+    arena.close()
+    arena.close()
+    assert repr(arena).endswith("bytes, closed>")
+    for use in (arena.block, lambda: list(arena.fill({"w": torch.zeros(2, 2)}))):
+        with pytest.raises(Closed, match="it is closed, and its memory freed; make a new Arena"):
+            use()

@@ -301,7 +301,7 @@ def test_a_daemon_that_does_not_end_is_a_failed_stop(daemon, folder, capsys):
     daemon.answers[Stop] = lambda request: [Stopping(request_id=request.request_id)]
     assert main(["stop", "--runtime-dir", str(folder), "--deadline-s", "1", "--json"]) == exits.FAILED
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["stopped"] is False
+    assert json.loads(captured.out)["error"]["code"] == "deadline_exceeded"
     assert "has not ended within 1 s" in captured.err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_what_is_no_comfyui_or_not_ours_is_left_alone(tmp_path, comfyui, capsys)
     theirs.unlink()
     theirs.parent.rmdir()
     assert main(["comfyui", "uninstall", str(comfyui)]) == exits.MISUSE
+
+
+def test_an_install_that_fails_leaves_what_was_there(comfyui, capsys, monkeypatch):
+    assert main(["comfyui", "install", str(comfyui)]) == exits.DONE
+    before = sorted(path.name for path in (comfyui / "custom_nodes").rglob("*"))
+    monkeypatch.setattr("xditd.client.cli.comfyui.DATA", ("locales", "not there"))
+    assert main(["comfyui", "install", str(comfyui), "--json"]) == exits.FAILED
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["error"]["code"] == "output_failed"
+    assert "Traceback" not in captured.err
+    assert sorted(path.name for path in (comfyui / "custom_nodes").rglob("*")) == before

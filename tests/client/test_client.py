@@ -13,6 +13,7 @@ from xditd.client import Client  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BadCheckpoint,
     BadRequest,
+    Closed,
     DaemonUnreachable,
     DeadlineExceeded,
     LeaseLost,
@@ -31,6 +32,13 @@ def transformer():
 def client(daemon, folder):
     with Client(folder, deadline_s=5.0) as client:
         yield client
+
+
+def lose(client):
+    """End the session as the daemon's death ends it; tests with a daemon that is killed lie in integration/daemon."""
+    connection = client._current().connection
+    connection._io.close()
+    assert connection.wait_lost(5.0)
 
 
 def test_a_loan_tells_tier_bytes_and_copies(client, daemon):
@@ -150,14 +158,13 @@ def test_leaving_says_goodbye_and_frees_everything(daemon, folder, open_memfds):
         client.lend(transformer())
     assert len(daemon.requests(Goodbye)) == 1
     assert open_memfds() == before
-    with pytest.raises(DaemonUnreachable, match="this client is closed"):
+    with pytest.raises(Closed, match="this client is closed"):
         client.status()
 
 
 def test_a_client_finds_the_next_daemon_but_not_the_old_loans(client, daemon):
     loan = client.lend(transformer())
-    client._session.connection._io.close()  # as the daemon's death ends it; killing a real one is test_connection's
-    assert client._session.connection.wait_lost(5.0)
+    lose(client)
     with pytest.raises(LeaseLost, match=r"its loan ended with daemon \d+; lend it again"):
         client.denoise(loan, torch.zeros(1, 16, 4, 4), 0.5, torch.zeros(1, 2, 4), torch.zeros(1, 4))
     again = client.lend(transformer())
@@ -194,3 +201,78 @@ def test_client_that_waits_in_vain_says_what_for(folder):
 def test_client_refuses_a_wait_that_is_no_time(folder, wait_s):
     with pytest.raises(BadRequest, match="use seconds from 0"):
         Client(folder, wait_s=wait_s)
+
+
+def test_a_loan_whose_daemon_is_gone_says_so_and_not_that_it_was_lost(client, daemon):
+    loan = client.lend(transformer())
+    lose(client)
+    daemon.close()
+    for use in (lambda: client.decode(loan, torch.zeros(1, 16, 4, 4)), loan.adopt, client.status):
+        with pytest.raises(DaemonUnreachable, match="connection refused; the daemon that made it has exited"):
+            use()
+    loan.return_()  # nothing to return, and no error
+
+
+def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
+    client = Client(folder)
+    loan = client.lend(transformer())
+    embeds, pooled, latents = torch.zeros(1, 2, 4), torch.zeros(1, 4), torch.zeros(1, 16, 4, 4)
+    job = client.generate(loan, embeds, pooled, height=32, width=32, steps=2)
+    client.close()
+    client.close()
+    uses = {
+        "status": client.status,
+        "logs": client.logs,
+        "stop": client.stop,
+        "daemon_pid": lambda: client.daemon_pid,
+        "lend": lambda: client.lend(transformer()),
+        "adopt": lambda: client.adopt("c1"),
+        "revoke": lambda: client.revoke("c1"),
+        "check_canary": client.check_canary,
+        "generate": lambda: client.generate("c1", embeds, pooled, height=32, width=32),
+        "generate with a loan": lambda: client.generate(loan, embeds, pooled, height=32, width=32),
+        "denoise": lambda: client.denoise("c1", latents, 0.5, embeds, pooled),
+        "decode": lambda: client.decode("c2", latents),
+        "encode": lambda: client.encode("c2", torch.zeros(1, 3, 32, 32)),
+        "encode_text": lambda: client.encode_text("c3", [[1, 2]], width=8),
+        "loan.adopt": loan.adopt,
+        "job.result": job.result,
+        "with": lambda: client.__enter__().status(),
+    }
+    for name, use in uses.items():
+        with pytest.raises(Closed, match="this client is closed") as caught:
+            use()
+        assert (name, caught.value.retryable) == (name, False)
+    assert not loan.is_live
+    loan.return_()  # nothing to return, and no error
+    job.cancel()
+
+
+def test_what_is_shown_of_a_client_is_one_line(daemon, folder):
+    client = Client(folder)
+    loan = client.lend(transformer(), label="tiny")
+    job = client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=2)
+    assert repr(client) == f"<Client of {folder}, daemon {client.daemon_pid}>"
+    assert repr(loan) == "<Loan tiny c1 flux1 host_shm 48 bytes, live>"
+    assert repr(job) == f"<GenerationJob {job.request_id}, 2 steps, under way>"
+    conditioning = client.condition(torch.zeros(1, 2, 4), torch.zeros(1, 4), 3.5)
+    assert "prompt_embeds (1, 2, 4) float32 on cpu" in repr(conditioning)
+    client.close()
+    assert repr(client) == f"<Client of {folder}, closed>"
+    assert repr(loan).endswith("ended>")
+
+
+def test_a_path_to_lend_takes_a_tilde(client, daemon, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(transformer(), tmp_path / "t.safetensors")
+    assert client.lend("~/t.safetensors").tiers == (Tier.FILE,)
+    with pytest.raises(BadCheckpoint, match=rf"{tmp_path}/no\.safetensors: No such file"):
+        client.lend("~/no.safetensors")
+
+
+def test_the_runtime_folder_takes_a_tilde(daemon, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    with Client(f"~/{folder.name}") as client:
+        assert repr(client).startswith(f"<Client of {folder}, ")

@@ -73,7 +73,7 @@ def test_it_is_sent_again_once_and_not_for_ever(client, daemon):
 def test_the_next_daemon_is_sent_the_tensors(client, daemon):
     conditioning = client.condition(EMBEDS, POOLED)
     client.denoise("c1", LATENTS, 0.5, conditioning)
-    client._session.connection.close()
+    client._current().connection.close()
     daemon.kept.clear()
     client.denoise("c1", LATENTS, 0.5, conditioning)
     assert [sent_tensors(request) for request in daemon.requests(Denoise)] == [[True], [True]]

@@ -15,6 +15,7 @@ from xditd.client.connection import Connection
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
     BadMessage,
+    Closed,
     DaemonUnreachable,
     DeadlineExceeded,
     LimitExceeded,
@@ -207,7 +208,7 @@ def test_closing_fails_those_who_wait(daemon, connect):
     connection.close()
     from xditd.client.mailboxes import Patience
 
-    with pytest.raises(DaemonUnreachable, match="this connection is closed"):
+    with pytest.raises(Closed, match="this client is closed"):
         box.wait(LogLines, Patience(5.0))
 
 

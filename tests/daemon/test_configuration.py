@@ -110,3 +110,25 @@ def test_relative_paths_count_from_the_folder_in_which_the_daemon_was_started(tm
     assert build_configuration({"runtime_dir": "r"}, {}, tmp_path).runtime.path == tmp_path / "r"
     with pytest.raises(BadRequest, match=r"path my.toml: .*name it in full"):
         build_configuration({"config": "my.toml"}, {})  # the folder was removed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[daemon]\nqueue_limt = 3", "did you mean queue_limit?"),
+        ("[workers]\ncomand = ['x']", "did you mean command?"),
+        ("[deamon]\nqueue_limit = 3", "unknown entry [deamon]; the sections are [daemon] and [workers]; did you mean"),
+    ],
+)
+def test_a_misspelt_key_is_told_what_is_close_to_it(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        build_configuration({"config": written(tmp_path, text)}, {})
+    assert words in caught.value.detail
+
+
+def test_paths_take_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "[daemon]\nruntime_dir = '~/run'\n")
+    assert build_configuration({"config": "~/xditd.toml"}, {}).runtime.path == tmp_path / "run"
+    assert build_configuration({}, {"XDITD_CONFIG": "~/xditd.toml"}).runtime.path == tmp_path / "run"
+    assert build_configuration({"runtime_dir": "~/other"}, {}).runtime.path == tmp_path / "other"

@@ -193,7 +193,7 @@ def test_what_is_kept_goes_with_the_client(daemon, files, make_inputs):
     with daemon.connect() as second:
         loan = second.lend(files.transformer)
         # As if the workers still knew its name, which they do not: it is this process's last client that has left.
-        conditioning.note_kept_by(second._session)
+        conditioning.note_kept_by(second._current())
         known = refusals(daemon)
         assert torch.equal(second.denoise(loan, inputs.noise, 0.5, conditioning), before)
         assert refusals(daemon) > known

@@ -153,3 +153,11 @@ def test_folder_holds_nothing_but_what_is_named(folder: Path, memory: Any, start
     client.ask(memory.generate(client.lend(memory.manifest()).component_id), Generated)
     found = {path.name for path in (folder / "run").iterdir()}
     assert found == {"daemon.sock", "workers.sock", "daemon.lock", "fake-starts"}
+
+
+def test_a_misspelt_variable_is_a_warning(shared_daemon: Any) -> None:
+    command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(shared_daemon.runtime.path)]
+    environ = {**os.environ, "XDITD_QUEUE_LIMT": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environ)
+    assert done.returncode == 1  # the folder is taken: no more than its start is needed here
+    assert "XDITD_QUEUE_LIMT: nothing reads it; did you mean XDITD_QUEUE_LIMIT?" in done.stderr

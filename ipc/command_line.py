@@ -1,0 +1,59 @@
+"""A command line that says which flag or variable was likely meant; of the daemon, and of ``xditd``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, Final
+
+from xditd.ipc.suggestions import did_you_mean
+
+PREFIX: Final = "XDITD_"
+
+_NAMES: Final = (
+    # the daemon's
+    "ATTENTION_BACKEND", "CLIENT_DEADLINE_S", "CLIENT_IO_BYTES", "CLIENT_LENT_BYTES", "CLIENT_LOAN_LIMIT",
+    "CLIENT_QUEUE_LIMIT", "CONFIG", "DEVICE", "DRAIN_DEADLINE_S", "HANG_DEADLINE_S", "KERNELS", "LAYOUT",
+    "LEND_DEADLINE_S", "LOG_LEVEL", "MAX_RESTARTS", "MESSAGE_BYTES", "METRICS", "PIPEFUSION_PATCHES",
+    "PIPEFUSION_WARM_UP_STEPS", "PRECISION", "QUEUE_LIMIT", "RUNTIME_DIR", "START_DEADLINE_S", "STEP_DEADLINE_S",
+    "WORKERS",
+    # of the other verbs
+    "ADOPT_DEADLINE_S", "DEMO_KEEP", "DEMO_OUT", "DEMO_SIZE", "DEMO_STEPS", "DEMO_WORKERS", "EMBEDS", "FOLLOW",
+    "GUIDANCE", "INSTALL_CHECK", "INSTALL_DRY_RUN", "INSTALL_FOR", "INSTALL_SYSTEM", "INSTALL_UNINSTALL",
+    "INSTALL_USER", "JSON", "LEND_DEVICE", "LINES", "OUT", "QUICK", "RANDOM_EMBEDS", "REVOKE_DEADLINE_S",
+    "SAVE_LATENTS", "SEED", "SIZE", "STEPS", "STEP_CACHE", "STOP_DEADLINE_S", "TEXT_TOKENS", "TRANSFORMER", "VAE",
+)  # fmt: skip
+
+VARIABLES: Final = frozenset(PREFIX + name for name in _NAMES)
+"""Every environment variable that some part of xditd reads: neither room knows the other's."""
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Make a sentence for each variable with our prefix that nothing reads."""
+    return [
+        f"environment variable {name}: nothing reads it{did_you_mean(name, VARIABLES)}"
+        for name in sorted(environ)
+        if name.startswith(PREFIX) and name not in VARIABLES
+    ]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, also of a verb, that refuses what it does not know by itself, and names what is close to it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.flags: list[str] = []
+        super().__init__(**options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument, as argparse does."""
+        action = super().add_argument(*names, **options)
+        self.flags += action.option_strings
+        return action
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and end with a misuse error where something is left over."""
+        parsed, extra = super().parse_known_args(args, namespace)
+        if extra:
+            hints = (did_you_mean(word.partition("=")[0], self.flags) for word in extra if word.startswith("-"))
+            self.error(f"unrecognized arguments: {' '.join(extra)}{next(filter(None, hints), '')}")
+        return parsed, []

@@ -1,0 +1,147 @@
+"""Clients that nobody holds any more: their loans go back, with a warning, and nothing waits or hangs."""
+
+import gc
+import os
+import threading
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from xditd.client import Client  # noqa: E402
+from xditd.ipc.errors import Closed  # noqa: E402
+from xditd.ipc.replies import Generated  # noqa: E402
+from xditd.ipc.requests import Cancel, Generate, Goodbye  # noqa: E402
+
+
+def weights():
+    return {"double_blocks.0.img_mlp.0.weight": torch.ones(3, 4)}
+
+
+def connection_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "xditd-connection"]
+
+
+def test_a_forgotten_client_gives_its_loans_back_and_warns(daemon, folder, wait_until, open_memfds, open_fds):
+    gc.collect()
+    before = open_memfds(), open_fds()
+    client = Client(folder)
+    loan = client.lend(weights())
+    with pytest.warns(ResourceWarning, match=rf"a Client of {folder} was not closed: its loans go back"):
+        del client
+    daemon.wait_for(Goodbye)
+    wait_until(lambda: not connection_threads())
+    with pytest.raises(Closed, match="was not closed, and nobody held it any more; make a new Client"):
+        loan.adopt()
+    loan.return_()
+    del loan
+    assert (open_memfds(), open_fds()) == before
+
+
+def test_lent_memory_stays_until_the_workers_have_let_go(daemon, folder, wait_until, open_memfds):
+    gc.collect()
+    before = open_memfds()
+    held, answer = threading.Event(), daemon.answers[Goodbye]
+
+    def hold(request):
+        assert held.wait(5)
+        return answer(request)
+
+    daemon.answers[Goodbye] = hold
+    client = Client(folder)
+    client.lend(weights())
+    with pytest.warns(ResourceWarning):
+        del client  # returns at once, though the daemon does not answer yet
+    gc.collect()
+    assert open_memfds() > before
+    held.set()
+    wait_until(lambda: open_memfds() == before)
+
+
+def test_a_closed_client_says_nothing(daemon, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client = Client(folder)
+        client.close()
+        del client
+        gc.collect()
+    assert len(daemon.requests(Goodbye)) == 1
+
+
+def test_a_job_under_way_keeps_its_client(daemon, folder, wait_until):
+    daemon.answers[Generate] = lambda request: []
+    job = Client(folder).generate("c1", torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=1)
+    gc.collect()
+    request = daemon.wait_for(Generate)
+    daemon.send(Generated(request_id=request.request_id, timings_ms={}))
+    with pytest.warns(ResourceWarning):
+        assert job.result().latents.shape == (1, 16, 4, 4)
+    wait_until(lambda: not connection_threads())
+
+
+def test_a_forgotten_client_and_its_job_are_both_ended(daemon, folder, wait_until):
+    daemon.answers[Generate] = lambda request: []
+    job = Client(folder).generate("c1", torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=1)
+    daemon.wait_for(Generate)
+    with pytest.warns(ResourceWarning):
+        del job
+    daemon.wait_for(Cancel)
+    daemon.wait_for(Goodbye)
+    wait_until(lambda: not connection_threads())
+
+
+def test_the_collector_may_run_while_a_lock_of_ours_is_held(daemon, folder, wait_until):
+    """It runs at any allocation, in whatever thread: a client in a cycle is ended there, and must wait for nothing."""
+    client = Client(folder)
+    io, lifetime = client._current().connection._io, client._lifetime
+    cycle = [client]
+    cycle.append(cycle)
+    del client
+    with warnings.catch_warnings(record=True) as caught, io._lock, lifetime._lock:
+        warnings.simplefilter("always")
+        del cycle
+        gc.collect()
+    assert [warning.category for warning in caught] == [ResourceWarning]
+    io.run_soon(lambda: None)  # what any other use of the connection does: wake its thread
+    daemon.wait_for(Goodbye)
+    wait_until(lambda: not io.thread.is_alive())
+
+
+def test_a_daemon_that_does_not_answer_holds_nobody_for_ever(daemon, folder, wait_until, monkeypatch):
+    monkeypatch.setattr("xditd.client.session._FAREWELL_DEADLINE_S", 0.05)
+    daemon.answers[Goodbye] = lambda request: []
+    client = Client(folder)
+    io = client._current().connection._io
+    io.start_beating(0.05)  # the deadline is looked at with each sign of life
+    with pytest.warns(ResourceWarning):
+        del client
+    wait_until(lambda: not io.thread.is_alive())
+
+
+def test_a_client_whose_daemon_is_gone_frees_what_it_held(daemon, folder, open_memfds, wait_until):
+    gc.collect()
+    before = open_memfds()
+    client = Client(folder)
+    client.lend(weights())
+    connection = client._current().connection
+    connection._io.close()
+    assert connection.wait_lost(5.0)
+    with pytest.warns(ResourceWarning):
+        del client
+    assert open_memfds() == before
+
+
+def test_a_fork_ends_nothing(daemon, folder):
+    client = Client(folder)
+    child = os.fork()
+    if child == 0:
+        try:
+            del client
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert daemon.requests(Goodbye) == []
+    client.check_canary()
+    client.close()
