@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from xditd.client.demo import text_checkpoints
 from xditd.client.io_blocks import IoLayout, IoPool
 from xditd.client.lending import Offer, describe
-from xditd.gpu_workers import jobs
 from xditd.gpu_workers.components import Components
 from xditd.gpu_workers.job_io import JobIo
 from xditd.gpu_workers.layouts import ParallelLayout
@@ -38,6 +37,8 @@ def overwrite(path: Path) -> None:
 
 @pytest.fixture
 def rank(layout: ParallelLayout) -> Iterator[SimpleNamespace]:
+    from xditd.gpu_workers import jobs  # xfuser can be imported once the group is started
+
     me = identify(os.getpid())
     components, io = Components(layout, "", ("",)), JobIo(CPU)
     offers: list[Offer] = []
@@ -52,7 +53,7 @@ def rank(layout: ParallelLayout) -> Iterator[SimpleNamespace]:
         progress = Progress(True, CPU, lambda: False, lambda *_: None, lambda flag: flag)
         return jobs.JobRunner(components, 0, CPU).run(job, lambda: io.open(job.io, me), progress, me)
 
-    yield SimpleNamespace(lend=lend, run=run)
+    yield SimpleNamespace(lend=lend, run=run, jobs=jobs)
     components.close()
     io.close()
     for offer in offers:
@@ -161,13 +162,13 @@ def test_a_file_that_is_overwritten_while_a_job_computes(
     path.chmod(0o600)
     rank.run(job)  # the ctime has moved alone
     module, _, name = function.partition(".")
-    compute: Callable[..., object] = getattr(getattr(jobs, module), name)
+    compute: Callable[..., object] = getattr(getattr(rank.jobs, module), name)
 
     def overwrite_and_compute(*given: object, **named: object) -> object:
         overwrite(path)
         return compute(*given, **named)
 
-    monkeypatch.setattr(getattr(jobs, module), name, overwrite_and_compute)
+    monkeypatch.setattr(getattr(rank.jobs, module), name, overwrite_and_compute)
     with pytest.raises(StaleSource, match=r"safetensors: changed since it was lent \(ctime and bytes\)"):
         rank.run(job)
     monkeypatch.undo()
