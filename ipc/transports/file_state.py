@@ -128,8 +128,8 @@ class DigestThread:
     def _run(self) -> None:
         started = time.perf_counter()
         if self._state.size_bytes > SMALL_BYTES:
-            # Jobs go before this: it gets what they leave of the cores. Where a sandbox forbids that, it takes its share.
-            with contextlib.suppress(OSError):
+            # Jobs go before this: it gets what they leave of the cores.
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         found = digest_file(self._fd, self._state.size_bytes, self._stop)
         # Whatever was written since the state was read has moved the ctime.
