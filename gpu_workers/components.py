@@ -30,7 +30,7 @@ from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
-from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, UnknownComponent
+from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, StaleSource, UnknownComponent
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
@@ -111,12 +111,15 @@ class Components:
         except BaseException as error:
             # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
+            stale = _fault_of_files(opened) if isinstance(error, OtherRankFailed) else None
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
             self.skeletons.release_idle()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # a copy that was begun: torch would keep it, gigabytes that others may need
+            if stale is not None:
+                raise stale from error
             raise
         self._prepared[component_id] = component
         return component
@@ -310,13 +313,7 @@ class Components:
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
-            try:
-                share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
-            except OtherRankFailed:
-                # A file that changed under one rank's share has changed for all, also for those whose share was read
-                # before: each says so itself, and not that another rank does.
-                check_opened(opened)
-                raise
+            share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
             tensors, copies = own.tensors, [own.buffer]
             size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
         with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
@@ -374,6 +371,19 @@ class Components:
                 deque(islice(uploaded, count), maxlen=0)
                 yield
         check_opened(opened)  # nothing reads them any more
+
+
+def _fault_of_files(opened: Sequence[OpenBlock | None]) -> StaleSource | None:
+    """What is wrong with a component's files, if anything is.
+
+    A file that has changed under one rank's share has changed for all, also for those whose share was read before: each
+    says so itself, and not that another rank does.
+    """
+    try:
+        check_opened(opened)
+    except StaleSource as error:
+        return error
+    return None
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

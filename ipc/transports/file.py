@@ -98,7 +98,10 @@ class FileMapping(HostMapping):
     def begin_digest(self) -> None:
         """Let a thread digest the file, so that a change of its ctime alone can be told from a write afterwards."""
         if self._digest is None and self._thread is None:
-            self._thread = DigestThread(self._fd, self._state, self._path)
+            try:
+                self._thread = DigestThread(self._fd, self._state, self._path)
+            except RuntimeError as error:  # no more threads may be started: the loan is good without
+                logger.warning("file not digested path=%s: %s", self._path, error)
 
     def await_small_digest(self) -> None:
         """Wait until a small file is digested. What is larger is digested while others work."""

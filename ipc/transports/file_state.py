@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -128,7 +129,8 @@ class DigestThread:
         started = time.perf_counter()
         if self._state.size_bytes > SMALL_BYTES:
             # Jobs go before this: it gets what they leave of the cores.
-            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         found = digest_file(self._fd, self._state.size_bytes, self._stop)
         # Whatever was written since the state was read has moved the ctime.
         if found is not None and FileState.of_stat(os.fstat(self._fd)) == self._state:

@@ -1,13 +1,16 @@
 """Small safetensors files, checked against the format's own library."""
 
+import os
+
 import pytest
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from xditd.client import tensor_files  # noqa: E402
 from xditd.client.conditioning import conditioning_widths, random_conditioning, read_conditioning  # noqa: E402
 from xditd.client.tensor_files import read_shapes, read_tensors, write_tensors  # noqa: E402
-from xditd.ipc.errors import BadCheckpoint, BadRequest  # noqa: E402
+from xditd.ipc.errors import BadCheckpoint, BadRequest, StaleSource  # noqa: E402
 
 TENSORS = {
     "a": torch.randn(2, 3),
@@ -33,6 +36,23 @@ def test_what_the_library_writes_is_read(tmp_path):
     found = read_tensors(tmp_path / "t.safetensors")
     assert are_equal({name: found[name] for name in TENSORS}, TENSORS)
     assert read_shapes(tmp_path / "t.safetensors")["a"] == (2, 3)
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_no_mixture(tmp_path, monkeypatch):
+    """Its mtime is set back, and its size is the same."""
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS)
+    read_into = tensor_files.read_into
+
+    def read_and_overwrite(*given):
+        read_into(*given)
+        old = path.stat()
+        write_tensors(path, {name: tensor + 1 for name, tensor in TENSORS.items()})
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+    monkeypatch.setattr(tensor_files, "read_into", read_and_overwrite)
+    with pytest.raises(StaleSource, match="changed while it was being read"):
+        read_tensors(path)
 
 
 def test_a_transposed_tensor_is_written_as_it_looks(tmp_path):

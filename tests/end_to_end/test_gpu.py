@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_host_tensors_and_files_are_uploaded_once(client, state, files, make_inp
         assert by_file.copied.host_to_device == by_file.lent_bytes
         assert by_handle.copied.total == 0
         assert torch.equal(run(client, by_file, inputs), run(client, by_file, inputs))
+
+
+def test_a_file_that_is_overwritten_with_its_old_mtime_after_it_was_lent(client, files, tmp_path, make_inputs, run):
+    """Jobs use the copy on the GPU; the same path again is another loan, of the other bytes."""
+    path = shutil.copyfile(files.transformer, tmp_path / "copy.safetensors")
+    inputs = make_inputs()
+    with client.lend(path) as loan, client.lend(files.tuned) as tuned:
+        before, expected = run(client, loan, inputs), run(client, tuned, inputs)
+        old = path.stat()
+        with path.open("r+b") as file:
+            file.write(files.tuned.read_bytes())
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+        assert path.stat().st_size == old.st_size
+        assert torch.equal(run(client, loan, inputs), before)
+        with client.lend(path) as again:
+            assert not again.is_reused
+            assert torch.equal(run(client, again, inputs), expected)
 
 
 def test_memory_comes_back_from_a_killed_client(daemon, wait_until):

@@ -2,8 +2,8 @@
 
     python file_on_two_gpus.py OUT_FOLDER FIRST_DEVICE SECOND_DEVICE
 
-By the way that ranks choose, then by broadcasts: a file, a file that is cut short once both ranks have opened it, the
-first one when the second GPU has no room, and once more.
+By the way that ranks choose, then by broadcasts: a file, a file that is cut short once both ranks have opened it, one
+that is overwritten then and its mtime set back, the first one when the second GPU has no room, and once more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,20 @@ SHAPE = {"heads": 8, "double_blocks": 1, "single_blocks": 1}
 """123 MiB in bfloat16: enough to be shared."""
 MIB = 2**20
 WAYS = ("chosen", "broadcast")
+
+
+def cut(path: Path) -> None:
+    """Leave three quarters: the first rank's share is still there."""
+    os.truncate(path, path.stat().st_size * 3 // 4)
+
+
+def overwrite(path: Path) -> None:
+    """Write other bytes into the second rank's share, and set the mtime back."""
+    old = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\1" * 64)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
 
 
 def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, bytes]) -> None:
@@ -68,21 +83,20 @@ def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, byt
         facts[f"{what}: left"] = before - free_bytes()
         facts[f"{what}: blocks"] = len(components.blocks)
 
-    def lend_and_cut(what: str, file: str) -> None:
-        """Cut the file to three quarters between opening and reading it: the first rank's share is still there."""
+    def lend_and_change(what: str, file: str, change: Callable[[Path], None]) -> None:
+        """Change the file between opening and reading it."""
         path = Path(folder, f"{file}.safetensors")
-        size = path.stat().st_size * 3 // 4
         acquire = components.blocks.acquire
 
-        def acquire_and_cut(*given):
+        def acquire_and_change(*given):
             opened = acquire(*given)
             agree(True)
             if rank == 0:
-                os.truncate(path, size)
+                change(path)
             agree(True)
             return opened
 
-        components.blocks.acquire = acquire_and_cut
+        components.blocks.acquire = acquire_and_change
         lend(what, file)
         components.blocks.acquire = acquire
 
@@ -99,7 +113,8 @@ def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, byt
     for way in WAYS:
         components.peers.is_direct = is_direct and way == "chosen"
         lend(f"{way}, whole", "whole")
-        lend_and_cut(f"{way}, cut short", f"cut, {way}")
+        lend_and_change(f"{way}, cut short", f"cut, {way}", cut)
+        lend_and_change(f"{way}, overwritten", f"overwritten, {way}", overwrite)
         lend_without_room(f"{way}, no room", "whole")
         lend(f"{way}, again", "whole")
     components.close()
@@ -121,7 +136,7 @@ def main(folder: str, devices: list[str]) -> None:
     state = checkpoints.flux1_state_dict(1, dtype=torch.bfloat16, **SHAPE)
     Path(folder, "lent.txt").write_text(digest_of(state))
     offers, prepares = [], {}
-    for name in ("whole", *(f"cut, {way}" for way in WAYS)):
+    for name in ("whole", *(f"{change}, {way}" for change in ("cut", "overwritten") for way in WAYS)):
         path = Path(folder, f"{name}.safetensors")
         save_file(state, path)
         offers.append(describe(path))  # it holds the file open, for the ranks to open it in turn

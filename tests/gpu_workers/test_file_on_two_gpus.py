@@ -67,12 +67,17 @@ def test_a_file_that_is_cut_short_is_stale_on_both_ranks(made, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_is_overwritten_with_its_old_mtime_is_stale_on_both_ranks(made, way):
+    assert [facts[f"{way}, overwritten: error"] for facts in made.facts] == ["stale_source"] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_gpu_without_room_fails_both_ranks(made, way):
     errors = [facts[f"{way}, no room: error"] for facts in made.facts]
     assert errors == ["other_rank_failed", "out_of_memory"]
 
 
-@pytest.mark.parametrize("attempt", ["whole", "cut short", "no room", "again"])
+@pytest.mark.parametrize("attempt", ["whole", "cut short", "overwritten", "no room", "again"])
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_and_files_come_back(made, way, attempt):
     for facts in made.facts:

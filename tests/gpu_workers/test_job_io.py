@@ -12,11 +12,12 @@ import msgspec
 import pytest
 import torch
 
+from xditd.gpu_workers import job_io
 from xditd.gpu_workers.job_io import JobIo
 from xditd.ipc.errors import BadRequest, ProcessGone, StaleSource
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.tensors import HostShmBlock, IoTensor
-from xditd.ipc.transports.host_shm import HostArena
+from xditd.ipc.transports.host_shm import HostArena, map_shm
 
 SIZE = 2 * 2**20
 
@@ -207,6 +208,22 @@ def test_blocks_of_a_dead_client_are_swept(io: JobIo, spawn_other: Callable[[], 
     other.kill()
     io.sweep()
     assert len(io) == 0
+
+
+def test_the_same_inode_number_of_another_file_system_is_another_file(
+    io: JobIo, arena: HostArena, me: ProcessIdentity, tmp_path: Any
+) -> None:
+    """Inodes are numbered within each: what stands at the client's descriptor by now may bear the block's number."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    found = os.fstat(fd)
+    assert job_io._is_open(me, fd, (found.st_dev, found.st_ino))
+    assert not job_io._is_open(me, fd, (found.st_dev + 1, found.st_ino))
+    os.close(fd)
+    block = arena.block()
+    shared = os.fstat(block.fd)
+    mapping = map_shm(block, me)
+    assert mapping.identity == (shared.st_dev, shared.st_ino)
+    mapping.close()
 
 
 def test_a_file_in_place_of_shared_memory(io: JobIo, arena: HostArena, me: ProcessIdentity, tmp_path: Any) -> None:

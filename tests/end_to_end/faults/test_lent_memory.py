@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import struct
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from xditd.client import BadCheckpoint, Client, LeaseLost, StaleSource, UnknownComponent, WorkersLost
 from xditd.client.lending import describe
@@ -193,6 +196,105 @@ def test_a_file_that_changes_between_jobs(change, client, copied, make_inputs, r
         with pytest.raises(StaleSource, match=r"copy\.safetensors.*changed"):
             run(client, loan, make_inputs(seed=5))
     good_job()
+
+
+def overwrite(path, other):
+    """Put another file's bytes into this one and set its mtime back, as sync and restore tools do."""
+    old = path.stat()
+    with path.open("r+b") as file:
+        file.write(other.read_bytes())
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) == (
+        old.st_size,
+        old.st_mtime_ns,
+        old.st_ino,
+    )
+
+
+@pytest.mark.parametrize("is_used_before", [True, False])
+def test_a_file_that_is_overwritten_with_its_old_mtime(
+    is_used_before, client, files, copied, make_inputs, run, good_job
+):
+    """Another model's bytes, of the same size: neither its image nor a mixture."""
+    with client.lend(copied) as loan:
+        if is_used_before:
+            good_job(client, loan)
+        overwrite(copied, files.tuned)
+        for _ in range(2):
+            with pytest.raises(StaleSource, match=r"copy\.safetensors.*changed.*ctime"):
+                run(client, loan, make_inputs(seed=5))
+        with pytest.raises(StaleSource, match=r"copy\.safetensors.*changed.*ctime"):
+            loan.adopt()
+        # The same path again is no loan of the same bytes.
+        with client.lend(copied) as again, client.lend(files.tuned) as tuned:
+            assert not again.is_reused
+            inputs = make_inputs(seed=5)
+            assert torch.equal(run(client, again, inputs), run(client, tuned, inputs))
+
+
+def test_a_file_that_is_overwritten_in_mid_job_with_its_old_mtime(client, files, copied, make_inputs):
+    inputs = make_inputs()
+    with client.lend(copied) as loan:
+        job = client.generate(
+            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=20, seed=1
+        )
+        next(events := iter(job))
+        overwrite(copied, files.tuned)
+        with pytest.raises(StaleSource, match=r"copy\.safetensors.*changed.*ctime"):
+            job.result()
+        events.close()
+
+
+def test_the_second_shard_of_a_checkpoint_that_is_overwritten_with_its_old_mtime(
+    client, files, tmp_path, make_inputs, run, good_job
+):
+    """Tensors of two mapped files are lent as one component: each of the files is watched."""
+    names = sorted(load_file(files.transformer))
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    shards = []
+    for source in (files.transformer, files.tuned):
+        whole = load_file(source)
+        for number, half in enumerate(halves):
+            shards.append(tmp_path / f"{source.stem}-{number}.safetensors")
+            save_file({name: whole[name] for name in half}, shards[-1])
+        del whole
+    state = {name: tensor for shard in shards[:2] for name, tensor in load_file(shard).items()}
+    with client.lend(state) as loan:
+        assert [tier.value for tier in loan.tiers] == ["file"]
+        good_job(client, loan)
+        overwrite(shards[1], shards[3])
+        with pytest.raises(StaleSource, match=r"flux1-1\.safetensors.*changed.*ctime"):
+            run(client, loan, make_inputs(seed=5))
+
+
+def test_a_file_whose_ctime_alone_moves(client, copied, good_job):
+    """Another mode, a hard link, another name: the bytes are compared, and are the same."""
+    with client.lend(copied) as loan:
+        copied.chmod(0o400)
+        good_job(client, loan)
+        os.link(copied, copied.with_name("link"))
+        good_job(client, loan)
+        copied.rename(copied.with_name("renamed"))
+        good_job(client, loan)
+
+
+@pytest.mark.slow
+def test_files_that_change_before_a_rebuild(daemon, client, files, copied, make_inputs, run, good_job, wait_until):
+    """The rebuilt ranks compare with what was lent, too: by the digests that the daemon was told."""
+    other = copied.with_name("other.safetensors")
+    shutil.copyfile(files.transformer, other)
+    replaced, overwritten = client.lend(copied), client.lend(other)
+    good_job(client, replaced)
+    good_job(client, overwritten)
+    os.replace(shutil.copyfile(files.tuned, copied.with_name("new")), copied)
+    overwrite(other, files.tuned)
+    ranks = {worker.pid for worker in daemon.status().workers}
+    os.kill(min(ranks), signal.SIGKILL)
+    wait_until(lambda: ranks.isdisjoint(worker.pid for worker in daemon.wait_ready().workers), "other workers")
+    good_job(client, replaced)
+    replaced.return_()
+    with pytest.raises(LeaseLost, match=r"could not map it.*other\.safetensors.*changed.*ctime and bytes"):
+        run(client, overwritten, make_inputs(seed=5))
 
 
 def test_a_file_that_is_rewritten_in_mid_job(client, copied, make_inputs, good_job):
