@@ -88,6 +88,11 @@ class Leader:
         self._pidfd = os.pidfd_open(self.pid)
         loop.watch(self._pidfd, self._leader_exited)
 
+    @property
+    def last_words(self) -> str:
+        """The last error that a process of the group did not handle, else the last line."""
+        return self._output.last_error or self._output.last_line
+
     def terminate(self) -> None:
         """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
         if self._kill_deadline is None and self._process.returncode is None:

@@ -38,6 +38,11 @@ logger = logging.getLogger(__name__)
 CANCEL_GRACE_S: Final = 5.0
 """How long a job that used up its time to drain may take to notice its cancel. Its next step is enough."""
 
+SAID_GOODBYE: Final = "it said goodbye"
+PROCESS_EXITED: Final = "its process has exited"
+USUAL_ENDS: Final = (SAID_GOODBYE, PROCESS_EXITED)
+"""Of a session; any other is the daemon's doing."""
+
 BEATS: Final = 4
 """Signs of life within the time after which a silent client is given up: some may come late."""
 
@@ -132,7 +137,7 @@ class Service:
     def open_session(self, routing_id: bytes, address: str, peer: Peer, client_name: str) -> Session:
         """Open a session that ends with its process at the latest."""
         session = self.sessions.open(routing_id, address, peer, client_name)
-        self.loop.watch(session.pidfd, lambda: self.end_session(session, "its process has exited"))
+        self.loop.watch(session.pidfd, lambda: self.end_session(session, PROCESS_EXITED))
         return session
 
     def end_session(self, session: Session, why: str, then: Callback = lambda: None) -> None:
@@ -141,8 +146,8 @@ class Service:
             return
         lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
         leases = self.loans.registry.of_session(session)
-        # One that only looked leaves no line: at INFO those of a monitor would push out all others.
-        level = logging.INFO if leases else logging.DEBUG
+        # One that only looked, and left, has no line: at INFO those of a monitor would push out all others.
+        level = logging.DEBUG if why in USUAL_ENDS and not leases else logging.INFO
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.desk.cancel_session(session, lost)
         self.loans.end_all(leases, lost, then)

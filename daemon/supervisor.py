@@ -264,14 +264,14 @@ class Supervisor:
         why = output.explain(status)
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
             self._mark_dead(WorkersLost(why))
-        elif self._on_stopped is None and output.verdict and status == 1:
+        elif self._on_stopped is None and output.has_cause and status == 1:
             # We ended the group, for what its ranks reported; which of them was lost first, only the leader knows.
             self.detail = f"{self.detail}; {output.verdict}"
             logger.error("worker group had ended: %s", output.verdict)
         if self._on_stopped is not None:
             self._on_stopped()
         elif output.is_final(status) and not self._is_ended_by_us:
-            self._give_up(output.verdict or why)
+            self._give_up(why)
         else:
             self._plan_next_life()
 
@@ -305,7 +305,13 @@ class Supervisor:
     def _start_overdue(self) -> None:
         ready = len(self.group.ranks) if self.group is not None else 0
         waited_s = self._configuration.start_deadline_s
-        self.end(WorkersLost(f"only {ready} ranks reported within {waited_s:g} s of the start; raise start_deadline_s"))
+        said = self._leader.last_words if self._leader is not None else ""
+        self.end(
+            WorkersLost(
+                f"only {ready} ranks reported within {waited_s:g} s of the start; their last line: {said or 'none'}; "
+                "if they were only slow, raise start_deadline_s"
+            )
+        )
 
     def _fell_silent(self, silent_s: float) -> None:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_group().what_is_missing}"))

@@ -41,11 +41,18 @@ class WorkerOutput:
         if self.verdict:
             is_known = UNEXPLAINED not in self.verdict or not self.last_error
             return self.verdict if is_known else f"{self.verdict}; last error: {self.last_error}"
+        if status == CONFIGURATION_STATUS and self.last_line:
+            return self.last_line  # what argparse says, or another program in the leader's place
         if status == 0:
             return "the group's leader left without being told to (exit status 0)"
         # An error that was handled earlier is not what killed it.
         last = (self.last_error if status > 0 else "") or self.last_line or "no output"
         return f"the group's leader {describe_exit(status)}: {last}"
+
+    @property
+    def has_cause(self) -> bool:
+        """Whether the leader has said what ended a rank."""
+        return bool(self.verdict) and UNEXPLAINED not in self.verdict
 
     def is_final(self, status: int) -> bool:
         """Say whether no restart can help: the leader's own word for it, a shell's, or that of an interpreter."""

@@ -29,21 +29,30 @@ class AwakeClock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._read_s = time.monotonic()
+        self._noted_s = -math.inf
         self._resumed_s = -math.inf
         self.stood_still_s = 0.0
         """The time that was not counted, altogether."""
 
     def now_s(self) -> float:
         """Read the clock."""
-        with self._lock:
-            read_s = time.monotonic()
-            gap_s, self._read_s = read_s - self._read_s, read_s
-            if gap_s > STANDSTILL_S:
-                self.stood_still_s += gap_s
-                self._resumed_s = read_s - self.stood_still_s
-            return read_s - self.stood_still_s
+        read_s = time.monotonic()
+        gap_s = read_s - self._read_s
+        self._read_s = read_s
+        if gap_s > STANDSTILL_S:
+            self._note(gap_s, read_s)
+        return read_s - self.stood_still_s
 
     def waited_s(self, since_s: float) -> float:
         """How long others had since ``since_s`` of this clock, and since this process last stood still."""
         now_s = self.now_s()
         return now_s - max(since_s, self._resumed_s)
+
+    def _note(self, gap_s: float, read_s: float) -> None:
+        """Leave a gap out. Only here is a lock: a reading is on the way of every message."""
+        with self._lock:
+            if read_s - self._noted_s <= STANDSTILL_S:
+                return  # another thread has seen the same gap
+            self._noted_s = read_s
+            self.stood_still_s += gap_s
+            self._resumed_s = read_s - self.stood_still_s

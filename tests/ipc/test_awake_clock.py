@@ -65,3 +65,13 @@ def test_a_busy_moment_is_no_standstill(real: Monotonic) -> None:
     began_s = clock.now_s()
     real.now_s += 0.9 * STANDSTILL_S
     assert clock.waited_s(began_s) == pytest.approx(0.9 * STANDSTILL_S)
+
+
+def test_threads_that_see_one_standstill_count_it_once(real: Monotonic) -> None:
+    clock = AwakeClock()
+    before_s = clock._read_s
+    real.now_s += 30.0
+    clock.now_s()
+    clock._read_s = before_s  # another thread had read this before the first one wrote
+    clock.now_s()
+    assert clock.stood_still_s == pytest.approx(30.0)

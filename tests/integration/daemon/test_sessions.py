@@ -8,7 +8,7 @@ from typing import Any
 
 from xditd.ipc.codec import encode
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Failed, Farewell, Generated, Queued, StepDone, Welcome
+from xditd.ipc.replies import Failed, Farewell, Generated, LogLines, Queued, StepDone, Welcome
 from xditd.ipc.requests import GetLogs, GetStatus, Goodbye
 from xditd.ipc.status import JobState
 
@@ -124,3 +124,16 @@ def test_a_thousand_connections_do_not_use_up_the_descriptors(start_daemon: Any)
     for stranger in strangers:
         stranger.close()
     client.status()
+
+
+def test_clients_that_only_look_leave_no_line_in_the_log(start_daemon: Any) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    before = client.ask(GetLogs(request_id=""), LogLines)
+    for _ in range(20):
+        looking = daemon.client()
+        looking.status()
+        looking.ask(Goodbye(request_id=""), Farewell)
+    after = client.ask(GetLogs(request_id="", after_line=before.next_line), LogLines)
+    assert after.lines == ()
+    assert any("2 workers ready" in line for line in before.lines)
