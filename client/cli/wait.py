@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="target",
         variable="XDITD_WAIT_FOR",
-        type=_what,
+        type=flags.one_of(WORKERS, DAEMON),
         default=WORKERS,
         metavar="WHAT",
         help="workers, or the daemon alone, which answers while they start",
@@ -46,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait at most",
     )
-
-
-def _what(text: str) -> str:
-    if text not in (WORKERS, DAEMON):
-        raise argparse.ArgumentTypeError(f"{text!r}: use {WORKERS} or {DAEMON}")
-    return text
 
 
 def run(parsed: argparse.Namespace) -> int:
