@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
@@ -25,9 +26,9 @@ from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
 from xditd.client.text_encoding import is_text_encoder
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint, BadRequest
+from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
 from xditd.ipc.file_kinds import shard_of
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.recognition import refusal
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
@@ -38,6 +39,8 @@ from xditd.ipc.transports.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Offer:
@@ -137,6 +140,9 @@ def describe(
         )
         check_manifest(manifest)
     except BaseException as error:
+        if isinstance(error, XditdError):
+            for line in in_log_lines(error.names):
+                logger.info("not lent, all of the names: %s", line)
         traceback.clear_frames(error.__traceback__)  # they hold views, and an arena with views cannot be freed
         held.close()
         raise
