@@ -66,9 +66,7 @@ def test_other_files_are_named_before_anything_is_sent(client, tmp_path: Path, n
     assert f"{name}: {says}" in caught.value.detail
 
 
-def test_a_checkpoint_in_several_files_is_lent_from_all_of_them(
-    client, state, tmp_path, make_inputs, run, diffusers_run
-):
+def test_a_checkpoint_in_several_files_is_lent_as_one(client, state, tmp_path, make_inputs, run, diffusers_run):
     """What the refusal of one of them says to do."""
     names = sorted(state)
     for number, part in enumerate((names[::2], names[1::2]), start=1):

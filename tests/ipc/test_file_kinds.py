@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,14 @@ INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a.weight": "model-00001-
 
 def zipped(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
 
 
 WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flux1-dev-Q8_0.gguf": (lambda p: p.write_bytes(b"GGUF\x03\0\0\0" + b"\1" * 99), "a GGUF file"),
     "model.ckpt": (zipped, "a pickle in a zip archive"),
     "pytorch_model.bin": (zipped, "a pickle in a zip archive"),
-    "old.pt": (lambda p: p.write_bytes(pickle.dumps({"state_dict": {}}, protocol=2)), "a pickle"),
+    "old.pt": (lambda p: p.write_bytes(b"\x80\x02}q\x00X\n\x00\x00\x00state_dictq\x01}q\x02s."), "a pickle"),
     "oldest.pth": (lambda p: p.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."), "a pickle"),
     "model.safetensors.index.json": (lambda p: p.write_text(json.dumps(INDEX, indent=2)), "index of a checkpoint"),
     "config.json": (lambda p: p.write_text('{"_class_name": "FluxTransformer2DModel"}'), "a JSON file"),
