@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
@@ -19,11 +18,10 @@ from xditd.ipc.known_models import (
     KnownModel,
 )
 from xditd.ipc.name_lists import listed
-from xditd.ipc.tensor_names import split_prefix
+from xditd.ipc.tensor_names import split_prefix, tells_nothing
 
 _LORA: Final = "merge it into its model, and lend that; in ComfyUI, use Load LoRA on the MODEL"
 _PLAIN: Final = "lend its bfloat16, float16 or float32 file, or dequantise it first"
-_NO_WEIGHT: Final = re.compile(r"(?:^|\.)(?:scaled_fp8|spiece_model|position_ids|comfy_quant)$")
 _PARTS: Final = {
     "first_stage_model": "VAE",
     "vae": "VAE",
@@ -82,6 +80,10 @@ def refusal(tensors: Mapping[str, Described]) -> RequestError | None:
     return None
 
 
+def _is_weight(name: str) -> bool:
+    return not name.endswith(".comfy_quant") and not tells_nothing(split_prefix(name)[1])
+
+
 def _few(names: list[str], tensors: Mapping[str, Described]) -> str:
     return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
 
@@ -108,15 +110,13 @@ def _has_side(tensors: Mapping[str, Described], side: tuple[str, int, int] | Non
 def _packed_in(tensors: Mapping[str, Described]) -> tuple[str, list[str]]:
     """Name the format of packed weights, and list them with what tells it; nothing where there are none."""
     packed = [
-        f"{name} is {each.dtype}"
-        for name, each in tensors.items()
-        if each.dtype in PACKED_DTYPES and not _NO_WEIGHT.search(name)
+        f"{name} is {each.dtype}" for name, each in tensors.items() if each.dtype in PACKED_DTYPES and _is_weight(name)
     ]
     for end, kind in PACKED_MARKS:
         if any(name.endswith(end) for name in tensors):
             return kind, packed
     scales = [name for name in tensors if name.endswith(SCALES)]
-    dtypes = Counter(each.dtype for name, each in tensors.items() if not _NO_WEIGHT.search(name))
+    dtypes = Counter(each.dtype for name, each in tensors.items() if _is_weight(name))
     found = max((dtype for dtype in PACKED_DTYPES if dtypes[dtype]), key=lambda dtype: dtypes[dtype], default=None)
     if found is None:
         return ("scaled", scales) if scales else ("", [])
@@ -131,6 +131,6 @@ def _parts_of(tensors: Iterable[str]) -> dict[str, int]:
         segments = prefix.split(".")
         part = "text encoder" if bare.startswith("conditioner.") else None
         part = part or next((what for segment, what in _PARTS.items() if segment in segments), None)
-        if part is not None and not _NO_WEIGHT.search(name):
+        if part is not None and _is_weight(name):
             counts[part] += 1
     return dict(counts)

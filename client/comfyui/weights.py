@@ -23,6 +23,7 @@ from xditd.client.loans import Loan
 from xditd.ipc.errors import Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import refusal
+from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.layout import dtype_name
 
@@ -194,6 +195,8 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     plain = (torch.bfloat16, torch.float16, torch.float32)
     packed = []
     for name, tensor in tensors.items():
+        if tells_nothing(bare_name(name)):
+            continue
         kind = type(tensor).__name__
         if "gg" in kind.lower():
             raise Unsupported(f"{label}: {name} is a GGUF tensor; GGUF is not supported, use a bf16 or fp16 file")
