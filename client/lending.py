@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,11 @@ from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
 from xditd.client.text_encoding import is_text_encoder
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint, BadRequest
+from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
+from xditd.ipc.file_kinds import shard_of
+from xditd.ipc.name_lists import in_log_lines, listed
+from xditd.ipc.recognition import refusal
+from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
@@ -34,6 +39,8 @@ from xditd.ipc.transports.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Offer:
@@ -113,7 +120,7 @@ def describe(
         BadCheckpoint: the file is not a sound safetensors file.
         StaleSource: the file changed while it was being read.
         BadRequest: the kind cannot be guessed, or a tensor has no memory that can be shared.
-        Unsupported: there is no such ``device``.
+        Unsupported: there is no such ``device``, or the tensors are those of a model that is not supported.
         UnsupportedDtype: a dtype that cannot cross.
         OutOfMemory: no room for an arena.
     """
@@ -127,12 +134,15 @@ def describe(
         else:
             label = label or "state_dict"
             specs = _describe_tensors(state_of(source), device, held)
-        kind = kind or guess_kind(spec.name for spec in specs)
+        kind = kind or _kind_of(specs)
         manifest = Manifest(
             kind=kind, label=label, blocks=tuple(held.blocks), tensors=tuple(specs), generation=generation
         )
         check_manifest(manifest)
     except BaseException as error:
+        if isinstance(error, XditdError):
+            for line in in_log_lines(error.names):
+                logger.info("not lent, all of the names: %s", line)
         traceback.clear_frames(error.__traceback__)  # they hold views, and an arena with views cannot be freed
         held.close()
         raise
@@ -145,21 +155,39 @@ def guess_kind(names: Iterable[str]) -> ComponentKind:
     Raises:
         BadRequest: none of them.
     """
-    listed = list(names)
-    if any("double_blocks." in name or "transformer_blocks." in name for name in listed):
+    given = list(names)
+    if any("double_blocks." in name or "transformer_blocks." in name for name in given):
         return ComponentKind.TRANSFORMER
-    if is_text_encoder(listed):
+    if is_text_encoder(given):
         return ComponentKind.TEXT_ENCODER
-    if any(name.startswith(("decoder.", "encoder.", "first_stage_model.", "vae.")) for name in listed):
+    if any(bare_name(name).startswith(("decoder.", "encoder.")) for name in given):
         return ComponentKind.VAE
-    sample = ", ".join(listed[:3]) or "no tensors"
-    raise BadRequest(f"component with {sample}, ...: no transformer, VAE or text encoder by its names; pass kind=")
+    raise BadRequest(
+        f"component with {listed(given) or 'no tensors'}: no transformer, VAE or text encoder by its names; pass kind=",
+        names=given,
+    )
+
+
+def _kind_of(specs: Sequence[TensorSpec]) -> ComponentKind:
+    try:
+        return guess_kind(spec.name for spec in specs)
+    except BadRequest as error:
+        known = refusal({spec.name: spec for spec in specs})
+        if known is None:
+            raise
+        raise known from error
 
 
 def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpec]:
+    shard = shard_of(path)
+    if shard is not None:
+        raise BadCheckpoint(f"{path}: this is {shard}")
     lent = held.open_file(path)
     header = read_header(lent.fd, path)
     if device is not None:
+        known = refusal({stored.name: stored for stored in header.tensors})
+        if known is not None:  # the workers would say so once everything is loaded
+            raise known
         arena = held.own_arena(load_into_arena(lent, header, device))
         held.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
         return _describe_tensors(arena.tensors, None, held)

@@ -15,8 +15,8 @@ from xditd.ipc.tensors import Manifest
 if TYPE_CHECKING:
     import torch
 
-_MARKS: Final = ("text_model.encoder.layers.", "encoder.block.0.layer.")
-_EMBEDDINGS: Final = ("text_model.embeddings.token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+_MARKS: Final = ("text_model.encoder.layers.", "encoder.block.0.layer.", "embeddings.token_embedding.weight")
+_EMBEDDINGS: Final = ("embeddings.token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

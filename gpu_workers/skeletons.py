@@ -21,8 +21,9 @@ from xditd.gpu_workers.families.base import Family, Resolution, Slice, TensorInf
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.mixed_precision import compute_in_widest
 from xditd.ipc import limits
-from xditd.ipc.errors import Internal
+from xditd.ipc.errors import Internal, RequestError
 from xditd.ipc.name_lists import listed
+from xditd.ipc.recognition import refusal
 from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class SkeletonCache:
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
         if resolution is None:
-            resolution = resolve(detect(tensors.keys()), tensors)
+            resolution = _resolve(tensors)
             resolution.family.check_layout(resolution.config, self.layout)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
@@ -218,6 +219,17 @@ class SkeletonCache:
         compute_in_widest(module, exceptions, self.layout.device)
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
         return Skeleton(family, config, dtype, self.layout, module, exceptions)
+
+
+def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
+    """Fit a checkpoint to its family; what does not fit and is known is refused by name."""
+    try:
+        return resolve(detect(tensors.keys()), tensors)
+    except RequestError as error:
+        known = refusal(tensors)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:

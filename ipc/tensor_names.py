@@ -16,6 +16,13 @@ _IN_FRONT: Final = re.compile(
 )
 _ANYWHERE: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+_TELLS_NOTHING: Final = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model)$|^loss\.|^logvar$")
+
+
+def tells_nothing(bare: str) -> bool:
+    """Whether files of any model may hold this tensor beside it: markers, counters, training losses, tokenizers."""
+    return _TELLS_NOTHING.search(bare) is not None
+
 
 def split_prefix(name: str) -> tuple[str, str]:
     """Split a tensor's name into what lies around the model and the model's own name."""

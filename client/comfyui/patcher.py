@@ -24,8 +24,9 @@ from comfy.patcher_extension import WrappersMP
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.forward import RemoteForward
 from xditd.client.comfyui.placement import place_conditioning
-from xditd.client.comfyui.weights import Edit, RemoteWeights
+from xditd.client.comfyui.weights import Edit, RemoteWeights, refuse_known
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     chosen = inside or dict(tensors)
-    return {_with_weight(name): value for name, value in chosen.items()}
+    return {_with_weight(bare_name(name)): value for name, value in chosen.items()}
 
 
 def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
@@ -150,6 +151,7 @@ def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     config = comfy.model_detection.model_config_from_unet(shapes, "")
     if not isinstance(config, (comfy.supported_models.Flux, comfy.supported_models.FluxSchnell)):
+        refuse_known(tensors, label)
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
         raise Unsupported(f"{label}: {found}; XDiT runs FLUX.1 (dev, schnell and their fine-tunes)")
     dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda each: (each.itemsize, str(each)))

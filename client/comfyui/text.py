@@ -107,7 +107,7 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
     for label, tensors in files.items():
         plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
         check_plain(plain, label)
-        is_clip = any("text_model." in name for name in plain)
+        is_clip = any(name.endswith("embeddings.token_embedding.weight") for name in plain)
         found[is_clip] = lendable(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
     if len(found) != 2:
         raise BadRequest(f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")

@@ -11,10 +11,11 @@ import torch
 
 from xditd.client.client import Client
 from xditd.client.comfyui.patcher import bind, lendable
-from xditd.client.comfyui.weights import RemoteWeights, check_plain
+from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
 SCALING: Final = 0.3611
@@ -22,7 +23,6 @@ SHIFT: Final = 0.1159
 """FLUX.1: the daemon speaks latents ``(z - SHIFT) * SCALING``, ComfyUI hands the VAE ``z``."""
 
 LATENT_CHANNELS: Final = 16
-_PREFIXES = ("first_stage_model.", "vae.")
 
 
 class RemoteStage(torch.nn.Module):
@@ -60,12 +60,13 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     Raises:
         Unsupported: not the VAE of FLUX.1, or quantised weights.
     """
-    plain = {_without_prefix(name): tensor for name, tensor in tensors.items()}
+    plain = {bare_name(name): tensor for name, tensor in tensors.items()}
     check_plain(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     with torch.device("meta"):
         vae = comfy.sd.VAE(sd=shapes)  # knows ratios, ranges and tile sizes; its module takes no memory
     if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 2:
+        refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of FLUX.1; use Load VAE")
     weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
     vae.first_stage_model = RemoteStage(weights)
@@ -90,9 +91,3 @@ def weights_of(vae: Any) -> RemoteWeights:
         }
         found = vae.xditd_weights = lendable(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
-
-
-def _without_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

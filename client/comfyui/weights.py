@@ -15,13 +15,17 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xditd.client.arenas import Arena
 from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.ipc.errors import Unsupported, XditdError
+from xditd.ipc.name_lists import listed
+from xditd.ipc.recognition import refusal
+from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.transports.layout import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -189,15 +193,39 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     import torch
 
     plain = (torch.bfloat16, torch.float16, torch.float32)
+    packed = []
     for name, tensor in tensors.items():
+        if tells_nothing(bare_name(name)):
+            continue
         kind = type(tensor).__name__
         if "gg" in kind.lower():
             raise Unsupported(f"{label}: {name} is a GGUF tensor; GGUF is not supported, use a bf16 or fp16 file")
         if tensor.dtype not in plain or kind == "QuantizedTensor":
-            raise Unsupported(
-                f"{label}: {name} has the dtype {str(tensor.dtype).removeprefix('torch.')}; fp8 and other quantised "
-                "weights are not supported, use a bf16 or fp16 file"
-            )
+            packed.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
+    if packed:
+        refuse_known(tensors, label)
+        raise Unsupported(
+            f"{label}: fp8 and other quantised weights are not supported, use a bf16 or fp16 file; "
+            f"{len(packed)} of {len(tensors)} tensors: {listed(packed)}",
+            names=packed,
+        )
+
+
+def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Refuse by its name what cannot be lent, if it is known.
+
+    Raises:
+        Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
+    """
+    seen = {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    known = refusal(seen)
+    if known is not None:
+        raise Unsupported(f"{label}: {known.detail}", names=known.names)
+
+
+class _Seen(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def _close(arena: Arena | None, label: str) -> None:

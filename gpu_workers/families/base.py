@@ -19,7 +19,7 @@ import torch
 
 from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
 from xditd.ipc.name_lists import listed
-from xditd.ipc.tensor_names import by_prefix
+from xditd.ipc.tensor_names import by_prefix, tells_nothing
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.layouts import ParallelLayout
@@ -35,9 +35,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 """What can be run as it is lent. Eight-bit weights need scales that FLUX.1 files keep in no agreed place."""
-
-TELLS_NOTHING = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model)$|^loss\.|^logvar$")
-"""Markers, counters, training losses and tokenizers, in files of every family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ class Family(Protocol[ConfigT]):
 
     @property
     def ignored(self) -> re.Pattern[str] | None:
-        """Canonical names of tensors that files hold and no job reads, of any dtype; besides :data:`TELLS_NOTHING`."""
+        """Canonical names of tensors that no job reads, of any dtype, besides what ``tells_nothing`` in any model."""
 
     def claims(self, names: Collection[str]) -> bool:
         """Say whether these names, without a prefix, are a checkpoint of this family, complete or not."""
@@ -271,7 +268,7 @@ def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], 
     for prefix, group in groups.items():
         for bare, spelled in group.items():
             canonical = family.canonical(bare)
-            if TELLS_NOTHING.search(canonical) or (family.ignored and family.ignored.search(canonical)):
+            if tells_nothing(canonical) or (family.ignored and family.ignored.search(canonical)):
                 skipped += spelled
             elif prefix != own:
                 unexpected += spelled

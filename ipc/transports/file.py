@@ -7,6 +7,7 @@ import os
 import stat
 
 from xditd.ipc.errors import BadCheckpoint, OutOfMemory, StaleSource
+from xditd.ipc.file_kinds import folder_kind
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import FileBlock, Fingerprint
 from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
@@ -34,7 +35,8 @@ class LentFile:
         opened = settled_stat(self.fd)
         if not stat.S_ISREG(opened.st_mode):
             os.close(self.fd)
-            raise BadCheckpoint(f"{path}: not a regular file")
+            what = f"this is {folder_kind(path)}" if stat.S_ISDIR(opened.st_mode) else "not a regular file"
+            raise BadCheckpoint(f"{path}: {what}")
         self._opened = FileState.of_stat(opened)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.file_kinds import START_BYTES, kind_of
 from xditd.ipc.tensors import ITEM_BYTES, DType
 
 _DTYPES: Final[dict[str, DType]] = {
@@ -62,9 +63,13 @@ def read_header(fd: int, path: str) -> Header:
     """
     file_bytes = os.fstat(fd).st_size
     prefix = os.pread(fd, 8, 0)
+    length = int.from_bytes(prefix, "little")
+    if os.pread(fd, 1, 8) != b"{" or length > limits.MAX_SAFETENSORS_HEADER_BYTES:
+        found = kind_of(os.pread(fd, START_BYTES, 0), file_bytes)
+        if found is not None:
+            raise BadCheckpoint(f"{path}: this is {found}")
     if len(prefix) < 8:
         raise BadCheckpoint(f"{path}: {file_bytes} bytes; a safetensors file starts with 8 bytes of header length")
-    length = int.from_bytes(prefix, "little")
     if length > limits.MAX_SAFETENSORS_HEADER_BYTES:
         raise BadCheckpoint(
             f"{path}: header of {length} bytes; at most {limits.MAX_SAFETENSORS_HEADER_BYTES} are read; "

@@ -327,6 +327,9 @@ def test_generations_are_passed_on(path: Path, offers: list[Offer]) -> None:
         (["transformer_blocks.0.attn.to_q.weight", "encoder.x"], ComponentKind.TRANSFORMER),
         (["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"], ComponentKind.TEXT_ENCODER),
         (["shared.weight", "encoder.block.0.layer.0.SelfAttention.k.weight"], ComponentKind.TEXT_ENCODER),
+        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], ComponentKind.TEXT_ENCODER),
+        (["module.encoder.block.0.layer.0.SelfAttention.k.weight"], ComponentKind.TEXT_ENCODER),
+        (["_orig_mod.module.decoder.conv_in.weight"], VAE),
         (["decoder.conv_in.weight"], VAE),
         (["first_stage_model.encoder.conv_in.weight"], VAE),
         (["vae.decoder.x"], VAE),
@@ -340,6 +343,40 @@ def test_kinds_are_guessed_from_names(names: list[str], kind: ComponentKind) -> 
 def test_a_kind_that_cannot_be_guessed_is_asked_for(names: list[str]) -> None:
     with pytest.raises(BadRequest, match="pass kind="):
         guess_kind(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], "a LoRA in kohya's names"),
+        (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "Stable Diffusion XL is not supported"),
+        (["head.modulation"], "Wan is not supported"),
+    ],
+)
+def test_what_has_no_kind_here_is_named_where_it_is_known(
+    names: list[str], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(Unsupported, match=f"^{says}") as caught:
+        describe({name: torch.ones(3) for name in names})
+    assert caught.value.names
+    assert all(name in caplog.text for name in names)
+
+
+def test_what_is_known_to_be_refused_is_not_loaded_onto_a_device(tmp_path: Path, open_fds: Callable[[], int]) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(3, 3)}, path)
+    before = open_fds()
+    with pytest.raises(Unsupported, match=r"^a LoRA in diffusers' names"):
+        describe(path, device="cuda")
+    assert open_fds() == before
+
+
+def test_one_of_several_files_is_refused_although_it_is_sound(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    save_file(state, path)
+    with pytest.raises(BadCheckpoint, match="this is file 2 of the 3 that make this checkpoint"):
+        describe(path)
 
 
 class Subclass(torch.Tensor):
@@ -383,7 +420,8 @@ def freed() -> torch.Tensor:
         (3, BadRequest, "int"),
         ([torch.ones(3)], BadRequest, "list"),
         ("/nonexistent/x.safetensors", BadCheckpoint, "No such file"),
-        ("/", BadCheckpoint, "not a regular file"),
+        ("/", BadCheckpoint, "this is a folder, and not a file"),
+        ("/dev/null", BadCheckpoint, "not a regular file"),
         ("nul\0byte", BadCheckpoint, "null byte"),
         ("", BadCheckpoint, "No such file"),
     ],

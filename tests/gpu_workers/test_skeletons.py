@@ -15,7 +15,7 @@ from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.errors import BadCheckpoint, Internal, Unsupported
+from xditd.ipc.errors import BadCheckpoint, Internal, RequestError, Unsupported
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -121,6 +121,38 @@ def test_a_checkpoint_that_does_not_fit_builds_nothing(cache: SkeletonCache, des
         with pytest.raises(BadCheckpoint, match=r"1 missing: img_in\.bias"):
             cache.plan(infos)
     assert (cache.built, cache.reused) == (0, 0)
+
+
+def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: SkeletonCache, describe: Describer) -> None:
+    infos = describe(flux1_state_dict(0, **SMALL))
+    packed = {name: TensorInfo("uint8", (99, 1)) if len(info.shape) == 2 else info for name, info in infos.items()}
+    packed["double_blocks.0.img_mlp.0.weight.quant_state.bitsandbytes__nf4"] = TensorInfo("uint8", (90,))
+    whole = {f"model.diffusion_model.{name}": info for name, info in infos.items()}
+    for refused, says in (
+        (packed, r"^FLUX\.1 with NF4 \(bitsandbytes\) weights cannot be run: lend its bfloat16"),
+        (
+            {**whole, "vae.decoder.conv_in.weight": TensorInfo("float32", (64, 16, 3, 3))},
+            "^an all-in-one checkpoint of FLUX",
+        ),
+        ({"head.modulation": TensorInfo("bfloat16", (1, 2, 9))}, "^Wan is not supported: lend FLUX"),
+    ):
+        with pytest.raises(RequestError, match=says) as caught:
+            cache.plan(refused)
+        assert len(caught.value.detail) < 700
+    assert cache.built == 0
+
+
+def test_skipped_tensors_are_logged_once(
+    cache: SkeletonCache, describe: Describer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    infos = {**describe(flux1_state_dict(0, **SMALL)), "scaled_fp8": TensorInfo("float8_e4m3fn", (2,))}
+    for _ in range(2):
+        plan = cache.plan(infos)
+    assert "scaled_fp8" not in plan.sources.values()
+    assert [record.message for record in caplog.records if "skipped" in record.message] == [
+        "tensors skipped, no job reads them: family=flux1 count=1 names=scaled_fp8"
+    ]
 
 
 def test_heads_that_do_not_divide_build_nothing(layout: ParallelLayout, describe: Describer) -> None:

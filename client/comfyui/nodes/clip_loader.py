@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.text import make_clip
 
@@ -43,4 +43,4 @@ def load_clip(*paths: str) -> Any:
         DaemonUnreachable: no daemon runs.
     """
     connect()
-    return make_clip({Path(path).stem: comfy.utils.load_torch_file(path, safe_load=True) for path in paths})
+    return make_clip({Path(path).stem: read_checkpoint(path) for path in paths})

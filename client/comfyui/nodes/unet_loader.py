@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
 
+from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.patcher import lendable, make_patcher, plain_names, weightless_model
 from xditd.client.comfyui.weights import check_plain
@@ -62,10 +62,8 @@ def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int =
         DaemonUnreachable: no daemon runs.
     """
     label = Path(path).stem
-    if path.lower().endswith(".gguf"):
-        raise Unsupported(f"{label}: GGUF is not supported; use a bf16 or fp16 safetensors file")
     check_layout(ulysses_degree)
-    tensors = plain_names(comfy.utils.load_torch_file(path))
+    tensors = plain_names(read_checkpoint(path))
     check_plain(tensors, label)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

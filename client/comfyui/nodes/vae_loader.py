@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.vae import make_vae
 
@@ -39,4 +39,4 @@ def load_vae(path: str) -> Any:
         DaemonUnreachable: no daemon runs.
     """
     connect()
-    return make_vae(comfy.utils.load_torch_file(path), Path(path).stem)
+    return make_vae(read_checkpoint(path), Path(path).stem)

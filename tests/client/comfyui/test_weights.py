@@ -138,8 +138,10 @@ def test_release_gives_back_and_the_next_use_lends_again(weights, lender):
 
 
 def test_quantised_weights_are_refused_by_name():
-    with pytest.raises(Unsupported, match=r"x: blk .*float8_e4m3fn.*bf16"):
+    with pytest.raises(Unsupported, match=r"^x: a checkpoint with fp8 .*: lend its bfloat16.*blk is float8_e4m3fn"):
         check_plain({"blk": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "x")
+
+    check_plain({"blk": torch.zeros(2), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "x")
 
     class GGMLTensor(torch.Tensor):
         pass

@@ -272,7 +272,7 @@ def test_paths_that_are_no_files(tmp_path: Path, open_fds: Callable[[], int]) ->
         "nul\0byte": "null byte",
     }
     for name, reason in reasons.items():
-        with pytest.raises(BadCheckpoint, match="not a regular file" if not name else reason):
+        with pytest.raises(BadCheckpoint, match="this is a folder" if not name else reason):
             LentFile(str(tmp_path) + "/" + name)
     assert open_fds() == before
 

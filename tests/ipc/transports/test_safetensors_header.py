@@ -88,7 +88,7 @@ def test_a_file_cut_anywhere_is_refused(path: Path, read: Read) -> None:
     read(path)
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(BadCheckpoint, match=r"truncated|8 bytes"):
+        with pytest.raises(BadCheckpoint, match=r"truncated|8 bytes|empty"):
             read(path)
 
 
@@ -104,7 +104,7 @@ def test_a_giant_header_length_allocates_nothing(refused: Callable[..., str], le
 
 def test_other_formats_are_refused(path: Path, read: Read) -> None:
     torch.save({"a": torch.ones(3)}, path)  # a zip file
-    with pytest.raises(BadCheckpoint, match="is this a safetensors file"):
+    with pytest.raises(BadCheckpoint, match="this is a pickle in a zip archive"):
         read(path)
     for content in (b"", b"\0" * 7, b"\0" * 8, b"\0" * 100, b"GGUF\x03\0\0\0" + bytes(64), os.urandom(64)):
         path.write_bytes(content)
@@ -115,7 +115,7 @@ def test_other_formats_are_refused(path: Path, read: Read) -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (b"", "not JSON"),
+        (b"", "begins with zeros"),
         (b"[]", "not a JSON object"),
         (b"null", "not a JSON object"),
         (b'{"a": ', "not JSON"),

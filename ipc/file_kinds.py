@@ -1,0 +1,104 @@
+"""Telling people what a file is when it is no safetensors file, or not a whole one: by its first bytes and its name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from xditd.ipc import limits
+from xditd.ipc.name_lists import listed
+
+START_BYTES: Final = 4_096
+"""How much of a file's start is looked at."""
+
+_SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
+_AGAIN: Final = "download it again"
+_CONVERT: Final = "convert it to safetensors (load it where you trust it, then safetensors.torch.save_file)"
+_KINDS: Final[tuple[tuple[bytes, str], ...]] = (
+    (b"GGUF", "a GGUF file, whose weights are packed: lend a bfloat16 or float16 safetensors file of the same model"),
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself: fetch it (git lfs pull)"),
+    (
+        b"PK\x03\x04",
+        f"a pickle in a zip archive, as torch.save writes (.pt, .pth, .ckpt, .bin): {_CONVERT}",
+    ),
+    (b"\x93NUMPY", f"a NumPy array: {_CONVERT}"),
+    (b"\x89HDF", f"an HDF5 file: {_CONVERT}"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"\x89PNG", "a picture: lend a safetensors file"),
+    (b"\xff\xd8\xff", "a picture: lend a safetensors file"),
+    (b"%PDF", f"a PDF document: {_AGAIN}"),
+)
+_PICKLE: Final = re.compile(rb"\x80[\x02-\x05]")
+_SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
+
+
+def kind_of(start: bytes, size_bytes: int) -> str | None:
+    """Say what a file with these first bytes is, and what to do; ``None`` where it may be a safetensors file."""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= limits.MAX_SAFETENSORS_HEADER_BYTES:
+        return None
+    if size_bytes == 0:
+        return f"an empty file: {_AGAIN}"
+    if not start.strip(b"\0"):
+        return f"a file that begins with zeros, such as an unfinished download: {_AGAIN}"
+    for mark, kind in _KINDS:
+        if start.startswith(mark):
+            return kind
+    if _PICKLE.match(start):
+        return f"a pickle, such as older torch.save wrote: {_CONVERT}"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    lower = text[:200].lower()
+    if lower.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return f"a web page, such as a login or an error page, and not the file itself: {_AGAIN}"
+    if text.startswith(b"{"):
+        if b'"weight_map"' in text:
+            return f"the index of a checkpoint in several files, which holds no weights: {_SHARDS}"
+        return "a JSON file, which holds no weights: lend the safetensors file beside it"
+    return None
+
+
+def shard_of(path: str) -> str | None:
+    """Say that a file is one of several that make a checkpoint, if its name says so, and what to do."""
+    found = _SHARD.search(path)
+    if found is None or int(found[2]) < 2:
+        return None
+    return f"file {int(found[1])} of the {int(found[2])} that make this checkpoint: {_SHARDS}"
+
+
+def folder_kind(path: str) -> str:
+    """Say what a folder is, and which of its files can be lent."""
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError:
+        names = []
+    files = [name for name in names if name.endswith(".safetensors")]
+    if "model_index.json" in names:
+        what = "a folder of a diffusers pipeline"
+    elif "config.json" in names:
+        what = "a folder of a model"
+    else:
+        what = "a folder"
+    if not files:
+        return f"{what}, and not a file: lend one safetensors file at a time"
+    if len(files) > 1 and all(shard_of(name) for name in files):
+        return f"{what} with a checkpoint in {len(files)} files: {_SHARDS}"
+    return f"{what}, and not a file: lend one of its files: {listed(files)}"
+
+
+def kind_of_file(path: str) -> str | None:
+    """Say what a file is that cannot be lent as it is: by its first bytes, or as one of several; ``None`` if it may be.
+
+    What cannot be opened is nobody's concern here.
+    """
+    if Path(path).is_dir():
+        return folder_kind(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(START_BYTES)
+            size_bytes = os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
+    return kind_of(start, size_bytes) or shard_of(path)

@@ -1,0 +1,136 @@
+"""Telling people what they hold when it cannot be lent: one look at names, shapes and dtypes, after all else failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final, Protocol
+
+from xditd.ipc.errors import RequestError, Unsupported, UnsupportedDtype
+from xditd.ipc.known_models import (
+    LORA_KOHYA,
+    LORA_PARTS,
+    MODELS,
+    PACKED_DTYPES,
+    PACKED_MARKS,
+    SCALES,
+    SUPPORTED,
+    KnownModel,
+)
+from xditd.ipc.name_lists import listed
+from xditd.ipc.tensor_names import split_prefix, tells_nothing
+
+_LORA: Final = "merge it into its model, and lend that; in ComfyUI, use Load LoRA on the MODEL"
+_PLAIN: Final = "lend its bfloat16, float16 or float32 file, or dequantise it first"
+_PARTS: Final = {
+    "first_stage_model": "VAE",
+    "vae": "VAE",
+    "cond_stage_model": "text encoder",
+    "clip_l": "CLIP-L",
+    "t5xxl": "T5",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoders": "text encoder",
+    "diffusion_model": "transformer or UNet",
+    "transformer": "transformer or UNet",
+}
+"""What a segment of a prefix says of a tensor, in the order in which they count."""
+
+
+class Described(Protocol):
+    """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def refusal(tensors: Mapping[str, Described]) -> RequestError | None:
+    """Name what cannot be lent, if it is known: an adapter, several models in one file, another model, packed weights.
+
+    The error's message is what it is, the remedy, and the first tensors that tell; ``names`` has all of these.
+    """
+    adapters = [name for name in tensors if name.startswith(LORA_KOHYA) or name.endswith(LORA_PARTS)]
+    if adapters:
+        whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
+        return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)
+    bare = {split_prefix(name)[1]: each for name, each in tensors.items()}
+    model = _model_of(bare)
+    kind, packed = _packed_in(tensors)
+    name = "" if model is None else model.name
+    if kind:
+        name = f"{name or 'a checkpoint'} with {kind} weights"
+    remedy = SUPPORTED if model is None else model.remedy
+    parts = _parts_of(tensors)
+    if len(parts) > 1:
+        counts = [f"{part} ({count} tensors)" for part, count in parts.items()]
+        one = "lend one part at a time, from a file or a state dict that holds nothing else"
+        of = f" of {name}" if name else ""
+        return Unsupported(
+            f"an all-in-one checkpoint{of} cannot be lent as a whole: {remedy or one}; it holds {listed(counts)}",
+            names=counts,
+        )
+    if model is not None and model.remedy is not None:
+        names = sorted(tensors)
+        return Unsupported(f"{name} is not supported: {model.remedy}; {_few(names, tensors)}", names=names)
+    if kind:
+        return UnsupportedDtype(f"{name} cannot be run: {_PLAIN}; {_few(packed, tensors)}", names=packed)
+    return None
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith(".comfy_quant") and not tells_nothing(split_prefix(name)[1])
+
+
+def _few(names: list[str], tensors: Mapping[str, Described]) -> str:
+    return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
+
+
+def _model_of(tensors: Mapping[str, Described]) -> KnownModel | None:
+    for model in MODELS:
+        if all(_any_begins(tensors, mark) for mark in model.marks) and _has_side(tensors, model.side):
+            return model
+    return None
+
+
+def _any_begins(names: Iterable[str], mark: str) -> bool:
+    return any(name.startswith(mark) for name in names)
+
+
+def _has_side(tensors: Mapping[str, Described], side: tuple[str, int, int] | None) -> bool:
+    if side is None:
+        return True
+    name, dimension, size = side
+    found = tensors.get(name)
+    return found is not None and found.shape[dimension : dimension + 1] == (size,)
+
+
+def _packed_in(tensors: Mapping[str, Described]) -> tuple[str, list[str]]:
+    """Name the format of packed weights, and list them with what tells it; nothing where there are none."""
+    packed = [
+        f"{name} is {each.dtype}" for name, each in tensors.items() if each.dtype in PACKED_DTYPES and _is_weight(name)
+    ]
+    for end, kind in PACKED_MARKS:
+        if any(name.endswith(end) for name in tensors):
+            return kind, packed
+    scales = [name for name in tensors if name.endswith(SCALES)]
+    dtypes = Counter(each.dtype for name, each in tensors.items() if _is_weight(name))
+    found = max((dtype for dtype in PACKED_DTYPES if dtypes[dtype]), key=lambda dtype: dtypes[dtype], default=None)
+    if found is None:
+        return ("scaled", scales) if scales else ("", [])
+    return ("scaled " if scales else "") + PACKED_DTYPES[found], packed
+
+
+def _parts_of(tensors: Iterable[str]) -> dict[str, int]:
+    """Count the tensors of each part of an all-in-one checkpoint, told by prefixes."""
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        prefix, bare = split_prefix(name)
+        segments = prefix.split(".")
+        part = "text encoder" if bare.startswith("conditioner.") else None
+        part = part or next((what for segment, what in _PARTS.items() if segment in segments), None)
+        if part is not None and _is_weight(name):
+            counts[part] += 1
+    return dict(counts)

@@ -1,0 +1,123 @@
+"""Checkpoints as they come, through a real daemon: what differs is read all the same, or named in few words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
+from xditd.gpu_workers import reference
+from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
+
+MESSAGE_CHARS = 700
+
+
+@pytest.fixture(scope="module")
+def state(files) -> dict[str, torch.Tensor]:
+    return load_file(files.transformer)
+
+
+def test_an_eight_bit_checkpoint_is_refused_in_few_words_and_all_of_its_tensors_are_on_the_error(
+    client, state, wait_until
+):
+    eight = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
+    packed = {f"{name} is float8_e4m3fn" for name, tensor in eight.items() if tensor.ndim == 2}
+    with pytest.raises(UnsupportedDtype) as caught:
+        client.lend(eight)
+    assert caught.value.detail.startswith("FLUX.1 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16")
+    assert f"{len(packed)} of {len(state)} tensors: " in caught.value.detail
+    assert f" and {len(packed) - 5} more" in caught.value.detail
+    assert len(caught.value.detail) < MESSAGE_CHARS
+    assert set(caught.value.names) == packed
+
+    def is_logged() -> bool:
+        lines = "\n".join(client.logs()[0])
+        return all(name in lines for name in packed)
+
+    wait_until(is_logged, 10.0)
+
+
+def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    whole |= {f"vae.{name}": tensor for name, tensor in load_file(files.vae).items()}
+    whole |= {f"text_encoders.clip_l.transformer.{name}": tensor for name, tensor in clip_l_state_dict(0).items()}
+    with pytest.raises(Unsupported) as caught:
+        client.lend(whole)
+    assert caught.value.detail.startswith("an all-in-one checkpoint of FLUX.1 cannot be lent as a whole: lend one part")
+    assert f"transformer or UNet ({len(state)} tensors)" in caught.value.names
+    assert len(caught.value.detail) < MESSAGE_CHARS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.gguf", b"GGUF\x03\0\0\0" + bytes(99), "this is a GGUF file"),
+        ("x-00001-of-00003.safetensors", b"", "this is file 1 of the 3 that make this checkpoint: load every one with"),
+        ("x.safetensors", b"<!DOCTYPE html>", "this is a web page"),
+    ],
+)
+def test_other_files_are_named_before_anything_is_sent(client, tmp_path: Path, name: str, content: bytes, says: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadCheckpoint) as caught:
+        client.lend(tmp_path / name)
+    assert f"{name}: {says}" in caught.value.detail
+
+
+def test_a_checkpoint_in_several_files_is_lent_as_one(client, state, tmp_path, make_inputs, run, diffusers_run):
+    """What the refusal of one of them says to do."""
+    names = sorted(state)
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        save_file({name: state[name] for name in part}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    shards = [load_file(path) for path in sorted(tmp_path.iterdir())]
+    inputs = make_inputs()
+    loan = client.lend(shards[0] | shards[1])
+    assert [tier.value for tier in loan.tiers] == ["file"]
+    assert reference.relative_error(run(client, loan, inputs), diffusers_run(inputs)) < 1e-5
+
+
+def test_a_compiled_training_checkpoint_of_two_dtypes_is_what_diffusers_makes_of_it(
+    client, state, tmp_path, make_inputs, run
+):
+    """bfloat16 with float32 norms, under the prefixes of two wrappers, beside a marker; lent as a file."""
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in state.items()}
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in mixed.items()}
+    save_file({**wrapped, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "mixed.safetensors")
+    inputs = make_inputs()
+    latents = run(client, client.lend(tmp_path / "mixed.safetensors"), inputs)
+    expected = reference.reference_latents(
+        reference.transformer_from(mixed),
+        prompt_embeds=inputs.prompt_embeds,
+        pooled_prompt_embeds=inputs.pooled_prompt_embeds,
+        noise=inputs.noise,
+        height=inputs.pixels,
+        width=inputs.pixels,
+        steps=4,
+    )
+    assert latents.dtype == torch.bfloat16
+    # Two ranks add in another order than one, which half precision shows.
+    plain = {name: tensor.bfloat16() for name, tensor in state.items()}
+    uniform = run(client, client.lend(plain), inputs)
+    assert reference.relative_error(latents, expected) <= 2 * max(0.02, reference.relative_error(uniform, expected))
+
+
+def test_text_encoders_as_transformers_holds_and_saves_them(client, tmp_path):
+    """Names without ``text_model.``, and a decoder and a tokenizer that nobody reads."""
+    clip = clip_l_state_dict(5)
+    ids = torch.randint(2, 400, (2, 15), generator=torch.Generator().manual_seed(0))
+    expected = client.encode_text(client.lend(clip), ids, pooled=True)
+    bare = {f"text_encoder.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    found = client.encode_text(client.lend(tmp_path / "model.safetensors"), ids, pooled=True)
+    assert torch.equal(found.hidden_states, expected.hidden_states)
+    assert torch.equal(found.pooled, expected.pooled)
+    # No id is the end of a text: transformers takes the first token's state.
+    assert torch.equal(found.pooled, found.hidden_states[:, 0])
+    t5 = {name: tensor if name.endswith("wo.weight") else tensor.half() for name, tensor in t5_state_dict(6).items()}
+    rest = {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(3, 3), "lm_head.weight": torch.ones(3)}
+    whole = client.encode_text(client.lend({**t5, **rest}), ids).hidden_states
+    assert torch.equal(whole, client.encode_text(client.lend(t5), ids).hidden_states)
+    lines = "\n".join(client.logs()[0])
+    assert "tensors skipped, no job reads them: family=t5 count=2 names=decoder.block.0." in lines
