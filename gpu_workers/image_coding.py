@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 
 from xditd.gpu_workers.families.flux1 import LATENT_CHANNELS
 from xditd.gpu_workers.families.flux_vae import IMAGE_CHANNELS, PIXELS_PER_LATENT, SCALING, SHIFT, FluxVaeConfig
-from xditd.gpu_workers.job_checks import MAX_BATCH, MAX_PIXELS_PER_SIDE, check_generate, prepare
+from xditd.gpu_workers.job_checks import MAX_BATCH, MAX_PIXELS_PER_SIDE, prepare
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import Bands, SplitDecoder
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -55,7 +55,7 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
     The latents are the mode of the posterior, so that the same image always gives the same latents.
 
     Raises:
-        BadRequest: sizes that are not multiples of 16, or values that are not finite.
+        BadRequest: sizes that are not multiples of 8, or values that are not finite.
         Unsupported: the VAE was lent without its encoder.
     """
     vae, config = _vae(skeleton)
@@ -63,7 +63,11 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
         raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
     if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
         raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-    check_generate(height=image.shape[2], width=image.shape[3], steps=1)
+    for name, side in (("height", image.shape[2]), ("width", image.shape[3])):
+        if not 0 < side <= MAX_PIXELS_PER_SIDE or side % PIXELS_PER_LATENT:
+            raise BadRequest(
+                f"image: {name} {side}: use a multiple of {PIXELS_PER_LATENT} up to {MAX_PIXELS_PER_SIDE} pixels"
+            )
     (image,) = prepare(skeleton, image=image)
     return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
 
