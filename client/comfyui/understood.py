@@ -49,6 +49,9 @@ _MEANING: Final = {
     "additional_models": "more models beside this one",
     "is_multigpu_base_clone": "ComfyUI's own split over several GPUs",
 }
+_NODES: Final = {"bypass_lora": "LoraLoaderBypass, LoraLoaderBypassModelOnly"}
+"""Stock nodes by the keys that they put things under."""
+
 _SAMPLING_METHODS: Final = (
     "timestep", "calculate_input", "calculate_denoised", "noise_scaling", "inverse_noise_scaling",
 )  # fmt: skip
@@ -116,7 +119,8 @@ class Understood:
             elif name == "force_cast_weights":
                 pass  # comes with a compute dtype, which is looked at above
             elif name == "injections":
-                yield from (f"{key} {_MEANING[name]} ({_owners({key: each})})" for key, each in value.items() if each)
+                for key, each in value.items():
+                    yield f"{key} {_MEANING[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
                 yield _MEANING.get(name) or f"{name} of the patcher ({name_of(value)})"
 
