@@ -27,7 +27,7 @@ from xditd.client.text_encoding import TextEncoding
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
-from xditd.ipc.requests import GetLogs, GetStatus, Stop
+from xditd.ipc.requests import GetLogs, GetStatus, Stop, Variant
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind, CopiedBytes
 
@@ -146,6 +146,7 @@ class Client:
         noise: torch.Tensor | None = None,
         previews: bool = False,
         step_cache: float = 0.0,
+        variant: Variant = "class",
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
@@ -160,6 +161,10 @@ class Client:
         ``step_cache``, up to 1, trades precision for time: a step whose first block does nearly the same as at the
         last one that was computed, by less than this share of it, is not computed to its end. 0.08 is a start, and
         ``reused_steps`` of the result says how many that were. The same job gives the same bits again.
+
+        ``variant`` says whose rounding a transformer in half precision follows: ``"class"`` diffusers', which rounds
+        the timestep, and the latents between two steps, to the weights' dtype; ``"float32_time"`` ComfyUI's, which
+        keeps both in float32. In float32 they are the same.
 
         Raises:
             BadRequest: a value that no job can use, by name and with the remedy.
@@ -183,6 +188,7 @@ class Client:
             noise=noise,
             previews=previews,
             step_cache=step_cache,
+            variant=variant,
         )
         block = draft.fill(self._pool)
 
@@ -222,6 +228,7 @@ class Client:
         guidance: float | None = None,
         *,
         sigmas: Sequence[float] | torch.Tensor | None = None,
+        variant: Variant = "class",
         deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Run the transformer once; returns the prediction on the device and dtype of ``latents``.
@@ -231,11 +238,11 @@ class Client:
         (unconditional and conditional images in one request). Or give ``prompt_embeds`` and ``pooled_prompt_embeds``
         as tensors, which then cross every time. ``guidance``, for guidance-distilled checkpoints, goes before theirs.
         ``sigmas`` are those of the whole run, if its sampler knows them: workers then make for all of them at once what
-        hangs on the timestep alone, to the same bits.
+        hangs on the timestep alone, to the same bits. ``variant`` is that of :meth:`generate`.
         """
         component_id = component_id_of(transformer, ComponentKind.TRANSFORMER)
         given = conditionings_of(conditioning, pooled_prompt_embeds)
-        return self._runner.forward(component_id, latents, timestep, given, guidance, sigmas, deadline_s)
+        return self._runner.forward(component_id, latents, timestep, given, guidance, sigmas, variant, deadline_s)
 
     def encode_text(
         self,

@@ -62,6 +62,7 @@ def draft_generate(
     noise: torch.Tensor | None,
     previews: bool,
     step_cache: float,
+    variant: str,
 ) -> Draft:
     """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
@@ -72,6 +73,7 @@ def draft_generate(
     guidance_scale = job_inputs.check_guidance("guidance_scale", guidance_scale)
     threshold = job_inputs.check_step_cache(step_cache)
     schedule = None if sigmas is None else job_inputs.check_sigmas(sigmas, steps)
+    checked_variant = job_inputs.check_variant(variant)
     if noise is not None:
         job_inputs.check_noise(noise, batch, height, width)
     else:
@@ -109,6 +111,7 @@ def draft_generate(
             out_image=image_at,
             out_denoised=denoised_at,
             step_cache_threshold=threshold,
+            variant=checked_variant,
         )
 
     return Draft(layout, tuple(inputs), latents_at, image_at, like.device, write, denoised_at)
@@ -121,6 +124,7 @@ def draft_denoise(
     conditionings: Sequence[Conditioning],
     guidance: float | None,
     to_come: Sequence[float] | torch.Tensor | None,
+    variant: str,
     is_kept: Callable[[Conditioning], bool],
 ) -> Draft:
     """Check and lay out one forward of the transformer; what ``is_kept`` says is kept goes by its name alone."""
@@ -131,6 +135,7 @@ def draft_denoise(
     sigmas = job_inputs.check_timestep(timestep, batch)
     scale = None if guidance is None else job_inputs.check_guidance("guidance", guidance)
     foreseen = job_inputs.check_foreseen(to_come)
+    checked_variant = job_inputs.check_variant(variant)
 
     layout = IoLayout()
     latents_at = layout.add_input(latents)
@@ -159,6 +164,7 @@ def draft_denoise(
             timestep=sigmas,
             parts=tuple(parts),
             sigmas=foreseen,
+            variant=checked_variant,
             out=out_at,
         )
 

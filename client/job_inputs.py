@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.requests import Variant
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,14 @@ def check_step_cache(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is spared) to 1; 0.08 is a start")
     return float(value)
+
+
+def check_variant(value: str) -> Variant:
+    """Check whose rounding a job follows."""
+    known = get_args(Variant)
+    if value not in known:
+        raise BadRequest(f"variant: {value!r} is not one of {', '.join(map(repr, known))}")
+    return value  # type: ignore[return-value]
 
 
 def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[float, ...]:

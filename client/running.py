@@ -57,13 +57,14 @@ class Runner:
         conditionings: Sequence[Conditioning],
         guidance: float | None,
         sigmas: Sequence[float] | torch.Tensor | None,
+        variant: str,
         deadline_s: float | None,
     ) -> torch.Tensor:
         """Run one forward. What the workers keep goes by its name, and again with tensors if they lost it."""
         session = self._current()
 
         def run(is_kept: Callable[[Conditioning], bool]) -> torch.Tensor:
-            draft = draft_denoise(transformer_id, latents, timestep, conditionings, guidance, sigmas, is_kept)
+            draft = draft_denoise(transformer_id, latents, timestep, conditionings, guidance, sigmas, variant, is_kept)
             return self.run(draft, Denoised, deadline_s)[0]
 
         try:

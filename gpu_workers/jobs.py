@@ -22,6 +22,7 @@ from xditd.gpu_workers.progress import Progress
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.split_decode import whole_group
 from xditd.gpu_workers.step_cache import StepCache
+from xditd.gpu_workers.timesteps import time_dtype
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
@@ -93,8 +94,9 @@ class JobRunner:
             if job.noise is not None:
                 noise = io.read("noise", job.noise, self._device)
             else:
+                dtype = time_dtype(transformer.plan.dtype, job.variant)
                 noise = pipelines.seeded_noise(
-                    job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=transformer.plan.dtype
+                    job.seed or 0, batch=batch, height=job.height, width=job.width, dtype=dtype
                 )
         clock.lap("inputs")
         latents = pipelines.generate(
@@ -110,6 +112,7 @@ class JobRunner:
             on_step=progress.step,
             on_denoised=show,
             step_cache=cache,
+            variant=job.variant,
         )
         clock.lap("steps")
         image = None if vae is None else self._decode_by_all(vae, latents, clamp=True)
@@ -169,7 +172,7 @@ class JobRunner:
             times = _times(job, slice(done, end), guidance)
             batches.append(pipelines.Batch(latents[done:end], timestep, conditioning, guidance, times))
             done = end
-        prediction = pipelines.denoise_batches(skeleton, batches)
+        prediction = pipelines.denoise_batches(skeleton, batches, job.variant)
         clock.lap("forward")
         if self._is_leader:
             self._components.check_unchanged(transformer)

@@ -37,6 +37,7 @@ from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.requests import Variant
 
 OnStep = Callable[[int, int], None]
 OnDenoised = Callable[[torch.Tensor], None]
@@ -60,6 +61,21 @@ class _Pipeline(FluxPipeline):
     @property
     def _execution_device(self) -> torch.device:
         return cast(torch.device, self.transformer.x_embedder.weight.device)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None,
+        latents: torch.Tensor | None = None,
+    ) -> Any:
+        """Leave given latents in their dtype, and positions too, where diffusers casts them to that of the prompts."""
+        own = dtype if latents is None else latents.dtype
+        return super().prepare_latents(batch_size, channels, height, width, own, device, generator, latents)
 
 
 class Batch(NamedTuple):
@@ -119,8 +135,11 @@ def generate(
     on_step: OnStep | None = None,
     on_denoised: OnDenoised | None = None,
     step_cache: StepCache | None = None,
+    variant: Variant = "class",
 ) -> torch.Tensor:
-    """Denoise ``noise`` in ``steps`` steps and return the latents, in the skeleton's dtype.
+    """Denoise ``noise`` in ``steps`` steps and return the latents, in the dtype that they have between steps.
+
+    That is the skeleton's, or float32 where the ``variant`` keeps timesteps and latents in float32.
 
     ``prompt_embeds`` is (batch, tokens, text channels), ``pooled`` (batch, pooled channels). The schedule is
     diffusers' for this model unless ``sigmas`` are given, which are used as they are: no shift is applied and the
@@ -138,9 +157,10 @@ def generate(
     check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
     batch = check_conditioning(config, prompt_embeds, pooled)
     check_shape("noise", noise, (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
-    prompt_embeds, pooled, noise = prepare(
+    prompt_embeds, pooled, rounded = prepare(
         skeleton, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, noise=noise
     )
+    noise = noise.to(skeleton.device, torch.float32) if variant == "float32_time" else rounded
 
     def show(denoised: torch.Tensor) -> None:
         if on_denoised is not None:
@@ -172,6 +192,7 @@ def generate(
                 guidance=torch.full((batch,), guidance_scale, device=skeleton.device) if config.has_guidance else None,
                 text_ids=_text_ids(prompt_embeds.shape[1], skeleton.device),
                 image_ids=_image_ids(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE, skeleton.device),
+                variant=variant,
             ),
             schedule,
             steps=steps,
@@ -183,7 +204,7 @@ def generate(
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
     module = cast(SequenceParallelFlux1, skeleton.module)
-    with module.stepping(scheduler), module.caching(step_cache):
+    with module.stepping(scheduler), module.caching(step_cache), module.following(variant):
         packed = pipeline(
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled,
@@ -221,18 +242,21 @@ def denoise(
     timestep: torch.Tensor,
     conditioning: Conditioning,
     guidance: torch.Tensor | None = None,
+    variant: Variant = "class",
 ) -> torch.Tensor:
     """Run the transformer once and return its prediction (the velocity), shaped as ``latents``: see :class:`Batch`.
+
+    It has the skeleton's dtype. ``variant`` says how the timestep is rounded.
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
         Unsupported: too few tokens for the group, or a group in stages.
     """
-    return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)])
+    return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)], variant)
 
 
 @torch.inference_mode()
-def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tensor:
+def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch], variant: Variant = "class") -> torch.Tensor:
     """Run the transformer on every row of some batches of one size, and return the predictions of all, in order.
 
     Halves of a group deal the rows of all batches between them, so that a prompt and a negative one of another length
@@ -251,7 +275,7 @@ def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch]) -> torch.Tenso
         size = batch.latents.shape[0]
         mine = slice(max(own.start - done, 0), min(own.stop - done, size))
         if mine.start < mine.stop:
-            predictions.append(_predict(skeleton, batch.rows(mine)))
+            predictions.append(_predict(skeleton, batch.rows(mine), variant))
         done += size
     return gather_rows(predictions[0] if len(predictions) == 1 else torch.cat(predictions), rows)
 
@@ -285,7 +309,7 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
         latents=latents,
         checked=((timestep, "timestep", 0.0, 1.0), (guidance, "guidance", -math.inf, math.inf)),
     )
-    # Both stay float32 as in FluxPipeline; the model rounds them to its own dtype.
+    # Both stay float32 as in FluxPipeline; the model rounds them as the variant says.
     return Batch(
         latents,
         timestep.to(skeleton.device, torch.float32),
@@ -295,10 +319,10 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     )
 
 
-def _predict(skeleton: Skeleton, batch: Batch) -> torch.Tensor:
+def _predict(skeleton: Skeleton, batch: Batch, variant: Variant) -> torch.Tensor:
     height, width = batch.latents.shape[2:]
     module = cast(SequenceParallelFlux1, skeleton.module)
-    with module.foreseeing(batch.times):
+    with module.foreseeing(batch.times), module.following(variant):
         prediction = module.forward_rows(
             _pack(batch.latents),
             batch.conditioning.prompt_embeds,

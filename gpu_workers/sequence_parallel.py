@@ -35,7 +35,9 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 from xditd.gpu_workers import ring
 from xditd.gpu_workers.row_shares import gather_rows, own_rows
 from xditd.gpu_workers.step_cache import CachedBlocks, StepCache
+from xditd.gpu_workers.timesteps import scaled_time, time_dtype
 from xditd.gpu_workers.token_shares import deal_tokens, gather, pad_rows
+from xditd.ipc.requests import Variant
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1
@@ -133,6 +135,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
 
     fused: FusedFlux1 | None = None
     _step_cache: StepCache | None = None
+    _variant: Variant = "class"
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -162,6 +165,15 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         finally:
             self._step_cache = None  # it holds what the steps of this job were like
 
+    @contextmanager
+    def following(self, variant: Variant) -> Iterator[None]:
+        """Enter this for forwards that round as ``variant`` says; elsewhere they round as diffusers' class does."""
+        self._variant = variant
+        try:
+            yield
+        finally:
+            self._variant = "class"
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -186,7 +198,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
             guidance=None if guidance is None else guidance[own],
             joint_attention_kwargs=joint_attention_kwargs,
         )
-        sample = gather_rows(sample, rows)
+        # A pipeline that keeps latents in float32 steps them in float32.
+        sample = gather_rows(sample, rows).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def forward_rows(
@@ -197,7 +210,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         joint_attention_kwargs: dict[str, Any] | None = None,
         **others: Any,
     ) -> torch.Tensor:
-        """Do the same for rows that are this half's own, and return them alone."""
+        """Do the same for rows that are this half's own, and return them alone, in the weights' dtype."""
+        hidden_states = hidden_states.to(self.dtype)
 
         def plain(cache: StepCache | None) -> torch.Tensor:
             with self._behind(cache):
@@ -211,7 +225,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         case = (encoder_hidden_states.shape[1], hidden_states.shape[1])
         sample = fused.canary.run(
             case,
-            lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, **others),
+            lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, variant=self._variant, **others),
             lambda: plain(None),
         )
         if fused.canary.is_refused and cache is not None:
@@ -239,6 +253,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         encoder_hidden_states: torch.Tensor,
         joint_attention_kwargs: dict[str, Any] | None,
         *,
+        timestep: torch.Tensor,
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
         **others: Any,
@@ -249,14 +264,33 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         attention_kwargs = dict(joint_attention_kwargs or {})
         if shares[-1].padding:
             attention_kwargs["valid_kv_len"] = text + image
-        sample = FluxTransformer2DModel.forward(
-            self,
-            pad_rows(hidden_states[:, own.image], own.padding, dim=1),
-            encoder_hidden_states[:, own.text],
-            img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
-            txt_ids=txt_ids[own.text],
-            joint_attention_kwargs=attention_kwargs,
-            return_dict=False,
-            **others,
-        )[0]
+        with self._embedding(timestep):
+            sample = FluxTransformer2DModel.forward(
+                self,
+                pad_rows(hidden_states[:, own.image], own.padding, dim=1),
+                encoder_hidden_states[:, own.text],
+                timestep=timestep,
+                img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
+                txt_ids=txt_ids[own.text],
+                joint_attention_kwargs=attention_kwargs,
+                return_dict=False,
+                **others,
+            )[0]
         return gather(sample, shares)
+
+    @contextmanager
+    def _embedding(self, timestep: torch.Tensor) -> Iterator[None]:
+        """Keep diffusers' forward, which has no switch for it, from rounding the timestep if the variant does not."""
+        if time_dtype(self.dtype, self._variant) == self.dtype:
+            yield
+            return
+        scaled = scaled_time(timestep, self.dtype, self._variant)
+
+        def replace_time(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (scaled, *given[1:])
+
+        hook = self.time_text_embed.register_forward_pre_hook(replace_time)
+        try:
+            yield
+        finally:
+            hook.remove()

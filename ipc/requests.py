@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,6 +13,13 @@ from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)]
+
+Variant = Literal["class", "float32_time"]
+"""Whose rounding a transformer in half precision follows; in float32 both give the same bits.
+
+``class``: diffusers' model class and pipeline, which round the timestep to the weights' dtype, and the latents between
+two steps. ``float32_time``: ComfyUI, where the timestep stays float32 until it is embedded, and latents between steps.
+"""
 
 
 class Hello(Request, tag="hello", frozen=True, kw_only=True):
@@ -85,6 +92,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     clean latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
     With a ``step_cache_threshold`` above 0, a step whose first block changes the image by less than that, relative to
     what it did at the last step that was computed, takes over what all other blocks did there: not lossless.
+    ``variant`` says what is rounded: see :data:`Variant`.
     """
 
     transformer_id: ComponentId
@@ -103,6 +111,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     out_image: IoTensor | None = None
     out_denoised: IoTensor | None = None
     step_cache_threshold: Unit = 0.0
+    variant: Variant = "class"
 
 
 class Part(Described, frozen=True, kw_only=True):
@@ -126,7 +135,8 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
     ``latents`` and ``out`` are (batch, 16, height/8, width/8); ``timestep`` holds one sigma in
     [0, 1] for each image. ``parts`` share the batch out in order. Neighbours with as many text tokens run together
     in one forward; others one after the other, since padding would change the result. ``sigmas`` are those of forwards
-    to come, if the client knows them; they change no bit of the result.
+    to come, if the client knows them; they change no bit of the result. ``variant`` says what is rounded: see
+    :data:`Variant`.
     """
 
     transformer_id: ComponentId
@@ -135,6 +145,7 @@ class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
     timestep: Annotated[tuple[Unit, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
     sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] = ()
+    variant: Variant = "class"
     out: IoTensor
 
 

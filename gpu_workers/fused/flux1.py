@@ -27,6 +27,7 @@ from xditd.gpu_workers.fused.products import EIGHT, EightBit, Products, SixteenB
 from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.step_cache import ImageCache, StepCache
 from xditd.gpu_workers.token_shares import Share, deal_tokens, gather, pad_rows
+from xditd.ipc.requests import Variant
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1 import Flux1Config
@@ -135,16 +136,17 @@ class FusedFlux1:
         txt_ids: torch.Tensor,
         guidance: torch.Tensor | None = None,
         step_cache: StepCache | None = None,
+        variant: Variant = "class",
     ) -> torch.Tensor:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
 
-        ``step_cache`` spares what it can of blocks behind the first.
+        ``step_cache`` spares what it can of blocks behind the first; ``variant`` says how the timestep is rounded.
         """
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
         shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
         own = shares[self._layout.sequence_rank]
-        modulations = self.modulator(timestep, guidance, pooled_projections, hidden_states.dtype)
+        modulations = self.modulator(timestep, guidance, pooled_projections, hidden_states.dtype, variant)
         angles = self._rotations(txt_ids, img_ids, own)
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
         done = [

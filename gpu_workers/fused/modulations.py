@@ -6,7 +6,7 @@ vector gets the same bits alone and among others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.fused import kernels
+from xditd.gpu_workers.timesteps import SCALE, embed_time, time_dtype
+from xditd.ipc.requests import Variant
 
 AHEAD: Final = 32
 """Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
@@ -59,25 +61,29 @@ class Modulations(NamedTuple):
 Addresses = tuple[torch.Tensor, torch.Tensor]
 """Of weights and of biases, one for each block (or stream of one), as int64 on the GPU."""
 
+Embed = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Embeds the sigmas of some steps, each (samples,), with what else there is to embed; (steps * samples, hidden)."""
+
 
 @dataclass(frozen=True)
 class _Run:
-    """Modulations of some sigmas, for the same guidance and pooled text."""
+    """Modulations of some sigmas, for the same guidance, pooled text and rounding."""
 
     pooled: torch.Tensor
     """Kept, so that nothing else comes to lie at its address."""
     guidance: float | None
+    variant: Variant
     sigmas: tuple[float, ...]
     made: Modulations
 
-    def is_for(self, pooled: torch.Tensor, guidance: float | None) -> bool:
+    def is_for(self, pooled: torch.Tensor, guidance: float | None, variant: Variant) -> bool:
         mine = self.pooled
         is_same_memory = (mine.data_ptr(), mine.shape, mine.stride()) == (
             pooled.data_ptr(),
             pooled.shape,
             pooled.stride(),
         )
-        return is_same_memory and self.guidance == guidance
+        return is_same_memory and (self.guidance, self.variant) == (guidance, variant)
 
 
 class Modulator:
@@ -128,50 +134,52 @@ class Modulator:
             self._times = None
 
     def __call__(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> Modulations:
-        """Modulations of this step, a row for each sample."""
-        if self._schedule is not None:
-            return self._of_step(self._schedule, guidance, pooled, dtype)
-        if self._times is not None and self._times.sigmas:
-            return self._of_run(self._times, timestep, guidance, pooled, dtype)
-        return self._make(self._embed_time(timestep, guidance, pooled, dtype))
-
-    def _of_step(
-        self, schedule: Schedule, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> Modulations:
-        step, samples = schedule.step_index or 0, pooled.shape[0]
-        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
-        steps = max(1, AHEAD // samples) if step else 1
-        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].single) // samples:
-            # As FluxPipeline gives them, one step after the other: embedders would round a batch in another way.
-            given = [each.expand(samples).to(dtype) / 1000 for each in schedule.timesteps[step : step + steps]]
-            embedded = [self._embed_time(each, guidance, pooled, dtype) for each in given]
-            self._ahead = step, self._make(torch.cat(embedded))
-        first, made = self._ahead
-        return made.rows((step - first) * samples, samples)
-
-    def _of_run(
         self,
-        times: Times,
         timestep: torch.Tensor,
         guidance: torch.Tensor | None,
         pooled: torch.Tensor,
         dtype: torch.dtype,
+        variant: Variant,
     ) -> Modulations:
-        samples = pooled.shape[0]
-        run = next((each for each in self._runs if each.is_for(pooled, times.guidance)), None)
+        """Modulations of this step, a row for each sample."""
+
+        def embed(sigmas: Sequence[torch.Tensor]) -> torch.Tensor:
+            # One step after the other: embedders would round a batch in another way.
+            return torch.cat([embed_time(self._embed, each, guidance, pooled, dtype, variant) for each in sigmas])
+
+        if self._schedule is not None:
+            return self._of_step(self._schedule, embed, pooled.shape[0], time_dtype(dtype, variant))
+        if self._times is not None and self._times.sigmas:
+            return self._of_run(self._times, embed, timestep, pooled, variant)
+        return self._make(embed([timestep]))
+
+    def _of_step(self, schedule: Schedule, embed: Embed, samples: int, dtype: torch.dtype) -> Modulations:
+        """``dtype`` is that in which the pipeline gives the timestep."""
+        step = schedule.step_index or 0
+        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
+        steps = max(1, AHEAD // samples) if step else 1
+        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].single) // samples:
+            # As FluxPipeline gives them.
+            given = [each.expand(samples).to(dtype) / SCALE for each in schedule.timesteps[step : step + steps]]
+            self._ahead = step, self._make(embed(given))
+        first, made = self._ahead
+        return made.rows((step - first) * samples, samples)
+
+    def _of_run(
+        self, times: Times, embed: Embed, timestep: torch.Tensor, pooled: torch.Tensor, variant: Variant
+    ) -> Modulations:
+        samples, key = pooled.shape[0], (pooled, times.guidance, variant)
+        run = next((each for each in self._runs if each.is_for(*key)), None)
         if run is None or times.now not in run.sigmas:
             # The first of a run alone, for the same reason; and what no schedule foresaw.
             is_first = run is None or times.now not in times.sigmas
             sigmas = (times.now,) if is_first else _window(times, max(1, AHEAD // samples))
             given = [timestep if sigma == times.now else torch.full_like(timestep, sigma) for sigma in sigmas]
-            embedded = [self._embed_time(each, guidance, pooled, dtype) for each in given]
-            made = self._make(torch.cat(embedded))
+            made = self._make(embed(given))
             if run is not None and is_first:
                 return made
-            run = _Run(pooled, times.guidance, sigmas, made)
-        self._runs = [run, *(each for each in self._runs if not each.is_for(pooled, times.guidance))][:_KEPT_RUNS]
+            run = _Run(*key, sigmas, made)
+        self._runs = [run, *(each for each in self._runs if not each.is_for(*key))][:_KEPT_RUNS]
         return run.made.rows(run.sigmas.index(times.now) * samples, samples)
 
     def _make(self, conditioning: torch.Tensor) -> Modulations:
@@ -181,14 +189,6 @@ class Modulator:
         double = kernels.multiply_vectors(*self._double, vectors, 6 * self._width)
         single = kernels.multiply_vectors(*self._single, vectors, 3 * self._width)
         return Modulations(conditioning, double.unflatten(1, (-1, 2)), single)
-
-    def _embed_time(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        scaled = timestep.to(dtype) * 1000
-        if guidance is None:
-            return self._embed(scaled, pooled)
-        return self._embed(scaled, guidance.to(dtype) * 1000, pooled)
 
 
 def _window(times: Times, most: int) -> tuple[float, ...]:

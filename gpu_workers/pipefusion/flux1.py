@@ -10,6 +10,8 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from xditd.gpu_workers.pipefusion.key_values import KeyValues
 from xditd.gpu_workers.pipefusion.shares import deal
 from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm, TrimmingFluxAttnProcessor
+from xditd.gpu_workers.timesteps import embed_time
+from xditd.ipc.requests import Variant
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,13 +32,10 @@ class StagedFlux1(FluxTransformer2DModel):
         self.stage_blocks = blocks[deal(len(blocks), stages)[stage]]
 
     def condition(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
+        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, variant: Variant
     ) -> torch.Tensor:
         """Embed what modulates every block of a step, (batch, hidden); ``timestep`` is a sigma for each sample."""
-        timestep = timestep.to(dtype) * 1000
-        if guidance is None:
-            return cast(torch.Tensor, self.time_text_embed(timestep, pooled))
-        return cast(torch.Tensor, self.time_text_embed(timestep, guidance.to(dtype) * 1000, pooled))
+        return embed_time(self.time_text_embed, timestep, guidance, pooled, pooled.dtype, variant)
 
     def run_stage(
         self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, rotary: Rotary, key_values: KeyValues

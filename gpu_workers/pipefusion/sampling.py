@@ -16,14 +16,17 @@ from xditd.gpu_workers.pipefusion.flux1 import Rotary, StagedFlux1
 from xditd.gpu_workers.pipefusion.key_values import KeyValues
 from xditd.gpu_workers.pipefusion.links import StageLinks
 from xditd.gpu_workers.pipefusion.shares import deal_patches
+from xditd.gpu_workers.timesteps import SCALE
+from xditd.ipc.requests import Variant
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """A checked job, on the device, in the model's dtype.
 
-    ``noise`` is (batch, image tokens, packed channels), ``text`` (batch, text tokens, channels), ``pooled`` (batch,
-    channels), ``guidance`` (batch,) in float32; ``text_ids`` and ``image_ids`` are the tokens' positions, (tokens, 3).
+    ``noise`` is (batch, image tokens, packed channels), in the dtype that latents have between steps, ``text`` (batch,
+    text tokens, channels), ``pooled`` (batch, channels), ``guidance`` (batch,) in float32; ``text_ids`` and
+    ``image_ids`` are the tokens' positions, (tokens, 3).
     """
 
     noise: torch.Tensor
@@ -32,6 +35,7 @@ class Inputs:
     guidance: torch.Tensor | None
     text_ids: torch.Tensor
     image_ids: torch.Tensor
+    variant: Variant
 
 
 def sample(
@@ -152,14 +156,14 @@ class _Turns:
         links, model = self._links, self._model
         is_first_patch = text is None
         if links.is_first:
-            text, image = self._text, model.x_embedder(self._latents[:, patch.tokens])
+            text, image = self._text, model.x_embedder(self._latents[:, patch.tokens].to(self._text.dtype))
         else:
             text, image = self._receive_states(patch, text)
         image, text_after = model.run_stage(image, text, modulation, patch.rotary, self._key_values)
         if not links.is_last:
             links.send(torch.cat((text_after, image), dim=1) if is_first_patch else image)
             return text
-        prediction = model.predict(image, modulation)
+        prediction = model.predict(image, modulation).to(self._latents.dtype)
         before, sigma = self._latents[:, patch.tokens].float(), self._sigmas[step]
         # As FlowMatchEulerDiscreteScheduler.step does, which counts its calls and not our patches.
         after = (before + (self._sigmas[step + 1] - sigma) * prediction).to(prediction.dtype)
@@ -170,7 +174,7 @@ class _Turns:
         return text
 
     def _receive_states(self, patch: _Patch, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, hidden = self._latents.dtype, self._model.inner_dim
+        dtype, hidden = self._text.dtype, self._model.inner_dim
         if text is not None:
             return text, self._links.receive((self._batch, patch.length, hidden), dtype)
         text_length = self._text.shape[1]
@@ -207,5 +211,5 @@ class _Turns:
 
     def _modulation(self, step: int) -> torch.Tensor:
         # Rounded and divided as FluxPipeline does, for the same bits.
-        timestep = self._timesteps[step].expand(self._batch).to(self._latents.dtype) / 1000
-        return self._model.condition(timestep, self._inputs.guidance, self._inputs.pooled, self._latents.dtype)
+        timestep = self._timesteps[step].expand(self._batch).to(self._latents.dtype) / SCALE
+        return self._model.condition(timestep, self._inputs.guidance, self._inputs.pooled, self._inputs.variant)

@@ -98,6 +98,101 @@ def test_bfloat16_is_bit_identical_too(cache: SkeletonCache, plug: Plugger, pipe
     assert torch.equal(ours, plain(reference.transformer_from(state), given, steps=2))
 
 
+class AsComfyUi:
+    """diffusers' model in bfloat16, with all that ComfyUI keeps in float32 computed here from scratch."""
+
+    def __init__(self, state: State, given: dict[str, Any], guidance: float) -> None:
+        self._model = reference.transformer_from(state)
+        self._embedders = self._model.time_text_embed
+        self._given = {name: given[name].bfloat16() for name in ("prompt_embeds", "pooled")}
+        self._guidance = guidance
+
+    @torch.no_grad()
+    def velocity(self, latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Take float32 latents (1, 16, h, w), and return what the model predicts, in bfloat16, packed."""
+        from diffusers import FluxPipeline
+
+        embed, pooled = self._embedders, self._given["pooled"]
+        scaled = torch.tensor([self._guidance]).bfloat16() * 1000  # guidance is rounded by both
+        vectors = (
+            embed.timestep_embedder(waves(torch.tensor([sigma]) * 1000).bfloat16())
+            + embed.guidance_embedder(waves(scaled.float()).bfloat16())
+            + embed.text_embedder(pooled)
+        )
+
+        class Ready(torch.nn.Module):
+            def forward(self, *_: torch.Tensor) -> torch.Tensor:
+                return vectors
+
+        self._model.time_text_embed = Ready()
+        height, width = latents.shape[2:]
+        return self._model(
+            hidden_states=FluxPipeline._pack_latents(latents.bfloat16(), *latents.shape),
+            encoder_hidden_states=self._given["prompt_embeds"],
+            pooled_projections=pooled,
+            timestep=torch.tensor([sigma]),
+            guidance=torch.tensor([self._guidance]),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+            txt_ids=torch.zeros(self._given["prompt_embeds"].shape[1], 3),
+            return_dict=False,
+        )[0]
+
+
+def waves(scaled: torch.Tensor) -> torch.Tensor:
+    """Cosines, then sines, of 128 frequencies from 1 down to nearly 1 / 10,000."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
+    angles = scaled[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def test_float32_time_in_bfloat16_is_what_comfyui_computes(
+    cache: SkeletonCache, plug: Plugger, pipelines: ModuleType
+) -> None:
+    from diffusers import FluxPipeline
+
+    state = flux1_state_dict(1, dtype=torch.bfloat16)
+    skeleton, given = plug(cache, state).skeleton, job(15, 64, 96)
+    sigmas = [0.9871, 0.7313, 0.4457, 0.1237]  # no multiples of what bfloat16 rounds to
+    stock = AsComfyUi(state, given, guidance=2.6)
+    size = given["noise"].shape[2:]
+
+    expected = FluxPipeline._pack_latents(given["noise"], *given["noise"].shape)
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        unpacked = FluxPipeline._unpack_latents(expected, *size, 1)
+        difference = torch.tensor(following) - torch.tensor(sigma)
+        expected = expected + difference * stock.velocity(unpacked, sigma).float()
+    expected = FluxPipeline._unpack_latents(expected, *size, 1)
+    made = {
+        variant: pipelines.generate(skeleton, **given, steps=4, sigmas=sigmas, guidance_scale=2.6, variant=variant)
+        for variant in ("float32_time", "class")
+    }
+    assert made["float32_time"].dtype == torch.float32
+    assert reference.relative_error(made["float32_time"], expected) <= BAR
+    assert reference.relative_error(made["class"], expected) > 5e-3
+    assert torch.equal(
+        made["class"], plain(reference.transformer_from(state), given, steps=4, sigmas=sigmas, guidance_scale=2.6)
+    )
+
+    conditioning = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
+    for sigma in sigmas:
+        velocity = pipelines.denoise(
+            skeleton,
+            latents=given["noise"],
+            timestep=torch.tensor([sigma]),
+            conditioning=conditioning,
+            guidance=torch.tensor([2.6]),
+            variant="float32_time",
+        )
+        packed = stock.velocity(given["noise"], sigma)
+        assert torch.equal(velocity, FluxPipeline._unpack_latents(packed, *size, 1))
+
+
+def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, pipelines: ModuleType) -> None:
+    given = job(8, 64, 64)
+    both = [pipelines.generate(transformer, **given, steps=3, variant=variant) for variant in ("class", "float32_time")]
+    assert torch.equal(*both)
+
+
 def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, pipelines: ModuleType) -> None:
     given = job(8, 64, 64)
     sigmas = [0.9, 0.7, 0.05]
