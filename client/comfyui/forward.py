@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import comfy.ldm.common_dit
 import comfy.model_management
@@ -20,6 +20,9 @@ from xditd.client.comfyui.weights import RemoteWeights
 from xditd.client.conditioning import Conditioning
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_BATCH, MAX_STEPS
+
+ROUNDING: Final = "float32_time"
+"""In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
 
 PATCH = 2
 """Latents on a token's side."""
@@ -100,7 +103,9 @@ class RemoteForward:
     def _predict(
         self, latents: torch.Tensor, sigmas: list[float], conditionings: list[Conditioning], foreseen: list[float]
     ) -> torch.Tensor:
-        return self._weights.connect().denoise(self._weights.loan, latents, sigmas, conditionings, sigmas=foreseen)
+        return self._weights.connect().denoise(
+            self._weights.loan, latents, sigmas, conditionings, sigmas=foreseen, variant=ROUNDING
+        )
 
     def _foresee(self, sigmas: torch.Tensor | None) -> list[float]:
         """Read the sampler's whole schedule, once for each run; what workers would refuse there foresees nothing."""

@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 
-from xditd.client.comfyui.forward import pooled_of
+from xditd.client.comfyui.forward import ROUNDING, pooled_of
 from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 
@@ -70,6 +70,7 @@ class FusedEuler(comfy.samplers.Sampler):
             guidance_scale=guidance,
             noise=start,
             previews=self._has_previews,
+            variant=ROUNDING,
         ) as job:
             for event in job:
                 comfy.model_management.throw_exception_if_processing_interrupted()
