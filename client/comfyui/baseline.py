@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from xditd.client.comfyui.naming import name_of
 
@@ -27,6 +27,16 @@ class _Module:
     settings: Mapping[str, Any]
 
 
+class _Seen(NamedTuple):
+    """A module at the last full look: its own attributes and hooks, which change in place, and what is below it."""
+
+    attributes: dict[str, Any]
+    count: int
+    children: dict[str, Any]
+    child_count: int
+    hooks: tuple[Any, ...]
+
+
 class Baseline:
     """The modules below one, as they are now. ``without`` names children of the root that are checked elsewhere."""
 
@@ -40,7 +50,7 @@ class Baseline:
             for kind in {kind for each in self._made.values() for kind in each.kind.__mro__}
             for name, value in _methods(kind).items()
         }
-        self._quick: list[tuple[dict[str, Any], int, dict[str, Any], tuple[Any, ...]]] = []
+        self._quick: list[_Seen] = []
         self._note(root)
 
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
@@ -69,17 +79,17 @@ class Baseline:
 
         A doubt is a no; :meth:`differences` then names what it is, or says that it is nothing.
         """
-        for attributes, count, children, hooks in self._quick:
-            if len(attributes) != count or hooks[0] or hooks[1]:
-                return False
+        for attributes, count, children, child_count, hooks in self._quick:
             modules = attributes["_modules"]
+            if len(attributes) != count or len(modules) != child_count or hooks[0] or hooks[1]:
+                return False
             for name, child in children.items():
                 if modules.get(name) is not child:
                     return False
         for (kind, name), made in self._methods.items():
             if kind.__dict__.get(name) is not made:
                 return False
-        return bool(self._quick) and self._quick[0][0] is vars(root)
+        return bool(self._quick) and self._quick[0].attributes is vars(root)
 
     def accept(self, root: Any) -> None:
         """Remember that ``root`` has no differences, for :meth:`is_intact`."""
@@ -87,10 +97,11 @@ class Baseline:
 
     def _note(self, root: Any) -> None:
         self._quick = [
-            (
+            _Seen(
                 vars(module),
                 len(vars(module)),
                 {name: child for name, child in module._modules.items() if path or name not in self._without},
+                len(module._modules),
                 tuple(getattr(module, hook) for hook in _HOOKS),
             )
             for path, module in self._walk(root)

@@ -128,9 +128,9 @@ def _place(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:
     """Put a parameter without memory where its name says."""
     *path, leaf = name.split(".")
     module = root
-    for part in path:
+    for part, below in zip(path, [*path[1:], leaf], strict=True):
         if part not in module._modules:
-            module.add_module(part, torch.nn.Module())
+            module.add_module(part, torch.nn.ModuleList() if below.isdigit() else torch.nn.Module())
         module = module.get_submodule(part)
     shape = torch.empty_like(like, device="meta")
     module.register_parameter(leaf, torch.nn.Parameter(shape, requires_grad=False))

@@ -69,6 +69,7 @@ class Understood:
         self.baseline = Baseline(module, without=(MODEL_SAMPLING,))
         self.sampling = getattr(module, MODEL_SAMPLING, None)
         self._dtypes = {
+            None,
             getattr(module, COMPUTE_DTYPE, None),
             module.get_dtype() if hasattr(module, "get_dtype") else None,
         }
@@ -119,7 +120,7 @@ class Understood:
             elif name == "force_cast_weights":
                 pass  # comes with a compute dtype, which is looked at above
             elif name == "injections":
-                for key, each in value.items():
+                for key, each in ((key, each) for key, each in value.items() if each):
                     yield f"{key} {_MEANING[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
                 yield _MEANING.get(name) or f"{name} of the patcher ({name_of(value)})"

@@ -6,22 +6,35 @@ from typing import Any
 
 import pytest
 
-from xditd.client.comfyui.fusion import why_stepwise
+from xditd.client.comfyui.loop_eligibility import why_stepwise
 
+TEXT: dict[str, Any] = {"cross_attn": object(), "pooled_output": object(), "guidance": 3.5}
 PLAIN: dict[str, Any] = {
     "sampler": "euler",
     "cfg": 1.0,
     "has_mask": False,
     "sigmas": [1.0, 0.5, 0.0],
-    "conditions": [{"pooled_output": object(), "guidance": 3.5}],
-    "model_options": {"transformer_options": {}},
-    "foreign_wrappers": [],
-    "latent_sides": (16, 14),
+    "positive": [TEXT],
+    "negative": [TEXT],
+    "has_guidance": True,
+    "unlike_made": None,
+    "latent_shape": (1, 16, 16, 14),
 }
 
 
-def test_the_plain_job_is_fused():
-    assert why_stepwise(**PLAIN) is None
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"positive": [{"cross_attn": object()}]},
+        {"positive": [{**TEXT, "area": None}]},
+        {"negative": [TEXT, TEXT]},
+        {"has_guidance": False, "positive": [{**TEXT, "guidance": None}]},
+        {"latent_shape": (64, 16, 16, 14)},
+    ],
+)
+def test_the_plain_job_is_fused(changed):
+    assert why_stepwise(**(PLAIN | changed)) is None
 
 
 @pytest.mark.parametrize(
@@ -34,13 +47,19 @@ def test_the_plain_job_is_fused():
         ({"sigmas": [1.5, 0.5, 0.0]}, "at most 1"),
         ({"sigmas": []}, "schedule"),
         ({"sigmas": [0.5, 0.5, 0.0]}, "step to step"),
-        ({"latent_sides": (15, 16)}, "multiples of 16"),
-        ({"conditions": [{}, {}]}, "2 parts"),
-        ({"conditions": [{"area": (1, 2, 3, 4)}]}, "area"),
-        ({"conditions": [{"control": object()}]}, "control"),
-        ({"conditions": [{"strength": 0.5}]}, "strength"),
-        ({"model_options": {"sampler_post_cfg_function": [object()]}}, "post-CFG"),
-        ({"foreign_wrappers": ["teacache"]}, "teacache"),
+        ({"sigmas": [1 - at / 1001 for at in range(1001)] + [0.0]}, "1001 steps"),
+        ({"latent_shape": (1, 16, 15, 16)}, "multiples of 16"),
+        ({"latent_shape": (1, 16, 1, 16, 16)}, "multiples of 16"),
+        ({"latent_shape": (65, 16, 16, 16)}, "a batch of 65"),
+        ({"positive": [TEXT, TEXT]}, "2 parts"),
+        ({"positive": [{**TEXT, "area": (1, 2, 3, 4)}]}, "positive conditioning has area"),
+        ({"negative": [{**TEXT, "area": (1, 2, 3, 4)}]}, "negative conditioning has area"),
+        ({"positive": [{**TEXT, "a_key_of_a_pack": object()}]}, "a_key_of_a_pack"),
+        ({"positive": [{**TEXT, "model_conds": {"c_concat": object()}}]}, "c_concat"),
+        ({"positive": [{**TEXT, "strength": 0.5}]}, "strength"),
+        ({"positive": [{"pooled_output": object()}]}, "no text embeddings"),
+        ({"positive": [{**TEXT, "guidance": None}]}, "FluxDisableGuidance"),
+        ({"unlike_made": "teacache wraps the model"}, "teacache"),
     ],
 )
 def test_what_is_not_fused_is_explained(changed, said):

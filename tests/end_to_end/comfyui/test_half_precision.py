@@ -25,6 +25,7 @@ def half_file(tmp_path_factory) -> Any:
 @pytest.fixture(scope="module")
 def stock(comfy, half_file) -> Any:
     model = comfy.comfy.sd.load_diffusion_model(str(half_file), model_options={"dtype": torch.bfloat16})
+    model.model.manual_cast_dtype = None  # which ComfyUI sets on CPUs, where it computes in float32
     assert model.model.get_dtype_inference() is torch.bfloat16
     return model
 

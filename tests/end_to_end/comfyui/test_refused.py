@@ -115,8 +115,8 @@ def test_a_control_net_from_60_percent(comfy, remote, refused, conditioning):
     refused(lambda: remote, "ControlNet", positive)
 
 
-def test_conditioning_that_changes_the_model(comfy, remote, refused, conditioning, latent):
-    import comfy.hooks
+def test_conditioning_that_changes_the_model(remote, refused, conditioning, latent):
+    from comfy.hooks import create_hook_lora
 
     def attached(**more: Any) -> list[Any]:
         ((embeds, extras),) = conditioning(1)
@@ -128,7 +128,7 @@ def test_conditioning_that_changes_the_model(comfy, remote, refused, conditionin
     refused(lambda: remote, "GLIGEN", attached(gligen=("position", types.SimpleNamespace(model=None), [])))
     up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
     adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
-    hooks = comfy.hooks.create_hook_lora(adapters, 1.0, 0.0)
+    hooks = create_hook_lora(adapters, 1.0, 0.0)
     refused(lambda: remote, "scheduled LoRAs", attached(hooks=hooks))
 
 
