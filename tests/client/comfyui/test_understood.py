@@ -175,6 +175,8 @@ def test_another_model_of_the_same_make_is_compared(understood):
         understood.check(other)
 
 
+KINDS = sorted(WRAPPERS)
+
 FUSED = [
     put("wrappers", "diffusion_model", OWN, value=[print]),
     put("wrappers", "apply_model", COMPILE_KEY, value=[print]),
@@ -196,7 +198,7 @@ def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        *[(put("wrappers", kind, "pack", value=[print]), f"pack wraps the model ({kind})") for kind in WRAPPERS],
+        *[(put("wrappers", kind, "pack", value=[print]), f"pack wraps the model ({kind})") for kind in KINDS],
         *[(put("callbacks", kind, "pack", value=[print]), kind) for kind in sorted(CALLBACKS)],
         (put("wrappers", "a_kind", "pack", value=[print]), "a_kind"),
         (put("model_options", "context_handler"), "context_handler (print)"),
