@@ -6,42 +6,55 @@ import weakref
 from typing import Any
 
 import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
 import torch
 
+from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import (
     PREFIX,
     WRAPPER_KEY,
     RemotePatcher,
     build_weightless,
+    check_channels,
     lendable,
     make_patcher,
 )
+from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind
 
 _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Weightless models by the stock model whose tensors they lend: queueing again lends nothing."""
 
 
+_PATCHERS = (comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
+"""What ComfyUI's own loaders hand out; others may load and patch in ways of their own."""
+
+
 def accelerate(patcher: Any) -> RemotePatcher:
     """Make a MODEL like ``patcher`` whose forward runs in the workers.
 
     Raises:
-        Unsupported: not FLUX.1, quantised weights, or Python code injected into the model.
+        Unsupported: not FLUX.1, quantised weights, or a change of the model that is not understood.
     """
     if isinstance(patcher, RemotePatcher):
         return patcher
     model = patcher.model
-    if not isinstance(model, comfy.model_base.Flux):
+    if type(patcher) not in _PATCHERS:
+        raise Unsupported(f"XDiT: {name_of(type(patcher))} holds the MODEL; use a stock loader, or XDiT UNet Loader")
+    if type(model) is not comfy.model_base.Flux:
         raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; FLUX.1 is supported, connect one of that family")
-    if patcher.injections:
-        raise Unsupported(f"XDiT: {listed(patcher.injections)} injects Python code into the MODEL")
+    check_channels(model.model_config, _label(patcher))
     twin = _twins.get(model)
     if twin is None:
         tensors = _base_tensors(patcher)
         weights = lendable(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
         twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights)
+    if next(twin.understood.faults(patcher), None) is not None:
+        # What another clone has injected for its own runs is still there until ComfyUI unloads it.
+        comfy.model_management.unload_model_and_clones(patcher)
+        refuse(twin.understood.faults(patcher))
     stock = patcher.clone()
     remote: RemotePatcher = twin.clone()
     for name in ("patches", "patches_uuid", "object_patches", "model_options", "callbacks", "attachments"):

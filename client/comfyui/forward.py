@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import comfy.ldm.common_dit
 import comfy.model_management
 import torch
 
-from xditd.client.comfyui.refusals import check_forward
+from xditd.client.comfyui.understood import Understood
+from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.client.conditioning import Conditioning
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.limits import MAX_STEPS
+from xditd.ipc.limits import MAX_BATCH, MAX_STEPS
+
+ROUNDING: Final = "float32_time"
+"""In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
 
 PATCH = 2
 """Latents on a token's side."""
@@ -30,8 +34,12 @@ KNOWN_CONDITIONINGS = 8
 class RemoteForward:
     """Stands in for the transformer's own forward. ComfyUI calls it as a wrapper."""
 
-    def __init__(self, weights: RemoteWeights, pooled_channels: int, has_guidance: bool) -> None:
+    def __init__(
+        self, weights: RemoteWeights, pooled_channels: int, has_guidance: bool, understood: Understood | None = None
+    ) -> None:
+        """Predict with ``weights``, as long as the model is as ``understood`` says."""
         self._weights = weights
+        self._understood = understood
         self._pooled_channels = pooled_channels
         self._has_guidance = has_guidance
         self._known: list[tuple[torch.Tensor, torch.Tensor, Conditioning]] = []
@@ -39,7 +47,13 @@ class RemoteForward:
         self._foreseen: tuple[object, list[float]] = (None, [])
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Let the wrappers of other nodes run as they are set up, around the workers instead of the local model."""
+        """Let the wrappers of other nodes run as they are set up, around the workers instead of the local model.
+
+        Raises:
+            Unsupported: the model is not as it was when the run began.
+        """
+        if self._understood is not None:
+            self._understood.check_step()
         executor.original = self.run
         result: torch.Tensor = executor(*args, **kwargs)
         return result
@@ -75,13 +89,23 @@ class RemoteForward:
         rows, _, height, width = x.shape
         is_even = height % PATCH == 0 == width % PATCH
         padded = x if is_even else comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
-        pooled = x.new_zeros(rows, self._pooled_channels) if y is None else y[:, : self._pooled_channels]
+        pooled = pooled_of(y, context, self._pooled_channels)
         scales = guidance.expand(rows) if guidance is not None and self._has_guidance else None
         sigmas, conditionings = self._read(timestep, scales, context, pooled)
-        client = self._weights.connect()
         foreseen = self._foresee((transformer_options or {}).get("sample_sigmas"))
-        predicted = client.denoise(self._weights.loan, padded, sigmas, conditionings, sigmas=foreseen)
+        parts = []
+        for first in range(0, rows, MAX_BATCH):
+            part = slice(first, first + MAX_BATCH)
+            parts.append(self._predict(padded[part], sigmas[part], conditionings[part], foreseen))
+        predicted = parts[0] if len(parts) == 1 else torch.cat(parts)
         return predicted if is_even else predicted[:, :, :height, :width]
+
+    def _predict(
+        self, latents: torch.Tensor, sigmas: list[float], conditionings: list[Conditioning], foreseen: list[float]
+    ) -> torch.Tensor:
+        return self._weights.connect().denoise(
+            self._weights.loan, latents, sigmas, conditionings, sigmas=foreseen, variant=ROUNDING
+        )
 
     def _foresee(self, sigmas: torch.Tensor | None) -> list[float]:
         """Read the sampler's whole schedule, once for each run; what workers would refuse there foresees nothing."""
@@ -125,6 +149,11 @@ class RemoteForward:
         self._known.insert(0, (context.clone(), pooled.clone(), fresh))
         del self._known[KNOWN_CONDITIONINGS:]
         return fresh
+
+
+def pooled_of(y: torch.Tensor | None, like: torch.Tensor, channels: int) -> torch.Tensor:
+    """The pooled text state as FLUX.1 reads it: no more than ``channels`` wide, and zeros where there is none."""
+    return like.new_zeros(like.shape[0], channels) if y is None else y[:, :channels]
 
 
 @dataclass(frozen=True)

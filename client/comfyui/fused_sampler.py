@@ -10,7 +10,8 @@ import comfy.samplers
 import comfy.utils
 import torch
 
-from xditd.client.comfyui.refusals import check_forward
+from xditd.client.comfyui.forward import ROUNDING, pooled_of
+from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 
 PIXELS_PER_LATENT = 8
@@ -22,8 +23,16 @@ class FusedEuler(comfy.samplers.Sampler):
     ``image`` is the decoded picture (batch, height, width, 3) in [0, 1] where ``vae`` was given.
     """
 
-    def __init__(self, weights: RemoteWeights, vae: RemoteWeights | None, *, has_previews: bool = False) -> None:
+    def __init__(
+        self,
+        weights: RemoteWeights,
+        vae: RemoteWeights | None,
+        *,
+        pooled_channels: int,
+        has_previews: bool = False,
+    ) -> None:
         self._weights = weights
+        self._pooled_channels = pooled_channels
         self._vae = vae
         self._has_previews = has_previews
         self.image: torch.Tensor | None = None
@@ -44,14 +53,15 @@ class FusedEuler(comfy.samplers.Sampler):
         sampling = model_wrap.inner_model.model_sampling
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         rows, _, height, width = start.shape
-        conditions = model_wrap.conds["positive"][0]["model_conds"]
+        (part,) = model_wrap.conds["positive"]
+        conditions = part["model_conds"]
         embeds = _rows(conditions["c_crossattn"].cond, rows)
-        pooled = _rows(conditions["y"].cond, rows)
+        pooled = pooled_of(conditions["y"].cond if "y" in conditions else None, embeds, self._pooled_channels)
         guidance = conditions["guidance"].cond.item() if "guidance" in conditions else 1.0
         with self._weights.connect().generate(
             self._weights.loan,
             embeds,
-            pooled,
+            _rows(pooled, rows),
             vae=None if self._vae is None else self._vae.loan,
             height=height * PIXELS_PER_LATENT,
             width=width * PIXELS_PER_LATENT,
@@ -60,6 +70,7 @@ class FusedEuler(comfy.samplers.Sampler):
             guidance_scale=guidance,
             noise=start,
             previews=self._has_previews,
+            variant=ROUNDING,
         ) as job:
             for event in job:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -72,9 +83,12 @@ class FusedEuler(comfy.samplers.Sampler):
         return samples
 
 
-def positive_conditions(positive: Sequence[Any]) -> list[dict[str, Any]]:
+def parts_of(conditioning: Sequence[Any]) -> list[dict[str, Any]]:
     """The parts of a CONDITIONING with everything that is attached to them."""
-    return [dict(part[1]) for part in positive]
+    return [
+        {**part[1], "cross_attn": part[0] if part[0] is not None else part[1].get("cross_attn")}
+        for part in conditioning
+    ]
 
 
 def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

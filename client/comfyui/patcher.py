@@ -19,11 +19,14 @@ import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.forward import RemoteForward
 from xditd.client.comfyui.placement import place_conditioning
+from xditd.client.comfyui.run_checks import RunChecks
+from xditd.client.comfyui.understood import Understood
+from xditd.client.comfyui.unsupported import refuse
 from xditd.client.comfyui.weights import Edit, RemoteWeights, refuse_known
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensor_names import bare_name
@@ -32,6 +35,8 @@ from xditd.ipc.tensors import ComponentKind
 logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = "xditd"
+LATENT_CHANNELS = 16
+_FAMILIES = (comfy.supported_models.Flux, comfy.supported_models.FluxInpaint, comfy.supported_models.FluxSchnell)
 PREFIX = "diffusion_model."
 """ComfyUI's names of parameters begin with it, those of checkpoints do not."""
 
@@ -41,6 +46,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     ComfyUI's memory management sees what the loan takes on its GPU, and frees other models for it first.
     """
+
+    understood: Understood
+    """What was made at first, and what may be done to it."""
 
     @property
     def weights(self) -> RemoteWeights:
@@ -60,17 +68,42 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         free: int = super().get_free_memory(device)
         return free
 
-    def load(self, device_to: Any = None, *_: Any, **__: Any) -> None:
-        """Lend the weights with this patcher's patches merged; nothing happens where that is done already."""
-        if self.hook_patches:
-            raise Unsupported("XDiT: LoRA hooks (scheduled LoRAs) are not supported; use Load LoRA instead")
-        if self.weight_wrapper_patches:
-            raise Unsupported("XDiT: weight wrappers run Python inside the model; they are not supported")
-        self.weights.apply({name.removeprefix(PREFIX): self._edit(name) for name in self.patches})
+    def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
+        made: RemotePatcher = super().clone(*args, **kwargs)
+        made.understood = self.understood
+        return made
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: int = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        """Lend the weights with this patcher's patches merged; nothing happens where that is done already.
+
+        Raises:
+            Unsupported: what was done to the patcher or its modules cannot be done in the workers.
+        """
+        self.understood.check(self)
+        self.weights.apply({key.removeprefix(PREFIX): self._edit(key) for key in self.patches})
         self.model.current_weight_patches_uuid = self.patches_uuid
         self.model.device = self.load_device
+        for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """As the base class does where no hook is set; those that are would change weights between steps.
+
+        Raises:
+            Unsupported: a hook is set.
+        """
+        if hooks is not None:
+            refuse(["hooks (scheduled LoRAs)"])
+        super().patch_hooks(hooks)
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        self.understood.check(self)
         super().unpatch_model(None, unpatch_weights=False)  # another clone's object patches
         before = self.loaded_size()
         self.patch_model(device_to)
@@ -90,19 +123,35 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def patch_weight_to_device(self, key: str, *_: Any, **__: Any) -> Any:
         raise Unsupported(f"XDiT: {key} lies in the workers and cannot be patched one by one")
 
+    def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors with patches merged, for nodes that save: by the names that ``model``, within ``prefix``, has."""
+        names = (self.model if model is None else model).state_dict()
+        return {name: self._merged(prefix + name) for name in names if self._base_name(prefix + name) is not None}
+
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
         """As the base class does, with the values that the loan is made of: model merging nodes read them."""
         found: dict[str, Any] = super().get_key_patches(filter_prefix)
         for key, patches in found.items():
-            value = self.weights.base.get(key.removeprefix(PREFIX))
-            if value is not None:
-                found[key] = [(value, patches[0][1]), *patches[1:]]
+            name = self._base_name(key)
+            if name is not None:
+                found[key] = [(self.weights.base[name], patches[0][1]), *patches[1:]]
         return found
+
+    def _base_name(self, key: str) -> str | None:
+        """The name among the lent tensors of one that the modules name ``key``."""
+        name = key.removeprefix(PREFIX)
+        return name if name in self.weights.base else None
+
+    def _merged(self, key: str) -> torch.Tensor:
+        base: torch.Tensor = self.weights.base[key.removeprefix(PREFIX)]
+        return self._edit(key).merge(base).to("cpu") if key in self.patches else base
 
     def _edit(self, key: str) -> Edit:
         patches = self.patches[key]
         # Adapters compare by identity; the recipe holds them, so an identity is never used twice.
-        recipe = tuple((strength, _Same(value), model, offset) for strength, value, model, offset, _ in patches)
+        recipe = tuple(
+            (strength, _Same(value), model, offset, _Same(how)) for strength, value, model, offset, how in patches
+        )
         return Edit(recipe, functools.partial(_merge, patches, key, self.load_device))
 
 
@@ -150,15 +199,30 @@ def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     config = comfy.model_detection.model_config_from_unet(shapes, "")
-    if not isinstance(config, (comfy.supported_models.Flux, comfy.supported_models.FluxSchnell)):
+    if type(config) not in _FAMILIES:
         refuse_known(tensors, label)
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
         raise Unsupported(f"{label}: {found}; XDiT runs FLUX.1 (dev, schnell and their fine-tunes)")
+    check_channels(config, label)
     dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda each: (each.itemsize, str(each)))
     logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
     return build_weightless(config, shapes)
+
+
+def check_channels(config: Any, label: str) -> None:
+    """Refuse a FLUX.1 that reads an image beside the latents.
+
+    Raises:
+        Unsupported: Fill, Canny or Depth.
+    """
+    channels = config.unet_config.get("in_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise Unsupported(
+            f"{label}: its transformer reads {channels} channels instead of {LATENT_CHANNELS} (FLUX.1 Fill, Canny or "
+            "Depth); XDiT runs FLUX.1 dev, schnell and their fine-tunes, use the stock loader for it"
+        )
 
 
 def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -177,9 +241,10 @@ def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:
         model, weights, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
     params = model.diffusion_model.params
-    forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed)
+    forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed, patcher.understood)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, forward)
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, place_conditioning)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, RunChecks(has_guidance=params.guidance_embed))
     return patcher
 
 
@@ -197,7 +262,9 @@ def bind(model: Any, weights: Any, load_device: Any, offload_device: Any) -> Rem
     """
     model.xditd_weights = weights
     weakref.finalize(model, weights.release).atexit = False
-    return RemotePatcher(model, load_device=load_device, offload_device=offload_device)
+    patcher = RemotePatcher(model, load_device=load_device, offload_device=offload_device)
+    patcher.understood = Understood(patcher)
+    return patcher
 
 
 def _with_weight(name: str) -> str:

@@ -28,9 +28,16 @@ LATENT_CHANNELS: Final = 16
 class RemoteStage(torch.nn.Module):
     """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself."""
 
-    def __init__(self, weights: RemoteWeights) -> None:
+    def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
+        """``shapes`` is ComfyUI's own module on the meta device: a node that changes it there is noticed."""
         super().__init__()
         self._weights = weights
+        for name, child in shapes.named_children():
+            self.add_module(name, child)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """The tensors themselves, for nodes that save."""
+        return dict(self._weights.base)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
@@ -69,7 +76,7 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of FLUX.1; use Load VAE")
     weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
-    vae.first_stage_model = RemoteStage(weights)
+    vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
     vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
     vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0

@@ -16,10 +16,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from xditd.client.comfyui.accelerate import accelerate
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.fused_sampler import FusedEuler, positive_conditions
-from xditd.client.comfyui.fusion import STEPWISE_WRAPPERS, why_stepwise
+from xditd.client.comfyui.fused_sampler import FusedEuler, parts_of
+from xditd.client.comfyui.loop_eligibility import why_stepwise
 from xditd.client.comfyui.notes import show_on_node
-from xditd.client.comfyui.patcher import WRAPPER_KEY, RemotePatcher
+from xditd.client.comfyui.patcher import WRAPPER_KEY
+from xditd.client.comfyui.understood import why_unlike_made
 from xditd.client.comfyui.vae import weights_of
 from xditd.ipc.limits import MAX_STEPS
 
@@ -89,15 +90,17 @@ def sample(
     sigmas = comfy.samplers.KSampler(
         remote, steps, remote.load_device, sampler_name, scheduler, denoise, remote.model_options
     ).sigmas
+    params = remote.model.diffusion_model.params
     reason = why_stepwise(
         sampler=sampler_name,
         cfg=cfg,
-        has_mask="noise_mask" in latent_image,
+        has_mask=latent_image.get("noise_mask") is not None,
         sigmas=sigmas.tolist(),
-        conditions=positive_conditions(positive),
-        model_options=remote.model_options,
-        foreign_wrappers=_foreign_wrappers(remote),
-        latent_sides=(start.shape[-2], start.shape[-1]),
+        positive=parts_of(positive),
+        negative=parts_of(negative),
+        has_guidance=params.guidance_embed,
+        unlike_made=why_unlike_made(remote, remote.understood.sampling, WRAPPER_KEY),
+        latent_shape=start.shape,
     )
     if reason is not None:
         note = f"step by step: {reason}"
@@ -109,7 +112,12 @@ def sample(
 
     noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
     has_previews = latent_preview.get_previewer(remote.load_device, remote.model.latent_format) is not None
-    fused = FusedEuler(remote.weights, None if vae is None else weights_of(vae), has_previews=has_previews)
+    fused = FusedEuler(
+        remote.weights,
+        None if vae is None else weights_of(vae),
+        pooled_channels=params.vec_in_dim,
+        has_previews=has_previews,
+    )
     samples = comfy.sample.sample_custom(
         remote,
         noise,
@@ -126,12 +134,3 @@ def sample(
     out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
     out["samples"] = samples
     return out, fused.image, f"fused: {len(sigmas) - 1} steps in the workers"
-
-
-def _foreign_wrappers(remote: RemotePatcher) -> list[str]:
-    return sorted(
-        str(key)
-        for kind in STEPWISE_WRAPPERS
-        for key, wrappers in remote.wrappers.get(kind, {}).items()
-        if key != WRAPPER_KEY and wrappers
-    )

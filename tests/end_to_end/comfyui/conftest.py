@@ -99,6 +99,53 @@ def ksample(comfy) -> Callable[..., torch.Tensor]:
     return run
 
 
+@pytest.fixture
+def latent() -> dict[str, Any]:
+    return {"samples": torch.zeros(1, 16, 16, 16)}
+
+
+@pytest.fixture
+def xsample(connected, conditioning, latent):
+    """Run XDiT KSampler; returns latents, image and its note."""
+    from xditd.client.comfyui.nodes.ksampler import sample
+
+    def run(model: Any, **more: Any) -> tuple[torch.Tensor, Any, str]:
+        options = {"seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+        options |= {"positive": conditioning(1), "negative": conditioning(2), "latent_image": latent}
+        out, image, note = sample(model=model, **(options | more))
+        return out["samples"], image, note
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def decoder_file(tmp_path_factory) -> Path:
+    """A small VAE that ComfyUI takes: it reads the decoder's width from the file, the encoder's it has fixed."""
+    path = tmp_path_factory.mktemp("vae") / "decoder.safetensors"
+    save_file(checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_file(tmp_path_factory) -> Path:
+    """A VAE of the real size, so with its encoder."""
+    path = tmp_path_factory.mktemp("vae") / "whole.safetensors"
+    save_file(checkpoints.flux_vae_state_dict(4, channels=(128, 256, 512, 512)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock_vae(comfy, decoder_file) -> Any:
+    return comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(decoder_file)))
+
+
+@pytest.fixture
+def vae(connected, decoder_file) -> Any:
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    return load_vae(str(decoder_file))
+
+
 class Server:
     """A ComfyUI process with folders of its own."""
 

@@ -13,44 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client import Unsupported
-from xditd.client.demo import checkpoints
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 2e-6
-
-
-@pytest.fixture
-def latent() -> dict[str, Any]:
-    return {"samples": torch.zeros(1, 16, 16, 16)}
-
-
-@pytest.fixture(scope="session")
-def decoder_file(tmp_path_factory) -> Path:
-    """A small VAE that ComfyUI takes: it reads the decoder's width from the file, the encoder's it has fixed."""
-    path = tmp_path_factory.mktemp("vae") / "decoder.safetensors"
-    save_file(checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def whole_file(tmp_path_factory) -> Path:
-    """A VAE of the real size, so with its encoder."""
-    path = tmp_path_factory.mktemp("vae") / "whole.safetensors"
-    save_file(checkpoints.flux_vae_state_dict(4, channels=(128, 256, 512, 512)), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def stock_vae(comfy, decoder_file) -> Any:
-    return comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(decoder_file)))
-
-
-@pytest.fixture
-def vae(connected, decoder_file) -> Any:
-    from xditd.client.comfyui.nodes.vae_loader import load_vae
-
-    return load_vae(str(decoder_file))
 
 
 @pytest.fixture(scope="session")
@@ -75,20 +41,6 @@ def zeroed(path: Path, name: str, folder: Path) -> Path:
     tensors = load_file(path)
     save_file({**tensors, name: torch.zeros_like(tensors[name])}, folder / path.name)
     return folder / path.name
-
-
-@pytest.fixture
-def xsample(connected, conditioning, latent):
-    """Run XDiT KSampler; returns latents, image and its note."""
-    from xditd.client.comfyui.nodes.ksampler import sample
-
-    def run(model: Any, **more: Any) -> tuple[torch.Tensor, Any, str]:
-        options = {"seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-        options |= {"positive": conditioning(1), "negative": conditioning(2), "latent_image": latent}
-        out, image, note = sample(model=model, **(options | more))
-        return out["samples"], image, note
-
-    return run
 
 
 def lora(seed: int, kind: str = "own") -> dict[str, torch.Tensor]:
@@ -376,7 +328,7 @@ def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
     assert placed["c_crossattn"].cond.device.type == "meta"
     assert given["c_crossattn"].cond.device.type == "cpu"  # the node's own, which later prompts use again
     assert (placed["named"], placed["other"]) == (given["named"], given["other"])
-    assert run(FusedEuler(remote.weights, None)) == given
+    assert run(FusedEuler(remote.weights, None, pooled_channels=768)) == given
     for model in (remote, accelerate(local)):
         assert [place_conditioning] in model.wrappers[WrappersMP.SAMPLER_SAMPLE].values()
 

@@ -98,11 +98,107 @@ def test_a_zeroed_tensor_shows(name, comfy, connected, text_files, stock_clip, t
     assert max(errors) > 10 * TOLERANCE
 
 
-def test_what_cannot_run_is_refused_by_name(comfy, clip, text_files):
+def text_lora(seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA for both text encoders, in the names that trainers write."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, rows in (
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 512),
+        ("lora_te1_text_model_encoder_layers_1_self_attn_q_proj", 128),
+        ("lora_te2_encoder_block_1_layer_0_SelfAttention_v", 128),
+    ):
+        found[f"{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+        found[f"{name}.lora_down.weight"] = torch.randn(4, 128, generator=generator)
+    return found
+
+
+def lora_at(comfy: Any, clip: Any, strength: float) -> Any:
+    return comfy.comfy.sd.load_lora_for_models(None, clip, text_lora(3), 0.0, strength)[1]
+
+
+def multiplied(comfy: Any, clip: Any, _: float) -> Any:
+    from comfy_extras.nodes_attention_multiply import CLIPAttentionMultiply
+
+    return CLIPAttentionMultiply.execute(clip, 1.2, 0.8, 1.1, 0.9).result[0]
+
+
+def last_layer(comfy: Any, clip: Any, _: float) -> Any:
+    return comfy.nodes.CLIPSetLastLayer().set_last_layer(clip, -1)[0]
+
+
+def longer(comfy: Any, clip: Any, _: float) -> Any:
+    from comfy_extras.nodes_cond import T5TokenizerOptions
+
+    return T5TokenizerOptions.execute(clip, 300, 310).result[0]
+
+
+@pytest.mark.parametrize("change", [lora_at, multiplied, longer, last_layer], ids=lambda each: each.__name__)
+def test_a_change_of_the_clip(change, comfy, clip, stock_clip, relative_error):
+    def encode(each: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ((states, extras),) = comfy.nodes.CLIPTextEncode().encode(each, "a cliff at dusk")[0]
+        return states, extras["pooled_output"]
+
+    plain = encode(stock_clip)
+    for strength in (1.0, 0.5):
+        expected = encode(change(comfy, stock_clip, strength))
+        actual = encode(change(comfy, clip, strength))
+        for one, other in zip(actual, expected, strict=True):
+            assert relative_error(one, other) <= 1e-5
+        if change in (lora_at, multiplied):
+            assert max(relative_error(one, other) for one, other in zip(expected[1:], plain[1:], strict=True)) > 1e-3
+        if change is lora_at:
+            assert relative_error(expected[0], plain[0]) > 1e-3
+    comfy.comfy.model_management.unload_all_models()
+    for one, other in zip(encode(clip), plain, strict=True):
+        assert relative_error(one, other) <= TOLERANCE
+
+
+def test_clip_save_writes_what_stock_writes(comfy, clip, stock_clip, tmp_path, monkeypatch):
+    from comfy_extras.nodes_model_merging import CLIPSave
+
+    written = []
+    for name, each in (("ours", clip), ("stock", stock_clip)):
+        node = CLIPSave()
+        node.output_dir = str(tmp_path / name)
+        node.save(lora_at(comfy, each, 1.0), "clip/saved")
+        written.append({path.name: load_file(path) for path in sorted((tmp_path / name).rglob("*.safetensors"))})
+    ours, stock = written
+    assert len(ours) == 2
+    assert ours.keys() == stock.keys()
+    for name, tensors in ours.items():
+        assert tensors.keys() <= stock[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.allclose(tensor, stock[name][key], atol=1e-6), key
+        assert not {key for key in stock[name].keys() - tensors.keys() if "encoder" in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda clip, _: clip.clip_layer(-2), "CLIP Set Last Layer: -2"),
+        (lambda clip, _: clip.patcher.add_object_patch("t5xxl", torch.nn.Identity()), "object patch t5xxl"),
+        (lambda clip, _: clip.patcher.add_weight_wrapper("t5xxl.transformer.shared.weight", print), "weight wrappers"),
+        (lambda clip, hooks: setattr(clip.patcher, "forced_hooks", hooks), "hooks on the CLIP"),
+        (lambda clip, _: setattr(clip.cond_stage_model, "encode_token_weights", print), "encode_token_weights"),
+    ],
+)
+def test_a_change_of_the_clip_that_is_refused(change, said, comfy, clip):
+    from comfy.hooks import HookGroup
+
+    changed = clip.clone()
+    change(changed, HookGroup())
+    with pytest.raises(Unsupported, match=said):
+        comfy.nodes.CLIPTextEncode().encode(changed, "a cliff")
+
+
+def test_a_bypass_lora_on_the_clip_is_refused(comfy, clip):
+    (_, patched) = comfy.comfy.sd.load_bypass_lora_for_models(None, clip, text_lora(3), 0.0, 1.0)
+    with pytest.raises(Unsupported, match="LoraLoaderBypass"):
+        comfy.nodes.CLIPTextEncode().encode(patched, "a cliff")
+
+
+def test_files_of_one_kind_are_refused(connected, text_files):
     from xditd.client.comfyui.nodes.clip_loader import load_clip
 
-    (skipped,) = comfy.nodes.CLIPSetLastLayer().set_last_layer(clip, -2)
-    with pytest.raises(Unsupported, match="CLIP Set Last Layer"):
-        comfy.nodes.CLIPTextEncode().encode(skipped, "a cliff")
     with pytest.raises(BadRequest, match="one CLIP-L and one T5"):
         load_clip(text_files[0], text_files[0])

@@ -1,0 +1,172 @@
+"""What a loader made, so that what was changed since can be told: modules, their methods, hooks and settings.
+
+Nodes change a model in ways that no patcher records: they replace a method of one module or of its class, register a
+hook, swap a module, set a number. ComfyUI's own forward obeys all of these; one in the workers sees none of them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from xditd.client.comfyui.naming import name_of
+
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_SCALARS: Final = (bool, int, float, str)
+_MOVES: Final = ("comfy", "training")
+"""Beginnings and parts of the names of what ComfyUI sets where it loads and unloads weights."""
+
+
+@dataclass(frozen=True)
+class _Module:
+    """``settings`` are the plain values of a module; of the root, which ComfyUI keeps accounts on, none."""
+
+    kind: type
+    settings: Mapping[str, Any]
+
+
+class _Seen(NamedTuple):
+    """A module at the last full look: its own attributes and hooks, which change in place, and what is below it."""
+
+    attributes: dict[str, Any]
+    count: int
+    children: dict[str, Any]
+    child_count: int
+    hooks: tuple[Any, ...]
+
+
+class Baseline:
+    """The modules below one, as they are now. ``without`` names children of the root that are checked elsewhere."""
+
+    def __init__(self, root: Any, without: tuple[str, ...] = ()) -> None:
+        self._without = without
+        self._made = {
+            path: _Module(type(module), _settings(module) if path else {}) for path, module in self._walk(root)
+        }
+        self._methods = {
+            (kind, name): value
+            for kind in {kind for each in self._made.values() for kind in each.kind.__mro__}
+            for name, value in _methods(kind).items()
+        }
+        self._quick: list[_Seen] = []
+        self._note(root)
+
+    def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
+        """Name what a model of the same make has otherwise; ``unless`` are attributes that come and go (dotted)."""
+        found = dict(self._walk(root))
+        faults = [f"the module {path} is missing" for path in self._made if path not in found]
+        for path, module in found.items():
+            faults += self._faults_of(path, module, unless or {})
+        faults += [
+            f"{kind.__name__}.{name} is that of {_origin(vars(kind).get(name))}"
+            for (kind, name), made in self._methods.items()
+            if vars(kind).get(name) is not made
+        ]
+        return faults
+
+    def foreign_methods(self) -> list[str]:
+        """Name methods that classes were given before this was recorded: their code is not of the class's package."""
+        return [
+            f"{kind.__name__}.{name} is that of {_origin(value)}"
+            for (kind, name), value in self._methods.items()
+            if _origin_package(value) not in (_package(kind.__module__), "torch")
+        ]
+
+    def is_intact(self, root: Any) -> bool:
+        """Tell in a tenth of a millisecond for a thousand modules that nothing was changed since the last full look.
+
+        A doubt is a no; :meth:`differences` then names what it is, or says that it is nothing.
+        """
+        for attributes, count, children, child_count, hooks in self._quick:
+            modules = attributes["_modules"]
+            if len(attributes) != count or len(modules) != child_count or hooks[0] or hooks[1]:
+                return False
+            for name, child in children.items():
+                if modules.get(name) is not child:
+                    return False
+        for (kind, name), made in self._methods.items():
+            if kind.__dict__.get(name) is not made:
+                return False
+        return bool(self._quick) and self._quick[0].attributes is vars(root)
+
+    def accept(self, root: Any) -> None:
+        """Remember that ``root`` has no differences, for :meth:`is_intact`."""
+        self._note(root)
+
+    def _note(self, root: Any) -> None:
+        self._quick = [
+            _Seen(
+                vars(module),
+                len(vars(module)),
+                {name: child for name, child in module._modules.items() if path or name not in self._without},
+                len(module._modules),
+                tuple(getattr(module, hook) for hook in _HOOKS),
+            )
+            for path, module in self._walk(root)
+        ]
+
+    def _walk(self, root: Any) -> Iterator[tuple[str, Any]]:
+        for path, module in root.named_modules():
+            if path.split(".")[0] not in self._without:
+                yield path, module
+
+    def _faults_of(self, path: str, module: Any, unless: Mapping[str, Any]) -> Iterator[str]:
+        where = f"the module {path}" if path else "the model"
+        made = self._made.get(path)
+        if made is None:
+            yield f"{where} was added ({name_of(module)})"
+            return
+        if path in unless:
+            return
+        if type(module) is not made.kind:
+            yield f"{where} was replaced by {name_of(module)}"
+            return
+        for hook in _HOOKS:
+            for function in getattr(module, hook).values():
+                yield f"{where} has a forward hook ({name_of(function)})"
+        for name, value in vars(module).items():
+            full = f"{path}.{name}" if path else name
+            if full in unless:
+                continue
+            if callable(value) and callable(getattr(type(module), name, None)):
+                yield f"{full} was replaced ({name_of(value)})"
+            elif name in made.settings and made.settings[name] != value:
+                yield f"{full} was changed from {made.settings[name]!r} to {value!r}"
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not any(part in name for part in _MOVES) and _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _SCALARS) or (
+        isinstance(value, tuple) and all(isinstance(each, _SCALARS) for each in value)
+    )
+
+
+def _methods(kind: type) -> dict[str, Any]:
+    if kind.__name__ in ("object", "Module"):  # the roots of all classes: nobody's model
+        return {}
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if isinstance(value, types.FunctionType) and (not name.startswith("__") or name == "__call__")
+    }
+
+
+def _origin(value: object) -> str:
+    return "nobody" if value is None else name_of(value)
+
+
+def _origin_package(value: Any) -> str:
+    return _package(value.__globals__.get("__name__", ""))
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

@@ -1,0 +1,20 @@
+"""Names for what nodes put into a model: the node's class where the thing was made in it."""
+
+from __future__ import annotations
+
+import types
+
+
+def name_of(thing: object) -> str:
+    """Say what a node put somewhere, by the node's class where the thing was made in it."""
+    if isinstance(thing, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
+        qualified, module = thing.__qualname__, thing.__module__ or ""
+    else:
+        inner = getattr(thing, "func", None) or getattr(thing, "_orig_mod", None)  # functools.partial, torch.compile
+        if inner is not None and inner is not thing:
+            return name_of(inner)
+        qualified, module = type(thing).__qualname__, type(thing).__module__
+    owner, _, _ = qualified.partition(".<locals>")
+    head = owner.split(".")[0] if ".<locals>" in qualified else owner
+    shown = module.rpartition("/")[2].rpartition(".")[2]
+    return f"{head} of {shown}" if shown and shown != "builtins" else head

@@ -1,0 +1,43 @@
+"""What is looked at when a sampler starts, before any weight is lent or any step taken."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from xditd.client.comfyui.understood import COMPILE_KEY
+from xditd.client.comfyui.unsupported import condition_faults, model_option_faults, refuse
+
+logger = logging.getLogger(__name__)
+
+
+class RunChecks:
+    """Refuses a run that would come to what the workers cannot do, at whatever step. A wrapper of ``outer_sample``."""
+
+    def __init__(self, *, has_guidance: bool) -> None:
+        self._has_guidance = has_guidance
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look at the model, its options and all conditioning; then let the run begin.
+
+        Raises:
+            Unsupported: names everything that is not understood.
+        """
+        guider = executor.class_obj
+        patcher = guider.model_patcher
+        _drop_compilation(guider.model_options)
+        refuse([
+            *patcher.understood.faults(patcher),
+            *model_option_faults(guider.model_options),
+            *condition_faults(guider.conds, has_guidance=self._has_guidance),
+        ])  # fmt: skip
+        return executor(*args, **kwargs)
+
+
+def _drop_compilation(model_options: dict[str, Any]) -> None:
+    """Leave out torch.compile: it makes a local model faster, to the same result, and there is none here."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if wrappers.pop(COMPILE_KEY, None):
+        logger.warning("TorchCompileModel: nothing to compile here, the workers run the model; it runs without")

@@ -1,0 +1,187 @@
+"""Which changes of a MODEL, CLIP or VAE are understood: all others are refused by name.
+
+A patcher is compared with a fresh one. Its parts are either understood (LoRA patches are merged; wrappers and callbacks
+of known kinds run in ComfyUI, around the workers; ``model_sampling`` and sampler functions are ComfyUI's own) or must
+be as they were made.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from xditd.client.comfyui.baseline import Baseline
+from xditd.client.comfyui.naming import name_of
+from xditd.client.comfyui.unsupported import model_option_faults, refuse
+from xditd.ipc.name_lists import listed
+
+WRAPPERS: Final = frozenset({
+    "apply_model", "calc_cond_batch", "diffusion_model", "outer_sample", "predict_noise", "prepare_sampling",
+    "sampler_sample",
+})  # fmt: skip
+"""Kinds of wrappers that ComfyUI calls around the model, or around our place in it."""
+
+CALLBACKS: Final = frozenset({
+    "on_apply_hooks", "on_cleanup", "on_clone", "on_deepclone_multigpu", "on_detach_after", "on_eject_model",
+    "on_inject_model", "on_load_after", "on_match_multigpu_clones", "on_pre_run", "on_prepare_state",
+    "on_register_all_hook_patches",
+})  # fmt: skip
+"""Kinds of callbacks that are called for a MODEL of ours as for any other."""
+
+BOOKKEEPING: Final = frozenset({
+    "attachments", "backup", "backup_buffers", "cached_hook_patches", "cached_patcher_init", "clone_base_uuid",
+    "current_hooks", "hook_backup", "hook_mode", "hook_patches_backup", "is_clip", "is_injected", "load_device",
+    "model", "non_dynamic_delegate_model", "object_patches_backup", "offload_device", "parent", "patches_uuid",
+    "pinned", "size", "skip_injection", "understood", "weight_inplace_update",
+})  # fmt: skip
+"""What a patcher keeps about itself, or (attachments) holds for nodes and never reads."""
+
+MODEL_SAMPLING: Final = "model_sampling"
+COMPUTE_DTYPE: Final = "manual_cast_dtype"
+COMPILE_KEY: Final = "torch.compile"
+"""ComfyUI's wrapper for TorchCompileModel, which only makes a local model faster."""
+
+_MEANING: Final = {
+    "injections": "injects Python code into the model",
+    "hook_patches": "LoRA hooks (scheduled LoRAs)",
+    "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
+    "weight_wrapper_patches": "weight wrappers",
+    "additional_models": "more models beside this one",
+    "is_multigpu_base_clone": "ComfyUI's own split over several GPUs",
+}
+_NODES: Final = {"bypass_lora": "LoraLoaderBypass, LoraLoaderBypassModelOnly"}
+"""Stock nodes by the keys that they put things under."""
+
+_SAMPLING_METHODS: Final = (
+    "timestep", "calculate_input", "calculate_denoised", "noise_scaling", "inverse_noise_scaling",
+)  # fmt: skip
+
+
+class Understood:
+    """What one MODEL, CLIP or VAE was made as, and what may have been done to it since."""
+
+    def __init__(self, patcher: Any, label: str = "XDiT") -> None:
+        """Record ``patcher`` and its modules as they are: nothing was done to them yet."""
+        module = patcher.model
+        self._fresh = {name: _copied(value) for name, value in vars(patcher).items() if name not in BOOKKEEPING}
+        self._label = label
+        self._module = weakref.ref(module)
+        self.baseline = Baseline(module, without=(MODEL_SAMPLING,))
+        self.sampling = getattr(module, MODEL_SAMPLING, None)
+        self._dtypes = {
+            None,
+            getattr(module, COMPUTE_DTYPE, None),
+            module.get_dtype() if hasattr(module, "get_dtype") else None,
+        }
+
+    def check(self, patcher: Any) -> None:
+        """Refuse a patcher for what is not understood of it.
+
+        Raises:
+            Unsupported: names each change.
+        """
+        refuse(self.faults(patcher), self._label)
+        if patcher.model is self._module():
+            self.baseline.accept(patcher.model)
+
+    def faults(self, patcher: Any) -> Iterator[str]:
+        """Name what was done to a patcher, and to its modules, that cannot be done in the workers."""
+        yield from self._patcher_faults(patcher)
+        yield from self._module_faults(patcher.model, getattr(patcher, "object_patches_backup", {}))
+
+    def _module_faults(self, module: Any, unless: Mapping[str, Any]) -> Iterator[str]:
+        """Name what differs in the modules; ``unless`` are places that a patcher changes for a time."""
+        yield from self.baseline.foreign_methods()
+        yield from self.baseline.differences(module, unless)
+
+    def check_step(self) -> None:
+        """Look at the modules once more, within a step: at little cost where nothing was done since :meth:`check`."""
+        module = self._module()
+        if module is not None and not self.baseline.is_intact(module):
+            refuse(self._module_faults(module, {}), self._label)
+            self.baseline.accept(module)
+
+    def _patcher_faults(self, patcher: Any) -> Iterator[str]:
+        for name, value in vars(patcher).items():
+            if name in BOOKKEEPING or name == "patches":
+                continue
+            if name == "object_patches":
+                yield from self._object_faults(value)
+            elif name == "model_options":
+                yield from model_option_faults(value)
+            elif name in ("wrappers", "callbacks"):
+                known = WRAPPERS if name == "wrappers" else CALLBACKS
+                for kind, by_key in value.items():
+                    if kind not in known and any(by_key.values()):
+                        yield f"{name} of the kind {kind!r} ({_owners(by_key)})"
+            elif name == "additional_models":
+                if value.get("multigpu"):
+                    yield _MEANING["is_multigpu_base_clone"]
+            elif name == "force_cast_weights":
+                pass  # comes with a compute dtype, which is looked at above
+            elif name == "injections":
+                for key, each in ((key, each) for key, each in value.items() if each):
+                    yield f"{key} {_MEANING[name]} ({_NODES.get(key) or _owners({key: each})})"
+            elif not _is_same(value, self._fresh.get(name)):
+                yield _MEANING.get(name) or f"{name} of the patcher ({name_of(value)})"
+
+    def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
+        for name, value in patches.items():
+            if name == MODEL_SAMPLING and self.sampling is not None:
+                largest = float(value.timestep(value.sigma_max))
+                if largest > 1.0:
+                    yield f"model_sampling of {name_of(type(value))}, with timesteps up to {largest:g} (FLUX.1: 1)"
+            elif name != COMPUTE_DTYPE or value not in self._dtypes:
+                yield f"the object patch {name} ({name_of(value)})"
+
+
+def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
+    """Say what a MODEL has beyond weights that the workers' whole loop would leave out, or None.
+
+    ``made`` is its ``model_sampling`` as loaded; ``own_key`` is that of the wrappers that XDiT itself put in.
+    """
+    for what, kinds in (("wraps", patcher.wrappers), ("has a callback in", patcher.callbacks)):
+        for kind, by_key in kinds.items():
+            for key, functions in by_key.items():
+                if functions and key not in (own_key, COMPILE_KEY):
+                    return f"{key or _owners({key: functions})} {what} the model ({kind})"
+    for key, value in patcher.model_options.items():
+        if key == "transformer_options":
+            if any(value.values()):
+                return f"the model has the transformer options {listed(sorted(map(str, value)))}"
+        elif key != "torch_compile_kwargs" and value:
+            owners = listed(name_of(each) for each in (value if isinstance(value, list) else [value]))
+            return f"the model has {key} ({owners})"
+    others = [name for name in patcher.object_patches if name not in (MODEL_SAMPLING, COMPUTE_DTYPE)]
+    if others:
+        return f"the model has object patches ({listed(others)})"
+    if patcher.additional_models:
+        return f"more models go with it ({listed(map(str, patcher.additional_models))})"
+    sampling = patcher.get_model_object(MODEL_SAMPLING)
+    if sampling is not made:
+        for name in _SAMPLING_METHODS:
+            if name in vars(sampling) or getattr(type(sampling), name, None) is not getattr(type(made), name, None):
+                return f"model_sampling is that of {name_of(type(sampling))}"
+    return None
+
+
+def _owners(by_key: Mapping[Any, Sequence[Any]]) -> str:
+    found = []
+    for key, functions in by_key.items():
+        for each in functions:
+            inner = getattr(each, "inject", each)
+            found.append(name_of(inner))
+        if key is not None and not functions:
+            found.append(str(key))
+    return listed(dict.fromkeys(found))
+
+
+def _is_same(value: Any, fresh: Any) -> bool:
+    if value is fresh or (not value and not fresh):
+        return True
+    return type(value) is type(fresh) and isinstance(value, (bool, int, float, str, dict, list, set)) and value == fresh
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value

@@ -1,0 +1,157 @@
+"""Changes of modules are told from what was made, whatever a node did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.client.comfyui.baseline import Baseline
+from xditd.client.comfyui.naming import name_of
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.linear = torch.nn.Linear(2, 2, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(x)
+        return found
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded_bytes = 0
+        self.sampling = torch.nn.Identity()
+        self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+    def apply_model(self) -> None: ...
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def baseline(model) -> Baseline:
+    return Baseline(model, without=("sampling",))
+
+
+def test_what_was_made_has_no_differences(model, baseline):
+    assert baseline.is_intact(model)
+    assert baseline.differences(model) == []
+    assert baseline.differences(Model()) == []
+    assert baseline.foreign_methods() == []
+
+
+def test_what_comfyui_keeps_is_no_difference(model, baseline):
+    model.loaded_bytes = 7
+    model.sampling = torch.nn.Linear(1, 1)
+    model.blocks[0].comfy_cast_weights = True
+    model.blocks[0].weight_function = []
+    assert baseline.differences(model) == []
+    assert not baseline.is_intact(model)  # a doubt, which the full look settles
+    baseline.accept(model)
+    assert baseline.is_intact(model)
+
+
+def replace_block(model: Any) -> None:
+    model.blocks[1] = torch.nn.Identity()
+
+
+def replace_linear(model: Any) -> None:
+    model.blocks[0].linear = torch.nn.Sequential()
+
+
+def replace_forward(model: Any) -> None:
+    model.blocks[0].forward = print
+
+
+def replace_method(model: Any) -> None:
+    model.apply_model = print
+
+
+def hook(model: Any) -> None:
+    model.blocks[0].linear.register_forward_hook(print)
+
+
+def pre_hook(model: Any) -> None:
+    model.blocks[0].register_forward_pre_hook(print)
+
+
+def add(model: Any) -> None:
+    model.blocks.append(torch.nn.Identity())
+
+
+def remove(model: Any) -> None:
+    del model.blocks[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (replace_block, "the module blocks.1 was replaced by Identity"),
+        (replace_linear, "the module blocks.0.linear was replaced by Sequential"),
+        (replace_forward, "blocks.0.forward was replaced (print)"),
+        (replace_method, "apply_model was replaced (print)"),
+        (hook, "the module blocks.0.linear has a forward hook (print)"),
+        (pre_hook, "the module blocks.0 has a forward hook (print)"),
+        (add, "the module blocks.2 was added (Identity"),
+        (remove, "the module blocks.1 is missing"),
+    ],
+)
+def test_a_change_is_seen_at_once_and_named(change, said, model, baseline):
+    change(model)
+    assert not baseline.is_intact(model)
+    assert any(said in each for each in baseline.differences(model))
+
+
+def test_a_setting_that_was_changed(model, baseline):
+    model.blocks[1].heads = 4
+    assert baseline.differences(model) == ["blocks.1.heads was changed from 2 to 4"]
+
+
+def test_a_method_of_a_class(model, baseline, monkeypatch):
+    monkeypatch.setattr(Block, "forward", lambda self, x: x)
+    assert not baseline.is_intact(model)
+    assert "Block.forward is that of" in baseline.differences(model)[0]
+
+
+def test_a_method_that_a_class_had_been_given_before(monkeypatch):
+    namespace: dict[str, Any] = {"__name__": "another_pack"}
+    made: Callable[..., Any] = type(name_of)(name_of.__code__, namespace, "forward")
+    monkeypatch.setattr(Block, "forward", made)
+    assert Baseline(Model()).foreign_methods() == ["Block.forward is that of name_of of another_pack"]
+
+
+def test_places_that_a_patcher_changes_for_a_time(model, baseline):
+    model.apply_model = print
+    assert baseline.differences(model, {"apply_model": None}) == []
+
+
+class SomeNode:
+    def patch(self) -> Callable[[], None]:
+        def inner() -> None: ...
+
+        return inner
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [
+        (SomeNode().patch(), "SomeNode of test_baseline"),
+        (SomeNode().patch, "SomeNode.patch of test_baseline"),
+        (SomeNode(), "SomeNode of test_baseline"),
+        (SomeNode, "SomeNode of test_baseline"),
+        (print, "print"),
+        ([], "list"),
+    ],
+)
+def test_names(thing, name):
+    assert name_of(thing) == name

@@ -1,0 +1,357 @@
+"""What a MODEL in the workers cannot obey is refused by name before the first step, and nothing is lent."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.client import Client, Unsupported
+from xditd.client.demo import checkpoints
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+
+Change = Callable[[Any], None]
+
+
+def node(module: str, name: str, *args: Any) -> Callable[[Any], Any]:
+    """A stock node that takes a MODEL first and hands one on."""
+
+    def apply(model: Any) -> Any:
+        import importlib
+
+        found = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), name)
+        if hasattr(found, "execute"):
+            return found.execute(model, *args).result[0]
+        made = found()
+        return getattr(made, made.FUNCTION)(model, *args)[0]
+
+    return apply
+
+
+NODES = {
+    "SkipLayerGuidanceDiT from 30 %": (
+        node("slg", "SkipLayerGuidanceDiT", 3.0, 0.3, 0.9, "0", "0"), r"other blocks \(SkipLayerGuidanceDiT",
+    ),
+    "SkipLayerGuidanceDiTSimple": (
+        node("slg", "SkipLayerGuidanceDiTSimple", 0.3, 0.9, "0", "0"), r"other blocks \(SkipLayerGuidanceDiTSimple",
+    ),
+    "PerturbedAttentionGuidance": (node("pag", "PerturbedAttentionGuidance", 3.0), "PerturbedAttentionGuidance"),
+    "SelfAttentionGuidance": (node("sag", "SelfAttentionGuidance", 0.5, 2.0), "SelfAttentionGuidance"),
+    "NAGuidance": (node("nag", "NAGuidance", 5.0, 0.5, 1.5), "NAGuidance"),
+    "TomePatchModel": (node("tomesd", "TomePatchModel", 0.3), "TomePatchModel"),
+    "ScaleROPE": (node("rope", "ScaleROPE", 2.0, 0.0, 1.0, 0.0, 1.0, 0.0), "RoPE"),
+    "ModelComputeDtype": (node("model_advanced", "ModelComputeDtype", "bf16"), "manual_cast_dtype"),
+    "ModelSamplingSD3": (node("model_advanced", "ModelSamplingSD3", 3.0), "ModelSamplingSD3.*timesteps up to 1000"),
+    "ModelAttentionBackend": (node("model_advanced", "ModelAttentionBackend", "pytorch attention"), "attention"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def refused(comfy, connected, daemon, conditioning, ksample, latent, monkeypatch) -> Callable[..., None]:
+    """Sample, and see a refusal before any forward and any loan."""
+
+    def check(make: Callable[[], Any], said: str, positive: Any = None, **more: Any) -> None:
+        forwards: list[Any] = []
+        monkeypatch.setattr(Client, "denoise", lambda *_, **__: forwards.append(1))
+        comfy.comfy.model_management.unload_all_models()
+        with pytest.raises(Unsupported, match=said):
+            ksample(make(), positive or conditioning(1), conditioning(2), dict(latent), **{"steps": 10, **more})
+        assert not forwards
+        assert not daemon.status().components
+
+    return check
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate, then node", "node, then accelerate"])
+@pytest.mark.parametrize("name", NODES)
+def test_a_node(name, through, remote, local, refused):
+    from xditd.client.comfyui.accelerate import accelerate
+
+    change, said = NODES[name]
+    make = {
+        "loader": lambda: change(remote),
+        "accelerate, then node": lambda: change(accelerate(local)),
+        "node, then accelerate": lambda: accelerate(change(local)),
+    }[through]
+    refused(make, said)
+
+
+def test_a_lora_that_bypasses_the_weights(comfy, remote, local, refused):
+    from comfy_extras import nodes_lora_debug
+
+    from xditd.client.comfyui.accelerate import accelerate
+
+    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
+    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
+
+    def bypass(model: Any) -> Any:
+        return comfy.comfy.sd.load_bypass_lora_for_models(model, None, adapters, 1.0, 0.0)[0]
+
+    assert nodes_lora_debug.LoraLoaderBypassModelOnly
+    refused(lambda: bypass(remote), "bypass_lora.*LoraLoaderBypass")
+    refused(lambda: accelerate(bypass(local)), "bypass_lora.*LoraLoaderBypass")
+
+
+class Controlled:
+    """What ControlNetApplyAdvanced asks of a control net."""
+
+    def __new__(cls) -> Any:
+        from comfy.controlnet import ControlBase
+
+        made = ControlBase()
+        made.copy = lambda: made
+        return made
+
+
+def test_a_control_net_from_60_percent(comfy, remote, refused, conditioning):
+    apply = comfy.nodes.ControlNetApplyAdvanced().apply_controlnet
+    hint = torch.zeros(1, 128, 128, 3)
+    positive, _ = apply(conditioning(1), conditioning(2), Controlled(), hint, 1.0, 0.6, 1.0)
+    refused(lambda: remote, "ControlNet", positive)
+
+
+def test_conditioning_that_changes_the_model(remote, refused, conditioning, latent):
+    from comfy.hooks import create_hook_lora
+
+    def attached(**more: Any) -> list[Any]:
+        ((embeds, extras),) = conditioning(1)
+        return [[embeds, {**extras, **more}]]
+
+    refused(lambda: remote, "Kontext", attached(reference_latents=[latent["samples"]]))
+    mask = {"attention_mask": torch.ones(1, 80, 80), "attention_mask_img_shape": (8, 8)}
+    refused(lambda: remote, "Apply Style Model", attached(**mask))
+    refused(lambda: remote, "GLIGEN", attached(gligen=("position", types.SimpleNamespace(model=None), [])))
+    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
+    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
+    hooks = create_hook_lora(adapters, 1.0, 0.0)
+    refused(lambda: remote, "scheduled LoRAs", attached(hooks=hooks))
+
+
+PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
+
+
+def plant(said: str) -> Callable[[Change], Change]:
+    """Register something that no node of ours knows, and what its refusal says."""
+
+    def register(change: Change) -> Change:
+        def apply(model: Any) -> Any:
+            patched = model.clone()
+            change(patched)
+            return patched
+
+        PLANTS[change.__name__] = (apply, said)
+        return change
+
+    return register
+
+
+@plant("an_option")
+def a_model_option(patcher: Any) -> None:
+    patcher.model_options["an_option"] = print
+
+
+@plant("an_option")
+def a_transformer_option(patcher: Any) -> None:
+    patcher.model_options["transformer_options"]["an_option"] = print
+
+
+@plant("double_block: a_block_patch")
+def a_block_patch(patcher: Any) -> None:
+    patcher.set_model_double_block_patch(a_block_patch)
+
+
+@plant("diffusion_model.forward_orig.*an_object_patch")
+def an_object_patch_of_forward_orig(patcher: Any) -> None:
+    patcher.add_object_patch("diffusion_model.forward_orig", lambda *_: None)
+
+
+@plant(r"object patch diffusion_model \(")
+def an_object_patch_of_the_model(patcher: Any) -> None:
+    patcher.add_object_patch("diffusion_model", torch.nn.Identity())
+
+
+@plant("latent_format")
+def an_object_patch_of_another_part(patcher: Any) -> None:
+    patcher.add_object_patch("latent_format", copy.copy(patcher.model.latent_format))
+
+
+@plant("of the kind 'a_kind'")
+def a_wrapper(patcher: Any) -> None:
+    patcher.add_wrapper_with_key("a_kind", "pack", print)
+
+
+@plant("of the kind 'a_kind'")
+def a_callback(patcher: Any) -> None:
+    patcher.add_callback_with_key("a_kind", "pack", print)
+
+
+@plant("pack injects")
+def an_injection(patcher: Any) -> None:
+    from comfy.patcher_extension import PatcherInjection
+
+    patcher.set_injections("pack", [PatcherInjection(print, print)])
+
+
+@plant("weight wrappers")
+def a_weight_wrapper(patcher: Any) -> None:
+    patcher.add_weight_wrapper("diffusion_model.img_in.weight", print)
+
+
+@plant("scheduled LoRAs")
+def a_weight_hook(patcher: Any) -> None:
+    patcher.hook_patches["ref"] = {"diffusion_model.img_in.weight": []}
+
+
+@plant("several GPUs")
+def a_multigpu_clone(patcher: Any) -> None:
+    patcher.additional_models["multigpu"] = [patcher]
+
+
+@plant("an_attribute of the patcher")
+def an_attribute(patcher: Any) -> None:
+    patcher.an_attribute = print
+
+
+@plant("apply_hooks of the patcher")
+def a_method(patcher: Any) -> None:
+    patcher.apply_hooks = lambda *_, **__: {}
+
+
+LASTING: dict[str, tuple[Callable[[Any], Callable[[], None]], str]] = {}
+"""Changes of the modules themselves, which all clones share, with a way back."""
+
+
+def lasting(said: str) -> Callable[[Any], Any]:
+    def register(change: Any) -> Any:
+        LASTING[change.__name__] = (change, said)
+        return change
+
+    return register
+
+
+def swapped(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute, and hand back how to undo it."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    return lambda: delattr(owner, name) if before is missing else setattr(owner, name, before)
+
+
+@lasting(r"img_in has a forward hook \(a_forward_hook")
+def a_forward_hook(model: Any) -> Callable[[], None]:
+    def hook(*_: Any) -> None: ...
+
+    hook.__qualname__ = "a_forward_hook"
+    remove: Callable[[], None] = model.diffusion_model.img_in.register_forward_hook(hook).remove
+    return remove
+
+
+@lasting("single_blocks.0 has a forward hook")
+def a_forward_pre_hook(model: Any) -> Callable[[], None]:
+    remove: Callable[[], None] = model.diffusion_model.single_blocks[0].register_forward_pre_hook(print).remove
+    return remove
+
+
+@lasting("diffusion_model.forward_orig was replaced")
+def a_method_of_the_transformer(model: Any) -> Callable[[], None]:
+    return swapped(model.diffusion_model, "forward_orig", print)
+
+
+@lasting("apply_model was replaced")
+def a_method_of_the_model(model: Any) -> Callable[[], None]:
+    return swapped(model, "apply_model", print)
+
+
+@lasting(r"double_blocks.0.img_attn.forward was replaced")
+def a_method_of_a_block(model: Any) -> Callable[[], None]:
+    return swapped(model.diffusion_model.double_blocks[0].img_attn, "forward", print)
+
+
+@lasting("DoubleStreamBlock.forward is that of")
+def a_method_of_a_class(model: Any) -> Callable[[], None]:
+    def forward(*_: Any) -> None: ...
+
+    return swapped(type(model.diffusion_model.double_blocks[0]), "forward", forward)
+
+
+@lasting("double_blocks.1 was replaced by Identity")
+def a_module(model: Any) -> Callable[[], None]:
+    blocks, before = model.diffusion_model.double_blocks, model.diffusion_model.double_blocks[1]
+    blocks[1] = torch.nn.Identity()
+    return lambda: blocks.__setitem__(1, before)
+
+
+@lasting("extra was added")
+def another_module(model: Any) -> Callable[[], None]:
+    model.diffusion_model.add_module("extra", torch.nn.Identity())
+    return lambda: delattr(model.diffusion_model, "extra")
+
+
+@lasting("num_heads was changed from 2 to 4")
+def a_setting(model: Any) -> Callable[[], None]:
+    return swapped(model.diffusion_model.double_blocks[0], "num_heads", 4)
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize("name", PLANTS)
+def test_an_unknown_change_at_every_level(name, through, remote, local, refused):
+    from xditd.client.comfyui.accelerate import accelerate
+
+    change, said = PLANTS[name]
+    refused((lambda: change(remote)) if through == "loader" else (lambda: accelerate(change(local))), said)
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize("name", LASTING)
+def test_an_unknown_change_of_the_modules(name, through, comfy, remote, local, files, refused):
+    from xditd.client.comfyui.accelerate import accelerate
+
+    change, said = LASTING[name]
+    model = remote if through == "loader" else comfy.comfy.sd.load_diffusion_model(str(files.transformer))
+    undo = change(model.model)
+    try:
+        refused(lambda: model if through == "loader" else accelerate(model), said)
+    finally:
+        undo()
+
+
+def test_a_change_within_a_step(remote, conditioning, ksample, latent):
+    """As TeaCache does: a function around the model swaps a method of the transformer while it runs."""
+    steps = []
+
+    def around(apply_model: Any, given: dict[str, Any]) -> Any:
+        steps.append(1)
+        undo = swapped(remote.model.diffusion_model, "forward_orig", print) if len(steps) == 2 else lambda: None
+        try:
+            return apply_model(given["input"], given["timestep"], **given["c"])
+        finally:
+            undo()
+
+    patched = remote.clone()
+    patched.set_model_unet_function_wrapper(around)
+    with pytest.raises(Unsupported, match="forward_orig was replaced"):
+        ksample(patched, conditioning(1), conditioning(2), dict(latent))
+    assert len(steps) == 2
+    ksample(remote, conditioning(1), conditioning(2), dict(latent))
+
+
+@pytest.mark.parametrize(("channels", "through"), [(96, "loader"), (32, "loader"), (96, "accelerate")])
+def test_fill_and_canny_by_their_loader(channels, through, comfy, connected, daemon, tmp_path):
+    from safetensors.torch import save_file
+
+    from xditd.client.comfyui.accelerate import accelerate
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    tensors = checkpoints.flux1_state_dict(1)
+    tensors["img_in.weight"] = torch.zeros(256, 4 * channels)
+    save_file(tensors, tmp_path / "fill.safetensors")
+    path = str(tmp_path / "fill.safetensors")
+    make = load_unet if through == "loader" else lambda _: accelerate(comfy.comfy.sd.load_diffusion_model(path))
+    with pytest.raises(Unsupported, match=rf"reads {channels} channels.*Fill, Canny"):
+        make(path)
+    assert not daemon.status().components

@@ -1,0 +1,90 @@
+"""Load VAE (xDiT) takes what a stock VAE takes, saves what it saves, and is refused where a node has changed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xditd.client import Unsupported
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+
+TOLERANCE = 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("height", "width"), [(72, 64), (75, 91), (1080 // 15, 40)])
+def test_sides_that_are_no_multiples_of_16_are_encoded_as_stock_does(
+    height, width, comfy, connected, whole_file, relative_error
+):
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    stock = comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(whole_file)))
+    pixels = torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(2))
+    expected, actual = stock.encode(pixels), load_vae(str(whole_file)).encode(pixels)
+    assert actual.shape == expected.shape == (1, 16, height // 8, width // 8)
+    assert relative_error(actual, expected) <= TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(1, 16, 9, 7), (66, 16, 2, 2), (1, 16, 1, 4, 4)])
+def test_latents_of_any_size_and_number_are_decoded(shape, vae, stock_vae, relative_error):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert relative_error(vae.decode(z), stock_vae.decode(z)) <= TOLERANCE
+
+
+def test_vae_save_writes_the_tensors(vae, decoder_file, tmp_path):
+    from comfy_extras.nodes_model_merging import VAESave
+
+    node = VAESave()
+    node.output_dir = str(tmp_path)
+    node.save(vae, "vae/saved")
+    (path,) = tmp_path.rglob("*.safetensors")
+    written, made = load_file(path), load_file(decoder_file)
+    assert written.keys() == made.keys()
+    assert all(torch.equal(written[name], made[name]) for name in made)
+
+
+def test_model_save_writes_what_stock_writes(comfy, remote, local, tmp_path):
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
+    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
+    written = []
+    for name, model in (("ours", remote), ("stock", local)):
+        node = ModelSave()
+        node.output_dir = str(tmp_path / name)
+        node.save(comfy.comfy.sd.load_lora_for_models(model, None, adapters, 0.5, 0.0)[0], "model/saved")
+        (path,) = (tmp_path / name).rglob("*.safetensors")
+        written.append(load_file(path))
+    ours, stock = written
+    assert ours.keys() == stock.keys()
+    assert all(torch.allclose(ours[name], stock[name], atol=1e-6) for name in ours)
+
+
+def seamless(vae: Any) -> None:
+    """As nodes for seamless tiles do."""
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+
+
+def hooked(vae: Any) -> None:
+    vae.first_stage_model.decoder.conv_in.register_forward_hook(print)
+
+
+def replaced(vae: Any) -> None:
+    vae.first_stage_model.decode = print
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(seamless, "padding_mode was changed"), (hooked, "forward hook"), (replaced, "decode was replaced")],
+)
+def test_a_vae_that_a_node_changed_is_refused(change, said, vae):
+    change(vae)
+    with pytest.raises(Unsupported, match=said):
+        vae.decode(torch.zeros(1, 16, 4, 4))
