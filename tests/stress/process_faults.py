@@ -1,0 +1,140 @@
+"""Faults of processes: killed, stopped, paused all together; and garbage on the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterable
+
+import zmq
+from faults import Broken, Fault, NotNow, Pace, Scene
+from process_tree import descendants, parent_of
+from record import is_lost
+from target import START_S
+
+from xditd.ipc.addresses import endpoint
+from xditd.ipc.status import GroupState
+
+ANSWER_S = 5.0
+PAUSES_S = (2.0, 15.0)
+AFTER_PAUSE_S = 30.0
+"""How long results may take to come again, and errors of the pause to show."""
+
+
+def find_ranks(scene: Scene) -> list[int]:
+    """The pids of the ranks.
+
+    Raises:
+        NotNow: there are none; they are being started.
+    """
+    status = scene.target.find_status()
+    if status is None or status.group_state not in (GroupState.READY, GroupState.BUSY) or not status.workers:
+        raise NotNow
+    return [worker.pid for worker in status.workers]
+
+
+def send_signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def kill_rank(scene: Scene) -> None:
+    send_signal([scene.rng.choice(find_ranks(scene))], signal.SIGKILL)
+
+
+def kill_leader(scene: Scene) -> None:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        send_signal([parent_of(find_ranks(scene)[0])], signal.SIGKILL)
+
+
+def stop_rank(scene: Scene) -> None:
+    send_signal([scene.rng.choice(find_ranks(scene))], signal.SIGSTOP)
+
+
+def kill_rank_without_folder(scene: Scene) -> None:
+    """Delete the folder that the daemon was started in, then kill a rank: the group must come up again."""
+    ranks = find_ranks(scene)
+    starts = scene.target.ask().counters.group_starts
+    shutil.rmtree(scene.target.working_folder, ignore_errors=True)
+    send_signal([scene.rng.choice(ranks)], signal.SIGKILL)
+    ends = time.monotonic() + START_S
+    while time.monotonic() < ends:
+        status = scene.target.find_status()
+        if status is not None and status.counters.group_starts > starts:
+            if status.group_state in (GroupState.READY, GroupState.BUSY):
+                return
+            if status.counters.group_starts > starts + 3:
+                raise Broken(f"the group was started {status.counters.group_starts - starts} times and died each time")
+        time.sleep(0.2)  # between two looks
+    raise Broken(f"the group did not come up within {START_S:.0f} s of a rank's death")
+
+
+def pause(scene: Scene) -> None:
+    """Stop daemon, leader, ranks and clients for a while, as a laptop that sleeps; then let all go on."""
+    find_ranks(scene)
+    starts = scene.target.ask().counters.group_starts
+    everybody = [scene.target.process.pid, *descendants(scene.target.process.pid), *scene.crowd.pids]
+    scene.rng.shuffle(everybody)
+    began, right, lasts_s = time.monotonic(), scene.record.right, scene.rng.uniform(*PAUSES_S)
+    send_signal(everybody, signal.SIGSTOP)
+    time.sleep(lasts_s)  # the fault itself
+    scene.rng.shuffle(everybody)
+    send_signal(everybody, signal.SIGCONT)
+    ends = time.monotonic() + AFTER_PAUSE_S
+    while time.monotonic() < ends and scene.record.right < right + 4:
+        time.sleep(0.2)  # between two looks
+    lost = [error for error in scene.record.errors_since(began) if is_lost(error)]
+    rebuilt = scene.target.ask().counters.group_starts - starts
+    if rebuilt or lost:
+        words = [f"{error.deed}: {error.code}: {error.detail}" for error in lost[:3]]
+        raise Broken(f"after {lasts_s:.1f} s, {rebuilt} rebuilds and {len(lost)} requests lost: {'; '.join(words)}")
+
+
+def kill_client(scene: Scene) -> None:
+    scene.crowd.kill_one()
+
+
+def send_garbage(scene: Scene) -> None:
+    """Whole messages of noise, each of which is answered."""
+    noise = make_noise(scene)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.connect(endpoint(scene.target.runtime.client_socket))
+        for _ in range(scene.rng.randint(1, 8)):
+            dealer.send(noise)
+        if not dealer.poll(int(ANSWER_S * 1000)):
+            raise Broken(f"{len(noise)} bytes of garbage were not answered within {ANSWER_S:.0f} s")
+
+
+def send_half_greeting(scene: Scene) -> None:
+    """Noise where a connection begins."""
+    noise = make_noise(scene)
+    with socket.socket(socket.AF_UNIX) as peer, contextlib.suppress(OSError):
+        peer.connect(str(scene.target.runtime.client_socket))
+        peer.sendall(noise)
+
+
+def make_noise(scene: Scene) -> bytes:
+    return scene.rng.randbytes(scene.rng.choice((0, 1, 100, 10_000, 1_000_000)))
+
+
+FAULTS = (
+    Fault("garbage", Pace.LIGHT, "each message is answered", send_garbage, weight=4),
+    Fault("half-greeting", Pace.LIGHT, "nobody notices", send_half_greeting, weight=2),
+    Fault("kill-client", Pace.LIGHT, "its jobs and loans end; others are served", kill_client),
+    Fault("kill-rank", Pace.HEAVY, "jobs end as workers_lost; the group is rebuilt", kill_rank),
+    Fault("kill-leader", Pace.HEAVY, "as above", kill_leader),
+    Fault("stop-rank", Pace.HEAVY, "as above, after the hang deadline", stop_rank),
+    Fault(
+        "kill-rank-without-folder",
+        Pace.HEAVY,
+        "as above, when the folder that the daemon was started in is gone",
+        kill_rank_without_folder,
+    ),
+    Fault("pause", Pace.HEAVY, "daemon, workers and clients stopped for up to 15 s: no job is lost", pause),
+)
