@@ -29,12 +29,14 @@ VAE = "vae"
 
 def write_checkpoints(folder: Path) -> None:
     """Write all files that clients lend."""
+    from safetensors.torch import load_file
+
     from xditd.client.demo import checkpoints
 
     for name in CHECKPOINTS:
         checkpoints.write_flux1(checkpoint_path(folder, name), seed=int(name))
     checkpoints.write_flux_vae(checkpoint_path(folder, VAE), seed=3)
-    spoilt = checkpoints.flux1_state_dict(seed=int(CHECKPOINTS[0]))
+    spoilt = load_file(checkpoint_path(folder, CHECKPOINTS[0]))
     spoilt["img_in.bias"][0] = float("nan")
     checkpoints.save_aligned(spoilt, checkpoint_path(folder, NOT_FINITE))
 
