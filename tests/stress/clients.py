@@ -19,12 +19,12 @@ from typing import Any
 import oracle
 from record import DAEMON_GONE, EXPECTED, JOB_DEADLINE_S
 
-from xditd.client import Client, GenerationJob, Loan, XditdError
+from xditd.client import Client, GenerationJob, Loan, WorkersUnavailable, XditdError
 
 MANY_STEPS = 200
 """Of a job that something else ends."""
 PAUSE_S = 0.5
-"""Between two attempts to reach a daemon that is not there."""
+"""Between two attempts to be served where no daemon is, or no workers."""
 
 
 class SessionEnds(Exception):
@@ -204,7 +204,7 @@ class StressClient:
         except XditdError as error:
             took_s = time.monotonic() - began
             self._tell(ends="error", deed=deed, code=error.code, took_s=took_s, detail=str(error)[:300])
-            if error.code in DAEMON_GONE:
+            if error.code in DAEMON_GONE or error.code == WorkersUnavailable.code:
                 time.sleep(PAUSE_S)
             elif error.retryable or error.code in EXPECTED.get(deed, ()):
                 return

@@ -65,7 +65,9 @@ class Crowd:
         for number, child in list(self._children.items()):
             if child.poll() is not None and not self._is_closed:
                 # Nobody killed it: an error that is not typed ended it, and went to standard error.
-                self._record.break_promise(f"client {number} ended by itself with status {child.returncode}")
+                self._record.break_promise(
+                    "a client ended by itself", f"client {number}, with status {child.returncode}"
+                )
                 self._start(number)
         for number in self._record.hear_silence(time.monotonic()):
             self.kill(number)

@@ -13,12 +13,14 @@ from target import START_S
 
 NOTICE_S = 20.0
 """For the daemon to notice, and to be reachable again or to have ended."""
+UNREACHABLE_S = NOTICE_S + 10.0
+"""How long clients may find no daemon: they need a moment, too."""
 SECOND_START_S = 3.0
 """A second daemon is started at any time up to this after the lock is gone."""
 
 
 def remove_folder(scene: Scene) -> None:
-    scene.record.expect_daemon_gone(NOTICE_S)
+    scene.record.expect_daemon_gone(UNREACHABLE_S)
     size = scene.target.log_size()
     shutil.rmtree(scene.target.runtime.path, ignore_errors=True)
     settle(scene, size, scene.target.runtime.client_socket)
@@ -28,7 +30,7 @@ def unlink_socket(scene: Scene) -> None:
     """The clients' socket, or that of the workers, which nobody needs before the next rebuild."""
     runtime = scene.target.runtime
     socket = scene.rng.choice((runtime.client_socket, runtime.worker_socket))
-    scene.record.expect_daemon_gone(NOTICE_S)
+    scene.record.expect_daemon_gone(UNREACHABLE_S)
     size = scene.target.log_size()
     socket.unlink(missing_ok=True)
     settle(scene, size, socket)
@@ -72,7 +74,7 @@ def unlink_lock(scene: Scene) -> None:
     size = target.log_size()
     target.runtime.lock.unlink(missing_ok=True)
     time.sleep(scene.rng.uniform(0, SECOND_START_S))  # the second comes before the first notices, or after
-    scene.record.expect_daemon_gone(NOTICE_S)
+    scene.record.expect_daemon_gone(UNREACHABLE_S)
     second = target.start_another(target.log.with_name("second-daemon.log"))
     ends = time.monotonic() + NOTICE_S
     while second.poll() is None and target.process.poll() is None and time.monotonic() < ends:

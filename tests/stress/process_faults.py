@@ -14,13 +14,14 @@ import zmq
 from faults import Broken, Fault, NotNow, Pace, Scene
 from process_tree import descendants, parent_of
 from record import is_lost
-from target import START_S
+from target import START_S, is_up
 
 from xditd.ipc.addresses import endpoint
 from xditd.ipc.status import GroupState
 
 ANSWER_S = 5.0
 PAUSES_S = (2.0, 15.0)
+"""Long ones are likelier: those beyond the hang deadline are the ones that could be taken for a hang."""
 AFTER_PAUSE_S = 30.0
 """How long results may take to come again, and errors of the pause to show."""
 
@@ -32,7 +33,7 @@ def find_ranks(scene: Scene) -> list[int]:
         NotNow: there are none; they are being started.
     """
     status = scene.target.find_status()
-    if status is None or status.group_state not in (GroupState.READY, GroupState.BUSY) or not status.workers:
+    if status is None or not is_up(status) or not status.workers:
         raise NotNow
     return [worker.pid for worker in status.workers]
 
@@ -65,11 +66,10 @@ def kill_rank_without_folder(scene: Scene) -> None:
     ends = time.monotonic() + START_S
     while time.monotonic() < ends:
         status = scene.target.find_status()
-        if status is not None and status.counters.group_starts > starts:
-            if status.group_state in (GroupState.READY, GroupState.BUSY):
-                return
-            if status.counters.group_starts > starts + 3:
-                raise Broken(f"the group was started {status.counters.group_starts - starts} times and died each time")
+        if status is not None and status.group_state is GroupState.GIVEN_UP:
+            raise Broken(f"the group was given up after a rank's death: {status.group_detail}")
+        if status is not None and status.counters.group_starts > starts and is_up(status):
+            return
         time.sleep(0.2)  # between two looks
     raise Broken(f"the group did not come up within {START_S:.0f} s of a rank's death")
 
@@ -80,7 +80,7 @@ def pause(scene: Scene) -> None:
     starts = scene.target.ask().counters.group_starts
     everybody = [scene.target.process.pid, *descendants(scene.target.process.pid), *scene.crowd.pids]
     scene.rng.shuffle(everybody)
-    began, right, lasts_s = time.monotonic(), scene.record.right, scene.rng.uniform(*PAUSES_S)
+    began, right, lasts_s = time.monotonic(), scene.record.right, scene.rng.triangular(*PAUSES_S, PAUSES_S[1])
     send_signal(everybody, signal.SIGSTOP)
     time.sleep(lasts_s)  # the fault itself
     scene.rng.shuffle(everybody)

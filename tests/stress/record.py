@@ -50,8 +50,8 @@ class Record:
     slowest_s: float = 0.0
     errors: list[TypedError] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
-    broken: list[str] = field(default_factory=list)
-    """What was not as promised, in words."""
+    broken: Counter[str] = field(default_factory=Counter)
+    """What was not as promised, and how often."""
     notes: list[str] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
     """Seconds and bytes of the daemon's memory, since that daemon started."""
@@ -60,6 +60,7 @@ class Record:
         self._lock = threading.Lock()
         self._waiting: dict[int, float] = {}
         self._gone_until = 0.0
+        self._first_details: dict[str, str] = {}
 
     # --- Clients
 
@@ -83,7 +84,7 @@ class Record:
             elif kind == "did":
                 self.faults[event["deed"]] += 1
             elif kind == "broken":
-                self.broken.append(f"client {client}: {event['deed']}: {event['detail']}")
+                self._break_promise(event["deed"], f"client {client}: {event['detail']}")
             elif kind == "error":
                 self._hear_error(client, event["deed"], event["code"], event["detail"])
 
@@ -94,9 +95,9 @@ class Record:
             self.notes.append(f"client {client}: {deed}: {detail}")
         elif code in DAEMON_GONE:
             if time.monotonic() > self._gone_until:
-                self.broken.append(f"client {client}: {deed}: {code}, though the daemon should be there: {detail}")
+                self._break_promise(f"{deed}: {code}, though the daemon should be there", f"client {client}: {detail}")
         elif code not in AMBIENT | EXPECTED.get(deed, frozenset()):
-            self.broken.append(f"client {client}: {deed}: unexpected {code}: {detail}")
+            self._break_promise(f"{deed}: unexpected {code}", f"client {client}: {detail}")
 
     def hear_silence(self, now: float) -> list[int]:
         """Count each client that has said nothing for too long as hung; returns their numbers."""
@@ -127,9 +128,14 @@ class Record:
         with self._lock:
             self.faults[name] += 1
 
-    def break_promise(self, text: str) -> None:
+    def break_promise(self, what: str, detail: str) -> None:
+        """Count a promise that does not hold; of ``detail`` the first is kept."""
         with self._lock:
-            self.broken.append(text)
+            self._break_promise(what, detail)
+
+    def _break_promise(self, what: str, detail: str) -> None:
+        self.broken[what] += 1
+        self._first_details.setdefault(what, detail)
 
     def find_failures(self) -> list[str]:
         """Name everything that must not have happened."""
@@ -138,7 +144,9 @@ class Record:
             failures.append(f"{self.wrong} wrong results")
         if self.hangs:
             failures.append(f"{self.hangs} requests hung")
-        return failures + self.broken
+        for what, count in self.broken.items():
+            failures.append(f"{count} x {what}; first: {self._first_details[what]}")
+        return failures
 
 
 def is_lost(error: TypedError) -> bool:

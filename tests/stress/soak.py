@@ -21,7 +21,8 @@ from findings import Findings
 from record import JOB_DEADLINE_S, Record
 from target import START_S, Target
 
-from xditd.client import Client, XditdError
+from xditd.client import Client, DaemonStatus, XditdError
+from xditd.ipc.status import GroupState
 
 LIGHT_GAP_S = (1.0, 6.0)
 HEAVY_GAP_S = (3.0, 10.0)
@@ -76,13 +77,16 @@ class Soak:
                 next_heavy, right_at_fault = time.monotonic() + self._rng.uniform(*HEAVY_GAP_S), self.record.right
                 served_at = time.monotonic()
             self._crowd.check()
+            status = None
             if now >= next_word:
                 next_word = now + PROGRESS_S
-                self._show_progress(now - began, ends - began)
+                status = self._show_progress(now - began, ends - began)
             if self.target.process.poll() is not None:
-                self._restart(f"the daemon ended by itself with status {self.target.process.returncode}")
+                self._restart("the daemon ended by itself", f"with status {self.target.process.returncode}")
+            elif status is not None and status.group_state is GroupState.GIVEN_UP:
+                self._restart("the workers were given up", status.group_detail)
             elif now - served_at > UNSERVED_S:
-                self._restart(f"no right result within {UNSERVED_S:.0f} s")
+                self._restart("nobody is served", f"no right result within {UNSERVED_S:.0f} s")
                 served_at = time.monotonic()
 
     # --- Faults
@@ -109,14 +113,14 @@ class Soak:
         except NotNow:
             return False
         except (Broken, XditdError, TimeoutError) as error:
-            self._restart(f"{fault.name}: {error}")
+            self._restart(fault.name, str(error))
         self.record.count_fault(fault.name)
         return True
 
-    def _restart(self, why: str) -> None:
+    def _restart(self, what: str, detail: str) -> None:
         """Note a promise that does not hold, and give clients a sound daemon again."""
-        print(f"BROKEN: {why}", file=sys.stderr, flush=True)
-        self.record.break_promise(f"{why}; the daemon's log ends: {self.target.log_tail()}")
+        print(f"BROKEN: {what}: {detail}", file=sys.stderr, flush=True)
+        self.record.break_promise(what, f"{detail}; the daemon's last warnings: {self.target.log_tail()}")
         self.record.expect_daemon_gone(START_S)
         self.record.samples.clear()
         self.target.restart()
@@ -126,24 +130,25 @@ class Soak:
     def _wait_idle(self) -> leaks.Holdings | None:
         held = self.target.wait_idle()
         if held is None or held.segments:
-            self.record.break_promise(f"the daemon did not come to rest within {START_S:.0f} s: {held}")
+            self.record.break_promise("the daemon did not come to rest", f"within {START_S:.0f} s: {held}")
         return held
 
-    def _show_progress(self, elapsed_s: float, total_s: float) -> None:
+    def _show_progress(self, elapsed_s: float, total_s: float) -> DaemonStatus | None:
         status, held = self.target.find_status(), self.target.find_holdings()
         if status is None:
-            self.record.break_promise(f"a status request was not answered after {elapsed_s:.0f} s")
+            self.record.break_promise("a status request was not answered", f"after {elapsed_s:.0f} s of the run")
         if held is not None:
             self.record.samples.append((time.monotonic() - self.target.started_at, held.daemon_bytes))
         record = self.record
         words = [
             f"{elapsed_s:5.0f}/{total_s:.0f} s",
             f"right {record.right}  wrong {record.wrong}  hung {record.hangs}",
-            f"typed errors {len(record.errors)}  faults {sum(record.faults.values())}  broken {len(record.broken)}",
+            f"typed errors {len(record.errors)}  faults {sum(record.faults.values())}  broken {record.broken.total()}",
             f"group {status.group_state.value if status else '?'}",
             f"fds {held.daemon_fds}  RSS {leaks.mib(held.daemon_bytes)} MiB" if held else "fds ?",
         ]
         print("  ".join(words), file=sys.stderr, flush=True)
+        return status
 
     def _judge(self, before: leaks.Holdings | None, after: leaks.Holdings | None, minutes: float) -> Findings:
         record = self.record
@@ -162,7 +167,7 @@ class Soak:
             "lends": record.lends,
             "requests that hung": record.hangs,
             "leaked": len(leaked),
-            "promises broken": len(record.broken),
+            "promises broken": record.broken.total(),
             "slowest answer (s)": round(record.slowest_s, 1),
             "typed errors": dict(sorted(Counter(error.code for error in record.errors).items())),
             "faults": done,

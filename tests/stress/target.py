@@ -87,7 +87,7 @@ class Target:
         Raises:
             TimeoutError: they are not within :data:`START_S`, or the daemon has ended.
         """
-        return self._wait(lambda status: status.group_state in (GroupState.READY, GroupState.BUSY), "no workers")
+        return self._wait(is_up, "no workers")
 
     def _wait(self, holds: Callable[[DaemonStatus], bool], else_say: str) -> DaemonStatus:
         ends = time.monotonic() + START_S
@@ -97,7 +97,9 @@ class Target:
                 return status
             time.sleep(0.2)  # between two looks
         what = "is there" if self.process.poll() is None else f"ended with status {self.process.returncode}"
-        raise TimeoutError(f"{else_say} within {START_S:.0f} s; the daemon {what}; its log ends: {self.log_tail()}")
+        raise TimeoutError(
+            f"{else_say} within {START_S:.0f} s; the daemon {what}; its last warnings: {self.log_tail()}"
+        )
 
     def wait_idle(self, clients: int = 1) -> Holdings | None:
         """Wait until ready workers hold nothing of anybody, and say what is open then; ``None`` if that never is.
@@ -132,7 +134,9 @@ class Target:
             return log.read().decode("utf-8", "replace")
 
     def log_tail(self) -> str:
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])[-600:]
+        """The last lines that are more than a note of something done."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if " INFO " not in line]
+        return " | ".join(lines[-3:])[-600:]
 
     def stop(self) -> None:
         """End the daemon as an operator does; what does not end in time, or stays behind, is a problem, and killed."""
@@ -159,3 +163,7 @@ class Target:
 
     def keep_log(self, path: Path) -> None:
         shutil.copyfile(self.log, path)
+
+
+def is_up(status: DaemonStatus) -> bool:
+    return status.group_state in (GroupState.READY, GroupState.BUSY)

@@ -59,13 +59,14 @@ def test_a_deed_ends_as_expected_and_for_nobody_else(record, deed, code):
     assert not is_lost(record.errors[0])
     if code != "lease_lost":
         fail(record, "finish", code)
-        assert record.find_failures() == [f"client 1: finish: unexpected {code}: why"]
+        assert record.find_failures() == [f"1 x finish: unexpected {code}; first: client 1: why"]
 
 
 @pytest.mark.parametrize("code", ["internal", "bad_message", "bad_request", "out_of_memory"])
 def test_any_other_error_is_a_failure(record, code):
     fail(record, "nan-weight", code)
-    assert record.find_failures() == [f"client 1: nan-weight: unexpected {code}: why"]
+    fail(record, "nan-weight", code)
+    assert record.find_failures() == [f"2 x nan-weight: unexpected {code}; first: client 1: why"]
 
 
 def test_no_daemon_is_a_failure_unless_a_fault_took_it(record):
@@ -79,7 +80,7 @@ def test_no_daemon_is_a_failure_unless_a_fault_took_it(record):
 
 def test_a_success_where_an_error_was_due_is_a_failure(record):
     record.hear(2, {"ends": "broken", "deed": "nan-weight", "detail": "denoise: a success on weights with a NaN"})
-    assert record.find_failures() == ["client 2: nan-weight: denoise: a success on weights with a NaN"]
+    assert record.find_failures() == ["1 x nan-weight; first: client 2: denoise: a success on weights with a NaN"]
 
 
 def test_which_errors_mean_that_a_request_was_lost():
