@@ -101,15 +101,12 @@ class Target:
             f"{else_say} within {START_S:.0f} s; the daemon {what}; its last warnings: {self.log_tail()}"
         )
 
-    def wait_idle(self, clients: int = 1) -> Holdings | None:
-        """Wait until ready workers hold nothing of anybody, and say what is open then; ``None`` if that never is.
-
-        ``clients`` counts the connections that are there while the question is answered, its own among them.
-        """
+    def wait_idle(self) -> Holdings | None:
+        """Wait until ready workers hold nothing of anybody, and say what is open then, or at the end of the wait."""
         ends = time.monotonic() + START_S
         while self.process.poll() is None and time.monotonic() < ends:
             status = self.find_status()
-            is_idle = status is not None and status.group_state is GroupState.READY and status.clients == clients
+            is_idle = status is not None and status.group_state is GroupState.READY and status.clients == 1
             if status is not None and is_idle and not status.components and not status.jobs:
                 time.sleep(0.5)  # the connection of this very look closes, too
                 held = self.find_holdings()
