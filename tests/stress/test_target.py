@@ -65,8 +65,8 @@ def test_a_socket_that_does_not_come_back_is_a_broken_promise(scene, monkeypatch
 
 
 def test_a_lock_whose_loss_nobody_makes_good_is_a_broken_promise(scene, monkeypatch):
-    """The first is stopped as soon as its lock is gone, so that it can neither notice nor answer. Whether the second runs
-    or is refused: nobody is served."""
+    """The first is stopped as soon as its lock is gone, so that it can neither notice nor answer. Whether the second
+    one runs or is refused: nobody is served."""
     monkeypatch.setattr(folder_faults, "NOTICE_S", 3.0)
     unlink = Path.unlink
 
@@ -75,7 +75,7 @@ def test_a_lock_whose_loss_nobody_makes_good_is_a_broken_promise(scene, monkeypa
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", unlink_and_stop)
-    with pytest.raises(Broken, match="two daemons on one folder|does not answer any more"):
+    with pytest.raises(Broken, match=r"two daemons on one folder|does not answer any more"):
         folder_faults.unlink_lock(scene)
 
 
