@@ -40,7 +40,7 @@ class StressClient:
         self._oracle = oracle.Oracle(folder)
         of_files: dict[str, Callable[[Client], None]] = {
             "rewrite-file": self._rewrite_file,
-            "change-mode": self._change_mode,
+            "touch-inode": self._touch_inode,
             "nan-weight": self._lend_not_finite,
         }
         self._of_files = [deed for name, deed in of_files.items() if name in deeds]
@@ -141,18 +141,18 @@ class StressClient:
         loan.return_(deadline_s=JOB_DEADLINE_S)
         self._lend_again(client, path, other)
 
-    def _change_mode(self, client: Client) -> None:
+    def _touch_inode(self, client: Client) -> None:
         """Change what only the inode says of a lent file: ctime moves, the bytes stay."""
         lent = self._rng.choice(oracle.CHECKPOINTS)
         path = self._copy(lent)
         loan = self._lend(client, path)
         self._finish(client, loan, lent)
-        path.chmod(0o640)
-        self._tell(ends="did", deed="change-mode")
+        self._rng.choice((change_mode, link_and_unlink, rename))(path)
+        self._tell(ends="did", deed="touch-inode")
         seed = self._rng.choice(oracle.SEEDS)
-        with self._attempt("change-mode"):
+        with self._attempt("touch-inode"):
             job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
-            self._judge(job, lent, seed, "change-mode")
+            self._judge(job, lent, seed, "touch-inode")
         loan.return_(deadline_s=JOB_DEADLINE_S)
         self._lend_again(client, path, lent)
 
@@ -222,6 +222,23 @@ def overwrite(path: Path, source: Path) -> None:
     after = path.stat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change_mode(path: Path) -> None:
+    path.chmod(0o640)
+
+
+def link_and_unlink(path: Path) -> None:
+    """Give the file another name for a moment, as tools for backups do."""
+    link = path.with_suffix(".link")
+    link.unlink(missing_ok=True)
+    link.hardlink_to(path)
+    link.unlink()
+
+
+def rename(path: Path) -> None:
+    """Move the file away and back."""
+    path.rename(path.with_suffix(".moved")).rename(path)
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ BY_CLIENTS = (
     Fault("return", Pace.BY_CLIENTS, "a loan returned in mid-job: the job ends as lease_lost"),
     Fault("leave", Pace.BY_CLIENTS, "a session left in mid-job: others are served"),
     Fault("rewrite-file", Pace.BY_CLIENTS, "a lent file rewritten in place, mtime set back: stale_source"),
-    Fault("change-mode", Pace.BY_CLIENTS, "chmod of a lent file: the result is right, or stale_source"),
+    Fault("touch-inode", Pace.BY_CLIENTS, "chmod, link or rename of a lent file: the result is right, or stale_source"),
     Fault("nan-weight", Pace.BY_CLIENTS, "a checkpoint with one NaN: not_finite, whatever the job"),
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import zmq
 from faults import Broken, Fault, NotNow, Pace, Scene
-from process_tree import descendants, parent_of
+from process_tree import descendants, is_running, parent_of
 from record import is_lost
 from target import START_S, is_up
 
@@ -23,7 +23,9 @@ ANSWER_S = 5.0
 PAUSES_S = (2.0, 15.0)
 """Long ones are likelier: those beyond the hang deadline are the ones that could be taken for a hang."""
 AFTER_PAUSE_S = 30.0
-"""How long results may take to come again, and errors of the pause to show."""
+RIGHT_AFTER_PAUSE = 8
+"""A pause is over when so many results came, or so long after it: by then its errors show."""
+WORKERS_DIE_S = 10.0
 
 
 def find_ranks(scene: Scene) -> list[int]:
@@ -74,25 +76,57 @@ def kill_rank_without_folder(scene: Scene) -> None:
     raise Broken(f"the group did not come up within {START_S:.0f} s of a rank's death")
 
 
-def pause(scene: Scene) -> None:
+def pause_all(scene: Scene) -> None:
     """Stop daemon, leader, ranks and clients for a while, as a laptop that sleeps; then let all go on."""
+    daemon = scene.target.process.pid
+    pause(scene, [daemon, *descendants(daemon), *scene.crowd.pids])
+
+
+def pause_daemon(scene: Scene) -> None:
+    """Stop the daemon alone, as a debugger does; workers and clients go on meanwhile."""
+    pause(scene, [scene.target.process.pid])
+
+
+def pause(scene: Scene, pids: list[int]) -> None:
+    """Stop these processes for a while.
+
+    Raises:
+        Broken: a request was lost by it, or the group was rebuilt.
+    """
     find_ranks(scene)
     starts = scene.target.ask().counters.group_starts
-    everybody = [scene.target.process.pid, *descendants(scene.target.process.pid), *scene.crowd.pids]
-    scene.rng.shuffle(everybody)
     began, right, lasts_s = time.monotonic(), scene.record.right, scene.rng.triangular(*PAUSES_S, PAUSES_S[1])
-    send_signal(everybody, signal.SIGSTOP)
+    scene.rng.shuffle(pids)
+    send_signal(pids, signal.SIGSTOP)
     time.sleep(lasts_s)  # the fault itself
-    scene.rng.shuffle(everybody)
-    send_signal(everybody, signal.SIGCONT)
+    scene.rng.shuffle(pids)
+    send_signal(pids, signal.SIGCONT)
     ends = time.monotonic() + AFTER_PAUSE_S
-    while time.monotonic() < ends and scene.record.right < right + 4:
+    while time.monotonic() < ends and scene.record.right < right + RIGHT_AFTER_PAUSE:
         time.sleep(0.2)  # between two looks
     lost = [error for error in scene.record.errors_since(began) if is_lost(error)]
     rebuilt = scene.target.ask().counters.group_starts - starts
     if rebuilt or lost:
         words = [f"{error.deed}: {error.code}: {error.detail}" for error in lost[:3]]
         raise Broken(f"after {lasts_s:.1f} s, {rebuilt} rebuilds and {len(lost)} requests lost: {'; '.join(words)}")
+
+
+def kill_daemon(scene: Scene) -> None:
+    """Kill the daemon: its workers die with it, and the next one takes over what it left in the folder."""
+    find_ranks(scene)
+    target = scene.target
+    below = descendants(target.process.pid)
+    scene.record.expect_daemon_gone(START_S)
+    target.process.kill()
+    target.process.wait()
+    ends = time.monotonic() + WORKERS_DIE_S
+    while left := [pid for pid in below if is_running(pid)]:
+        if time.monotonic() > ends:
+            send_signal(left, signal.SIGKILL)
+            raise Broken(f"{len(left)} processes outlived the daemon by {WORKERS_DIE_S:.0f} s")
+        time.sleep(0.1)  # between two looks
+    target.start()
+    target.wait_ready()
 
 
 def kill_client(scene: Scene) -> None:
@@ -136,5 +170,7 @@ FAULTS = (
         "as above, when the folder that the daemon was started in is gone",
         kill_rank_without_folder,
     ),
-    Fault("pause", Pace.HEAVY, "daemon, workers and clients stopped for up to 15 s: no job is lost", pause),
+    Fault("kill-daemon", Pace.HEAVY, "its workers die with it; the next daemon serves in the same folder", kill_daemon),
+    Fault("pause", Pace.HEAVY, "daemon, workers and clients stopped for up to 15 s: no job is lost", pause_all),
+    Fault("pause-daemon", Pace.HEAVY, "the daemon alone stopped for up to 15 s: no job is lost", pause_daemon),
 )

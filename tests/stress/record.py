@@ -23,7 +23,7 @@ EXPECTED = {
     "cancel": frozenset({"cancelled"}),
     "return": frozenset({"lease_lost"}),
     "rewrite-file": frozenset({"stale_source"}),
-    "change-mode": frozenset({"stale_source"}),
+    "touch-inode": frozenset({"stale_source"}),
     "nan-weight": frozenset({"not_finite"}),
 }
 """What the deed of a client itself may end with."""

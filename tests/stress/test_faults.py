@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import folder_faults
 import pytest
-from clients import overwrite
+from clients import change_mode, link_and_unlink, overwrite, rename
 from faults import Broken, Pace, all_faults, choose_faults
 
 FOLDER = "/run/user/1000/xditd"
@@ -47,3 +50,19 @@ def test_a_file_is_overwritten_without_a_trace_in_size_or_mtime(tmp_path):
     after = lent.stat()
     assert lent.read_bytes() == b"other byte"
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("touch", [change_mode, link_and_unlink, rename])
+def test_touching_an_inode_moves_ctime_alone(touch, tmp_path):
+    lent = tmp_path / "lent.safetensors"
+    lent.write_bytes(b"lent bytes")
+    lent.chmod(0o600)
+    os.utime(lent, ns=(1, 1))
+    before = lent.stat()
+    while time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE) <= before.st_ctime_ns:
+        pass  # the clock of files moves in steps of some milliseconds
+    touch(lent)
+    after = lent.stat()
+    assert lent.read_bytes() == b"lent bytes"
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert after.st_ctime_ns > before.st_ctime_ns
