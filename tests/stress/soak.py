@@ -163,11 +163,12 @@ class Soak:
         if minutes >= FULL_MIX_MINUTES:
             failures += [f"{name}: had no turn" for name, count in done.items() if not count]
         figures: dict[str, Any] = {
-            "results right, wrong": [record.right, record.wrong],
-            "lends": record.lends,
-            "requests that hung": record.hangs,
+            "right": record.right,
+            "wrong": record.wrong,
+            "hung": record.hangs,
             "leaked": len(leaked),
             "promises broken": record.broken.total(),
+            "lends": record.lends,
             "slowest answer (s)": round(record.slowest_s, 1),
             "typed errors": dict(sorted(Counter(error.code for error in record.errors).items())),
             "faults": done,

@@ -15,15 +15,17 @@ from faults import choose_faults
 from findings import Findings, as_json, as_table
 
 RUN = Path(__file__).with_name("run.py")
-SOUND = Findings({"results right, wrong": [9, 0], "faults": {"cancel": 3}}, [], [])
-BAD = Findings({"results right, wrong": [9, 1]}, ["1 wrong results"], ["client 2: seed 3"])
+SOUND = Findings({"right": 9, "wrong": 0, "faults": {"cancel": 3}, "processes below it": [4, 4]}, [], [])
+BAD = Findings({"right": 9, "wrong": 1}, ["1 wrong results"], ["client 2: seed 3"])
 
 
 def test_the_table_ends_with_the_verdict():
     assert as_table({"soak": SOUND}).splitlines() == [
         "--- soak",
-        "results right, wrong  9, 0",
-        "faults                3 cancel",
+        "right               9",
+        "wrong               0",
+        "faults              3 cancel",
+        "processes below it  4, 4",
         "passed",
     ]
     assert as_table({"soak": SOUND, "fuzz": BAD}).splitlines()[-2:] == ["FAILED: fuzz: 1 wrong results", "1 failures"]
@@ -33,7 +35,8 @@ def test_json_has_figures_failures_and_the_machine():
     found = json.loads(as_json({"soak": BAD}, {"seed": 7}))
     assert found["seed"] == 7
     assert found["soak"] == {
-        "results right, wrong": [9, 1],
+        "right": 9,
+        "wrong": 1,
         "failed": ["1 wrong results"],
         "notes": ["client 2: seed 3"],
     }
@@ -63,9 +66,8 @@ def test_some_seconds_of_everything_that_clients_do():
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)["soak"]
     assert (found["failed"], done.returncode) == ([], 0)
-    right, wrong = found["results right, wrong"]
-    assert right >= soak.CLIENTS
-    assert wrong == 0
+    assert found["right"] >= soak.CLIENTS
+    assert (found["wrong"], found["hung"], found["leaked"]) == (0, 0, 0)
 
 
 @pytest.mark.long
