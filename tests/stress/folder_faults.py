@@ -23,6 +23,7 @@ def remove_folder(scene: Scene) -> None:
     scene.record.expect_daemon_gone(UNREACHABLE_S)
     size = scene.target.log_size()
     shutil.rmtree(scene.target.runtime.path, ignore_errors=True)
+    scene.target.listeners_lost += 2
     settle(scene, size, scene.target.runtime.client_socket)
 
 
@@ -33,6 +34,7 @@ def unlink_socket(scene: Scene) -> None:
     scene.record.expect_daemon_gone(UNREACHABLE_S)
     size = scene.target.log_size()
     socket.unlink(missing_ok=True)
+    scene.target.listeners_lost += 1
     settle(scene, size, socket)
 
 

@@ -154,7 +154,10 @@ class Soak:
         record = self.record
         self.target.stop()
         leaked = leaks.find_slope(record.samples, minutes)
-        leaked += leaks.find_leaks(before, after) if before and after else ["no daemon to look at"]
+        if before and after:
+            leaked += leaks.find_leaks(before, after, self.target.listeners_lost)
+        else:
+            leaked.append("no daemon to look at")
         leaked += self.target.problems
         failures = record.find_failures() + [f"leaked: {leak}" for leak in leaked]
         if record.right < CLIENTS:

@@ -32,6 +32,8 @@ class Target:
         self.log = folder / "daemon.log"
         self.problems: list[str] = []
         self.starts = 0
+        self.listeners_lost = 0
+        """Sockets of this daemon whose paths were removed."""
         self.started_at = time.monotonic()
         self._folder, self._flags = folder, flags
         self.process = self.start()
@@ -44,6 +46,7 @@ class Target:
     def start(self) -> subprocess.Popen[bytes]:
         """Start a daemon on the runtime folder, from a working folder of its own."""
         self.starts += 1
+        self.listeners_lost = 0
         self.started_at = time.monotonic()
         self.working_folder.mkdir()
         self.process = self.start_another(self.log)

@@ -96,6 +96,16 @@ def test_each_kind_of_leak_is_reported(holder, deed, said):
     assert any(said in leak for leak in found), found
 
 
+def test_a_listener_that_was_lost_costs_one_descriptor_and_no_more(holder):
+    pid, ask = holder
+    before = leaks.holdings_of(pid)
+    ask("here fds")
+    after = leaks.holdings_of(pid)
+    more = after.daemon_fds - before.daemon_fds - leaks.SPARE_FDS
+    assert leaks.find_leaks(before, after, listeners_lost=more) == []
+    assert leaks.find_leaks(before, after, listeners_lost=more - 1) != []
+
+
 def test_a_process_that_is_missing_is_reported(holder):
     pid, _ask = holder
     held = leaks.holdings_of(pid)
