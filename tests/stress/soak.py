@@ -55,12 +55,12 @@ class Soak:
         self.target.wait_ready()
         with Client(self.target.runtime.path, name="oracle") as client:
             oracle.make_references(client, self._folder, JOB_DEADLINE_S)
-        before = self._wait_idle()
+        before = self.target.wait_idle()
         self._crowd.start()
         began = time.monotonic()
         self._go_wrong(began, began + minutes * 60)
         self._crowd.close()
-        after = self._wait_idle()
+        after = self.target.wait_idle(before)
         return self._judge(before, after, minutes)
 
     def _go_wrong(self, began: float, ends: float) -> None:
@@ -126,12 +126,6 @@ class Soak:
         self.target.restart()
 
     # --- Looking
-
-    def _wait_idle(self) -> leaks.Holdings | None:
-        held = self.target.wait_idle()
-        if held is None or held.segments:
-            self.record.break_promise("the daemon did not come to rest", f"within {START_S:.0f} s: {held}")
-        return held
 
     def _show_progress(self, elapsed_s: float, total_s: float) -> DaemonStatus | None:
         status, held = self.target.find_status(), self.target.find_holdings()
