@@ -107,7 +107,8 @@ class Target:
     def wait_idle(self, before: Holdings | None = None) -> Holdings | None:
         """Wait until ready workers hold nothing of anybody, and say what is open then.
 
-        That they never do is a problem. What they have mapped has to be no more than ``before``; without it, the same at two looks.
+        That they never do is a problem. What they have mapped has to be no more than ``before``; without
+        it, the same at two looks.
         """
         most = None if before is None else before.segments
         ends = time.monotonic() + START_S
