@@ -49,15 +49,15 @@ class Target:
         self.listeners_lost = 0
         self.started_at = time.monotonic()
         self.working_folder.mkdir()
-        self.process = self.start_another(self.log)
+        self.process = self.start_another(self.log, self.working_folder)
         return self.process
 
-    def start_another(self, log_path: Path) -> subprocess.Popen[bytes]:
-        """Start one more daemon on the same folder, as by mistake; it is the caller's to end."""
+    def start_another(self, log_path: Path, working_folder: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start one more daemon on the same runtime folder, as by mistake; it is the caller's to end."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
         command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime.path), *self._flags]
         with log_path.open("ab") as log:
-            return subprocess.Popen(command, stderr=log, env=environment, cwd=self.working_folder)
+            return subprocess.Popen(command, stderr=log, env=environment, cwd=working_folder or self._folder)
 
     def restart(self) -> None:
         self.stop()
