@@ -135,14 +135,19 @@ class Service:
         self.loop.watch(session.pidfd, lambda: self.end_session(session, "its process has exited"))
         return session
 
-    def end_session(self, session: Session, why: str, then: Callback = lambda: None) -> None:
-        """End a session, its jobs and its loans; ``then`` is called once no worker maps anything of it."""
+    def end_session(
+        self, session: Session, why: str, then: Callback = lambda: None, *, is_dropped: bool = False
+    ) -> None:
+        """End a session, its jobs and its loans; ``then`` is called once no worker maps anything of it.
+
+        ``is_dropped``: the daemon ends it against the client's will, which is always worth a line in the log.
+        """
         if not self.sessions.close(session):
             return
         lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
         leases = self.loans.registry.of_session(session)
         # One that only looked leaves no line: at INFO those of a monitor would push out all others.
-        level = logging.INFO if leases else logging.DEBUG
+        level = logging.INFO if leases or is_dropped else logging.DEBUG
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.desk.cancel_session(session, lost)
         self.loans.end_all(leases, lost, then)
@@ -234,7 +239,8 @@ class Service:
         for session in self.sessions:
             silent_s = self.loop.clock.waited_s(session.heard_s)
             if silent_s >= deadline_s:
-                self.end_session(session, f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})")
+                why = f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})"
+                self.end_session(session, why, is_dropped=True)
         self.loop.call_later(deadline_s / BEATS, self._check_beats)
 
     def _close_unreachable(self) -> None:
@@ -242,7 +248,7 @@ class Service:
         for routing_id, why in unreachable.items():
             session = self.sessions.find(routing_id)
             if session is not None:
-                self.end_session(session, why)
+                self.end_session(session, why, is_dropped=True)
 
     def _next_errand(self) -> Errand[Any] | None:
         return self.loans.next_errand() or self.desk.next_errand()
