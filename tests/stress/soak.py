@@ -28,7 +28,7 @@ LIGHT_GAP_S = (1.0, 6.0)
 HEAVY_GAP_S = (3.0, 10.0)
 RIGHT_BETWEEN = CLIENTS
 """Right results between two heavy faults: else nothing but rebuilds is tested."""
-UNSERVED_S = 180.0
+UNSERVED_S = 300.0
 """No client has had a right result for so long: nobody is served any more."""
 PROGRESS_S = 10.0
 FULL_MIX_MINUTES = 10.0

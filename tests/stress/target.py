@@ -17,8 +17,8 @@ from xditd.client import Client, DaemonStatus, XditdError
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.status import GroupState
 
-START_S = 120.0
-"""For a daemon to answer, and for its workers to be ready or ready again, on a machine with other work."""
+START_S = 240.0
+"""For a daemon to answer, and for its workers to be ready or ready again: twice the daemon's own start deadline."""
 STOP_S = 30.0
 HANG_DEADLINE_S = 8
 FLAGS = ("--device", "cpu", "--workers", "2", "--hang-deadline-s", str(HANG_DEADLINE_S), "--max-restarts", "1000")
