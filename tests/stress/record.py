@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 JOB_DEADLINE_S = 240.0
-"""A request that takes longer has hung: the workers' own deadline, a pause, a rebuild on a busy machine and the queue fit
-in several times."""
+"""A request that takes longer has hung: the workers' own deadline, a pause, a rebuild on a busy machine and the queue
+fit in several times."""
 SILENCE_S = JOB_DEADLINE_S + 15.0
 """A client that reports nothing for so long hangs itself: each of its requests has the deadline above."""
 
