@@ -83,15 +83,16 @@ def pause_all(scene: Scene) -> None:
 
 
 def pause_daemon(scene: Scene) -> None:
-    """Stop the daemon alone, as a debugger does; workers and clients go on meanwhile."""
-    pause(scene, [scene.target.process.pid])
+    """Stop the daemon alone, as a debugger does; workers and clients go on, but no session can be opened meanwhile."""
+    scene.record.expect_daemon_gone(PAUSES_S[1] + ANSWER_S)
+    pause(scene, [scene.target.process.pid], may_fail="session")
 
 
-def pause(scene: Scene, pids: list[int]) -> None:
+def pause(scene: Scene, pids: list[int], may_fail: str = "") -> None:
     """Stop these processes for a while.
 
     Raises:
-        Broken: a request was lost by it, or the group was rebuilt.
+        Broken: a request other than the deed ``may_fail`` was lost by it, or the group was rebuilt.
     """
     find_ranks(scene)
     starts = scene.target.ask().counters.group_starts
@@ -104,7 +105,7 @@ def pause(scene: Scene, pids: list[int]) -> None:
     ends = time.monotonic() + AFTER_PAUSE_S
     while time.monotonic() < ends and scene.record.right < right + RIGHT_AFTER_PAUSE:
         time.sleep(0.2)  # between two looks
-    lost = [error for error in scene.record.errors_since(began) if is_lost(error)]
+    lost = [error for error in scene.record.errors_since(began) if is_lost(error) and error.deed != may_fail]
     rebuilt = scene.target.ask().counters.group_starts - starts
     if rebuilt or lost:
         words = [f"{error.deed}: {error.code}: {error.detail}" for error in lost[:3]]
