@@ -4,6 +4,7 @@
 #   make test                       the tests that this machine can run in some minutes
 #   make test PYTEST_ARGS='-m "not slow"'
 #   make test PYTEST_ARGS='-m long'  the rest, which takes some minutes more
+#   make stress                     faults at random for ten minutes, and hostile bytes; STRESS_ARGS=--help tells more
 #
 # PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
 # pyproject.toml.
@@ -12,6 +13,7 @@ PYTHON ?= python3.11
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= workers,dev
 PYTEST_ARGS ?=
+STRESS_ARGS ?=
 # On two cores in minutes: with one worker and with two, and what they are compared with.
 BENCH_PARTS ?= ceilings diffusers xfuser-2 'workers-*' load-pretrained tensor-ipc
 
@@ -23,11 +25,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench soak fuzz clean
+.PHONY: help install demo test lint format bench stress clean
 
 help:
 	@sed -n '/^#   make/s/^# *//p' Makefile
-	@echo 'also: install, lint, format, bench, soak, fuzz, clean'
+	@echo 'also: install, lint, format, bench, stress, clean'
 
 install: $(STAMP)
 
@@ -60,11 +62,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/control_plane.py
 	$(BIN)/python benchmarks/suite.py --device cpu --small --only $(BENCH_PARTS)
 
-soak: $(STAMP)
-	$(BIN)/python benchmarks/soak.py --minutes 2
-
-fuzz: $(STAMP)
-	$(BIN)/python benchmarks/fuzz.py
+stress: $(STAMP)
+	$(BIN)/python tests/stress/run.py $(STRESS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

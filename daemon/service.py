@@ -239,7 +239,8 @@ class Service:
         for session in self.sessions:
             silent_s = self.loop.clock.waited_s(session.heard_s)
             if silent_s >= deadline_s:
-                self.end_session(session, f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})")
+                why = f"no sign of life for {silent_s:.1f} s (client_deadline_s {deadline_s:g})"
+                self.end_session(session, why)
         self.loop.call_later(deadline_s / BEATS, self._check_beats)
 
     def _close_unreachable(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from process_tree import count_fds, descendants, is_running, memfds, parent_of
 
 from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
 from xditd.client.demo import checkpoints
@@ -86,44 +86,6 @@ def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> 
             pytest.fail(f"waited {DEADLINE_S} s for {what}\n{tail}")
         time.sleep(0.02)  # between two looks; what is waited for is the condition above
     return found
-
-
-def count_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def memfds(pid: int) -> set[str]:
-    """The memfds that a process has mapped, by inode."""
-    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
-        return {line.split()[4] for line in maps if "/memfd:" in line}
-
-
-def parent_of(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-        return int(stat.read().rpartition(")")[2].split()[1])
-
-
-def descendants(pid: int) -> set[int]:
-    """Every live process below ``pid``."""
-    parents = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit() and is_running(int(name)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                parents[int(name)] = parent_of(int(name))
-    found: set[int] = set()
-    grown = {pid}
-    while grown:
-        found |= grown
-        grown = {child for child, parent in parents.items() if parent in found} - found
-    return found - {pid}
-
-
-def is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
 import socket
 from typing import Any
 
@@ -137,3 +139,25 @@ def test_clients_that_only_look_leave_no_line_in_the_log(start_daemon: Any) -> N
     after = client.ask(GetLogs(request_id="", after_line=before.next_line), LogLines)
     assert after.lines == ()
     assert any("2 workers ready" in line for line in before.lines)
+
+
+def test_no_descriptor_for_a_session_is_a_typed_busy(start_daemon: Any, wait_until: Any) -> None:
+    """The connection is there already; what the session lacks is the descriptor that tells when its process ends."""
+    daemon = start_daemon()
+    daemon.ready_client()
+    pid = daemon.process.pid
+
+    def open_files() -> set[int]:
+        return {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+
+    before = len(open_files())
+    stranger = daemon.client(says_hello=False)
+    wait_until(lambda: len(open_files()) > before)
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    lowest_free = next(number for number in itertools.count() if number not in open_files())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    failed = stranger.fail(stranger.hello())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert failed.code == "busy"
+    assert "raise the limit on open files" in failed.detail
+    stranger.ask(stranger.hello(), Welcome)

@@ -1,0 +1,259 @@
+"""One client process: it lends, generates, and does to its own files, jobs and loans what the runner allows.
+
+It runs until it is killed, and prints one JSON object a line for everything that begins or ends
+(:meth:`record.Record.hear` reads them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+from record import DAEMON_GONE, EXPECTED, JOB_DEADLINE_S
+
+from xditd.client import Client, GenerationJob, Loan, WorkersUnavailable, XditdError
+
+MANY_STEPS = 200
+"""Of a job that something else ends."""
+PAUSE_S = 0.5
+"""Between two attempts to be served where no daemon is, or no workers."""
+
+
+class SessionEnds(Exception):
+    """The session is over for this client; whatever led to it has been told."""
+
+
+class StressClient:
+    """Works in sessions; ``deeds`` names the faults that this client may commit."""
+
+    def __init__(self, number: int, folder: Path, runtime: Path, seed: int, deeds: list[str]) -> None:
+        self._number, self._folder, self._runtime = number, folder, runtime
+        self._rng = random.Random(seed)
+        self._oracle = oracle.Oracle(folder)
+        of_files: dict[str, Callable[[Client], None]] = {
+            "rewrite-file": self._rewrite_file,
+            "touch-inode": self._touch_inode,
+            "nan-weight": self._lend_not_finite,
+        }
+        self._of_files = [deed for name, deed in of_files.items() if name in deeds]
+        weights = {"finish": 12, "cancel": 3, "return": 1, "leave": 1}
+        self._of_jobs = {name: weight for name, weight in weights.items() if name == "finish" or name in deeds}
+
+    def run(self) -> None:
+        """Open one session after the other; returns never."""
+        while True:
+            with (
+                contextlib.suppress(SessionEnds),
+                self._attempt("session"),
+                Client(self._runtime, name=f"stress-{self._number}") as client,
+            ):
+                self._tell(ends="session")
+                for _ in range(self._rng.randint(2, 6)):
+                    self._work(client)
+
+    def _work(self, client: Client) -> None:
+        """One loan and some jobs."""
+        if self._of_files and self._rng.random() < 0.4:
+            self._rng.choice(self._of_files)(client)
+            return
+        checkpoint = self._rng.choice(oracle.CHECKPOINTS)
+        loan = self._lend(client, oracle.checkpoint_path(self._folder, checkpoint))
+        for _ in range(self._rng.randint(1, 4)):
+            deed = self._rng.choices(list(self._of_jobs), list(self._of_jobs.values()))[0]
+            with self._attempt(deed):
+                if deed == "finish":
+                    self._finish(client, loan, checkpoint)
+                else:
+                    self._end_in_mid_job(client, loan, deed)
+            if deed == "return":
+                return
+        loan.return_(deadline_s=JOB_DEADLINE_S)
+
+    # --- Jobs
+
+    def _lend(self, client: Client, path: Path) -> Loan:
+        self._tell(begins="lend")
+        began = time.monotonic()
+        with self._attempt("lend"):
+            loan = client.lend(path, deadline_s=JOB_DEADLINE_S)
+            self._tell(ends="lend", took_s=time.monotonic() - began)
+            return loan
+        raise SessionEnds
+
+    def _finish(self, client: Client, loan: Loan, checkpoint: str) -> None:
+        """Run a job to its end, and compare its result."""
+        seed = self._rng.choice(oracle.SEEDS)
+        self._judge(oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S), checkpoint, seed, "finish")
+
+    def _judge(self, job: GenerationJob, checkpoint: str, seed: int, deed: str) -> None:
+        self._tell(begins="job")
+        began = time.monotonic()
+        is_right = self._oracle.is_right(checkpoint, seed, job.result().latents)
+        detail = f"{deed}: checkpoint {checkpoint}, seed {seed}: other bits than before the first fault"
+        self._tell(ends="right" if is_right else "wrong", took_s=time.monotonic() - began, detail=detail)
+
+    def _end_in_mid_job(self, client: Client, loan: Loan, deed: str) -> None:
+        """Start a job that does not end by itself, wait until it runs, and do something else than wait for its end."""
+        self._tell(begins="job")
+        job = oracle.start_job(client, loan, 0, steps=MANY_STEPS, deadline_s=JOB_DEADLINE_S)
+        self._wait_for_step(job)
+        self._tell(ends="did", deed=deed)
+        if deed == "leave":
+            raise SessionEnds
+        if deed == "return":
+            loan.return_(deadline_s=JOB_DEADLINE_S)
+        else:
+            job.cancel()
+        job.result()
+        self._tell(ends="broken", deed=deed, detail="the job ended as done")
+
+    def _wait_for_step(self, job: GenerationJob) -> None:
+        self._events = iter(job)  # kept: dropping the iterator cancels the job
+        next(self._events, None)
+
+    # --- Files
+
+    def _rewrite_file(self, client: Client) -> None:
+        """Overwrite a lent file in place with another of its size, and set its mtime back, as tools for copies do."""
+        lent, other = self._rng.sample(oracle.CHECKPOINTS, 2)
+        path = self._copy(lent)
+        loan = self._lend(client, path)
+        self._finish(client, loan, lent)
+        seed, in_mid_job = self._rng.choice(oracle.SEEDS), self._rng.random() < 0.5
+        with self._attempt("rewrite-file"):
+            if in_mid_job:
+                job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
+                self._wait_for_step(job)
+            overwrite(path, oracle.checkpoint_path(self._folder, other))
+            self._tell(ends="did", deed="rewrite-file")
+            if not in_mid_job:
+                job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
+            # A job that read the weights before they were overwritten may be right; any other must be refused.
+            self._judge(job, lent, seed, "rewrite-file")
+        loan.return_(deadline_s=JOB_DEADLINE_S)
+        self._lend_again(client, path, other)
+
+    def _touch_inode(self, client: Client) -> None:
+        """Change what only the inode says of a lent file: ctime moves, the bytes stay."""
+        lent = self._rng.choice(oracle.CHECKPOINTS)
+        path = self._copy(lent)
+        loan = self._lend(client, path)
+        self._finish(client, loan, lent)
+        self._rng.choice((change_mode, link_and_unlink, rename))(path)
+        self._tell(ends="did", deed="touch-inode")
+        seed = self._rng.choice(oracle.SEEDS)
+        with self._attempt("touch-inode"):
+            job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
+            self._judge(job, lent, seed, "touch-inode")
+        loan.return_(deadline_s=JOB_DEADLINE_S)
+        self._lend_again(client, path, lent)
+
+    def _lend_not_finite(self, client: Client) -> None:
+        """Run a job of each kind on a checkpoint with one NaN: none may succeed."""
+        with self._attempt("nan-weight"):
+            loan = self._lend(client, oracle.checkpoint_path(self._folder, oracle.NOT_FINITE))
+            self._tell(ends="did", deed="nan-weight")
+            for kind, start in {
+                "generate": lambda: oracle.start_job(client, loan, 0, deadline_s=JOB_DEADLINE_S).result(),
+                "generate with a VAE": lambda: self._decode_not_finite(client, loan),
+                "denoise": lambda: client.denoise(
+                    loan, oracle.latents_for(0), 0.5, *oracle.embeds_for(0), 3.5, deadline_s=JOB_DEADLINE_S
+                ),
+            }.items():
+                self._tell(begins="job")
+                with self._attempt("nan-weight"):
+                    start()
+                    self._tell(ends="broken", deed="nan-weight", detail=f"{kind}: a success on weights with a NaN")
+            loan.return_(deadline_s=JOB_DEADLINE_S)
+
+    def _decode_not_finite(self, client: Client, loan: Loan) -> None:
+        with client.lend(oracle.checkpoint_path(self._folder, oracle.VAE), deadline_s=JOB_DEADLINE_S) as vae:
+            oracle.start_job(client, loan, 0, vae=vae, deadline_s=JOB_DEADLINE_S).result()
+
+    def _lend_again(self, client: Client, path: Path, checkpoint: str) -> None:
+        loan = self._lend(client, path)
+        self._finish(client, loan, checkpoint)
+        loan.return_(deadline_s=JOB_DEADLINE_S)
+
+    def _copy(self, checkpoint: str) -> Path:
+        copy = self._folder / f"of-client-{self._number}.safetensors"
+        oracle.copy_checkpoint(self._folder, checkpoint, copy)
+        return copy
+
+    # --- Telling
+
+    @contextlib.contextmanager
+    def _attempt(self, deed: str) -> Iterator[None]:
+        """Tell of a typed error.
+
+        Raises:
+            SessionEnds: it is neither what the deed is expected to end with, nor one after which a loan lives on.
+        """
+        self._tell(begins=deed)
+        began = time.monotonic()
+        try:
+            yield
+        except XditdError as error:
+            took_s = time.monotonic() - began
+            self._tell(ends="error", deed=deed, code=error.code, took_s=took_s, detail=str(error)[:300])
+            if error.code in DAEMON_GONE or error.code == WorkersUnavailable.code:
+                time.sleep(PAUSE_S)
+            elif error.retryable or error.code in EXPECTED.get(deed, ()):
+                return
+            raise SessionEnds from error
+
+    def _tell(self, **event: Any) -> None:
+        print(json.dumps(event), flush=True)
+
+
+def overwrite(path: Path, source: Path) -> None:
+    """Write the bytes of ``source`` into the file at ``path`` in place, and set its times back to what they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(source.read_bytes())
+    after = path.stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change_mode(path: Path) -> None:
+    path.chmod(0o640)
+
+
+def link_and_unlink(path: Path) -> None:
+    """Give the file another name for a moment, as tools for backups do."""
+    link = path.with_suffix(".link")
+    link.unlink(missing_ok=True)
+    link.hardlink_to(path)
+    link.unlink()
+
+
+def rename(path: Path) -> None:
+    """Move the file away and back."""
+    path.rename(path.with_suffix(".moved")).rename(path)
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--deeds", nargs="*", default=[])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    StressClient(options.number, options.folder, options.runtime, options.seed, options.deeds).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What the kernel says about other processes: their parents, their children, and what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie; a stopped one runs."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """Every live process below ``pid``."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and is_running(int(name)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(name)] = parent_of(int(name))
+    found: set[int] = set()
+    grown = {pid}
+    while grown:
+        found |= grown
+        grown = {child for child, parent in parents.items() if parent in found} - found
+    return found - {pid}
+
+
+def count_fds(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def memfds(pid: int) -> set[str]:
+    """The memfds that a process has mapped, by inode."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+        return {line.split()[4] for line in maps if "/memfd:" in line}
+
+
+def memory_bytes(pid: int, field: str = "VmRSS") -> int:
+    """One figure of ``/proc/PID/status``: ``VmRSS``, ``VmHWM`` (its peak) or ``RssAnon`` (without mapped files)."""
+    found = Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()
+    if not found:
+        raise ProcessLookupError(f"process {pid}: has no {field}; it has ended")
+    return int(found[0]) * 1024
