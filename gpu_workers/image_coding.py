@@ -64,7 +64,7 @@ def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
         raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
     if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
         raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-    check_sides(*image.shape[2:], PIXELS_PER_LATENT)
+    check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
     (image,) = prepare(skeleton, image=image)
     return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
 

@@ -21,13 +21,6 @@ Variant = Literal["class", "float32_time"]
 two steps. ``float32_time``: ComfyUI, where the timestep stays float32 until it is embedded, and latents between steps.
 """
 
-Variant = Literal["class", "float32_time"]
-"""Whose rounding a transformer in half precision follows; in float32 both give the same bits.
-
-``class``: diffusers' model class and pipeline, which round the timestep to the weights' dtype, and the latents between
-two steps. ``float32_time``: ComfyUI, where the timestep stays float32 until it is embedded, and latents between steps.
-"""
-
 
 class Hello(Request, tag="hello", frozen=True, kw_only=True):
     """Open a session. Nothing else is served before it. Answered by ``Welcome``."""

@@ -32,13 +32,14 @@ def add_flag(
     An empty variable is none, as for the daemon.
     """
     shown = "" if default is None else f" (default: {default})"
+    named: dict[str, Any] = {} if dest is None else {"dest": dest}
     parser.add_argument(
         *names,
         type=type,
         # argparse converts a default that is text as if it had been typed, and reports what is wrong with it.
         default=os.environ.get(variable) or default,
         metavar=metavar,
-        **({} if dest is None else {"dest": dest}),
+        **named,
         help=f"{help}{shown} [{variable}]",
     )
 

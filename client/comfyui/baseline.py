@@ -31,7 +31,7 @@ class _Seen(NamedTuple):
     """A module at the last full look: its own attributes and hooks, which change in place, and what is below it."""
 
     attributes: dict[str, Any]
-    count: int
+    size: int
     children: dict[str, Any]
     child_count: int
     hooks: tuple[Any, ...]

@@ -35,7 +35,9 @@ class RemoteStage(torch.nn.Module):
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+    def state_dict(  # type: ignore[override]
+        self, *_: Any, **__: Any
+    ) -> dict[str, torch.Tensor]:
         """The tensors themselves, for nodes that save."""
         return dict(self._weights.base)
 
