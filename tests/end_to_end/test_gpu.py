@@ -12,7 +12,7 @@ import textwrap
 import pytest
 import torch
 
-from xditd.client import ForeignGpu, LeaseLost, OutOfMemory, WorkersLost
+from xditd.client import ForeignGpu, LeaseLost, NotFinite, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -102,6 +102,24 @@ def test_a_file_that_is_overwritten_with_its_old_mtime_after_it_was_lent(client,
         with client.lend(path) as again:
             assert not again.is_reused
             assert torch.equal(run(client, again, inputs), expected)
+
+
+def test_a_weight_that_is_not_finite_is_named(client, state, make_inputs, run):
+    arena = Arena.copy_of(state, "cuda")
+    bias = arena.tensors["img_in.bias"]
+    inputs = make_inputs()
+    with client.lend(arena.tensors, label="weights") as loan:
+        before, kept = run(client, loan, inputs), bias[5].item()
+        bias[5] = torch.nan
+        torch.cuda.synchronize()
+        with pytest.raises(NotFinite, match=r"\(weights\): latents after step 1 of 4"):
+            run(client, loan, inputs)
+        with pytest.raises(NotFinite, match=r"\(weights\): prediction at sigma 0\.5"):
+            client.denoise(loan, inputs.noise, 0.5, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
+        bias[5] = kept
+        torch.cuda.synchronize()
+        assert torch.equal(run(client, loan, inputs), before)
+    arena.close()
 
 
 def test_memory_comes_back_from_a_killed_client(daemon, wait_until):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from xditd.client import Cancelled, DaemonUnreachable, ForeignGpu, LeaseLost, OutOfMemory, WorkersLost
+from xditd.client import Cancelled, DaemonUnreachable, ForeignGpu, LeaseLost, NotFinite, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -197,6 +197,16 @@ def test_one_gpu_without_room_for_a_job(client, loan, make_inputs, run):
     after = client.status()
     assert after.counters.group_starts == before.counters.group_starts + 1
     assert not {worker.pid for worker in before.workers} & {worker.pid for worker in after.workers}
+
+
+def test_a_weight_that_is_not_finite_is_named_by_both(client, arena, make_inputs, run, make_arena):
+    broken = make_arena({**arena.tensors, "img_in.bias": torch.full_like(arena.tensors["img_in.bias"], torch.nan)})
+    inputs = make_inputs()
+    with client.lend(broken.tensors, label="weights") as loan:
+        with pytest.raises(NotFinite, match=r"\(weights\): latents after step 1 of 4"):
+            run(client, loan, inputs)
+        with pytest.raises(NotFinite, match=r"\(weights\): prediction at sigma 0\.5"):
+            client.denoise(loan, inputs.noise, 0.5, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
