@@ -58,6 +58,7 @@ def test_what_does_not_fit_the_dtype_that_was_asked_for_is_found(component: Comp
 @pytest.mark.gpu
 def test_the_copy_to_the_host_is_not_waited_for_before_it_is_read(component: Component) -> None:
     result = torch.zeros(1 << 20, device="cuda")
+    assert checked(result).fault(component) is None  # a first one waits: its kernel is loaded, and memory is pinned
     torch.cuda.synchronize()
     finite = FiniteCheck()
     with torch.cuda.stream(torch.cuda.Stream()):
