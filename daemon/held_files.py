@@ -9,15 +9,17 @@ from pathlib import Path
 class HeldFile:
     """The file (or folder, or socket) that lies at ``path`` now, known again by its inode.
 
-    A descriptor holds the inode, so that its number is not given to another file while this object lives.
+    A descriptor holds the inode, so that its number is not given to another file while this object lives. One of the
+    file that is open already may be given, and belongs to this object then.
 
     Raises:
         OSError: nothing lies there, or no descriptor is free.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(path, flags) if descriptor is None else descriptor
 
     def is_in_place(self) -> bool:
         """Whether the same file is still at the path, and no other."""

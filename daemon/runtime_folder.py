@@ -42,8 +42,7 @@ class RuntimeFolder:
         os.umask(0o077)
         _make_private(runtime.path)
         self._folder = HeldFile(runtime.path)
-        self._lock_fd = _take_lock(runtime.lock)
-        self._lock = HeldFile(runtime.lock)
+        self._lock = _take_lock(runtime.lock)
         try:
             # Whoever removed the lock of a live daemon, for us to take, did not end that daemon. This socket is its own
             # in every case; the clients' may be a service manager's.
@@ -119,15 +118,9 @@ class RuntimeFolder:
             self._folder = folder
             made.append(self.runtime.path)
         if not self._lock.is_in_place():
-            lock_fd = _take_lock(self.runtime.lock)
-            try:
-                lock = HeldFile(self.runtime.lock)
-            except OSError:
-                os.close(lock_fd)
-                raise
+            lock = _take_lock(self.runtime.lock)
             self._lock.close()
-            os.close(self._lock_fd)
-            self._lock_fd, self._lock = lock_fd, lock
+            self._lock = lock
             made.append(self.runtime.lock)
         for path, (held, serve) in list(self._sockets.items()):
             if not held.is_in_place():
@@ -139,7 +132,6 @@ class RuntimeFolder:
         for held in (self._folder, self._lock, self._awaited):
             if held is not None:
                 held.close()
-        os.close(self._lock_fd)
 
 
 def _make_private(path: Path) -> None:
@@ -160,7 +152,8 @@ def _make_private(path: Path) -> None:
         )
 
 
-def _take_lock(path: Path) -> int:
+def _take_lock(path: Path) -> HeldFile:
+    """Lock the file at ``path``, which is made if it is not there, until what is returned is closed."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -168,8 +161,9 @@ def _take_lock(path: Path) -> int:
             raise refusal(f"lock {path}", error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(path, descriptor):
-                os.close(descriptor)  # it was removed in between, and a lock on it keeps nobody out
+            lock = HeldFile(path, descriptor)
+            if not lock.is_in_place():
+                lock.close()  # it was removed in between, and a lock on it keeps nobody out
                 continue
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -183,11 +177,4 @@ def _take_lock(path: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             raise refusal(f"lock {path}", error) from error
-        return descriptor
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
+        return lock

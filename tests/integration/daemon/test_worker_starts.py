@@ -59,9 +59,9 @@ def test_want_of_descriptors_is_named_and_not_tried_again(start_daemon: Any, lim
 
 
 def test_daemon_without_descriptors_for_its_workers_says_so(start_daemon: Any) -> None:
-    daemon = start_daemon(before=["sh", "-c", 'ulimit -n 20; exec "$@"', "sh"])
+    daemon = start_daemon(before=["sh", "-c", 'ulimit -n 23; exec "$@"', "sh"])
     status = given_up(daemon)
-    assert "the hard limit of this process is 20" in status.group_detail
+    assert "the hard limit of this process is 23" in status.group_detail
 
 
 def test_daemon_without_descriptors_for_itself_says_so(start_daemon: Any) -> None:
