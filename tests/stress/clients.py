@@ -21,8 +21,8 @@ from record import DAEMON_GONE, EXPECTED, JOB_DEADLINE_S
 
 from xditd.client import Client, GenerationJob, Loan, WorkersUnavailable, XditdError
 
-MANY_STEPS = 200
-"""Of a job that something else ends."""
+MANY_STEPS = 1000
+"""Of a job that something else ends. It outlasts a pause of the daemon, in which no cancel can arrive."""
 PAUSE_S = 0.5
 """Between two attempts to be served where no daemon is, or no workers."""
 
