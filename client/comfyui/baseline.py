@@ -16,6 +16,9 @@ from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS: Final = (bool, int, float, str)
+_DECORATORS: Final = ("torch", "contextlib", "functools")
+"""Packages whose decorators wrap methods in functions of theirs."""
+
 _MOVES: Final = ("comfy", "training")
 """Beginnings and parts of the names of what ComfyUI sets where it loads and unloads weights."""
 
@@ -86,7 +89,7 @@ class Baseline:
         return [
             f"{kind.__name__}.{name} is that of {_origin(value)}"
             for (kind, name), value in self._methods.items()
-            if _origin_package(value) not in (_package(kind.__module__), "torch")
+            if _origin_package(value) not in {_package(kind.__module__), *_DECORATORS}
         ]
 
     def is_intact(self, root: Any) -> bool:
