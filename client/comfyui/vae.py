@@ -38,7 +38,7 @@ class RemoteStage(torch.nn.Module):
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The tensors themselves, for nodes that save."""
         return dict(self._weights.base)
 
