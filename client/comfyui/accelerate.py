@@ -20,6 +20,7 @@ from xditd.client.comfyui.patcher import (
     lendable,
     make_patcher,
 )
+from xditd.client.comfyui.understood import MODEL_SAMPLING, steps_alike
 from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
@@ -61,11 +62,19 @@ def accelerate(patcher: Any) -> RemotePatcher:
         setattr(remote, name, getattr(stock, name))
     remote.additional_models, remote.hook_patches = stock.additional_models, stock.hook_patches
     remote.weight_wrapper_patches = stock.weight_wrapper_patches
+    # One that was set in the model itself, and not by a patch, goes along as one.
+    sampling = patcher.object_patches_backup.get(MODEL_SAMPLING, model.model_sampling)
+    if not _is_alike(sampling, twin.model.model_sampling):
+        remote.object_patches.setdefault(MODEL_SAMPLING, sampling)
     ours = remote.wrappers
     remote.wrappers = stock.wrappers
     for kind, by_key in ours.items():
         remote.wrappers.setdefault(kind, {})[WRAPPER_KEY] = by_key[WRAPPER_KEY]
     return remote
+
+
+def _is_alike(sampling: Any, made: Any) -> bool:
+    return steps_alike(sampling, made) and torch.equal(sampling.sigmas.cpu(), made.sigmas.cpu())
 
 
 def _base_tensors(patcher: Any) -> dict[str, torch.Tensor]:

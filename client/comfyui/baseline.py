@@ -6,15 +6,19 @@ hook, swap a module, set a number. ComfyUI's own forward obeys all of these; one
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS: Final = (bool, int, float, str)
+_DECORATORS: Final = ("torch", "contextlib", "functools")
+"""Packages whose decorators wrap methods in functions of theirs."""
+
 _MOVES: Final = ("comfy", "training")
 """Beginnings and parts of the names of what ComfyUI sets where it loads and unloads weights."""
 
@@ -27,14 +31,29 @@ class _Module:
     settings: Mapping[str, Any]
 
 
-class _Seen(NamedTuple):
-    """A module at the last full look: its own attributes and hooks, which change in place, and what is below it."""
+@dataclass(frozen=True)
+class _Seen:
+    """All modules at the last full look: their attributes and hooks, which change in place, and each one's children.
 
-    attributes: dict[str, Any]
-    size: int
-    children: dict[str, Any]
-    child_count: int
-    hooks: tuple[Any, ...]
+    Lists side by side, so that comparing them is a few calls, and no Python for each module.
+    """
+
+    attributes: list[dict[str, Any]]
+    counts: list[int]
+    below: list[dict[str, Any]]
+    below_counts: list[int]
+    hooks: list[Any]
+    parents: list[dict[str, Any]]
+    names: list[str]
+    children: list[Any]
+
+    def is_intact(self) -> bool:
+        return (
+            list(map(len, self.attributes)) == self.counts
+            and list(map(len, self.below)) == self.below_counts
+            and not any(self.hooks)
+            and all(map(operator.is_, map(dict.get, self.parents, self.names), self.children))
+        )
 
 
 class Baseline:
@@ -50,8 +69,7 @@ class Baseline:
             for kind in {kind for each in self._made.values() for kind in each.kind.__mro__}
             for name, value in _methods(kind).items()
         }
-        self._quick: list[_Seen] = []
-        self._note(root)
+        self._seen = self._see(root)
 
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
         """Name what a model of the same make has otherwise; ``unless`` are attributes that come and go (dotted)."""
@@ -71,7 +89,7 @@ class Baseline:
         return [
             f"{kind.__name__}.{name} is that of {_origin(value)}"
             for (kind, name), value in self._methods.items()
-            if _origin_package(value) not in (_package(kind.__module__), "torch")
+            if _origin_package(value) not in {_package(kind.__module__), *_DECORATORS}
         ]
 
     def is_intact(self, root: Any) -> bool:
@@ -79,33 +97,32 @@ class Baseline:
 
         A doubt is a no; :meth:`differences` then names what it is, or says that it is nothing.
         """
-        for attributes, count, children, child_count, hooks in self._quick:
-            modules = attributes["_modules"]
-            if len(attributes) != count or len(modules) != child_count or hooks[0] or hooks[1]:
-                return False
-            for name, child in children.items():
-                if modules.get(name) is not child:
-                    return False
-        for (kind, name), made in self._methods.items():
-            if kind.__dict__.get(name) is not made:
-                return False
-        return bool(self._quick) and self._quick[0].attributes is vars(root)
+        if self._seen.attributes[0] is not vars(root) or not self._seen.is_intact():
+            return False
+        return all(kind.__dict__.get(name) is made for (kind, name), made in self._methods.items())
 
     def accept(self, root: Any) -> None:
         """Remember that ``root`` has no differences, for :meth:`is_intact`."""
-        self._note(root)
+        self._seen = self._see(root)
 
-    def _note(self, root: Any) -> None:
-        self._quick = [
-            _Seen(
-                vars(module),
-                len(vars(module)),
-                {name: child for name, child in module._modules.items() if path or name not in self._without},
-                len(module._modules),
-                tuple(getattr(module, hook) for hook in _HOOKS),
-            )
-            for path, module in self._walk(root)
+    def _see(self, root: Any) -> _Seen:
+        modules = list(self._walk(root))
+        links = [
+            (module._modules, name, child)
+            for path, module in modules
+            for name, child in module._modules.items()
+            if path or name not in self._without
         ]
+        return _Seen(
+            attributes=[vars(module) for _, module in modules],
+            counts=[len(vars(module)) for _, module in modules],
+            below=[module._modules for _, module in modules],
+            below_counts=[len(module._modules) for _, module in modules],
+            hooks=[getattr(module, hook) for _, module in modules for hook in _HOOKS],
+            parents=[parent for parent, _, _ in links],
+            names=[name for _, name, _ in links],
+            children=[child for _, _, child in links],
+        )
 
     def _walk(self, root: Any) -> Iterator[tuple[str, Any]]:
         for path, module in root.named_modules():

@@ -204,7 +204,7 @@ def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
         raise Unsupported(f"{label}: {found}; XDiT runs FLUX.1 (dev, schnell and their fine-tunes)")
     check_channels(config, label)
-    dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda each: (each.itemsize, str(each)))
+    dtype = comfy.utils.weight_dtype(tensors)  # that of most numbers, as ComfyUI's loader says
     logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init

@@ -69,6 +69,7 @@ class Understood:
         self._module = weakref.ref(module)
         self.baseline = Baseline(module, without=(MODEL_SAMPLING,))
         self.sampling = getattr(module, MODEL_SAMPLING, None)
+        self._latent_format = type(getattr(module, "latent_format", None))
         self._dtypes = {
             None,
             getattr(module, COMPUTE_DTYPE, None),
@@ -88,6 +89,9 @@ class Understood:
     def faults(self, patcher: Any) -> Iterator[str]:
         """Name what was done to a patcher, and to its modules, that cannot be done in the workers."""
         yield from self._patcher_faults(patcher)
+        latent_format = getattr(patcher.model, "latent_format", None)
+        if type(latent_format) is not self._latent_format:
+            yield f"latent_format was replaced ({name_of(latent_format)})"
         yield from self._module_faults(patcher.model, getattr(patcher, "object_patches_backup", {}))
 
     def _module_faults(self, module: Any, unless: Mapping[str, Any]) -> Iterator[str]:
@@ -159,11 +163,15 @@ def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
     if patcher.additional_models:
         return f"more models go with it ({listed(map(str, patcher.additional_models))})"
     sampling = patcher.get_model_object(MODEL_SAMPLING)
-    if sampling is not made:
-        for name in _SAMPLING_METHODS:
-            if name in vars(sampling) or getattr(type(sampling), name, None) is not getattr(type(made), name, None):
-                return f"model_sampling is that of {name_of(type(sampling))}"
-    return None
+    return None if steps_alike(sampling, made) else f"model_sampling is that of {name_of(type(sampling))}"
+
+
+def steps_alike(sampling: Any, made: Any) -> bool:
+    """Tell whether two ``model_sampling`` make the same step of the same sigmas, whatever their schedules are."""
+    return sampling is made or all(
+        name not in vars(sampling) and getattr(type(sampling), name, None) is getattr(type(made), name, None)
+        for name in _SAMPLING_METHODS
+    )
 
 
 def _owners(by_key: Mapping[Any, Sequence[Any]]) -> str:

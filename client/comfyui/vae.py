@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -10,7 +11,9 @@ import comfy.sd
 import torch
 
 from xditd.client.client import Client
+from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
 from xditd.ipc import limits
@@ -35,9 +38,7 @@ class RemoteStage(torch.nn.Module):
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
-    def state_dict(  # type: ignore[override]
-        self, *_: Any, **__: Any
-    ) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The tensors themselves, for nodes that save."""
         return dict(self._weights.base)
 
@@ -72,8 +73,7 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     plain = {bare_name(name): tensor for name, tensor in tensors.items()}
     check_plain(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
-    with torch.device("meta"):
-        vae = comfy.sd.VAE(sd=shapes)  # knows ratios, ranges and tile sizes; its module takes no memory
+    vae = _on_meta(shapes)
     if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 2:
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of FLUX.1; use Load VAE")
@@ -84,6 +84,7 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     vae.size = 0
     # What a job needs is the workers' own memory; one byte, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
+    vae.understood_calls = _calls(vae)
     return vae
 
 
@@ -100,3 +101,46 @@ def weights_of(vae: Any) -> RemoteWeights:
         }
         found = vae.xditd_weights = lendable(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
+
+
+def why_local(vae: Any) -> str | None:
+    """Say why a VAE has to decode in ComfyUI, where its weights alone would not give its image; None where they do.
+
+    One of ours is looked at when it is loaded. A stock one is compared with a fresh VAE of the same tensors.
+    """
+    if isinstance(vae.first_stage_model, RemoteStage):
+        return _why_changed(vae, vae.understood_calls)
+    made = getattr(vae, "xditd_made", None)
+    if made is None:
+        tensors = vae.first_stage_model.state_dict()
+        fresh = _on_meta({name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
+        made = vae.xditd_made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _calls(fresh))
+    if made is None:
+        return "it is not the VAE of FLUX.1"
+    understood, calls = made
+    found = next(understood.faults(vae.patcher), None)
+    if found is None and vae.patcher.patches:
+        found = "patches of its weights"
+    return found or _why_changed(vae, calls)
+
+
+def _calls(vae: Any) -> dict[str, Any]:
+    """The functions that ComfyUI gives a VAE itself, by the code that they run."""
+    return {name: value.__code__ for name, value in vars(vae).items() if isinstance(value, types.FunctionType)}
+
+
+def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
+    if type(vae) is not comfy.sd.VAE:
+        return f"it is a {name_of(type(vae))}"
+    for name, value in vars(vae).items():
+        if callable(value) and hasattr(comfy.sd.VAE, name):
+            return f"its {name} was replaced ({name_of(value)})"
+        if name in made and getattr(value, "__code__", None) is not made[name]:
+            return f"its {name} was replaced ({name_of(value)})"
+    return None
+
+
+def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:
+    """ComfyUI's VAE of tensors' names and shapes: it knows ratios, ranges and tile sizes, and takes no memory."""
+    with torch.device("meta"):
+        return comfy.sd.VAE(sd=dict(shapes))

@@ -21,7 +21,7 @@ from xditd.client.comfyui.loop_eligibility import why_stepwise
 from xditd.client.comfyui.notes import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY
 from xditd.client.comfyui.understood import why_unlike_made
-from xditd.client.comfyui.vae import weights_of
+from xditd.client.comfyui.vae import weights_of, why_local
 from xditd.ipc.limits import MAX_STEPS
 
 logger = logging.getLogger(__name__)
@@ -112,9 +112,10 @@ def sample(
 
     noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
     has_previews = latent_preview.get_previewer(remote.load_device, remote.model.latent_format) is not None
+    local = None if vae is None else why_local(vae)
     fused = FusedEuler(
         remote.weights,
-        None if vae is None else weights_of(vae),
+        None if vae is None or local is not None else weights_of(vae),
         pooled_channels=params.vec_in_dim,
         has_previews=has_previews,
     )
@@ -133,4 +134,7 @@ def sample(
     )
     out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
     out["samples"] = samples
-    return out, fused.image, f"fused: {len(sigmas) - 1} steps in the workers"
+    note = f"fused: {len(sigmas) - 1} steps in the workers"
+    if local is not None:
+        return out, vae.decode(samples), f"{note}; the VAE decodes in ComfyUI: {local}"
+    return out, fused.image, note

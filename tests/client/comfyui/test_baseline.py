@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,7 +31,12 @@ class Model(torch.nn.Module):
         self.sampling = torch.nn.Identity()
         self.blocks = torch.nn.ModuleList([Block(), Block()])
 
+    @torch.no_grad()
     def apply_model(self) -> None: ...
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        yield
 
 
 @pytest.fixture

@@ -155,6 +155,29 @@ def test_a_change_of_the_model(name, comfy, remote, local, xsample, conditioning
     assert note.startswith("fused" if said == "fused" else "step by step")
 
 
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize("shift", [0.2, None])
+def test_a_model_sampling_that_was_set_in_the_model_itself(
+    shift, through, comfy, remote, local, files, xsample, conditioning, ksample, latent, relative_error
+):
+    from xditd.client.comfyui.accelerate import accelerate
+
+    stock = comfy.comfy.sd.load_diffusion_model(str(files.transformer))
+    model = remote if through == "loader" else stock
+    for each in (stock, remote):
+        if shift is not None:
+            each.model.model_sampling.set_parameters(shift=shift)
+        else:
+            patched = node("model_advanced", "ModelSamplingAuraFlow", 3.0)(comfy, each)
+            each.model.model_sampling = patched.object_patches["model_sampling"]
+    given = (conditioning(1), conditioning(2))
+    expected = ksample(stock, *given, dict(latent))
+    assert relative_error(expected, ksample(local, *given, dict(latent))) > EFFECT
+    samples, _, note = xsample(model if through == "loader" else accelerate(model))
+    assert note.startswith("fused" if shift is not None else "step by step")
+    assert relative_error(samples, expected) <= TOLERANCE
+
+
 def test_torch_compile_is_left_out_with_a_word(
     comfy, remote, local, xsample, conditioning, ksample, latent, relative_error, caplog
 ):

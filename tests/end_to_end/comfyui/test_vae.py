@@ -73,11 +73,30 @@ def seamless(vae: Any) -> None:
 
 
 def hooked(vae: Any) -> None:
-    vae.first_stage_model.decoder.conv_in.register_forward_hook(print)
+    vae.first_stage_model.decoder.conv_in.register_forward_hook(lambda _module, _given, found: 0.5 * found)
 
 
 def replaced(vae: Any) -> None:
     vae.first_stage_model.decode = print
+
+
+def softer(vae: Any) -> None:
+    vae.process_output = lambda image: image.add_(1.0).div_(4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(seamless, "padding_mode was changed"), (hooked, "forward hook"), (softer, "process_output"), (None, "")],
+)
+def test_a_changed_stock_vae_decodes_in_comfyui(change, said, comfy, remote, decoder_file, xsample, relative_error):
+    stock = comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(decoder_file)))
+    if change is not None:
+        change(stock)
+    samples, image, note = xsample(remote, vae=stock)
+    assert note.startswith("fused: 4 steps")
+    assert ("decodes in ComfyUI" in note) is (change is not None)
+    assert said in note
+    assert relative_error(image, stock.decode(samples)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
