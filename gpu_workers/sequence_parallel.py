@@ -144,6 +144,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
     """
 
     fused: FusedFlux1 | None = None
+    main_dtype: torch.dtype | None = None
+    """The dtype of most weights, where some have another one."""
     _step_cache: StepCache | None = None
     _variant: Variant = "class"
 
@@ -155,8 +157,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all weights. (diffusers walks all modules to find it, and its pipeline asks in every job.)"""
-        return cast(torch.dtype, self.x_embedder.weight.dtype)
+        """The dtype of most weights. (diffusers walks all modules to find it, and its pipeline asks in every job.)"""
+        return self.main_dtype or cast(torch.dtype, self.x_embedder.weight.dtype)
 
     def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
         """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -217,6 +217,8 @@ class SkeletonCache:
             raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
         exceptions = _exceptions(resolution)
         compute_in_widest(module, exceptions, self.layout.device)
+        if exceptions:
+            cast(Any, module).main_dtype = dtype
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
         return Skeleton(family, config, dtype, self.layout, module, exceptions)
 
