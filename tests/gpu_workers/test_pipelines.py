@@ -295,11 +295,14 @@ def test_guidance_is_ignored_without_guidance_tensors(
     assert torch.equal(one, other)
 
 
-def test_decode_and_encode_equal_plain_diffusers(vae: Skeleton, demo_vae: State, image_coding: ModuleType) -> None:
+@pytest.mark.parametrize(("height", "width"), [(14, 10), (9, 7)])
+def test_decode_and_encode_equal_plain_diffusers(
+    height: int, width: int, vae: Skeleton, demo_vae: State, image_coding: ModuleType
+) -> None:
     model = reference.vae_from(demo_vae)
-    latents = torch.randn(1, 16, 14, 10, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
     image = image_coding.decode(vae, latents)
-    assert image.shape == (1, 3, 112, 80)
+    assert image.shape == (1, 3, 8 * height, 8 * width)
     assert image.abs().max() <= 1.0
     assert reference.relative_error(image, reference.reference_decode(model, latents)) <= BAR
     encoded = image_coding.encode(vae, image)

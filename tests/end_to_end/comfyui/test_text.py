@@ -183,10 +183,10 @@ def test_clip_save_writes_what_stock_writes(comfy, clip, stock_clip, tmp_path, m
     ],
 )
 def test_a_change_of_the_clip_that_is_refused(change, said, comfy, clip):
-    from comfy.hooks import HookGroup
+    from comfy.hooks import create_hook_lora
 
     changed = clip.clone()
-    change(changed, HookGroup())
+    change(changed, create_hook_lora({}, 1.0, 1.0))
     with pytest.raises(Unsupported, match=said):
         comfy.nodes.CLIPTextEncode().encode(changed, "a cliff")
 
