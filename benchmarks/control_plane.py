@@ -2,6 +2,7 @@
 
     python benchmarks/control_plane.py
     python benchmarks/control_plane.py --json
+    python benchmarks/control_plane.py --against ../xditd-before     # lends and jobs, in turns with another checkout
 
 Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
 compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients, in turns: a few clients
@@ -37,7 +38,7 @@ from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
-from xditd.ipc.replies import Denoised, Queued, Status, StepDone, Welcome
+from xditd.ipc.replies import Denoised, Lent, Queued, Status, StepDone, Welcome
 from xditd.ipc.requests import Denoise, GetStatus, Hello, Lend, Part
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 
@@ -50,10 +51,15 @@ FEW, FEW_WINDOW = 16, 4
 MANY, MANY_WINDOW = 100, 1
 """Clients, and the requests that each of them has under way."""
 
+TENSORS, LENDS = 1_200, 500
+"""Of a lent component, as many as a FLUX.1 transformer has; and how often it is lent."""
+
 PACED_PER_S = 5_000
 """Requests that the hundred clients send together, in turns, whether or not the earlier ones are answered."""
 
-FAKE_WORKERS = Path(__file__).resolve().parent.parent / "tests" / "integration" / "fake_workers.py"
+FAKE_WORKERS_VARIABLE = "BENCHMARK_CHECKOUT"
+_CHECKOUT = Path(os.environ.get(FAKE_WORKERS_VARIABLE) or Path(__file__).resolve().parent.parent)
+FAKE_WORKERS = _CHECKOUT / "tests" / "integration" / "fake_workers.py"
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
 """In place of the worker group where it is not what is measured: it would take the cores from what is."""
@@ -89,8 +95,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of echo and status to take the medians of")
     parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is looked at")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--work", action="store_true", help="time lends and jobs alone")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time them in turns with another version's")
     options = parser.parse_args()
     compiled_code()
+    if options.against is not None:
+        print(compare_checkouts(options.against.resolve(), options.jobs, options.rounds))
+        return 0
+    if options.work:
+        print(json.dumps(measure_work(options.jobs)))
+        return 0
     import_s, has_torch = measure_import(options.starts)
     figures: dict[str, Any] = {
         "machine": describe_machine(),
@@ -102,7 +116,7 @@ def main() -> int:
     for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW)):
         figures[name] = compare(clients, window, options.seconds, options.rounds)
     figures["paced"] = compare(MANY, 0, options.seconds, options.rounds)
-    figures["memory_bytes"] = measure_memory(options.jobs)
+    figures |= measure_work(options.jobs)
     figures["jobs"] = options.jobs
     shutil.rmtree(os.environ["PYTHONPYCACHEPREFIX"])
     print(json.dumps(figures, indent=2) if options.json else table(figures))
@@ -300,8 +314,12 @@ def exchange_paced(
     return latencies_ms
 
 
-def measure_memory(jobs: int) -> float:
-    """Bytes that the daemon holds (VmRSS) after ``jobs`` jobs of one client on a worker group that does nothing."""
+def measure_work(jobs: int) -> dict[str, Any]:
+    """Time lends and jobs of one client on a worker group that does nothing, and see what the daemon holds afterwards.
+
+    Each lend is of :data:`TENSORS` tensors, with a higher generation than the last; of lends and jobs, ``ms`` is the
+    median time until they are answered, and ``cpu_us`` the daemon's processor time for one. ``memory_bytes`` is VmRSS.
+    """
     descriptor = os.memfd_create("benchmark")
     os.truncate(descriptor, 4096)
     block = HostShmBlock(
@@ -310,10 +328,7 @@ def measure_memory(jobs: int) -> float:
         size_bytes=4096,
         fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
     )
-    spec = TensorSpec("weight", "float32", (4, 4), 0, 0)
-    manifest = Manifest(
-        kind=ComponentKind.TRANSFORMER, label="benchmark", blocks=(block,), tensors=(spec,), generation=0
-    )
+    specs = tuple(TensorSpec(f"blocks.{number}.weight", "float32", (4, 4), 0, 0) for number in range(TENSORS))
     io = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -326,27 +341,61 @@ def measure_memory(jobs: int) -> float:
             pass
         return reply
 
+    def lend(number: int) -> Request:
+        kind = ComponentKind.TRANSFORMER
+        manifest = Manifest(kind=kind, label="benchmark", blocks=(block,), tensors=specs, generation=number)
+        return Lend(request_id=f"lend-{number}", manifest=manifest)
+
+    def job(number: int) -> Request:
+        return Denoise(
+            request_id=f"job-{number}",
+            transformer_id=component_id,
+            io=block,
+            latents=io,
+            timestep=(0.5,),
+            parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
+            out=io,
+        )
+
     with daemon([sys.executable, str(FAKE_WORKERS), "--step-s", "0"]) as (runtime, _, pid):
+
+        def time_all(make: Callable[[int], Request], expected: type, count: int) -> dict[str, float]:
+            requests = [make(number) for number in range(1, count + 1)]
+            before_s, took_ms = cpu_s(pid), []
+            for request in requests:
+                began_s = time.perf_counter()
+                if not isinstance(ask(request), expected):
+                    raise SystemExit(f"{type(request).__name__}: a request of the benchmark failed")
+                took_ms.append((time.perf_counter() - began_s) * 1e3)
+            return {"ms": statistics.median(took_ms), "cpu_us": (cpu_s(pid) - before_s) / count * 1e6}
+
         socket.connect(endpoint(runtime.client_socket))
         ask(hello())
-        lent = ask(Lend(request_id="2", manifest=manifest))
-        for number in range(jobs):
-            job = Denoise(
-                request_id=f"job-{number}",
-                transformer_id=lent.component_id,
-                io=block,
-                latents=io,
-                timestep=(0.5,),
-                parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
-                out=io,
-            )
-            if not isinstance(ask(job), Denoised):
-                raise SystemExit("a job of the benchmark failed")
-        found = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
+        component_id = ask(lend(0)).component_id
+        found: dict[str, Any] = {"lend": time_all(lend, Lent, LENDS), "job": time_all(job, Denoised, jobs)}
+        memory = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
     socket.close()
     context.term()
     os.close(descriptor)
-    return float(found[0]) * 1024
+    return found | {"memory_bytes": float(memory[0]) * 1024}
+
+
+def compare_checkouts(other: Path, jobs: int, rounds: int) -> str:
+    """Time lends and jobs of this version and of another checkout in turns, and return a table of medians."""
+    own = Path(__file__).resolve().parent.parent
+    found: dict[Path, list[dict[str, Any]]] = {own: [], other: []}
+    for _ in range(rounds):
+        for checkout, runs in found.items():
+            environment = os.environ | {"PYTHONPATH": str(checkout / ".pkg"), FAKE_WORKERS_VARIABLE: str(checkout)}
+            command = [sys.executable, __file__, "--work", "--jobs", str(jobs)]
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            runs.append(json.loads(done.stdout))
+    lines = [f"{'':<34} {'this':>10} {'other':>10} {'ratio':>8}"]
+    for work in ("lend", "job"):
+        for key, unit in (("ms", "ms until answered"), ("cpu_us", "us of the daemon's CPU")):
+            mine, theirs = (statistics.median(run[work][key] for run in found[which]) for which in (own, other))
+            lines.append(f"{work}, {unit:<28} {mine:>10.3f} {theirs:>10.3f} {mine / theirs:>7.3f}x")
+    return "\n".join(lines)
 
 
 def check_status(answer: bytes) -> None:
@@ -382,6 +431,9 @@ def table(figures: dict[str, Any]) -> str:
             continue
         least, most = min(found["ratios"]), max(found["ratios"])
         rows.append(("  status / echo", f"{found['ratio']:.2f}x", f"{least:.2f} - {most:.2f}x", f"{BAR_RATIO}x"))
+    for work, name in (("lend", f"lend of {TENSORS} tensors"), ("job", "job")):
+        one = figures[work]
+        rows.append((f"{name}, one client", f"{one['ms']:.2f} ms", f"{one['cpu_us']:.0f} us CPU", ""))
     memory, bar = f"{figures['memory_bytes'] / 1e6:.1f} MB", f"{BAR_MEMORY_BYTES / 1e6:.0f} MB"
     rows.append((f"daemon's memory after {figures['jobs']} jobs", memory, "", bar))
     lines = [f"{name:<40} {value:>12}  {more:<38} {bar:>7}".rstrip() for name, value, more, bar in rows]
