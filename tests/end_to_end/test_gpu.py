@@ -122,6 +122,36 @@ def test_a_weight_that_is_not_finite_is_named(client, state, make_inputs, run):
     arena.close()
 
 
+def test_float32_norms_beside_bfloat16_weights_are_kept(client, state, make_inputs, run, relative_error):
+    """Queries' norms one part in 1,000 larger: in bfloat16 that would be lost."""
+    inputs = make_inputs()
+    mixed = {name: tensor.float() if "_norm." in name else tensor for name, tensor in state.items()}
+    larger = {name: tensor * 1.001 if name.endswith("query_norm.scale") else tensor for name, tensor in mixed.items()}
+    assert {tensor.dtype for tensor in mixed.values()} == {torch.bfloat16, torch.float32}
+    arenas = [Arena.copy_of(each, "cuda") for each in (state, mixed, larger)]
+    with client.lend(arenas[0].tensors) as plain, client.lend(arenas[1].tensors) as loan:
+        result = run(client, loan, inputs)
+        assert torch.equal(result, run(client, loan, inputs))
+        assert relative_error(result, run(client, plain, inputs)) < 3e-2
+        with client.lend(arenas[2].tensors) as other:
+            assert not torch.equal(result, run(client, other, inputs))
+    for arena in arenas:
+        arena.close()
+
+
+def test_float32_norms_of_a_bfloat16_vae_are_kept(client, relative_error):
+    state = checkpoints.flux_vae_state_dict(3, dtype=torch.bfloat16)
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in state.items()}
+    latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    arenas = [Arena.copy_of(each, "cuda") for each in (state, mixed)]
+    with client.lend(arenas[0].tensors) as plain, client.lend(arenas[1].tensors) as loan:
+        image = client.decode(loan, latents)
+        assert torch.equal(image, client.decode(loan, latents))
+        assert relative_error(image, client.decode(plain, latents)) < 3e-2
+    for arena in arenas:
+        arena.close()
+
+
 def test_memory_comes_back_from_a_killed_client(daemon, wait_until):
     free = free_bytes()
     script = textwrap.dedent("""
