@@ -24,7 +24,7 @@ PATHS: Final = frozenset(
         "VIRTUAL_ENV",
     }
 )
-"""Inherited variables that hold a path or a list of paths: the workers run in another folder than the daemon was started in."""
+"""Variables that hold a path or a list of paths: the workers run in another folder than the daemon was started in."""
 
 INHERITED: Final = PATHS | {
     "CC",
