@@ -18,6 +18,7 @@ from xditd.client.waiting import wait_for
 from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.errors import DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
 from xditd.ipc.network_watch import internet_sockets
+from xditd.ipc.processes import describe_exit
 from xditd.ipc.status import DaemonStatus
 
 ANSWER_DEADLINE_S: Final = 10.0
@@ -78,7 +79,7 @@ class DaemonProcess:
             except DaemonUnreachable as error:
                 if self._process.poll() is not None:
                     raise DaemonUnreachable(
-                        f"the daemon ended with status {self._process.returncode}; its log ends:\n{self.log_tail()}"
+                        f"the daemon {describe_exit(self._process.returncode)}; its log ends:\n{self.log_tail()}"
                     ) from None
                 if clock.waited_s(began_s) > ANSWER_DEADLINE_S:
                     raise DaemonUnreachable(f"{error.detail}; its log ends:\n{self.log_tail()}") from None
@@ -94,7 +95,7 @@ class DaemonProcess:
 
         def look() -> DaemonStatus:
             if self._process.poll() is not None:
-                raise WorkersUnavailable(f"the daemon ended with status {self._process.returncode}")
+                raise WorkersUnavailable(f"the daemon {describe_exit(self._process.returncode)}")
             return client.status()
 
         try:
