@@ -15,7 +15,6 @@ jobs on a worker group that does nothing. Clients are plain sockets in one proce
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import select
@@ -31,16 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from lends_and_jobs import FAKE_WORKERS_VARIABLE, TENSORS, measure_work
 from machine import describe_machine
+from measured_daemon import cpu_s, daemon, hello
 from zmtp_client import ZmtpClient, framed
 
-from xditd import __version__
-from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.addresses import endpoint
 from xditd.ipc.codec import encode, reply_decoder
-from xditd.ipc.protocol import PROTOCOL_VERSION, Request
-from xditd.ipc.replies import Denoised, Lent, Queued, Status, StepDone, Welcome
-from xditd.ipc.requests import Denoise, GetStatus, Hello, Lend, Part
-from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
+from xditd.ipc.replies import Status, Welcome
+from xditd.ipc.requests import GetStatus
 
 BAR_HELLO_S = 0.3
 BAR_IMPORT_S = 0.15
@@ -51,15 +49,8 @@ FEW, FEW_WINDOW = 16, 4
 MANY, MANY_WINDOW = 100, 1
 """Clients, and the requests that each of them has under way."""
 
-TENSORS, LENDS = 1_200, 500
-"""Of a lent component, as many as a FLUX.1 transformer has; and how often it is lent."""
-
 PACED_PER_S = 5_000
 """Requests that the hundred clients send together, in turns, whether or not the earlier ones are answered."""
-
-FAKE_WORKERS_VARIABLE = "BENCHMARK_CHECKOUT"
-_CHECKOUT = Path(os.environ.get(FAKE_WORKERS_VARIABLE) or Path(__file__).resolve().parent.parent)
-FAKE_WORKERS = _CHECKOUT / "tests" / "integration" / "fake_workers.py"
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
 """In place of the worker group where it is not what is measured: it would take the cores from what is."""
@@ -129,31 +120,6 @@ def main() -> int:
         and figures["memory_bytes"] <= BAR_MEMORY_BYTES
     )
     return 0 if is_met else 1
-
-
-def hello() -> Request:
-    return Hello(
-        request_id="1", protocol_version=PROTOCOL_VERSION, package_version=__version__, client_name="benchmark"
-    )
-
-
-@contextmanager
-def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float, int]]:
-    """Run a daemon in a folder of its own; yields the folder, the time of its exec, and its pid."""
-    folder = Path(tempfile.mkdtemp(prefix="xditd-"))
-    config = folder / "xditd.toml"
-    config.write_text(f"[workers]\ncommand = {json.dumps(worker_command)}\n" if worker_command else "")
-    runtime = RuntimeDir(folder / "run")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
-    command = [sys.executable, "-m", "xditd.daemon", "--config", str(config), "--runtime-dir", str(runtime.path)]
-    began_s = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
-    try:
-        yield runtime, began_s, process.pid
-    finally:
-        process.terminate()
-        process.wait(20)
-        shutil.rmtree(folder)
 
 
 @contextmanager
@@ -250,12 +216,6 @@ def load(
     }
 
 
-def cpu_s(pid: int) -> float:
-    """Seconds that a process has computed, all its threads together (proc(5), fields 14 and 15)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def exchange(
     connections: list[ZmtpClient],
     payload: bytes,
@@ -312,72 +272,6 @@ def exchange_paced(
                     if check is not None and len(latencies_ms) % 1_000 == 1:
                         check(answer)
     return latencies_ms
-
-
-def measure_work(jobs: int) -> dict[str, Any]:
-    """Time lends and jobs of one client on a worker group that does nothing, and see what the daemon holds afterwards.
-
-    Each lend is of :data:`TENSORS` tensors, with a higher generation than the last; of lends and jobs, ``ms`` is the
-    median time until they are answered, and ``cpu_us`` the daemon's processor time for one. ``memory_bytes`` is VmRSS.
-    """
-    descriptor = os.memfd_create("benchmark")
-    os.truncate(descriptor, 4096)
-    block = HostShmBlock(
-        fd=descriptor,
-        inode=os.fstat(descriptor).st_ino,
-        size_bytes=4096,
-        fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
-    )
-    specs = tuple(TensorSpec(f"blocks.{number}.weight", "float32", (4, 4), 0, 0) for number in range(TENSORS))
-    io = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.RECONNECT_IVL, 1)
-    socket.setsockopt(zmq.LINGER, 0)
-
-    def ask(request: Request) -> Any:
-        socket.send(encode(request))
-        while isinstance(reply := reply_decoder.decode(socket.recv()), (Queued, StepDone)):
-            pass
-        return reply
-
-    def lend(number: int) -> Request:
-        kind = ComponentKind.TRANSFORMER
-        manifest = Manifest(kind=kind, label="benchmark", blocks=(block,), tensors=specs, generation=number)
-        return Lend(request_id=f"lend-{number}", manifest=manifest)
-
-    def job(number: int) -> Request:
-        return Denoise(
-            request_id=f"job-{number}",
-            transformer_id=component_id,
-            io=block,
-            latents=io,
-            timestep=(0.5,),
-            parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
-            out=io,
-        )
-
-    with daemon([sys.executable, str(FAKE_WORKERS), "--step-s", "0"]) as (runtime, _, pid):
-
-        def time_all(make: Callable[[int], Request], expected: type, count: int) -> dict[str, float]:
-            requests = [make(number) for number in range(1, count + 1)]
-            before_s, took_ms = cpu_s(pid), []
-            for request in requests:
-                began_s = time.perf_counter()
-                if not isinstance(ask(request), expected):
-                    raise SystemExit(f"{type(request).__name__}: a request of the benchmark failed")
-                took_ms.append((time.perf_counter() - began_s) * 1e3)
-            return {"ms": statistics.median(took_ms), "cpu_us": (cpu_s(pid) - before_s) / count * 1e6}
-
-        socket.connect(endpoint(runtime.client_socket))
-        ask(hello())
-        component_id = ask(lend(0)).component_id
-        found: dict[str, Any] = {"lend": time_all(lend, Lent, LENDS), "job": time_all(job, Denoised, jobs)}
-        memory = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
-    socket.close()
-    context.term()
-    os.close(descriptor)
-    return found | {"memory_bytes": float(memory[0]) * 1024}
 
 
 def compare_checkouts(other: Path, jobs: int, rounds: int) -> str:

@@ -29,7 +29,7 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
 from xditd.ipc.file_kinds import shard_of
 from xditd.ipc.name_lists import in_log_lines, listed
-from xditd.ipc.recognition import refusal
+from xditd.ipc.recognition import unsupported_error
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
@@ -172,7 +172,7 @@ def _kind_of(specs: Sequence[TensorSpec]) -> ComponentKind:
     try:
         return guess_kind(spec.name for spec in specs)
     except BadRequest as error:
-        known = refusal({spec.name: spec for spec in specs})
+        known = unsupported_error({spec.name: spec for spec in specs})
         if known is None:
             raise
         raise known from error
@@ -185,7 +185,7 @@ def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpe
     lent = held.open_file(path)
     header = read_header(lent.fd, path)
     if device is not None:
-        known = refusal({stored.name: stored for stored in header.tensors})
+        known = unsupported_error({stored.name: stored for stored in header.tensors})
         if known is not None:  # the workers would say so once everything is loaded
             raise known
         arena = held.own_arena(load_into_arena(lent, header, device))

@@ -33,7 +33,7 @@ def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
         _refuse_other_kinds(target, real)
         real.exists()  # a name that is too long, or a folder on the way that may not be searched
         folder = next(each for each in real.parents if os.path.lexists(each))
-        _probe(folder, size_bytes)
+        try_writing(folder, size_bytes)
     except (OSError, ValueError) as error:
         raise _failure(f"output file {target}", error) from error
     return target
@@ -48,10 +48,28 @@ def check_folder(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
     folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _probe(folder, size_bytes)
+        try_writing(folder, size_bytes)
     except (OSError, ValueError) as error:
         raise _failure(f"output folder {folder}", error) from error
     return folder
+
+
+def try_writing(folder: Path, size_bytes: int = 1) -> None:
+    """Make a file of this size in a folder, and remove it: permissions, quotas and mounts have no better test.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    name = folder / _temporary_name()
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, max(1, size_bytes))
+    except OSError as error:
+        if error.errno not in _ALLOCATION_UNKNOWN:
+            raise
+    finally:
+        os.close(fd)
+        os.unlink(name)
 
 
 def write_file(path: str | os.PathLike[str], *parts: bytes, mode: int | None = None) -> Path:
@@ -122,20 +140,6 @@ def _keep(suffix: str, parts: tuple[bytes, ...]) -> Path | None:
             continue
         return Path(name)
     return None
-
-
-def _probe(folder: Path, size_bytes: int) -> None:
-    """Make a file of this size in a folder, and remove it: permissions, quotas and mounts have no better test."""
-    name = folder / _temporary_name()
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, max(1, size_bytes))
-    except OSError as error:
-        if error.errno not in _ALLOCATION_UNKNOWN:
-            raise
-    finally:
-        os.close(fd)
-        os.unlink(name)
 
 
 def _fill(fd: int, parts: tuple[bytes, ...]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.awake_clock import TICK_S, AwakeClock
 from xditd.ipc.errors import DaemonUnreachable, NotPermitted, Unsupported
+from xditd.ipc.processes import peer_credentials
 
 HINT = "is it running? (xditd serve, or systemctl --user status xditd)"
 ACTIVATION_DEADLINE_S: Final = 20.0
@@ -27,8 +27,6 @@ _PROBE_DEADLINE_S: Final = 2.0
 _ACTIVATION_POLL_S: Final = 0.05
 _ACTIVATION_POLL_MAX_S: Final = TICK_S
 """Each look is a connection, which the socket's queue holds until the daemon takes it: a few dozen at most."""
-
-_UCRED: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,6 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
         DaemonUnreachable: no socket, or nobody listens on it, or systemd did not get the daemon started.
         NotPermitted: the socket belongs to another user, or may not be opened.
         Unsupported: the daemon's process cannot be seen from here.
-
-    Source: unix(7), SO_PEERCRED: the credentials are those of the process that called ``listen(2)``,
-    its pid as this process's pid namespace numbers it, 0 where it has no number there.
     """
     runtime.check_lengths()
     path = runtime.client_socket
@@ -102,8 +97,7 @@ def _who_listens(path: Path) -> tuple[int, int]:
             ) from None
         except OSError as error:
             raise DaemonUnreachable(f"socket {path}: {error.strerror or error}; {HINT}") from None
-        pid, uid, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid
+        return peer_credentials(probe)
 
 
 def _check_owner(path: Path, uid: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from xditd.daemon.held_files import HeldFile
-from xditd.daemon.socket_files import listen_at, refusal, remove_stale
+from xditd.daemon.socket_files import listen_at, remove_stale, storage_error
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted
 
@@ -78,7 +78,7 @@ class RuntimeFolder:
             held = HeldFile(path)
         except OSError as error:
             listener.close()
-            raise refusal(f"socket {path}", error) from error
+            raise storage_error(f"socket {path}", error) from error
         before = self._sockets.get(path)
         self._sockets[path] = (held, serve)
         if before is not None:
@@ -101,7 +101,7 @@ class RuntimeFolder:
         try:
             return self._restore()
         except OSError as error:
-            raise refusal(f"runtime folder {self.runtime.path}", error) from error
+            raise storage_error(f"runtime folder {self.runtime.path}", error) from error
 
     def _restore(self) -> list[Path]:
         made: list[Path] = []
@@ -140,7 +140,7 @@ def _make_private(path: Path) -> None:
     except FileExistsError:
         raise BadRequest(f"runtime folder {path}: exists and is not a folder; remove it or choose another") from None
     except OSError as error:
-        raise refusal(f"runtime folder {path}", error) from error
+        raise storage_error(f"runtime folder {path}", error) from error
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise BadRequest(f"runtime folder {path}: a link, not a folder; name the folder itself")
@@ -158,7 +158,7 @@ def _take_lock(path: Path) -> HeldFile:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise refusal(f"lock {path}", error) from error
+            raise storage_error(f"lock {path}", error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock = HeldFile(path, descriptor)
@@ -176,5 +176,5 @@ def _take_lock(path: Path) -> HeldFile:
             ) from None
         except OSError as error:
             os.close(descriptor)
-            raise refusal(f"lock {path}", error) from error
+            raise storage_error(f"lock {path}", error) from error
         return lock

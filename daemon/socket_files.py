@@ -10,15 +10,13 @@ import errno
 import os
 import socket
 import stat
-import struct
 from pathlib import Path
 from typing import Final
 
 from xditd.ipc.errors import AlreadyRunning, BadRequest, StorageError
+from xditd.ipc.processes import peer_credentials
 
 BACKLOG: Final = 128
-
-_UCRED: Final = struct.Struct("3i")
 
 
 def listen_at(path: Path) -> socket.socket:
@@ -37,7 +35,7 @@ def listen_at(path: Path) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise refusal(f"socket {path}", error) from error
+        raise storage_error(f"socket {path}", error) from error
     return listener
 
 
@@ -62,14 +60,11 @@ def remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise refusal(f"socket {path}", error) from error
+        raise storage_error(f"socket {path}", error) from error
 
 
 def who_listens(path: Path) -> int | None:
-    """Return the pid of the process that listens at ``path``, 0 where it is not visible; ``None`` if there is none.
-
-    Source: unix(7), SO_PEERCRED: the credentials are those of the process that called ``listen(2)``.
-    """
+    """Return the pid of the process that listens at ``path``, 0 where it is not visible; ``None`` if there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(os.fspath(path))
@@ -77,11 +72,11 @@ def who_listens(path: Path) -> int | None:
             return 0
         except OSError:
             return None
-        pid, _, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(pid)
+        pid, _ = peer_credentials(probe)
+    return pid
 
 
-def refusal(what: str, error: OSError) -> StorageError:
+def storage_error(what: str, error: OSError) -> StorageError:
     """Say that ``what`` cannot be made in the runtime folder, and what helps."""
     elsewhere = "choose another runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -8,39 +8,6 @@ from typing import Final
 
 from xditd.ipc.inherited import search_path
 
-INHERITED: Final = frozenset(
-    {
-        "CC",
-        "CUDA_CACHE_PATH",
-        "CUDA_DEVICE_ORDER",
-        "CUDA_VISIBLE_DEVICES",
-        "CUDA_HOME",
-        "CXX",
-        "HOME",
-        "LANG",
-        "LANGUAGE",
-        "LD_LIBRARY_PATH",
-        "LOGNAME",
-        "NCCL_DEBUG",
-        "NCCL_DEBUG_SUBSYS",
-        "PATH",
-        "PYTHONDONTWRITEBYTECODE",
-        "PYTHONPATH",
-        "SHELL",
-        "TEMP",
-        "TMP",
-        "TMPDIR",
-        "TORCHDYNAMO_VERBOSE",
-        "TORCHINDUCTOR_CACHE_DIR",
-        "TORCH_LOGS",
-        "TRITON_CACHE_DIR",
-        "TZ",
-        "USER",
-        "VIRTUAL_ENV",
-    }
-)
-INHERITED_PREFIXES: Final = ("LC_", "NVIDIA_", "XDG_")
-
 PATHS: Final = frozenset(
     {
         "CUDA_CACHE_PATH",
@@ -57,7 +24,26 @@ PATHS: Final = frozenset(
         "VIRTUAL_ENV",
     }
 )
-"""Those that hold a path, or a list of paths: the workers run in another folder than the daemon was started in."""
+"""Variables that hold a path or a list of paths: the workers run in another folder than the daemon was started in."""
+
+INHERITED: Final = PATHS | {
+    "CC",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_VISIBLE_DEVICES",
+    "CXX",
+    "LANG",
+    "LANGUAGE",
+    "LOGNAME",
+    "NCCL_DEBUG",
+    "NCCL_DEBUG_SUBSYS",
+    "PYTHONDONTWRITEBYTECODE",
+    "SHELL",
+    "TORCHDYNAMO_VERBOSE",
+    "TORCH_LOGS",
+    "TZ",
+    "USER",
+}
+INHERITED_PREFIXES: Final = ("LC_", "NVIDIA_", "XDG_")
 
 FIXED: Final[Mapping[str, str]] = {
     # Nothing is downloaded, ever: weights come from clients.

@@ -136,7 +136,7 @@ class Components:
         clock.mark("plug")
         if older is not None:
             self._let_go(older)
-        self.files.plugged(component_id, component.manifest, component.opened)
+        self.files.note_plugged(component_id, component.manifest, component.opened)
         return component
 
     def get(self, component_id: str, kind: str) -> Component:

@@ -18,11 +18,11 @@ Opened = Sequence[OpenBlock | None]
 """The blocks of a component, in the manifest's order; ``None`` is one that another rank has mapped."""
 
 
-class _Untold(NamedTuple):
+class _Unreported(NamedTuple):
     manifest: Manifest
     opened: Opened
     numbers: set[int]
-    """Of the files whose digests are not told yet."""
+    """Of the files whose digests the daemon does not know yet."""
 
 
 class FileWatch:
@@ -30,12 +30,12 @@ class FileWatch:
 
     def __init__(self, layout: ParallelLayout) -> None:
         self._is_on = layout.rank == 0 and layout.device.type != "cuda"
-        self._untold: dict[str, _Untold] = {}
+        self._unreported: dict[str, _Unreported] = {}
 
     @property
-    def has_untold(self) -> bool:
+    def has_unreported(self) -> bool:
         """Whether :meth:`take_digests` will have something to return."""
-        return bool(self._untold)
+        return bool(self._unreported)
 
     def begin(self, opened: Opened) -> None:
         """Begin to digest what was mapped; it goes on while others work."""
@@ -58,27 +58,27 @@ class FileWatch:
         if self._is_on:
             check_opened(opened)
 
-    def plugged(self, component_id: str, manifest: Manifest, opened: Opened) -> None:
+    def note_plugged(self, component_id: str, manifest: Manifest, opened: Opened) -> None:
         """Note that the daemon is to be told the digests of a component's files."""
         numbers = set(_files_of(opened))
         if self._is_on and numbers:
-            self._untold[component_id] = _Untold(manifest, opened, numbers)
+            self._unreported[component_id] = _Unreported(manifest, opened, numbers)
 
     def forget(self, component_id: str) -> None:
         """Note that a component's blocks are about to be released."""
-        self._untold.pop(component_id, None)
+        self._unreported.pop(component_id, None)
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         """Return what has become known since the last call, by component."""
         taken: dict[str, tuple[FileDigest, ...]] = {}
-        for component_id, (manifest, opened, numbers) in list(self._untold.items()):
+        for component_id, (manifest, opened, numbers) in list(self._unreported.items()):
             files = _files_of(opened)
             over = {number for number in numbers if not files[number].is_digesting}
             if not over:
                 continue
             numbers -= over
             if not numbers:
-                del self._untold[component_id]
+                del self._unreported[component_id]
             found = []
             for number, file in files.items():
                 block = manifest.blocks[number]

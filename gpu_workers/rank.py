@@ -149,7 +149,7 @@ class Rank:
         while True:
             self._tell_digests()
             command = self._channel.receive(
-                SWEEP_EVERY_S if len(self._io) or self._components.files.has_untold else None
+                SWEEP_EVERY_S if len(self._io) or self._components.files.has_unreported else None
             )
             self._io.sweep()
             if command is None:

@@ -23,7 +23,7 @@ from xditd.gpu_workers.mixed_precision import compute_in_widest
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, RequestError
 from xditd.ipc.name_lists import listed
-from xditd.ipc.recognition import refusal
+from xditd.ipc.recognition import unsupported_error
 from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
     try:
         return resolve(detect(tensors.keys()), tensors)
     except RequestError as error:
-        known = refusal(tensors)
+        known = unsupported_error(tensors)
         if known is None:
             raise
         raise known from error

@@ -194,7 +194,7 @@ class OutOfMemory(PeerError):
 
 
 class StorageError(PeerError):
-    """A file cannot be written: its file system is full or read-only, or its folder is gone."""
+    """The runtime folder cannot be written: its file system is full or read-only, or its parent is gone."""
 
     code = "storage"
 

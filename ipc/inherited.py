@@ -36,16 +36,18 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def open_streams() -> None:
+def open_streams(*, discard_output: bool = True) -> None:
     """Open the standard streams that were closed, on ``/dev/null``.
 
     Their numbers would go to the next sockets and files otherwise, and what is printed would be written to those.
+    Without ``discard_output``, writing to a standard output that was closed still fails.
     """
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            access = os.O_RDONLY if name == "stdout" and not discard_output else os.O_RDWR
+            os.open(os.devnull, access)  # gets the lowest free number, which is this one
             os.set_inheritable(descriptor, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, errors="backslashreplace", closefd=False))  # noqa: SIM115 - kept

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from xditd.ipc.errors import OutOfMemory, ProcessGone
 from xditd.ipc.tensors import Count, Described
+
+_UCRED: Final = struct.Struct("3i")
 
 
 class ProcessIdentity(Described, frozen=True, kw_only=True):
@@ -40,6 +44,16 @@ def identify(pid: int) -> ProcessIdentity:
     if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
         raise ProcessGone(f"process {pid} is dead")
     return ProcessIdentity(pid=pid, start_ticks=int(fields[19]))
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connected Unix socket; pid 0 if it is not visible here.
+
+    Source: unix(7), SO_PEERCRED: behind a path they are those of the process that called ``listen(2)``, the pid as this
+    process's pid namespace numbers it.
+    """
+    pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
 
 
 def age_s() -> float:

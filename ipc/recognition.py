@@ -37,7 +37,7 @@ _PARTS: Final = {
 """What a segment of a prefix says of a tensor, in the order in which they count."""
 
 
-class Described(Protocol):
+class TensorLike(Protocol):
     """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``."""
 
     @property
@@ -47,7 +47,7 @@ class Described(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def refusal(tensors: Mapping[str, Described]) -> RequestError | None:
+def unsupported_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     """Name what cannot be lent, if it is known: an adapter, several models in one file, another model, packed weights.
 
     The error's message is what it is, the remedy, and the first tensors that tell; ``names`` has all of these.
@@ -84,11 +84,11 @@ def _is_weight(name: str) -> bool:
     return not name.endswith(".comfy_quant") and not tells_nothing(split_prefix(name)[1])
 
 
-def _few(names: list[str], tensors: Mapping[str, Described]) -> str:
+def _few(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
     return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
 
 
-def _model_of(tensors: Mapping[str, Described]) -> KnownModel | None:
+def _model_of(tensors: Mapping[str, TensorLike]) -> KnownModel | None:
     for model in MODELS:
         if all(_any_begins(tensors, mark) for mark in model.marks) and _has_side(tensors, model.side):
             return model
@@ -99,7 +99,7 @@ def _any_begins(names: Iterable[str], mark: str) -> bool:
     return any(name.startswith(mark) for name in names)
 
 
-def _has_side(tensors: Mapping[str, Described], side: tuple[str, int, int] | None) -> bool:
+def _has_side(tensors: Mapping[str, TensorLike], side: tuple[str, int, int] | None) -> bool:
     if side is None:
         return True
     name, dimension, size = side
@@ -107,7 +107,7 @@ def _has_side(tensors: Mapping[str, Described], side: tuple[str, int, int] | Non
     return found is not None and found.shape[dimension : dimension + 1] == (size,)
 
 
-def _packed_in(tensors: Mapping[str, Described]) -> tuple[str, list[str]]:
+def _packed_in(tensors: Mapping[str, TensorLike]) -> tuple[str, list[str]]:
     """Name the format of packed weights, and list them with what tells it; nothing where there are none."""
     packed = [
         f"{name} is {each.dtype}" for name, each in tensors.items() if each.dtype in PACKED_DTYPES and _is_weight(name)

@@ -12,7 +12,6 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc import limits
 from xditd.ipc.addresses import user_path
-from xditd.ipc.errors import OutputFailed
 
 SUMMARY = "run everything once on small checkpoints made on the spot"
 DESCRIPTION = """\
@@ -69,11 +68,7 @@ def run(parsed: argparse.Namespace) -> int:
             from tqdm.contrib.logging import logging_redirect_tqdm
 
             stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
-        try:
-            report = Journey(plan, steps).run()
-        except OSError as error:  # a log or a folder that could not be written
-            where = error.filename or plan.out
-            raise OutputFailed(f"{where}: {error.strerror or error}; give it room, or another --out") from error
+        report = Journey(plan, steps).run()
         steps.set_description_str("done")
     print(json_text(report.as_json(), indent=2) if parsed.json else report.summary())
     faults = report.faults()

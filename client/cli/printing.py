@@ -11,6 +11,7 @@ import sys
 from typing import Any, TextIO
 
 from xditd.ipc.errors import XditdError
+from xditd.ipc.inherited import open_streams
 
 
 class _Stdout(io.TextIOWrapper):
@@ -54,23 +55,11 @@ def error_json(error: XditdError) -> dict[str, object]:
 def settle() -> None:
     """Give this process three standard streams that can be used, whatever it was started with.
 
-    A descriptor that is closed would be taken by the next socket or file, and ``print`` to a closed stderr goes to
-    stdout. Names that the terminal's encoding does not have are escaped.
+    Names that the terminal's encoding does not have are escaped.
     """
-    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest free number is given out, and that is this one. Standard output is opened for reading, so
-            # that writing to it still fails, as somebody who asked for data has to be told.
-            os.open(os.devnull, mode)
-    if sys.stdin is None:
-        sys.stdin = open(0)  # noqa: SIM115 - the streams of this process live as long as it
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", errors="backslashreplace")  # noqa: SIM115
-    if sys.stdout is None:
-        sys.stdout = open(1, "w")  # noqa: SIM115
-    elif sys.stdout is not sys.__stdout__:
+    is_replaced = sys.stdout is not sys.__stdout__
+    open_streams(discard_output=False)  # somebody who asked for data has to be told where it cannot be written
+    if is_replaced:
         return  # a program that calls main() has put a stream of its own there
     old = sys.stdout
     assert isinstance(old, io.TextIOWrapper)

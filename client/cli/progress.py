@@ -38,8 +38,8 @@ def bar(total: int, text: str, is_quiet: bool = False, is_even: bool = True) -> 
 
 
 def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:
-    """Show a generation's steps until its end; what it waits for before that."""
-    with bar(job.total_steps, text, is_quiet) as steps:
+    """Show a generation's steps until its end; what it waits for before that. Any error here cancels the job."""
+    with job, bar(job.total_steps, text, is_quiet) as steps:
         for event in job.events():
             if isinstance(event, Queued):
                 behind = f", {event.ahead} ahead" if event.ahead else ""

@@ -22,7 +22,7 @@ from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.ipc.errors import Unsupported, XditdError
 from xditd.ipc.name_lists import listed
-from xditd.ipc.recognition import refusal
+from xditd.ipc.recognition import unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.layout import dtype_name
@@ -218,7 +218,7 @@ def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
         Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
     """
     seen = {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    known = refusal(seen)
+    known = unsupported_error(seen)
     if known is not None:
         raise Unsupported(f"{label}: {known.detail}", names=known.names)
 

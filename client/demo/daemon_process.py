@@ -14,10 +14,12 @@ from typing import BinaryIO, Final
 from xditd.client.client import Client
 from xditd.client.demo.output import writing_to
 from xditd.client.subprograms import module_command, module_environment
+from xditd.client.waiting import wait_for
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable, XditdError
+from xditd.ipc.errors import DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
 from xditd.ipc.network_watch import internet_sockets
-from xditd.ipc.status import DaemonStatus, GroupState
+from xditd.ipc.processes import describe_exit
+from xditd.ipc.status import DaemonStatus
 
 ANSWER_DEADLINE_S: Final = 10.0
 WORKERS_DEADLINE_S: Final = 180.0
@@ -77,7 +79,7 @@ class DaemonProcess:
             except DaemonUnreachable as error:
                 if self._process.poll() is not None:
                     raise DaemonUnreachable(
-                        f"the daemon ended with status {self._process.returncode}; its log ends:\n{self.log_tail()}"
+                        f"the daemon {describe_exit(self._process.returncode)}; its log ends:\n{self.log_tail()}"
                     ) from None
                 if clock.waited_s(began_s) > ANSWER_DEADLINE_S:
                     raise DaemonUnreachable(f"{error.detail}; its log ends:\n{self.log_tail()}") from None
@@ -87,22 +89,19 @@ class DaemonProcess:
         """Wait until every worker is ready; ``show`` gets what they are doing meanwhile.
 
         Raises:
-            WorkersUnavailable: the group was given up, or is not ready in time; with the end of the log.
+            WorkersUnavailable: the group was given up, or is not ready in time, or the daemon has ended; with the end
+                of the log.
         """
-        clock = AwakeClock()
-        began_s = clock.now_s()
-        while True:
-            status = client.status()
-            if status.group_state is GroupState.READY:
-                return status
-            waited_s = clock.waited_s(began_s)
-            if status.group_state is GroupState.GIVEN_UP or waited_s > WORKERS_DEADLINE_S:
-                raise WorkersUnavailable(
-                    f"workers: {status.group_state.value} after {waited_s:.0f} s, {status.group_detail}; "
-                    f"the log ends:\n{self.log_tail()}"
-                )
-            show(status.group_detail or f"workers {status.group_state.value}")
-            time.sleep(0.1)  # status is a snapshot; the start takes seconds
+
+        def look() -> DaemonStatus:
+            if self._process.poll() is not None:
+                raise WorkersUnavailable(f"the daemon {describe_exit(self._process.returncode)}")
+            return client.status()
+
+        try:
+            return wait_for(look, WORKERS_DEADLINE_S, workers=True, show=show)
+        except (WorkersUnavailable, DeadlineExceeded) as error:
+            raise WorkersUnavailable(f"{error.detail}; the log ends:\n{self.log_tail()}") from None
 
     def log_tail(self) -> str:
         """The last lines of the log."""

@@ -73,7 +73,7 @@ class Journey:
         """Run everything, and write the report; the daemon is ended on every way out, unless it is to be kept.
 
         Raises:
-            StorageError: the output folder, or the one for temporary files, cannot be written.
+            OutputFailed: the output folder, or the one for temporary files, cannot be written.
             XditdError: a phase failed; its message names it.
         """
         # Nothing here asks for a file of a model hub; if something did, it must fail and not fetch.

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from xditd.ipc.errors import StorageError, XditdError
+from xditd.ipc.errors import OutputFailed, XditdError
 
 
 @contextlib.contextmanager
@@ -14,14 +14,14 @@ def writing_to(folder: Path, option: str) -> Iterator[None]:
     """Turn what the operating system says about files below ``folder`` into a typed error; ``option`` chooses another.
 
     Raises:
-        StorageError: something could not be written; the message names the place and the remedy.
+        OutputFailed: something could not be written; the message names the place and the remedy.
     """
     try:
         yield
     except XditdError:
         raise
     except OSError as error:
-        raise StorageError(
+        raise OutputFailed(
             f"{error.filename or folder}: {error.strerror or error}; make room there (df and df -i show it), "
             f"or choose another folder ({option})"
         ) from error

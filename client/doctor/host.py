@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from xditd.client.doctor.findings import Finding, fail, ok, warn
+from xditd.client.output_files import try_writing
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest
 
@@ -58,10 +58,8 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
 
 
 def _why_not_written(folder: Path) -> str:
-    """Make a folder with a file in there and remove both again: no mode tells of full and read-only disks."""
     try:
-        with tempfile.TemporaryDirectory(prefix="xditd-doctor-", dir=folder) as made:
-            (Path(made) / "page").write_bytes(bytes(4096))
+        try_writing(folder)
     except OSError as error:
         return error.strerror or str(error)
     return ""

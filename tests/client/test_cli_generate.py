@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -113,12 +111,14 @@ def test_the_help_says_where_embeddings_come_from(capsys):
     assert "encode_prompt" in text
 
 
-def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys):
-    def interrupt(request):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return [StepDone(request_id=request.request_id, step=1, total_steps=request.steps, elapsed_s=0.1)]
+def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    daemon.answers[Generate] = interrupt
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
+    daemon.answers[Generate] = lambda request: [
+        StepDone(request_id=request.request_id, step=1, total_steps=request.steps, elapsed_s=0.1)
+    ]
     assert generate("--out", str(tmp_path / "a.png"), "--json") == exits.INTERRUPTED
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["code"] == "cancelled"

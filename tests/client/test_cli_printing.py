@@ -60,8 +60,8 @@ def test_names_that_the_terminal_does_not_have_are_escaped():
     "verb", sorted(set(VERBS) - {"serve", "doctor", "demo", "install-service", "comfyui", "generate"})
 )
 def test_a_verb_that_fails_says_so_in_json(verb, folder, capsys):
-    names = ["c1"] if verb in ("adopt", "revoke") else []
-    assert main([verb, *names, "--runtime-dir", str(folder), "--json"]) == exits.UNREACHABLE
+    needed = {"adopt": ["c1"], "revoke": ["c1"], "wait": ["--wait-s", "0"]}.get(verb, [])
+    assert main([verb, *needed, "--runtime-dir", str(folder), "--json"]) == exits.UNREACHABLE
     found = json.loads(capsys.readouterr().out)["error"]
     assert (found["code"], found["retryable"]) == ("daemon_unreachable", True)
     assert "no such socket" in found["message"]

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from xditd.daemon.configuration import Configuration
+from xditd.daemon.logbook import Logbook
+from xditd.daemon.notify import Notifier
+from xditd.daemon.runtime_folder import RuntimeFolder
+from xditd.daemon.service import Service
+from xditd.ipc.addresses import RuntimeDir
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +23,14 @@ def _umask() -> Iterator[None]:
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    """A service that listens nowhere, in a runtime folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # a socket's path may not be long
+        configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
+        with RuntimeFolder(configuration.runtime) as folder:
+            service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
+            yield service
+            service.close()

@@ -1,32 +1,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.logbook import Logbook
-from xditd.daemon.notify import Notifier
 from xditd.daemon.reload import LIVE, reload
-from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
-from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with tempfile.TemporaryDirectory(prefix="xditd-") as name:
-        configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
-        with RuntimeFolder(configuration.runtime) as folder:
-            service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
-            yield service
-            service.close()
 
 
 @pytest.fixture(autouse=True)

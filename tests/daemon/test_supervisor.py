@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xditd.daemon import supervisor
-from xditd.daemon.configuration import Configuration
-from xditd.daemon.logbook import Logbook
-from xditd.daemon.notify import Notifier
-from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
-from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.status import GroupState
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    umask = os.umask(0o022)  # which the folder changes for the whole process
-    with tempfile.TemporaryDirectory(prefix="xditd-") as name:
-        configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
-        with RuntimeFolder(configuration.runtime) as folder:
-            service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
-            yield service
-            service.close()
-    os.umask(umask)
 
 
 @pytest.mark.parametrize(

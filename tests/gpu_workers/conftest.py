@@ -9,7 +9,7 @@ import torch
 
 from xditd.gpu_workers.families.base import TensorInfo
 from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
 
 State = dict[str, torch.Tensor]
 
@@ -67,3 +67,15 @@ def plug() -> Callable[[SkeletonCache, State], Plan]:
 
 def _describe(state: State) -> dict[str, TensorInfo]:
     return {name: TensorInfo.of(tensor) for name, tensor in state.items()}
+
+
+@pytest.fixture
+def transformer(
+    shared_cache: SkeletonCache, demo_transformer: State, plug: Callable[[SkeletonCache, State], Plan]
+) -> Skeleton:
+    return plug(shared_cache, demo_transformer).skeleton
+
+
+@pytest.fixture
+def vae(shared_cache: SkeletonCache, demo_vae: State, plug: Callable[[SkeletonCache, State], Plan]) -> Skeleton:
+    return plug(shared_cache, demo_vae).skeleton

@@ -8,7 +8,7 @@ import pytest
 
 from xditd.ipc.errors import Unsupported, UnsupportedDtype
 from xditd.ipc.known_models import MODELS
-from xditd.ipc.recognition import refusal
+from xditd.ipc.recognition import unsupported_error
 
 MESSAGE_CHARS = 1_000
 
@@ -51,8 +51,8 @@ def test_what_can_be_lent_is_not_refused(found: Tensors, prefix: str) -> None:
         f"{prefix}spiece_model": Tensor("uint8", (9,)),
         f"{prefix}embeddings.position_ids": Tensor("int64", (1, 77)),
     }
-    assert refusal(prefixed(prefix, found)) is None
-    assert refusal({**prefixed(prefix, found), **extras}) is None
+    assert unsupported_error(prefixed(prefix, found)) is None
+    assert unsupported_error({**prefixed(prefix, found), **extras}) is None
 
 
 MODEL_CASES: list[tuple[str, Tensors]] = [
@@ -80,7 +80,7 @@ MODEL_CASES: list[tuple[str, Tensors]] = [
 @pytest.mark.parametrize(("name", "found"), MODEL_CASES, ids=[name for name, _ in MODEL_CASES])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module."])
 def test_other_models_are_named(name: str, found: Tensors, prefix: str) -> None:
-    error = refusal(prefixed(prefix, found))
+    error = unsupported_error(prefixed(prefix, found))
     assert isinstance(error, Unsupported)
     assert error.detail.startswith(f"{name} is not supported: lend ")
     assert f"{len(found)} of {len(found)} tensors" in error.detail
@@ -109,7 +109,7 @@ BLOCK = "double_blocks.0.img_attn.qkv"
     ],
 )
 def test_packed_weights_are_named_with_their_model_and_counted(kind: str, found: Tensors) -> None:
-    error = refusal(prefixed("model.diffusion_model.", found))
+    error = unsupported_error(prefixed("model.diffusion_model.", found))
     assert isinstance(error, UnsupportedDtype)
     assert error.detail.startswith(f"FLUX.1 with {kind} weights cannot be run: lend its bfloat16")
     assert len(error.detail) < MESSAGE_CHARS
@@ -118,10 +118,10 @@ def test_packed_weights_are_named_with_their_model_and_counted(kind: str, found:
 
 
 def test_packed_weights_of_another_model_are_named_as_both() -> None:
-    error = refusal(tensors("head.modulation", "blocks.0.self_attn.q.weight", dtype="float8_e4m3fn"))
+    error = unsupported_error(tensors("head.modulation", "blocks.0.self_attn.q.weight", dtype="float8_e4m3fn"))
     assert isinstance(error, Unsupported)
     assert error.detail.startswith("Wan with fp8 (float8_e4m3fn) weights is not supported: lend FLUX.1")
-    encoder = refusal({name: Tensor("float8_e4m3fn") for name in T5})
+    encoder = unsupported_error({name: Tensor("float8_e4m3fn") for name in T5})
     assert isinstance(encoder, UnsupportedDtype)
     assert encoder.detail.startswith("T5 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16, float16")
 
@@ -138,7 +138,7 @@ def test_packed_weights_of_another_model_are_named_as_both() -> None:
     ],
 )  # fmt: skip
 def test_adapters_are_named(whose: str, found: Tensors) -> None:
-    error = refusal(found)
+    error = unsupported_error(found)
     assert isinstance(error, Unsupported)
     assert error.detail.startswith(f"a LoRA in {whose} names is no model: merge it into its model")
     assert len(error.detail) < MESSAGE_CHARS
@@ -147,7 +147,7 @@ def test_adapters_are_named(whose: str, found: Tensors) -> None:
 def test_all_in_one_checkpoints_are_named_by_model_and_parts() -> None:
     flux = prefixed("model.diffusion_model.", FLUX) | prefixed("vae.", VAE)
     flux |= prefixed("text_encoders.clip_l.transformer.", CLIP) | prefixed("text_encoders.t5xxl.transformer.", T5)
-    error = refusal(flux)
+    error = unsupported_error(flux)
     assert isinstance(error, Unsupported)
     assert error.detail.startswith(
         "an all-in-one checkpoint of FLUX.1 cannot be lent as a whole: lend one part at a time"
@@ -156,30 +156,30 @@ def test_all_in_one_checkpoints_are_named_by_model_and_parts() -> None:
         f"transformer or UNet ({len(FLUX)} tensors)", f"VAE ({len(VAE)} tensors)",
         f"CLIP-L ({len(CLIP)} tensors)", f"T5 ({len(T5)} tensors)",
     }  # fmt: skip
-    fp8 = refusal(flux | prefixed("model.diffusion_model.", FP8))
+    fp8 = unsupported_error(flux | prefixed("model.diffusion_model.", FP8))
     assert fp8 is not None
     assert "of FLUX.1 with fp8 (float8_e4m3fn) weights" in fp8.detail
     sdxl = prefixed("model.diffusion_model.", UNET | tensors("label_emb.0.0.weight"))
     sdxl |= prefixed("first_stage_model.", VAE) | prefixed("conditioner.embedders.0.transformer.", CLIP)
-    error = refusal(sdxl)
+    error = unsupported_error(sdxl)
     assert error is not None
     assert error.detail.startswith(
         "an all-in-one checkpoint of Stable Diffusion XL cannot be lent as a whole: lend FLUX.1"
     )
     for found in (flux, sdxl):
-        assert len(str(refusal(found))) < MESSAGE_CHARS
+        assert len(str(unsupported_error(found))) < MESSAGE_CHARS
 
 
 def test_two_text_encoders_in_one_file_are_two_parts() -> None:
     pair = prefixed("text_encoders.clip_l.transformer.", CLIP) | prefixed("text_encoders.t5xxl.transformer.", T5)
-    error = refusal(pair)
+    error = unsupported_error(pair)
     assert error is not None
     assert "CLIP-L (2 tensors), T5 (25 tensors)" in error.detail
 
 
 @pytest.mark.parametrize("found", [{}, tensors("a.weight", "b.weight"), tensors("x")], ids=["none", "two", "one"])
 def test_what_nobody_knows_is_not_named(found: Tensors) -> None:
-    assert refusal(found) is None
+    assert unsupported_error(found) is None
 
 
 def test_every_mark_can_be_reached() -> None:
@@ -189,7 +189,7 @@ def test_every_mark_can_be_reached() -> None:
         if model.side is not None:
             name, dimension, size = model.side
             found[name] = Tensor(shape=(1,) * dimension + (size, 3))
-        error = refusal(found)
+        error = unsupported_error(found)
         assert (error is None) == (model.remedy is None), model
         assert error is None or error.detail.startswith(model.name), model
 
@@ -198,7 +198,7 @@ def test_every_model_that_diffusers_tells_by_one_name_is_named() -> None:
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     unnamed = set()
     for kind, keys in utils.CHECKPOINT_KEY_NAMES.items():
-        if all(refusal(tensors(key)) is None for key in ([keys] if isinstance(keys, str) else keys)):
+        if all(unsupported_error(tensors(key)) is None for key in ([keys] if isinstance(keys, str) else keys)):
             unnamed.add(kind)
     can_be_lent = {"flux", "clip", "clip_sdxl", "clip_sd3", "open_clip_sd3"}
     parts_of_others = {"open_clip", "animatediff", "animatediff_v2", "animatediff_sdxl_beta", "stable_cascade_stage_b"}

@@ -14,6 +14,7 @@ from leaks import Holdings, files_left_in, holdings_of
 from process_tree import descendants, is_running
 
 from xditd.client import Client, DaemonStatus, XditdError
+from xditd.client.waiting import SERVING
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.status import GroupState
 
@@ -173,4 +174,4 @@ class Target:
 
 
 def is_up(status: DaemonStatus) -> bool:
-    return status.group_state in (GroupState.READY, GroupState.BUSY)
+    return status.group_state in SERVING

@@ -1,0 +1,95 @@
+"""What a lend and a job cost in the daemon: a part of ``control_plane.py``, with workers that do nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+from measured_daemon import cpu_s, daemon, hello
+
+from xditd.ipc.addresses import endpoint
+from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.protocol import Request
+from xditd.ipc.replies import Denoised, Lent, Queued, StepDone
+from xditd.ipc.requests import Denoise, Lend, Part
+from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
+
+TENSORS, LENDS = 1_200, 500
+"""Of a lent component, as many as a FLUX.1 transformer has; and how often it is lent."""
+
+FAKE_WORKERS_VARIABLE = "BENCHMARK_CHECKOUT"
+_CHECKOUT = Path(os.environ.get(FAKE_WORKERS_VARIABLE) or Path(__file__).resolve().parent.parent)
+FAKE_WORKERS = _CHECKOUT / "tests" / "integration" / "fake_workers.py"
+
+
+def measure_work(jobs: int) -> dict[str, Any]:
+    """Time lends and jobs of one client on a worker group that does nothing, and see what the daemon holds afterwards.
+
+    Each lend is of :data:`TENSORS` tensors, with a higher generation than the last; of lends and jobs, ``ms`` is the
+    median time until they are answered, and ``cpu_us`` the daemon's processor time for one. ``memory_bytes`` is VmRSS.
+    """
+    descriptor = os.memfd_create("benchmark")
+    os.truncate(descriptor, 4096)
+    block = HostShmBlock(
+        fd=descriptor,
+        inode=os.fstat(descriptor).st_ino,
+        size_bytes=4096,
+        fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
+    )
+    specs = tuple(TensorSpec(f"blocks.{number}.weight", "float32", (4, 4), 0, 0) for number in range(TENSORS))
+    io = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, 1)
+    socket.setsockopt(zmq.LINGER, 0)
+
+    def ask(request: Request) -> Any:
+        socket.send(encode(request))
+        while isinstance(reply := reply_decoder.decode(socket.recv()), (Queued, StepDone)):
+            pass
+        return reply
+
+    def lend(number: int) -> Request:
+        kind = ComponentKind.TRANSFORMER
+        manifest = Manifest(kind=kind, label="benchmark", blocks=(block,), tensors=specs, generation=number)
+        return Lend(request_id=f"lend-{number}", manifest=manifest)
+
+    def job(number: int) -> Request:
+        return Denoise(
+            request_id=f"job-{number}",
+            transformer_id=component_id,
+            io=block,
+            latents=io,
+            timestep=(0.5,),
+            parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
+            out=io,
+        )
+
+    with daemon([sys.executable, str(FAKE_WORKERS), "--step-s", "0"]) as (runtime, _, pid):
+
+        def time_all(make: Callable[[int], Request], expected: type, count: int) -> dict[str, float]:
+            requests = [make(number) for number in range(1, count + 1)]
+            before_s, took_ms = cpu_s(pid), []
+            for request in requests:
+                began_s = time.perf_counter()
+                if not isinstance(ask(request), expected):
+                    raise SystemExit(f"{type(request).__name__}: a request of the benchmark failed")
+                took_ms.append((time.perf_counter() - began_s) * 1e3)
+            return {"ms": statistics.median(took_ms), "cpu_us": (cpu_s(pid) - before_s) / count * 1e6}
+
+        socket.connect(endpoint(runtime.client_socket))
+        ask(hello())
+        component_id = ask(lend(0)).component_id
+        found: dict[str, Any] = {"lend": time_all(lend, Lent, LENDS), "job": time_all(job, Denoised, jobs)}
+        memory = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
+    socket.close()
+    context.term()
+    os.close(descriptor)
+    return found | {"memory_bytes": float(memory[0]) * 1024}
