@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=user_path, metavar="FILE",
                    help="transformer checkpoint, one safetensors file")  # fmt: skip
     flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=user_path, metavar="FILE",
-                   help="VAE checkpoint; without it only latents are made")  # fmt: skip
+                   help="VAE checkpoint; without it only latents are made, for --save-latents")  # fmt: skip
     flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=user_path, metavar="FILE",
                    help="safetensors file with prompt_embeds and pooled_prompt_embeds")  # fmt: skip
     flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
@@ -78,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     if parsed.transformer is None:
         parsed.refuse("--transformer FILE is needed")
-    if (parsed.embeds is None) == (parsed.random_embeds is None):
+    if parsed.embeds is not None and parsed.random_embeds is not None:
+        parsed.refuse("--embeds FILE and --random-embeds SEED are both given; leave one out")
+    if parsed.embeds is None and parsed.random_embeds is None:
         parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
     if parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: nothing would be written")

@@ -213,6 +213,7 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["paint"], "invalid choice"),
         (["generate"], "--transformer FILE is needed"),
         (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
+        (["generate", "--transformer", "t", "--random-embeds", "1", "--embeds", "e"], "are both given; leave one out"),
         (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
         (["generate", "--size", "100x64"], "sides are multiples of 16 pixels"),
         (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
