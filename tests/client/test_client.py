@@ -199,7 +199,7 @@ def test_client_that_waits_in_vain_says_what_for(folder):
 
 @pytest.mark.parametrize("wait_s", [-1.0, float("nan"), float("inf")])
 def test_client_refuses_a_wait_that_is_no_time(folder, wait_s):
-    with pytest.raises(BadRequest, match="use seconds from 0"):
+    with pytest.raises(BadRequest, match="is not a number of seconds from 0"):
         Client(folder, wait_s=wait_s)
 
 
