@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=flags.number(0, limits.MAX_GUIDANCE),
                    default=3.5, metavar="SCALE", help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
     flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=flags.number(0, 1), default=0.0,
-                   metavar="SHARE", help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
+                   metavar="SHARE",
+                   help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
                    help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
     flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=user_path, default="out.png", metavar="FILE",

@@ -39,7 +39,7 @@ def bar(total: int, text: str, is_quiet: bool = False, is_even: bool = True) -> 
 
 def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:
     """Show a generation's steps until its end; what it waits for before that."""
-    with bar(job.total_steps, text, is_quiet) as steps:
+    with job, bar(job.total_steps, text, is_quiet) as steps:  # an interrupt before the first event cancels it, too
         for event in job.events():
             if isinstance(event, Queued):
                 behind = f", {event.ahead} ahead" if event.ahead else ""
