@@ -18,14 +18,14 @@ SERVING: Final = (GroupState.READY, GroupState.BUSY)
 """States of a group that takes jobs."""
 
 
-def check_wait(wait_s: float) -> None:
-    """Check how long to wait, in seconds.
+def check_seconds(name: str, value: float) -> None:
+    """Check how long to wait.
 
     Raises:
         BadRequest: it is no time.
     """
-    if isinstance(wait_s, bool) or not isinstance(wait_s, (int, float)) or not (math.isfinite(wait_s) and wait_s >= 0):
-        raise BadRequest(f"wait_s: {wait_s!r} is not a number of seconds from 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise BadRequest(f"{name}: {value!r} is not a number of seconds from 0")
 
 
 def why_not_serving(status: DaemonStatus) -> str:
@@ -51,7 +51,7 @@ def wait_for(
         WorkersUnavailable: the workers are given up; waiting longer would not help.
         DeadlineExceeded: the daemon answers, but its workers are not ready within ``wait_s``.
     """
-    check_wait(wait_s)
+    check_seconds("wait_s", wait_s)
     clock = AwakeClock()
     began_s = clock.now_s()
     shown = ""
