@@ -23,7 +23,7 @@ from xditd.client.loans import Loan, component_id_of, kind_named
 from xditd.client.results import GenerationResult
 from xditd.client.running import Runner
 from xditd.client.text_encoding import TextEncoding
-from xditd.client.waiting import wait_for
+from xditd.client.waiting import check_seconds, wait_for
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
@@ -52,6 +52,7 @@ class Client:
 
     Raises:
         DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
+        BadRequest: ``deadline_s`` or ``wait_s`` is no time.
         WorkersUnavailable, DeadlineExceeded: with ``wait_s``, the workers are given up, or not ready in time.
         ProtocolMismatch: the daemon is of a version that speaks another protocol.
         NotPermitted: the daemon serves another user.
@@ -65,6 +66,7 @@ class Client:
         deadline_s: float = SILENCE_DEADLINE_S,
         wait_s: float = 0.0,
     ) -> None:
+        check_seconds("deadline_s", deadline_s)
         runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
         self._pool = IoPool()
         self._lifetime = Lifetime(runtime, name, self._pool, deadline_s)

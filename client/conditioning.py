@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 from xditd.client.job_inputs import check_embeds, check_guidance
 from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, named
 from xditd.ipc.name_lists import listed
+from xditd.ipc.recognition import refusal
 
 if TYPE_CHECKING:
     import torch
@@ -151,14 +152,23 @@ def random_conditioning(transformer: Path, seed: int, text_tokens: int) -> tuple
 
 
 def conditioning_widths(transformer: Path) -> tuple[int, int]:
-    """Tell context and pooled width by the layers that take them in, under any prefix."""
-    from xditd.client.tensor_files import read_shapes
+    """Tell context and pooled width by the layers that take them in, under any prefix.
 
-    shapes = read_shapes(transformer)
+    Raises:
+        BadRequest, Unsupported: it is no FLUX.1 transformer.
+        BadCheckpoint: it is not a sound safetensors file.
+    """
+    from xditd.client.tensor_files import read_stored
+
+    stored = read_stored(transformer)
     widths = []
     for layer in ("txt_in.weight", "vector_in.in_layer.weight"):
-        found = [shape for name, shape in shapes.items() if name == layer or name.endswith(f".{layer}")]
+        found = [each.shape for name, each in stored.items() if name == layer or name.endswith(f".{layer}")]
         if len(found) != 1 or len(found[0]) != 2:
-            raise BadRequest(f"{transformer}: widths of the conditioning cannot be told (no {layer}); use --embeds")
+            what = BadRequest(
+                f"no FLUX.1 transformer by its names ({len(found)} tensors are {layer}, instead of one matrix): give "
+                "another file, or embeddings of your own"
+            )
+            raise named(str(transformer), refusal(stored) or what)
         widths.append(found[0][1])
     return widths[0], widths[1]

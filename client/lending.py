@@ -26,7 +26,7 @@ from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
 from xditd.client.text_encoding import is_text_encoder
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
+from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.file_kinds import shard_of
 from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.recognition import unsupported_error
@@ -130,11 +130,11 @@ def describe(
         if isinstance(source, (str, bytes, os.PathLike)):
             path = expand_home(os.fsdecode(source))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
-            specs = _describe_file(path, device, held)
+            specs = _describe_file(path, label, device, held)
         else:
             label = label or "state_dict"
             specs = _describe_tensors(state_of(source), device, held)
-        kind = kind or _kind_of(specs)
+        kind = kind or _kind_of(specs, label)
         manifest = Manifest(
             kind=kind, label=label, blocks=tuple(held.blocks), tensors=tuple(specs), generation=generation
         )
@@ -163,22 +163,20 @@ def guess_kind(names: Iterable[str]) -> ComponentKind:
     if any(bare_name(name).startswith(("decoder.", "encoder.")) for name in given):
         return ComponentKind.VAE
     raise BadRequest(
-        f"component with {listed(given) or 'no tensors'}: no transformer, VAE or text encoder by its names; pass kind=",
+        f"no transformer, VAE or text encoder by its names ({listed(given) or 'no tensors'}): lend another checkpoint, "
+        "or pass kind=",
         names=given,
     )
 
 
-def _kind_of(specs: Sequence[TensorSpec]) -> ComponentKind:
+def _kind_of(specs: Sequence[TensorSpec], label: str) -> ComponentKind:
     try:
         return guess_kind(spec.name for spec in specs)
     except BadRequest as error:
-        known = unsupported_error({spec.name: spec for spec in specs})
-        if known is None:
-            raise
-        raise known from error
+        raise named(label, unsupported_error({spec.name: spec for spec in specs}) or error) from error
 
 
-def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpec]:
+def _describe_file(path: str, label: str, device: str | None, held: _Held) -> list[TensorSpec]:
     shard = shard_of(path)
     if shard is not None:
         raise BadCheckpoint(f"{path}: this is {shard}")
@@ -187,7 +185,7 @@ def _describe_file(path: str, device: str | None, held: _Held) -> list[TensorSpe
     if device is not None:
         known = unsupported_error({stored.name: stored for stored in header.tensors})
         if known is not None:  # the workers would say so once everything is loaded
-            raise known
+            raise named(label, known)
         arena = held.own_arena(load_into_arena(lent, header, device))
         held.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
         return _describe_tensors(arena.tensors, None, held)

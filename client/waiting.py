@@ -18,10 +18,22 @@ SERVING: Final = (GroupState.READY, GroupState.BUSY)
 """States of a group that takes jobs."""
 
 
+def check_seconds(name: str, value: float) -> None:
+    """Check how long to wait.
+
+    Raises:
+        BadRequest: it is no time.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise BadRequest(f"{name}: {value!r} is not a number of seconds from 0")
+
+
 def why_not_serving(status: DaemonStatus) -> str:
     """Say why there are no workers for a job; empty where there are."""
     if status.group_state in SERVING:
         return ""
+    if status.group_state is GroupState.STARTING and status.group_detail.startswith("workers are "):
+        return status.group_detail
     state = status.group_state.value.replace("_", " ")
     return f"workers {state}: {status.group_detail}" if status.group_detail else f"workers {state}"
 
@@ -39,8 +51,7 @@ def wait_for(
         WorkersUnavailable: the workers are given up; waiting longer would not help.
         DeadlineExceeded: the daemon answers, but its workers are not ready within ``wait_s``.
     """
-    if not (math.isfinite(wait_s) and wait_s >= 0):
-        raise BadRequest(f"wait_s {wait_s}: use seconds from 0")
+    check_seconds("wait_s", wait_s)
     clock = AwakeClock()
     began_s = clock.now_s()
     shown = ""
@@ -49,7 +60,8 @@ def wait_for(
         try:
             status = look()
         except DaemonUnreachable as unreachable:
-            error = unreachable
+            error = DaemonUnreachable(f"{unreachable.detail}; none answered within {wait_s:g} s")
+            said = unreachable.detail
         else:
             why = why_not_serving(status)
             if not (workers and why):
@@ -57,10 +69,11 @@ def wait_for(
             if status.group_state is GroupState.GIVEN_UP:
                 raise WorkersUnavailable(f"{why}; cure the cause, then restart the daemon")
             error = DeadlineExceeded(f"{why}; not ready within {wait_s:g} s")
+            said = why
         rest_s = wait_s - clock.waited_s(began_s)
         if rest_s <= 0:
             raise error
-        if error.detail != shown:
-            shown = error.detail
-            show(why if isinstance(error, DeadlineExceeded) else error.detail)
+        if said != shown:
+            shown = said
+            show(said)
         time.sleep(min(_POLL_S, rest_s))

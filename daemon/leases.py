@@ -143,7 +143,10 @@ class LeaseRegistry:
             return lease
         if component_id in self._lost:
             raise LeaseLost(self._lost[component_id])
-        raise UnknownComponent(f"component {component_id}: not on loan (returned, or its owner is gone); lend it")
+        raise UnknownComponent(
+            f"component {component_id}: not on loan (returned, or its owner is gone); lend it, or name one that "
+            "`xditd status` shows"
+        )
 
     def of_session(self, session: Session) -> list[Lease]:
         """The loans that end with a session; what was adopted does not."""

@@ -30,7 +30,16 @@ from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.gpu_workers.peers import PeerCopies
 from xditd.gpu_workers.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.upload_shares import Stretch, cut, join
-from xditd.ipc.errors import BadRequest, ForeignGpu, Internal, OtherRankFailed, StaleSource, UnknownComponent
+from xditd.ipc.errors import (
+    BadRequest,
+    ForeignGpu,
+    Internal,
+    OtherRankFailed,
+    RequestError,
+    StaleSource,
+    UnknownComponent,
+    named,
+)
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
@@ -259,8 +268,7 @@ class Components:
         with together():
             if faults := manifest.faults():
                 raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
-            plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
-            self._check_kind(manifest, plan)
+            plan = self._plan(manifest)
             reserved = plan.skeleton.reserve()
             clock.mark("plan")
             for number, block in enumerate(manifest.blocks):
@@ -273,13 +281,15 @@ class Components:
         copied = copied + CopiedBytes(device_to_device=reserved)
         return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
 
-    @staticmethod
-    def _check_kind(manifest: Manifest, plan: Plan) -> None:
-        if plan.family.kind != manifest.kind.value:
-            raise BadRequest(
-                f"{manifest.label}: lent as {manifest.kind.value}, but its tensors are those of {plan.family.name}, "
-                f"a {plan.family.kind}"
-            )
+    def _plan(self, manifest: Manifest) -> Plan:
+        try:
+            plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
+            family, kind = plan.family, manifest.kind.value
+            if family.kind != kind:
+                raise BadRequest(f"lent as {kind}, but its tensors are those of {family.name}, a {family.kind}")
+        except RequestError as error:
+            raise named(manifest.label, error) from error
+        return plan
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""

@@ -255,6 +255,11 @@ def _leaves(root: type[XditdError]) -> dict[str, type[XditdError]]:
 BY_CODE: dict[str, type[XditdError]] = _leaves(XditdError)
 
 
+def named(what: str, error: RequestError) -> RequestError:
+    """Return the same error with what it is about in front of its message."""
+    return type(error)(f"{what}: {error.detail}", names=error.names)
+
+
 def error_for(code: str, detail: str, retry_after_s: float | None = None, names: Iterable[str] = ()) -> XditdError:
     """Build the error that a ``Failed`` message stands for; an unknown code becomes :class:`Internal`."""
     cls = BY_CODE.get(code)

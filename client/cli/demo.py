@@ -19,8 +19,8 @@ Write a small seeded FLUX.1 checkpoint and a VAE, start a daemon with two worker
 weights to it from this process, generate two images, and compare with plain diffusers. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
-  xditd demo --out out           leaves out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
-  xditd demo --device cpu --keep then: xditd status --runtime-dir (the folder that it prints)
+  xditd demo --out out             leaves out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
+  xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 
 _LEFT_BYTES: Final = 80 * 2**20

@@ -17,7 +17,9 @@ INTERRUPTED = 130
 READER_LEFT = 141
 """As a shell reports a program that wrote to a pipe whose reader had gone (128 + SIGPIPE)."""
 
-HELP = "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable"
+HELP = (
+    "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable, 130 interrupted,\n141 the reader of stdout left"
+)
 
 
 def code_for(error: XditdError) -> int:

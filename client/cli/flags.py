@@ -97,6 +97,21 @@ def one_of(*names: str) -> Callable[[str], str]:
     return convert
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Make a type for numbers in [low, high]."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = high + 1.0
+        if not low <= value <= high:  # NaN is in no range
+            raise argparse.ArgumentTypeError(f"{text!r}: use a number from {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
 def whole(low: int, high: int) -> Callable[[str], int]:
     """Make a type for whole numbers in [low, high]."""
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=user_path, metavar="FILE",
                    help="transformer checkpoint, one safetensors file")  # fmt: skip
     flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=user_path, metavar="FILE",
-                   help="VAE checkpoint; without it only latents are made")  # fmt: skip
+                   help="VAE checkpoint; without it only latents are made, for --save-latents")  # fmt: skip
     flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=user_path, metavar="FILE",
                    help="safetensors file with prompt_embeds and pooled_prompt_embeds")  # fmt: skip
     flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
@@ -62,9 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    metavar="COUNT", help="denoising steps")  # fmt: skip
     flags.add_flag(parser, "--seed", variable="XDITD_SEED", type=flags.whole(0, 2**63 - 1), metavar="SEED",
                    help="seed of the noise; drawn and reported without it")  # fmt: skip
-    flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=float, default=3.5, metavar="SCALE",
-                   help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
-    flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=float, default=0.0, metavar="SHARE",
+    flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=flags.number(0, limits.MAX_GUIDANCE),
+                   default=3.5, metavar="SCALE", help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
+    flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=flags.number(0, 1), default=0.0,
+                   metavar="SHARE",
                    help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
                    help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
@@ -78,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     if parsed.transformer is None:
         parsed.refuse("--transformer FILE is needed")
-    if (parsed.embeds is None) == (parsed.random_embeds is None):
+    if parsed.embeds is not None and parsed.random_embeds is not None:
+        parsed.refuse("--embeds FILE and --random-embeds SEED are both given; leave one out")
+    if parsed.embeds is None and parsed.random_embeds is None:
         parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
     if parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: nothing would be written")

@@ -19,11 +19,11 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 examples:
-  xditd install-service                           ~/.config/systemd/user/xditd.service and .socket
-  sudo xditd install-service --system --for alice /etc/systemd/system/xditd@.service and .socket, for alice
-  xditd install-service --check                   are they there, up to date, and fine with systemd?
-  xditd install-service --dry-run                 print what would be written
-  xditd install-service --uninstall
+  xditd install-service                             writes ~/.config/systemd/user/xditd.service and .socket
+  sudo xditd install-service --system --for alice   writes /etc/systemd/system/xditd@.service and .socket
+  xditd install-service --check                     are they there, up to date, and fine with systemd?
+  xditd install-service --dry-run                   prints what would be written
+  xditd install-service --uninstall                 removes the files
 """
 
 

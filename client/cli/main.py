@@ -53,6 +53,7 @@ _DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and get image
 _EPILOG = f"""\
 first steps:
   xditd demo --out out                 everything once, on small checkpoints made on the spot: out/demo.png
+  xditd doctor                         GPUs, driver, limits, folders: what is wrong, and what to do about it
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
   xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -29,7 +30,8 @@ class LentFile:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise OutOfMemory(f"{path}: {error.strerror} in this process") from error
-            raise BadCheckpoint(f"{path}: {error.strerror}") from error
+            remedy = "; name a file of this machine, nothing is downloaded" if error.errno == errno.ENOENT else ""
+            raise BadCheckpoint(f"{path}: {error.strerror}{remedy}") from error
         except ValueError as error:
             raise BadCheckpoint(f"{path!r}: {error}") from error
         opened = settled_stat(self.fd)

@@ -76,7 +76,9 @@ def read_header(fd: int, path: str) -> Header:
             "is this a safetensors file?"
         )
     if 8 + length > file_bytes:
-        raise BadCheckpoint(f"{path}: header of {length} bytes in a file of {file_bytes}; the file is truncated")
+        raise BadCheckpoint(
+            f"{path}: header of {length} bytes in a file of {file_bytes}; the file is truncated: get it again"
+        )
     entries = _parse(os.pread(fd, length, 8), path)
     tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
     _check_coverage(tensors, 8 + length, file_bytes, path)
@@ -144,5 +146,5 @@ def _check_coverage(tensors: tuple[StoredTensor, ...], data_start: int, file_byt
             raise BadCheckpoint(f"{path}: tensor {stored.name!r} starts at byte {stored.offset_bytes} and {how}")
         end += stored.size_bytes
     if end != file_bytes:
-        what = "the file is truncated" if end > file_bytes else "bytes follow the last tensor"
+        what = "the file is truncated: get it again" if end > file_bytes else "bytes follow the last tensor"
         raise BadCheckpoint(f"{path}: tensors end at byte {end} of {file_bytes}; {what}")

@@ -195,6 +195,7 @@ def test_wait_without_a_daemon_is_three_in_the_end(folder, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2  # what it waits for, once, and how it ended
     assert all("no such socket" in line for line in said)
+    assert said[1].endswith("; none answered within 1 s")
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "stop"])
@@ -213,9 +214,12 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["paint"], "invalid choice"),
         (["generate"], "--transformer FILE is needed"),
         (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
+        (["generate", "--transformer", "t", "--random-embeds", "1", "--embeds", "e"], "are both given; leave one out"),
         (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
         (["generate", "--size", "100x64"], "sides are multiples of 16 pixels"),
         (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
+        (["generate", "--guidance", "much"], "'much': use a number from 0 to 1000"),
+        (["generate", "--step-cache", "nan"], "'nan': use a number from 0 to 1"),
         (["generate", "--steps", "0"], "use a whole number from 1 to 1000"),
         (["demo", "--workers", "3"], "use a whole number from 1 to 2"),
         (["demo", "--device", "tpu"], "use auto, cuda or cpu"),
@@ -266,7 +270,7 @@ def test_help_names_a_variable_for_each_flag_and_teaches(verb, capsys):
     for option in given:
         assert option.startswith("h, --help") or "[XDITD_" in option, option
     assert f"xditd {verb}" in text[text.index("examples:") :]
-    assert "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable" in text
+    assert "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable, 130 interrupted" in text
 
 
 def test_logs_show_the_last_lines(daemon, folder, capsys):

@@ -197,10 +197,11 @@ def test_client_that_waits_in_vain_says_what_for(folder):
     assert time.monotonic() - began >= 0.3
 
 
-@pytest.mark.parametrize("wait_s", [-1.0, float("nan"), float("inf")])
-def test_client_refuses_a_wait_that_is_no_time(folder, wait_s):
-    with pytest.raises(BadRequest, match="use seconds from 0"):
-        Client(folder, wait_s=wait_s)
+@pytest.mark.parametrize("name", ["wait_s", "deadline_s"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "5"])
+def test_client_refuses_a_wait_that_is_no_time(folder, name, value):
+    with pytest.raises(BadRequest, match=f"{name}: {value!r} is not a number of seconds from 0"):
+        Client(folder, **{name: value})
 
 
 def test_a_loan_whose_daemon_is_gone_says_so_and_not_that_it_was_lost(client, daemon):

@@ -357,7 +357,7 @@ def test_what_has_no_kind_here_is_named_where_it_is_known(
     names: list[str], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    with pytest.raises(Unsupported, match=f"^{says}") as caught:
+    with pytest.raises(Unsupported, match=f"^state_dict: {says}") as caught:
         describe({name: torch.ones(3) for name in names})
     assert caught.value.names
     assert all(name in caplog.text for name in names)
@@ -367,7 +367,7 @@ def test_what_is_known_to_be_refused_is_not_loaded_onto_a_device(tmp_path: Path,
     path = tmp_path / "lora.safetensors"
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(3, 3)}, path)
     before = open_fds()
-    with pytest.raises(Unsupported, match=r"^a LoRA in diffusers' names"):
+    with pytest.raises(Unsupported, match=r"^lora: a LoRA in diffusers' names"):
         describe(path, device="cuda")
     assert open_fds() == before
 

@@ -9,8 +9,8 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from xditd.client import tensor_files  # noqa: E402
 from xditd.client.conditioning import conditioning_widths, random_conditioning, read_conditioning  # noqa: E402
-from xditd.client.tensor_files import read_shapes, read_tensors, write_tensors  # noqa: E402
-from xditd.ipc.errors import BadCheckpoint, BadRequest, StaleSource  # noqa: E402
+from xditd.client.tensor_files import read_stored, read_tensors, write_tensors  # noqa: E402
+from xditd.ipc.errors import BadCheckpoint, BadRequest, StaleSource, Unsupported  # noqa: E402
 
 TENSORS = {
     "a": torch.randn(2, 3),
@@ -35,7 +35,7 @@ def test_what_the_library_writes_is_read(tmp_path):
     safetensors_torch.save_file(TENSORS, tmp_path / "t.safetensors")
     found = read_tensors(tmp_path / "t.safetensors")
     assert are_equal({name: found[name] for name in TENSORS}, TENSORS)
-    assert read_shapes(tmp_path / "t.safetensors")["a"] == (2, 3)
+    assert read_stored(tmp_path / "t.safetensors")["a"].shape == (2, 3)
 
 
 def test_a_file_that_is_overwritten_while_it_is_read_is_no_mixture(tmp_path, monkeypatch):
@@ -104,5 +104,11 @@ def test_random_conditioning_fits_the_checkpoint_and_its_seed(tmp_path, prefix):
 
 def test_widths_that_cannot_be_told_are_named(tmp_path):
     write_tensors(tmp_path / "v.safetensors", {"decoder.conv_in.weight": torch.zeros(4, 4)})
-    with pytest.raises(BadRequest, match=r"no txt_in\.weight\); use --embeds"):
+    with pytest.raises(BadRequest, match=r"v\.safetensors: no FLUX\.1 transformer .*0 tensors are txt_in\.weight"):
         conditioning_widths(tmp_path / "v.safetensors")
+
+
+def test_what_has_no_widths_is_named_where_it_is_known(tmp_path):
+    write_tensors(tmp_path / "l.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.zeros(1)})
+    with pytest.raises(Unsupported, match=r"l\.safetensors: a LoRA in kohya's names is no model: merge it"):
+        conditioning_widths(tmp_path / "l.safetensors")

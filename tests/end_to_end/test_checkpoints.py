@@ -26,8 +26,8 @@ def test_an_eight_bit_checkpoint_is_refused_in_few_words_and_all_of_its_tensors_
     eight = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
     packed = {f"{name} is float8_e4m3fn" for name, tensor in eight.items() if tensor.ndim == 2}
     with pytest.raises(UnsupportedDtype) as caught:
-        client.lend(eight)
-    assert caught.value.detail.startswith("FLUX.1 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16")
+        client.lend(eight, label="eight")
+    assert caught.value.detail.startswith("eight: FLUX.1 with fp8 (float8_e4m3fn) weights cannot be run: lend its")
     assert f"{len(packed)} of {len(state)} tensors: " in caught.value.detail
     assert f" and {len(packed) - 5} more" in caught.value.detail
     assert len(caught.value.detail) < MESSAGE_CHARS
@@ -45,8 +45,10 @@ def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):
     whole |= {f"vae.{name}": tensor for name, tensor in load_file(files.vae).items()}
     whole |= {f"text_encoders.clip_l.transformer.{name}": tensor for name, tensor in clip_l_state_dict(0).items()}
     with pytest.raises(Unsupported) as caught:
-        client.lend(whole)
-    assert caught.value.detail.startswith("an all-in-one checkpoint of FLUX.1 cannot be lent as a whole: lend one part")
+        client.lend(whole, label="whole")
+    assert caught.value.detail.startswith(
+        "whole: an all-in-one checkpoint of FLUX.1 cannot be lent as a whole: lend one part"
+    )
     assert f"transformer or UNet ({len(state)} tensors)" in caught.value.names
     assert len(caught.value.detail) < MESSAGE_CHARS
 
