@@ -8,7 +8,14 @@ from collections.abc import Callable
 from typing import Final
 
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.errors import BadRequest, DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
+from xditd.ipc.errors import (
+    BadRequest,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    SessionLost,
+    WorkersUnavailable,
+    XditdError,
+)
 from xditd.ipc.status import DaemonStatus, GroupState
 
 _POLL_S: Final = 0.1
@@ -31,13 +38,14 @@ def wait_for(
 ) -> DaemonStatus:
     """Look until a daemon answers, and, if ``workers``, until its workers take jobs; at least once.
 
-    ``show`` gets what is waited for whenever it changes. A daemon that ends meanwhile is waited for again.
+    ``show`` gets what is waited for whenever it changes. A daemon that ends, falls silent (it is stopped, or its
+    machine is starved) or ends the session meanwhile is asked again.
 
     Raises:
         BadRequest: ``wait_s`` is no time.
-        DaemonUnreachable: no daemon answers within ``wait_s``.
+        DaemonUnreachable, SessionLost: no daemon answers within ``wait_s``.
         WorkersUnavailable: the workers are given up; waiting longer would not help.
-        DeadlineExceeded: the daemon answers, but its workers are not ready within ``wait_s``.
+        DeadlineExceeded: the daemon was there, but it, or its workers, are not ready within ``wait_s``.
     """
     if not (math.isfinite(wait_s) and wait_s >= 0):
         raise BadRequest(f"wait_s {wait_s}: use seconds from 0")
@@ -46,21 +54,26 @@ def wait_for(
     shown = ""
     while True:
         error: XditdError
+        clock.now_s()  # what was slept through, if this process stood still
         try:
             status = look()
-        except DaemonUnreachable as unreachable:
-            error = unreachable
+        except (DaemonUnreachable, DeadlineExceeded, SessionLost) as no_answer:
+            clock.count_gap()  # seconds, where a daemon is there and does not answer
+            error = no_answer
+            awaited = no_answer.detail
         else:
+            clock.count_gap()
             why = why_not_serving(status)
             if not (workers and why):
                 return status
             if status.group_state is GroupState.GIVEN_UP:
                 raise WorkersUnavailable(f"{why}; cure the cause, then restart the daemon")
             error = DeadlineExceeded(f"{why}; not ready within {wait_s:g} s")
+            awaited = why
         rest_s = wait_s - clock.waited_s(began_s)
         if rest_s <= 0:
             raise error
-        if error.detail != shown:
-            shown = error.detail
-            show(why if isinstance(error, DeadlineExceeded) else error.detail)
+        if awaited != shown:
+            shown = awaited
+            show(shown)
         time.sleep(min(_POLL_S, rest_s))

@@ -72,9 +72,11 @@ class DaemonProcess:
         clock = AwakeClock()
         began_s = clock.now_s()
         while True:
+            clock.now_s()
             try:
                 return Client(self.runtime_dir, name="xditd demo")
             except DaemonUnreachable as error:
+                clock.count_gap()  # seconds, where it listens and does not answer
                 if self._process.poll() is not None:
                     raise DaemonUnreachable(
                         f"the daemon ended with status {self._process.returncode}; its log ends:\n{self.log_tail()}"
@@ -92,7 +94,9 @@ class DaemonProcess:
         clock = AwakeClock()
         began_s = clock.now_s()
         while True:
+            clock.now_s()
             status = client.status()
+            clock.count_gap()  # seconds, on a busy machine
             if status.group_state is GroupState.READY:
                 return status
             waited_s = clock.waited_s(began_s)
