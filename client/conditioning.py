@@ -13,7 +13,7 @@ from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, named
 from xditd.ipc.name_lists import listed
-from xditd.ipc.recognition import refusal
+from xditd.ipc.recognition import unsupported_error
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,6 @@ def conditioning_widths(transformer: Path) -> tuple[int, int]:
                 f"no FLUX.1 transformer by its names ({len(found)} tensors are {layer}, instead of one matrix): give "
                 "another file, or embeddings of your own"
             )
-            raise named(str(transformer), refusal(stored) or what)
+            raise named(str(transformer), unsupported_error(stored) or what)
         widths.append(found[0][1])
     return widths[0], widths[1]

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from typing import Final
 
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.errors import BadRequest, DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
+from xditd.ipc.errors import (
+    BadRequest,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    SessionLost,
+    WorkersUnavailable,
+    XditdError,
+)
 from xditd.ipc.status import DaemonStatus, GroupState
 
 _POLL_S: Final = 0.1
@@ -43,13 +50,14 @@ def wait_for(
 ) -> DaemonStatus:
     """Look until a daemon answers, and, if ``workers``, until its workers take jobs; at least once.
 
-    ``show`` gets what is waited for whenever it changes. A daemon that ends meanwhile is waited for again.
+    ``show`` gets what is waited for whenever it changes. A daemon that ends, falls silent (it is stopped, or its
+    machine is starved) or ends the session meanwhile is asked again.
 
     Raises:
         BadRequest: ``wait_s`` is no time.
-        DaemonUnreachable: no daemon answers within ``wait_s``.
+        DaemonUnreachable, SessionLost: no daemon answers within ``wait_s``.
         WorkersUnavailable: the workers are given up; waiting longer would not help.
-        DeadlineExceeded: the daemon answers, but its workers are not ready within ``wait_s``.
+        DeadlineExceeded: the daemon was there, but it, or its workers, are not ready within ``wait_s``.
     """
     check_seconds("wait_s", wait_s)
     clock = AwakeClock()
@@ -57,12 +65,15 @@ def wait_for(
     shown = ""
     while True:
         error: XditdError
+        clock.now_s()  # what was slept through, if this process stood still
         try:
             status = look()
-        except DaemonUnreachable as unreachable:
-            error = DaemonUnreachable(f"{unreachable.detail}; none answered within {wait_s:g} s")
-            said = unreachable.detail
+        except (DaemonUnreachable, DeadlineExceeded, SessionLost) as no_answer:
+            clock.count_gap()  # seconds, where a daemon is there and does not answer
+            error = type(no_answer)(f"{no_answer.detail}; none answered within {wait_s:g} s")
+            said = no_answer.detail
         else:
+            clock.count_gap()
             why = why_not_serving(status)
             if not (workers and why):
                 return status

@@ -6,8 +6,9 @@ import contextlib
 import select
 from typing import Final, TextIO
 
-_PIECE_CHARS: Final = 1_000
-"""At most 4,000 bytes: a pipe that is writable at all takes 4,096 without waiting (pipe(7), PIPE_BUF)."""
+_PIECE_CHARS: Final = 400
+"""At most 4,000 bytes, also where the encoding lacks every letter and each is escaped (``\\U0001f600``): a pipe that is
+writable at all takes 4,096 without waiting (pipe(7), PIPE_BUF)."""
 
 
 class LogStream:

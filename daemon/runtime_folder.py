@@ -41,8 +41,15 @@ class RuntimeFolder:
         # For everything that is made in the folder, by the workers too, which inherit it.
         os.umask(0o077)
         _make_private(runtime.path)
-        self._folder = HeldFile(runtime.path)
-        self._lock = _take_lock(runtime.lock)
+        try:
+            self._folder = HeldFile(runtime.path)
+        except OSError as error:
+            raise refusal(f"runtime folder {runtime.path}", error) from error
+        try:
+            self._lock = _take_lock(runtime.lock)
+        except BaseException:
+            self._folder.close()
+            raise
         try:
             # Whoever removed the lock of a live daemon, for us to take, did not end that daemon. This socket is its own
             # in every case; the clients' may be a service manager's.

@@ -43,6 +43,14 @@ class AwakeClock:
             self._note(gap_s, read_s)
         return read_s - self.stood_still_s
 
+    def count_gap(self) -> None:
+        """Count the time since the last reading, however long it is: this process was in a call that waits by itself.
+
+        Such a call may take longer than :data:`STANDSTILL_S` each time, and who calls it again and again would wait
+        for ever otherwise. Call this as it returns.
+        """
+        self._read_s = time.monotonic()
+
     def waited_s(self, since_s: float) -> float:
         """How long others had since ``since_s`` of this clock, and since this process last stood still."""
         now_s = self.now_s()

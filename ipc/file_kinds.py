@@ -27,10 +27,16 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x89HDF", f"an HDF5 file: {_CONVERT}"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"BZh", "a bzip2 archive: unpack it"),
+    (b"\xfd7zXZ\0", "an xz archive: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it"),
+    (b"Rar!", "a RAR archive: unpack it"),
+    (b"RIFF", "a picture, a sound or a film: lend a safetensors file"),
     (b"\x89PNG", "a picture: lend a safetensors file"),
     (b"\xff\xd8\xff", "a picture: lend a safetensors file"),
     (b"%PDF", f"a PDF document: {_AGAIN}"),
 )
+_SHOWN_CHARS: Final = 60
 _PICKLE: Final = re.compile(rb"\x80[\x02-\x05]")
 _SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
 
@@ -56,7 +62,26 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
         if b'"weight_map"' in text:
             return f"the index of a checkpoint in several files, which holds no weights: {_SHARDS}"
         return "a JSON file, which holds no weights: lend the safetensors file beside it"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    said = _text(start)
+    if said is not None:
+        return f"a text file that begins {said!r}, such as the error message of a download: {_AGAIN}"
     return None
+
+
+def _text(start: bytes) -> str | None:
+    """Return the first words of a text; ``None`` where it is none."""
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < START_BYTES - 4:  # not a letter that was cut in half
+            return None
+        text = start[: error.start].decode("utf-8")
+    if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
+        return None
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN_CHARS else f"{words[: _SHOWN_CHARS - 3]}..."
 
 
 def shard_of(path: str) -> str | None:

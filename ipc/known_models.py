@@ -9,6 +9,7 @@ write quantised files (bitsandbytes, nunchaku, comfy-kitchen).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -122,11 +123,11 @@ MODELS: Final = (
 LORA_KOHYA: Final = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
 """How names of adapters begin, in kohya's scripts and their descendants."""
 
-LORA_PARTS: Final = (
-    ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight", ".lora.up.weight",
-    ".lora.down.weight", ".lora_up.weight", ".lora_down.weight", ".lora_linear_layer.up.weight", ".lokr_w1",
-    ".lokr_w1_a", ".hada_w1_a", ".oft_blocks", ".dora_scale", ".diff_b",
-)  # fmt: skip
+LORA_PARTS: Final = re.compile(
+    r"(?:[._]lora[._](?:A|B|up|down)(?:\.\w+)?"  # peft names the adapter: lora_A.default.weight
+    r"|\.lora_linear_layer\.(?:up|down)\.weight"
+    r"|\.(?:lokr|hada)_w[12](?:_[ab])?|\.(?:oft_blocks|dora_scale|diff_b))(?:\.weight)?$"
+)
 """How names of adapters end, in peft and diffusers and others."""
 
 PACKED_MARKS: Final = (

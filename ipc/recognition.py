@@ -52,7 +52,7 @@ def unsupported_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
 
     The error's message is what it is, the remedy, and the first tensors that tell; ``names`` has all of these.
     """
-    adapters = [name for name in tensors if name.startswith(LORA_KOHYA) or name.endswith(LORA_PARTS)]
+    adapters = [name for name in tensors if name.startswith(LORA_KOHYA) or LORA_PARTS.search(name)]
     if adapters:
         whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
         return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)

@@ -52,10 +52,15 @@ def is_on(variable: str) -> bool | None:
 
 def add_switch(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
     """Add a flag without a value; its variable turns it on by 1, true, yes or on."""
+
+    def convert(text: str) -> bool:
+        raise argparse.ArgumentTypeError(f"{variable}={text!r}: use 1 or 0")
+
     default = is_on(variable)
+    action = parser.add_argument(*names, action="store_true", default=default, help=f"{help} [{variable}]")
     if default is None:
-        parser.error(f"{variable}={os.environ[variable]!r}: use 1 or 0")
-    parser.add_argument(*names, action="store_true", default=default, help=f"{help} [{variable}]")
+        # argparse converts a default that is text when this very parser is used: other verbs have no part in it.
+        action.default, action.type = os.environ[variable], convert
 
 
 def add_runtime_dir(parser: argparse.ArgumentParser) -> None:

@@ -9,12 +9,20 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
+
+import torch.nn.modules.module as of_all_modules
 
 from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS_OF_ALL: Final = tuple(getattr(of_all_modules, f"_global{hook}") for hook in _HOOKS)
+"""Those that torch calls for every module of the process."""
+
+_FUNCTIONS_OF_WEIGHTS: Final = ("weight_function", "bias_function")
+"""What ComfyUI's layers call with their weights; it puts the patches of a MODEL there itself."""
+
 _SCALARS: Final = (bool, int, float, str)
 _DECORATORS: Final = ("torch", "contextlib", "functools")
 """Packages whose decorators wrap methods in functions of theirs."""
@@ -52,6 +60,7 @@ class _Seen:
             list(map(len, self.attributes)) == self.counts
             and list(map(len, self.below)) == self.below_counts
             and not any(self.hooks)
+            and not any(_HOOKS_OF_ALL)
             and all(map(operator.is_, map(dict.get, self.parents, self.names), self.children))
         )
 
@@ -74,7 +83,12 @@ class Baseline:
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
         """Name what a model of the same make has otherwise; ``unless`` are attributes that come and go (dotted)."""
         found = dict(self._walk(root))
-        faults = [f"the module {path} is missing" for path in self._made if path not in found]
+        faults = [
+            f"all modules have a forward hook ({name_of(function)})"
+            for hooks in _HOOKS_OF_ALL
+            for function in hooks.values()
+        ]
+        faults += [f"the module {path} is missing" for path in self._made if path not in found]
         for path, module in found.items():
             faults += self._faults_of(path, module, unless or {})
         faults += [
@@ -149,22 +163,52 @@ class Baseline:
                 continue
             if callable(value) and callable(getattr(type(module), name, None)):
                 yield f"{full} was replaced ({name_of(value)})"
-            elif name in made.settings and made.settings[name] != value:
-                yield f"{full} was changed from {made.settings[name]!r} to {value!r}"
+            elif name in _FUNCTIONS_OF_WEIGHTS:
+                for function in value:
+                    if not _is_comfyuis(function):
+                        yield f"{full} was put in place ({name_of(function)})"
+            elif name in made.settings:
+                yield from _changes(full, made.settings[name], value)
 
 
 def _settings(module: Any) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and not any(part in name for part in _MOVES) and _is_plain(value)
-    }
+    found = {}
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name not in _FUNCTIONS_OF_WEIGHTS and not any(part in name for part in _MOVES):
+            if _is_record(value):
+                found[name] = _plain_fields(value)
+            elif _is_plain(value):
+                found[name] = list(value) if isinstance(value, list) else value  # it may be changed in place
+    return found
+
+
+def _changes(full: str, made: Any, value: Any) -> Iterator[str]:
+    if _is_record(value):
+        now = _plain_fields(value)
+        for name, before in made.items() if isinstance(made, dict) else ():
+            if now.get(name) != before:
+                yield f"{full}.{name} was changed from {before!r} to {now.get(name)!r}"
+    elif made != value:
+        yield f"{full} was changed from {made!r} to {value!r}"
 
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, _SCALARS) or (
-        isinstance(value, tuple) and all(isinstance(each, _SCALARS) for each in value)
+        isinstance(value, (list, tuple)) and all(isinstance(each, _SCALARS) for each in value)
     )
+
+
+def _is_record(value: object) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _plain_fields(record: Any) -> dict[str, Any]:
+    values = {field.name: getattr(record, field.name, None) for field in fields(record)}
+    return {name: list(each) if isinstance(each, list) else each for name, each in values.items() if _is_plain(each)}
+
+
+def _is_comfyuis(function: Any) -> bool:
+    return _package(getattr(type(function), "__module__", "")) == "comfy"
 
 
 def _methods(kind: type) -> dict[str, Any]:

@@ -74,9 +74,11 @@ class DaemonProcess:
         clock = AwakeClock()
         began_s = clock.now_s()
         while True:
+            clock.now_s()
             try:
                 return Client(self.runtime_dir, name="xditd demo")
             except DaemonUnreachable as error:
+                clock.count_gap()  # seconds, where it listens and does not answer
                 if self._process.poll() is not None:
                     raise DaemonUnreachable(
                         f"the daemon {describe_exit(self._process.returncode)}; its log ends:\n{self.log_tail()}"

@@ -259,6 +259,29 @@ def test_a_bad_variable_is_misuse(monkeypatch, capsys, variable, value):
     assert value in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variable", "arguments", "program"),
+    [
+        ("XDITD_JSON", ["status"], "xditd status: error"),
+        ("XDITD_FOLLOW", ["logs"], "xditd logs: error"),
+        ("XDITD_FOLLOW", ["status"], ""),
+        ("XDITD_CHECK", ["logs"], ""),
+        ("XDITD_JSON", ["status", "--json"], ""),
+    ],
+)
+def test_a_bad_switch_is_misuse_of_the_verb_that_has_it(monkeypatch, capsys, variable, arguments, program):
+    monkeypatch.setenv(variable, "perhaps")
+    if not program:
+        build_parser().parse_args(arguments)
+        return
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(arguments)
+    assert ended.value.code == exits.MISUSE
+    said = capsys.readouterr().err
+    assert program in said
+    assert f"{variable}='perhaps': use 1 or 0" in said
+
+
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"serve"}))
 def test_help_names_a_variable_for_each_flag_and_teaches(verb, capsys):
     with pytest.raises(SystemExit):

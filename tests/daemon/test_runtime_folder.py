@@ -81,6 +81,15 @@ def test_second_holder_is_refused_with_the_pid_of_the_first(runtime: RuntimeDir,
         pass
 
 
+def test_a_refusal_leaves_no_descriptor_behind(runtime: RuntimeDir) -> None:
+    with RuntimeFolder(runtime):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(AlreadyRunning):
+                RuntimeFolder(runtime)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_second_holder_is_refused_although_the_lock_was_removed(runtime: RuntimeDir, listen: Listen) -> None:
     with RuntimeFolder(runtime) as folder:
         listen(folder)

@@ -75,3 +75,13 @@ def test_threads_that_see_one_standstill_count_it_once(real: Monotonic) -> None:
     clock._read_s = before_s  # another thread had read this before the first one wrote
     clock.now_s()
     assert clock.stood_still_s == pytest.approx(30.0)
+
+
+def test_a_call_that_waits_by_itself_is_counted(real: Monotonic) -> None:
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    for _ in range(3):
+        real.now_s += 10.0
+        clock.count_gap()
+    assert clock.waited_s(began_s) == pytest.approx(30.0)
+    assert clock.stood_still_s == 0.0

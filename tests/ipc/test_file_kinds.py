@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,11 @@ INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a.weight": "model-00001-
 def zipped(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+
+
+def tarred(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "weights.safetensors")
 
 
 WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -40,6 +48,18 @@ WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished.safetensors": (lambda p: p.write_bytes(bytes(9_000)), "begins with zeros"),
     "array.npy": (lambda p: p.write_bytes(b"\x93NUMPY\1\0v\0{'descr': '<f4'}"), "a NumPy array"),
     "tf_model.h5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
+    "missing.safetensors": (lambda p: p.write_text("Entry not found"), "a text file that begins 'Entry not found'"),
+    "gated.safetensors": (
+        lambda p: p.write_text("Access to model a/b is restricted. You must be authenticated to access it.\n" * 99),
+        "a text file that begins 'Access to model a/b is restricted. You must",
+    ),
+    "letters.safetensors": (lambda p: p.write_text("\u00e4" * 2_047 + "a" + "\u00e4" * 99), "a text file"),
+    "weights.tar": (tarred, "a tar archive"),
+    "weights.xz": (lambda p: p.write_bytes(lzma.compress(b"1" * 99)), "an xz archive"),
+    "weights.bz2": (lambda p: p.write_bytes(bz2.compress(b"1" * 99)), "a bzip2 archive"),
+    "weights.zst": (lambda p: p.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)), "a zstd archive"),
+    "weights.rar": (lambda p: p.write_bytes(b"Rar!\x1a\x07\x01\x00" + bytes(99)), "a RAR archive"),
+    "picture.webp": (lambda p: p.write_bytes(b"RIFF\x00\x10\x00\x00WEBPVP8 " + bytes(99)), "a picture"),
     "weights.gz": (lambda p: p.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "a gzip archive"),
 }
 

@@ -135,6 +135,10 @@ def test_packed_weights_of_another_model_are_named_as_both() -> None:
         ("diffusers'", tensors("base_model.model.double_blocks.0.img_attn.qkv.lora_B.default.weight")),
         ("diffusers'", tensors("unet.down_blocks.0.attentions.0.to_q.lora.up.weight")),
         ("diffusers'", tensors("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight")),
+        ("diffusers'", tensors("base_model.model.double_blocks.0.img_attn.qkv.lora_A.style.weight")),
+        ("diffusers'", tensors("double_blocks.0.img_attn.qkv.lora_A", "double_blocks.0.img_attn.qkv.lora_B")),
+        ("diffusers'", tensors("unet.down_blocks.0.attn1.processor.to_q_lora.down.weight")),
+        ("diffusers'", tensors("transformer.x.hada_w2_a", "transformer.x.lokr_w2")),
     ],
 )  # fmt: skip
 def test_adapters_are_named(whose: str, found: Tensors) -> None:

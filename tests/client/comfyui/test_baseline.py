@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,10 +14,19 @@ from xditd.client.comfyui.baseline import Baseline
 from xditd.client.comfyui.naming import name_of
 
 
+@dataclass
+class Params:
+    guidance: bool = True
+    axes: list[int] = field(default_factory=lambda: [8, 12])
+    made_by: object = None
+
+
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = 2
+        self.axes = [8, 12]
+        self.params = Params()
         self.linear = torch.nn.Linear(2, 2, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,6 +131,40 @@ def test_a_change_is_seen_at_once_and_named(change, said, model, baseline):
 def test_a_setting_that_was_changed(model, baseline):
     model.blocks[1].heads = 4
     assert baseline.differences(model) == ["blocks.1.heads was changed from 2 to 4"]
+
+
+def test_settings_that_are_lists_or_records(model, baseline):
+    first, second = model.blocks
+    first.axes = [10, 10]
+    second.axes[0] = 4
+    second.params.guidance = False
+    second.params.axes.append(2)
+    second.params.made_by = model
+    assert baseline.differences(model) == [
+        "blocks.0.axes was changed from [8, 12] to [10, 10]",
+        "blocks.1.axes was changed from [8, 12] to [4, 12]",
+        "blocks.1.params.guidance was changed from True to False",
+        "blocks.1.params.axes was changed from [8, 12] to [8, 12, 2]",
+    ]
+
+
+def test_a_function_of_the_weights_that_is_not_comfyuis(model, baseline):
+    own = type("LowVramPatch", (), {"__module__": "comfy.model_patcher", "__call__": print})()
+    model.blocks[0].linear.weight_function = [own]
+    assert baseline.differences(model) == []
+    model.blocks[0].linear.bias_function = [own, print]
+    assert baseline.differences(model) == ["blocks.0.linear.bias_function was put in place (print)"]
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_on_all_modules(kind, model, baseline):
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(print)
+    try:
+        assert not baseline.is_intact(model)
+        assert baseline.differences(model) == ["all modules have a forward hook (print)"]
+    finally:
+        handle.remove()
+    assert baseline.is_intact(model)
 
 
 def test_a_method_of_a_class(model, baseline, monkeypatch):

@@ -297,6 +297,28 @@ def a_setting(model: Any) -> Callable[[], None]:
     return swapped(model.diffusion_model.double_blocks[0], "num_heads", 4)
 
 
+@lasting("pe_embedder.axes_dim was changed from")
+def a_list_of_settings(model: Any) -> Callable[[], None]:
+    embedder = model.diffusion_model.pe_embedder
+    return swapped(embedder, "axes_dim", embedder.axes_dim[::-1])
+
+
+@lasting("params.guidance_embed was changed from")
+def a_record_of_settings(model: Any) -> Callable[[], None]:
+    return swapped(model.diffusion_model.params, "guidance_embed", None)
+
+
+@lasting(r"img_in.weight_function was put in place \(print\)")
+def a_function_of_weights(model: Any) -> Callable[[], None]:
+    return swapped(model.diffusion_model.img_in, "weight_function", [print])
+
+
+@lasting(r"all modules have a forward hook \(print\)")
+def a_hook_on_all_modules(model: Any) -> Callable[[], None]:
+    undo: Callable[[], None] = torch.nn.modules.module.register_module_forward_hook(print).remove
+    return undo
+
+
 @pytest.mark.parametrize("through", ["loader", "accelerate"])
 @pytest.mark.parametrize("name", PLANTS)
 def test_an_unknown_change_at_every_level(name, through, remote, local, refused):
