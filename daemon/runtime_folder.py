@@ -44,7 +44,7 @@ class RuntimeFolder:
         try:
             self._folder = HeldFile(runtime.path)
         except OSError as error:
-            raise refusal(f"runtime folder {runtime.path}", error) from error
+            raise storage_error(f"runtime folder {runtime.path}", error) from error
         try:
             self._lock = _take_lock(runtime.lock)
         except BaseException:
