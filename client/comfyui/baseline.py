@@ -172,7 +172,7 @@ class Baseline:
 
 
 def _settings(module: Any) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in _FUNCTIONS_OF_WEIGHTS and not any(part in name for part in _MOVES):
             if _is_record(value):
