@@ -104,7 +104,7 @@ class FileMapping(HostMapping):
         if self._digest is None and self._thread is None:
             try:
                 self._thread = DigestThread(self._fd, self._state, self._path)
-            except RuntimeError as error:  # no more threads may be started: the loan is good without
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is left: the loan is good without
                 logger.warning("file not digested path=%s: %s", self._path, error)
 
     def await_small_digest(self) -> None:

@@ -123,7 +123,7 @@ def test_a_large_file_is_read_at_idle_priority_and_stopped_at_once(
     assert begun.wait(DEADLINE_S)
     assert not thread.is_over
     thread.stop()
-    assert thread.is_over
+    thread.wait()
     assert policies == [os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER  # of the thread alone
     os.close(fd)
@@ -137,5 +137,30 @@ def test_differences_are_named(fd: int) -> None:
 def test_no_thread_and_no_descriptor_is_left(path: Path, fd: int, open_fds: Callable[[], int]) -> None:
     before, threads = open_fds(), threading.active_count()
     for _ in range(50):
-        DigestThread(fd, state_of(fd), str(path)).stop()
+        thread = DigestThread(fd, state_of(fd), str(path))
+        thread.stop()
+        thread.wait()
     assert (open_fds(), threading.active_count()) == (before, threads)
+
+
+def test_stopping_a_digest_does_not_wait_for_a_thread_that_gets_no_time(
+    path: Path, fd: int, open_fds: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def starved(*_: object) -> None:
+        begun.set()
+        assert may_go_on.wait(DEADLINE_S)
+
+    monkeypatch.setattr(file_state, "digest_file", starved)
+    before = open_fds()
+    thread = DigestThread(fd, state_of(fd), str(path))
+    assert begun.wait(DEADLINE_S)
+    stopping = threading.Thread(target=thread.stop, daemon=True)
+    stopping.start()
+    stopping.join(DEADLINE_S / 4)
+    is_stopped = not stopping.is_alive()
+    may_go_on.set()
+    thread.wait()
+    assert is_stopped
+    assert open_fds() == before
