@@ -12,6 +12,8 @@ from xditd.ipc.name_lists import listed
 
 START_BYTES: Final = 4_096
 """How much of a file's start is looked at."""
+LENGTH_BYTES: Final = 8
+"""With which a safetensors file begins: the length of its header."""
 
 _SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
 _AGAIN: Final = "download it again"
@@ -71,7 +73,9 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
 
 
 def _text(start: bytes) -> str | None:
-    """Return the first words of a text; ``None`` where it is none."""
+    """Return the first words of a text; ``None`` where it is none, or too short to be told from a header's length."""
+    if len(start) <= LENGTH_BYTES:
+        return None
     try:
         text = start.decode("utf-8")
     except UnicodeDecodeError as error:
