@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 FILES_BYTES = 50 * 2**30
 """Two checkpoints of FLUX.1-dev's size, a VAE, and room to write."""
 END_S = 45.0
-LAYOUTS = ("ring=2", "cfg=2", "pipefusion=2")
+LAYOUTS = ("ring=2", "cfg=2")
 STEP_CACHE = 0.08
 
 

@@ -97,7 +97,7 @@ def tables(report: Report, is_full: bool) -> list[tuple[str, list[Row]]]:
         ("Lending", [row for workers in groups for row in lending(report, workers, bar)]),
         ("Files", [row for workers in groups for row in files(report, workers, bar)] + loads(report)),
         ("Jobs, lossless", [row for workers in groups for row in jobs(report, workers, bar)]),
-        ("Layouts on two workers, lossless but for PipeFusion", layouts(report)),
+        ("Layouts on two workers, lossless", layouts(report)),
         ("Memory of GPUs", [row for workers in groups for row in memory(report, workers)]),
         ("Precision traded for speed: NOT lossless", [row for workers in groups for row in traded(report, workers)]),
     ]
@@ -259,7 +259,7 @@ def layouts(report: Report) -> list[Row]:
         rows += [
             beside_ulysses("  denoise", report.denoise, part, ulysses),
             beside_ulysses("  denoise, two rows", lambda which: report.denoise(which, "two_rows_ms"), part, ulysses),
-            Row("  error", partial(report.parity, part), None if "pipefusion" in name else 0.01),
+            Row("  error", partial(report.parity, part), 0.01),
             Row("  differing bits in a second run", partial(bits, report, part), 0),
         ]
     return rows

@@ -44,8 +44,6 @@ class Configuration:
     workers: Literal["auto"] | int = "auto"
     device: Device = "auto"
     layout: str = AUTO
-    pipefusion_patches: int = 0
-    pipefusion_warm_up_steps: int = 1
     attention_backend: str = "auto"
     kernels: Kernels = "auto"
     precision: Precision = "bf16"

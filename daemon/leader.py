@@ -45,8 +45,6 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
         *("--workers", str(configuration.workers)),
         *("--device", configuration.device),
         *("--layout", configuration.layout),
-        *("--pipefusion-patches", str(configuration.pipefusion_patches)),
-        *("--pipefusion-warm-up-steps", str(configuration.pipefusion_warm_up_steps)),
         *("--attention-backend", configuration.attention_backend),
         *("--kernels", configuration.kernels),
         *("--precision", configuration.precision),

@@ -10,21 +10,6 @@ from xditd.ipc.degrees import Degrees
 
 
 @dataclass(frozen=True, slots=True)
-class Patching:
-    """How PipeFusion cuts an image: into how many patches (0: as many as stages), after how many steps as a whole.
-
-    More patches cost more, since each one comes with all text tokens; fewer than stages leave some of them idle. The
-    first step at least is taken as a whole: only then are there keys and values to attend to.
-    """
-
-    patches: int = 0
-    warm_up_steps: int = 1
-
-
-AS_MANY_AS_STAGES = Patching()
-
-
-@dataclass(frozen=True, slots=True)
 class ParallelLayout:
     """The split that all skeletons of this process share, fixed when the group starts.
 
@@ -39,7 +24,6 @@ class ParallelLayout:
     device: torch.device
     attention_backend: str
     fused_attention: str | None = None
-    patching: Patching = AS_MANY_AS_STAGES
     precision: str = "bf16"
 
     @property
@@ -52,16 +36,6 @@ class ParallelLayout:
         return self.rank % self.degrees.sequence
 
     @property
-    def stage(self) -> int:
-        """Which stage of the pipeline this rank is."""
-        return self.rank // self.degrees.sequence % self.degrees.pipefusion
-
-    @property
-    def patches(self) -> int:
-        """Into how many patches PipeFusion cuts an image."""
-        return self.patching.patches or self.degrees.pipefusion
-
-    @property
     def half(self) -> int:
         """Which half of a batch's rows this rank works on; 0 where they are not split."""
-        return self.rank // (self.degrees.sequence * self.degrees.pipefusion)
+        return self.rank // self.degrees.sequence

@@ -7,24 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xditd.gpu_workers.layouts import Patching
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.degrees import AUTO, parse_layout
 
 
 @dataclass(frozen=True)
 class Options:
-    """``workers`` is 0 where the group decides: one a GPU. ``layout`` are the degrees that are asked for by name.
-
-    ``patching`` is for a layout with PipeFusion.
-    """
+    """``workers`` is 0 where the group decides: one a GPU. ``layout`` are the degrees that are asked for by name."""
 
     runtime_dir: RuntimeDir
     group_token: str
     workers: int
     device: str
     layout: Mapping[str, int]
-    patching: Patching
     attention_backend: str
     kernels: str
     precision: str
@@ -41,8 +36,6 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--workers", default="auto", help="how many ranks; auto: one for each GPU, or two on the CPU")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--layout", default=AUTO, help="auto, or degrees such as ulysses=2,ring=2,cfg=2")
-    parser.add_argument("--pipefusion-patches", type=int, default=0, help="patches of an image; 0: one for each stage")
-    parser.add_argument("--pipefusion-warm-up-steps", type=int, default=1, help="steps that take the image as a whole")
     parser.add_argument("--attention-backend", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--kernels", choices=("auto", "fused", "plain"), default="auto")
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="of matrix products")
@@ -50,8 +43,6 @@ def parse(arguments: Sequence[str]) -> Options:
     given = parser.parse_args(arguments)
     if given.workers != "auto" and (not given.workers.isdecimal() or int(given.workers) < 1):
         parser.error(f"--workers {given.workers}: use auto or a number from 1")
-    if given.pipefusion_patches < 0 or given.pipefusion_warm_up_steps < 1:
-        parser.error("--pipefusion-patches takes a number from 0, --pipefusion-warm-up-steps one from 1")
     try:
         layout = parse_layout(given.layout)
     except ValueError as error:
@@ -62,7 +53,6 @@ def parse(arguments: Sequence[str]) -> Options:
         workers=0 if given.workers == "auto" else int(given.workers),
         device=given.device,
         layout=layout,
-        patching=Patching(given.pipefusion_patches, given.pipefusion_warm_up_steps),
         attention_backend=given.attention_backend,
         kernels=given.kernels,
         precision=given.precision,

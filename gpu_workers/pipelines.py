@@ -29,8 +29,8 @@ from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.skeletons import Skeleton
 from xditd.gpu_workers.step_cache import StepCache
 from xditd.gpu_workers.token_shares import deal_tokens
-from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, SIDE_MULTIPLE_PIXELS
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
 from xditd.ipc.requests import Variant
 
 OnStep = Callable[[int, int], None]
@@ -141,13 +141,12 @@ def generate(
     final 0 is appended. ``guidance_scale`` is ignored by models without guidance (schnell). ``on_step(done, total)``
     runs on the host after each step was issued, which on a GPU is before it has finished; what it raises ends the job.
     ``on_denoised`` runs before it, with the clean latents as predicted at that step, in float32. All ranks give one, or
-    none. With PipeFusion it runs on rank 0 alone, and lags by a step: see ``pipefusion.sampling``.
-    ``step_cache``, a new one for each job, spares steps and says how many. ``finite`` notes the latents after every
-    step, the same on every rank; with PipeFusion once the job is done.
+    none. ``step_cache``, a new one for each job, spares steps and says how many. ``finite`` notes the latents after
+    every step, the same on every rank.
 
     Raises:
         BadRequest: sizes, shapes, steps, sigmas, or values that are not finite.
-        Unsupported: too few tokens for the group, or a step cache in a group in stages.
+        Unsupported: too few tokens for the group.
     """
     config = _transformer_config(skeleton)
     check_generate(height=height, width=width, steps=steps, sigmas=sigmas, guidance_scale=guidance_scale)
@@ -173,33 +172,6 @@ def generate(
 
     attention.use(skeleton.attention_backend)
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
-    if skeleton.layout.degrees.pipefusion > 1:
-        if step_cache is not None:
-            raise Unsupported(
-                f"step_cache_threshold: a stage of {skeleton.layout.degrees} cannot spare the blocks of others; "
-                "use 0, or start the daemon with --layout auto"
-            )
-        from xditd.gpu_workers.pipefusion import generation, sampling
-
-        packed = generation.generate(
-            skeleton,
-            sampling.Inputs(
-                noise=_pack(noise),
-                text=prompt_embeds,
-                pooled=pooled,
-                guidance=torch.full((batch,), guidance_scale, device=skeleton.device) if config.has_guidance else None,
-                text_ids=_text_ids(prompt_embeds.shape[1], skeleton.device),
-                image_ids=_image_ids(height // SIDE_MULTIPLE_PIXELS, width // SIDE_MULTIPLE_PIXELS, skeleton.device),
-                variant=variant,
-            ),
-            schedule,
-            steps=steps,
-            sigmas=sigmas,
-            on_step=on_step,
-            on_denoised=None if on_denoised is None else show,
-            finite=finite,
-        )
-        return _unpack(packed, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
     module = cast(SequenceParallelFlux1, skeleton.module)
@@ -249,7 +221,7 @@ def denoise(
 
     Raises:
         BadRequest: shapes, a sigma outside [0, 1], or values that are not finite.
-        Unsupported: too few tokens for the group, or a group in stages.
+        Unsupported: too few tokens for the group.
     """
     return denoise_batches(skeleton, [Batch(latents, timestep, conditioning, guidance)], variant)
 
@@ -283,11 +255,6 @@ def _check_batch(skeleton: Skeleton, batch: Batch) -> Batch:
     """Refuse what cannot run, and move the rest to the skeleton's device."""
     latents, timestep, conditioning, guidance, times = batch
     config = _transformer_config(skeleton)
-    if skeleton.layout.degrees.pipefusion > 1:
-        raise Unsupported(
-            f"denoise: the workers' layout {skeleton.layout.degrees} runs whole generations, not single steps: "
-            "use generate (in ComfyUI the XDiT KSampler), or start the daemon with --layout auto"
-        )
     rows, text_tokens = conditioning.prompt_embeds.shape[:2]
     if latents.ndim != 4 or latents.shape[2] % PATCH or latents.shape[3] % PATCH or 0 in latents.shape:
         raise BadRequest(f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, even height, even width]")

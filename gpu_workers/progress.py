@@ -14,7 +14,7 @@ from xditd.ipc.errors import Cancelled
 class Progress:
     """What a job does between steps: agree whether to go on, keep the host close to the GPU, tell rank 0's listener.
 
-    ``is_cancelled`` and ``tell`` are used on rank 0 alone; ``agree_to_stop`` makes rank 0's answer everyone's.
+    ``is_cancelled`` and ``tell`` are used on rank 0 alone.
     """
 
     def __init__(
@@ -23,12 +23,10 @@ class Progress:
         device: torch.device,
         is_cancelled: Callable[[], bool],
         tell: Callable[[int, int, float], None],
-        agree_to_stop: Callable[[bool], bool] = broadcast_stop,
     ) -> None:
         self._is_leader = is_leader
         self._is_cancelled = is_cancelled
         self._tell = tell
-        self._agree_to_stop = agree_to_stop
         self._events = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
         self._started = time.perf_counter()
         self.first_step_ms = 0.0
@@ -50,5 +48,5 @@ class Progress:
             self.first_step_ms = elapsed_s * 1e3
         if self._is_leader:
             self._tell(done, total, elapsed_s)
-        if self._agree_to_stop(self._is_leader and self._is_cancelled()):
+        if broadcast_stop(self._is_leader and self._is_cancelled()):
             raise Cancelled(f"cancelled after step {done} of {total}")

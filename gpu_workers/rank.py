@@ -95,7 +95,6 @@ def main(
             plan.degrees,
             options.attention_backend,
             options.kernels,
-            options.patching,
             options.precision,
         )
         served = Rank(options, layout, report(plan, options.layout), outside)
@@ -223,8 +222,6 @@ class Rank:
             raise Internal(f"no rank handles {type(command).__name__}")
 
     def _run(self, command: Run) -> Finished:
-        from xditd.gpu_workers.agreement import broadcast_stop
-        from xditd.gpu_workers.pipefusion.stop_relay import StopRelay
         from xditd.gpu_workers.progress import Progress
 
         def tell(step: int, total_steps: int, elapsed_s: float) -> None:
@@ -244,7 +241,6 @@ class Rank:
             self._layout.device,
             lambda: self._channel.is_cancelled(command.op_number),
             tell,
-            StopRelay() if self._layout.degrees.pipefusion > 1 else broadcast_stop,
         )
         return self._jobs.run(
             command.job, lambda: self._io.open(command.job.io, command.exporter), progress, command.exporter

@@ -42,7 +42,6 @@ from xditd.ipc.requests import Variant
 if TYPE_CHECKING:
     from xditd.gpu_workers.fused.flux1 import FusedFlux1
     from xditd.gpu_workers.fused.modulations import Schedule, Times
-    from xditd.gpu_workers.pipefusion.key_values import KeyValues
 
 
 class TokenCounts(NamedTuple):
@@ -72,8 +71,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
     """xfuser's attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
 
     The operations are those of its base class, which has no argument for that length; a ring is ours, since xfuser's
-    takes no parts of unequal lengths. With ``key_values``, of a stage of PipeFusion, queries attend to the whole image
-    although only a patch of it is given.
+    takes no parts of unequal lengths.
     """
 
     def __call__(
@@ -84,7 +82,6 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers' signature
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         valid_kv_len: int | None = None,
-        key_values: KeyValues | None = None,
     ) -> Any:
         query, key, value = (
             part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
@@ -103,8 +100,6 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        if key_values is not None:
-            key, value = key_values.renew(attn, key, value)
         out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn, valid_kv_len)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers import agreement, attention, ring, xfuser_cpu
 from xditd.gpu_workers.clock import Clock
-from xditd.gpu_workers.layouts import AS_MANY_AS_STAGES, ParallelLayout, Patching
+from xditd.gpu_workers.layouts import ParallelLayout
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
@@ -42,14 +42,13 @@ def start(
     degrees: Degrees | None = None,
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
-    patching: Patching = AS_MANY_AS_STAGES,
     precision: str = "bf16",
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
-    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible. ``patching`` is PipeFusion's.
+    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
 
     Raises:
@@ -71,8 +70,6 @@ def start(
     backend = _start_xdit(rank, degrees, device, attention_backend)
     clock.mark("xdit")
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
-    if degrees.pipefusion > 1:
-        _connect_stages(device)
     _set_timeouts()
     clock.mark("kernels")
     # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
@@ -83,7 +80,7 @@ def start(
     clock.mark("freeze")
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
-    return ParallelLayout(rank, degrees, device, backend, fused_attention, patching, precision)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision)
 
 
 def stop() -> None:
@@ -141,7 +138,6 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         sequence_parallel_degree=degrees.sequence,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
-        pipeline_parallel_degree=degrees.pipefusion,
         backend=collectives,
     )
     # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
@@ -150,7 +146,6 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         use_cfg_parallel=degrees.cfg > 1,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
-        pipefusion_parallel_degree=degrees.pipefusion,
         attention_backend="SDPA_FLASH" if wanted else attention.requested(attention_backend, device),
     ).create_config()
     try:
@@ -158,8 +153,8 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
     except RuntimeError as error:  # how xfuser refuses a backend together with a layout
         raise Unsupported(f"attention backend {attention_backend!r}: {error}") from error
     state = runtime_state.get_runtime_state()
-    # The attention of single blocks reads this, and uses it with PipeFusion alone. set_input_parameters would set
-    # it too, but refuses every size whose rows of tokens do not divide by the degree.
+    # The attention of single blocks reads this, and uses it with xfuser's PipeFusion alone. set_input_parameters would
+    # set it too, but refuses every size whose rows of tokens do not divide by the degree.
     state.max_condition_sequence_length = 0
     if wanted is not None:
         attention.use(wanted)
@@ -200,13 +195,6 @@ def _start_fused(
             )
         logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
         return None
-    if degrees.pipefusion > 1:
-        if is_asked:
-            raise Unsupported(
-                f"{asked} with layout {degrees}: fused kernels do not run in stages; use layout auto or {instead}"
-            )
-        logger.warning("fused kernels are off: they do not run in stages, and the layout is %s", degrees)
-        return None
     from xditd.gpu_workers.fused import exchange, warm_up
     from xditd.gpu_workers.fused.products import check_eight_bits
 
@@ -223,18 +211,11 @@ def _start_fused(
     return chosen
 
 
-def _connect_stages(device: torch.device) -> None:
-    """Let NCCL connect the stages now: at the first message of the first job it would take its time there."""
-    from xditd.gpu_workers.pipefusion.links import StageLinks
-
-    StageLinks(device, in_flight=1).connect()
-
-
 def _nominal_pipeline(heads: int) -> FluxPipeline:
     """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
 
     The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch sizes, widths) serves its own PipeFusion alone; what is used here are the degrees and the backend.
+    (patch sizes, widths) serves its PipeFusion alone; what is used here are the degrees and the backend.
     """
     from diffusers import FluxPipeline, FluxTransformer2DModel
 

@@ -15,12 +15,11 @@ class Degrees:
     """How many ways each thing is split; their product is the number of workers.
 
     Ranks count in this order, ``ulysses`` fastest: neighbours share the tokens of one image, ring by ring, then come
-    the stages of a pipeline, then the halves of a batch. It is xfuser's order, too.
+    the halves of a batch. It is xfuser's order, too.
     """
 
     ulysses: int = 1
     ring: int = 1
-    pipefusion: int = 1
     cfg: int = 1
 
     @property
@@ -30,7 +29,7 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
-        return self.ulysses * self.ring * self.pipefusion * self.cfg
+        return self.ulysses * self.ring * self.cfg
 
     def named(self) -> dict[str, int]:
         """Every degree by its name."""
@@ -55,6 +54,8 @@ def parse_layout(text: str) -> Mapping[str, int]:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, degree = (word.strip() for word in part.partition("="))
+        if name == "pipefusion":
+            raise ValueError(f"layout {text!r}: PipeFusion is gone, since its results were not exact; use auto")
         if name not in NAMES or name in found:
             raise ValueError(f"layout {text!r}: use auto, or each of {', '.join(NAMES)} at most once")
         if not degree.isdecimal() or not 1 <= int(degree) <= MAX_DEGREE:

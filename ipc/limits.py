@@ -62,7 +62,7 @@ MAX_LAST_ERRORS: Final = 16
 MAX_FUSED_CHECKS: Final = 32
 """Comparisons of fused kernels with plain modules that ``status`` shows; a new number of tokens makes another one."""
 
-MAX_LAYOUT_CANDIDATES: Final = 512
-"""Ways to split the work of a group; 720 workers have 450, and no other number up to 1024 has more."""
+MAX_LAYOUT_CANDIDATES: Final = 64
+"""Ways to split the work of a group; 840 workers have 56, and no other number up to 1024 has more."""
 
 MAX_LOG_LINES: Final = 2_000

@@ -93,11 +93,6 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
     """Say why these degrees cannot work for this model and size; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
-    if degrees.pipefusion not in (1, degrees.world_size):
-        return (
-            f"pipefusion={degrees.pipefusion} does not go together with other degrees yet; "
-            f"use pipefusion={degrees.world_size}, or --workers {degrees.pipefusion}"
-        )
     if workload.heads % degrees.ulysses:
         return (
             f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
@@ -118,9 +113,8 @@ def most_ulysses(workers: int, heads: int) -> int:
 
 
 def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> Degrees:
-    cfg, pipefusion = asked.get("cfg", 1), asked.get("pipefusion", 1)
-    ulysses, ring = asked.get("ulysses", 0), asked.get("ring", 0)
-    fixed = cfg * pipefusion * (ulysses or 1) * (ring or 1)
+    ulysses, ring, cfg = asked.get("ulysses", 0), asked.get("ring", 0), asked.get("cfg", 1)
+    fixed = cfg * (ulysses or 1) * (ring or 1)
     is_whole = fixed == world_size if ulysses and ring else world_size % fixed == 0
     if not is_whole:
         raise Unsupported(
@@ -130,17 +124,14 @@ def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> De
     rest = world_size // fixed
     if not ulysses:
         ulysses = rest if ring else most_ulysses(rest, workload.heads)
-    return Degrees(
-        ulysses=ulysses, ring=ring or world_size // (cfg * pipefusion * ulysses), pipefusion=pipefusion, cfg=cfg
-    )
+    return Degrees(ulysses=ulysses, ring=ring or world_size // (cfg * ulysses), cfg=cfg)
 
 
 def _splits(world_size: int) -> Iterator[Degrees]:
     """Every way to write ``world_size`` as a product of degrees; the most Ulysses first."""
     for cfg in CFG_DEGREES:
-        for pipefusion in _divisors(world_size, cfg):
-            for ring in _divisors(world_size, cfg * pipefusion):
-                yield Degrees(world_size // (cfg * pipefusion * ring), ring, pipefusion, cfg)
+        for ring in _divisors(world_size, cfg):
+            yield Degrees(world_size // (cfg * ring), ring, cfg)
 
 
 def _divisors(world_size: int, taken: int) -> list[int]:
@@ -168,6 +159,4 @@ def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], worklo
             return f"{name}={degree} was asked for"
     if degrees.cfg > chosen.cfg:
         return "cfg=2 halves the work of jobs with a negative prompt alone; it has to be asked for"
-    if degrees.pipefusion > chosen.pipefusion:
-        return "PipeFusion runs generate jobs alone, and not exactly; it has to be asked for"
     return f"the more Ulysses, the better: ring sends keys and values around, and runs plain modules ({chosen})"

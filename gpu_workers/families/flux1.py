@@ -154,18 +154,9 @@ class Flux1:
                 f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
                 f"start the daemon with --layout {other}"
             )
-        blocks = config.double_blocks + config.single_blocks
-        if blocks < degrees.pipefusion:
-            raise Unsupported(
-                f"flux1: {blocks} blocks are too few for {degrees.pipefusion} PipeFusion stages; "
-                "start the daemon with --layout auto"
-            )
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
-        from xfuser.core.distributed import get_pipeline_parallel_rank, get_pipeline_parallel_world_size
-
-        from xditd.gpu_workers.pipefusion.flux1 import StagedFlux1
         from xditd.gpu_workers.sequence_parallel import SequenceParallelFlux1
 
         arguments: dict[str, Any] = {
@@ -178,9 +169,6 @@ class Flux1:
             "pooled_projection_dim": config.pooled_channels,
             "guidance_embeds": config.has_guidance,
         }
-        stages = get_pipeline_parallel_world_size()
-        if stages > 1:
-            return StagedFlux1(get_pipeline_parallel_rank(), stages, **arguments)
         return SequenceParallelFlux1(**arguments)
 
     def fuse(

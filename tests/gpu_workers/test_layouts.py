@@ -124,11 +124,10 @@ def test_rows_are_dealt_once() -> None:
 
 
 def test_where_a_rank_stands() -> None:
-    degrees = Degrees(ulysses=2, ring=2, pipefusion=2, cfg=2)
-    placed = [ParallelLayout(rank, degrees, CPU, "SDPA") for rank in range(16)]
-    assert [layout.sequence_rank for layout in placed] == [0, 1, 2, 3] * 4
-    assert [layout.stage for layout in placed] == ([0] * 4 + [1] * 4) * 2
-    assert [layout.half for layout in placed] == [0] * 8 + [1] * 8
+    degrees = Degrees(ulysses=2, ring=2, cfg=2)
+    placed = [ParallelLayout(rank, degrees, CPU, "SDPA") for rank in range(8)]
+    assert [layout.sequence_rank for layout in placed] == [0, 1, 2, 3] * 2
+    assert [layout.half for layout in placed] == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("cut", [1, 9, 31])

@@ -297,8 +297,6 @@ def main() -> int:
         "--group-token",
         "--device",
         "--layout",
-        "--pipefusion-patches",
-        "--pipefusion-warm-up-steps",
         "--attention-backend",
         "--kernels",
         "--precision",
