@@ -294,6 +294,5 @@ def describe_copied(copied: CopiedBytes) -> str:
         "host_to_device": copied.host_to_device,
         "device_to_device": copied.device_to_device,
         "peer": copied.peer,
-        "network": copied.network,
     }
     return ",".join(f"{kind}:{human_bytes(count)}" for kind, count in kinds.items() if count) or "none"

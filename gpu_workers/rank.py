@@ -279,8 +279,6 @@ class Rank:
             sys.exit(1)
 
     def _announce(self) -> None:
-        from xditd.gpu_workers.families import FAMILIES
-
         layout = self._layout
         is_cuda = layout.device.type == "cuda"
         self._channel.send(
@@ -296,7 +294,6 @@ class Rank:
                 layout=self._layout_report,
                 attention_backend=layout.fused_attention or layout.attention_backend,
                 precision=layout.precision,
-                families=tuple(family.name for family in FAMILIES),
             )
         )
 

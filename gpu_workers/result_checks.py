@@ -15,14 +15,6 @@ from xditd.gpu_workers.components import Component
 from xditd.ipc.errors import NotFinite
 
 
-def magnitude(result: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
-
-    One kernel, for any dtype and memory format, that writes nothing as large as the result.
-    """
-    return torch.linalg.vector_norm(result, math.inf, dtype=torch.float32)
-
-
 class FiniteCheck:
     """Finds the first of a component's results that is not finite: note all in order, :meth:`fetch`, then check."""
 
@@ -34,12 +26,8 @@ class FiniteCheck:
 
     def note(self, name: str, result: torch.Tensor) -> None:
         """Note a result; the host does not wait for it."""
-        self.note_magnitude(name, magnitude(result))
-
-    def note_magnitude(self, name: str, found: torch.Tensor) -> None:
-        """Note a result of which another rank has found the :func:`magnitude`."""
         self._names.append(name)
-        self._magnitudes.append(found)
+        self._magnitudes.append(_magnitude(result))
 
     def fetch(self) -> None:
         """Start to copy what was found to the host, behind the work issued so far, without waiting for it."""
@@ -67,6 +55,14 @@ class FiniteCheck:
             if not self._read[-1].to(dtype).isfinite():
                 return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}")
         return None
+
+
+def _magnitude(result: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
+
+    One kernel, for any dtype and memory format, that writes nothing as large as the result.
+    """
+    return torch.linalg.vector_norm(result, math.inf, dtype=torch.float32)
 
 
 def _fault(component: Component, name: str, where: str) -> NotFinite:

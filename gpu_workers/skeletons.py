@@ -8,7 +8,6 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -123,7 +122,6 @@ class Plan:
     key_map: Mapping[str, Slice]
     sources: Mapping[str, str]
     is_reused: bool
-    build_s: float
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a view of ``tensors`` for every parameter; nothing is copied. The views keep the memory mapped."""
@@ -180,7 +178,6 @@ class SkeletonCache:
         exceptions = frozenset(_exceptions(resolution).items())
         key = (resolution.family.name, resolution.config, resolution.dtype, exceptions)
         skeleton = self._skeletons.get(key)
-        started = time.perf_counter()
         is_reused = skeleton is not None
         if skeleton is None:
             skeleton = self._build(resolution)
@@ -196,7 +193,6 @@ class SkeletonCache:
             key_map=resolution.key_map,
             sources=resolution.sources,
             is_reused=is_reused,
-            build_s=time.perf_counter() - started,
         )
 
     def _build(self, resolution: Resolution) -> Skeleton:

@@ -245,7 +245,6 @@ class CopiedBytes(Described, frozen=True, kw_only=True):
     host_to_device: Bytes = 0
     device_to_device: Bytes = 0
     peer: Bytes = 0
-    network: Bytes = 0
 
     def __add__(self, other: CopiedBytes) -> CopiedBytes:
         return CopiedBytes(
@@ -253,12 +252,11 @@ class CopiedBytes(Described, frozen=True, kw_only=True):
             host_to_device=min(self.host_to_device + other.host_to_device, limits.MAX_BYTES),
             device_to_device=min(self.device_to_device + other.device_to_device, limits.MAX_BYTES),
             peer=min(self.peer + other.peer, limits.MAX_BYTES),
-            network=min(self.network + other.network, limits.MAX_BYTES),
         )
 
     @property
     def total(self) -> int:
-        return self.host_to_host + self.host_to_device + self.device_to_device + self.peer + self.network
+        return self.host_to_host + self.host_to_device + self.device_to_device + self.peer
 
 
 class IoTensor(Described, frozen=True, kw_only=True):

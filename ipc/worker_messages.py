@@ -123,7 +123,6 @@ class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
     layout: LayoutReport
     attention_backend: Name
     precision: Name
-    families: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
 class FilesDigested(Report, tag="files_digested", frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from xditd.ipc.tensors import CopiedBytes
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
-COPY_KINDS = ("host_to_host", "host_to_device", "device_to_device", "peer", "network")
+COPY_KINDS = ("host_to_host", "host_to_device", "device_to_device", "peer")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -109,7 +109,6 @@ class Rank:
                 layout=report(planned, asked),
                 attention_backend="fake",
                 precision="bf16",
-                families=("fake",),
             )
         )
         while True:
