@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.replies import Lent
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
-if TYPE_CHECKING:
-    from xditd.client.session import Session
+
+class Lender(Protocol):
+    """What a loan asks of the session that made it."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the daemon that holds the session's loans is gone."""
+
+    def check_loans(self, what: str) -> None:
+        """Raise ``Closed``, ``DaemonUnreachable`` or ``LeaseLost`` if the session's loans have ended."""
+
+    def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
+        """Have the workers copy a component; returns what was copied."""
+
+    def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
+        """Take a component back; once this returns no worker maps it."""
 
 
 class Loan:
@@ -22,7 +36,7 @@ class Loan:
 
     def __init__(
         self,
-        session: Session,
+        session: Lender,
         lent: Lent,
         *,
         kind: ComponentKind,

@@ -27,7 +27,7 @@ class FiniteCheck:
     def note(self, name: str, result: torch.Tensor) -> None:
         """Note a result; the host does not wait for it."""
         self._names.append(name)
-        self._magnitudes.append(_magnitude(result))
+        self._magnitudes.append(magnitude(result))
 
     def fetch(self) -> None:
         """Start to copy what was found to the host, behind the work issued so far, without waiting for it."""
@@ -57,7 +57,7 @@ class FiniteCheck:
         return None
 
 
-def _magnitude(result: torch.Tensor) -> torch.Tensor:
+def magnitude(result: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
 
     One kernel, for any dtype and memory format, that writes nothing as large as the result.
