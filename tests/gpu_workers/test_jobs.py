@@ -50,7 +50,7 @@ def rank(layout: ParallelLayout) -> Iterator[SimpleNamespace]:
         return path.stem
 
     def run(job: object) -> object:
-        progress = Progress(True, CPU, lambda: False, lambda *_: None, lambda flag: flag)
+        progress = Progress(True, CPU, lambda: False, lambda *_: None)
         return jobs.JobRunner(components, 0, CPU).run(job, lambda: io.open(job.io, me), progress, me)
 
     yield SimpleNamespace(lend=lend, run=run, jobs=jobs)
