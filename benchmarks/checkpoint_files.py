@@ -87,7 +87,7 @@ def write_all(folder: Path, scale: scales.Scale, device: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     dtype = scales.dtype_on(device)
     weights = flux_weights.state_dict(scale.size, dtype, device, 0)

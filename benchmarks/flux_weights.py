@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
+from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
 
 
 @dataclass(frozen=True)

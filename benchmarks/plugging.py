@@ -19,8 +19,8 @@ import flux_weights
 import torch
 from machine import describe_machine
 
-from xditd.gpu_workers import xfuser_start
-from xditd.gpu_workers.families.base import TensorInfo
+from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.process import xfuser_start
 
 
 def median_ms(action: Callable[[], object], repeats: int) -> float:
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         layout = xfuser_start.start(0, 1, f"{folder}/store", torch.device("cpu"))
 
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     tensors = {
         name: torch.zeros((), dtype=dtype).expand(shape)

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
 
     is_cuda = given.device == "cuda"
     device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
@@ -58,10 +58,10 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         kernels="fused" if is_cuda else "plain",
         precision="fp8" if is_cuda else "bf16",
     )
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.step_cache import StepCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)

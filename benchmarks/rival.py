@@ -75,7 +75,7 @@ def start_diffusers(rank: Rank) -> Callable[[], Any]:
 
 
 def start_xfuser(rank: Rank) -> Callable[[], Any]:
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
 
     xfuser_start.start(rank.number, rank.given.ranks, rank.store, rank.device)
     from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
@@ -116,7 +116,7 @@ def measure(rank: Rank) -> dict[str, Any]:
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file, save_file
 
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     given, scale = rank.given, scales.named(rank.given)
     load = LOADERS[given.rival](rank)

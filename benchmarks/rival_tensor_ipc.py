@@ -30,7 +30,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
     """Build the module once, then answer each checkpoint with the moments when it was open and assigned."""
     from diffusers import FluxTransformer2DModel
 
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     device = torch.device(scales.first_of(given.device))
     if device.type == "cuda":

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import parse_layout
     from xditd.ipc.planner import plan as plan_layout
 
@@ -72,9 +72,10 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     layout = xfuser_start.start(
         rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
     )
-    from xditd.gpu_workers import attention, pipelines
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.parallel import attention
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)

@@ -3,7 +3,7 @@
     python benchmarks/vae_time.py --ranks 1 2
 
 ``diffusers`` is one rank's decode as diffusers runs it, ``channels_last`` the same with activations in that memory
-format, ``bands`` the decoder of ``gpu_workers/split_decode.py`` over all ranks (on one rank: its code without company).
+format, ``bands`` the decoder of ``split_decode.py`` over all ranks (on one rank: its code without company).
 Weights are random. Prints milliseconds of the slowest rank, ratios, and the error against a decode in float32;
 ``--json FILE`` writes all.
 """
@@ -44,14 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
 
     device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers import image_coding
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
-    from xditd.gpu_workers.split_decode import whole_group
+    from xditd.gpu_workers.families.flux_vae import image_coding
+    from xditd.gpu_workers.families.flux_vae.split_decode import whole_group
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     channels = SMALL_CHANNELS if given.small else CHANNELS
     state = checkpoints.flux_vae_state_dict(0, channels=channels, encoder=False)

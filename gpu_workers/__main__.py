@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from xditd.gpu_workers.loopback import check_loopback
-from xditd.gpu_workers.start_faults import explain
+from xditd.gpu_workers.process.loopback import check_loopback
+from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
 from xditd.ipc.worker_messages import CONFIGURATION_STATUS, VERDICT_PREFIX
 
@@ -19,8 +19,8 @@ def main() -> int:
     try:
         check_loopback()
         # Imported here: they import torch, and where that is missing somebody has to say so.
-        from xditd.gpu_workers.leader import lead
-        from xditd.gpu_workers.options import parse
+        from xditd.gpu_workers.process.leader import lead
+        from xditd.gpu_workers.process.options import parse
 
         options = parse(sys.argv[1:])
         logging.getLogger().setLevel(options.log_level.upper())

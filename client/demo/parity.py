@@ -59,7 +59,7 @@ def reference_latents(
     arguments = [ "--transformer", str(transformer),
                "--inputs", str(given), "--out", str(made), "--height", str(inputs.height), "--width", str(inputs.width),
                "--steps", str(len(inputs.sigmas)), "--guidance", str(inputs.guidance), "--device", device]  # fmt: skip
-    command = module_command("xditd.gpu_workers.reference", arguments)
+    command = module_command("xditd.gpu_workers.families.flux1.reference", arguments)
     environment = {**module_environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     waited_s = 0.0
     with (folder / "reference.log").open("w+") as log:

@@ -19,10 +19,10 @@ _GIB: Final = 2**30
 
 
 def probe() -> dict[str, Any] | str:
-    """Ask ``xditd.gpu_workers.probe`` for the facts; a sentence where it has none to give."""
+    """Ask ``xditd.gpu_workers.process.probe`` for the facts; a sentence where it has none to give."""
     # As the daemon does for its workers: the allocator of this shell is not theirs.
     environ = {key: value for key, value in module_environment().items() if not key.startswith("PYTORCH_")}
-    command = module_command("xditd.gpu_workers.probe", [])
+    command = module_command("xditd.gpu_workers.process.probe", [])
     try:
         # In a folder that is there: torch does not load in one that was removed.
         done = subprocess.run(

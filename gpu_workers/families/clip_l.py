@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from xditd.gpu_workers.families.base import Entry, Kind, Shape
-from xditd.gpu_workers.full_precision import compute_in_float32
+from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.layouts import ParallelLayout
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 HEAD_SIZE = 64
 MAX_LAYERS = 64

@@ -65,7 +65,7 @@ def test_kinds_are_read_in_the_order_in_which_they_came() -> None:
 
 def test_worker_lines_carry_a_time() -> None:
     book = Logbook(io.StringIO())
-    book.add_output("INFO rank0 xditd.gpu_workers.rank: rank started")
+    book.add_output("INFO rank0 xditd.gpu_workers.process.rank: rank started")
     (line,), _ = book.since(0)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank0 .*", line)
 

@@ -198,7 +198,7 @@ def run() -> Callable[..., torch.Tensor]:
 @pytest.fixture(scope="session")
 def diffusers_run(files: SimpleNamespace) -> Callable[..., torch.Tensor]:
     """The same job in plain diffusers in this process, on the same file."""
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     loaded: dict[Path, object] = {}
 

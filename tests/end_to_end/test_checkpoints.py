@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
-from xditd.gpu_workers import reference
+from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
 
 MESSAGE_CHARS = 700

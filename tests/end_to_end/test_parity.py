@@ -111,7 +111,7 @@ def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transfor
 
 
 def test_vae_decodes_and_encodes_as_diffusers_does(client, vae, files, relative_error):
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     plain = reference.load_vae(files.vae)
     latents = torch.randn(1, 16, 14, 14, generator=torch.Generator().manual_seed(1))
@@ -126,7 +126,7 @@ def test_vae_decodes_and_encodes_as_diffusers_does(client, vae, files, relative_
 def test_both_ranks_decode_a_large_image(client, relative_error):
     """The ranks share the work, an odd number of rows, and the picture is diffusers' all the same."""
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     state = checkpoints.flux_vae_state_dict(1, channels=(64, 64, 64, 64))
     latents = torch.randn(1, 16, 65, 64, generator=torch.Generator().manual_seed(2))

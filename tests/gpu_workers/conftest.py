@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from xditd.gpu_workers.families.base import TensorInfo
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 State = dict[str, torch.Tensor]
 
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 @pytest.fixture(scope="session")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelLayout]:
     """A started group of one rank on the CPU."""
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
 
     yield xfuser_start.start(0, 1, str(tmp_path_factory.mktemp("group") / "store"), torch.device("cpu"))
     xfuser_start.stop()

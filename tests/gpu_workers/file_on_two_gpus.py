@@ -39,16 +39,16 @@ def overwrite(path: Path) -> None:
 def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, bytes]) -> None:
     from two_gpus import digest_of
 
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.codec import command_decoder
     from xditd.ipc.errors import XditdError
     from xditd.ipc.transports.cuda_ipc import device_uuid
 
     device = torch.device(devices[rank])
     layout = xfuser_start.start(rank, len(devices), f"{folder}/store", device)
-    from xditd.gpu_workers.agreement import agree
-    from xditd.gpu_workers.components import Components
-    from xditd.gpu_workers.fellows import gather_uuids
+    from xditd.gpu_workers.models.components import Components
+    from xditd.gpu_workers.parallel.agreement import agree
+    from xditd.gpu_workers.parallel.fellows import gather_uuids
 
     name = device_uuid(device.index)
     components = Components(layout, name, gather_uuids(name, layout.world_size))

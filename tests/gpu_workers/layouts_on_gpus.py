@@ -44,9 +44,10 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
     device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
@@ -54,7 +55,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, 2, f"{folder}/{layout}.store", device, degrees, kernels="auto")
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     cache = SkeletonCache(started)
     rounded = {

@@ -18,7 +18,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.all_reduce(flag)
     if rank == 1:
         os._exit(0)
-    from xditd.gpu_workers.rank import _is_loss_of_a_fellow
+    from xditd.gpu_workers.process.rank import _is_loss_of_a_fellow
 
     try:
         dist.all_reduce(flag)

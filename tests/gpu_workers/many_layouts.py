@@ -60,10 +60,11 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from xditd.gpu_workers import pipelines, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.step_cache import StepCache
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ ROUNDS = 200
 
 
 def run_rank(rank: int, folder: str) -> None:
-    from xditd.gpu_workers import agreement
+    from xditd.gpu_workers.parallel import agreement
 
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)

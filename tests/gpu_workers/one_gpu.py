@@ -32,14 +32,18 @@ def job(tokens: int, height: int, width: int) -> dict[str, Any]:
 def main(folder: str) -> None:
     from xditd.client.demo import checkpoints
     from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
-    from xditd.gpu_workers import attention, reference, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+    from xditd.gpu_workers.parallel import attention
+    from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", 0)
     layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
-    from xditd.gpu_workers import image_coding, pipelines, text_encoding
-    from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.families.flux1.sequence_parallel import CheckpointOrderNorm
+    from xditd.gpu_workers.families.flux_vae import image_coding
+    from xditd.gpu_workers.jobs import text_encoding
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
     cache = SkeletonCache(layout)

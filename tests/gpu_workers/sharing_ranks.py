@@ -22,9 +22,9 @@ OFFSET = 4096 * 3
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
-    from xditd.gpu_workers import agreement, peers
-    from xditd.gpu_workers.layouts import ParallelLayout
-    from xditd.gpu_workers.upload_shares import split
+    from xditd.gpu_workers.parallel import agreement, peers
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+    from xditd.gpu_workers.parallel.upload_shares import split
     from xditd.ipc.degrees import Degrees
     from xditd.ipc.errors import Internal, OtherRankFailed, StaleSource, XditdError
     from xditd.ipc.tensors import CudaIpcBlock
@@ -155,7 +155,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def main(folder: str, ranks: int) -> None:
-    import xditd.gpu_workers.peers  # noqa: F401 - before the fork, so that it is imported once
+    import xditd.gpu_workers.parallel.peers  # noqa: F401 - before the fork, so that it is imported once
 
     torch.multiprocessing.start_processes(run_rank, (ranks, folder), nprocs=ranks, start_method="fork")
 

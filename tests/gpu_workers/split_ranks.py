@@ -34,16 +34,16 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.process import xfuser_start
 
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers import image_coding
-    from xditd.gpu_workers.split_decode import whole_group
+    from xditd.gpu_workers.families.flux_vae import image_coding
+    from xditd.gpu_workers.families.flux_vae.split_decode import whole_group
 
     cache = SkeletonCache(layout)
 

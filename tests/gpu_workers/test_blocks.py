@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xditd.gpu_workers.blocks import OpenBlocks
+from xditd.gpu_workers.weights.blocks import OpenBlocks
 from xditd.ipc.errors import ForeignGpu, Internal, ProcessGone, StaleSource
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.tensors import CudaIpcBlock, FileBlock, Fingerprint, HostShmBlock

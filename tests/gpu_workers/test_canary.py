@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xditd.gpu_workers.canary import TOLERANCE, Canary
-from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.models.canary import Canary
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 pytestmark = pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
 
+TOLERANCE = 0.02
 RIGHT = torch.arange(1.0, 9.0)
 
 
@@ -26,7 +27,7 @@ class Path:
 
 
 def test_the_plain_path_runs_once_for_each_case(layout: ParallelLayout) -> None:
-    canary, fast, plain = Canary("path"), Path(RIGHT * (1 + TOLERANCE / 2)), Path(RIGHT)
+    canary, fast, plain = Canary("path", TOLERANCE), Path(RIGHT * (1 + TOLERANCE / 2)), Path(RIGHT)
     results = [canary.run(case, fast, plain) for case in ("a", "a", "b", "a")]
     assert all(result is fast.result for result in results)
     assert (fast.calls, plain.calls) == (4, 2)
@@ -39,7 +40,7 @@ def test_the_plain_path_runs_once_for_each_case(layout: ParallelLayout) -> None:
     ids=["off", "zeros", "NaN", "infinite"],
 )
 def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tensor) -> None:
-    canary, fast, plain = Canary("path"), Path(wrong), Path(RIGHT)
+    canary, fast, plain = Canary("path", TOLERANCE), Path(wrong), Path(RIGHT)
     assert canary.run("a", fast, plain) is RIGHT
     assert canary.is_refused
     assert canary.run("b", fast, plain) is RIGHT
@@ -48,7 +49,7 @@ def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tens
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_say_nothing_of_the_path(layout: ParallelLayout, value: float) -> None:
-    canary, broken, sound = Canary("path"), torch.full((8,), value), Path(RIGHT.clone())
+    canary, broken, sound = Canary("path", TOLERANCE), torch.full((8,), value), Path(RIGHT.clone())
     assert canary.run("a", Path(broken.clone()), Path(broken)) is broken
     assert not canary.is_refused
     assert canary.error is None
@@ -58,14 +59,14 @@ def test_weights_that_are_not_finite_say_nothing_of_the_path(layout: ParallelLay
 
 
 def test_a_case_that_fails_later_turns_the_path_off_for_those_that_passed(layout: ParallelLayout) -> None:
-    canary, plain = Canary("path"), Path(RIGHT)
+    canary, plain = Canary("path", TOLERANCE), Path(RIGHT)
     assert canary.run("a", Path(RIGHT.clone()), plain) is not RIGHT
     assert canary.run("b", Path(-RIGHT), plain) is RIGHT
     assert canary.run("a", Path(RIGHT.clone()), plain) is RIGHT
 
 
 def test_every_verdict_is_handed_out_once(layout: ParallelLayout) -> None:
-    canary, plain = Canary("path"), Path(RIGHT)
+    canary, plain = Canary("path", TOLERANCE), Path(RIGHT)
     canary.run("a", Path(RIGHT * (1 + TOLERANCE / 2)), plain)
     canary.run("a", Path(RIGHT.clone()), plain)
     (check,) = canary.take_checks()
@@ -75,7 +76,7 @@ def test_every_verdict_is_handed_out_once(layout: ParallelLayout) -> None:
 
 
 def test_a_refusal_is_handed_out_with_all_that_it_turns_off(layout: ParallelLayout) -> None:
-    canary, plain = Canary("path"), Path(RIGHT)
+    canary, plain = Canary("path", TOLERANCE), Path(RIGHT)
     canary.run("a", Path(RIGHT.clone()), plain)
     canary.take_checks()
     canary.run("b", Path(torch.full((8,), torch.nan)), plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xditd.gpu_workers.conditionings import Conditioning, KeptConditionings
+from xditd.gpu_workers.families.flux1.conditionings import Conditioning, KeptConditionings
 from xditd.ipc.errors import UnknownConditioning
 from xditd.ipc.processes import ProcessIdentity
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from xditd.gpu_workers.fellows import together
+from xditd.gpu_workers.parallel.fellows import together
 from xditd.ipc.errors import OutOfMemory
 
 

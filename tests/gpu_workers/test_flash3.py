@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from xditd.gpu_workers import flash3
-from xditd.gpu_workers.flash3 import FEWEST_KEYS, PARTS, TILE_TOKENS, Division, divide
+from xditd.gpu_workers.kernels import flash3
+from xditd.gpu_workers.kernels.flash3 import FEWEST_KEYS, PARTS, TILE_TOKENS, Division, divide
 
 H200 = 132
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
-from xditd.gpu_workers.families import FAMILIES, detect
-from xditd.gpu_workers.families.base import Resolution, TensorInfo, check_targets, resolve
-from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
+from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
+from xditd.gpu_workers.models.family import Resolution, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.registry import detect, families
 from xditd.ipc.errors import BadCheckpoint, Internal, UnknownFamily, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]
@@ -236,7 +236,7 @@ def test_dtypes_that_run(infos: Infos, dtype: str) -> None:
 def test_other_models_are_unknown(names: set[str]) -> None:
     with pytest.raises(UnknownFamily) as caught:
         detect(names)
-    assert all(family.name in caught.value.detail for family in FAMILIES)
+    assert all(family.name in caught.value.detail for family in families())
     assert all(name in caught.value.detail for name in names)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from xditd.client.demo.checkpoints import flux_vae_state_dict
-from xditd.gpu_workers.families import detect
-from xditd.gpu_workers.families.base import Resolution, TensorInfo, resolve
-from xditd.gpu_workers.families.flux_vae import FluxVae, FluxVaeConfig
+from xditd.gpu_workers.families.flux_vae.checkpoint import FluxVae, FluxVaeConfig
+from xditd.gpu_workers.models.family import Resolution, TensorInfo, resolve
+from xditd.gpu_workers.models.registry import detect
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]

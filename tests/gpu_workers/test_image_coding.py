@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from xditd.gpu_workers import reference
-from xditd.gpu_workers.families.flux_vae import SCALING, SHIFT
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.families.flux_vae.checkpoint import SCALING, SHIFT
+from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
 
 State = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ INVISIBLE = {"encoder.mid.attn_1.k.bias", "decoder.mid.attn_1.k.bias"}
 
 @pytest.fixture(scope="module")
 def image_coding(layout: ParallelLayout) -> ModuleType:
-    from xditd.gpu_workers import image_coding
+    from xditd.gpu_workers.families.flux_vae import image_coding
 
     return image_coding
 

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 import torch
 
-from xditd.gpu_workers import job_io
-from xditd.gpu_workers.job_io import JobIo
+from xditd.gpu_workers.jobs import job_io
+from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.ipc.errors import BadRequest, ProcessGone, StaleSource
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.tensors import HostShmBlock, IoTensor

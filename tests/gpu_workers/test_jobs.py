@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from xditd.client.demo import text_checkpoints
 from xditd.client.io_blocks import IoLayout, IoPool
 from xditd.client.lending import Offer, describe
-from xditd.gpu_workers.components import Components
-from xditd.gpu_workers.job_io import JobIo
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.progress import Progress
+from xditd.gpu_workers.jobs.job_io import JobIo
+from xditd.gpu_workers.jobs.progress import Progress
+from xditd.gpu_workers.models.components import Components
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import StaleSource
 from xditd.ipc.processes import identify
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Part
@@ -37,7 +37,7 @@ def overwrite(path: Path) -> None:
 
 @pytest.fixture
 def rank(layout: ParallelLayout) -> Iterator[SimpleNamespace]:
-    from xditd.gpu_workers import jobs  # xfuser can be imported once the group is started
+    from xditd.gpu_workers.jobs import runner as jobs  # xfuser can be imported once the group is started
 
     me = identify(os.getpid())
     components, io = Components(layout, "", ("",)), JobIo(CPU)

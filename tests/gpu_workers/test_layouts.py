@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xditd.gpu_workers import reference, ring
-from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.parallel import ring
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.degrees import Degrees, parse_layout
 from xditd.ipc.errors import Unsupported
 
@@ -114,7 +115,7 @@ def test_a_step_cache_spares_the_same_steps_of_every_row(computed: Any, layout: 
 
 @pytest.mark.usefixtures("layout")
 def test_rows_are_dealt_once() -> None:
-    from xditd.gpu_workers.row_shares import deal_rows
+    from xditd.gpu_workers.parallel.row_shares import deal_rows
 
     assert [deal_rows(1, 2, half) for half in (0, 1)] == [slice(0, 1), slice(0, 1)]  # both do the one row
     assert [deal_rows(3, 2, half) for half in (0, 1)] == [slice(0, 2), slice(2, 3)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
-from xditd.gpu_workers import reference
-from xditd.gpu_workers.mixed_precision import compute_in_widest, convolve, widest
-from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.mixed_precision import compute_in_widest, convolve, widest
+from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -34,7 +34,7 @@ def given_transformer() -> State:
 def test_a_transformer_with_float32_norms_has_the_bits_of_diffusers(
     cache: SkeletonCache, plug: Plugger, dtype: torch.dtype
 ) -> None:
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     state = with_float32_norms(flux1_state_dict(0, **SMALL), dtype)
     plan = plug(cache, state)
@@ -59,7 +59,7 @@ def test_a_transformer_with_float32_norms_has_the_bits_of_diffusers(
 def test_a_vae_with_float32_norms_has_the_bits_of_diffusers(
     cache: SkeletonCache, plug: Plugger, dtype: torch.dtype
 ) -> None:
-    from xditd.gpu_workers import image_coding
+    from xditd.gpu_workers.families.flux_vae import image_coding
 
     state = with_float32_norms(flux_vae_state_dict(0), dtype)
     skeleton = plug(cache, state).skeleton
@@ -108,7 +108,7 @@ def test_layers_that_torch_itself_cannot_mix_run_in_the_widest_dtype(make, shape
 
 
 def test_a_model_with_any_tensor_kept_wider_runs(cache: SkeletonCache, plug: Plugger) -> None:
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     exact = flux1_state_dict(0, **SMALL)
     given = given_transformer()

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
-from xditd.gpu_workers import reference
-from xditd.gpu_workers.families.base import TensorInfo
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import ComponentKind
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def pipelines(layout: ParallelLayout) -> ModuleType:
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     return pipelines
 
@@ -180,8 +180,8 @@ def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, pipe
 def test_the_first_step_whose_latents_are_not_finite_is_named(
     cache: SkeletonCache, plug: Plugger, pipelines: ModuleType, more: dict[str, Any]
 ) -> None:
-    from xditd.gpu_workers.result_checks import FiniteCheck
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.models.result_checks import FiniteCheck
+    from xditd.gpu_workers.models.step_cache import StepCache
 
     state = flux1_state_dict(2, dtype=torch.bfloat16)
     skeleton, finite = plug(cache, state).skeleton, FiniteCheck()

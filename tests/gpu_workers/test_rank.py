@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xditd.gpu_workers.rank import _is_loss_of_a_fellow, _is_want_of_host_memory, _out_of_memory
+from xditd.gpu_workers.process.rank import _is_loss_of_a_fellow, _is_want_of_host_memory, _out_of_memory
 
 
 def test_want_of_host_memory_is_told_from_other_errors() -> None:

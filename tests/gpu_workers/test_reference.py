@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client.demo import checkpoints
-from xditd.gpu_workers import reference
+from xditd.gpu_workers.families.flux1 import reference
 
 SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, "pooled_dim": 32}
 

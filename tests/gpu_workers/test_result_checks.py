@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 import torch
 
-from xditd.gpu_workers.components import Component
-from xditd.gpu_workers.result_checks import FiniteCheck, magnitude
+from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.result_checks import FiniteCheck, magnitude
 from xditd.ipc.errors import NotFinite
 from xditd.ipc.tensors import ComponentKind
 

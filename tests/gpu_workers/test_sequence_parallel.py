@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xditd.gpu_workers import reference
+from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import Unsupported
 
 BAR = 1e-6
@@ -157,7 +157,7 @@ def test_agreement_between_ranks(group: Any) -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_every_token_is_dealt_once_and_totals_are_equal(ranks: int) -> None:
-    from xditd.gpu_workers.token_shares import deal_tokens
+    from xditd.gpu_workers.parallel.token_shares import deal_tokens
 
     for text in range(ranks, 3 * ranks):
         for image in range(49, 49 + 2 * ranks):
@@ -173,7 +173,7 @@ def test_every_token_is_dealt_once_and_totals_are_equal(ranks: int) -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("text", "image", "ranks"), [(1, 64, 2), (64, 1, 2), (7, 64, 8), (8, 7, 8), (9, 8, 8)])
 def test_a_rank_without_tokens_is_refused(text: int, image: int, ranks: int) -> None:
-    from xditd.gpu_workers.token_shares import deal_tokens
+    from xditd.gpu_workers.parallel.token_shares import deal_tokens
 
     with pytest.raises(Unsupported, match=f"{text} text and {image} image tokens"):
         deal_tokens(text, image, ranks)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
-from xditd.gpu_workers.families.base import TensorInfo
-from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
+from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import BadCheckpoint, Internal, RequestError, Unsupported
 
@@ -24,7 +24,7 @@ SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, 
 
 
 def prediction(plan: Plan) -> torch.Tensor:
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     config = plan.config
     assert isinstance(config, Flux1Config)
@@ -197,7 +197,7 @@ def test_a_full_size_model_is_planned_and_plugged(cache: SkeletonCache) -> None:
 def test_the_last_norm_reads_checkpoint_order_to_the_same_bits(hidden: int, dtype: torch.dtype) -> None:
     from diffusers.models.normalization import AdaLayerNormContinuous
 
-    from xditd.gpu_workers.sequence_parallel import CheckpointOrderNorm
+    from xditd.gpu_workers.families.flux1.sequence_parallel import CheckpointOrderNorm
 
     torch.manual_seed(0)
     ours, plain = (

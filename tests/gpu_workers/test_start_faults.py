@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from xditd.gpu_workers.start_faults import explain
+from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import Unsupported, WorkersLost
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from xditd.gpu_workers import reference
-from xditd.gpu_workers.layouts import ParallelLayout
-from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
-from xditd.gpu_workers.step_cache import StepCache
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.step_cache import StepCache
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Cancelled
 
 # Steps that hardly differ, twice: random weights react to every step of a usual schedule as to another image.
@@ -23,7 +23,7 @@ BATCH = 2
 @pytest.fixture(scope="module")
 def skeleton(layout: ParallelLayout) -> Skeleton:
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.families.base import TensorInfo
+    from xditd.gpu_workers.models.family import TensorInfo
 
     state = checkpoints.flux1_state_dict(0)
     plan: Plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
@@ -33,7 +33,7 @@ def skeleton(layout: ParallelLayout) -> Skeleton:
 
 @pytest.fixture(scope="module")
 def run(skeleton: Skeleton) -> Callable[..., torch.Tensor]:
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     generator = torch.Generator().manual_seed(3)
     given: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
-from xditd.gpu_workers.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def text_encoding(shared_cache: SkeletonCache) -> Any:
-    from xditd.gpu_workers import text_encoding
+    from xditd.gpu_workers.jobs import text_encoding
 
     return text_encoding
 

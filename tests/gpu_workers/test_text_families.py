@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
-from xditd.gpu_workers.families import detect
-from xditd.gpu_workers.families.base import Resolution, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
 from xditd.gpu_workers.families.t5 import T5, T5Config
+from xditd.gpu_workers.models.family import Resolution, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.registry import detect
 from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xditd.gpu_workers.upload_shares import Stretch, cut, join, split
+from xditd.gpu_workers.parallel.upload_shares import Stretch, cut, join, split
 from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.layout import ALLOCATION_BYTES, place
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.distributed import distributed_c10d
 
-from xditd.gpu_workers import agreement, attention, xfuser_start
-from xditd.gpu_workers.layouts import ParallelLayout
+from xditd.gpu_workers.parallel import agreement, attention
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.process import xfuser_start
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
@@ -74,7 +75,7 @@ def test_eight_bits_are_refused_in_layouts_that_run_plain() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_eight_bits_are_made_of_bfloat16_weights_alone(layout: ParallelLayout, dtype: torch.dtype) -> None:
-    from xditd.gpu_workers.families.flux1 import Flux1, Flux1Config
+    from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
 
     config = Flux1Config(256, 1, 1, 4096, 768, True)
     gpu = dataclasses.replace(layout, device=GPU, fused_attention="CUDNN", precision="fp8")

@@ -48,17 +48,17 @@ def digest_of(tensors: dict[str, torch.Tensor]) -> str:
 def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None:
     from safetensors.torch import save_file
 
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.codec import command_decoder
     from xditd.ipc.transports.cuda_ipc import device_uuid
     from xditd.ipc.worker_messages import Prepare
 
     device = torch.device(devices[rank])
     layout = xfuser_start.start(rank, len(devices), f"{folder}/store", device)
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.agreement import agree
-    from xditd.gpu_workers.components import Components
-    from xditd.gpu_workers.fellows import gather_uuids
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.components import Components
+    from xditd.gpu_workers.parallel.agreement import agree
+    from xditd.gpu_workers.parallel.fellows import gather_uuids
 
     name = device_uuid(device.index)
     if rank and devices[0] == devices[1]:
@@ -111,7 +111,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
 
 def reference(state: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     """The same jobs in plain diffusers, in this process."""
-    from xditd.gpu_workers import reference as plain
+    from xditd.gpu_workers.families.flux1 import reference as plain
 
     transformer = plain.transformer_from({name: tensor.to(device) for name, tensor in state.items()})
     found = {}

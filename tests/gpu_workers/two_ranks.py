@@ -45,14 +45,15 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import agreement, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.step_cache import StepCache
+    from xditd.gpu_workers.parallel import agreement
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.errors import Unsupported
 
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     facts: dict[str, object] = {
         "agree on all true": agreement.agree(True),

@@ -31,15 +31,15 @@ def overwrite(path: Path) -> None:
 
 
 def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> None:
-    from xditd.gpu_workers import xfuser_start
+    from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.codec import command_decoder
     from xditd.ipc.errors import OutOfMemory, XditdError
 
     torch.set_num_threads(1)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", torch.device("cpu"))
-    from xditd.gpu_workers.agreement import agree
-    from xditd.gpu_workers.components import Components
-    from xditd.gpu_workers.fellows import together
+    from xditd.gpu_workers.models.components import Components
+    from xditd.gpu_workers.parallel.agreement import agree
+    from xditd.gpu_workers.parallel.fellows import together
 
     components = Components(layout, "", ("",) * ranks)
     facts: dict[str, object] = {}

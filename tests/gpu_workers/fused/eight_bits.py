@@ -52,7 +52,7 @@ def again(rows: torch.Tensor) -> torch.Tensor:
 
 def quantiser() -> dict[str, Any]:
     """Compare the kernel with torch, value by value, on rows from tiny to huge."""
-    from xditd.gpu_workers.fused.eight_bits import quantise
+    from xditd.gpu_workers.kernels.eight_bits import quantise
 
     found: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(0)
@@ -79,15 +79,15 @@ def quantiser() -> dict[str, Any]:
 
 def modulation() -> float:
     """Compare modulating straight into eight bits with rounding what is modulated; the share of other values."""
-    from xditd.gpu_workers.fused import kernels
+    from xditd.gpu_workers.kernels import triton_kernels
 
     generator = torch.Generator().manual_seed(1)
     x, added = (torch.randn(9, 256, generator=generator) for _ in range(2))
     vectors = torch.randn(2, 6 * 256, generator=generator)
     given: dict[str, Any] = {"text_rows": 3, "added": added, "gate": (vectors, 0), "shift": (vectors, 256)}
     copy = x.clone()
-    values, scales = rounded(kernels.add_and_modulate(x, **given))
-    result = kernels.add_and_modulate_to_eight_bits(copy, **given)
+    values, scales = rounded(triton_kernels.add_and_modulate(x, **given))
+    result = triton_kernels.add_and_modulate_to_eight_bits(copy, **given)
     assert torch.equal(x, copy)
     text, images = result.halves(3)
     assert images.scales.data_ptr() % 16 == 0
@@ -97,7 +97,7 @@ def modulation() -> float:
 
 def products() -> dict[str, float]:
     """Compare each kind of product with float32 ones of the same rounded numbers: relative errors."""
-    from xditd.gpu_workers.fused.products import EightBit
+    from xditd.gpu_workers.kernels.products import EightBit
 
     generator = torch.Generator().manual_seed(2)
 
@@ -140,13 +140,14 @@ def products() -> dict[str, float]:
 def whole_model(store: str) -> dict[str, Any]:
     """Denoise in eight bits, and compare with plain diffusers."""
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.process import xfuser_start
 
     started = xfuser_start.start(0, 1, store, torch.device("cpu"))
     layout = dataclasses.replace(started, fused_attention="SDPA", precision="fp8")
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     cache = SkeletonCache(layout)
     state = checkpoints.flux1_state_dict(1, double_blocks=2, single_blocks=2)

@@ -23,7 +23,7 @@ def job(tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
 
 def reference_latents(model: Any, given: dict[str, Any], steps: int) -> torch.Tensor:
     """What plain diffusers makes of the same job."""
-    from xditd.gpu_workers import reference
+    from xditd.gpu_workers.families.flux1 import reference
 
     renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
     return reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)

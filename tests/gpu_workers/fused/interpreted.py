@@ -27,12 +27,13 @@ ALIKE = (1.0, 0.9999)
 def whole_model(store: str) -> dict[str, Any]:
     """Denoise with fused blocks, and compare with plain diffusers; then zero every tensor once."""
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.process import xfuser_start
 
     layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), fused_attention="SDPA")
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     found: dict[str, Any] = {"parity": {}, "canary": {}, "unmoved": []}
     cache = SkeletonCache(layout)
@@ -85,7 +86,7 @@ def whole_model(store: str) -> dict[str, Any]:
 
 def not_finite(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Run a size for the first time with a weight that is NaN, and again with a sound one."""
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     canary, given = skeleton.module.fused.canary, job(2, 32, 16, 1)
     kept = state["img_in.bias"].clone()
@@ -107,9 +108,9 @@ def not_finite(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]
 def half_precision(layout: Any) -> dict[str, float | bool]:
     """Generate in bfloat16 as ComfyUI rounds: modulations of all steps at once and of each alone, and plain modules."""
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import pipelines, reference
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import pipelines, reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)
     plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
@@ -136,8 +137,7 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
 
 def steps_at_once(skeleton: Any) -> dict[str, bool]:
     """Generate with modulations of all steps, of two at a time, and of each alone; say whether bits are the same."""
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.fused import modulations
+    from xditd.gpu_workers.families.flux1 import modulations, pipelines
 
     modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
     made = []
@@ -152,15 +152,15 @@ def steps_at_once(skeleton: Any) -> dict[str, bool]:
 
 def foreseen(skeleton: Any) -> dict[str, Any]:
     """Run forwards whose sigmas are foreseen and others, twice; say whether bits are the same and what was computed."""
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.fused import kernels, modulations
+    from xditd.gpu_workers.families.flux1 import modulations, pipelines
+    from xditd.gpu_workers.kernels import triton_kernels
 
     modulations.AHEAD = 32
     modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
     conditioning = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
     other = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"] + 1)
     sigmas, counts = (1.0, 0.75, 0.5, 0.25, 0.0), []
-    multiply = kernels.multiply_vectors
+    multiply = triton_kernels.multiply_vectors
 
     def count(weights: Any, biases: Any, vectors: torch.Tensor, rows: int) -> torch.Tensor:
         counts.append(len(vectors))
@@ -174,7 +174,7 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
         return pipelines.denoise_batches(skeleton, [batch], variant)
 
     found: dict[str, Any] = {"same bits": True, "vectors": []}
-    kernels.multiply_vectors = count
+    triton_kernels.multiply_vectors = count
     # The first alone, the others at once; a sigma between them, another prompt, another guidance: each by itself.
     walk = [(1.0, conditioning), (0.75, conditioning), (0.6, conditioning), (0.5, conditioning), (0.25, other)]
     for sigma, given_conditioning in [*walk, (1.0, conditioning), (0.25, conditioning)]:
@@ -182,12 +182,12 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
         result = run(sigma, given_conditioning, modulations.Times(sigma, GUIDANCE, sigmas))
         found["vectors"].append(sum(counts) // 2)
         found["same bits"] &= torch.equal(result, run(sigma, given_conditioning, None))
-    kernels.multiply_vectors = multiply
+    triton_kernels.multiply_vectors = multiply
     found["kept"] = modulator.kept
     counts.clear()
-    kernels.multiply_vectors = count
+    triton_kernels.multiply_vectors = count
     run(0.25, conditioning, modulations.Times(0.25, GUIDANCE, sigmas), "float32_time")
-    kernels.multiply_vectors = multiply
+    triton_kernels.multiply_vectors = multiply
     found["vectors of the other variant"] = sum(counts) // 2
     skeleton.unplug()
     found["left"] = modulator.kept
@@ -196,8 +196,8 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
 
 def cached(skeleton: Any, given: dict[str, Any]) -> dict[str, float]:
     """Spare steps of a job on fused blocks and on plain ones; the error is that of one against the other."""
-    from xditd.gpu_workers import pipelines, reference
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.families.flux1 import pipelines, reference
+    from xditd.gpu_workers.models.step_cache import StepCache
 
     def run(cache: StepCache | None) -> torch.Tensor:
         return pipelines.generate(skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
@@ -217,17 +217,17 @@ def cached(skeleton: Any, given: dict[str, Any]) -> dict[str, float]:
 
 def exchange_of_two() -> dict[str, float]:
     """Let two ranks' kernels run in turn on buffers of this process, and compare with one rank's attention."""
-    from xditd.gpu_workers.fused import kernels
+    from xditd.gpu_workers.kernels import triton_kernels
 
     ranks, heads, rows, text = 2, 4, 6, 2
-    width = heads * kernels.HEAD_SIZE
+    width = heads * triton_kernels.HEAD_SIZE
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     qkv = [random(rows, 3 * width) for _ in range(ranks)]
-    norms = tuple(random(kernels.HEAD_SIZE) for _ in range(4))
+    norms = tuple(random(triton_kernels.HEAD_SIZE) for _ in range(4))
     angles = [(random(rows, 64), random(rows, 64)) for _ in range(ranks)]
     received = [torch.full((3, ranks * rows, width // ranks), float("nan")) for _ in range(ranks)]
     tokens = [torch.full((rows, width), float("nan")) for _ in range(ranks)]
@@ -237,17 +237,17 @@ def exchange_of_two() -> dict[str, float]:
         return torch.tensor([buffer.data_ptr() for buffer in buffers])
 
     for rank in range(ranks):
-        kernels.norm_and_rotate(
+        triton_kernels.norm_and_rotate(
             qkv[rank], heads=heads, norms=norms, angles=angles[rank], text_rows=text,
             bases=bases(received), first_row=rank * rows, all_rows=ranks * rows,
         )  # fmt: skip
     for buffer in flags:
         buffer.fill_(7)
-    kernels.meet(bases=bases(flags), rank=0, round_number=7)
+    triton_kernels.meet(bases=bases(flags), rank=0, round_number=7)
     for rank in range(ranks):
-        kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
+        triton_kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
     for rank in range(ranks):
-        kernels.norm_and_rotate(qkv[rank], heads=heads, norms=norms, angles=angles[rank], text_rows=text)
+        triton_kernels.norm_and_rotate(qkv[rank], heads=heads, norms=norms, angles=angles[rank], text_rows=text)
     alone = torch.cat(qkv).view(ranks * rows, 3, ranks, width // ranks)
     sent = max(float((received[rank].transpose(0, 1) - alone[:, :, rank]).abs().max()) for rank in range(ranks))
     returned = float((torch.cat(tokens) - alone[:, 0].flatten(1)).abs().max())

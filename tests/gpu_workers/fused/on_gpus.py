@@ -17,8 +17,8 @@ import torch
 from inputs import GUIDANCE, job, reference_latents
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.layouts import ParallelLayout
-    from xditd.gpu_workers.skeletons import Plan
+    from xditd.gpu_workers.models.skeletons import Plan
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 STEPS = 2
 ALIKE = (1.0, 0.9999, 0.5)
@@ -35,14 +35,15 @@ CASES = {
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers import reference, xfuser_start
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", rank)
     started = xfuser_start.start(rank, ranks, f"{folder}/store", gpu, kernels="fused", precision="fp8")
     layout = dataclasses.replace(started, precision="bf16")
-    from xditd.gpu_workers import pipelines
+    from xditd.gpu_workers.families.flux1 import pipelines
 
     state = {
         name: tensor.to(gpu)
@@ -96,9 +97,9 @@ def eight_bits(
 
     Not beside float32: embedding a timestep that is rounded to bfloat16 costs more than all of the products.
     """
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     cache = SkeletonCache(layout)
     plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
@@ -126,10 +127,10 @@ def eight_bits(
 
 def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Spare steps that are alike, in both precisions."""
-    from xditd.gpu_workers import pipelines
-    from xditd.gpu_workers.families.base import TensorInfo
-    from xditd.gpu_workers.skeletons import SkeletonCache
-    from xditd.gpu_workers.step_cache import StepCache
+    from xditd.gpu_workers.families.flux1 import pipelines
+    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.step_cache import StepCache
 
     facts: dict[str, Any] = {}
     for precision in ("bf16", "fp8"):

@@ -16,7 +16,7 @@ import torch
 
 from xditd.client.arenas import Arena
 from xditd.client.lending import describe
-from xditd.gpu_workers.blocks import OpenBlocks
+from xditd.gpu_workers.weights.blocks import OpenBlocks
 from xditd.ipc.errors import ForeignGpu, OutOfMemory, StaleSource, Unsupported
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, Tier

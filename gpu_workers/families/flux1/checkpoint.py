@@ -1,0 +1,240 @@
+"""FLUX.1 transformer, dev and schnell, in the checkpoint layout of Black Forest Labs and ComfyUI.
+
+Query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). dev and schnell differ in one
+thing that tensors show: dev has ``guidance_in``. Everything else is read from shapes.
+
+Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test compares every element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from xditd.gpu_workers.families.flux1.config import (
+    HEAD_SIZE,
+    MLP_RATIO,
+    MODULATIONS_DOUBLE,
+    MODULATIONS_SINGLE,
+    PACKED_CHANNELS,
+    TIMESTEP_CHANNELS,
+    Flux1Config,
+)
+from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.planner import most_ulysses
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.families.flux1.fused import FusedFlux1
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
+logger = logging.getLogger(__name__)
+
+MAX_BLOCKS = 256
+
+_NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
+_BLOCK = re.compile(r"^(double|single)_blocks\.(\d+)\.")
+_MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
+# Close relatives that share the marks: FLUX.2, Chroma, HunyuanVideo.
+_FOREIGN = ("double_stream_modulation_img.", "distilled_guidance_layer.", "txt_in.individual_token_refiner.")
+
+
+class Flux1:
+    """FLUX.1: see the module's docstring."""
+
+    name = "flux1"
+    kind: Kind = "transformer"
+    tied: Mapping[str, str] = {}
+    ignored: re.Pattern[str] | None = None
+
+    def claims(self, names: Collection[str]) -> bool:
+        bare = [self.canonical(name) for name in names]
+        return any(map(_MARKS.match, bare)) and not any(name.startswith(_FOREIGN) for name in bare)
+
+    def canonical(self, name: str) -> str:
+        return _NORM_ALIAS.sub(r"\1.scale", name)
+
+    def configure(self, shapes: Mapping[str, Shape]) -> Flux1Config:
+        double = _count_blocks(shapes, "double")
+        single = _count_blocks(shapes, "single")
+        for kind, count in (("double_blocks", double), ("single_blocks", single)):
+            if count == 0:
+                raise BadCheckpoint(f"flux1: no tensor of {kind}.0: a FLUX.1 transformer has blocks of both kinds")
+        # Every candidate votes, so that one misshapen tensor is named by the check instead of bending the rest.
+        hidden = _vote(
+            "hidden size",
+            [_side(shapes, f"{source}.weight", 0) for source in ("img_in", "txt_in", "time_in.out_layer")]
+            + [_side(shapes, f"double_blocks.{i}.img_attn.proj.weight", 0) for i in range(double)]
+            + [_side(shapes, f"single_blocks.{i}.linear2.weight", 0) for i in range(single)],
+        )
+        if hidden % HEAD_SIZE:
+            raise BadCheckpoint(f"flux1: hidden size {hidden} is not a multiple of the head size {HEAD_SIZE}")
+        packed = _vote(
+            "input channels", [_side(shapes, "img_in.weight", 1), _side(shapes, "final_layer.linear.weight", 0)]
+        )
+        if packed != PACKED_CHANNELS:
+            raise Unsupported(
+                f"flux1: img_in takes {packed} channels, not {PACKED_CHANNELS}: Fill, Canny, Depth and other control "
+                "variants of FLUX.1 are not supported; lend dev, schnell or a fine-tune of them"
+            )
+        return Flux1Config(
+            hidden=hidden,
+            double_blocks=double,
+            single_blocks=single,
+            context_channels=_vote("text channels", [_side(shapes, "txt_in.weight", 1)], 4096),
+            pooled_channels=_vote("pooled text channels", [_side(shapes, "vector_in.in_layer.weight", 1)], 768),
+            has_guidance=any(name.startswith("guidance_in.") for name in shapes),
+        )
+
+    def entries(self, config: Flux1Config) -> Iterator[Entry]:
+        h = config.hidden
+        yield from _linear("img_in", h, PACKED_CHANNELS, "x_embedder")
+        yield from _linear("txt_in", h, config.context_channels, "context_embedder")
+        yield from _embedder("time_in", h, TIMESTEP_CHANNELS, "timestep_embedder")
+        yield from _embedder("vector_in", h, config.pooled_channels, "text_embedder")
+        if config.has_guidance:
+            yield from _embedder("guidance_in", h, TIMESTEP_CHANNELS, "guidance_embedder")
+        for i in range(config.double_blocks):
+            yield from _double_block(f"double_blocks.{i}", h, f"transformer_blocks.{i}")
+        for i in range(config.single_blocks):
+            yield from _single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
+        # Checkpoints order this projection (shift, scale) and diffusers (scale, shift). Nothing moves:
+        # the module's norm_out chunks in checkpoint order (sequence_parallel.CheckpointOrderNorm).
+        yield from _linear("final_layer.adaLN_modulation.1", 2 * h, h, "norm_out.linear")
+        yield from _linear("final_layer.linear", PACKED_CHANNELS, h, "proj_out")
+
+    def check_layout(self, config: Flux1Config, layout: ParallelLayout) -> None:
+        degrees = layout.degrees
+        if config.heads % degrees.ulysses:
+            ulysses = most_ulysses(degrees.sequence, config.heads)
+            other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
+            raise Unsupported(
+                f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
+                f"start the daemon with --layout {other}"
+            )
+
+    def build(self, config: Flux1Config) -> torch.nn.Module:
+        # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
+        from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
+
+        arguments: dict[str, Any] = {
+            "in_channels": PACKED_CHANNELS,
+            "num_layers": config.double_blocks,
+            "num_single_layers": config.single_blocks,
+            "attention_head_dim": HEAD_SIZE,
+            "num_attention_heads": config.heads,
+            "joint_attention_dim": config.context_channels,
+            "pooled_projection_dim": config.pooled_channels,
+            "guidance_embeds": config.has_guidance,
+        }
+        return SequenceParallelFlux1(**arguments)
+
+    def fuse(
+        self,
+        config: Flux1Config,
+        module: torch.nn.Module,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype],
+    ) -> FusedFlux1 | None:
+        is_cuda = layout.device.type == "cuda"
+        if layout.precision != "bf16" and is_cuda and (dtype != torch.bfloat16 or exceptions):
+            found = sorted({str(each).removeprefix("torch.") for each in (dtype, *exceptions.values())})
+            raise Unsupported(
+                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {' and '.join(found)}; "
+                "lend them as bfloat16, or start the daemon with precision bf16",
+                names=[f"{target} is {each}" for target, each in exceptions.items()],
+            )
+        if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
+            return None
+        if exceptions:  # its kernels read all weights of a block in one dtype
+            logger.info(
+                "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
+                dtype, len(exceptions), next(iter(exceptions)),
+            )  # fmt: skip
+            return None
+        from xditd.gpu_workers.families.flux1.fused import FusedFlux1
+
+        fused = FusedFlux1(config, module, layout, layout.fused_attention)
+        cast(Any, module).fused = fused
+        return fused
+
+
+def _count_blocks(shapes: Mapping[str, Shape], kind: str) -> int:
+    numbers = [int(found[2]) for found in map(_BLOCK.match, shapes) if found and found[1] == kind]
+    count = max(numbers, default=-1) + 1
+    if count > MAX_BLOCKS:
+        raise BadCheckpoint(f"flux1: {kind}_blocks.{count - 1} exceeds the limit of {MAX_BLOCKS} blocks")
+    return count
+
+
+def _side(shapes: Mapping[str, Shape], name: str, dimension: int) -> int | None:
+    shape = shapes.get(name, ())
+    return shape[dimension] if len(shape) == 2 else None
+
+
+def _vote(what: str, candidates: list[int | None], default: int | None = None) -> int:
+    votes = Counter(side for side in candidates if side)
+    if votes:
+        return votes.most_common(1)[0][0]
+    if default is None:
+        raise BadCheckpoint(f"flux1: {what} cannot be read from any tensor: the checkpoint lacks img_in and more")
+    return default
+
+
+def _linear(source: str, rows: int, columns: int, *targets: str, split: tuple[int, ...] = ()) -> Iterator[Entry]:
+    sizes = split or (rows // len(targets),) * len(targets)
+    yield Entry(f"{source}.weight", (rows, columns), tuple(zip((f"{t}.weight" for t in targets), sizes, strict=True)))
+    yield Entry(f"{source}.bias", (rows,), tuple(zip((f"{t}.bias" for t in targets), sizes, strict=True)))
+
+
+def _embedder(source: str, hidden: int, channels: int, target: str) -> Iterator[Entry]:
+    yield from _linear(f"{source}.in_layer", hidden, channels, f"time_text_embed.{target}.linear_1")
+    yield from _linear(f"{source}.out_layer", hidden, hidden, f"time_text_embed.{target}.linear_2")
+
+
+def _norms(source: str, target: str, query: str, key: str) -> Iterator[Entry]:
+    yield Entry(f"{source}.query_norm.scale", (HEAD_SIZE,), ((f"{target}.{query}.weight", HEAD_SIZE),))
+    yield Entry(f"{source}.key_norm.scale", (HEAD_SIZE,), ((f"{target}.{key}.weight", HEAD_SIZE),))
+
+
+def _double_block(source: str, h: int, target: str) -> Iterator[Entry]:
+    attention = f"{target}.attn"
+    for stream, qkv, norms, projection, modulation, mlp in (
+        ("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "norm1", "ff"),
+        (
+            "txt",
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            ("norm_added_q", "norm_added_k"),
+            "to_add_out",
+            "norm1_context",
+            "ff_context",
+        ),
+    ):
+        yield from _linear(f"{source}.{stream}_mod.lin", MODULATIONS_DOUBLE * h, h, f"{target}.{modulation}.linear")
+        yield from _linear(f"{source}.{stream}_attn.qkv", 3 * h, h, *(f"{attention}.{part}" for part in qkv))
+        yield from _norms(f"{source}.{stream}_attn.norm", attention, *norms)
+        yield from _linear(f"{source}.{stream}_attn.proj", h, h, f"{attention}.{projection}")
+        yield from _linear(f"{source}.{stream}_mlp.0", MLP_RATIO * h, h, f"{target}.{mlp}.net.0.proj")
+        yield from _linear(f"{source}.{stream}_mlp.2", h, MLP_RATIO * h, f"{target}.{mlp}.net.2")
+
+
+def _single_block(source: str, h: int, target: str) -> Iterator[Entry]:
+    mlp = MLP_RATIO * h
+    yield from _linear(f"{source}.modulation.lin", MODULATIONS_SINGLE * h, h, f"{target}.norm.linear")
+    yield from _linear(
+        f"{source}.linear1",
+        3 * h + mlp,
+        h,
+        *(f"{target}.attn.{part}" for part in ("to_q", "to_k", "to_v")),
+        f"{target}.proj_mlp",
+        split=(h, h, h, mlp),
+    )
+    yield from _norms(f"{source}.norm", f"{target}.attn", "norm_q", "norm_k")
+    yield from _linear(f"{source}.linear2", h, h + mlp, f"{target}.proj_out")

@@ -1,0 +1,53 @@
+"""The shape of a FLUX.1 transformer, and what all of them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+HEAD_SIZE = 128
+MLP_RATIO = 4
+MODULATIONS_DOUBLE = 6
+MODULATIONS_SINGLE = 3
+LATENT_CHANNELS = 16
+PATCH = 2
+PIXELS_PER_LATENT = 8
+"""On a side: what its VAE makes of one."""
+PACKED_CHANNELS = LATENT_CHANNELS * PATCH * PATCH
+TIMESTEP_CHANNELS = 256
+
+DEV_SCHEDULER: Mapping[str, object] = {
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+SCHNELL_SCHEDULER: Mapping[str, object] = {**DEV_SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Flux1Config:
+    """The shape of a FLUX.1 transformer.
+
+    A timestep is a sigma in [0, 1]; the model multiplies it by 1000 itself. Guidance is the distilled
+    guidance scale (3.5 is usual), an input of the model and not classifier-free guidance.
+    """
+
+    hidden: int
+    double_blocks: int
+    single_blocks: int
+    context_channels: int
+    pooled_channels: int
+    has_guidance: bool
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD_SIZE
+
+    @property
+    def scheduler(self) -> Mapping[str, object]:
+        """Keyword arguments of diffusers' ``FlowMatchEulerDiscreteScheduler``."""
+        return DEV_SCHEDULER if self.has_guidance else SCHNELL_SCHEDULER

@@ -1,0 +1,325 @@
+"""FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
+
+Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
+which stays the judge: ``canary.Canary`` compares the two. Products are in the checkpoint's dtype or in eight bits
+(``products``), and nothing else here knows which. Where several ranks share the tokens, queries, keys and
+values go straight to the rank that attends with their head (``exchange``).
+
+A step of 1024x1024 pixels is about 500 launches instead of 5,000, so that the host stays ahead of the GPU without CUDA
+graphs, nothing is compiled for a size, and another checkpoint of the same architecture costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from xfuser.core.distributed import get_sp_group
+
+from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator
+from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
+from xditd.gpu_workers.models.canary import Canary
+from xditd.gpu_workers.models.step_cache import ImageCache, StepCache
+from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel.exchange import Exchange
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.token_shares import Share, deal_tokens, gather, pad_rows
+from xditd.ipc.requests import Variant
+from xditd.ipc.status import FusedCheck
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.families.flux1.config import Flux1Config
+
+logger = logging.getLogger(__name__)
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class Stream(NamedTuple):
+    """The weights of text or of images in a double block. Projections are as ``Products.linear`` gives them."""
+
+    qkv: Any
+    query_norm: torch.Tensor
+    key_norm: torch.Tensor
+    out: Any
+    up: Any
+    down: Any
+
+
+class Single(NamedTuple):
+    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``second`` is ``linear2``."""
+
+    qkv: Any
+    query_norm: torch.Tensor
+    key_norm: torch.Tensor
+    up: Any
+    second: Any
+
+
+class Blocks(NamedTuple):
+    """All blocks of a checkpoint."""
+
+    double: list[tuple[Stream, Stream]]
+    single: list[Single]
+
+
+class FusedFlux1:
+    """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own.
+
+    ``canary`` judges its results for whoever calls it, and ``modulator`` may be told what is to come.
+    """
+
+    def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
+        self._config = config
+        self._module = module
+        self._layout = layout
+        self._products: Products[Any, Any] = (
+            EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
+        )
+        self.canary = Canary(self._products.label, self._products.tolerance)
+        self._attend_with = attention.function(attention_backend)
+        self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
+        self._checkpoint: Mapping[str, torch.Tensor] = {}
+        self._blocks: Blocks | None = None
+        self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
+        self.modulator = Modulator(module.time_text_embed, config.hidden)
+
+    @property
+    def is_plugged(self) -> bool:
+        return bool(self._checkpoint)
+
+    @property
+    def error(self) -> float | None:
+        """The largest relative error against plain modules that was seen and let pass; ``None`` before the first."""
+        return self.canary.error
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out what the canary has found since the last call."""
+        return self.canary.take_checks()
+
+    def reserve(self) -> int:
+        """Get the memory of its own that :meth:`plug` will fill; return its bytes.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room.
+        """
+        return self._products.reserve()
+
+    def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors, by canonical name, until :meth:`unplug` or the next plug.
+
+        Kernels go by addresses, so tensors with gaps leave this path idle, and plain modules run.
+        """
+        apart = [name for name, tensor in checkpoint.items() if not tensor.is_contiguous()]
+        if apart:
+            logger.info("fused blocks are idle: %d tensors are not contiguous, first=%s", len(apart), apart[0])
+        self._checkpoint = {} if apart else checkpoint
+        self._blocks = None
+        if self._checkpoint:
+            self._products.hold(self._checkpoint)
+        else:
+            self._products.release()
+
+    def unplug(self) -> None:
+        """Hold no reference to lent memory, and no memory of its own."""
+        self._checkpoint = {}
+        self._blocks = None
+        self._products.release()
+        self.modulator.unplug()
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        step_cache: StepCache | None = None,
+        variant: Variant = "class",
+    ) -> torch.Tensor:
+        """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
+
+        ``step_cache`` spares what it can of blocks behind the first; ``variant`` says how the timestep is rounded.
+        """
+        if self._blocks is None:
+            self._blocks = self._bind(self._checkpoint)
+        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
+        own = shares[self._layout.sequence_rank]
+        modulations = self.modulator(timestep, guidance, pooled_projections, hidden_states.dtype, variant)
+        angles = self._rotations(txt_ids, img_ids, own)
+        valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
+        done = [
+            self._sample(
+                encoder_hidden_states[number, own.text],
+                pad_rows(hidden_states[number, own.image], own.padding, dim=0),
+                modulations.double[number],
+                modulations.single[number],
+                angles,
+                valid,
+                None if step_cache is None else ImageCache(step_cache, number),
+            )
+            for number in range(hidden_states.shape[0])
+        ]
+        module = self._module
+        tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
+        return gather(tokens, shares)
+
+    def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: Share) -> Angles:
+        """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
+        kept = self._rotated
+        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:
+            ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
+            cos, sin = self._module.pos_embed(ids)
+            kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
+        return kept[2]
+
+    def _sample(
+        self,
+        text: torch.Tensor,
+        image: torch.Tensor,
+        doubles: torch.Tensor,
+        singles: torch.Tensor,
+        angles: Angles,
+        valid: int,
+        cache: ImageCache | None,
+    ) -> torch.Tensor:
+        """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
+        assert self._blocks is not None
+        double, single = self._blocks.double, self._blocks.single
+        module, width, at = self._module, self._config.hidden, text.shape[0]
+        rows = at + image.shape[0]
+        x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
+        torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
+        torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
+        starts = [(modulation, 0) for modulation in (*doubles, *singles)]
+        products = self._products
+        normed = products.modulate(x, text_rows=at, shift=starts[0])
+        qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
+        y = torch.empty_like(x)
+        y_halves = (y[:at], y[at:])
+        if cache is not None:
+            cache.begin(x[at:])
+        for number, streams in enumerate(double):
+            modulation = doubles[number]
+            for stream, half, out in zip(streams, products.halves(normed, at), (qkv[:at], qkv[at:]), strict=True):
+                products.multiply(half, stream.qkv, out)
+            norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
+            attended = products.take(self._attend(qkv, norms, angles, at, valid))
+            for stream, half, out in zip(streams, products.halves(attended, at), y_halves, strict=True):
+                products.multiply(half, stream.out, out)
+            normed = products.modulate(
+                x, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
+            )
+            for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
+                products.mlp(half, stream.up, stream.down, out)
+            normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
+            if number == 0 and cache is not None and cache.is_enough(x[at:]):
+                return x[at:]
+        for number, block in enumerate(single):
+            products.multiply(normed, block.qkv, qkv)
+            attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
+            products.mlp_and_attention(attended, normed, block.up, block.second, y)
+            gate, following = (singles[number], 2 * width), len(double) + number + 1
+            if following < len(starts):
+                normed = products.modulate(x, text_rows=at, added=y, gate=gate, shift=starts[following])
+            else:
+                triton_kernels.add_and_modulate(x, text_rows=at, added=y, gate=gate)
+        if cache is not None:
+            cache.end(x[at:])
+        return x[at:]
+
+    def _attend(
+        self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
+    ) -> torch.Tensor:
+        """Attend from this rank's tokens to everybody's ``valid`` ones; (rows, hidden)."""
+        heads, rows, width = self._config.heads, qkv.shape[0], self._config.hidden
+        given: dict[str, Any] = {"heads": heads, "norms": norms, "angles": angles, "text_rows": text_rows}
+        if self._exchange is None:
+            triton_kernels.norm_and_rotate(qkv, **given)
+            query, key, value = qkv.view(rows, 3, heads, triton_kernels.HEAD_SIZE).unbind(1)
+            return self._dot(query, key, value).reshape(rows, width)
+        ranks, rank = self._layout.degrees.sequence, self._layout.sequence_rank
+        buffers = self._exchange.reserve(rows, width, qkv.dtype)
+        triton_kernels.norm_and_rotate(
+            qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows
+        )
+        self._exchange.meet()
+        query, key, value = buffers.heads.view(3, ranks * rows, heads // ranks, triton_kernels.HEAD_SIZE)
+        attended = self._dot(query, key[:valid], value[:valid]).reshape(ranks * rows, -1)
+        triton_kernels.send_rows(attended, bases=buffers.tokens_bases, rank=rank, rows_a_rank=rows)
+        self._exchange.meet()
+        return buffers.tokens
+
+    def _dot(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention on (rows, heads, 128) tensors."""
+        wide = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        return self._attend_with(*wide)[0].transpose(0, 1)
+
+    def _bind(self, checkpoint: Mapping[str, torch.Tensor]) -> Blocks:
+        width = self._config.hidden
+
+        linear = self._products.linear
+
+        def stream(block: str, kind: str) -> Stream:
+            name = f"{block}.{kind}"
+            return Stream(
+                qkv=linear(f"{name}_attn.qkv"),
+                query_norm=checkpoint[f"{name}_attn.norm.query_norm.scale"],
+                key_norm=checkpoint[f"{name}_attn.norm.key_norm.scale"],
+                out=linear(f"{name}_attn.proj"),
+                up=linear(f"{name}_mlp.0"),
+                down=linear(f"{name}_mlp.2"),
+            )
+
+        def single(block: str) -> Single:
+            return Single(
+                qkv=linear(f"{block}.linear1", slice(None, 3 * width)),
+                query_norm=checkpoint[f"{block}.norm.query_norm.scale"],
+                key_norm=checkpoint[f"{block}.norm.key_norm.scale"],
+                up=linear(f"{block}.linear1", slice(3 * width, None)),
+                second=linear(f"{block}.linear2"),
+            )
+
+        doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
+        singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
+        self.modulator.plug(
+            self._addresses(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
+            self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
+        )
+        return Blocks(
+            double=[(stream(block, "txt"), stream(block, "img")) for block in doubles],
+            single=[single(block) for block in singles],
+        )
+
+    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> Addresses:
+        weights, biases = (
+            torch.tensor([checkpoint[f"{name}.{part}"].data_ptr() for name in names], dtype=torch.int64)
+            for part in ("weight", "bias")
+        )
+        return weights.to(self._layout.device), biases.to(self._layout.device)
+
+
+def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
+    """Name the projections of all blocks, each with its outputs and inputs.
+
+    Not those of modulations, which one kernel multiplies with a single vector, nor the few outside of blocks.
+    """
+    width = config.hidden
+    found: dict[str, tuple[int, int]] = {}
+    for block in range(config.double_blocks):
+        for kind in ("txt", "img"):
+            name = f"double_blocks.{block}.{kind}"
+            found[f"{name}_attn.qkv"] = (3 * width, width)
+            found[f"{name}_attn.proj"] = (width, width)
+            found[f"{name}_mlp.0"] = (4 * width, width)
+            found[f"{name}_mlp.2"] = (width, 4 * width)
+    for block in range(config.single_blocks):
+        found[f"single_blocks.{block}.linear1"] = (7 * width, width)
+        found[f"single_blocks.{block}.linear2"] = (width, 5 * width)
+    return found

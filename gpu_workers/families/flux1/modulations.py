@@ -1,0 +1,199 @@
+"""What the timestep, guidance and pooled text do to each block: made for many timesteps at once, where they are known.
+
+Their weights are more than a quarter of the model. One kernel reads them once, for as many vectors as there are, and a
+vector gets the same bits alone and among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.families.flux1.timesteps import SCALE, embed_time, time_dtype
+from xditd.gpu_workers.kernels import triton_kernels
+from xditd.ipc.requests import Variant
+
+AHEAD: Final = 32
+"""Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
+
+_KEPT_RUNS: Final = 2
+"""Of single forwards: a prompt's, and a negative one's of another length."""
+
+
+class Schedule(Protocol):
+    """What is read of a diffusers scheduler."""
+
+    timesteps: torch.Tensor
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next; ``None`` before the first one has ended."""
+
+
+class Times(NamedTuple):
+    """When a forward is, the same for all its rows, and when others are to come: sigmas, in [0, 1]."""
+
+    now: float
+    guidance: float | None
+    sigmas: tuple[float, ...]
+
+
+class Modulations(NamedTuple):
+    """What the timestep, guidance and pooled text come to, for some vectors (one for each sample of each step).
+
+    ``conditioning`` is (vectors, hidden), ``double`` (vectors, blocks, 2, 6 * hidden) for text and image, ``single``
+    (vectors, blocks, 3 * hidden).
+    """
+
+    conditioning: torch.Tensor
+    double: torch.Tensor
+    single: torch.Tensor
+
+    def rows(self, start: int, count: int) -> Modulations:
+        return Modulations(*(part[start : start + count] for part in self))
+
+
+Addresses = tuple[torch.Tensor, torch.Tensor]
+"""Of weights and of biases, one for each block (or stream of one), as int64 on the GPU."""
+
+Embed = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Embeds the sigmas of some steps, each (samples,), with what else there is to embed; (steps * samples, hidden)."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Modulations of some sigmas, for the same guidance, pooled text and rounding."""
+
+    pooled: torch.Tensor
+    """Kept, so that nothing else comes to lie at its address."""
+    guidance: float | None
+    variant: Variant
+    sigmas: tuple[float, ...]
+    made: Modulations
+
+    def is_for(self, pooled: torch.Tensor, guidance: float | None, variant: Variant) -> bool:
+        mine = self.pooled
+        is_same_memory = (mine.data_ptr(), mine.shape, mine.stride()) == (
+            pooled.data_ptr(),
+            pooled.shape,
+            pooled.stride(),
+        )
+        return is_same_memory and (self.guidance, self.variant) == (guidance, variant)
+
+
+class Modulator:
+    """Makes the modulations of one skeleton's forwards; ``embed`` is its ``time_text_embed``."""
+
+    def __init__(self, embed: Any, width: int) -> None:
+        self._embed = embed
+        self._width = width
+        self._double: Addresses | None = None
+        self._single: Addresses | None = None
+        self._schedule: Schedule | None = None
+        self._ahead: tuple[int, Modulations] | None = None
+        self._times: Times | None = None
+        self._runs: list[_Run] = []
+
+    @property
+    def kept(self) -> int:
+        """How many vectors' modulations are kept."""
+        runs = [run.made for run in self._runs]
+        return sum(len(made.single) for made in (*runs, *([] if self._ahead is None else [self._ahead[1]])))
+
+    def plug(self, double: Addresses, single: Addresses) -> None:
+        """Use the weights at these addresses until :meth:`unplug` or the next plug."""
+        self.unplug()
+        self._double, self._single = double, single
+
+    def unplug(self) -> None:
+        """Forget the weights, and what was made of them."""
+        self._double = self._single = None
+        self._runs.clear()
+
+    @contextmanager
+    def stepping(self, schedule: Schedule) -> Iterator[None]:
+        """While diffusers' pipeline makes one call for each step of ``schedule``, make those of many steps at once."""
+        self._schedule = schedule
+        try:
+            yield
+        finally:
+            self._schedule = self._ahead = None
+
+    @contextmanager
+    def foreseeing(self, times: Times) -> Iterator[None]:
+        """During one forward, make those of the sigmas that are to come, too, and keep them for the next ones."""
+        self._times = times
+        try:
+            yield
+        finally:
+            self._times = None
+
+    def __call__(
+        self,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        pooled: torch.Tensor,
+        dtype: torch.dtype,
+        variant: Variant,
+    ) -> Modulations:
+        """Modulations of this step, a row for each sample."""
+
+        def embed(sigmas: Sequence[torch.Tensor]) -> torch.Tensor:
+            # One step after the other: embedders would round a batch in another way.
+            return torch.cat([embed_time(self._embed, each, guidance, pooled, dtype, variant) for each in sigmas])
+
+        if self._schedule is not None:
+            return self._of_step(self._schedule, embed, pooled.shape[0], time_dtype(dtype, variant))
+        if self._times is not None and self._times.sigmas:
+            return self._of_run(self._times, embed, timestep, pooled, variant)
+        return self._make(embed([timestep]))
+
+    def _of_step(self, schedule: Schedule, embed: Embed, samples: int, dtype: torch.dtype) -> Modulations:
+        """``dtype`` is that in which the pipeline gives the timestep."""
+        step = schedule.step_index or 0
+        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
+        steps = max(1, AHEAD // samples) if step else 1
+        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].single) // samples:
+            # As FluxPipeline gives them.
+            given = [each.expand(samples).to(dtype) / SCALE for each in schedule.timesteps[step : step + steps]]
+            self._ahead = step, self._make(embed(given))
+        first, made = self._ahead
+        return made.rows((step - first) * samples, samples)
+
+    def _of_run(
+        self, times: Times, embed: Embed, timestep: torch.Tensor, pooled: torch.Tensor, variant: Variant
+    ) -> Modulations:
+        samples, key = pooled.shape[0], (pooled, times.guidance, variant)
+        run = next((each for each in self._runs if each.is_for(*key)), None)
+        if run is None or times.now not in run.sigmas:
+            # The first of a run alone, for the same reason; and what no schedule foresaw.
+            is_first = run is None or times.now not in times.sigmas
+            sigmas = (times.now,) if is_first else _window(times, max(1, AHEAD // samples))
+            given = [timestep if sigma == times.now else torch.full_like(timestep, sigma) for sigma in sigmas]
+            made = self._make(embed(given))
+            if run is not None and is_first:
+                return made
+            run = _Run(*key, sigmas, made)
+        self._runs = [run, *(each for each in self._runs if not each.is_for(*key))][:_KEPT_RUNS]
+        return run.made.rows(run.sigmas.index(times.now) * samples, samples)
+
+    def _make(self, conditioning: torch.Tensor) -> Modulations:
+        assert self._double is not None
+        assert self._single is not None
+        vectors = F.silu(conditioning)
+        double = triton_kernels.multiply_vectors(*self._double, vectors, 6 * self._width)
+        single = triton_kernels.multiply_vectors(*self._single, vectors, 3 * self._width)
+        return Modulations(conditioning, double.unflatten(1, (-1, 2)), single)
+
+
+def _window(times: Times, most: int) -> tuple[float, ...]:
+    """Return all that are to come, if they are few enough; else those from now on. Nothing is computed at sigma 0."""
+    sigmas: Sequence[float] = list(dict.fromkeys(sigma for sigma in times.sigmas if sigma > 0.0 or times.now == 0.0))
+    if len(sigmas) > most:
+        sigmas = sigmas[sigmas.index(times.now) :][:most]
+    return tuple(sigmas)

@@ -1,0 +1,303 @@
+"""The FLUX.1 transformer for xDiT's Ulysses and for rings, exact for every number of tokens.
+
+xfuser 0.7's own wrapper is right only when text and image tokens both divide by the degree; otherwise it calls
+a helper by a name that does not exist (image), or lets every rank count the whole text in attention (2e-3 off, in
+silence). Here uneven counts are dealt out so that the *totals* of all ranks are equal, which is all that the
+all-to-all needs: the streams are worked per token, and attention runs over all tokens of all ranks. If even the
+total does not divide, the last rank's image stream is padded at its end. That is the very end of the gathered
+sequence, where keys and values are trimmed before attention, so that no token attends to padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
+from xfuser.core.distributed import (
+    get_ring_parallel_world_size,
+    get_runtime_state,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
+    get_sp_group,
+)
+from xfuser.model_executor.layers.usp import USP, _combined_qkv_all_to_all, _ft_c_output_all_to_all
+from xfuser.model_executor.models.transformers.transformer_flux import (
+    xFuserFlux1Transformer2DWrapper,
+    xFuserFluxAttnProcessor,
+)
+
+from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
+from xditd.gpu_workers.models.step_cache import CachedBlocks, StepCache
+from xditd.gpu_workers.parallel import ring
+from xditd.gpu_workers.parallel.row_shares import gather_rows, own_rows
+from xditd.gpu_workers.parallel.token_shares import deal_tokens, gather, pad_rows
+from xditd.ipc.requests import Variant
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.families.flux1.fused import FusedFlux1
+    from xditd.gpu_workers.families.flux1.modulations import Schedule, Times
+
+
+class TokenCounts(NamedTuple):
+    """How many tokens one rank works on in a forward: what decides how its sums are split."""
+
+    text: int
+    image: int
+
+    def __str__(self) -> str:
+        return f"{self.text} text + {self.image} image"
+
+
+class CheckpointOrderNorm(AdaLayerNormContinuous):
+    """diffusers' last norm, reading its projection as checkpoints store it: shift first, then scale.
+
+    So ``final_layer.adaLN_modulation.1`` stays where it was lent. diffusers' own order needs both halves swapped,
+    the only two tensors of the model that would have to be copied.
+    """
+
+    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        shift, scale = torch.chunk(emb, 2, dim=1)
+        return cast(torch.Tensor, self.norm(x) * (1 + scale)[:, None, :] + shift[:, None, :])
+
+
+class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
+    """xfuser's attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
+
+    The operations are those of its base class, which has no argument for that length; a ring is ours, since xfuser's
+    takes no parts of unequal lengths.
+    """
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers' signature
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        valid_kv_len: int | None = None,
+    ) -> Any:
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        text = 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            text_query, text_key, text_value = (
+                part(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
+                for part in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn, valid_kv_len)
+        out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        # Contiguous as in diffusers, for the same bits with a batch; for a single sample it copies nothing.
+        image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
+        return image_out, attn.to_add_out(out[:, :text].contiguous())
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn: FluxAttention, valid: int | None
+) -> torch.Tensor:
+    """Attend from this rank's tokens to everybody's; all are (batch, heads, tokens, head size)."""
+    if get_ring_parallel_world_size() == 1:
+        return USP(
+            query,
+            key,
+            value,
+            combine_qkv_a2a=True,
+            attn_layer=attn,
+            attention_kwargs=None if valid is None else {"valid_kv_len": valid},
+        )
+    attended = ring.attend(
+        *_combined_qkv_all_to_all(query, key, value),
+        backend=get_runtime_state().attention_backend.name,
+        group=get_sp_group().ring_group,
+        valid=valid,
+    )
+    return _ft_c_output_all_to_all(attended)
+
+
+class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
+    """FLUX.1 whose forward takes and returns whole batches on every rank, and works on this rank's share of them.
+
+    ``fused``, where it is set and plugged, does the same faster. Its canary compares it with the plain forward for
+    each number of tokens, once.
+    """
+
+    fused: FusedFlux1 | None = None
+    main_dtype: torch.dtype | None = None
+    """The dtype of most weights, where some have another one."""
+    _step_cache: StepCache | None = None
+    _variant: Variant = "class"
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block.attn.processor = TrimmingFluxAttnProcessor()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights. (diffusers walks all modules to find it, and its pipeline asks in every job.)"""
+        return self.main_dtype or cast(torch.dtype, self.x_embedder.weight.dtype)
+
+    def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
+        """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
+        return nullcontext() if self.fused is None else self.fused.modulator.stepping(schedule)
+
+    def foreseeing(self, times: Times | None) -> AbstractContextManager[None]:
+        """Enter this for one forward whose timestep, and those of others to come, the host knows."""
+        return nullcontext() if self.fused is None or times is None else self.fused.modulator.foreseeing(times)
+
+    @contextmanager
+    def caching(self, cache: StepCache | None) -> Iterator[None]:
+        """Meanwhile spare what a step cache can of steps, on fused blocks and on plain ones."""
+        self._step_cache = cache
+        try:
+            yield
+        finally:
+            self._step_cache = None  # it holds what the steps of this job were like
+
+    @contextmanager
+    def following(self, variant: Variant) -> Iterator[None]:
+        """Enter this for forwards that round as ``variant`` says; elsewhere they round as diffusers' class does."""
+        self._variant = variant
+        try:
+            yield
+        finally:
+            self._variant = "class"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        rows = hidden_states.shape[0]
+        own = own_rows(rows)
+        sample = self.forward_rows(
+            hidden_states[own],
+            encoder_hidden_states[own],
+            pooled_projections=pooled_projections[own],
+            timestep=timestep[own],
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=None if guidance is None else guidance[own],
+            joint_attention_kwargs=joint_attention_kwargs,
+        )
+        # A pipeline that keeps latents in float32 steps them in float32.
+        sample = gather_rows(sample, rows).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_rows(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Do the same for rows that are this half's own, and return them alone, in the weights' dtype."""
+        hidden_states = hidden_states.to(self.dtype)
+
+        def plain(cache: StepCache | None) -> torch.Tensor:
+            with self._behind(cache):
+                return cast(
+                    torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
+                )
+
+        fused, cache = self.fused, self._step_cache
+        if fused is None or not fused.is_plugged or fused.canary.is_refused or joint_attention_kwargs:
+            return plain(cache)
+        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
+        sample = fused.canary.run(
+            case,
+            lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, variant=self._variant, **others),
+            lambda: plain(None),
+        )
+        if fused.canary.is_refused and cache is not None:
+            cache.forget()  # what wrong blocks did is not used
+        return sample
+
+    @contextmanager
+    def _behind(self, cache: StepCache | None) -> Iterator[None]:
+        """Meanwhile run all plain blocks behind a step cache."""
+        if cache is None:
+            yield
+            return
+        module = cast(Any, self)
+        double, single = module.transformer_blocks, module.single_transformer_blocks
+        module.transformer_blocks = torch.nn.ModuleList([CachedBlocks(double, single, cache)])
+        module.single_transformer_blocks = torch.nn.ModuleList()
+        try:
+            yield
+        finally:
+            module.transformer_blocks, module.single_transformer_blocks = double, single
+
+    def _plain(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None,
+        *,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        **others: Any,
+    ) -> Any:
+        text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        shares = deal_tokens(text, image, get_sequence_parallel_world_size())
+        own = shares[get_sequence_parallel_rank()]
+        attention_kwargs = dict(joint_attention_kwargs or {})
+        if shares[-1].padding:
+            attention_kwargs["valid_kv_len"] = text + image
+        with self._embedding(timestep):
+            sample = FluxTransformer2DModel.forward(
+                self,
+                pad_rows(hidden_states[:, own.image], own.padding, dim=1),
+                encoder_hidden_states[:, own.text],
+                timestep=timestep,
+                img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
+                txt_ids=txt_ids[own.text],
+                joint_attention_kwargs=attention_kwargs,
+                return_dict=False,
+                **others,
+            )[0]
+        return gather(sample, shares)
+
+    @contextmanager
+    def _embedding(self, timestep: torch.Tensor) -> Iterator[None]:
+        """Keep diffusers' forward, which has no switch for it, from rounding the timestep if the variant does not."""
+        if time_dtype(self.dtype, self._variant) == self.dtype:
+            yield
+            return
+        scaled = scaled_time(timestep, self.dtype, self._variant)
+
+        def replace_time(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (scaled, *given[1:])
+
+        hook = self.time_text_embed.register_forward_pre_hook(replace_time)
+        try:
+            yield
+        finally:
+            hook.remove()

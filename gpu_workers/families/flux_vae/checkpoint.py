@@ -1,0 +1,197 @@
+"""The VAE of FLUX.1 (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
+
+Widths, depth and the mid attention are read
+from shapes. Two things are not in the tensors: the 32 groups of the norms, and the scaling of latents.
+SD3's VAE has the same structure and names with another scaling, so it cannot be told apart here: whoever
+lends a VAE as FLUX's gets FLUX's scaling.
+
+Source: diffusers, ``convert_ldm_vae_checkpoint``; a test compares every element.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
+SCALING = 0.3611
+SHIFT = 0.1159
+"""Latents for the transformer are ``(z - SHIFT) * SCALING``."""
+
+LATENT_CHANNELS = 16
+IMAGE_CHANNELS = 3
+NORM_GROUPS = 32
+LEVELS = 4
+PIXELS_PER_LATENT = 2 ** (LEVELS - 1)
+MAX_RESIDUALS = 16
+
+_UP = re.compile(r"^decoder\.up\.(\d+)\.block\.(\d+)\.")
+_MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder.conv_out.weight"}
+
+
+@dataclass(frozen=True, slots=True)
+class FluxVaeConfig:
+    """The shape of a VAE; ``channels`` from the full resolution down, ``residuals`` per level of the encoder."""
+
+    channels: tuple[int, ...]
+    residuals: int
+    has_mid_attention: bool
+    has_encoder: bool
+
+
+class FluxVae:
+    """FLUX.1's VAE: see the module's docstring."""
+
+    name = "flux_vae"
+    kind: Kind = "vae"
+    tied: Mapping[str, str] = {}
+    ignored: re.Pattern[str] | None = None
+
+    def claims(self, names: Collection[str]) -> bool:
+        return not _MARKS.isdisjoint(names)
+
+    def canonical(self, name: str) -> str:
+        return name
+
+    def configure(self, shapes: Mapping[str, Shape]) -> FluxVaeConfig:
+        blocks = [(int(found[1]), int(found[2])) for found in map(_UP.match, shapes) if found]
+        levels = max((level for level, _ in blocks), default=-1) + 1
+        if levels != LEVELS:
+            raise Unsupported(f"flux_vae: {levels} levels of resolution, not {LEVELS}: not the VAE of FLUX.1")
+        if any(number > MAX_RESIDUALS for _, number in blocks):
+            raise BadCheckpoint(f"flux_vae: more than {MAX_RESIDUALS} residual blocks in one level")
+        # The decoder has one block more than the encoder in each level.
+        residuals = Counter(
+            max(number for at, number in blocks if at == level) for level in {at for at, _ in blocks}
+        ).most_common(1)[0][0]
+        channels = tuple(_channels(shapes, level, residuals) for level in range(levels))
+        for width in channels:
+            if width % NORM_GROUPS:
+                raise BadCheckpoint(f"flux_vae: {width} channels do not divide into {NORM_GROUPS} norm groups")
+        latent = shapes.get("decoder.conv_in.weight", ())
+        if len(latent) == 4 and latent[1] != LATENT_CHANNELS:
+            raise Unsupported(f"flux_vae: {latent[1]} latent channels, not {LATENT_CHANNELS}: not the VAE of FLUX.1")
+        return FluxVaeConfig(
+            channels=channels,
+            residuals=residuals,
+            has_mid_attention=any(name.startswith("decoder.mid.attn_1.") for name in shapes),
+            has_encoder=any(name.startswith("encoder.") for name in shapes),
+        )
+
+    def entries(self, config: FluxVaeConfig) -> Iterator[Entry]:
+        top = config.channels[-1]
+        if config.has_encoder:
+            yield from _conv("encoder.conv_in", config.channels[0], IMAGE_CHANNELS, "encoder.conv_in")
+            width = config.channels[0]
+            for level, out in enumerate(config.channels):
+                for i in range(config.residuals):
+                    yield from _residual(
+                        f"encoder.down.{level}.block.{i}", width, out, f"encoder.down_blocks.{level}.resnets.{i}"
+                    )
+                    width = out
+                if level < LEVELS - 1:
+                    yield from _conv(
+                        f"encoder.down.{level}.downsample.conv",
+                        out,
+                        out,
+                        f"encoder.down_blocks.{level}.downsamplers.0.conv",
+                    )
+            yield from _middle("encoder", top, config.has_mid_attention)
+            yield from _norm("encoder.norm_out", top, "encoder.conv_norm_out")
+            yield from _conv("encoder.conv_out", 2 * LATENT_CHANNELS, top, "encoder.conv_out")
+        yield from _conv("decoder.conv_in", top, LATENT_CHANNELS, "decoder.conv_in")
+        yield from _middle("decoder", top, config.has_mid_attention)
+        width = top
+        for level in reversed(range(LEVELS)):
+            out = config.channels[level]
+            target = f"decoder.up_blocks.{LEVELS - 1 - level}"
+            for i in range(config.residuals + 1):
+                yield from _residual(f"decoder.up.{level}.block.{i}", width, out, f"{target}.resnets.{i}")
+                width = out
+            if level > 0:
+                yield from _conv(f"decoder.up.{level}.upsample.conv", out, out, f"{target}.upsamplers.0.conv")
+        yield from _norm("decoder.norm_out", width, "decoder.conv_norm_out")
+        yield from _conv("decoder.conv_out", IMAGE_CHANNELS, width, "decoder.conv_out")
+
+    def check_layout(self, config: FluxVaeConfig, layout: ParallelLayout) -> None:
+        """Every rank holds the whole VAE, so any layout will do."""
+
+    def build(self, config: FluxVaeConfig) -> torch.nn.Module:
+        from diffusers import AutoencoderKL
+
+        module = AutoencoderKL(
+            in_channels=IMAGE_CHANNELS,
+            out_channels=IMAGE_CHANNELS,
+            down_block_types=("DownEncoderBlock2D",) * LEVELS,
+            up_block_types=("UpDecoderBlock2D",) * LEVELS,
+            block_out_channels=config.channels,
+            layers_per_block=config.residuals,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=NORM_GROUPS,
+            sample_size=1024,
+            scaling_factor=SCALING,
+            shift_factor=SHIFT,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=config.has_mid_attention,
+        )
+        if not config.has_encoder:
+            module.encoder = None
+        return cast(torch.nn.Module, module)
+
+    def fuse(self, *_: object) -> None:
+        """There is no faster forward."""
+
+
+def _channels(shapes: Mapping[str, Shape], level: int, residuals: int) -> int:
+    """Width of a level: every convolution of the level that ends at that width votes."""
+    votes: Counter[int] = Counter()
+    for i in range(residuals + 1):
+        for part in ("conv1", "conv2"):
+            shape = shapes.get(f"decoder.up.{level}.block.{i}.{part}.weight", ())
+            if len(shape) == 4:
+                votes[shape[0]] += 1
+    if not votes:
+        raise BadCheckpoint(f"flux_vae: no convolution of decoder.up.{level}: its width cannot be read")
+    return votes.most_common(1)[0][0]
+
+
+def _conv(source: str, out: int, width: int, target: str, size: int = 3) -> Iterator[Entry]:
+    yield Entry(f"{source}.weight", (out, width, size, size), ((f"{target}.weight", out),))
+    yield Entry(f"{source}.bias", (out,), ((f"{target}.bias", out),))
+
+
+def _norm(source: str, width: int, target: str) -> Iterator[Entry]:
+    yield Entry(f"{source}.weight", (width,), ((f"{target}.weight", width),))
+    yield Entry(f"{source}.bias", (width,), ((f"{target}.bias", width),))
+
+
+def _residual(source: str, width: int, out: int, target: str) -> Iterator[Entry]:
+    yield from _norm(f"{source}.norm1", width, f"{target}.norm1")
+    yield from _conv(f"{source}.conv1", out, width, f"{target}.conv1")
+    yield from _norm(f"{source}.norm2", out, f"{target}.norm2")
+    yield from _conv(f"{source}.conv2", out, out, f"{target}.conv2")
+    if width != out:
+        yield from _conv(f"{source}.nin_shortcut", out, width, f"{target}.conv_shortcut", size=1)
+
+
+def _middle(side: str, width: int, has_attention: bool) -> Iterator[Entry]:
+    yield from _residual(f"{side}.mid.block_1", width, width, f"{side}.mid_block.resnets.0")
+    if has_attention:
+        target = f"{side}.mid_block.attentions.0"
+        yield from _norm(f"{side}.mid.attn_1.norm", width, f"{target}.group_norm")
+        for source, part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+            name = f"{side}.mid.attn_1.{source}"
+            yield Entry(f"{name}.weight", (width, width, 1, 1), ((f"{target}.{part}.weight", width),), drop=2)
+            yield Entry(f"{name}.bias", (width,), ((f"{target}.{part}.bias", width),))
+    yield from _residual(f"{side}.mid.block_2", width, width, f"{side}.mid_block.resnets.1")

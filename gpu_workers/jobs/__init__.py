@@ -1,0 +1,1 @@
+"""What a rank does with one job: its inputs and outputs, progress and cancel."""

@@ -1,0 +1,1 @@
+"""Triton and CUDA pieces that know no model."""

@@ -1,0 +1,272 @@
+"""The matrix products of a block, in the checkpoint's own dtype or in eight bits.
+
+What is multiplied goes from one product to the next as *rows*: a tensor (rows, width) or, in eight bits, ``Quantised``.
+What comes out of a product has the checkpoint's dtype either way, and so has all that lies between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.kernels.eight_bits import DTYPE, Quantised, quantise
+from xditd.ipc.errors import Unsupported
+
+EIGHT = "fp8"
+ADA = (8, 9)
+_FEWEST_ROWS = 64
+"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits, with a scale for each, where sums are long (12,288
+numbers and more). Such rows get company, which costs nothing: a product reads its weights, whatever their number."""
+
+RowsT = TypeVar("RowsT")
+LinearT = TypeVar("LinearT")
+
+TOLERANCE = 0.02
+"""Relative error of one forward. In bfloat16 at full size, sums in another order cost 1.5e-2, in code that torch
+compiles just as in fused kernels (``benchmarks/step_time.py``); what is wrong costs 0.1 and more."""
+
+EIGHT_BIT_TOLERANCE = 0.1
+"""The same where products are in eight bits. In a transformer of FLUX.1's depth that cost 0.056 to 0.060 (rounding
+emulated in float32, width 256, random weights), and one projection that was zeroed 0.09 to 0.17: only gross faults are
+seen here. Tests hold each kind of product to 1e-6 of what its rounded numbers give."""
+
+
+class Products(Protocol[RowsT, LinearT]):
+    """How one checkpoint's projections are held and multiplied. ``out`` and results are in the checkpoint's dtype."""
+
+    label: str
+    """What the log calls blocks that run on these products."""
+    tolerance: float
+    """How far from plain modules one forward may be, relative, and still be right."""
+
+    def reserve(self) -> int:
+        """Get memory for the weights that :meth:`hold` makes; return its bytes, 0 where it makes none."""
+
+    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Use the weights of this checkpoint until :meth:`release` or the next call."""
+
+    def release(self) -> None:
+        """Let go of the checkpoint, and of memory that was reserved."""
+
+    def linear(self, name: str, rows: slice = slice(None)) -> LinearT:
+        """Return the projection of this name, or some of its outputs."""
+
+    def halves(self, rows: RowsT, text_rows: int) -> tuple[RowsT, RowsT]:
+        """Return the rows of text and those of images."""
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> RowsT:
+        """Do what ``triton_kernels.add_and_modulate`` does, for a product to take."""
+
+    def take(self, x: torch.Tensor) -> RowsT:
+        """Make rows of a contiguous tensor."""
+
+    def multiply(self, rows: RowsT, linear: LinearT, out: torch.Tensor) -> None:
+        """Project rows."""
+
+    def mlp(self, rows: RowsT, up: LinearT, down: LinearT, out: torch.Tensor) -> None:
+        """Project up, apply GELU (tanh), project down."""
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: RowsT, up: LinearT, second: LinearT, out: torch.Tensor
+    ) -> None:
+        """End a single block: ``second`` projects [``attended`` | gelu(up(``rows``))]."""
+
+
+class Linear(NamedTuple):
+    """A projection: its weight transposed, (in, out), and its bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class SixteenBit:
+    """Products of the lent weights themselves: lossless. (float32 on the CPU, where tests run them.)
+
+    Two products with GELU in the epilogue of one beat a whole one with GELU apart: what is between is not written and
+    read once more, and under full load power is what limits.
+    """
+
+    label = "fused FLUX.1 blocks"
+    tolerance = TOLERANCE
+
+    def __init__(self) -> None:
+        self._checkpoint: Mapping[str, torch.Tensor] = {}
+
+    def reserve(self) -> int:
+        return 0
+
+    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        self._checkpoint = checkpoint
+
+    def release(self) -> None:
+        self._checkpoint = {}
+
+    def linear(self, name: str, rows: slice = slice(None)) -> Linear:
+        return Linear(self._checkpoint[f"{name}.weight"][rows].t(), self._checkpoint[f"{name}.bias"][rows])
+
+    def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows[:text_rows], rows[text_rows:]
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        return triton_kernels.add_and_modulate(x, **given)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def multiply(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        torch.addmm(linear.bias, rows, linear.weight, out=out)
+
+    def mlp(self, rows: torch.Tensor, up: Linear, down: Linear, out: torch.Tensor) -> None:
+        torch.addmm(down.bias, _up(rows, up), down.weight, out=out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: torch.Tensor, up: Linear, second: Linear, out: torch.Tensor
+    ) -> None:
+        width = attended.shape[1]
+        torch.addmm(second.bias, attended, second.weight[:width], out=out)
+        out.addmm_(_up(rows, up), second.weight[width:])
+
+
+def _up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """Project and apply GELU (tanh); on GPUs in the epilogue of the product."""
+    if x.is_cuda:
+        return torch._addmm_activation(linear.bias, x, linear.weight, use_gelu=True)
+    return F.gelu(torch.addmm(linear.bias, x, linear.weight), approximate="tanh")
+
+
+class EightBitLinear(NamedTuple):
+    """A projection: its weight in eight bits transposed, (in, out), a scale for each output, (1, out), and its bias."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor
+
+
+class EightBit:
+    """Products in e4m3, a scale for each token and for each output, sums in more bits: not lossless.
+
+    The weights are a copy of this worker's own, half as large, made from what was lent by each :meth:`hold`.
+    ``shapes`` are the projections by name, as (out, in).
+    """
+
+    label = "fp8 FLUX.1 blocks"
+    tolerance = EIGHT_BIT_TOLERANCE
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        self._shapes = shapes
+        self._device = device
+        self._checkpoint: Mapping[str, torch.Tensor] = {}
+        self._memory: Quantised | None = None
+        self._weights: dict[str, Quantised] = {}
+
+    def reserve(self) -> int:
+        """Get memory for the weights in eight bits: one piece for all of them, and one for their scales.
+
+        Raises:
+            torch.OutOfMemoryError: the GPU has no room beside what was lent.
+        """
+        if self._memory is None:
+            values = sum(rows * columns for rows, columns in self._shapes.values())
+            scales = sum(rows for rows, _ in self._shapes.values())
+            self._memory = Quantised(
+                torch.empty(values, dtype=DTYPE, device=self._device),
+                torch.empty(scales, dtype=torch.float32, device=self._device),
+            )
+            self._weights = dict(self._deal(self._memory))
+        return sum(part.nbytes for part in self._memory)
+
+    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Round the weights of this checkpoint; when it returns they are not read any more, but for their biases."""
+        self.reserve()
+        self._checkpoint = checkpoint
+        for name, weight in self._weights.items():
+            quantise(checkpoint[f"{name}.weight"], out=weight)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the lender may change or take back what is still being read
+
+    def release(self) -> None:
+        self._checkpoint = {}
+        if self._memory is not None:
+            self._memory, self._weights = None, {}
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # torch would keep gigabytes that others on this GPU may be waiting for
+
+    def linear(self, name: str, rows: slice = slice(None)) -> EightBitLinear:
+        held = self._weights[name]
+        bias = self._checkpoint[f"{name}.bias"]
+        return EightBitLinear(held.values[rows].t(), held.scales[rows].unsqueeze(0), bias[rows])
+
+    def halves(self, rows: Quantised, text_rows: int) -> tuple[Quantised, Quantised]:
+        return rows.halves(text_rows)
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> Quantised:
+        return triton_kernels.add_and_modulate_to_eight_bits(x, **given)
+
+    def take(self, x: torch.Tensor) -> Quantised:
+        return quantise(x)
+
+    def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
+        _multiply(rows, linear, out)
+
+    def mlp(self, rows: Quantised, up: EightBitLinear, down: EightBitLinear, out: torch.Tensor) -> None:
+        _multiply(quantise(gelu_of=_multiply(rows, up)), down, out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: Quantised, up: EightBitLinear, second: EightBitLinear, out: torch.Tensor
+    ) -> None:
+        _multiply(quantise(attended, gelu_of=_multiply(rows, up)), second, out)
+
+    def _deal(self, memory: Quantised) -> Iterator[tuple[str, Quantised]]:
+        value = scale = 0
+        for name, (rows, columns) in self._shapes.items():
+            values = memory.values[value : value + rows * columns].view(rows, columns)
+            yield name, Quantised(values, memory.scales[scale : scale + rows])
+            value, scale = value + rows * columns, scale + rows
+
+
+def check_eight_bits(device: torch.device) -> None:
+    """Multiply a few rows in eight bits.
+
+    Raises:
+        Unsupported: the GPU or this torch has no such products; the message says so.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA:
+        raise Unsupported(f"precision 'fp8' needs GPUs of compute capability 8.9 or later, not {device}; use bf16")
+    width = triton_kernels.HEAD_SIZE
+    some = torch.ones(width, width, dtype=torch.bfloat16, device=device)
+    try:
+        weight = quantise(some)
+        linear = EightBitLinear(weight.values.t(), weight.scales.unsqueeze(0), some[0])
+        found = _multiply(quantise(some[:3]), linear)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Unsupported(
+            f"precision 'fp8' does not run on {device}: {str(error).splitlines()[0]}; use bf16"
+        ) from error
+    if not bool((found == width + 1).all()):
+        raise Unsupported(f"precision 'fp8' gives {float(found[0, 0])} for {width + 1} on {device}; use bf16")
+
+
+def _multiply(rows: Quantised, linear: EightBitLinear, out: torch.Tensor | None = None) -> torch.Tensor:
+    count = rows.values.shape[0]
+    if count < _FEWEST_ROWS:
+        few = _multiply_many(rows.padded(_FEWEST_ROWS), linear)[:count]
+        return few if out is None else out.copy_(few)
+    return _multiply_many(rows, linear, out)
+
+
+def _multiply_many(rows: Quantised, linear: EightBitLinear, out: torch.Tensor | None = None) -> torch.Tensor:
+    given: dict[str, Any] = {} if out is None else {"out": out}
+    return torch._scaled_mm(
+        rows.values,
+        linear.weight,
+        scale_a=rows.scales.unsqueeze(1),
+        scale_b=linear.scales,
+        bias=linear.bias,
+        out_dtype=linear.bias.dtype,
+        use_fast_accum=True,
+        **given,
+    )

@@ -1,0 +1,75 @@
+"""What a job's results must be before they are handed over: finite.
+
+Inputs are checked when they come in (``job_checks``), but a weight that is not a number, or half precision that
+overflows, makes a sound job's results useless. Each result costs one reduction on the device, and all are read at once,
+when the host waits for the job anyway.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from xditd.gpu_workers.models.components import Component
+from xditd.ipc.errors import NotFinite
+
+
+class FiniteCheck:
+    """Finds the first of a component's results that is not finite: note all in order, :meth:`fetch`, then check."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._magnitudes: list[torch.Tensor] = []
+        self._read: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def note(self, name: str, result: torch.Tensor) -> None:
+        """Note a result; the host does not wait for it."""
+        self._names.append(name)
+        self._magnitudes.append(magnitude(result))
+
+    def fetch(self) -> None:
+        """Start to copy what was found to the host, behind the work issued so far, without waiting for it."""
+        # To memory that torch pins: a copy that is not waited for needs that.
+        self._read = torch.stack(self._magnitudes).to("cpu", non_blocking=True)
+        if self._magnitudes[0].is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def fault(self, component: Component, *into: torch.dtype) -> NotFinite | None:
+        """Wait for the copy, and return the fault of the first result that is not finite, or ``None``.
+
+        ``into`` are the dtypes that the last result noted is about to be converted to.
+        """
+        if self._read is None:
+            self.fetch()
+        assert self._read is not None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for name, found in zip(self._names, self._read.tolist(), strict=True):
+            if not math.isfinite(found):
+                return _fault(component, name, "")
+        for dtype in into:
+            # The largest value becomes infinite exactly if any does.
+            if not self._read[-1].to(dtype).isfinite():
+                return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}")
+        return None
+
+
+def magnitude(result: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
+
+    One kernel, for any dtype and memory format, that writes nothing as large as the result.
+    """
+    return torch.linalg.vector_norm(result, math.inf, dtype=torch.float32)
+
+
+def _fault(component: Component, name: str, where: str) -> NotFinite:
+    manifest = component.manifest
+    computed = str(component.plan.dtype).removeprefix("torch.")
+    return NotFinite(
+        f"{manifest.kind.value} {component.component_id} ({manifest.label}): {name}: some values are NaN or infinite"
+        f"{where}; look for such values in its weights, which are {computed}, and if there are none, lend it in a "
+        "dtype of more range (bfloat16, float32)"
+    )

@@ -1,0 +1,235 @@
+"""Empty models, built once for each architecture and pointed at lent weights without a copy.
+
+A skeleton is a module on the meta device. Plugging points its parameters at tensors that somebody else owns;
+unplugging points them at nothing again, so that the memory can be unmapped. A second checkpoint of the
+same architecture, such as a fine-tune, reuses the module and whatever was compiled for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from xditd.gpu_workers.models.family import Family, Resolution, Slice, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.mixed_precision import compute_in_widest
+from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc import limits
+from xditd.ipc.errors import Internal, RequestError
+from xditd.ipc.name_lists import listed
+from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.status import FusedCheck
+
+logger = logging.getLogger(__name__)
+
+Signature = frozenset[tuple[str, TensorInfo]]
+Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
+
+
+class Skeleton:
+    """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
+
+    def __init__(
+        self,
+        family: Family[Any],
+        config: Hashable,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        module: torch.nn.Module,
+        exceptions: Mapping[str, torch.dtype],
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.dtype = dtype
+        self.layout = layout
+        self.device = layout.device
+        self.module = module
+        self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
+        self.owner: str | None = None
+        self._fast = family.fuse(config, module, layout, dtype, exceptions)
+        # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
+        self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
+        self._empty: dict[str, torch.nn.Parameter] = {}
+        for path, submodule in module.named_modules():
+            for name, parameter in submodule._parameters.items():
+                if parameter is not None:
+                    target = f"{path}.{name}" if path else name
+                    self._slots[target] = (submodule._parameters, name)
+                    self._empty[target] = parameter
+
+    @property
+    def fast_error(self) -> float | None:
+        """How far the fast path was from plain modules, relative, at most; ``None`` where nothing was compared."""
+        return None if self._fast is None else self._fast.error
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out how the fast path compared with plain modules since the last call."""
+        return () if self._fast is None else self._fast.take_checks()
+
+    def reserve(self) -> int:
+        """Get what memory a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        return 0 if self._fast is None else self._fast.reserve()
+
+    def release(self) -> None:
+        """Free what was reserved, if nothing is plugged in."""
+        if self._fast is not None and self.owner is None:
+            self._fast.unplug()
+
+    def plug(
+        self,
+        bindings: Mapping[str, torch.Tensor],
+        owner: str = "",
+        checkpoint: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Point every parameter at the tensor bound to it, and hold these until :meth:`unplug` or the next plug.
+
+        ``checkpoint`` are the same bytes by canonical name, for the family's fast path; without them it stays idle.
+        Parameters are assigned where they live: ``load_state_dict(assign=True)`` takes ten times as long.
+        """
+        if bindings.keys() != self._slots.keys():
+            differing = sorted(bindings.keys() ^ self._slots.keys())
+            raise Internal(
+                f"bindings do not match the {self.family.name} skeleton: {listed(differing)}", names=differing
+            )
+        for target, (parameters, name) in self._slots.items():
+            parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
+        if self._fast is not None:
+            self._fast.plug(checkpoint or {})
+        self.owner = owner
+
+    def unplug(self) -> None:
+        """Point every parameter at nothing; this skeleton then holds no reference to lent memory."""
+        for target, (parameters, name) in self._slots.items():
+            parameters[name] = self._empty[target]
+        if self._fast is not None:
+            self._fast.unplug()
+        self.owner = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the tensors of one checkpoint layout become the parameters of a skeleton."""
+
+    skeleton: Skeleton
+    family: Family[Any]
+    config: Hashable
+    dtype: torch.dtype
+    key_map: Mapping[str, Slice]
+    sources: Mapping[str, str]
+    is_reused: bool
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a view of ``tensors`` for every parameter; nothing is copied. The views keep the memory mapped."""
+        bindings: dict[str, torch.Tensor] = {}
+        for target, part in self.key_map.items():
+            tensor = tensors[part.source]
+            if part.stop - part.start != tensor.shape[0]:
+                tensor = tensor[part.start : part.stop]
+            bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
+        return bindings
+
+    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors that the family uses, as the checkpoint has them, under the family's own names."""
+        return {canonical: tensors[given] for canonical, given in self.sources.items()}
+
+
+class SkeletonCache:
+    """The skeletons of this process, by family, configuration and dtypes; the layout is fixed for its life."""
+
+    def __init__(self, layout: ParallelLayout) -> None:
+        self.layout = layout
+        self.built = 0
+        self.reused = 0
+        self._skeletons: dict[Key, Skeleton] = {}
+        self._resolutions: dict[Signature, Resolution] = {}
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Hand out what all skeletons have to say."""
+        found = [check for skeleton in self._skeletons.values() for check in skeleton.take_checks()]
+        return tuple(found[-limits.MAX_FUSED_CHECKS :])
+
+    def release_idle(self) -> None:
+        """Free what was reserved for skeletons that nothing is plugged into."""
+        for skeleton in self._skeletons.values():
+            skeleton.release()
+
+    def plan(self, tensors: Mapping[str, TensorInfo]) -> Plan:
+        """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
+
+        Raises:
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and ``family.resolve``.
+        """
+        signature = frozenset(tensors.items())
+        resolution = self._resolutions.get(signature)
+        if resolution is None:
+            resolution = _resolve(tensors)
+            resolution.family.check_layout(resolution.config, self.layout)
+            self._resolutions[signature] = resolution
+            if resolution.skipped and self.layout.rank == 0:
+                logger.info(
+                    "tensors skipped, no job reads them: family=%s count=%d names=%s",
+                    resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
+                )  # fmt: skip
+        exceptions = frozenset(_exceptions(resolution).items())
+        key = (resolution.family.name, resolution.config, resolution.dtype, exceptions)
+        skeleton = self._skeletons.get(key)
+        is_reused = skeleton is not None
+        if skeleton is None:
+            skeleton = self._build(resolution)
+            self._skeletons[key] = skeleton
+            self.built += 1
+        else:
+            self.reused += 1
+        return Plan(
+            skeleton=skeleton,
+            family=resolution.family,
+            config=resolution.config,
+            dtype=resolution.dtype,
+            key_map=resolution.key_map,
+            sources=resolution.sources,
+            is_reused=is_reused,
+        )
+
+    def _build(self, resolution: Resolution) -> Skeleton:
+        family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
+        from diffusers.models.modeling_utils import no_init_weights
+
+        with torch.device("meta"), no_init_weights():
+            module = family.build(config).eval().requires_grad_(False)
+        # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
+        torch.nn.Module.to(module, dtype)
+        for submodule in module.modules():
+            for name, buffer in submodule._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    submodule._buffers[name] = buffer.to(self.layout.device)
+        stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+        if stranded:
+            raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
+        exceptions = _exceptions(resolution)
+        compute_in_widest(module, exceptions, self.layout.device)
+        if exceptions:
+            cast(Any, module).main_dtype = dtype
+        check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
+        return Skeleton(family, config, dtype, self.layout, module, exceptions)
+
+
+def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
+    """Fit a checkpoint to its family; what does not fit and is known is refused by name."""
+    try:
+        return resolve(detect(tensors.keys()), tensors)
+    except RequestError as error:
+        known = unsupported_error(tensors)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:
+    """Parameters that need care beside those of the main dtype: none of a text encoder, which computes in float32."""
+    return {} if resolution.family.kind == "text_encoder" else resolution.exceptions

@@ -1,0 +1,140 @@
+"""Which attention kernel runs: xDiT's backends by name, tried out when the group starts.
+
+xfuser registers every backend whether its package is installed or not, and a missing one fails at the
+first step of the first job. So the one that is chosen runs once, on a few tokens, at start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from xditd.gpu_workers.kernels import flash3
+from xditd.ipc.errors import Unsupported
+
+if TYPE_CHECKING:
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""xDiT's own choice: the fastest that it finds installed."""
+
+LOSSLESS = ("CUDNN", "FLASH_4", "FLASH_3", "FLASH", "SDPA_FLASH", "SDPA_EFFICIENT", "SDPA", "SDPA_MATH")
+TAKES_FLOAT32 = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT"})
+FLASH_3_FORWARD = "FLASH_3_FORWARD"
+"""That of :mod:`flash3`: ours, not one of xDiT's names."""
+HOPPER = 9
+HEAD_SIZE = 128
+PROBE_TOKENS = 32
+# What a backend raises when its package, kernel or GPU generation is missing: a name that was never
+# imported, a dispatcher without a kernel, a check of the device.
+PROBE_FAULTS = (RuntimeError, NameError, ImportError, AttributeError, TypeError, ValueError, AssertionError)
+
+
+def requested(backend: str, device: torch.device) -> str | None:
+    """Return the name to ask xDiT for; ``None`` leaves the choice to it.
+
+    Raises:
+        Unsupported: the named backend is unknown or does not run here.
+    """
+    if backend.lower() != AUTO:
+        return check(backend, device)
+    # xDiT chooses by what torch was built with, which on a CPU can be a kernel for GPUs.
+    return "SDPA" if device.type == "cpu" else None
+
+
+def check(backend: str, device: torch.device) -> str:
+    """Return xDiT's spelling of this backend's name, having run it once on ``device``.
+
+    Raises:
+        Unsupported: unknown, or it does not run here; the message lists the lossless ones that do.
+    """
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    found = AttentionBackendType.__members__.get(backend.upper())
+    if found is None:
+        raise Unsupported(f"attention backend {backend!r} is unknown; those that run here: {_working(device)}")
+    fault = _probe(found, device)
+    if fault is not None:
+        raise Unsupported(
+            f"attention backend {backend!r} does not run here ({fault}); those that do: {_working(device)}"
+        )
+    return str(found.name)
+
+
+def for_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend for weights of ``dtype``: most kernels on GPUs take half precision only, SDPA takes all."""
+    if dtype == torch.float32 and device.type == "cuda" and backend not in TAKES_FLOAT32:
+        return "SDPA"
+    return backend
+
+
+def use(backend: str) -> None:
+    """Make ``backend`` the one that xDiT's attention layers of this process run from now on."""
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.core.distributed.runtime_state import get_runtime_state
+
+    get_runtime_state().attention_backend = AttentionBackendType[backend]
+
+
+def for_fused(requested: str, chosen: str, device: torch.device) -> str:
+    """Return what fused transformers attend with: FlashAttention 3 where it runs and nobody asked for another one.
+
+    On Hopper GPUs it is the fastest of the lossless ones: 713 TFLOP/s for 24 heads of 4,608 tokens, cuDNN's 669
+    (``benchmarks/step_time.py --attention``). xDiT knows it by a package that has no wheels.
+    """
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    if requested.lower() == AUTO and is_hopper and flash3.is_installed():
+        tokens = torch.ones(1, 1, PROBE_TOKENS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
+        try:
+            function(FLASH_3_FORWARD)(tokens, tokens[:, :, 1:], tokens[:, :, 1:])
+        except PROBE_FAULTS as error:
+            logger.warning("fa3-fwd is installed and does not run: %s; attention=%s", error, chosen)
+        else:
+            return FLASH_3_FORWARD
+    return chosen
+
+
+def function(backend: str) -> Callable[..., torch.Tensor]:
+    """Return the function for this backend: (batch, heads, tokens, head size) three times in, once out."""
+    if backend == FLASH_3_FORWARD:
+        return flash3.forward()
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    attend = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, attend(query, key, value, dropout_p=0.0, is_causal=False)[0])
+
+    return run
+
+
+def _probe(backend: AttentionBackendType, device: torch.device) -> str | None:
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
+
+    function = ATTENTION_FUNCTION_REGISTRY.get(backend)
+    if function is None:
+        return "not registered"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = torch.ones(1, 1, PROBE_TOKENS, HEAD_SIZE, dtype=dtype, device=device)
+    try:
+        # Keys shorter than queries, as when padding is trimmed.
+        function(tokens, tokens[:, :, 1:], tokens[:, :, 1:], dropout_p=0.0, is_causal=False)
+    except PROBE_FAULTS as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
+
+
+def working(device: torch.device) -> list[str]:
+    """Name the lossless backends that run on ``device``, each tried once; the fastest come first."""
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    return [name for name in LOSSLESS if _probe(AttentionBackendType[name], device) is None]
+
+
+def _working(device: torch.device) -> str:
+    return ", ".join(working(device))

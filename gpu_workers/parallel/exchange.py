@@ -1,0 +1,118 @@
+"""Ulysses without all-to-alls: kernels store heads and tokens straight into the memory of the rank that needs them.
+
+Each rank owns one arena, which those that share its image's tokens open by CUDA IPC; handles cross over gloo as plain
+bytes. NVLink multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the
+second meeting of a layer knows that all attention of that layer has read its input, and whoever has passed the first
+one that all projections of the layer before have read theirs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.parallel.agreement import Circle, agree
+from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.transports.cuda_ipc import CudaMapping, DeviceArena
+from xditd.ipc.transports.layout import align
+
+FLAGS_BYTES = 4096
+_ALIGNMENT = 256
+
+
+class Exchange:
+    """The shared buffers of a sequence-parallel ``group``; each of its ranks makes the same calls in the same order."""
+
+    def __init__(self, layout: ParallelLayout, group: dist.ProcessGroup) -> None:
+        self._layout = layout
+        self._group = group
+        self._arena: DeviceArena | None = None
+        self._mappings: list[CudaMapping | None] = []
+        self._rounds = 0
+        self._addresses = torch.empty(0)
+        self._capacity = (0, 0)
+
+    def reserve(self, rows_a_rank: int, width: int, dtype: torch.dtype) -> Buffers:
+        """Return buffers for ``rows_a_rank`` tokens of ``width`` numbers on every rank, larger ones if need be.
+
+        They are valid until the next call.
+        """
+        ranks = self._layout.degrees.sequence
+        heads_bytes = align(3 * ranks * rows_a_rank * (width // ranks) * dtype.itemsize, _ALIGNMENT)
+        tokens_bytes = align(rows_a_rank * width * dtype.itemsize, _ALIGNMENT)
+        if heads_bytes > self._capacity[0] or tokens_bytes > self._capacity[1]:
+            self._grow(max(heads_bytes, self._capacity[0]), max(tokens_bytes, self._capacity[1]))
+        assert self._arena is not None
+        heads = self._arena.tensor(FLAGS_BYTES, dtype, (3, ranks * rows_a_rank, width // ranks))
+        tokens = self._arena.tensor(FLAGS_BYTES + self._capacity[0], dtype, (rows_a_rank, width))
+        return Buffers(heads, tokens, self._addresses[1], self._addresses[2])
+
+    def meet(self) -> None:
+        """Order what was stored before on any rank ahead of what is loaded after on every rank."""
+        self._rounds += 1
+        triton_kernels.meet(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
+
+    def close(self) -> None:
+        """Unmap the fellows' buffers, then free this rank's own."""
+        torch.cuda.synchronize(self._layout.device)
+        for mapping in self._mappings:
+            if mapping is not None:
+                mapping.close()
+        self._mappings = []
+        agree(True, Circle.IMAGE)  # nobody frees what a fellow still has mapped
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    def _grow(self, heads_bytes: int, tokens_bytes: int) -> None:
+        self.close()
+        index = self._layout.device.index
+        self._capacity, self._rounds = (0, 0), 0
+        with together(Circle.IMAGE):
+            self._arena = DeviceArena(FLAGS_BYTES + heads_bytes + tokens_bytes, index)
+        self._arena.bytes[:FLAGS_BYTES].zero_()
+        own = self._arena.block()
+        handles = [torch.empty(len(own.handle), dtype=torch.uint8) for _ in range(self._layout.degrees.sequence)]
+        dist.all_gather(handles, torch.tensor(list(own.handle), dtype=torch.uint8), group=self._group)
+        with together(Circle.IMAGE):
+            self._mappings = [
+                None
+                if rank == self._layout.sequence_rank
+                else CudaMapping(msgspec.structs.replace(own, handle=bytes(handle.tolist())), index)
+                for rank, handle in enumerate(handles)
+            ]
+        bases = [
+            (self._arena.bytes if mapping is None else mapping.bytes_tensor()).data_ptr() for mapping in self._mappings
+        ]
+        offsets = (0, FLAGS_BYTES, FLAGS_BYTES + heads_bytes)
+        self._addresses = torch.tensor([[base + offset for base in bases] for offset in offsets]).to(
+            self._layout.device
+        )
+        self._capacity = (heads_bytes, tokens_bytes)
+        torch.cuda.synchronize(index)
+        agree(True, Circle.IMAGE)  # every rank's flags are zero before anybody raises one
+
+
+class Buffers(NamedTuple):
+    """Where one rank receives: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width).
+
+    ``heads_bases`` and ``tokens_bases`` are the addresses of every rank's.
+    """
+
+    heads: torch.Tensor
+    tokens: torch.Tensor
+    heads_bases: torch.Tensor
+    tokens_bases: torch.Tensor
+
+
+def is_possible(world_size: int) -> bool:
+    """Say whether every GPU of the group, one for each rank in order, can reach every other one's memory directly."""
+    pairs = ((one, other) for one in range(world_size) for other in range(world_size) if one != other)
+    return world_size <= torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(one, other) for one, other in pairs
+    )

@@ -1,0 +1,48 @@
+"""How the rows of a batch are dealt to the halves of a group, and how their results are put together again.
+
+A client that samples with a negative prompt sends a row for each prompt in one request. A single row is not split: both
+halves of the group do the same work, and each has the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from xfuser.core.distributed import (
+    get_cfg_group,
+    get_classifier_free_guidance_rank,
+    get_classifier_free_guidance_world_size,
+)
+
+from xditd.gpu_workers.parallel.agreement import add_up
+from xditd.gpu_workers.parallel.token_shares import pad_rows
+
+
+def deal_rows(rows: int, halves: int, half: int) -> slice:
+    """Return the rows that one half works on. The first gets one more where they do not divide."""
+    if rows < halves:
+        return slice(0, rows)
+    each = -(-rows // halves)
+    return slice(half * each, min((half + 1) * each, rows))
+
+
+def own_rows(rows: int) -> slice:
+    """Return the rows of a batch of ``rows`` that this rank works on."""
+    return deal_rows(rows, get_classifier_free_guidance_world_size(), get_classifier_free_guidance_rank())
+
+
+def gather_rows(sample: torch.Tensor, rows: int) -> torch.Tensor:
+    """Put every half's rows together, on every rank; all_gather wants equal numbers, so fewer travel padded."""
+    halves = get_classifier_free_guidance_world_size()
+    if rows < halves or halves == 1:
+        return sample
+    each = -(-rows // halves)
+    gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(sample, each - sample.shape[0], dim=0), dim=0)
+    # Only the last half can have had fewer.
+    return gathered[:rows]
+
+
+def add_halves(count: int, rows: int) -> int:
+    """Return what every half counted among its own of ``rows``, in all."""
+    if rows < get_classifier_free_guidance_world_size():
+        return count
+    return int(add_up(torch.tensor(count), get_cfg_group().cpu_group))

@@ -1,0 +1,87 @@
+"""``python -m xditd.gpu_workers.process.probe``: what this machine offers a worker group, as a line of JSON on stdout.
+
+``xditd doctor`` runs it in a process of its own: only here is torch imported and a CUDA context made, and a driver that
+hangs or faults takes nobody with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+PACKAGES: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "safetensors", "cuda-bindings")
+
+
+def main() -> int:
+    # Libraries print what they like while they are imported: stdout is for the answer alone.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    facts = {"packages": _packages(), **_torch_facts(), **_attention_facts()}
+    print(json.dumps(facts), file=answer, flush=True)
+    return 0
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _torch_facts() -> dict[str, Any]:
+    """GPUs, which of them reach each other directly, and what the driver says; ``error`` where torch cannot tell."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {"gpus": [], "peers": [], "error": f"torch cannot be imported: {error}"}
+    facts: dict[str, Any] = {"gpus": [], "peers": [], "error": "", "cuda": torch.version.cuda or ""}
+    try:
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+            facts["gpus"].append(
+                {
+                    "index": index,
+                    "name": found.name,
+                    "uuid": f"GPU-{found.uuid}",
+                    "capability": f"{found.major}.{found.minor}",
+                    "free_bytes": free_bytes,
+                    "total_bytes": total_bytes,
+                }
+            )
+        count = len(facts["gpus"])
+        facts["peers"] = [
+            [a, b] for a in range(count) for b in range(count) if a != b and torch.cuda.can_device_access_peer(a, b)
+        ]
+    except (RuntimeError, AssertionError) as error:  # a driver that is missing, too old, or broken
+        facts["error"] = str(error).splitlines()[0]
+    return facts
+
+
+def _attention_facts() -> dict[str, Any]:
+    """Names of the attention backends that run here, each tried on a few tokens."""
+    try:
+        import torch
+
+        from xditd.gpu_workers.parallel import attention
+        from xditd.gpu_workers.process import xfuser_cpu
+
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        with contextlib.nullcontext() if device.type == "cuda" else xfuser_cpu.importable():
+            import xfuser.core.distributed.attention_backend  # noqa: F401 - registers the backends
+        return {"attention": attention.working(device), "attention_error": ""}
+    except (ImportError, OSError, RuntimeError) as error:
+        return {"attention": [], "attention_error": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

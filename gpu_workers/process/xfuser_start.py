@@ -1,0 +1,234 @@
+"""Start torch.distributed and xDiT for one rank."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from xditd.gpu_workers.models.clock import Clock
+from xditd.gpu_workers.parallel import agreement, attention, ring
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.process import xfuser_cpu
+from xditd.ipc import planner
+from xditd.ipc.degrees import Degrees
+from xditd.ipc.errors import Unsupported
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "lo"
+GROUP_TIMEOUT = timedelta(days=7)
+"""How long ranks wait for each other, at start and in a collective: the daemon alone judges who is late. gloo, NCCL and
+the store count the time in which all ranks stood still (SIGSTOP, a frozen container), and would end a sound group."""
+
+
+def start(
+    rank: int,
+    world_size: int,
+    store_path: str,
+    device: torch.device,
+    degrees: Degrees | None = None,
+    attention_backend: str = attention.AUTO,
+    kernels: str = "plain",
+    precision: str = "bf16",
+) -> ParallelLayout:
+    """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
+
+    Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
+    open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
+    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
+    ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
+
+    Raises:
+        Unsupported: no layout fits, an attention backend is not installed, or fused kernels or products in eight bits
+            do not run here.
+    """
+    clock = Clock()
+    degrees = planner.plan(world_size).degrees if degrees is None else degrees
+    if device.type == "cuda":
+        # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
+        torch.cuda.set_device(device)
+    _import_xfuser(device)
+    clock.mark("imports")
+    store = _join(rank, world_size, store_path, device)
+    agreement.join(store, "xditd/agreement", rank, world_size)
+    image, place = divmod(rank, degrees.sequence)
+    agreement.join(store, f"xditd/agreement/{image}", place, degrees.sequence, agreement.Circle.IMAGE)
+    clock.mark("group")
+    backend = _start_xdit(rank, degrees, device, attention_backend)
+    clock.mark("xdit")
+    fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
+    _set_timeouts()
+    clock.mark("kernels")
+    # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
+    # them, which takes 0.2 s and can fall into the middle of a lend.
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
+    clock.mark("freeze")
+    took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
+    logger.info("rank started rank=%d %s", rank, took)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision)
+
+
+def stop() -> None:
+    """Leave the process group. The process cannot start another one; it is about to exit."""
+    from xfuser.core.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+def _import_xfuser(device: torch.device) -> None:
+    with xfuser_cpu.importable() if device.type == "cpu" else contextlib.nullcontext():
+        importlib.import_module("xfuser")
+    # xfuser writes its log at DEBUG to stdout, which belongs to data.
+    xfuser_logging = importlib.import_module("xfuser.logger")
+    xfuser_logging._default_handler.setStream(sys.stderr)
+    xfuser_logging._default_handler.setLevel(logging.ERROR)
+
+
+def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> dist.Store:
+    # Nothing listens beyond loopback. The parent sets these too; a rank started by hand must not be more open.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    store = dist.FileStore(store_path, world_size)
+    store.set_timeout(GROUP_TIMEOUT)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=GROUP_TIMEOUT,
+        # No device_id, although torch recommends it: with it NCCL makes communicators by splitting, eagerly, and
+        # xfuser reports (core/distributed/parallel_state.py) that its new_group calls then fail. set_device above
+        # already binds every communicator of this rank to the one GPU that it uses.
+    )
+    return store
+
+
+def _set_timeouts() -> None:
+    """Set :data:`GROUP_TIMEOUT` for xfuser's groups, too: it makes them with torch's own, 10 or 30 minutes."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)
+
+
+def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import runtime_state
+    from xfuser.core.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+
+    collectives = "nccl" if device.type == "cuda" else "gloo"
+    local_rank = (device.index or 0) if device.type == "cuda" else rank
+    init_distributed_environment(world_size=degrees.world_size, rank=rank, local_rank=local_rank, backend=collectives)
+    initialize_model_parallel(
+        classifier_free_guidance_degree=degrees.cfg,
+        sequence_parallel_degree=degrees.sequence,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        backend=collectives,
+    )
+    # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
+    wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
+    config, _ = xFuserArgs(
+        use_cfg_parallel=degrees.cfg > 1,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        attention_backend="SDPA_FLASH" if wanted else attention.requested(attention_backend, device),
+    ).create_config()
+    try:
+        runtime_state.initialize_runtime_state(_nominal_pipeline(degrees.ulysses), config)
+    except RuntimeError as error:  # how xfuser refuses a backend together with a layout
+        raise Unsupported(f"attention backend {attention_backend!r}: {error}") from error
+    state = runtime_state.get_runtime_state()
+    # The attention of single blocks reads this, and uses it with xfuser's PipeFusion alone. set_input_parameters would
+    # set it too, but refuses every size whose rows of tokens do not divide by the degree.
+    state.max_condition_sequence_length = 0
+    if wanted is not None:
+        attention.use(wanted)
+    chosen = str(state.attention_backend.name)
+    attention.check(chosen, device)
+    logger.info("xdit started rank=%d world_size=%d layout=%s attention=%s", rank, degrees.world_size, degrees, chosen)
+    return chosen
+
+
+def _start_fused(
+    rank: int,
+    degrees: Degrees,
+    device: torch.device,
+    requested_attention: str,
+    attention_backend: str,
+    kernels: str,
+    precision: str,
+) -> str | None:
+    """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
+
+    Raises:
+        Unsupported: fused kernels, or products in eight bits, were asked for by name and do not run here.
+    """
+    is_lossless = precision == "bf16"
+    if not is_lossless and (kernels == "plain" or device.type == "cpu"):
+        where = "the CPU" if device.type == "cpu" else "kernels 'plain'"
+        raise Unsupported(f"precision {precision!r} needs fused kernels on NVIDIA GPUs, not {where}; use bf16")
+    if kernels == "plain" or (kernels == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cpu":
+        raise Unsupported("kernels 'fused' need NVIDIA GPUs; use auto or plain")
+    asked, instead = ("kernels 'fused'", "plain") if is_lossless else (f"precision {precision!r}", "bf16")
+    is_asked = kernels == "fused" or not is_lossless
+    if degrees.ring > 1:
+        if is_asked:
+            raise Unsupported(
+                f"{asked} with layout {degrees}: fused kernels attend without a ring; use ring=1 or {instead}"
+            )
+        logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
+        return None
+    from xditd.gpu_workers.kernels import warm_up
+    from xditd.gpu_workers.kernels.products import check_eight_bits
+    from xditd.gpu_workers.parallel import exchange
+
+    if not exchange.is_possible(degrees.world_size):
+        if is_asked:
+            raise Unsupported(f"{asked} needs GPUs that reach each other's memory, and these do not; use {instead}")
+        logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
+        return None
+    chosen = attention.for_fused(requested_attention, attention_backend, device)
+    if precision == "fp8":
+        check_eight_bits(device)
+    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device, precision)
+    logger.info("fused kernels ready rank=%d attention=%s precision=%s took_s=%.2f", rank, chosen, precision, took_s)
+    return chosen
+
+
+def _nominal_pipeline(heads: int) -> FluxPipeline:
+    """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
+
+    The state is one per process and is made once, before any model is lent. What it takes from a pipeline
+    (patch sizes, widths) serves its PipeFusion alone; what is used here are the degrees and the backend.
+    """
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=0, num_single_layers=0, num_attention_heads=heads)
+    return FluxPipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
