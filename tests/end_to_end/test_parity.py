@@ -93,13 +93,14 @@ def test_a_loop_of_denoise_is_generate(client, transformer, make_inputs, run, re
 
 def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transformer, make_inputs, relative_error):
     inputs = make_inputs()
-    given = dict(noise=inputs.noise, height=inputs.pixels, width=inputs.pixels, steps=3)
+    # Steps enough that the first is far from the last one even if this process comes late to look at it.
+    given = dict(noise=inputs.noise, height=inputs.pixels, width=inputs.pixels, steps=20)
     seen = []
     with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, previews=True, **given) as job:
         for _ in job:
             seen.append(job.denoised())
         latents = job.result().latents
-    assert len(seen) == 3
+    assert len(seen) == 20
     assert relative_error(seen[-1], latents) <= 1e-6
     assert relative_error(seen[0], latents) > 1e-3
     with pytest.raises(BadRequest, match="has ended"):
