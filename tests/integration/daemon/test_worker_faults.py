@@ -199,7 +199,7 @@ def test_missing_worker_program_is_named(start_daemon: Any) -> None:
 
 
 def test_request_waits_for_workers_that_start(start_daemon: Any, memory: Any) -> None:
-    client = start_daemon().client()
+    client = start_daemon(worker_flags=["--late-s", "0.5"]).client()
     lending = client.send(Lend(request_id="", manifest=memory.manifest()))
     queued = client.wait_event(lending, Queued)
     assert queued.reason == "workers are starting"
