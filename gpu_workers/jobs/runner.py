@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
@@ -18,6 +17,7 @@ from xditd.gpu_workers.families.flux_vae import image_coding
 from xditd.gpu_workers.families.flux_vae.checkpoint import IMAGE_CHANNELS
 from xditd.gpu_workers.families.flux_vae.split_decode import whole_group
 from xditd.gpu_workers.jobs import text_encoding
+from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.clock import Clock
@@ -31,13 +31,6 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate, Job, Part
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.layout import torch_dtype
-
-
-class Finished(NamedTuple):
-    """Milliseconds by phase, and how many steps a cache spared, counted for each image."""
-
-    timings_ms: dict[str, float]
-    reused_steps: int
 
 
 class JobRunner:

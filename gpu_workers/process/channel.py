@@ -34,8 +34,13 @@ class DaemonChannel:
             return None
         return command_decoder.decode(self._socket.recv())
 
-    def is_cancelled(self, op_number: int) -> bool:
-        """Whether the running command was cancelled by now; other commands stay for :meth:`receive`."""
+    def is_cancelled(self, op_number: int, wait_s: float = 0.0) -> bool:
+        """Whether the running command was cancelled by now, or is within ``wait_s``, which ends with any command.
+
+        Other commands stay for :meth:`receive`.
+        """
+        if wait_s:
+            self._socket.poll(round(wait_s * 1e3))
         while self._socket.poll(0):
             self._waiting.append(command_decoder.decode(self._socket.recv()))
         return any(isinstance(c, CancelRun) and c.target_op_number == op_number for c in self._waiting)

@@ -18,12 +18,12 @@ def run_rank(rank: int, folder: str) -> None:
     dist.all_reduce(flag)
     if rank == 1:
         os._exit(0)
-    from xditd.gpu_workers.process.rank import _is_loss_of_a_fellow
+    from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure
 
     try:
         dist.all_reduce(flag)
     except RuntimeError as error:
-        print(_is_loss_of_a_fellow(error), error, flush=True)
+        print(is_peer_rank_failure(error), error, flush=True)
     os._exit(0)
 
 

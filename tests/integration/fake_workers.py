@@ -1,4 +1,4 @@
-"""A worker group without GPU and torch: real processes, the real protocol, and faults on request.
+"""A worker group without GPU and torch: real processes, the real command loop, and faults on request.
 
 Started in place of ``python -m xditd.gpu_workers``, with the same flags. What it maps are real descriptors of the
 client's process, opened through /proc as the real workers do. A job's ``seed`` names a fault from :class:`Fault`.
@@ -17,39 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-import zmq
-
-from xditd.ipc.addresses import RuntimeDir, endpoint
-from xditd.ipc.codec import command_decoder, encode
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.process.channel import DaemonChannel
+from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
+from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Cancelled, Internal, StaleSource, XditdError
 from xditd.ipc.planner import plan, report
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.protocol import Message
 from xditd.ipc.requests import Generate
 from xditd.ipc.status import FusedCheck
-from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Manifest
-from xditd.ipc.worker_messages import (
-    CanaryRead,
-    CancelRun,
-    Command,
-    Done,
-    ForgetClient,
-    Keep,
-    Kept,
-    Plug,
-    Plugged,
-    Prepare,
-    Prepared,
-    RankFailed,
-    RankReady,
-    RankTally,
-    ReadCanary,
-    Run,
-    Shutdown,
-    StepReached,
-    Unmap,
-)
+from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, FileDigest
+from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
 
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
@@ -80,110 +60,86 @@ def die_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
-class Rank:
+class FakeExecutor:
+    """What a rank does here in place of ``gpu_workers.process.torch_executor``. The loop around it is the real one."""
+
+    idle_wait_s = None
+
     def __init__(self, options: argparse.Namespace) -> None:
+        asked = parse_layout(options.layout)
+        planned = plan(options.world_size, asked)
+        self.facts = RankFacts(
+            rank=options.rank,
+            world_size=options.world_size,
+            device_kind="cpu",
+            device="cpu",
+            device_uuid="",
+            parallel=planned.degrees.named(),
+            layout=report(planned, asked),
+            attention_backend="fake",
+            precision="bf16",
+        )
         self.options = options
         self.plugged: set[str] = set()
         self.known: set[str] = set()
         self.plugs = 0
         self.checks: list[FusedCheck] = []
-        self.socket = zmq.Context().socket(zmq.DEALER)
-        self.socket.connect(endpoint(RuntimeDir(Path(options.runtime_dir)).worker_socket))
 
-    def send(self, message: Message) -> None:
-        self.socket.send(encode(message))
+    @property
+    def is_last(self) -> bool:
+        return self.facts.rank == self.facts.world_size - 1
 
-    def serve(self) -> None:
-        asked = parse_layout(self.options.layout)
-        planned = plan(self.options.world_size, asked)
-        self.send(
-            RankReady(
-                group_token=self.options.group_token,
-                rank=self.options.rank,
-                world_size=self.options.world_size,
-                pid=os.getpid(),
-                device_kind="cpu",
-                device="cpu",
-                device_uuid="",
-                parallel=planned.degrees.named(),
-                layout=report(planned, asked),
-                attention_backend="fake",
-                precision="bf16",
-            )
-        )
-        while True:
-            command = command_decoder.decode(self.socket.recv())
-            if isinstance(command, Shutdown):
-                return
-            if isinstance(command, CancelRun):
-                continue
-            try:
-                self.answer(command)
-            except XditdError as error:
-                self.fail(command, error)
+    def while_idle(self) -> None:
+        """Nothing is mapped between two commands."""
 
-    def fail(self, command: Command, error: XditdError) -> None:
-        is_fatal = isinstance(error, Internal)
-        self.send(RankFailed(**self.common(command), code=error.code, detail=error.detail, is_fatal=is_fatal))
+    def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
+        return {}
 
-    def common(self, command: Command) -> dict[str, object]:
-        return {"group_token": self.options.group_token, "rank": self.options.rank, "op_number": command.op_number}
-
-    def answer(self, command: Command) -> None:
-        common = self.common(command)
-        if isinstance(command, Prepare):
-            self.prepare(command)
-            self.send(
-                Prepared(
-                    **common,
-                    family="fake",
-                    copied=CopiedBytes(host_to_host=100),
-                    is_skeleton_reused=bool(self.plugs),
-                    timings_ms={"map": 1.0 + self.options.rank},
-                )
-            )
-        elif isinstance(command, Plug):
-            self.plugged.add(command.component_id)
-            self.plugs += 1
-            self.send(Plugged(**common, timings_ms={"plug": 0.5}, tally=self.tally()))
-        elif isinstance(command, Unmap):
-            if STUCK_LABEL in self.known:
-                raise BadRequest("a view is still open")
-            self.plugged.discard(command.component_id)
-            self.send(Done(**common, timings_ms={}, tally=self.tally()))
-        elif isinstance(command, Keep):
-            self.send(Kept(**common, copied=CopiedBytes(host_to_host=64), timings_ms={"copy": 1.0}, tally=self.tally()))
-        elif isinstance(command, ForgetClient):
-            self.send(Done(**common, timings_ms={}, tally=self.tally()))
-        elif isinstance(command, ReadCanary):
-            content = read(command.exporter, command.io.fd, command.offset_bytes, command.length_bytes)
-            self.send(CanaryRead(**common, digest=hashlib.blake2b(content, digest_size=16).digest()))
-        elif isinstance(command, Run):
-            self.run(command)
-            self.send(Done(**common, timings_ms={"steps": 2.0 + self.options.rank}, tally=self.tally()))
-
-    def prepare(self, command: Prepare) -> None:
-        manifest: Manifest = command.manifest
+    def prepare(self, command: Prepare) -> PreparedFacts:
+        manifest = command.manifest
         self.known.add(manifest.label)
-        is_last = self.options.rank == self.options.world_size - 1
-        if manifest.label == REFUSED_LABEL and is_last:
+        if manifest.label == REFUSED_LABEL and self.is_last:
             raise BadCheckpoint("tensor final.weight is missing")
-        if manifest.label.startswith(DEADLY_LABEL) and is_last and (self.options.starts > 1 or "now" in manifest.label):
+        is_deadly = manifest.label.startswith(DEADLY_LABEL) and (self.options.starts > 1 or "now" in manifest.label)
+        if is_deadly and self.is_last:
             os.kill(os.getpid(), signal.SIGKILL)
         for block in manifest.blocks:
             if not isinstance(block, CudaIpcBlock):
                 read(command.exporter, block.fd, 0, 1)
+        copied = CopiedBytes(host_to_host=100)
+        return PreparedFacts("fake", copied, bool(self.plugs), {"map": 1.0 + self.facts.rank})
 
-    def run(self, command: Run) -> None:
+    def plug(self, component_id: str) -> dict[str, float]:
+        self.plugged.add(component_id)
+        self.plugs += 1
+        return {"plug": 0.5}
+
+    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+        return CopiedBytes(host_to_host=64), {"copy": 1.0}
+
+    def unmap(self, component_id: str) -> None:
+        if STUCK_LABEL in self.known:
+            raise BadRequest("a view is still open")
+        self.plugged.discard(component_id)
+
+    def forget(self, client: ProcessIdentity) -> None:
+        """Nothing is kept for a client."""
+
+    def read_canary(self, command: ReadCanary) -> bytes:
+        content = read(command.exporter, command.io.fd, command.offset_bytes, command.length_bytes)
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def run(self, command: Run, contact: JobContact) -> Finished:
+        finished = Finished({"steps": 2.0 + self.facts.rank}, 0)
         job = command.job
         if not isinstance(job, Generate):
             time.sleep(self.options.step_s)
-            return
+            return finished
         if job.seed == Fault.REFUSE:
             raise BadRequest("the text embeddings hold NaN")
-        if job.seed == Fault.FATAL and self.options.rank == 0:
+        if job.seed == Fault.FATAL and self.facts.rank == 0:
             raise Internal("a collective was left early")
-        if job.seed == Fault.CRASH and self.options.rank == self.options.world_size - 1:
+        if job.seed == Fault.CRASH and self.is_last:
             os.kill(os.getpid(), signal.SIGKILL)
         while job.seed == Fault.HANG:
             time.sleep(60)
@@ -199,30 +155,35 @@ class Rank:
         )
         step = 0
         while step < job.steps:
-            self.wait_for_step(is_deaf=job.seed == Fault.DEAF)
-            step += job.seed != Fault.DEAF
-            if self.options.rank == 0:
-                self.send(StepReached(**self.common(command), step=step, total_steps=job.steps, elapsed_s=0.1))
-
-    def wait_for_step(self, *, is_deaf: bool) -> None:
-        if self.socket.poll(int(self.options.step_s * 1000)):
-            command = command_decoder.decode(self.socket.recv())
-            if isinstance(command, CancelRun) and not is_deaf:
+            is_deaf = job.seed == Fault.DEAF
+            if contact.is_cancelled(self.options.step_s) and not is_deaf:
                 raise Cancelled("stopped between two steps")
-
-    def take_checks(self) -> tuple[FusedCheck, ...]:
-        checks, self.checks = self.checks, []
-        return tuple(checks)
+            step += not is_deaf
+            if self.facts.rank == 0:
+                contact.tell(step, job.steps, 0.1)
+        return finished
 
     def tally(self) -> RankTally:
+        checks, self.checks = self.checks, []
         return RankTally(
             loaded=len(self.plugged),
             skeletons_built=min(1, self.plugs),
             skeletons_reused=max(0, self.plugs - 1),
             plugs=self.plugs,
             memory_bytes=1000 * len(self.plugged),
-            fused_checks=self.take_checks(),
+            fused_checks=tuple(checks),
         )
+
+    def after_answer(self) -> None:
+        """Nothing is measured."""
+
+    def explain(self, error: Exception) -> tuple[XditdError, bool]:
+        if isinstance(error, XditdError):
+            return error, isinstance(error, Internal)
+        return Internal(f"fake rank: {type(error).__name__}: {error}"), True
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def read(exporter: ProcessIdentity, descriptor: int, offset: int, length: int) -> bytes:
@@ -280,7 +241,8 @@ def start_rank(options: argparse.Namespace, rank: int) -> int:
         return child
     die_with_parent(leader)
     options.rank = rank
-    Rank(options).serve()
+    channel = DaemonChannel(RuntimeDir(Path(options.runtime_dir)))
+    CommandLoop(channel, FakeExecutor(options), options.group_token).serve()
     sys.exit(0)
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from xditd.gpu_workers.process.rank import _is_loss_of_a_fellow, _is_want_of_host_memory, _out_of_memory
+from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure, is_want_of_host_memory, out_of_memory
 
 
 def test_want_of_host_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert _is_want_of_host_memory(caught.value)
-    assert "memory" in _out_of_memory(caught.value).detail
-    assert _is_want_of_host_memory(MemoryError())
-    assert not _is_want_of_host_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_want_of_host_memory(caught.value)
+    assert "memory" in out_of_memory(caught.value).detail
+    assert is_want_of_host_memory(MemoryError())
+    assert not is_want_of_host_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.slow
@@ -31,5 +31,5 @@ def test_a_fellow_that_dies_in_a_collective_is_recognised(tmp_path: Path) -> Non
 
 
 def test_other_errors_are_not_the_loss_of_a_fellow() -> None:
-    assert not _is_loss_of_a_fellow(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not _is_loss_of_a_fellow(ValueError("Connection closed by peer"))
+    assert not is_peer_rank_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_peer_rank_failure(ValueError("Connection closed by peer"))

@@ -1,0 +1,150 @@
+"""The loop in which a rank does what the daemon says, one command after the other, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from xditd.gpu_workers.process.channel import DaemonChannel
+from xditd.gpu_workers.process.executor import Executor
+from xditd.ipc import limits
+from xditd.ipc.errors import Cancelled, Internal, OtherRankFailed
+from xditd.ipc.name_lists import for_message, in_log_lines
+from xditd.ipc.worker_messages import (
+    AnyCommand,
+    CanaryRead,
+    CancelRun,
+    Done,
+    FilesDigested,
+    ForgetClient,
+    Keep,
+    Kept,
+    Plug,
+    Plugged,
+    Prepare,
+    Prepared,
+    RankFailed,
+    RankReady,
+    ReadCanary,
+    Run,
+    Shutdown,
+    StepReached,
+    Unmap,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class CommandLoop:
+    """Commands of the daemon to an executor, and what comes of them back as reports.
+
+    ``group_token`` proves that reports belong to this group.
+    """
+
+    def __init__(self, channel: DaemonChannel, executor: Executor, group_token: str) -> None:
+        self._channel = channel
+        self._executor = executor
+        self._token = group_token
+        self._rank = executor.facts.rank
+
+    def serve(self) -> None:
+        """Say that the rank is ready, then answer commands until ``Shutdown``.
+
+        A fault that may leave this rank out of step with the others is reported as fatal and ends the process; the
+        leader then ends the group, and the daemon builds a new one.
+        """
+        executor = self._executor
+        facts = executor.facts._asdict()
+        self._channel.send(RankReady(group_token=self._token, pid=os.getpid(), **facts))
+        while True:
+            self._tell_digests()
+            command = self._channel.receive(executor.idle_wait_s)
+            executor.while_idle()
+            if command is None:
+                continue
+            if isinstance(command, Shutdown):
+                break
+            if isinstance(command, CancelRun):
+                continue  # its job has ended already
+            try:
+                self._answer(command)
+                executor.after_answer()
+            except Exception as error:  # noqa: BLE001 - the outermost loop of a process; the executor says what it is
+                self._fail(command, error)
+        executor.close()
+        self._channel.close()
+
+    def _answer(self, command: AnyCommand) -> None:
+        executor, channel = self._executor, self._channel
+        common = self._common(command)
+        if isinstance(command, Prepare):
+            channel.send(Prepared(**common, **executor.prepare(command)._asdict()))
+        elif isinstance(command, Plug):
+            timings_ms = executor.plug(command.component_id)
+            channel.send(Plugged(**common, timings_ms=timings_ms, tally=executor.tally()))
+        elif isinstance(command, Keep):
+            copied, timings_ms = executor.keep(command.component_id)
+            channel.send(Kept(**common, copied=copied, timings_ms=timings_ms, tally=executor.tally()))
+        elif isinstance(command, Unmap):
+            executor.unmap(command.component_id)
+            channel.send(Done(**common, timings_ms={}, tally=executor.tally()))
+        elif isinstance(command, ForgetClient):
+            executor.forget(command.exporter)
+            channel.send(Done(**common, timings_ms={}, tally=executor.tally()))
+        elif isinstance(command, ReadCanary):
+            channel.send(CanaryRead(**common, digest=executor.read_canary(command)))
+        elif isinstance(command, Run):
+            finished = executor.run(command, _Contact(channel, common))
+            channel.send(Done(**common, **finished._asdict(), tally=executor.tally()))
+        else:
+            raise Internal(f"no rank handles {type(command).__name__}")
+
+    def _common(self, command: AnyCommand) -> dict[str, Any]:
+        return {"group_token": self._token, "rank": self._rank, "op_number": command.op_number}
+
+    def _tell_digests(self) -> None:
+        for component_id, digests in self._executor.take_digests().items():
+            self._channel.send(
+                FilesDigested(group_token=self._token, rank=self._rank, component_id=component_id, digests=digests)
+            )
+
+    def _fail(self, command: AnyCommand, raised: Exception) -> None:
+        error, is_fatal = self._executor.explain(raised)
+        name = type(command).__name__
+        if error is not raised and isinstance(error, Internal):
+            logger.error("command failed op=%s op_number=%d", name, command.op_number, exc_info=raised)
+        if is_fatal:
+            logger.error("rank ends op=%s error=%s", name, error.detail)
+        elif not isinstance(error, (Cancelled, OtherRankFailed)):
+            logger.info("refused op=%s code=%s detail=%s", name, error.code, error.detail[:500])
+            if self._rank == 0:  # the others refuse the same
+                for line in in_log_lines(error.names):
+                    logger.info("refused, all of the names: %s", line)
+        self._channel.send(
+            RankFailed(
+                **self._common(command),
+                code=error.code,
+                detail=error.detail[: limits.MAX_TEXT_CHARS],  # a longer one would be refused, and nobody answered
+                is_fatal=is_fatal,
+                names=for_message(error.names),
+            )
+        )
+        if is_fatal:
+            self._channel.close()
+            sys.exit(1)
+
+
+class _Contact:
+    """A running job's line to the daemon: see ``executor.JobContact``."""
+
+    def __init__(self, channel: DaemonChannel, common: dict[str, Any]) -> None:
+        self._channel = channel
+        self._common = common
+
+    def is_cancelled(self, wait_s: float = 0.0) -> bool:
+        return self._channel.is_cancelled(self._common["op_number"], wait_s)
+
+    def tell(self, step: int, total_steps: int, elapsed_s: float) -> None:
+        self._channel.send(StepReached(**self._common, step=step, total_steps=total_steps, elapsed_s=elapsed_s))

@@ -1,0 +1,133 @@
+"""The executor of a real rank: components, I/O blocks and jobs on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.job_io import JobIo
+from xditd.gpu_workers.jobs.progress import Progress
+from xditd.gpu_workers.jobs.runner import JobRunner
+from xditd.gpu_workers.models.components import Components
+from xditd.gpu_workers.parallel.fellows import gather_uuids
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts, TimingsMs
+from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure, is_want_of_host_memory, out_of_memory
+from xditd.ipc.errors import Internal, WorkersLost, XditdError
+from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.status import LayoutReport
+from xditd.ipc.tensors import CopiedBytes, FileDigest
+from xditd.ipc.transports.cuda_ipc import device_uuid
+from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
+
+MEASURE_EVERY_S: Final = 1.0
+
+SWEEP_EVERY_S: Final = 0.5
+"""How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
+
+
+class TorchExecutor:
+    """A started rank and everything it holds. See :class:`~xditd.gpu_workers.process.executor.Executor`."""
+
+    def __init__(self, layout: ParallelLayout, layout_report: LayoutReport, outside: OutsideConnections) -> None:
+        is_cuda = layout.device.type == "cuda"
+        uuid = device_uuid(layout.device.index) if is_cuda else ""
+        self.facts = RankFacts(
+            rank=layout.rank,
+            world_size=layout.world_size,
+            device_kind=layout.device.type,
+            device=torch.cuda.get_device_name(layout.device) if is_cuda else "cpu",
+            device_uuid=uuid,
+            parallel=layout.degrees.named(),
+            layout=layout_report,
+            attention_backend=layout.fused_attention or layout.attention_backend,
+            precision=layout.precision,
+        )
+        self._layout = layout
+        self._outside = outside
+        self._components = Components(layout, uuid, gather_uuids(uuid, layout.world_size))
+        self._io = JobIo(layout.device)
+        self._jobs = JobRunner(self._components, layout.rank, layout.device)
+        self._memory_bytes = 0
+        self._measured_at = -MEASURE_EVERY_S
+        self.after_answer()
+
+    @property
+    def idle_wait_s(self) -> float | None:
+        return SWEEP_EVERY_S if len(self._io) or self._components.files.has_unreported else None
+
+    def while_idle(self) -> None:
+        self._io.sweep()
+
+    def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
+        return self._components.files.take_digests()
+
+    def prepare(self, command: Prepare) -> PreparedFacts:
+        component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
+        plan = component.plan
+        return PreparedFacts(plan.family.name, component.copied, plan.is_reused, component.timings_ms)
+
+    def plug(self, component_id: str) -> TimingsMs:
+        return self._components.plug(component_id).timings_ms
+
+    def keep(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
+        return self._components.keep(component_id)
+
+    def unmap(self, component_id: str) -> None:
+        self._components.unmap(component_id)
+
+    def forget(self, client: ProcessIdentity) -> None:
+        self._io.forget(client)
+        self._jobs.forget(client)
+
+    def read_canary(self, command: ReadCanary) -> bytes:
+        return self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
+
+    def run(self, command: Run, contact: JobContact) -> Finished:
+        progress = Progress(self.facts.rank == 0, self._layout.device, contact.is_cancelled, contact.tell)
+        job, exporter = command.job, command.exporter
+        return self._jobs.run(job, lambda: self._io.open(job.io, exporter), progress, exporter)
+
+    def tally(self) -> RankTally:
+        skeletons = self._components.skeletons
+        return RankTally(
+            loaded=len(self._components),
+            skeletons_built=skeletons.built,
+            skeletons_reused=skeletons.reused,
+            plugs=self._components.plugs,
+            outside_connections=len(self._outside.attempts),
+            memory_bytes=self._memory_bytes,
+            fused_checks=skeletons.take_checks(),
+        )
+
+    def after_answer(self) -> None:
+        """Look at the GPU's memory in use, for the next tally."""
+        now = time.monotonic()
+        if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
+            free, total = torch.cuda.mem_get_info(self._layout.device)
+            self._memory_bytes, self._measured_at = total - free, now
+
+    def explain(self, error: Exception) -> tuple[XditdError, bool]:
+        if isinstance(error, XditdError):
+            # Requests are refused on all ranks alike before the first collective, cancels are agreed, and what
+            # differs between ranks passes fellows.together. Only a defect of ours can leave the ranks apart.
+            return error, isinstance(error, Internal)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return out_of_memory(error), self._layout.world_size > 1
+        if is_want_of_host_memory(error):
+            return out_of_memory(error), self._layout.world_size > 1
+        if is_peer_rank_failure(error):
+            # A killed process closes its connections before its GPU is tidied up and the leader hears of its end, so
+            # that those who wait for it in a collective are often the first to know.
+            return WorkersLost(f"another rank is gone: {error}".split("\n")[0]), True
+        return Internal(f"rank {self.facts.rank}: {type(error).__name__}: {error}"), True
+
+    def close(self) -> None:
+        self._components.close()
+        self._io.close()

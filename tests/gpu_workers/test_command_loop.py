@@ -1,0 +1,199 @@
+"""The command loop over a real socket, with an executor that only notes what it was asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.process.channel import DaemonChannel
+from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
+from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.codec import encode, report_decoder
+from xditd.ipc.errors import BadRequest, Internal, XditdError
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.status import LayoutReport
+from xditd.ipc.tensors import CopiedBytes, FileDigest
+from xditd.ipc.worker_messages import (
+    AnyReport,
+    CancelRun,
+    Command,
+    Done,
+    FilesDigested,
+    ForgetClient,
+    Keep,
+    Kept,
+    Plug,
+    Plugged,
+    RankFailed,
+    RankReady,
+    RankTally,
+    Shutdown,
+    Unmap,
+)
+
+TOKEN = "token-of-a-group"
+CLIENT = ProcessIdentity(pid=1, start_ticks=2)
+
+
+class Noting:
+    """Notes its calls; ``failure`` is raised by the next one."""
+
+    idle_wait_s = 0.05
+
+    def __init__(self) -> None:
+        layout = LayoutReport(asked="auto", reason="one worker", candidates=())
+        self.facts = RankFacts(1, 2, "cpu", "cpu", "", {"ulysses": 2}, layout, "SDPA", "bf16")
+        self.calls: list[Any] = []
+        self.failure: Exception | None = None
+        self.digests: dict[str, tuple[FileDigest, ...]] = {}
+
+    def _note(self, *call: Any) -> None:
+        self.calls.append(call)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def while_idle(self) -> None:
+        """Nothing is due."""
+
+    def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
+        digests, self.digests = self.digests, {}
+        return digests
+
+    def prepare(self, command: Any) -> PreparedFacts:
+        raise AssertionError("not asked for here")
+
+    def plug(self, component_id: str) -> dict[str, float]:
+        self._note("plug", component_id)
+        return {"plug": 1.0}
+
+    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+        self._note("keep", component_id)
+        return CopiedBytes(host_to_host=7), {"copy": 2.0}
+
+    def unmap(self, component_id: str) -> None:
+        self._note("unmap", component_id)
+
+    def forget(self, client: ProcessIdentity) -> None:
+        self._note("forget", client)
+
+    def read_canary(self, command: Any) -> bytes:
+        raise AssertionError("not asked for here")
+
+    def run(self, command: Any, contact: JobContact) -> Finished:
+        raise AssertionError("not asked for here")
+
+    def tally(self) -> RankTally:
+        return RankTally(loaded=3, skeletons_built=1, skeletons_reused=2, plugs=4)
+
+    def after_answer(self) -> None:
+        self.calls.append("after_answer")
+
+    def explain(self, error: Exception) -> tuple[XditdError, bool]:
+        return (error, False) if isinstance(error, XditdError) else (Internal(f"explained: {error}"), True)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture
+def executor() -> Noting:
+    return Noting()
+
+
+@pytest.fixture
+def loop(executor: Noting, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """Start the loop in a thread, and be its daemon: ``send`` a command, ``receive`` a report, or ``ask`` for one."""
+    runtime = RuntimeDir(tmp_path)
+    context = zmq.Context()
+    daemon = context.socket(zmq.ROUTER)
+    daemon.setsockopt(zmq.LINGER, 0)
+    daemon.bind(endpoint(runtime.worker_socket))
+    ended: list[object] = []
+
+    def serve() -> None:
+        try:
+            CommandLoop(DaemonChannel(runtime), executor, TOKEN).serve()
+        except SystemExit as end:
+            ended.append(end.code)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert daemon.poll(10_000), "the rank is not ready"
+    routing_id, payload = daemon.recv_multipart()
+    ready = report_decoder.decode(payload)
+    assert isinstance(ready, RankReady)
+    assert (ready.group_token, ready.rank, ready.world_size, ready.parallel) == (TOKEN, 1, 2, {"ulysses": 2})
+
+    def send(command: Command) -> None:
+        daemon.send_multipart([routing_id, encode(command)])
+
+    def receive() -> AnyReport:
+        assert daemon.poll(10_000), "no report"
+        return report_decoder.decode(daemon.recv_multipart()[1])
+
+    def ask(command: Command) -> AnyReport:
+        send(command)
+        return receive()
+
+    yield SimpleNamespace(send=send, receive=receive, ask=ask, thread=thread, ended=ended)
+    send(Shutdown(op_number=99))
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    daemon.close()
+    context.term()
+
+
+def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor: Noting) -> None:
+    plugged = loop.ask(Plug(op_number=1, component_id="c1"))
+    assert isinstance(plugged, Plugged)
+    assert (plugged.op_number, plugged.timings_ms, plugged.tally) == (1, {"plug": 1.0}, executor.tally())
+    kept = loop.ask(Keep(op_number=2, component_id="c1"))
+    assert isinstance(kept, Kept)
+    assert kept.copied == CopiedBytes(host_to_host=7)
+    assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
+    assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)
+    asked = [call for call in executor.calls if call != "after_answer"]
+    assert asked == [("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
+
+
+def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: Noting) -> None:
+    executor.failure = BadRequest("no such component", names=("a", "b"))
+    failed = loop.ask(Plug(op_number=1, component_id="c1"))
+    assert isinstance(failed, RankFailed)
+    assert (failed.op_number, failed.code, failed.detail) == (1, "bad_request", "no such component")
+    assert (failed.is_fatal, failed.names) == (False, ("a", "b"))
+    assert isinstance(loop.ask(Plug(op_number=2, component_id="c1")), Plugged)
+
+
+def test_what_may_leave_the_rank_out_of_step_ends_it(loop: SimpleNamespace, executor: Noting) -> None:
+    executor.failure = ZeroDivisionError("by zero")
+    failed = loop.ask(Plug(op_number=1, component_id="c1"))
+    assert isinstance(failed, RankFailed)
+    assert (failed.code, failed.detail, failed.is_fatal) == ("internal", "explained: by zero", True)
+    loop.thread.join(timeout=10)
+    assert loop.ended == [1]
+
+
+def test_a_cancel_that_comes_late_is_no_command(loop: SimpleNamespace, executor: Noting) -> None:
+    loop.send(CancelRun(op_number=1, target_op_number=1))
+    done = loop.ask(Unmap(op_number=2, component_id="c1"))
+    assert isinstance(done, Done)
+    assert done.op_number == 2
+    assert [call for call in executor.calls if call != "after_answer"] == [("unmap", "c1")]
+
+
+def test_digests_are_told_while_the_rank_is_idle(loop: SimpleNamespace, executor: Noting) -> None:
+    digest = FileDigest(block=0, ctime_ns=5, digest=bytes(16))
+    executor.digests = {"c1": (digest,)}
+    told = loop.receive()
+    assert isinstance(told, FilesDigested)
+    assert (told.component_id, told.digests) == ("c1", (digest,))
