@@ -6,9 +6,11 @@ import contextlib
 import select
 from typing import Final, TextIO
 
-_PIECE_CHARS: Final = 400
-"""At most 4,000 bytes, also where the encoding lacks every letter and each is escaped (``\\U0001f600``): a pipe that is
-writable at all takes 4,096 without waiting (pipe(7), PIPE_BUF)."""
+_PIECE_BYTES: Final = 4_000
+"""A pipe that is writable at all takes 4,096 without waiting (pipe(7), PIPE_BUF)."""
+
+_ESCAPED_BYTES: Final = 10
+"""Of one letter that the stream's encoding lacks (``\\U0001f600``); ASCII is in every encoding."""
 
 
 class LogStream:
@@ -32,10 +34,11 @@ class LogStream:
             text = f"({self._lost} lines were not written: nobody read them; xditd logs has the last ones)\n{text}"
         # A closed pipe at the other end, or a full disk, is no reason to end: the lines stay readable from memory.
         with contextlib.suppress(OSError):
-            for start in range(0, len(text), _PIECE_CHARS):
+            chars = _PIECE_BYTES if text.isascii() else _PIECE_BYTES // _ESCAPED_BYTES
+            for start in range(0, len(text), chars):
                 if self._poll is not None and not self._poll.poll(0):
                     self._lost += 1
                     return
-                self._stream.write(text[start : start + _PIECE_CHARS])
+                self._stream.write(text[start : start + chars])
                 self._stream.flush()
             self._lost = 0
