@@ -6,7 +6,7 @@
     python benchmarks/step_time.py --ranks 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
-kernels of ``gpu_workers/fused``, ``fp8`` the same with products in eight bits, which is not lossless. Weights are
+blocks of ``families/flux1/fused.py``, ``fp8`` the same with products in eight bits, which is not lossless. Weights are
 random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against ``plain``, and
 with ``--profile`` where the time of a step goes; ``--json FILE`` writes all.
 """
