@@ -88,10 +88,10 @@ class UnknownComponent(RequestError):
     code = "unknown_component"
 
 
-class UnknownConditioning(RequestError):
-    """The workers do not hold a conditioning of this id: never sent, pushed out, or lost with them. Send it again."""
+class UnknownKept(RequestError):
+    """The workers keep no tensor of this id for this client: never sent, pushed out, or lost with them. Send it again."""
 
-    code = "unknown_conditioning"
+    code = "unknown_kept"
 
 
 class StaleSource(RequestError):

@@ -37,9 +37,6 @@ MAX_BYTES: Final = 2**46
 MAX_SIDE_PIXELS: Final = 8_192
 """Height and width of an image: what the workers take. A refusal names it, in the client and in the workers."""
 
-SIDE_MULTIPLE_PIXELS: Final = 16
-"""Height and width of what a transformer makes: eight pixels a latent, two latents a token."""
-
 MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
 MAX_GUIDANCE: Final = 1_000.0
@@ -47,10 +44,23 @@ MAX_GUIDANCE: Final = 1_000.0
 MAX_TEXT_TOKENS: Final = 4_096
 """Tokens of one text: T5's attention keeps a number for every pair of them in every head."""
 
-MAX_KEPT_CONDITIONINGS: Final = 64
-"""Conditionings of one client that a worker keeps for later requests, least recently used first out."""
+MAX_PARTS: Final = 64
+"""Forwards in one call."""
 
-MAX_KEPT_CONDITIONING_BYTES: Final = 256 * 2**20
+MAX_ARGUMENTS: Final = 1_024
+MAX_ARGUMENT_DEPTH: Final = 8
+"""Of one forward: nodes of its argument tree, and levels."""
+
+MAX_ARGUMENT_VALUES: Final = 4_096
+"""Elements of a tensor that a message itself carries."""
+
+MAX_FORESEEN: Final = 64
+"""Arguments of which a call says the values to come."""
+
+MAX_KEPT_TENSORS: Final = 256
+"""Tensors of one client that a worker keeps for later requests, least recently used first out."""
+
+MAX_KEPT_BYTES: Final = 256 * 2**20
 """Their bytes, altogether. One prompt of 512 T5 tokens takes 4 MiB in bfloat16."""
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20

@@ -7,9 +7,12 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.arguments import Argument
+from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Reply, Seconds, Text, TimingsMs
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Name, Tier
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Name, Tier
 
 
 class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
@@ -50,7 +53,7 @@ class Lent(Reply, tag="lent", frozen=True, kw_only=True):
     """
 
     component_id: ComponentId
-    family: Name
+    facts: ComponentFacts
     tiers: tuple[Tier, ...]
     lent_bytes: Bytes
     copied: CopiedBytes
@@ -84,9 +87,16 @@ class Generated(Reply, tag="generated", frozen=True, kw_only=True):
     reused_steps: Count = 0
 
 
-class Denoised(Reply, tag="denoised", frozen=True, kw_only=True):
-    """Answers ``Denoise``."""
+class Called(Reply, tag="called", frozen=True, kw_only=True):
+    """Answers ``Call``: a tree of tensors for each part, in the job's I/O block.
 
+    They lie in ``block`` instead where that is given: a block of the process ``provider``, which leaves it as it is
+    until this client's next call.
+    """
+
+    results: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
+    block: HostShmBlock | None = None
+    provider: ProcessIdentity | None = None
     timings_ms: TimingsMs
 
 
@@ -169,7 +179,7 @@ AnyReply = (
     | Adopted
     | Revoked
     | Generated
-    | Denoised
+    | Called
     | Decoded
     | Encoded
     | TextEncoded

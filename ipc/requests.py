@@ -7,19 +7,16 @@ from typing import Annotated, Literal
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.arguments import Arguments, Finite, Whole
 from xditd.ipc.protocol import ComponentId, Request, RequestId
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock, IoTensor, Manifest, Name
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=limits.MAX_GUIDANCE)]
-
-Variant = Literal["class", "float32_time"]
-"""Whose rounding a transformer in half precision follows; in float32 both give the same bits.
-
-``class``: diffusers' model class and pipeline, which round the timestep to the weights' dtype, and the latents between
-two steps. ``float32_time``: ComfyUI, where the timestep stays float32 until it is embedded, and latents between steps.
-"""
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Role = Literal["transformer", "vae"]
+"""What a component is to a generation."""
 
 
 class Hello(Request, tag="hello", frozen=True, kw_only=True):
@@ -81,76 +78,79 @@ class Revoke(Request, tag="revoke", frozen=True, kw_only=True):
     component_id: ComponentId
 
 
-class Generate(Request, tag="generate", frozen=True, kw_only=True):
-    """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
+class Part(Described, frozen=True, kw_only=True):
+    """One forward: its arguments, named as in the signature of the component's class."""
 
-    All tensors lie in ``io``. Shapes: ``prompt_embeds`` (batch, text tokens, context),
-    ``pooled_prompt_embeds`` (batch, pooled), ``noise`` and ``out_latents`` (batch, 16, height/8,
-    width/8), ``out_image`` (batch, 3, height, width) in [-1, 1], decoded by ``vae_id``.
-    ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as
-    in diffusers. Without it, the family's own schedule runs. With ``out_denoised``, shaped as ``out_latents``, the
-    clean latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
-    With a ``step_cache_threshold`` above 0, a step whose first block changes the image by less than that, relative to
-    what it did at the last step that was computed, takes over what all other blocks did there: not lossless.
-    ``variant`` says what is rounded: see :data:`Variant`.
+    arguments: Arguments
+
+
+class Call(Request, tag="call", frozen=True, kw_only=True):
+    """Run a transformer's ``forward`` once for each part. Answered by ``Called``.
+
+    Nothing is merged, padded or cast: a part gives what the class gives in the client's own process. Parts are
+    independent, and may run on different ranks. ``foreseen`` are values of an argument in calls to come, in its units:
+    they change no bit. ``variant`` is ``class``, or another one that the component's facts name.
+    ``out`` is where in ``io`` results may be written; longer ones come in a block of the workers'.
     """
 
-    transformer_id: ComponentId
-    vae_id: ComponentId | None = None
+    component_id: ComponentId
     io: HostShmBlock
-    prompt_embeds: IoTensor
-    pooled_prompt_embeds: IoTensor
-    noise: IoTensor | None = None
-    seed: Count | None = None
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_PARTS)]
+    foreseen: Annotated[
+        dict[Name, Annotated[tuple[Finite, ...], msgspec.Meta(max_length=limits.MAX_STEPS)]],
+        msgspec.Meta(max_length=limits.MAX_FORESEEN),
+    ] = {}
+    variant: Name = "class"
+    out_offset_bytes: Bytes
+    out_size_bytes: Bytes
+
+
+class Sampling(Described, frozen=True, kw_only=True):
+    """How a generation runs, in words that all families share.
+
+    ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as in diffusers.
+    Without it, the family's own schedule runs. ``guidance_scale`` is the family's own where it is ``None``.
+    ``options`` are those of the family, by the names of its facts; others are refused.
+    With a ``step_cache_threshold`` above 0, a step whose first block changes the image by less than that, relative to
+    what it did at the last step that was computed, takes over what all other blocks did there: not lossless.
+    """
+
     height: Side
     width: Side
     steps: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STEPS)]
     sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] | None = None
-    guidance_scale: Guidance = 3.5
+    guidance_scale: Guidance | None = None
+    seed: Seed | None = None
+    step_cache_threshold: Unit = 0.0
+    variant: Name = "class"
+    options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = {}
+
+
+class Generate(Request, tag="generate", frozen=True, kw_only=True):
+    """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
+
+    ``components`` are named by role: a ``transformer``, and a ``vae`` where ``out_image`` is asked for.
+    ``conditioning`` is by name, as the transformer's facts list it. All tensors lie in ``io`` or are kept. Shapes:
+    ``noise`` and ``out_latents`` as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1].
+    Either ``noise`` or the sampling's ``seed`` is given. With ``out_denoised``, shaped as ``out_latents``, the clean
+    latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
+    """
+
+    components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
+    io: HostShmBlock
+    conditioning: Arguments
+    sampling: Sampling
+    noise: IoTensor | None = None
     out_latents: IoTensor
     out_image: IoTensor | None = None
     out_denoised: IoTensor | None = None
-    step_cache_threshold: Unit = 0.0
-    variant: Variant = "class"
-
-
-class Part(Described, frozen=True, kw_only=True):
-    """The text conditioning of ``rows`` images of a batch.
-
-    ``prompt_embeds`` is (1 or rows, text tokens, context), ``pooled_prompt_embeds`` (1 or rows, pooled); one row
-    serves all. With a ``conditioning_id`` the workers keep both for the client, and a later part may leave them out.
-    ``guidance`` is for guidance-distilled checkpoints.
-    """
-
-    rows: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)]
-    conditioning_id: Name | None = None
-    prompt_embeds: IoTensor | None = None
-    pooled_prompt_embeds: IoTensor | None = None
-    guidance: Guidance | None = None
-
-
-class Denoise(Request, tag="denoise", frozen=True, kw_only=True):
-    """Run the transformer once for every image of a batch. Answered by ``Denoised``.
-
-    ``latents`` and ``out`` are (batch, 16, height/8, width/8); ``timestep`` holds one sigma in
-    [0, 1] for each image. ``parts`` share the batch out in order. Neighbours with as many text tokens run together
-    in one forward; others one after the other, since padding would change the result. ``sigmas`` are those of forwards
-    to come, if the client knows them; they change no bit of the result. ``variant`` says what is rounded: see
-    :data:`Variant`.
-    """
-
-    transformer_id: ComponentId
-    io: HostShmBlock
-    latents: IoTensor
-    timestep: Annotated[tuple[Unit, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
-    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
-    sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] = ()
-    variant: Variant = "class"
-    out: IoTensor
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):
-    """Decode ``latents`` (batch, 16, h, w) to ``out`` (batch, 3, 8h, 8w), uncut at [-1, 1]. Answered by ``Decoded``."""
+    """Decode ``latents`` (batch, channels, h, w) to ``out``, uncut at [-1, 1]. Answered by ``Decoded``.
+
+    Shapes are those of the component's facts.
+    """
 
     vae_id: ComponentId
     io: HostShmBlock
@@ -159,9 +159,9 @@ class Decode(Request, tag="decode", frozen=True, kw_only=True):
 
 
 class Encode(Request, tag="encode", frozen=True, kw_only=True):
-    """Encode ``image`` (batch, 3, 8h, 8w) or (batch, 8h, 8w, 3) in [-1, 1] to ``out`` (batch, 16, h, w).
+    """Encode ``image``, channels first or last, in [-1, 1] to latents ``out``. Answered by ``Encoded``.
 
-    The latents are the posterior's mode. Answered by ``Encoded``.
+    The latents are the posterior's mode; shapes are those of the component's facts.
     """
 
     vae_id: ComponentId
@@ -207,7 +207,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-Job = Generate | Denoise | Decode | Encode | EncodeText
+Job = Call | Generate | Decode | Encode | EncodeText
 """Requests that run on the workers and are queued."""
 
 AnyRequest = (
@@ -219,8 +219,8 @@ AnyRequest = (
     | ReturnLoan
     | Adopt
     | Revoke
+    | Call
     | Generate
-    | Denoise
     | Decode
     | Encode
     | EncodeText

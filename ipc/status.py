@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.protocol import ComponentId, RelativeError, RequestId, Seconds, Text, TimingsMs
 from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
 
@@ -58,7 +59,8 @@ class ComponentStatus(Described, frozen=True, kw_only=True):
     component_id: ComponentId
     label: Name
     kind: ComponentKind
-    family: Text
+    facts: ComponentFacts | None
+    """``None`` until the workers know it."""
     state: LeaseState
     tiers: tuple[Tier, ...]
     lent_bytes: Bytes

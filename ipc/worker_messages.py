@@ -11,11 +11,13 @@ from typing import Annotated, Final
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.arguments import Argument
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import Job
 from xditd.ipc.status import FusedCheck, LayoutReport
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Digest, FileDigest, HostShmBlock, Manifest, Name
+from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, FileDigest, HostShmBlock, Manifest, Name
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
 
@@ -139,7 +141,7 @@ class Answer(Report, frozen=True, kw_only=True):
 
 
 class Prepared(Answer, tag="prepared", frozen=True, kw_only=True):
-    family: Name
+    facts: ComponentFacts
     copied: CopiedBytes
     is_skeleton_reused: bool
     timings_ms: TimingsMs
@@ -160,12 +162,22 @@ class CanaryRead(Answer, tag="canary_read", frozen=True, kw_only=True):
     digest: Digest
 
 
+class CallResults(Described, frozen=True, kw_only=True):
+    """What ``Called`` says of results; ``block`` is of the rank's own process."""
+
+    trees: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
+    block: HostShmBlock | None = None
+    provider: ProcessIdentity | None = None
+
+
 class Done(Answer, tag="done", frozen=True, kw_only=True):
     """``reused_steps`` is that of ``Generated``; 0 for other commands."""
 
     timings_ms: TimingsMs
     tally: RankTally
     reused_steps: Count = 0
+    results: CallResults | None = None
+    """Of ``Call``, from rank 0."""
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
@@ -72,12 +72,57 @@ class Slice:
     shape: Shape | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The arguments of one forward: tensors are on the model's device, in the dtypes and shapes that were given.
+
+    ``known`` are the values of those arguments that the host knows, in row-major order: what came as values.
+    """
+
+    arguments: Mapping[str, Any]
+    known: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallOptions:
+    """How forwards run, besides their arguments.
+
+    ``foreseen`` are values of arguments in forwards to come, as they will be given; they change no bit of a result.
+    """
+
+    variant: str = "class"
+    foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    step_cache: StepCache | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a generation shall make, as its client asked for it. ``batch`` is that of the conditioning.
+
+    ``sigmas`` are used as they are, without the final 0; without them the family's own schedule runs.
+    ``options`` are by the names of the facts.
+    """
+
+    batch: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    sigmas: tuple[float, ...] | None = None
+    variant: str = "class"
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
 class Family(Protocol[ConfigT]):
-    """One model family: adding one touches one module, the registry and one test."""
+    """What every family says of its checkpoints. ``kind`` decides which of the protocols below it follows as well."""
 
     @property
     def name(self) -> str:
         """As it appears in logs, status and errors."""
+
+    @property
+    def title(self) -> str:
+        """For people who ask what can be lent: ``FLUX.1 dev or schnell``."""
 
     @property
     def kind(self) -> Kind:
@@ -108,11 +153,11 @@ class Family(Protocol[ConfigT]):
     def entries(self, config: ConfigT) -> Iterator[Entry]:
         """List every tensor that a checkpoint of this configuration holds."""
 
-    def check_layout(self, config: ConfigT, layout: ParallelLayout) -> None:
-        """Raise ``Unsupported`` if this configuration cannot be split as ``layout`` says."""
-
     def build(self, config: ConfigT) -> torch.nn.Module:
         """Build the module. The caller makes it a meta module and sets the dtype."""
+
+    def heads(self, config: ConfigT) -> int:
+        """Count the attention heads that its sequence is split by; 0 where one rank runs it whole."""
 
     def fuse(
         self,
@@ -129,6 +174,155 @@ class Family(Protocol[ConfigT]):
         Raises:
             Unsupported: the layout's precision cannot be had from weights of these dtypes.
         """
+
+
+class TransformerFamily(Family[ConfigT], Protocol[ConfigT]):
+    """What a family of transformers says besides: how ``Call`` and ``Generate`` run one."""
+
+    def facts(self, config: ConfigT, layout: ParallelLayout) -> TransformerFacts:
+        """Say what clients need to know."""
+
+    def check(self, model: Model[ConfigT], inputs: Inputs, variant: str) -> None:
+        """Check the arguments of one forward, on every rank alike, before any of it runs.
+
+        Their names are those of the facts, and what is needed is there. Floating tensors are finite, or are being
+        found so. Whatever does not fit the configuration or the ranks is refused by name.
+
+        Raises:
+            BadRequest: a shape, a dtype, a value that the host knows.
+            Unsupported: too few tokens for the ranks.
+        """
+
+    def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
+        """Return the shape of each row of a forward's result. Halves of a group share rows out between them."""
+
+    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
+        """Return the forward of some of the rows alone, as views."""
+
+    def run(self, model: Model[ConfigT], inputs: Inputs, options: CallOptions) -> list[torch.Tensor]:
+        """Run one forward, and return its rows: whole on every rank that shares them, in the dtype of the weights.
+
+        The ranks of a sequence run it together. Tensors are on the model's device and as they were given.
+        """
+
+    def tree(self, rows: list[torch.Tensor]) -> Any:
+        """Return the result of a forward as its class has it: what ``forward(..., return_dict=False)`` returns."""
+
+    @property
+    def recipe(self) -> Recipe[ConfigT]:
+        """How ``Generate`` runs it."""
+
+
+class Recipe(Protocol[ConfigT]):
+    """How a family makes latents of noise. The loop over the steps is the engine's (``jobs/generate.py``)."""
+
+    def check(self, config: ConfigT, wanted: Wanted) -> None:
+        """Check what needs no tensor.
+
+        Raises:
+            BadRequest: a size, an option, a number; by name, with what would do.
+        """
+
+    def start(self, model: Model[ConfigT], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor) -> Run:
+        """Check conditioning and noise, and make ready to step.
+
+        ``conditioning`` is by the names of the facts, on the model's device, in the dtypes that were given. ``noise``
+        is (batch, channels, height / pixels, width / pixels), float32 or the weights' dtype.
+
+        Raises:
+            BadRequest, Unsupported: as ``TransformerFamily.check``; on every rank alike.
+        """
+
+    def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
+        """Return the dtype in which noise is drawn for weights of ``dtype``, as the family's own pipeline does."""
+
+
+class Run(Protocol):
+    """One generation under way: everything in its steps that hangs on the family."""
+
+    @property
+    def scheduler(self) -> Any:
+        """A scheduler of diffusers whose timesteps are set."""
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """What the first step starts from, in the shape and dtype in which steps are made."""
+
+    @property
+    def foreseen(self) -> Mapping[str, tuple[float, ...]]:
+        """Values of arguments in all steps, where the host knows them; as in ``Call``."""
+
+    def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
+        """Return the forwards of one step: one, or several that are independent."""
+
+    def predicted(self, rows: list[list[torch.Tensor]], latents: torch.Tensor, step: int) -> torch.Tensor:
+        """Combine the rows of each part to what the scheduler steps by, shaped as ``latents``, in their dtype."""
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents between two steps as (batch, channels, height, width)."""
+
+
+class VaeFamily(Family[ConfigT], Protocol[ConfigT]):
+    """What a family of VAEs says besides."""
+
+    def facts(self, config: ConfigT) -> VaeFacts:
+        """Say what clients need to know."""
+
+    def shares(self, model: Model[ConfigT], latents: torch.Tensor) -> bool:
+        """Say whether all ranks decode these latents together; else one does it sooner alone."""
+
+    def decode(self, model: Model[ConfigT], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
+        """Decode (batch, channels, h, w) to images (batch, 3, height, width), not cut off at [-1, 1].
+
+        Raises:
+            BadRequest: shape, or values that are not finite.
+        """
+
+    def encode(self, model: Model[ConfigT], image: torch.Tensor) -> torch.Tensor:
+        """Encode images (batch, 3, height, width) in [-1, 1] to the posterior's mode.
+
+        Raises:
+            BadRequest: shape, values that are not finite, or a checkpoint without an encoder.
+        """
+
+
+class TextEncoderFamily(Family[ConfigT], Protocol[ConfigT]):
+    """What a family of text encoders says besides."""
+
+    def facts(self, config: ConfigT) -> TextEncoderFacts:
+        """Say what clients need to know."""
+
+    def vocabulary(self, config: ConfigT) -> int:
+        """How many tokens it knows."""
+
+    def encode(
+        self, model: Model[ConfigT], token_ids: torch.Tensor, *, pooled: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode token ids (batch, tokens), checked, to hidden states (batch, tokens, width), and pooled ones."""
+
+
+class Model(Protocol[ConfigT_co]):
+    """A plugged model, as a family sees it: the skeleton that the engine holds."""
+
+    @property
+    def config(self) -> ConfigT_co:
+        """What ``Family.configure`` returned."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """What ``Family.build`` returned, with parameters."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """How the ranks share its work."""
 
 
 class FastPath(Protocol):
@@ -151,163 +345,3 @@ class FastPath(Protocol):
         """Hold no reference to lent memory, and nothing that was reserved."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names.
-
-    ``dtype`` is that of most weights, by elements; ``exceptions`` are the parameters of another one. ``sources`` are
-    the given names by canonical name, and ``skipped`` the given names of tensors that tell nothing.
-    """
-
-    family: Family[Any]
-    config: Hashable
-    dtype: torch.dtype
-    exceptions: Mapping[str, torch.dtype]
-    key_map: Mapping[str, Slice]
-    sources: Mapping[str, str]
-    skipped: tuple[str, ...]
-
-
-def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the dtype of most elements: what a model of mixed dtypes computes in between its exceptions.
-
-    Raises:
-        UnsupportedDtype: some tensor has a dtype that cannot be run.
-    """
-    refused = [f"{name} is {info.dtype}" for name, info in sorted(tensors.items()) if info.dtype not in TORCH_DTYPES]
-    if refused:
-        raise UnsupportedDtype(
-            f"{family.name}: weights cannot be run in these dtypes: lend them as {', '.join(TORCH_DTYPES)}; "
-            f"{len(refused)} of {len(tensors)} tensors: {listed(refused)}",
-            names=refused,
-        )
-    elements: Counter[str] = Counter()
-    for info in tensors.values():
-        elements[info.dtype] += math.prod(info.shape)
-    return TORCH_DTYPES[elements.most_common(1)[0][0]]
-
-
-def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolution:
-    """Fit a checkpoint to a family: configuration, key map, and the check of every name and shape.
-
-    All tensors but those that tell nothing have the same prefix.
-
-    Raises:
-        BadCheckpoint: missing, unexpected and wrongly shaped tensors.
-        Unsupported: a variant of the family that is not implemented.
-        UnsupportedDtype: see :func:`main_dtype`.
-    """
-    given, skipped, unexpected = _sort(family, tensors)
-    for copy, original in family.tied.items():
-        if copy in given:
-            name = given.pop(copy)
-            if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
-                skipped += [name] if name != given[original] else []
-            else:
-                unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
-    config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
-    prefix = _common_prefix(given)
-
-    key_map: dict[str, Slice] = {}
-    sources: dict[str, str] = {}
-    missing: list[str] = []
-    misshapen: list[str] = []
-    for entry in family.entries(config):
-        found = given.pop(entry.source, None)
-        if found is None:
-            missing.append(prefix + entry.source)
-            continue
-        shape = tensors[found].shape
-        if not _are_alike(shape, entry.shape):
-            misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
-            continue
-        key_map.update(_slices(entry, found, shape))
-        sources[entry.source] = found
-    unexpected += given.values()
-    if missing or unexpected or misshapen:
-        raise _mismatch(family, config, missing, unexpected, misshapen)
-    main = main_dtype(family, {name: tensors[name] for name in sources.values()})
-    dtypes = {target: TORCH_DTYPES[tensors[part.source].dtype] for target, part in key_map.items()}
-    exceptions = {target: dtype for target, dtype in dtypes.items() if dtype != main}
-    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped))
-
-
-def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:
-    """Prove the other half of the bijection against the module that was really built.
-
-    Raises:
-        Internal: our own map leaves a parameter empty, fills it twice, or gives it another shape.
-    """
-    faults: list[str] = []
-    unfilled = dict(parameters)
-    for entry in entries:
-        if sum(rows for _, rows in entry.targets) != entry.shape[0]:
-            faults.append(f"rows of {entry.source} are not used exactly once")
-        tail = entry.shape[1 : len(entry.shape) - entry.drop]
-        for target, rows in entry.targets:
-            shape = unfilled.pop(target, None)
-            if shape is None:
-                faults.append(f"{target} is filled twice or does not exist")
-            elif shape != (rows, *tail):
-                faults.append(f"{target} is {list(shape)}, but its slice of {entry.source} is {[rows, *tail]}")
-    faults += [f"{target} is filled by nothing" for target in unfilled]
-    if faults:
-        raise Internal(
-            f"the key map of {family.name} does not fit its module: {listed(faults, joint='; ')}", names=faults
-        )
-
-
-def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Sort names into those of the model, by canonical name, those that tell nothing, and those that belong nowhere."""
-    groups = by_prefix(names)
-    claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
-    own = max(claimed, key=lambda prefix: len(groups[prefix]), default="")
-    given: dict[str, str] = {}
-    skipped: list[str] = []
-    unexpected: list[str] = []
-    for prefix, group in groups.items():
-        for bare, spelled in group.items():
-            canonical = family.canonical(bare)
-            if tells_nothing(canonical) or (family.ignored and family.ignored.search(canonical)):
-                skipped += spelled
-            elif prefix != own:
-                unexpected += spelled
-            else:
-                first, *again = spelled
-                if canonical in given:
-                    again.insert(0, first)
-                kept = given.setdefault(canonical, first)
-                unexpected += [f"{name} (the same tensor as {kept})" for name in again]
-    return given, skipped, unexpected
-
-
-def _are_alike(shape: Shape, expected: Shape) -> bool:
-    """Whether shapes differ by trailing ones at most: linear layers and convolutions of 1x1 hold the same numbers."""
-    shorter, longer = sorted((shape, expected), key=len)
-    return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
-
-
-def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
-    start = 0
-    tail = entry.shape[1 : len(entry.shape) - entry.drop]
-    for target, rows in entry.targets:
-        yield target, Slice(source, start, start + rows, (rows, *tail) if tail != given[1:] else None)
-        start += rows
-
-
-def _common_prefix(given: Mapping[str, str]) -> str:
-    """The prefix that most given names carry, to spell missing names as this file would."""
-    prefixes = Counter(name[: -len(canonical)] for canonical, name in given.items() if name.endswith(canonical))
-    return prefixes.most_common(1)[0][0] if prefixes else ""
-
-
-def _mismatch(
-    family: Family[Any], config: Hashable, missing: list[str], unexpected: list[str], misshapen: list[str]
-) -> BadCheckpoint:
-    lists = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrongly shaped": sorted(misshapen)}
-    parts = [f"{len(names)} {label}: {listed(names)}" for label, names in lists.items() if names]
-    return BadCheckpoint(
-        f"checkpoint does not fit {family.name}: lend all of its tensors, and nothing else; "
-        f"{'; '.join(parts)} (read as {config})",
-        names=[f"{label}: {name}" for label, names in lists.items() for name in names],
-    )

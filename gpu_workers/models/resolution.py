@@ -1,0 +1,178 @@
+"""The check that a checkpoint fits its family exactly, and the key map that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.models.family import TORCH_DTYPES, Entry, Family, Shape, Slice, TensorInfo
+from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
+from xditd.ipc.name_lists import listed
+from xditd.ipc.tensor_names import by_prefix, tells_nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names.
+
+    ``dtype`` is that of most weights, by elements; ``exceptions`` are the parameters of another one. ``sources`` are
+    the given names by canonical name, and ``skipped`` the given names of tensors that tell nothing.
+    """
+
+    family: Family[Any]
+    config: Hashable
+    dtype: torch.dtype
+    exceptions: Mapping[str, torch.dtype]
+    key_map: Mapping[str, Slice]
+    sources: Mapping[str, str]
+    skipped: tuple[str, ...]
+
+
+def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """Return the dtype of most elements: what a model of mixed dtypes computes in between its exceptions.
+
+    Raises:
+        UnsupportedDtype: some tensor has a dtype that cannot be run.
+    """
+    refused = [f"{name} is {info.dtype}" for name, info in sorted(tensors.items()) if info.dtype not in TORCH_DTYPES]
+    if refused:
+        raise UnsupportedDtype(
+            f"{family.name}: weights cannot be run in these dtypes: lend them as {', '.join(TORCH_DTYPES)}; "
+            f"{len(refused)} of {len(tensors)} tensors: {listed(refused)}",
+            names=refused,
+        )
+    elements: Counter[str] = Counter()
+    for info in tensors.values():
+        elements[info.dtype] += math.prod(info.shape)
+    return TORCH_DTYPES[elements.most_common(1)[0][0]]
+
+
+def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolution:
+    """Fit a checkpoint to a family: configuration, key map, and the check of every name and shape.
+
+    All tensors but those that tell nothing have the same prefix.
+
+    Raises:
+        BadCheckpoint: missing, unexpected and wrongly shaped tensors.
+        Unsupported: a variant of the family that is not implemented.
+        UnsupportedDtype: see :func:`main_dtype`.
+    """
+    given, skipped, unexpected = _sort(family, tensors)
+    for copy, original in family.tied.items():
+        if copy in given:
+            name = given.pop(copy)
+            if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
+                skipped += [name] if name != given[original] else []
+            else:
+                unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
+    config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
+    prefix = _common_prefix(given)
+
+    key_map: dict[str, Slice] = {}
+    sources: dict[str, str] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for entry in family.entries(config):
+        found = given.pop(entry.source, None)
+        if found is None:
+            missing.append(prefix + entry.source)
+            continue
+        shape = tensors[found].shape
+        if not _are_alike(shape, entry.shape):
+            misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
+            continue
+        key_map.update(_slices(entry, found, shape))
+        sources[entry.source] = found
+    unexpected += given.values()
+    if missing or unexpected or misshapen:
+        raise _mismatch(family, config, missing, unexpected, misshapen)
+    main = main_dtype(family, {name: tensors[name] for name in sources.values()})
+    dtypes = {target: TORCH_DTYPES[tensors[part.source].dtype] for target, part in key_map.items()}
+    exceptions = {target: dtype for target, dtype in dtypes.items() if dtype != main}
+    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped))
+
+
+def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:
+    """Prove the other half of the bijection against the module that was really built.
+
+    Raises:
+        Internal: our own map leaves a parameter empty, fills it twice, or gives it another shape.
+    """
+    faults: list[str] = []
+    unfilled = dict(parameters)
+    for entry in entries:
+        if sum(rows for _, rows in entry.targets) != entry.shape[0]:
+            faults.append(f"rows of {entry.source} are not used exactly once")
+        tail = entry.shape[1 : len(entry.shape) - entry.drop]
+        for target, rows in entry.targets:
+            shape = unfilled.pop(target, None)
+            if shape is None:
+                faults.append(f"{target} is filled twice or does not exist")
+            elif shape != (rows, *tail):
+                faults.append(f"{target} is {list(shape)}, but its slice of {entry.source} is {[rows, *tail]}")
+    faults += [f"{target} is filled by nothing" for target in unfilled]
+    if faults:
+        raise Internal(
+            f"the key map of {family.name} does not fit its module: {listed(faults, joint='; ')}", names=faults
+        )
+
+
+def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Sort names into those of the model, by canonical name, those that tell nothing, and those that belong nowhere."""
+    groups = by_prefix(names)
+    claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
+    own = max(claimed, key=lambda prefix: len(groups[prefix]), default="")
+    given: dict[str, str] = {}
+    skipped: list[str] = []
+    unexpected: list[str] = []
+    for prefix, group in groups.items():
+        for bare, spelled in group.items():
+            canonical = family.canonical(bare)
+            if tells_nothing(canonical) or (family.ignored and family.ignored.search(canonical)):
+                skipped += spelled
+            elif prefix != own:
+                unexpected += spelled
+            else:
+                first, *again = spelled
+                if canonical in given:
+                    again.insert(0, first)
+                kept = given.setdefault(canonical, first)
+                unexpected += [f"{name} (the same tensor as {kept})" for name in again]
+    return given, skipped, unexpected
+
+
+def _are_alike(shape: Shape, expected: Shape) -> bool:
+    """Whether shapes differ by trailing ones at most: linear layers and convolutions of 1x1 hold the same numbers."""
+    shorter, longer = sorted((shape, expected), key=len)
+    return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
+
+
+def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
+    start = 0
+    tail = entry.shape[1 : len(entry.shape) - entry.drop]
+    for target, rows in entry.targets:
+        yield target, Slice(source, start, start + rows, (rows, *tail) if tail != given[1:] else None)
+        start += rows
+
+
+def _common_prefix(given: Mapping[str, str]) -> str:
+    """The prefix that most given names carry, to spell missing names as this file would."""
+    prefixes = Counter(name[: -len(canonical)] for canonical, name in given.items() if name.endswith(canonical))
+    return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
+def _mismatch(
+    family: Family[Any], config: Hashable, missing: list[str], unexpected: list[str], misshapen: list[str]
+) -> BadCheckpoint:
+    lists = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrongly shaped": sorted(misshapen)}
+    parts = [f"{len(names)} {label}: {listed(names)}" for label, names in lists.items() if names]
+    return BadCheckpoint(
+        f"checkpoint does not fit {family.name}: lend all of its tensors, and nothing else; "
+        f"{'; '.join(parts)} (read as {config})",
+        names=[f"{label}: {name}" for label, names in lists.items() for name in names],
+    )

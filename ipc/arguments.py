@@ -1,0 +1,141 @@
+"""Argument trees: what a model's ``forward`` takes and gives, as it crosses the wire.
+
+A tree is made of numbers, booleans, texts, ``None``, lists, tuples and maps with text keys, and of tensors: each says
+its dtype and shape, and where its values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Final
+
+import msgspec
+
+from xditd.ipc import limits
+from xditd.ipc.tensors import Bytes, Count, Described, DType, IoTensor, Name, Shape
+
+MAX_FLOAT: Final = 1.7976931348623157e308
+Finite = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+"""No infinity, and no NaN."""
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Word = Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
+
+
+class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values"):
+    """A small tensor, element by element in row-major order: the host knows them without a wait for any GPU."""
+
+    dtype: DType
+    shape: Shape
+    values: Annotated[tuple[bool | Whole | Finite, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENT_VALUES)]
+
+
+class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
+    """A contiguous tensor in the I/O block of the job.
+
+    With a ``kept_id`` the workers keep it for the client under this id, in place of what they kept under it before.
+    """
+
+    offset_bytes: Bytes
+    dtype: DType
+    shape: Shape
+    kept_id: Name | None = None
+
+    @property
+    def place(self) -> IoTensor:
+        return IoTensor(offset_bytes=self.offset_bytes, dtype=self.dtype, shape=self.shape)
+
+
+class Kept(Described, frozen=True, kw_only=True, tag_field="leaf", tag="kept"):
+    """A tensor that the workers keep for this client. Its dtype and device address stay from call to call.
+
+    ``UnknownKept`` answers an id that they do not know, or know no more: the client then sends the tensor again.
+    """
+
+    kept_id: Name
+    dtype: DType
+    shape: Shape
+
+
+class Repeated(Described, frozen=True, kw_only=True):
+    """A tensor whose rows are repeated ``times`` times, one after the other."""
+
+    tensor: Values | InIo | Kept
+    times: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)] = 1
+
+
+class Rows(Described, frozen=True, kw_only=True, tag_field="leaf", tag="rows"):
+    """Tensors joined along dimension 0."""
+
+    parts: Annotated[tuple[Repeated, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
+
+
+class ListOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="list"):
+    """A list of arguments."""
+
+    items: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class TupleOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="tuple"):
+    """A tuple of arguments."""
+
+    items: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class MapOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="map"):
+    """A map from texts to arguments."""
+
+    items: Annotated[dict[Word, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+Tensor = Values | InIo | Kept | Rows
+Argument = None | bool | Whole | Finite | Word | Values | InIo | Kept | Rows | ListOf | TupleOf | MapOf
+Arguments = Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+"""Arguments by name, as a signature has them."""
+
+
+def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
+    """Go through a tree from the top, each node with its path: ``cap_feats[1]``.
+
+    Raises:
+        ValueError: more nodes, or deeper, than the limits allow; it says which.
+    """
+    count = 0
+    pending: list[tuple[str, Argument, int]] = [(name, each, 1) for name, each in reversed(arguments.items())]
+    while pending:
+        path, node, depth = pending.pop()
+        count += 1
+        if count > limits.MAX_ARGUMENTS:
+            raise ValueError(f"more than {limits.MAX_ARGUMENTS} arguments in one tree")
+        if depth > limits.MAX_ARGUMENT_DEPTH:
+            raise ValueError(f"{path} lies deeper than {limits.MAX_ARGUMENT_DEPTH} levels")
+        yield path, node
+        if isinstance(node, (ListOf, TupleOf)):
+            children = [(f"{path}[{number}]", each) for number, each in enumerate(node.items)]
+        elif isinstance(node, MapOf):
+            children = [(f"{path}.{key}", each) for key, each in node.items.items()]
+        else:
+            continue
+        pending += [(name, each, depth + 1) for name, each in reversed(children)]
+
+
+def tensors_in_io(arguments: dict[str, Argument]) -> Iterator[tuple[str, InIo]]:
+    """Find every tensor of a tree that lies in the job's I/O block, with its path.
+
+    Raises:
+        ValueError: see :func:`walk`.
+    """
+    for path, node in walk(arguments):
+        if isinstance(node, InIo):
+            yield path, node
+        elif isinstance(node, Rows):
+            for number, part in enumerate(node.parts):
+                if isinstance(part.tensor, InIo):
+                    yield f"{path}.rows[{number}]", part.tensor
+
+
+def elements(shape: tuple[int, ...]) -> Count:
+    """How many elements a tensor of this shape has."""
+    count = 1
+    for side in shape:
+        count *= side
+    return count

@@ -1,0 +1,97 @@
+"""What the workers know of a lent component, so that clients carry no numbers of any model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from xditd.ipc import limits
+from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
+
+Guidance = Literal["none", "embedded", "classifier_free"]
+"""What a guidance scale is to a model: nothing, an input of it, or a weight between two predictions."""
+
+Side = Annotated[int, msgspec.Meta(ge=0)] | Name
+"""A size, or the name of what decides it (``batch``, ``tokens``): equal names in one component are equal sizes."""
+
+
+class ArgumentFacts(Described, frozen=True, kw_only=True):
+    """A tensor that a job takes: its name and shape. ``is_list``: a list of such, one for each row of the batch."""
+
+    name: Name
+    shape: Annotated[tuple[Side, ...], msgspec.Meta(max_length=limits.MAX_RANK)]
+    is_list: bool = False
+    is_needed: bool = True
+
+
+Listed = Annotated[tuple[ArgumentFacts, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+
+
+class LatentFacts(Described, frozen=True, kw_only=True):
+    """The latents of a component: (batch, channels, height / pixels, width / pixels)."""
+
+    channels: Count
+    pixels: Count
+    """Pixels on a side for each latent."""
+    multiple: Count = 1
+    """Latents on a side come in multiples of it."""
+
+    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The shape of the latents of ``batch`` images of so many pixels."""
+        return batch, self.channels, height // self.pixels, width // self.pixels
+
+
+class TransformerFacts(Described, frozen=True, kw_only=True):
+    """Of a transformer. ``ulysses`` and ``ring`` are how its sequence is split over the ranks of this group."""
+
+    heads: Count
+    ulysses: Count
+    ring: Count
+    arguments: Listed
+    """What ``Call`` takes, named as in the class's ``forward``."""
+    variants: Names
+    """Of ``Call`` and ``Generate``; the first one is ``class``."""
+    conditioning: Listed
+    """What ``Generate`` takes; the first one has a row for each image."""
+    options: Names = ()
+    """Of ``Generate``, besides those that every family has."""
+    latents: LatentFacts
+    guidance: Guidance
+    default_guidance_scale: float
+    default_steps: Count
+    has_step_cache: bool = False
+
+
+class VaeFacts(Described, frozen=True, kw_only=True):
+    """Of a VAE. Latents in jobs are ``(z - shift) * scaling``; pixels are in [-1, 1]."""
+
+    latents: LatentFacts
+    image_channels: Count
+    scaling: float
+    shift: float
+    has_encoder: bool
+
+
+class TextEncoderFacts(Described, frozen=True, kw_only=True):
+    """Of a text encoder: what its states are wide, how many tokens it takes, and whether it has a pooled state."""
+
+    width: Count
+    max_tokens: Count
+    has_pooled: bool
+
+
+class ComponentFacts(Described, frozen=True, kw_only=True):
+    """Of any component; one of the last three is there, that of its ``kind``."""
+
+    family: Name
+    class_name: Name
+    """Of diffusers or transformers."""
+    kind: ComponentKind
+    dtype: DType
+    """Of most elements; what a transformer's tensors are cast to."""
+    bytes_by_dtype: Annotated[dict[DType, Bytes], msgspec.Meta(max_length=16)]
+    transformer: TransformerFacts | None = None
+    vae: VaeFacts | None = None
+    text_encoder: TextEncoderFacts | None = None
