@@ -8,26 +8,23 @@ bijection: each source element used once, each parameter filled once.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 
-from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
-from xditd.ipc.name_lists import listed
-from xditd.ipc.tensor_names import by_prefix, tells_nothing
-
 if TYPE_CHECKING:
+    from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
+    from xditd.ipc.facts import TextEncoderFacts, TransformerFacts, VaeFacts
     from xditd.ipc.status import FusedCheck
 
 Shape = tuple[int, ...]
 Kind = Literal["transformer", "vae", "text_encoder"]
 ConfigT = TypeVar("ConfigT", bound=Hashable)
+ConfigT_co = TypeVar("ConfigT_co", bound=Hashable, covariant=True)
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -150,8 +147,11 @@ class Family(Protocol[ConfigT]):
             Unsupported: a known variant of the family that is not implemented.
         """
 
-    def entries(self, config: ConfigT) -> Iterator[Entry]:
-        """List every tensor that a checkpoint of this configuration holds."""
+    def entries(self, config: ConfigT, names: Collection[str]) -> Iterator[Entry]:
+        """List every tensor that a checkpoint of this configuration holds.
+
+        ``names`` are the canonical names of one: a family whose files come in several layouts lists that one's.
+        """
 
     def build(self, config: ConfigT) -> torch.nn.Module:
         """Build the module. The caller makes it a meta module and sets the dtype."""

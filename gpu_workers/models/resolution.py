@@ -77,7 +77,7 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolutio
     sources: dict[str, str] = {}
     missing: list[str] = []
     misshapen: list[str] = []
-    for entry in family.entries(config):
+    for entry in list(family.entries(config, given)):
         found = given.pop(entry.source, None)
         if found is None:
             missing.append(prefix + entry.source)
