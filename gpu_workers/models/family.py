@@ -111,7 +111,7 @@ class Wanted:
 
 
 class Family(Protocol[ConfigT]):
-    """What every family says of its checkpoints. ``kind`` decides which of the protocols below it follows as well."""
+    """What a family says of its checkpoints, and what it can do with one (``operations``)."""
 
     @property
     def name(self) -> str:
@@ -153,11 +153,19 @@ class Family(Protocol[ConfigT]):
         ``names`` are the canonical names of one: a family whose files come in several layouts lists that one's.
         """
 
-    def build(self, config: ConfigT) -> torch.nn.Module:
-        """Build the module. The caller makes it a meta module and sets the dtype."""
-
     def heads(self, config: ConfigT) -> int:
         """Count the attention heads that its sequence is split by; 0 where one rank runs it whole."""
+
+    @property
+    def operations(self) -> Operations[ConfigT]:
+        """What jobs do with its components: those of its ``kind``, imported when the first one is lent."""
+
+
+class Operations(Protocol[ConfigT]):
+    """What every family does with a component; one of the three below says the rest."""
+
+    def build(self, config: ConfigT) -> torch.nn.Module:
+        """Build the module. The caller makes it a meta module and sets the dtype."""
 
     def fuse(
         self,
@@ -176,8 +184,8 @@ class Family(Protocol[ConfigT]):
         """
 
 
-class TransformerFamily(Family[ConfigT], Protocol[ConfigT]):
-    """What a family of transformers says besides: how ``Call`` and ``Generate`` run one."""
+class TransformerOperations(Operations[ConfigT], Protocol[ConfigT]):
+    """How ``Call`` and ``Generate`` run a transformer."""
 
     def facts(self, config: ConfigT, layout: ParallelLayout) -> TransformerFacts:
         """Say what clients need to know."""
@@ -230,7 +238,7 @@ class Recipe(Protocol[ConfigT]):
         is (batch, channels, height / pixels, width / pixels), float32 or the weights' dtype.
 
         Raises:
-            BadRequest, Unsupported: as ``TransformerFamily.check``; on every rank alike.
+            BadRequest, Unsupported: as ``TransformerOperations.check``; on every rank alike.
         """
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
@@ -262,8 +270,8 @@ class Run(Protocol):
         """Return latents between two steps as (batch, channels, height, width)."""
 
 
-class VaeFamily(Family[ConfigT], Protocol[ConfigT]):
-    """What a family of VAEs says besides."""
+class VaeOperations(Operations[ConfigT], Protocol[ConfigT]):
+    """How ``Decode``, ``Encode`` and ``Generate`` run a VAE."""
 
     def facts(self, config: ConfigT) -> VaeFacts:
         """Say what clients need to know."""
@@ -286,8 +294,8 @@ class VaeFamily(Family[ConfigT], Protocol[ConfigT]):
         """
 
 
-class TextEncoderFamily(Family[ConfigT], Protocol[ConfigT]):
-    """What a family of text encoders says besides."""
+class TextEncoderOperations(Operations[ConfigT], Protocol[ConfigT]):
+    """How ``EncodeText`` runs a text encoder."""
 
     def facts(self, config: ConfigT) -> TextEncoderFacts:
         """Say what clients need to know."""
