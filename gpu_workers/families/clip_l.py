@@ -14,16 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
-from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.family import Entry, Kind, Model, Shape
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.facts import TextEncoderFacts
 
 HEAD_SIZE = 64
 MAX_LAYERS = 64
@@ -56,6 +54,7 @@ class ClipL:
     """CLIP-L: see the module's docstring."""
 
     name = "clip_l"
+    title = "CLIP-L"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:vision_model|visual_projection|text_projection)(?:\.|$)")
@@ -86,7 +85,7 @@ class ClipL:
             inner=_sides(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
         )
 
-    def entries(self, config: ClipLConfig) -> Iterator[Entry]:
+    def entries(self, config: ClipLConfig, names: Collection[str]) -> Iterator[Entry]:
         width = config.width
         yield _same(_TOKENS, (config.vocabulary, width))
         yield _same(_POSITIONS, (config.max_tokens, width))
@@ -105,8 +104,16 @@ class ClipL:
         yield _same("final_layer_norm.weight", (width,))
         yield _same("final_layer_norm.bias", (width,))
 
-    def check_layout(self, config: ClipLConfig, layout: ParallelLayout) -> None:
-        """One rank runs it whole, so any layout will do."""
+    def heads(self, config: ClipLConfig) -> int:
+        return 0
+
+    @property
+    def operations(self) -> ClipLOperations:
+        return ClipLOperations()
+
+
+class ClipLOperations:
+    """See :class:`~xditd.gpu_workers.models.family.TextEncoderOperations`."""
 
     def build(self, config: ClipLConfig) -> torch.nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -134,6 +141,20 @@ class ClipL:
 
     def fuse(self, *_: object) -> None:
         """There is no faster forward."""
+
+    def facts(self, config: ClipLConfig) -> TextEncoderFacts:
+        return TextEncoderFacts(width=config.width, max_tokens=config.max_tokens, has_pooled=True)
+
+    def vocabulary(self, config: ClipLConfig) -> int:
+        return config.vocabulary
+
+    @torch.inference_mode()
+    def encode(
+        self, model: Model[ClipLConfig], token_ids: torch.Tensor, *, pooled: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoded = model.module(input_ids=token_ids.to(model.device))
+        hidden = cast(torch.Tensor, encoded.last_hidden_state)
+        return hidden, cast(torch.Tensor, encoded.pooler_output) if pooled else None
 
 
 def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:

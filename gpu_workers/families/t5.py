@@ -12,17 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
-from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.family import Entry, Kind, Model, Shape
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.facts import TextEncoderFacts
 
 HEAD_SIZE = 64
 BUCKETS = 32
@@ -56,6 +54,7 @@ class T5:
     """T5 v1.1: see the module's docstring."""
 
     name = "t5"
+    title = "T5 v1.1"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:decoder|lm_head)\.")
@@ -83,7 +82,7 @@ class T5:
             inner=_sides(shapes, f"{_FEED_FORWARD.format(0)}.wi_0.weight")[0],
         )
 
-    def entries(self, config: T5Config) -> Iterator[Entry]:
+    def entries(self, config: T5Config, names: Collection[str]) -> Iterator[Entry]:
         width, attended = config.width, config.heads * HEAD_SIZE
         yield _same(_TOKENS, (config.vocabulary, width))
         for number in range(config.layers):
@@ -100,8 +99,16 @@ class T5:
             yield _same(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
         yield _same("encoder.final_layer_norm.weight", (width,))
 
-    def check_layout(self, config: T5Config, layout: ParallelLayout) -> None:
-        """One rank runs it whole, so any layout will do."""
+    def heads(self, config: T5Config) -> int:
+        return 0
+
+    @property
+    def operations(self) -> T5Operations:
+        return T5Operations()
+
+
+class T5Operations:
+    """See :class:`~xditd.gpu_workers.models.family.TextEncoderOperations`."""
 
     def build(self, config: T5Config) -> torch.nn.Module:
         from transformers import T5Config as TransformersT5Config
@@ -128,6 +135,18 @@ class T5:
 
     def fuse(self, *_: object) -> None:
         """There is no faster forward."""
+
+    def facts(self, config: T5Config) -> TextEncoderFacts:
+        return TextEncoderFacts(width=config.width, max_tokens=config.max_tokens, has_pooled=False)
+
+    def vocabulary(self, config: T5Config) -> int:
+        return config.vocabulary
+
+    @torch.inference_mode()
+    def encode(
+        self, model: Model[T5Config], token_ids: torch.Tensor, *, pooled: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return cast(torch.Tensor, model.module(input_ids=token_ids.to(model.device)).last_hidden_state), None
 
 
 def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:

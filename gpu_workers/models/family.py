@@ -9,7 +9,7 @@ bijection: each source element used once, each parameter filled once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Kind = Literal["transformer", "vae", "text_encoder"]
+RowResults = torch.Tensor | list[torch.Tensor]
+"""A result for each row of a forward: along the first dimension of a tensor, or in a list where shapes may differ."""
+
 ConfigT = TypeVar("ConfigT", bound=Hashable)
 ConfigT_co = TypeVar("ConfigT_co", bound=Hashable, covariant=True)
 
@@ -207,13 +210,13 @@ class TransformerOperations(Operations[ConfigT], Protocol[ConfigT]):
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         """Return the forward of some of the rows alone, as views."""
 
-    def run(self, model: Model[ConfigT], inputs: Inputs, options: CallOptions) -> list[torch.Tensor]:
+    def run(self, model: Model[ConfigT], inputs: Inputs, options: CallOptions) -> RowResults:
         """Run one forward, and return its rows: whole on every rank that shares them, in the dtype of the weights.
 
         The ranks of a sequence run it together. Tensors are on the model's device and as they were given.
         """
 
-    def tree(self, rows: list[torch.Tensor]) -> Any:
+    def tree(self, rows: RowResults) -> Any:
         """Return the result of a forward as its class has it: what ``forward(..., return_dict=False)`` returns."""
 
     @property
@@ -235,14 +238,14 @@ class Recipe(Protocol[ConfigT]):
         """Check conditioning and noise, and make ready to step.
 
         ``conditioning`` is by the names of the facts, on the model's device, in the dtypes that were given. ``noise``
-        is (batch, channels, height / pixels, width / pixels), float32 or the weights' dtype.
+        is (batch, channels, height / pixels, width / pixels), finite, in :meth:`noise_dtype`.
 
         Raises:
             BadRequest, Unsupported: as ``TransformerOperations.check``; on every rank alike.
         """
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
-        """Return the dtype in which noise is drawn for weights of ``dtype``, as the family's own pipeline does."""
+        """Return the dtype of noise for weights of ``dtype``: drawn in it, as the family's own pipeline does."""
 
 
 class Run(Protocol):
@@ -263,8 +266,11 @@ class Run(Protocol):
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
         """Return the forwards of one step: one, or several that are independent."""
 
-    def predicted(self, rows: list[list[torch.Tensor]], latents: torch.Tensor, step: int) -> torch.Tensor:
-        """Combine the rows of each part to what the scheduler steps by, shaped as ``latents``, in their dtype."""
+    def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
+        """Combine the rows of each part to what the scheduler steps by, shaped as ``latents``, in their dtype.
+
+        ``latents - sigma * predicted`` is what the step takes the clean latents for.
+        """
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         """Return latents between two steps as (batch, channels, height, width)."""

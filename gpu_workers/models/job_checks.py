@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.skeletons import Skeleton
+from xditd.gpu_workers.models.family import Model
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.limits import MAX_SIDE_PIXELS, MAX_STEPS, SIDE_MULTIPLE_PIXELS
-
-Bounded = tuple[torch.Tensor | None, str, float, float]
-"""A tensor or nothing, its name, and the range of its values."""
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS
 
 
-def check_generate(
-    *,
-    height: int,
-    width: int,
-    steps: int,
-    sigmas: Sequence[float] | None = None,
-    guidance_scale: float | None = None,
-) -> None:
-    """Check the numbers of a ``generate`` job; this needs no tensor, so that it can run before any is mapped.
+def check_schedule(steps: int, sigmas: Sequence[float] | None) -> None:
+    """Check the steps of a generation.
 
     Raises:
         BadRequest: names the field, its value and what would do.
     """
-    check_sides(height, width, SIDE_MULTIPLE_PIXELS)
     if not 1 <= steps <= MAX_STEPS:
         raise BadRequest(f"steps {steps}: use 1 to {MAX_STEPS}")
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise BadRequest(f"guidance_scale {guidance_scale}: use a finite number, such as 3.5")
     if sigmas is None:
         return
     if len(sigmas) != steps:
@@ -52,34 +39,81 @@ def check_sides(height: int, width: int, multiple: int) -> None:
             raise BadRequest(f"{name} {side}: use a multiple of {multiple} up to {MAX_SIDE_PIXELS} pixels")
 
 
-def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ``BadRequest`` if ``tensor`` has another shape."""
-    if tuple(tensor.shape) != shape:
-        raise BadRequest(f"{name}: shape is {list(tensor.shape)}, use {list(shape)}")
+def check_shape(name: str, tensor: object, shape: Sequence[int | None]) -> None:
+    """Raise ``BadRequest`` if ``tensor`` is none, or has another shape; ``None`` is any size above 0."""
+    if not isinstance(tensor, torch.Tensor):
+        raise BadRequest(f"{name}: {type(tensor).__name__} where a tensor is needed, {_shape_text(shape)}")
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(
+        side == 0 or (wanted is not None and side != wanted) for side, wanted in zip(found, shape, strict=True)
+    ):
+        raise BadRequest(f"{name}: shape is {list(found)}, use {_shape_text(shape)}")
 
 
-def prepare(skeleton: Skeleton, *, checked: Sequence[Bounded] = (), **tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Move tensors to the skeleton's device and dtype, and refuse values that are not finite or out of bounds.
+def check_batch(name: str, batch: int) -> None:
+    """Raise ``BadRequest`` if there are no images, or too many for one job."""
+    if not 1 <= batch <= MAX_BATCH:
+        raise BadRequest(f"{name}: a batch of {batch}, use 1 to {MAX_BATCH}")
+
+
+def check_tensor(name: str, tensor: object, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
+    """Check an argument of a forward, which is not cast: shape, and dtype (``None``: any floating one).
+
+    Raises:
+        BadRequest: names the argument, what it is, and what would do.
+    """
+    check_shape(name, tensor, shape)
+    assert isinstance(tensor, torch.Tensor)
+    if dtype is not None and tensor.dtype != dtype:
+        raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use {_name(dtype)}, that of the weights")
+    if not tensor.is_floating_point():
+        raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use a floating dtype")
+
+
+def check_known(
+    name: str, known: Mapping[str, Sequence[float]], low: float, high: float, remedy: str
+) -> None:
+    """Check the values of an argument where the host knows them.
+
+    Raises:
+        BadRequest: one lies outside ``low`` to ``high``; says which, and the ``remedy``.
+    """
+    for value in known.get(name, ()):
+        if not low <= value <= high:
+            raise BadRequest(f"{name}: {value:g} is not a number from {low:g} to {high:g}; {remedy}")
+
+
+def prepare(model: Model[Any], **tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Move tensors to the model's device and dtype, and refuse values that are not finite there.
 
     All verdicts are read together: one wait for the GPU, before the model is launched.
     """
-    names: list[str] = []
-    verdicts: list[torch.Tensor] = []
     moved: list[torch.Tensor] = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise BadRequest(f"{name}: dtype is {tensor.dtype}, use a floating dtype")
-        tensor = tensor.to(skeleton.device, skeleton.dtype)
-        moved.append(tensor)
-        names.append(f"{name}: some values are not finite in {skeleton.dtype}")
-        verdicts.append(tensor.isfinite().all())
-    for bounded, name, low, high in checked:
-        if bounded is not None:
-            names.append(f"{name}: some values are not finite numbers from {low} to {high}")
-            verdicts.append((bounded.isfinite() & (bounded >= low) & (bounded <= high)).all())
-    place = skeleton.device.type
-    read = iter(torch.stack([verdict for verdict in verdicts if verdict.device.type == place]).tolist())
-    for fault, verdict in zip(names, verdicts, strict=True):
-        if not (next(read) if verdict.device.type == place else bool(verdict)):  # a number's is on the host already
-            raise BadRequest(fault)
+            raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use a floating dtype")
+        moved.append(tensor.to(model.device, model.dtype))
+    check_finite(dict(zip(tensors, moved, strict=True)))
     return moved
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse values that are not finite: one wait for the device that all tensors are on.
+
+    Raises:
+        BadRequest: names the first tensor that has some.
+    """
+    if not tensors:
+        return
+    verdicts = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    for (name, tensor), is_finite in zip(tensors.items(), verdicts, strict=True):
+        if not is_finite:
+            raise BadRequest(f"{name}: some values are not finite in {_name(tensor.dtype)}")
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if side is None else str(side) for side in shape)}]"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

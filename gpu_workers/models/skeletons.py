@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import Family, Resolution, Slice, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.family import Family, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
@@ -51,7 +52,8 @@ class Skeleton:
         self.module = module
         self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
-        self._fast = family.fuse(config, module, layout, dtype, exceptions)
+        self.operations = family.operations
+        self._fast = self.operations.fuse(config, module, layout, dtype, exceptions)
         # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
@@ -201,7 +203,7 @@ class SkeletonCache:
         from diffusers.models.modeling_utils import no_init_weights
 
         with torch.device("meta"), no_init_weights():
-            module = family.build(config).eval().requires_grad_(False)
+            module = family.operations.build(config).eval().requires_grad_(False)
         # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
         torch.nn.Module.to(module, dtype)
         for submodule in module.modules():
@@ -213,9 +215,8 @@ class SkeletonCache:
             raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
         exceptions = _exceptions(resolution)
         compute_in_widest(module, exceptions, self.layout.device)
-        if exceptions:
-            cast(Any, module).main_dtype = dtype
-        check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
+        entries = family.entries(config, resolution.sources)
+        check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
         return Skeleton(family, config, dtype, self.layout, module, exceptions)
 
 

@@ -11,10 +11,7 @@ shares. Neither reaches fused blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
-
 import torch
 
 from xditd.gpu_workers.parallel.agreement import add_up
@@ -106,38 +103,3 @@ class ImageCache:
     def end(self, tokens: torch.Tensor) -> None:
         """Note what the last block made of it."""
         self._cache.keep(self._image, tokens - self._before)
-
-
-class CachedBlocks(torch.nn.Module):
-    """All blocks of a plain FLUX.1 transformer in the place of its double ones, with a step cache behind the first.
-
-    Called and answering as diffusers' double block is.
-    """
-
-    def __init__(self, double: torch.nn.ModuleList, single: torch.nn.ModuleList, cache: StepCache) -> None:
-        super().__init__()
-        self._first = cast(Callable[..., Any], double[0])
-        self._others = [*double[1:], *single]
-        self._cache = cache
-
-    def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **others: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        text, image = self._first(
-            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb, **others
-        )
-        images = range(image.shape[0])
-        verdicts = self._cache.decide(images, image - hidden_states)
-        results = list(image.unbind(0))
-        rows = [number for number in images if not verdicts[number]]
-        if rows:
-            done_text, done = text[rows], image[rows]
-            for block in self._others:
-                done_text, done = block(hidden_states=done, encoder_hidden_states=done_text, temb=temb[rows], **others)
-            for number, result in zip(rows, done.unbind(0), strict=True):
-                self._cache.keep(number, result - image[number])
-                results[number] = result
-        for number in images:
-            if verdicts[number]:
-                results[number] = image[number] + self._cache.reuse(number)
-        return text, torch.stack(results)  # nothing reads the text behind the last block

@@ -25,20 +25,25 @@ def deal_rows(rows: int, halves: int, half: int) -> slice:
     return slice(half * each, min((half + 1) * each, rows))
 
 
+def halves() -> int:
+    """How many halves this group has: 2, or 1 where it is whole."""
+    return int(get_classifier_free_guidance_world_size())
+
+
+def rows_of_half(rows: int, half: int) -> slice:
+    """Return the rows of a batch of ``rows`` that a half of this group works on."""
+    return deal_rows(rows, halves(), half)
+
+
 def own_rows(rows: int) -> slice:
     """Return the rows of a batch of ``rows`` that this rank works on."""
-    return deal_rows(rows, get_classifier_free_guidance_world_size(), get_classifier_free_guidance_rank())
+    return rows_of_half(rows, get_classifier_free_guidance_rank())
 
 
-def gather_rows(sample: torch.Tensor, rows: int) -> torch.Tensor:
-    """Put every half's rows together, on every rank; all_gather wants equal numbers, so fewer travel padded."""
-    halves = get_classifier_free_guidance_world_size()
-    if rows < halves or halves == 1:
-        return sample
-    each = -(-rows // halves)
-    gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(sample, each - sample.shape[0], dim=0), dim=0)
-    # Only the last half can have had fewer.
-    return gathered[:rows]
+def gather_flat(mine: torch.Tensor, longest: int) -> torch.Tensor:
+    """Give every rank what each half has, (halves, longest); all_gather wants equal lengths, so less travels padded."""
+    gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(mine, longest - mine.shape[0], dim=0), dim=0)
+    return gathered.view(halves(), longest)
 
 
 def add_halves(count: int, rows: int) -> int:

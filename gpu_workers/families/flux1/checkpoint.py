@@ -8,14 +8,10 @@ Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test 
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
+from typing import TYPE_CHECKING
 
 from xditd.gpu_workers.families.flux1.config import (
     HEAD_SIZE,
@@ -28,13 +24,9 @@ from xditd.gpu_workers.families.flux1.config import (
 )
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-from xditd.ipc.planner import most_ulysses
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.families.flux1.fused import FusedFlux1
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
-
-logger = logging.getLogger(__name__)
+    from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
 MAX_BLOCKS = 256
 
@@ -49,6 +41,7 @@ class Flux1:
     """FLUX.1: see the module's docstring."""
 
     name = "flux1"
+    title = "FLUX.1 dev or schnell"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
@@ -92,7 +85,7 @@ class Flux1:
             has_guidance=any(name.startswith("guidance_in.") for name in shapes),
         )
 
-    def entries(self, config: Flux1Config) -> Iterator[Entry]:
+    def entries(self, config: Flux1Config, names: Collection[str]) -> Iterator[Entry]:
         h = config.hidden
         yield from _linear("img_in", h, PACKED_CHANNELS, "x_embedder")
         yield from _linear("txt_in", h, config.context_channels, "context_embedder")
@@ -109,61 +102,15 @@ class Flux1:
         yield from _linear("final_layer.adaLN_modulation.1", 2 * h, h, "norm_out.linear")
         yield from _linear("final_layer.linear", PACKED_CHANNELS, h, "proj_out")
 
-    def check_layout(self, config: Flux1Config, layout: ParallelLayout) -> None:
-        degrees = layout.degrees
-        if config.heads % degrees.ulysses:
-            ulysses = most_ulysses(degrees.sequence, config.heads)
-            other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
-            raise Unsupported(
-                f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
-                f"start the daemon with --layout {other}"
-            )
+    def heads(self, config: Flux1Config) -> int:
+        return config.heads
 
-    def build(self, config: Flux1Config) -> torch.nn.Module:
+    @property
+    def operations(self) -> Flux1Operations:
         # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
-        from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
+        from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
-        arguments: dict[str, Any] = {
-            "in_channels": PACKED_CHANNELS,
-            "num_layers": config.double_blocks,
-            "num_single_layers": config.single_blocks,
-            "attention_head_dim": HEAD_SIZE,
-            "num_attention_heads": config.heads,
-            "joint_attention_dim": config.context_channels,
-            "pooled_projection_dim": config.pooled_channels,
-            "guidance_embeds": config.has_guidance,
-        }
-        return SequenceParallelFlux1(**arguments)
-
-    def fuse(
-        self,
-        config: Flux1Config,
-        module: torch.nn.Module,
-        layout: ParallelLayout,
-        dtype: torch.dtype,
-        exceptions: Mapping[str, torch.dtype],
-    ) -> FusedFlux1 | None:
-        is_cuda = layout.device.type == "cuda"
-        if layout.precision != "bf16" and is_cuda and (dtype != torch.bfloat16 or exceptions):
-            found = sorted({str(each).removeprefix("torch.") for each in (dtype, *exceptions.values())})
-            raise Unsupported(
-                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {' and '.join(found)}; "
-                "lend them as bfloat16, or start the daemon with precision bf16",
-                names=[f"{target} is {each}" for target, each in exceptions.items()],
-            )
-        if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
-            return None
-        if exceptions:  # its kernels read all weights of a block in one dtype
-            logger.info(
-                "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
-                dtype, len(exceptions), next(iter(exceptions)),
-            )  # fmt: skip
-            return None
-        from xditd.gpu_workers.families.flux1.fused import FusedFlux1
-
-        fused = FusedFlux1(config, module, layout, layout.fused_attention)
-        cast(Any, module).fused = fused
-        return fused
+        return Flux1Operations()
 
 
 def _count_blocks(shapes: Mapping[str, Shape], kind: str) -> int:

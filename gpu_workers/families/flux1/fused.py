@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from xfuser.core.distributed import get_sp_group
 
-from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator
+from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator, Times
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.models.canary import Canary
-from xditd.gpu_workers.models.step_cache import ImageCache, StepCache
+from xditd.gpu_workers.models.family import CallOptions
+from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.token_shares import Share, deal_tokens, gather, pad_rows
-from xditd.ipc.requests import Variant
 from xditd.ipc.status import FusedCheck
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+PLAIN_CALL = CallOptions()
 
 
 class Stream(NamedTuple):
@@ -69,7 +71,7 @@ class Blocks(NamedTuple):
 class FusedFlux1:
     """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own.
 
-    ``canary`` judges its results for whoever calls it, and ``modulator`` may be told what is to come.
+    ``canary`` judges its results for whoever calls it.
     """
 
     def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
@@ -85,7 +87,7 @@ class FusedFlux1:
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
-        self.modulator = Modulator(module.time_text_embed, config.hidden)
+        self._modulator = Modulator(module.time_text_embed, config.hidden)
 
     @property
     def is_plugged(self) -> bool:
@@ -128,7 +130,7 @@ class FusedFlux1:
         self._checkpoint = {}
         self._blocks = None
         self._products.release()
-        self.modulator.unplug()
+        self._modulator.unplug()
 
     def __call__(
         self,
@@ -140,19 +142,23 @@ class FusedFlux1:
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
         guidance: torch.Tensor | None = None,
-        step_cache: StepCache | None = None,
-        variant: Variant = "class",
+        times: Times | None = None,
+        options: CallOptions = PLAIN_CALL,
     ) -> torch.Tensor:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
 
-        ``step_cache`` spares what it can of blocks behind the first; ``variant`` says how the timestep is rounded.
+        With ``times`` what hangs on the timestep alone is made for those to come, too. The step cache of ``options``
+        spares what it can of blocks behind the first; their variant says how the timestep is rounded.
         """
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
         shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
         own = shares[self._layout.sequence_rank]
-        modulations = self.modulator(timestep, guidance, pooled_projections, hidden_states.dtype, variant)
+        modulations = self._modulator(
+            timestep, guidance, pooled_projections, hidden_states.dtype, options.variant, times
+        )
         angles = self._rotations(txt_ids, img_ids, own)
+        step_cache = options.step_cache
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
         done = [
             self._sample(
@@ -288,7 +294,7 @@ class FusedFlux1:
 
         doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
         singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
-        self.modulator.plug(
+        self._modulator.plug(
             self._addresses(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
             self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
         )

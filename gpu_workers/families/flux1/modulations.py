@@ -6,17 +6,15 @@ vector gets the same bits alone and among others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.families.flux1.timesteps import SCALE, embed_time, time_dtype
+from xditd.gpu_workers.families.flux1.timesteps import embed_time
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.ipc.requests import Variant
 
 AHEAD: Final = 32
 """Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
@@ -25,18 +23,8 @@ _KEPT_RUNS: Final = 2
 """Of single forwards: a prompt's, and a negative one's of another length."""
 
 
-class Schedule(Protocol):
-    """What is read of a diffusers scheduler."""
-
-    timesteps: torch.Tensor
-
-    @property
-    def step_index(self) -> int | None:
-        """The step that comes next; ``None`` before the first one has ended."""
-
-
 class Times(NamedTuple):
-    """When a forward is, the same for all its rows, and when others are to come: sigmas, in [0, 1]."""
+    """When a forward is, the same for all its rows, and when others are to come: sigmas as the model takes them."""
 
     now: float
     guidance: float | None
@@ -72,11 +60,11 @@ class _Run:
     pooled: torch.Tensor
     """Kept, so that nothing else comes to lie at its address."""
     guidance: float | None
-    variant: Variant
+    variant: str
     sigmas: tuple[float, ...]
     made: Modulations
 
-    def is_for(self, pooled: torch.Tensor, guidance: float | None, variant: Variant) -> bool:
+    def is_for(self, pooled: torch.Tensor, guidance: float | None, variant: str) -> bool:
         mine = self.pooled
         is_same_memory = (mine.data_ptr(), mine.shape, mine.stride()) == (
             pooled.data_ptr(),
@@ -94,16 +82,12 @@ class Modulator:
         self._width = width
         self._double: Addresses | None = None
         self._single: Addresses | None = None
-        self._schedule: Schedule | None = None
-        self._ahead: tuple[int, Modulations] | None = None
-        self._times: Times | None = None
         self._runs: list[_Run] = []
 
     @property
     def kept(self) -> int:
         """How many vectors' modulations are kept."""
-        runs = [run.made for run in self._runs]
-        return sum(len(made.single) for made in (*runs, *([] if self._ahead is None else [self._ahead[1]])))
+        return sum(len(run.made.single) for run in self._runs)
 
     def plug(self, double: Addresses, single: Addresses) -> None:
         """Use the weights at these addresses until :meth:`unplug` or the next plug."""
@@ -115,63 +99,36 @@ class Modulator:
         self._double = self._single = None
         self._runs.clear()
 
-    @contextmanager
-    def stepping(self, schedule: Schedule) -> Iterator[None]:
-        """While diffusers' pipeline makes one call for each step of ``schedule``, make those of many steps at once."""
-        self._schedule = schedule
-        try:
-            yield
-        finally:
-            self._schedule = self._ahead = None
-
-    @contextmanager
-    def foreseeing(self, times: Times) -> Iterator[None]:
-        """During one forward, make those of the sigmas that are to come, too, and keep them for the next ones."""
-        self._times = times
-        try:
-            yield
-        finally:
-            self._times = None
-
     def __call__(
         self,
         timestep: torch.Tensor,
         guidance: torch.Tensor | None,
         pooled: torch.Tensor,
         dtype: torch.dtype,
-        variant: Variant,
+        variant: str,
+        times: Times | None = None,
     ) -> Modulations:
-        """Modulations of this step, a row for each sample."""
+        """Modulations of one forward, a row for each sample.
+
+        With ``times`` those of the sigmas that are to come are made, too, and kept for the next forwards.
+        """
 
         def embed(sigmas: Sequence[torch.Tensor]) -> torch.Tensor:
             # One step after the other: embedders would round a batch in another way.
             return torch.cat([embed_time(self._embed, each, guidance, pooled, dtype, variant) for each in sigmas])
 
-        if self._schedule is not None:
-            return self._of_step(self._schedule, embed, pooled.shape[0], time_dtype(dtype, variant))
-        if self._times is not None and self._times.sigmas:
-            return self._of_run(self._times, embed, timestep, pooled, variant)
+        if times is not None:
+            return self._of_run(times, embed, timestep, pooled, variant)
         return self._make(embed([timestep]))
 
-    def _of_step(self, schedule: Schedule, embed: Embed, samples: int, dtype: torch.dtype) -> Modulations:
-        """``dtype`` is that in which the pipeline gives the timestep."""
-        step = schedule.step_index or 0
-        # Those of the first step alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
-        steps = max(1, AHEAD // samples) if step else 1
-        if self._ahead is None or not 0 <= step - self._ahead[0] < len(self._ahead[1].single) // samples:
-            # As FluxPipeline gives them.
-            given = [each.expand(samples).to(dtype) / SCALE for each in schedule.timesteps[step : step + steps]]
-            self._ahead = step, self._make(embed(given))
-        first, made = self._ahead
-        return made.rows((step - first) * samples, samples)
-
     def _of_run(
-        self, times: Times, embed: Embed, timestep: torch.Tensor, pooled: torch.Tensor, variant: Variant
+        self, times: Times, embed: Embed, timestep: torch.Tensor, pooled: torch.Tensor, variant: str
     ) -> Modulations:
         samples, key = pooled.shape[0], (pooled, times.guidance, variant)
         run = next((each for each in self._runs if each.is_for(*key)), None)
         if run is None or times.now not in run.sigmas:
-            # The first of a run alone, for the same reason; and what no schedule foresaw.
+            # The first of a run alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
+            # And what no schedule foresaw.
             is_first = run is None or times.now not in times.sigmas
             sigmas = (times.now,) if is_first else _window(times, max(1, AHEAD // samples))
             given = [timestep if sigma == times.now else torch.full_like(timestep, sigma) for sigma in sigmas]

@@ -11,12 +11,11 @@ sequence, where keys and values are trimmed before attention, so that no token a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
 from xfuser.core.distributed import (
@@ -32,16 +31,16 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
     xFuserFluxAttnProcessor,
 )
 
+from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
-from xditd.gpu_workers.models.step_cache import CachedBlocks, StepCache
+from xditd.gpu_workers.models.family import CallOptions
+from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel import ring
-from xditd.gpu_workers.parallel.row_shares import gather_rows, own_rows
 from xditd.gpu_workers.parallel.token_shares import deal_tokens, gather, pad_rows
-from xditd.ipc.requests import Variant
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.fused import FusedFlux1
-    from xditd.gpu_workers.families.flux1.modulations import Schedule, Times
+    from xditd.gpu_workers.families.flux1.modulations import Times
 
 
 class TokenCounts(NamedTuple):
@@ -132,17 +131,13 @@ def _attend(
 
 
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
-    """FLUX.1 whose forward takes and returns whole batches on every rank, and works on this rank's share of them.
+    """FLUX.1 whose forward takes and returns whole rows on every rank, and works on this rank's tokens of them.
 
     ``fused``, where it is set and plugged, does the same faster. Its canary compares it with the plain forward for
     each number of tokens, once.
     """
 
     fused: FusedFlux1 | None = None
-    main_dtype: torch.dtype | None = None
-    """The dtype of most weights, where some have another one."""
-    _step_cache: StepCache | None = None
-    _variant: Variant = "class"
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -150,89 +145,34 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of most weights. (diffusers walks all modules to find it, and its pipeline asks in every job.)"""
-        return self.main_dtype or cast(torch.dtype, self.x_embedder.weight.dtype)
-
-    def stepping(self, schedule: Schedule) -> AbstractContextManager[None]:
-        """Enter this while a pipeline steps a scheduler: what hangs on the timestep alone may be computed ahead."""
-        return nullcontext() if self.fused is None else self.fused.modulator.stepping(schedule)
-
-    def foreseeing(self, times: Times | None) -> AbstractContextManager[None]:
-        """Enter this for one forward whose timestep, and those of others to come, the host knows."""
-        return nullcontext() if self.fused is None or times is None else self.fused.modulator.foreseeing(times)
-
-    @contextmanager
-    def caching(self, cache: StepCache | None) -> Iterator[None]:
-        """Meanwhile spare what a step cache can of steps, on fused blocks and on plain ones."""
-        self._step_cache = cache
-        try:
-            yield
-        finally:
-            self._step_cache = None  # it holds what the steps of this job were like
-
-    @contextmanager
-    def following(self, variant: Variant) -> Iterator[None]:
-        """Enter this for forwards that round as ``variant`` says; elsewhere they round as diffusers' class does."""
-        self._variant = variant
-        try:
-            yield
-        finally:
-            self._variant = "class"
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-        timestep: torch.Tensor,
-        img_ids: torch.Tensor,
-        txt_ids: torch.Tensor,
-        guidance: torch.Tensor | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        rows = hidden_states.shape[0]
-        own = own_rows(rows)
-        sample = self.forward_rows(
-            hidden_states[own],
-            encoder_hidden_states[own],
-            pooled_projections=pooled_projections[own],
-            timestep=timestep[own],
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            guidance=None if guidance is None else guidance[own],
-            joint_attention_kwargs=joint_attention_kwargs,
-        )
-        # A pipeline that keeps latents in float32 steps them in float32.
-        sample = gather_rows(sample, rows).to(hidden_states.dtype)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
     def forward_rows(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         *,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        times: Times | None = None,
+        options: CallOptions,
         **others: Any,
     ) -> torch.Tensor:
-        """Do the same for rows that are this half's own, and return them alone, in the weights' dtype."""
-        hidden_states = hidden_states.to(self.dtype)
+        """Predict for rows that this rank's half works on; whole on each of its ranks, in the weights' dtype.
+
+        Arguments are those of diffusers' class. With ``times`` the host knows when this forward is, and others are.
+        """
+        cache = options.step_cache
 
         def plain(cache: StepCache | None) -> torch.Tensor:
             with self._behind(cache):
                 return cast(
-                    torch.Tensor, self._plain(hidden_states, encoder_hidden_states, joint_attention_kwargs, **others)
+                    torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others)
                 )
 
-        fused, cache = self.fused, self._step_cache
-        if fused is None or not fused.is_plugged or fused.canary.is_refused or joint_attention_kwargs:
+        fused = self.fused
+        if fused is None or not fused.is_plugged or fused.canary.is_refused:
             return plain(cache)
         case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
         sample = fused.canary.run(
             case,
-            lambda: fused(hidden_states, encoder_hidden_states, step_cache=cache, variant=self._variant, **others),
+            lambda: fused(hidden_states, encoder_hidden_states, times=times, options=options, **others),
             lambda: plain(None),
         )
         if fused.canary.is_refused and cache is not None:
@@ -258,7 +198,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        joint_attention_kwargs: dict[str, Any] | None,
+        variant: str,
         *,
         timestep: torch.Tensor,
         img_ids: torch.Tensor,
@@ -268,10 +208,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
         shares = deal_tokens(text, image, get_sequence_parallel_world_size())
         own = shares[get_sequence_parallel_rank()]
-        attention_kwargs = dict(joint_attention_kwargs or {})
-        if shares[-1].padding:
-            attention_kwargs["valid_kv_len"] = text + image
-        with self._embedding(timestep):
+        valid = {"valid_kv_len": text + image} if shares[-1].padding else {}
+        with self._embedding(timestep, hidden_states.dtype, variant):
             sample = FluxTransformer2DModel.forward(
                 self,
                 pad_rows(hidden_states[:, own.image], own.padding, dim=1),
@@ -279,19 +217,19 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 timestep=timestep,
                 img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
                 txt_ids=txt_ids[own.text],
-                joint_attention_kwargs=attention_kwargs,
+                joint_attention_kwargs=valid,
                 return_dict=False,
                 **others,
             )[0]
         return gather(sample, shares)
 
     @contextmanager
-    def _embedding(self, timestep: torch.Tensor) -> Iterator[None]:
+    def _embedding(self, timestep: torch.Tensor, dtype: torch.dtype, variant: str) -> Iterator[None]:
         """Keep diffusers' forward, which has no switch for it, from rounding the timestep if the variant does not."""
-        if time_dtype(self.dtype, self._variant) == self.dtype:
+        if time_dtype(dtype, variant) == dtype:
             yield
             return
-        scaled = scaled_time(timestep, self.dtype, self._variant)
+        scaled = scaled_time(timestep, dtype, variant)
 
         def replace_time(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return (scaled, *given[1:])

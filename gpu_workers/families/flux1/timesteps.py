@@ -12,18 +12,18 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.ipc.requests import Variant
+from xditd.gpu_workers.families.flux1.facts import FLOAT32_TIME
 
 SCALE = 1000
 """From a sigma in [0, 1] to what is embedded."""
 
 
-def time_dtype(dtype: torch.dtype, variant: Variant) -> torch.dtype:
+def time_dtype(dtype: torch.dtype, variant: str) -> torch.dtype:
     """Return the dtype in which a model with weights of ``dtype`` takes timesteps, and latents between steps."""
-    return torch.float32 if variant == "float32_time" else dtype
+    return torch.float32 if variant == FLOAT32_TIME else dtype
 
 
-def scaled_time(timestep: torch.Tensor, dtype: torch.dtype, variant: Variant) -> torch.Tensor:
+def scaled_time(timestep: torch.Tensor, dtype: torch.dtype, variant: str) -> torch.Tensor:
     """Return what is embedded of sigmas, (rows,), for a model with weights of ``dtype``."""
     return timestep.to(time_dtype(dtype, variant)) * SCALE
 
@@ -34,7 +34,7 @@ def embed_time(
     guidance: torch.Tensor | None,
     pooled: torch.Tensor,
     dtype: torch.dtype,
-    variant: Variant,
+    variant: str,
 ) -> torch.Tensor:
     """Return what modulates the blocks for each row, (rows, hidden); ``embed`` is diffusers' ``time_text_embed``."""
     scaled = scaled_time(timestep, dtype, variant)

@@ -14,15 +14,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
-
-import torch
+from typing import TYPE_CHECKING
 
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+    from xditd.gpu_workers.families.flux_vae.operations import FluxVaeOperations
 
 SCALING = 0.3611
 SHIFT = 0.1159
@@ -53,6 +51,7 @@ class FluxVae:
     """FLUX.1's VAE: see the module's docstring."""
 
     name = "flux_vae"
+    title = "the VAE of FLUX.1"
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
@@ -88,7 +87,7 @@ class FluxVae:
             has_encoder=any(name.startswith("encoder.") for name in shapes),
         )
 
-    def entries(self, config: FluxVaeConfig) -> Iterator[Entry]:
+    def entries(self, config: FluxVaeConfig, names: Collection[str]) -> Iterator[Entry]:
         top = config.channels[-1]
         if config.has_encoder:
             yield from _conv("encoder.conv_in", config.channels[0], IMAGE_CHANNELS, "encoder.conv_in")
@@ -123,34 +122,14 @@ class FluxVae:
         yield from _norm("decoder.norm_out", width, "decoder.conv_norm_out")
         yield from _conv("decoder.conv_out", IMAGE_CHANNELS, width, "decoder.conv_out")
 
-    def check_layout(self, config: FluxVaeConfig, layout: ParallelLayout) -> None:
-        """Every rank holds the whole VAE, so any layout will do."""
+    def heads(self, config: FluxVaeConfig) -> int:
+        return 0
 
-    def build(self, config: FluxVaeConfig) -> torch.nn.Module:
-        from diffusers import AutoencoderKL
+    @property
+    def operations(self) -> FluxVaeOperations:
+        from xditd.gpu_workers.families.flux_vae.operations import FluxVaeOperations
 
-        module = AutoencoderKL(
-            in_channels=IMAGE_CHANNELS,
-            out_channels=IMAGE_CHANNELS,
-            down_block_types=("DownEncoderBlock2D",) * LEVELS,
-            up_block_types=("UpDecoderBlock2D",) * LEVELS,
-            block_out_channels=config.channels,
-            layers_per_block=config.residuals,
-            latent_channels=LATENT_CHANNELS,
-            norm_num_groups=NORM_GROUPS,
-            sample_size=1024,
-            scaling_factor=SCALING,
-            shift_factor=SHIFT,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=config.has_mid_attention,
-        )
-        if not config.has_encoder:
-            module.encoder = None
-        return cast(torch.nn.Module, module)
-
-    def fuse(self, *_: object) -> None:
-        """There is no faster forward."""
+        return FluxVaeOperations()
 
 
 def _channels(shapes: Mapping[str, Shape], level: int, residuals: int) -> int:

@@ -1,0 +1,45 @@
+"""Plain FLUX.1 blocks behind a step cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from xditd.gpu_workers.models.step_cache import StepCache
+
+
+class CachedBlocks(torch.nn.Module):
+    """All blocks in the place of the double ones, with a step cache behind the first.
+
+    Called and answering as diffusers' double block is.
+    """
+
+    def __init__(self, double: torch.nn.ModuleList, single: torch.nn.ModuleList, cache: StepCache) -> None:
+        super().__init__()
+        self._first = cast(Callable[..., Any], double[0])
+        self._others = [*double[1:], *single]
+        self._cache = cache
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text, image = self._first(
+            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb, **others
+        )
+        images = range(image.shape[0])
+        verdicts = self._cache.decide(images, image - hidden_states)
+        results = list(image.unbind(0))
+        rows = [number for number in images if not verdicts[number]]
+        if rows:
+            done_text, done = text[rows], image[rows]
+            for block in self._others:
+                done_text, done = block(hidden_states=done, encoder_hidden_states=done_text, temb=temb[rows], **others)
+            for number, result in zip(rows, done.unbind(0), strict=True):
+                self._cache.keep(number, result - image[number])
+                results[number] = result
+        for number in images:
+            if verdicts[number]:
+                results[number] = image[number] + self._cache.reuse(number)
+        return text, torch.stack(results)  # nothing reads the text behind the last block

@@ -1,0 +1,44 @@
+"""What clients are told of a FLUX.1 transformer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xditd.gpu_workers.families.flux1.config import LATENT_CHANNELS, PACKED_CHANNELS, PATCH, PIXELS_PER_LATENT, Flux1Config
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+
+FLOAT32_TIME: Final = "float32_time"
+"""The variant of ComfyUI: see :mod:`~xditd.gpu_workers.families.flux1.timesteps`."""
+
+VARIANTS: Final = ("class", FLOAT32_TIME)
+LATENTS: Final = LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, multiple=PATCH)
+
+
+def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
+    """Say what ``Call`` and ``Generate`` take, and how the heads are shared out."""
+    return TransformerFacts(
+        heads=config.heads,
+        ulysses=layout.degrees.ulysses,
+        ring=layout.degrees.ring,
+        arguments=(
+            ArgumentFacts(name="hidden_states", shape=("rows", "image_tokens", PACKED_CHANNELS)),
+            ArgumentFacts(name="encoder_hidden_states", shape=("rows", "text_tokens", config.context_channels)),
+            ArgumentFacts(name="pooled_projections", shape=("rows", config.pooled_channels)),
+            ArgumentFacts(name="timestep", shape=("rows",)),
+            ArgumentFacts(name="img_ids", shape=("image_tokens", 3)),
+            ArgumentFacts(name="txt_ids", shape=("text_tokens", 3)),
+            # diffusers' pipeline gives one to every model, and schnell's does not read it.
+            ArgumentFacts(name="guidance", shape=("rows",), is_needed=config.has_guidance),
+        ),
+        variants=VARIANTS,
+        conditioning=(
+            ArgumentFacts(name="prompt_embeds", shape=("batch", "tokens", config.context_channels)),
+            ArgumentFacts(name="pooled_prompt_embeds", shape=("batch", config.pooled_channels)),
+        ),
+        latents=LATENTS,
+        guidance="embedded" if config.has_guidance else "none",
+        default_guidance_scale=3.5,
+        default_steps=28,
+        has_step_cache=True,
+    )

@@ -1,0 +1,128 @@
+"""What jobs do with a FLUX.1 transformer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import torch
+
+from xditd.gpu_workers.families.flux1.config import HEAD_SIZE, PACKED_CHANNELS, Flux1Config
+from xditd.gpu_workers.families.flux1.facts import facts_of
+from xditd.gpu_workers.families.flux1.fused import FusedFlux1
+from xditd.gpu_workers.families.flux1.modulations import Times
+from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
+from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
+from xditd.gpu_workers.models.family import CallOptions, Inputs, Model, RowResults, Shape
+from xditd.gpu_workers.models.job_checks import check_known, check_tensor
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.token_shares import deal_tokens
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.facts import TransformerFacts
+
+logger = logging.getLogger(__name__)
+
+OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
+"""Arguments without a row for each image."""
+
+
+class Flux1Operations:
+    """See :class:`~xditd.gpu_workers.models.family.TransformerOperations`."""
+
+    recipe = Flux1Recipe()
+
+    def build(self, config: Flux1Config) -> torch.nn.Module:
+        return SequenceParallelFlux1(
+            in_channels=PACKED_CHANNELS,
+            num_layers=config.double_blocks,
+            num_single_layers=config.single_blocks,
+            attention_head_dim=HEAD_SIZE,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_channels,
+            pooled_projection_dim=config.pooled_channels,
+            guidance_embeds=config.has_guidance,
+        )
+
+    def fuse(
+        self,
+        config: Flux1Config,
+        module: torch.nn.Module,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype],
+    ) -> FusedFlux1 | None:
+        is_cuda = layout.device.type == "cuda"
+        if layout.precision != "bf16" and is_cuda and (dtype != torch.bfloat16 or exceptions):
+            found = sorted({str(each).removeprefix("torch.") for each in (dtype, *exceptions.values())})
+            raise Unsupported(
+                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are {' and '.join(found)}; "
+                "lend them as bfloat16, or start the daemon with precision bf16",
+                names=[f"{target} is {each}" for target, each in exceptions.items()],
+            )
+        if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
+            return None
+        if exceptions:  # its kernels read all weights of a block in one dtype
+            logger.info(
+                "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
+                dtype, len(exceptions), next(iter(exceptions)),
+            )  # fmt: skip
+            return None
+        fused = FusedFlux1(config, module, layout, layout.fused_attention)
+        cast(Any, module).fused = fused
+        return fused
+
+    def facts(self, config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
+        return facts_of(config, layout)
+
+    def check(self, model: Model[Flux1Config], inputs: Inputs, variant: str) -> None:
+        given, config = inputs.arguments, model.config
+        image, text = given["hidden_states"], given["encoder_hidden_states"]
+        check_tensor("hidden_states", image, (None, None, PACKED_CHANNELS), model.dtype)
+        rows, image_tokens = image.shape[:2]
+        check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
+        check_tensor("pooled_projections", given["pooled_projections"], (rows, config.pooled_channels), model.dtype)
+        check_tensor("img_ids", given["img_ids"], (image_tokens, 3))
+        check_tensor("txt_ids", given["txt_ids"], (text.shape[1], 3))
+        check_tensor("timestep", given["timestep"], (rows,))
+        check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
+        if given.get("guidance") is not None:
+            check_tensor("guidance", given["guidance"], (rows,))
+        deal_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
+
+    def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
+        rows, *shape = inputs.arguments["hidden_states"].shape
+        return (tuple(shape),) * rows
+
+    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
+        return Inputs(
+            {
+                name: each if name in OF_ALL_ROWS or each is None else each[rows]
+                for name, each in inputs.arguments.items()
+            },
+            {name: each if name in OF_ALL_ROWS else each[rows] for name, each in inputs.known.items()},
+        )
+
+    def run(self, model: Model[Flux1Config], inputs: Inputs, options: CallOptions) -> RowResults:
+        arguments = dict(inputs.arguments)
+        if not model.config.has_guidance:
+            arguments.pop("guidance", None)  # which the class does not read then
+        module = cast(SequenceParallelFlux1, model.module)
+        return module.forward_rows(**arguments, times=_times(inputs, options), options=options)
+
+    def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
+        return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)
+
+
+def _times(inputs: Inputs, options: CallOptions) -> Times | None:
+    """When these rows are and others are to come, if the client says so and the rows are alike."""
+    foreseen = options.foreseen.get("timestep")
+    moments = set(inputs.known.get("timestep", ()))
+    scales = set(inputs.known.get("guidance", ()))
+    if not foreseen or len(moments) != 1 or len(scales) > 1:
+        return None
+    if inputs.arguments.get("guidance") is not None and not scales:
+        return None
+    # Equal ones are then equal, however the client came by them.
+    rounded = torch.tensor(foreseen, dtype=inputs.arguments["timestep"].dtype).tolist()
+    return Times(moments.pop(), scales.pop() if scales else None, tuple(rounded))

@@ -1,0 +1,121 @@
+"""How FLUX.1 makes latents of noise, as diffusers' ``FluxPipeline`` does it: schedule, arguments, packing.
+
+Source: diffusers, ``pipelines/flux/pipeline_flux.py``; a test compares the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from xditd.gpu_workers.families.flux1.config import PATCH, PIXELS_PER_LATENT, Flux1Config
+from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
+from xditd.gpu_workers.models.family import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.job_checks import check_shape, prepare
+from xditd.gpu_workers.parallel.token_shares import deal_tokens
+
+
+class Flux1Recipe:
+    """See :class:`~xditd.gpu_workers.models.family.Recipe`."""
+
+    def check(self, config: Flux1Config, wanted: Wanted) -> None:
+        """There is nothing beyond what every family has."""
+
+    def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
+        return time_dtype(dtype, variant)
+
+    def start(
+        self, model: Model[Flux1Config], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
+    ) -> Flux1Run:
+        config = model.config
+        embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
+        check_shape("prompt_embeds", embeds, (wanted.batch, None, config.context_channels))
+        check_shape("pooled_prompt_embeds", pooled, (wanted.batch, config.pooled_channels))
+        rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
+        deal_tokens(embeds.shape[1], rows * columns, model.layout.degrees.sequence)
+        embeds, pooled = prepare(model, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+        latents = cast(torch.Tensor, FluxPipeline._pack_latents(noise.contiguous(), *noise.shape))
+        scheduler = _scheduled(config, wanted, latents.shape[1], model.device)
+        # As the pipeline gives them to the model; read by the host once, before there is work to wait for.
+        timesteps = scheduler.timesteps.to(latents.dtype) / SCALE
+        guidance = torch.full([1], wanted.guidance_scale, device=model.device, dtype=torch.float32)
+        fixed = {
+            "encoder_hidden_states": embeds,
+            "pooled_projections": pooled,
+            "txt_ids": torch.zeros(embeds.shape[1], 3).to(model.device, embeds.dtype),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, rows, columns, model.device, latents.dtype),
+            "guidance": guidance.expand(wanted.batch) if config.has_guidance else None,
+        }
+        return Flux1Run(
+            scheduler=scheduler,
+            latents=latents,
+            timesteps=timesteps,
+            foreseen={"timestep": tuple(timesteps.tolist())},
+            fixed=fixed,
+            known={"guidance": tuple(guidance.tolist()) * wanted.batch} if config.has_guidance else {},
+            dtype=model.dtype,
+            size=(rows * PATCH, columns * PATCH),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Flux1Run:
+    """See :class:`~xditd.gpu_workers.models.family.Run`. Latents are packed, (batch, tokens, 64)."""
+
+    scheduler: FlowMatchEulerDiscreteScheduler
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    """What the model takes at each step, (steps,)."""
+    foreseen: Mapping[str, tuple[float, ...]]
+    fixed: Mapping[str, Any]
+    """Arguments that are the same in every step."""
+    known: Mapping[str, tuple[float, ...]]
+    dtype: torch.dtype
+    """Of the weights."""
+    size: tuple[int, int]
+    """Height and width of the latents, unpacked."""
+
+    def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
+        batch = latents.shape[0]
+        arguments = {
+            "hidden_states": latents.to(self.dtype),
+            "timestep": self.timesteps[step].expand(batch),
+            **self.fixed,
+        }
+        return [Inputs(arguments, {"timestep": (self.foreseen["timestep"][step],) * batch, **self.known})]
+
+    def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
+        (result,) = rows
+        # Latents that stay in float32 are stepped in float32.
+        return (result if isinstance(result, torch.Tensor) else torch.stack(result)).to(latents.dtype)
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        height, width = self.size
+        return cast(torch.Tensor, FluxPipeline._unpack_latents(latents, height, width, 1))
+
+
+def _scheduled(
+    config: Flux1Config, wanted: Wanted, image_tokens: int, device: torch.device
+) -> FlowMatchEulerDiscreteScheduler:
+    """Set the timesteps: the model's own schedule, or given sigmas without a shift."""
+    given = wanted.sigmas
+    settings = dict(config.scheduler) if given is None else {"shift": 1.0, "use_dynamic_shifting": False}
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    known = scheduler.config
+    shift = calculate_shift(
+        image_tokens,
+        known.get("base_image_seq_len", 256),
+        known.get("max_image_seq_len", 4096),
+        known.get("base_shift", 0.5),
+        known.get("max_shift", 1.15),
+    )
+    sigmas = np.linspace(1.0, 1 / wanted.steps, wanted.steps) if given is None else list(given)
+    retrieve_timesteps(scheduler, wanted.steps, device, sigmas=sigmas, mu=shift)
+    scheduler.set_begin_index(0)
+    return scheduler

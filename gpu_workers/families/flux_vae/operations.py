@@ -1,0 +1,102 @@
+"""What jobs do with FLUX.1's VAE.
+
+Latents in jobs are ``(z - SHIFT) * SCALING``, as transformers take them: (batch, 16, height / 8, width / 8).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import cast
+
+import torch
+from diffusers import AutoencoderKL
+
+from xditd.gpu_workers.families.flux_vae.checkpoint import (
+    IMAGE_CHANNELS,
+    LATENT_CHANNELS,
+    LEVELS,
+    NORM_GROUPS,
+    PIXELS_PER_LATENT,
+    SCALING,
+    SHIFT,
+    FluxVaeConfig,
+)
+from xditd.gpu_workers.families.flux_vae.split_decode import Bands, SplitDecoder, whole_group
+from xditd.gpu_workers.models.family import Model
+from xditd.gpu_workers.models.job_checks import check_sides, prepare
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.facts import LatentFacts, VaeFacts
+from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
+
+
+class FluxVaeOperations:
+    """See :class:`~xditd.gpu_workers.models.family.VaeOperations`."""
+
+    def build(self, config: FluxVaeConfig) -> torch.nn.Module:
+        module = AutoencoderKL(
+            in_channels=IMAGE_CHANNELS,
+            out_channels=IMAGE_CHANNELS,
+            down_block_types=("DownEncoderBlock2D",) * LEVELS,
+            up_block_types=("UpDecoderBlock2D",) * LEVELS,
+            block_out_channels=config.channels,
+            layers_per_block=config.residuals,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=NORM_GROUPS,
+            sample_size=1024,
+            scaling_factor=SCALING,
+            shift_factor=SHIFT,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=config.has_mid_attention,
+        )
+        if not config.has_encoder:
+            module.encoder = None
+        return cast(torch.nn.Module, module)
+
+    def fuse(self, *_: object) -> None:
+        """There is no faster forward."""
+
+    def facts(self, config: FluxVaeConfig) -> VaeFacts:
+        return VaeFacts(
+            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT),
+            image_channels=IMAGE_CHANNELS,
+            scaling=SCALING,
+            shift=SHIFT,
+            has_encoder=config.has_encoder,
+        )
+
+    @cached_property
+    def _bands(self) -> Bands:
+        return whole_group()
+
+    def shares(self, model: Model[FluxVaeConfig], latents: torch.Tensor) -> bool:
+        return latents.ndim == 4 and self._bands.fit(*latents.shape[2:])
+
+    @torch.inference_mode()
+    def decode(self, model: Model[FluxVaeConfig], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
+        vae = cast(AutoencoderKL, model.module)
+        if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
+            raise BadRequest(
+                f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]"
+            )
+        if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
+            raise BadRequest(
+                f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
+            )
+        (latents,) = prepare(model, latents=latents)
+        latents = latents / SCALING + SHIFT
+        if not is_shared:
+            return cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
+        split = SplitDecoder(vae.decoder, self._bands, latents.shape[2])
+        return torch.cat([split(sample) for sample in latents.split(1)])
+
+    @torch.inference_mode()
+    def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> torch.Tensor:
+        vae = cast(AutoencoderKL, model.module)
+        if not model.config.has_encoder:
+            raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
+        if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
+            raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
+        check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
+        (image,) = prepare(model, image=image)
+        return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)

@@ -1,0 +1,132 @@
+"""Argument trees on their way in: from a message and an I/O block to what a forward is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.jobs.job_io import OpenIo
+from xditd.gpu_workers.jobs.kept import KeptTensors
+from xditd.gpu_workers.models.family import Inputs
+from xditd.gpu_workers.models.job_checks import check_finite
+from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Rows, Tensor, TupleOf, Values
+from xditd.ipc.errors import BadRequest, UnknownKept
+from xditd.ipc.facts import ArgumentFacts
+from xditd.ipc.name_lists import listed
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.transports.layout import torch_dtype
+
+
+class ArgumentReader:
+    """Reads the arguments of one job, for one client, to one device."""
+
+    def __init__(self, io: OpenIo, device: torch.device, kept: KeptTensors, client: ProcessIdentity) -> None:
+        self._io = io
+        self._device = device
+        self._kept = kept
+        self._client = client
+        self._arrived: dict[str, torch.Tensor] = {}
+        """By path: what came with this job, and was not looked at yet."""
+        self._to_keep: dict[str, torch.Tensor] = {}
+
+    def read(self, arguments: Mapping[str, Argument], where: str = "") -> Inputs:
+        """Read every argument as it is: tensors go to the device, in the dtype and shape that they came in.
+
+        ``where`` goes before their names in errors. Call :meth:`finish` once all are read.
+
+        Raises:
+            BadRequest: a tensor lies outside the I/O block, or its values are not as many as its shape says.
+            UnknownKept: a tensor is kept no more.
+        """
+        found = {name: self._value(where + name, node) for name, node in arguments.items()}
+        known = {name: _known(found[name]) for name, node in arguments.items() if isinstance(node, Values)}
+        for name in known:
+            found[name] = found[name].to(self._device)
+        return Inputs(found, known)
+
+    def finish(self) -> None:
+        """Check what has arrived, with one wait for the device, and keep of it what shall be kept.
+
+        Raises:
+            BadRequest: values that are not finite, by the argument's name.
+        """
+        check_finite({path: tensor for path, tensor in self._arrived.items() if tensor.is_floating_point()})
+        for kept_id, tensor in self._to_keep.items():
+            self._kept.keep(self._client, kept_id, tensor)
+
+    def _value(self, path: str, node: Argument) -> Any:
+        if isinstance(node, Values):
+            return _tensor_of(path, node)
+        if isinstance(node, (InIo, Kept, Rows)):
+            return self._tensor(path, node)
+        if isinstance(node, ListOf):
+            return [self._nested(f"{path}[{number}]", each) for number, each in enumerate(node.items)]
+        if isinstance(node, TupleOf):
+            return tuple(self._nested(f"{path}[{number}]", each) for number, each in enumerate(node.items))
+        if isinstance(node, MapOf):
+            return {key: self._nested(f"{path}.{key}", each) for key, each in node.items.items()}
+        return node
+
+    def _nested(self, path: str, node: Argument) -> Any:
+        """A value below the top: of it the host is not told what it knows."""
+        found = self._value(path, node)
+        return found.to(self._device) if isinstance(node, Values) else found
+
+    def _tensor(self, path: str, node: Tensor) -> torch.Tensor:
+        if isinstance(node, Values):
+            return _tensor_of(path, node).to(self._device)
+        if isinstance(node, Kept):
+            found = self._kept.find(self._client, node.kept_id)
+            if tuple(found.shape) != node.shape or found.dtype != torch_dtype(node.dtype):
+                raise UnknownKept(f"{path}: kept tensor {node.kept_id} is another one by now; send it again")
+            return found
+        if isinstance(node, InIo):
+            found = self._arrived[path] = self._io.read(path, node.place, self._device)
+            if node.kept_id is not None:
+                self._to_keep[node.kept_id] = found
+            return found
+        rows = [_repeated(self._tensor(f"{path}.rows[{number}]", part.tensor), part.times) for number, part in
+                enumerate(node.parts)]
+        if len(rows) == 1:
+            return rows[0]
+        if len({(row.shape[1:], row.dtype) for row in rows}) > 1:
+            shapes = listed(f"{list(row.shape)} {row.dtype}" for row in rows)
+            raise BadRequest(f"{path}: rows of different shapes or dtypes cannot be joined: {shapes}")
+        return torch.cat(rows)
+
+
+def check_names(given: Collection[str], facts: Collection[ArgumentFacts], what: str) -> None:
+    """Refuse arguments that are not taken, and missing ones.
+
+    Raises:
+        BadRequest: names them, and what is taken.
+    """
+    taken = {each.name for each in facts}
+    needed = {each.name for each in facts if each.is_needed}
+    if strange := sorted(set(given) - taken):
+        raise BadRequest(f"{what}: {listed(strange)} cannot be given; it takes {', '.join(sorted(taken))}")
+    if missing := sorted(needed - set(given)):
+        raise BadRequest(f"{what}: {listed(missing)} is missing; it takes {', '.join(sorted(taken))}")
+
+
+def _tensor_of(path: str, node: Values) -> torch.Tensor:
+    if len(node.values) != math.prod(node.shape):
+        raise BadRequest(f"{path}: {len(node.values)} values for the shape {list(node.shape)}")
+    return torch.tensor(node.values, dtype=torch_dtype(node.dtype)).reshape(node.shape)
+
+
+def _known(tensor: torch.Tensor) -> tuple[float, ...]:
+    """The values of a tensor on the host, rounded to its dtype: equal ones are then equal, however they came."""
+    return tuple(tensor.reshape(-1).tolist())
+
+
+def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Each row ``times`` times; a view where there is one row."""
+    if times == 1:
+        return tensor
+    if tensor.ndim == 0:
+        raise BadRequest("rows: a tensor without dimensions has no rows to repeat")
+    return tensor.expand(times, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)

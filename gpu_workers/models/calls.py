@@ -1,0 +1,54 @@
+"""Running forwards of a transformer: their rows shared out between the halves of the group, results whole on each rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from xditd.gpu_workers.models.family import CallOptions, Inputs, RowResults, Shape, TransformerOperations
+from xditd.gpu_workers.models.skeletons import Skeleton
+from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel.row_shares import gather_flat, halves, own_rows, rows_of_half
+
+
+def run_parts(
+    skeleton: Skeleton, operations: TransformerOperations, parts: Sequence[Inputs], options: CallOptions
+) -> list[RowResults]:
+    """Run independent forwards that were checked, and return the rows of each, on every rank, in the weights' dtype.
+
+    Halves of a group share all rows out between them, so that a prompt and a negative one of another length run at the
+    same time. With fewer rows than halves, every half does the same work.
+    """
+    attention.use(skeleton.attention_backend)
+    shapes = [operations.rows(part) for part in parts]
+    total = sum(map(len, shapes))
+    if halves() == 1 or total < halves():
+        return [operations.run(skeleton, part, options) for part in parts]
+    mine = own_rows(total)
+    done: list[torch.Tensor] = []
+    start = 0
+    for part, rows in zip(parts, shapes, strict=True):
+        share = slice(max(mine.start - start, 0), min(mine.stop - start, len(rows)))
+        if share.start < share.stop:
+            is_whole = share.stop - share.start == len(rows)
+            done += operations.run(skeleton, part if is_whole else operations.take_rows(part, share), options)
+        start += len(rows)
+    return _regrouped(_gathered(done, [shape for rows in shapes for shape in rows]), shapes)
+
+
+def _gathered(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
+    """Put every half's rows together; as one stretch of numbers, since rows may differ in shape."""
+    per_half = [[math.prod(shape) for shape in shapes[rows_of_half(len(shapes), half)]] for half in range(halves())]
+    stretches = gather_flat(torch.cat([row.reshape(-1) for row in mine]), max(map(sum, per_half)))
+    flat = [row for stretch, sizes in zip(stretches, per_half, strict=True) for row in stretch[: sum(sizes)].split(sizes)]
+    return [row.view(shape) for row, shape in zip(flat, shapes, strict=True)]
+
+
+def _regrouped(rows: list[torch.Tensor], shapes: Sequence[Sequence[Shape]]) -> list[RowResults]:
+    found: list[RowResults] = []
+    for part in shapes:
+        found.append(rows[: len(part)])
+        rows = rows[len(part) :]
+    return found
