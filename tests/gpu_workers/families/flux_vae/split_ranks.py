@@ -9,6 +9,7 @@ the weights are, ``<case>/float32``.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -74,6 +75,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
 
 def main(folder: str, ranks: int, kind: str) -> None:
     if kind == "cpu":
+        sys.path.append(str(Path(__file__).parents[2] / "process"))
         from forked_ranks import fork_ranks
 
         fork_ranks(run_rank, ranks, ranks, folder, kind)

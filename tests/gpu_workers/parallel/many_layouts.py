@@ -103,6 +103,7 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
 
 
 def main(out: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "process"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints
