@@ -89,7 +89,7 @@ class UnknownComponent(RequestError):
 
 
 class UnknownKept(RequestError):
-    """The workers keep no tensor of this id for this client: never sent, pushed out, or lost with them. Send it again."""
+    """The workers keep no tensor of this id for the client: never sent, pushed out, or lost with them."""
 
     code = "unknown_kept"
 

@@ -90,8 +90,8 @@ class Generated(Reply, tag="generated", frozen=True, kw_only=True):
 class Called(Reply, tag="called", frozen=True, kw_only=True):
     """Answers ``Call``: a tree of tensors for each part, in the job's I/O block.
 
-    They lie in ``block`` instead where that is given: a block of the process ``provider``, which leaves it as it is
-    until this client's next call.
+    They lie in ``block`` instead where that is given: a block of the process ``provider``, which keeps the newest few
+    of each client.
     """
 
     results: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]

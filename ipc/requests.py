@@ -99,7 +99,7 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
     foreseen: Annotated[
         dict[Name, Annotated[tuple[Finite, ...], msgspec.Meta(max_length=limits.MAX_STEPS)]],
         msgspec.Meta(max_length=limits.MAX_FORESEEN),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
     variant: Name = "class"
     out_offset_bytes: Bytes
     out_size_bytes: Bytes
@@ -123,7 +123,9 @@ class Sampling(Described, frozen=True, kw_only=True):
     seed: Seed | None = None
     step_cache_threshold: Unit = 0.0
     variant: Name = "class"
-    options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = {}
+    options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class Generate(Request, tag="generate", frozen=True, kw_only=True):

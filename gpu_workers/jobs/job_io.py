@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -12,11 +13,14 @@ from xditd.ipc.errors import BadRequest
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import HostShmBlock, IoTensor, TensorSpec
 from xditd.ipc.transports.fingerprints import digest_bytes, sample_bytes
-from xditd.ipc.transports.host_shm import HostMapping, map_shm
+from xditd.ipc.transports.host_shm import HostArena, HostMapping, map_shm
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _KEPT = 16
 """I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
+
+PROVIDED: Final = 4
+"""Blocks of results that stay for each client, newest first: it maps one as soon as it hears of it."""
 
 
 class JobIo:
@@ -25,6 +29,7 @@ class JobIo:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], _Kept] = OrderedDict()
+        self._provided: dict[ProcessIdentity, deque[HostArena]] = {}
 
     def __len__(self) -> int:
         return len(self._mapped)
@@ -47,6 +52,21 @@ class JobIo:
         self._mapped.move_to_end(key)
         return OpenIo(kept.mapping)
 
+    def provide(self, client: ProcessIdentity, size_bytes: int) -> HostArena:
+        """Make a block of this process for results of a client; the newest :data:`PROVIDED` of each stay.
+
+        Raises:
+            OutOfMemory: there is no room.
+        """
+        arena = HostArena(size_bytes, name="xditd-results")
+        if self._device.type == "cuda":
+            arena.pin(self._device.index)
+        blocks = self._provided.setdefault(client, deque())
+        blocks.append(arena)
+        while len(blocks) > PROVIDED:
+            blocks.popleft().close()
+        return arena
+
     def sweep(self) -> None:
         """Unmap every block that its client has closed, as it does after a job of which it cannot be sure.
 
@@ -58,13 +78,17 @@ class JobIo:
                 self._mapped.pop(key).mapping.close()
 
     def forget(self, exporter: ProcessIdentity) -> None:
-        """Unmap every block of a client that is gone."""
+        """Unmap every block of a client that is gone, and free those that were provided for it."""
         for key in [key for key in self._mapped if key[0] == exporter]:
             self._mapped.pop(key).mapping.close()
+        for arena in self._provided.pop(exporter, ()):
+            arena.close()
 
     def close(self) -> None:
         while self._mapped:
             self._mapped.popitem()[1].mapping.close()
+        for client in list(self._provided):
+            self.forget(client)
 
 
 @dataclass

@@ -88,8 +88,10 @@ class ArgumentReader:
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
             return found
-        rows = [_repeated(self._tensor(f"{path}.rows[{number}]", part.tensor), part.times) for number, part in
-                enumerate(node.parts)]
+        rows = [
+            _repeated(self._tensor(f"{path}.rows[{number}]", part.tensor), part.times)
+            for number, part in enumerate(node.parts)
+        ]
         if len(rows) == 1:
             return rows[0]
         if len({(row.shape[1:], row.dtype) for row in rows}) > 1:

@@ -1,9 +1,10 @@
-"""Running forwards of a transformer: their rows shared out between the halves of the group, results whole on each rank."""
+"""Running forwards of a transformer: rows are shared out between halves of the group, results are whole everywhere."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from xditd.gpu_workers.parallel.row_shares import gather_flat, halves, own_rows,
 
 
 def run_parts(
-    skeleton: Skeleton, operations: TransformerOperations, parts: Sequence[Inputs], options: CallOptions
+    skeleton: Skeleton, operations: TransformerOperations[Any], parts: Sequence[Inputs], options: CallOptions
 ) -> list[RowResults]:
     """Run independent forwards that were checked, and return the rows of each, on every rank, in the weights' dtype.
 
@@ -42,7 +43,9 @@ def _gathered(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[tor
     """Put every half's rows together; as one stretch of numbers, since rows may differ in shape."""
     per_half = [[math.prod(shape) for shape in shapes[rows_of_half(len(shapes), half)]] for half in range(halves())]
     stretches = gather_flat(torch.cat([row.reshape(-1) for row in mine]), max(map(sum, per_half)))
-    flat = [row for stretch, sizes in zip(stretches, per_half, strict=True) for row in stretch[: sum(sizes)].split(sizes)]
+    flat = [
+        row for stretch, sizes in zip(stretches, per_half, strict=True) for row in stretch[: sum(sizes)].split(sizes)
+    ]
     return [row.view(shape) for row, shape in zip(flat, shapes, strict=True)]
 
 

@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from xditd.gpu_workers.models.clock import Clock
+from xditd.gpu_workers.models.component_facts import facts_of
 from xditd.gpu_workers.models.family import TensorInfo
-from xditd.gpu_workers.models.file_watch import FileWatch, check_opened
+from xditd.gpu_workers.models.file_watch import FileWatch, check_opened, fault_of
 from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.parallel.fellows import together
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -36,10 +37,10 @@ from xditd.ipc.errors import (
     Internal,
     OtherRankFailed,
     RequestError,
-    StaleSource,
     UnknownComponent,
     named,
 )
+from xditd.ipc.facts import ComponentFacts, TransformerFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
@@ -58,12 +59,19 @@ class Component:
     plan: Plan
     bindings: dict[str, torch.Tensor]
     manifest: Manifest
+    facts: ComponentFacts
     tensors: dict[str, torch.Tensor]
     """The lent tensors that jobs read, by name, as views like the bindings."""
     opened: list[OpenBlock | None]
     copies: list[torch.Tensor]
     copied: CopiedBytes
     timings_ms: dict[str, float]
+
+    @property
+    def transformer_facts(self) -> TransformerFacts:
+        """Those of a component that was got as a transformer."""
+        assert self.facts.transformer is not None
+        return self.facts.transformer
 
     @property
     def is_plugged(self) -> bool:
@@ -120,7 +128,7 @@ class Components:
         except BaseException as error:
             # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
-            stale = _fault_of_files(opened) if isinstance(error, OtherRankFailed) else None
+            stale = fault_of(opened) if isinstance(error, OtherRankFailed) else None
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
@@ -279,7 +287,8 @@ class Components:
         self.files.await_small(opened)
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
-        return Component(component_id, plan, bindings, manifest, tensors, opened, copies, copied, clock.marks_ms)
+        facts = facts_of(plan, manifest)
+        return Component(component_id, plan, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms)
 
     def _plan(self, manifest: Manifest) -> Plan:
         try:
@@ -381,19 +390,6 @@ class Components:
                 deque(islice(uploaded, count), maxlen=0)
                 yield
         check_opened(opened)  # nothing reads them any more
-
-
-def _fault_of_files(opened: Sequence[OpenBlock | None]) -> StaleSource | None:
-    """What is wrong with a component's files, if anything is.
-
-    A file that has changed under one rank's share has changed for all, also for those whose share was read before: each
-    says so itself, and not that another rank does.
-    """
-    try:
-        check_opened(opened)
-    except StaleSource as error:
-        return error
-    return None
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ RowResults = torch.Tensor | list[torch.Tensor]
 
 ConfigT = TypeVar("ConfigT", bound=Hashable)
 ConfigT_co = TypeVar("ConfigT_co", bound=Hashable, covariant=True)
+ConfigT_contra = TypeVar("ConfigT_contra", bound=Hashable, contravariant=True)
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -164,15 +165,15 @@ class Family(Protocol[ConfigT]):
         """What jobs do with its components: those of its ``kind``, imported when the first one is lent."""
 
 
-class Operations(Protocol[ConfigT]):
+class Operations(Protocol[ConfigT_contra]):
     """What every family does with a component; one of the three below says the rest."""
 
-    def build(self, config: ConfigT) -> torch.nn.Module:
+    def build(self, config: ConfigT_contra) -> torch.nn.Module:
         """Build the module. The caller makes it a meta module and sets the dtype."""
 
     def fuse(
         self,
-        config: ConfigT,
+        config: ConfigT_contra,
         module: torch.nn.Module,
         layout: ParallelLayout,
         dtype: torch.dtype,
@@ -187,13 +188,13 @@ class Operations(Protocol[ConfigT]):
         """
 
 
-class TransformerOperations(Operations[ConfigT], Protocol[ConfigT]):
+class TransformerOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
     """How ``Call`` and ``Generate`` run a transformer."""
 
-    def facts(self, config: ConfigT, layout: ParallelLayout) -> TransformerFacts:
+    def facts(self, config: ConfigT_contra, layout: ParallelLayout) -> TransformerFacts:
         """Say what clients need to know."""
 
-    def check(self, model: Model[ConfigT], inputs: Inputs, variant: str) -> None:
+    def check(self, model: Model[ConfigT_contra], inputs: Inputs) -> None:
         """Check the arguments of one forward, on every rank alike, before any of it runs.
 
         Their names are those of the facts, and what is needed is there. Floating tensors are finite, or are being
@@ -210,7 +211,7 @@ class TransformerOperations(Operations[ConfigT], Protocol[ConfigT]):
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         """Return the forward of some of the rows alone, as views."""
 
-    def run(self, model: Model[ConfigT], inputs: Inputs, options: CallOptions) -> RowResults:
+    def run(self, model: Model[ConfigT_contra], inputs: Inputs, options: CallOptions) -> RowResults:
         """Run one forward, and return its rows: whole on every rank that shares them, in the dtype of the weights.
 
         The ranks of a sequence run it together. Tensors are on the model's device and as they were given.
@@ -220,21 +221,23 @@ class TransformerOperations(Operations[ConfigT], Protocol[ConfigT]):
         """Return the result of a forward as its class has it: what ``forward(..., return_dict=False)`` returns."""
 
     @property
-    def recipe(self) -> Recipe[ConfigT]:
+    def recipe(self) -> Recipe[ConfigT_contra]:
         """How ``Generate`` runs it."""
 
 
-class Recipe(Protocol[ConfigT]):
+class Recipe(Protocol[ConfigT_contra]):
     """How a family makes latents of noise. The loop over the steps is the engine's (``jobs/generate.py``)."""
 
-    def check(self, config: ConfigT, wanted: Wanted) -> None:
+    def check(self, config: ConfigT_contra, wanted: Wanted) -> None:
         """Check what needs no tensor.
 
         Raises:
             BadRequest: a size, an option, a number; by name, with what would do.
         """
 
-    def start(self, model: Model[ConfigT], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor) -> Run:
+    def start(
+        self, model: Model[ConfigT_contra], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
+    ) -> Run:
         """Check conditioning and noise, and make ready to step.
 
         ``conditioning`` is by the names of the facts, on the model's device, in the dtypes that were given. ``noise``
@@ -276,23 +279,23 @@ class Run(Protocol):
         """Return latents between two steps as (batch, channels, height, width)."""
 
 
-class VaeOperations(Operations[ConfigT], Protocol[ConfigT]):
+class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
     """How ``Decode``, ``Encode`` and ``Generate`` run a VAE."""
 
-    def facts(self, config: ConfigT) -> VaeFacts:
+    def facts(self, config: ConfigT_contra) -> VaeFacts:
         """Say what clients need to know."""
 
-    def shares(self, model: Model[ConfigT], latents: torch.Tensor) -> bool:
+    def shares(self, model: Model[ConfigT_contra], latents: torch.Tensor) -> bool:
         """Say whether all ranks decode these latents together; else one does it sooner alone."""
 
-    def decode(self, model: Model[ConfigT], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
+    def decode(self, model: Model[ConfigT_contra], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
         """Decode (batch, channels, h, w) to images (batch, 3, height, width), not cut off at [-1, 1].
 
         Raises:
             BadRequest: shape, or values that are not finite.
         """
 
-    def encode(self, model: Model[ConfigT], image: torch.Tensor) -> torch.Tensor:
+    def encode(self, model: Model[ConfigT_contra], image: torch.Tensor) -> torch.Tensor:
         """Encode images (batch, 3, height, width) in [-1, 1] to the posterior's mode.
 
         Raises:
@@ -300,17 +303,17 @@ class VaeOperations(Operations[ConfigT], Protocol[ConfigT]):
         """
 
 
-class TextEncoderOperations(Operations[ConfigT], Protocol[ConfigT]):
+class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
     """How ``EncodeText`` runs a text encoder."""
 
-    def facts(self, config: ConfigT) -> TextEncoderFacts:
+    def facts(self, config: ConfigT_contra) -> TextEncoderFacts:
         """Say what clients need to know."""
 
-    def vocabulary(self, config: ConfigT) -> int:
+    def vocabulary(self, config: ConfigT_contra) -> int:
         """How many tokens it knows."""
 
     def encode(
-        self, model: Model[ConfigT], token_ids: torch.Tensor, *, pooled: bool
+        self, model: Model[ConfigT_contra], token_ids: torch.Tensor, *, pooled: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode token ids (batch, tokens), checked, to hidden states (batch, tokens, width), and pooled ones."""
 
@@ -357,5 +360,3 @@ class FastPath(Protocol):
 
     def unplug(self) -> None:
         """Hold no reference to lent memory, and nothing that was reserved."""
-
-

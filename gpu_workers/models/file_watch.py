@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.weights.blocks import OpenBlock
+from xditd.ipc.errors import StaleSource
 from xditd.ipc.tensors import FileBlock, FileDigest, Manifest
 from xditd.ipc.transports.file import FileMapping
 
@@ -106,3 +107,16 @@ def _files_of(opened: Opened) -> dict[int, FileMapping]:
         for number, block in enumerate(opened)
         if block is not None and isinstance(block.mapping, FileMapping)
     }
+
+
+def fault_of(opened: Opened) -> StaleSource | None:
+    """What is wrong with a component's files, if anything is.
+
+    A file that has changed under one rank's share has changed for all, also for those whose share was read before: each
+    says so itself, and not that another rank does.
+    """
+    try:
+        check_opened(opened)
+    except StaleSource as error:
+        return error
+    return None

@@ -70,9 +70,7 @@ def check_tensor(name: str, tensor: object, shape: Sequence[int | None], dtype: 
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use a floating dtype")
 
 
-def check_known(
-    name: str, known: Mapping[str, Sequence[float]], low: float, high: float, remedy: str
-) -> None:
+def check_known(name: str, known: Mapping[str, Sequence[float]], low: float, high: float, remedy: str) -> None:
     """Check the values of an argument where the host knows them.
 
     Raises:

@@ -170,7 +170,6 @@ class SkeletonCache:
         resolution = self._resolutions.get(signature)
         if resolution is None:
             resolution = _resolve(tensors)
-            resolution.family.check_layout(resolution.config, self.layout)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(

@@ -12,6 +12,7 @@ shares. Neither reaches fused blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 
 from xditd.gpu_workers.parallel.agreement import add_up

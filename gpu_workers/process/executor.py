@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.ipc.errors import XditdError
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import CopiedBytes, FileDigest
@@ -33,7 +34,7 @@ class RankFacts(NamedTuple):
 class PreparedFacts(NamedTuple):
     """What preparing a component came to."""
 
-    family: str
+    facts: ComponentFacts
     copied: CopiedBytes
     is_skeleton_reused: bool
     timings_ms: TimingsMs

@@ -70,7 +70,7 @@ class TorchExecutor:
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
         plan = component.plan
-        return PreparedFacts(plan.family.name, component.copied, plan.is_reused, component.timings_ms)
+        return PreparedFacts(component.facts, component.copied, plan.is_reused, component.timings_ms)
 
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms
@@ -91,7 +91,13 @@ class TorchExecutor:
     def run(self, command: Run, contact: JobContact) -> Finished:
         progress = Progress(self.facts.rank == 0, self._layout.device, contact.is_cancelled, contact.tell)
         job, exporter = command.job, command.exporter
-        return self._jobs.run(job, lambda: self._io.open(job.io, exporter), progress, exporter)
+        return self._jobs.run(
+            job,
+            lambda: self._io.open(job.io, exporter),
+            lambda size_bytes: self._io.provide(exporter, size_bytes),
+            progress,
+            exporter,
+        )
 
     def tally(self) -> RankTally:
         skeletons = self._components.skeletons

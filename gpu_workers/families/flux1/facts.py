@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.families.flux1.config import LATENT_CHANNELS, PACKED_CHANNELS, PATCH, PIXELS_PER_LATENT, Flux1Config
+from xditd.gpu_workers.families.flux1.config import (
+    LATENT_CHANNELS,
+    PACKED_CHANNELS,
+    PATCH,
+    PIXELS_PER_LATENT,
+    Flux1Config,
+)
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
 

@@ -75,7 +75,7 @@ class Flux1Operations:
     def facts(self, config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
         return facts_of(config, layout)
 
-    def check(self, model: Model[Flux1Config], inputs: Inputs, variant: str) -> None:
+    def check(self, model: Model[Flux1Config], inputs: Inputs) -> None:
         given, config = inputs.arguments, model.config
         image, text = given["hidden_states"], given["encoder_hidden_states"]
         check_tensor("hidden_states", image, (None, None, PACKED_CHANNELS), model.dtype)

@@ -78,7 +78,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         attn: FluxAttention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers' signature
+        attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         valid_kv_len: int | None = None,
     ) -> Any:
@@ -162,9 +162,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
 
         def plain(cache: StepCache | None) -> torch.Tensor:
             with self._behind(cache):
-                return cast(
-                    torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others)
-                )
+                return cast(torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others))
 
         fused = self.fused
         if fused is None or not fused.is_plugged or fused.canary.is_refused:

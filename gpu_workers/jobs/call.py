@@ -1,0 +1,76 @@
+"""``Call``: a transformer's forward, once for each part, as its class has it."""
+
+from __future__ import annotations
+
+import torch
+
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.jobs.workplace import Laps, Workplace
+from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
+from xditd.gpu_workers.models.calls import run_parts
+from xditd.gpu_workers.models.family import CallOptions, Inputs
+from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.parallel.fellows import together
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import TransformerFacts
+from xditd.ipc.requests import Call
+
+
+@torch.inference_mode()
+def run(job: Call, place: Workplace) -> Finished:
+    """Run the forwards; rank 0 writes what they give. Ranks meet in none of it but the forwards themselves."""
+    clock = Laps(place.device)
+    with together():
+        transformer = place.components.get(job.component_id, "transformer")
+        skeleton, operations = transformer.plan.skeleton, place.operations(transformer)
+        clock.lap("plug", waits=False)
+        check_variant(job.variant, transformer.transformer_facts)
+        io = place.open_io()
+        reader = place.reader(io)
+        parts = []
+        for number, part in enumerate(job.parts):
+            where = f"parts[{number}]." if len(job.parts) > 1 else ""
+            check_names(part.arguments, transformer.transformer_facts.arguments, f"{where}arguments")
+            inputs = reader.read(part.arguments, where)
+            operations.check(skeleton, inputs)
+            parts.append(inputs)
+        reader.finish()
+    clock.lap("inputs", waits=False)
+    results = run_parts(skeleton, operations, parts, CallOptions(job.variant, job.foreseen))
+    if not place.is_leader:
+        clock.lap("forward")
+        return Finished(clock.marks_ms)
+    trees = [operations.tree(rows) for rows in results]
+    finite = FiniteCheck()
+    for tree, inputs in zip(trees, parts, strict=True):
+        name = f"result{_moment(inputs)}"
+        for tensor in leaves(tree):
+            finite.note(name, tensor)
+    finite.fetch()
+    clock.lap("forward")
+    place.check_finite(finite, transformer)
+    place.components.check_unchanged(transformer)
+    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, place.provide)
+    described = writer.write(trees)
+    clock.lap("outputs", waits=False)
+    return Finished(clock.marks_ms, results=described)
+
+
+def check_variant(variant: str, facts: TransformerFacts) -> None:
+    """Refuse a variant that the family does not have.
+
+    Raises:
+        BadRequest: names those that it has.
+    """
+    if variant not in facts.variants:
+        raise BadRequest(f"variant {variant!r}: use one of {', '.join(facts.variants)}")
+
+
+def _moment(inputs: Inputs) -> str:
+    """Say when a forward is, by the values that the host knows: `` at timestep 0.7``."""
+    for name, values in inputs.known.items():
+        if values:
+            least, most = min(values), max(values)
+            return f" at {name} {most:g}" if least == most else f" at {name} {most:g} to {least:g}"
+    return ""

@@ -1,0 +1,78 @@
+"""``EncodeText``: hidden states of token ids, on rank 0, in float32 whatever the weights are."""
+
+from __future__ import annotations
+
+import torch
+
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.workplace import Laps, Workplace
+from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.parallel.fellows import together, with_every_core
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.requests import EncodeText
+from xditd.ipc.transports.layout import torch_dtype
+
+
+def run(job: EncodeText, place: Workplace) -> Finished:
+    """Encode token ids, and write hidden states: the last layer after the final norm, and the pooled one if asked for.
+
+    Every token is attended to, padding too, as far as the encoder looks. Pooled is the state at the first end-of-text
+    token, or at token 0 where there is none; not projected.
+    """
+    clock = Laps(place.device)
+    with together():
+        encoder = place.components.get(job.encoder_id, "text_encoder")
+        operations, plan = place.operations(encoder), encoder.plan
+        facts, name = operations.facts(plan.config), plan.family.name
+        clock.lap("plug")
+        io = place.open_io()
+        token_ids = io.read("token_ids", job.token_ids)
+        check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(plan.config))
+        io.check("out", job.out, (*token_ids.shape, facts.width))
+        if job.out_pooled is not None:
+            if not facts.has_pooled:
+                raise BadRequest(f"pooled: {name} has no pooled state; take its hidden states, or ask a CLIP")
+            io.check("out_pooled", job.out_pooled, (token_ids.shape[0], facts.width))
+        if place.is_leader:
+            clock.lap("inputs")
+            with with_every_core(place.device):
+                hidden, pooled = operations.encode(plan.skeleton, token_ids, pooled=job.out_pooled is not None)
+            finite = FiniteCheck()
+            finite.note("hidden states", hidden)  # pooled ones are some of them
+            finite.fetch()
+            clock.lap("encode_text")
+            places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
+            place.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places))
+            place.components.check_unchanged(encoder)
+            io.write("out", job.out, hidden)
+            if job.out_pooled is not None and pooled is not None:
+                io.write("out_pooled", job.out_pooled, pooled)
+            clock.lap("outputs")
+    return Finished(clock.marks_ms)
+
+
+def check_token_ids(token_ids: torch.Tensor, name: str, max_tokens: int, vocabulary: int) -> None:
+    """Check token ids against the encoder that shall read them.
+
+    Raises:
+        BadRequest: names the tensor, or the token and its place, and what would do.
+    """
+    if token_ids.dtype != torch.int64:
+        raise BadRequest(f"token_ids: dtype is {token_ids.dtype}, use torch.int64")
+    if token_ids.ndim != 2 or 0 in token_ids.shape or token_ids.shape[0] > limits.MAX_BATCH:
+        raise BadRequest(
+            f"token_ids are {list(token_ids.shape)}: use [batch, tokens], a batch up to {limits.MAX_BATCH}"
+        )
+    if token_ids.shape[1] > max_tokens:
+        raise BadRequest(
+            f"token_ids: {token_ids.shape[1]} tokens, but {name} takes up to {max_tokens}; "
+            "split the text into chunks, and put them into the batch"
+        )
+    outside = (token_ids < 0) | (token_ids >= vocabulary)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise BadRequest(
+            f"token_ids[{row}][{column}]: {int(token_ids[row, column])} is not in the vocabulary of {name}, "
+            f"which has {vocabulary} tokens, from 0; use the tokenizer of this encoder"
+        )

@@ -1,0 +1,198 @@
+"""``Generate``: the denoising loop, one for all families, and the decode that may end it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from xditd.gpu_workers.jobs.call import check_variant
+from xditd.gpu_workers.jobs.decode import decode_by_all, decoded
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.job_io import OpenIo
+from xditd.gpu_workers.jobs.progress import Progress
+from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.jobs.workplace import Laps, Workplace
+from xditd.gpu_workers.models.calls import run_parts
+from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.family import CallOptions, Run, TransformerOperations, Wanted
+from xditd.gpu_workers.models.job_checks import check_batch, check_finite, check_schedule, check_shape, check_sides
+from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.models.skeletons import Skeleton
+from xditd.gpu_workers.models.step_cache import StepCache
+from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.parallel.row_shares import add_halves
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.facts import TransformerFacts
+from xditd.ipc.name_lists import listed
+from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.transports.layout import torch_dtype
+
+OnDenoised = Callable[[torch.Tensor], None]
+
+
+def run(job: Generate, place: Workplace, progress: Progress) -> Finished:
+    """Denoise on every rank, decode if asked to, and write on rank 0."""
+    clock = Laps(place.device)
+    with together():
+        transformer = _component(job, place, "transformer")
+        vae = _component(job, place, "vae") if job.out_image is not None or "vae" in job.components else None
+        clock.lap("plug")
+        io = place.open_io()
+        loop = Loop.prepare(job, place, transformer, io)
+        if (vae is None) != (job.out_image is None):
+            raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
+        if vae is not None and job.out_image is not None:
+            channels = place.operations(vae).facts(vae.plan.config).image_channels
+            image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
+            io.check("out_image", job.out_image, image_shape)
+    clock.lap("inputs")
+    finite = FiniteCheck()
+    latents = loop.run(finite, progress.step, _previews_of(job, place, io))
+    finite.fetch()
+    clock.lap("steps")
+    with together():
+        into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
+        place.check_finite(finite, transformer, *into)
+    image = None if vae is None else decode_by_all(place, vae, latents)
+    with together():
+        if place.is_leader and vae is not None and job.out_image is not None:
+            image = decoded(place, vae, latents, image, job.out_image)
+            io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
+            clock.lap("decode")
+        if place.is_leader:
+            place.components.check_unchanged(transformer)
+            io.write("out_latents", job.out_latents, latents)
+            clock.lap("outputs")
+    return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
+
+
+@dataclass(eq=False)
+class Loop:
+    """The steps of one generation: everything is checked, and on the device."""
+
+    skeleton: Skeleton
+    operations: TransformerOperations[Any]
+    started: Run
+    options: CallOptions
+    batch: int
+    steps: int
+    reused_steps: int = 0
+
+    @classmethod
+    def prepare(cls, job: Generate, place: Workplace, transformer: Component, io: OpenIo) -> Loop:
+        """Read and check all that a client gives, before any rank steps.
+
+        Raises:
+            BadRequest: sizes, shapes, steps, sigmas, options, or values that are not finite.
+            Unsupported: too few tokens for the group, or a step cache that the family does not have.
+        """
+        skeleton, operations = transformer.plan.skeleton, place.operations(transformer)
+        facts, sampling = transformer.transformer_facts, job.sampling
+        check_variant(sampling.variant, facts)
+        check_names(job.conditioning, facts.conditioning, "conditioning")
+        if strange := sorted(set(sampling.options) - set(facts.options)):
+            taken = f"it takes {', '.join(facts.options)}" if facts.options else "it takes none"
+            raise BadRequest(f"options: {listed(strange)} cannot be given to {transformer.plan.family.name}; {taken}")
+        if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
+            raise Unsupported(f"step_cache: {transformer.plan.family.name} has none; leave it at 0")
+        wanted = wanted_of(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts)
+        operations.recipe.check(transformer.plan.config, wanted)
+        shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
+        io.check("out_latents", job.out_latents, shape)
+        if job.out_denoised is not None:
+            io.check("out_denoised", job.out_denoised, shape)
+        reader = place.reader(io)
+        conditioning = reader.read(job.conditioning).arguments
+        dtype = operations.recipe.noise_dtype(transformer.plan.dtype, sampling.variant)
+        if job.noise is not None:
+            noise = io.read("noise", job.noise, place.device).to(dtype)
+            check_shape("noise", noise, shape)
+            check_finite({"noise": noise})
+        elif sampling.seed is not None:
+            noise = seeded_noise(sampling.seed, shape, dtype).to(place.device)
+        else:
+            raise BadRequest("generate: neither noise nor a seed; give one of them")
+        started = operations.recipe.start(skeleton, wanted, conditioning, noise)
+        reader.finish()
+        threshold = sampling.step_cache_threshold
+        cache = StepCache(threshold) if threshold > 0.0 else None
+        options = CallOptions(sampling.variant, started.foreseen, cache)
+        return cls(skeleton, operations, started, options, wanted.batch, wanted.steps)
+
+    @torch.inference_mode()
+    def run(
+        self, finite: FiniteCheck, on_step: Callable[[int, int], None], on_denoised: OnDenoised | None
+    ) -> torch.Tensor:
+        """Denoise, and return the latents, (batch, channels, height, width), in the dtype of the steps.
+
+        ``on_step(done, total)`` runs on the host after each step was issued, which on a GPU is before it has finished;
+        what it raises ends the job. ``on_denoised`` runs before it, with the clean latents as predicted at that step,
+        in float32. All ranks give one, or none. ``finite`` notes the latents after every step.
+        """
+        started, scheduler = self.started, self.started.scheduler
+        latents = started.latents
+        for step, timestep in enumerate(scheduler.timesteps):
+            rows = run_parts(self.skeleton, self.operations, started.parts(latents, step), self.options)
+            predicted = started.predicted(rows, latents, step)
+            if on_denoised is not None:
+                on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))
+            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+            finite.note(f"latents after step {step + 1} of {self.steps}", latents)
+            on_step(step + 1, self.steps)
+        if self.options.step_cache is not None:
+            self.reused_steps = add_halves(self.options.step_cache.reused, self.batch)
+        return started.unpacked(latents)
+
+
+def wanted_of(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
+    """Check the numbers of a generation, and fill in what its client left to the family.
+
+    Raises:
+        BadRequest: names the field, its value and what would do.
+    """
+    check_batch("out_latents", batch)
+    check_sides(sampling.height, sampling.width, facts.latents.pixels * facts.latents.multiple)
+    check_schedule(sampling.steps, sampling.sigmas)
+    scale = sampling.guidance_scale
+    return Wanted(
+        batch=batch,
+        height=sampling.height,
+        width=sampling.width,
+        steps=sampling.steps,
+        guidance_scale=facts.default_guidance_scale if scale is None else scale,
+        sigmas=sampling.sigmas,
+        variant=sampling.variant,
+        options=sampling.options,
+    )
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the noise that a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``, unpacked.
+
+    On the CPU; the same on every machine.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
+
+
+def _component(job: Generate, place: Workplace, role: str) -> Component:
+    component_id = job.components.get(cast(Any, role))
+    if component_id is None:
+        raise BadRequest(f"components: a {role} is missing; name one by its id")
+    return place.components.get(component_id, role)
+
+
+def _previews_of(job: Generate, place: Workplace, io: OpenIo) -> OnDenoised | None:
+    """What writes each step's prediction of the clean latents, where the client wants to see them.
+
+    It waits for the step, so the host does not run ahead of the GPU as it does without. Every rank gets one, since
+    all have to know; rank 0's alone writes.
+    """
+    where = job.out_denoised
+    if where is None:
+        return None
+    return lambda denoised: io.write("out_denoised", where, denoised) if place.is_leader else None

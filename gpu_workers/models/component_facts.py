@@ -1,0 +1,42 @@
+"""What clients are told of a component that was found to fit a family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+from xditd.gpu_workers.models.skeletons import Plan
+from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.tensors import DType, Manifest
+from xditd.ipc.transports.layout import dtype_name
+
+
+def facts_of(plan: Plan, manifest: Manifest) -> ComponentFacts:
+    """Ask the family for what it says of its kind, and count the bytes."""
+    skeleton = plan.skeleton
+    operations = cast(Any, skeleton.operations)
+    given: dict[str, Any] = {}
+    if plan.family.kind == "transformer":
+        given["transformer"] = operations.facts(plan.config, skeleton.layout)
+    else:
+        given[plan.family.kind] = operations.facts(plan.config)
+    sizes: Counter[DType] = Counter()
+    for spec in manifest.tensors:
+        sizes[spec.dtype] += spec.extent_bytes
+    return ComponentFacts(
+        family=plan.family.name,
+        class_name=class_of(skeleton.module),
+        kind=manifest.kind,
+        dtype=dtype_name(plan.dtype),
+        bytes_by_dtype=dict(sizes),
+        **given,
+    )
+
+
+def class_of(module: object) -> str:
+    """Name the class of diffusers or transformers that a module is, or is derived from."""
+    for kind in type(module).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if package in ("diffusers", "transformers"):
+            return kind.__name__
+    return type(module).__name__
