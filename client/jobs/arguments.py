@@ -47,12 +47,14 @@ class KeptTensor:
 
         if not isinstance(tensor, torch.Tensor):
             raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
-        dtype_name(tensor.dtype)
+        dtype_name(tensor.dtype)  # refuses what cannot cross, before anything is copied
         self.device = tensor.device
         """Where the tensor was that was given."""
         self._host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self.kept_id = f"k{next(_numbers)}" if self._host.nbytes <= limits.MAX_KEPT_BYTES else None
         """Its name in the workers; ``None`` if it is too large to be kept, and crosses every time."""
+        self.leaf = Kept(kept_id=self.kept_id or "", dtype=dtype_name(self.dtype), shape=self.shape)
+        """How it crosses once it is kept."""
         self._keeper: weakref.ref[Session] | None = None
 
     @property
@@ -121,6 +123,9 @@ class ArgumentWriter:
         """What the workers keep once the job is done."""
         self.device: torch.device | None = None
         """Where the first tensor of the latest arguments is."""
+        import torch
+
+        self._tensor_class = torch.Tensor
         self._layout = layout
         self._is_kept = is_kept
         self._max_values = max_values
@@ -137,6 +142,8 @@ class ArgumentWriter:
         return {name: self._write(f"{where}{name}", value, 1) for name, value in arguments.items()}
 
     def _write(self, path: str, value: Any, depth: int) -> Argument:
+        if isinstance(value, (self._tensor_class, KeptTensor)):  # most are: asked first, for this runs on every step
+            return self._write_tensor(path, value)
         if value is None or isinstance(value, (bool, str)):
             return value
         if isinstance(value, int):
@@ -160,12 +167,10 @@ class ArgumentWriter:
         return ListOf(items=items) if isinstance(value, list) else TupleOf(items=items)
 
     def _write_tensor(self, path: str, value: Any) -> Values | InIo | Kept:
-        import torch
-
         if isinstance(value, KeptTensor):
             self._note_device(value.device)
             return self._write_kept(value)
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, self._tensor_class):
             raise BadRequest(
                 f"{path}: {type(value).__name__} cannot cross; give a torch tensor, what keep() returns, RowsOf, a "
                 "number, a text, None, or a list, tuple or map of them"
@@ -183,7 +188,7 @@ class ArgumentWriter:
 
     def _write_kept(self, kept: KeptTensor) -> InIo | Kept:
         if kept.kept_id is not None and self._is_kept(kept):
-            return Kept(kept_id=kept.kept_id, dtype=dtype_name(kept.dtype), shape=kept.shape)
+            return kept.leaf
         self.kept.append(kept)
         place = self._place(kept.tensor)
         return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, kept_id=kept.kept_id)
