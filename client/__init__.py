@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xditd.client.client import Client
-from xditd.client.conditioning import Conditioning
-from xditd.client.jobs import GenerationJob
+from xditd.client.jobs.arguments import KeptTensor, RowsOf
+from xditd.client.jobs.generation import GenerationJob
 from xditd.client.loans import Loan
-from xditd.client.results import GenerationResult
-from xditd.client.text_encoding import TextEncoding
+from xditd.client.results import GenerationResult, TextEncoding
 from xditd.ipc.errors import (
     AlreadyRunning,
     BadCheckpoint,
@@ -38,14 +37,15 @@ from xditd.ipc.errors import (
     StaleSource,
     StorageError,
     UnknownComponent,
-    UnknownConditioning,
     UnknownFamily,
+    UnknownKept,
     Unsupported,
     UnsupportedDtype,
     WorkersLost,
     WorkersUnavailable,
     XditdError,
 )
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.replies import Queued, StepDone
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
@@ -63,8 +63,8 @@ __all__ = [
     "Cancelled",
     "Client",
     "Closed",
+    "ComponentFacts",
     "ComponentKind",
-    "Conditioning",
     "CopiedBytes",
     "DaemonStatus",
     "DaemonStopping",
@@ -74,6 +74,7 @@ __all__ = [
     "GenerationJob",
     "GenerationResult",
     "Internal",
+    "KeptTensor",
     "LeaseLost",
     "Loan",
     "NotFinite",
@@ -85,14 +86,15 @@ __all__ = [
     "ProtocolMismatch",
     "Queued",
     "RequestError",
+    "RowsOf",
     "StaleSource",
     "StepDone",
     "StorageError",
     "TextEncoding",
     "Tier",
     "UnknownComponent",
-    "UnknownConditioning",
     "UnknownFamily",
+    "UnknownKept",
     "Unsupported",
     "UnsupportedDtype",
     "WorkersLost",

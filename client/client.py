@@ -6,28 +6,23 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.conditioning import Conditioning, conditionings_of
 from xditd.client.connection import CONTROL_DEADLINE_S
-from xditd.client.drafts import (
-    draft_decode,
-    draft_encode,
-    draft_encode_text,
-    draft_generate,
-)
 from xditd.client.io_blocks import IoPool
-from xditd.client.jobs import GenerationJob, draw_seed
+from xditd.client.jobs.arguments import KeptTensor
+from xditd.client.jobs.drafts import Component, draft_decode, draft_encode, draft_encode_text, draft_generate
+from xditd.client.jobs.generation import GenerationJob, draw_seed
+from xditd.client.jobs.running import Runner
 from xditd.client.lifetime import Lifetime
 from xditd.client.loans import Loan, component_id_of, kind_named
-from xditd.client.results import GenerationResult
-from xditd.client.running import Runner
-from xditd.client.text_encoding import TextEncoding
+from xditd.client.results import TextEncoding
 from xditd.client.waiting import check_seconds, wait_for
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.replies import Decoded, Encoded, Generated, LogLines, Status, Stopping, TextEncoded
-from xditd.ipc.requests import GetLogs, GetStatus, Stop, Variant
+from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.replies import Decoded, Encoded, LogLines, Status, Stopping, TextEncoded
+from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind, CopiedBytes
 
@@ -143,41 +138,51 @@ class Client:
 
     # --- Jobs ----------------------------------------------------------------------------------
 
+    def facts(self, component: Loan | str) -> ComponentFacts:
+        """Say what the workers know of a component: its shapes and dtypes, the jobs it takes, and their defaults.
+
+        Those of a loan are at hand; those of a component that is named by its id are asked for once.
+
+        Raises:
+            UnknownComponent: it is not on loan.
+        """
+        return component.facts if isinstance(component, Loan) else self._current().facts_of(component)
+
     def generate(
         self,
         transformer: Loan | str,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
         *,
         vae: Loan | str | None = None,
         height: int = 1024,
         width: int = 1024,
-        steps: int = 28,
+        steps: int | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
-        guidance_scale: float = 3.5,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         noise: torch.Tensor | None = None,
         previews: bool = False,
         step_cache: float = 0.0,
-        variant: Variant = "class",
+        variant: str = "class",
+        options: Mapping[str, bool | int | float] | None = None,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
 
-        ``prompt_embeds`` (batch, text tokens, context) and ``pooled_prompt_embeds`` (batch, pooled) may lie on
-        any device. ``noise`` (batch, 16, height/8, width/8) is used as it is; else ``seed`` makes it, and
-        without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule:
-        ``steps`` descending values in (0, 1]. A ``vae`` adds the image to the result. ``previews`` lets
-        ``job.denoised()`` say after each step what the latents are about to become. Components may be
-        named by id, as ``xditd status`` shows them.
+        ``conditioning`` is by the names that the transformer's facts list, on any device: for FLUX.1 ``prompt_embeds``
+        (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768). ``noise``, shaped as the facts' latents, is
+        used as it is; else ``seed`` makes it, and without a seed one is drawn and handed back. ``sigmas`` replaces the
+        family's own schedule: ``steps`` descending values in (0, 1]. Without ``steps`` and ``guidance_scale`` the
+        family's own count. A ``vae`` adds the image to the result. ``previews`` lets ``job.denoised()`` say after each
+        step what the latents are about to become. ``options`` are the family's own, as its facts name them. Components
+        may be named by id, as ``xditd status`` shows them.
 
         ``step_cache``, up to 1, trades precision for time: a step whose first block does nearly the same as at the
         last one that was computed, by less than this share of it, is not computed to its end. 0.08 is a start, and
         ``reused_steps`` of the result says how many that were. The same job gives the same bits again.
 
-        ``variant`` says whose rounding a transformer in half precision follows: ``"class"`` diffusers', which rounds
-        the timestep, and the latents between two steps, to the weights' dtype; ``"float32_time"`` ComfyUI's, which
-        keeps both in float32. In float32 they are the same.
+        ``variant`` says whose rounding a transformer in half precision follows: ``"class"`` diffusers', or another one
+        that the facts name. In float32 they are the same.
 
         Raises:
             BadRequest: a value that no job can use, by name and with the remedy.
@@ -188,10 +193,9 @@ class Client:
         if seed is None and noise is None:
             seed = draw_seed()
         draft = draft_generate(
-            component_id_of(transformer, ComponentKind.TRANSFORMER),
-            None if vae is None else component_id_of(vae, ComponentKind.VAE),
-            prompt_embeds,
-            pooled_prompt_embeds,
+            self._component(transformer, ComponentKind.TRANSFORMER),
+            None if vae is None else self._component(vae, ComponentKind.VAE),
+            conditioning,
             height=height,
             width=width,
             steps=steps,
@@ -202,60 +206,60 @@ class Client:
             previews=previews,
             step_cache=step_cache,
             variant=variant,
+            options=options,
         )
-        block = draft.fill(self._pool)
+        return self._runner.generate(draft, deadline_s, self)
 
-        def read_outputs(generated: Generated) -> GenerationResult:
-            return GenerationResult(
-                latents=block.read(draft.output, draft.device),
-                image=None if draft.second is None else block.read(draft.second, draft.device),
-                timings_ms=dict(generated.timings_ms),
-                seed=seed,
-                reused_steps=generated.reused_steps,
-            )
+    def keep(self, tensor: torch.Tensor) -> KeptTensor:
+        """Make a tensor that crosses once, with the first ``call`` that uses it, and is kept in the workers.
 
-        def read_denoised() -> torch.Tensor:
-            if draft.denoised is None:
-                raise BadRequest("denoised: the job was started without previews=True")
-            return block.read(draft.denoised, draft.device)
-
-        return GenerationJob(self._runner.start(draft, block, deadline_s), read_outputs, read_denoised, steps, self)
-
-    def condition(
-        self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float | None = None
-    ) -> Conditioning:
-        """Make text conditioning that is sent once, with the first ``denoise`` that uses it, and kept in the workers.
-
-        ``prompt_embeds`` (batch, text tokens, context) and ``pooled_prompt_embeds`` (batch, pooled) are copied to the
-        host. The workers let go of it with this process, or when others were used since and room is needed.
+        It is copied to the host. The workers let go of it with this process, or when others were used since and room
+        is needed.
         """
-        return Conditioning(prompt_embeds, pooled_prompt_embeds, guidance)
+        return KeptTensor(tensor)
 
-    def denoise(
+    def call(
         self,
-        transformer: Loan | str,
-        latents: torch.Tensor,
-        timestep: float | Sequence[float] | torch.Tensor,
-        conditioning: Conditioning | Sequence[Conditioning] | torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        guidance: float | None = None,
+        component: Loan | str,
+        arguments: Mapping[str, Any],
         *,
-        sigmas: Sequence[float] | torch.Tensor | None = None,
-        variant: Variant = "class",
+        foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
+        variant: str = "class",
         deadline_s: float | None = None,
-    ) -> torch.Tensor:
-        """Run the transformer once; returns the prediction on the device and dtype of ``latents``.
+    ) -> Any:
+        """Run a transformer's ``forward`` once in the workers; returns what it returns without ``return_dict``.
 
-        ``latents`` are (batch, 16, height/8, width/8), ``timestep`` is the current sigma in [0, 1], one or one
-        for each image. ``conditioning`` comes from :meth:`condition`; several share the batch out evenly, in order
-        (unconditional and conditional images in one request). Or give ``prompt_embeds`` and ``pooled_prompt_embeds``
-        as tensors, which then cross every time. ``guidance``, for guidance-distilled checkpoints, goes before theirs.
-        ``sigmas`` are those of the whole run, if its sampler knows them: workers then make for all of them at once what
-        hangs on the timestep alone, to the same bits. ``variant`` is that of :meth:`generate`.
+        ``arguments`` are by the names of the class's ``forward``, and exactly as it takes them: dtypes, packing, sign
+        and units are the caller's business. They are tensors, what :meth:`keep` returns, :class:`RowsOf`, numbers,
+        texts, ``None``, and lists, tuples and maps of them. CPU tensors of at most 64 elements cross in the message:
+        give timesteps and guidance so, and the workers wait for no GPU to read them. Tensors of the result are the
+        caller's, on the device of the first one given.
+
+        ``foreseen`` are values of an argument in calls to come, if a sampler knows them: workers then make for all of
+        them at once what hangs on them alone, to the same bits. ``variant`` is that of :meth:`generate`.
+
+        Raises:
+            BadRequest: something that cannot cross, or that the class does not take.
+            LeaseLost: the loan has ended.
         """
-        component_id = component_id_of(transformer, ComponentKind.TRANSFORMER)
-        given = conditionings_of(conditioning, pooled_prompt_embeds)
-        return self._runner.forward(component_id, latents, timestep, given, guidance, sigmas, variant, deadline_s)
+        return self.call_parts(component, [arguments], foreseen=foreseen, variant=variant, deadline_s=deadline_s)[0]
+
+    def call_parts(
+        self,
+        component: Loan | str,
+        parts: Sequence[Mapping[str, Any]],
+        *,
+        foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
+        variant: str = "class",
+        deadline_s: float | None = None,
+    ) -> list[Any]:
+        """Run a forward for each of ``parts``, such as the conditional and the unconditional half of one step.
+
+        Each part gives what :meth:`call` gives for it. Nothing of them is joined, but they may run side by side on
+        different GPUs, and a tensor that several of them use crosses once.
+        """
+        named = self._component(component, ComponentKind.TRANSFORMER)
+        return self._runner.call(named, parts, foreseen, variant, deadline_s)
 
     def encode_text(
         self,
@@ -263,40 +267,38 @@ class Client:
         token_ids: torch.Tensor | Sequence[Sequence[int]],
         *,
         pooled: bool = False,
-        width: int | None = None,
         deadline_s: float | None = None,
     ) -> TextEncoding:
         """Encode tokens (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
 
-        Every token counts, padding too, as FLUX.1 was trained; CLIP takes up to 77. ``pooled`` asks for CLIP's pooled
-        state. ``width`` is that of the states, and needed only for an encoder that is named by its id.
+        Every token counts, padding too; its facts say how many it takes. ``pooled`` asks for its pooled state.
 
         Raises:
             BadRequest: a token that the encoder does not know, too many tokens, or no pooled state.
         """
-        encoder_id = component_id_of(encoder, ComponentKind.TEXT_ENCODER)
-        if width is None:
-            width = encoder.text_width if isinstance(encoder, Loan) else None
-        if width is None:
-            raise BadRequest(f"width: that of the states of {encoder_id} is not known here; give it, such as 4096")
-        draft = draft_encode_text(encoder_id, token_ids, width, pooled=pooled)
-        hidden_states, pooled_states = self._runner.run(draft, TextEncoded, deadline_s)
-        return TextEncoding(hidden_states, pooled_states)
+        draft = draft_encode_text(self._component(encoder, ComponentKind.TEXT_ENCODER), token_ids, pooled=pooled)
+        found = self._runner.run(draft, TextEncoded, deadline_s)
+        return TextEncoding(found["hidden_states"], found.get("pooled"))
 
     def decode(
         self, vae: Loan | str, latents: torch.Tensor, *, clamp: bool = True, deadline_s: float | None = None
     ) -> torch.Tensor:
-        """Decode latents (batch, 16, h, w) to images (batch, 3, 8h, 8w) in [-1, 1], on their device and dtype.
+        """Decode latents to images (batch, channels, height, width) in [-1, 1], on their device and dtype.
 
         Without ``clamp`` values outside stay as they are: tiles are joined before they are cut off.
         """
-        draft = draft_decode(component_id_of(vae, ComponentKind.VAE), latents)
-        image = self._runner.run(draft, Decoded, deadline_s)[0]
+        draft = draft_decode(self._component(vae, ComponentKind.VAE), latents)
+        image = self._runner.run(draft, Decoded, deadline_s)["image"]
         return image.clamp_(-1.0, 1.0) if clamp else image
 
     def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
-        """Encode images (batch, 3, 8h, 8w) in [-1, 1] to latents (batch, 16, h, w), on their device and dtype."""
-        return self._runner.run(draft_encode(component_id_of(vae, ComponentKind.VAE), image), Encoded, deadline_s)[0]
+        """Encode images (batch, channels, height, width) in [-1, 1] to latents, on their device and dtype."""
+        draft = draft_encode(self._component(vae, ComponentKind.VAE), image)
+        return self._runner.run(draft, Encoded, deadline_s)["latents"]
+
+    def _component(self, component: Loan | str, kind: ComponentKind) -> Component:
+        component_id = component_id_of(component, kind)
+        return Component(component_id, self.facts(component))
 
     # --- The daemon ----------------------------------------------------------------------------
 

@@ -40,12 +40,22 @@ class IoLayout:
 
     def add_output(self, dtype: torch.dtype, shape: tuple[int, ...]) -> IoTensor:
         """Reserve room for an output."""
+        self._begin_outputs()
+        return self._reserve(dtype_name(dtype), shape)
+
+    def add_room(self, size_bytes: int) -> int:
+        """Reserve room for outputs whose places the workers choose; returns where it begins."""
+        self._begin_outputs()
+        offset = align(self._end)
+        self._end = offset + size_bytes
+        return offset
+
+    def _begin_outputs(self) -> None:
         if not self._has_outputs:
             # A worker checks the first bytes of a block when it maps it. They must not change when a faster rank
             # has begun to write its outputs.
             self._end = max(self._end, _FINGERPRINTED_BYTES)
             self._has_outputs = True
-        return self._reserve(dtype_name(dtype), shape)
 
     def _reserve(self, dtype: DType, shape: tuple[int, ...]) -> IoTensor:
         offset = align(self._end)

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Protocol
 
 from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.replies import Lent
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
@@ -43,7 +44,6 @@ class Loan:
         label: str,
         copied_here: CopiedBytes,
         timings_ms: dict[str, float],
-        text_width: int | None = None,
     ) -> None:
         self._session = session
         self._is_returned = False
@@ -52,7 +52,8 @@ class Loan:
         self.kind = kind
         self.label = label
         self.component_id = lent.component_id
-        self.family = lent.family
+        self.facts: ComponentFacts = lent.facts
+        """What the workers know of it: shapes, dtypes, and what jobs it takes."""
         self.tiers: tuple[Tier, ...] = lent.tiers
         self.lent_bytes = lent.lent_bytes
         self.copied: CopiedBytes = copied_here + lent.copied
@@ -60,8 +61,11 @@ class Loan:
         self.is_reused = lent.is_reused
         self.is_skeleton_reused = lent.is_skeleton_reused
         self.timings_ms = timings_ms
-        self.text_width = text_width
-        """Width of the states of a text encoder."""
+
+    @property
+    def family(self) -> str:
+        """The model family that runs it."""
+        return self.facts.family
 
     @property
     def is_live(self) -> bool:

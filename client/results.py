@@ -1,4 +1,4 @@
-"""What a finished generation hands back."""
+"""What jobs hand back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class GenerationResult:
     """Latents, and the image where a VAE was named; both belong to the caller.
 
-    ``latents`` (batch, 16, height/8, width/8) have the device and dtype of ``noise``, or of
-    ``prompt_embeds`` without it. ``image`` (batch, 3, height, width) is float32 in [-1, 1], on the
-    same device. ``timings_ms`` is the slowest worker's by phase, with ``round_trip`` as the client
-    saw it. ``seed`` is the seed that was used, ``None`` where ``noise`` was given. ``reused_steps`` is how many steps
-    the step cache spared, counted for each image of the batch; 0 without one.
+    ``latents``, shaped as the facts of the transformer say, have the device and dtype of ``noise``, or without it of
+    the first conditioning. ``image`` (batch, channels, height, width) is float32 in [-1, 1], on the same device.
+    ``timings_ms`` is the slowest worker's by phase, with ``round_trip`` as the client saw it. ``seed`` is the seed that
+    was used, ``None`` where ``noise`` was given. ``reused_steps`` is how many steps the step cache spared, counted for
+    each image of the batch; 0 without one.
     """
 
     latents: torch.Tensor
@@ -64,6 +64,22 @@ class GenerationResult:
     def __repr__(self) -> str:
         image = "no image" if self.image is None else f"image {tensor_text(self.image)}"
         return f"<GenerationResult {image}, latents {tensor_text(self.latents)}, seed {self.seed}>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TextEncoding:
+    """What a text encoder makes of tokens, in float32, on their device; both belong to the caller.
+
+    ``hidden_states`` (batch, tokens, width) are the last layer after the final norm. ``pooled`` (batch, width), if it
+    was asked for, is the state at the first end-of-text token, not projected, as FLUX.1 takes it.
+    """
+
+    hidden_states: torch.Tensor
+    pooled: torch.Tensor | None
+
+    def __repr__(self) -> str:
+        pooled = "not pooled" if self.pooled is None else f"pooled {tensor_text(self.pooled)}"
+        return f"<TextEncoding hidden_states {tensor_text(self.hidden_states)}, {pooled}>"
 
 
 def image_to_pil(image: torch.Tensor) -> Image.Image:

@@ -11,17 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from xditd.client.connection import Connection
+from xditd.client.connection import CONTROL_DEADLINE_S, Connection
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Patience
 from xditd.client.rendezvous import close_quietly, find_daemon
-from xditd.client.text_encoding import width_of
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import Closed, DaemonUnreachable, LeaseLost, SessionLost, StaleSource, XditdError
+from xditd.ipc.errors import (
+    Closed,
+    DaemonUnreachable,
+    LeaseLost,
+    SessionLost,
+    StaleSource,
+    UnknownComponent,
+    XditdError,
+)
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
-from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked
-from xditd.ipc.requests import Adopt, Cancel, CheckCanary, Goodbye, Lend, ReturnLoan, Revoke
+from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked, Status
+from xditd.ipc.requests import Adopt, Cancel, CheckCanary, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ class Session:
         self._lock = threading.Lock()
         self._canary_lock = threading.Lock()
         self._is_canary_seen = False
+        self._facts: dict[str, ComponentFacts] = {}
         self.connection = Connection(runtime, client_name=name)
         welcome = self.connection.welcome
         self.daemon_pid = welcome.daemon_pid
@@ -135,7 +144,6 @@ class Session:
             label=manifest.label,
             copied_here=offer.copied,
             timings_ms=timings,
-            text_width=width_of(manifest) if manifest.kind is ComponentKind.TEXT_ENCODER else None,
         )
         logger.info(
             "component lent label=%s component_id=%s family=%s tiers=%s lent_bytes=%d copied_bytes=%d "
@@ -191,6 +199,28 @@ class Session:
         request = Revoke(request_id=self.connection.next_request_id(), component_id=component_id)
         mailbox = self.connection.submit(request, f"revocation of {component_id}")
         mailbox.wait(Revoked, Patience(self._silence_s, deadline_s))
+
+    def facts_of(self, component_id: str) -> ComponentFacts:
+        """Ask what the workers know of a component, whichever process has lent it.
+
+        Asked once: a component keeps its id for as long as its tensors have their names, dtypes and shapes.
+
+        Raises:
+            UnknownComponent: it is not on loan, or the workers are not done with its lend.
+        """
+        found = self._facts.get(component_id)
+        if found is None:
+            request = GetStatus(request_id=self.connection.next_request_id())
+            status = self.connection.ask(request, Status, deadline_s=CONTROL_DEADLINE_S).daemon
+            known = {each.component_id: each.facts for each in status.components if each.facts is not None}
+            if component_id not in known:
+                raise UnknownComponent(
+                    f"component {component_id}: not on loan (returned, not lent to its end yet, or its owner is gone); "
+                    "lend it, or name one that `xditd status` shows"
+                )
+            self._facts = known
+            found = known[component_id]
+        return found
 
     def _let_go(self, component_id: str) -> None:
         with self._lock:
@@ -256,6 +286,7 @@ class Session:
             holding = self._holdings.setdefault(lent.component_id, _Holding())
             holding.offers.append(offer)
             holding.loans += 1
+            self._facts[lent.component_id] = lent.facts
         return lent
 
     def _undo(self, offer: Offer, ending: Ending) -> None:

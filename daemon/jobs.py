@@ -14,7 +14,7 @@ from xditd.daemon.turns import Turns
 from xditd.ipc.errors import BadRequest, Busy, XditdError
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Reply, Request
-from xditd.ipc.requests import Decode, Denoise, Encode, EncodeText, Generate
+from xditd.ipc.requests import Job as JobRequest
 from xditd.ipc.status import JobState, JobStatus
 
 FIRST_GUESS_S: Final = 1.0
@@ -49,8 +49,8 @@ class Job:
 
     @property
     def is_image_work(self) -> bool:
-        """Whether it is one of the five jobs, which the counters count; lends and canaries only share the queue."""
-        return isinstance(self.request, (Generate, Denoise, Decode, Encode, EncodeText))
+        """Whether it runs on lent components: the counters count these; lends and canaries only share the queue."""
+        return isinstance(self.request, JobRequest)
 
     @property
     def waited_s(self) -> float:

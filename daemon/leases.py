@@ -11,7 +11,8 @@ from typing import Final
 
 from xditd.daemon.sessions import Session
 from xditd.daemon.states import LEASE_NEXT, move
-from xditd.ipc.errors import LeaseLost, StaleSource, UnknownComponent
+from xditd.ipc.errors import Internal, LeaseLost, StaleSource, UnknownComponent
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
@@ -30,7 +31,8 @@ class Lease:
     manifest: Manifest
     state: LeaseState = LeaseState.LENDING
     holds: int = 1
-    family: str = ""
+    facts: ComponentFacts | None = None
+    """What the workers know of it, from the first time that they have prepared it."""
     client_copied: CopiedBytes = field(default_factory=CopiedBytes)
     """What the client copied to make its tensors lendable."""
     worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
@@ -67,6 +69,13 @@ class Lease:
         """Whether every worker has it plugged or can plug it."""
         return self.state in (LeaseState.LENT, LeaseState.ADOPTED)
 
+    @property
+    def known_facts(self) -> ComponentFacts:
+        """What the workers know of a component that is, or was, lent."""
+        if self.facts is None:
+            raise Internal(f"component {self.component_id}: lent, but no worker has said what it is")
+        return self.facts
+
     def offer(self, manifest: Manifest) -> None:
         """Take another description of the same place; forget what was found in files that have changed since."""
         self.manifest = manifest
@@ -91,7 +100,7 @@ class Lease:
             component_id=self.component_id,
             label=self.manifest.label,
             kind=self.manifest.kind,
-            family=self.family,
+            facts=self.facts,
             state=self.state,
             tiers=self.manifest.tiers,
             lent_bytes=self.lent_bytes,

@@ -228,7 +228,7 @@ def _map(lease: Lease, job: Job | None) -> Script[None]:
     except XditdError:
         yield from _unmap(lease)
         raise
-    lease.family = prepared[0].family
+    lease.facts = prepared[0].facts
     lease.worker_copied = sum((answer.copied for answer in prepared), CopiedBytes())
     lease.is_skeleton_reused = all(answer.is_skeleton_reused for answer in prepared)
     lease.lend_ms = slowest_ms(
@@ -257,7 +257,7 @@ def _lent(request: Lend, lease: Lease, *, is_reused: bool) -> Lent:
     return Lent(
         request_id=request.request_id,
         component_id=lease.component_id,
-        family=lease.family,
+        facts=lease.known_facts,
         tiers=lease.manifest.tiers,
         lent_bytes=lease.lent_bytes,
         copied=CopiedBytes() if is_reused else lease.worker_copied,
@@ -274,7 +274,7 @@ def _log_lent(lease: Lease, request: Lend) -> None:
         "%s recognised family=%s kind=%s tensors=%d label=%s component_id=%s request_id=%s; loading is deferred to the "
         "workers, nothing will be downloaded; mapped, verified and plugged tier=%s shared=%s copied=%s lend_ms=%.1f",
         what,
-        lease.family,
+        lease.known_facts.family,
         manifest.kind.value,
         len(manifest.tensors),
         manifest.label,

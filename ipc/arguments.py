@@ -118,19 +118,29 @@ def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
         pending += [(name, each, depth + 1) for name, each in reversed(children)]
 
 
+def tensors(arguments: dict[str, Argument]) -> Iterator[tuple[str, Values | InIo | Kept]]:
+    """Find every tensor of a tree, those whose rows are joined too, with its path.
+
+    Raises:
+        ValueError: see :func:`walk`.
+    """
+    for path, node in walk(arguments):
+        if isinstance(node, (Values, InIo, Kept)):
+            yield path, node
+        elif isinstance(node, Rows):
+            for number, part in enumerate(node.parts):
+                yield f"{path}.rows[{number}]", part.tensor
+
+
 def tensors_in_io(arguments: dict[str, Argument]) -> Iterator[tuple[str, InIo]]:
     """Find every tensor of a tree that lies in the job's I/O block, with its path.
 
     Raises:
         ValueError: see :func:`walk`.
     """
-    for path, node in walk(arguments):
-        if isinstance(node, InIo):
-            yield path, node
-        elif isinstance(node, Rows):
-            for number, part in enumerate(node.parts):
-                if isinstance(part.tensor, InIo):
-                    yield f"{path}.rows[{number}]", part.tensor
+    for path, tensor in tensors(arguments):
+        if isinstance(tensor, InIo):
+            yield path, tensor
 
 
 def elements(shape: tuple[int, ...]) -> Count:

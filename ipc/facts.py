@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.arguments import Finite
 from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
 
 Guidance = Literal["none", "embedded", "classifier_free"]
@@ -59,7 +60,7 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     """Of ``Generate``, besides those that every family has."""
     latents: LatentFacts
     guidance: Guidance
-    default_guidance_scale: float
+    default_guidance_scale: Finite
     default_steps: Count
     has_step_cache: bool = False
 
@@ -69,8 +70,8 @@ class VaeFacts(Described, frozen=True, kw_only=True):
 
     latents: LatentFacts
     image_channels: Count
-    scaling: float
-    shift: float
+    scaling: Finite
+    shift: Finite
     has_encoder: bool
 
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import Any
 
-from xditd.client.jobs import GenerationJob
+from xditd.client.jobs.generation import GenerationJob
 from xditd.client.results import GenerationResult
 from xditd.ipc.replies import Queued
 

@@ -1,0 +1,243 @@
+"""Arguments of calls: trees of tensors and numbers as the wire carries them, and results as trees of tensors again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.client.io_blocks import IoLayout
+from xditd.client.tensor_text import tensor_text
+from xditd.ipc import limits
+from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
+from xditd.ipc.errors import BadRequest, Internal
+from xditd.ipc.tensors import IoTensor
+from xditd.ipc.transports.layout import align, dtype_name, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from xditd.client.session import Session
+
+MAX_VALUES: Final = 64
+"""CPU tensors of at most so many elements cross in the message itself: timesteps, guidance. The workers' hosts then
+know them, and wait for no GPU to read them."""
+
+_numbers = itertools.count(1)  # across the clients of this process: the workers know kept tensors by process and id
+
+
+class KeptTensor:
+    """A tensor that the workers keep: it crosses with the first call that uses it, then by its id alone.
+
+    Holds a contiguous copy on the host, to send it again when the workers have lost it or pushed it out; that happens
+    within the call, unasked. The workers let go of it with this process, or when others were used since and room is
+    needed.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Copy a tensor of any device.
+
+        Raises:
+            BadRequest: it is no tensor.
+            UnsupportedDtype: the wire does not carry its dtype.
+        """
+        import torch
+
+        if not isinstance(tensor, torch.Tensor):
+            raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
+        dtype_name(tensor.dtype)  # refuses what cannot cross, before anything is copied
+        self.device = tensor.device
+        """Where the tensor was that was given."""
+        self._host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self.kept_id = f"k{next(_numbers)}" if self._host.nbytes <= limits.MAX_KEPT_BYTES else None
+        """Its name in the workers; ``None`` if it is too large to be kept, and crosses every time."""
+        self.leaf = Kept(kept_id=self.kept_id or "", dtype=dtype_name(self.dtype), shape=self.shape)
+        """How it crosses once it is kept."""
+        self._keeper: weakref.ref[Session] | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The copy on the host. Do not write to it: workers would not notice."""
+        return self._host
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._host.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._host.dtype
+
+    def is_kept_by(self, session: Session) -> bool:
+        """Whether the workers behind a session were sent it; they may have lost it since."""
+        return self._keeper is not None and self._keeper() is session
+
+    def note_kept_by(self, session: Session) -> None:
+        if self.kept_id is not None:
+            self._keeper = weakref.ref(session)
+
+    def __repr__(self) -> str:
+        return f"<KeptTensor {self.kept_id or 'too large to be kept'} {tensor_text(self._host)}>"
+
+
+class RowsOf:
+    """Tensors joined along dimension 0, each with its rows repeated: one conditioning for every image of a batch.
+
+    ``parts`` are ``(tensor or KeptTensor, times)``. They are repeated and joined in the workers: each crosses once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor | KeptTensor, int]]) -> None:
+        self.parts = tuple(parts)
+        for _, times in self.parts:
+            if isinstance(times, bool) or not isinstance(times, int) or not 1 <= times <= limits.MAX_BATCH:
+                raise BadRequest(f"rows: {times!r} times is not a whole number from 1 to {limits.MAX_BATCH}")
+        if not 1 <= len(self.parts) <= limits.MAX_BATCH:
+            raise BadRequest(f"rows: {len(self.parts)} tensors; give from 1 to {limits.MAX_BATCH} with how many times")
+
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{each if isinstance(each, KeptTensor) else tensor_text(each)} x {times}" for each, times in self.parts
+        )
+        return f"<RowsOf {parts}>"
+
+
+class ArgumentWriter:
+    """Turns the arguments of a job to what crosses, and reserves room in its block for the tensors among them.
+
+    A tensor that is given twice crosses once. What ``is_kept`` says the workers keep goes by its id. CPU tensors of at
+    most ``max_values`` elements cross in the message.
+    """
+
+    def __init__(
+        self,
+        layout: IoLayout,
+        is_kept: Callable[[KeptTensor], bool] = lambda _: False,
+        *,
+        max_values: int = MAX_VALUES,
+    ) -> None:
+        self.inputs: list[tuple[IoTensor, torch.Tensor]] = []
+        """What is to be written to the block, and where."""
+        self.kept: list[KeptTensor] = []
+        """What the workers keep once the job is done."""
+        self.device: torch.device | None = None
+        """Where the first tensor of the latest arguments is."""
+        import torch
+
+        self._tensor_class = torch.Tensor
+        self._layout = layout
+        self._is_kept = is_kept
+        self._max_values = max_values
+        self._places: dict[int, IoTensor] = {}
+
+    def write(self, arguments: Mapping[str, Any], where: str = "") -> dict[str, Argument]:
+        """Turn the arguments of one forward. ``where`` goes before their names in what is refused.
+
+        Raises:
+            BadRequest: something that does not cross, by its path, such as ``cap_feats[1]``.
+            UnsupportedDtype: a tensor of a dtype that the wire does not carry.
+        """
+        self.device = None
+        return {name: self._write(f"{where}{name}", value, 1) for name, value in arguments.items()}
+
+    def _write(self, path: str, value: Any, depth: int) -> Argument:
+        if isinstance(value, (self._tensor_class, KeptTensor)):  # most are: asked first, for this runs on every step
+            return self._write_tensor(path, value)
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float):
+            return _finite(path, value)
+        if isinstance(value, RowsOf):
+            return Rows(
+                parts=tuple(
+                    Repeated(tensor=self._write_tensor(f"{path}.rows[{number}]", tensor), times=times)
+                    for number, (tensor, times) in enumerate(value.parts)
+                )
+            )
+        if not isinstance(value, (list, tuple, Mapping)):
+            return self._write_tensor(path, value)
+        if depth == limits.MAX_ARGUMENT_DEPTH:
+            raise BadRequest(f"{path}: lies deeper than arguments may, {limits.MAX_ARGUMENT_DEPTH} levels")
+        if isinstance(value, Mapping):
+            return MapOf(items={key: self._write(f"{path}.{key}", each, depth + 1) for key, each in value.items()})
+        items = tuple(self._write(f"{path}[{number}]", each, depth + 1) for number, each in enumerate(value))
+        return ListOf(items=items) if isinstance(value, list) else TupleOf(items=items)
+
+    def _write_tensor(self, path: str, value: Any) -> Values | InIo | Kept:
+        if isinstance(value, KeptTensor):
+            self._note_device(value.device)
+            return self._write_kept(value)
+        if not isinstance(value, self._tensor_class):
+            raise BadRequest(
+                f"{path}: {type(value).__name__} cannot cross; give a torch tensor, what keep() returns, RowsOf, a "
+                "number, a text, None, or a list, tuple or map of them"
+            )
+        self._note_device(value.device)
+        dtype = dtype_name(value.dtype)
+        if value.device.type == "cpu" and value.numel() <= self._max_values:
+            values = value.detach().flatten().tolist()
+            if value.dtype.is_floating_point:
+                for number in values:
+                    _finite(path, number)
+            return Values(dtype=dtype, shape=tuple(value.shape), values=tuple(values))
+        place = self._place(value)
+        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape)
+
+    def _write_kept(self, kept: KeptTensor) -> InIo | Kept:
+        if kept.kept_id is not None and self._is_kept(kept):
+            return kept.leaf
+        self.kept.append(kept)
+        place = self._place(kept.tensor)
+        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, kept_id=kept.kept_id)
+
+    def _place(self, tensor: torch.Tensor) -> IoTensor:
+        place = self._places.get(id(tensor))
+        if place is None:
+            place = self._places[id(tensor)] = self._layout.add_input(tensor)
+            self.inputs.append((place, tensor))
+        return place
+
+    def _note_device(self, device: torch.device) -> None:
+        if self.device is None:
+            self.device = device
+
+
+def result_room(value: Any, item_bytes: int) -> int:
+    """Bytes for results shaped as the tensors in ``value``, with elements of their sizes or of ``item_bytes``."""
+    import torch
+
+    if isinstance(value, (torch.Tensor, KeptTensor)):
+        tensor = value.tensor if isinstance(value, KeptTensor) else value
+        return align(tensor.numel() * max(tensor.element_size(), item_bytes))
+    if isinstance(value, RowsOf):
+        return sum(times * result_room(tensor, item_bytes) for tensor, times in value.parts)
+    if isinstance(value, (list, tuple)):
+        return sum(result_room(each, item_bytes) for each in value)
+    return 0
+
+
+def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor, torch.device], torch.Tensor]) -> Any:
+    """Turn what a forward has given to tensors on ``device``, in the same tuples, lists and maps."""
+    if isinstance(tree, InIo):
+        return read(tree.place, device)
+    if isinstance(tree, (ListOf, TupleOf)):
+        items = [read_results(each, device, read) for each in tree.items]
+        return items if isinstance(tree, ListOf) else tuple(items)
+    if isinstance(tree, MapOf):
+        return {key: read_results(each, device, read) for key, each in tree.items.items()}
+    if isinstance(tree, Values):
+        import torch
+
+        return torch.tensor(tree.values, dtype=torch_dtype(tree.dtype), device=device).reshape(tree.shape)
+    if isinstance(tree, (Kept, Rows)):
+        raise Internal(f"the workers answered a call with {type(tree).__name__}, which no client can read")
+    return tree
+
+
+def _finite(path: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise BadRequest(f"{path}: {value!r} is not finite")
+    return float(value)

@@ -1,0 +1,261 @@
+"""Checks on what a caller hands to a job: the thing, its value and the remedy, before anything is sent.
+
+Only what is cheap and certain is checked here, by the facts of the components. NaN and what a family can run are the
+workers' to judge: they have the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts, VaeFacts
+from xditd.ipc.name_lists import listed
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT_DTYPES: Final = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+LATENT_AXES: Final = "(batch, channels, height, width)"
+
+
+def shape_text(tensor: torch.Tensor) -> str:
+    return "(" + ", ".join(str(side) for side in tensor.shape) + ")"
+
+
+def check_tensor(name: str, tensor: torch.Tensor, axes: str, rank: int) -> None:
+    """Refuse what is no floating-point tensor with ``rank`` dimensions, none of them empty."""
+    dtype = getattr(tensor, "dtype", None)
+    if dtype is None or not hasattr(tensor, "data_ptr"):
+        raise BadRequest(f"{name}: a torch tensor {axes} is needed, not {type(tensor).__name__}")
+    if str(dtype) not in FLOAT_DTYPES:
+        known = ", ".join(text.removeprefix("torch.") for text in FLOAT_DTYPES)
+        found = str(dtype).removeprefix("torch.")
+        raise BadRequest(f"{name}: dtype {found} cannot be used; convert it to one of {known}")
+    if tensor.ndim != rank or 0 in tensor.shape:
+        raise BadRequest(f"{name}: shape {shape_text(tensor)} instead of {axes}, every side at least 1")
+
+
+def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[ArgumentFacts]) -> int:
+    """Check the conditioning of a generation against what its transformer takes; returns the batch size."""
+    if not isinstance(given, Mapping):
+        raise BadRequest(f"conditioning: a map by name is needed, not {type(given).__name__}; {_taken(listed_facts)}")
+    known = {facts.name for facts in listed_facts}
+    strange = [name for name in given if name not in known]
+    if strange:
+        raise BadRequest(f"conditioning: {listed(strange)} is not known here; {_taken(listed_facts)}")
+    missing = [facts.name for facts in listed_facts if facts.is_needed and given.get(facts.name) is None]
+    if missing:
+        raise BadRequest(f"conditioning: lacks {listed(missing)}; {_taken(listed_facts)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for facts in listed_facts:
+        value = given.get(facts.name)
+        if value is None:
+            continue
+        if not facts.is_list:
+            _check_sides(facts.name, value, facts, sizes)
+            continue
+        if not isinstance(value, (list, tuple)) or not value:
+            raise BadRequest(f"{facts.name}: a list of tensors {axes_text(facts)} is needed, one for each image")
+        for number, each in enumerate(value):
+            _check_sides(f"{facts.name}[{number}]", each, facts, {})
+        _agree("batch", len(value), facts.name, sizes)
+    batch = sizes["batch"][0] if "batch" in sizes else 1
+    if batch > limits.MAX_BATCH:
+        name = sizes["batch"][1]
+        raise BadRequest(f"{name}: batch {batch}, at most {limits.MAX_BATCH}; split it into several jobs")
+    return batch
+
+
+def axes_text(facts: ArgumentFacts) -> str:
+    """Spell the shape that an argument has: ``(batch, tokens, 4096)``."""
+    return "(" + ", ".join(str(side) for side in facts.shape) + ")"
+
+
+def _taken(listed_facts: Sequence[ArgumentFacts]) -> str:
+    each = [f"{facts.name} {'a list of ' if facts.is_list else ''}{axes_text(facts)}" for facts in listed_facts]
+    return f"this transformer takes {', '.join(each)}"
+
+
+def _check_sides(name: str, tensor: torch.Tensor, facts: ArgumentFacts, sizes: dict[str, tuple[int, str]]) -> None:
+    check_tensor(name, tensor, axes_text(facts), len(facts.shape))
+    for expected, found in zip(facts.shape, tensor.shape, strict=True):
+        if isinstance(expected, str):
+            _agree(expected, found, name, sizes)
+        elif found != expected:
+            raise BadRequest(f"{name}: shape {shape_text(tensor)} instead of {axes_text(facts)}")
+
+
+def _agree(side: str, found: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
+    """Refuse a size that differs from what has the same name elsewhere."""
+    expected, where = sizes.setdefault(side, (found, name))
+    if found != expected:
+        remedy = "; give one row for each prompt" if side == "batch" else ""
+        raise BadRequest(f"{name}: {side} {found}, but {where} has {side} {expected}{remedy}")
+
+
+def check_size(height: int, width: int, latents: LatentFacts) -> None:
+    """Check an image size in pixels."""
+    multiple = latents.pixels * latents.multiple
+    for name, side in (("height", height), ("width", width)):
+        check_whole(name, side, multiple, limits.MAX_SIDE_PIXELS)
+        if side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise BadRequest(f"{name}: {side} is not a multiple of {multiple} pixels; {near} is near")
+
+
+def check_steps(steps: int) -> None:
+    check_whole("steps", steps, 1, limits.MAX_STEPS)
+
+
+def check_whole(name: str, value: int, low: int, high: int) -> None:
+    """Refuse what is not an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise BadRequest(f"{name}: {value!r} is not a whole number from {low} to {high}")
+
+
+def check_guidance(name: str, value: float) -> float:
+    """Check a guidance scale; returns it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= limits.MAX_GUIDANCE:
+        raise BadRequest(f"{name}: {value!r} is not a number from 0 to {limits.MAX_GUIDANCE:g}")
+    return float(value)
+
+
+def check_step_cache(value: float, facts: TransformerFacts) -> float:
+    """Check the threshold of the step cache; returns it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is spared) to 1; 0.08 is a start")
+    if value and not facts.has_step_cache:
+        raise BadRequest(f"step_cache: {value!r} is given, but this transformer has none; leave it at 0")
+    return float(value)
+
+
+def check_variant(value: str, facts: TransformerFacts) -> str:
+    """Check which variant of a transformer's computation a job follows."""
+    if value not in facts.variants:
+        raise BadRequest(f"variant: {value!r} is not one of {', '.join(map(repr, facts.variants))}")
+    return value
+
+
+def check_options(options: Mapping[str, bool | int | float] | None, facts: TransformerFacts) -> dict[str, Any]:
+    """Check the options of a family, by name and type; what values they may have it knows."""
+    checked = {} if options is None else dict(options)
+    for name, value in checked.items():
+        if name not in facts.options:
+            known = f"give one of {', '.join(facts.options)}" if facts.options else "this transformer has none"
+            raise BadRequest(f"options: {name!r} is not known; {known}")
+        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            raise BadRequest(f"options: {name}={value!r} is not a finite number or a boolean")
+    return checked
+
+
+def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[float, ...]:
+    """Check a noise schedule: ``steps`` descending values in (0, 1], the final 0 implied."""
+    values = floats_of("sigmas", sigmas)
+    if len(values) == steps + 1 and values[-1] == 0.0:
+        raise BadRequest(f"sigmas: {len(values)} values, the last one 0; leave the final 0 out, it is implied")
+    if len(values) != steps:
+        raise BadRequest(f"sigmas: {len(values)} values for {steps} steps; give one for each step, without the final 0")
+    for index, value in enumerate(values):
+        if not 0.0 < value <= 1.0:
+            raise BadRequest(f"sigmas[{index}]: {value!r} is not in (0, 1]")
+    for index, (earlier, later) in enumerate(itertools.pairwise(values)):
+        if later >= earlier:
+            raise BadRequest(f"sigmas[{index + 1}]: {later!r} does not descend from {earlier!r}")
+    return values
+
+
+def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None) -> dict[str, tuple[float, ...]]:
+    """Check values to come of arguments: any order, as samplers may ask for some of them twice."""
+    found = (
+        {} if foreseen is None else {name: floats_of(f"foreseen.{name}", values) for name, values in foreseen.items()}
+    )
+    for name, values in found.items():
+        if len(values) > limits.MAX_STEPS:
+            raise BadRequest(f"foreseen.{name}: {len(values)} values, at most {limits.MAX_STEPS} can be foreseen")
+    return found
+
+
+def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch: int | None = None) -> None:
+    """Check latents (batch, channels, height / pixels, width / pixels)."""
+    check_tensor(name, latents, LATENT_AXES, 4)
+    if latents.shape[1] != facts.channels:
+        raise BadRequest(f"{name}: {latents.shape[1]} channels instead of {facts.channels}; give them unpacked")
+    if batch is not None and latents.shape[0] != batch:
+        raise BadRequest(f"{name}: batch {latents.shape[0]}, but the prompts have batch {batch}")
+    for axis, side in (("height", latents.shape[2]), ("width", latents.shape[3])):
+        if side * facts.pixels > limits.MAX_SIDE_PIXELS:
+            raise BadRequest(
+                f"{name}: latent {axis} {side} stands for {side * facts.pixels} pixels, "
+                f"at most {limits.MAX_SIDE_PIXELS}"
+            )
+    if latents.shape[0] > limits.MAX_BATCH:
+        raise BadRequest(f"{name}: batch {latents.shape[0]}, at most {limits.MAX_BATCH}; split it into several jobs")
+
+
+def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts: LatentFacts) -> None:
+    """Check ready noise against the size of the job."""
+    check_latents("noise", noise, facts, batch=batch)
+    expected = facts.shape(batch, height, width)
+    if tuple(noise.shape) != expected:
+        raise BadRequest(f"noise: shape {shape_text(noise)} instead of {expected} for {width}x{height} pixels")
+
+
+def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
+    """Check an image (batch, channels, height, width) whose sides divide into latents."""
+    check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
+    batch, channels, height, width = image.shape
+    if channels != facts.image_channels:
+        raise BadRequest(f"image: {channels} channels instead of {facts.image_channels}")
+    if batch > limits.MAX_BATCH:
+        raise BadRequest(f"image: batch {batch}, at most {limits.MAX_BATCH}; split it into several jobs")
+    pixels = facts.latents.pixels
+    for name, side in (("height", height), ("width", width)):
+        if side % pixels or side > limits.MAX_SIDE_PIXELS:
+            raise BadRequest(f"image: {name} {side} is not a multiple of {pixels} up to {limits.MAX_SIDE_PIXELS}")
+
+
+def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+    """Read token ids as (batch, tokens), int64. Which ids there are, the encoder knows.
+
+    Raises:
+        BadRequest: rows of different lengths, another shape, or numbers that are not whole.
+    """
+    import torch
+
+    if not isinstance(token_ids, torch.Tensor):
+        lengths = {len(row) if isinstance(row, Sequence) else -1 for row in token_ids}
+        if len(lengths) > 1:
+            raise BadRequest(f"token_ids: rows of {listed(sorted(lengths))} tokens; pad them to one length")
+        try:
+            token_ids = torch.tensor(token_ids)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise BadRequest("token_ids: rows of whole numbers are needed, such as [[49406, 320, 49407]]") from None
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        found = str(token_ids.dtype).removeprefix("torch.")
+        raise BadRequest(f"token_ids: dtype {found} cannot be used; give whole numbers, int64 or int32")
+    if token_ids.ndim != 2 or 0 in token_ids.shape:
+        raise BadRequest(f"token_ids: shape {tuple(token_ids.shape)} instead of (batch, tokens), both at least 1")
+    batch, tokens = token_ids.shape
+    if batch > limits.MAX_BATCH or tokens > limits.MAX_TEXT_TOKENS:
+        raise BadRequest(
+            f"token_ids: shape {(batch, tokens)}, at most {(limits.MAX_BATCH, limits.MAX_TEXT_TOKENS)}; split it"
+        )
+    return token_ids.to(torch.int64)
+
+
+def floats_of(name: str, values: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
+    """Read a flat sequence of finite numbers."""
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        found = tuple(float(value) for value in (plain if isinstance(plain, Sequence) else [plain]))
+    except (TypeError, ValueError):
+        raise BadRequest(f"{name}: a flat sequence of numbers is needed") from None
+    for index, value in enumerate(found):
+        if not math.isfinite(value):
+            raise BadRequest(f"{name}[{index}]: {value!r} is not finite")
+    return found

@@ -1,0 +1,274 @@
+"""Jobs before they are sent: checked inputs, where each tensor will lie, and how the request will read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
+from xditd.client.jobs import checks
+from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, result_room
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import ComponentFacts, TextEncoderFacts, TransformerFacts, VaeFacts
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, Job, Part, Role, Sampling
+from xditd.ipc.tensors import ITEM_BYTES, ComponentKind, HostShmBlock, IoTensor
+
+if TYPE_CHECKING:
+    import torch
+
+F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component that a job names, and what the workers know of it."""
+
+    component_id: str
+    facts: ComponentFacts
+
+    @property
+    def transformer(self) -> TransformerFacts:
+        return self._of_kind(ComponentKind.TRANSFORMER, self.facts.transformer)
+
+    @property
+    def vae(self) -> VaeFacts:
+        return self._of_kind(ComponentKind.VAE, self.facts.vae)
+
+    @property
+    def text_encoder(self) -> TextEncoderFacts:
+        return self._of_kind(ComponentKind.TEXT_ENCODER, self.facts.text_encoder)
+
+    def _of_kind(self, kind: ComponentKind, found: F | None) -> F:
+        if found is None:
+            raise BadRequest(f"component {self.component_id}: a {self.facts.kind.value} where a {kind.value} is needed")
+        return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Draft:
+    """``write`` makes the request, once there are a request id and a block; ``outputs`` are places by name."""
+
+    layout: IoLayout
+    inputs: Sequence[tuple[IoTensor, torch.Tensor]]
+    outputs: Mapping[str, IoTensor]
+    device: torch.device
+    write: Callable[[str, HostShmBlock], Job]
+
+    def fill(self, pool: IoPool) -> IoBlock:
+        """Borrow a block and copy the inputs in."""
+        block = pool.borrow(self.layout.size_bytes)
+        try:
+            for spec, tensor in self.inputs:
+                block.write(spec, tensor)
+        except BaseException:
+            pool.give_back(block)
+            raise
+        return block
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GenerationDraft(Draft):
+    """A generation: its outputs are ``latents``, ``image`` with a VAE, and ``denoised`` with previews."""
+
+    sampling: Sampling
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CallDraft(Draft):
+    """A call says only in its reply where results are. ``devices`` are where those of each part are wanted."""
+
+    devices: Sequence[torch.device]
+    kept: Sequence[KeptTensor]
+    """Tensors that the workers keep once the call is done."""
+
+
+def draft_call(
+    component: Component,
+    parts: Sequence[Mapping[str, Any]],
+    foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
+    variant: str,
+    is_kept: Callable[[KeptTensor], bool],
+) -> CallDraft:
+    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone."""
+    import torch
+
+    facts = component.transformer
+    if not 1 <= len(parts) <= limits.MAX_PARTS:
+        raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
+    checked_foreseen = checks.check_foreseen(foreseen)
+    checked_variant = checks.check_variant(variant, facts)
+    layout = IoLayout()
+    writer = ArgumentWriter(layout, is_kept)
+    written: list[Part] = []
+    devices: list[torch.device] = []
+    for number, arguments in enumerate(parts):
+        if not isinstance(arguments, Mapping):
+            raise BadRequest(f"arguments: a map by name is needed, not {type(arguments).__name__}")
+        written.append(Part(arguments=writer.write(arguments, f"parts[{number}]." if len(parts) > 1 else "")))
+        devices.append(writer.device or torch.device("cpu"))
+    # A transformer gives what it is given first, the sample, in its shape: so much room is offered. Where a class gives
+    # more, the workers answer with a block of their own.
+    sample = facts.arguments[0].name if facts.arguments else ""
+    item_bytes = ITEM_BYTES[component.facts.dtype]
+    out_size_bytes = sum(result_room(arguments.get(sample), item_bytes) for arguments in parts)
+    out_offset_bytes = layout.add_room(out_size_bytes)
+
+    def write(request_id: str, io: HostShmBlock) -> Call:
+        return Call(
+            request_id=request_id,
+            component_id=component.component_id,
+            io=io,
+            parts=tuple(written),
+            foreseen=checked_foreseen,
+            variant=checked_variant,
+            out_offset_bytes=out_offset_bytes,
+            out_size_bytes=out_size_bytes,
+        )
+
+    return CallDraft(layout, writer.inputs, {}, devices[0], write, devices, writer.kept)
+
+
+def draft_generate(
+    transformer: Component,
+    vae: Component | None,
+    conditioning: Mapping[str, Any],
+    *,
+    height: int,
+    width: int,
+    steps: int | None,
+    sigmas: Sequence[float] | torch.Tensor | None,
+    guidance_scale: float | None,
+    seed: int | None,
+    noise: torch.Tensor | None,
+    previews: bool,
+    step_cache: float,
+    variant: str,
+    options: Mapping[str, bool | int | float] | None,
+) -> GenerationDraft:
+    """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
+    import torch
+
+    facts = transformer.transformer
+    batch = checks.check_conditioning(conditioning, facts.conditioning)
+    checks.check_size(height, width, facts.latents)
+    steps = facts.default_steps if steps is None else steps
+    checks.check_steps(steps)
+    if noise is not None:
+        checks.check_noise(noise, batch, height, width, facts.latents)
+    else:
+        checks.check_whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
+    sampling = Sampling(
+        height=height,
+        width=width,
+        steps=steps,
+        sigmas=None if sigmas is None else checks.check_sigmas(sigmas, steps),
+        guidance_scale=None if guidance_scale is None else checks.check_guidance("guidance_scale", guidance_scale),
+        seed=seed,
+        step_cache_threshold=checks.check_step_cache(step_cache, facts),
+        variant=checks.check_variant(variant, facts),
+        options=checks.check_options(options, facts),
+    )
+    components: dict[Role, str] = {"transformer": transformer.component_id}
+
+    layout = IoLayout()
+    writer = ArgumentWriter(layout, max_values=0)
+    names = [each.name for each in facts.conditioning if conditioning.get(each.name) is not None]
+    ordered = {name: conditioning[name] for name in names}
+    written = writer.write(ordered, "conditioning.")
+    inputs = list(writer.inputs)
+    noise_at = None
+    if noise is not None:
+        noise_at = layout.add_input(noise)
+        inputs.append((noise_at, noise))
+    first = ordered[names[0]]
+    like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
+    outputs = {"latents": layout.add_output(like.dtype, facts.latents.shape(batch, height, width))}
+    if vae is not None:
+        components["vae"] = vae.component_id
+        outputs["image"] = layout.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
+    if previews:
+        outputs["denoised"] = layout.add_output(like.dtype, outputs["latents"].shape)
+
+    def write(request_id: str, io: HostShmBlock) -> Generate:
+        return Generate(
+            request_id=request_id,
+            components=components,
+            io=io,
+            conditioning=written,
+            sampling=sampling,
+            noise=noise_at,
+            out_latents=outputs["latents"],
+            out_image=outputs.get("image"),
+            out_denoised=outputs.get("denoised"),
+        )
+
+    return GenerationDraft(layout, inputs, outputs, like.device, write, sampling)
+
+
+def draft_decode(vae: Component, latents: torch.Tensor) -> Draft:
+    """Check and lay out a decoding to ``image``."""
+    facts = vae.vae
+    checks.check_latents("latents", latents, facts.latents)
+    batch, _, height, width = latents.shape
+    pixels = facts.latents.pixels
+    layout = IoLayout()
+    latents_at = layout.add_input(latents)
+    out_at = layout.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
+
+    def write(request_id: str, io: HostShmBlock) -> Decode:
+        return Decode(request_id=request_id, vae_id=vae.component_id, io=io, latents=latents_at, out=out_at)
+
+    return Draft(layout, [(latents_at, latents)], {"image": out_at}, latents.device, write)
+
+
+def draft_encode(vae: Component, image: torch.Tensor) -> Draft:
+    """Check and lay out an encoding to ``latents``. The image crosses in its layout, channels first or last."""
+    facts = vae.vae
+    checks.check_image(image, facts)
+    batch, _, height, width = image.shape
+    layout = IoLayout()
+    if _has_channels_last(image):
+        image = image.movedim(1, -1)
+    image_at = layout.add_input(image)
+    out_at = layout.add_output(image.dtype, facts.latents.shape(batch, height, width))
+
+    def write(request_id: str, io: HostShmBlock) -> Encode:
+        return Encode(request_id=request_id, vae_id=vae.component_id, io=io, image=image_at, out=out_at)
+
+    return Draft(layout, [(image_at, image)], {"latents": out_at}, image.device, write)
+
+
+def _has_channels_last(image: torch.Tensor) -> bool:
+    """Whether convolutions would take it as channels-last: its strides say so, whole or cut out of a larger image.
+
+    They compute in that layout, and round differently then. So the workers must see the one that the client has.
+    """
+    _, channels, _, width = image.shape
+    return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width
+
+
+def draft_encode_text(encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool) -> Draft:
+    """Check and lay out an encoding of text to ``hidden_states`` and, if asked for, ``pooled``."""
+    import torch
+
+    facts = encoder.text_encoder
+    ids = checks.check_token_ids(token_ids)
+    layout = IoLayout()
+    ids_at = layout.add_input(ids)
+    outputs = {"hidden_states": layout.add_output(torch.float32, (*ids.shape, facts.width))}
+    if pooled:
+        outputs["pooled"] = layout.add_output(torch.float32, (ids.shape[0], facts.width))
+
+    def write(request_id: str, io: HostShmBlock) -> EncodeText:
+        return EncodeText(
+            request_id=request_id,
+            encoder_id=encoder.component_id,
+            io=io,
+            token_ids=ids_at,
+            out=outputs["hidden_states"],
+            out_pooled=outputs.get("pooled"),
+        )
+
+    return Draft(layout, [(ids_at, ids)], outputs, ids.device, write)

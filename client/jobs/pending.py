@@ -1,0 +1,108 @@
+"""A job that the daemon has been sent: its answers, its cancellation, and the block that carries its tensors."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import TracebackType
+from typing import TypeVar
+
+from xditd.client.connection import Connection
+from xditd.client.io_blocks import IoBlock, IoPool
+from xditd.client.mailboxes import Ending, Patience
+from xditd.ipc.errors import BY_CODE, RequestError, XditdError
+from xditd.ipc.protocol import Reply
+from xditd.ipc.replies import AnyReply, Failed
+from xditd.ipc.requests import Cancel, Job
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Reply)
+
+
+class PendingJob:
+    """One job that the daemon has been sent. Close it whatever happens: that cancels what still runs.
+
+    The block goes back to the pool when the daemon says that the job has ended, and not before: until
+    then workers may write to it.
+    """
+
+    def __init__(
+        self, connection: Connection, pool: IoPool, request: Job, block: IoBlock, patience: Patience, purpose: str
+    ) -> None:
+        self._connection = connection
+        self._pool = pool
+        self._block = block
+        self._patience = patience
+        self._is_closed = False
+        self._is_cancelled = False
+        self._lock = threading.Lock()
+        self._request_id = request.request_id
+        try:
+            self._mailbox = connection.submit(request, purpose)
+        except BaseException:
+            pool.give_back(block)
+            raise
+
+    @property
+    def request_id(self) -> str:
+        return self._request_id
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def take(self) -> AnyReply:
+        """Wait for the next event or the reply."""
+        return self._mailbox.take(self._patience)
+
+    def wait(self, reply_type: type[R]) -> R:
+        """Wait for the reply, dropping events."""
+        return self._mailbox.wait(reply_type, self._patience)
+
+    def cancel(self) -> None:
+        """Ask the daemon to stop the job at its next step. Does not wait; too late is no error."""
+        with self._lock:
+            if self._is_cancelled or self._mailbox.is_ended:
+                return
+            self._is_cancelled = True
+        try:
+            self._connection.submit(
+                Cancel(request_id=self._connection.next_request_id(), target_request_id=self._request_id)
+            )
+        except XditdError as error:
+            # The connection is gone, and with it the session and its jobs.
+            logger.debug("cancel not sent request_id=%s reason=%s", self._request_id, error)
+
+    def close(self) -> None:
+        """Cancel the job unless it has ended, and let go of its block. May be called twice."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self.cancel()
+        pool, block = self._pool, self._block
+        self._mailbox.when_ended(lambda ending: (pool.give_back if _left_alone(ending) else pool.drop)(block))
+
+    def close_soon(self) -> None:
+        """Close it on the connection's thread: for finalizers, which must wait for no lock."""
+        self._connection.run_soon(self.close)
+
+    def __enter__(self) -> PendingJob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _left_alone(ending: Ending) -> bool:
+    """Whether every worker has surely stopped writing.
+
+    Only a result or a refusal of the request tells: a job that was cancelled, or whose loan was lost, may have ended
+    with its group, whose ranks are being killed just now.
+    """
+    if isinstance(ending, Failed):
+        return issubclass(BY_CODE.get(ending.code, XditdError), RequestError)
+    return not isinstance(ending, XditdError)

@@ -1,0 +1,130 @@
+"""From a draft to its outputs: borrow a block, send the request, wait, read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from xditd.client.io_blocks import IoBlock, IoPool
+from xditd.client.jobs.arguments import read_results
+from xditd.client.jobs.drafts import CallDraft, Component, Draft, GenerationDraft, draft_call
+from xditd.client.jobs.generation import GenerationJob
+from xditd.client.jobs.pending import PendingJob
+from xditd.client.mailboxes import Patience
+from xditd.client.results import GenerationResult
+from xditd.client.session import Session
+from xditd.ipc.errors import BadRequest, Internal, UnknownKept
+from xditd.ipc.protocol import Reply
+from xditd.ipc.replies import Called, Generated
+from xditd.ipc.tensors import HostShmBlock, IoTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from xditd.ipc.processes import ProcessIdentity
+
+
+class Runner:
+    """Runs drafts in the session that ``current`` names; ``silence_s`` bounds the wait for a sign of progress."""
+
+    def __init__(self, pool: IoPool, current: Callable[[], Session], silence_s: float) -> None:
+        self._pool = pool
+        self._current = current
+        self._silence_s = silence_s
+
+    def start(self, draft: Draft, block: IoBlock, deadline_s: float | None) -> PendingJob:
+        """Send a draft whose inputs are in ``block``, and do not wait. The job gives the block back."""
+        try:
+            connection = self._current().connection
+            request = draft.write(connection.next_request_id(), block.describe())
+        except BaseException:
+            self._pool.give_back(block)
+            raise
+        patience = Patience(self._silence_s, deadline_s)
+        purpose = f"{type(request).__name__.lower()} {request.request_id}"
+        return PendingJob(connection, self._pool, request, block, patience, purpose)
+
+    def run(self, draft: Draft, reply_type: type[Reply], deadline_s: float | None) -> dict[str, torch.Tensor]:
+        """Run a draft, wait for it, and read its outputs by name."""
+        block = draft.fill(self._pool)
+        with self.start(draft, block, deadline_s) as pending:
+            pending.wait(reply_type)
+            return {name: block.read(place, draft.device) for name, place in draft.outputs.items()}
+
+    def generate(self, draft: GenerationDraft, deadline_s: float | None, owner: object) -> GenerationJob:
+        """Start a generation, and do not wait. ``owner`` is kept alive until it has ended."""
+        block = draft.fill(self._pool)
+
+        def read(name: str) -> torch.Tensor | None:
+            return block.read(draft.outputs[name], draft.device) if name in draft.outputs else None
+
+        def read_outputs(generated: Generated) -> GenerationResult:
+            return GenerationResult(
+                latents=block.read(draft.outputs["latents"], draft.device),
+                image=read("image"),
+                timings_ms=dict(generated.timings_ms),
+                seed=draft.sampling.seed,
+                reused_steps=generated.reused_steps,
+            )
+
+        def read_denoised() -> torch.Tensor:
+            denoised = read("denoised")
+            if denoised is None:
+                raise BadRequest("denoised: the job was started without previews=True")
+            return denoised
+
+        pending = self.start(draft, block, deadline_s)
+        return GenerationJob(pending, read_outputs, read_denoised, draft.sampling.steps, owner)
+
+    def call(
+        self,
+        component: Component,
+        parts: Sequence[Mapping[str, Any]],
+        foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
+        variant: str,
+        deadline_s: float | None,
+    ) -> list[Any]:
+        """Run forwards. What the workers keep goes by its id, and again with its tensor if they lost it."""
+        session = self._current()
+        draft = draft_call(component, parts, foreseen, variant, lambda kept: kept.is_kept_by(session))
+        try:
+            results = self._run_call(draft, deadline_s)
+        except UnknownKept:
+            # Pushed out by others, or lost with workers that were killed: nothing that the caller needs to know.
+            draft = draft_call(component, parts, foreseen, variant, lambda _: False)
+            results = self._run_call(draft, deadline_s)
+        for kept in draft.kept:
+            kept.note_kept_by(session)
+        return results
+
+    def _run_call(self, draft: CallDraft, deadline_s: float | None) -> list[Any]:
+        block = draft.fill(self._pool)
+        with self.start(draft, block, deadline_s) as pending:
+            called = pending.wait(Called)
+            if len(called.results) != len(draft.devices):
+                raise Internal(f"a call of {len(draft.devices)} parts was answered with {len(called.results)} results")
+            if called.block is not None:
+                if called.provider is None:
+                    raise Internal("the results of a call are in a block of a worker, but no worker is named")
+                return _read_from(called.block, called.provider, called, draft.devices)
+            wanted = zip(called.results, draft.devices, strict=True)
+            return [read_results(tree, device, block.read) for tree, device in wanted]
+
+
+def _read_from(
+    block: HostShmBlock, provider: ProcessIdentity, called: Called, devices: Sequence[torch.device]
+) -> list[Any]:
+    """Copy results out of a block of the workers, who leave it as it is until this client's next call."""
+    from xditd.ipc.transports.host_shm import map_shm
+    from xditd.ipc.transports.layout import torch_dtype
+
+    mapping = map_shm(block, provider)
+    try:
+
+        def read(place: IoTensor, device: torch.device) -> torch.Tensor:
+            stored = mapping.bytes_tensor()[place.offset_bytes : place.offset_bytes + place.size_bytes]
+            return stored.to(device, copy=True).view(torch_dtype(place.dtype)).view(place.shape)
+
+        return [read_results(tree, device, read) for tree, device in zip(called.results, devices, strict=True)]
+    finally:
+        mapping.close()
