@@ -70,6 +70,6 @@ def _fault(component: Component, name: str, where: str) -> NotFinite:
     computed = str(component.plan.dtype).removeprefix("torch.")
     return NotFinite(
         f"{component.plan.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
-        f"infinite{where}; look for such values in its weights, which are {computed}, and if there are none, lend it in "
-        "a dtype of more range (bfloat16, float32)"
+        f"infinite{where}; look for such values in its weights, which are {computed}, and if there are none, lend it "
+        "in a dtype of more range (bfloat16, float32)"
     )
