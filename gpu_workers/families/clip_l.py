@@ -14,16 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 HEAD_SIZE = 64
 MAX_LAYERS = 64
@@ -105,8 +102,8 @@ class ClipL:
         yield _same("final_layer_norm.weight", (width,))
         yield _same("final_layer_norm.bias", (width,))
 
-    def check_layout(self, config: ClipLConfig, layout: ParallelLayout) -> None:
-        """One rank runs it whole, so any layout will do."""
+    def heads(self, config: ClipLConfig) -> int:  # noqa: ARG002 - one rank runs it whole
+        return 0
 
     def build(self, config: ClipLConfig) -> torch.nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel

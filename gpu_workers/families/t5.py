@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
@@ -20,9 +20,6 @@ from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 HEAD_SIZE = 64
 BUCKETS = 32
@@ -100,8 +97,8 @@ class T5:
             yield _same(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
         yield _same("encoder.final_layer_norm.weight", (width,))
 
-    def check_layout(self, config: T5Config, layout: ParallelLayout) -> None:
-        """One rank runs it whole, so any layout will do."""
+    def heads(self, config: T5Config) -> int:  # noqa: ARG002 - one rank runs it whole
+        return 0
 
     def build(self, config: T5Config) -> torch.nn.Module:
         from transformers import T5Config as TransformersT5Config

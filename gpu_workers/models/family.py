@@ -108,8 +108,8 @@ class Family(Protocol[ConfigT]):
     def entries(self, config: ConfigT) -> Iterator[Entry]:
         """List every tensor that a checkpoint of this configuration holds."""
 
-    def check_layout(self, config: ConfigT, layout: ParallelLayout) -> None:
-        """Raise ``Unsupported`` if this configuration cannot be split as ``layout`` says."""
+    def heads(self, config: ConfigT) -> int:
+        """Return how many attention heads Ulysses can split; 0 for a model whose tokens are not split over ranks."""
 
     def build(self, config: ConfigT) -> torch.nn.Module:
         """Build the module. The caller makes it a meta module and sets the dtype."""
@@ -124,10 +124,11 @@ class Family(Protocol[ConfigT]):
     ) -> FastPath | None:
         """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
 
-        ``exceptions`` are the parameters of another dtype than ``dtype``.
+        ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``.
 
         Raises:
-            Unsupported: the layout's precision cannot be had from weights of these dtypes.
+            Unsupported: kernels or a precision that were asked for by name cannot be had in this layout, or from
+                weights of these dtypes.
         """
 
 

@@ -17,7 +17,7 @@ import torch
 from xditd.gpu_workers.models.family import Family, Resolution, Slice, TensorInfo, check_targets, resolve
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.registry import detect
-from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, RequestError
@@ -32,7 +32,10 @@ Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
 class Skeleton:
-    """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
+    """One empty model. ``owner`` is whatever name its present weights were plugged in under.
+
+    ``layout`` is its own: the group's, with the degrees that its heads allow and a kernel for its dtype.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,6 @@ class Skeleton:
         self.layout = layout
         self.device = layout.device
         self.module = module
-        self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
         self._fast = family.fuse(config, module, layout, dtype, exceptions)
         # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
@@ -61,6 +63,11 @@ class Skeleton:
                     target = f"{path}.{name}" if path else name
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
+
+    @property
+    def attention_backend(self) -> str:
+        """xDiT's name for what its plain modules attend with."""
+        return self.layout.attention_backend
 
     @property
     def fast_error(self) -> float | None:
@@ -139,7 +146,10 @@ class Plan:
 
 
 class SkeletonCache:
-    """The skeletons of this process, by family, configuration and dtypes; the layout is fixed for its life."""
+    """The skeletons of this process, by family, configuration and dtypes. ``layout`` is the group's.
+
+    Every rank makes the same calls in the same order: a skeleton may need process groups that were not made yet.
+    """
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
@@ -162,13 +172,13 @@ class SkeletonCache:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
 
         Raises:
-            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and ``family.resolve``.
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``, ``family.resolve``,
+                ``component_layouts.choose`` and ``Family.fuse``.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
         if resolution is None:
             resolution = _resolve(tensors)
-            resolution.family.check_layout(resolution.config, self.layout)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -197,6 +207,7 @@ class SkeletonCache:
 
     def _build(self, resolution: Resolution) -> Skeleton:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        layout = component_layouts.choose(self.layout, family.name, family.heads(config), dtype)
         # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 
@@ -216,7 +227,7 @@ class SkeletonCache:
         if exceptions:
             cast(Any, module).main_dtype = dtype
         check_targets(family, family.entries(config), {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, config, dtype, self.layout, module, exceptions)
+        return Skeleton(family, config, dtype, layout, module, exceptions)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:

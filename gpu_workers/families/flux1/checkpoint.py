@@ -8,7 +8,6 @@ Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections import Counter
@@ -28,7 +27,6 @@ from xditd.gpu_workers.families.flux1.config import (
 )
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-from xditd.ipc.planner import most_ulysses
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.fused import FusedFlux1
@@ -109,15 +107,8 @@ class Flux1:
         yield from _linear("final_layer.adaLN_modulation.1", 2 * h, h, "norm_out.linear")
         yield from _linear("final_layer.linear", PACKED_CHANNELS, h, "proj_out")
 
-    def check_layout(self, config: Flux1Config, layout: ParallelLayout) -> None:
-        degrees = layout.degrees
-        if config.heads % degrees.ulysses:
-            ulysses = most_ulysses(degrees.sequence, config.heads)
-            other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
-            raise Unsupported(
-                f"flux1: {config.heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
-                f"start the daemon with --layout {other}"
-            )
+    def heads(self, config: Flux1Config) -> int:
+        return config.heads
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
@@ -153,6 +144,9 @@ class Flux1:
             )
         if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
             return None
+        if layout.degrees.ring > 1:
+            _run_plain_in_ring(config.heads, layout)
+            return None
         if exceptions:  # its kernels read all weights of a block in one dtype
             logger.info(
                 "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
@@ -164,6 +158,25 @@ class Flux1:
         fused = FusedFlux1(config, module, layout, layout.fused_attention)
         cast(Any, module).fused = fused
         return fused
+
+
+def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:
+    """Log that plain blocks run, since fused ones attend without a ring.
+
+    Raises:
+        Unsupported: fused ones, or products in eight bits, were asked for by name.
+    """
+    degrees = layout.degrees
+    is_lossless = layout.precision == "bf16"
+    if not is_lossless or layout.requested_kernels == "fused":
+        asked = "kernels 'fused'" if is_lossless else f"precision {layout.precision!r}"
+        instead = "kernels auto" if is_lossless else "precision bf16"
+        raise Unsupported(
+            f"flux1: {asked} with {heads} attention heads on {degrees.world_size} workers, which need the layout "
+            f"{degrees}: fused kernels attend without a ring; start the daemon with {instead}, or with --workers "
+            f"{degrees.cfg * degrees.ulysses}"
+        )
+    logger.info("plain blocks run: fused ones attend without a ring heads=%d layout=%s", heads, degrees)
 
 
 def _count_blocks(shapes: Mapping[str, Shape], kind: str) -> int:

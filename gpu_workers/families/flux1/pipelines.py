@@ -25,7 +25,7 @@ from xditd.gpu_workers.models.job_checks import check_generate, check_shape, pre
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.row_shares import add_halves, gather_rows, own_rows
 from xditd.gpu_workers.parallel.token_shares import deal_tokens
 from xditd.ipc.errors import BadRequest
@@ -169,7 +169,7 @@ def generate(
             on_step(index + 1, steps)
         return tensors
 
-    attention.use(skeleton.attention_backend)
+    component_layouts.use(skeleton.layout)
     schedule = dict(config.scheduler) if sigmas is None else {"shift": 1.0, "use_dynamic_shifting": False}
     scheduler = (FlowMatchEulerDiscreteScheduler if on_denoised is None else _Watched)(**schedule)
     pipeline = _pipeline(skeleton, scheduler)
@@ -236,7 +236,7 @@ def denoise_batches(skeleton: Skeleton, batches: Sequence[Batch], variant: Varia
         BadRequest, Unsupported: as :func:`denoise`, for any batch, before any is launched: so on every rank alike.
     """
     checked = [_check_batch(skeleton, batch) for batch in batches]
-    attention.use(skeleton.attention_backend)
+    component_layouts.use(skeleton.layout)
     rows = sum(batch.latents.shape[0] for batch in checked)
     own = own_rows(rows)
     predictions: list[torch.Tensor] = []

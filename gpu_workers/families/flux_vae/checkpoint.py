@@ -14,15 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 SCALING = 0.3611
 SHIFT = 0.1159
@@ -123,8 +120,8 @@ class FluxVae:
         yield from _norm("decoder.norm_out", width, "decoder.conv_norm_out")
         yield from _conv("decoder.conv_out", IMAGE_CHANNELS, width, "decoder.conv_out")
 
-    def check_layout(self, config: FluxVaeConfig, layout: ParallelLayout) -> None:
-        """Every rank holds the whole VAE, so any layout will do."""
+    def heads(self, config: FluxVaeConfig) -> int:  # noqa: ARG002 - ranks share rows of pixels, not tokens
+        return 0
 
     def build(self, config: FluxVaeConfig) -> torch.nn.Module:
         from diffusers import AutoencoderKL
