@@ -165,7 +165,7 @@ def _instead(degrees: Degrees, workload: Workload) -> str:
     """Tell what a model runs with in place of degrees whose Ulysses its heads do not divide by."""
     return (
         f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}, "
-        f"which runs with {for_heads(degrees, workload.heads)} then"
+        f"which runs with {for_heads(degrees, workload.heads)} instead"
     )
 
 

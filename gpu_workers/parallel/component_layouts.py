@@ -10,6 +10,7 @@ from xditd.gpu_workers.parallel import attention, ring, sequence_groups
 from xditd.gpu_workers.parallel.fellows import together
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import planner
+from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
 
@@ -27,7 +28,8 @@ def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) 
     backend = layout.attention_backend
     if degrees != layout.degrees:
         if layout.degrees.ring == 1:
-            backend = _backend_for_ring(layout, f"{family}: {heads} attention heads need the layout {degrees}")
+            with together():
+                backend = _backend_for_ring(layout, degrees, f"{family}: {heads} attention heads")
         sequence_groups.make(degrees)
     return dataclasses.replace(
         layout, degrees=degrees, attention_backend=attention.for_dtype(backend, dtype, layout.device)
@@ -40,9 +42,11 @@ def use(layout: ParallelLayout) -> None:
     sequence_groups.use(layout.degrees)
 
 
-def _backend_for_ring(layout: ParallelLayout, why: str) -> str:
-    with together():
-        try:
-            return ring.choose_backend(layout.requested_attention, layout.device)
-        except Unsupported as error:
-            raise Unsupported(f"{why}, and {error.detail}") from error
+def _backend_for_ring(layout: ParallelLayout, degrees: Degrees, what: str) -> str:
+    try:
+        return ring.choose_backend(layout.requested_attention, layout.device)
+    except Unsupported as error:
+        raise Unsupported(
+            f"{what} need the layout {degrees}, and {error.detail}; "
+            f"or start the daemon with --workers {degrees.cfg * degrees.ulysses}"
+        ) from error
