@@ -158,6 +158,8 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         parts.append(f"ring={chosen.ring} takes the workers that are left")
     if workload.heads % chosen.ulysses:
         parts.append(_instead(chosen, workload))
+    elif chosen.ulysses > 1:
+        parts.append(f"models whose heads ulysses={chosen.ulysses} does not divide get degrees of their own")
     return "; ".join(parts)
 
 

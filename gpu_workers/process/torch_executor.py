@@ -73,10 +73,11 @@ class TorchExecutor:
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
         plan = component.plan
-        if self.facts.rank == 0:
+        heads = plan.family.heads(plan.config)
+        if heads and self.facts.rank == 0:
             logger.info(
-                "component prepared component_id=%s family=%s layout=%s attention=%s",
-                command.component_id, plan.family.name, plan.skeleton.layout.degrees, plan.skeleton.attention_backend,
+                "layout of a component component_id=%s family=%s heads=%d layout=%s",
+                command.component_id, plan.family.name, heads, plan.skeleton.layout.degrees,
             )  # fmt: skip
         return PreparedFacts(plan.family.name, component.copied, plan.is_reused, component.timings_ms)
 
