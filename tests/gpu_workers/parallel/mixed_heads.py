@@ -110,6 +110,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
 
 
 def main(out: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "process"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints
