@@ -85,7 +85,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     groups = distributed_c10d._world.pg_map
     facts: dict[str, Any] = {"groups at start": len(groups)}
     plans = lend(SkeletonCache(started))
-    facts["groups"], before = len(groups), psutil.Process().num_fds()
+    facts["groups"] = len(groups)
     results = {}
     for attempt in range(ROUNDS):
         for case, sizes in CASES.items():
@@ -96,6 +96,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
                 )
                 batch = pipelines.Batch(conditioning=conditioning, **given)
                 results[f"{heads}/{case}/{attempt}"] = pipelines.denoise_batches(plan.skeleton, [batch])
+    before = psutil.Process().num_fds()
     lend(SkeletonCache(started))
     facts |= {
         "groups after lending all again": len(groups),

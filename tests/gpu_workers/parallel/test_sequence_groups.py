@@ -129,7 +129,7 @@ def test_groups_are_made_once(computed: Any, layout: str, made: int) -> None:
     for _, facts in computed[layout]:
         assert facts["groups"] - facts["groups at start"] == made
         assert facts["groups after lending all again"] == facts["groups"]
-        assert facts["new descriptors"] == 0
+        assert facts["new descriptors"] <= 0  # what the process was forked with is closed some time
 
 
 @pytest.mark.slow
