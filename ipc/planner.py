@@ -1,11 +1,14 @@
 """Which degrees a group of workers gets, and why: numbers in, a choice and its reasons out.
 
-The layout is fixed when a group starts, before any model is lent. So it is planned for the model that the workers are
-for; one with another number of heads is checked again when it is lent.
+The ranks are fixed when a group starts, before any model is lent: how many halves of a batch, and how many workers that
+share an image's tokens. How these are split between Ulysses and ring is planned for the model that the workers are for,
+and is a preference: a component whose attention heads it does not divide gets degrees of its own (:func:`for_heads`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -93,11 +96,6 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
     """Say why these degrees cannot work for this model and size; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
-    if workload.heads % degrees.ulysses:
-        return (
-            f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
-            f"use ulysses={most_ulysses(degrees.sequence, workload.heads)} and ring for the rest"
-        )
     scarce = min(workload.text_tokens, workload.image_tokens)
     if degrees.sequence > scarce:
         return (
@@ -109,7 +107,18 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
 
 def most_ulysses(workers: int, heads: int) -> int:
     """The largest Ulysses degree that divides both; ring takes what is left of ``workers``."""
-    return max(number for number in range(1, workers + 1) if workers % number == 0 and heads % number == 0)
+    return math.gcd(workers, heads)
+
+
+def for_heads(preferred: Degrees, heads: int) -> Degrees:
+    """Return the degrees for a model of ``heads`` attention heads in a group that was started with ``preferred``.
+
+    The ranks that share an image's tokens stay the same, and so do the degrees if their Ulysses divides the heads.
+    """
+    if heads % preferred.ulysses == 0:
+        return preferred
+    ulysses = most_ulysses(preferred.sequence, heads)
+    return dataclasses.replace(preferred, ulysses=ulysses, ring=preferred.sequence // ulysses)
 
 
 def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> Degrees:
@@ -147,13 +156,27 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
     if chosen.ring > 1 and "ring" not in asked:
         parts.append(f"ring={chosen.ring} takes the workers that are left")
+    if workload.heads % chosen.ulysses:
+        parts.append(_instead(chosen, workload))
+    elif chosen.ulysses > 1:
+        parts.append(f"models whose heads ulysses={chosen.ulysses} does not divide get degrees of their own")
     return "; ".join(parts)
+
+
+def _instead(degrees: Degrees, workload: Workload) -> str:
+    """Tell what a model runs with in place of degrees whose Ulysses its heads do not divide by."""
+    return (
+        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}, "
+        f"which runs with {for_heads(degrees, workload.heads)} instead"
+    )
 
 
 def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> str:
     fault = why_impossible(degrees, workload)
     if fault:
         return fault
+    if workload.heads % degrees.ulysses:
+        return _instead(degrees, workload)
     for name, degree in asked.items():
         if degrees.named()[name] != degree:
             return f"{name}={degree} was asked for"

@@ -182,10 +182,11 @@ class Operations(Protocol[ConfigT_contra]):
     ) -> FastPath | None:
         """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
 
-        ``exceptions`` are the parameters of another dtype than ``dtype``.
+        ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``.
 
         Raises:
-            Unsupported: the layout's precision cannot be had from weights of these dtypes.
+            Unsupported: kernels or a precision that were asked for by name cannot be had in this layout, or from
+                weights of these dtypes.
         """
 
 

@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.family import Family, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.registry import detect
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
-from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, RequestError
@@ -33,7 +33,10 @@ Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
 class Skeleton:
-    """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
+    """One empty model. ``owner`` is whatever name its present weights were plugged in under.
+
+    ``layout`` is its own: the group's, with the degrees that its heads allow and a kernel for its dtype.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,6 @@ class Skeleton:
         self.layout = layout
         self.device = layout.device
         self.module = module
-        self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
         self.operations = family.operations
         self._fast = self.operations.fuse(config, module, layout, dtype, exceptions)
@@ -63,6 +65,11 @@ class Skeleton:
                     target = f"{path}.{name}" if path else name
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
+
+    @property
+    def attention_backend(self) -> str:
+        """xDiT's name for what its plain modules attend with."""
+        return self.layout.attention_backend
 
     @property
     def fast_error(self) -> float | None:
@@ -141,7 +148,10 @@ class Plan:
 
 
 class SkeletonCache:
-    """The skeletons of this process, by family, configuration and dtypes; the layout is fixed for its life."""
+    """The skeletons of this process, by family, configuration and dtypes. ``layout`` is the group's.
+
+    Every rank makes the same calls in the same order: a skeleton may need process groups that were not made yet.
+    """
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
@@ -164,7 +174,8 @@ class SkeletonCache:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
 
         Raises:
-            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and ``family.resolve``.
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``, ``family.resolve``,
+                ``component_layouts.choose`` and ``Family.fuse``.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
@@ -198,6 +209,7 @@ class SkeletonCache:
 
     def _build(self, resolution: Resolution) -> Skeleton:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        layout = component_layouts.choose(self.layout, family.name, family.heads(config), dtype)
         # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 
@@ -216,7 +228,7 @@ class SkeletonCache:
         compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, config, dtype, self.layout, module, exceptions)
+        return Skeleton(family, config, dtype, layout, module, exceptions)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:

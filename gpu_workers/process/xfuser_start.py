@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.parallel import agreement, attention, ring
+from xditd.gpu_workers.parallel import agreement, attention, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import planner
@@ -49,6 +49,7 @@ def start(
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
+    Components whose attention heads these do not fit get others (``component_layouts``).
     ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
 
@@ -81,7 +82,7 @@ def start(
     clock.mark("freeze")
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
-    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision, attention_backend, kernels)
 
 
 def stop() -> None:
@@ -141,6 +142,7 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         ring_degree=degrees.ring,
         backend=collectives,
     )
+    sequence_groups.start(degrees, GROUP_TIMEOUT)
     # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
     wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
     config, _ = xFuserArgs(

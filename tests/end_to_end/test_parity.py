@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from xditd.client import BadRequest
+from xditd.client import BadRequest, Unsupported
 from xditd.client.arenas import Arena
+from xditd.client.demo import checkpoints
 
 BAR = 1e-6
 ODD = [(15, 128), (301, 128), (16, 112), (15, 112), (301, 112)]
@@ -177,6 +179,37 @@ def test_a_second_checkpoint_reuses_the_skeleton(client, files, make_inputs, run
     for loan, path in [(second, files.tuned), (first, files.transformer), (second, files.tuned)]:
         assert relative_error(run(client, loan, inputs), diffusers_run(inputs, path)) <= BAR
     assert relative_error(diffusers_run(inputs, files.tuned), diffusers_run(inputs)) > 0.1
+
+
+def test_models_of_other_heads_take_turns_in_the_same_group(
+    daemon, client, transformer, files, tmp_path, make_inputs, run, diffusers_run, relative_error
+):
+    inputs, pids = make_inputs(), [worker.pid for worker in client.status().workers]
+    models = {2: (files.transformer, transformer)}
+    for heads in (3, 1):
+        path = tmp_path / f"{heads}_heads.safetensors"
+        save_file(checkpoints.flux1_state_dict(heads, heads=heads, double_blocks=1, single_blocks=1), path)
+        models[heads] = (path, client.lend(path))
+    for heads in (3, 2, 1, 2, 3):
+        path, loan = models[heads]
+        assert relative_error(run(client, loan, inputs), diffusers_run(inputs, path)) <= BAR, heads
+    assert [worker.pid for worker in client.status().workers] == pids
+    for heads, layout in ((1, "ring=2"), (2, "ulysses=2"), (3, "ring=2")):
+        line = f"component_id={models[heads][1].component_id} family=flux1 heads={heads} layout={layout}"
+        assert daemon.log_text().count(line) == 1  # of two ranks, one says it
+
+
+@pytest.mark.slow
+def test_a_ring_that_the_attention_asked_for_cannot_do_is_refused_at_the_lend(start_daemon, make_inputs, run):
+    daemon = start_daemon(2, flags=["--attention-backend", "SDPA_MATH"])
+    daemon.wait_ready()
+    even, odd = (checkpoints.flux1_state_dict(1, heads=heads, double_blocks=1, single_blocks=1) for heads in (2, 3))
+    with daemon.connect() as client:
+        workers = client.status().workers
+        with pytest.raises(Unsupported, match=r"3 attention heads need the layout ring=2, .*'SDPA_MATH'.* use SDPA;"):
+            client.lend(odd)
+        run(client, client.lend(even), make_inputs(), steps=1)
+        assert [worker.pid for worker in client.status().workers] == [worker.pid for worker in workers]
 
 
 def test_lending_the_same_again_does_nothing(client, transformer, files):

@@ -35,7 +35,6 @@ def main(folder: str) -> None:
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
-    from xditd.gpu_workers.parallel import attention
     from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", 0)
@@ -61,15 +60,16 @@ def main(folder: str) -> None:
         renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
         expected = reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
         found: dict[str, Any] = {}
-        for backend in dict.fromkeys((plan.skeleton.attention_backend, "SDPA")):
-            plan.skeleton.attention_backend = backend
+        own = plan.skeleton.layout
+        for backend in dict.fromkeys((own.attention_backend, "SDPA")):
+            plan.skeleton.layout = dataclasses.replace(own, attention_backend=backend)
             results = [pipelines.generate(plan.skeleton, **given, steps=steps) for _ in range(2)]
             found[backend] = {
                 "error": reference.relative_error(results[0], expected),
                 "same bits as plain": torch.equal(results[0], expected),
                 "same bits twice": torch.equal(*results),
             }
-        plan.skeleton.attention_backend = attention.for_dtype(layout.attention_backend, plan.dtype, gpu)
+        plan.skeleton.layout = own
         return found
 
     demo = {name: tensor.to(gpu) for name, tensor in checkpoints.flux1_state_dict(0).items()}

@@ -62,9 +62,7 @@ def generate(
         "prompt_embeds": prompt_embeds.to(skeleton.device),
         "pooled_prompt_embeds": pooled.to(skeleton.device),
     }
-    return generate_from(
-        skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given
-    )
+    return generate_from(skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given)
 
 
 def call(
@@ -92,7 +90,7 @@ def flux1_inputs(
     from diffusers import FluxPipeline
 
     device, dtype = skeleton.device, skeleton.dtype
-    rows, _, height, width = latents.shape
+    height, width = latents.shape[2:]
     given: dict[str, Any] = {
         "hidden_states": FluxPipeline._pack_latents(latents.to(device, dtype).contiguous(), *latents.shape),
         "encoder_hidden_states": prompt_embeds.to(device, dtype),
