@@ -53,9 +53,11 @@ def connected(comfy, daemon, monkeypatch) -> Iterator[None]:
     from xditd.client.comfyui import connections
 
     monkeypatch.setenv("XDITD_RUNTIME_DIR", str(daemon.runtime_dir))
+    monkeypatch.setattr(connections, "_client", None)
     yield
     comfy.comfy.model_management.unload_all_models()
-    connections.disconnect()
+    if connections._client is not None:
+        connections._client.close()
 
 
 @pytest.fixture
