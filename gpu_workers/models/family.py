@@ -123,7 +123,7 @@ class Family(Protocol[ConfigT]):
 
     @property
     def title(self) -> str:
-        """For people who ask what can be lent: ``FLUX.1 dev or schnell``."""
+        """What of it can be run, in people's words, with a file that fits: ``FLUX.1 dev (flux1-dev.safetensors)``."""
 
     @property
     def kind(self) -> Kind:
