@@ -17,26 +17,20 @@ from xditd.ipc.status import LayoutCandidate, LayoutReport
 CFG_DEGREES: Final = (1, 2)
 """Rows of a batch come with a prompt, or with a negative one."""
 
-PIXELS_PER_TOKEN: Final = 16
-"""On one side of the square that an image token stands for."""
-
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a layout is planned for. The defaults are FLUX.1 at 1024x1024."""
+    """What a layout is planned for: attention heads, and tokens of one row.
 
-    model: str = "flux1"
+    The defaults are a transformer of 24 heads and the 4,608 tokens of a 1024x1024 image with its text.
+    """
+
     heads: int = 24
     text_tokens: int = 512
-    height: int = 1024
-    width: int = 1024
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+    image_tokens: int = 4_096
 
 
-FLUX1: Final = Workload()
+USUAL: Final = Workload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +50,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
 
-def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = FLUX1) -> Plan:
+def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> Plan:
     """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
 
     Raises:
@@ -90,12 +84,12 @@ def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
 
 
 def why_impossible(degrees: Degrees, workload: Workload) -> str:
-    """Say why these degrees cannot work for this model and size; nothing if they can."""
+    """Say why these degrees cannot work for these heads and tokens; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
     if workload.heads % degrees.ulysses:
         return (
-            f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
+            f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads planned for; "
             f"use ulysses={most_ulysses(degrees.sequence, workload.heads)} and ring for the rest"
         )
     scarce = min(workload.text_tokens, workload.image_tokens)
@@ -144,7 +138,7 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         return "one worker: nothing to split"
     parts = [f"{spell(asked)} as asked"] if asked else []
     if chosen.ulysses > 1 and "ulysses" not in asked:
-        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
+        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} attention heads planned for")
     if chosen.ring > 1 and "ring" not in asked:
         parts.append(f"ring={chosen.ring} takes the workers that are left")
     return "; ".join(parts)

@@ -62,9 +62,14 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
         (4, "ulysses=3", Workload(), "layout ulysses=3 with 4 workers: these degrees make 3; use --workers 3"),
         (4, "ulysses=2,ring=1", Workload(), "these degrees make 2; use --workers 2, or degrees that make 4"),
         (6, "cfg=3", Workload(), "cfg=3: rows come with a prompt or with a negative one; use cfg=2"),
-        (4, "ulysses=4", Workload(heads=6), "ulysses=4 does not divide the 6 attention heads of flux1; use ulysses=2"),
-        (16, "ulysses=16", Workload(), "ulysses=16 does not divide the 24 attention heads of flux1; use ulysses=8"),
-        (8, "auto", Workload(height=32, width=32), "512 text and 4 image tokens are too few to split over 8 workers"),
+        (
+            4,
+            "ulysses=4",
+            Workload(heads=6),
+            "ulysses=4 does not divide the 6 attention heads planned for; use ulysses=2",
+        ),
+        (16, "ulysses=16", Workload(), "ulysses=16 does not divide the 24 attention heads planned for; use ulysses=8"),
+        (8, "auto", Workload(image_tokens=4), "512 text and 4 image tokens are too few to split over 8 workers"),
         (8, "ring=4", Workload(text_tokens=7), "7 text and 4096 image tokens are too few .* use at most 7"),
     ],
 )
