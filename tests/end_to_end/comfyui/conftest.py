@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_checkpoints
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from xditd.client.cli import comfyui as pack
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
 
 
 @pytest.fixture(scope="session")
