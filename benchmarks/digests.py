@@ -25,8 +25,12 @@ from pathlib import Path
 import torch
 from machine import describe_machine
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/checkpoints"))
+
+import text_checkpoints
+
 from xditd.client import Client, Loan
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
 from xditd.ipc.errors import DaemonUnreachable
 from xditd.ipc.status import GroupState
 

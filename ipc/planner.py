@@ -20,26 +20,20 @@ from xditd.ipc.status import LayoutCandidate, LayoutReport
 CFG_DEGREES: Final = (1, 2)
 """Rows of a batch come with a prompt, or with a negative one."""
 
-PIXELS_PER_TOKEN: Final = 16
-"""On one side of the square that an image token stands for."""
-
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a layout is planned for. The defaults are FLUX.1 at 1024x1024."""
+    """What a layout is planned for: attention heads, and tokens of one row.
 
-    model: str = "flux1"
+    The defaults are a transformer of 24 heads and the 4,608 tokens of a 1024x1024 image with its text.
+    """
+
     heads: int = 24
     text_tokens: int = 512
-    height: int = 1024
-    width: int = 1024
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+    image_tokens: int = 4_096
 
 
-FLUX1: Final = Workload()
+USUAL: Final = Workload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
 
-def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = FLUX1) -> Plan:
+def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> Plan:
     """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
 
     Raises:
@@ -93,7 +87,7 @@ def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
 
 
 def why_impossible(degrees: Degrees, workload: Workload) -> str:
-    """Say why these degrees cannot work for this model and size; nothing if they can."""
+    """Say why these degrees cannot work for these heads and tokens; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
     scarce = min(workload.text_tokens, workload.image_tokens)
@@ -153,7 +147,7 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         return "one worker: nothing to split"
     parts = [f"{spell(asked)} as asked"] if asked else []
     if chosen.ulysses > 1 and "ulysses" not in asked:
-        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
+        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} attention heads planned for")
     if chosen.ring > 1 and "ring" not in asked:
         parts.append(f"ring={chosen.ring} takes the workers that are left")
     if workload.heads % chosen.ulysses:
@@ -166,8 +160,8 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
 def _instead(degrees: Degrees, workload: Workload) -> str:
     """Tell what a model runs with in place of degrees whose Ulysses its heads do not divide by."""
     return (
-        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}, "
-        f"which runs with {for_heads(degrees, workload.heads)} instead"
+        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads planned for, "
+        f"which run with {for_heads(degrees, workload.heads)} instead"
     )
 
 

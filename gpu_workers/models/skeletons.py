@@ -16,14 +16,14 @@ import torch
 
 from xditd.gpu_workers.models.family import Family, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.models.registry import detect, left_out, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
-from xditd.ipc.errors import Internal, RequestError
+from xditd.ipc.errors import Internal, RequestError, UnknownFamily
 from xditd.ipc.name_lists import listed
-from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
@@ -232,11 +232,20 @@ class SkeletonCache:
 
 
 def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
-    """Fit a checkpoint to its family; what does not fit and is known is refused by name."""
+    """Fit a checkpoint to its family.
+
+    What no family claims is named, if it is known. What one claims and does not fit is that family's to explain, unless
+    it is of a form that none takes.
+    """
     try:
         return resolve(detect(tensors.keys()), tensors)
+    except UnknownFamily as error:
+        known = unsupported_error(tensors, titles())
+        if known is None:
+            raise
+        raise type(known)(known.detail + left_out(), names=known.names) from error
     except RequestError as error:
-        known = unsupported_error(tensors)
+        known = form_error(tensors, titles())
         if known is None:
             raise
         raise known from error

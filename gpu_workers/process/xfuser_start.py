@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,6 @@ from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -215,22 +212,12 @@ def _start_fused(
     return chosen
 
 
-def _nominal_pipeline(heads: int) -> FluxPipeline:
-    """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
+def _nominal_pipeline(heads: int) -> SimpleNamespace:
+    """What xDiT's runtime state reads of a pipeline, with numbers of no model.
 
     The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch sizes, widths) serves its PipeFusion alone; what is used here are the degrees and the backend.
+    (patch size, widths) serves its PipeFusion alone; what is used here are the degrees and the backend. ``heads`` is
+    what it divides by the Ulysses degree.
     """
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(num_layers=0, num_single_layers=0, num_attention_heads=heads)
-    return FluxPipeline(
-        scheduler=None,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=1, in_channels=1, patch_size=1)
+    return SimpleNamespace(transformer=SimpleNamespace(config=config))

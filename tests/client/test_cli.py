@@ -90,8 +90,8 @@ def test_status_is_a_table_for_people(daemon, folder, capsys):
     answers_status(daemon)
     assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
     out = capsys.readouterr().out
-    for text in ("busy: 2 on cuda", "ulysses 2", "ulysses=2 divides the 24 heads", "GPU-b", "transformer-1", "cuda_ipc",
-                 "22.0 GiB peer", "3/28",
+    for text in ("busy: 2 on cuda", "ulysses 2", "ulysses=2 divides the 24 attention heads", "GPU-b", "transformer-1",
+                 "cuda_ipc", "22.0 GiB peer", "3/28",
                  "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
         assert text in out
 

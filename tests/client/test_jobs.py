@@ -38,7 +38,7 @@ def client(daemon, folder):
     def cancel(request):
         target = request.target_request_id
         return [
-            CancelNoted(request_id=request.request_id, was_found=True),
+            CancelNoted(request_id=request.request_id),
             Failed(request_id=target, code="cancelled", detail="cancelled at step 1"),
         ]
 
@@ -233,7 +233,7 @@ def test_a_total_deadline_ends_a_job_that_makes_progress(client, daemon):
 
 def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon, wait_until):
     daemon.answers[Generate] = lambda request: []
-    daemon.answers[Cancel] = lambda request: [CancelNoted(request_id=request.request_id, was_found=True)]
+    daemon.answers[Cancel] = lambda request: [CancelNoted(request_id=request.request_id)]
     first = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
     daemon.wait_for(Generate, 1)
     with first:

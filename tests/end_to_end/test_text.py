@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import text_checkpoints
 import torch
 
 from xditd.client import BadRequest, Client
 from xditd.client.arenas import Arena
-from xditd.client.demo import text_checkpoints
 
 BAR = 1e-6
 CLIP_END = text_checkpoints.CLIP_VOCABULARY - 1

@@ -62,7 +62,7 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
         (4, "ulysses=3", Workload(), "layout ulysses=3 with 4 workers: these degrees make 3; use --workers 3"),
         (4, "ulysses=2,ring=1", Workload(), "these degrees make 2; use --workers 2, or degrees that make 4"),
         (6, "cfg=3", Workload(), "cfg=3: rows come with a prompt or with a negative one; use cfg=2"),
-        (8, "auto", Workload(height=32, width=32), "512 text and 4 image tokens are too few to split over 8 workers"),
+        (8, "auto", Workload(image_tokens=4), "512 text and 4 image tokens are too few to split over 8 workers"),
         (8, "ring=4", Workload(text_tokens=7), "7 text and 4096 image tokens are too few .* use at most 7"),
     ],
 )

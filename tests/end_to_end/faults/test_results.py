@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import text_checkpoints
 import torch
 
 from xditd.client import BadRequest, NotFinite
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
 
 
 def poisoned(state, name, value=torch.nan):

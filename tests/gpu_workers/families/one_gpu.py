@@ -30,8 +30,10 @@ def job(tokens: int, height: int, width: int) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "checkpoints"))
+    from text_checkpoints import clip_l_state_dict, t5_state_dict
+
     from xditd.client.demo import checkpoints
-    from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache

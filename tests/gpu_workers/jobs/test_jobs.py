@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import text_checkpoints
 import torch
 from safetensors.torch import save_file
 
-from xditd.client.demo import text_checkpoints
 from xditd.client.io_blocks import IoLayout, IoPool
 from xditd.client.lending import Offer, describe
 from xditd.gpu_workers.jobs.job_io import JobIo

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest
 

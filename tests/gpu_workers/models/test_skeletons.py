@@ -135,7 +135,10 @@ def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: SkeletonCac
             {**whole, "vae.decoder.conv_in.weight": TensorInfo("float32", (64, 16, 3, 3))},
             "^an all-in-one checkpoint of FLUX",
         ),
-        ({"head.modulation": TensorInfo("bfloat16", (1, 2, 9))}, "^Wan is not supported: lend FLUX"),
+        (
+            {"head.modulation": TensorInfo("bfloat16", (1, 2, 9))},
+            r"^Wan cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
+        ),
     ):
         with pytest.raises(RequestError, match=says) as caught:
             cache.plan(refused)
