@@ -142,14 +142,14 @@ class ScriptedDaemon:
         assert isinstance(request, Lend)
         self._lends += 1
         component_id = f"c{self._lends}"
-        self.facts[component_id] = sample_facts.BY_KIND[request.manifest.kind]
+        self.facts[component_id] = sample_facts.of(request.manifest)
         return [self.lent(request, component_id=component_id)]
 
     def lent(self, request: Lend, component_id: str, is_reused: bool = False) -> Lent:
         return Lent(
             request_id=request.request_id,
             component_id=component_id,
-            facts=sample_facts.BY_KIND[request.manifest.kind],
+            facts=sample_facts.of(request.manifest),
             tiers=request.manifest.tiers,
             lent_bytes=request.manifest.tensor_bytes,
             copied=request.copied,

@@ -10,7 +10,7 @@ from xditd.ipc.facts import (
     TransformerFacts,
     VaeFacts,
 )
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, Manifest
 
 CONTEXT, POOLED, WIDTH = 8, 4, 6
 LATENTS = LatentFacts(channels=16, pixels=8, multiple=2)
@@ -93,4 +93,10 @@ TEXT_ENCODER = ComponentFacts(
     text_encoder=TextEncoderFacts(width=WIDTH, max_tokens=77, has_pooled=True),
 )
 
-BY_KIND = {each.kind: each for each in (TRANSFORMER, VAE, TEXT_ENCODER)}
+
+def of(manifest: Manifest) -> ComponentFacts:
+    """What workers say of a component, by the kind that its client names or else by its tensors' names."""
+    if manifest.kind is not None:
+        return next(each for each in (TRANSFORMER, VAE, TEXT_ENCODER) if each.kind is manifest.kind)
+    name = manifest.tensors[0].name
+    return VAE if name.startswith("decoder.") else TEXT_ENCODER if name.startswith("text_model.") else TRANSFORMER

@@ -62,9 +62,7 @@ def generate(
         "prompt_embeds": prompt_embeds.to(skeleton.device),
         "pooled_prompt_embeds": pooled.to(skeleton.device),
     }
-    return generate_from(
-        skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given
-    )
+    return generate_from(skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given)
 
 
 def call(
