@@ -52,7 +52,7 @@ def _timed(name, function):
 
 
 RemoteForward.run = _timed("forward_ms", RemoteForward.run)
-Client.denoise = _timed("denoise_ms", Client.denoise)
+Client.call_parts = _timed("denoise_ms", Client.call_parts)
 
 
 def _profiled(function):

@@ -53,9 +53,7 @@ def test_a_step_cache_spares_steps_on_both_ranks_and_repeats_bit_by_bit(
 
     def cached(threshold):
         given = {"height": 128, "width": 128, "steps": len(sigmas), "sigmas": sigmas, "noise": inputs.noise}
-        job = client.generate(
-            transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given, step_cache=threshold
-        )
+        job = client.generate(transformer, inputs.conditioning, **given, step_cache=threshold)
         return job.result()
 
     off, unlike, alike, again = (cached(threshold) for threshold in (0.0, 1e-9, 0.1, 0.1))
@@ -75,20 +73,16 @@ def test_guidance_reaches_the_model(client, transformer, make_inputs, run, diffu
 def test_a_seed_stands_for_diffusers_noise(client, transformer, make_inputs, run):
     inputs = make_inputs()
     inputs.noise = torch.randn(1, 16, 16, 16, generator=torch.Generator("cpu").manual_seed(7))
-    seeded = client.generate(
-        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=4, seed=7
-    ).result()
+    seeded = client.generate(transformer, inputs.conditioning, height=128, width=128, steps=4, seed=7).result()
     assert torch.equal(seeded.latents, run(client, transformer, inputs))
 
 
-def test_a_loop_of_denoise_is_generate(client, transformer, make_inputs, run, relative_error):
+def test_a_loop_of_calls_is_generate(client, transformer, make_inputs, run, relative_error):
     inputs = make_inputs()
     sigmas = [1.0, 0.7, 0.4, 0.1]
-    latents = inputs.noise
+    calls, latents = Flux1Calls(client, transformer), inputs.noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-        velocity = client.denoise(
-            transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5, sigmas=sigmas
-        )
+        velocity = calls.predict(latents, sigma, inputs.prompt, sigmas=sigmas)
         latents = latents + (following - sigma) * velocity
     assert relative_error(latents, run(client, transformer, inputs, sigmas=sigmas)) <= BAR
 
@@ -98,7 +92,7 @@ def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transfor
     # Steps enough that the first is far from the last one even if this process comes late to look at it.
     given = dict(noise=inputs.noise, height=inputs.pixels, width=inputs.pixels, steps=20)
     seen = []
-    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, previews=True, **given) as job:
+    with client.generate(transformer, inputs.conditioning, previews=True, **given) as job:
         for _ in job:
             seen.append(job.denoised())
         latents = job.result().latents
@@ -107,7 +101,7 @@ def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transfor
     assert relative_error(seen[0], latents) > 1e-3
     with pytest.raises(BadRequest, match="has ended"):
         job.denoised()
-    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given) as plain:
+    with client.generate(transformer, inputs.conditioning, **given) as plain:
         with pytest.raises(BadRequest, match="previews=True"):
             plain.denoised()
         assert torch.equal(plain.result().latents, latents)
@@ -142,9 +136,7 @@ def test_both_ranks_decode_a_large_image(client, relative_error):
 
 def test_the_image_of_generate_is_its_latents_decoded(client, transformer, vae, make_inputs, relative_error):
     inputs = make_inputs()
-    result = client.generate(
-        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, vae=vae, height=128, width=128, steps=2, seed=1
-    ).result()
+    result = client.generate(transformer, inputs.conditioning, vae=vae, height=128, width=128, steps=2, seed=1).result()
     assert result.image is not None
     assert relative_error(result.image, client.decode(vae, result.latents)) <= BAR
 
