@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from xditd.client import BadRequest, Unsupported
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 BAR = 1e-6
 ODD = [(15, 128), (301, 128), (16, 112), (15, 112), (301, 112)]

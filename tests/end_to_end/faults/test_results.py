@@ -8,6 +8,7 @@ import torch
 
 from xditd.client import BadRequest, NotFinite
 from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 
 def poisoned(state, name, value=torch.nan):
