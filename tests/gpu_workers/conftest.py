@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def cache(layout: ParallelLayout) -> SkeletonCache:
 @pytest.fixture(scope="session")
 def shared_cache(layout: ParallelLayout) -> SkeletonCache:
     return SkeletonCache(layout)
+
+
+@pytest.fixture(scope="session")
+def direct(layout: ParallelLayout) -> ModuleType:
+    """``support/direct_jobs.py``, which imports xfuser."""
+    import direct_jobs
+
+    return direct_jobs
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, 2, f"{folder}/{layout}.store", device, degrees, kernels="auto")
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import denoise_parts
 
     cache = SkeletonCache(started)
     rounded = {
@@ -78,17 +78,8 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         for case in facts["cases"]:
             lengths, height, width, rows = CASES[case]
             given = [inputs(tokens, height, width, rows) for tokens in lengths]
-            batches = [
-                pipelines.Batch(
-                    each["latents"],
-                    each["timestep"],
-                    pipelines.condition(skeleton, prompt_embeds=each["prompt_embeds"], pooled=each["pooled"]),
-                    each["guidance"],
-                )
-                for each in given
-            ]
             # The first result of a case is the canary's business; from the second on the fast path is alone.
-            results = [pipelines.denoise_batches(skeleton, batches).float() for _ in range(3)]
+            results = [denoise_parts(skeleton, given).float() for _ in range(3)]
             expected = torch.cat([forward(exact, each, torch.float32, device) for each in given])
             one_gpu = torch.cat([forward(plain, each, torch.bfloat16, device) for each in given])
             facts["cases"][case][str(dtype).removeprefix("torch.")] = {
@@ -133,6 +124,7 @@ def forward(model: Any, given: dict[str, torch.Tensor], dtype: torch.dtype, devi
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "support"))  # which spawned ranks get, too
     device_kind = sys.argv[2] if len(sys.argv) > 2 else "cuda"
     for each_layout in LAYOUTS:
         torch.multiprocessing.spawn(run_rank, (each_layout, device_kind, sys.argv[1]), nprocs=2)

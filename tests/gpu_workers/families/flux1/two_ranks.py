@@ -45,7 +45,6 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.parallel import agreement
@@ -53,7 +52,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from xditd.ipc.errors import Unsupported
 
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import denoise, generate, plugged
 
     facts: dict[str, object] = {
         "agree on all true": agreement.agree(True),
@@ -66,12 +65,11 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     results: dict[str, torch.Tensor] = {}
     for label, guidance in (("dev", True), ("schnell", False)):
         state = checkpoints.flux1_state_dict(SEED, guidance=guidance)
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
+        skeleton = plugged(cache, state)
         for case, (tokens, height, width, batch) in CASES.items():
             for attempt in range(ROUNDS if guidance else 1):
-                results[f"{label}/{case}/{attempt}"] = pipelines.generate(
-                    plan.skeleton,
+                results[f"{label}/{case}/{attempt}"] = generate(
+                    skeleton,
                     **inputs(tokens, height, width, batch),
                     height=height,
                     width=width,
@@ -80,26 +78,25 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
                 )
         tokens, height, width, batch = CASES["odd total, odd image"]
         given = inputs(tokens, height, width, batch)
-        results[f"{label}/denoise"] = pipelines.denoise(
-            plan.skeleton,
+        results[f"{label}/denoise"] = denoise(
+            skeleton,
             latents=given["noise"],
             timestep=torch.full((batch,), 0.7),
-            conditioning=pipelines.condition(
-                plan.skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]
-            ),
+            prompt_embeds=given["prompt_embeds"],
+            pooled=given["pooled"],
             guidance=torch.full((batch,), GUIDANCE),
         )
         for attempt in range(ROUNDS):
             steps = StepCache(0.1)
-            results[f"{label}/cached/{attempt}"] = pipelines.generate(
-                plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
+            results[f"{label}/cached/{attempt}"] = generate(
+                skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
             )
             facts[f"{label} reused"] = steps.reused
-        results[f"{label}/not cached"] = pipelines.generate(
-            plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
+        results[f"{label}/not cached"] = generate(
+            skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
         )
         try:
-            pipelines.generate(plan.skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
+            generate(skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
         except Unsupported as error:
             facts[f"{label} refuses one text token"] = error.detail
     for threshold in (0.6, 0.4):
@@ -109,7 +106,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         facts[f"alike below {threshold}"] = steps.decide(range(1), torch.full((1, 4, 8), 1.0 + rank))
     odd_heads = checkpoints.flux1_state_dict(SEED, heads=3, double_blocks=1, single_blocks=1)
     try:
-        cache.plan({name: TensorInfo.of(tensor) for name, tensor in odd_heads.items()})
+        plugged(cache, odd_heads)
     except Unsupported as error:
         facts["three heads"] = error.detail
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
@@ -118,4 +115,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (2, sys.argv[1]), nprocs=2)
+    sys.path.append(str(Path(__file__).parents[2] / "support"))
+    from forked_ranks import fork_ranks
+
+    fork_ranks(run_rank, 2, 2, sys.argv[1])
