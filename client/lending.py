@@ -16,7 +16,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,11 @@ from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.sources import check_manifest, state_of
-from xditd.client.text_encoders import is_text_encoder
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.file_kinds import shard_of
-from xditd.ipc.name_lists import in_log_lines, listed
+from xditd.ipc.name_lists import in_log_lines
 from xditd.ipc.recognition import unsupported_error
-from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
@@ -113,13 +111,13 @@ def describe(
     """Get a component ready to be lent.
 
     ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file.
-    ``device`` (``cuda``, ``cuda:N``) loads it into an arena there first. Without ``kind`` it is guessed
-    from the names. ``generation`` rises when memory that is lent already was written to.
+    ``device`` (``cuda``, ``cuda:N``) loads it into an arena there first. Without ``kind`` the workers
+    tell it by the tensors. ``generation`` rises when memory that is lent already was written to.
 
     Raises:
         BadCheckpoint: the file is not a sound safetensors file.
         StaleSource: the file changed while it was being read.
-        BadRequest: the kind cannot be guessed, or a tensor has no memory that can be shared.
+        BadRequest: a tensor has no memory that can be shared.
         Unsupported: there is no such ``device``, or the tensors are those of a model that is not supported.
         UnsupportedDtype: a dtype that cannot cross.
         OutOfMemory: no room for an arena.
@@ -134,7 +132,6 @@ def describe(
         else:
             label = label or "state_dict"
             specs = _describe_tensors(state_of(source), device, held)
-        kind = kind or _kind_of(specs, label)
         manifest = Manifest(
             kind=kind, label=label, blocks=tuple(held.blocks), tensors=tuple(specs), generation=generation
         )
@@ -147,33 +144,6 @@ def describe(
         held.close()
         raise
     return Offer(manifest, held.copied, {"describe": (time.perf_counter() - started) * 1e3}, held)
-
-
-def guess_kind(names: Iterable[str]) -> ComponentKind:
-    """Tell a transformer, a text encoder and a VAE by their tensor names.
-
-    Raises:
-        BadRequest: none of them.
-    """
-    given = list(names)
-    if any("double_blocks." in name or "transformer_blocks." in name for name in given):
-        return ComponentKind.TRANSFORMER
-    if is_text_encoder(given):
-        return ComponentKind.TEXT_ENCODER
-    if any(bare_name(name).startswith(("decoder.", "encoder.")) for name in given):
-        return ComponentKind.VAE
-    raise BadRequest(
-        f"no transformer, VAE or text encoder by its names ({listed(given) or 'no tensors'}): lend another checkpoint, "
-        "or pass kind=",
-        names=given,
-    )
-
-
-def _kind_of(specs: Sequence[TensorSpec], label: str) -> ComponentKind:
-    try:
-        return guess_kind(spec.name for spec in specs)
-    except BadRequest as error:
-        raise named(label, unsupported_error({spec.name: spec for spec in specs}) or error) from error
 
 
 def _describe_file(path: str, label: str, device: str | None, held: _Held) -> list[TensorSpec]:

@@ -40,7 +40,6 @@ class Loan:
         session: Lender,
         lent: Lent,
         *,
-        kind: ComponentKind,
         label: str,
         copied_here: CopiedBytes,
         timings_ms: dict[str, float],
@@ -49,7 +48,7 @@ class Loan:
         self._is_returned = False
         self.is_adopted = False
         """Whether the workers hold it in memory of their own: it then outlives this client."""
-        self.kind = kind
+        self.kind: ComponentKind = lent.facts.kind
         self.label = label
         self.component_id = lent.component_id
         self.facts: ComponentFacts = lent.facts

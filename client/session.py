@@ -126,9 +126,9 @@ class Session:
         offer = describe(source, kind=kind, label=label, device=device, generation=generation)
         manifest = offer.manifest
         logger.info(
-            "%s recognised label=%s kind=%s tensors=%d bytes=%d; loading is deferred to the workers, "
+            "%s label=%s tensors=%d bytes=%d; loading is deferred to the workers, "
             "nothing will be downloaded",
-            _format_of(offer), manifest.label, manifest.kind.value, len(manifest.tensors), manifest.tensor_bytes,
+            _format_of(offer), manifest.label, len(manifest.tensors), manifest.tensor_bytes,
         )  # fmt: skip
         for note in offer.tier_notes:
             logger.info("lending label=%s %s", manifest.label, note)
@@ -140,7 +140,6 @@ class Session:
         loan = Loan(
             self,
             lent,
-            kind=manifest.kind,
             label=manifest.label,
             copied_here=offer.copied,
             timings_ms=timings,

@@ -16,7 +16,7 @@ from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
-from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileBlock, FileDigest, Manifest
+from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, CudaIpcBlock, FileBlock, FileDigest, Manifest
 
 _REMEMBERED: Final = 256
 """Loans that ended against their owners' will, and why."""
@@ -95,11 +95,16 @@ class Lease:
     def move(self, to: LeaseState) -> None:
         self.state = move(LEASE_NEXT, self.state, to)
 
+    @property
+    def kind(self) -> ComponentKind | None:
+        """As its client said, or as the workers found; ``None`` until they have."""
+        return self.manifest.kind if self.facts is None else self.facts.kind
+
     def status(self) -> ComponentStatus:
         return ComponentStatus(
             component_id=self.component_id,
             label=self.manifest.label,
-            kind=self.manifest.kind,
+            kind=self.kind,
             facts=self.facts,
             state=self.state,
             tiers=self.manifest.tiers,
@@ -124,7 +129,8 @@ class LeaseRegistry:
 
     def add(self, session: Session, manifest: Manifest) -> Lease:
         # The random part keeps an id of an earlier daemon from naming somebody else's component in this one.
-        component_id = f"{manifest.kind.value}-{next(self._numbers)}-{os.urandom(3).hex()}"
+        what = "component" if manifest.kind is None else manifest.kind.value
+        component_id = f"{what}-{next(self._numbers)}-{os.urandom(3).hex()}"
         lease = self._by_id[component_id] = Lease(component_id, session, manifest)
         return lease
 

@@ -275,7 +275,7 @@ def _log_lent(lease: Lease, request: Lend) -> None:
         "workers, nothing will be downloaded; mapped, verified and plugged tier=%s shared=%s copied=%s lend_ms=%.1f",
         what,
         lease.known_facts.family,
-        manifest.kind.value,
+        lease.known_facts.kind.value,
         len(manifest.tensors),
         manifest.label,
         lease.component_id,

@@ -58,7 +58,7 @@ class WorkerStatus(Described, frozen=True, kw_only=True):
 class ComponentStatus(Described, frozen=True, kw_only=True):
     component_id: ComponentId
     label: Name
-    kind: ComponentKind
+    kind: ComponentKind | None
     facts: ComponentFacts | None
     """``None`` until the workers know it."""
     state: LeaseState

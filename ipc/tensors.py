@@ -185,9 +185,12 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class Manifest(Described, frozen=True, kw_only=True):
-    """A component: its blocks, its tensors, and how often its content was rewritten in place."""
+    """A component: its blocks, its tensors, and how often its content was rewritten in place.
 
-    kind: ComponentKind
+    Without a ``kind`` the workers tell it by the tensors; with one, tensors of another kind are refused.
+    """
+
+    kind: ComponentKind | None = None
     label: Name
     blocks: Annotated[tuple[Block, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BLOCKS)]
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]

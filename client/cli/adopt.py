@@ -14,7 +14,7 @@ frees it; so does the end of the worker group."""
 EXAMPLES = """\
 examples:
   xditd status
-  xditd adopt transformer-1-5f3a2c
+  xditd adopt component-1-5f3a2c
 """
 
 

@@ -14,7 +14,7 @@ maps it."""
 EXAMPLES = """\
 examples:
   xditd status
-  xditd revoke transformer-1-5f3a2c
+  xditd revoke component-1-5f3a2c
 """
 
 

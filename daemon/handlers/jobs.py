@@ -74,9 +74,10 @@ def _reply(request: JobRequest, done: list[Done]) -> Reply:
 def _check_components(service: Service, request: JobRequest) -> tuple[str, ...]:
     wanted = _components_of(request)
     for component_id, kind in wanted:
-        found = service.loans.registry.live(component_id).manifest.kind
+        found = service.loans.registry.live(component_id).kind
         if found is not kind:
-            raise BadRequest(f"component {component_id}: a {found.value} where a {kind.value} is needed")
+            what = "not mapped yet, and" if found is None else f"a {found.value} where"
+            raise BadRequest(f"component {component_id}: {what} a {kind.value} is needed")
     return tuple(component_id for component_id, _ in wanted)
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from xditd.gpu_workers.models.skeletons import Plan
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.tensors import DType, Manifest
+from xditd.ipc.tensors import ComponentKind, DType, Manifest
 from xditd.ipc.transports.layout import dtype_name
 
 
@@ -26,7 +26,7 @@ def facts_of(plan: Plan, manifest: Manifest) -> ComponentFacts:
     return ComponentFacts(
         family=plan.family.name,
         class_name=class_of(skeleton.module),
-        kind=manifest.kind,
+        kind=ComponentKind(plan.family.kind),
         dtype=dtype_name(plan.dtype),
         bytes_by_dtype=dict(sizes),
         **given,

@@ -293,9 +293,9 @@ class Components:
     def _plan(self, manifest: Manifest) -> Plan:
         try:
             plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
-            family, kind = plan.family, manifest.kind.value
-            if family.kind != kind:
-                raise BadRequest(f"lent as {kind}, but its tensors are those of {family.name}, a {family.kind}")
+            family, kind = plan.family, manifest.kind
+            if kind is not None and family.kind != kind.value:
+                raise BadRequest(f"lent as {kind.value}, but its tensors are those of {family.name}, a {family.kind}")
         except RequestError as error:
             raise named(manifest.label, error) from error
         return plan

@@ -54,13 +54,14 @@ class TensorInfo:
 class Entry:
     """One source tensor under its canonical name, and the ``(parameter, rows)`` that share its first dimension.
 
-    ``drop`` counts trailing dimensions of size one that the parameters lack (1x1 convolution to linear).
+    ``view`` is the shape of the only parameter, where the same numbers are seen in another one: a 1x1 convolution that
+    is a linear layer, or six vectors that are rows of a matrix.
     """
 
     source: str
     shape: Shape
     targets: tuple[tuple[str, int], ...]
-    drop: int = 0
+    view: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,13 +108,14 @@ def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Map
     for entry in entries:
         if sum(rows for _, rows in entry.targets) != entry.shape[0]:
             faults.append(f"rows of {entry.source} are not used exactly once")
-        tail = entry.shape[1 : len(entry.shape) - entry.drop]
+        if entry.view is not None and (len(entry.targets) > 1 or math.prod(entry.view) != math.prod(entry.shape)):
+            faults.append(f"{entry.source} cannot be seen as {list(entry.view)}")
         for target, rows in entry.targets:
-            shape = unfilled.pop(target, None)
+            shape, seen = unfilled.pop(target, None), _seen(entry, rows)
             if shape is None:
                 faults.append(f"{target} is filled twice or does not exist")
-            elif shape != (rows, *tail):
-                faults.append(f"{target} is {list(shape)}, but its slice of {entry.source} is {[rows, *tail]}")
+            elif shape != seen:
+                faults.append(f"{target} is {list(shape)}, but its slice of {entry.source} is {list(seen)}")
     faults += [f"{target} is filled by nothing" for target in unfilled]
     if faults:
         raise Internal(
@@ -154,10 +155,15 @@ def _are_alike(shape: Shape, expected: Shape) -> bool:
 
 def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
     start = 0
-    tail = entry.shape[1 : len(entry.shape) - entry.drop]
     for target, rows in entry.targets:
-        yield target, Slice(source, start, start + rows, (rows, *tail) if tail != given[1:] else None)
+        seen = _seen(entry, rows)
+        yield target, Slice(source, start, start + rows, seen if seen != (rows, *given[1:]) else None)
         start += rows
+
+
+def _seen(entry: Entry, rows: int) -> Shape:
+    """The shape of a parameter that is so many rows of a source."""
+    return (rows, *entry.shape[1:]) if entry.view is None else entry.view
 
 
 def _common_prefix(given: Mapping[str, str]) -> str:

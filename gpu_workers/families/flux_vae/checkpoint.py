@@ -171,6 +171,6 @@ def _middle(side: str, width: int, has_attention: bool) -> Iterator[Entry]:
         yield from _norm(f"{side}.mid.attn_1.norm", width, f"{target}.group_norm")
         for source, part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
             name = f"{side}.mid.attn_1.{source}"
-            yield Entry(f"{name}.weight", (width, width, 1, 1), ((f"{target}.{part}.weight", width),), drop=2)
+            yield Entry(f"{name}.weight", (width, width, 1, 1), ((f"{target}.{part}.weight", width),), (width, width))
             yield Entry(f"{name}.bias", (width,), ((f"{target}.{part}.bias", width),))
     yield from _residual(f"{side}.mid.block_2", width, width, f"{side}.mid_block.resnets.1")
