@@ -7,6 +7,7 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from xditd.gpu_workers.models.resolution import Resolution, check_targets, resol
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
-from xditd.ipc.errors import Internal, RequestError
+from xditd.ipc.degrees import Degrees
+from xditd.ipc.errors import Internal, RequestError, Unsupported
 from xditd.ipc.name_lists import listed
+from xditd.ipc.planner import most_ulysses
 from xditd.ipc.recognition import unsupported_error
 from xditd.ipc.status import FusedCheck
 
@@ -164,12 +167,15 @@ class SkeletonCache:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
 
         Raises:
-            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and ``family.resolve``.
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and
+                ``resolution.resolve``.
+            Unsupported: its attention heads cannot be shared out as the layout says.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
         if resolution is None:
             resolution = _resolve(tensors)
+            _check_heads(resolution, self.layout.degrees)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -228,6 +234,19 @@ def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
         if known is None:
             raise
         raise known from error
+
+
+def _check_heads(resolution: Resolution, degrees: Degrees) -> None:
+    """Refuse what Ulysses cannot split; a family without heads runs whole on one rank."""
+    family = resolution.family
+    heads = family.heads(resolution.config)
+    if heads % degrees.ulysses:
+        ulysses = most_ulysses(degrees.sequence, heads)
+        other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
+        raise Unsupported(
+            f"{family.name}: {heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
+            f"start the daemon with --layout {other}"
+        )
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:
