@@ -60,12 +60,14 @@ def test_bytes_are_bounded_for_each_client_by_itself() -> None:
     kept.find(BOB, "k3")
 
 
-def test_one_that_is_larger_than_the_bound_is_not_kept() -> None:
+def test_one_that_is_larger_than_the_bound_is_not_kept_and_pushes_nothing_out() -> None:
     kept = KeptTensors(max_bytes=2 * make(0).nbytes)
-    kept.keep(ALICE, "large", make(0, tokens=100))
+    for name in ("k1", "k2"):
+        kept.keep(ALICE, name, make(0))
+    kept.keep(ALICE, "k2", make(0, tokens=100))
     with pytest.raises(UnknownKept):
-        kept.find(ALICE, "large")
-    assert len(kept) == 0
+        kept.find(ALICE, "k2")  # nor is the older one of its id
+    kept.find(ALICE, "k1")
 
 
 def test_a_client_that_is_gone_frees_its_memory_and_no_other() -> None:
