@@ -75,6 +75,7 @@ class OneRank:
         self.steps: list[tuple[int, int]] = []
         """What rank 0's listener heard of the latest job: steps done, and steps in all."""
         self._pool = IoPool()
+        self._rooms: list[Room] = []
         self._offers: list[Offer] = []
 
     def lend(self, component_id: str, source: Path | Mapping[str, torch.Tensor]) -> None:
@@ -85,7 +86,9 @@ class OneRank:
         self.components.plug(component_id)
 
     def room(self) -> Room:
-        return Room(self._pool)
+        """Make room for a job's tensors; it stays as long as this rank."""
+        self._rooms.append(Room(self._pool))
+        return self._rooms[-1]
 
     def run(
         self,
