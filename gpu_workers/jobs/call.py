@@ -12,7 +12,7 @@ from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.family import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.fellows import together
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, RequestError, named
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.requests import Call
 
@@ -32,9 +32,13 @@ def run(job: Call, place: Workplace) -> Finished:
         for number, part in enumerate(job.parts):
             where = f"parts[{number}]." if len(job.parts) > 1 else ""
             check_names(part.arguments, transformer.transformer_facts.arguments, f"{where}arguments")
-            inputs = reader.read(part.arguments, where)
-            operations.check(skeleton, inputs)
-            parts.append(inputs)
+            parts.append(reader.read(part.arguments, where))
+            try:
+                operations.check(skeleton, parts[-1])
+            except RequestError as error:
+                if not where:
+                    raise
+                raise named(f"parts[{number}]", error) from error
         reader.finish()
     clock.lap("inputs", waits=False)
     results = run_parts(skeleton, operations, parts, CallOptions(job.variant, job.foreseen))

@@ -43,6 +43,8 @@ class KeptTensors:
         """Keep a tensor, in place of an older one of its id; one that is larger than the bound is not kept."""
         kept = self._by_client.setdefault(client, OrderedDict())
         kept.pop(kept_id, None)
+        if tensor.nbytes > self._max_bytes:
+            return  # and nothing else goes for it
         kept[kept_id] = tensor
         total = sum(each.nbytes for each in kept.values())
         while len(kept) > self._max_count or total > self._max_bytes:

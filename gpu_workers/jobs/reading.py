@@ -88,10 +88,12 @@ class ArgumentReader:
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
             return found
-        rows = [
-            _repeated(self._tensor(f"{path}.rows[{number}]", part.tensor), part.times)
-            for number, part in enumerate(node.parts)
-        ]
+        rows = []
+        for number, part in enumerate(node.parts):
+            found = self._tensor(f"{path}.rows[{number}]", part.tensor)
+            if found.ndim == 0:
+                raise BadRequest(f"{path}.rows[{number}]: a tensor without dimensions has no rows; give it one")
+            rows.append(_repeated(found, part.times))
         if len(rows) == 1:
             return rows[0]
         if len({(row.shape[1:], row.dtype) for row in rows}) > 1:
@@ -117,7 +119,13 @@ def check_names(given: Collection[str], facts: Collection[ArgumentFacts], what: 
 def _tensor_of(path: str, node: Values) -> torch.Tensor:
     if len(node.values) != math.prod(node.shape):
         raise BadRequest(f"{path}: {len(node.values)} values for the shape {list(node.shape)}")
-    return torch.tensor(node.values, dtype=torch_dtype(node.dtype)).reshape(node.shape)
+    try:
+        found = torch.tensor(node.values, dtype=torch_dtype(node.dtype)).reshape(node.shape)
+    except RuntimeError as error:
+        raise BadRequest(f"{path}: not all of its values can be {node.dtype}: {error}") from error
+    if found.is_floating_point() and not all(map(math.isfinite, found.flatten().tolist())):
+        raise BadRequest(f"{path}: some values are not finite in {node.dtype}")
+    return found
 
 
 def _known(tensor: torch.Tensor) -> tuple[float, ...]:
@@ -129,6 +137,4 @@ def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Each row ``times`` times; a view where there is one row."""
     if times == 1:
         return tensor
-    if tensor.ndim == 0:
-        raise BadRequest("rows: a tensor without dimensions has no rows to repeat")
     return tensor.expand(times, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)

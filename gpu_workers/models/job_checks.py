@@ -103,7 +103,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """
     if not tensors:
         return
-    verdicts = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    # torch has no isfinite for all eight-bit floats.
+    wide = [tensor.float() if tensor.itemsize == 1 else tensor for tensor in tensors.values()]
+    verdicts = torch.stack([tensor.isfinite().all() for tensor in wide]).tolist()
     for (name, tensor), is_finite in zip(tensors.items(), verdicts, strict=True):
         if not is_finite:
             raise BadRequest(f"{name}: some values are not finite in {_name(tensor.dtype)}")

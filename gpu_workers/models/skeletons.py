@@ -174,8 +174,8 @@ class SkeletonCache:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
 
         Raises:
-            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``, ``family.resolve``,
-                ``component_layouts.choose`` and ``Family.fuse``.
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
+                ``resolution.resolve``, ``component_layouts.choose`` and ``Operations.fuse``.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ import torch
 from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
+if TYPE_CHECKING:
+    from one_rank import OneRank
 
 State = dict[str, torch.Tensor]
 
@@ -31,6 +36,24 @@ def cache(layout: ParallelLayout) -> SkeletonCache:
 @pytest.fixture(scope="session")
 def shared_cache(layout: ParallelLayout) -> SkeletonCache:
     return SkeletonCache(layout)
+
+
+@pytest.fixture(scope="session")
+def direct(layout: ParallelLayout) -> ModuleType:
+    """``support/direct_jobs.py``, which imports xfuser."""
+    import direct_jobs
+
+    return direct_jobs
+
+
+@pytest.fixture
+def rank(layout: ParallelLayout) -> Iterator[OneRank]:
+    """A rank that runs whole jobs; nothing is lent to it yet."""
+    import one_rank
+
+    rank = one_rank.OneRank(layout)
+    yield rank
+    rank.close()
 
 
 @pytest.fixture(scope="session")

@@ -35,43 +35,36 @@ def main(folder: str) -> None:
 
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.family import TensorInfo
-    from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+    from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", 0)
     layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
-    from xditd.gpu_workers.families.flux1 import pipelines
+    import direct_jobs
+
     from xditd.gpu_workers.families.flux1.sequence_parallel import CheckpointOrderNorm
-    from xditd.gpu_workers.families.flux_vae import image_coding
-    from xditd.gpu_workers.jobs import text_encoding
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
     cache = SkeletonCache(layout)
 
     cpu_cache = SkeletonCache(dataclasses.replace(layout, device=torch.device("cpu")))
 
-    def plugged(state: dict[str, torch.Tensor], cache: SkeletonCache = cache) -> Plan:
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
-        return plan
-
     def parity(state: dict[str, torch.Tensor], given: dict[str, Any], steps: int) -> dict[str, Any]:
-        plan = plugged(state)
+        skeleton = direct_jobs.plugged(cache, state)
         model = reference.transformer_from(state)
         renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
         expected = reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
         found: dict[str, Any] = {}
-        own = plan.skeleton.layout
+        own = skeleton.layout
         for backend in dict.fromkeys((own.attention_backend, "SDPA")):
-            plan.skeleton.layout = dataclasses.replace(own, attention_backend=backend)
-            results = [pipelines.generate(plan.skeleton, **given, steps=steps) for _ in range(2)]
+            skeleton.layout = dataclasses.replace(own, attention_backend=backend)
+            results = [direct_jobs.generate(skeleton, **given, steps=steps) for _ in range(2)]
             found[backend] = {
                 "error": reference.relative_error(results[0], expected),
                 "same bits as plain": torch.equal(results[0], expected),
                 "same bits twice": torch.equal(*results),
             }
-        plan.skeleton.layout = own
+        skeleton.layout = own
         return found
 
     demo = {name: tensor.to(gpu) for name, tensor in checkpoints.flux1_state_dict(0).items()}
@@ -85,13 +78,13 @@ def main(folder: str) -> None:
     facts["bfloat16 full width"] = parity(wide, job(512, 1024, 1024), 2)
 
     vae = {name: tensor.to(gpu) for name, tensor in checkpoints.flux_vae_state_dict(0).items()}
-    plan = plugged(vae)
+    skeleton = direct_jobs.plugged(cache, vae)
     model = reference.vae_from(vae)
     latents = torch.randn(1, 16, 14, 14, generator=torch.Generator().manual_seed(0))
-    image = image_coding.decode(plan.skeleton, latents)
+    image = direct_jobs.decode(skeleton, latents).clamp(-1.0, 1.0)
     facts["decode error"] = reference.relative_error(image, reference.reference_decode(model, latents))
     facts["encode error"] = reference.relative_error(
-        image_coding.encode(plan.skeleton, image), reference.reference_encode(model, image)
+        direct_jobs.encode(skeleton, image), reference.reference_encode(model, image)
     )
 
     # Against this rank's own modules on the CPU, which other tests hold to the bits of transformers.
@@ -100,20 +93,21 @@ def main(folder: str) -> None:
         ("t5", t5_state_dict(3, vocabulary=300), 301),
     ):
         ids = torch.randint(0, 300, (2, tokens), generator=torch.Generator().manual_seed(0))
-        on_cpu = text_encoding.encode_text(plugged(state, cpu_cache).skeleton, ids)[0]
-        on_gpu = text_encoding.encode_text(plugged({n: t.to(gpu) for n, t in state.items()}).skeleton, ids)[0]
+        on_cpu = direct_jobs.encode_text(direct_jobs.plugged(cpu_cache, state), ids)[0]
+        uploaded = {name: tensor.to(gpu) for name, tensor in state.items()}
+        on_gpu = direct_jobs.encode_text(direct_jobs.plugged(cache, uploaded), ids)[0]
         facts[f"{encoder} error"] = reference.relative_error(on_gpu.cpu(), on_cpu)
 
     # Waits for the GPU: the same number however many steps there are.
-    plan = plugged(wide)
+    skeleton = direct_jobs.plugged(cache, wide)
     given = {n: v.to(gpu) if isinstance(v, torch.Tensor) else v for n, v in job(64, 256, 256).items()}
-    pipelines.generate(plan.skeleton, **given, steps=1)
+    direct_jobs.generate(skeleton, **given, steps=1)
     waits = {}
     for steps in (2, 6):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            pipelines.generate(plan.skeleton, **given, steps=steps)
+            direct_jobs.generate(skeleton, **given, steps=steps)
             torch.cuda.set_sync_debug_mode("default")
         waits[str(steps)] = sum("synchroniz" in str(warning.message) for warning in caught)
     facts["waits by steps"] = waits
@@ -135,4 +129,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     main(sys.argv[1])

@@ -13,8 +13,9 @@ from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
 from xditd.gpu_workers.families.t5 import T5, T5Config
-from xditd.gpu_workers.models.family import Resolution, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]
@@ -62,13 +63,13 @@ def test_every_prefix_of_t5_is_recognised(t5: Infos, prefix: str) -> None:
 def test_full_size_has_the_known_counts_and_fills_transformers_module(family, config, tensors, elements) -> None:
     from diffusers.models.modeling_utils import no_init_weights
 
-    entries = list(family.entries(config))
+    entries = list(family.entries(config, ()))
     found = fitted({entry.source: TensorInfo("float16", entry.shape) for entry in entries})
     assert found.config == config
     assert len(entries) == tensors
     assert sum(torch.Size(entry.shape).numel() for entry in entries) == elements
     with torch.device("meta"), no_init_weights():
-        module = family.build(config)
+        module = family.operations.build(config)
     check_targets(family, iter(entries), {name: tuple(p.shape) for name, p in module.named_parameters()})
 
 
@@ -163,7 +164,8 @@ def test_the_end_of_a_text_is_clips_own_token_also_in_a_larger_vocabulary() -> N
 @pytest.mark.parametrize(("width", "known_as"), [(1024, "CLIP-H"), (1280, "CLIP-G")])
 def test_clips_with_another_activation_are_refused(width: int, known_as: str) -> None:
     infos = {
-        entry.source: TensorInfo("float16", entry.shape) for entry in ClipL().entries(replace(CLIP_FULL, width=width))
+        entry.source: TensorInfo("float16", entry.shape)
+        for entry in ClipL().entries(replace(CLIP_FULL, width=width), ())
     }
     with pytest.raises(Unsupported, match=f"width {width} is {known_as}"):
         fitted(infos)

@@ -8,18 +8,19 @@ from typing import cast
 import pytest
 import torch
 
+from xditd.gpu_workers.families.flux1.checkpoint import Flux1
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck, magnitude
 from xditd.ipc.errors import NotFinite
-from xditd.ipc.tensors import ComponentKind
 
 
 @pytest.fixture
 def component() -> Component:
-    manifest = SimpleNamespace(kind=ComponentKind.TRANSFORMER, label="dev.safetensors")
+    manifest = SimpleNamespace(label="dev.safetensors")
+    plan = SimpleNamespace(dtype=torch.float16, family=Flux1())
     return cast(
         Component,
-        SimpleNamespace(component_id="c7", manifest=manifest, plan=SimpleNamespace(dtype=torch.float16)),
+        SimpleNamespace(component_id="c7", manifest=manifest, plan=plan),
     )
 
 

@@ -25,20 +25,17 @@ SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, 
 
 
 def prediction(plan: Plan) -> torch.Tensor:
-    from xditd.gpu_workers.families.flux1 import pipelines
+    import direct_jobs
 
     config = plan.config
     assert isinstance(config, Flux1Config)
     generator = torch.Generator().manual_seed(0)
-    return pipelines.denoise(
+    return direct_jobs.denoise(
         plan.skeleton,
         latents=torch.randn(1, 16, 4, 4, generator=generator),
         timestep=torch.tensor([0.5]),
-        conditioning=pipelines.condition(
-            plan.skeleton,
-            prompt_embeds=torch.randn(1, 3, config.context_channels, generator=generator),
-            pooled=torch.randn(1, config.pooled_channels, generator=generator),
-        ),
+        prompt_embeds=torch.randn(1, 3, config.context_channels, generator=generator),
+        pooled=torch.randn(1, config.pooled_channels, generator=generator),
         guidance=torch.tensor([3.5]),
     )
 
@@ -200,7 +197,7 @@ def test_strided_tensors_are_viewed_too(cache: SkeletonCache, describe: Describe
 
 def test_a_full_size_model_is_planned_and_plugged(cache: SkeletonCache) -> None:
     one = torch.zeros((), dtype=torch.bfloat16)
-    entries = Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True))
+    entries = Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True), ())
     state = {entry.source: one.expand(entry.shape) for entry in entries}
     plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     plan.skeleton.plug(plan.bind(state))

@@ -55,7 +55,8 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
 
     device = torch.device(devices[rank])
     layout = xfuser_start.start(rank, len(devices), f"{folder}/store", device)
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
+
     from xditd.gpu_workers.models.components import Components
     from xditd.gpu_workers.parallel.agreement import agree
     from xditd.gpu_workers.parallel.fellows import gather_uuids
@@ -94,7 +95,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
     results = {}
     for case, (tokens, pixels) in CASES.items():
         for attempt in range(ROUNDS):
-            results[f"{case}/{attempt}"] = pipelines.generate(
+            results[f"{case}/{attempt}"] = generate(
                 component.plan.skeleton,
                 **inputs(tokens, pixels),
                 height=pixels,
@@ -131,6 +132,7 @@ def reference(state: dict[str, torch.Tensor], device: str) -> dict[str, torch.Te
 
 
 def main(folder: str, devices: list[str]) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "support"))  # which spawned ranks get, too
     from safetensors.torch import save_file
     from torch import multiprocessing
 

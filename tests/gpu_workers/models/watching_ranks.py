@@ -140,7 +140,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
 
 
 def main(folder: str) -> None:
-    sys.path.append(str(Path(__file__).parents[1] / "process"))
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     from forked_ranks import fork_ranks
     from safetensors.torch import save_file
 

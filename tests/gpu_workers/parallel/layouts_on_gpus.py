@@ -133,20 +133,10 @@ def make_weights(heads: int, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def denoise(skeleton: Skeleton, case: str) -> torch.Tensor:
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import denoise_parts
 
     lengths, height, width, rows = CASES[case]
-    given = [inputs(tokens, height, width, rows) for tokens in lengths]
-    batches = [
-        pipelines.Batch(
-            each["latents"],
-            each["timestep"],
-            pipelines.condition(skeleton, prompt_embeds=each["prompt_embeds"], pooled=each["pooled"]),
-            each["guidance"],
-        )
-        for each in given
-    ]
-    return pipelines.denoise_batches(skeleton, batches).float()
+    return denoise_parts(skeleton, [inputs(tokens, height, width, rows) for tokens in lengths]).float()
 
 
 class Models:
@@ -199,6 +189,7 @@ def forward(model: Any, given: dict[str, torch.Tensor], dtype: torch.dtype, devi
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "support"))  # which spawned ranks get, too
     device_kind = sys.argv[2] if len(sys.argv) > 2 else "cuda"
     for each_layout in LAYOUTS:
         torch.multiprocessing.spawn(run_rank, (each_layout, device_kind, sys.argv[1]), nprocs=2)

@@ -58,10 +58,9 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 
 def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Path) -> None:
+    from direct_jobs import denoise_parts, generate, plugged
     from safetensors.torch import save_file
 
-    from xditd.gpu_workers.families.flux1 import pipelines
-    from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.process import xfuser_start
@@ -70,24 +69,15 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, degrees.world_size, str(folder / "store"), torch.device("cpu"), degrees)
-    plan = SkeletonCache(started).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    plan.skeleton.plug(plan.bind(state))
-
-    def batch(case: str) -> pipelines.Batch:
-        given = inputs(*CASES[case])
-        conditioning = pipelines.condition(
-            plan.skeleton, prompt_embeds=given.pop("prompt_embeds"), pooled=given.pop("pooled")
-        )
-        return pipelines.Batch(conditioning=conditioning, **given)
-
+    skeleton = plugged(SkeletonCache(started), state)
     results = {
-        f"{name}/{attempt}": pipelines.denoise_batches(plan.skeleton, [batch(case) for case in cases])
+        f"{name}/{attempt}": denoise_parts(skeleton, [inputs(*CASES[case]) for case in cases])
         for name, cases in ({case: (case,) for case in CASES} | JOINED).items()
         for attempt in range(ROUNDS)
     }
     given, cache = inputs(*CASES["odd text, three rows"]), StepCache(0.1)
-    results["cached"] = pipelines.generate(
-        plan.skeleton,
+    results["cached"] = generate(
+        skeleton,
         prompt_embeds=given["prompt_embeds"],
         pooled=given["pooled"],
         noise=given["latents"],
@@ -103,7 +93,7 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
 
 
 def main(out: Path) -> None:
-    sys.path.append(str(Path(__file__).parents[1] / "process"))
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints

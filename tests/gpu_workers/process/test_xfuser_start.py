@@ -81,9 +81,9 @@ def test_eight_bits_are_made_of_bfloat16_weights_alone(layout: ParallelLayout, d
     gpu = dataclasses.replace(layout, device=GPU, fused_attention="CUDNN", precision="fp8")
     found = str(dtype).removeprefix("torch.")
     with pytest.raises(Unsupported, match=f"precision 'fp8' takes bfloat16 weights, and these are {found};"):
-        Flux1().fuse(config, torch.nn.Module(), gpu, dtype, {})
+        Flux1().operations.fuse(config, torch.nn.Module(), gpu, dtype, {})
     with pytest.raises(Unsupported, match=f"takes bfloat16 weights, and these are bfloat16 and {found};"):
-        Flux1().fuse(config, torch.nn.Module(), gpu, torch.bfloat16, {"norm_out.linear.weight": dtype})
+        Flux1().operations.fuse(config, torch.nn.Module(), gpu, torch.bfloat16, {"norm_out.linear.weight": dtype})
 
 
 @pytest.mark.parametrize(

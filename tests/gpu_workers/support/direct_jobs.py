@@ -1,6 +1,7 @@
 """For tests and programs beside them: what jobs do with plugged skeletons, without a daemon, messages or I/O blocks.
 
-FLUX.1's forward takes packed latents; :func:`denoise` packs and unpacks them as diffusers' pipeline does.
+FLUX.1's forward takes packed latents; :func:`denoise` packs and unpacks them as diffusers' pipeline does. Import this
+once the group is started: until then there is no xfuser to import.
 """
 
 from __future__ import annotations
@@ -9,15 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
 from xditd.gpu_workers.jobs.generate import Loop, wanted_of
 from xditd.gpu_workers.models.calls import run_parts
-from xditd.gpu_workers.models.family import CallOptions, Inputs
+from xditd.gpu_workers.models.family import CallOptions, Inputs, TensorInfo
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.models.skeletons import Skeleton
+from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.ipc.requests import Sampling
+
+
+def plugged(cache: SkeletonCache, state: Mapping[str, torch.Tensor]) -> Skeleton:
+    """Plan a checkpoint, and plug its tensors into the skeleton that comes of it."""
+    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    plan.skeleton.plug(plan.bind(state))
+    return plan.skeleton
 
 
 @torch.inference_mode()
@@ -31,16 +40,21 @@ def generate_from(
     step_cache: StepCache | None = None,
     finite: FiniteCheck | None = None,
     variant: str = "class",
+    is_foreseen: bool = True,
     **sampling: Any,
 ) -> torch.Tensor:
-    """Run the loop of ``Generate`` on a skeleton of any family; arguments are those of ``Sampling``."""
+    """Run the loop of ``Generate`` on a skeleton of any family; arguments are those of ``Sampling``.
+
+    ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
+    forwards are told of those to come, which changes no bit.
+    """
     operations: Any = skeleton.operations
     facts = operations.facts(skeleton.config, skeleton.layout)
     wanted = wanted_of(Sampling(variant=variant, **sampling), noise.shape[0], facts)
     operations.recipe.check(skeleton.config, wanted)
     noise = noise.to(skeleton.device, operations.recipe.noise_dtype(skeleton.dtype, variant))
     started = operations.recipe.start(skeleton, wanted, conditioning, noise)
-    options = CallOptions(variant, started.foreseen, step_cache)
+    options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache)
     loop = Loop(skeleton, operations, started, options, wanted.batch, wanted.steps)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
@@ -65,16 +79,16 @@ def generate(
     return generate_from(skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given)
 
 
+@torch.inference_mode()
 def call(
     skeleton: Skeleton, parts: Sequence[Inputs], *, variant: str = "class", foreseen: Mapping[str, Any] | None = None
 ) -> list[Any]:
     """Check forwards and run them; the results are their classes' trees."""
     operations: Any = skeleton.operations
-    with torch.inference_mode():
-        for part in parts:
-            operations.check(skeleton, part)
-        found = run_parts(skeleton, operations, parts, CallOptions(variant, foreseen or {}))
-        return [operations.tree(rows) for rows in found]
+    for part in parts:
+        operations.check(skeleton, part)
+    found = run_parts(skeleton, operations, parts, CallOptions(variant, foreseen or {}))
+    return [operations.tree(rows) for rows in found]
 
 
 def flux1_inputs(
@@ -87,8 +101,6 @@ def flux1_inputs(
     guidance: torch.Tensor | None = None,
 ) -> Inputs:
     """FLUX.1's arguments for latents (rows, 16, height, width), one sigma each."""
-    from diffusers import FluxPipeline
-
     device, dtype = skeleton.device, skeleton.dtype
     height, width = latents.shape[2:]
     given: dict[str, Any] = {
@@ -106,10 +118,44 @@ def flux1_inputs(
     return Inputs(given, known)
 
 
-def denoise(skeleton: Skeleton, *, variant: str = "class", latents: torch.Tensor, **given: Any) -> torch.Tensor:
+def denoise(
+    skeleton: Skeleton,
+    *,
+    latents: torch.Tensor,
+    variant: str = "class",
+    foreseen: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> torch.Tensor:
     """Run FLUX.1's forward once on latents (rows, 16, height, width), and return the velocity, shaped as they are."""
-    from diffusers import FluxPipeline
+    return denoise_parts(skeleton, [{"latents": latents, **given}], variant=variant, foreseen=foreseen)
 
-    ((packed,),) = call(skeleton, [flux1_inputs(skeleton, latents=latents, **given)], variant=variant)
-    result: torch.Tensor = FluxPipeline._unpack_latents(packed, *latents.shape[2:], 1)
+
+def denoise_parts(skeleton: Skeleton, parts: Sequence[Mapping[str, Any]], **options: Any) -> torch.Tensor:
+    """Run FLUX.1's forward for parts with latents of one size, in one call, and return the velocities of all rows."""
+    size = parts[0]["latents"].shape[2:]
+    trees = call(skeleton, [flux1_inputs(skeleton, **part) for part in parts], **options)
+    result: torch.Tensor = FluxPipeline._unpack_latents(torch.cat([packed for (packed,) in trees]), *size, 1)
     return result
+
+
+def decode(skeleton: Skeleton, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
+    """Decode, not cut off at [-1, 1]: on this rank alone, or, however small the image, each rank its band of it."""
+    operations: Any = skeleton.operations
+    image: torch.Tensor = operations.decode(skeleton, latents.to(skeleton.device), is_shared=is_shared)
+    return image
+
+
+def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
+    """Encode images to latents."""
+    operations: Any = skeleton.operations
+    latents: torch.Tensor = operations.encode(skeleton, image.to(skeleton.device))
+    return latents
+
+
+def encode_text(
+    skeleton: Skeleton, token_ids: torch.Tensor, *, pooled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encode token ids to hidden states, and pooled ones if asked for."""
+    operations: Any = skeleton.operations
+    encoded: tuple[torch.Tensor, torch.Tensor | None] = operations.encode(skeleton, token_ids, pooled=pooled)
+    return encoded

@@ -12,8 +12,9 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
-from xditd.gpu_workers.models.family import Resolution, TensorInfo, check_targets, resolve
+from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.registry import detect, families
+from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.ipc.errors import BadCheckpoint, Internal, UnknownFamily, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]
@@ -66,7 +67,7 @@ def test_full_size_dev_has_the_known_counts(describe: Callable[[State], Infos]) 
         state = {
             name: torch.empty(entry_shape, dtype=torch.bfloat16)
             for name, entry_shape in (
-                (entry.source, entry.shape) for entry in Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True))
+                (entry.source, entry.shape) for entry in Flux1().entries(Flux1Config(3072, 19, 38, 4096, 768, True), ())
             )
         }
     found = fitted(describe(state))
@@ -84,7 +85,7 @@ def test_key_map_equals_diffusers_converter_for_every_element() -> None:
     # Random bits, compared as bits: every element differs from its neighbours, and nothing is rounded.
     state = {
         entry.source: torch.empty(entry.shape, dtype=torch.int16).random_(generator=generator).view(torch.bfloat16)
-        for entry in Flux1().entries(config)
+        for entry in Flux1().entries(config, ())
     }
     found = fitted({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     assert found.config == config
@@ -249,7 +250,7 @@ def test_control_variants_are_refused_by_name(infos: Infos) -> None:
 
 
 def test_a_hidden_size_without_whole_heads_is_refused() -> None:
-    odd = {entry.source: TensorInfo("float32", entry.shape) for entry in Flux1().entries(replace(DEMO, hidden=200))}
+    odd = {entry.source: TensorInfo("float32", entry.shape) for entry in Flux1().entries(replace(DEMO, hidden=200), ())}
     with pytest.raises(BadCheckpoint, match="hidden size 200 is not a multiple of the head size 128"):
         fitted(odd)
 
@@ -273,15 +274,17 @@ def test_marks_alone_are_not_enough_to_read_the_sizes() -> None:
 
 def test_a_map_that_does_not_fit_the_module_is_our_own_mistake() -> None:
     family = Flux1()
-    parameters = {target: (rows, *entry.shape[1:]) for entry in family.entries(DEMO) for target, rows in entry.targets}
-    check_targets(family, family.entries(DEMO), parameters)
+    parameters = {
+        target: (rows, *entry.shape[1:]) for entry in family.entries(DEMO, ()) for target, rows in entry.targets
+    }
+    check_targets(family, family.entries(DEMO, ()), parameters)
     for broken in (
         {**parameters, "extra.weight": (1,)},
         {name: shape for name, shape in parameters.items() if name != "x_embedder.bias"},
         {**parameters, "proj_out.bias": (65,)},
     ):
         with pytest.raises(Internal, match="does not fit its module"):
-            check_targets(family, family.entries(DEMO), broken)
+            check_targets(family, family.entries(DEMO, ()), broken)
 
 
 def test_the_demo_can_be_written_in_every_spelling() -> None:

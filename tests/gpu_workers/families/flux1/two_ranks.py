@@ -46,7 +46,6 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.parallel import agreement
@@ -54,7 +53,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from xditd.ipc.errors import Unsupported
 
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import denoise, generate, plugged
 
     facts: dict[str, object] = {
         "agree on all true": agreement.agree(True),
@@ -67,12 +66,11 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     results: dict[str, torch.Tensor] = {}
     for label, guidance in (("dev", True), ("schnell", False)):
         state = checkpoints.flux1_state_dict(SEED, guidance=guidance)
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
+        skeleton = plugged(cache, state)
         for case, (tokens, height, width, batch) in CASES.items():
             for attempt in range(ROUNDS if guidance else 1):
-                results[f"{label}/{case}/{attempt}"] = pipelines.generate(
-                    plan.skeleton,
+                results[f"{label}/{case}/{attempt}"] = generate(
+                    skeleton,
                     **inputs(tokens, height, width, batch),
                     height=height,
                     width=width,
@@ -81,26 +79,25 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
                 )
         tokens, height, width, batch = CASES["odd total, odd image"]
         given = inputs(tokens, height, width, batch)
-        results[f"{label}/denoise"] = pipelines.denoise(
-            plan.skeleton,
+        results[f"{label}/denoise"] = denoise(
+            skeleton,
             latents=given["noise"],
             timestep=torch.full((batch,), 0.7),
-            conditioning=pipelines.condition(
-                plan.skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"]
-            ),
+            prompt_embeds=given["prompt_embeds"],
+            pooled=given["pooled"],
             guidance=torch.full((batch,), GUIDANCE),
         )
         for attempt in range(ROUNDS):
             steps = StepCache(0.1)
-            results[f"{label}/cached/{attempt}"] = pipelines.generate(
-                plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
+            results[f"{label}/cached/{attempt}"] = generate(
+                skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
             )
             facts[f"{label} reused"] = steps.reused
-        results[f"{label}/not cached"] = pipelines.generate(
-            plan.skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
+        results[f"{label}/not cached"] = generate(
+            skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
         )
         try:
-            pipelines.generate(plan.skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
+            generate(skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
         except Unsupported as error:
             facts[f"{label} refuses one text token"] = error.detail
     for threshold in (0.6, 0.4):
@@ -108,13 +105,11 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         steps = StepCache(threshold)
         steps.decide(range(1), torch.ones(1, 4, 8))
         facts[f"alike below {threshold}"] = steps.decide(range(1), torch.full((1, 4, 8), 1.0 + rank))
-    state = checkpoints.flux1_state_dict(SEED, **ODD_HEADS)
-    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    plan.skeleton.plug(plan.bind(state))
-    facts["degrees of three heads"] = plan.skeleton.layout.degrees.named()
+    odd_heads = plugged(cache, checkpoints.flux1_state_dict(SEED, **ODD_HEADS))
+    facts["degrees of three heads"] = odd_heads.layout.degrees.named()
     tokens, height, width, batch = CASES["odd total, odd image"]
-    results["three heads"] = pipelines.generate(
-        plan.skeleton,
+    results["three heads"] = generate(
+        odd_heads,
         **inputs(tokens, height, width, batch),
         height=height,
         width=width,
@@ -127,4 +122,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (2, sys.argv[1]), nprocs=2)
+    sys.path.append(str(Path(__file__).parents[2] / "support"))
+    from forked_ranks import fork_ranks
+
+    fork_ranks(run_rank, 2, 2, sys.argv[1])

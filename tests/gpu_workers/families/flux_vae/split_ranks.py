@@ -35,7 +35,6 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
 
@@ -43,8 +42,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers.families.flux_vae import image_coding
-    from xditd.gpu_workers.families.flux_vae.split_decode import whole_group
+    from direct_jobs import decode, plugged
 
     cache = SkeletonCache(layout)
 
@@ -54,9 +52,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
         state = {name: tensor.to(values).to(device, dtype) for name, tensor in state.items()}
         if not has_attention:
             state = {name: tensor for name, tensor in state.items() if ".attn_1." not in name}
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
-        return plan.skeleton
+        return plugged(cache, state)
 
     results: dict[str, torch.Tensor] = {}
     for case, (batch, height, width, dtype) in (CASES if kind == "cpu" else GPU_CASES).items():
@@ -64,18 +60,18 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
         generator = torch.Generator().manual_seed(height)
         latents = torch.randn(batch, 16, height, width, generator=generator).to(dtype)
         for attempt in range(ROUNDS):
-            results[f"{case}/{attempt}"] = image_coding.decode(skeleton, latents, bands=whole_group(), clamp=False)
+            results[f"{case}/{attempt}"] = decode(skeleton, latents, is_shared=True)
         if rank == 0:
-            results[f"{case}/whole"] = image_coding.decode(skeleton, latents, clamp=False)
+            results[f"{case}/whole"] = decode(skeleton, latents)
             exact = decoder(torch.float32, dtype, case != "no attention")
-            results[f"{case}/float32"] = image_coding.decode(exact, latents.float(), clamp=False)
+            results[f"{case}/float32"] = decode(exact, latents.float())
     save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
     xfuser_start.stop()
 
 
 def main(folder: str, ranks: int, kind: str) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "support"))
     if kind == "cpu":
-        sys.path.append(str(Path(__file__).parents[2] / "process"))
         from forked_ranks import fork_ranks
 
         fork_ranks(run_rank, ranks, ranks, folder, kind)

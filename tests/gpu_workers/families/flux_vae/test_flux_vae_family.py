@@ -10,8 +10,9 @@ import torch
 
 from xditd.client.demo.checkpoints import flux_vae_state_dict
 from xditd.gpu_workers.families.flux_vae.checkpoint import FluxVae, FluxVaeConfig
-from xditd.gpu_workers.models.family import Resolution, TensorInfo, resolve
+from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.models.resolution import Resolution, resolve
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
 
 Infos = dict[str, TensorInfo]
@@ -38,7 +39,7 @@ def test_every_prefix_is_recognised(infos: Infos, prefix: str) -> None:
 
 
 def test_full_size_has_the_known_counts() -> None:
-    entries = list(FluxVae().entries(FULL))
+    entries = list(FluxVae().entries(FULL, ()))
     found = fitted({entry.source: TensorInfo("float32", entry.shape) for entry in entries})
     assert found.config == FULL
     assert len(entries) == 244
@@ -51,7 +52,7 @@ def test_key_map_equals_diffusers_converter_for_every_element() -> None:
     generator = torch.Generator().manual_seed(0)
     state = {
         entry.source: torch.empty(entry.shape, dtype=torch.int16).random_(generator=generator).view(torch.bfloat16)
-        for entry in FluxVae().entries(FULL)
+        for entry in FluxVae().entries(FULL, ())
     }
     config = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     expected = convert_ldm_vae_checkpoint(dict(state), config)
@@ -110,7 +111,7 @@ def test_another_number_of_levels_is_refused(infos: Infos) -> None:
 def test_widths_that_do_not_fill_norm_groups_are_refused() -> None:
     narrow = {
         entry.source: TensorInfo("float32", entry.shape)
-        for entry in FluxVae().entries(replace(DEMO, channels=(48, 64, 128, 128)))
+        for entry in FluxVae().entries(replace(DEMO, channels=(48, 64, 128, 128)), ())
     }
     with pytest.raises(BadCheckpoint, match="48 channels do not divide into 32 norm groups"):
         fitted(narrow)

@@ -147,7 +147,7 @@ def whole_model(store: str) -> dict[str, Any]:
 
     started = xfuser_start.start(0, 1, store, torch.device("cpu"))
     layout = dataclasses.replace(started, fused_attention="SDPA", precision="fp8")
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
 
     cache = SkeletonCache(layout)
     state = checkpoints.flux1_state_dict(1, double_blocks=2, single_blocks=2)
@@ -157,7 +157,7 @@ def whole_model(store: str) -> dict[str, Any]:
     found: dict[str, Any] = {"reserved": skeleton.reserve(), "error before": skeleton.fast_error}
 
     def run() -> torch.Tensor:
-        return pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
+        return generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
 
     skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
     result = run()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[3] / "support"))  # where programs find direct_jobs
 
 GUIDANCE = 3.5
 

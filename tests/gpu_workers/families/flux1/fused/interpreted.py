@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def whole_model(store: str) -> dict[str, Any]:
     from xditd.gpu_workers.process import xfuser_start
 
     layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), fused_attention="SDPA")
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
 
     found: dict[str, Any] = {"parity": {}, "canary": {}, "unmoved": []}
     cache = SkeletonCache(layout)
@@ -46,18 +45,19 @@ def whole_model(store: str) -> dict[str, Any]:
         skeleton = plan.skeleton
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
         given = job(tokens, height, width, batch)
-        result = pipelines.generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
+        result = generate(skeleton, **given, steps=2, guidance_scale=GUIDANCE)
         model = reference.transformer_from(state)
         found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
         canary = skeleton.module.fused.canary
         if has_guidance:
             found["at once"] = steps_at_once(skeleton)
             given = job(3, 16, 32, 1)
-            before = pipelines.generate(skeleton, **given, steps=1)
+            before = generate(skeleton, **given, steps=1)
             for name, tensor in state.items():
                 kept = tensor.clone()
                 tensor.zero_()
-                after = pipelines.generate(skeleton, **given, steps=1)
+                # Of a prompt of its own, as a job has it: for the same one modulations are kept.
+                after = generate(skeleton, **{**given, "pooled": given["pooled"].clone()}, steps=1)
                 tensor.copy_(kept)
                 if reference.relative_error(after, before) < 1e-5:
                     found["unmoved"].append(name)
@@ -76,7 +76,7 @@ def whole_model(store: str) -> dict[str, Any]:
         found["gapped"] = {
             "plugged": skeleton.module.fused.is_plugged,
             "error": reference.relative_error(
-                pipelines.generate(skeleton, **given, steps=1), reference_latents(model, given, steps=1)
+                generate(skeleton, **given, steps=1), reference_latents(model, given, steps=1)
             ),
         }
     found["half"] = half_precision(layout)
@@ -86,15 +86,15 @@ def whole_model(store: str) -> dict[str, Any]:
 
 def not_finite(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Run a size for the first time with a weight that is NaN, and again with a sound one."""
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
 
     canary, given = skeleton.module.fused.canary, job(2, 32, 16, 1)
     kept = state["img_in.bias"].clone()
     state["img_in.bias"][3] = torch.nan
-    broken = pipelines.generate(skeleton, **given, steps=1)
+    broken = generate(skeleton, **given, steps=1)
     judged = len(canary._passed)
     state["img_in.bias"].copy_(kept)
-    sound = pipelines.generate(skeleton, **given, steps=1)
+    sound = generate(skeleton, **given, steps=1)
     found = {
         "result is NaN": bool(broken.isnan().any()),
         "sound one is finite": bool(sound.isfinite().all()),
@@ -107,8 +107,10 @@ def not_finite(skeleton: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]
 
 def half_precision(layout: Any) -> dict[str, float | bool]:
     """Generate in bfloat16 as ComfyUI rounds: modulations of all steps at once and of each alone, and plain modules."""
+    from direct_jobs import generate
+
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.families.flux1 import pipelines, reference
+    from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
@@ -118,13 +120,11 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
     skeleton.plug(plan.bind(state), "half", plan.by_canonical_name(state))
     given, sigmas = job(3, 16, 32, 1), (0.9871, 0.7313, 0.4457)
 
-    def run(variant: Any) -> torch.Tensor:
-        return pipelines.generate(skeleton, **given, steps=len(sigmas), sigmas=sigmas, variant=variant)
+    def run(variant: str, *, is_foreseen: bool = True) -> torch.Tensor:
+        return generate(skeleton, **given, steps=len(sigmas), sigmas=sigmas, variant=variant, is_foreseen=is_foreseen)
 
-    at_once = run("float32_time")
+    at_once, alone = run("float32_time"), run("float32_time", is_foreseen=False)
     fused = skeleton.module.fused
-    fused.modulator.stepping = lambda _: nullcontext()
-    alone = run("float32_time")
     skeleton.module.fused = None
     plain, rounded = run("float32_time"), run("class")
     return {
@@ -137,28 +137,30 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
 
 def steps_at_once(skeleton: Any) -> dict[str, bool]:
     """Generate with modulations of all steps, of two at a time, and of each alone; say whether bits are the same."""
-    from xditd.gpu_workers.families.flux1 import modulations, pipelines
+    from direct_jobs import generate
 
-    modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
-    made = []
-    for ahead in (modulations.AHEAD, 4):
+    from xditd.gpu_workers.families.flux1 import modulations
+
+    given = job(3, 16, 32, 2)
+    alone = generate(skeleton, **given, steps=5, is_foreseen=False)
+    found = {}
+    usual = modulations.AHEAD
+    for label, ahead in (("all", usual), ("two", 4)):
         modulations.AHEAD = ahead
-        made.append(pipelines.generate(skeleton, **given, steps=5))
-    modulator.stepping = lambda _: nullcontext()
-    made.append(pipelines.generate(skeleton, **given, steps=5))
-    del modulator.stepping
-    return {"all": torch.equal(made[0], made[2]), "two": torch.equal(made[1], made[2]), "left": modulator.kept > 0}
+        pooled = given["pooled"].clone()  # so that nothing is kept of it
+        found[label] = torch.equal(generate(skeleton, **{**given, "pooled": pooled}, steps=5), alone)
+    modulations.AHEAD = usual
+    return found
 
 
 def foreseen(skeleton: Any) -> dict[str, Any]:
     """Run forwards whose sigmas are foreseen and others, twice; say whether bits are the same and what was computed."""
-    from xditd.gpu_workers.families.flux1 import modulations, pipelines
+    from direct_jobs import denoise
+
     from xditd.gpu_workers.kernels import triton_kernels
 
-    modulations.AHEAD = 32
-    modulator, given = skeleton.module.fused.modulator, job(3, 16, 32, 2)
-    conditioning = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"])
-    other = pipelines.condition(skeleton, prompt_embeds=given["prompt_embeds"], pooled=given["pooled"] + 1)
+    modulator, given = skeleton.module.fused._modulator, job(3, 16, 32, 2)
+    pooled, other = given["pooled"], given["pooled"] + 1
     sigmas, counts = (1.0, 0.75, 0.5, 0.25, 0.0), []
     multiply = triton_kernels.multiply_vectors
 
@@ -166,27 +168,32 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
         counts.append(len(vectors))
         return multiply(weights, biases, vectors, rows)
 
-    def run(
-        sigma: float, given_conditioning: Any, times: modulations.Times | None, variant: Any = "class"
-    ) -> torch.Tensor:
-        guidance = torch.full((2,), GUIDANCE)
-        batch = pipelines.Batch(given["noise"], torch.full((2,), sigma), given_conditioning, guidance, times)
-        return pipelines.denoise_batches(skeleton, [batch], variant)
+    def run(sigma: float, pooled: torch.Tensor, foreseen: dict[str, Any], variant: str = "class") -> torch.Tensor:
+        return denoise(
+            skeleton,
+            latents=given["noise"],
+            timestep=torch.full((2,), sigma),
+            prompt_embeds=given["prompt_embeds"],
+            pooled=pooled,
+            guidance=torch.full((2,), GUIDANCE),
+            foreseen=foreseen,
+            variant=variant,
+        )
 
     found: dict[str, Any] = {"same bits": True, "vectors": []}
     triton_kernels.multiply_vectors = count
     # The first alone, the others at once; a sigma between them, another prompt, another guidance: each by itself.
-    walk = [(1.0, conditioning), (0.75, conditioning), (0.6, conditioning), (0.5, conditioning), (0.25, other)]
-    for sigma, given_conditioning in [*walk, (1.0, conditioning), (0.25, conditioning)]:
+    walk = [(1.0, pooled), (0.75, pooled), (0.6, pooled), (0.5, pooled), (0.25, other)]
+    for sigma, given_pooled in [*walk, (1.0, pooled), (0.25, pooled)]:
         counts.clear()
-        result = run(sigma, given_conditioning, modulations.Times(sigma, GUIDANCE, sigmas))
+        result = run(sigma, given_pooled, {"timestep": sigmas})
         found["vectors"].append(sum(counts) // 2)
-        found["same bits"] &= torch.equal(result, run(sigma, given_conditioning, None))
+        found["same bits"] &= torch.equal(result, run(sigma, given_pooled, {}))
     triton_kernels.multiply_vectors = multiply
     found["kept"] = modulator.kept
     counts.clear()
     triton_kernels.multiply_vectors = count
-    run(0.25, conditioning, modulations.Times(0.25, GUIDANCE, sigmas), "float32_time")
+    run(0.25, pooled, {"timestep": sigmas}, "float32_time")
     triton_kernels.multiply_vectors = multiply
     found["vectors of the other variant"] = sum(counts) // 2
     skeleton.unplug()
@@ -196,11 +203,13 @@ def foreseen(skeleton: Any) -> dict[str, Any]:
 
 def cached(skeleton: Any, given: dict[str, Any]) -> dict[str, float]:
     """Spare steps of a job on fused blocks and on plain ones; the error is that of one against the other."""
-    from xditd.gpu_workers.families.flux1 import pipelines, reference
+    from direct_jobs import generate
+
+    from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.step_cache import StepCache
 
     def run(cache: StepCache | None) -> torch.Tensor:
-        return pipelines.generate(skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
+        return generate(skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
 
     fused, plain = StepCache(0.1), StepCache(0.1)
     result, whole = run(fused), run(None)

@@ -43,7 +43,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     gpu = torch.device("cuda", rank)
     started = xfuser_start.start(rank, ranks, f"{folder}/store", gpu, kernels="fused", precision="fp8")
     layout = dataclasses.replace(started, precision="bf16")
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
 
     state = {
         name: tensor.to(gpu)
@@ -58,9 +58,9 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     lossless: dict[str, torch.Tensor] = {}
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
         skeleton.plug(plan.bind(state), "plain")
-        plain = pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
+        plain = generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
         skeleton.plug(plan.bind(state), "fused", plan.by_canonical_name(state))
-        fused = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
+        fused = [generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         expected = reference_latents(exact, given, STEPS)
         lossless[case] = fused[1]
         facts["cases"][case] = {
@@ -76,11 +76,11 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     plugged["single_blocks.1.linear2.weight"] = torch.zeros_like(broken)
     skeleton.plug(plan.bind(state), "broken", plugged)
     given = job(17, 128, 128, 1)
-    judged = pipelines.generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)
+    judged = generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)
     skeleton.plug(plan.bind(state), "plain")
     facts["broken"] = {
         "refused": canary.is_refused,
-        "plain bits": torch.equal(judged, pipelines.generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)),
+        "plain bits": torch.equal(judged, generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)),
         "untouched": torch.equal(kept, broken),
     }
     facts["eight bits"] = eight_bits(started, state, lossless)
@@ -97,7 +97,8 @@ def eight_bits(
 
     Not beside float32: embedding a timestep that is rounded to bfloat16 costs more than all of the products.
     """
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
+
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
@@ -112,7 +113,7 @@ def eight_bits(
         "cases": {},
     }
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
-        results = [pipelines.generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
+        results = [generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         facts["cases"][case] = {
             "error": distance(results[0], lossless[case]),
             "same bits twice": torch.equal(*results),
@@ -127,7 +128,8 @@ def eight_bits(
 
 def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Spare steps that are alike, in both precisions."""
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
+
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
@@ -143,7 +145,7 @@ def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, 
 
             def run(threshold: float, given: dict[str, Any] = given, plan: Plan = plan) -> tuple[torch.Tensor, int]:
                 cache = StepCache(threshold)
-                latents = pipelines.generate(
+                latents = generate(
                     plan.skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, guidance_scale=GUIDANCE, step_cache=cache
                 )
                 return latents, cache.reused

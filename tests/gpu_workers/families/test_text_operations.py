@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
-from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -35,13 +35,6 @@ def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     for row in range(batch):
         ids[row, max(1, tokens // 2 - row) :] = END
     return ids
-
-
-@pytest.fixture
-def text_encoding(shared_cache: SkeletonCache) -> Any:
-    from xditd.gpu_workers.jobs import text_encoding
-
-    return text_encoding
 
 
 def plain_clip(state: State) -> Any:
@@ -83,11 +76,11 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("batch", "tokens"), CLIP_SHAPES)
 @torch.no_grad()
 def test_clip_has_the_bits_of_transformers_in_float32(
-    shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any, batch: int, tokens: int, dtype: torch.dtype
+    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     state = clip_state(dtype=dtype)
     ids = token_ids(batch, tokens)
-    hidden, pooled = text_encoding.encode_text(plug(shared_cache, state).skeleton, ids, pooled=True)
+    hidden, pooled = direct.encode_text(plug(shared_cache, state).skeleton, ids, pooled=True)
     expected = plain_clip(state)(input_ids=ids)
     assert hidden.dtype == pooled.dtype == torch.float32
     assert torch.equal(hidden, expected.last_hidden_state)
@@ -98,23 +91,23 @@ def test_clip_has_the_bits_of_transformers_in_float32(
 @pytest.mark.parametrize(("batch", "tokens"), T5_SHAPES)
 @torch.no_grad()
 def test_t5_has_the_bits_of_transformers_in_float32(
-    shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any, batch: int, tokens: int, dtype: torch.dtype
+    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     state = t5_state(dtype=dtype)
     ids = token_ids(batch, tokens)
-    hidden, pooled = text_encoding.encode_text(plug(shared_cache, state).skeleton, ids)
+    hidden, pooled = direct.encode_text(plug(shared_cache, state).skeleton, ids)
     assert pooled is None
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, plain_t5(state)(input_ids=ids).last_hidden_state)
 
 
 def test_pooled_is_the_state_at_the_first_end_of_text_and_without_one_that_of_transformers(
-    shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any
+    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType
 ) -> None:
     skeleton = plug(shared_cache, clip_state()).skeleton
     ids = token_ids(3, 20)
     ids[2] = 7
-    hidden, pooled = text_encoding.encode_text(skeleton, ids, pooled=True)
+    hidden, pooled = direct.encode_text(skeleton, ids, pooled=True)
     firsts = [int((ids[row] == END).nonzero()[0]) for row in (0, 1)]
     assert firsts == [10, 9]
     assert torch.equal(pooled, hidden[[0, 1, 2], [*firsts, 0]])
@@ -124,22 +117,22 @@ def test_pooled_is_the_state_at_the_first_end_of_text_and_without_one_that_of_tr
 @pytest.mark.parametrize("kept", ["DenseReluDense.wo.weight", "layer_norm.weight", "shared.weight"])
 @torch.no_grad()
 def test_a_t5_with_some_weights_kept_in_float32_has_their_bits(
-    shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any, kept: str
+    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, kept: str
 ) -> None:
     """transformers keeps ``wo`` in float32 when it loads float16, and saves it so."""
     state = {name: tensor if name.endswith(kept) else tensor.half() for name, tensor in t5_state().items()}
     ids = token_ids(2, 33)
-    hidden, _ = text_encoding.encode_text(plug(shared_cache, state).skeleton, ids)
+    hidden, _ = direct.encode_text(plug(shared_cache, state).skeleton, ids)
     assert torch.equal(hidden, plain_t5(state)(input_ids=ids).last_hidden_state)
 
 
-def test_every_row_of_a_batch_is_its_own(shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any) -> None:
+def test_every_row_of_a_batch_is_its_own(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
     for state in (clip_state(), t5_state()):
         skeleton = plug(shared_cache, state).skeleton
         ids = token_ids(3, 33)
-        together, _ = text_encoding.encode_text(skeleton, ids)
+        together, _ = direct.encode_text(skeleton, ids)
         for row in range(3):
-            alone, _ = text_encoding.encode_text(skeleton, ids[row : row + 1])
+            alone, _ = direct.encode_text(skeleton, ids[row : row + 1])
             assert relative_error(together[row], alone[0]) <= BAR
 
 
@@ -156,13 +149,13 @@ def moved_by_zeroing(skeleton: Skeleton, state: State, encode: Callable[[], torc
     return moved
 
 
-def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any) -> None:
+def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
     state = clip_state(has_extras=True)
     skeleton = plug(shared_cache, state).skeleton
     ids = token_ids(2, 77)
     for part in (0, 1):
         moved = moved_by_zeroing(
-            skeleton, state, lambda part=part: text_encoding.encode_text(skeleton, ids, pooled=True)[part]
+            skeleton, state, lambda part=part: direct.encode_text(skeleton, ids, pooled=True)[part]
         )
         unmoved = {name for name, figure in moved.items() if figure < 10 * BAR}
         # The same number is added to all logits of a query, and softmax ignores it. The others are not read.
@@ -175,62 +168,26 @@ def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: SkeletonCache, plu
         }
 
 
-def test_a_lost_tensor_of_t5_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any) -> None:
+def test_a_lost_tensor_of_t5_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
     state = t5_state(has_copy=True)
     skeleton = plug(shared_cache, state).skeleton
     ids = token_ids(2, 301)
-    moved = moved_by_zeroing(skeleton, state, lambda: text_encoding.encode_text(skeleton, ids)[0])
+    moved = moved_by_zeroing(skeleton, state, lambda: direct.encode_text(skeleton, ids)[0])
     assert {name for name, figure in moved.items() if figure < 10 * BAR} == {"encoder.embed_tokens.weight"}
 
 
 def test_half_precision_weights_are_left_as_they_were_lent(
-    cache: SkeletonCache, plug: Plugger, text_encoding: Any
+    cache: SkeletonCache, plug: Plugger, direct: ModuleType
 ) -> None:
     state = t5_state(dtype=torch.bfloat16)
     skeleton = plug(cache, state).skeleton
     addresses = {tensor.data_ptr() for tensor in state.values()}
-    text_encoding.encode_text(skeleton, token_ids(1, 9))
+    direct.encode_text(skeleton, token_ids(1, 9))
     assert {parameter.data_ptr() for parameter in skeleton.module.parameters()} == addresses
     # So they are after a forward that fails, too: the hooks of the layers that were entered are all left.
     broken = skeleton.module.encoder.block[1].layer[1].DenseReluDense
     broken.forward, kept = lambda _: 1 / 0, broken.forward
     with pytest.raises(ZeroDivisionError):
-        text_encoding.encode_text(skeleton, token_ids(1, 9))
+        direct.encode_text(skeleton, token_ids(1, 9))
     broken.forward = kept
     assert {parameter.data_ptr() for parameter in skeleton.module.parameters()} == addresses
-
-
-@pytest.mark.parametrize(
-    ("ids", "says"),
-    [
-        (
-            torch.tensor([[1, 2, 300]]),
-            r"token_ids\[0\]\[2\]: 300 is not in the vocabulary of clip_l, which has 300 tok",
-        ),
-        (torch.tensor([[1], [-1]]), r"token_ids\[1\]\[0\]: -1 is not in the vocabulary"),
-        (torch.zeros(1, 78, dtype=torch.int64), r"78 tokens, but clip_l takes up to 77"),
-        (torch.zeros(1, 7), r"dtype is torch\.float32, use torch\.int64"),
-        (torch.zeros(7, dtype=torch.int64), r"token_ids are \[7\]: use \[batch, tokens\]"),
-        (torch.zeros(1, 0, dtype=torch.int64), r"token_ids are \[1, 0\]"),
-        (torch.zeros(65, 1, dtype=torch.int64), r"a batch up to 64"),
-    ],
-)
-def test_tokens_that_cannot_be_read_are_refused_by_place_and_value(
-    shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any, ids: torch.Tensor, says: str
-) -> None:
-    skeleton = plug(shared_cache, clip_state()).skeleton
-    with pytest.raises(BadRequest, match=says):
-        text_encoding.encode_text(skeleton, ids)
-
-
-def test_t5_has_no_pooled_state_and_a_bound(shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any) -> None:
-    skeleton = plug(shared_cache, t5_state()).skeleton
-    with pytest.raises(BadRequest, match="t5 has no pooled state"):
-        text_encoding.encode_text(skeleton, token_ids(1, 4), pooled=True)
-    with pytest.raises(BadRequest, match="4097 tokens, but t5 takes up to 4096"):
-        text_encoding.encode_text(skeleton, torch.zeros(1, 4097, dtype=torch.int64))
-
-
-def test_a_vae_encodes_no_text(shared_cache: SkeletonCache, plug: Plugger, text_encoding: Any, demo_vae: State) -> None:
-    with pytest.raises(BadRequest, match="needs a text encoder, but the component is a vae"):
-        text_encoding.encode_text(plug(shared_cache, demo_vae).skeleton, token_ids(1, 4))
