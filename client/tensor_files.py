@@ -16,7 +16,7 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.layout import dtype_name, torch_dtype
-from xditd.ipc.transports.safetensors_header import StoredTensor, read_header
+from xditd.ipc.transports.safetensors_header import read_header
 from xditd.ipc.transports.uploads import read_into
 
 if TYPE_CHECKING:
@@ -35,22 +35,6 @@ def require_torch() -> None:
         import torch  # noqa: F401
     except ImportError:
         raise Unsupported("torch: not installed here; pip install torch, or pip install 'xditd[workers]'") from None
-
-
-def read_stored(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Read what a file says of its tensors, by name, and nothing else of it.
-
-    Raises:
-        BadCheckpoint: it is not a sound safetensors file.
-        StaleSource: it changed meanwhile.
-    """
-    file = LentFile(expand_home(os.fspath(path)))
-    try:
-        found = {stored.name: stored for stored in read_header(file.fd, file.path).tensors}
-        file.check_unchanged()
-        return found
-    finally:
-        file.close()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Which degrees a group of workers gets, and why: numbers in, a choice and its reasons out.
 
 The ranks are fixed when a group starts, before any model is lent: how many halves of a batch, and how many workers that
-share an image's tokens. How these are split between Ulysses and ring is planned for the model that the workers are for,
-and is a preference: a component whose attention heads it does not divide gets degrees of its own (:func:`for_heads`).
+share an image's tokens. How these are split between Ulysses and ring is planned for a number of attention heads, and is
+a preference: a component whose heads it does not divide gets degrees of its own (:func:`for_heads`).
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ class Canary:
         self._passed: dict[Hashable, float] = {}
         self._checks: dict[str, FusedCheck] = {}
         self.is_refused = False
-        self.error: float | None = None
-        """The largest error so far that was let pass; ``None`` before the first comparison."""
 
     def run(self, case: Hashable, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what ``fast`` gives, if it agreed with ``plain`` when this ``case`` first ran; else ``plain``'s.
@@ -52,7 +50,6 @@ class Canary:
             return expected
         logger.info("%s agree with the plain path case=%s error=%.2e", self._what, case, error)
         self._passed[case] = error
-        self.error = max(error, self.error or 0.0)
         return result
 
     def take_checks(self) -> tuple[FusedCheck, ...]:

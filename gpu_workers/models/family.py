@@ -347,10 +347,6 @@ class Model(Protocol[ConfigT_co]):
 class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
 
-    @property
-    def error(self) -> float | None:
-        """The largest relative error against the plain forward that was let pass; ``None`` before the first."""
-
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Hand out how it compared with the plain forward, each comparison once."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import getattr_static
 from typing import Any, Final
 
 from xditd.gpu_workers.models.family import Family
@@ -113,7 +114,8 @@ def _load(entry: EntryPoint, taken: Collection[str]) -> Family[Any]:
         Exception: whatever its package raises.
     """
     family: Family[Any] = entry.load()()
-    missing = [member for member in _members() if not hasattr(family, member)]
+    # Without asking properties: ``operations`` imports what only a lend needs.
+    missing = [member for member in _members() if getattr_static(family, member, _members) is _members]
     if missing:
         raise TypeError(f"{entry.value} lacks {listed(missing)}: give it all members of the Family protocol")
     if family.name in taken:

@@ -71,11 +71,6 @@ class Skeleton:
         """xDiT's name for what its plain modules attend with."""
         return self.layout.attention_backend
 
-    @property
-    def fast_error(self) -> float | None:
-        """How far the fast path was from plain modules, relative, at most; ``None`` where nothing was compared."""
-        return None if self._fast is None else self._fast.error
-
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Hand out how the fast path compared with plain modules since the last call."""
         return () if self._fast is None else self._fast.take_checks()

@@ -1,4 +1,4 @@
-"""A model family of an installed package, through a real daemon: lent, plugged into every rank, named in refusals."""
+"""A model family of an installed package, through a real daemon: lent, run on every rank, named in refusals."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ PACKAGE = Path(__file__).parents[1] / "family_package"
 
 
 @pytest.mark.slow
-def test_a_component_of_another_packages_family_is_lent_and_plugged(start_daemon, monkeypatch):
+def test_a_component_of_another_packages_family_is_lent_and_run(start_daemon, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
     daemon = start_daemon(2)
     daemon.wait_ready()
     with daemon.connect() as client:
-        loan = client.lend({"scale.weight": torch.eye(8)}, kind="transformer", label="matrix")
+        matrix, rows = torch.randn(8, 8), torch.randn(3, 8)
+        loan = client.lend({"scale.weight": matrix}, kind="transformer", label="matrix")
         assert loan.family == "scale"
         status = client.status()
-        assert [(component.label, component.family) for component in status.components] == [("matrix", "scale")]
+        assert [(component.label, component.facts.family) for component in status.components] == [("matrix", "scale")]
         assert [worker.loaded for worker in status.workers] == [1, 1]
+        (result,) = client.call(loan, {"rows": rows})
+        assert torch.equal(result, rows @ matrix.T)
         with pytest.raises(BadCheckpoint, match=r"odd: checkpoint does not fit scale: .*1 unexpected: other\.weight"):
             client.lend({"scale.weight": torch.eye(8), "other.weight": torch.eye(8)}, kind="transformer", label="odd")
         with pytest.raises(UnknownFamily, match=r"or a matrix of the tests \(scale\.safetensors\)"):

@@ -78,15 +78,15 @@ def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workloa
             4,
             "ulysses=4",
             Workload(heads=6),
-            "ulysses=4 as asked; ulysses=4 does not divide the 6 attention heads of flux1, "
-            "which runs with ulysses=2,ring=2 instead",
+            "ulysses=4 as asked; ulysses=4 does not divide the 6 attention heads planned for, "
+            "which run with ulysses=2,ring=2 instead",
         ),
         (
             5,
             "ulysses=5",
             Workload(),
-            "ulysses=5 as asked; ulysses=5 does not divide the 24 attention heads of flux1, "
-            "which runs with ring=5 instead",
+            "ulysses=5 as asked; ulysses=5 does not divide the 24 attention heads planned for, "
+            "which run with ring=5 instead",
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_the_most_candidates_fit_a_message() -> None:
 def test_reasons_name_what_decides() -> None:
     reasons = {str(candidate.degrees): candidate.why_not for candidate in plan(16).candidates}
     assert reasons["ulysses=16"] == (
-        "ulysses=16 does not divide the 24 attention heads of flux1, which runs with ulysses=8,ring=2 instead"
+        "ulysses=16 does not divide the 24 attention heads planned for, which run with ulysses=8,ring=2 instead"
     )
     assert "the more Ulysses, the better" in reasons["ulysses=4,ring=4"]
     assert "has to be asked for" in reasons["ulysses=8,cfg=2"]

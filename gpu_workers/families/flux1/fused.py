@@ -93,11 +93,6 @@ class FusedFlux1:
     def is_plugged(self) -> bool:
         return bool(self._checkpoint)
 
-    @property
-    def error(self) -> float | None:
-        """The largest relative error against plain modules that was seen and let pass; ``None`` before the first."""
-        return self.canary.error
-
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Hand out what the canary has found since the last call."""
         return self.canary.take_checks()

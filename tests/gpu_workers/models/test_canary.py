@@ -52,7 +52,7 @@ def test_weights_that_are_not_finite_say_nothing_of_the_path(layout: ParallelLay
     canary, broken, sound = Canary("path", TOLERANCE), torch.full((8,), value), Path(RIGHT.clone())
     assert canary.run("a", Path(broken.clone()), Path(broken)) is broken
     assert not canary.is_refused
-    assert canary.error is None
+    assert canary.take_checks() == ()
     assert canary.run("a", sound, Path(RIGHT)) is sound.result  # judged now
     assert canary.run("b", Path(broken.clone()), Path(RIGHT)) is RIGHT
     assert canary.is_refused
