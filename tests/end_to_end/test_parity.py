@@ -206,9 +206,7 @@ def test_a_ring_that_the_attention_asked_for_cannot_do_is_refused_at_the_lend(st
     even, odd = (checkpoints.flux1_state_dict(1, heads=heads, double_blocks=1, single_blocks=1) for heads in (2, 3))
     with daemon.connect() as client:
         workers = client.status().workers
-        with pytest.raises(
-            Unsupported, match=r"3 attention heads need the layout ring=2, .*'SDPA_MATH'.* use SDPA;"
-        ):
+        with pytest.raises(Unsupported, match=r"3 attention heads need the layout ring=2, .*'SDPA_MATH'.* use SDPA;"):
             client.lend(odd)
         run(client, client.lend(even), make_inputs(), steps=1)
         assert [worker.pid for worker in client.status().workers] == [worker.pid for worker in workers]
