@@ -154,6 +154,7 @@ class SkeletonCache:
         self.reused = 0
         self._skeletons: dict[Key, Skeleton] = {}
         self._resolutions: dict[Signature, Resolution] = {}
+        self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Hand out what all skeletons have to say."""
@@ -202,9 +203,20 @@ class SkeletonCache:
             is_reused=is_reused,
         )
 
+    def _choose_layout(self, family: Family[Any], config: Hashable, dtype: torch.dtype) -> ParallelLayout:
+        """Choose once for all models of as many heads: ranks meet there, also those whose skeleton could be built.
+
+        A skeleton may be missing on one rank alone, whose GPU was full.
+        """
+        key = (family.heads(config), dtype)
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = component_layouts.choose(self.layout, family.name, key[0], dtype)
+        return found
+
     def _build(self, resolution: Resolution) -> Skeleton:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
-        layout = component_layouts.choose(self.layout, family.name, family.heads(config), dtype)
+        layout = self._choose_layout(family, config, dtype)
         # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 

@@ -14,6 +14,7 @@ from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
 from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import BadCheckpoint, Internal, RequestError, Unsupported
@@ -167,6 +168,29 @@ def test_a_ring_that_the_attention_asked_for_cannot_do_builds_nothing(
         "no log-sum-exp; use SDPA; or start the daemon with --workers 1"
     )
     assert two.built == 0
+
+
+def test_a_rank_that_could_not_build_meets_the_others_once_all_the_same(
+    cache: SkeletonCache, describe: Describer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[str] = []
+    choose, build = component_layouts.choose, Flux1.build
+
+    def meet(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) -> ParallelLayout:
+        met.append(family)
+        return choose(layout, family, heads, dtype)
+
+    def run_out_of_memory(*_: object) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("no room for buffers")
+
+    monkeypatch.setattr(component_layouts, "choose", meet)
+    monkeypatch.setattr(Flux1, "build", run_out_of_memory)
+    infos = describe(flux1_state_dict(0, **SMALL))
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.plan(infos)
+    monkeypatch.setattr(Flux1, "build", build)
+    cache.plan(infos)
+    assert met == ["flux1"]
 
 
 def test_what_is_not_split_over_tokens_has_the_degrees_of_the_group(
