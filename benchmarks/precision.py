@@ -58,14 +58,11 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         kernels="fused" if is_cuda else "plain",
         precision="fp8" if is_cuda else "bf16",
     )
-    from xditd.gpu_workers.families.flux1 import pipelines
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
-    from xditd.gpu_workers.models.step_cache import StepCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
-    job = make_job(given, pipelines)
     found: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     for precision in dict.fromkeys(("bf16", layout.precision)):
@@ -76,16 +73,16 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         started = time.perf_counter()
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
         plug_ms = (time.perf_counter() - started) * 1e3
-        pipelines.generate(skeleton, **job, steps=2)  # compared with plain modules, and warm
+        generate(skeleton, given, 2)  # compared with plain modules, and warm
         checks = skeleton.take_checks()
         passed = [check.error for check in checks if check.is_used and check.error is not None]
         for threshold in (0.0, *given.thresholds):
             results, seconds = [], []
             for _ in range(2):
-                cache = StepCache(threshold) if threshold else None
                 synchronize(device)
                 started = time.perf_counter()
-                results.append(pipelines.generate(skeleton, **job, steps=given.steps, step_cache=cache).float())
+                latents, reused = generate(skeleton, given, given.steps, threshold)
+                results.append(latents.float())
                 synchronize(device)
                 seconds.append(time.perf_counter() - started)
             expected = results[0] if expected is None else expected
@@ -94,7 +91,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
                     "precision": precision,
                     "threshold": threshold,
                     "seconds": min(seconds),
-                    "reused": 0 if cache is None else cache.reused,
+                    "reused": reused,
                     "error": float((results[0] - expected).norm() / expected.norm()),
                     "same_bits_again": bool(torch.equal(*results)),
                     "error_of_a_step": max(passed, default=None),
@@ -114,16 +111,25 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_job(given: argparse.Namespace, pipelines: Any) -> dict[str, Any]:
+def generate(skeleton: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
+    """Run the workers' loop, as a job does; returns the latents and how many steps the cache spared."""
+    from xditd.gpu_workers.jobs.generate import Loop, seeded_noise
+    from xditd.gpu_workers.models.family import CallOptions, Wanted
+    from xditd.gpu_workers.models.result_checks import FiniteCheck
+    from xditd.gpu_workers.models.step_cache import StepCache
+
     generator = torch.Generator().manual_seed(0)
-    return {
-        "prompt_embeds": torch.randn(1, given.tokens, 4096, generator=generator),
-        "pooled": torch.randn(1, 768, generator=generator),
-        "noise": pipelines.seeded_noise(0, batch=1, height=given.pixels, width=given.pixels),
-        "height": given.pixels,
-        "width": given.pixels,
-        "guidance_scale": GUIDANCE,
+    conditioning = {
+        "prompt_embeds": torch.randn(1, given.tokens, 4096, generator=generator).to(skeleton.device),
+        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator).to(skeleton.device),
     }
+    noise = seeded_noise(0, (1, 16, given.pixels // 8, given.pixels // 8), skeleton.dtype).to(skeleton.device)
+    wanted = Wanted(batch=1, height=given.pixels, width=given.pixels, steps=steps, guidance_scale=GUIDANCE)
+    started = skeleton.operations.recipe.start(skeleton, wanted, conditioning, noise)
+    options = CallOptions("class", started.foreseen, StepCache(threshold) if threshold else None)
+    loop = Loop(skeleton, skeleton.operations, started, options, batch=1, steps=steps)
+    latents = loop.run(FiniteCheck(), lambda *_: None, None)
+    return latents, loop.reused_steps
 
 
 def main() -> None:

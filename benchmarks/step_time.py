@@ -31,6 +31,7 @@ import flux_weights
 import torch
 from machine import describe_machine
 
+from xditd.client.demo.flux1_calls import image_ids
 from xditd.client.output_files import write_file
 
 LOSSLESS = ("plain", "compiled", "fused")
@@ -72,8 +73,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     layout = xfuser_start.start(
         rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
     )
-    from xditd.gpu_workers.families.flux1 import pipelines
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.family import CallOptions, TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.parallel import component_layouts
 
@@ -88,11 +88,11 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     module = modules["bf16"]
     fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
     component_layouts.use(plan.skeleton.layout)
-    inputs = make_inputs(given, device, pipelines)
+    inputs, options = make_inputs(given, device), CallOptions()
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
-        return module(**inputs, return_dict=False)[0]
+        return module.forward_rows(**inputs, options=options)
 
     found: dict[str, Any] = {
         "layout": str(degrees),
@@ -106,7 +106,9 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         moved = dict(inputs)
         for number in range(PARITY_STEPS):
             moved["timestep"] = torch.full((given.rows,), 1.0 - number / PARITY_STEPS, device=device)
-            moved["hidden_states"] = moved["hidden_states"] - module(**moved, return_dict=False)[0] / PARITY_STEPS
+            moved["hidden_states"] = (
+                moved["hidden_states"] - module.forward_rows(**moved, options=options) / PARITY_STEPS
+            )
         return moved["hidden_states"].float()
 
     expected: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -138,7 +140,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     xfuser_start.stop()
 
 
-def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any) -> dict[str, torch.Tensor]:
+def make_inputs(given: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -152,7 +154,7 @@ def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any)
         "timestep": torch.full((given.rows,), 0.5, device=device),
         "guidance": torch.full((given.rows,), 3.5, device=device),
         "txt_ids": torch.zeros(given.tokens, 3, device=device),
-        "img_ids": pipelines._image_ids(side, side, device),
+        "img_ids": image_ids(2 * side, 2 * side).tensor.to(device),
     }
 
 

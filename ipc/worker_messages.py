@@ -72,7 +72,7 @@ class Keep(Command, tag="keep", frozen=True, kw_only=True):
 
 
 class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
-    """Close the I/O blocks of a client that is gone, and free its conditionings. Answered by ``Done``."""
+    """Close the I/O blocks of a client that is gone, and free what it let the workers keep. Answered by ``Done``."""
 
     exporter: ProcessIdentity
 

@@ -1,5 +1,7 @@
-"""Jobs of a client: arguments and checks of what is handed in, drafts, and jobs under way. Imports point down:
+"""Jobs of a client, from what a caller hands in to what it gets back. Imports point down this list:
 
-``running`` sends drafts, ``generation`` is a job that is watched, ``drafts`` lay out, ``pending`` is what was sent,
-``checks`` refuse, ``arguments`` turn trees of tensors to what crosses and back.
+- ``running`` sends drafts, waits, and reads results;
+- ``drafts`` lay out a request and its block; ``generation`` is a generation under way;
+- ``checks`` refuse what no job can use; ``arguments`` turn trees of tensors to what crosses, and results back;
+  ``pending`` is a job that was sent.
 """

@@ -116,8 +116,19 @@ def test_status_is_json_for_programs(daemon, folder, capsys):
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["group_state"] == "busy"
-    assert found["components"][0]["copied"]["peer"] == 22 * 2**30
+    (component,) = found["components"]
+    assert component["copied"]["peer"] == 22 * 2**30
+    assert (component["facts"]["family"], component["facts"]["transformer"]["latents"]["channels"]) == ("flux1", 16)
     assert captured.err == ""
+
+
+def test_status_of_a_component_that_the_workers_do_not_know_yet(daemon, folder, capsys):
+    lending = msgspec.structs.replace(STATUS.components[0], kind=None, facts=None, state=LeaseState.LENDING)
+    status = msgspec.structs.replace(STATUS, components=(lending,))
+    daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
+    assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("transformer-1")]
+    assert line[1:5] == ["flux1-dev", "-", "-", "lending"]
 
 
 def test_status_shows_how_fused_kernels_compared_with_plain_modules(daemon, folder, capsys):

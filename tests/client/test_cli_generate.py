@@ -103,6 +103,27 @@ def test_files_are_written_with_tildes_and_new_folders(generate, tmp_path, capsy
     assert sorted(os.listdir(tmp_path)) == ["l.safetensors", "models", "new"]
 
 
+def test_steps_guidance_and_names_are_those_of_the_model(daemon, folder, files, tmp_path, generate, capsys):
+    known = ["generate", "--runtime-dir", str(folder), "--transformer", str(files / "t.safetensors"),
+             "--save-latents", str(tmp_path / "l.safetensors")]  # fmt: skip
+    assert main([*known, "--random-embeds", "1", "--text-tokens", "5", "--size", "32x48"]) == exits.DONE
+    request = daemon.requests(Generate)[0]
+    sampling = request.sampling
+    assert (sampling.steps, sampling.guidance_scale, sampling.width, sampling.height) == (28, None, 32, 48)
+    assert {name: leaf.shape for name, leaf in request.conditioning.items()} == {
+        "prompt_embeds": (1, 5, 8),
+        "pooled_prompt_embeds": (1, 4),
+    }
+    save_file({"prompt_embeds": torch.zeros(5, 8)}, files / "half.safetensors")
+    for more, says in (
+        (["--random-embeds", "1", "--size", "32x40"], "height: 40 is not a multiple of 16 pixels; 32 is near"),
+        (["--embeds", str(files / "half.safetensors")], "lacks pooled_prompt_embeds; it holds prompt_embeds"),
+    ):
+        assert main([*known, *more]) == exits.MISUSE
+        assert says in capsys.readouterr().err
+    assert len(daemon.requests(Generate)) == 1
+
+
 def test_the_help_says_where_embeddings_come_from(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])

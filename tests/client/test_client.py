@@ -46,7 +46,7 @@ def lose(client):
 def test_a_loan_tells_tier_bytes_and_copies(client, daemon):
     loan = client.lend(transformer(), label="tiny")
     sent = daemon.requests(Lend)[0]
-    assert sent.manifest.kind is ComponentKind.TRANSFORMER
+    assert loan.kind is ComponentKind.TRANSFORMER
     assert (loan.component_id, loan.family, loan.label) == ("c1", "flux1", "tiny")
     assert loan.tiers == (Tier.HOST_SHM,)
     assert loan.lent_bytes == 48
@@ -69,11 +69,10 @@ def test_a_worker_that_reads_other_memory_is_refused(client, daemon, digests):
     assert daemon.requests(Lend) == []
 
 
-def test_the_kind_is_guessed_or_asked_for(client, daemon):
+def test_the_kind_is_what_the_workers_say(client, daemon):
     assert client.lend({"decoder.conv_in.weight": torch.zeros(2)}).kind is ComponentKind.VAE
     assert client.lend({"what.weight": torch.zeros(2)}, kind="vae").kind is ComponentKind.VAE
-    with pytest.raises(BadRequest, match="pass kind="):
-        client.lend({"what.weight": torch.zeros(2)})
+    assert [request.manifest.kind for request in daemon.requests(Lend)] == [None, ComponentKind.VAE]
     with pytest.raises(BadRequest, match="kind 'unet': unknown; choose one of transformer, vae"):
         client.lend(transformer(), kind="unet")
 

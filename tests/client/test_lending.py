@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
-from xditd.client.lending import Offer, describe, guess_kind
+from xditd.client.lending import Offer, describe
 from xditd.ipc import codec, limits
 from xditd.ipc.errors import BadCheckpoint, BadRequest, OutOfMemory, Unsupported, UnsupportedDtype, XditdError
 from xditd.ipc.processes import ProcessIdentity, identify
@@ -107,7 +107,7 @@ def test_a_path_is_lent_as_the_file_without_reading_it(path: Path, state: State,
         offers.append(offer)
         assert offer.manifest.tiers == (Tier.FILE,)
         assert offer.copied == NO_COPY
-        assert (offer.manifest.kind, offer.manifest.label) == (VAE, "vae")
+        assert (offer.manifest.kind, offer.manifest.label) == (None, "vae")
         assert offer.manifest.blocks[0].size_bytes == path.stat().st_size
         found = values(offer)
         assert {name: found[name] for name in state}.keys() == found.keys()
@@ -319,50 +319,6 @@ def test_generations_are_passed_on(path: Path, offers: list[Offer]) -> None:
     assert offers[0].timings_ms["describe"] > 0
 
 
-@pytest.mark.parametrize(
-    ("names", "kind"),
-    [
-        (["double_blocks.0.img_attn.qkv.weight"], ComponentKind.TRANSFORMER),
-        (["model.diffusion_model.double_blocks.0.x"], ComponentKind.TRANSFORMER),
-        (["transformer_blocks.0.attn.to_q.weight", "encoder.x"], ComponentKind.TRANSFORMER),
-        (["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"], ComponentKind.TEXT_ENCODER),
-        (["shared.weight", "encoder.block.0.layer.0.SelfAttention.k.weight"], ComponentKind.TEXT_ENCODER),
-        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], ComponentKind.TEXT_ENCODER),
-        (["module.encoder.block.0.layer.0.SelfAttention.k.weight"], ComponentKind.TEXT_ENCODER),
-        (["_orig_mod.module.decoder.conv_in.weight"], VAE),
-        (["decoder.conv_in.weight"], VAE),
-        (["first_stage_model.encoder.conv_in.weight"], VAE),
-        (["vae.decoder.x"], VAE),
-    ],
-)
-def test_kinds_are_guessed_from_names(names: list[str], kind: ComponentKind) -> None:
-    assert guess_kind(names) is kind
-
-
-@pytest.mark.parametrize("names", [[], ["text_model.x"], ["a", "b", "c", "d"]])
-def test_a_kind_that_cannot_be_guessed_is_asked_for(names: list[str]) -> None:
-    with pytest.raises(BadRequest, match="pass kind="):
-        guess_kind(names)
-
-
-@pytest.mark.parametrize(
-    ("names", "says"),
-    [
-        (["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], "a LoRA in kohya's names"),
-        (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "Stable Diffusion XL cannot be run"),
-        (["head.modulation"], "Wan cannot be run"),
-    ],
-)
-def test_what_has_no_kind_here_is_named_where_it_is_known(
-    names: list[str], says: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    with pytest.raises(Unsupported, match=f"^state_dict: {says}") as caught:
-        describe({name: torch.ones(3) for name in names})
-    assert caught.value.names
-    assert all(name in caplog.text for name in names)
-
-
 def test_what_is_known_to_be_refused_is_not_loaded_onto_a_device(tmp_path: Path, open_fds: Callable[[], int]) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(3, 3)}, path)
@@ -415,7 +371,6 @@ def freed() -> torch.Tensor:
         ({"decoder.x": freed()}, BadRequest, "decoder.x"),
         ({"decoder.x": Subclass()}, BadRequest, "decoder.x"),
         ({f"decoder.{n}": torch.zeros(0) for n in range(limits.MAX_TENSORS + 1)}, BadRequest, "16385"),
-        ({"unknown": torch.ones(3)}, BadRequest, "pass kind="),
         (None, BadRequest, "NoneType"),
         (3, BadRequest, "int"),
         ([torch.ones(3)], BadRequest, "list"),

@@ -27,7 +27,9 @@ def sample(annotation: Any) -> Any:
         inner, *metas = get_args(annotation)
         return _within(inner, metas[0])
     if origin in (typing.Union, types.UnionType):
-        return sample(next(arm for arm in get_args(annotation) if arm is not type(None)))
+        arms = [arm for arm in get_args(annotation) if arm is not type(None)]
+        # Of arguments, a tensor: it has more to get wrong than a number.
+        return sample(next((arm for arm in arms if isinstance(arm, type) and issubclass(arm, msgspec.Struct)), arms[0]))
     if origin is typing.Literal:
         return get_args(annotation)[-1]
     if origin is tuple:

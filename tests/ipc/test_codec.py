@@ -14,9 +14,10 @@ import msgspec
 import pytest
 
 from xditd.ipc import codec, limits
+from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.errors import BadMessage, BadRequest
-from xditd.ipc.replies import Failed
-from xditd.ipc.requests import Denoise, Generate, GetStatus, Hello, Lend
+from xditd.ipc.replies import Called, Failed
+from xditd.ipc.requests import Call, Generate, GetStatus, Hello, Lend, Part
 from xditd.ipc.tensors import Manifest, TensorSpec
 
 DECODERS: dict[str, codec.Decoder[Any]] = {
@@ -90,8 +91,57 @@ def test_every_float_is_bounded(messages: ModuleType, union: str, message_class:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -0.001, 1001.0])
 def test_floats_that_are_no_guidance_are_refused(messages: ModuleType, value: float) -> None:
     plain = as_map(messages.instance(Generate))
-    assert "guidance_scale" in refused(packed(plain | {"guidance_scale": value}))
-    assert "timestep" in refused(packed(as_map(messages.instance(Denoise)) | {"timestep": [value]}))
+    assert "guidance_scale" in refused(packed(plain | {"sampling": plain["sampling"] | {"guidance_scale": value}}))
+
+
+def test_every_kind_of_argument_comes_back_as_it_was(messages: ModuleType) -> None:
+    values = Values(dtype="bfloat16", shape=(2,), values=(0.5, -1.0))
+    kept = Kept(kept_id="k1", dtype="int64", shape=())
+    place = InIo(offset_bytes=256, dtype="float8_e4m3fn", shape=(1, 2), kept_id="k2")
+    arguments: dict[str, Argument] = {
+        "nothing": None,
+        "numbers": TupleOf(items=(True, -(2**63), 2**63 - 1, 1e-300, "text")),
+        "nested": ListOf(items=(MapOf(items={"a": place, "b": ListOf(items=())}), values)),
+        "rows": Rows(parts=(Repeated(tensor=kept, times=3), Repeated(tensor=place), Repeated(tensor=values))),
+    }
+    call = messages.instance(Call, parts=(Part(arguments=arguments), Part(arguments={})))
+    assert codec.request_decoder.decode(codec.encode(call)) == call
+    generate = messages.instance(Generate, conditioning=arguments)
+    assert codec.request_decoder.decode(codec.encode(generate)) == generate
+    called = messages.instance(Called, results=(*arguments.values(), None))
+    assert codec.reply_decoder.decode(codec.encode(called)) == called
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_floats_in_arguments_are_finite(messages: ModuleType, value: float) -> None:
+    plain = as_map(messages.instance(Call))
+    leaf = {"leaf": "values", "dtype": "float32", "shape": [1], "values": [value]}
+    for spoilt in (value, leaf, {"leaf": "list", "items": [1, leaf]}, {"leaf": "map", "items": {"a": value}}):
+        assert "arguments" in refused(packed(plain | {"parts": [{"arguments": {"x": spoilt}}]}))
+    assert "foreseen" in refused(packed(plain | {"foreseen": {"timestep": [value]}}))
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        {"leaf": "code", "items": []},
+        {"items": []},
+        {"leaf": "io", "dtype": "float32", "shape": [1]},
+        {"leaf": "io", "offset_bytes": -1, "dtype": "float32", "shape": [1]},
+        {"leaf": "io", "offset_bytes": 0, "dtype": "complex64", "shape": [1]},
+        {"leaf": "kept", "kept_id": "", "dtype": "float32", "shape": [1]},
+        {"leaf": "rows", "parts": []},
+        {"leaf": "values", "dtype": "float32", "shape": [1], "values": [0.0] * (limits.MAX_ARGUMENT_VALUES + 1)},
+        {"leaf": "list", "items": [None] * (limits.MAX_ARGUMENTS + 1)},
+        {"leaf": "map", "items": {"a": {"leaf": "values", "dtype": "float32", "shape": [1], "values": ["b"]}}},
+        b"bytes",
+        2**64 - 1,
+        "x" * (limits.MAX_NAME_CHARS + 1),
+    ],
+)
+def test_arguments_that_are_none_are_refused(messages: ModuleType, leaf: Any) -> None:
+    plain = as_map(messages.instance(Call))
+    assert "arguments" in refused(packed(plain | {"parts": [{"arguments": {"x": leaf}}]}))
 
 
 @pytest.mark.parametrize(
@@ -106,15 +156,32 @@ def test_floats_that_are_no_guidance_are_refused(messages: ModuleType, value: fl
         ("height", -8),
         ("height", 2**63),
         ("width", limits.MAX_SIDE_PIXELS + 1),
-        ("variant", "bfloat16"),
+        ("variant", ""),
         ("variant", None),
         ("seed", -1),
         ("seed", 2**64 - 1),
         ("sigmas", [0.5] * (limits.MAX_STEPS + 1)),
+        ("sigmas", [1.5]),
+        ("options", {"shift": float("nan")}),
+        ("options", {"shift": "3"}),
+    ],
+)
+def test_samplings_out_of_range_are_refused(messages: ModuleType, field: str, value: Any) -> None:
+    plain = as_map(messages.instance(Generate))
+    assert field in refused(packed(plain | {"sampling": plain["sampling"] | {field: value}}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
         ("request_id", ""),
         ("request_id", "x" * 65),
         ("request_id", b"r1"),
-        ("transformer_id", None),
+        ("components", None),
+        ("components", {"unet": "c1"}),
+        ("components", {"transformer": ""}),
+        ("conditioning", [1]),
+        ("sampling", None),
     ],
 )
 def test_values_out_of_range_are_refused(messages: ModuleType, field: str, value: Any) -> None:
@@ -123,7 +190,11 @@ def test_values_out_of_range_are_refused(messages: ModuleType, field: str, value
 
 def test_a_refusal_names_whom_to_answer(messages: ModuleType) -> None:
     plain = as_map(messages.instance(Generate))
-    for changed, expected in (({"steps": 0}, plain["request_id"]), ({"request_id": 7}, None), ({"op": "x"}, "xxxx")):
+    for changed, expected in (
+        ({"sampling": None}, plain["request_id"]),
+        ({"request_id": 7}, None),
+        ({"op": "x"}, "xxxx"),
+    ):
         with pytest.raises(BadMessage) as caught:
             codec.request_decoder.decode(packed(plain | changed))
         assert caught.value.request_id == expected

@@ -295,7 +295,11 @@ def client(shared_daemon: DaemonProcess) -> Iterator[RawClient]:
     yield client
     client.ask(Goodbye(request_id=""), Farewell)
     # A killed client's loan may still be on its way out.
-    status = shared_daemon.client().wait_status(lambda status: not status.components and not status.jobs)
+    watching = shared_daemon.client()
+    status = watching.wait_status(lambda status: not status.components and not status.jobs)
+    for each in (client, watching):  # the daemon's descriptors are counted, and these would be of all tests before
+        each.close()
+        shared_daemon.clients.remove(each)
     assert status.group_state is GroupState.READY
     assert status.counters.group_starts == 1
 
