@@ -42,13 +42,13 @@ class ForwardCall(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, torch.Tensor]:
-        """Return what the host has to know of each row, ``(rows,)`` each, on any device: all are read in one wait."""
+        """Return what the host has to know of each row, ``(rows,)`` each: all are read in one wait for the device."""
 
     @property
     def texts(self) -> Mapping[str, torch.Tensor]:
         """Return the conditioning, ``(rows, ...)`` each: it stays the same for many steps, and is compared by content.
 
-        All of one call are on one device. :meth:`ModelAdapter.keep_row` is given one row of each.
+        They are on one device, with :attr:`numbers`. :meth:`ModelAdapter.keep_row` is given one row of each.
         """
 
     def arguments(
