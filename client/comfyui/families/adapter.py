@@ -127,7 +127,7 @@ class Adapter(Protocol):
     def model_classes(self) -> tuple[type, ...]:
         """Return ComfyUI's classes of its models, in ``comfy.model_base``."""
 
-    def config_classes(self) -> tuple[type, ...]:
+    def config_classes(self) -> tuple[type[Any], ...]:
         """Return ComfyUI's classes of its configurations, in ``comfy.supported_models``.
 
         A VAE goes with the family if it has the latents of one of their ``latent_format``.
