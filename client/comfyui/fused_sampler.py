@@ -56,7 +56,9 @@ class FusedEuler(comfy.samplers.Sampler):
         (part,) = model_wrap.conds["positive"]
         conditioning, guidance_scale = self._family.loop_inputs(part["model_conds"], rows)
         client, loan = self._weights.connect(), self._weights.loan
-        pixels = loan.facts.transformer.latents.pixels
+        facts = loan.facts.transformer
+        assert facts is not None
+        pixels = facts.latents.pixels
         with client.generate(
             loan,
             {name: _rows(value, rows) for name, value in conditioning.items()},

@@ -42,13 +42,13 @@ class ForwardCall(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, torch.Tensor]:
-        """Return what the host has to know of each row, ``(rows,)`` each, on any device: all are read in one wait."""
+        """Return what the host has to know of each row, ``(rows,)`` each: all are read in one wait for the device."""
 
     @property
     def texts(self) -> Mapping[str, torch.Tensor]:
         """Return the conditioning, ``(rows, ...)`` each: it stays the same for many steps, and is compared by content.
 
-        All of one call are on one device. :meth:`ModelAdapter.keep_row` is given one row of each.
+        They are on one device, with :attr:`numbers`. :meth:`ModelAdapter.keep_row` is given one row of each.
         """
 
     def arguments(
@@ -127,7 +127,7 @@ class Adapter(Protocol):
     def model_classes(self) -> tuple[type, ...]:
         """Return ComfyUI's classes of its models, in ``comfy.model_base``."""
 
-    def config_classes(self) -> tuple[type, ...]:
+    def config_classes(self) -> tuple[type[Any], ...]:
         """Return ComfyUI's classes of its configurations, in ``comfy.supported_models``.
 
         A VAE goes with the family if it has the latents of one of their ``latent_format``.

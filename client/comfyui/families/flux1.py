@@ -170,7 +170,7 @@ class Flux1:
 
         return (comfy.model_base.Flux,)
 
-    def config_classes(self) -> tuple[type, ...]:
+    def config_classes(self) -> tuple[type[Any], ...]:
         import comfy.supported_models as known
 
         return known.Flux, known.FluxInpaint, known.FluxSchnell
