@@ -49,8 +49,7 @@ def main() -> None:
         marks.append(time.perf_counter())
         result = client.generate(
             lent,
-            inputs["prompt_embeds"],
-            inputs["pooled_prompt_embeds"],
+            {name: inputs[name] for name in ("prompt_embeds", "pooled_prompt_embeds")},
             vae=lent_vae,
             noise=inputs["noise"],
             height=scale.pixels,

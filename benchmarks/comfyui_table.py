@@ -47,7 +47,11 @@ def rows_of(found: Mapping[str, Any], group: Mapping[str, Any]) -> list[tuple[st
     if "step_ms" in found:
         rows.append(("a step (more steps less fewer)", f"{found['step_ms']:.1f} ms"))
         rows.append(("a step (median between two progress reports)", f"{found['gap_ms']:.1f} ms"))
-    for what, title in (("forward_ms", "the remote forward"), ("denoise_ms", "  of which the client's denoise()")):
+    for what, title in (
+        ("forward_ms", "the remote forward"),
+        ("call_ms", "  of which the client's call"),
+        ("denoise_ms", "  of which the client's denoise()"),  # as it was called in older results
+    ):
         if what in found:
             rows.append((title, f"{found[what]:.1f} ms"))
     generate = group["paths"].get("fused", {}).get("generate_step_ms")

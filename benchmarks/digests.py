@@ -25,8 +25,13 @@ from pathlib import Path
 import torch
 from machine import describe_machine
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/checkpoints"))
+
+import text_checkpoints
+
 from xditd.client import Client, Loan
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 from xditd.ipc.errors import DaemonUnreachable
 from xditd.ipc.status import GroupState
 
@@ -50,9 +55,12 @@ def digest(tensor: torch.Tensor) -> str:
     return found.hexdigest()[:24]
 
 
-def conditioning(seed: int, tokens: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def conditioning(seed: int, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, tokens, 4096, generator=generator), torch.randn(batch, 768, generator=generator)
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, 4096, generator=generator),
+        "pooled_prompt_embeds": torch.randn(batch, 768, generator=generator),
+    }
 
 
 def loops(client: Client, model: str, loan: Loan, vae: Loan) -> Results:
@@ -66,10 +74,8 @@ def loops(client: Client, model: str, loan: Loan, vae: Loan) -> Results:
         ("other guidance", 16, 128, 128, 1, {"guidance_scale": 1.5}),
         ("step cache", 16, 128, 128, 1, {"step_cache": 0.4}),
     ):
-        text, pooled = conditioning(1, tokens, batch)
-        job = client.generate(
-            loan, text, pooled, vae=vae, height=height, width=width, steps=4, seed=7, previews=True, **more
-        )
+        given = conditioning(1, tokens, batch)
+        job = client.generate(loan, given, vae=vae, height=height, width=width, steps=4, seed=7, previews=True, **more)
         shown = [job.denoised().clone() for _ in job]
         result = job.result()
         yield f"{model}, generate, {name}: latents", result.latents
@@ -79,14 +85,18 @@ def loops(client: Client, model: str, loan: Loan, vae: Loan) -> Results:
 
 
 def forwards(client: Client, model: str, loan: Loan) -> Results:
-    """``denoise``: alone, with conditioning that is kept, and with two texts of unequal length."""
+    """``call``: alone, with conditioning that is kept, and with two texts of unequal length.
+
+    The names are those of records from before there was ``call``.
+    """
+    calls = Flux1Calls(client, loan)
     noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(5))
-    short, long = client.condition(*conditioning(1, 15), 3.5), client.condition(*conditioning(2, 40), 3.5)
-    yield f"{model}, denoise, one", client.denoise(loan, noise[:1], 0.7, short)
-    yield f"{model}, denoise, kept", client.denoise(loan, noise[1:], 0.3, short)
-    yield f"{model}, denoise, unequal texts", client.denoise(loan, noise, 0.5, [short, long])
+    short, long = calls.keep(**conditioning(1, 15)), calls.keep(**conditioning(2, 40))
+    yield f"{model}, denoise, one", calls.predict(noise[:1], 0.7, short)
+    yield f"{model}, denoise, kept", calls.predict(noise[1:], 0.3, short)
+    yield f"{model}, denoise, unequal texts", calls.predict(noise, 0.5, [short, long])
     for sigma in SIGMAS:
-        yield f"{model}, denoise, schedule told, {sigma}", client.denoise(loan, noise[:1], sigma, long, sigmas=SIGMAS)
+        yield f"{model}, denoise, schedule told, {sigma}", calls.predict(noise[:1], sigma, long, sigmas=SIGMAS)
 
 
 def coding(client: Client, vae: Loan) -> Results:

@@ -34,7 +34,7 @@ def shapes(size: Size, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple
         pooled_channels=768,
         has_guidance=True,
     )
-    return {entry.source: (dtype, entry.shape) for entry in Flux1().entries(config)}
+    return {entry.source: (dtype, entry.shape) for entry in Flux1().entries(config, ())}
 
 
 def fill(tensors: Mapping[str, torch.Tensor], seed: int) -> None:

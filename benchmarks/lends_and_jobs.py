@@ -15,11 +15,12 @@ import zmq
 from measured_daemon import cpu_s, daemon, hello
 
 from xditd.ipc.addresses import endpoint
+from xditd.ipc.arguments import Argument, InIo, Kept, Values
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import Request
-from xditd.ipc.replies import Denoised, Lent, Queued, StepDone
-from xditd.ipc.requests import Denoise, Lend, Part
-from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
+from xditd.ipc.replies import Called, Lent, Queued, StepDone
+from xditd.ipc.requests import Call, Lend, Part
+from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 TENSORS, LENDS = 1_200, 500
 """Of a lent component, as many as a FLUX.1 transformer has; and how often it is lent."""
@@ -44,7 +45,15 @@ def measure_work(jobs: int) -> dict[str, Any]:
         fingerprint=Fingerprint(length_bytes=0, digest=hashlib.blake2b(b"", digest_size=16).digest()),
     )
     specs = tuple(TensorSpec(f"blocks.{number}.weight", "float32", (4, 4), 0, 0) for number in range(TENSORS))
-    io = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
+    arguments: dict[str, Argument] = {  # of a step of FLUX.1, whose conditioning is kept
+        "hidden_states": InIo(offset_bytes=0, dtype="bfloat16", shape=(1, 16, 64)),
+        "encoder_hidden_states": Kept(kept_id="k1", dtype="bfloat16", shape=(1, 512, 4096)),
+        "pooled_projections": Kept(kept_id="k2", dtype="bfloat16", shape=(1, 768)),
+        "timestep": Values(dtype="float32", shape=(1,), values=(0.5,)),
+        "img_ids": Kept(kept_id="k3", dtype="float32", shape=(16, 3)),
+        "txt_ids": Kept(kept_id="k4", dtype="float32", shape=(512, 3)),
+        "guidance": Values(dtype="float32", shape=(1,), values=(3.5,)),
+    }
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.RECONNECT_IVL, 1)
@@ -62,14 +71,13 @@ def measure_work(jobs: int) -> dict[str, Any]:
         return Lend(request_id=f"lend-{number}", manifest=manifest)
 
     def job(number: int) -> Request:
-        return Denoise(
+        return Call(
             request_id=f"job-{number}",
-            transformer_id=component_id,
+            component_id=component_id,
             io=block,
-            latents=io,
-            timestep=(0.5,),
-            parts=(Part(rows=1, prompt_embeds=io, pooled_prompt_embeds=io),),
-            out=io,
+            parts=(Part(arguments=arguments),),
+            out_offset_bytes=2048,
+            out_size_bytes=2048,
         )
 
     with daemon([sys.executable, str(FAKE_WORKERS), "--step-s", "0"]) as (runtime, _, pid):
@@ -87,7 +95,7 @@ def measure_work(jobs: int) -> dict[str, Any]:
         socket.connect(endpoint(runtime.client_socket))
         ask(hello())
         component_id = ask(lend(0)).component_id
-        found: dict[str, Any] = {"lend": time_all(lend, Lent, LENDS), "job": time_all(job, Denoised, jobs)}
+        found: dict[str, Any] = {"lend": time_all(lend, Lent, LENDS), "job": time_all(job, Called, jobs)}
         memory = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()
     socket.close()
     context.term()

@@ -75,7 +75,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     from xditd.gpu_workers.families.flux1 import pipelines
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
-    from xditd.gpu_workers.parallel import attention
+    from xditd.gpu_workers.parallel import component_layouts
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
@@ -87,7 +87,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         modules[precision] = plan.skeleton.module
     module = modules["bf16"]
     fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
-    attention.use(plan.skeleton.attention_backend)
+    component_layouts.use(plan.skeleton.layout)
     inputs = make_inputs(given, device, pipelines)
 
     @torch.inference_mode()

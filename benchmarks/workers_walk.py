@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from xditd.client import Client, Loan
 from xditd.client.arenas import Arena
 from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.client.demo.flux1_calls import Flux1Calls, Prompt
 from xditd.ipc.errors import XditdError
 
 HERE = Path(__file__).resolve().parent
@@ -146,10 +147,11 @@ class Walk:
                 errors[rival] = float((latents.float() - expected).norm() / expected.norm())
         self.report.add(parity=errors, same_bits_again=bool(torch.equal(latents, again)))
 
-    def denoise(self) -> None:
+    def calls(self) -> None:
         """One forward as a client's own sampler asks for it; with two rows, as with a negative prompt."""
-        tensors = self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"]
-        noise, kept = self.inputs["noise"], self.client.condition(*tensors, guidance=3.5)
+        calls, noise = Flux1Calls(self.client, self.loan), self.inputs["noise"]
+        sent = Prompt(self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"])
+        kept = calls.keep(self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"])
         two = torch.cat([noise, noise.flip(-1)])
         repeats = self.given.repeats + 3
         sigmas = [1.0 - number / self.scale.steps for number in range(self.scale.steps)]
@@ -161,14 +163,11 @@ class Walk:
                 step(next(coming))
             return repeat_ms(lambda: step(next(coming)), repeats)
 
-        def ask(latents: torch.Tensor, sigma: float, *conditioning: Any, **more: Any) -> torch.Tensor:
-            return self.client.denoise(self.loan, latents, sigma, *conditioning, **more)
-
-        found: dict[str, Any] = {"kept_ms": step_ms(lambda sigma: ask(noise, sigma, kept, sigmas=sigmas))}
+        found: dict[str, Any] = {"kept_ms": step_ms(lambda sigma: calls.predict(noise, sigma, kept, sigmas=sigmas))}
         found["workers_ms"] = dict(self.client.status().last_job_ms)
-        found["unforeseen_ms"] = step_ms(lambda sigma: ask(noise, sigma, kept))
-        found["sent_ms"] = step_ms(lambda sigma: ask(noise, sigma, *tensors, guidance=3.5))
-        found["two_rows_ms"] = step_ms(lambda sigma: ask(two, sigma, [kept, kept], sigmas=sigmas))
+        found["unforeseen_ms"] = step_ms(lambda sigma: calls.predict(noise, sigma, kept))
+        found["sent_ms"] = step_ms(lambda sigma: calls.predict(noise, sigma, sent))
+        found["two_rows_ms"] = step_ms(lambda sigma: calls.predict(two, sigma, [kept, kept], sigmas=sigmas))
         self.report.add(denoise=found)
 
     def swap(self) -> None:
@@ -251,8 +250,7 @@ class Walk:
         more = {"step_cache": self.given.step_cache} if self.given.step_cache else {}
         return self.client.generate(
             loan,
-            self.inputs["prompt_embeds"],
-            self.inputs["pooled_prompt_embeds"],
+            {name: self.inputs[name] for name in ("prompt_embeds", "pooled_prompt_embeds")},
             vae=vae,
             noise=self.inputs["noise"],
             height=self.scale.pixels,
@@ -286,12 +284,12 @@ WALKS = {
         Walk.lends,
         Walk.jobs,
         Walk.parity,
-        Walk.denoise,
+        Walk.calls,
         Walk.swap,
         Walk.cold_clients,
         Walk.files,
     ),
-    "jobs": (Walk.start, Walk.parity, Walk.jobs, Walk.denoise),
+    "jobs": (Walk.start, Walk.parity, Walk.jobs, Walk.calls),
 }
 
 

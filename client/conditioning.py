@@ -1,13 +1,12 @@
-"""Conditioning of generations: read from a file, or random, by the names and shapes that a transformer's facts list."""
+"""Conditioning of generations, chosen from tensors or random, by names and shapes of a transformer's facts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.facts import ArgumentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, ComponentFacts
 from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
@@ -16,39 +15,44 @@ if TYPE_CHECKING:
 Conditioning = dict[str, "torch.Tensor | list[torch.Tensor]"]
 
 
-def read_conditioning(path: Path, facts: TransformerFacts) -> Conditioning:
-    """Read the tensors that the facts name; a missing batch axis is put in front, and lists are of one image.
+def conditioning_of(tensors: Mapping[str, torch.Tensor], facts: ComponentFacts, where: str) -> Conditioning:
+    """Choose the tensors that the facts name; a missing batch axis is put in front, and lists are of one image.
+
+    ``where`` names what they come from, such as a file.
 
     Raises:
-        BadCheckpoint: the file is no sound safetensors file.
-        BadRequest: it lacks one that is needed.
+        BadRequest: one that is needed is missing, or it is no transformer.
     """
-    from xditd.client.tensor_files import read_tensors
-
-    tensors = read_tensors(path)
-    missing = [each.name for each in facts.conditioning if each.is_needed and each.name not in tensors]
+    taken = _conditioning(facts)
+    missing = [each.name for each in taken if each.is_needed and each.name not in tensors]
     if missing:
         there = listed(tensors) or "no tensors"
-        raise BadRequest(f"{path}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
-    return {each.name: _shaped(tensors[each.name], each) for each in facts.conditioning if each.name in tensors}
+        raise BadRequest(f"{where}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
+    return {each.name: _shaped(tensors[each.name], each) for each in taken if each.name in tensors}
 
 
-def random_conditioning(facts: TransformerFacts, seed: int, text_tokens: int) -> Conditioning:
+def random_conditioning(facts: ComponentFacts, seed: int, text_tokens: int) -> Conditioning:
     """Draw normal values for all that one image needs, in the order of the facts: a test pattern, not a prompt.
 
     Raises:
-        BadRequest: a side other than the batch and the tokens is open.
+        BadRequest: a side other than the batch and the tokens is open, or it is no transformer.
     """
     import torch
 
     sides = {"batch": 1, "tokens": text_tokens}
     generator = torch.Generator().manual_seed(seed)
     drawn: Conditioning = {}
-    for each in facts.conditioning:
+    for each in _conditioning(facts):
         if each.is_needed:
             tensor = torch.randn(*_sized(each, sides), generator=generator)
             drawn[each.name] = [tensor] if each.is_list else tensor
     return drawn
+
+
+def _conditioning(facts: ComponentFacts) -> tuple[ArgumentFacts, ...]:
+    if facts.transformer is None:
+        raise BadRequest(f"{facts.class_name}: a {facts.kind.value} takes no conditioning; name a transformer")
+    return facts.transformer.conditioning
 
 
 def _sized(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.file_kinds import shard_of
 from xditd.ipc.name_lists import in_log_lines
-from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.recognition import form_error
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
@@ -118,7 +118,7 @@ def describe(
         BadCheckpoint: the file is not a sound safetensors file.
         StaleSource: the file changed while it was being read.
         BadRequest: a tensor has no memory that can be shared.
-        Unsupported: there is no such ``device``, or the tensors are those of a model that is not supported.
+        Unsupported: there is no such ``device``, or the tensors are of a form that is known not to run.
         UnsupportedDtype: a dtype that cannot cross.
         OutOfMemory: no room for an arena.
     """
@@ -153,7 +153,7 @@ def _describe_file(path: str, label: str, device: str | None, held: _Held) -> li
     lent = held.open_file(path)
     header = read_header(lent.fd, path)
     if device is not None:
-        known = unsupported_error({stored.name: stored for stored in header.tensors})
+        known = form_error({stored.name: stored for stored in header.tensors})
         if known is not None:  # the workers would say so once everything is loaded
             raise named(label, known)
         arena = held.own_arena(load_into_arena(lent, header, device))

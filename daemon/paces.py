@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
+from xditd.ipc import arguments
+from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.requests import Job
+from xditd.ipc.requests import Call, Generate, Job
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, Unmap
 
@@ -79,8 +81,9 @@ class Paces:
         self._phase = None
         if isinstance(command, Run):
             self._job = kind_of(command.job)
-            self._has_uneven_steps = getattr(command.job, "step_cache_threshold", 0.0) > 0.0
-            has_steps = hasattr(command.job, "steps")
+            job = command.job
+            has_steps = isinstance(job, Generate)
+            self._has_uneven_steps = isinstance(job, Generate) and job.sampling.step_cache_threshold > 0.0
             return self._enter(Phase.FIRST_STEP if has_steps else Phase.END)
         if isinstance(command, Prepare):
             self._sizes[command.component_id] = command.manifest.tensor_bytes
@@ -136,8 +139,18 @@ def kind_of(job: Job) -> Hashable:
         value = getattr(job, name)
         if isinstance(value, IoTensor):
             found.append((name, value.dtype, value.shape))
-        elif name in ("height", "width") or (name.endswith("_id") and name != "request_id"):
+        elif name.endswith("_id") and name != "request_id":
             found.append((name, value))
-        elif name == "step_cache_threshold":
-            found.append((name, value > 0.0))
+    if isinstance(job, Generate):
+        sampling = job.sampling
+        found += sorted(job.components.items())
+        found.append((sampling.height, sampling.width, sampling.step_cache_threshold > 0.0))
+        found += _shapes(job.conditioning)
+    elif isinstance(job, Call):
+        for number, part in enumerate(job.parts):
+            found += [number, *_shapes(part.arguments)]
     return tuple(found)
+
+
+def _shapes(tree: dict[str, Argument]) -> Iterator[Hashable]:
+    return ((path, tensor.dtype, tensor.shape) for path, tensor in arguments.tensors(tree))

@@ -222,7 +222,7 @@ SETTINGS: Final = (
         "layout",
         '"auto", or degrees that multiply to the number of workers, such as "ulysses=2,ring=2,cfg=2"',
         "auto",
-        "how workers share a job: degrees of ulysses, ring and cfg; auto: ulysses as far as heads divide",
+        "how workers share a job: degrees of ulysses, ring and cfg; auto: ulysses as far as FLUX.1's heads divide",
         _layout,
     ),
     Setting(

@@ -24,7 +24,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/example.png"))
     options = parser.parse_args()
 
-    prompt_embeds, pooled_prompt_embeds = random_conditioning(options.transformer, seed=1, text_tokens=64)
     with Client(options.runtime_dir, name="lend_and_generate") as client:
         # The loans live until the client is closed. Any number of jobs can use them meanwhile.
         transformer = client.lend(options.transformer)
@@ -35,8 +34,7 @@ def main() -> None:
 
         job = client.generate(
             transformer,
-            prompt_embeds,
-            pooled_prompt_embeds,
+            random_conditioning(transformer.facts, seed=1, text_tokens=64),
             vae=vae,
             height=256,
             width=256,

@@ -17,6 +17,7 @@ import torch
 
 from xditd.client import Client, Loan, XditdError
 from xditd.client.conditioning import random_conditioning
+from xditd.client.demo.flux1_calls import image_ids, pack, text_ids, unpack
 from xditd.client.results import image_to_pil
 
 GUIDANCE = 3.5
@@ -27,15 +28,25 @@ def sample(
     transformer: Loan,
     noise: torch.Tensor,
     sigmas: list[float],
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
+    conditioning: dict[str, torch.Tensor],
 ) -> torch.Tensor:
     """Go from noise to latents. The transformer predicts the velocity from the image to the noise."""
-    # Sent with the first step and kept in the workers: later steps send latents and sigma alone.
-    conditioning = client.condition(prompt_embeds, pooled_prompt_embeds, GUIDANCE)
+    height, width = noise.shape[2:]
+    dtype = getattr(torch, transformer.facts.dtype)
+    # What keep() returns is sent with the first step and kept in the workers: later steps send latents and sigma alone.
+    unchanging = {
+        "encoder_hidden_states": client.keep(conditioning["prompt_embeds"].to(dtype)),
+        "pooled_projections": client.keep(conditioning["pooled_prompt_embeds"].to(dtype)),
+        "img_ids": image_ids(height, width),
+        "txt_ids": text_ids(conditioning["prompt_embeds"].shape[1]),
+        "guidance": torch.tensor([GUIDANCE]),
+    }
     latents = noise
     for sigma, next_sigma in pairwise([*sigmas, 0.0]):
-        velocity = client.denoise(transformer, latents, sigma, conditioning, sigmas=sigmas)
+        # The arguments of diffusers' FluxTransformer2DModel.forward, by name; the result is its tuple of one tensor.
+        moving = {"hidden_states": pack(latents.to(dtype)), "timestep": torch.tensor([sigma])}
+        (packed,) = client.call(transformer, {**moving, **unchanging}, foreseen={"timestep": sigmas})
+        velocity = unpack(packed, height, width).to(noise.dtype)
         latents = latents + (next_sigma - sigma) * velocity
         print(f"sigma {sigma:.3f}: latents have a spread of {latents.std():.3f}")
     return latents
@@ -50,16 +61,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/per-step.png"))
     options = parser.parse_args()
 
-    prompt_embeds, pooled_prompt_embeds = random_conditioning(options.transformer, seed=1, text_tokens=64)
     noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(7))
     sigmas = [1.0 - step / options.steps for step in range(options.steps)]
     with Client(options.runtime_dir, name="per_step_denoise") as client:
         with client.lend(options.transformer) as transformer:
-            latents = sample(client, transformer, noise, sigmas, prompt_embeds, pooled_prompt_embeds)
+            conditioning = random_conditioning(transformer.facts, seed=1, text_tokens=64)
+            latents = sample(client, transformer, noise, sigmas, conditioning)
             fused = client.generate(
                 transformer,
-                prompt_embeds,
-                pooled_prompt_embeds,
+                conditioning,
                 height=256,
                 width=256,
                 steps=options.steps,

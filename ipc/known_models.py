@@ -1,7 +1,8 @@
 """What tensors of checkpoints in the field are called, for telling people what they hold: data, and nothing else.
 
-A family that can be run is recognised by its own module, from every name and shape. These marks are read only when
-that has failed. Names are without prefixes (``tensor_names``); a mark matches every name that begins with it.
+It says what a thing is, never what can be run: that the workers' families say, from every name and shape. These marks
+are read only for the words of a refusal, so a new family changes nothing here. Names are without prefixes
+(``tensor_names``); a mark matches every name that begins with it.
 
 Sources: diffusers, ``single_file_utils.CHECKPOINT_KEY_NAMES``; ComfyUI, ``model_detection.py``; the packages that
 write quantised files (bitsandbytes, nunchaku, comfy-kitchen).
@@ -13,22 +14,17 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-SUPPORTED: Final = "lend FLUX.1 dev or schnell, its VAE, CLIP-L or T5 v1.1"
-_ORIGINAL: Final = "lend the file in its original names, such as {}"
-
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
     """A model that is told by marks, all of which some name begins with.
 
-    ``side`` tells relatives with the same names apart: a tensor, a dimension and its size. ``remedy`` is ``None`` for
-    what can be run.
+    ``side`` tells relatives with the same names apart: a tensor, a dimension and its size.
     """
 
     name: str
     marks: tuple[str, ...]
     side: tuple[str, int, int] | None = None
-    remedy: str | None = SUPPORTED
 
 
 _TO_KEYS: Final = "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
@@ -47,14 +43,13 @@ MODELS: Final = (
     KnownModel("a ControlNet", ("controlnet_cond_embedding.",)),
     KnownModel("a ControlNet", ("input_hint_block.",)),
     KnownModel("an IP-Adapter", ("ip_adapter.",)),
-    KnownModel("FLUX.1", ("double_blocks.0.", "single_blocks.0."), remedy=None),
+    KnownModel("FLUX.1", ("double_blocks.0.", "single_blocks.0.")),
     KnownModel("Qwen-Image 2.1", ("txt_in.text_norm.",)),
     KnownModel("Qwen-Image", ("transformer_blocks.0.img_mlp.", "txt_norm.weight")),
     KnownModel("Stable Diffusion 3 in diffusers' names", ("transformer_blocks.0.attn.add_q_proj.", "pos_embed.proj.")),
     KnownModel(
         "FLUX.1 in diffusers' names",
         ("transformer_blocks.0.attn.add_q_proj.", "single_transformer_blocks.0.", "context_embedder."),
-        remedy=_ORIGINAL.format("flux1-dev.safetensors"),
     ),
     # Other transformers.
     KnownModel("Stable Diffusion 3", ("joint_blocks.",)),
@@ -99,16 +94,16 @@ MODELS: Final = (
     KnownModel("HunyuanVideo's VAE", ("decoder.conv_in.conv.",)),
     KnownModel("Sana's VAE", ("decoder.stages.",)),
     KnownModel("Sana's VAE", ("encoder.project_in.",)),
-    KnownModel("a VAE in diffusers' names", ("decoder.mid_block.",), remedy=_ORIGINAL.format("ae.safetensors")),
+    KnownModel("a VAE in diffusers' names", ("decoder.mid_block.",)),
     KnownModel("a Stable Diffusion 1, 2 or XL VAE", ("decoder.mid.block_1.",), ("decoder.conv_in.weight", 1, 4)),
     KnownModel("FLUX.2's VAE", ("decoder.mid.block_1.",), ("decoder.conv_in.weight", 1, 32)),
-    KnownModel("a VAE", ("decoder.mid.block_1.",), remedy=None),
+    KnownModel("a VAE", ("decoder.mid.block_1.",)),
     # Text encoders.
     KnownModel("UMT5", ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.",)),
-    KnownModel("T5", ("encoder.block.0.layer.0.",), remedy=None),
-    KnownModel("CLIP", ("text_model.encoder.layers.",), remedy=None),
-    KnownModel("CLIP", ("embeddings.token_embedding.", "encoder.layers."), remedy=None),
-    KnownModel("CLIP in OpenCLIP's names", ("resblocks.",), remedy=_ORIGINAL.format("clip_l.safetensors")),
+    KnownModel("T5", ("encoder.block.0.layer.0.",)),
+    KnownModel("CLIP", ("text_model.encoder.layers.",)),
+    KnownModel("CLIP", ("embeddings.token_embedding.", "encoder.layers.")),
+    KnownModel("CLIP in OpenCLIP's names", ("resblocks.",)),
     KnownModel("CLIP's vision tower", ("vision_model.",)),
     KnownModel("a language model", ("layers.0.self_attn.q_proj.", "embed_tokens.")),
     KnownModel("a language model", ("language_model.",)),

@@ -15,7 +15,7 @@ MAX_TENSORS: Final = 16_384
 """Tensors in one manifest."""
 
 MAX_BLOCKS: Final = 4_096
-"""Blocks in one manifest (torch's own allocator gives a FLUX.1 transformer about 300)."""
+"""Blocks in one manifest (torch's own allocator gives a transformer of 12 billion parameters about 300)."""
 
 MAX_RANK: Final = 8
 """Dimensions of one tensor."""
@@ -42,7 +42,7 @@ MAX_BATCH: Final = 64
 MAX_GUIDANCE: Final = 1_000.0
 
 MAX_TEXT_TOKENS: Final = 4_096
-"""Tokens of one text: T5's attention keeps a number for every pair of them in every head."""
+"""Tokens of one text: the attention of a text encoder may keep a number for every pair of them in every head."""
 
 MAX_PARTS: Final = 64
 """Forwards in one call."""
@@ -61,7 +61,7 @@ MAX_KEPT_TENSORS: Final = 256
 """Tensors of one client that a worker keeps for later requests, least recently used first out."""
 
 MAX_KEPT_BYTES: Final = 256 * 2**20
-"""Their bytes, altogether. One prompt of 512 T5 tokens takes 4 MiB in bfloat16."""
+"""Their bytes, altogether. One prompt of 512 tokens, 4,096 wide, takes 4 MiB in bfloat16."""
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 """Header of a safetensors file; the format itself allows 100 MB."""

@@ -40,7 +40,7 @@ def in_log_lines(names: Iterable[str]) -> Iterator[str]:
 
 
 def for_message(names: Iterable[str]) -> tuple[str, ...]:
-    """Cut a list to what a ``Failed`` message holds; what a checkpoint of FLUX.1 can lack fits in whole."""
+    """Cut a list to what a ``Failed`` message holds; more than most checkpoints can lack."""
     found: list[str] = []
     room = limits.MAX_ERROR_NAMES_CHARS
     for name in names:

@@ -1,11 +1,14 @@
 """Which degrees a group of workers gets, and why: numbers in, a choice and its reasons out.
 
-The layout is fixed when a group starts, before any model is lent. So it is planned for the model that the workers are
-for; one with another number of heads is checked again when it is lent.
+The ranks are fixed when a group starts, before any model is lent: how many halves of a batch, and how many workers that
+share an image's tokens. How these are split between Ulysses and ring is planned for the model that the workers are for,
+and is a preference: a component whose attention heads it does not divide gets degrees of its own (:func:`for_heads`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -17,26 +20,20 @@ from xditd.ipc.status import LayoutCandidate, LayoutReport
 CFG_DEGREES: Final = (1, 2)
 """Rows of a batch come with a prompt, or with a negative one."""
 
-PIXELS_PER_TOKEN: Final = 16
-"""On one side of the square that an image token stands for."""
-
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a layout is planned for. The defaults are FLUX.1 at 1024x1024."""
+    """What a layout is planned for: attention heads, and tokens of one row.
 
-    model: str = "flux1"
+    The defaults are a transformer of 24 heads and the 4,608 tokens of a 1024x1024 image with its text.
+    """
+
     heads: int = 24
     text_tokens: int = 512
-    height: int = 1024
-    width: int = 1024
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+    image_tokens: int = 4_096
 
 
-FLUX1: Final = Workload()
+USUAL: Final = Workload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
 
-def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = FLUX1) -> Plan:
+def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> Plan:
     """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
 
     Raises:
@@ -90,14 +87,9 @@ def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
 
 
 def why_impossible(degrees: Degrees, workload: Workload) -> str:
-    """Say why these degrees cannot work for this model and size; nothing if they can."""
+    """Say why these degrees cannot work for these heads and tokens; nothing if they can."""
     if degrees.cfg not in CFG_DEGREES:
         return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
-    if workload.heads % degrees.ulysses:
-        return (
-            f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads of {workload.model}; "
-            f"use ulysses={most_ulysses(degrees.sequence, workload.heads)} and ring for the rest"
-        )
     scarce = min(workload.text_tokens, workload.image_tokens)
     if degrees.sequence > scarce:
         return (
@@ -109,7 +101,18 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
 
 def most_ulysses(workers: int, heads: int) -> int:
     """The largest Ulysses degree that divides both; ring takes what is left of ``workers``."""
-    return max(number for number in range(1, workers + 1) if workers % number == 0 and heads % number == 0)
+    return math.gcd(workers, heads)
+
+
+def for_heads(preferred: Degrees, heads: int) -> Degrees:
+    """Return the degrees for a model of ``heads`` attention heads in a group that was started with ``preferred``.
+
+    The ranks that share an image's tokens stay the same, and so do the degrees if their Ulysses divides the heads.
+    """
+    if heads % preferred.ulysses == 0:
+        return preferred
+    ulysses = most_ulysses(preferred.sequence, heads)
+    return dataclasses.replace(preferred, ulysses=ulysses, ring=preferred.sequence // ulysses)
 
 
 def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> Degrees:
@@ -144,16 +147,30 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         return "one worker: nothing to split"
     parts = [f"{spell(asked)} as asked"] if asked else []
     if chosen.ulysses > 1 and "ulysses" not in asked:
-        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} heads of {workload.model}")
+        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} attention heads planned for")
     if chosen.ring > 1 and "ring" not in asked:
         parts.append(f"ring={chosen.ring} takes the workers that are left")
+    if workload.heads % chosen.ulysses:
+        parts.append(_instead(chosen, workload))
+    elif chosen.ulysses > 1:
+        parts.append(f"models whose heads ulysses={chosen.ulysses} does not divide get degrees of their own")
     return "; ".join(parts)
+
+
+def _instead(degrees: Degrees, workload: Workload) -> str:
+    """Tell what a model runs with in place of degrees whose Ulysses its heads do not divide by."""
+    return (
+        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads planned for, "
+        f"which run with {for_heads(degrees, workload.heads)} instead"
+    )
 
 
 def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> str:
     fault = why_impossible(degrees, workload)
     if fault:
         return fault
+    if workload.heads % degrees.ulysses:
+        return _instead(degrees, workload)
     for name, degree in asked.items():
         if degrees.named()[name] != degree:
             return f"{name}={degree} was asked for"

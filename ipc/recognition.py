@@ -1,9 +1,14 @@
-"""Telling people what they hold when it cannot be lent: one look at names, shapes and dtypes, after all else failed."""
+"""Telling people what they hold when it cannot be lent: one look at names, shapes and dtypes, after all else failed.
+
+Two questions, since only the workers' families know what can be run: :func:`form_error` finds what no family takes in
+any model (an adapter, several parts in one file, packed weights); :func:`unsupported_error` also names the model, for
+those who know that nothing here claims it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from xditd.ipc.errors import RequestError, Unsupported, UnsupportedDtype
@@ -14,7 +19,6 @@ from xditd.ipc.known_models import (
     PACKED_DTYPES,
     PACKED_MARKS,
     SCALES,
-    SUPPORTED,
     KnownModel,
 )
 from xditd.ipc.name_lists import listed
@@ -22,6 +26,8 @@ from xditd.ipc.tensor_names import split_prefix, tells_nothing
 
 _LORA: Final = "merge it into its model, and lend that; in ComfyUI, use Load LoRA on the MODEL"
 _PLAIN: Final = "lend its bfloat16, float16 or float32 file, or dequantise it first"
+_ONE_PART: Final = "lend one part at a time, from a file or a state dict that holds nothing else"
+_LISTED: Final = "use a whole checkpoint of a model that xditd runs (its README lists them)"
 _PARTS: Final = {
     "first_stage_model": "VAE",
     "vae": "VAE",
@@ -47,37 +53,69 @@ class TensorLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def unsupported_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
-    """Name what cannot be lent, if it is known: an adapter, several models in one file, another model, packed weights.
+def form_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str] = ()) -> RequestError | None:
+    """Name what can be lent of no model: an adapter, several models in one file, packed weights; ``None`` for the rest.
 
-    The error's message is what it is, the remedy, and the first tensors that tell; ``names`` has all of these.
+    ``can_run`` names models in people's words, for the remedy. The message is what it is, the remedy, and the first
+    tensors that tell; ``names`` has all of these.
     """
+    return _adapter_error(tensors) or _parts_error(tensors, can_run) or _packed_error(tensors)
+
+
+def unsupported_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str] = ()) -> RequestError | None:
+    """Name what nothing here claims, if it is known: as :func:`form_error`, or by its model.
+
+    Only those who looked in vain for their own model ask this: the table holds models that can be run, too. The remedy
+    is to lend one of ``can_run``; without them it says where they are listed.
+    """
+    return (
+        _adapter_error(tensors)
+        or _parts_error(tensors, can_run)
+        or _model_error(tensors, can_run)
+        or (_packed_error(tensors))
+    )
+
+
+def one_of(models: Sequence[str]) -> str:
+    """Join alternatives: ``a, b or c``."""
+    return " or ".join(part for part in (", ".join(models[:-1]), *models[-1:]) if part)
+
+
+def _adapter_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     adapters = [name for name in tensors if name.startswith(LORA_KOHYA) or LORA_PARTS.search(name)]
-    if adapters:
-        whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
-        return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)
-    bare = {split_prefix(name)[1]: each for name, each in tensors.items()}
-    model = _model_of(bare)
-    kind, packed = _packed_in(tensors)
-    name = "" if model is None else model.name
-    if kind:
-        name = f"{name or 'a checkpoint'} with {kind} weights"
-    remedy = SUPPORTED if model is None else model.remedy
+    if not adapters:
+        return None
+    whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
+    return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)
+
+
+def _parts_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> RequestError | None:
     parts = _parts_of(tensors)
-    if len(parts) > 1:
-        counts = [f"{part} ({count} tensors)" for part, count in parts.items()]
-        one = "lend one part at a time, from a file or a state dict that holds nothing else"
-        of = f" of {name}" if name else ""
-        return Unsupported(
-            f"an all-in-one checkpoint{of} cannot be lent as a whole: {remedy or one}; it holds {listed(counts)}",
-            names=counts,
-        )
-    if model is not None and model.remedy is not None:
-        names = sorted(tensors)
-        return Unsupported(f"{name} is not supported: {model.remedy}; {_few(names, tensors)}", names=names)
-    if kind:
-        return UnsupportedDtype(f"{name} cannot be run: {_PLAIN}; {_few(packed, tensors)}", names=packed)
-    return None
+    if len(parts) < 2:
+        return None
+    counts = [f"{part} ({count} tensors)" for part, count in parts.items()]
+    name = _name_of(tensors)
+    of = f" of {name}" if name else ""
+    which = f" ({one_of(can_run)})" if can_run else ""
+    return Unsupported(
+        f"an all-in-one checkpoint{of} cannot be lent as a whole: {_ONE_PART}{which}; it holds {listed(counts)}",
+        names=counts,
+    )
+
+
+def _model_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> RequestError | None:
+    if _model_of(tensors) is None:
+        return None
+    remedy = f"lend {one_of(can_run)}" if can_run else _LISTED
+    names = sorted(tensors)
+    return Unsupported(f"{_name_of(tensors)} cannot be run: {remedy}; {_few(names, tensors)}", names=names)
+
+
+def _packed_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
+    kind, packed = _packed_in(tensors)
+    if not kind:
+        return None
+    return UnsupportedDtype(f"{_name_of(tensors)} cannot be run: {_PLAIN}; {_few(packed, tensors)}", names=packed)
 
 
 def _is_weight(name: str) -> bool:
@@ -88,9 +126,18 @@ def _few(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
     return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
 
 
+def _name_of(tensors: Mapping[str, TensorLike]) -> str:
+    """Name the model and the format of packed weights, as far as they are known; empty where neither is."""
+    model = _model_of(tensors)
+    kind, _ = _packed_in(tensors)
+    name = "" if model is None else model.name
+    return f"{name or 'a checkpoint'} with {kind} weights" if kind else name
+
+
 def _model_of(tensors: Mapping[str, TensorLike]) -> KnownModel | None:
+    bare = {split_prefix(name)[1]: each for name, each in tensors.items()}
     for model in MODELS:
-        if all(_any_begins(tensors, mark) for mark in model.marks) and _has_side(tensors, model.side):
+        if all(_any_begins(bare, mark) for mark in model.marks) and _has_side(bare, model.side):
             return model
     return None
 

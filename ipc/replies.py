@@ -119,9 +119,7 @@ class TextEncoded(Reply, tag="text_encoded", frozen=True, kw_only=True):
 
 
 class CancelNoted(Reply, tag="cancel_noted", frozen=True, kw_only=True):
-    """Answers ``Cancel``; ``was_found`` is false when that request had ended already."""
-
-    was_found: bool
+    """Answers ``Cancel``, also where that request had ended already: how it ended, its own reply says."""
 
 
 class Status(Reply, tag="status", frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ ITEM_BYTES: dict[str, int] = {
 class ComponentKind(Enum):
     """What a component is for; a job names one component of each kind that it needs.
 
-    One kind for all text encoders: which one it is (CLIP-L, T5) the family says, as for transformers.
+    One kind for all text encoders: which one it is the family says, as for transformers.
     """
 
     TRANSFORMER = "transformer"

@@ -27,7 +27,7 @@ from xditd.client.comfyui.forward import RemoteForward
 steps: list[float] = []
 marks: dict[str, float] = {}
 profile = {"wanted": False, "text": ""}
-forwards: dict[str, list[float]] = {"forward_ms": [], "denoise_ms": []}
+forwards: dict[str, list[float]] = {"forward_ms": [], "call_ms": []}
 _update = comfy.utils.ProgressBar.update_absolute
 
 
@@ -52,7 +52,7 @@ def _timed(name, function):
 
 
 RemoteForward.run = _timed("forward_ms", RemoteForward.run)
-Client.denoise = _timed("denoise_ms", Client.denoise)
+Client.call_parts = _timed("call_ms", Client.call_parts)
 
 
 def _profiled(function):

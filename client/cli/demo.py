@@ -23,6 +23,9 @@ examples:
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 
+_MULTIPLE: Final = 16
+"""Of pixels on a side: what its FLUX.1 checkpoint takes."""
+
 _LEFT_BYTES: Final = 80 * 2**20
 """What the demo leaves takes less: 54 MiB of checkpoints, two images, inputs and latents."""
 
@@ -36,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="worker processes (default: 2, or 1 where there is one GPU)")  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_DEVICE", type=flags.one_of("auto", "cuda", "cpu"),
                    default="auto", metavar="KIND", help="auto (GPUs if there are any), cuda or cpu")  # fmt: skip
-    flags.add_flag(parser, "--size", variable="XDITD_DEMO_SIZE", type=flags.size, default="256x256",
-                   metavar="WIDTHxHEIGHT", help="image size in pixels, multiples of 16")  # fmt: skip
+    flags.add_flag(parser, "--size", variable="XDITD_DEMO_SIZE", type=flags.size(_MULTIPLE), default="256x256",
+                   metavar="WIDTHxHEIGHT", help=f"image size in pixels, multiples of {_MULTIPLE}")  # fmt: skip
     flags.add_flag(parser, "--steps", variable="XDITD_DEMO_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=8,
                    metavar="COUNT", help="denoising steps")  # fmt: skip
     flags.add_switch(parser, "--keep", variable="XDITD_DEMO_KEEP", help="leave the daemon running")

@@ -132,18 +132,21 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT in pixels."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r}: use WIDTHxHEIGHT in pixels, for example 1024x768")
-    found = int(width), int(height)
-    for side in found:
-        if not 0 < side <= limits.MAX_SIDE_PIXELS or side % limits.SIDE_MULTIPLE_PIXELS:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: sides are multiples of {limits.SIDE_MULTIPLE_PIXELS} pixels, up to {limits.MAX_SIDE_PIXELS}"
-            )
-    return found
+def size(multiple: int = 1) -> Callable[[str], tuple[int, int]]:
+    """Make a type for WIDTHxHEIGHT in pixels, both multiples of a number."""
+
+    def convert(text: str) -> tuple[int, int]:
+        width, _, height = text.lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r}: use WIDTHxHEIGHT in pixels, for example 1024x768")
+        found = int(width), int(height)
+        for side in found:
+            if not 0 < side <= limits.MAX_SIDE_PIXELS or side % multiple:
+                kind = f"multiples of {multiple} pixels, up to" if multiple > 1 else "from 1 pixel to"
+                raise argparse.ArgumentTypeError(f"{text!r}: sides are {kind} {limits.MAX_SIDE_PIXELS}")
+        return found
+
+    return convert
 
 
 def add_component(parser: argparse.ArgumentParser, *, deadline_variable: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -15,21 +16,22 @@ from xditd.client.loans import Loan
 from xditd.ipc import limits
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
+from xditd.ipc.facts import ComponentFacts
 
 if TYPE_CHECKING:
     from xditd.client.results import GenerationResult
 
-_LATENT_BYTES_PER_PIXEL: Final = 1
-"""16 channels of at most 4 bytes for each square of 8x8 pixels."""
+_LATENT_ITEM_BYTES: Final = 4
+"""Latents are written in the dtype of the conditioning, which is rarely wider."""
 
 SUMMARY = "lend checkpoint files and generate an image"
 DESCRIPTION = """\
 Lend a transformer and a VAE by their safetensors files, and generate an image from text embeddings.
 
 This verb takes no prompt and runs no text encoders: --embeds names a safetensors file with the embeddings of a prompt,
-prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled). Any program that has the encoders
-can write it, and the Python library runs them in the workers (Client.encode_text). --random-embeds draws a test pattern
-instead."""
+by the names that the transformer takes. For FLUX.1 these are prompt_embeds (batch, text tokens, context) and
+pooled_prompt_embeds (batch, pooled). Any program that has the encoders can write it, and the Python library runs them
+in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
 EXAMPLES = """\
 examples:
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o cat.png
@@ -51,19 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=user_path, metavar="FILE",
                    help="VAE checkpoint; without it only latents are made, for --save-latents")  # fmt: skip
     flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=user_path, metavar="FILE",
-                   help="safetensors file with prompt_embeds and pooled_prompt_embeds")  # fmt: skip
+                   help="safetensors file with the text embeddings")  # fmt: skip
     flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
                    metavar="SEED", help="draw the embeddings instead")  # fmt: skip
     flags.add_flag(parser, "--text-tokens", variable="XDITD_TEXT_TOKENS", type=flags.whole(1, 65_536), default=512,
                    metavar="COUNT", help="text tokens of --random-embeds")  # fmt: skip
-    flags.add_flag(parser, "--size", variable="XDITD_SIZE", type=flags.size, default="1024x1024",
-                   metavar="WIDTHxHEIGHT", help="image size in pixels, multiples of 16")  # fmt: skip
-    flags.add_flag(parser, "--steps", variable="XDITD_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=28,
-                   metavar="COUNT", help="denoising steps")  # fmt: skip
+    flags.add_flag(parser, "--size", variable="XDITD_SIZE", type=flags.size(), default="1024x1024",
+                   metavar="WIDTHxHEIGHT", help="image size in pixels")  # fmt: skip
+    flags.add_flag(parser, "--steps", variable="XDITD_STEPS", type=flags.whole(1, limits.MAX_STEPS),
+                   metavar="COUNT", help="denoising steps (default: the model's own)")  # fmt: skip
     flags.add_flag(parser, "--seed", variable="XDITD_SEED", type=flags.whole(0, 2**63 - 1), metavar="SEED",
                    help="seed of the noise; drawn and reported without it")  # fmt: skip
     flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=flags.number(0, limits.MAX_GUIDANCE),
-                   default=3.5, metavar="SCALE", help="guidance scale of guidance-distilled checkpoints")  # fmt: skip
+                   metavar="SCALE", help="guidance scale (default: the model's own)")  # fmt: skip
     flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=flags.number(0, 1), default=0.0,
                    metavar="SHARE",
                    help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
@@ -89,26 +91,27 @@ def run(parsed: argparse.Namespace) -> int:
 
     from xditd.client.cli.progress import watch
     from xditd.client.client import Client
-    from xditd.client.conditioning import random_conditioning, read_conditioning
-    from xditd.client.tensor_files import require_torch
+    from xditd.client.conditioning import conditioning_of, random_conditioning
+    from xditd.client.tensor_files import read_tensors, require_torch
 
     outputs = Outputs(parsed)
 
     with Client(parsed.runtime_dir, name="xditd generate") as client:
         require_torch()
-        if parsed.embeds is not None:
-            embeds, pooled = read_conditioning(parsed.embeds)
-        else:
-            embeds, pooled = random_conditioning(parsed.transformer, parsed.random_embeds, parsed.text_tokens)
+        stored = None if parsed.embeds is None else read_tensors(parsed.embeds)
         started = time.perf_counter()
         transformer = client.lend(parsed.transformer, kind="transformer", device=parsed.device)
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         lend_s = time.perf_counter() - started
         width, height = parsed.size
+        if stored is None:
+            conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
+        else:
+            conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
+        outputs.check_room(transformer.facts, height, width)
         job = client.generate(
             transformer,
-            embeds,
-            pooled,
+            conditioning,
             vae=vae,
             height=height,
             width=width,
@@ -138,7 +141,7 @@ def run(parsed: argparse.Namespace) -> int:
                 print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
                       f"copied: {copied_text(loan.copied)}")  # fmt: skip
             written = ", ".join(str(path) for path in (outputs.image, outputs.latents) if path is not None)
-            reused = f", {result.reused_steps} of {parsed.steps} steps reused" if parsed.step_cache else ""
+            reused = f", {result.reused_steps} of {job.total_steps} steps reused" if parsed.step_cache else ""
             print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
                   f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
     return exits.DONE
@@ -163,7 +166,7 @@ class Outputs:
         if parsed.vae is not None:
             self.image = check_image_target(parsed.out, width, height)
         if parsed.save_latents is not None:
-            self.latents = check_target(parsed.save_latents, _LATENT_BYTES_PER_PIXEL * width * height)
+            self.latents = check_target(parsed.save_latents)
         taken = [path for path in (parsed.transformer, parsed.vae, parsed.embeds) if path is not None]
         for output in (self.image, self.latents):
             if output is not None:
@@ -171,6 +174,18 @@ class Outputs:
                 if any(os.path.realpath(path) == real for path in taken):
                     raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
                 taken.append(output)
+
+    def check_room(self, facts: ComponentFacts, height: int, width: int) -> None:
+        """Look whether the latents of one image have room where they go, now that their shape is known.
+
+        Raises:
+            OutputFailed: they have not.
+        """
+        from xditd.client.output_files import check_target
+
+        if self.latents is not None and facts.transformer is not None:
+            shape = facts.transformer.latents.shape(1, height, width)
+            check_target(self.latents, _LATENT_ITEM_BYTES * math.prod(shape))
 
     def write(self, result: GenerationResult) -> None:
         """Write the image and the latents.

@@ -86,7 +86,8 @@ def describe(found: DaemonStatus) -> str:
         components = [
             (each.component_id, each.label, "-" if each.kind is None else each.kind.value,
              "-" if each.facts is None else each.facts.family, each.state.value,
-             "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), copied_text(each.copied), each.owner_pid)
+             "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), copied_text(each.copied),
+             each.owner_pid)
             for each in found.components
         ]  # fmt: skip
         headers = ("COMPONENT", "LABEL", "KIND", "FAMILY", "STATE", "TIER", "BYTES", "COPIED", "OWNER")

@@ -1,22 +1,21 @@
-"""Any FLUX.1 MODEL made remote: a weightless twin that lends what the stock one holds, patches included."""
+"""A MODEL of a known family made remote: a weightless twin that lends what the stock one holds, patches included."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from xditd.client.comfyui.families import adapter_of_model, titles
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import (
     PREFIX,
     WRAPPER_KEY,
     RemotePatcher,
     build_weightless,
-    check_channels,
     lendable,
     make_patcher,
 )
@@ -37,21 +36,22 @@ def accelerate(patcher: Any) -> RemotePatcher:
     """Make a MODEL like ``patcher`` whose forward runs in the workers.
 
     Raises:
-        Unsupported: not FLUX.1, quantised weights, or a change of the model that is not understood.
+        Unsupported: no family that the workers run, quantised weights, or a change of the model that is not understood.
     """
     if isinstance(patcher, RemotePatcher):
         return patcher
     model = patcher.model
     if type(patcher) not in _PATCHERS:
         raise Unsupported(f"XDiT: {name_of(type(patcher))} holds the MODEL; use a stock loader, or XDiT UNet Loader")
-    if type(model) is not comfy.model_base.Flux:
-        raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; FLUX.1 is supported, connect one of that family")
-    check_channels(model.model_config, _label(patcher))
+    family = adapter_of_model(model)
+    if family is None:
+        raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; XDiT runs {titles()}, connect one of these")
+    family.check_config(model.model_config, _label(patcher))
     twin = _twins.get(model)
     if twin is None:
         tensors = _base_tensors(patcher)
         weights = lendable(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
-        twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights)
+        twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights, family)
     if next(twin.understood.faults(patcher), None) is not None:
         # What another clone has injected for its own runs is still there until ComfyUI unloads it.
         comfy.model_management.unload_model_and_clones(patcher)

@@ -30,12 +30,3 @@ def connect() -> Client:
                 f"A daemon with a folder of its own is found by {RUNTIME_DIR_VARIABLE}."
             ) from None
         return _client
-
-
-def disconnect() -> None:
-    """End the session and all its loans; the next :func:`connect` opens another."""
-    global _client
-    with _lock:
-        client, _client = _client, None
-    if client is not None:
-        client.close()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 
-from xditd.client.comfyui.forward import ROUNDING, pooled_of
 from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 
-PIXELS_PER_LATENT = 8
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import ModelAdapter
 
 
 class FusedEuler(comfy.samplers.Sampler):
@@ -26,13 +26,13 @@ class FusedEuler(comfy.samplers.Sampler):
     def __init__(
         self,
         weights: RemoteWeights,
+        family: ModelAdapter,
         vae: RemoteWeights | None,
         *,
-        pooled_channels: int,
         has_previews: bool = False,
     ) -> None:
         self._weights = weights
-        self._pooled_channels = pooled_channels
+        self._family = family
         self._vae = vae
         self._has_previews = has_previews
         self.image: torch.Tensor | None = None
@@ -54,23 +54,21 @@ class FusedEuler(comfy.samplers.Sampler):
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         rows, _, height, width = start.shape
         (part,) = model_wrap.conds["positive"]
-        conditions = part["model_conds"]
-        embeds = _rows(conditions["c_crossattn"].cond, rows)
-        pooled = pooled_of(conditions["y"].cond if "y" in conditions else None, embeds, self._pooled_channels)
-        guidance = conditions["guidance"].cond.item() if "guidance" in conditions else 1.0
-        with self._weights.connect().generate(
-            self._weights.loan,
-            embeds,
-            _rows(pooled, rows),
+        conditioning, guidance_scale = self._family.loop_inputs(part["model_conds"], rows)
+        client, loan = self._weights.connect(), self._weights.loan
+        pixels = loan.facts.transformer.latents.pixels
+        with client.generate(
+            loan,
+            {name: _rows(value, rows) for name, value in conditioning.items()},
             vae=None if self._vae is None else self._vae.loan,
-            height=height * PIXELS_PER_LATENT,
-            width=width * PIXELS_PER_LATENT,
+            height=height * pixels,
+            width=width * pixels,
             steps=len(sigmas) - 1,
             sigmas=sigmas[:-1],
-            guidance_scale=guidance,
+            guidance_scale=guidance_scale,
             noise=start,
             previews=self._has_previews,
-            variant=ROUNDING,
+            variant=self._family.variant,
         ) as job:
             for event in job:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -91,6 +89,5 @@ def parts_of(conditioning: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    repeated: torch.Tensor = comfy.utils.repeat_to_batch_size(tensor, rows)
-    return repeated
+def _rows(value: Any, rows: int) -> Any:
+    return comfy.utils.repeat_to_batch_size(value, rows) if isinstance(value, torch.Tensor) else value

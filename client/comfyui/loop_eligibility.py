@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.ipc.limits import MAX_BATCH, MAX_STEPS
 
-EULER = "euler"
-_PLAIN_CONDITION = {"cross_attn", "guidance", "pooled_output", "prompt_type", "strength", "uuid"}
-_MODEL_CONDS = {"c_crossattn", "guidance", "y"}
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import ModelAdapter
+
+EULER: Final = "euler"
+_LABELS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
+"""What ComfyUI adds to a CONDITIONING of any model, and what is looked at by itself."""
 
 
 def why_stepwise(
@@ -25,14 +28,15 @@ def why_stepwise(
     sigmas: Sequence[float],
     positive: Sequence[Mapping[str, Any]],
     negative: Sequence[Mapping[str, Any]],
-    has_guidance: bool,
+    family: ModelAdapter,
     unlike_made: str | None,
     latent_shape: Sequence[int],
+    pixels_per_latent: int,
 ) -> str | None:
     """Say why ComfyUI's own loop has to run, or nothing where the workers' loop gives the same latents.
 
-    ``positive`` and ``negative`` are the parts of the conditioning with all that is attached to them. ``has_guidance``
-    tells that the model is distilled for guidance, ``unlike_made`` says what was done to it since it was loaded.
+    ``positive`` and ``negative`` are the parts of the conditioning with all that is attached to them. ``unlike_made``
+    says what was done to the model since it was loaded.
     """
     if unlike_made is not None:
         return unlike_made
@@ -42,11 +46,11 @@ def why_stepwise(
         return f"cfg {cfg:g} needs two predictions a step"
     if has_mask:
         return "the latent has a mask"
-    if len(latent_shape) != 4 or any(side % 2 for side in latent_shape[-2:]):
-        return "the image's sides are not multiples of 16"
+    if len(latent_shape) != 4 or any(side % family.multiple for side in latent_shape[-2:]):
+        return f"the image's sides are not multiples of {family.multiple * pixels_per_latent}"
     return (
         _why_not_schedule(sigmas)
-        or _why_not_condition(positive, negative, has_guidance)
+        or _why_not_condition(positive, negative, family)
         or (f"a batch of {latent_shape[0]} is more than {MAX_BATCH}" if latent_shape[0] > MAX_BATCH else None)
     )
 
@@ -62,22 +66,18 @@ def _why_not_schedule(sigmas: Sequence[float]) -> str | None:
 
 
 def _why_not_condition(
-    positive: Sequence[Mapping[str, Any]], negative: Sequence[Mapping[str, Any]], has_guidance: bool
+    positive: Sequence[Mapping[str, Any]], negative: Sequence[Mapping[str, Any]], family: ModelAdapter
 ) -> str | None:
     if len(positive) != 1:
         return f"the positive conditioning has {len(positive)} parts"
     for name, parts in (("positive", positive), ("negative", negative)):
         for part in parts:  # of the negative one too: ComfyUI carries its areas over to the positive
-            special = sorted(
-                key for key in part.keys() - _PLAIN_CONDITION if key != "model_conds" and part[key] is not None
-            )
-            special += sorted(part.get("model_conds", {}).keys() - _MODEL_CONDS)
+            special = sorted(key for key in part.keys() - _LABELS - family.loop_keys if part[key] is not None)
+            special += sorted(part.get("model_conds", {}).keys() - family.loop_conds)
             if special:
                 return f"the {name} conditioning has {', '.join(special)}"
     if positive[0].get("strength", 1.0) != 1.0:
         return "the conditioning has a strength"
     if positive[0].get("cross_attn") is None:
         return "the conditioning has no text embeddings"
-    if has_guidance and positive[0].get("guidance", 0.0) is None:
-        return "guidance is switched off (FluxDisableGuidance)"
-    return None
+    return next(family.condition_faults(positive[0]), None)

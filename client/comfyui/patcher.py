@@ -11,17 +11,17 @@ from typing import Any
 
 import comfy.float
 import comfy.lora
-import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.families import adapter_of_config, titles
+from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 from xditd.client.comfyui.forward import RemoteForward
 from xditd.client.comfyui.placement import place_conditioning
 from xditd.client.comfyui.run_checks import RunChecks
@@ -35,8 +35,6 @@ from xditd.ipc.tensors import ComponentKind
 logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = "xditd"
-LATENT_CHANNELS = 16
-_FAMILIES = (comfy.supported_models.Flux, comfy.supported_models.FluxInpaint, comfy.supported_models.FluxSchnell)
 PREFIX = "diffusion_model."
 """ComfyUI's names of parameters begin with it, those of checkpoints do not."""
 
@@ -53,6 +51,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     @property
     def weights(self) -> RemoteWeights:
         found: RemoteWeights = self.model.xditd_weights
+        return found
+
+    @property
+    def family(self) -> ModelAdapter:
+        """What the family of a transformer says of it."""
+        found: ModelAdapter = self.model.xditd_family
         return found
 
     def model_size(self) -> int:
@@ -183,46 +187,37 @@ def _merge(patches: list[Any], key: str, device: torch.device, base: torch.Tenso
 
 
 def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name a checkpoint's transformer tensors as ComfyUI's model does: no prefix, norms ending in ``weight``."""
+    """Name a checkpoint's transformer tensors without a prefix."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     chosen = inside or dict(tensors)
-    return {_with_weight(bare_name(name)): value for name, value in chosen.items()}
+    return {bare_name(name): value for name, value in chosen.items()}
 
 
-def weightless_model(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Build ComfyUI's model of a checkpoint on the meta device: every name and shape, no memory.
+def make_model(tensors: Mapping[str, torch.Tensor], label: str) -> RemotePatcher:
+    """Make a MODEL of a checkpoint's transformer. ComfyUI lends the tensors when it first needs them.
+
+    ComfyUI's own model is built on the meta device: every name and shape, no memory.
 
     Raises:
-        Unsupported: not FLUX.1.
+        Unsupported: no family that the workers run.
     """
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     config = comfy.model_detection.model_config_from_unet(shapes, "")
-    if type(config) not in _FAMILIES:
+    family = adapter_of_config(config)
+    if family is None:
         refuse_known(tensors, label)
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
-        raise Unsupported(f"{label}: {found}; XDiT runs FLUX.1 (dev, schnell and their fine-tunes)")
-    check_channels(config, label)
+        raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
+    family.check_config(config, label)
     dtype = comfy.utils.weight_dtype(tensors)  # that of most numbers, as ComfyUI's loader says
     logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
-    return build_weightless(config, shapes)
-
-
-def check_channels(config: Any, label: str) -> None:
-    """Refuse a FLUX.1 that reads an image beside the latents.
-
-    Raises:
-        Unsupported: Fill, Canny or Depth.
-    """
-    channels = config.unet_config.get("in_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise Unsupported(
-            f"{label}: its transformer reads {channels} channels instead of {LATENT_CHANNELS} (FLUX.1 Fill, Canny or "
-            "Depth); XDiT runs FLUX.1 dev, schnell and their fine-tunes, use the stock loader for it"
-        )
+    named = config.process_unet_state_dict(dict(tensors))  # as its modules are named, which may differ from the file
+    weights = lendable(named, ComponentKind.TRANSFORMER, label, is_whole=True)
+    return make_patcher(build_weightless(config, named), weights, family)
 
 
 def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -234,17 +229,16 @@ def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return model
 
 
-def make_patcher(model: Any, weights: RemoteWeights) -> RemotePatcher:
-    """Tie a weightless transformer to its weights, and wrap both as a MODEL."""
+def make_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemotePatcher:
+    """Tie a weightless transformer of a family to its weights, and wrap both as a MODEL."""
     model.memory_usage_factor = 0.0  # activations are the workers': nothing to reserve, everything fits in one batch
+    adapted = model.xditd_family = family.adapt(model)
     patcher = bind(
         model, weights, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
-    params = model.diffusion_model.params
-    forward = RemoteForward(weights, params.vec_in_dim, params.guidance_embed, patcher.understood)
-    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, forward)
+    patcher.add_wrapper_with_key(adapted.wrapper, WRAPPER_KEY, RemoteForward(weights, adapted, patcher.understood))
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, place_conditioning)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, RunChecks(has_guidance=params.guidance_embed))
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, RunChecks(adapted))
     return patcher
 
 
@@ -265,7 +259,3 @@ def bind(model: Any, weights: Any, load_device: Any, offload_device: Any) -> Rem
     patcher = RemotePatcher(model, load_device=load_device, offload_device=offload_device)
     patcher.understood = Understood(patcher)
     return patcher
-
-
-def _with_weight(name: str) -> str:
-    return f"{name.removesuffix('.scale')}.weight" if name.endswith("_norm.scale") else name

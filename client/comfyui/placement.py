@@ -1,7 +1,7 @@
 """Where conditioning lies while a sampler runs: on the device that samples, so that no step carries it there.
 
 ComfyUI keeps conditioning on the host, gathers it anew at each step, and copies and converts it there on its way to the
-GPU: 8 MiB a step for 512 tokens of FLUX.1, which a forward of its own hides and one in the workers does not.
+GPU: 8 MiB a step for 512 tokens of 4096 numbers, which a forward of its own hides and one in the workers does not.
 """
 
 from __future__ import annotations

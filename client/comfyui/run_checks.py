@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy.patcher_extension import WrappersMP
 
 from xditd.client.comfyui.understood import COMPILE_KEY
 from xditd.client.comfyui.unsupported import condition_faults, model_option_faults, refuse
+
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import ModelAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +19,8 @@ logger = logging.getLogger(__name__)
 class RunChecks:
     """Refuses a run that would come to what the workers cannot do, at whatever step. A wrapper of ``outer_sample``."""
 
-    def __init__(self, *, has_guidance: bool) -> None:
-        self._has_guidance = has_guidance
+    def __init__(self, family: ModelAdapter) -> None:
+        self._family = family
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Look at the model, its options and all conditioning; then let the run begin.
@@ -31,7 +34,7 @@ class RunChecks:
         refuse([
             *patcher.understood.faults(patcher),
             *model_option_faults(guider.model_options),
-            *condition_faults(guider.conds, has_guidance=self._has_guidance),
+            *condition_faults(guider.conds, self._family),
         ])  # fmt: skip
         return executor(*args, **kwargs)
 

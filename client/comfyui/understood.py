@@ -133,9 +133,10 @@ class Understood:
     def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
         for name, value in patches.items():
             if name == MODEL_SAMPLING and self.sampling is not None:
-                largest = float(value.timestep(value.sigma_max))
-                if largest > 1.0:
-                    yield f"model_sampling of {name_of(type(value))}, with timesteps up to {largest:g} (FLUX.1: 1)"
+                largest, own = (float(each.timestep(each.sigma_max)) for each in (value, self.sampling))
+                if largest > own:
+                    kind = name_of(type(value))
+                    yield f"model_sampling of {kind}, with timesteps up to {largest:g} (the model's own: {own:g})"
             elif name != COMPUTE_DTYPE or value not in self._dtypes:
                 yield f"the object patch {name} ({name_of(value)})"
 

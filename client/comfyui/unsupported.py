@@ -7,10 +7,13 @@ So this asks for what is understood, and takes everything else for a change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.comfyui.naming import name_of
 from xditd.ipc.errors import Unsupported
+
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import ModelAdapter
 
 RUN_OPTIONS: Final = frozenset({
     "callbacks", "cond_or_uncond", "context_window", "prefetch_dynamic_vbars", "sample_sigmas", "sigmas", "uuids",
@@ -53,10 +56,8 @@ _CONDITIONS: Final = {
     "control": "ControlNet",
     "gligen": "GLIGEN",
     "hooks": "hooks (scheduled LoRAs)",
-    "reference_latents": "reference latents (FLUX.1 Kontext)",
-    "attention_mask_img_shape": "an attention mask in the conditioning (Apply Style Model)",
 }
-"""What conditioning may carry that changes the model, or what it reads."""
+"""What conditioning may carry that no model in the workers can be given; a family's adapter knows of more."""
 
 
 def refuse(found: Iterable[str], what: str = "XDiT") -> None:
@@ -73,32 +74,21 @@ def refuse(found: Iterable[str], what: str = "XDiT") -> None:
         )
 
 
-def check_forward(
-    transformer_options: Mapping[str, Any],
-    *,
-    control: object | None = None,
-    ref_latents: object | None = None,
-    attention_mask: object | None = None,
-) -> None:
+def check_forward(transformer_options: Mapping[str, Any], faults: Iterable[str] = ()) -> None:
     """Refuse a forward that carries what lives as Python code, or another model, inside ComfyUI.
+
+    ``faults`` are those that the family's adapter has found in its other arguments.
 
     Raises:
         Unsupported: names each of them.
     """
-    found = []
-    if control:
-        found.append(_CONDITIONS["control"])
-    if ref_latents is not None:
-        found.append(_CONDITIONS["reference_latents"])
-    if attention_mask is not None:
-        found.append(_CONDITIONS["attention_mask_img_shape"])
-    refuse([*found, *option_faults(transformer_options)])
+    refuse([*faults, *option_faults(transformer_options)])
 
 
 def option_faults(transformer_options: Mapping[str, Any]) -> Iterator[str]:
     """Name the ``transformer_options`` that change the model, or that are not understood."""
     for key, value in transformer_options.items():
-        if key in RUN_OPTIONS or key in NODE_OPTIONS or _is_empty(value):
+        if key in RUN_OPTIONS or key in NODE_OPTIONS or is_empty(value):
             continue
         what = _BLOCK_OPTIONS.get(key)
         if what is None:
@@ -112,7 +102,7 @@ def option_faults(transformer_options: Mapping[str, Any]) -> Iterator[str]:
 def model_option_faults(model_options: Mapping[str, Any]) -> Iterator[str]:
     """Name the ``model_options`` that are not understood, and functions that run the model with other blocks."""
     for key, value in model_options.items():
-        if key not in MODEL_OPTIONS and not _is_empty(value):
+        if key not in MODEL_OPTIONS and not is_empty(value):
             yield f"the model option {key!r} ({name_of(value)})"
         if key in SAMPLER_FUNCTIONS:
             for function in value if isinstance(value, Sequence) else [value]:
@@ -121,20 +111,12 @@ def model_option_faults(model_options: Mapping[str, Any]) -> Iterator[str]:
     yield from option_faults(model_options.get("transformer_options", {}))
 
 
-def condition_faults(
-    conditions: Mapping[str, Iterable[Mapping[str, Any]]], *, has_guidance: bool = False
-) -> Iterator[str]:
-    """Name what positive and negative conditioning carry that the workers cannot run, at whatever step it begins.
-
-    ``has_guidance`` tells that the model is distilled for guidance, so that a forward needs a number.
-    """
+def condition_faults(conditions: Mapping[str, Iterable[Mapping[str, Any]]], family: ModelAdapter) -> Iterator[str]:
+    """Name what positive and negative conditioning carry that the workers cannot run, at whatever step it begins."""
     for parts in conditions.values():
         for part in parts:
-            for key, what in _CONDITIONS.items():
-                if not _is_empty(part.get(key)):
-                    yield what
-            if has_guidance and part.get("guidance", 0.0) is None:
-                yield "conditioning without guidance (FluxDisableGuidance)"
+            yield from (what for key, what in _CONDITIONS.items() if not is_empty(part.get(key)))
+            yield from family.condition_faults(part)
 
 
 def _described(patches: Mapping[Any, Any]) -> Iterator[str]:
@@ -158,5 +140,6 @@ def _changes_blocks(function: Any) -> bool:
     return False
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
+    """Whether an option or a part of conditioning is there in name alone."""
     return value is None or value is False or (isinstance(value, (Mapping, Sequence)) and not value)

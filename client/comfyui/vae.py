@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import torch
 
 from xditd.client.client import Client
+from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import bind, lendable
 from xditd.client.comfyui.understood import Understood
@@ -18,18 +19,16 @@ from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_know
 from xditd.client.loans import Loan
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.facts import VaeFacts
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
-SCALING: Final = 0.3611
-SHIFT: Final = 0.1159
-"""FLUX.1: the daemon speaks latents ``(z - SHIFT) * SCALING``, ComfyUI hands the VAE ``z``."""
-
-LATENT_CHANNELS: Final = 16
-
 
 class RemoteStage(torch.nn.Module):
-    """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself."""
+    """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself.
+
+    The daemon speaks latents ``(z - shift) * scaling``, by the component's facts; ComfyUI hands over ``z``.
+    """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
         """``shapes`` is ComfyUI's own module on the meta device: a node that changes it there is noticed."""
@@ -44,13 +43,20 @@ class RemoteStage(torch.nn.Module):
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
-        latents = (z.float() - SHIFT) * SCALING
+        facts = self._facts()
+        latents = (z.float() - facts.shift) * facts.scaling
         return self._in_batches(_decode, latents).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode."""
         latents = self._in_batches(Client.encode, pixels.float())
-        return (latents / SCALING + SHIFT).to(pixels.dtype)
+        facts = self._facts()
+        return (latents / facts.scaling + facts.shift).to(pixels.dtype)
+
+    def _facts(self) -> VaeFacts:
+        facts = self._weights.loan.facts.vae
+        assert facts is not None
+        return facts
 
     def _in_batches(self, run: Callable[[Client, Loan, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         parts = []
@@ -68,15 +74,15 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     """Make a VAE object of a checkpoint's tensors.
 
     Raises:
-        Unsupported: not the VAE of FLUX.1, or quantised weights.
+        Unsupported: not the VAE of a family that the workers run, or quantised weights.
     """
     plain = {bare_name(name): tensor for name, tensor in tensors.items()}
     check_plain(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     vae = _on_meta(shapes)
-    if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 2:
+    if vae.first_stage_model is None or (vae.latent_channels, vae.latent_dim) not in _latents():
         refuse_known(tensors, label)
-        raise Unsupported(f"{label}: not the VAE of FLUX.1; use Load VAE")
+        raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
     weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
     vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
@@ -116,7 +122,7 @@ def why_local(vae: Any) -> str | None:
         fresh = _on_meta({name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
         made = vae.xditd_made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _calls(fresh))
     if made is None:
-        return "it is not the VAE of FLUX.1"
+        return "ComfyUI does not know its kind"
     understood, calls = made
     found = next(understood.faults(vae.patcher), None)
     if found is None and vae.patcher.patches:
@@ -138,6 +144,12 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
         if name in made and getattr(value, "__code__", None) is not made[name]:
             return f"its {name} was replaced ({name_of(value)})"
     return None
+
+
+def _latents() -> set[tuple[int, int]]:
+    """The channels and dimensions of the latents that some family's models read."""
+    formats = (config.latent_format for each in adapters() for config in each.config_classes())
+    return {(each.latent_channels, each.latent_dimensions) for each in formats}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:

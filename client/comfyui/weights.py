@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xditd.client.arenas import Arena
 from xditd.client.client import Client
 from xditd.client.loans import Loan
-from xditd.ipc.errors import Unsupported, XditdError
+from xditd.ipc.errors import RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
-from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.layout import dtype_name
@@ -203,7 +203,7 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
         if tensor.dtype not in plain or kind == "QuantizedTensor":
             packed.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
     if packed:
-        refuse_known(tensors, label)
+        _refuse(form_error(_seen(tensors)), label)
         raise Unsupported(
             f"{label}: fp8 and other quantised weights are not supported, use a bf16 or fp16 file; "
             f"{len(packed)} of {len(tensors)} tensors: {listed(packed)}",
@@ -212,15 +212,21 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
 
 
 def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Refuse by its name what cannot be lent, if it is known.
+    """Refuse by its name what is none of the models that the caller looked for, if it is known.
 
     Raises:
         Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
     """
-    seen = {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    known = unsupported_error(seen)
+    _refuse(unsupported_error(_seen(tensors)), label)
+
+
+def _refuse(known: RequestError | None, label: str) -> None:
     if known is not None:
         raise Unsupported(f"{label}: {known.detail}", names=known.names)
+
+
+def _seen(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Seen]:
+    return {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 class _Seen(NamedTuple):

@@ -1,5 +1,4 @@
-"""Small seeded checkpoints of a FLUX.1 transformer and its VAE, with the tensor names that users' files have. Those of
-its text encoders are in :mod:`xditd.client.demo.text_checkpoints`.
+"""Small seeded checkpoints of a FLUX.1 transformer and its VAE, with the tensor names that users' files have.
 
 The values are random, but not arbitrary: activations keep their size from layer to layer, and every tensor matters.
 Zeroing any one of them moves the result by far more than the tolerance of a parity check, so such a check cannot

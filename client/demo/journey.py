@@ -113,11 +113,11 @@ class Journey:
         self._note(daemon, status)
         with self._phase("checkpoints", "writing checkpoints"):
             files = self._write_checkpoints(status.device_kind)
-            inputs = self._draw_inputs(files)
         self._steps.update()
         with self._phase("lend", "lending"):
             transformer, vae = self._lend(client, files, status.device_kind)
         report.loans = [transformer, vae]
+        inputs = self._draw_inputs(transformer)
         plugs = client.status().counters.plugs
 
         image, second = self.plan.out / "demo.png", self.plan.out / "demo-second.png"
@@ -184,14 +184,12 @@ class Journey:
         write_flux_vae(files.vae, SEED, dtype=dtype)
         return files
 
-    def _draw_inputs(self, files: Checkpoints) -> parity.Inputs:
+    def _draw_inputs(self, transformer: Loan) -> parity.Inputs:
         from xditd.client.conditioning import random_conditioning
 
         width, height = self.plan.size
-        embeds, pooled = random_conditioning(files.transformer, SEED, TEXT_TOKENS)
         return parity.Inputs(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
+            conditioning=random_conditioning(transformer.facts, SEED, TEXT_TOKENS),
             noise=_noise(SEED, self.plan.size),
             sigmas=tuple(1.0 - step / self.plan.steps for step in range(self.plan.steps)),
             height=height,
@@ -224,8 +222,7 @@ class Journey:
     ) -> GenerationResult:
         job = client.generate(
             transformer,
-            inputs.prompt_embeds,
-            inputs.pooled_prompt_embeds,
+            inputs.conditioning,
             vae=vae,
             height=inputs.height,
             width=inputs.width,

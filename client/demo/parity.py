@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.subprograms import module_command, module_environment
 from xditd.client.tensor_files import read_tensors, write_tensors
@@ -26,8 +26,8 @@ _LOOK_EVERY_S: Final = 0.25
 class Inputs:
     """Everything that decides the latents, weights aside."""
 
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
+    conditioning: Mapping[str, Any]
+    """``prompt_embeds`` and ``pooled_prompt_embeds``, as ``Client.generate`` takes them."""
     noise: torch.Tensor
     sigmas: tuple[float, ...]
     height: int
@@ -50,8 +50,7 @@ def reference_latents(
     write_tensors(
         given,
         {
-            "prompt_embeds": inputs.prompt_embeds,
-            "pooled_prompt_embeds": inputs.pooled_prompt_embeds,
+            **inputs.conditioning,
             "noise": inputs.noise,
             "sigmas": torch.tensor(inputs.sigmas, dtype=torch.float64),
         },

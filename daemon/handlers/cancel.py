@@ -14,4 +14,4 @@ def cancel(service: Service, session: Session, request: Cancel) -> CancelNoted:
     job = service.desk.queue.find(session, request.target_request_id)
     if job is not None:
         service.desk.cancel(job, Cancelled(f"request {request.target_request_id} was cancelled by its client"))
-    return CancelNoted(request_id=request.request_id, was_found=job is not None)
+    return CancelNoted(request_id=request.request_id)

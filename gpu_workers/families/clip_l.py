@@ -54,7 +54,7 @@ class ClipL:
     """CLIP-L: see the module's docstring."""
 
     name = "clip_l"
-    title = "CLIP-L"
+    title = "CLIP-L (clip_l.safetensors)"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:vision_model|visual_projection|text_projection)(?:\.|$)")

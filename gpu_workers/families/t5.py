@@ -54,7 +54,7 @@ class T5:
     """T5 v1.1: see the module's docstring."""
 
     name = "t5"
-    title = "T5 v1.1"
+    title = "the encoder of T5 v1.1 (t5xxl_fp16.safetensors)"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:decoder|lm_head)\.")

@@ -10,7 +10,7 @@ import torch
 
 from xditd.gpu_workers.models.family import CallOptions, Inputs, RowResults, Shape, TransformerOperations
 from xditd.gpu_workers.models.skeletons import Skeleton
-from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.row_shares import gather_flat, halves, own_rows, rows_of_half
 
 
@@ -22,7 +22,7 @@ def run_parts(
     Halves of a group share all rows out between them, so that a prompt and a negative one of another length run at the
     same time. With fewer rows than halves, every half does the same work.
     """
-    attention.use(skeleton.attention_backend)
+    component_layouts.use(skeleton.layout)
     shapes = [operations.rows(part) for part in parts]
     total = sum(map(len, shapes))
     if halves() == 1 or total < halves():

@@ -35,7 +35,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""What can be run as it is lent. Eight-bit weights need scales that FLUX.1 files keep in no agreed place."""
+"""What can be run as it is lent. Eight-bit weights need scales, which files keep in no agreed place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Family(Protocol[ConfigT]):
 
     @property
     def title(self) -> str:
-        """For people who ask what can be lent: ``FLUX.1 dev or schnell``."""
+        """What of it can be run, in people's words, with a file that fits: ``FLUX.1 dev (flux1-dev.safetensors)``."""
 
     @property
     def kind(self) -> Kind:
@@ -182,10 +182,11 @@ class Operations(Protocol[ConfigT_contra]):
     ) -> FastPath | None:
         """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
 
-        ``exceptions`` are the parameters of another dtype than ``dtype``.
+        ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``.
 
         Raises:
-            Unsupported: the layout's precision cannot be had from weights of these dtypes.
+            Unsupported: kernels or a precision that were asked for by name cannot be had in this layout, or from
+                weights of these dtypes.
         """
 
 

@@ -1,16 +1,27 @@
-"""The model families that can be recognised and run: a list of names, imported when the first checkpoint comes."""
+"""The model families that can be recognised and run: a list of our own, then those of other packages.
+
+Ours are imported when the first checkpoint comes, others when one comes that none of ours claims. A package offers a
+family by an entry point of the group ``xditd.families`` that names a class, which is called without arguments and gives
+a :class:`~xditd.gpu_workers.models.family.Family`.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
 from xditd.gpu_workers.models.family import Family
 from xditd.ipc.errors import UnknownFamily
 from xditd.ipc.name_lists import listed
+from xditd.ipc.recognition import one_of
 from xditd.ipc.tensor_names import by_prefix
+
+logger = logging.getLogger(__name__)
 
 FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux1.checkpoint", "Flux1"),
@@ -18,27 +29,101 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
 )
-"""Module and class of each, in the order in which they are asked whether a checkpoint is theirs."""
+"""Module and class of each of ours, in the order in which they are asked whether a checkpoint is theirs."""
+
+ENTRY_POINTS: Final = "xditd.families"
+"""The group of entry points by which other packages offer theirs. All ranks ask them in the order of their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Families of other packages, and for each that cannot be used, what it is and why."""
+
+    families: tuple[Family[Any], ...]
+    faults: tuple[str, ...]
+
+
+def families() -> tuple[Family[Any], ...]:
+    """All of them, imported with the first call: ours first, in the order in which they are asked."""
+    return own_families() + other_families().families
 
 
 @cache
-def families() -> tuple[Family[Any], ...]:
-    """All of them, imported with the first call."""
+def own_families() -> tuple[Family[Any], ...]:
+    """Ours."""
     return tuple(getattr(import_module(module), name)() for module, name in FAMILIES)
+
+
+@cache
+def other_families() -> Others:
+    """Those of installed packages. One that cannot be used is logged and left out, whatever is wrong with it."""
+    found: list[Family[Any]] = []
+    faults: list[str] = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
+        try:
+            found.append(_load(entry, {family.name for family in (*own_families(), *found)}))
+        except (Exception, SystemExit) as error:  # another package's code: whatever it raises, it breaks no other lend
+            package = "a package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+            faults.append(f"{entry.name} of {package} ({type(error).__name__}: {error})")
+            logger.error(
+                "family of another package cannot be used: entry_point=%s value=%s package=%s",
+                entry.name, entry.value, package, exc_info=error,
+            )  # fmt: skip
+    return Others(tuple(found), tuple(faults))
+
+
+def titles() -> tuple[str, ...]:
+    """What can be run, in people's words."""
+    return tuple(family.title for family in families())
+
+
+def left_out() -> str:
+    """The end of a message about what no family claims: the ones that were not asked, and why; mostly empty."""
+    faults = other_families().faults
+    return f"; not asked, since they could not be loaded: {listed(faults, joint='; ')}" if faults else ""
 
 
 def detect(names: Collection[str]) -> Family[Any]:
     """Return the family to which a checkpoint with these tensor names belongs.
 
     Raises:
-        UnknownFamily: none claims the names; the message shows some of them and the families that are known.
+        UnknownFamily: none claims the names; the message shows some of them, what can be run, and which families could
+            not be loaded.
     """
     groups = by_prefix(names)
-    for family in families():
-        if any(family.claims(group) for group in groups.values()):
-            return family
+
+    def claimed_by(asked: tuple[Family[Any], ...]) -> Family[Any] | None:
+        return next((each for each in asked if any(each.claims(group) for group in groups.values())), None)
+
+    family = claimed_by(own_families()) or claimed_by(other_families().families)
+    if family is not None:
+        return family
     raise UnknownFamily(
-        f"no known model family: lend one of {', '.join(family.name for family in families())}; "
-        f"{len(names)} tensors: {listed(sorted(names))}",
+        f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}{left_out()}",
         names=sorted(names),
     )
+
+
+def _load(entry: EntryPoint, taken: Collection[str]) -> Family[Any]:
+    """Import what an entry point names, and look whether it is a family.
+
+    Raises:
+        TypeError: it lacks members of the protocol.
+        ValueError: another family has its name.
+        Exception: whatever its package raises.
+    """
+    family: Family[Any] = entry.load()()
+    missing = [member for member in _members() if not hasattr(family, member)]
+    if missing:
+        raise TypeError(f"{entry.value} lacks {listed(missing)}: give it all members of the Family protocol")
+    if family.name in taken:
+        raise ValueError(f"a family named {family.name} exists already: give this one another name")
+    return family
+
+
+@cache
+def _members() -> tuple[str, ...]:
+    """The public members of the Family protocol."""
+    protocols = [base for base in Family.__mro__ if getattr(base, "_is_protocol", False)]
+    members = {name for protocol in protocols for name in (*vars(protocol), *vars(protocol).get("__annotations__", ()))}
+    return tuple(sorted(name for name in members if not name.startswith("_")))

@@ -7,7 +7,6 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -17,16 +16,14 @@ import torch
 
 from xditd.gpu_workers.models.family import Family, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.registry import detect
+from xditd.gpu_workers.models.registry import detect, left_out, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
-from xditd.gpu_workers.parallel import attention
+from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
-from xditd.ipc.degrees import Degrees
-from xditd.ipc.errors import Internal, RequestError, Unsupported
+from xditd.ipc.errors import Internal, RequestError, UnknownFamily
 from xditd.ipc.name_lists import listed
-from xditd.ipc.planner import most_ulysses
-from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
@@ -36,7 +33,10 @@ Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
 class Skeleton:
-    """One empty model. ``owner`` is whatever name its present weights were plugged in under."""
+    """One empty model. ``owner`` is whatever name its present weights were plugged in under.
+
+    ``layout`` is its own: the group's, with the degrees that its heads allow and a kernel for its dtype.
+    """
 
     def __init__(
         self,
@@ -53,7 +53,6 @@ class Skeleton:
         self.layout = layout
         self.device = layout.device
         self.module = module
-        self.attention_backend = attention.for_dtype(layout.attention_backend, dtype, layout.device)
         self.owner: str | None = None
         self.operations = family.operations
         self._fast = self.operations.fuse(config, module, layout, dtype, exceptions)
@@ -66,6 +65,11 @@ class Skeleton:
                     target = f"{path}.{name}" if path else name
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
+
+    @property
+    def attention_backend(self) -> str:
+        """xDiT's name for what its plain modules attend with."""
+        return self.layout.attention_backend
 
     @property
     def fast_error(self) -> float | None:
@@ -144,7 +148,10 @@ class Plan:
 
 
 class SkeletonCache:
-    """The skeletons of this process, by family, configuration and dtypes; the layout is fixed for its life."""
+    """The skeletons of this process, by family, configuration and dtypes. ``layout`` is the group's.
+
+    Every rank makes the same calls in the same order: a skeleton may need process groups that were not made yet.
+    """
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
@@ -167,15 +174,13 @@ class SkeletonCache:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
 
         Raises:
-            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect`` and
-                ``resolution.resolve``.
-            Unsupported: its attention heads cannot be shared out as the layout says.
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
+                ``resolution.resolve``, ``component_layouts.choose`` and ``Operations.fuse``.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
         if resolution is None:
             resolution = _resolve(tensors)
-            _check_heads(resolution, self.layout.degrees)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -204,6 +209,7 @@ class SkeletonCache:
 
     def _build(self, resolution: Resolution) -> Skeleton:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        layout = component_layouts.choose(self.layout, family.name, family.heads(config), dtype)
         # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 
@@ -222,31 +228,27 @@ class SkeletonCache:
         compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, config, dtype, self.layout, module, exceptions)
+        return Skeleton(family, config, dtype, layout, module, exceptions)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
-    """Fit a checkpoint to its family; what does not fit and is known is refused by name."""
+    """Fit a checkpoint to its family.
+
+    What no family claims is named, if it is known. What one claims and does not fit is that family's to explain, unless
+    it is of a form that none takes.
+    """
     try:
         return resolve(detect(tensors.keys()), tensors)
+    except UnknownFamily as error:
+        known = unsupported_error(tensors, titles())
+        if known is None:
+            raise
+        raise type(known)(known.detail + left_out(), names=known.names) from error
     except RequestError as error:
-        known = unsupported_error(tensors)
+        known = form_error(tensors, titles())
         if known is None:
             raise
         raise known from error
-
-
-def _check_heads(resolution: Resolution, degrees: Degrees) -> None:
-    """Refuse what Ulysses cannot split; a family without heads runs whole on one rank."""
-    family = resolution.family
-    heads = family.heads(resolution.config)
-    if heads % degrees.ulysses:
-        ulysses = most_ulysses(degrees.sequence, heads)
-        other = dataclasses.replace(degrees, ulysses=ulysses, ring=degrees.sequence // ulysses)
-        raise Unsupported(
-            f"{family.name}: {heads} attention heads do not divide by the Ulysses degree {degrees.ulysses}; "
-            f"start the daemon with --layout {other}"
-        )
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:

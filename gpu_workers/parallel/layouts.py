@@ -11,12 +11,14 @@ from xditd.ipc.degrees import Degrees
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """The split that all skeletons of this process share, fixed when the group starts.
+    """The split of this process's group, or that of one component in it (:mod:`component_layouts`).
 
-    Ranks count as :class:`Degrees` says: sequence groups are neighbours. ``attention_backend`` is xDiT's name for what
-    ``auto`` or the configuration came to; ``fused_attention`` what fused transformers attend with, ``None`` where
-    transformers run plain. ``precision`` is that of their products: ``bf16`` for the weights as they were lent, or
-    ``fp8``.
+    All have the same ranks, of which ``degrees.sequence`` share the tokens of an image; how these are split between
+    Ulysses and ring is each component's own. Ranks count as :class:`Degrees` says: sequence groups are neighbours.
+    ``attention_backend`` is xDiT's name for what ``auto`` or the configuration came to; ``fused_attention`` what fused
+    transformers attend with, ``None`` where transformers run plain. ``precision`` is that of their products: ``bf16``
+    for the weights as they were lent, or ``fp8``. ``requested_attention`` and ``requested_kernels`` are the operator's
+    words, ``auto`` where the choice was left to us.
     """
 
     rank: int
@@ -25,6 +27,8 @@ class ParallelLayout:
     attention_backend: str
     fused_attention: str | None = None
     precision: str = "bf16"
+    requested_attention: str = "auto"
+    requested_kernels: str = "auto"
 
     @property
     def world_size(self) -> int:

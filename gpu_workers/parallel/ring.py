@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -70,8 +71,11 @@ def merge(one: Attended, other: Attended) -> Attended:
     return torch.lerp(one[0].float(), other[0].float(), share), torch.logaddexp(one[1], other[1])
 
 
+@cache
 def choose_backend(requested: str, device: torch.device) -> str:
-    """Return the backend that the ring attends with: the one asked for, or the first that runs here.
+    """Return the backend that rings attend with: the one asked for, or the first that runs here.
+
+    It is found once in a process: a GPU that has become full meanwhile changes no choice.
 
     Raises:
         Unsupported: the one asked for tells no log-sum-exp, or a wrong one, or does not run here.

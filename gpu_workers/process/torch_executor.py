@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -24,6 +25,8 @@ from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
+
+logger = logging.getLogger(__name__)
 
 MEASURE_EVERY_S: Final = 1.0
 
@@ -70,6 +73,12 @@ class TorchExecutor:
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
         plan = component.plan
+        heads = plan.family.heads(plan.config)
+        if heads and self.facts.rank == 0:
+            logger.info(
+                "layout of a component component_id=%s family=%s heads=%d layout=%s",
+                command.component_id, plan.family.name, heads, plan.skeleton.layout.degrees,
+            )  # fmt: skip
         return PreparedFacts(component.facts, component.copied, plan.is_reused, component.timings_ms)
 
     def plug(self, component_id: str) -> TimingsMs:

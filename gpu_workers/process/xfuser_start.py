@@ -10,22 +10,19 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.parallel import agreement, attention, ring
+from xditd.gpu_workers.parallel import agreement, attention, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +46,7 @@ def start(
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
+    Components whose attention heads these do not fit get others (``component_layouts``).
     ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
 
@@ -81,7 +79,7 @@ def start(
     clock.mark("freeze")
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
-    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision)
+    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision, attention_backend, kernels)
 
 
 def stop() -> None:
@@ -141,6 +139,7 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         ring_degree=degrees.ring,
         backend=collectives,
     )
+    sequence_groups.start(degrees, GROUP_TIMEOUT)
     # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
     wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
     config, _ = xFuserArgs(
@@ -213,22 +212,12 @@ def _start_fused(
     return chosen
 
 
-def _nominal_pipeline(heads: int) -> FluxPipeline:
-    """A pipeline around an empty transformer, for xDiT's runtime state to read its settings from.
+def _nominal_pipeline(heads: int) -> SimpleNamespace:
+    """What xDiT's runtime state reads of a pipeline, with numbers of no model.
 
     The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch sizes, widths) serves its PipeFusion alone; what is used here are the degrees and the backend.
+    (patch size, widths) serves its PipeFusion alone; what is used here are the degrees and the backend. ``heads`` is
+    what it divides by the Ulysses degree.
     """
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(num_layers=0, num_single_layers=0, num_attention_heads=heads)
-    return FluxPipeline(
-        scheduler=None,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=1, in_channels=1, patch_size=1)
+    return SimpleNamespace(transformer=SimpleNamespace(config=config))

@@ -67,7 +67,7 @@ def dtype_name(dtype: torch.dtype) -> DType:
 class BlockViews:
     """Tensors as views of one block's bytes (1-D uint8). Nothing is copied; the block keeps the memory.
 
-    One ``as_strided`` a tensor: a FLUX.1 transformer has 780 of them, and lending it should take milliseconds.
+    One ``as_strided`` a tensor: a large transformer has 780 of them, and lending it should take milliseconds.
     """
 
     def __init__(self, block: torch.Tensor) -> None:

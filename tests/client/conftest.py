@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sample_facts
 import zmq
 
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, request_decoder
 from xditd.ipc.processes import identify
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
-from xditd.ipc.replies import AnyReply, CanarySeen, Farewell, Lent, Returned, Welcome
-from xditd.ipc.requests import CheckCanary, Goodbye, Hello, Lend, ReturnLoan
-from xditd.ipc.tensors import HostShmBlock, IoTensor
+from xditd.ipc.replies import AnyReply, CanarySeen, Farewell, Lent, Returned, Status, Welcome
+from xditd.ipc.requests import CheckCanary, GetStatus, Goodbye, Hello, Lend, ReturnLoan
+from xditd.ipc.status import ComponentStatus, Counters, DaemonStatus, GroupState, LeaseState
+from xditd.ipc.tensors import CopiedBytes, HostShmBlock, IoTensor, Tier
 
 Answer = Callable[[Request], list[AnyReply]]
 
@@ -36,8 +38,11 @@ class ScriptedDaemon:
             Goodbye: lambda request: [Farewell(request_id=request.request_id)],
             CheckCanary: self._read_canary,
             Lend: self._lent,
+            GetStatus: self._status,
             ReturnLoan: lambda request: [Returned(request_id=request.request_id)],
         }
+        self.facts = {"c1": sample_facts.TRANSFORMER, "c2": sample_facts.VAE, "c3": sample_facts.TEXT_ENCODER}
+        """Of the components that the status shows, by id."""
         self._lends = 0
         self._arrived = threading.Condition()
         self._unsolicited: queue.SimpleQueue[AnyReply | bytes] = queue.SimpleQueue()
@@ -106,6 +111,25 @@ class ScriptedDaemon:
             )
         ]
 
+    def _status(self, request: Request) -> list[AnyReply]:
+        components = tuple(
+            ComponentStatus(
+                component_id=component_id,
+                label=component_id,
+                kind=facts.kind,
+                facts=facts,
+                state=LeaseState.LENT,
+                tiers=(Tier.HOST_SHM,),
+                lent_bytes=64,
+                copied=CopiedBytes(),
+                generation=0,
+                owner_pid=os.getpid(),
+                lend_ms={},
+            )
+            for component_id, facts in self.facts.items()
+        )
+        return [Status(request_id=request.request_id, daemon=status_of(components))]
+
     def _read_canary(self, request: Request) -> list[AnyReply]:
         from xditd.ipc.transports.fingerprints import digest_bytes
 
@@ -117,13 +141,15 @@ class ScriptedDaemon:
     def _lent(self, request: Request) -> list[AnyReply]:
         assert isinstance(request, Lend)
         self._lends += 1
-        return [self.lent(request, component_id=f"c{self._lends}")]
+        component_id = f"c{self._lends}"
+        self.facts[component_id] = sample_facts.of(request.manifest)
+        return [self.lent(request, component_id=component_id)]
 
     def lent(self, request: Lend, component_id: str, is_reused: bool = False) -> Lent:
         return Lent(
             request_id=request.request_id,
             component_id=component_id,
-            family="flux1",
+            facts=sample_facts.of(request.manifest),
             tiers=request.manifest.tiers,
             lent_bytes=request.manifest.tensor_bytes,
             copied=request.copied,
@@ -131,6 +157,35 @@ class ScriptedDaemon:
             is_skeleton_reused=False,
             timings_ms={"prepare": 1.0},
         )
+
+
+def status_of(components: tuple[ComponentStatus, ...]) -> DaemonStatus:
+    """The status of a daemon whose workers are ready."""
+    return DaemonStatus(
+        package_version="0",
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        uptime_s=1.0,
+        runtime_dir="",
+        group_state=GroupState.READY,
+        group_detail="",
+        device_kind="cpu",
+        world_size=2,
+        parallel={},
+        layout=None,
+        attention_backend="",
+        precision="bf16",
+        fused_checks=(),
+        workers=(),
+        components=components,
+        jobs=(),
+        queue_limit=64,
+        clients=1,
+        counters=Counters(),
+        last_job_ms={},
+        lent_bytes={},
+        last_errors=(),
+    )
 
 
 @pytest.fixture

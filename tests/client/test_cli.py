@@ -7,6 +7,7 @@ import time
 
 import msgspec
 import pytest
+import sample_facts
 
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
@@ -57,7 +58,7 @@ STATUS = DaemonStatus(
             component_id="transformer-1",
             label="flux1-dev",
             kind=ComponentKind.TRANSFORMER,
-            family="flux1",
+            facts=sample_facts.TRANSFORMER,
             state=LeaseState.LENT,
             tiers=(Tier.CUDA_IPC,),
             lent_bytes=22 * 2**30,
@@ -90,8 +91,8 @@ def test_status_is_a_table_for_people(daemon, folder, capsys):
     answers_status(daemon)
     assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
     out = capsys.readouterr().out
-    for text in ("busy: 2 on cuda", "ulysses 2", "ulysses=2 divides the 24 heads", "GPU-b", "transformer-1", "cuda_ipc",
-                 "22.0 GiB peer", "3/28",
+    for text in ("busy: 2 on cuda", "ulysses 2", "ulysses=2 divides the 24 attention heads", "GPU-b", "transformer-1",
+                 "cuda_ipc", "22.0 GiB peer", "3/28",
                  "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
         assert text in out
 
@@ -216,7 +217,8 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
         (["generate", "--transformer", "t", "--random-embeds", "1", "--embeds", "e"], "are both given; leave one out"),
         (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
-        (["generate", "--size", "100x64"], "sides are multiples of 16 pixels"),
+        (["generate", "--size", "0x64"], "sides are from 1 pixel to 8192"),
+        (["demo", "--size", "100x64"], "sides are multiples of 16 pixels"),
         (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
         (["generate", "--guidance", "much"], "'much': use a number from 0 to 1000"),
         (["generate", "--step-cache", "nan"], "'nan': use a number from 0 to 1"),
@@ -351,7 +353,7 @@ def test_serve_becomes_the_daemon(folder):
 
 @pytest.mark.parametrize(("text", "expected"), [("64x128", (64, 128)), ("1024X768", (1024, 768))])
 def test_sizes_are_width_then_height(text, expected):
-    assert flags.size(text) == expected
+    assert flags.size()(text) == expected
 
 
 def test_numbers_for_people():

@@ -117,7 +117,7 @@ def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys, monkey
 
     monkeypatch.setattr("tqdm.tqdm.update", interrupt)
     daemon.answers[Generate] = lambda request: [
-        StepDone(request_id=request.request_id, step=1, total_steps=request.steps, elapsed_s=0.1)
+        StepDone(request_id=request.request_id, step=1, total_steps=request.sampling.steps, elapsed_s=0.1)
     ]
     assert generate("--out", str(tmp_path / "a.png"), "--json") == exits.INTERRUPTED
     captured = capsys.readouterr()

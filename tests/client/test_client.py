@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client import Client  # noqa: E402
+from xditd.client import Client, RowsOf  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BadCheckpoint,
     BadRequest,
@@ -22,6 +22,8 @@ from xditd.ipc.errors import (  # noqa: E402
 from xditd.ipc.replies import CanarySeen, Failed  # noqa: E402
 from xditd.ipc.requests import Cancel, CheckCanary, Goodbye, Lend, ReturnLoan  # noqa: E402
 from xditd.ipc.tensors import ComponentKind, Tier  # noqa: E402
+
+TEXT = {"prompt_embeds": torch.zeros(1, 2, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
 
 
 def transformer():
@@ -82,7 +84,7 @@ def test_a_returned_loan_cannot_be_used(client, daemon):
     assert daemon.requests(ReturnLoan)[0].component_id == loan.component_id
     assert not loan.is_live
     with pytest.raises(LeaseLost, match="was returned; lend it again"):
-        client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4))
+        client.generate(loan, TEXT)
     loan.return_()
     assert len(daemon.requests(ReturnLoan)) == 1
 
@@ -166,7 +168,7 @@ def test_a_client_finds_the_next_daemon_but_not_the_old_loans(client, daemon):
     loan = client.lend(transformer())
     lose(client)
     with pytest.raises(LeaseLost, match=r"its loan ended with daemon \d+; lend it again"):
-        client.denoise(loan, torch.zeros(1, 16, 4, 4), 0.5, torch.zeros(1, 2, 4), torch.zeros(1, 4))
+        client.call(loan, {"hidden_states": torch.zeros(1, 4, 64)})
     again = client.lend(transformer())
     assert again.is_live
     assert len(daemon.requests(CheckCanary)) == 2
@@ -217,8 +219,8 @@ def test_a_loan_whose_daemon_is_gone_says_so_and_not_that_it_was_lost(client, da
 def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
     client = Client(folder)
     loan = client.lend(transformer())
-    embeds, pooled, latents = torch.zeros(1, 2, 4), torch.zeros(1, 4), torch.zeros(1, 16, 4, 4)
-    job = client.generate(loan, embeds, pooled, height=32, width=32, steps=2)
+    latents = torch.zeros(1, 16, 4, 4)
+    job = client.generate(loan, TEXT, height=32, width=32, steps=2)
     client.close()
     client.close()
     uses = {
@@ -230,12 +232,12 @@ def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
         "adopt": lambda: client.adopt("c1"),
         "revoke": lambda: client.revoke("c1"),
         "check_canary": client.check_canary,
-        "generate": lambda: client.generate("c1", embeds, pooled, height=32, width=32),
-        "generate with a loan": lambda: client.generate(loan, embeds, pooled, height=32, width=32),
-        "denoise": lambda: client.denoise("c1", latents, 0.5, embeds, pooled),
+        "generate": lambda: client.generate("c1", TEXT, height=32, width=32),
+        "generate with a loan": lambda: client.generate(loan, TEXT, height=32, width=32),
+        "call": lambda: client.call("c1", {"hidden_states": torch.zeros(1, 4, 64)}),
         "decode": lambda: client.decode("c2", latents),
         "encode": lambda: client.encode("c2", torch.zeros(1, 3, 32, 32)),
-        "encode_text": lambda: client.encode_text("c3", [[1, 2]], width=8),
+        "encode_text": lambda: client.encode_text("c3", [[1, 2]]),
         "loan.adopt": loan.adopt,
         "job.result": job.result,
         "with": lambda: client.__enter__().status(),
@@ -252,12 +254,13 @@ def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
 def test_what_is_shown_of_a_client_is_one_line(daemon, folder):
     client = Client(folder)
     loan = client.lend(transformer(), label="tiny")
-    job = client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=2)
+    job = client.generate(loan, TEXT, height=32, width=32, steps=2)
     assert repr(client) == f"<Client of {folder}, daemon {client.daemon_pid}>"
     assert repr(loan) == "<Loan tiny c1 flux1 host_shm 48 bytes, live>"
     assert repr(job) == f"<GenerationJob {job.request_id}, 2 steps, under way>"
-    conditioning = client.condition(torch.zeros(1, 2, 4), torch.zeros(1, 4), 3.5)
-    assert "prompt_embeds (1, 2, 4) float32 on cpu" in repr(conditioning)
+    kept = client.keep(torch.zeros(1, 2, 4))
+    assert repr(kept) == f"<KeptTensor {kept.kept_id} (1, 2, 4) float32 on cpu>"
+    assert repr(RowsOf([(kept, 2)])) == f"<RowsOf {kept!r} x 2>"
     client.close()
     assert repr(client) == f"<Client of {folder}, closed>"
     assert repr(loan).endswith("ended>")

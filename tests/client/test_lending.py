@@ -349,8 +349,8 @@ def test_a_kind_that_cannot_be_guessed_is_asked_for(names: list[str]) -> None:
     ("names", "says"),
     [
         (["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], "a LoRA in kohya's names"),
-        (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "Stable Diffusion XL is not supported"),
-        (["head.modulation"], "Wan is not supported"),
+        (["input_blocks.0.0.weight", "label_emb.0.0.weight"], "Stable Diffusion XL cannot be run"),
+        (["head.modulation"], "Wan cannot be run"),
     ],
 )
 def test_what_has_no_kind_here_is_named_where_it_is_known(

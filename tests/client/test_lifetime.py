@@ -14,6 +14,8 @@ from xditd.ipc.errors import Closed  # noqa: E402
 from xditd.ipc.replies import Generated  # noqa: E402
 from xditd.ipc.requests import Cancel, Generate, Goodbye  # noqa: E402
 
+TEXT = {"prompt_embeds": torch.zeros(1, 2, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
+
 
 def weights():
     return {"double_blocks.0.img_mlp.0.weight": torch.ones(3, 4)}
@@ -71,7 +73,7 @@ def test_a_closed_client_says_nothing(daemon, folder):
 
 def test_a_job_under_way_keeps_its_client(daemon, folder, wait_until):
     daemon.answers[Generate] = lambda request: []
-    job = Client(folder).generate("c1", torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=1)
+    job = Client(folder).generate("c1", TEXT, height=32, width=32, steps=1)
     gc.collect()
     request = daemon.wait_for(Generate)
     daemon.send(Generated(request_id=request.request_id, timings_ms={}))
@@ -82,7 +84,7 @@ def test_a_job_under_way_keeps_its_client(daemon, folder, wait_until):
 
 def test_a_forgotten_client_and_its_job_are_both_ended(daemon, folder, wait_until):
     daemon.answers[Generate] = lambda request: []
-    job = Client(folder).generate("c1", torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32, steps=1)
+    job = Client(folder).generate("c1", TEXT, height=32, width=32, steps=1)
     daemon.wait_for(Generate)
     with pytest.warns(ResourceWarning):
         del job

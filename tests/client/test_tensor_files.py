@@ -8,9 +8,8 @@ torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from xditd.client import tensor_files  # noqa: E402
-from xditd.client.conditioning import conditioning_widths, random_conditioning, read_conditioning  # noqa: E402
 from xditd.client.tensor_files import read_stored, read_tensors, write_tensors  # noqa: E402
-from xditd.ipc.errors import BadCheckpoint, BadRequest, StaleSource, Unsupported  # noqa: E402
+from xditd.ipc.errors import BadCheckpoint, BadRequest, StaleSource  # noqa: E402
 
 TENSORS = {
     "a": torch.randn(2, 3),
@@ -72,43 +71,3 @@ def test_a_truncated_file_is_refused(tmp_path):
     (tmp_path / "t.safetensors").write_bytes(whole[:-3])
     with pytest.raises(BadCheckpoint, match="truncated"):
         read_tensors(tmp_path / "t.safetensors")
-
-
-def test_conditioning_gets_its_batch_axis(tmp_path):
-    write_tensors(
-        tmp_path / "e.safetensors", {"prompt_embeds": torch.zeros(5, 8), "pooled_prompt_embeds": torch.zeros(4)}
-    )
-    embeds, pooled = read_conditioning(tmp_path / "e.safetensors")
-    assert embeds.shape == (1, 5, 8)
-    assert pooled.shape == (1, 4)
-
-
-def test_conditioning_that_is_incomplete_is_named(tmp_path):
-    write_tensors(tmp_path / "e.safetensors", {"prompt_embeds": torch.zeros(5, 8)})
-    with pytest.raises(BadRequest, match="lacks pooled_prompt_embeds; it holds prompt_embeds"):
-        read_conditioning(tmp_path / "e.safetensors")
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_random_conditioning_fits_the_checkpoint_and_its_seed(tmp_path, prefix):
-    path = tmp_path / "t.safetensors"
-    write_tensors(
-        path, {f"{prefix}txt_in.weight": torch.zeros(4, 24), f"{prefix}vector_in.in_layer.weight": torch.zeros(4, 12)}
-    )
-    assert conditioning_widths(path) == (24, 12)
-    embeds, pooled = random_conditioning(path, 3, 7)
-    again, _ = random_conditioning(path, 3, 7)
-    assert (tuple(embeds.shape), tuple(pooled.shape)) == ((1, 7, 24), (1, 12))
-    assert torch.equal(embeds, again)
-
-
-def test_widths_that_cannot_be_told_are_named(tmp_path):
-    write_tensors(tmp_path / "v.safetensors", {"decoder.conv_in.weight": torch.zeros(4, 4)})
-    with pytest.raises(BadRequest, match=r"v\.safetensors: no FLUX\.1 transformer .*0 tensors are txt_in\.weight"):
-        conditioning_widths(tmp_path / "v.safetensors")
-
-
-def test_what_has_no_widths_is_named_where_it_is_known(tmp_path):
-    write_tensors(tmp_path / "l.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.zeros(1)})
-    with pytest.raises(Unsupported, match=r"l\.safetensors: a LoRA in kohya's names is no model: merge it"):
-        conditioning_widths(tmp_path / "l.safetensors")

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
 
 from xditd.daemon.paces import FACTOR, SLOWEST_BYTES_PER_S, Paces, kind_of
+from xditd.ipc.arguments import InIo, Kept
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Decode, Generate
+from xditd.ipc.requests import Call, Decode, Generate, Part, Sampling
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, Unmap
 
@@ -15,17 +17,20 @@ HANG_S, STEP_S, LEND_S = 300.0, 10.0, 60.0
 EXPORTER = ProcessIdentity(pid=1, start_ticks=0)
 BLOCK = HostShmBlock(fd=3, inode=1, size_bytes=2**40, fingerprint=Fingerprint(length_bytes=0, digest=bytes(16)))
 TENSOR = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
+TEXT = InIo(offset_bytes=0, dtype="float32", shape=(1, 4))
 GENERATE = Generate(
     request_id="1",
-    transformer_id="t",
+    components={"transformer": "t"},
     io=BLOCK,
-    prompt_embeds=TENSOR,
-    pooled_prompt_embeds=TENSOR,
-    height=64,
-    width=64,
-    steps=4,
+    conditioning={"prompt_embeds": TEXT},
+    sampling=Sampling(height=64, width=64, steps=4),
     out_latents=TENSOR,
 )
+
+
+def sampled(**changes: Any) -> Generate:
+    """The same generation, sampled in another way."""
+    return msgspec.structs.replace(GENERATE, sampling=msgspec.structs.replace(GENERATE.sampling, **changes))
 
 
 class Clock:
@@ -48,9 +53,9 @@ def run(subject: Paces, clock: Clock) -> Callable[..., list[float]]:
 
     def run(first_s: float, step_s: float, end_s: float, job: Generate = GENERATE) -> list[float]:
         found = [subject.begin(Run(op_number=1, job=job, exporter=EXPORTER))]
-        for step in range(1, job.steps + 1):
+        for step in range(1, job.sampling.steps + 1):
             clock.now_s += first_s if step == 1 else step_s
-            found.append(subject.step(step, job.steps))
+            found.append(subject.step(step, job.sampling.steps))
         clock.now_s += end_s
         subject.end()
         return found
@@ -70,29 +75,42 @@ def test_later_jobs_are_measured_against_earlier_ones(run: Callable[..., list[fl
 def test_short_steps_get_the_least_and_long_ones_the_most(run: Callable[..., list[float]]) -> None:
     run(0.01, 0.01, 0.01)
     assert run(0.01, 0.01, 0.01) == [STEP_S] * 5
-    other = msgspec.structs.replace(GENERATE, height=128)
+    other = sampled(height=128)
     run(60.0, 60.0, 60.0, other)
     assert run(60.0, 60.0, 60.0, other) == [HANG_S] * 5
 
 
 def test_another_shape_or_group_starts_without_experience(subject: Paces, run: Callable[..., list[float]]) -> None:
     run(0.01, 0.01, 0.01)
-    assert run(1.0, 1.0, 1.0, msgspec.structs.replace(GENERATE, width=128))[0] == HANG_S
+    assert run(1.0, 1.0, 1.0, sampled(width=128))[0] == HANG_S
     subject.forget()
     assert run(1.0, 1.0, 1.0)[0] == HANG_S
 
 
 def test_steps_that_a_cache_spares_do_not_hurry_those_that_are_computed(run: Callable[..., list[float]]) -> None:
-    cached = msgspec.structs.replace(GENERATE, step_cache_threshold=0.1)
+    cached = sampled(step_cache_threshold=0.1)
     run(3.0, 0.01, 1.0, cached)
     assert run(3.0, 0.01, 1.0, cached)[1:4] == [FACTOR * 3.0] * 3
     assert run(1.0, 1.0, 1.0)[0] == HANG_S  # steps without a cache are another kind
 
 
 def test_kind_does_not_depend_on_what_costs_nothing() -> None:
-    same = msgspec.structs.replace(GENERATE, request_id="2", seed=3, steps=50, guidance_scale=1.0)
+    same = msgspec.structs.replace(sampled(seed=3, steps=50, guidance_scale=1.0), request_id="2")
     assert kind_of(same) == kind_of(GENERATE)
-    assert kind_of(msgspec.structs.replace(GENERATE, transformer_id="u")) != kind_of(GENERATE)
+    kept = {"prompt_embeds": Kept(kept_id="k1", dtype="float32", shape=(1, 4))}
+    assert kind_of(msgspec.structs.replace(GENERATE, conditioning=kept)) == kind_of(GENERATE)
+    longer = {"prompt_embeds": msgspec.structs.replace(TEXT, shape=(2, 4))}
+    assert kind_of(msgspec.structs.replace(GENERATE, conditioning=longer)) != kind_of(GENERATE)
+    assert kind_of(msgspec.structs.replace(GENERATE, components={"transformer": "u"})) != kind_of(GENERATE)
+
+
+def test_calls_of_other_shapes_are_of_another_kind() -> None:
+    def call(*shapes: tuple[int, ...]) -> Call:
+        parts = tuple(Part(arguments={"x": msgspec.structs.replace(TEXT, shape=shape)}) for shape in shapes)
+        return Call(request_id="1", component_id="t", io=BLOCK, parts=parts, out_offset_bytes=0, out_size_bytes=0)
+
+    assert kind_of(call((1, 4))) == kind_of(call((1, 4)))
+    assert len({kind_of(call((1, 4))), kind_of(call((2, 4))), kind_of(call((1, 4), (1, 4)))}) == 3
 
 
 def test_job_without_steps_is_one_phase(subject: Paces, clock: Clock) -> None:

@@ -18,6 +18,7 @@ from process_tree import count_fds, descendants, is_running, memfds, parent_of
 
 from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
 from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Prompt
 from xditd.ipc.status import GroupState
 
 DEADLINE_S = 120.0
@@ -32,6 +33,16 @@ class Inputs:
     pooled_prompt_embeds: torch.Tensor
     noise: torch.Tensor
     pixels: int
+
+    @property
+    def conditioning(self) -> dict[str, torch.Tensor]:
+        """As ``generate`` takes it."""
+        return {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
+
+    @property
+    def prompt(self) -> Prompt:
+        """As the demo's calls take it, sent along."""
+        return Prompt(self.prompt_embeds, self.pooled_prompt_embeds)
 
 
 class RunningDaemon:
@@ -182,8 +193,7 @@ def run() -> Callable[..., torch.Tensor]:
     def generate(client: Client, loan: Loan, inputs: Inputs, steps: int = 4, **more: object) -> torch.Tensor:
         job = client.generate(
             loan,
-            inputs.prompt_embeds,
-            inputs.pooled_prompt_embeds,
+            inputs.conditioning,
             noise=inputs.noise,
             height=inputs.pixels,
             width=inputs.pixels,

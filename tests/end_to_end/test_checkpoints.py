@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
 

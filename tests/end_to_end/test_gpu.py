@@ -15,6 +15,7 @@ import torch
 from xditd.client import ForeignGpu, LeaseLost, NotFinite, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 pytestmark = pytest.mark.gpu
 
@@ -115,7 +116,7 @@ def test_a_weight_that_is_not_finite_is_named(client, state, make_inputs, run):
         with pytest.raises(NotFinite, match=r"\(weights\): latents after step 1 of 4"):
             run(client, loan, inputs)
         with pytest.raises(NotFinite, match=r"\(weights\): prediction at sigma 0\.5"):
-            client.denoise(loan, inputs.noise, 0.5, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
+            Flux1Calls(client, loan).predict(inputs.noise, 0.5, inputs.prompt)
         bias[5] = kept
         torch.cuda.synchronize()
         assert torch.equal(run(client, loan, inputs), before)
@@ -224,9 +225,7 @@ def test_a_killed_workers_memory_comes_back_and_its_loan_is_mapped_again(
         expected = run(client, loan, inputs)
         free = free_bytes()
         (worker,) = client.status().workers
-        job = client.generate(
-            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=512, width=512, steps=1000, seed=1
-        )
+        job = client.generate(loan, inputs.conditioning, height=512, width=512, steps=1000, seed=1)
         events = iter(job)  # kept: dropping an iterator cancels its job
         next(events)
         os.kill(worker.pid, signal.SIGKILL)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from xditd.client import BadRequest
+from xditd.client import BadRequest, Unsupported
 from xditd.client.arenas import Arena
+from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 BAR = 1e-6
 ODD = [(15, 128), (301, 128), (16, 112), (15, 112), (301, 112)]
@@ -51,9 +54,7 @@ def test_a_step_cache_spares_steps_on_both_ranks_and_repeats_bit_by_bit(
 
     def cached(threshold):
         given = {"height": 128, "width": 128, "steps": len(sigmas), "sigmas": sigmas, "noise": inputs.noise}
-        job = client.generate(
-            transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given, step_cache=threshold
-        )
+        job = client.generate(transformer, inputs.conditioning, **given, step_cache=threshold)
         return job.result()
 
     off, unlike, alike, again = (cached(threshold) for threshold in (0.0, 1e-9, 0.1, 0.1))
@@ -73,20 +74,16 @@ def test_guidance_reaches_the_model(client, transformer, make_inputs, run, diffu
 def test_a_seed_stands_for_diffusers_noise(client, transformer, make_inputs, run):
     inputs = make_inputs()
     inputs.noise = torch.randn(1, 16, 16, 16, generator=torch.Generator("cpu").manual_seed(7))
-    seeded = client.generate(
-        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=4, seed=7
-    ).result()
+    seeded = client.generate(transformer, inputs.conditioning, height=128, width=128, steps=4, seed=7).result()
     assert torch.equal(seeded.latents, run(client, transformer, inputs))
 
 
-def test_a_loop_of_denoise_is_generate(client, transformer, make_inputs, run, relative_error):
+def test_a_loop_of_calls_is_generate(client, transformer, make_inputs, run, relative_error):
     inputs = make_inputs()
     sigmas = [1.0, 0.7, 0.4, 0.1]
-    latents = inputs.noise
+    calls, latents = Flux1Calls(client, transformer), inputs.noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-        velocity = client.denoise(
-            transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5, sigmas=sigmas
-        )
+        velocity = calls.predict(latents, sigma, inputs.prompt, sigmas=sigmas)
         latents = latents + (following - sigma) * velocity
     assert relative_error(latents, run(client, transformer, inputs, sigmas=sigmas)) <= BAR
 
@@ -96,7 +93,7 @@ def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transfor
     # Steps enough that the first is far from the last one even if this process comes late to look at it.
     given = dict(noise=inputs.noise, height=inputs.pixels, width=inputs.pixels, steps=20)
     seen = []
-    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, previews=True, **given) as job:
+    with client.generate(transformer, inputs.conditioning, previews=True, **given) as job:
         for _ in job:
             seen.append(job.denoised())
         latents = job.result().latents
@@ -105,7 +102,7 @@ def test_a_job_shows_what_each_step_takes_the_clean_latents_for(client, transfor
     assert relative_error(seen[0], latents) > 1e-3
     with pytest.raises(BadRequest, match="has ended"):
         job.denoised()
-    with client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given) as plain:
+    with client.generate(transformer, inputs.conditioning, **given) as plain:
         with pytest.raises(BadRequest, match="previews=True"):
             plain.denoised()
         assert torch.equal(plain.result().latents, latents)
@@ -140,9 +137,7 @@ def test_both_ranks_decode_a_large_image(client, relative_error):
 
 def test_the_image_of_generate_is_its_latents_decoded(client, transformer, vae, make_inputs, relative_error):
     inputs = make_inputs()
-    result = client.generate(
-        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, vae=vae, height=128, width=128, steps=2, seed=1
-    ).result()
+    result = client.generate(transformer, inputs.conditioning, vae=vae, height=128, width=128, steps=2, seed=1).result()
     assert result.image is not None
     assert relative_error(result.image, client.decode(vae, result.latents)) <= BAR
 
@@ -177,6 +172,37 @@ def test_a_second_checkpoint_reuses_the_skeleton(client, files, make_inputs, run
     for loan, path in [(second, files.tuned), (first, files.transformer), (second, files.tuned)]:
         assert relative_error(run(client, loan, inputs), diffusers_run(inputs, path)) <= BAR
     assert relative_error(diffusers_run(inputs, files.tuned), diffusers_run(inputs)) > 0.1
+
+
+def test_models_of_other_heads_take_turns_in_the_same_group(
+    daemon, client, transformer, files, tmp_path, make_inputs, run, diffusers_run, relative_error
+):
+    inputs, pids = make_inputs(), [worker.pid for worker in client.status().workers]
+    models = {2: (files.transformer, transformer)}
+    for heads in (3, 1):
+        path = tmp_path / f"{heads}_heads.safetensors"
+        save_file(checkpoints.flux1_state_dict(heads, heads=heads, double_blocks=1, single_blocks=1), path)
+        models[heads] = (path, client.lend(path))
+    for heads in (3, 2, 1, 2, 3):
+        path, loan = models[heads]
+        assert relative_error(run(client, loan, inputs), diffusers_run(inputs, path)) <= BAR, heads
+    assert [worker.pid for worker in client.status().workers] == pids
+    for heads, layout in ((1, "ring=2"), (2, "ulysses=2"), (3, "ring=2")):
+        line = f"component_id={models[heads][1].component_id} family=flux1 heads={heads} layout={layout}"
+        assert daemon.log_text().count(line) == 1  # of two ranks, one says it
+
+
+@pytest.mark.slow
+def test_a_ring_that_the_attention_asked_for_cannot_do_is_refused_at_the_lend(start_daemon, make_inputs, run):
+    daemon = start_daemon(2, flags=["--attention-backend", "SDPA_MATH"])
+    daemon.wait_ready()
+    even, odd = (checkpoints.flux1_state_dict(1, heads=heads, double_blocks=1, single_blocks=1) for heads in (2, 3))
+    with daemon.connect() as client:
+        workers = client.status().workers
+        with pytest.raises(Unsupported, match=r"3 attention heads need the layout ring=2, .*'SDPA_MATH'.* use SDPA;"):
+            client.lend(odd)
+        run(client, client.lend(even), make_inputs(), steps=1)
+        assert [worker.pid for worker in client.status().workers] == [worker.pid for worker in workers]
 
 
 def test_lending_the_same_again_does_nothing(client, transformer, files):

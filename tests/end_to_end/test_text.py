@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import text_checkpoints
 import torch
 
 from xditd.client import BadRequest, Client
 from xditd.client.arenas import Arena
-from xditd.client.demo import text_checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls, Prompt
 
 BAR = 1e-6
 CLIP_END = text_checkpoints.CLIP_VOCABULARY - 1
@@ -122,11 +123,7 @@ def test_what_an_encoder_cannot_read_is_refused_and_the_next_text_is_right(clien
         (transformer.component_id, [[1]], False, "transformer where a text_encoder is needed"),
     ]:
         with pytest.raises(BadRequest, match=says):
-            client.encode_text(encoder, ids, pooled=pooled, width=128)
-    with pytest.raises(
-        BadRequest, match=r"out: the place for it is \[1, 1, 64\], but the result will be \[1, 1, 128\]"
-    ):
-        client.encode_text(t5, [[1]], width=64)
+            client.encode_text(encoder, ids, pooled=pooled)
     assert torch.equal(client.encode_text(t5, [[1, 2, 3]]).hidden_states, good)
 
 
@@ -134,53 +131,54 @@ Forward = Callable[..., torch.Tensor]
 
 
 @pytest.fixture
-def forward(client: Client, transformer) -> Forward:
+def calls(client: Client, transformer) -> Flux1Calls:
+    return Flux1Calls(client, transformer)
+
+
+@pytest.fixture
+def forward(calls: Flux1Calls) -> Forward:
     """One image, tensors sent along: what everything else is compared with."""
 
     def run(latents, inputs, sigma=0.6, guidance=3.5):
-        return client.denoise(transformer, latents, sigma, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance)
+        return calls.predict(latents, sigma, Prompt(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance))
 
     return run
 
 
-def test_kept_conditioning_has_the_bits_of_tensors_sent_along(client, transformer, make_inputs, forward):
+def test_kept_conditioning_has_the_bits_of_tensors_sent_along(calls, make_inputs, forward):
     inputs = make_inputs(tokens=33)
-    conditioning = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
+    kept = calls.keep(inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     for sigma in (0.9, 0.6, 0.3):
-        assert torch.equal(
-            client.denoise(transformer, inputs.noise, sigma, conditioning), forward(inputs.noise, inputs, sigma)
-        )
+        assert torch.equal(calls.predict(inputs.noise, sigma, kept), forward(inputs.noise, inputs, sigma))
 
 
-def test_conditional_and_unconditional_in_one_request(client, transformer, make_inputs, forward, relative_error):
+def test_conditional_and_unconditional_in_one_request(calls, make_inputs, forward, relative_error):
     positive, negative, longer = make_inputs(33, seed=1), make_inputs(33, seed=2), make_inputs(301, seed=3)
     wanted = [(positive, 3.5), (negative, 1.0), (longer, 2.0)]
-    made = [
-        client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance) for inputs, guidance in wanted
-    ]
+    made = [calls.keep(inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance) for inputs, guidance in wanted]
     alone = [forward(inputs.noise, inputs, 0.6, guidance) for inputs, guidance in wanted]
     for chosen in ([0, 1], [0, 2], [2, 0], [1, 2, 0, 1]):
         latents = torch.cat([wanted[i][0].noise for i in chosen])
-        together = client.denoise(transformer, latents, 0.6, [made[i] for i in chosen])
+        together = calls.predict(latents, 0.6, [made[i] for i in chosen])
         for i, ours in zip(chosen, together.split(1), strict=True):
             assert relative_error(ours, alone[i]) <= BAR
     # One row serves every image of its share.
-    doubled = client.denoise(transformer, positive.noise.repeat(4, 1, 1, 1), 0.6, made[:2])
+    doubled = calls.predict(positive.noise.repeat(4, 1, 1, 1), 0.6, made[:2])
     for row, (inputs, guidance) in enumerate([(positive, 3.5), (positive, 3.5), (negative, 1.0), (negative, 1.0)]):
         assert relative_error(doubled[row : row + 1], forward(positive.noise, inputs, 0.6, guidance)) <= BAR
 
 
-def test_conditioning_that_was_pushed_out_is_sent_again(daemon, client, transformer, make_inputs):
+def test_conditioning_that_was_pushed_out_is_sent_again(daemon, calls, make_inputs):
     from xditd.ipc import limits
 
     inputs = make_inputs()
-    first = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
-    before = client.denoise(transformer, inputs.noise, 0.5, first)
-    for number in range(limits.MAX_KEPT_CONDITIONINGS):
-        other = client.condition(inputs.prompt_embeds * (1 + number / 100), inputs.pooled_prompt_embeds, 3.5)
-        client.denoise(transformer, inputs.noise[..., :4, :4], 0.5, other)
+    first = calls.keep(inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+    before = calls.predict(inputs.noise, 0.5, first)
+    for number in range(limits.MAX_KEPT_TENSORS // 2):  # each is two
+        other = calls.keep(inputs.prompt_embeds * (1 + number / 100), inputs.pooled_prompt_embeds)
+        calls.predict(inputs.noise[..., :4, :4], 0.5, other)
     known = refusals(daemon)
-    assert torch.equal(client.denoise(transformer, inputs.noise, 0.5, first), before)
+    assert torch.equal(calls.predict(inputs.noise, 0.5, first), before)
     assert refusals(daemon) > known
 
 
@@ -188,26 +186,28 @@ def test_what_is_kept_goes_with_the_client(daemon, files, make_inputs):
     inputs = make_inputs()
     with daemon.connect() as first:
         loan = first.lend(files.transformer)
-        conditioning = first.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
-        before = first.denoise(loan, inputs.noise, 0.5, conditioning)
+        calls = Flux1Calls(first, loan)
+        kept = calls.keep(inputs.prompt_embeds, inputs.pooled_prompt_embeds)
+        before = calls.predict(inputs.noise, 0.5, kept)
     with daemon.connect() as second:
         loan = second.lend(files.transformer)
         # As if the workers still knew its name, which they do not: it is this process's last client that has left.
-        conditioning.note_kept_by(second._current())
+        for tensor in (kept.prompt_embeds, kept.pooled_prompt_embeds):
+            tensor.note_kept_by(second._current())
         known = refusals(daemon)
-        assert torch.equal(second.denoise(loan, inputs.noise, 0.5, conditioning), before)
+        assert torch.equal(Flux1Calls(second, loan).predict(inputs.noise, 0.5, kept), before)
         assert refusals(daemon) > known
 
 
 def refusals(daemon) -> int:
     """How often a request named what the workers did not keep."""
-    return daemon.log_text().count("code=unknown_conditioning")
+    return daemon.log_text().count("code=unknown_kept")
 
 
-def test_conditioning_that_is_not_finite_is_refused_and_not_kept(client, transformer, make_inputs):
+def test_conditioning_that_is_not_finite_is_refused_and_not_kept(calls, make_inputs):
     inputs = make_inputs()
     inputs.prompt_embeds[0, 3, 7] = float("nan")
-    conditioning = client.condition(inputs.prompt_embeds, inputs.pooled_prompt_embeds, 3.5)
+    kept = calls.keep(inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     for _ in range(2):
-        with pytest.raises(BadRequest, match="prompt_embeds: some values are not finite"):
-            client.denoise(transformer, inputs.noise, 0.5, conditioning)
+        with pytest.raises(BadRequest, match=r"encoder_hidden_states.*: some values are not finite"):
+            calls.predict(inputs.noise, 0.5, kept)

@@ -15,6 +15,7 @@ import torch
 from xditd.client import Cancelled, DaemonUnreachable, ForeignGpu, LeaseLost, NotFinite, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 pytestmark = pytest.mark.multigpu
 
@@ -107,9 +108,7 @@ def long_job(client, loan, make_inputs) -> Callable[..., tuple[object, object]]:
 
     def start(by=client, component=loan):
         inputs = make_inputs(pixels=512)
-        job = by.generate(
-            component, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=512, width=512, steps=1000, seed=1
-        )
+        job = by.generate(component, inputs.conditioning, height=512, width=512, steps=1000, seed=1)
         events = iter(job)
         next(events)
         return job, events  # the iterator is kept: dropping it cancels its job
@@ -206,7 +205,7 @@ def test_a_weight_that_is_not_finite_is_named_by_both(client, arena, make_inputs
         with pytest.raises(NotFinite, match=r"\(weights\): latents after step 1 of 4"):
             run(client, loan, inputs)
         with pytest.raises(NotFinite, match=r"\(weights\): prediction at sigma 0\.5"):
-            client.denoise(loan, inputs.noise, 0.5, inputs.prompt_embeds, inputs.pooled_prompt_embeds, guidance=3.5)
+            Flux1Calls(client, loan).predict(inputs.noise, 0.5, inputs.prompt)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -24,12 +24,20 @@ from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFa
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Cancelled, Internal, StaleSource, XditdError
+from xditd.ipc.facts import (
+    ArgumentFacts,
+    ComponentFacts,
+    LatentFacts,
+    TextEncoderFacts,
+    TransformerFacts,
+    VaeFacts,
+)
 from xditd.ipc.planner import plan, report
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Generate
+from xditd.ipc.requests import Call, Generate
 from xditd.ipc.status import FusedCheck
-from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, FileDigest
-from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
+from xditd.ipc.worker_messages import CallResults, Prepare, RankTally, ReadCanary, Run
 
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
@@ -52,6 +60,36 @@ class Fault(enum.IntEnum):
     """Fused kernels were compared with plain modules, and refused."""
     DEAF = 905
     """Steps go on for ever, and no cancel is heard."""
+
+
+LATENTS = LatentFacts(channels=4, pixels=8)
+
+
+def facts_of(kind: ComponentKind) -> ComponentFacts:
+    """What these workers know of any component of a kind."""
+    of_kind: dict[ComponentKind, dict[str, object]] = {
+        ComponentKind.TRANSFORMER: {
+            "transformer": TransformerFacts(
+                heads=2,
+                ulysses=2,
+                ring=1,
+                arguments=(ArgumentFacts(name="result", shape=()),),
+                variants=("class",),
+                conditioning=(ArgumentFacts(name="prompt_embeds", shape=("batch", "tokens", 4)),),
+                latents=LATENTS,
+                guidance="none",
+                default_guidance_scale=0.0,
+                default_steps=3,
+            )
+        },
+        ComponentKind.VAE: {
+            "vae": VaeFacts(latents=LATENTS, image_channels=3, scaling=1.0, shift=0.0, has_encoder=True)
+        },
+        ComponentKind.TEXT_ENCODER: {"text_encoder": TextEncoderFacts(width=4, max_tokens=77, has_pooled=False)},
+    }
+    return ComponentFacts(
+        family="fake", class_name="Fake", kind=kind, dtype="float32", bytes_by_dtype={"float32": 64}, **of_kind[kind]
+    )
 
 
 def die_with_parent(parent: int) -> None:
@@ -107,7 +145,12 @@ class FakeExecutor:
             if not isinstance(block, CudaIpcBlock):
                 read(command.exporter, block.fd, 0, 1)
         copied = CopiedBytes(host_to_host=100)
-        return PreparedFacts("fake", copied, bool(self.plugs), {"map": 1.0 + self.facts.rank})
+        return PreparedFacts(
+            facts_of(manifest.kind or ComponentKind.TRANSFORMER),
+            copied,
+            bool(self.plugs),
+            {"map": 1.0 + self.facts.rank},
+        )
 
     def plug(self, component_id: str) -> dict[str, float]:
         self.plugged.add(component_id)
@@ -134,33 +177,37 @@ class FakeExecutor:
         job = command.job
         if not isinstance(job, Generate):
             time.sleep(self.options.step_s)
+            if isinstance(job, Call):
+                results = CallResults(trees=tuple(part.arguments.get("result") for part in job.parts))
+                return finished._replace(results=results if self.facts.rank == 0 else None)
             return finished
-        if job.seed == Fault.REFUSE:
+        seed, steps = job.sampling.seed, job.sampling.steps
+        if seed == Fault.REFUSE:
             raise BadRequest("the text embeddings hold NaN")
-        if job.seed == Fault.FATAL and self.facts.rank == 0:
+        if seed == Fault.FATAL and self.facts.rank == 0:
             raise Internal("a collective was left early")
-        if job.seed == Fault.CRASH and self.is_last:
+        if seed == Fault.CRASH and self.is_last:
             os.kill(os.getpid(), signal.SIGKILL)
-        while job.seed == Fault.HANG:
+        while seed == Fault.HANG:
             time.sleep(60)
-        is_exact = job.seed != Fault.INEXACT
+        is_exact = seed != Fault.INEXACT
         self.checks.append(
             FusedCheck(
                 kernels="fake blocks",
-                case=f"1 text + {job.width} image",
+                case=f"1 text + {job.sampling.width} image",
                 error=0.001 if is_exact else None,
                 tolerance=0.02,
                 is_used=is_exact,
             )
         )
         step = 0
-        while step < job.steps:
-            is_deaf = job.seed == Fault.DEAF
+        while step < steps:
+            is_deaf = seed == Fault.DEAF
             if contact.is_cancelled(self.options.step_s) and not is_deaf:
                 raise Cancelled("stopped between two steps")
             step += not is_deaf
             if self.facts.rank == 0:
-                contact.tell(step, job.steps, 0.1)
+                contact.tell(step, steps, 0.1)
         return finished
 
     def tally(self) -> RankTally:

@@ -7,7 +7,7 @@ import pytest
 from xditd.ipc import limits
 from xditd.ipc.degrees import Degrees, parse_layout
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.planner import Workload, _splits, plan
+from xditd.ipc.planner import Workload, _splits, for_heads, plan
 
 TABLE = [
     # workers, asked, chosen
@@ -62,15 +62,62 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
         (4, "ulysses=3", Workload(), "layout ulysses=3 with 4 workers: these degrees make 3; use --workers 3"),
         (4, "ulysses=2,ring=1", Workload(), "these degrees make 2; use --workers 2, or degrees that make 4"),
         (6, "cfg=3", Workload(), "cfg=3: rows come with a prompt or with a negative one; use cfg=2"),
-        (4, "ulysses=4", Workload(heads=6), "ulysses=4 does not divide the 6 attention heads of flux1; use ulysses=2"),
-        (16, "ulysses=16", Workload(), "ulysses=16 does not divide the 24 attention heads of flux1; use ulysses=8"),
-        (8, "auto", Workload(height=32, width=32), "512 text and 4 image tokens are too few to split over 8 workers"),
+        (8, "auto", Workload(image_tokens=4), "512 text and 4 image tokens are too few to split over 8 workers"),
         (8, "ring=4", Workload(text_tokens=7), "7 text and 4096 image tokens are too few .* use at most 7"),
     ],
 )
 def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workload: Workload, words: str) -> None:
     with pytest.raises(Unsupported, match=words):
         plan(workers, parse_layout(asked), workload)
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "workload", "reason"),
+    [
+        (
+            4,
+            "ulysses=4",
+            Workload(heads=6),
+            "ulysses=4 as asked; ulysses=4 does not divide the 6 attention heads of flux1, "
+            "which runs with ulysses=2,ring=2 instead",
+        ),
+        (
+            5,
+            "ulysses=5",
+            Workload(),
+            "ulysses=5 as asked; ulysses=5 does not divide the 24 attention heads of flux1, "
+            "which runs with ring=5 instead",
+        ),
+    ],
+)
+def test_degrees_that_do_not_divide_the_heads_are_a_preference(
+    workers: int, asked: str, workload: Workload, reason: str
+) -> None:
+    planned = plan(workers, parse_layout(asked), workload)
+    assert planned.degrees == Degrees(**parse_layout(asked))
+    assert planned.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("preferred", "heads", "degrees"),
+    [
+        (Degrees(ulysses=4), 24, Degrees(ulysses=4)),
+        (Degrees(ulysses=4), 30, Degrees(ulysses=2, ring=2)),
+        (Degrees(ulysses=4), 38, Degrees(ulysses=2, ring=2)),
+        (Degrees(ulysses=4), 40, Degrees(ulysses=4)),
+        (Degrees(ulysses=4), 1, Degrees(ring=4)),
+        (Degrees(ulysses=8), 30, Degrees(ulysses=2, ring=4)),
+        (Degrees(ulysses=6), 40, Degrees(ulysses=2, ring=3)),
+        (Degrees(ulysses=5), 40, Degrees(ulysses=5)),
+        (Degrees(ulysses=2, ring=2), 24, Degrees(ulysses=2, ring=2)),
+        (Degrees(ulysses=2, ring=2), 3, Degrees(ring=4)),
+        (Degrees(ulysses=2, cfg=2), 3, Degrees(ring=2, cfg=2)),
+        (Degrees(ulysses=2, ring=3), 3, Degrees(ulysses=3, ring=2)),
+    ],
+)
+def test_a_model_gets_the_degrees_that_its_heads_allow(preferred: Degrees, heads: int, degrees: Degrees) -> None:
+    assert for_heads(preferred, heads) == degrees
+    assert degrees.world_size == preferred.world_size
 
 
 def test_the_most_candidates_fit_a_message() -> None:
@@ -80,7 +127,9 @@ def test_the_most_candidates_fit_a_message() -> None:
 
 def test_reasons_name_what_decides() -> None:
     reasons = {str(candidate.degrees): candidate.why_not for candidate in plan(16).candidates}
-    assert "does not divide the 24 attention heads" in reasons["ulysses=16"]
+    assert reasons["ulysses=16"] == (
+        "ulysses=16 does not divide the 24 attention heads of flux1, which runs with ulysses=8,ring=2 instead"
+    )
     assert "the more Ulysses, the better" in reasons["ulysses=4,ring=4"]
     assert "has to be asked for" in reasons["ulysses=8,cfg=2"]
     asked = {str(candidate.degrees): candidate.why_not for candidate in plan(4, {"ring": 2}).candidates}

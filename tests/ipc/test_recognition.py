@@ -8,7 +8,7 @@ import pytest
 
 from xditd.ipc.errors import Unsupported, UnsupportedDtype
 from xditd.ipc.known_models import MODELS
-from xditd.ipc.recognition import unsupported_error
+from xditd.ipc.recognition import form_error, one_of, unsupported_error
 
 MESSAGE_CHARS = 1_000
 
@@ -34,6 +34,7 @@ T5 = tensors("shared.weight", *(f"encoder.block.{number}.layer.0.SelfAttention.q
 CLIP = tensors("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight")
 VAE = {**tensors("decoder.mid.block_1.conv1.weight"), "decoder.conv_in.weight": Tensor(shape=(512, 16, 3, 3))}
 UNET = tensors("input_blocks.0.0.weight", "output_blocks.0.0.weight", "middle_block.0.weight")
+CAN_RUN = ("one model (a.safetensors)", "another", "a third")
 TO_KEYS = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
@@ -45,14 +46,14 @@ def prefixed(prefix: str, found: Tensors) -> Tensors:
     "prefix", ["", "module.", "model.diffusion_model.", "text_encoders.clip_l.transformer.", "vae."]
 )
 @pytest.mark.parametrize("found", [FLUX, T5, CLIP, VAE], ids=["flux", "t5", "clip", "vae"])
-def test_what_can_be_lent_is_not_refused(found: Tensors, prefix: str) -> None:
+def test_what_has_no_fault_of_form_is_not_refused(found: Tensors, prefix: str) -> None:
     extras = {
         f"{prefix}scaled_fp8": Tensor("float8_e4m3fn", (2,)),
         f"{prefix}spiece_model": Tensor("uint8", (9,)),
         f"{prefix}embeddings.position_ids": Tensor("int64", (1, 77)),
     }
-    assert unsupported_error(prefixed(prefix, found)) is None
-    assert unsupported_error({**prefixed(prefix, found), **extras}) is None
+    assert form_error(prefixed(prefix, found)) is None
+    assert form_error({**prefixed(prefix, found), **extras}) is None
 
 
 MODEL_CASES: list[tuple[str, Tensors]] = [
@@ -80,9 +81,10 @@ MODEL_CASES: list[tuple[str, Tensors]] = [
 @pytest.mark.parametrize(("name", "found"), MODEL_CASES, ids=[name for name, _ in MODEL_CASES])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module."])
 def test_other_models_are_named(name: str, found: Tensors, prefix: str) -> None:
-    error = unsupported_error(prefixed(prefix, found))
+    error = unsupported_error(prefixed(prefix, found), CAN_RUN)
     assert isinstance(error, Unsupported)
-    assert error.detail.startswith(f"{name} is not supported: lend ")
+    assert error.detail.startswith(f"{name} cannot be run: lend one model (a.safetensors), another or a third; ")
+    assert form_error(prefixed(prefix, found), CAN_RUN) is None
     assert f"{len(found)} of {len(found)} tensors" in error.detail
     assert len(error.names) == len(found)
     assert len(error.detail) < MESSAGE_CHARS
@@ -109,7 +111,7 @@ BLOCK = "double_blocks.0.img_attn.qkv"
     ],
 )
 def test_packed_weights_are_named_with_their_model_and_counted(kind: str, found: Tensors) -> None:
-    error = unsupported_error(prefixed("model.diffusion_model.", found))
+    error = form_error(prefixed("model.diffusion_model.", found))
     assert isinstance(error, UnsupportedDtype)
     assert error.detail.startswith(f"FLUX.1 with {kind} weights cannot be run: lend its bfloat16")
     assert len(error.detail) < MESSAGE_CHARS
@@ -118,10 +120,14 @@ def test_packed_weights_are_named_with_their_model_and_counted(kind: str, found:
 
 
 def test_packed_weights_of_another_model_are_named_as_both() -> None:
-    error = unsupported_error(tensors("head.modulation", "blocks.0.self_attn.q.weight", dtype="float8_e4m3fn"))
+    wan = tensors("head.modulation", "blocks.0.self_attn.q.weight", dtype="float8_e4m3fn")
+    error = unsupported_error(wan, CAN_RUN)
     assert isinstance(error, Unsupported)
-    assert error.detail.startswith("Wan with fp8 (float8_e4m3fn) weights is not supported: lend FLUX.1")
-    encoder = unsupported_error({name: Tensor("float8_e4m3fn") for name in T5})
+    assert error.detail.startswith("Wan with fp8 (float8_e4m3fn) weights cannot be run: lend one model (a.safetensors)")
+    unnamed = unsupported_error(tensors("a.weight", dtype="float8_e4m3fn"), CAN_RUN)
+    assert isinstance(unnamed, UnsupportedDtype)
+    assert unnamed.detail.startswith("a checkpoint with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16")
+    encoder = form_error({name: Tensor("float8_e4m3fn") for name in T5})
     assert isinstance(encoder, UnsupportedDtype)
     assert encoder.detail.startswith("T5 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16, float16")
 
@@ -142,8 +148,9 @@ def test_packed_weights_of_another_model_are_named_as_both() -> None:
     ],
 )  # fmt: skip
 def test_adapters_are_named(whose: str, found: Tensors) -> None:
-    error = unsupported_error(found)
+    error = form_error(found)
     assert isinstance(error, Unsupported)
+    assert str(unsupported_error(found)) == str(error)
     assert error.detail.startswith(f"a LoRA in {whose} names is no model: merge it into its model")
     assert len(error.detail) < MESSAGE_CHARS
 
@@ -151,7 +158,7 @@ def test_adapters_are_named(whose: str, found: Tensors) -> None:
 def test_all_in_one_checkpoints_are_named_by_model_and_parts() -> None:
     flux = prefixed("model.diffusion_model.", FLUX) | prefixed("vae.", VAE)
     flux |= prefixed("text_encoders.clip_l.transformer.", CLIP) | prefixed("text_encoders.t5xxl.transformer.", T5)
-    error = unsupported_error(flux)
+    error = form_error(flux)
     assert isinstance(error, Unsupported)
     assert error.detail.startswith(
         "an all-in-one checkpoint of FLUX.1 cannot be lent as a whole: lend one part at a time"
@@ -160,23 +167,24 @@ def test_all_in_one_checkpoints_are_named_by_model_and_parts() -> None:
         f"transformer or UNet ({len(FLUX)} tensors)", f"VAE ({len(VAE)} tensors)",
         f"CLIP-L ({len(CLIP)} tensors)", f"T5 ({len(T5)} tensors)",
     }  # fmt: skip
-    fp8 = unsupported_error(flux | prefixed("model.diffusion_model.", FP8))
+    fp8 = form_error(flux | prefixed("model.diffusion_model.", FP8))
     assert fp8 is not None
     assert "of FLUX.1 with fp8 (float8_e4m3fn) weights" in fp8.detail
     sdxl = prefixed("model.diffusion_model.", UNET | tensors("label_emb.0.0.weight"))
     sdxl |= prefixed("first_stage_model.", VAE) | prefixed("conditioner.embedders.0.transformer.", CLIP)
-    error = unsupported_error(sdxl)
+    error = form_error(sdxl, CAN_RUN)
     assert error is not None
     assert error.detail.startswith(
-        "an all-in-one checkpoint of Stable Diffusion XL cannot be lent as a whole: lend FLUX.1"
+        "an all-in-one checkpoint of Stable Diffusion XL cannot be lent as a whole: lend one part at a time, from a "
+        "file or a state dict that holds nothing else (one model (a.safetensors), another or a third); it holds "
     )
     for found in (flux, sdxl):
-        assert len(str(unsupported_error(found))) < MESSAGE_CHARS
+        assert len(str(form_error(found, CAN_RUN))) < MESSAGE_CHARS
 
 
 def test_two_text_encoders_in_one_file_are_two_parts() -> None:
     pair = prefixed("text_encoders.clip_l.transformer.", CLIP) | prefixed("text_encoders.t5xxl.transformer.", T5)
-    error = unsupported_error(pair)
+    error = form_error(pair)
     assert error is not None
     assert "CLIP-L (2 tensors), T5 (25 tensors)" in error.detail
 
@@ -194,8 +202,8 @@ def test_every_mark_can_be_reached() -> None:
             name, dimension, size = model.side
             found[name] = Tensor(shape=(1,) * dimension + (size, 3))
         error = unsupported_error(found)
-        assert (error is None) == (model.remedy is None), model
-        assert error is None or error.detail.startswith(model.name), model
+        assert error is not None, model
+        assert error.detail.startswith(f"{model.name} cannot be run: use a whole checkpoint of a model"), model
 
 
 def test_every_model_that_diffusers_tells_by_one_name_is_named() -> None:
@@ -204,8 +212,15 @@ def test_every_model_that_diffusers_tells_by_one_name_is_named() -> None:
     for kind, keys in utils.CHECKPOINT_KEY_NAMES.items():
         if all(unsupported_error(tensors(key)) is None for key in ([keys] if isinstance(keys, str) else keys)):
             unnamed.add(kind)
-    can_be_lent = {"flux", "clip", "clip_sdxl", "clip_sd3", "open_clip_sd3"}
     parts_of_others = {"open_clip", "animatediff", "animatediff_v2", "animatediff_sdxl_beta", "stable_cascade_stage_b"}
+    told_with_others = {"flux", "clip", "clip_sdxl", "clip_sd3", "open_clip_sd3"}
     told_by_two = {"controlnet_xl", "controlnet_xl_large", "controlnet_xl_mid", "playground-v2-5"}
     controlnets = {"z-image-turbo-controlnet", "z-image-turbo-controlnet-2.x"}
-    assert unnamed <= can_be_lent | parts_of_others | told_by_two | controlnets
+    assert unnamed <= told_with_others | parts_of_others | told_by_two | controlnets
+
+
+@pytest.mark.parametrize(
+    ("models", "joined"), [((), ""), (("a",), "a"), (("a", "b"), "a or b"), (("a", "b", "c"), "a, b or c")]
+)
+def test_alternatives_are_joined(models: tuple[str, ...], joined: str) -> None:
+    assert one_of(models) == joined

@@ -20,6 +20,7 @@ import oracle
 from record import DAEMON_GONE, EXPECTED, JOB_DEADLINE_S
 
 from xditd.client import Client, GenerationJob, Loan, WorkersUnavailable, XditdError
+from xditd.client.demo.flux1_calls import Flux1Calls, Prompt
 
 MANY_STEPS = 1000
 """Of a job that something else ends. It outlasts a pause of the daemon, in which no cancel can arrive."""
@@ -164,8 +165,8 @@ class StressClient:
             for kind, start in {
                 "generate": lambda: oracle.start_job(client, loan, 0, deadline_s=JOB_DEADLINE_S).result(),
                 "generate with a VAE": lambda: self._decode_not_finite(client, loan),
-                "denoise": lambda: client.denoise(
-                    loan, oracle.latents_for(0), 0.5, *oracle.embeds_for(0), 3.5, deadline_s=JOB_DEADLINE_S
+                "call": lambda: Flux1Calls(client, loan).predict(
+                    oracle.latents_for(0), 0.5, Prompt(**oracle.conditioning_for(0)), deadline_s=JOB_DEADLINE_S
                 ),
             }.items():
                 self._tell(begins="job")

@@ -52,12 +52,15 @@ def copy_checkpoint(folder: Path, name: str, copy: Path) -> None:
     fresh.replace(copy)
 
 
-def embeds_for(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def conditioning_for(seed: int) -> dict[str, torch.Tensor]:
     """Text embeddings (1, 16, 4096) and pooled ones (1, 768) that depend on the seed alone."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, 16, 4096, generator=generator), torch.randn(1, 768, generator=generator)
+    return {
+        "prompt_embeds": torch.randn(1, 16, 4096, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator),
+    }
 
 
 def latents_for(seed: int) -> torch.Tensor:
@@ -73,7 +76,14 @@ def start_job(
 ) -> GenerationJob:
     """Start the job that this seed stands for."""
     return client.generate(
-        loan, *embeds_for(seed), vae=vae, height=PIXELS, width=PIXELS, steps=steps, seed=seed, deadline_s=deadline_s
+        loan,
+        conditioning_for(seed),
+        vae=vae,
+        height=PIXELS,
+        width=PIXELS,
+        steps=steps,
+        seed=seed,
+        deadline_s=deadline_s,
     )
 
 

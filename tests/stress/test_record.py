@@ -79,8 +79,8 @@ def test_no_daemon_is_a_failure_unless_a_fault_took_it(record):
 
 
 def test_a_success_where_an_error_was_due_is_a_failure(record):
-    record.hear(2, {"ends": "broken", "deed": "nan-weight", "detail": "denoise: a success on weights with a NaN"})
-    assert record.find_failures() == ["1 x nan-weight; first: client 2: denoise: a success on weights with a NaN"]
+    record.hear(2, {"ends": "broken", "deed": "nan-weight", "detail": "call: a success on weights with a NaN"})
+    assert record.find_failures() == ["1 x nan-weight; first: client 2: call: a success on weights with a NaN"]
 
 
 def test_which_errors_mean_that_a_request_was_lost():

@@ -62,8 +62,8 @@ def run_real(runtime: RuntimeDir, checkpoint: str) -> None:
         say(f"canary seen by every worker of daemon {client.daemon_pid}")
         loan = client.lend(checkpoint)
         say(f"has lent {loan.label}, {loan.lent_bytes} bytes")
-        embeds = torch.zeros(1, 16, 4096), torch.zeros(1, 768)
-        job = client.generate(loan, *embeds, height=512, width=512, steps=1000, seed=1)
+        text = {"prompt_embeds": torch.zeros(1, 16, 4096), "pooled_prompt_embeds": torch.zeros(1, 768)}
+        job = client.generate(loan, text, height=512, width=512, steps=1000, seed=1)
         events = iter(job)
         next(events)
         say("its job runs")

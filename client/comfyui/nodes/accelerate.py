@@ -17,7 +17,7 @@ class XditAccelerate(io.ComfyNode):
             node_id="XDiTAccelerate",
             display_name="XDiT Accelerate",
             category="xDiT",
-            description="Put it between any FLUX.1 loader (and its LoRAs) and the sampler: the transformer then runs "
+            description="Put it between the model's loader (and its LoRAs) and the sampler: the transformer then runs "
             "on all GPUs. The weights that ComfyUI holds are lent, not loaded again.",
             search_aliases=["xdit", "multi gpu", "speed up"],
             inputs=[io.Model.Input("model")],

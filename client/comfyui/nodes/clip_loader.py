@@ -21,8 +21,8 @@ class XditDualClipLoader(io.ComfyNode):
             node_id="XDiTDualCLIPLoader",
             display_name="Load Dual CLIP (xDiT)",
             category="xDiT",
-            description="Lends CLIP-L and T5 to the xDiT workers. ComfyUI's tokenizers stay here; encoding runs in the "
-            "workers.",
+            description="Lends a model's text encoders to the xDiT workers. ComfyUI's tokenizers stay here; encoding "
+            "runs in the workers.",
             search_aliases=["xdit", "multi gpu", "text encoder"],
             inputs=[io.Combo.Input("clip_name1", options=names), io.Combo.Input("clip_name2", options=names)],
             outputs=[io.Clip.Output()],
@@ -38,7 +38,7 @@ def load_clip(*paths: str) -> Any:
     """Make a CLIP of two checkpoint files, in either order. ComfyUI lends them when it first encodes.
 
     Raises:
-        BadRequest: not one CLIP-L and one T5.
+        BadRequest: not the encoders of a family that the workers run.
         Unsupported: quantised weights.
         DaemonUnreachable: no daemon runs.
     """

@@ -90,7 +90,6 @@ def sample(
     sigmas = comfy.samplers.KSampler(
         remote, steps, remote.load_device, sampler_name, scheduler, denoise, remote.model_options
     ).sigmas
-    params = remote.model.diffusion_model.params
     reason = why_stepwise(
         sampler=sampler_name,
         cfg=cfg,
@@ -98,9 +97,10 @@ def sample(
         sigmas=sigmas.tolist(),
         positive=parts_of(positive),
         negative=parts_of(negative),
-        has_guidance=params.guidance_embed,
+        family=remote.family,
         unlike_made=why_unlike_made(remote, remote.understood.sampling, WRAPPER_KEY),
         latent_shape=start.shape,
+        pixels_per_latent=remote.model.latent_format.spacial_downscale_ratio,
     )
     if reason is not None:
         note = f"step by step: {reason}"
@@ -115,8 +115,8 @@ def sample(
     local = None if vae is None else why_local(vae)
     fused = FusedEuler(
         remote.weights,
+        remote.family,
         None if vae is None or local is not None else weights_of(vae),
-        pooled_channels=params.vec_in_dim,
         has_previews=has_previews,
     )
     samples = comfy.sample.sample_custom(

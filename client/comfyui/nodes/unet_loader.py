@@ -11,10 +11,9 @@ from comfy_api.latest import io
 
 from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.patcher import lendable, make_patcher, plain_names, weightless_model
+from xditd.client.comfyui.patcher import make_model, plain_names
 from xditd.client.comfyui.weights import check_plain
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.tensors import ComponentKind
 
 DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,7 +25,7 @@ class XditUnetLoader(io.ComfyNode):
             node_id="XDiTUNetLoader",
             display_name="XDiT UNet Loader",
             category="xDiT",
-            description="Loads a FLUX.1 transformer once and lends it to the xDiT workers. The MODEL works with every "
+            description="Loads a transformer once and lends it to the xDiT workers. The MODEL works with every "
             "sampler, guider and LoRA loader; its forward runs on all GPUs.",
             search_aliases=["xdit", "multi gpu", "load diffusion model"],
             inputs=[
@@ -67,8 +66,7 @@ def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int =
     check_plain(tensors, label)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    model = weightless_model(tensors, label)
-    return make_patcher(model, lendable(tensors, ComponentKind.TRANSFORMER, label, is_whole=True))
+    return make_model(tensors, label)
 
 
 def check_layout(ulysses_degree: int) -> None:

@@ -20,7 +20,7 @@ class XditVaeLoader(io.ComfyNode):
             node_id="XDiTVAELoader",
             display_name="Load VAE (xDiT)",
             category="xDiT",
-            description="Loads FLUX.1's VAE once and lends it to the xDiT workers. Works wherever a VAE does.",
+            description="Loads a VAE once and lends it to the xDiT workers. Works wherever a VAE does.",
             search_aliases=["xdit", "multi gpu"],
             inputs=[io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"))],
             outputs=[io.Vae.Output()],
@@ -35,7 +35,7 @@ def load_vae(path: str) -> Any:
     """Make a VAE of a checkpoint file. ComfyUI lends it when it first needs it.
 
     Raises:
-        Unsupported: not FLUX.1's VAE.
+        Unsupported: not the VAE of a family that the workers run.
         DaemonUnreachable: no daemon runs.
     """
     connect()

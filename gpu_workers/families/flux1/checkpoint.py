@@ -33,15 +33,21 @@ MAX_BLOCKS = 256
 _NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
 _BLOCK = re.compile(r"^(double|single)_blocks\.(\d+)\.")
 _MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
-# Close relatives that share the marks: FLUX.2, Chroma, HunyuanVideo.
-_FOREIGN = ("double_stream_modulation_img.", "distilled_guidance_layer.", "txt_in.individual_token_refiner.")
+# Close relatives that share the marks: FLUX.2, FLUX.3, Chroma, HunyuanVideo, ControlNets.
+_FOREIGN = (
+    "double_stream_modulation_img.",
+    "early_stream_modulations.",
+    "distilled_guidance_layer.",
+    "txt_in.individual_token_refiner.",
+    "controlnet_blocks.",
+)
 
 
 class Flux1:
     """FLUX.1: see the module's docstring."""
 
     name = "flux1"
-    title = "FLUX.1 dev or schnell"
+    title = "FLUX.1 dev or schnell (flux1-dev.safetensors)"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None

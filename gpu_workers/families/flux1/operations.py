@@ -62,6 +62,9 @@ class Flux1Operations:
             )
         if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
             return None
+        if layout.degrees.ring > 1:
+            _run_plain_in_ring(config.heads, layout)
+            return None
         if exceptions:  # its kernels read all weights of a block in one dtype
             logger.info(
                 "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
@@ -126,3 +129,22 @@ def _times(inputs: Inputs, options: CallOptions) -> Times | None:
     # Equal ones are then equal, however the client came by them.
     rounded = torch.tensor(foreseen, dtype=inputs.arguments["timestep"].dtype).tolist()
     return Times(moments.pop(), scales.pop() if scales else None, tuple(rounded))
+
+
+def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:
+    """Log that plain blocks run, since fused ones attend without a ring.
+
+    Raises:
+        Unsupported: fused ones, or products in eight bits, were asked for by name.
+    """
+    degrees = layout.degrees
+    is_lossless = layout.precision == "bf16"
+    if not is_lossless or layout.requested_kernels == "fused":
+        asked = "kernels 'fused'" if is_lossless else f"precision {layout.precision!r}"
+        instead = "kernels auto" if is_lossless else "precision bf16"
+        raise Unsupported(
+            f"flux1: {asked} with {heads} attention heads on {degrees.world_size} workers, which need the layout "
+            f"{degrees}: fused kernels attend without a ring; start the daemon with {instead}, or with --workers "
+            f"{degrees.cfg * degrees.ulysses}"
+        )
+    logger.info("plain blocks run: fused ones attend without a ring heads=%d layout=%s", heads, degrees)

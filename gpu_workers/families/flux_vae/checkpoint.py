@@ -51,7 +51,7 @@ class FluxVae:
     """FLUX.1's VAE: see the module's docstring."""
 
     name = "flux_vae"
-    title = "the VAE of FLUX.1"
+    title = "the VAE of FLUX.1 (ae.safetensors)"
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
@@ -79,7 +79,10 @@ class FluxVae:
                 raise BadCheckpoint(f"flux_vae: {width} channels do not divide into {NORM_GROUPS} norm groups")
         latent = shapes.get("decoder.conv_in.weight", ())
         if len(latent) == 4 and latent[1] != LATENT_CHANNELS:
-            raise Unsupported(f"flux_vae: {latent[1]} latent channels, not {LATENT_CHANNELS}: not the VAE of FLUX.1")
+            raise Unsupported(
+                f"flux_vae: {latent[1]} latent channels, not {LATENT_CHANNELS}: not the VAE of FLUX.1 (Stable "
+                "Diffusion 1, 2 and XL have 4, FLUX.2 has 32); lend ae.safetensors"
+            )
         return FluxVaeConfig(
             channels=channels,
             residuals=residuals,

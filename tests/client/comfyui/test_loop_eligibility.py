@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from xditd.client.comfyui.families.flux1 import Flux1Model
 from xditd.client.comfyui.loop_eligibility import why_stepwise
 
+GUIDED, PLAIN_MODEL = (Flux1Model(pooled_channels=768, has_guidance=has_guidance) for has_guidance in (True, False))
 TEXT: dict[str, Any] = {"cross_attn": object(), "pooled_output": object(), "guidance": 3.5}
 PLAIN: dict[str, Any] = {
     "sampler": "euler",
@@ -16,9 +18,10 @@ PLAIN: dict[str, Any] = {
     "sigmas": [1.0, 0.5, 0.0],
     "positive": [TEXT],
     "negative": [TEXT],
-    "has_guidance": True,
+    "family": GUIDED,
     "unlike_made": None,
     "latent_shape": (1, 16, 16, 14),
+    "pixels_per_latent": 8,
 }
 
 
@@ -29,7 +32,7 @@ PLAIN: dict[str, Any] = {
         {"positive": [{"cross_attn": object()}]},
         {"positive": [{**TEXT, "area": None}]},
         {"negative": [TEXT, TEXT]},
-        {"has_guidance": False, "positive": [{**TEXT, "guidance": None}]},
+        {"family": PLAIN_MODEL, "positive": [{**TEXT, "guidance": None}]},
         {"latent_shape": (64, 16, 16, 14)},
     ],
 )

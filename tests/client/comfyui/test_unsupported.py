@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from xditd.client import Unsupported
+from xditd.client.comfyui.families.flux1 import Flux1Model
 from xditd.client.comfyui.unsupported import (
     MODEL_OPTIONS,
     NODE_OPTIONS,
@@ -15,6 +16,8 @@ from xditd.client.comfyui.unsupported import (
     condition_faults,
     model_option_faults,
 )
+
+GUIDED = Flux1Model(pooled_channels=768, has_guidance=True)
 
 
 @pytest.mark.parametrize("name", sorted(RUN_OPTIONS | NODE_OPTIONS))
@@ -30,9 +33,7 @@ def test_a_transformer_option_that_is_understood(name):
         ({"optimized_attention_override": print}, {}, "attention override"),
         ({"rope_options": {"scale_x": 2.0}}, {}, "RoPE"),
         ({"what_a_pack_sets": 1}, {}, "'what_a_pack_sets'"),
-        ({}, {"control": {"input": []}}, "ControlNet"),
-        ({}, {"ref_latents": []}, "Kontext"),
-        ({}, {"attention_mask": object()}, "attention mask"),
+        ({}, {"faults": ["what an adapter names"]}, "what an adapter names"),
     ],
 )
 def test_each_is_named(options, more, said):
@@ -79,11 +80,12 @@ def test_a_model_option_that_is_not_understood(options, said):
 )
 def test_conditioning_is_looked_at_whenever_it_begins(part, said):
     conditions = {"positive": [{"cross_attn": object()}, {**part, "start_percent": 0.6}], "negative": []}
-    (fault,) = condition_faults(conditions, has_guidance=True)
+    (fault,) = condition_faults(conditions, GUIDED)
     assert said in fault
 
 
 def test_conditioning_that_is_understood():
     part = {"cross_attn": object(), "control": None, "hooks": None, "reference_latents": [], "guidance": 3.5, "area": 1}
-    assert list(condition_faults({"positive": [part]}, has_guidance=True)) == []
-    assert list(condition_faults({"positive": [{"guidance": None}]}, has_guidance=False)) == []
+    assert list(condition_faults({"positive": [part]}, GUIDED)) == []
+    plain = Flux1Model(pooled_channels=768, has_guidance=False)
+    assert list(condition_faults({"positive": [{"guidance": None}]}, plain)) == []

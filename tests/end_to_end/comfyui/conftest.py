@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_checkpoints
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from xditd.client.cli import comfyui as pack
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +54,11 @@ def connected(comfy, daemon, monkeypatch) -> Iterator[None]:
     from xditd.client.comfyui import connections
 
     monkeypatch.setenv("XDITD_RUNTIME_DIR", str(daemon.runtime_dir))
+    monkeypatch.setattr(connections, "_client", None)
     yield
     comfy.comfy.model_management.unload_all_models()
-    connections.disconnect()
+    if connections._client is not None:
+        connections._client.close()
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ def test_conditioning_lies_on_the_device_that_samples(comfy, remote, local):
     assert placed["c_crossattn"].cond.device.type == "meta"
     assert given["c_crossattn"].cond.device.type == "cpu"  # the node's own, which later prompts use again
     assert (placed["named"], placed["other"]) == (given["named"], given["other"])
-    assert run(FusedEuler(remote.weights, None, pooled_channels=768)) == given
+    assert run(FusedEuler(remote.weights, remote.family, None)) == given
     for model in (remote, accelerate(local)):
         assert [place_conditioning] in model.wrappers[WrappersMP.SAMPLER_SAMPLE].values()
 
@@ -350,7 +350,7 @@ def test_no_step_asks_how_much_memory_is_free(comfy, remote, local, conditioning
         return len(asked), len(forwards)
 
     monkeypatch.setattr(management, "get_free_memory", noted(management.get_free_memory, asked))
-    monkeypatch.setattr(Client, "denoise", noted(Client.denoise, forwards))
+    monkeypatch.setattr(Client, "call_parts", noted(Client.call_parts, forwards))
     runs(remote, 2)
     (few, two), (many, six) = runs(remote, 2), runs(remote, 6)
     assert (two, six) == (2, 6)  # both rows of a step in one request

@@ -57,7 +57,7 @@ def refused(comfy, connected, daemon, conditioning, ksample, latent, monkeypatch
 
     def check(make: Callable[[], Any], said: str, positive: Any = None, **more: Any) -> None:
         forwards: list[Any] = []
-        monkeypatch.setattr(Client, "denoise", lambda *_, **__: forwards.append(1))
+        monkeypatch.setattr(Client, "call_parts", lambda *_, **__: forwards.append(1))
         comfy.comfy.model_management.unload_all_models()
         with pytest.raises(Unsupported, match=said):
             ksample(make(), positive or conditioning(1), conditioning(2), dict(latent), **{"steps": 10, **more})

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import text_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client import BadRequest, Unsupported
-from xditd.client.demo import text_checkpoints
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 

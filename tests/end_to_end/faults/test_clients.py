@@ -31,7 +31,8 @@ MOMENTS = {
         from xditd.client import Client
         client = Client(sys.argv[1])
         loan = client.lend(sys.argv[2])
-        job = client.generate(loan, torch.randn(1, 16, 4096), torch.randn(1, 768), height=128, width=128, steps=1000)
+        text = {"prompt_embeds": torch.randn(1, 16, 4096), "pooled_prompt_embeds": torch.randn(1, 768)}
+        job = client.generate(loan, text, height=128, width=128, steps=1000)
         for event in job:
             print("now", flush=True)
     """,
@@ -40,8 +41,8 @@ MOMENTS = {
         from xditd.client import Client
         client = Client(sys.argv[1])
         loan = client.lend(sys.argv[2])
-        embeds = torch.randn(1, 16, 4096), torch.randn(1, 768)
-        jobs = [client.generate(loan, *embeds, height=128, width=128, steps=1000) for _ in range(3)]
+        text = {"prompt_embeds": torch.randn(1, 16, 4096), "pooled_prompt_embeds": torch.randn(1, 768)}
+        jobs = [client.generate(loan, text, height=128, width=128, steps=1000) for _ in range(3)]
         running = iter(jobs[0])
         next(running)
         print("now", flush=True)

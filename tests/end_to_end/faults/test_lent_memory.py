@@ -97,8 +97,7 @@ def test_a_loan_whose_owner_died_while_it_waited(
     )
     assert child.stdout.readline() == "now\n"
     inputs = make_inputs()
-    embeds = inputs.prompt_embeds, inputs.pooled_prompt_embeds
-    job = client.generate(transformer, *embeds, height=128, width=128, steps=1000, seed=1)
+    job = client.generate(transformer, inputs.conditioning, height=128, width=128, steps=1000, seed=1)
     next(events := iter(job))
     child.stdin.write("lend\n")
     child.stdin.flush()
@@ -235,9 +234,7 @@ def test_a_file_that_is_overwritten_with_its_old_mtime(
 def test_a_file_that_is_overwritten_in_mid_job_with_its_old_mtime(client, files, copied, make_inputs):
     inputs = make_inputs()
     with client.lend(copied) as loan:
-        job = client.generate(
-            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=20, seed=1
-        )
+        job = client.generate(loan, inputs.conditioning, height=128, width=128, steps=20, seed=1)
         next(events := iter(job))
         overwrite(copied, files.tuned)
         with pytest.raises(StaleSource, match=r"copy\.safetensors.*changed.*ctime"):
@@ -300,9 +297,7 @@ def test_files_that_change_before_a_rebuild(daemon, client, files, copied, make_
 def test_a_file_that_is_rewritten_in_mid_job(client, copied, make_inputs, good_job):
     inputs = make_inputs()
     with client.lend(copied) as loan:
-        job = client.generate(
-            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=20, seed=1
-        )
+        job = client.generate(loan, inputs.conditioning, height=128, width=128, steps=20, seed=1)
         next(events := iter(job))
         with copied.open("r+b") as file:
             file.seek(-4096, os.SEEK_END)
@@ -317,9 +312,7 @@ def test_a_file_that_is_truncated_in_mid_job(client, copied, make_inputs, run, g
     """Reading beyond its end is a SIGBUS for the ranks; the rebuilt ones cannot map it, and its loan ends."""
     inputs = make_inputs()
     loan = client.lend(copied)
-    job = client.generate(
-        loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=1000, seed=1
-    )
+    job = client.generate(loan, inputs.conditioning, height=128, width=128, steps=1000, seed=1)
     next(events := iter(job))
     os.truncate(copied, 4096)
     with pytest.raises(WorkersLost):

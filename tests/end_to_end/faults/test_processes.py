@@ -24,9 +24,7 @@ def long_job(client, transformer, make_inputs):
 
     def start(by: Client = client, loan=transformer):
         inputs = make_inputs()
-        job = by.generate(
-            loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=1000, seed=1
-        )
+        job = by.generate(loan, inputs.conditioning, height=128, width=128, steps=1000, seed=1)
         events = iter(job)
         next(events)
         return job, events  # the iterator is kept: dropping it cancels its job
@@ -96,11 +94,13 @@ SAME_JOB_TWICE = """
     import hashlib, sys, torch
     from xditd.client import Client
     generator = torch.Generator().manual_seed(5)
-    embeds = torch.randn(1, 16, 4096, generator=generator)
-    pooled = torch.randn(1, 768, generator=generator)
+    text = {
+        "prompt_embeds": torch.randn(1, 16, 4096, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator),
+    }
     with Client(sys.argv[1], deadline_s=float(sys.argv[3])) as client, client.lend(sys.argv[2]) as loan:
         for number in range(2):
-            job = client.generate(loan, embeds, pooled, height=128, width=128, steps=150, seed=1)
+            job = client.generate(loan, text, height=128, width=128, steps=150, seed=1)
             events = iter(job)
             next(events)
             print("job", number, "runs", flush=True)

@@ -86,7 +86,7 @@ def test_values_that_no_job_can_use(change, named, client, transformer, make_inp
     inputs = make_inputs()
     values = {"height": 128, "width": 128, "steps": 2, "seed": 1, **change}
     with pytest.raises(BadRequest, match=named):
-        client.generate(transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **values).result()
+        client.generate(transformer, inputs.conditioning, **values).result()
     good_job()
 
 
@@ -120,9 +120,7 @@ def test_a_returned_loan_is_refused(client, files, make_inputs, run, good_job):
 
 def test_cancel_in_mid_job(client, transformer, make_inputs, good_job):
     inputs = make_inputs()
-    job = client.generate(
-        transformer, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
-    )
+    job = client.generate(transformer, inputs.conditioning, height=128, width=128, steps=500, seed=1)
     last = 0
     for event in job:
         last = event.step
@@ -138,9 +136,7 @@ def test_cancel_in_mid_job(client, transformer, make_inputs, good_job):
 def test_a_lease_that_ends_under_a_job(client, files, make_inputs, good_job):
     loan = client.lend(files.tuned)
     inputs = make_inputs()
-    job = client.generate(
-        loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
-    )
+    job = client.generate(loan, inputs.conditioning, height=128, width=128, steps=500, seed=1)
     events = iter(job)  # kept: dropping an iterator cancels its job
     next(events)
     loan.return_()
@@ -157,9 +153,7 @@ def test_a_block_that_a_failed_job_used_is_unmapped_by_idle_workers(
     inputs = make_inputs(tokens=512)  # more than fits into the block that the tests before have used
     ranks = [worker.pid for worker in client.status().workers]
     before = [processes.memfds(pid) for pid in ranks]
-    job = client.generate(
-        loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, height=128, width=128, steps=500, seed=1
-    )
+    job = client.generate(loan, inputs.conditioning, height=128, width=128, steps=500, seed=1)
     events = iter(job)
     next(events)
     assert all(processes.memfds(pid) - mapped for pid, mapped in zip(ranks, before, strict=True))

@@ -35,10 +35,10 @@ def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
         from xditd.client import Client, XditdError
         client = Client(sys.argv[1])
         loan = client.lend(sys.argv[2])
-        embeds = torch.randn(1, 512, 4096), torch.randn(1, 768)
+        text = {"prompt_embeds": torch.randn(1, 512, 4096), "pooled_prompt_embeds": torch.randn(1, 768)}
         for side in (256, 1024):
             try:
-                client.generate(loan, *embeds, height=side, width=side, steps=1, seed=1).result()
+                client.generate(loan, text, height=side, width=side, steps=1, seed=1).result()
                 print("done", flush=True)
             except XditdError as error:
                 print(error.code, flush=True)

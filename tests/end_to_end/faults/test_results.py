@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import text_checkpoints
 import torch
 
 from xditd.client import BadRequest, NotFinite
-from xditd.client.demo import checkpoints, text_checkpoints
+from xditd.client.demo import checkpoints
+from xditd.client.demo.flux1_calls import Flux1Calls
 
 
 def poisoned(state, name, value=torch.nan):
@@ -38,7 +40,7 @@ def named(loan, result):
 
 def generate(client, loan, inputs, **more):
     given = {"height": inputs.pixels, "width": inputs.pixels, "steps": 3, "noise": inputs.noise} | more
-    return client.generate(loan, inputs.prompt_embeds, inputs.pooled_prompt_embeds, **given).result()
+    return client.generate(loan, inputs.conditioning, **given).result()
 
 
 @pytest.mark.parametrize("more", [{}, {"vae": True}, {"step_cache": 0.1}, {"previews": True}], ids=str)
@@ -51,12 +53,11 @@ def test_a_transformer_in_generate(more, client, broken, files, make_inputs):
     assert not caught.value.retryable
 
 
-def test_a_transformer_in_denoise(client, broken, transformer, make_inputs):
+def test_a_transformer_in_a_call(client, broken, transformer, make_inputs):
     inputs = make_inputs()
-    given = (inputs.noise, 0.75, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    with pytest.raises(NotFinite, match=named(broken, "prediction at sigma 0.75")):
-        client.denoise(broken, *given, guidance=3.5)
-    assert client.denoise(transformer, *given, guidance=3.5).isfinite().all()
+    with pytest.raises(NotFinite, match=named(broken, "result at timestep 0.75")):
+        Flux1Calls(client, broken).predict(inputs.noise, 0.75, inputs.prompt)
+    assert Flux1Calls(client, transformer).predict(inputs.noise, 0.75, inputs.prompt).isfinite().all()
 
 
 @pytest.mark.parametrize("pixels", [128, 512], ids=["by rank 0", "by both ranks"])
@@ -87,16 +88,13 @@ def test_a_text_encoder(kind, client):
 def test_half_precision_that_overflows(client, make_inputs):
     """The weights are finite, and so is the result in float32."""
     inputs = make_inputs()
-    given = (inputs.noise, 1.0, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     state = checkpoints.flux1_state_dict(3)
     state["final_layer.linear.bias"] += 60_000.0
     state["final_layer.linear.weight"] *= 4_000.0
     half = client.lend({name: tensor.half() for name, tensor in state.items()}, label="half")
-    with half, pytest.raises(NotFinite, match=named(half, "prediction at sigma 1") + ".*more range"):
-        client.denoise(half, *given, guidance=3.5)
+    with half, pytest.raises(NotFinite, match=named(half, "result at timestep 1") + ".*more range"):
+        Flux1Calls(client, half).predict(inputs.noise, 1.0, inputs.prompt)
     with client.lend(state, label="whole") as whole:
-        assert client.denoise(whole, *given, guidance=3.5).isfinite().all()
-        with pytest.raises(NotFinite, match=named(whole, "prediction at sigma 1") + " in float16"):
-            client.denoise(whole, given[0].half(), *given[1:], guidance=3.5)
+        assert Flux1Calls(client, whole).predict(inputs.noise, 1.0, inputs.prompt).isfinite().all()
         with pytest.raises(NotFinite, match=named(whole, "latents after step 3 of 3") + " in float16"):
             generate(client, whole, inputs, noise=inputs.noise.half())

@@ -66,7 +66,7 @@ HOSTILE = {
     "deep": b"\x91" * 100_000,
     "trailing bytes": encode(GetStatus(request_id="x")) + b"x",
     "duplicate key": b"\x82\xa2op\xa4stop\xa2op\xaaget_status",
-    "NaN": msgpack.packb({"op": "denoise", "request_id": "r", "guidance": float("nan")}),
+    "NaN": msgpack.packb({"op": "call", "request_id": "r", "foreseen": {"t": [float("nan")]}}),
     "extension": b"\xd4\x01x",
     "random": random.Random(7).randbytes(65_536),
 }

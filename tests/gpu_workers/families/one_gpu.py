@@ -30,11 +30,12 @@ def job(tokens: int, height: int, width: int) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "checkpoints"))
+    from text_checkpoints import clip_l_state_dict, t5_state_dict
+
     from xditd.client.demo import checkpoints
-    from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.skeletons import SkeletonCache
-    from xditd.gpu_workers.parallel import attention
     from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", 0)
@@ -54,15 +55,16 @@ def main(folder: str) -> None:
         renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
         expected = reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
         found: dict[str, Any] = {}
-        for backend in dict.fromkeys((skeleton.attention_backend, "SDPA")):
-            skeleton.attention_backend = backend
+        own = skeleton.layout
+        for backend in dict.fromkeys((own.attention_backend, "SDPA")):
+            skeleton.layout = dataclasses.replace(own, attention_backend=backend)
             results = [direct_jobs.generate(skeleton, **given, steps=steps) for _ in range(2)]
             found[backend] = {
                 "error": reference.relative_error(results[0], expected),
                 "same bits as plain": torch.equal(results[0], expected),
                 "same bits twice": torch.equal(*results),
             }
-        skeleton.attention_backend = attention.for_dtype(layout.attention_backend, skeleton.dtype, gpu)
+        skeleton.layout = own
         return found
 
     demo = {name: tensor.to(gpu) for name, tensor in checkpoints.flux1_state_dict(0).items()}

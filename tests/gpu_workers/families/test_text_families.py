@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
 from xditd.gpu_workers.families.t5 import T5, T5Config
 from xditd.gpu_workers.models.family import TensorInfo

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 
 State = dict[str, torch.Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -131,7 +132,10 @@ def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: SkeletonCac
             {**whole, "vae.decoder.conv_in.weight": TensorInfo("float32", (64, 16, 3, 3))},
             "^an all-in-one checkpoint of FLUX",
         ),
-        ({"head.modulation": TensorInfo("bfloat16", (1, 2, 9))}, "^Wan is not supported: lend FLUX"),
+        (
+            {"head.modulation": TensorInfo("bfloat16", (1, 2, 9))},
+            r"^Wan cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
+        ),
     ):
         with pytest.raises(RequestError, match=says) as caught:
             cache.plan(refused)
@@ -152,11 +156,24 @@ def test_skipped_tensors_are_logged_once(
     ]
 
 
-def test_heads_that_do_not_divide_build_nothing(layout: ParallelLayout, describe: Describer) -> None:
-    two = SkeletonCache(ParallelLayout(0, Degrees(ulysses=2), layout.device, layout.attention_backend))
-    with pytest.raises(Unsupported, match="1 attention heads do not divide by the Ulysses degree 2"):
+def test_a_ring_that_the_attention_asked_for_cannot_do_builds_nothing(
+    layout: ParallelLayout, describe: Describer
+) -> None:
+    two = SkeletonCache(dataclasses.replace(layout, degrees=Degrees(ulysses=2), requested_attention="SDPA_MATH"))
+    with pytest.raises(Unsupported) as refused:
         two.plan(describe(flux1_state_dict(0, **SMALL)))
+    assert refused.value.detail == (
+        "flux1: 1 attention heads need the layout ring=2, and attention backend 'SDPA_MATH' with ring attention: tells "
+        "no log-sum-exp; use SDPA; or start the daemon with --workers 1"
+    )
     assert two.built == 0
+
+
+def test_what_is_not_split_over_tokens_has_the_degrees_of_the_group(
+    layout: ParallelLayout, demo_vae: State, describe: Describer
+) -> None:
+    four = SkeletonCache(dataclasses.replace(layout, degrees=Degrees(ulysses=4)))
+    assert four.plan(describe(demo_vae)).skeleton.layout.degrees == Degrees(ulysses=4)
 
 
 def test_bindings_of_another_model_are_refused(cache: SkeletonCache, describe: Describer) -> None:

@@ -3,21 +3,27 @@
     python layouts_on_gpus.py OUT_FOLDER [cuda|cpu]
 
 For each layout and rank it writes ``<layout>-rank<N>.json``: for each case the relative error of every row against one
-process in float32, and that of plain diffusers in bfloat16 on one GPU, which rounds as often. ``cpu`` is a dry run
-without the large case.
+process in float32, and that of plain diffusers in bfloat16 on one GPU, which rounds as often. ``mixed`` has the same of
+a model with three attention heads, which takes turns with the usual one. ``cpu`` is a dry run without the large case.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from xditd.gpu_workers.models.skeletons import Skeleton
+
 SEED = 0
-MODEL = {"heads": 8, "double_blocks": 2, "single_blocks": 2}
+HEADS = 8
+ODD_HEADS = 3
+BLOCKS = {"double_blocks": 2, "single_blocks": 2}
 LAYOUTS = ("ulysses=2", "ring=2", "cfg=2")
 
 # name: text tokens of each batch, latent height and width, rows of each batch
@@ -43,8 +49,6 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
-    from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
@@ -55,43 +59,27 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, 2, f"{folder}/{layout}.store", device, degrees, kernels="auto")
-    from direct_jobs import denoise_parts
-
     cache = SkeletonCache(started)
-    rounded = {
-        name: tensor.to(device, torch.bfloat16)
-        for name, tensor in checkpoints.flux1_state_dict(SEED, **MODEL, dtype=torch.bfloat16).items()
-    }
+    bfloat16 = make_weights(HEADS, device)
     facts: dict[str, Any] = {
         "attention": started.attention_backend,
         "fused": started.fused_attention,
         "canary": {},
         "cases": {case: {} for case in CASES if kind == "cuda" or case != "usual"},
     }
-    exact = reference.transformer_from(rounded, dtype=torch.float32)
-    plain = reference.transformer_from(rounded)
-    for dtype in (torch.bfloat16, torch.float32):
-        state = {name: tensor.to(dtype) for name, tensor in rounded.items()}
+
+    def lend(state: dict[str, torch.Tensor], owner: str = "a") -> Skeleton:
         plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        skeleton = plan.skeleton
-        skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+        plan.skeleton.plug(plan.bind(state), owner, plan.by_canonical_name(state))
+        return plan.skeleton
+
+    models = Models(bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        skeleton = lend({name: tensor.to(dtype) for name, tensor in bfloat16.items()})
         for case in facts["cases"]:
-            lengths, height, width, rows = CASES[case]
-            given = [inputs(tokens, height, width, rows) for tokens in lengths]
             # The first result of a case is the canary's business; from the second on the fast path is alone.
-            results = [denoise_parts(skeleton, given).float() for _ in range(3)]
-            expected = torch.cat([forward(exact, each, torch.float32, device) for each in given])
-            one_gpu = torch.cat([forward(plain, each, torch.bfloat16, device) for each in given])
-            facts["cases"][case][str(dtype).removeprefix("torch.")] = {
-                "errors": [
-                    reference.relative_error(one, other) for one, other in zip(results[1], expected, strict=True)
-                ],
-                "errors of one GPU": [
-                    reference.relative_error(one, other) for one, other in zip(one_gpu, expected, strict=True)
-                ],
-                "same bits": torch.equal(results[1], results[2]),
-                "sum": float(results[1].double().sum()),
-            }
+            results = [denoise(skeleton, case) for _ in range(3)]
+            facts["cases"][case][str(dtype).removeprefix("torch.")] = models.compare(case, results[1:])
         fused = skeleton.module.fused
         if fused is not None:
             facts["canary"][str(dtype).removeprefix("torch.")] = {
@@ -99,8 +87,85 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
                 "passed": len(fused.canary._passed),
             }
         skeleton.unplug()
+    del models
+    facts["mixed"] = run_mixed(lend, facts["cases"], bfloat16, device)
     Path(folder, f"{layout}-rank{rank}.json").write_text(json.dumps(facts, indent=1))
     xfuser_start.stop()
+
+
+def run_mixed(
+    lend: Callable[..., Skeleton], cases: Iterable[str], usual: dict[str, torch.Tensor], device: torch.device
+) -> dict[str, Any]:
+    """Run a model whose heads do not divide by two in turns with the usual one, in the same group."""
+    odd = make_weights(ODD_HEADS, device)
+    found: dict[str, Any] = {"cases": {case: {} for case in cases}}
+    models = Models(odd)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        even, skeleton = (
+            lend({name: tensor.to(dtype) for name, tensor in state.items()}, owner)
+            for owner, state in (("even", usual), ("odd", odd))
+        )
+        for case in found["cases"]:
+            denoise(even, case)  # with fused kernels, this is the canary's first
+            alone = denoise(even, case)
+            results = []
+            for _ in range(2):
+                results.append(denoise(skeleton, case))
+                again = denoise(even, case)
+            found["cases"][case][name] = models.compare(case, results)
+            found["cases"][case][name]["the usual one gives the same bits"] = torch.equal(alone, again)
+        found[name] = {
+            "degrees": skeleton.layout.degrees.named(),
+            "attention": skeleton.attention_backend,
+            "fused": skeleton.module.fused is not None,
+        }
+        even.unplug()
+        skeleton.unplug()
+    return found
+
+
+def make_weights(heads: int, device: torch.device) -> dict[str, torch.Tensor]:
+    from xditd.client.demo import checkpoints
+
+    state = checkpoints.flux1_state_dict(SEED, heads=heads, **BLOCKS, dtype=torch.bfloat16)
+    return {name: tensor.to(device, torch.bfloat16) for name, tensor in state.items()}
+
+
+def denoise(skeleton: Skeleton, case: str) -> torch.Tensor:
+    from direct_jobs import denoise_parts
+
+    lengths, height, width, rows = CASES[case]
+    return denoise_parts(skeleton, [inputs(tokens, height, width, rows) for tokens in lengths]).float()
+
+
+class Models:
+    """Plain diffusers on one GPU with the same weights, exact and in bfloat16."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        from xditd.gpu_workers.families.flux1 import reference
+
+        self._device = next(iter(state.values())).device
+        self._exact = reference.transformer_from(state, dtype=torch.float32)
+        self._rounded = reference.transformer_from(state)
+
+    def compare(self, case: str, results: list[torch.Tensor]) -> dict[str, Any]:
+        """Say how far two results of a case are from exact ones, and from each other."""
+        from xditd.gpu_workers.families.flux1 import reference
+
+        lengths, *size = CASES[case]
+        given = [inputs(tokens, *size) for tokens in lengths]
+        expected = torch.cat([forward(self._exact, each, torch.float32, self._device) for each in given])
+        one_gpu = torch.cat([forward(self._rounded, each, torch.bfloat16, self._device) for each in given])
+        first, second = results
+        return {
+            "errors": [reference.relative_error(one, other) for one, other in zip(first, expected, strict=True)],
+            "errors of one GPU": [
+                reference.relative_error(one, other) for one, other in zip(one_gpu, expected, strict=True)
+            ],
+            "same bits": torch.equal(first, second),
+            "sum": float(first.double().sum()),
+        }
 
 
 @torch.no_grad()

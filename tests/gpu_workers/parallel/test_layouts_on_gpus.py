@@ -56,6 +56,30 @@ def test_bits_are_the_same_again_and_on_both_ranks(facts: Any, layout: str) -> N
             assert numbers["sum"] == second["cases"][case][dtype]["sum"], (case, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_whose_heads_need_another_layout_take_turns_in_one_group(facts: Any, layout: str) -> None:
+    first, second = (rank["mixed"] for rank in facts[layout])
+    for case, found in first["cases"].items():
+        half, full = found["bfloat16"], found["float32"]
+        for error, bar in zip(half["errors"], half["errors of one GPU"], strict=True):
+            assert 0.0 < error <= AS_NEAR * bar, (case, half)
+        assert max(full["errors"]) <= EXACT, (case, full)
+        for dtype, numbers in found.items():
+            assert numbers["same bits"], (case, dtype)
+            assert numbers["the usual one gives the same bits"], (case, dtype)
+            assert numbers["sum"] == second["cases"][case][dtype]["sum"], (case, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_heads_run_in_a_ring_where_tokens_are_split(facts: Any, layout: str) -> None:
+    degrees = {"ulysses": 1, "ring": 1, "cfg": 2} if layout == "cfg=2" else {"ulysses": 1, "ring": 2, "cfg": 1}
+    for rank in facts[layout]:
+        for dtype in ("bfloat16", "float32"):
+            found = rank["mixed"][dtype]
+            assert found["degrees"] == degrees
+            assert found["fused"] == (layout == "cfg=2" and dtype == "bfloat16")
+
+
 def test_fused_kernels_run_where_there_is_no_ring(facts: Any) -> None:
     for layout in ("ulysses=2", "cfg=2"):
         for rank in facts[layout]:

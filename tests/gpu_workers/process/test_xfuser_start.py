@@ -86,6 +86,34 @@ def test_eight_bits_are_made_of_bfloat16_weights_alone(layout: ParallelLayout, d
         Flux1().operations.fuse(config, torch.nn.Module(), gpu, torch.bfloat16, {"norm_out.linear.weight": dtype})
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"requested_kernels": "fused"}, "kernels 'fused' with 3 .* with kernels auto, or with --workers 2$"),
+        ({"precision": "fp8"}, "precision 'fp8' with 3 .* with precision bf16, or with --workers 2$"),
+    ],
+)
+def test_fused_kernels_by_name_are_refused_where_heads_need_a_ring(
+    layout: ParallelLayout, asked: dict[str, str], words: str
+) -> None:
+    from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
+
+    config = Flux1Config(384, 1, 1, 4096, 768, True)
+    ring = dataclasses.replace(layout, degrees=Degrees(ring=2, cfg=2), fused_attention="CUDNN", **asked)
+    with pytest.raises(Unsupported, match=words):
+        Flux1().fuse(config, torch.nn.Module(), ring, torch.bfloat16, {})
+
+
+def test_plain_blocks_run_where_heads_need_a_ring(layout: ParallelLayout, caplog: pytest.LogCaptureFixture) -> None:
+    from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
+
+    caplog.set_level("INFO")
+    config = Flux1Config(384, 1, 1, 4096, 768, True)
+    ring = dataclasses.replace(layout, degrees=Degrees(ring=2), fused_attention="CUDNN")
+    assert Flux1().fuse(config, torch.nn.Module(), ring, torch.bfloat16, {}) is None
+    assert caplog.messages == ["plain blocks run: fused ones attend without a ring heads=3 layout=ring=2"]
+
+
 def test_an_unknown_attention_backend_lists_those_that_run() -> None:
     with pytest.raises(Unsupported, match=r"'warp' is unknown; those that run here: .*SDPA"):
         attention.check("warp", CPU)

@@ -23,10 +23,11 @@ import zmq
 
 from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
+from xditd.ipc.arguments import Argument, InIo
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
 from xditd.ipc.replies import AnyReply, Failed, Farewell, Lent, Queued, Status, StepDone, Welcome
-from xditd.ipc.requests import Generate, GetStatus, Goodbye, Hello, Lend
+from xditd.ipc.requests import Call, Generate, GetStatus, Goodbye, Hello, Lend, Part, Sampling
 from xditd.ipc.status import DaemonStatus, GroupState
 from xditd.ipc.tensors import (
     ComponentKind,
@@ -67,20 +68,22 @@ class Memory:
             generation=generation,
         )
 
-    def generate(self, transformer_id: str, steps: int = 3, seed: int = 0) -> Generate:
+    def generate(self, transformer_id: str, steps: int = 3, seed: int = 0, width: int = 64) -> Generate:
         tensor = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
         return Generate(
             request_id="",
-            transformer_id=transformer_id,
+            components={"transformer": transformer_id},
             io=self.block,
-            prompt_embeds=tensor,
-            pooled_prompt_embeds=tensor,
+            conditioning={"prompt_embeds": InIo(offset_bytes=0, dtype="float32", shape=(1, 4))},
+            sampling=Sampling(height=64, width=width, steps=steps, seed=seed),
             out_latents=tensor,
-            seed=seed,
-            height=64,
-            width=64,
-            steps=steps,
         )
+
+    def call(self, component_id: str, *results: Argument, **more: Any) -> Call:
+        """A call whose parts the fake workers answer with what is given here."""
+        parts = tuple(Part(arguments={"result": result}) for result in results)
+        room = {"out_offset_bytes": 0, "out_size_bytes": self.block.size_bytes}
+        return Call(request_id="", component_id=component_id, io=self.block, parts=parts, **room | more)
 
     def close(self) -> None:
         os.close(self.fd)

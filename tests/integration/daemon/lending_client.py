@@ -15,7 +15,7 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Lent, StepDone, Welcome
-from xditd.ipc.requests import Generate, Hello, Lend
+from xditd.ipc.requests import Generate, Hello, Lend, Sampling
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 
 
@@ -57,14 +57,11 @@ def main() -> None:
             encode(
                 Generate(
                     request_id="3",
-                    transformer_id=lent.component_id,
+                    components={"transformer": lent.component_id},
                     io=block,
-                    prompt_embeds=io,
-                    pooled_prompt_embeds=io,
+                    conditioning={},
+                    sampling=Sampling(height=64, width=64, steps=1000),
                     out_latents=io,
-                    height=64,
-                    width=64,
-                    steps=1000,
                 )
             )
         )

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -13,9 +14,8 @@ from xditd import __version__
 from xditd.ipc.addresses import endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Denoised, Failed, Queued, Welcome
-from xditd.ipc.requests import CheckCanary, Denoise, Hello, Lend, Part
-from xditd.ipc.tensors import IoTensor
+from xditd.ipc.replies import Called, Failed, Queued, Welcome
+from xditd.ipc.requests import CheckCanary, Hello, Lend
 
 CLIENTS = 100
 JOBS = 4
@@ -23,19 +23,8 @@ GREEDY_JOBS = 60
 DEADLINE_S = 60.0
 
 
-def denoise(memory: Any, component_id: str, request_id: str) -> bytes:
-    tensor = IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4))
-    return encode(
-        Denoise(
-            request_id=request_id,
-            transformer_id=component_id,
-            io=memory.block,
-            latents=tensor,
-            parts=(Part(rows=1, prompt_embeds=tensor, pooled_prompt_embeds=tensor),),
-            timestep=(0.5,),
-            out=tensor,
-        )
-    )
+def call(memory: Any, component_id: str, request_id: str) -> bytes:
+    return encode(msgspec.structs.replace(memory.call(component_id, None), request_id=request_id))
 
 
 def test_hundred_clients_are_served_in_turns(start_daemon: Any, memory: Any) -> None:
@@ -54,11 +43,11 @@ def test_hundred_clients_are_served_in_turns(start_daemon: Any, memory: Any) -> 
         assert isinstance(reply_decoder.decode(socket.recv()), Welcome)
     greedy, *others = sockets
     for number in range(GREEDY_JOBS):
-        greedy.send(denoise(memory, component_id, f"j{number}"))
+        greedy.send(call(memory, component_id, f"j{number}"))
     began_s = time.monotonic()
     for number in range(JOBS):
         for socket in others:
-            socket.send(denoise(memory, component_id, f"j{number}"))
+            socket.send(call(memory, component_id, f"j{number}"))
     poller = zmq.Poller()
     for socket in sockets:
         poller.register(socket, zmq.POLLIN)
@@ -72,7 +61,7 @@ def test_hundred_clients_are_served_in_turns(start_daemon: Any, memory: Any) -> 
             reply = reply_decoder.decode(socket.recv())
             if isinstance(reply, Queued):
                 continue
-            assert isinstance(reply, Denoised), reply
+            assert isinstance(reply, Called), reply
             served[socket] += 1
             last_s[socket] = time.monotonic() - began_s
             waited_s[socket] += last_s[socket]

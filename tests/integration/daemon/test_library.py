@@ -37,11 +37,11 @@ def test_a_loan_of_a_daemon_that_was_killed(start_daemon: Any, wait_until: Any) 
         first.wait()
         wait_until(lambda: not loan.is_live)
         with pytest.raises(DaemonUnreachable) as caught:
-            client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32)
+            client.generate(loan, {"prompt_embeds": torch.zeros(1, 2, 4)}, height=32, width=32)
         assert caught.value.retryable
         start_daemon().ready_client()
         with pytest.raises(LeaseLost, match=f"its loan ended with daemon {first.process.pid}; lend it again"):
-            client.generate(loan, torch.zeros(1, 2, 4), torch.zeros(1, 4), height=32, width=32)
+            client.generate(loan, {"prompt_embeds": torch.zeros(1, 2, 4)}, height=32, width=32)
         assert client.lend(weights()).is_live
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import msgspec
+import pytest
+
+from xditd.ipc.arguments import Argument, InIo, ListOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.replies import CanarySeen, Decoded, Generated, LogLines, Returned, StepDone
+from xditd.ipc.replies import Called, CanarySeen, Decoded, Generated, LogLines, Returned, StepDone
 from xditd.ipc.requests import CheckCanary, Decode, GetLogs, ReturnLoan
 from xditd.ipc.status import GroupState, LeaseState
 from xditd.ipc.tensors import IoTensor
@@ -16,7 +20,7 @@ def test_lend_run_return(start_daemon: Any, memory: Any) -> None:
     daemon = start_daemon()
     client = daemon.client()
     lent = client.lend(memory.manifest())
-    assert lent.family == "fake"
+    assert lent.facts.family == "fake"
     assert lent.copied.host_to_host == 200  # summed over both ranks
     assert lent.timings_ms["map"] == 2.0  # the slower rank's
     done = client.ask(memory.generate(lent.component_id, steps=3), Generated)
@@ -77,6 +81,58 @@ def test_vae_work_takes_a_vae(client: Any, memory: Any) -> None:
     failed = client.fail(wrong)
     assert failed.code == "bad_request"
     assert "a transformer where a vae is needed" in failed.detail
+
+
+def test_a_call_is_answered_with_what_rank_0_gave(client: Any, memory: Any) -> None:
+    lent = client.lend(memory.manifest())
+    leaf = InIo(offset_bytes=64, dtype="float32", shape=(2, 2))
+    called = client.ask(memory.call(lent.component_id, TupleOf(items=(leaf,)), ListOf(items=(leaf, 1))), Called)
+    assert called.results == (TupleOf(items=(leaf,)), ListOf(items=(leaf, 1)))
+    assert (called.block, called.provider, called.timings_ms) == (None, None, {"steps": 3.0})
+    assert client.status().components[0].facts == lent.facts
+
+
+def nested(levels: int) -> Argument:
+    found: Argument = 1
+    for _ in range(levels):
+        found = ListOf(items=(found,))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        (InIo(offset_bytes=4090, dtype="float32", shape=(4,)), "parts[0].result ends at byte 4106 of an I/O block"),
+        (
+            ListOf(items=(Rows(parts=(Repeated(tensor=InIo(offset_bytes=0, dtype="int64", shape=(600,))),)),)),
+            "parts[0].result[0].rows[0] ends at byte 4800",
+        ),
+        (Values(dtype="float32", shape=(2, 2), values=(0.5,)), "parts[0].result: 1 values for the shape [2, 2]"),
+        (nested(9), "parts[0].result[0][0][0][0][0][0][0][0] lies deeper than 8 levels"),
+        (ListOf(items=(ListOf(items=(1,) * 1000),) * 2), "parts[0].more than 1024 arguments in one tree"),
+    ],
+)
+def test_arguments_that_no_rank_should_get_are_refused(client: Any, memory: Any, argument: Argument, says: str) -> None:
+    component_id = client.lend(memory.manifest()).component_id
+    failed = client.fail(memory.call(component_id, argument))
+    assert (failed.code, says in failed.detail) == ("bad_request", True), failed.detail
+
+
+def test_a_job_needs_its_components_and_room_for_its_results(client: Any, memory: Any) -> None:
+    transformer, vae = client.lend(memory.manifest()), client.lend(memory.manifest(kind="vae"))
+    job = memory.generate(transformer.component_id)
+    for components, says in (
+        ({}, "components: no transformer is named"),
+        ({"transformer": vae.component_id}, "a vae where a transformer is needed"),
+        ({"transformer": transformer.component_id, "vae": transformer.component_id}, "where a vae is needed"),
+    ):
+        assert says in client.fail(msgspec.structs.replace(job, components=components)).detail
+    outside = InIo(offset_bytes=4096, dtype="float32", shape=(1,))
+    failed = client.fail(msgspec.structs.replace(job, conditioning={"prompt_embeds": outside}))
+    assert "conditioning.prompt_embeds ends at byte 4100" in failed.detail
+    failed = client.fail(memory.call(transformer.component_id, None, out_offset_bytes=8))
+    assert "out ends at byte 4104" in failed.detail
+    assert "a vae where a transformer" in client.fail(memory.call(vae.component_id, None)).detail
 
 
 def test_tensors_outside_the_io_block_are_refused(client: Any, memory: Any) -> None:

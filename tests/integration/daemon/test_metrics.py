@@ -11,8 +11,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from xditd.ipc import limits
 from xditd.ipc.replies import Generated
 
@@ -112,19 +110,18 @@ def test_verdicts_on_fused_kernels_are_in_status_and_metrics_and_bounded(
     client = daemon.ready_client()
     lent = client.lend(memory.manifest())
     assert client.status().fused_checks == ()
-    refused = msgspec.structs.replace(memory.generate(lent.component_id, steps=1, seed=fake.Fault.INEXACT), width=16)
-    client.ask(refused, Generated)
+    client.ask(memory.generate(lent.component_id, steps=1, seed=fake.Fault.INEXACT, width=16), Generated)
     for number in range(limits.MAX_FUSED_CHECKS + 8):
-        job = msgspec.structs.replace(memory.generate(lent.component_id, steps=1), width=32 + 16 * number)
+        job = memory.generate(lent.component_id, steps=1, width=32 + 16 * number)
         client.ask(job, Generated)
     checks = client.status().fused_checks
     assert len(checks) == limits.MAX_FUSED_CHECKS
     assert (checks[0].case, checks[0].is_used, checks[0].error) == ("1 text + 16 image", False, None)  # kept longest
-    assert (checks[-1].case, checks[-1].is_used) == (f"1 text + {job.width} image", True)
+    assert (checks[-1].case, checks[-1].is_used) == (f"1 text + {job.sampling.width} image", True)
     found = scrape(daemon.runtime.metrics_socket)
     assert found['xditd_fused_in_use{kernels="fake blocks",tokens="1 text + 16 image"}'] == 0
     assert math.isnan(found['xditd_fused_error_ratio{kernels="fake blocks",tokens="1 text + 16 image"}'])
-    last = f'{{kernels="fake blocks",tokens="1 text + {job.width} image"}}'
+    last = f'{{kernels="fake blocks",tokens="1 text + {job.sampling.width} image"}}'
     assert found[f"xditd_fused_in_use{last}"] == 1
     assert found[f"xditd_fused_error_ratio{last}"] == 0.001
     assert found[f"xditd_fused_tolerance_ratio{last}"] == 0.02

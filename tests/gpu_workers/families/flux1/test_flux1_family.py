@@ -237,7 +237,7 @@ def test_dtypes_that_run(infos: Infos, dtype: str) -> None:
 def test_other_models_are_unknown(names: set[str]) -> None:
     with pytest.raises(UnknownFamily) as caught:
         detect(names)
-    assert all(family.name in caught.value.detail for family in families())
+    assert all(family.title in caught.value.detail for family in families())
     assert all(name in caught.value.detail for name in names)
 
 

@@ -138,9 +138,25 @@ def test_too_few_tokens_are_refused_by_count_on_every_rank(group: Any) -> None:
 
 
 @pytest.mark.slow
-def test_heads_that_do_not_divide_are_refused(group: Any) -> None:
+def test_heads_that_do_not_divide_run_in_a_ring(group: Any) -> None:
+    from xditd.client.demo import checkpoints
+
+    tokens, height, width, batch = two_ranks.CASES["odd total, odd image"]
+    given = two_ranks.inputs(tokens, height, width, batch)
+    expected = reference.reference_latents(
+        reference.transformer_from(checkpoints.flux1_state_dict(two_ranks.SEED, **two_ranks.ODD_HEADS)),
+        prompt_embeds=given["prompt_embeds"],
+        pooled_prompt_embeds=given["pooled"],
+        noise=given["noise"],
+        height=height,
+        width=width,
+        steps=two_ranks.STEPS,
+        guidance_scale=two_ranks.GUIDANCE,
+    )
     for rank in (0, 1):
-        assert "3 attention heads do not divide by the Ulysses degree 2" in group[rank][1]["three heads"]
+        results, facts = group[rank]
+        assert facts["degrees of three heads"] == {"ulysses": 1, "ring": 2, "cfg": 1}
+        assert reference.relative_error(results["three heads"], expected) <= BAR
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import sample_facts  # noqa: E402
+
 from xditd.client import Client  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BY_CODE,
@@ -17,16 +19,15 @@ from xditd.ipc.errors import (  # noqa: E402
 from xditd.ipc.replies import (  # noqa: E402
     CancelNoted,
     Decoded,
-    Denoised,
     Encoded,
     Failed,
     Generated,
     Queued,
     StepDone,
 )
-from xditd.ipc.requests import Cancel, Decode, Denoise, Encode, Generate  # noqa: E402
+from xditd.ipc.requests import Call, Cancel, Decode, Encode, Generate, GetStatus  # noqa: E402
 
-EMBEDS, POOLED = torch.randn(1, 3, 8), torch.randn(1, 4)
+TEXT = {"prompt_embeds": torch.randn(1, 3, 8), "pooled_prompt_embeds": torch.randn(1, 4)}
 
 
 class UserInterrupt(BaseException):
@@ -38,7 +39,7 @@ def client(daemon, folder):
     def cancel(request):
         target = request.target_request_id
         return [
-            CancelNoted(request_id=request.request_id, was_found=True),
+            CancelNoted(request_id=request.request_id),
             Failed(request_id=target, code="cancelled", detail="cancelled at step 1"),
         ]
 
@@ -60,16 +61,16 @@ def generates(daemon):
     """Let the daemon answer with latents that hold the seed, and with a grey image."""
 
     def answer(request):
-        write(daemon, request.io, request.out_latents, float(request.seed or 0))
+        write(daemon, request.io, request.out_latents, float(request.sampling.seed or 0))
         if request.out_image is not None:
             write(daemon, request.io, request.out_image, 0.0)
         return [
             Queued(request_id=request.request_id, ahead=1, reason="another job runs"),
-            *(step(request, number, request.steps) for number in range(1, request.steps + 1)),
+            *(step(request, number, request.sampling.steps) for number in range(1, request.sampling.steps + 1)),
             Generated(
                 request_id=request.request_id,
                 timings_ms={"denoise": 3.0},
-                reused_steps=2 if request.step_cache_threshold else 0,
+                reused_steps=2 if request.sampling.step_cache_threshold else 0,
             ),
         ]
 
@@ -79,11 +80,11 @@ def generates(daemon):
 @pytest.fixture
 def stalls(daemon):
     """Let the daemon send the first step and then nothing."""
-    daemon.answers[Generate] = lambda request: [step(request, 1, request.steps)]
+    daemon.answers[Generate] = lambda request: [step(request, 1, request.sampling.steps)]
 
 
 def test_events_then_the_result(client, generates):
-    job = client.generate("c1", EMBEDS, POOLED, vae="c2", height=32, width=48, steps=3, seed=7)
+    job = client.generate("c1", TEXT, vae="c2", height=32, width=48, steps=3, seed=7)
     assert [event.step for event in job] == [1, 2, 3]
     result = job.result()
     assert result is job.result()
@@ -95,7 +96,7 @@ def test_events_then_the_result(client, generates):
 
 
 def test_all_events_name_the_queue_too(client, generates):
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=1)
     assert [type(event) for event in job.events()] == [Queued, StepDone]
 
 
@@ -105,18 +106,18 @@ def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, 
 
     def answer(request):
         seen["noise"] = daemon.open_io(request.io, request.noise).clone()
-        seen["embeds"] = daemon.open_io(request.io, request.prompt_embeds).clone()
+        seen["embeds"] = daemon.open_io(request.io, request.conditioning["prompt_embeds"].place).clone()
         write(daemon, request.io, request.out_latents, 1.0)
         return [Generated(request_id=request.request_id, timings_ms={})]
 
     daemon.answers[Generate] = answer
-    job = client.generate("c1", EMBEDS, POOLED, height=32, width=32, steps=2, noise=noise, sigmas=[1.0, 0.5])
+    job = client.generate("c1", TEXT, height=32, width=32, steps=2, noise=noise, sigmas=[1.0, 0.5])
     assert job.result().latents.dtype is torch.bfloat16
     assert torch.equal(seen["noise"], noise)
-    assert torch.equal(seen["embeds"], EMBEDS)
+    assert torch.equal(seen["embeds"], TEXT["prompt_embeds"])
     request = daemon.requests(Generate)[0]
-    assert request.sigmas == (1.0, 0.5)
-    assert request.seed is None
+    assert request.sampling.sigmas == (1.0, 0.5)
+    assert request.sampling.seed is None
     assert request.out_image is None
     assert job.result().image is None
     with pytest.raises(BadRequest, match="named no VAE"):
@@ -124,20 +125,20 @@ def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, 
 
 
 def test_a_drawn_seed_is_handed_back(client, daemon, generates):
-    result = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
-    assert result.seed == daemon.requests(Generate)[0].seed
+    result = client.generate("c1", TEXT, height=16, width=16, steps=1).result()
+    assert result.seed == daemon.requests(Generate)[0].sampling.seed
 
 
 def test_a_step_cache_is_off_unless_asked_for_and_says_what_it_spared(client, daemon, generates):
     size = {"height": 16, "width": 16, "steps": 4}
-    results = [client.generate("c1", EMBEDS, POOLED, **size, **more).result() for more in ({}, {"step_cache": 0.08})]
-    assert [request.step_cache_threshold for request in daemon.requests(Generate)] == [0.0, 0.08]
+    results = [client.generate("c1", TEXT, **size, **more).result() for more in ({}, {"step_cache": 0.08})]
+    assert [request.sampling.step_cache_threshold for request in daemon.requests(Generate)] == [0.0, 0.08]
     assert [result.reused_steps for result in results] == [0, 2]
 
 
 def test_images_become_files(client, generates, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
-    result = client.generate("c1", EMBEDS, POOLED, vae="c2", height=16, width=32, steps=1, seed=1).result()
+    result = client.generate("c1", TEXT, vae="c2", height=16, width=32, steps=1, seed=1).result()
     path = result.save(tmp_path / "new" / "out.png")
     with image_module.open(path) as image:
         assert image.size == (32, 16)
@@ -145,7 +146,7 @@ def test_images_become_files(client, generates, tmp_path):
 
 
 def test_leaving_the_loop_cancels(client, daemon, stalls):
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=4)
     for _ in job:
         break
     assert daemon.wait_for(Cancel).target_request_id == job.request_id
@@ -154,7 +155,7 @@ def test_leaving_the_loop_cancels(client, daemon, stalls):
 
 
 def test_an_interrupt_in_the_loop_cancels(client, daemon, stalls):
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=4)
 
     def watch():
         for _ in job:
@@ -166,13 +167,13 @@ def test_an_interrupt_in_the_loop_cancels(client, daemon, stalls):
 
 
 def test_an_interrupt_in_a_with_block_cancels(client, daemon, stalls):
-    with pytest.raises(UserInterrupt), client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4) as job:
+    with pytest.raises(UserInterrupt), client.generate("c1", TEXT, height=16, width=16, steps=4) as job:
         raise UserInterrupt
     assert daemon.wait_for(Cancel).target_request_id == job.request_id
 
 
 def test_an_interrupt_while_waiting_cancels(client, daemon, stalls, monkeypatch):
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=4)
 
     def interrupt():
         raise UserInterrupt
@@ -184,12 +185,12 @@ def test_an_interrupt_while_waiting_cancels(client, daemon, stalls, monkeypatch)
 
 
 def test_a_forgotten_job_is_cancelled(client, daemon, stalls):
-    client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    client.generate("c1", TEXT, height=16, width=16, steps=4)
     daemon.wait_for(Cancel)
 
 
 def test_another_thread_cancels(client, daemon, stalls):
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=4)
     timer = threading.Timer(0.05, job.cancel)
     timer.start()
     with pytest.raises(Cancelled, match="cancelled at step 1"):
@@ -198,10 +199,10 @@ def test_another_thread_cancels(client, daemon, stalls):
 
 
 def test_a_finished_job_is_not_cancelled(client, daemon, generates):
-    with client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1) as job:
+    with client.generate("c1", TEXT, height=16, width=16, steps=1) as job:
         job.result()
     job.cancel()
-    client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
+    client.generate("c1", TEXT, height=16, width=16, steps=1).result()
     assert daemon.requests(Cancel) == []
 
 
@@ -209,7 +210,7 @@ def test_failures_are_raised_by_their_class_each_time(client, daemon):
     daemon.answers[Generate] = lambda request: [
         Failed(request_id=request.request_id, code="unknown_component", detail="component c9: no such loan")
     ]
-    job = client.generate("c9", EMBEDS, POOLED, height=16, width=16, steps=1)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=1)
     with pytest.raises(UnknownComponent, match="component c9"):
         list(job)
     with pytest.raises(UnknownComponent, match="component c9"):
@@ -218,7 +219,7 @@ def test_failures_are_raised_by_their_class_each_time(client, daemon):
 
 def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
     with Client(folder, deadline_s=0.2) as client:
-        job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=4)
+        job = client.generate("c1", TEXT, height=16, width=16, steps=4)
         with pytest.raises(DeadlineExceeded, match="last heard: step 1 of 4"):
             job.result()
         assert daemon.wait_for(Cancel).target_request_id == job.request_id
@@ -226,25 +227,25 @@ def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
 
 def test_a_total_deadline_ends_a_job_that_makes_progress(client, daemon):
     daemon.answers[Generate] = lambda request: [step(request, number, 1000) for number in range(1, 4)]
-    job = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1000, deadline_s=0.2)
+    job = client.generate("c1", TEXT, height=16, width=16, steps=1000, deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match="last heard: step 3 of 1000"):
         job.result()
 
 
 def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon, wait_until):
     daemon.answers[Generate] = lambda request: []
-    daemon.answers[Cancel] = lambda request: [CancelNoted(request_id=request.request_id, was_found=True)]
-    first = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    daemon.answers[Cancel] = lambda request: [CancelNoted(request_id=request.request_id)]
+    first = client.generate("c1", TEXT, height=16, width=16, steps=1)
     daemon.wait_for(Generate, 1)
     with first:
         pass
     daemon.wait_for(Cancel)
-    second = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    second = client.generate("c1", TEXT, height=16, width=16, steps=1)
     one, two = daemon.wait_for(Generate, 1), daemon.wait_for(Generate, 2)
     assert one.io.inode != two.io.inode  # the first may still be written to
     daemon.send(Failed(request_id=first.request_id, code="bad_request", detail="steps: 1 is too few"))
     wait_until(lambda: any(client._pool._idle.values()))
-    third = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1)
+    third = client.generate("c1", TEXT, height=16, width=16, steps=1)
     assert daemon.wait_for(Generate, 3).io.inode == one.io.inode
     second.cancel()
     third.cancel()
@@ -255,30 +256,46 @@ def test_a_block_that_lost_workers_may_write_to_is_not_used_again(client, daemon
     """A job that was cancelled, or lost its loan, may have ended with its group, whose ranks are being killed."""
     daemon.answers[Generate] = lambda request: [Failed(request_id=request.request_id, code=code, detail="gone")]
     with pytest.raises(BY_CODE[code]):
-        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1).result()
+        client.generate("c1", TEXT, height=16, width=16, steps=1).result()
     assert not any(client._pool._idle.values())
 
 
-def test_a_forward_hands_back_the_prediction(client, daemon):
-    def answer(request):
-        latents = daemon.open_io(request.io, request.latents)
-        daemon.open_io(request.io, request.out).copy_(latents * 2)
-        return [Denoised(request_id=request.request_id, timings_ms={})]
-
-    daemon.answers[Denoise] = answer
-    latents = torch.randn(2, 16, 4, 6)
-    out = client.denoise("c1", latents, 0.75, EMBEDS.repeat(2, 1, 1), POOLED.repeat(2, 1), 3.5)
-    assert torch.equal(out, latents * 2)
-    request = daemon.requests(Denoise)[0]
-    assert request.timestep == (0.75, 0.75)
-    (part,) = request.parts
-    assert (part.rows, part.guidance, part.conditioning_id) == (2, 3.5, None)
-
-
-def test_an_interrupted_forward_is_cancelled(client, daemon):
+def test_an_interrupted_call_is_cancelled(client, daemon):
     with pytest.raises(DeadlineExceeded):
-        client.denoise("c1", torch.randn(1, 16, 4, 4), 0.5, EMBEDS, POOLED, deadline_s=0.1)
-    assert daemon.wait_for(Cancel).target_request_id == daemon.requests(Denoise)[0].request_id
+        client.call("c1", {"hidden_states": torch.randn(1, 16, 64)}, deadline_s=0.1)
+    assert daemon.wait_for(Cancel).target_request_id == daemon.requests(Call)[0].request_id
+
+
+def test_steps_and_guidance_are_the_familys_own_unless_they_are_given(client, daemon, generates):
+    job = client.generate("c1", TEXT, height=16, width=16)
+    job.result()
+    assert job.total_steps == 28
+    own = daemon.requests(Generate)[0].sampling
+    assert (own.steps, own.guidance_scale, own.variant, own.options) == (28, None, "class", {})
+    client.generate("c1", TEXT, height=16, width=16, steps=2, guidance_scale=5, options={"shift": 3.0}).result()
+    given = daemon.requests(Generate)[1].sampling
+    assert (given.steps, given.guidance_scale, given.options) == (2, 5.0, {"shift": 3.0})
+
+
+def test_conditioning_may_be_lists_with_a_tensor_for_each_image(client, daemon, generates):
+    daemon.facts["c1"] = sample_facts.LISTS
+    texts = [torch.randn(5, 8), torch.randn(3, 8)]
+    result = client.generate("c1", {"prompt_embeds": texts}, height=16, width=16, steps=1, seed=3).result()
+    assert result.latents.shape == (2, 16, 2, 2)
+    request = daemon.requests(Generate)[0]
+    assert list(request.conditioning) == ["prompt_embeds"]
+    assert [leaf.shape for leaf in request.conditioning["prompt_embeds"].items] == [(5, 8), (3, 8)]
+
+
+def test_facts_of_a_component_are_asked_for_once(client, daemon, generates):
+    for _ in range(2):
+        assert client.facts("c1") == sample_facts.TRANSFORMER
+        client.generate("c1", TEXT, height=16, width=16, steps=1).result()
+    assert len(daemon.requests(GetStatus)) == 1
+    with pytest.raises(UnknownComponent, match="component c9: not on loan"):
+        client.facts("c9")
+    with pytest.raises(BadRequest, match="component c2: a vae where a transformer is needed"):
+        client.generate("c2", TEXT, height=16, width=16)
 
 
 def test_the_vae_both_ways(client, daemon):
@@ -303,7 +320,7 @@ def test_threads_run_jobs_side_by_side(client, daemon, generates):
     results = {}
 
     def work(seed):
-        results[seed] = client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=2, seed=seed).result()
+        results[seed] = client.generate("c1", TEXT, height=16, width=16, steps=2, seed=seed).result()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
@@ -315,7 +332,7 @@ def test_threads_run_jobs_side_by_side(client, daemon, generates):
 
 def test_a_bad_value_is_never_sent(client, daemon):
     with pytest.raises(BadRequest, match="steps"):
-        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=0)
+        client.generate("c1", TEXT, height=16, width=16, steps=0)
     with pytest.raises(BadRequest, match="seed and noise"):
-        client.generate("c1", EMBEDS, POOLED, height=16, width=16, steps=1, seed=1, noise=torch.zeros(1, 16, 2, 2))
+        client.generate("c1", TEXT, height=16, width=16, steps=1, seed=1, noise=torch.zeros(1, 16, 2, 2))
     assert daemon.requests(Generate) == []

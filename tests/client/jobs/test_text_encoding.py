@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from xditd.client import BadRequest, Client, ComponentKind  # noqa: E402
-from xditd.client.text_encoding import check_token_ids  # noqa: E402
+from xditd.client.jobs.checks import check_token_ids  # noqa: E402
 from xditd.ipc.replies import TextEncoded  # noqa: E402
 from xditd.ipc.requests import EncodeText  # noqa: E402
 
@@ -35,7 +35,7 @@ def client(daemon, folder):
 
 def test_the_states_have_the_width_of_the_lent_encoder(client, daemon):
     loan = client.lend(CLIP)
-    assert (loan.kind, loan.text_width) == (ComponentKind.TEXT_ENCODER, 6)
+    assert (loan.kind, loan.facts.text_encoder.width) == (ComponentKind.TEXT_ENCODER, 6)
     encoding = client.encode_text(loan, [[1, 2, 3], [4, 5, 6]], pooled=True)
     assert encoding.hidden_states.shape == (2, 3, 6)
     assert encoding.hidden_states.dtype == torch.float32
@@ -49,15 +49,12 @@ def test_pooled_is_asked_for_or_not_there(client):
     assert client.encode_text(client.lend(CLIP), torch.ones(1, 2, dtype=torch.int32)).pooled is None
 
 
-def test_an_encoder_named_by_its_id_needs_a_width(client):
-    with pytest.raises(BadRequest, match="width: that of the states of c9 is not known here"):
-        client.encode_text("c9", [[1]])
-    assert client.encode_text("c9", [[1]], width=4).hidden_states.shape == (1, 1, 4)
+def test_the_width_of_an_encoder_that_is_named_by_its_id_is_asked_for(client):
+    assert client.encode_text("c3", [[1]]).hidden_states.shape == (1, 1, 6)
 
 
 def test_a_component_of_another_kind_is_refused(client):
     vae = client.lend({"decoder.conv_in.weight": torch.zeros(2)})
-    assert vae.text_width is None
     with pytest.raises(BadRequest, match="is a vae; name a text_encoder"):
         client.encode_text(vae, [[1]])
 

@@ -1,0 +1,69 @@
+"""FLUX.1's text encoders: CLIP-L, of which it reads the pooled state, and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import comfy.text_encoders.flux
+import folder_paths
+import torch
+
+from xditd.client.comfyui.families.adapter import TextModel
+from xditd.client.comfyui.text import RemoteEncoder, RemoteTextModel
+from xditd.client.comfyui.weights import RemoteWeights
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
+
+CLIP_TOKENS: Final = {"start": 49406, "end": 49407, "pad": 49407}
+T5_TOKENS: Final = {"end": 1, "pad": 0}
+
+_CLIP_PARTS = ("text_model.", "text_projection", "logit_scale")
+
+
+class Flux1TextModel(RemoteTextModel):
+    """FLUX.1's pair of encoders."""
+
+    def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
+        """``parts`` are CLIP-L and T5, in this order; see ``TextModel.parts``."""
+        super().__init__(parts)
+        (clip, _), (t5, _) = parts
+        self._clip = RemoteEncoder(clip, CLIP_TOKENS, has_pooled=True)
+        self._t5 = RemoteEncoder(t5, T5_TOKENS, has_pooled=False)
+
+    def encode_token_weights(self, tokens: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode what FLUX.1's tokenizer made: T5's states and CLIP's pooled one."""
+        states, _ = self._t5.encode_token_weights(tokens["t5xxl"])
+        _, pooled = self._clip.encode_token_weights(tokens["l"])
+        return states, pooled
+
+
+def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
+    """Make FLUX.1's text model of two files' weights, by label, in either order.
+
+    Raises:
+        BadRequest: not one CLIP-L and one T5.
+    """
+    found = {is_clip(weights.base): weights for weights in files.values()}
+    if len(found) != 2 or len(files) != 2:
+        raise BadRequest(f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")
+    parts = [(each, module_names(each)) for each in (found[True], found[False])]
+    tokenizer = comfy.text_encoders.flux.FluxTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
+    return TextModel(Flux1TextModel(parts), parts, tokenizer)
+
+
+def module_names(weights: RemoteWeights) -> dict[str, str]:
+    """The names that ComfyUI's text model gives an encoder's tensors, with those of its file."""
+    found = {}
+    for inner in weights.base:
+        name = inner.removeprefix("transformer.")
+        if is_clip(weights.base):
+            found[f"clip_l.transformer.{name if name.startswith(_CLIP_PARTS) else f'text_model.{name}'}"] = inner
+        else:
+            found[f"t5xxl.transformer.{name}"] = inner
+    return found
+
+
+def is_clip(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an encoder is CLIP, and not T5."""
+    return any(name.endswith("embeddings.token_embedding.weight") for name in tensors)

@@ -1,0 +1,150 @@
+"""Calls of a FLUX.1 transformer, with the arguments that diffusers' ``FluxPipeline`` gives it.
+
+For examples, benchmarks and tests: the library itself passes arguments on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.client.client import Client
+from xditd.client.jobs.arguments import KeptTensor, RowsOf
+from xditd.client.loans import Loan
+from xditd.ipc.transports.layout import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+PATCH: Final = 2
+"""Latents on a side of one token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Text conditioning: ``prompt_embeds`` (rows, tokens, context), ``pooled_prompt_embeds`` (rows, pooled), guidance.
+
+    One row serves all images that the prompt is for. What is kept crosses once, and is in the dtype of the weights.
+    """
+
+    prompt_embeds: torch.Tensor | KeptTensor
+    pooled_prompt_embeds: torch.Tensor | KeptTensor
+    guidance: float = 3.5
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_embeds.shape[1]
+
+
+class Flux1Calls:
+    """Predictions of one transformer, on latents (batch, channels, height, width) as they are."""
+
+    def __init__(self, client: Client, transformer: Loan) -> None:
+        self._client = client
+        self._transformer = transformer
+        facts = client.facts(transformer)
+        self._dtype = torch_dtype(facts.dtype)
+        self._has_guidance = facts.transformer is not None and facts.transformer.guidance == "embedded"
+
+    def keep(self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float = 3.5) -> Prompt:
+        """Make a prompt whose tensors the workers keep."""
+        kept = [self._client.keep(each.to(self._dtype)) for each in (prompt_embeds, pooled_prompt_embeds)]
+        return Prompt(kept[0], kept[1], guidance)
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        sigma: float,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        sigmas: Sequence[float] = (),
+        variant: str = "class",
+        deadline_s: float | None = None,
+    ) -> torch.Tensor:
+        """Run one forward; returns the velocity, with shape, dtype and device of ``latents``.
+
+        Several prompts share the batch out evenly, in order. Neighbours of one length run as one batch, others as
+        parts of one request. ``sigmas`` are those of the whole run, where they are known.
+        """
+        import torch
+
+        shared = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        share = len(latents) // len(shared)
+        parts: list[dict[str, Any]] = []
+        start = 0
+        for _, group in groupby(shared, key=lambda prompt: prompt.tokens):
+            members = list(group)
+            end = start + share * len(members)
+            parts.append(self.arguments(latents[start:end], sigma, members))
+            start = end
+        results = self._client.call_parts(
+            self._transformer,
+            parts,
+            foreseen={"timestep": torch.tensor(sigmas)} if sigmas else None,
+            variant=variant,
+            deadline_s=deadline_s,
+        )
+        height, width = latents.shape[2:]
+        return torch.cat([unpack(packed, height, width) for (packed,) in results]).to(latents.dtype)
+
+    def arguments(self, latents: torch.Tensor, sigma: float, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The arguments of one forward, named as in ``FluxTransformer2DModel.forward``."""
+        import torch
+
+        batch, _, height, width = latents.shape
+        share = batch // len(prompts)
+        given: dict[str, Any] = {
+            "hidden_states": pack(latents.to(self._dtype)),
+            "encoder_hidden_states": self._rows([prompt.prompt_embeds for prompt in prompts], share),
+            "pooled_projections": self._rows([prompt.pooled_prompt_embeds for prompt in prompts], share),
+            "timestep": torch.full((batch,), sigma),
+            "img_ids": image_ids(height, width),
+            "txt_ids": text_ids(prompts[0].tokens),
+        }
+        if self._has_guidance:
+            given["guidance"] = torch.tensor([prompt.guidance for prompt in prompts for _ in range(share)])
+        return given
+
+    def _rows(self, given: Sequence[torch.Tensor | KeptTensor], share: int) -> torch.Tensor | KeptTensor | RowsOf:
+        """One row for each image: a tensor that has one serves its whole share."""
+        tensors = [each if isinstance(each, KeptTensor) else each.to(self._dtype) for each in given]
+        if len(tensors) == 1 and tensors[0].shape[0] == share:
+            return tensors[0]
+        return RowsOf([(tensor, share if tensor.shape[0] == 1 else 1) for tensor in tensors])
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Fold latents (batch, channels, height, width) to tokens of two by two, as ``FluxPipeline._pack_latents``."""
+    batch, channels, height, width = latents.shape
+    folded = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+    return folded.reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH * PATCH)
+
+
+def unpack(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Undo :func:`pack` for latents of this size."""
+    batch, _, channels = packed.shape
+    folded = packed.view(batch, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
+    return folded.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // PATCH**2, height, width)
+
+
+@lru_cache(maxsize=16)
+def image_ids(height: int, width: int) -> KeptTensor:
+    """Row and column of each token of latents of this size, as ``FluxPipeline._prepare_latent_image_ids``; kept."""
+    import torch
+
+    rows, columns = height // PATCH, width // PATCH
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)[None, :]
+    return KeptTensor(ids.reshape(rows * columns, 3))
+
+
+@lru_cache(maxsize=16)
+def text_ids(tokens: int) -> KeptTensor:
+    """Zeros: text has no place in the image; kept."""
+    import torch
+
+    return KeptTensor(torch.zeros(tokens, 3))

@@ -1,0 +1,52 @@
+"""The layout of one component: the group's, with the Ulysses and ring degrees that its attention heads allow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from xditd.gpu_workers.parallel import attention, ring, sequence_groups
+from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc import planner
+from xditd.ipc.degrees import Degrees
+from xditd.ipc.errors import Unsupported
+
+
+def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) -> ParallelLayout:
+    """Return the layout for a component of ``heads`` attention heads in ``dtype``, with its process groups made.
+
+    ``layout`` is the group's. ``heads`` is 0 for a component whose tokens are not split. Every rank calls this at the
+    same point.
+
+    Raises:
+        Unsupported: the heads need a ring, and the attention backend that was asked for cannot attend in one.
+        OtherRankFailed: it can on this rank, on another it cannot.
+    """
+    degrees = planner.for_heads(layout.degrees, heads) if heads else layout.degrees
+    backend = layout.attention_backend
+    if degrees != layout.degrees:
+        if layout.degrees.ring == 1:
+            with together():
+                backend = _backend_for_ring(layout, degrees, f"{family}: {heads} attention heads")
+        sequence_groups.make(degrees)
+    return dataclasses.replace(
+        layout, degrees=degrees, attention_backend=attention.for_dtype(backend, dtype, layout.device)
+    )
+
+
+def use(layout: ParallelLayout) -> None:
+    """Make a component's layout the one that attention of this process runs in. Call it before every forward."""
+    attention.use(layout.attention_backend)
+    sequence_groups.use(layout.degrees)
+
+
+def _backend_for_ring(layout: ParallelLayout, degrees: Degrees, what: str) -> str:
+    try:
+        return ring.choose_backend(layout.requested_attention, layout.device)
+    except Unsupported as error:
+        raise Unsupported(
+            f"{what} need the layout {degrees}, and {error.detail}; "
+            f"or start the daemon with --workers {degrees.cfg * degrees.ulysses}"
+        ) from error
