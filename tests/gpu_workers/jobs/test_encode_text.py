@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.ipc.errors import BadRequest, NotFinite
 from xditd.ipc.requests import EncodeText
 

@@ -12,9 +12,12 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 CASES: dict[str, list[list[tuple[int, ...]]]] = {
     "equal parts": [[(3, 4)], [(3, 4)]],
@@ -59,13 +62,13 @@ class Doubling:
         return [2 * row for row in inputs.arguments["x"]]
 
 
-def run(case: str) -> tuple[list[Any], list[list[float]]]:
+def run(case: str, layout: ParallelLayout) -> tuple[list[Any], list[list[float]]]:
     """Run a case as a call: the rows of each part, and what of them was run here."""
     from xditd.gpu_workers.models.calls import run_parts
     from xditd.gpu_workers.models.family import CallOptions
 
     operations: Any = Doubling()
-    skeleton: Any = SimpleNamespace(attention_backend="SDPA")
+    skeleton: Any = SimpleNamespace(layout=layout)
     parts: Any = [SimpleNamespace(arguments={"x": rows}) for rows in rows_of(case)]
     return run_parts(skeleton, operations, parts, CallOptions()), operations.ran
 
@@ -77,10 +80,10 @@ def run_rank(rank: int, folder: str) -> None:
     from xditd.ipc.degrees import Degrees
 
     torch.set_num_threads(1)
-    xfuser_start.start(rank, 2, f"{folder}/store", torch.device("cpu"), Degrees(cfg=2))
+    layout = xfuser_start.start(rank, 2, f"{folder}/store", torch.device("cpu"), Degrees(cfg=2))
     tensors, ran = {}, {}
     for case in CASES:
-        found, ran[case] = run(case)
+        found, ran[case] = run(case, layout)
         for part, rows in enumerate(found):
             tensors |= {f"{case}/{part}/{number}": row.clone() for number, row in enumerate(rows)}
     save_file(tensors, f"{folder}/rank{rank}.safetensors")

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
 PROGRAM = Path(__file__).with_name("calling_ranks.py")
 
 
@@ -70,10 +72,9 @@ def test_halves_share_the_rows_out(halves: Any, case: str, first: Any, second: A
     assert [ran[case] for _, ran in halves] == [first, second]
 
 
-@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("case", calling_ranks.CASES)
-def test_one_half_runs_each_part_whole(case: str) -> None:
-    found, ran = calling_ranks.run(case)
+def test_one_half_runs_each_part_whole(layout: ParallelLayout, case: str) -> None:
+    found, ran = calling_ranks.run(case, layout)
     parts = calling_ranks.rows_of(case)
     assert ran == [[float(row.flatten()[0]) for row in rows] for rows in parts]
     for rows, expected in zip(found, parts, strict=True):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 import torch
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.demo.checkpoints import flux1_state_dict
-from xditd.client.demo.text_checkpoints import clip_l_state_dict, t5_state_dict
 from xditd.gpu_workers.models.component_facts import class_of
 from xditd.ipc.facts import ComponentFacts, TextEncoderFacts
 
