@@ -148,8 +148,11 @@ class Walk:
         self.report.add(parity=errors, same_bits_again=bool(torch.equal(latents, again)))
 
     def calls(self) -> None:
-        """One forward as a client's own sampler asks for it; with two rows, as with a negative prompt."""
-        calls, noise = Flux1Calls(self.client, self.loan), self.inputs["noise"]
+        """One forward as a client's own sampler asks for it; with two rows, as with a negative prompt.
+
+        The sampler has its latents where its model would be, and packs them there.
+        """
+        calls, noise = Flux1Calls(self.client, self.loan), self.inputs["noise"].to(self.device)
         sent = Prompt(self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"])
         kept = calls.keep(self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"])
         two = torch.cat([noise, noise.flip(-1)])
