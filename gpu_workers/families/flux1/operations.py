@@ -89,8 +89,8 @@ class Flux1Operations:
         check_tensor("txt_ids", given["txt_ids"], (text.shape[1], 3))
         check_tensor("timestep", given["timestep"], (rows,))
         check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
-        if given.get("guidance") is not None:
-            check_tensor("guidance", given["guidance"], (rows,))
+        if config.has_guidance or given.get("guidance") is not None:
+            check_tensor("guidance", given.get("guidance"), (rows,))
         deal_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:

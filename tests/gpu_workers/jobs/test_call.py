@@ -29,15 +29,21 @@ def messages(rank: OneRank) -> ModuleType:
     return flux1_messages
 
 
+@pytest.fixture(scope="module")
+def state() -> State:
+    """As few blocks as there can be: what they compute is for other tests."""
+    return flux1_state_dict(0, double_blocks=1, single_blocks=1)
+
+
 @pytest.fixture
-def lent(rank: OneRank, demo_transformer: State) -> OneRank:
-    rank.lend("transformer", demo_transformer)
+def lent(rank: OneRank, state: State) -> OneRank:
+    rank.lend("transformer", state)
     return rank
 
 
 @pytest.fixture(scope="module")
-def model(demo_transformer: State) -> Any:
-    return reference.transformer_from(demo_transformer)
+def model(state: State) -> Any:
+    return reference.transformer_from(state)
 
 
 def given(room: Room, part: dict[str, Argument]) -> dict[str, torch.Tensor]:

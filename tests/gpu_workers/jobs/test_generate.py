@@ -32,9 +32,15 @@ def messages(rank: OneRank) -> ModuleType:
     return flux1_messages
 
 
+@pytest.fixture(scope="module")
+def state() -> State:
+    """As few blocks as there can be: what they compute is for other tests."""
+    return flux1_state_dict(0, double_blocks=1, single_blocks=1)
+
+
 @pytest.fixture
-def lent(rank: OneRank, demo_transformer: State) -> OneRank:
-    rank.lend("transformer", demo_transformer)
+def lent(rank: OneRank, state: State) -> OneRank:
+    rank.lend("transformer", state)
     return rank
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import text_checkpoints
 import torch
 from safetensors.torch import save_file
 
-from xditd.client.demo import text_checkpoints
 from xditd.ipc.errors import BadRequest, StaleSource, UnknownComponent
 from xditd.ipc.requests import Decode, Encode, EncodeText, Job
 

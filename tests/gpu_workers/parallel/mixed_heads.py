@@ -65,9 +65,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     from safetensors.torch import save_file
     from torch.distributed import distributed_c10d
 
-    from xditd.gpu_workers.families.flux1 import pipelines
-    from xditd.gpu_workers.models.family import TensorInfo
-    from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+    from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
@@ -75,35 +73,28 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, degrees.world_size, str(folder / "store"), torch.device("cpu"), degrees)
 
-    def lend(cache: SkeletonCache) -> dict[int, Plan]:
-        plans = {}
-        for heads, state in states.items():
-            plans[heads] = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-            plans[heads].skeleton.plug(plans[heads].bind(state))
-        return plans
+    from direct_jobs import denoise, plugged
+
+    def lend(cache: SkeletonCache) -> dict[int, Skeleton]:
+        return {heads: plugged(cache, state) for heads, state in states.items()}
 
     groups = distributed_c10d._world.pg_map
     facts: dict[str, Any] = {"groups at start": len(groups)}
-    plans = lend(SkeletonCache(started))
+    skeletons = lend(SkeletonCache(started))
     facts["groups"] = len(groups)
     results = {}
     for attempt in range(ROUNDS):
         for case, sizes in CASES.items():
-            for heads, plan in plans.items():  # each forward follows one of another shape
-                given = inputs(*sizes)
-                conditioning = pipelines.condition(
-                    plan.skeleton, prompt_embeds=given.pop("prompt_embeds"), pooled=given.pop("pooled")
-                )
-                batch = pipelines.Batch(conditioning=conditioning, **given)
-                results[f"{heads}/{case}/{attempt}"] = pipelines.denoise_batches(plan.skeleton, [batch])
+            for heads, skeleton in skeletons.items():  # each forward follows one of another shape
+                results[f"{heads}/{case}/{attempt}"] = denoise(skeleton, **inputs(*sizes))
     before = psutil.Process().num_fds()
     lend(SkeletonCache(started))
     facts |= {
         "groups after lending all again": len(groups),
         "new descriptors": psutil.Process().num_fds() - before,
         "timeouts": sorted({str(group._get_backend(torch.device("cpu")).options._timeout) for group in groups}),
-        "degrees": {heads: plan.skeleton.layout.degrees.named() for heads, plan in plans.items()},
-        "attention": {heads: plan.skeleton.attention_backend for heads, plan in plans.items()},
+        "degrees": {heads: skeleton.layout.degrees.named() for heads, skeleton in skeletons.items()},
+        "attention": {heads: skeleton.attention_backend for heads, skeleton in skeletons.items()},
     }
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / f"rank{rank}.safetensors")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
@@ -111,7 +102,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
 
 
 def main(out: Path) -> None:
-    sys.path.append(str(Path(__file__).parents[1] / "process"))
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints
