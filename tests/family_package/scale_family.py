@@ -1,21 +1,22 @@
-"""The smallest model family of another package: one layer. On the path of a process, it is found as if installed."""
+"""The smallest model family of another package: one learned scale. A process finds it, on its path, as if installed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 
+if TYPE_CHECKING:
+    from scale_operations import ScaleOperations
+
 
 class ScaleFamily:
-    """A square matrix, and nothing else."""
+    """A factor for each channel, and nothing else. The configuration is how many there are."""
 
     name = "scale"
-    title = "a matrix of the tests (scale.safetensors)"
+    title = "a scale of the tests (scale.safetensors)"
     kind: Kind = "transformer"
     tied: ClassVar[Mapping[str, str]] = {}
     ignored: re.Pattern[str] | None = None
@@ -29,14 +30,14 @@ class ScaleFamily:
     def configure(self, shapes: Mapping[str, Shape]) -> int:
         return shapes["scale.weight"][0]
 
-    def entries(self, config: int) -> Iterator[Entry]:
-        yield Entry("scale.weight", (config, config), (("0.weight", config),))
+    def entries(self, config: int, names: Collection[str]) -> Iterator[Entry]:
+        yield Entry("scale.weight", (config,), (("scale", config),))
 
-    def check_layout(self, config: int, layout: object) -> None:
-        pass
+    def heads(self, config: int) -> int:
+        return 0
 
-    def build(self, config: int) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(config, config, bias=False))
+    @property
+    def operations(self) -> ScaleOperations:
+        from scale_operations import ScaleOperations
 
-    def fuse(self, *_: object) -> None:
-        pass
+        return ScaleOperations()

@@ -62,10 +62,10 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]], folder: Path) -> None:
     import psutil
+    from direct_jobs import denoise
     from safetensors.torch import save_file
     from torch.distributed import distributed_c10d
 
-    from xditd.gpu_workers.families.flux1 import pipelines
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
@@ -90,12 +90,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     for attempt in range(ROUNDS):
         for case, sizes in CASES.items():
             for heads, plan in plans.items():  # each forward follows one of another shape
-                given = inputs(*sizes)
-                conditioning = pipelines.condition(
-                    plan.skeleton, prompt_embeds=given.pop("prompt_embeds"), pooled=given.pop("pooled")
-                )
-                batch = pipelines.Batch(conditioning=conditioning, **given)
-                results[f"{heads}/{case}/{attempt}"] = pipelines.denoise_batches(plan.skeleton, [batch])
+                results[f"{heads}/{case}/{attempt}"] = denoise(plan.skeleton, **inputs(*sizes))
     before = psutil.Process().num_fds()
     lend(SkeletonCache(started))
     facts |= {
@@ -111,7 +106,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
 
 
 def main(out: Path) -> None:
-    sys.path.append(str(Path(__file__).parents[1] / "process"))
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints

@@ -101,7 +101,7 @@ def test_fused_kernels_by_name_are_refused_where_heads_need_a_ring(
     config = Flux1Config(384, 1, 1, 4096, 768, True)
     ring = dataclasses.replace(layout, degrees=Degrees(ring=2, cfg=2), fused_attention="CUDNN", **asked)
     with pytest.raises(Unsupported, match=words):
-        Flux1().fuse(config, torch.nn.Module(), ring, torch.bfloat16, {})
+        Flux1().operations.fuse(config, torch.nn.Module(), ring, torch.bfloat16, {})
 
 
 def test_plain_blocks_run_where_heads_need_a_ring(layout: ParallelLayout, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,7 +110,7 @@ def test_plain_blocks_run_where_heads_need_a_ring(layout: ParallelLayout, caplog
     caplog.set_level("INFO")
     config = Flux1Config(384, 1, 1, 4096, 768, True)
     ring = dataclasses.replace(layout, degrees=Degrees(ring=2), fused_attention="CUDNN")
-    assert Flux1().fuse(config, torch.nn.Module(), ring, torch.bfloat16, {}) is None
+    assert Flux1().operations.fuse(config, torch.nn.Module(), ring, torch.bfloat16, {}) is None
     assert caplog.messages == ["plain blocks run: fused ones attend without a ring heads=3 layout=ring=2"]
 
 
