@@ -29,6 +29,8 @@ from machine import describe_machine
 
 from xditd.client.output_files import write_file
 
+sys.path.append(str(Path(__file__).parents[1] / "tests/gpu_workers/support"))
+
 GUIDANCE = 3.5
 
 
@@ -58,14 +60,15 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         kernels="fused" if is_cuda else "plain",
         precision="fp8" if is_cuda else "bf16",
     )
-    from xditd.gpu_workers.families.flux1 import pipelines
+    from direct_jobs import generate
+
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
-    job = make_job(given, pipelines)
+    job = make_job(given)
     found: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     for precision in dict.fromkeys(("bf16", layout.precision)):
@@ -76,14 +79,14 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         started = time.perf_counter()
         skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
         plug_ms = (time.perf_counter() - started) * 1e3
-        pipelines.generate(skeleton, **job, steps=2)  # compared with plain modules, and warm
+        generate(skeleton, **job, steps=2)  # compared with plain modules, and warm
         for threshold in (0.0, *given.thresholds):
             results, seconds = [], []
             for _ in range(2):
                 cache = StepCache(threshold) if threshold else None
                 synchronize(device)
                 started = time.perf_counter()
-                results.append(pipelines.generate(skeleton, **job, steps=given.steps, step_cache=cache).float())
+                results.append(generate(skeleton, **job, steps=given.steps, step_cache=cache).float())
                 synchronize(device)
                 seconds.append(time.perf_counter() - started)
             expected = results[0] if expected is None else expected
@@ -112,12 +115,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_job(given: argparse.Namespace, pipelines: Any) -> dict[str, Any]:
+def make_job(given: argparse.Namespace) -> dict[str, Any]:
+    from xditd.gpu_workers.families.flux1.facts import LATENTS
+    from xditd.gpu_workers.jobs.generate import seeded_noise
+
     generator = torch.Generator().manual_seed(0)
     return {
         "prompt_embeds": torch.randn(1, given.tokens, 4096, generator=generator),
         "pooled": torch.randn(1, 768, generator=generator),
-        "noise": pipelines.seeded_noise(0, batch=1, height=given.pixels, width=given.pixels),
+        "noise": seeded_noise(0, LATENTS.shape(1, given.pixels, given.pixels), torch.float32),
         "height": given.pixels,
         "width": given.pixels,
         "guidance_scale": GUIDANCE,

@@ -72,27 +72,30 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     layout = xfuser_start.start(
         rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
     )
-    from xditd.gpu_workers.families.flux1 import pipelines
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.calls import run_parts
+    from xditd.gpu_workers.models.family import CallOptions, Inputs, TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
-    from xditd.gpu_workers.parallel import component_layouts
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
-    modules: dict[str, Any] = {}
+    skeletons: dict[str, Any] = {}
     for precision in dict.fromkeys(("bf16", layout.precision)):
         cache = SkeletonCache(dataclasses.replace(layout, precision=precision))
         plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
         plan.skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-        modules[precision] = plan.skeleton.module
-    module = modules["bf16"]
-    fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
-    component_layouts.use(plan.skeleton.layout)
-    inputs = make_inputs(given, device, pipelines)
+        skeletons[precision] = plan.skeleton
+    skeleton = skeletons["bf16"]
+    fast = {"fused": skeletons["bf16"].module.fused, "fp8": skeletons[layout.precision].module.fused}
+    inputs = make_inputs(given, device)
 
     @torch.inference_mode()
+    def forward(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One forward as jobs run it, halves of the group sharing the rows out: (rows, image tokens, 64)."""
+        (rows,) = run_parts(skeleton, skeleton.operations, [Inputs(arguments)], CallOptions())
+        return skeleton.operations.tree(rows)[0]
+
     def step() -> torch.Tensor:
-        return module(**inputs, return_dict=False)[0]
+        return forward(inputs)
 
     found: dict[str, Any] = {
         "layout": str(degrees),
@@ -106,16 +109,16 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         moved = dict(inputs)
         for number in range(PARITY_STEPS):
             moved["timestep"] = torch.full((given.rows,), 1.0 - number / PARITY_STEPS, device=device)
-            moved["hidden_states"] = moved["hidden_states"] - module(**moved, return_dict=False)[0] / PARITY_STEPS
+            moved["hidden_states"] = moved["hidden_states"] - forward(moved) / PARITY_STEPS
         return moved["hidden_states"].float()
 
     expected: tuple[torch.Tensor, torch.Tensor] | None = None
     for way in given.ways:
-        module = modules["fp8" if way == "fp8" else "bf16"]
-        module.fused = fast.get(way)
+        skeleton = skeletons["fp8" if way == "fp8" else "bf16"]
+        skeleton.module.fused = fast.get(way)
         started = time.perf_counter()
         if way == "compiled":
-            module.compile_repeated_blocks(fullgraph=False)
+            skeleton.module.compile_repeated_blocks(fullgraph=False)
         result = step().float()
         torch.cuda.synchronize()
         first_s = time.perf_counter() - started
@@ -138,7 +141,10 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     xfuser_start.stop()
 
 
-def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any) -> dict[str, torch.Tensor]:
+def make_inputs(given: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+    """The arguments of a forward, by the names of diffusers' class."""
+    from diffusers import FluxPipeline
+
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -152,7 +158,7 @@ def make_inputs(given: argparse.Namespace, device: torch.device, pipelines: Any)
         "timestep": torch.full((given.rows,), 0.5, device=device),
         "guidance": torch.full((given.rows,), 3.5, device=device),
         "txt_ids": torch.zeros(given.tokens, 3, device=device),
-        "img_ids": pipelines._image_ids(side, side, device),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32),
     }
 
 
