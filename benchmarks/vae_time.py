@@ -48,8 +48,6 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers.families.flux_vae import image_coding
-    from xditd.gpu_workers.families.flux_vae.split_decode import whole_group
     from xditd.gpu_workers.models.family import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
@@ -65,14 +63,17 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     side = given.pixels // 8
     latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
-    exact = image_coding.decode(plugged(torch.float32), latents.float(), clamp=False)
-    skeleton, bands = plugged(torch.bfloat16), whole_group()
+
+    def decode_by(skeleton: Any, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
+        image: torch.Tensor = skeleton.operations.decode(skeleton, latents, is_shared=is_shared)
+        return image
+
+    exact = decode_by(plugged(torch.float32), latents.float())
+    skeleton = plugged(torch.bfloat16)
     decodes: dict[str, Callable[[], torch.Tensor]] = {
-        "diffusers": lambda: image_coding.decode(skeleton, latents, clamp=False),
-        "channels_last": lambda: image_coding.decode(
-            skeleton, latents.contiguous(memory_format=torch.channels_last), clamp=False
-        ),
-        "bands": lambda: image_coding.decode(skeleton, latents, clamp=False, bands=bands),
+        "diffusers": lambda: decode_by(skeleton, latents),
+        "channels_last": lambda: decode_by(skeleton, latents.contiguous(memory_format=torch.channels_last)),
+        "bands": lambda: decode_by(skeleton, latents, is_shared=True),
     }
     found = {}
     for way, decode in decodes.items():

@@ -2,7 +2,8 @@
 
 Ours are imported when the first checkpoint comes, others when one comes that none of ours claims. A package offers a
 family by an entry point of the group ``xditd.families`` that names a class, which is called without arguments and gives
-a :class:`~xditd.gpu_workers.models.family.Family`.
+a :class:`~xditd.gpu_workers.models.family.Family`. What it says of files is looked at when it is found, what it can do
+with a component when the first one of it is lent: only then may xfuser and diffusers be imported.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from inspect import getattr_static
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from xditd.gpu_workers.models.family import Family
-from xditd.ipc.errors import UnknownFamily
+from xditd.gpu_workers.models.family import (
+    Family,
+    Kind,
+    Operations,
+    Recipe,
+    TextEncoderOperations,
+    TransformerOperations,
+    VaeOperations,
+)
+from xditd.ipc.errors import UnknownFamily, Unsupported
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensor_names import by_prefix
@@ -34,6 +42,13 @@ FAMILIES: Final = (
 
 ENTRY_POINTS: Final = "xditd.families"
 """The group of entry points by which other packages offer theirs. All ranks ask them in the order of their names."""
+
+OPERATIONS: Final[dict[Kind, type]] = {
+    "transformer": TransformerOperations,
+    "vae": VaeOperations,
+    "text_encoder": TextEncoderOperations,
+}
+"""The protocol of each kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +120,53 @@ def detect(names: Collection[str]) -> Family[Any]:
     )
 
 
+def operations_of(family: Family[Any]) -> Operations[Any]:
+    """Return what jobs do with components of a family; the first time, this imports what they need.
+
+    Raises:
+        Unsupported: it lacks members of the protocol of its kind; names them.
+    """
+    operations = family.operations
+    protocol = OPERATIONS[family.kind]
+    missing = _missing(operations, protocol)
+    if family.kind == "transformer" and "recipe" not in missing:
+        missing += [f"recipe.{member}" for member in _missing(cast(Any, operations).recipe, Recipe)]
+    if missing:
+        raise Unsupported(
+            f"{family.name} cannot be run: {type(operations).__module__}:{type(operations).__qualname__} lacks "
+            f"{listed(missing)}; its package has to give it all members of the {protocol.__name__} protocol",
+            names=missing,
+        )
+    return operations
+
+
 def _load(entry: EntryPoint, taken: Collection[str]) -> Family[Any]:
     """Import what an entry point names, and look whether it is a family.
 
     Raises:
         TypeError: it lacks members of the protocol.
-        ValueError: another family has its name.
+        ValueError: another family has its name, or there is nothing of its kind.
         Exception: whatever its package raises.
     """
     family: Family[Any] = entry.load()()
-    # Without asking properties: ``operations`` imports what only a lend needs.
-    missing = [member for member in _members() if getattr_static(family, member, _members) is _members]
+    missing = _missing(family, Family)
     if missing:
         raise TypeError(f"{entry.value} lacks {listed(missing)}: give it all members of the Family protocol")
     if family.name in taken:
         raise ValueError(f"a family named {family.name} exists already: give this one another name")
+    if family.kind not in OPERATIONS:
+        raise ValueError(f"{family.name} is of kind {family.kind!r}: use one of {', '.join(OPERATIONS)}")
     return family
 
 
+def _missing(given: object, protocol: type) -> list[str]:
+    """Name the members of a protocol that an object lacks. Its class is asked first: no property runs that is there."""
+    return [member for member in _members(protocol) if not hasattr(type(given), member) and not hasattr(given, member)]
+
+
 @cache
-def _members() -> tuple[str, ...]:
-    """The public members of the Family protocol."""
-    protocols = [base for base in Family.__mro__ if getattr(base, "_is_protocol", False)]
-    members = {name for protocol in protocols for name in (*vars(protocol), *vars(protocol).get("__annotations__", ()))}
+def _members(protocol: type) -> tuple[str, ...]:
+    """The public members of a protocol."""
+    protocols = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    members = {name for base in protocols for name in (*vars(base), *vars(base).get("__annotations__", ()))}
     return tuple(sorted(name for name in members if not name.startswith("_")))

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import Family, Slice, TensorInfo
+from xditd.gpu_workers.models.family import Family, Operations, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.registry import detect, left_out, titles
+from xditd.gpu_workers.models.registry import detect, left_out, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -41,6 +41,7 @@ class Skeleton:
     def __init__(
         self,
         family: Family[Any],
+        operations: Operations[Any],
         config: Hashable,
         dtype: torch.dtype,
         layout: ParallelLayout,
@@ -54,8 +55,8 @@ class Skeleton:
         self.device = layout.device
         self.module = module
         self.owner: str | None = None
-        self.operations = family.operations
-        self._fast = self.operations.fuse(config, module, layout, dtype, exceptions)
+        self.operations = operations
+        self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
@@ -171,7 +172,8 @@ class SkeletonCache:
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
-                ``resolution.resolve``, ``component_layouts.choose`` and ``Operations.fuse``.
+                ``resolution.resolve``, ``registry.operations_of``, ``component_layouts.choose``
+                and ``Operations.fuse``.
         """
         signature = frozenset(tensors.items())
         resolution = self._resolutions.get(signature)
@@ -216,12 +218,13 @@ class SkeletonCache:
 
     def _build(self, resolution: Resolution) -> Skeleton:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
+        operations = operations_of(family)
         layout = self._choose_layout(family, config, dtype)
         # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 
         with torch.device("meta"), no_init_weights():
-            module = family.operations.build(config).eval().requires_grad_(False)
+            module = operations.build(config).eval().requires_grad_(False)
         # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
         torch.nn.Module.to(module, dtype)
         for submodule in module.modules():
@@ -235,7 +238,7 @@ class SkeletonCache:
         compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, config, dtype, layout, module, exceptions)
+        return Skeleton(family, operations, config, dtype, layout, module, exceptions)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:

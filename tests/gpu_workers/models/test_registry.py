@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported
 
 PACKAGE = Path(__file__).parents[2] / "family_package"
 FLUX = {"double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"}
-SCALE = {"scale.weight": TensorInfo("float32", (4, 4))}
+SCALE = {"scale.weight": TensorInfo("float32", (4,))}
 
 Install = Callable[..., None]
 
@@ -24,7 +25,7 @@ Install = Callable[..., None]
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Put folders of packages on this process's path; or write a package of one module there, by name and code."""
-    modules = {"scale_family"}
+    modules = {"scale_family", "scale_operations"}
 
     def write(name: str = "", code: str = "", *, folder: Path | None = None) -> None:
         if folder is None:
@@ -52,7 +53,7 @@ def test_a_family_of_another_package_is_found_and_asked_after_our_own(install: I
     assert [family.name for family in registry.families()] == ["flux1", "flux_vae", "clip_l", "t5", "scale"]
     assert registry.detect({*FLUX, *SCALE}).name == "flux1"
     with pytest.raises(
-        UnknownFamily, match=r"lend FLUX\.1 .* or a matrix of the tests \(scale\.safetensors\); 1 tensor"
+        UnknownFamily, match=r"lend FLUX\.1 .* or a scale of the tests \(scale\.safetensors\); 1 tensor"
     ):
         registry.detect({"x"})
 
@@ -73,17 +74,20 @@ def test_our_own_families_need_no_other_package(install: Install) -> None:
         ("raise SystemExit('broken')", r"bad of bad 2\.0 \(SystemExit: broken\)"),
         ("class Other: pass", r"bad of bad 2\.0 \(AttributeError: .*Made"),
         (
-            "from scale_family import ScaleFamily as Whole\n"
-            "kept = {name: each for name, each in vars(Whole).items() if name not in ('canonical', 'title')}\n"
-            "Made = type('Made', (), kept)",
-            r"bad of bad 2\.0 \(TypeError: bad:Made lacks canonical, title: give it all members of the Family",
+            "from scale_family import ScaleFamily\nMade = type('Made', (), {name: member for name, member in "
+            "vars(ScaleFamily).items() if name not in ('heads', '__dict__', '__weakref__')})",
+            r"bad of bad 2\.0 \(TypeError: bad:Made lacks heads: give it all members of the Family protocol\)",
+        ),
+        (
+            "from scale_family import ScaleFamily\nclass Made(ScaleFamily):\n    name, kind = 'mine', 'unet'",
+            r"bad of bad 2\.0 \(ValueError: mine is of kind 'unet': use one of transformer, vae, text_encoder\)",
         ),
         (
             "from scale_family import ScaleFamily\nclass Made(ScaleFamily):\n    name = 't5'",
             r"bad of bad 2\.0 \(ValueError: a family named t5 exists already: give this one another name\)",
         ),
     ],
-    ids=["import", "raises", "no class", "no member", "a name of ours"],
+    ids=["import", "raises", "no class", "no member", "no kind", "a name of ours"],
 )
 def test_a_broken_family_is_logged_and_named_and_breaks_no_other(
     install: Install, caplog: pytest.LogCaptureFixture, cache: SkeletonCache, code: str, says: str
@@ -121,3 +125,41 @@ def test_what_a_family_claims_and_does_not_fit_is_its_own_to_explain(install: In
         cache.plan(vae)
     with pytest.raises(Unsupported, match=r"^Chroma cannot be run: lend FLUX"):
         cache.plan({name: TensorInfo("float32", (2, 2)) for name in {*FLUX, "distilled_guidance_layer.in_proj.weight"}})
+
+
+def test_what_a_family_does_is_imported_when_it_is_lent(install: Install, cache: SkeletonCache) -> None:
+    install(folder=PACKAGE)
+    registry.detect(SCALE)
+    assert "scale_operations" not in sys.modules
+    cache.plan(SCALE)
+    assert "scale_operations" in sys.modules
+
+
+@pytest.mark.parametrize("family", registry.own_families(), ids=lambda family: family.name)
+@pytest.mark.usefixtures("layout")
+def test_our_own_families_do_what_their_kind_does(family: Any) -> None:
+    assert registry.operations_of(family) is not None
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ("kind = 'vae'", r"lacks decode, encode, shares; .* VaeOperations protocol"),
+        ("kind = 'text_encoder'", r"lacks encode, vocabulary; .* TextEncoderOperations protocol"),
+        ("operations = object()", r"object lacks build, check, .*, recipe, .*; .* TransformerOperations protocol"),
+        (
+            "class Other(ScaleOperations):\n        recipe = object()\n    operations = Other()",
+            r"lacks recipe\.check, recipe\.noise_dtype, recipe\.start; .* TransformerOperations protocol",
+        ),
+    ],
+    ids=["vae", "text encoder", "nothing", "no recipe"],
+)
+def test_what_a_family_cannot_do_is_named_when_it_is_lent(
+    install: Install, cache: SkeletonCache, members: str, says: str
+) -> None:
+    install(folder=PACKAGE)
+    imports = "from scale_family import ScaleFamily\nfrom scale_operations import ScaleOperations"
+    # Its name comes first, so it is asked first.
+    install("less", f"{imports}\nclass Made(ScaleFamily):\n    name = 'less'\n    {members}")
+    with pytest.raises(Unsupported, match=rf"^less cannot be run: .*{says}"):
+        cache.plan(SCALE)
