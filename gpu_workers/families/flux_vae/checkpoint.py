@@ -13,38 +13,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from xditd.gpu_workers.families.flux_vae.config import (
+    IMAGE_CHANNELS,
+    LATENT_CHANNELS,
+    LEVELS,
+    NORM_GROUPS,
+    FluxVaeConfig,
+)
 from xditd.gpu_workers.models.family import Entry, Kind, Shape
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux_vae.operations import FluxVaeOperations
 
-SCALING = 0.3611
-SHIFT = 0.1159
-"""Latents for the transformer are ``(z - SHIFT) * SCALING``."""
-
-LATENT_CHANNELS = 16
-IMAGE_CHANNELS = 3
-NORM_GROUPS = 32
-LEVELS = 4
-PIXELS_PER_LATENT = 2 ** (LEVELS - 1)
 MAX_RESIDUALS = 16
 
 _UP = re.compile(r"^decoder\.up\.(\d+)\.block\.(\d+)\.")
 _MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder.conv_out.weight"}
-
-
-@dataclass(frozen=True, slots=True)
-class FluxVaeConfig:
-    """The shape of a VAE; ``channels`` from the full resolution down, ``residuals`` per level of the encoder."""
-
-    channels: tuple[int, ...]
-    residuals: int
-    has_mid_attention: bool
-    has_encoder: bool
 
 
 class FluxVae:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from diffusers import AutoencoderKL
 
-from xditd.gpu_workers.families.flux_vae.checkpoint import (
+from xditd.gpu_workers.families.flux_vae.config import (
     IMAGE_CHANNELS,
     LATENT_CHANNELS,
     LEVELS,

@@ -146,7 +146,10 @@ def test_our_own_families_do_what_their_kind_does(family: Any) -> None:
     [
         ("kind = 'vae'", r"lacks decode, encode, shares; .* VaeOperations protocol"),
         ("kind = 'text_encoder'", r"lacks encode, vocabulary; .* TextEncoderOperations protocol"),
-        ("operations = object()", r"object lacks build, check, .*, recipe, .*; .* TransformerOperations protocol"),
+        (
+            "operations = object()",
+            r"object lacks build, check, facts, fuse, recipe and .*; .* TransformerOperations protocol",
+        ),
         (
             "class Other(ScaleOperations):\n        recipe = object()\n    operations = Other()",
             r"lacks recipe\.check, recipe\.noise_dtype, recipe\.start; .* TransformerOperations protocol",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.families.flux_vae.checkpoint import SCALING, SHIFT
+from xditd.gpu_workers.families.flux_vae.config import SCALING, SHIFT
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest, Unsupported
 
