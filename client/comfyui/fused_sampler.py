@@ -12,6 +12,7 @@ import torch
 
 from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
+from xditd.ipc.transports.layout import torch_dtype
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter
@@ -56,12 +57,12 @@ class FusedEuler(comfy.samplers.Sampler):
         (part,) = model_wrap.conds["positive"]
         conditioning, guidance_scale = self._family.loop_inputs(part["model_conds"], rows)
         client, loan = self._weights.connect(), self._weights.loan
-        facts = loan.facts.transformer
+        facts, dtype = loan.facts.transformer, torch_dtype(loan.facts.dtype)
         assert facts is not None
         pixels = facts.latents.pixels
         with client.generate(
             loan,
-            {name: _rows(value, rows) for name, value in conditioning.items()},
+            {name: _rows(value, rows, dtype) for name, value in conditioning.items()},
             vae=None if self._vae is None else self._vae.loan,
             height=height * pixels,
             width=width * pixels,
@@ -91,5 +92,8 @@ def parts_of(conditioning: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(value: Any, rows: int) -> Any:
-    return comfy.utils.repeat_to_batch_size(value, rows) if isinstance(value, torch.Tensor) else value
+def _rows(value: Any, rows: int, dtype: torch.dtype) -> Any:
+    """Rows of conditioning in the dtype of the weights, to which ComfyUI casts what a model reads."""
+    if isinstance(value, torch.Tensor):
+        return comfy.utils.repeat_to_batch_size(value, rows).to(dtype)
+    return [each.to(dtype) for each in value]

@@ -37,6 +37,7 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux_vae.checkpoint", "FluxVae"),
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
+    ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
 )
 """Module and class of each of ours, in the order in which they are asked whether a checkpoint is theirs."""
 

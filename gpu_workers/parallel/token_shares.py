@@ -1,4 +1,4 @@
-"""How the tokens of text and image are dealt to the ranks of a group, and how they are put together again.
+"""How the tokens of text and image, or of one sequence, are dealt to ranks, and how they are put together again.
 
 Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
 its keys but for rounding. What is padded lies at the very end of the last rank, where it can be cut off.
@@ -50,6 +50,38 @@ def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
         text_at += own_text
         image_at += own_image
     return tuple(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One rank's tokens of one sequence, and the padding behind them."""
+
+    tokens: slice
+    padding: int
+
+    @property
+    def count(self) -> int:
+        return int(self.tokens.stop - self.tokens.start)
+
+
+def deal_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[Stretch, ...]:
+    """Deal the tokens of one sequence to ranks, equally many to each; the last one has what padding that takes.
+
+    Raises:
+        Unsupported: the last rank would have none.
+    """
+    each = -(-tokens // ranks)
+    if each * (ranks - 1) >= tokens:
+        raise Unsupported(
+            f"{tokens} {what} are too few to split over {ranks} workers: use more of them, or fewer workers"
+        )
+    ends = [min(each * (rank + 1), tokens) for rank in range(ranks)]
+    return tuple(Stretch(slice(each * rank, end), each * (rank + 1) - end) for rank, end in enumerate(ends))
+
+
+def gather_evenly(own: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Put every rank's (batch, tokens, ...) of :func:`deal_evenly` together, padding included, on every rank."""
+    return get_sp_group().all_gather(own, dim=1)[:, :tokens]
 
 
 def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:

@@ -18,14 +18,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
-from xfuser.core.distributed import (
-    get_ring_parallel_world_size,
-    get_runtime_state,
-    get_sequence_parallel_rank,
-    get_sequence_parallel_world_size,
-    get_sp_group,
-)
-from xfuser.model_executor.layers.usp import USP, _combined_qkv_all_to_all, _ft_c_output_all_to_all
+from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from xfuser.model_executor.models.transformers.transformer_flux import (
     xFuserFlux1Transformer2DWrapper,
     xFuserFluxAttnProcessor,
@@ -35,7 +28,7 @@ from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
 from xditd.gpu_workers.models.family import CallOptions
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel import ring
+from xditd.gpu_workers.parallel.sequence_attention import attend
 from xditd.gpu_workers.parallel.token_shares import deal_tokens, gather, pad_rows
 
 if TYPE_CHECKING:
@@ -99,35 +92,14 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn, valid_kv_len)
+        heads = (part.transpose(1, 2) for part in (query, key, value))
+        out = attend(*heads, valid=valid_kv_len, layer=attn)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
         # Contiguous as in diffusers, for the same bits with a batch; for a single sample it copies nothing.
         image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
         return image_out, attn.to_add_out(out[:, :text].contiguous())
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn: FluxAttention, valid: int | None
-) -> torch.Tensor:
-    """Attend from this rank's tokens to everybody's; all are (batch, heads, tokens, head size)."""
-    if get_ring_parallel_world_size() == 1:
-        return USP(
-            query,
-            key,
-            value,
-            combine_qkv_a2a=True,
-            attn_layer=attn,
-            attention_kwargs=None if valid is None else {"valid_kv_len": valid},
-        )
-    attended = ring.attend(
-        *_combined_qkv_all_to_all(query, key, value),
-        backend=get_runtime_state().attention_backend.name,
-        group=get_sp_group().ring_group,
-        valid=valid,
-    )
-    return _ft_c_output_all_to_all(attended)
 
 
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):

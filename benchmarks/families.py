@@ -1,0 +1,259 @@
+"""One family of transformers through a daemon, beside diffusers' own class in this process, in one run.
+
+    python benchmarks/families.py --family z_image --workers 1 2
+    python benchmarks/families.py --family z_image --guidance 5 --json FILE
+    python benchmarks/families.py --family flux1 --device cpu --small
+
+Weights are random, of full size, made on the first GPU; the daemon's workers and the class here run on the same
+tensors. ``call`` is one forward, ``generate`` a whole loop, here that of the family's pipeline in diffusers. Prints
+milliseconds of a step (the median), ratios, and how far results are from those of the class here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from measuring import repeat_ms
+
+from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.client.output_files import write_file
+
+State = dict[str, torch.Tensor]
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
+SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is measured of a family: weights, and the same work in this process and for a daemon."""
+
+    state: State
+    forward: Callable[[], torch.Tensor]
+    """One forward here: its rows."""
+    arguments: Mapping[str, Any]
+    """Of the same forward, for ``Client.call``."""
+    rows: Callable[[Any], torch.Tensor]
+    """From a call's result tree to its rows."""
+    loop: Callable[[int], torch.Tensor]
+    """The latents of so many steps of the family's pipeline."""
+    conditioning: Mapping[str, Any]
+    noise: torch.Tensor
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def z_image(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    from xditd.gpu_workers.families.z_image.checkpoint import ZImage
+    from xditd.gpu_workers.families.z_image.config import BASE_SHIFT, TURBO_SHIFT, ZImageConfig
+
+    config = ZImageConfig(256, 2, 2, 64) if given.small else ZImageConfig(3840, 30, 2, 2560)
+    state = {
+        entry.source: random_weight(entry.source, entry.shape, device, dtype) for entry in ZImage().entries(config, ())
+    }
+    with torch.device("meta"):
+        module = ZImageTransformer2DModel(
+            dim=config.hidden,
+            n_layers=config.layers,
+            n_heads=config.heads,
+            n_kv_heads=config.heads,
+            cap_feat_dim=config.text_channels,
+        )
+    module.load_state_dict(state, assign=True)
+    module.eval().requires_grad_(False)
+    noise, is_guided = noise_of(given, device), given.guidance > 0
+    texts = [torch.randn(given.tokens, config.text_channels, device=device, dtype=dtype) for _ in range(1 + is_guided)]
+    arguments = {
+        "x": [noise[0].to(dtype).unsqueeze(1)] * len(texts),
+        "t": torch.full((len(texts),), 0.3),
+        "cap_feats": texts,
+    }
+    conditioning = {"prompt_embeds": texts[:1]} | ({"negative_prompt_embeds": texts[1:]} if is_guided else {})
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=BASE_SHIFT if is_guided else TURBO_SHIFT),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=module,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return Subject(
+        state=state,
+        forward=lambda: torch.stack(module(**{**arguments, "t": arguments["t"].to(device)}, return_dict=False)[0]),
+        arguments=arguments,
+        rows=lambda tree: torch.stack(tree[0]),
+        loop=lambda steps: pipeline(
+            latents=noise,
+            height=given.pixels,
+            width=given.pixels,
+            num_inference_steps=steps,
+            guidance_scale=given.guidance,
+            output_type="latent",
+            return_dict=False,
+            **conditioning,
+        )[0],
+        conditioning=conditioning,
+        noise=noise,
+        sampling={"guidance_scale": given.guidance},
+    )
+
+
+def flux1(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    import flux_weights
+    from diffusers import FluxPipeline
+
+    from xditd.gpu_workers.families.flux1 import reference
+
+    state = flux_weights.state_dict(flux_weights.SMALL if given.small else flux_weights.FULL, dtype, str(device), SEED)
+    module = reference.transformer_from(state)
+    noise, side = noise_of(given, device), given.pixels // 16
+    prompt, pooled = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((1, given.tokens, 4096), (1, 768)))
+    arguments = {
+        "hidden_states": FluxPipeline._pack_latents(noise.to(dtype), *noise.shape),
+        "encoder_hidden_states": prompt,
+        "pooled_projections": pooled,
+        "timestep": torch.tensor([0.7]),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, device, dtype),
+        "txt_ids": torch.zeros(given.tokens, 3, device=device, dtype=dtype),
+        "guidance": torch.tensor([3.5]),
+    }
+    return Subject(
+        state=state,
+        forward=lambda: module(**{name: each.to(device) for name, each in arguments.items()}, return_dict=False)[0],
+        arguments=arguments,
+        rows=lambda tree: tree[0],
+        loop=lambda steps: reference.reference_latents(
+            module,
+            prompt_embeds=prompt,
+            pooled_prompt_embeds=pooled,
+            noise=noise,
+            height=given.pixels,
+            width=given.pixels,
+            steps=steps,
+        ),
+        conditioning={"prompt_embeds": prompt, "pooled_prompt_embeds": pooled},
+        noise=noise,
+    )
+
+
+FAMILIES = {"z_image": z_image, "flux1": flux1}
+
+
+def random_weight(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.empty(shape, device=device, dtype=dtype)
+    if len(shape) > 1 and "pad_token" not in name:
+        return tensor.normal_(0.0, shape[-1] ** -0.5)
+    return tensor.normal_(1.0, 0.1) if name.endswith("weight") else tensor.normal_(0.0, 0.02)
+
+
+def noise_of(given: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    side = given.pixels // PIXELS_PER_LATENT
+    return torch.randn(1, LATENT_CHANNELS, side, side, device=device)
+
+
+def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
+    right = right.double().cpu()
+    return float((ours.double().cpu() - right).norm() / right.norm())
+
+
+def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path) -> dict[str, Any]:
+    """Start a daemon, lend it the weights, and time both ways in turns."""
+    is_cuda = given.device == "cuda"
+
+    def here(action: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            result = action()
+        if is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    daemon = DaemonProcess(log, workers, given.device, given.flags)
+    client = None
+    try:
+        client = daemon.connect()
+        client.wait_ready(300.0)
+        loan = client.lend(subject.state, label=given.family)
+        size = {"height": given.pixels, "width": given.pixels, "steps": given.steps, "noise": subject.noise}
+        ways: dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor], int]] = {
+            "call": (
+                lambda: here(subject.forward),
+                lambda: subject.rows(client.call(loan, subject.arguments)),
+                1,
+            ),
+            "generate": (
+                lambda: here(lambda: subject.loop(given.steps)),
+                lambda: client.generate(loan, subject.conditioning, **size, **subject.sampling).result().latents,
+                given.steps,
+            ),
+        }
+        found: dict[str, Any] = {"workers": workers, "layout": str(client.status().workers)}
+        for way, (mine, theirs, steps) in ways.items():
+            error = relative_error(theirs(), mine())
+            both = {}
+            for who, action in (("here", mine), ("daemon", theirs)):
+                repeat_ms(action, 2)
+                both[who] = statistics.median(repeat_ms(action, given.repeats)) / steps
+            found[way] = {**both, "error": error}
+        return found
+    finally:
+        daemon.stop(client)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--pixels", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=256, help="of the text")
+    parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance: two rows in a step")
+    parser.add_argument("--steps", type=int, default=8, help="of one generation")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each; the median counts")
+    parser.add_argument("--flags", action="append", default=[], help="one of the daemon, --flags=--name=value")
+    parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> None:
+    given = build_parser().parse_args()
+    if given.device == "cuda" and torch.cuda.device_count() < max(given.workers):
+        sys.exit(f"--workers {max(given.workers)}: there are {torch.cuda.device_count()} GPUs, and each needs one")
+    device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
+    torch.manual_seed(SEED)
+    subject = FAMILIES[given.family](given, device, torch.bfloat16 if given.device == "cuda" else torch.float32)
+    machine = describe_machine()
+    size = sum(tensor.numel() for tensor in subject.state.values())
+    print(f"{', '.join(machine['gpus']) or machine['cpu']}; {json.dumps(machine['versions'])}")
+    print(
+        f"{given.family}, {size / 1e9:.2f} B parameters, {given.pixels}x{given.pixels}, {given.tokens} text tokens, "
+        f"guidance {given.guidance:g}\n"
+    )
+    print("workers  what      diffusers here  through the daemon  ratio  relative error")
+    report: dict[str, Any] = {"machine": machine, "parameters": size, "groups": []}
+    for workers in given.workers:
+        with tempfile.TemporaryDirectory(prefix="xditd-families-") as folder:
+            found = measure(given, subject, workers, Path(folder, "daemon.log"))
+        report["groups"].append(found)
+        for way in ("call", "generate"):
+            here, daemon, error = (found[way][name] for name in ("here", "daemon", "error"))
+            print(f"{workers:7d}  {way:8s}  {here:11.2f} ms  {daemon:15.2f} ms  {daemon / here:5.3f}  {error:.1e}")
+    if given.json:
+        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main()

@@ -1,0 +1,176 @@
+"""Z-Image (Turbo, Base, fine-tunes): ComfyUI's ``NextDiT`` as calls of diffusers' ``ZImageTransformer2DModel``.
+
+ComfyUI negates what the transformer predicts, and counts time the other way round: 1 - sigma is the class's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.unsupported import is_empty
+from xditd.ipc.errors import BadRequest, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, TextModel
+    from xditd.client.comfyui.weights import RemoteWeights
+
+PATCH: Final = 2
+"""Latents on a token's side."""
+
+TEXT: Final = "cap_feats"
+
+_REFUSED: Final = {
+    "reference_latents": "reference latents (Z-Image Omni and Edit)",
+    "reference_latents_text_embeds": "texts of reference latents (Z-Image Omni and Edit)",
+}
+"""What conditioning may carry that changes what the model reads."""
+
+
+class ZImageModel:
+    """One Z-Image transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`."""
+
+    wrapper: Final = "diffusion_model"
+    variant: Final = "comfyui"
+    multiple: Final = PATCH
+    # ComfyUI's module reads neither the mask nor the number of tokens, and a pooled state only in relatives.
+    loop_keys: Final = frozenset({"cross_attn", "attention_mask", "pooled_output"})
+    loop_conds: Final = frozenset({"c_crossattn", "attention_mask", "num_tokens", "clip_text_pooled"})
+
+    def read(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None,
+        num_tokens: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        ref_latents: Sequence[torch.Tensor] = (),
+        ref_contexts: Sequence[torch.Tensor] = (),
+        control: object | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> ZImageCall:
+        """Read a call of ComfyUI's ``NextDiT``: latents ``x`` (rows, 16, height/8, width/8), one sigma a row.
+
+        Raises:
+            BadRequest: no text embeddings.
+        """
+        if context is None:
+            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
+        faults = ["ControlNet"] if control else []
+        faults += [
+            _REFUSED[key]
+            for key, given in (("reference_latents", ref_latents), ("reference_latents_text_embeds", ref_contexts))
+            if not is_empty(given)
+        ]
+        numbers = {"sigma": timesteps.reshape(-1).expand(x.shape[0])}
+        return ZImageCall(x, numbers, {TEXT: context}, transformer_options or {}, faults)
+
+    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
+        return {TEXT: keep(texts[TEXT][0].to(dtype))}
+
+    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+        return {}
+
+    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
+        yield from (what for key, what in _REFUSED.items() if not is_empty(part.get(key)))
+
+    def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
+        embeds = conditions["c_crossattn"].cond
+        return {"prompt_embeds": [embeds[row % len(embeds)] for row in range(rows)]}, 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ZImageCall:
+    """One call of ComfyUI's ``NextDiT``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`."""
+
+    x: torch.Tensor
+    numbers: Mapping[str, torch.Tensor]
+    texts: Mapping[str, torch.Tensor]
+    options: Mapping[str, Any]
+    faults: Sequence[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return int(self.x.shape[0])
+
+    def arguments(
+        self,
+        rows: slice,
+        numbers: Mapping[str, list[float]],
+        kept: Sequence[Kept],
+        keep: Keep,
+        dtype: torch.dtype,
+    ) -> list[Arguments]:
+        """Return one forward: ComfyUI puts only texts of one length into a batch."""
+        latents = _padded(self.x[rows]).to(dtype)
+        return [
+            {
+                "x": list(latents.unsqueeze(2).unbind()),
+                "t": 1.0 - torch.tensor(numbers["sigma"], dtype=torch.float32),
+                TEXT: [row[TEXT] for row in kept],
+            }
+        ]
+
+    def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
+        ((predicted,),) = results
+        height, width = self.x.shape[2:]
+        return -torch.stack(predicted).squeeze(2)[:, :, :height, :width].to(self.x.dtype)
+
+
+class ZImage:
+    """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
+
+    title: Final = "Z-Image (Turbo, Base and their fine-tunes)"
+
+    def model_classes(self) -> tuple[type, ...]:
+        import comfy.model_base
+
+        return (comfy.model_base.Lumina2,)
+
+    def config_classes(self) -> tuple[type, ...]:
+        import comfy.supported_models
+
+        return (comfy.supported_models.ZImage,)
+
+    def check_config(self, config: Any, label: str) -> None:
+        """Refuse relatives that ComfyUI runs with the same class.
+
+        Raises:
+            Unsupported: Lumina 2, Z-Image Omni or Edit, or one without padding tokens.
+        """
+        read = config.unet_config
+        found = None
+        if not read.get("z_image_modulation"):
+            found = "it is Lumina 2 or a relative of it"
+        elif read.get("siglip_feat_dim") is not None:
+            found = "it reads images beside the text (Z-Image Omni or Edit)"
+        elif read.get("pad_tokens_multiple") is None:
+            found = "it has no padding tokens"
+        if found is not None:
+            raise Unsupported(
+                f"{label}: {found}; XDiT runs Z-Image Turbo, Base and their fine-tunes, use the stock loader for it"
+            )
+
+    def adapt(self, model: Any) -> ModelAdapter:
+        return ZImageModel()
+
+    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
+        return None
+
+
+ADAPTER: Final[Adapter] = ZImage()
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Latents with even sides; odd ones are filled up as ComfyUI does."""
+    if x.shape[2] % PATCH == 0 == x.shape[3] % PATCH:
+        return x
+    import comfy.ldm.common_dit
+
+    padded: torch.Tensor = comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
+    return padded

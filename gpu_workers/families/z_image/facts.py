@@ -1,0 +1,43 @@
+"""What clients need to know of a Z-Image transformer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xditd.gpu_workers.families.z_image.config import LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, ZImageConfig
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+
+SHIFT: Final = "shift"
+CFG_NORMALIZATION: Final = "cfg_normalization"
+CFG_TRUNCATION: Final = "cfg_truncation"
+
+COMFYUI: Final = "comfyui"
+"""The variant with ComfyUI's arithmetic: time in a generation is 1 - sigma, the pipeline's (1000 - 1000 sigma) / 1000;
+norms of queries and keys have the epsilon of float32, the class's have 1e-5."""
+
+
+def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> TransformerFacts:
+    """Say what ``Call`` and ``Generate`` take. Defaults are Turbo's: its tensors look like Base's."""
+    return TransformerFacts(
+        heads=config.heads,
+        ulysses=layout.degrees.ulysses,
+        ring=layout.degrees.ring,
+        arguments=(
+            ArgumentFacts(name="x", shape=(LATENT_CHANNELS, 1, "height", "width"), is_list=True),
+            ArgumentFacts(name="t", shape=("batch",)),
+            ArgumentFacts(name="cap_feats", shape=("tokens", config.text_channels), is_list=True),
+        ),
+        variants=("class", COMFYUI),
+        conditioning=(
+            ArgumentFacts(name="prompt_embeds", shape=("tokens", config.text_channels), is_list=True),
+            ArgumentFacts(
+                name="negative_prompt_embeds", shape=("tokens", config.text_channels), is_list=True, is_needed=False
+            ),
+        ),
+        options=(SHIFT, CFG_NORMALIZATION, CFG_TRUNCATION),
+        latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, multiple=PATCH),
+        guidance="classifier_free",
+        default_guidance_scale=0.0,
+        default_steps=8,
+    )

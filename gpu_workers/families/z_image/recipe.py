@@ -1,0 +1,153 @@
+"""How ``Generate`` samples with Z-Image, as diffusers' ``ZImagePipeline`` does, to the same bits.
+
+Latents are float32 between steps, and rounded for the transformer. Its time runs from noise, 0, to image, 1, and its
+prediction points from noise to image: the scheduler gets it negated. With a guidance scale above 0, one forward of
+twice the rows predicts for the prompts and for the negative ones: ``pos + scale * (pos - neg)``.
+
+Turbo and Base look the same to whoever reads their tensors. Turbo runs without guidance on a schedule shifted by 3,
+Base with guidance on one shifted by 6: so the guidance scale chooses, and the option ``shift`` overrides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+
+from xditd.gpu_workers.families.z_image.checks import check_list, check_split, check_texts
+from xditd.gpu_workers.families.z_image.config import (
+    BASE_SHIFT,
+    PATCH,
+    PIXELS_PER_LATENT,
+    TURBO_SHIFT,
+    ZImageConfig,
+)
+from xditd.gpu_workers.families.z_image.facts import CFG_NORMALIZATION, CFG_TRUNCATION, COMFYUI, SHIFT
+from xditd.gpu_workers.models.family import Inputs, Model, RowResults, Wanted
+from xditd.ipc.errors import BadRequest
+
+TRAINED_TIMESTEPS: Final = 1000
+PROMPT: Final = "prompt_embeds"
+NEGATIVE: Final = "negative_prompt_embeds"
+
+
+class ZImageRecipe:
+    """See :class:`~xditd.gpu_workers.models.family.Recipe`."""
+
+    def check(self, config: ZImageConfig, wanted: Wanted) -> None:
+        options = wanted.options
+        shift = options.get(SHIFT)
+        if shift is not None and wanted.sigmas is not None:
+            raise BadRequest(f"{SHIFT} {shift:g} with sigmas, which are used as they are: give one of both")
+        if shift is not None and not 0 < shift < math.inf:
+            raise BadRequest(f"{SHIFT} {shift:g}: use a number above 0, such as {TURBO_SHIFT:g} or {BASE_SHIFT:g}")
+        if not 0 <= options.get(CFG_NORMALIZATION, 0) < math.inf:
+            raise BadRequest(f"{CFG_NORMALIZATION} {options[CFG_NORMALIZATION]:g}: use 0 for none, or more")
+
+    def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
+        return torch.float32
+
+    def start(
+        self, model: Model[ZImageConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
+    ) -> ZImageRun:
+        is_guided = wanted.guidance_scale > 0
+        negatives = conditioning.get(NEGATIVE)
+        if is_guided and negatives is None:
+            raise BadRequest(
+                f"{NEGATIVE} is missing: guidance_scale {wanted.guidance_scale:g} needs one for each image; Turbo runs "
+                "with guidance_scale 0"
+            )
+        if negatives is not None and not is_guided:
+            raise BadRequest(f"{NEGATIVE} with guidance_scale 0 would have no effect: leave it out, or guide (Base: 5)")
+        texts = {PROMPT: conditioning[PROMPT]} | ({NEGATIVE: negatives} if is_guided else {})
+        rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
+        for name, each in texts.items():
+            check_list(name, each, wanted.batch)
+            check_texts(name, each, model.config)
+        check_split(model.layout, rows * columns, [len(text) for each in texts.values() for text in each])
+        scheduler = _scheduled(wanted, model.device)
+        if wanted.variant == COMFYUI:
+            times = 1 - scheduler.sigmas[:-1].to(model.device)
+        else:
+            times = (TRAINED_TIMESTEPS - scheduler.timesteps) / TRAINED_TIMESTEPS
+        return ZImageRun(
+            scheduler=scheduler,
+            latents=noise.float(),
+            prompts=tuple(texts[PROMPT]),
+            negatives=tuple(texts.get(NEGATIVE, ())),
+            times=times,
+            scales=_scales(wanted, times.tolist()),
+            normalization=float(wanted.options.get(CFG_NORMALIZATION, 0)),
+            dtype=model.dtype,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ZImageRun:
+    """See :class:`~xditd.gpu_workers.models.family.Run`. Latents are (batch, 16, height, width), in float32."""
+
+    scheduler: FlowMatchEulerDiscreteScheduler
+    latents: torch.Tensor
+    prompts: tuple[torch.Tensor, ...]
+    negatives: tuple[torch.Tensor, ...]
+    times: torch.Tensor
+    """What the transformer takes at each step, (steps,)."""
+    scales: tuple[float, ...]
+    """Of guidance at each step; 0 in those that run without."""
+    normalization: float
+    """The norm of a guided prediction over that of its prompt's, at most; 0 for no such bound."""
+    dtype: torch.dtype
+    """Of the weights."""
+    foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
+        x, texts = latents.to(self.dtype), self.prompts
+        if self.scales[step] > 0:
+            x, texts = x.repeat(2, 1, 1, 1), texts + self.negatives
+        rows = list(x.unsqueeze(2).unbind())
+        return [Inputs({"x": rows, "t": self.times[step].expand(len(rows)), "cap_feats": list(texts)})]
+
+    def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
+        (results,) = rows
+        batch, scale = latents.shape[0], self.scales[step]
+        predictions = [result.float() for result in results]
+        if scale > 0:
+            pairs = zip(predictions[:batch], predictions[batch:], strict=True)
+            predictions = [self._guided(positive, negative, scale) for positive, negative in pairs]
+        return -torch.stack(predictions).squeeze(2)
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def _guided(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        guided = positive + scale * (positive - negative)
+        if not self.normalization:
+            return guided
+        most = torch.linalg.vector_norm(positive) * self.normalization
+        norm = torch.linalg.vector_norm(guided)
+        # As the pipeline, which asks the device and waits for its answer: times 1 changes no bit.
+        return guided * torch.where(norm > most, most / norm, 1.0)
+
+
+def _scheduled(wanted: Wanted, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
+    """Set the timesteps: of the pipeline's schedule, shifted, or of given sigmas as they are."""
+    if wanted.sigmas is not None:
+        shift, sigmas = 1.0, list(wanted.sigmas)
+    else:
+        shift = wanted.options.get(SHIFT, BASE_SHIFT if wanted.guidance_scale > 0 else TURBO_SHIFT)
+        sigmas = get_default_z_image_sigmas(wanted.steps)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINED_TIMESTEPS, shift=shift)
+    scheduler.set_timesteps(sigmas=sigmas, device=device)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _scales(wanted: Wanted, times: Sequence[float]) -> tuple[float, ...]:
+    """Return the guidance scale of each step: 0 where time has passed the truncation, if that is 1 or less."""
+    truncation = wanted.options.get(CFG_TRUNCATION, 1.0)
+    return tuple(0.0 if time > truncation and truncation <= 1 else wanted.guidance_scale for time in times)

@@ -1,0 +1,92 @@
+"""Every kind of layout on gloo ranks against plain diffusers in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import z_image_models
+from safetensors.torch import load_file
+
+from xditd.ipc.degrees import Degrees, parse_layout
+
+BAR = 1e-6
+PROGRAM = Path(__file__).with_name("many_layouts.py")
+
+
+def load_program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("z_image_many_layouts", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+many_layouts = load_program()
+Found = dict[str, list[dict[str, torch.Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of each layout got."""
+    folder = tmp_path_factory.mktemp("layouts")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        layout: [
+            load_file(folder / layout / f"rank{rank}.safetensors")
+            for rank in range(Degrees(**parse_layout(layout)).world_size)
+        ]
+        for layout in many_layouts.LAYOUTS
+    }
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """What diffusers' own class and pipeline give, row by row."""
+    module = z_image_models.reference(
+        z_image_models.state_dict(many_layouts.SEED, many_layouts.CONFIG), many_layouts.CONFIG
+    )
+    found: dict[str, Any] = {}
+    for case, given in many_layouts.CALLS.items():
+        with torch.no_grad():
+            found[case] = module(**z_image_models.inputs(*given), return_dict=False)[0]
+    for case in many_layouts.SAMPLES:
+        conditioning, noise = many_layouts.sample(case)
+        found[case] = z_image_models.pipeline_latents(
+            module,
+            shift=many_layouts.SHIFT,
+            noise=noise,
+            steps=many_layouts.STEPS,
+            conditioning=conditioning,
+            guidance_scale=many_layouts.GUIDANCE,
+        )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
+def test_a_layout_agrees_with_plain_diffusers(computed: Found, expected: dict[str, Any], layout: str) -> None:
+    for case, rows in expected.items():
+        for row, right in enumerate(rows):
+            error = z_image_models.relative_error(computed[layout][0][f"{case}/0/{row}"], right)
+            assert error <= BAR, f"{case}, row {row}: {error:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
+def test_a_layout_gives_the_same_bits_again_and_on_every_rank(computed: Found, layout: str) -> None:
+    first, *others = computed[layout]
+    for name, tensor in first.items():
+        case, attempt, row = name.split("/")
+        assert torch.equal(tensor, first[f"{case}/{1 - int(attempt)}/{row}"]), name
+        assert all(torch.equal(tensor, results[name]) for results in others), name
