@@ -173,8 +173,10 @@ def test_a_ring_that_the_attention_asked_for_cannot_do_builds_nothing(
 def test_a_rank_that_could_not_build_meets_the_others_once_all_the_same(
     cache: SkeletonCache, describe: Describer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from xditd.gpu_workers.families.flux1.operations import Flux1Operations
+
     met: list[str] = []
-    choose, build = component_layouts.choose, Flux1.build
+    choose, build = component_layouts.choose, Flux1Operations.build
 
     def meet(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) -> ParallelLayout:
         met.append(family)
@@ -184,11 +186,11 @@ def test_a_rank_that_could_not_build_meets_the_others_once_all_the_same(
         raise torch.OutOfMemoryError("no room for buffers")
 
     monkeypatch.setattr(component_layouts, "choose", meet)
-    monkeypatch.setattr(Flux1, "build", run_out_of_memory)
+    monkeypatch.setattr(Flux1Operations, "build", run_out_of_memory)
     infos = describe(flux1_state_dict(0, **SMALL))
     with pytest.raises(torch.OutOfMemoryError):
         cache.plan(infos)
-    monkeypatch.setattr(Flux1, "build", build)
+    monkeypatch.setattr(Flux1Operations, "build", build)
     cache.plan(infos)
     assert met == ["flux1"]
 
