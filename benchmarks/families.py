@@ -26,6 +26,7 @@ import torch
 from machine import describe_machine
 from measuring import repeat_ms
 
+from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.client.output_files import write_file
 
@@ -151,6 +152,18 @@ def flux1(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
 FAMILIES = {"z_image": z_image, "flux1": flux1}
 
 
+def keep_text(client: Client, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the workers keep what is the same in every step, as samplers do: all but latents and numbers."""
+    latents, *_ = arguments
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(each) for each in value]
+        return client.keep(value) if value.numel() > 1 else value
+
+    return {name: value if name == latents else kept(value) for name, value in arguments.items()}
+
+
 def random_weight(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(shape, device=device, dtype=dtype)
     if len(shape) > 1 and "pad_token" not in name:
@@ -185,11 +198,12 @@ def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path
         client = daemon.connect()
         client.wait_ready(300.0)
         loan = client.lend(subject.state, label=given.family)
+        kept = keep_text(client, subject.arguments)
         size = {"height": given.pixels, "width": given.pixels, "steps": given.steps, "noise": subject.noise}
         ways: dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor], int]] = {
             "call": (
                 lambda: here(subject.forward),
-                lambda: subject.rows(client.call(loan, subject.arguments)),
+                lambda: subject.rows(client.call(loan, kept)),
                 1,
             ),
             "generate": (
@@ -201,11 +215,13 @@ def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path
         found: dict[str, Any] = {"workers": workers, "layout": str(client.status().workers)}
         for way, (mine, theirs, steps) in ways.items():
             error = relative_error(theirs(), mine())
-            both = {}
-            for who, action in (("here", mine), ("daemon", theirs)):
-                repeat_ms(action, 2)
-                both[who] = statistics.median(repeat_ms(action, given.repeats)) / steps
-            found[way] = {**both, "error": error}
+            # In turns: a GPU that is warm, or hot, is so for both.
+            took: dict[str, list[float]] = {"here": [], "daemon": []}
+            for number in range(given.repeats + 2):
+                for who, action in (("here", mine), ("daemon", theirs)):
+                    ms = repeat_ms(action, 1)
+                    took[who] += ms if number >= 2 else []
+            found[way] = {**{who: statistics.median(each) / steps for who, each in took.items()}, "error": error}
         return found
     finally:
         daemon.stop(client)

@@ -112,14 +112,18 @@ class OpenIo:
     def __init__(self, mapping: HostMapping) -> None:
         self._mapping = mapping
 
-    def read(self, name: str, described: IoTensor, device: torch.device | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, described: IoTensor, device: torch.device | None = None, *, waits: bool = True
+    ) -> torch.Tensor:
         """Copy an input out, to ``device`` or on the host, so that nothing the client writes later changes the job.
+
+        Without ``waits`` the copy may still be under way: the caller waits for the device before the job goes on.
 
         Raises:
             BadRequest: it does not lie inside the block.
         """
         view = self._view(name, described)  # not converted on the way: that would happen on the host
-        return view.clone() if device is None else view.to(device, copy=True)
+        return view.clone() if device is None else view.to(device, copy=True, non_blocking=not waits)
 
     def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
         """Copy a result into its place, converted to the dtype that the client asked for.

@@ -11,7 +11,7 @@ import torch
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.family import Inputs
-from xditd.gpu_workers.models.job_checks import check_finite
+from xditd.gpu_workers.models.finite import check_finite
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Rows, Tensor, TupleOf, Values
 from xditd.ipc.errors import BadRequest, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
@@ -44,7 +44,7 @@ class ArgumentReader:
         found = {name: self._value(where + name, node) for name, node in arguments.items()}
         known = {name: _known(found[name]) for name, node in arguments.items() if isinstance(node, Values)}
         for name in known:
-            found[name] = found[name].to(self._device)
+            found[name] = self._on_device(found[name])
         return Inputs(found, known)
 
     def finish(self) -> None:
@@ -73,18 +73,22 @@ class ArgumentReader:
     def _nested(self, path: str, node: Argument) -> Any:
         """A value below the top: of it the host is not told what it knows."""
         found = self._value(path, node)
-        return found.to(self._device) if isinstance(node, Values) else found
+        return self._on_device(found) if isinstance(node, Values) else found
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a few numbers to the device, without a wait: the driver has them when this returns."""
+        return tensor.to(self._device, non_blocking=True)
 
     def _tensor(self, path: str, node: Tensor) -> torch.Tensor:
         if isinstance(node, Values):
-            return _tensor_of(path, node).to(self._device)
+            return self._on_device(_tensor_of(path, node))
         if isinstance(node, Kept):
             found = self._kept.find(self._client, node.kept_id)
             if tuple(found.shape) != node.shape or found.dtype != torch_dtype(node.dtype):
                 raise UnknownKept(f"{path}: kept tensor {node.kept_id} is another one by now; send it again")
             return found
         if isinstance(node, InIo):
-            found = self._arrived[path] = self._io.read(path, node.place, self._device)
+            found = self._arrived[path] = self._io.read(path, node.place, self._device, waits=False)
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
             return found

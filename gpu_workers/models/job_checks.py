@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xditd.gpu_workers.models.family import Model
+from xditd.gpu_workers.models.finite import check_finite
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS
 
@@ -93,22 +94,6 @@ def prepare(model: Model[Any], **tensors: torch.Tensor) -> list[torch.Tensor]:
         moved.append(tensor.to(model.device, model.dtype))
     check_finite(dict(zip(tensors, moved, strict=True)))
     return moved
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse values that are not finite: one wait for the device that all tensors are on.
-
-    Raises:
-        BadRequest: names the first tensor that has some.
-    """
-    if not tensors:
-        return
-    # torch has no isfinite for all eight-bit floats.
-    wide = [tensor.float() if tensor.itemsize == 1 else tensor for tensor in tensors.values()]
-    verdicts = torch.stack([tensor.isfinite().all() for tensor in wide]).tolist()
-    for (name, tensor), is_finite in zip(tensors.items(), verdicts, strict=True):
-        if not is_finite:
-            raise BadRequest(f"{name}: some values are not finite in {_name(tensor.dtype)}")
 
 
 def _shape_text(shape: Sequence[int | None]) -> str:

@@ -12,6 +12,7 @@ import math
 import torch
 
 from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.finite import magnitude
 from xditd.ipc.errors import NotFinite
 
 
@@ -55,14 +56,6 @@ class FiniteCheck:
             if not self._read[-1].to(dtype).isfinite():
                 return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}")
         return None
-
-
-def magnitude(result: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
-
-    One kernel, for any dtype and memory format, that writes nothing as large as the result.
-    """
-    return torch.linalg.vector_norm(result, math.inf, dtype=torch.float32)
 
 
 def _fault(component: Component, name: str, where: str) -> NotFinite:

@@ -1,0 +1,43 @@
+"""Whether tensors are finite, in one kernel each, with one wait for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from xditd.ipc.errors import BadRequest
+
+
+def magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
+
+    One kernel, for any dtype and memory format, that writes nothing as large as the tensor.
+    """
+    return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse values that are not finite: one wait for the device that all tensors are on.
+
+    Raises:
+        BadRequest: names the first tensor that has some.
+    """
+    if not tensors:
+        return
+    found = torch.stack([_finite_if(tensor) for tensor in tensors.values()]).tolist()
+    for (name, tensor), value in zip(tensors.items(), found, strict=True):
+        if not math.isfinite(value):
+            raise BadRequest(f"{name}: some values are not finite in {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _finite_if(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a float32 number that is finite if all values are."""
+    if tensor.numel() == 0:
+        return torch.zeros((), device=tensor.device)
+    if tensor.itemsize == 1:  # torch reduces no eight-bit floats
+        return magnitude(tensor.float())
+    if tensor.dtype == torch.float64:  # of which some are finite, but not in float32
+        return tensor.isfinite().all().float().reciprocal()
+    return magnitude(tensor)
