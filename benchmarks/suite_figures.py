@@ -123,7 +123,8 @@ class Report:
     def decode(self, part: str) -> Figure:
         return ms(each["decode"] for each in self.look(part, "image", "workers_ms"))
 
-    def denoise(self, part: str, how: str = "kept_ms") -> Figure:
+    def call(self, part: str, how: str = "kept_ms") -> Figure:
+        """One forward from a client; records name it as it was called in the first of them."""
         return ms(self.look(part, "denoise", how))
 
     def swap(self, workers: int) -> Figure:
