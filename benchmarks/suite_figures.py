@@ -73,7 +73,12 @@ class Report:
         whole = self.parts[part]
         stages = whole.get("failed_stages", {})
         told = {"lends": "lends", "relend_ms": "lends", "latents": "jobs", "image": "jobs", "swap": "swap"}
-        told |= {"parity": "parity", "denoise": "denoise", "files": "files", "cold_clients": "cold_clients"}
+        told |= {
+            "parity": "parity",
+            "denoise": "denoise" if "denoise" in stages else "calls",
+            "files": "files",
+            "cold_clients": "cold_clients",
+        }
         refused = whole.get(path[0]) if path else None
         if isinstance(refused, dict) and path[-1] == "cold" and "cold_refused" in refused:
             return str(refused["cold_refused"])
