@@ -73,7 +73,12 @@ class Report:
         whole = self.parts[part]
         stages = whole.get("failed_stages", {})
         told = {"lends": "lends", "relend_ms": "lends", "latents": "jobs", "image": "jobs", "swap": "swap"}
-        told |= {"parity": "parity", "denoise": "denoise", "files": "files", "cold_clients": "cold_clients"}
+        told |= {
+            "parity": "parity",
+            "denoise": "denoise" if "denoise" in stages else "calls",
+            "files": "files",
+            "cold_clients": "cold_clients",
+        }
         refused = whole.get(path[0]) if path else None
         if isinstance(refused, dict) and path[-1] == "cold" and "cold_refused" in refused:
             return str(refused["cold_refused"])
@@ -123,7 +128,8 @@ class Report:
     def decode(self, part: str) -> Figure:
         return ms(each["decode"] for each in self.look(part, "image", "workers_ms"))
 
-    def denoise(self, part: str, how: str = "kept_ms") -> Figure:
+    def call(self, part: str, how: str = "kept_ms") -> Figure:
+        """One forward from a client; records name it as it was called in the first of them."""
         return ms(self.look(part, "denoise", how))
 
     def swap(self, workers: int) -> Figure:

@@ -218,8 +218,8 @@ def jobs(report: Report, workers: int, bar: Callable[[float], float | None]) -> 
             is_bar_of_ratio=True,
         ),
         Row(
-            f"denoise from the client{label}",
-            partial(report.denoise, part),
+            f"call from the client{label}",
+            partial(report.call, part),
             bar(1.02),
             "a step of generate",
             partial(report.step, part),
@@ -227,14 +227,14 @@ def jobs(report: Report, workers: int, bar: Callable[[float], float | None]) -> 
         ),
         Row(
             f"  sigmas not told before{label}",
-            partial(report.denoise, part, "unforeseen_ms"),
+            partial(report.call, part, "unforeseen_ms"),
             None,
             "a step of generate",
             partial(report.step, part),
         ),
         Row(
             f"  conditioning sent each time{label}",
-            partial(report.denoise, part, "sent_ms"),
+            partial(report.call, part, "sent_ms"),
             None,
             "a step of generate",
             partial(report.step, part),
@@ -257,8 +257,8 @@ def layouts(report: Report) -> list[Row]:
         if reason_of(partial(report.step, part)):
             continue
         rows += [
-            beside_ulysses("  denoise", report.denoise, part, ulysses),
-            beside_ulysses("  denoise, two rows", lambda which: report.denoise(which, "two_rows_ms"), part, ulysses),
+            beside_ulysses("  call", report.call, part, ulysses),
+            beside_ulysses("  call, two rows", lambda which: report.call(which, "two_rows_ms"), part, ulysses),
             Row("  error", partial(report.parity, part), 0.01),
             Row("  differing bits in a second run", partial(bits, report, part), 0),
         ]

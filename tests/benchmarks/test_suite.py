@@ -73,7 +73,7 @@ def test_medians_bars_and_ratios(table: dict[str, str]) -> None:
 
 
 def test_a_bar_on_a_ratio_judges_the_ratio(table: dict[str, str]) -> None:
-    assert "<= 1.02x: MISSED 1.043x a step of generate" in line_of(table, "denoise from the client, 2 workers")
+    assert "<= 1.02x: MISSED 1.043x a step of generate" in line_of(table, "call from the client, 2 workers")
     assert ">= 0.9x: MISSED" in line_of(table, "copy to each other GPU, 2 workers")  # 529 of 1,000 GB/s
 
 

@@ -23,7 +23,7 @@ def test_a_family_of_another_package_is_served_as_our_own(start_daemon, monkeypa
         loan = client.lend({"scale.weight": SCALE}, kind="transformer", label="scale")
         assert (loan.family, loan.facts.class_name, loan.facts.transformer.latents.channels) == ("scale", "Scale", 4)
         status = client.status()
-        assert [(component.label, component.family) for component in status.components] == [("scale", "scale")]
+        assert [(component.label, component.facts.family) for component in status.components] == [("scale", "scale")]
         assert [worker.loaded for worker in status.workers] == [1, 1]
 
         sample, prompt = torch.randn(2, 4, 3, 5), torch.randn(2, 4)
