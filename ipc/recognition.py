@@ -26,7 +26,7 @@ from xditd.ipc.tensor_names import split_prefix, tells_nothing
 
 _LORA: Final = "merge it into its model, and lend that; in ComfyUI, use Load LoRA on the MODEL"
 _PLAIN: Final = "lend its bfloat16, float16 or float32 file, or dequantise it first"
-_ONE_PART: Final = "lend one part at a time, from a file or a state dict that holds nothing else"
+_ONE_PART: Final = "lend one part at a time, by kind= or from a file or a state dict that holds nothing else"
 _LISTED: Final = "use a whole checkpoint of a model that xditd runs (its README lists them)"
 _PARTS: Final = {
     "first_stage_model": "VAE",

@@ -292,10 +292,8 @@ class Components:
 
     def _plan(self, manifest: Manifest) -> Plan:
         try:
-            plan = self.skeletons.plan({spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors})
-            family, kind = plan.family, manifest.kind
-            if kind is not None and family.kind != kind.value:
-                raise BadRequest(f"lent as {kind.value}, but its tensors are those of {family.name}, a {family.kind}")
+            tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
+            plan = self.skeletons.plan(tensors, None if manifest.kind is None else manifest.kind.value)
         except RequestError as error:
             raise named(manifest.label, error) from error
         return plan

@@ -25,7 +25,7 @@ from xditd.gpu_workers.models.family import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.ipc.errors import UnknownFamily, Unsupported
+from xditd.ipc.errors import BadRequest, UnknownFamily, Unsupported
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensor_names import by_prefix
@@ -100,21 +100,32 @@ def left_out() -> str:
     return f"; not asked, since they could not be loaded: {listed(faults, joint='; ')}" if faults else ""
 
 
-def detect(names: Collection[str]) -> Family[Any]:
-    """Return the family to which a checkpoint with these tensor names belongs.
+def detect(names: Collection[str], kind: Kind | None = None) -> Family[Any]:
+    """Return the family to which a checkpoint with these tensor names belongs; with a ``kind``, one of that kind.
 
     Raises:
         UnknownFamily: none claims the names; the message shows some of them, what can be run, and which families could
             not be loaded.
+        BadRequest: a family of another kind claims them.
+        Unsupported: tensors under one prefix are of one family, and those under another of a second one of the kind.
     """
     groups = by_prefix(names)
 
     def claimed_by(asked: tuple[Family[Any], ...]) -> Family[Any] | None:
-        return next((each for each in asked if any(each.claims(group) for group in groups.values())), None)
+        wanted = [each for each in asked if kind in (None, each.kind)]
+        found = [each for group in groups.values() for each in wanted if each.claims(group)]
+        several = sorted({each.name for each in found})
+        if kind is not None and len(several) > 1:
+            what = f"{len(several)} of the kind {kind} in one file ({', '.join(several)})"
+            raise Unsupported(f"{what}: lend one at a time, from a file or a state dict that holds no other")
+        return next((each for each in wanted if each in found), None)
 
     family = claimed_by(own_families()) or claimed_by(other_families().families)
     if family is not None:
         return family
+    if kind is not None:
+        other = detect(names)
+        raise BadRequest(f"lent as {kind}, but its tensors are those of {other.name}, a {other.kind}")
     raise UnknownFamily(
         f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}{left_out()}",
         names=sorted(names),

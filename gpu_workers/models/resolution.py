@@ -52,17 +52,18 @@ def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.
     return TORCH_DTYPES[elements.most_common(1)[0][0]]
 
 
-def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> Resolution:
+def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]] = ()) -> Resolution:
     """Fit a checkpoint to a family: configuration, key map, and the check of every name and shape.
 
-    All tensors but those that tell nothing have the same prefix.
+    All tensors but those that tell nothing have the same prefix. What one of ``others`` claims under another prefix is
+    of another component in the same file, and skipped.
 
     Raises:
         BadCheckpoint: missing, unexpected and wrongly shaped tensors.
         Unsupported: a variant of the family that is not implemented.
         UnsupportedDtype: see :func:`main_dtype`.
     """
-    given, skipped, unexpected = _sort(family, tensors)
+    given, skipped, unexpected = _sort(family, tensors, others)
     for copy, original in family.tied.items():
         if copy in given:
             name = given.pop(copy)
@@ -123,7 +124,9 @@ def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Map
         )
 
 
-def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], list[str], list[str]]:
+def _sort(
+    family: Family[Any], names: Collection[str], others: Collection[Family[Any]]
+) -> tuple[dict[str, str], list[str], list[str]]:
     """Sort names into those of the model, by canonical name, those that tell nothing, and those that belong nowhere."""
     groups = by_prefix(names)
     claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
@@ -132,6 +135,9 @@ def _sort(family: Family[Any], names: Collection[str]) -> tuple[dict[str, str], 
     skipped: list[str] = []
     unexpected: list[str] = []
     for prefix, group in groups.items():
+        if prefix != own and any(other.claims(group) for other in others):
+            skipped += [name for spelled in group.values() for name in spelled]
+            continue
         for bare, spelled in group.items():
             canonical = family.canonical(bare)
             if tells_nothing(canonical) or (family.ignored and family.ignored.search(canonical)):

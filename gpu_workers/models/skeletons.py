@@ -8,15 +8,15 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import Family, Operations, Slice, TensorInfo
+from xditd.gpu_workers.models.family import Family, Kind, Operations, Slice, TensorInfo
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.registry import detect, left_out, operations_of, titles
+from xditd.gpu_workers.models.registry import detect, families, left_out, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -25,10 +25,11 @@ from xditd.ipc.errors import Internal, RequestError, UnknownFamily
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
+from xditd.ipc.tensor_names import by_prefix
 
 logger = logging.getLogger(__name__)
 
-Signature = frozenset[tuple[str, TensorInfo]]
+Signature = tuple[Kind | None, frozenset[tuple[str, TensorInfo]]]
 Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
@@ -167,18 +168,20 @@ class SkeletonCache:
         for skeleton in self._skeletons.values():
             skeleton.release()
 
-    def plan(self, tensors: Mapping[str, TensorInfo]) -> Plan:
+    def plan(self, tensors: Mapping[str, TensorInfo], kind: Kind | None = None) -> Plan:
         """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
+
+        With a ``kind``, tensors of other components in the same file are left alone.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
                 ``resolution.resolve``, ``registry.operations_of``, ``component_layouts.choose``
                 and ``Operations.fuse``.
         """
-        signature = frozenset(tensors.items())
+        signature = (kind, frozenset(tensors.items()))
         resolution = self._resolutions.get(signature)
         if resolution is None:
-            resolution = _resolve(tensors)
+            resolution = _resolve(tensors, kind)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -241,24 +244,34 @@ class SkeletonCache:
         return Skeleton(family, operations, config, dtype, layout, module, exceptions)
 
 
-def _resolve(tensors: Mapping[str, TensorInfo]) -> Resolution:
-    """Fit a checkpoint to its family.
+def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution:
+    """Fit a checkpoint to its family; of a file with several components, that of the ``kind``.
 
     What no family claims is named, if it is known. What one claims and does not fit is that family's to explain, unless
     it is of a form that none takes.
     """
     try:
-        return resolve(detect(tensors.keys()), tensors)
+        family = detect(tensors.keys(), kind)
     except UnknownFamily as error:
         known = unsupported_error(tensors, titles())
         if known is None:
             raise
         raise type(known)(known.detail + left_out(), names=known.names) from error
+    others = [] if kind is None else [each for each in families() if each is not family]
+    try:
+        return resolve(family, tensors, others)
     except RequestError as error:
-        known = form_error(tensors, titles())
+        known = form_error(_without_others(tensors, others), titles())
         if known is None:
             raise
         raise known from error
+
+
+def _without_others(tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]]) -> dict[str, TensorInfo]:
+    """Leave out what other families claim, under prefixes of its own."""
+    groups = by_prefix(tensors)
+    kept = [group for group in groups.values() if not any(other.claims(group) for other in others)]
+    return {name: tensors[name] for group in kept for spelled in group.values() for name in spelled}
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:

@@ -11,8 +11,10 @@ from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
+from xditd.ipc.tensors import ComponentKind
 
 MESSAGE_CHARS = 700
+TEXT = {"prompt_embeds": torch.ones(1, 8, 4096), "pooled_prompt_embeds": torch.ones(1, 768)}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,12 @@ def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):
     )
     assert f"transformer or UNet ({len(state)} tensors)" in caught.value.names
     assert len(caught.value.detail) < MESSAGE_CHARS
+    with client.lend(whole, kind=ComponentKind.TRANSFORMER) as part, client.lend(state) as alone:
+        assert part.facts.transformer == alone.facts.transformer
+        first, second = (
+            client.generate(loan, TEXT, height=64, width=64, steps=2, seed=3).result() for loan in (part, alone)
+        )
+    assert torch.equal(first.latents, second.latents)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.client.demo.checkpoints import flux1_state_dict
+from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
 from xditd.gpu_workers.models.family import TensorInfo
 from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.errors import BadCheckpoint, Internal, RequestError, Unsupported
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Internal, RequestError, Unsupported
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -120,6 +121,27 @@ def test_a_checkpoint_that_does_not_fit_builds_nothing(cache: SkeletonCache, des
         with pytest.raises(BadCheckpoint, match=r"1 missing: img_in\.bias"):
             cache.plan(infos)
     assert (cache.built, cache.reused) == (0, 0)
+
+
+def test_a_kind_picks_one_component_of_a_file_that_holds_several(cache: SkeletonCache, describe: Describer) -> None:
+    transformer, vae = describe(flux1_state_dict(0, **SMALL)), describe(flux_vae_state_dict(0))
+    clip, t5 = describe(clip_l_state_dict(0)), describe(t5_state_dict(0))
+    whole = {f"model.diffusion_model.{name}": info for name, info in transformer.items()}
+    whole |= {f"vae.{name}": info for name, info in vae.items()}
+    whole |= {f"text_encoders.clip_l.transformer.{name}": info for name, info in clip.items()}
+    for kind, family, count in (("transformer", "flux1", transformer), ("vae", "flux_vae", vae)):
+        plan = cache.plan(whole, kind)
+        assert (plan.family.name, len(plan.sources)) == (family, len(count))
+    assert cache.plan(whole, "text_encoder").family.name == "clip_l"
+    with pytest.raises(Unsupported, match=r"2 of the kind text_encoder in one file \(clip_l, t5\): lend one at a time"):
+        cache.plan(
+            whole | {f"text_encoders.t5xxl.transformer.{name}": info for name, info in t5.items()}, "text_encoder"
+        )
+    with pytest.raises(BadRequest, match="lent as vae, but its tensors are those of flux1, a transformer"):
+        cache.plan(transformer, "vae")
+    strange = {**whole, "model.diffusion_model.more": TensorInfo("float32", (1,))}
+    with pytest.raises(BadCheckpoint, match=r"1 unexpected: model\.diffusion_model\.more "):
+        cache.plan(strange, "transformer")
 
 
 def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: SkeletonCache, describe: Describer) -> None:
