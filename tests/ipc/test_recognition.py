@@ -176,7 +176,8 @@ def test_all_in_one_checkpoints_are_named_by_model_and_parts() -> None:
     assert error is not None
     assert error.detail.startswith(
         "an all-in-one checkpoint of Stable Diffusion XL cannot be lent as a whole: lend one part at a time, by kind= "
-        "or from a file or a state dict that holds nothing else (one model (a.safetensors), another or a third); it holds "
+        "or from a file or a state dict that holds nothing else (one model (a.safetensors), another or a third); "
+        "it holds "
     )
     for found in (flux, sdxl):
         assert len(str(form_error(found, CAN_RUN))) < MESSAGE_CHARS
