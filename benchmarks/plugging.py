@@ -19,7 +19,7 @@ import flux_weights
 import torch
 from machine import describe_machine
 
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.process import xfuser_start
 
 

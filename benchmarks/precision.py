@@ -58,7 +58,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         kernels="fused" if is_cuda else "plain",
         precision="fp8" if is_cuda else "bf16",
     )
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
@@ -114,7 +114,7 @@ def synchronize(device: torch.device) -> None:
 def generate(skeleton: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
     """Run the workers' loop, as a job does; returns the latents and how many steps the cache spared."""
     from xditd.gpu_workers.jobs.generate import Loop, seeded_noise
-    from xditd.gpu_workers.models.family import CallOptions, Wanted
+    from xditd.gpu_workers.models.operations import CallOptions, Wanted
     from xditd.gpu_workers.models.result_checks import FiniteCheck
     from xditd.gpu_workers.models.step_cache import StepCache
 

@@ -73,7 +73,8 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     layout = xfuser_start.start(
         rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
     )
-    from xditd.gpu_workers.models.family import CallOptions, TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.operations import CallOptions
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.parallel import component_layouts
 

@@ -48,7 +48,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
 
     device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     channels = SMALL_CHANNELS if given.small else CHANNELS

@@ -18,8 +18,11 @@ from typing import cast
 
 import torch
 
-from xditd.gpu_workers.models.family import Entry, Kind, Model, Shape
+from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
+from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.full_precision import compute_in_float32
+from xditd.gpu_workers.models.operations import Model
+from xditd.gpu_workers.models.shapes import count_blocks, matrix
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 from xditd.ipc.facts import TextEncoderFacts
 
@@ -28,7 +31,7 @@ MAX_LAYERS = 64
 VOCABULARY = 49_408
 OPEN_CLIP = {1024: "CLIP-H", 1280: "CLIP-G"}
 
-_LAYER = re.compile(r"^encoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^encoder\.layers\.\d+\.")
 _OLD_LAYER = re.compile(r"^text_model\.encoder\.layers\.\d+\.")
 _TOKENS = "embeddings.token_embedding.weight"
 _POSITIONS = "embeddings.position_embedding.weight"
@@ -67,42 +70,34 @@ class ClipL:
         return name.removeprefix("text_model.")
 
     def configure(self, shapes: Mapping[str, Shape]) -> ClipLConfig:
-        vocabulary, width = _sides(shapes, _TOKENS)
+        vocabulary, width = matrix("clip_l", shapes, _TOKENS)
         if width in OPEN_CLIP:
             raise Unsupported(
                 f"clip_l: a text model of width {width} is {OPEN_CLIP[width]}, which FLUX.1 does not use; lend clip_l"
             )
         if width % HEAD_SIZE:
             raise BadCheckpoint(f"clip_l: width {width} is not a multiple of the head size {HEAD_SIZE}")
-        layers = 1 + max((int(found[1]) for found in map(_LAYER.match, shapes) if found), default=-1)
-        if layers > MAX_LAYERS:
-            raise BadCheckpoint(f"clip_l: layer {layers - 1} exceeds the limit of {MAX_LAYERS} layers")
         return ClipLConfig(
             vocabulary=vocabulary,
-            max_tokens=_sides(shapes, _POSITIONS)[0],
+            max_tokens=matrix("clip_l", shapes, _POSITIONS)[0],
             width=width,
-            layers=layers,
-            inner=_sides(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
+            layers=count_blocks("clip_l", shapes, "encoder.layers", MAX_LAYERS),
+            inner=matrix("clip_l", shapes, "encoder.layers.0.mlp.fc1.weight")[0],
         )
 
     def entries(self, config: ClipLConfig, names: Collection[str]) -> Iterator[Entry]:
         width = config.width
-        yield _same(_TOKENS, (config.vocabulary, width))
-        yield _same(_POSITIONS, (config.max_tokens, width))
+        yield tensor_entry(_TOKENS, (config.vocabulary, width))
+        yield tensor_entry(_POSITIONS, (config.max_tokens, width))
         for number in range(config.layers):
             layer = f"encoder.layers.{number}"
             for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                yield _same(f"{layer}.self_attn.{part}.weight", (width, width))
-                yield _same(f"{layer}.self_attn.{part}.bias", (width,))
+                yield from layer_entries(f"{layer}.self_attn.{part}", (width, width))
             for norm in ("layer_norm1", "layer_norm2"):
-                yield _same(f"{layer}.{norm}.weight", (width,))
-                yield _same(f"{layer}.{norm}.bias", (width,))
-            yield _same(f"{layer}.mlp.fc1.weight", (config.inner, width))
-            yield _same(f"{layer}.mlp.fc1.bias", (config.inner,))
-            yield _same(f"{layer}.mlp.fc2.weight", (width, config.inner))
-            yield _same(f"{layer}.mlp.fc2.bias", (width,))
-        yield _same("final_layer_norm.weight", (width,))
-        yield _same("final_layer_norm.bias", (width,))
+                yield from layer_entries(f"{layer}.{norm}", (width,))
+            yield from layer_entries(f"{layer}.mlp.fc1", (config.inner, width))
+            yield from layer_entries(f"{layer}.mlp.fc2", (width, config.inner))
+        yield from layer_entries("final_layer_norm", (width,))
 
     def heads(self, config: ClipLConfig) -> int:
         return 0
@@ -113,7 +108,7 @@ class ClipL:
 
 
 class ClipLOperations:
-    """See :class:`~xditd.gpu_workers.models.family.TextEncoderOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.TextEncoderOperations`."""
 
     def build(self, config: ClipLConfig) -> torch.nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -155,15 +150,3 @@ class ClipLOperations:
         encoded = model.module(input_ids=token_ids.to(model.device))
         hidden = cast(torch.Tensor, encoded.last_hidden_state)
         return hidden, cast(torch.Tensor, encoded.pooler_output) if pooled else None
-
-
-def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:
-    shape = shapes.get(name, ())
-    if len(shape) != 2 or 0 in shape:
-        found = f"is {list(shape)}, not a matrix" if shape else "is missing"
-        raise BadCheckpoint(f"clip_l: {name} {found}: the size of the model cannot be read")
-    return shape[0], shape[1]
-
-
-def _same(source: str, shape: Shape) -> Entry:
-    return Entry(source, shape, ((source, shape[0]),))

@@ -16,10 +16,13 @@ from typing import cast
 
 import torch
 
-from xditd.gpu_workers.models.family import Entry, Kind, Model, Shape
+from xditd.gpu_workers.models.entries import Entry, Shape, tensor_entry
+from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.full_precision import compute_in_float32
+from xditd.gpu_workers.models.operations import Model
+from xditd.gpu_workers.models.shapes import count_blocks, matrix
 from xditd.ipc import limits
-from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TextEncoderFacts
 
 HEAD_SIZE = 64
@@ -27,7 +30,7 @@ BUCKETS = 32
 MAX_DISTANCE = 128
 MAX_LAYERS = 128
 
-_BLOCK = re.compile(r"^encoder\.block\.(\d+)\.layer\.")
+_BLOCK = re.compile(r"^encoder\.block\.\d+\.layer\.")
 _TOKENS = "shared.weight"
 _ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
 _FEED_FORWARD = "encoder.block.{}.layer.1.DenseReluDense"
@@ -70,34 +73,31 @@ class T5:
             raise Unsupported("t5: every block has a relative_attention_bias: this is UMT5, which FLUX.1 does not use")
         if f"{_FEED_FORWARD.format(0)}.wi.weight" in shapes:
             raise Unsupported("t5: its feed-forward layers have no gate (wi): this is T5 1.0; lend T5 v1.1")
-        layers = 1 + max((int(found[1]) for found in map(_BLOCK.match, shapes) if found), default=-1)
-        if layers > MAX_LAYERS:
-            raise BadCheckpoint(f"t5: block {layers - 1} exceeds the limit of {MAX_LAYERS} blocks")
-        vocabulary, width = _sides(shapes, _TOKENS)
+        vocabulary, width = matrix("t5", shapes, _TOKENS)
         return T5Config(
             vocabulary=vocabulary,
             width=width,
-            layers=layers,
-            heads=_sides(shapes, f"{_ATTENTION.format(0)}.{_BIAS}")[1],
-            inner=_sides(shapes, f"{_FEED_FORWARD.format(0)}.wi_0.weight")[0],
+            layers=count_blocks("t5", shapes, "encoder.block", MAX_LAYERS),
+            heads=matrix("t5", shapes, f"{_ATTENTION.format(0)}.{_BIAS}")[1],
+            inner=matrix("t5", shapes, f"{_FEED_FORWARD.format(0)}.wi_0.weight")[0],
         )
 
     def entries(self, config: T5Config, names: Collection[str]) -> Iterator[Entry]:
         width, attended = config.width, config.heads * HEAD_SIZE
-        yield _same(_TOKENS, (config.vocabulary, width))
+        yield tensor_entry(_TOKENS, (config.vocabulary, width))
         for number in range(config.layers):
             attention, feed_forward = _ATTENTION.format(number), _FEED_FORWARD.format(number)
             for part in ("q", "k", "v"):
-                yield _same(f"{attention}.{part}.weight", (attended, width))
-            yield _same(f"{attention}.o.weight", (width, attended))
+                yield tensor_entry(f"{attention}.{part}.weight", (attended, width))
+            yield tensor_entry(f"{attention}.o.weight", (width, attended))
             if number == 0:  # all blocks use the first one's
-                yield _same(f"{attention}.{_BIAS}", (BUCKETS, config.heads))
-            yield _same(f"encoder.block.{number}.layer.0.layer_norm.weight", (width,))
+                yield tensor_entry(f"{attention}.{_BIAS}", (BUCKETS, config.heads))
+            yield tensor_entry(f"encoder.block.{number}.layer.0.layer_norm.weight", (width,))
             for part in ("wi_0", "wi_1"):
-                yield _same(f"{feed_forward}.{part}.weight", (config.inner, width))
-            yield _same(f"{feed_forward}.wo.weight", (width, config.inner))
-            yield _same(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
-        yield _same("encoder.final_layer_norm.weight", (width,))
+                yield tensor_entry(f"{feed_forward}.{part}.weight", (config.inner, width))
+            yield tensor_entry(f"{feed_forward}.wo.weight", (width, config.inner))
+            yield tensor_entry(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
+        yield tensor_entry("encoder.final_layer_norm.weight", (width,))
 
     def heads(self, config: T5Config) -> int:
         return 0
@@ -108,7 +108,7 @@ class T5:
 
 
 class T5Operations:
-    """See :class:`~xditd.gpu_workers.models.family.TextEncoderOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.TextEncoderOperations`."""
 
     def build(self, config: T5Config) -> torch.nn.Module:
         from transformers import T5Config as TransformersT5Config
@@ -147,15 +147,3 @@ class T5Operations:
         self, model: Model[T5Config], token_ids: torch.Tensor, *, pooled: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return cast(torch.Tensor, model.module(input_ids=token_ids.to(model.device)).last_hidden_state), None
-
-
-def _sides(shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:
-    shape = shapes.get(name, ())
-    if len(shape) != 2 or 0 in shape:
-        found = f"is {list(shape)}, not a matrix" if shape else "is missing"
-        raise BadCheckpoint(f"t5: {name} {found}: the size of the model cannot be read")
-    return shape[0], shape[1]
-
-
-def _same(source: str, shape: Shape) -> Entry:
-    return Entry(source, shape, ((source, shape[0]),))

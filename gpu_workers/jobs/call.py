@@ -9,7 +9,7 @@ from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
 from xditd.gpu_workers.models.calls import run_parts
-from xditd.gpu_workers.models.family import CallOptions, Inputs
+from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.fellows import together
 from xditd.ipc.errors import BadRequest, RequestError, named

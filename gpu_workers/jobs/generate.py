@@ -18,9 +18,9 @@ from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
-from xditd.gpu_workers.models.family import CallOptions, Run, TransformerOperations, Wanted
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_schedule, check_shape, check_sides
+from xditd.gpu_workers.models.operations import CallOptions, Run, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.models.step_cache import StepCache

@@ -10,8 +10,8 @@ import torch
 
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
-from xditd.gpu_workers.models.family import Inputs
 from xditd.gpu_workers.models.finite import check_finite
+from xditd.gpu_workers.models.operations import Inputs
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Rows, Tensor, TupleOf, Values
 from xditd.ipc.errors import BadRequest, UnknownKept
 from xditd.ipc.facts import ArgumentFacts

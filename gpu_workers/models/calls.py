@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import CallOptions, Inputs, RowResults, Shape, TransformerOperations
+from xditd.gpu_workers.models.entries import Shape
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, RowResults, TransformerOperations
 from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.row_shares import gather_flat, halves, own_rows, rows_of_half

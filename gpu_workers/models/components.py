@@ -23,7 +23,7 @@ import torch
 
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component_facts import facts_of
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.file_watch import FileWatch, check_opened, fault_of
 from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
 from xditd.gpu_workers.parallel.fellows import together

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import Model
 from xditd.gpu_workers.models.finite import check_finite
+from xditd.gpu_workers.models.operations import Model
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS
 

@@ -16,9 +16,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, cast
 
-from xditd.gpu_workers.models.family import (
-    Family,
-    Kind,
+from xditd.gpu_workers.models.family import Family, Kind
+from xditd.gpu_workers.models.operations import (
     Operations,
     Recipe,
     TextEncoderOperations,

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import TORCH_DTYPES, Entry, Family, Shape, Slice, TensorInfo
+from xditd.gpu_workers.models.entries import TORCH_DTYPES, Entry, Shape, Slice, TensorInfo
+from xditd.gpu_workers.models.family import Family
 from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import by_prefix, tells_nothing

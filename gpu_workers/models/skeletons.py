@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.family import Family, Kind, Operations, Slice, TensorInfo
+from xditd.gpu_workers.models.entries import Slice, TensorInfo
+from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
+from xditd.gpu_workers.models.operations import Operations
 from xditd.gpu_workers.models.registry import detect, families, left_out, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts

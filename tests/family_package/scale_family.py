@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.entries import Entry, Shape
+from xditd.gpu_workers.models.family import Kind
 
 if TYPE_CHECKING:
     from scale_operations import ScaleOperations

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from xditd.gpu_workers.models.family import CallOptions, Inputs, Model, RowResults, Shape, Wanted
+from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_shape, check_tensor, prepare
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
 
@@ -32,7 +33,7 @@ class Scale(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ScaleRun:
-    """See :class:`~xditd.gpu_workers.models.family.Run`."""
+    """See :class:`~xditd.gpu_workers.models.operations.Run`."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor
@@ -51,7 +52,7 @@ class ScaleRun:
 
 
 class ScaleRecipe:
-    """See :class:`~xditd.gpu_workers.models.family.Recipe`."""
+    """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: int, wanted: Wanted) -> None:
         pass
@@ -71,7 +72,7 @@ class ScaleRecipe:
 
 
 class ScaleOperations:
-    """See :class:`~xditd.gpu_workers.models.family.TransformerOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
     recipe = ScaleRecipe()
 

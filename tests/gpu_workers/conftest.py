@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 

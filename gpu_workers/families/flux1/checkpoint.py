@@ -9,7 +9,6 @@ Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,9 @@ from xditd.gpu_workers.families.flux1.config import (
     TIMESTEP_CHANNELS,
     Flux1Config,
 )
-from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
+from xditd.gpu_workers.models.family import Kind
+from xditd.gpu_workers.models.shapes import count_blocks, vote
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 MAX_BLOCKS = 256
 
 _NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
-_BLOCK = re.compile(r"^(double|single)_blocks\.(\d+)\.")
 _MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
 # Close relatives that share the marks: FLUX.2, FLUX.3, Chroma, HunyuanVideo, ControlNets.
 _FOREIGN = (
@@ -60,23 +60,20 @@ class Flux1:
         return _NORM_ALIAS.sub(r"\1.scale", name)
 
     def configure(self, shapes: Mapping[str, Shape]) -> Flux1Config:
-        double = _count_blocks(shapes, "double")
-        single = _count_blocks(shapes, "single")
+        double = count_blocks(self.name, shapes, "double_blocks", MAX_BLOCKS)
+        single = count_blocks(self.name, shapes, "single_blocks", MAX_BLOCKS)
         for kind, count in (("double_blocks", double), ("single_blocks", single)):
             if count == 0:
                 raise BadCheckpoint(f"flux1: no tensor of {kind}.0: a FLUX.1 transformer has blocks of both kinds")
-        # Every candidate votes, so that one misshapen tensor is named by the check instead of bending the rest.
-        hidden = _vote(
-            "hidden size",
-            [_side(shapes, f"{source}.weight", 0) for source in ("img_in", "txt_in", "time_in.out_layer")]
-            + [_side(shapes, f"double_blocks.{i}.img_attn.proj.weight", 0) for i in range(double)]
-            + [_side(shapes, f"single_blocks.{i}.linear2.weight", 0) for i in range(single)],
-        )
+        layers = [
+            *("img_in", "txt_in", "time_in.out_layer"),
+            *(f"double_blocks.{i}.img_attn.proj" for i in range(double)),
+            *(f"single_blocks.{i}.linear2" for i in range(single)),
+        ]
+        hidden = vote(self.name, "hidden size", shapes, [(f"{layer}.weight", 0) for layer in layers])
         if hidden % HEAD_SIZE:
             raise BadCheckpoint(f"flux1: hidden size {hidden} is not a multiple of the head size {HEAD_SIZE}")
-        packed = _vote(
-            "input channels", [_side(shapes, "img_in.weight", 1), _side(shapes, "final_layer.linear.weight", 0)]
-        )
+        packed = vote(self.name, "input channels", shapes, [("img_in.weight", 1), ("final_layer.linear.weight", 0)])
         if packed != PACKED_CHANNELS:
             raise Unsupported(
                 f"flux1: img_in takes {packed} channels, not {PACKED_CHANNELS}: Fill, Canny, Depth and other control "
@@ -86,15 +83,15 @@ class Flux1:
             hidden=hidden,
             double_blocks=double,
             single_blocks=single,
-            context_channels=_vote("text channels", [_side(shapes, "txt_in.weight", 1)], 4096),
-            pooled_channels=_vote("pooled text channels", [_side(shapes, "vector_in.in_layer.weight", 1)], 768),
+            context_channels=vote(self.name, "text channels", shapes, [("txt_in.weight", 1)], 4096),
+            pooled_channels=vote(self.name, "pooled text channels", shapes, [("vector_in.in_layer.weight", 1)], 768),
             has_guidance=any(name.startswith("guidance_in.") for name in shapes),
         )
 
     def entries(self, config: Flux1Config, names: Collection[str]) -> Iterator[Entry]:
         h = config.hidden
-        yield from _linear("img_in", h, PACKED_CHANNELS, "x_embedder")
-        yield from _linear("txt_in", h, config.context_channels, "context_embedder")
+        yield from layer_entries("img_in", (h, PACKED_CHANNELS), "x_embedder")
+        yield from layer_entries("txt_in", (h, config.context_channels), "context_embedder")
         yield from _embedder("time_in", h, TIMESTEP_CHANNELS, "timestep_embedder")
         yield from _embedder("vector_in", h, config.pooled_channels, "text_embedder")
         if config.has_guidance:
@@ -105,8 +102,8 @@ class Flux1:
             yield from _single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
         # Checkpoints order this projection (shift, scale) and diffusers (scale, shift). Nothing moves:
         # the module's norm_out chunks in checkpoint order (sequence_parallel.CheckpointOrderNorm).
-        yield from _linear("final_layer.adaLN_modulation.1", 2 * h, h, "norm_out.linear")
-        yield from _linear("final_layer.linear", PACKED_CHANNELS, h, "proj_out")
+        yield from layer_entries("final_layer.adaLN_modulation.1", (2 * h, h), "norm_out.linear")
+        yield from layer_entries("final_layer.linear", (PACKED_CHANNELS, h), "proj_out")
 
     def heads(self, config: Flux1Config) -> int:
         return config.heads
@@ -119,42 +116,14 @@ class Flux1:
         return Flux1Operations()
 
 
-def _count_blocks(shapes: Mapping[str, Shape], kind: str) -> int:
-    numbers = [int(found[2]) for found in map(_BLOCK.match, shapes) if found and found[1] == kind]
-    count = max(numbers, default=-1) + 1
-    if count > MAX_BLOCKS:
-        raise BadCheckpoint(f"flux1: {kind}_blocks.{count - 1} exceeds the limit of {MAX_BLOCKS} blocks")
-    return count
-
-
-def _side(shapes: Mapping[str, Shape], name: str, dimension: int) -> int | None:
-    shape = shapes.get(name, ())
-    return shape[dimension] if len(shape) == 2 else None
-
-
-def _vote(what: str, candidates: list[int | None], default: int | None = None) -> int:
-    votes = Counter(side for side in candidates if side)
-    if votes:
-        return votes.most_common(1)[0][0]
-    if default is None:
-        raise BadCheckpoint(f"flux1: {what} cannot be read from any tensor: the checkpoint lacks img_in and more")
-    return default
-
-
-def _linear(source: str, rows: int, columns: int, *targets: str, split: tuple[int, ...] = ()) -> Iterator[Entry]:
-    sizes = split or (rows // len(targets),) * len(targets)
-    yield Entry(f"{source}.weight", (rows, columns), tuple(zip((f"{t}.weight" for t in targets), sizes, strict=True)))
-    yield Entry(f"{source}.bias", (rows,), tuple(zip((f"{t}.bias" for t in targets), sizes, strict=True)))
-
-
 def _embedder(source: str, hidden: int, channels: int, target: str) -> Iterator[Entry]:
-    yield from _linear(f"{source}.in_layer", hidden, channels, f"time_text_embed.{target}.linear_1")
-    yield from _linear(f"{source}.out_layer", hidden, hidden, f"time_text_embed.{target}.linear_2")
+    yield from layer_entries(f"{source}.in_layer", (hidden, channels), f"time_text_embed.{target}.linear_1")
+    yield from layer_entries(f"{source}.out_layer", (hidden, hidden), f"time_text_embed.{target}.linear_2")
 
 
 def _norms(source: str, target: str, query: str, key: str) -> Iterator[Entry]:
-    yield Entry(f"{source}.query_norm.scale", (HEAD_SIZE,), ((f"{target}.{query}.weight", HEAD_SIZE),))
-    yield Entry(f"{source}.key_norm.scale", (HEAD_SIZE,), ((f"{target}.{key}.weight", HEAD_SIZE),))
+    yield tensor_entry(f"{source}.query_norm.scale", (HEAD_SIZE,), f"{target}.{query}.weight")
+    yield tensor_entry(f"{source}.key_norm.scale", (HEAD_SIZE,), f"{target}.{key}.weight")
 
 
 def _double_block(source: str, h: int, target: str) -> Iterator[Entry]:
@@ -170,24 +139,25 @@ def _double_block(source: str, h: int, target: str) -> Iterator[Entry]:
             "ff_context",
         ),
     ):
-        yield from _linear(f"{source}.{stream}_mod.lin", MODULATIONS_DOUBLE * h, h, f"{target}.{modulation}.linear")
-        yield from _linear(f"{source}.{stream}_attn.qkv", 3 * h, h, *(f"{attention}.{part}" for part in qkv))
+        yield from layer_entries(
+            f"{source}.{stream}_mod.lin", (MODULATIONS_DOUBLE * h, h), f"{target}.{modulation}.linear"
+        )
+        yield from layer_entries(f"{source}.{stream}_attn.qkv", (3 * h, h), *(f"{attention}.{part}" for part in qkv))
         yield from _norms(f"{source}.{stream}_attn.norm", attention, *norms)
-        yield from _linear(f"{source}.{stream}_attn.proj", h, h, f"{attention}.{projection}")
-        yield from _linear(f"{source}.{stream}_mlp.0", MLP_RATIO * h, h, f"{target}.{mlp}.net.0.proj")
-        yield from _linear(f"{source}.{stream}_mlp.2", h, MLP_RATIO * h, f"{target}.{mlp}.net.2")
+        yield from layer_entries(f"{source}.{stream}_attn.proj", (h, h), f"{attention}.{projection}")
+        yield from layer_entries(f"{source}.{stream}_mlp.0", (MLP_RATIO * h, h), f"{target}.{mlp}.net.0.proj")
+        yield from layer_entries(f"{source}.{stream}_mlp.2", (h, MLP_RATIO * h), f"{target}.{mlp}.net.2")
 
 
 def _single_block(source: str, h: int, target: str) -> Iterator[Entry]:
     mlp = MLP_RATIO * h
-    yield from _linear(f"{source}.modulation.lin", MODULATIONS_SINGLE * h, h, f"{target}.norm.linear")
-    yield from _linear(
+    yield from layer_entries(f"{source}.modulation.lin", (MODULATIONS_SINGLE * h, h), f"{target}.norm.linear")
+    yield from layer_entries(
         f"{source}.linear1",
-        3 * h + mlp,
-        h,
+        (3 * h + mlp, h),
         *(f"{target}.attn.{part}" for part in ("to_q", "to_k", "to_v")),
         f"{target}.proj_mlp",
-        split=(h, h, h, mlp),
+        rows=(h, h, h, mlp),
     )
     yield from _norms(f"{source}.norm", f"{target}.attn", "norm_q", "norm_k")
-    yield from _linear(f"{source}.linear2", h, h + mlp, f"{target}.proj_out")
+    yield from layer_entries(f"{source}.linear2", (h, h + mlp), f"{target}.proj_out")

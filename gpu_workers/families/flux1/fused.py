@@ -22,7 +22,7 @@ from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator, T
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.models.canary import Canary
-from xditd.gpu_workers.models.family import CallOptions
+from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange

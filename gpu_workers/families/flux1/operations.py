@@ -14,8 +14,9 @@ from xditd.gpu_workers.families.flux1.fused import FusedFlux1
 from xditd.gpu_workers.families.flux1.modulations import Times
 from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
 from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
-from xditd.gpu_workers.models.family import CallOptions, Inputs, Model, RowResults, Shape
+from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_known, check_tensor
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.token_shares import deal_tokens
 from xditd.ipc.errors import Unsupported
@@ -28,7 +29,7 @@ OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
 
 
 class Flux1Operations:
-    """See :class:`~xditd.gpu_workers.models.family.TransformerOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
     recipe = Flux1Recipe()
 

@@ -16,13 +16,13 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from xditd.gpu_workers.families.flux1.config import PATCH, PIXELS_PER_LATENT, Flux1Config
 from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
-from xditd.gpu_workers.models.family import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
+from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.token_shares import deal_tokens
 
 
 class Flux1Recipe:
-    """See :class:`~xditd.gpu_workers.models.family.Recipe`."""
+    """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux1Config, wanted: Wanted) -> None:
         """There is nothing beyond what every family has."""
@@ -66,7 +66,7 @@ class Flux1Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Flux1Run:
-    """See :class:`~xditd.gpu_workers.models.family.Run`. Latents are packed, (batch, tokens, 64)."""
+    """See :class:`~xditd.gpu_workers.models.operations.Run`. Latents are packed, (batch, tokens, 64)."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor

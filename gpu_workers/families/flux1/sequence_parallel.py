@@ -26,7 +26,7 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
-from xditd.gpu_workers.models.family import CallOptions
+from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.sequence_attention import attend
 from xditd.gpu_workers.parallel.token_shares import deal_tokens, gather, pad_rows

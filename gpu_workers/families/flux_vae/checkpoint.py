@@ -1,9 +1,8 @@
 """The VAE of FLUX.1 (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
 
-Widths, depth and the mid attention are read
-from shapes. Two things are not in the tensors: the 32 groups of the norms, and the scaling of latents.
-SD3's VAE has the same structure and names with another scaling, so it cannot be told apart here: whoever
-lends a VAE as FLUX's gets FLUX's scaling.
+Widths, depth and the mid attention are read from shapes. Two things are not in the tensors: the 32 groups of the norms,
+and the scaling of latents. SD3's VAE has the same structure and names with another scaling, so it cannot be told apart
+here: whoever lends a VAE as FLUX's gets FLUX's scaling.
 
 Source: diffusers, ``convert_ldm_vae_checkpoint``; a test compares every element.
 """
@@ -22,7 +21,9 @@ from xditd.gpu_workers.families.flux_vae.config import (
     NORM_GROUPS,
     FluxVaeConfig,
 )
-from xditd.gpu_workers.models.family import Entry, Kind, Shape
+from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
+from xditd.gpu_workers.models.family import Kind
+from xditd.gpu_workers.models.shapes import vote
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MAX_RESIDUALS = 16
 
 _UP = re.compile(r"^decoder\.up\.(\d+)\.block\.(\d+)\.")
+_CONVS = ("conv1", "conv2")
 _MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder.conv_out.weight"}
 
 
@@ -60,7 +62,15 @@ class FluxVae:
         residuals = Counter(
             max(number for at, number in blocks if at == level) for level in {at for at, _ in blocks}
         ).most_common(1)[0][0]
-        channels = tuple(_channels(shapes, level, residuals) for level in range(levels))
+        channels = tuple(
+            vote(
+                self.name,
+                f"the width of decoder.up.{level}",
+                shapes,
+                [(f"decoder.up.{level}.block.{i}.{part}.weight", 0) for i in range(residuals + 1) for part in _CONVS],
+            )
+            for level in range(levels)
+        )
         for width in channels:
             if width % NORM_GROUPS:
                 raise BadCheckpoint(f"flux_vae: {width} channels do not divide into {NORM_GROUPS} norm groups")
@@ -96,7 +106,7 @@ class FluxVae:
                         f"encoder.down_blocks.{level}.downsamplers.0.conv",
                     )
             yield from _middle("encoder", top, config.has_mid_attention)
-            yield from _norm("encoder.norm_out", top, "encoder.conv_norm_out")
+            yield from layer_entries("encoder.norm_out", (top,), "encoder.conv_norm_out")
             yield from _conv("encoder.conv_out", 2 * LATENT_CHANNELS, top, "encoder.conv_out")
         yield from _conv("decoder.conv_in", top, LATENT_CHANNELS, "decoder.conv_in")
         yield from _middle("decoder", top, config.has_mid_attention)
@@ -109,7 +119,7 @@ class FluxVae:
                 width = out
             if level > 0:
                 yield from _conv(f"decoder.up.{level}.upsample.conv", out, out, f"{target}.upsamplers.0.conv")
-        yield from _norm("decoder.norm_out", width, "decoder.conv_norm_out")
+        yield from layer_entries("decoder.norm_out", (width,), "decoder.conv_norm_out")
         yield from _conv("decoder.conv_out", IMAGE_CHANNELS, width, "decoder.conv_out")
 
     def heads(self, config: FluxVaeConfig) -> int:
@@ -122,33 +132,14 @@ class FluxVae:
         return FluxVaeOperations()
 
 
-def _channels(shapes: Mapping[str, Shape], level: int, residuals: int) -> int:
-    """Width of a level: every convolution of the level that ends at that width votes."""
-    votes: Counter[int] = Counter()
-    for i in range(residuals + 1):
-        for part in ("conv1", "conv2"):
-            shape = shapes.get(f"decoder.up.{level}.block.{i}.{part}.weight", ())
-            if len(shape) == 4:
-                votes[shape[0]] += 1
-    if not votes:
-        raise BadCheckpoint(f"flux_vae: no convolution of decoder.up.{level}: its width cannot be read")
-    return votes.most_common(1)[0][0]
-
-
 def _conv(source: str, out: int, width: int, target: str, size: int = 3) -> Iterator[Entry]:
-    yield Entry(f"{source}.weight", (out, width, size, size), ((f"{target}.weight", out),))
-    yield Entry(f"{source}.bias", (out,), ((f"{target}.bias", out),))
-
-
-def _norm(source: str, width: int, target: str) -> Iterator[Entry]:
-    yield Entry(f"{source}.weight", (width,), ((f"{target}.weight", width),))
-    yield Entry(f"{source}.bias", (width,), ((f"{target}.bias", width),))
+    return layer_entries(source, (out, width, size, size), target)
 
 
 def _residual(source: str, width: int, out: int, target: str) -> Iterator[Entry]:
-    yield from _norm(f"{source}.norm1", width, f"{target}.norm1")
+    yield from layer_entries(f"{source}.norm1", (width,), f"{target}.norm1")
     yield from _conv(f"{source}.conv1", out, width, f"{target}.conv1")
-    yield from _norm(f"{source}.norm2", out, f"{target}.norm2")
+    yield from layer_entries(f"{source}.norm2", (out,), f"{target}.norm2")
     yield from _conv(f"{source}.conv2", out, out, f"{target}.conv2")
     if width != out:
         yield from _conv(f"{source}.nin_shortcut", out, width, f"{target}.conv_shortcut", size=1)
@@ -158,9 +149,9 @@ def _middle(side: str, width: int, has_attention: bool) -> Iterator[Entry]:
     yield from _residual(f"{side}.mid.block_1", width, width, f"{side}.mid_block.resnets.0")
     if has_attention:
         target = f"{side}.mid_block.attentions.0"
-        yield from _norm(f"{side}.mid.attn_1.norm", width, f"{target}.group_norm")
+        yield from layer_entries(f"{side}.mid.attn_1.norm", (width,), f"{target}.group_norm")
         for source, part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
             name = f"{side}.mid.attn_1.{source}"
             yield Entry(f"{name}.weight", (width, width, 1, 1), ((f"{target}.{part}.weight", width),), (width, width))
-            yield Entry(f"{name}.bias", (width,), ((f"{target}.{part}.bias", width),))
+            yield tensor_entry(f"{name}.bias", (width,), f"{target}.{part}.bias")
     yield from _residual(f"{side}.mid.block_2", width, width, f"{side}.mid_block.resnets.1")

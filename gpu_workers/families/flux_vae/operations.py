@@ -22,15 +22,15 @@ from xditd.gpu_workers.families.flux_vae.config import (
     FluxVaeConfig,
 )
 from xditd.gpu_workers.families.flux_vae.split_decode import Bands, SplitDecoder, whole_group
-from xditd.gpu_workers.models.family import Model
 from xditd.gpu_workers.models.job_checks import check_sides, prepare
+from xditd.gpu_workers.models.operations import Model
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import LatentFacts, VaeFacts
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
 
 
 class FluxVaeOperations:
-    """See :class:`~xditd.gpu_workers.models.family.VaeOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.VaeOperations`."""
 
     def build(self, config: FluxVaeConfig) -> torch.nn.Module:
         module = AutoencoderKL(

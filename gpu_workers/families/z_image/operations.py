@@ -22,8 +22,9 @@ from xditd.gpu_workers.families.z_image.config import (
 from xditd.gpu_workers.families.z_image.facts import transformer_facts
 from xditd.gpu_workers.families.z_image.forward import SequenceParallelZImage
 from xditd.gpu_workers.families.z_image.recipe import ZImageRecipe
-from xditd.gpu_workers.models.family import CallOptions, Inputs, Model, RowResults, Shape
+from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_tensor
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.parallel.attention import AUTO
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Unsupported
@@ -33,7 +34,7 @@ PAD_TOKENS: Final = ("x_pad_token", "cap_pad_token")
 
 
 class ZImageOperations:
-    """See :class:`~xditd.gpu_workers.models.family.TransformerOperations`."""
+    """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
     recipe = ZImageRecipe()
 

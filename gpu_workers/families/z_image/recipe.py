@@ -28,7 +28,7 @@ from xditd.gpu_workers.families.z_image.config import (
     ZImageConfig,
 )
 from xditd.gpu_workers.families.z_image.facts import CFG_NORMALIZATION, CFG_TRUNCATION, COMFYUI, SHIFT
-from xditd.gpu_workers.models.family import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.ipc.errors import BadRequest
 
 TRAINED_TIMESTEPS: Final = 1000
@@ -37,7 +37,7 @@ NEGATIVE: Final = "negative_prompt_embeds"
 
 
 class ZImageRecipe:
-    """See :class:`~xditd.gpu_workers.models.family.Recipe`."""
+    """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: ZImageConfig, wanted: Wanted) -> None:
         options = wanted.options
@@ -89,7 +89,7 @@ class ZImageRecipe:
 
 @dataclass(frozen=True, eq=False)
 class ZImageRun:
-    """See :class:`~xditd.gpu_workers.models.family.Run`. Latents are (batch, 16, height, width), in float32."""
+    """See :class:`~xditd.gpu_workers.models.operations.Run`. Latents are (batch, 16, height, width), in float32."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor

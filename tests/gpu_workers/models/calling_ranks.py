@@ -65,7 +65,7 @@ class Doubling:
 def run(case: str, layout: ParallelLayout) -> tuple[list[Any], list[list[float]]]:
     """Run a case as a call: the rows of each part, and what of them was run here."""
     from xditd.gpu_workers.models.calls import run_parts
-    from xditd.gpu_workers.models.family import CallOptions
+    from xditd.gpu_workers.models.operations import CallOptions
 
     operations: Any = Doubling()
     skeleton: Any = SimpleNamespace(layout=layout)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from xditd.gpu_workers.models import registry
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.skeletons import SkeletonCache
 from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported
 

@@ -24,7 +24,7 @@ BATCH = 2
 @pytest.fixture(scope="module")
 def skeleton(layout: ParallelLayout) -> Skeleton:
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
 
     state = checkpoints.flux1_state_dict(0)
     plan: Plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})

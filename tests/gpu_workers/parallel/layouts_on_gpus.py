@@ -49,7 +49,7 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout

@@ -15,7 +15,8 @@ from diffusers import FluxPipeline
 from xditd.gpu_workers.families.flux1.config import PATCH
 from xditd.gpu_workers.jobs.generate import Loop, wanted_of
 from xditd.gpu_workers.models.calls import run_parts
-from xditd.gpu_workers.models.family import CallOptions, Inputs, TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
 from xditd.gpu_workers.models.step_cache import StepCache

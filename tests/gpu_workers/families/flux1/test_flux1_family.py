@@ -12,7 +12,7 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.registry import detect, families
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.ipc.errors import BadCheckpoint, Internal, UnknownFamily, Unsupported, UnsupportedDtype

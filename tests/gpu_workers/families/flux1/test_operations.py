@@ -11,7 +11,7 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.config import Flux1Config
-from xditd.gpu_workers.models.family import CallOptions, Inputs
+from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest
 

@@ -12,7 +12,7 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest
 
@@ -321,7 +321,7 @@ def test_conditioning_that_overflows_in_the_weights_dtype_is_refused(
 
 def test_what_is_foreseen_is_what_the_forwards_are_given(transformer: Skeleton) -> None:
     """Else fused blocks would make ready for other timesteps than those that come."""
-    from xditd.gpu_workers.models.family import Wanted
+    from xditd.gpu_workers.models.operations import Wanted
 
     operations: Any = transformer.operations
     given = job(8, 64, 64)

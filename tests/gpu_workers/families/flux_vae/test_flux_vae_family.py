@@ -11,7 +11,7 @@ import torch
 from xditd.client.demo.checkpoints import flux_vae_state_dict
 from xditd.gpu_workers.families.flux_vae.checkpoint import FluxVae
 from xditd.gpu_workers.families.flux_vae.config import FluxVaeConfig
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.registry import detect
 from xditd.gpu_workers.models.resolution import Resolution, resolve
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype

@@ -59,7 +59,8 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     import direct_jobs
     from safetensors.torch import save_file
 
-    from xditd.gpu_workers.models.family import Inputs, TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.operations import Inputs
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout

@@ -35,7 +35,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = {
 
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
-    from xditd.gpu_workers.models.family import Inputs, TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.operations import Inputs
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout

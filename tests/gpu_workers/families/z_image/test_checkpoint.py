@@ -12,7 +12,7 @@ import z_image_models
 
 from xditd.gpu_workers.families.z_image.checkpoint import ZImage
 from xditd.gpu_workers.families.z_image.config import ZImageConfig
-from xditd.gpu_workers.models.family import TensorInfo
+from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.registry import detect
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported

@@ -10,7 +10,8 @@ import pytest
 import torch
 import z_image_models
 
-from xditd.gpu_workers.models.family import CallOptions, Inputs, TensorInfo, Wanted
+from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, Wanted
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported

@@ -141,7 +141,7 @@ def whole_model(store: str) -> dict[str, Any]:
     """Denoise in eight bits, and compare with plain diffusers."""
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
 

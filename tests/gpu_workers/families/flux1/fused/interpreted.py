@@ -27,7 +27,7 @@ def whole_model(store: str) -> dict[str, Any]:
     """Denoise with fused blocks, and compare with plain diffusers; then zero every tensor once."""
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
 
@@ -111,7 +111,7 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
 
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)

@@ -36,7 +36,7 @@ CASES = {
 def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
 
@@ -99,7 +99,7 @@ def eight_bits(
     """
     from direct_jobs import generate
 
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
     cache = SkeletonCache(layout)
@@ -131,7 +131,7 @@ def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, 
     """Spare steps that are alike, in both precisions."""
     from direct_jobs import generate
 
-    from xditd.gpu_workers.models.family import TensorInfo
+    from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.models.step_cache import StepCache
 
