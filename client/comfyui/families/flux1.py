@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.rows import joined
+from xditd.client.comfyui.families.rows import joined, padded
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_STEPS
@@ -139,7 +139,7 @@ class Flux1Call:
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
         """Return one forward: ComfyUI puts only texts of one length into a batch."""
-        latents = _padded(self.x[rows]).to(dtype)
+        latents = padded(self.x[rows], PATCH).to(dtype)
         height, width = latents.shape[2:]
         found = {
             "hidden_states": pack(latents),
@@ -227,13 +227,3 @@ def image_ids(rows: int, columns: int) -> torch.Tensor:
     ids[..., 1] += torch.arange(rows)[:, None]
     ids[..., 2] += torch.arange(columns)[None, :]
     return ids.reshape(rows * columns, ID_AXES)
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """Latents with even sides; odd ones are filled up as ComfyUI does."""
-    if x.shape[2] % PATCH == 0 == x.shape[3] % PATCH:
-        return x
-    import comfy.ldm.common_dit
-
-    padded: torch.Tensor = comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
-    return padded

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.rows import padded
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -107,7 +108,7 @@ class ZImageCall:
         dtype: torch.dtype,
     ) -> list[Arguments]:
         """Return one forward: ComfyUI puts only texts of one length into a batch."""
-        latents = _padded(self.x[rows]).to(dtype)
+        latents = padded(self.x[rows], PATCH).to(dtype)
         return [
             {
                 "x": list(latents.unsqueeze(2).unbind()),
@@ -164,13 +165,3 @@ class ZImage:
 
 
 ADAPTER: Final[Adapter] = ZImage()
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """Latents with even sides; odd ones are filled up as ComfyUI does."""
-    if x.shape[2] % PATCH == 0 == x.shape[3] % PATCH:
-        return x
-    import comfy.ldm.common_dit
-
-    padded: torch.Tensor = comfy.ldm.common_dit.pad_to_patch_size(x, (PATCH, PATCH))
-    return padded
