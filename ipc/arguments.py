@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.tensors import Bytes, Count, Described, DType, IoTensor, Name, Shape
+from xditd.ipc.tensors import Bytes, Described, DType, IoTensor, Name, Shape
 
 MAX_FLOAT: Final = 1.7976931348623157e308
 Finite = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
@@ -130,22 +130,3 @@ def tensors(arguments: dict[str, Argument]) -> Iterator[tuple[str, Values | InIo
         elif isinstance(node, Rows):
             for number, part in enumerate(node.parts):
                 yield f"{path}.rows[{number}]", part.tensor
-
-
-def tensors_in_io(arguments: dict[str, Argument]) -> Iterator[tuple[str, InIo]]:
-    """Find every tensor of a tree that lies in the job's I/O block, with its path.
-
-    Raises:
-        ValueError: see :func:`walk`.
-    """
-    for path, tensor in tensors(arguments):
-        if isinstance(tensor, InIo):
-            yield path, tensor
-
-
-def elements(shape: tuple[int, ...]) -> Count:
-    """How many elements a tensor of this shape has."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count

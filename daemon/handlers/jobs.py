@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -109,7 +110,7 @@ def _check_tensors(request: JobRequest) -> None:
             for path, tensor in arguments.tensors(tree):
                 if isinstance(tensor, InIo):
                     _check_end(f"{where}{path}", tensor.offset_bytes + tensor.place.size_bytes, size_bytes)
-                elif isinstance(tensor, Values) and len(tensor.values) != arguments.elements(tensor.shape):
+                elif isinstance(tensor, Values) and len(tensor.values) != math.prod(tensor.shape):
                     raise BadRequest(f"{where}{path}: {len(tensor.values)} values for the shape {list(tensor.shape)}")
     except ValueError as error:
         raise BadRequest(f"{where}{error}") from None

@@ -15,9 +15,7 @@ from xditd.ipc.arguments import (
     Rows,
     TupleOf,
     Values,
-    elements,
     tensors,
-    tensors_in_io,
     walk,
 )
 
@@ -50,7 +48,6 @@ def test_tensors_are_found_wherever_they_are() -> None:
         ("more.rows.rows[0]", KEPT),
         ("more.rows.rows[1]", PLACE),
     ]
-    assert list(tensors_in_io(TREE)) == [("x[0]", PLACE), ("more.rows.rows[1]", PLACE)]
 
 
 def test_a_tree_may_be_as_deep_and_large_as_the_limits_say_and_no_more() -> None:
@@ -60,7 +57,3 @@ def test_a_tree_may_be_as_deep_and_large_as_the_limits_say_and_no_more() -> None
     list(walk({"x": ListOf(items=(1,) * (limits.MAX_ARGUMENTS - 1))}))
     with pytest.raises(ValueError, match="more than 1024 arguments in one tree"):
         list(walk({"x": ListOf(items=(1,) * limits.MAX_ARGUMENTS)}))
-
-
-def test_elements_of_a_shape() -> None:
-    assert [elements(shape) for shape in ((), (2, 3), (4, 0))] == [1, 6, 0]
