@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.reading import check_names
-from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
@@ -18,16 +18,16 @@ from xditd.ipc.requests import Call
 
 
 @torch.inference_mode()
-def run(job: Call, place: Workplace) -> Finished:
+def run(job: Call, context: JobContext) -> Finished:
     """Run the forwards; rank 0 writes what they give. Ranks meet in none of it but the forwards themselves."""
-    clock = Laps(place.device)
+    clock = PhaseClock(context.device)
     with together():
-        transformer = place.components.get(job.component_id, "transformer")
-        skeleton, operations = transformer.plan.skeleton, place.operations(transformer)
-        clock.lap("plug", waits=False)
+        transformer = context.components.get(job.component_id, "transformer")
+        skeleton, operations = transformer.plan.skeleton, context.operations(transformer)
+        clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
-        io = place.open_io()
-        reader = place.reader(io)
+        io = context.open_io()
+        reader = context.reader(io)
         parts = []
         for number, part in enumerate(job.parts):
             where = f"parts[{number}]." if len(job.parts) > 1 else ""
@@ -40,10 +40,10 @@ def run(job: Call, place: Workplace) -> Finished:
                     raise
                 raise named(f"parts[{number}]", error) from error
         reader.finish()
-    clock.lap("inputs", waits=False)
+    clock.end_phase("inputs", waits=False)
     results = run_parts(skeleton, operations, parts, CallOptions(job.variant, job.foreseen))
-    if not place.is_leader:
-        clock.lap("forward")
+    if not context.is_leader:
+        clock.end_phase("forward")
         return Finished(clock.marks_ms)
     trees = [operations.tree(rows) for rows in results]
     finite = FiniteCheck()
@@ -52,12 +52,12 @@ def run(job: Call, place: Workplace) -> Finished:
         for tensor in leaves(tree):
             finite.note(name, tensor)
     finite.fetch()
-    clock.lap("forward")
-    place.check_finite(finite, transformer)
-    place.components.check_unchanged(transformer)
-    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, place.provide)
+    clock.end_phase("forward")
+    context.check_finite(finite, transformer)
+    context.components.check_unchanged(transformer)
+    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide)
     described = writer.write(trees)
-    clock.lap("outputs", waits=False)
+    clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
 
 

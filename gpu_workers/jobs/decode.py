@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.fellows import together, with_every_core
@@ -14,30 +14,30 @@ from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.layout import torch_dtype
 
 
-def run(job: Decode, place: Workplace) -> Finished:
+def run(job: Decode, context: JobContext) -> Finished:
     """Decode latents; rank 0 writes the image."""
-    clock = Laps(place.device)
+    clock = PhaseClock(context.device)
     with together():
-        vae = place.components.get(job.vae_id, "vae")
-        clock.lap("plug")
-        io = place.open_io()
-        latents = io.read("latents", job.latents, place.device)
-    clock.lap("inputs")
-    image = decode_by_all(place, vae, latents)
+        vae = context.components.get(job.vae_id, "vae")
+        clock.end_phase("plug")
+        io = context.open_io()
+        latents = io.read("latents", job.latents, context.device)
+    clock.end_phase("inputs")
+    image = decode_by_all(context, vae, latents)
     with together():
-        if place.is_leader:
-            io.write("out", job.out, decoded(place, vae, latents, image, job.out))
-            clock.lap("decode")
+        if context.is_leader:
+            io.write("out", job.out, decoded(context, vae, latents, image, job.out))
+            clock.end_phase("decode")
     return Finished(clock.marks_ms)
 
 
-def decode_by_all(place: Workplace, vae: Component, latents: torch.Tensor) -> torch.Tensor | None:
+def decode_by_all(context: JobContext, vae: Component, latents: torch.Tensor) -> torch.Tensor | None:
     """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
 
     Not inside ``together``: ranks meet many times in there, and whoever runs out of memory meets nobody any more.
     The rank then ends, and the group with it, as in a step.
     """
-    operations, skeleton = place.operations(vae), vae.plan.skeleton
+    operations, skeleton = context.operations(vae), vae.plan.skeleton
     if not operations.shares(skeleton, latents):
         return None
     image: torch.Tensor = operations.decode(skeleton, latents, is_shared=True)
@@ -45,14 +45,14 @@ def decode_by_all(place: Workplace, vae: Component, latents: torch.Tensor) -> to
 
 
 def decoded(
-    place: Workplace, vae: Component, latents: torch.Tensor, image: torch.Tensor | None, into: IoTensor
+    context: JobContext, vae: Component, latents: torch.Tensor, image: torch.Tensor | None, into: IoTensor
 ) -> torch.Tensor:
     """Return the image that all ranks have decoded, or decode it on this one, and check it, not cut off yet."""
     if image is None:
-        with with_every_core(place.device):
-            image = place.operations(vae).decode(vae.plan.skeleton, latents, is_shared=False)
+        with with_every_core(context.device):
+            image = context.operations(vae).decode(vae.plan.skeleton, latents, is_shared=False)
     finite = FiniteCheck()
     finite.note("image", image)
-    place.check_finite(finite, vae, torch_dtype(into.dtype))
-    place.components.check_unchanged(vae)
+    context.check_finite(finite, vae, torch_dtype(into.dtype))
+    context.components.check_unchanged(vae)
     return image

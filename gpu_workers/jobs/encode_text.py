@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.fellows import together, with_every_core
 from xditd.ipc import limits
@@ -14,19 +14,19 @@ from xditd.ipc.requests import EncodeText
 from xditd.ipc.transports.layout import torch_dtype
 
 
-def run(job: EncodeText, place: Workplace) -> Finished:
+def run(job: EncodeText, context: JobContext) -> Finished:
     """Encode token ids, and write hidden states: the last layer after the final norm, and the pooled one if asked for.
 
     Every token is attended to, padding too, as far as the encoder looks. Pooled is the state at the first end-of-text
     token, or at token 0 where there is none; not projected.
     """
-    clock = Laps(place.device)
+    clock = PhaseClock(context.device)
     with together():
-        encoder = place.components.get(job.encoder_id, "text_encoder")
-        operations, plan = place.operations(encoder), encoder.plan
+        encoder = context.components.get(job.encoder_id, "text_encoder")
+        operations, plan = context.operations(encoder), encoder.plan
         facts, name = operations.facts(plan.config), plan.family.name
-        clock.lap("plug")
-        io = place.open_io()
+        clock.end_phase("plug")
+        io = context.open_io()
         token_ids = io.read("token_ids", job.token_ids)
         check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(plan.config))
         io.check("out", job.out, (*token_ids.shape, facts.width))
@@ -34,21 +34,21 @@ def run(job: EncodeText, place: Workplace) -> Finished:
             if not facts.has_pooled:
                 raise BadRequest(f"pooled: {name} has no pooled state; take its hidden states, or ask a CLIP")
             io.check("out_pooled", job.out_pooled, (token_ids.shape[0], facts.width))
-        if place.is_leader:
-            clock.lap("inputs")
-            with with_every_core(place.device):
+        if context.is_leader:
+            clock.end_phase("inputs")
+            with with_every_core(context.device):
                 hidden, pooled = operations.encode(plan.skeleton, token_ids, pooled=job.out_pooled is not None)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # pooled ones are some of them
             finite.fetch()
-            clock.lap("encode_text")
+            clock.end_phase("encode_text")
             places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
-            place.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places))
-            place.components.check_unchanged(encoder)
+            context.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places))
+            context.components.check_unchanged(encoder)
             io.write("out", job.out, hidden)
             if job.out_pooled is not None and pooled is not None:
                 io.write("out_pooled", job.out_pooled, pooled)
-            clock.lap("outputs")
+            clock.end_phase("outputs")
     return Finished(clock.marks_ms)
 
 

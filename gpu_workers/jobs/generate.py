@@ -10,17 +10,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from xditd.gpu_workers.jobs.call import check_variant
+from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.decode import decode_by_all, decoded
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.reading import check_names
-from xditd.gpu_workers.jobs.workplace import Laps, Workplace
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_schedule, check_shape, check_sides
-from xditd.gpu_workers.models.operations import CallOptions, Run, TransformerOperations, Wanted
+from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.models.step_cache import StepCache
@@ -35,39 +35,39 @@ from xditd.ipc.transports.layout import torch_dtype
 OnDenoised = Callable[[torch.Tensor], None]
 
 
-def run(job: Generate, place: Workplace, progress: Progress) -> Finished:
+def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     """Denoise on every rank, decode if asked to, and write on rank 0."""
-    clock = Laps(place.device)
+    clock = PhaseClock(context.device)
     with together():
-        transformer = _component(job, place, "transformer")
-        vae = _component(job, place, "vae") if job.out_image is not None or "vae" in job.components else None
-        clock.lap("plug")
-        io = place.open_io()
-        loop = Loop.prepare(job, place, transformer, io)
+        transformer = _component(job, context, "transformer")
+        vae = _component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
+        clock.end_phase("plug")
+        io = context.open_io()
+        loop = Loop.prepare(job, context, transformer, io)
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
-            channels = place.operations(vae).facts(vae.plan.config).image_channels
+            channels = context.operations(vae).facts(vae.plan.config).image_channels
             image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
             io.check("out_image", job.out_image, image_shape)
-    clock.lap("inputs")
+    clock.end_phase("inputs")
     finite = FiniteCheck()
-    latents = loop.run(finite, progress.step, _previews_of(job, place, io))
+    latents = loop.run(finite, progress.step, _previews_of(job, context, io))
     finite.fetch()
-    clock.lap("steps")
+    clock.end_phase("steps")
     with together():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
-        place.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_by_all(place, vae, latents)
+        context.check_finite(finite, transformer, *into)
+    image = None if vae is None else decode_by_all(context, vae, latents)
     with together():
-        if place.is_leader and vae is not None and job.out_image is not None:
-            image = decoded(place, vae, latents, image, job.out_image)
+        if context.is_leader and vae is not None and job.out_image is not None:
+            image = decoded(context, vae, latents, image, job.out_image)
             io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
-            clock.lap("decode")
-        if place.is_leader:
-            place.components.check_unchanged(transformer)
+            clock.end_phase("decode")
+        if context.is_leader:
+            context.components.check_unchanged(transformer)
             io.write("out_latents", job.out_latents, latents)
-            clock.lap("outputs")
+            clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
 
 
@@ -77,21 +77,21 @@ class Loop:
 
     skeleton: Skeleton
     operations: TransformerOperations[Any]
-    started: Run
+    started: DenoisingRun
     options: CallOptions
     batch: int
     steps: int
     reused_steps: int = 0
 
     @classmethod
-    def prepare(cls, job: Generate, place: Workplace, transformer: Component, io: OpenIo) -> Loop:
+    def prepare(cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo) -> Loop:
         """Read and check all that a client gives, before any rank steps.
 
         Raises:
             BadRequest: sizes, shapes, steps, sigmas, options, or values that are not finite.
             Unsupported: too few tokens for the group, or a step cache that the family does not have.
         """
-        skeleton, operations = transformer.plan.skeleton, place.operations(transformer)
+        skeleton, operations = transformer.plan.skeleton, context.operations(transformer)
         facts, sampling = transformer.transformer_facts, job.sampling
         check_variant(sampling.variant, facts)
         check_names(job.conditioning, facts.conditioning, "conditioning")
@@ -106,15 +106,15 @@ class Loop:
         io.check("out_latents", job.out_latents, shape)
         if job.out_denoised is not None:
             io.check("out_denoised", job.out_denoised, shape)
-        reader = place.reader(io)
+        reader = context.reader(io)
         conditioning = reader.read(job.conditioning).arguments
         dtype = operations.recipe.noise_dtype(transformer.plan.dtype, sampling.variant)
         if job.noise is not None:
-            noise = io.read("noise", job.noise, place.device).to(dtype)
+            noise = io.read("noise", job.noise, context.device).to(dtype)
             check_shape("noise", noise, shape)
             check_finite({"noise": noise})
         elif sampling.seed is not None:
-            noise = seeded_noise(sampling.seed, shape, dtype).to(place.device)
+            noise = seeded_noise(sampling.seed, shape, dtype).to(context.device)
         else:
             raise BadRequest("generate: neither noise nor a seed; give one of them")
         started = operations.recipe.start(skeleton, wanted, conditioning, noise)
@@ -131,8 +131,8 @@ class Loop:
         """Denoise, and return the latents, (batch, channels, height, width), in the dtype of the steps.
 
         ``on_step(done, total)`` runs on the host after each step was issued, which on a GPU is before it has finished;
-        what it raises ends the job. ``on_denoised`` runs before it, with the clean latents as predicted at that step,
-        in float32. All ranks give one, or none. ``finite`` notes the latents after every step.
+        if it raises, the job fails with that error. ``on_denoised`` runs before it, with the clean latents as predicted
+        at that step, in float32. All ranks give one, or none. ``finite`` notes the latents after every step.
         """
         started, scheduler = self.started, self.started.scheduler
         latents = started.latents
@@ -180,14 +180,14 @@ def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
 
 
-def _component(job: Generate, place: Workplace, role: str) -> Component:
+def _component(job: Generate, context: JobContext, role: str) -> Component:
     component_id = job.components.get(cast(Any, role))
     if component_id is None:
         raise BadRequest(f"components: a {role} is missing; name one by its id")
-    return place.components.get(component_id, role)
+    return context.components.get(component_id, role)
 
 
-def _previews_of(job: Generate, place: Workplace, io: OpenIo) -> OnDenoised | None:
+def _previews_of(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised | None:
     """What writes each step's prediction of the clean latents, where the client wants to see them.
 
     It waits for the step, so the host does not run ahead of the GPU as it does without. Every rank gets one, since
@@ -196,4 +196,4 @@ def _previews_of(job: Generate, place: Workplace, io: OpenIo) -> OnDenoised | No
     where = job.out_denoised
     if where is None:
         return None
-    return lambda denoised: io.write("out_denoised", where, denoised) if place.is_leader else None
+    return lambda denoised: io.write("out_denoised", where, denoised) if context.is_leader else None

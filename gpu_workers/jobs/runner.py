@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from xditd.gpu_workers.jobs import call, decode, encode, encode_text, generate
+from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.progress import Progress
-from xditd.gpu_workers.jobs.workplace import Workplace
 from xditd.gpu_workers.models.components import Components
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Decode, Encode, Generate, Job
@@ -49,16 +49,16 @@ class JobRunner:
             NotFinite: a result is, on rank 0 or on every rank, once no rank waits for another any more.
         """
         started = time.perf_counter()
-        place = Workplace(self._components, self._device, self._is_leader, client, self._kept, open_io, provide)
+        context = JobContext(self._components, self._device, self._is_leader, client, self._kept, open_io, provide)
         if isinstance(job, Call):
-            finished = call.run(job, place)
+            finished = call.run(job, context)
         elif isinstance(job, Generate):
-            finished = generate.run(job, place, progress)
+            finished = generate.run(job, context, progress)
         elif isinstance(job, Decode):
-            finished = decode.run(job, place)
+            finished = decode.run(job, context)
         elif isinstance(job, Encode):
-            finished = encode.run(job, place)
+            finished = encode.run(job, context)
         else:
-            finished = encode_text.run(job, place)
+            finished = encode_text.run(job, context)
         finished.timings_ms["total"] = (time.perf_counter() - started) * 1e3
         return finished

@@ -90,7 +90,7 @@ class SixteenBit:
     read once more, and under full load power is what limits.
     """
 
-    label = "fused FLUX.1 blocks"
+    label = "fused"
     tolerance = TOLERANCE
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class EightBit:
     ``shapes`` are the projections by name, as (out, in).
     """
 
-    label = "fp8 FLUX.1 blocks"
+    label = "fp8"
     tolerance = EIGHT_BIT_TOLERANCE
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:

@@ -137,7 +137,7 @@ class Recipe(Protocol[ConfigT_contra]):
 
     def start(
         self, model: Model[ConfigT_contra], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
-    ) -> Run:
+    ) -> DenoisingRun:
         """Check conditioning and noise, and make ready to step.
 
         ``conditioning`` is by the names of the facts, on the model's device, in the dtypes that were given. ``noise``
@@ -151,7 +151,7 @@ class Recipe(Protocol[ConfigT_contra]):
         """Return the dtype of noise for weights of ``dtype``: drawn in it, as the family's own pipeline does."""
 
 
-class Run(Protocol):
+class DenoisingRun(Protocol):
     """One generation under way: everything in its steps that hangs on the family."""
 
     @property

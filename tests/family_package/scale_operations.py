@@ -33,7 +33,7 @@ class Scale(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ScaleRun:
-    """See :class:`~xditd.gpu_workers.models.operations.Run`."""
+    """See :class:`~xditd.gpu_workers.models.operations.DenoisingRun`."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor

@@ -1,4 +1,4 @@
-"""Plain FLUX.1 blocks behind a step cache."""
+"""The unmodified blocks of FLUX.1 with a step cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from xditd.gpu_workers.models.step_cache import StepCache
 
 
 class CachedBlocks(torch.nn.Module):
-    """All blocks in the place of the double ones, with a step cache behind the first.
+    """One block that runs all of a transformer's, with a step cache after the first.
 
-    Called and answering as diffusers' double block is.
+    Arguments and results are those of diffusers' double block.
     """
 
     def __init__(self, double: torch.nn.ModuleList, single: torch.nn.ModuleList, cache: StepCache) -> None:

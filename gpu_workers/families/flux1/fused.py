@@ -81,7 +81,7 @@ class FusedFlux1:
         self._products: Products[Any, Any] = (
             EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
         )
-        self.canary = Canary(self._products.label, self._products.tolerance)
+        self.canary = Canary(f"{self._products.label} FLUX.1 blocks", self._products.tolerance)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ class FusedFlux1:
             self._products.release()
 
     def unplug(self) -> None:
-        """Hold no reference to lent memory, and no memory of its own."""
+        """Drop all references to lent memory, and free the reserved buffers."""
         self._checkpoint = {}
         self._blocks = None
         self._products.release()

@@ -66,7 +66,7 @@ class Flux1Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Flux1Run:
-    """See :class:`~xditd.gpu_workers.models.operations.Run`. Latents are packed, (batch, tokens, 64)."""
+    """See :class:`~xditd.gpu_workers.models.operations.DenoisingRun`. Latents are packed, (batch, tokens, 64)."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor

@@ -133,7 +133,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         cache = options.step_cache
 
         def plain(cache: StepCache | None) -> torch.Tensor:
-            with self._behind(cache):
+            with self._with_step_cache(cache):
                 return cast(torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others))
 
         fused = self.fused
@@ -150,8 +150,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         return sample
 
     @contextmanager
-    def _behind(self, cache: StepCache | None) -> Iterator[None]:
-        """Meanwhile run all plain blocks behind a step cache."""
+    def _with_step_cache(self, cache: StepCache | None) -> Iterator[None]:
+        """Run the unmodified blocks with the step cache active; without one, as they are."""
         if cache is None:
             yield
             return

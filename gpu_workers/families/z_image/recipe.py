@@ -89,7 +89,10 @@ class ZImageRecipe:
 
 @dataclass(frozen=True, eq=False)
 class ZImageRun:
-    """See :class:`~xditd.gpu_workers.models.operations.Run`. Latents are (batch, 16, height, width), in float32."""
+    """See :class:`~xditd.gpu_workers.models.operations.DenoisingRun`.
+
+    Latents are (batch, 16, height, width), in float32.
+    """
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor

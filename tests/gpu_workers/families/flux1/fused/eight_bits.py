@@ -165,7 +165,7 @@ def whole_model(store: str) -> dict[str, Any]:
     found["canary"] = {
         "error": max(fused.canary._passed.values()),
         "tolerance": fused._products.tolerance,
-        "label": fused._products.label,
+        "label": fused.canary._what,
     }
     found["same bits"] = torch.equal(result, run())
     exact = reference_latents(reference.transformer_from(state), given, STEPS)

@@ -1,4 +1,4 @@
-"""What every job has at hand: this rank's components and device, its client, and the way to its tensors."""
+"""What a job works with: this rank's components and device, its client, and its client's tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from xditd.ipc.transports.host_shm import HostArena
 
 
 @dataclass(frozen=True, eq=False)
-class Workplace:
-    """One job's. ``provide`` gets a block of this process for results that fit into no block of the client."""
+class JobContext:
+    """What one job works with. ``provide`` gets a block of this process for results that do not fit the client's."""
 
     components: Components
     device: torch.device
@@ -51,14 +51,15 @@ class Workplace:
             raise fault
 
 
-class Laps(Clock):
-    """A lap is a mark; one that waits for the GPU charges the phase with its own work."""
+class PhaseClock(Clock):
+    """Times the phases of a job, with the work that they leave to the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
-    def lap(self, phase: str, *, waits: bool = True) -> None:
+    def end_phase(self, phase: str, *, waits: bool = True) -> None:
+        """Note the milliseconds since the last phase. Without ``waits`` the GPU's work counts to a later one."""
         if waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.mark(phase)
