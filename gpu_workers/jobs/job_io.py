@@ -16,7 +16,7 @@ from xditd.ipc.transports.fingerprints import digest_bytes, sample_bytes
 from xditd.ipc.transports.host_shm import HostArena, HostMapping, map_shm
 from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews
 
-_KEPT = 16
+_MAX_MAPPED: Final = 16
 """I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
 
 PROVIDED: Final = 4
@@ -28,7 +28,7 @@ class JobIo:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], _Kept] = OrderedDict()
+        self._mapped: OrderedDict[tuple[ProcessIdentity, int, int], _Mapped] = OrderedDict()
         self._provided: dict[ProcessIdentity, deque[HostArena]] = {}
 
     def __len__(self) -> int:
@@ -41,16 +41,16 @@ class JobIo:
             ProcessGone, StaleSource, NotPermitted: see :func:`map_shm`.
         """
         key = (exporter, block.inode, block.size_bytes)
-        kept = self._mapped.get(key)
-        if kept is None:
-            kept = self._mapped[key] = _Kept(map_shm(block, exporter, is_writable=True), block.fd)
+        mapped = self._mapped.get(key)
+        if mapped is None:
+            mapped = self._mapped[key] = _Mapped(map_shm(block, exporter, is_writable=True), block.fd)
             if self._device.type == "cuda":
-                kept.mapping.pin(self._device.index)
-            while len(self._mapped) > _KEPT:
+                mapped.mapping.pin(self._device.index)
+            while len(self._mapped) > _MAX_MAPPED:
                 self._mapped.popitem(last=False)[1].mapping.close()
-        kept.fd = block.fd
+        mapped.fd = block.fd
         self._mapped.move_to_end(key)
-        return OpenIo(kept.mapping)
+        return OpenIo(mapped.mapping)
 
     def provide(self, client: ProcessIdentity, size_bytes: int) -> HostArena:
         """Make a block of this process for results of a client; the newest :data:`PROVIDED` of each stay.
@@ -73,8 +73,8 @@ class JobIo:
         Nobody tells: the client's descriptor does, so that a client's thread, session or error path that ends in
         another way leaves nothing behind either.
         """
-        for key, kept in list(self._mapped.items()):
-            if not _is_open(key[0], kept.fd, kept.mapping.identity):
+        for key, mapped in list(self._mapped.items()):
+            if not _is_open(key[0], mapped.fd, mapped.mapping.identity):
                 self._mapped.pop(key).mapping.close()
 
     def forget(self, exporter: ProcessIdentity) -> None:
@@ -92,7 +92,7 @@ class JobIo:
 
 
 @dataclass
-class _Kept:
+class _Mapped:
     mapping: HostMapping
     fd: int
     """The block's descriptor in its client, by the latest job."""
