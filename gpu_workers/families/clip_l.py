@@ -61,6 +61,7 @@ class ClipL:
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:vision_model|visual_projection|text_projection)(?:\.|$)")
+    fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         # Other encoders have layers of the same names without the old prefix; those of texts alone embed tokens.

@@ -61,6 +61,7 @@ class T5:
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:decoder|lm_head)\.")
+    fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_BLOCK.match, names))

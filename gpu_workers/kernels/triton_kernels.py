@@ -1,4 +1,4 @@
-"""The Triton kernels between the matrix products of a FLUX.1 block.
+"""The Triton kernels between the matrix products of a transformer block of one or two streams.
 
 Eager diffusers runs about ten element-wise kernels between two matrix products, each of which reads and writes every
 token. Here there is one. All compute in float32 and round wherever diffusers does, which costs nothing here, so that

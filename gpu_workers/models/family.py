@@ -36,6 +36,10 @@ class Family(Protocol[ConfigT]):
     def ignored(self) -> re.Pattern[str] | None:
         """Canonical names of tensors that no job reads, of any dtype, besides what ``tells_nothing`` in any model."""
 
+    @property
+    def fused_widths(self) -> tuple[int, ...]:
+        """Hidden sizes whose fused kernels are compiled when a group starts; others compile at their first step."""
+
     def claims(self, names: Collection[str]) -> bool:
         """Say whether these names, without a prefix, are a checkpoint of this family, complete or not."""
 

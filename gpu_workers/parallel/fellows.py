@@ -59,8 +59,8 @@ def together(among: Circle = Circle.GROUP) -> Iterator[None]:
 def with_every_core(device: torch.device) -> Iterator[None]:
     """Run a block on rank 0 alone, while the other ranks wait: on the CPU it takes their cores too.
 
-    The result is then that of one process, too: with fewer threads sums are split elsewhere, and FLUX.1's encoder
-    gave latents that differed by 1.9e-6.
+    The result is then that of one process, too: with fewer threads sums are split elsewhere, and the encoder of a
+    VAE gave latents that differed by 1.9e-6.
     """
     if device.type != "cpu":
         yield

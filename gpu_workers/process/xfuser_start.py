@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers.models.clock import Clock
+from xditd.gpu_workers.models.registry import own_families
 from xditd.gpu_workers.parallel import agreement, attention, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
@@ -207,7 +208,10 @@ def _start_fused(
     chosen = attention.for_fused(requested_attention, attention_backend, device)
     if precision == "fp8":
         check_eight_bits(device)
-    took_s = warm_up.compile_kernels(rank % degrees.sequence, degrees.sequence, device, precision)
+    took_s = sum(
+        warm_up.compile_kernels(width, rank % degrees.sequence, degrees.sequence, device, precision)
+        for width in sorted({width for family in own_families() for width in family.fused_widths})
+    )
     logger.info("fused kernels ready rank=%d attention=%s precision=%s took_s=%.2f", rank, chosen, precision, took_s)
     return chosen
 

@@ -21,6 +21,7 @@ class ScaleFamily:
     kind: Kind = "transformer"
     tied: ClassVar[Mapping[str, str]] = {}
     ignored: re.Pattern[str] | None = None
+    fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         return "scale.weight" in names

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xditd.gpu_workers.families.flux1.config import (
     HEAD_SIZE,
+    HIDDEN,
     MLP_RATIO,
     MODULATIONS_DOUBLE,
     MODULATIONS_SINGLE,
@@ -51,6 +52,7 @@ class Flux1:
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
+    fused_widths: tuple[int, ...] = (HIDDEN,)
 
     def claims(self, names: Collection[str]) -> bool:
         bare = [self.canonical(name) for name in names]

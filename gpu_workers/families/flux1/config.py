@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 HEAD_SIZE = 128
+HIDDEN = 3072
+"""Of the released models; others run, too."""
 MLP_RATIO = 4
 MODULATIONS_DOUBLE = 6
 MODULATIONS_SINGLE = 3

@@ -44,6 +44,7 @@ class FluxVae:
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
+    fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         return not _MARKS.isdisjoint(names)

@@ -69,6 +69,7 @@ class ZImage:
     tied: Mapping[str, str] = {}
     # A norm of the released files that no model of the family has ever run.
     ignored: re.Pattern[str] | None = re.compile(r"^norm_final\.")
+    fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_MARK.match, names))
