@@ -20,7 +20,7 @@ from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.family import CallOptions, Run, TransformerOperations, Wanted
 from xditd.gpu_workers.models.finite import check_finite
-from xditd.gpu_workers.models.job_checks import check_batch, check_schedule, check_shape, check_sides
+from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_shape, check_sides
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.models.step_cache import StepCache
@@ -50,6 +50,7 @@ def run(job: Generate, place: Workplace, progress: Progress) -> Finished:
             channels = place.operations(vae).facts(vae.plan.config).image_channels
             image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
             io.check("out_image", job.out_image, image_shape)
+            check_output("out_image", job.out_image.dtype)
     clock.lap("inputs")
     finite = FiniteCheck()
     latents = loop.run(finite, progress.step, _previews_of(job, place, io))
@@ -104,7 +105,9 @@ class Loop:
         operations.recipe.check(transformer.plan.config, wanted)
         shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
         io.check("out_latents", job.out_latents, shape)
+        check_output("out_latents", job.out_latents.dtype)
         if job.out_denoised is not None:
+            check_output("out_denoised", job.out_denoised.dtype)
             io.check("out_denoised", job.out_denoised, shape)
         reader = place.reader(io)
         conditioning = reader.read(job.conditioning).arguments
