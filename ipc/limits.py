@@ -54,6 +54,9 @@ MAX_ARGUMENT_DEPTH: Final = 8
 MAX_ARGUMENT_VALUES: Final = 4_096
 """Elements of a tensor that a message itself carries."""
 
+MAX_ARGUMENT_BYTES: Final = 2 * 2**30
+"""What the arguments of one job may take in each worker's memory: what comes with it, and what is joined of it."""
+
 MAX_FORESEEN: Final = 64
 """Arguments of which a call says the values to come."""
 

@@ -14,6 +14,7 @@ from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.fellows import together
 from xditd.ipc.errors import BadRequest, RequestError, named
 from xditd.ipc.facts import TransformerFacts
+from xditd.ipc.name_lists import listed
 from xditd.ipc.requests import Call
 
 
@@ -26,6 +27,9 @@ def run(job: Call, context: JobContext) -> Finished:
         skeleton, operations = transformer.plan.skeleton, context.operations(transformer)
         clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
+        taken = {each.name for each in transformer.transformer_facts.arguments}
+        if strange := sorted(set(job.foreseen) - taken):
+            raise BadRequest(f"foreseen: {listed(strange)} is no argument; there are {', '.join(sorted(taken))}")
         io = context.open_io()
         reader = context.reader(io)
         parts = []

@@ -19,7 +19,7 @@ from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.finite import check_finite
-from xditd.gpu_workers.models.job_checks import check_batch, check_schedule, check_shape, check_sides
+from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton
@@ -50,6 +50,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             channels = context.operations(vae).facts(vae.plan.config).image_channels
             image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
             io.check("out_image", job.out_image, image_shape)
+            check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
     latents = loop.run(finite, progress.step, _previews_of(job, context, io))
@@ -104,14 +105,17 @@ class Loop:
         operations.recipe.check(transformer.plan.config, wanted)
         shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
         io.check("out_latents", job.out_latents, shape)
+        check_output("out_latents", job.out_latents.dtype)
         if job.out_denoised is not None:
+            check_output("out_denoised", job.out_denoised.dtype)
             io.check("out_denoised", job.out_denoised, shape)
         reader = context.reader(io)
         conditioning = reader.read(job.conditioning).arguments
         dtype = operations.recipe.noise_dtype(transformer.plan.dtype, sampling.variant)
         if job.noise is not None:
-            noise = io.read("noise", job.noise, context.device).to(dtype)
-            check_shape("noise", noise, shape)
+            given = io.read("noise", job.noise, context.device)
+            check_tensor("noise", given, shape)
+            noise = given.to(dtype)
             check_finite({"noise": noise})
         elif sampling.seed is not None:
             noise = seeded_noise(sampling.seed, shape, dtype).to(context.device)

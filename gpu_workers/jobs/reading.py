@@ -12,8 +12,9 @@ from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
+from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Rows, Tensor, TupleOf, Values
-from xditd.ipc.errors import BadRequest, UnknownKept
+from xditd.ipc.errors import BadRequest, LimitExceeded, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
@@ -28,6 +29,7 @@ class ArgumentReader:
         self._device = device
         self._kept = kept
         self._client = client
+        self._taken_bytes = 0
         self._arrived: dict[str, torch.Tensor] = {}
         """By path: what came with this job, and was not looked at yet."""
         self._to_keep: dict[str, torch.Tensor] = {}
@@ -39,6 +41,7 @@ class ArgumentReader:
 
         Raises:
             BadRequest: a tensor lies outside the I/O block, or its values are not as many as its shape says.
+            LimitExceeded: all of this job's take more than :data:`~xditd.ipc.limits.MAX_ARGUMENT_BYTES`.
             UnknownKept: a tensor is kept no more.
         """
         found = {name: self._value(where + name, node) for name, node in arguments.items()}
@@ -88,6 +91,7 @@ class ArgumentReader:
                 raise UnknownKept(f"{path}: kept tensor {node.kept_id} is another one by now; send it again")
             return found
         if isinstance(node, InIo):
+            self._take(path, node.place.size_bytes)
             found = self._arrived[path] = self._io.read(path, node.place, self._device, waits=False)
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
@@ -97,13 +101,25 @@ class ArgumentReader:
             found = self._tensor(f"{path}.rows[{number}]", part.tensor)
             if found.ndim == 0:
                 raise BadRequest(f"{path}.rows[{number}]: a tensor without dimensions has no rows; give it one")
+            if found.shape[0] > 1 and part.times > 1:
+                self._take(path, found.nbytes * part.times)
             rows.append(_repeated(found, part.times))
         if len(rows) == 1:
             return rows[0]
         if len({(row.shape[1:], row.dtype) for row in rows}) > 1:
             shapes = listed(f"{list(row.shape)} {row.dtype}" for row in rows)
             raise BadRequest(f"{path}: rows of different shapes or dtypes cannot be joined: {shapes}")
+        self._take(path, sum(row.nbytes for row in rows))
         return torch.cat(rows)
+
+    def _take(self, path: str, size_bytes: int) -> None:
+        """Count memory that an argument is about to take, on every rank alike."""
+        self._taken_bytes += size_bytes
+        if self._taken_bytes > limits.MAX_ARGUMENT_BYTES:
+            raise LimitExceeded(
+                f"{path}: with it, the arguments of one job take {self._taken_bytes} bytes, at most "
+                f"{limits.MAX_ARGUMENT_BYTES}; send fewer parts or rows at a time"
+            )
 
 
 def check_names(given: Collection[str], facts: Collection[ArgumentFacts], what: str) -> None:
@@ -127,6 +143,8 @@ def _tensor_of(path: str, node: Values) -> torch.Tensor:
         found = torch.tensor(node.values, dtype=torch_dtype(node.dtype)).reshape(node.shape)
     except RuntimeError as error:
         raise BadRequest(f"{path}: not all of its values can be {node.dtype}: {error}") from error
+    if not found.is_floating_point() and any(value != int(value) for value in node.values):
+        raise BadRequest(f"{path}: not all of its values are whole numbers, as {node.dtype} needs")
     if found.is_floating_point() and not all(map(math.isfinite, found.flatten().tolist())):
         raise BadRequest(f"{path}: some values are not finite in {node.dtype}")
     return found

@@ -69,6 +69,14 @@ def check_tensor(name: str, tensor: object, shape: Sequence[int | None], dtype: 
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use {_name(dtype)}, that of the weights")
     if not tensor.is_floating_point():
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use a floating dtype")
+    if tensor.itemsize == 1:  # torch computes nothing in eight bits: the forward would end in the middle
+        raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use float32, or a floating dtype of 16 bits")
+
+
+def check_output(name: str, dtype: str) -> None:
+    """Raise ``BadRequest`` if results would lose their fractions or their range in ``dtype``, one of the wire's."""
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise BadRequest(f"{name}: dtype is {dtype}, use float32, or a floating dtype of 16 bits")
 
 
 def check_known(name: str, known: Mapping[str, Sequence[float]], low: float, high: float, remedy: str) -> None:

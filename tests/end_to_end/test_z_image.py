@@ -118,3 +118,15 @@ def test_a_variant_is_refused_by_name(client, state, tmp_path):
     save_file({**state, **more}, tmp_path / "omni.safetensors")
     with pytest.raises(Unsupported, match="Z-Image Omni and Edit"):
         client.lend(tmp_path / "omni.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_a_dtype_that_no_layer_takes_is_refused_and_the_workers_stay(client, loan, dtype):
+    given = z_image_models.inputs((7,), ((8, 8),))
+    workers = client.status().workers
+    with pytest.raises(BadRequest, match=r"cap_feats\[0\]: dtype is float\w+, use float32"):
+        client.call(loan, {**given, "cap_feats": [each.to(dtype) for each in given["cap_feats"]]})
+    with pytest.raises(BadRequest, match="t: dtype is float8_e5m2, use float32"):
+        client.call(loan, {**given, "t": given["t"].to(torch.float8_e5m2)})
+    client.call(loan, given)
+    assert [each.pid for each in client.status().workers] == [each.pid for each in workers]

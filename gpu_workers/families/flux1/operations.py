@@ -15,7 +15,7 @@ from xditd.gpu_workers.families.flux1.modulations import Times
 from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
 from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.job_checks import check_known, check_tensor
+from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.token_shares import deal_tokens
@@ -84,6 +84,7 @@ class Flux1Operations:
         image, text = given["hidden_states"], given["encoder_hidden_states"]
         check_tensor("hidden_states", image, (None, None, PACKED_CHANNELS), model.dtype)
         rows, image_tokens = image.shape[:2]
+        check_batch("hidden_states", rows)
         check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
         check_tensor("pooled_projections", given["pooled_projections"], (rows, config.pooled_channels), model.dtype)
         check_tensor("img_ids", given["img_ids"], (image_tokens, 3))

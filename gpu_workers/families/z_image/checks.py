@@ -31,9 +31,11 @@ def check_list(name: str, rows: Any, count: int | None = None) -> None:
 
 
 def check_texts(name: str, texts: Sequence[torch.Tensor], config: ZImageConfig) -> None:
-    """Raise ``BadRequest`` if a text is not (tokens, channels), or has more tokens than there are positions."""
+    """Raise ``BadRequest`` if a text is not (tokens, channels), has too many tokens, or a dtype that no layer takes."""
     for row, text in enumerate(texts):
         check_tensor(f"{name}[{row}]", text, (None, config.text_channels))
+        if text.dtype == torch.float64:  # the class's norm leaves it so, and layers of float32 do not take it
+            raise BadRequest(f"{name}[{row}]: dtype is float64, use float32, or a floating dtype of 16 bits")
         if len(text) > MAX_TEXT_TOKENS:
             raise BadRequest(f"{name}[{row}]: {len(text)} tokens, use {MAX_TEXT_TOKENS} at most")
 

@@ -102,7 +102,7 @@ def test_results_that_are_larger_than_the_room_come_in_a_block_of_the_rank(lent:
 def test_what_is_foreseen_changes_no_bit(lent: OneRank, messages: ModuleType) -> None:
     rooms = [lent.room() for _ in range(4)]
     foreseen: list[dict[str, tuple[float, ...]]] = [
-        {}, {"timestep": (1.0, 0.5, 0.25)}, {"timestep": (0.7,)}, {"nothing": (5.0,), "guidance": ()}
+        {}, {"timestep": (1.0, 0.5, 0.25)}, {"timestep": (0.7,)}, {"guidance": (5.0,), "guidance": ()}
     ]  # fmt: skip
     first, *others = (
         results(lent, room, messages.call(room, foreseen=each))[0] for room, each in zip(rooms, foreseen, strict=True)
@@ -162,6 +162,13 @@ def test_values_that_are_not_finite_are_refused_by_part_and_name(lent: OneRank, 
     part = {**messages.forward(alone), "pooled_projections": alone.argument(torch.full((1, 768), torch.inf))}
     with pytest.raises(BadRequest, match=r"^pooled_projections: some values are not finite in float32"):
         lent.run(messages.call(alone, part))
+
+
+def test_what_is_foreseen_of_no_argument_is_refused(lent: OneRank, messages: ModuleType) -> None:
+    room = lent.room()
+    job = messages.call(room, messages.forward(room), foreseen={"timesteps": (0.5,)})
+    with pytest.raises(BadRequest, match=r"foreseen: timesteps is no argument; there are .*, timestep, "):
+        lent.run(job)
 
 
 def test_a_variant_that_the_family_lacks_is_refused(lent: OneRank, messages: ModuleType) -> None:

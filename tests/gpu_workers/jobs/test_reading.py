@@ -13,7 +13,7 @@ from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.reading import ArgumentReader, check_names
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
-from xditd.ipc.errors import BadRequest, UnknownKept
+from xditd.ipc.errors import BadRequest, LimitExceeded, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.transports.host_shm import HostArena
@@ -260,6 +260,20 @@ FACTS = (
     ArgumentFacts(name="timestep", shape=("rows",)),
     ArgumentFacts(name="guidance", shape=("rows",), is_needed=False),
 )
+
+
+def test_what_arguments_take_is_bounded_before_it_is_taken(jobs: Jobs) -> None:
+    jobs.kept.keep(ALICE, "k1", torch.zeros(1, 2**25))  # 128 MiB, which one row may stand for 64 times
+    many = rows((kept("k1", 1, 2**25), 8), (kept("k1", 1, 2**25), 9))
+    with pytest.raises(LimitExceeded, match=r"^x: with it, the arguments of one job take 2281701376 bytes, at most"):
+        jobs.read(many)
+    assert jobs.read(rows((kept("k1", 1, 2**25), 64))).shape == (64, 2**25)  # as a view
+
+
+def test_values_with_fractions_are_no_whole_numbers(jobs: Jobs) -> None:
+    with pytest.raises(BadRequest, match="x: not all of its values are whole numbers, as int64 needs"):
+        jobs.read(values(1.0, 1.5, dtype="int64"))
+    assert jobs.read(values(1.0, 2.0, dtype="int64")).tolist() == [1, 2]
 
 
 def test_names_that_are_taken_and_needed_pass() -> None:

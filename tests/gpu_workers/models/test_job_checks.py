@@ -72,3 +72,17 @@ def test_what_is_prepared_is_cast_and_checked_as_the_model_has_it() -> None:
         job_checks.prepare(model, a=torch.ones(1), b=torch.tensor([1e6]))
     with pytest.raises(BadRequest, match="a: dtype is int64, use a floating dtype"):
         job_checks.prepare(model, a=torch.ones(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_eight_bits_are_refused_before_a_forward_ends_in_them(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(BadRequest, match=f"timestep: dtype is {name}, use float32, or a floating dtype of 16 bits"):
+        job_checks.check_tensor("timestep", torch.zeros(1).to(dtype), (1,))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float8_e4m3fn"])
+def test_results_go_into_no_dtype_that_cannot_hold_them(dtype: str) -> None:
+    with pytest.raises(BadRequest, match=f"out_latents: dtype is {dtype}, use float32"):
+        job_checks.check_output("out_latents", dtype)
+    job_checks.check_output("out_latents", "bfloat16")
