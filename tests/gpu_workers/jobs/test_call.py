@@ -102,7 +102,7 @@ def test_results_that_are_larger_than_the_room_come_in_a_block_of_the_rank(lent:
 def test_what_is_foreseen_changes_no_bit(lent: OneRank, messages: ModuleType) -> None:
     rooms = [lent.room() for _ in range(4)]
     foreseen: list[dict[str, tuple[float, ...]]] = [
-        {}, {"timestep": (1.0, 0.5, 0.25)}, {"timestep": (0.7,)}, {"guidance": (5.0,), "guidance": ()}
+        {}, {"timestep": (1.0, 0.5, 0.25)}, {"timestep": (0.7,)}, {"guidance": (5.0,), "timestep": ()}
     ]  # fmt: skip
     first, *others = (
         results(lent, room, messages.call(room, foreseen=each))[0] for room, each in zip(rooms, foreseen, strict=True)
