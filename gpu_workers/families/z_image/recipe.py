@@ -63,7 +63,7 @@ class ZImageRecipe:
                 "with guidance_scale 0"
             )
         if negatives is not None and not is_guided:
-            raise BadRequest(f"{NEGATIVE} with guidance_scale 0 would have no effect: leave it out, or guide (Base: 5)")
+            raise BadRequest(f"{NEGATIVE} with guidance_scale 0 would have no effect: leave it out, or guide (Base: 4)")
         texts = {PROMPT: conditioning[PROMPT]} | ({NEGATIVE: negatives} if is_guided else {})
         rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
         for name, each in texts.items():
