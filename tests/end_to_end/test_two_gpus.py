@@ -204,7 +204,7 @@ def test_a_weight_that_is_not_finite_is_named_by_both(client, arena, make_inputs
     with client.lend(broken.tensors, label="weights") as loan:
         with pytest.raises(NotFinite, match=r"\(weights\): latents after step 1 of 4"):
             run(client, loan, inputs)
-        with pytest.raises(NotFinite, match=r"\(weights\): prediction at sigma 0\.5"):
+        with pytest.raises(NotFinite, match=r"\(weights\): result at timestep 0\.5"):
             Flux1Calls(client, loan).predict(inputs.noise, 0.5, inputs.prompt)
 
 

@@ -103,7 +103,7 @@ class Flux1:
         for i in range(config.single_blocks):
             yield from _single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
         # Checkpoints order this projection (shift, scale) and diffusers (scale, shift). Nothing moves:
-        # the module's norm_out chunks in checkpoint order (sequence_parallel.CheckpointOrderNorm).
+        # the module's norm_out chunks in checkpoint order (models/checkpoint_order.py).
         yield from layer_entries("final_layer.adaLN_modulation.1", (2 * h, h), "norm_out.linear")
         yield from layer_entries("final_layer.linear", (PACKED_CHANNELS, h), "proj_out")
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
 from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from xfuser.model_executor.models.transformers.transformer_flux import (
@@ -26,6 +25,7 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
+from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.sequence_attention import attend
@@ -44,19 +44,6 @@ class TokenCounts(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.text} text + {self.image} image"
-
-
-class CheckpointOrderNorm(AdaLayerNormContinuous):
-    """diffusers' last norm, reading its projection as checkpoints store it: shift first, then scale.
-
-    So ``final_layer.adaLN_modulation.1`` stays where it was lent. diffusers' own order needs both halves swapped,
-    the only two tensors of the model that would have to be copied.
-    """
-
-    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
-        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
-        shift, scale = torch.chunk(emb, 2, dim=1)
-        return cast(torch.Tensor, self.norm(x) * (1 + scale)[:, None, :] + shift[:, None, :])
 
 
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):

@@ -20,7 +20,10 @@ from xditd.ipc.errors import Unsupported
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
+GUIDED_TOLERANCE = 2e-6
+"""With a cfg of 3 the differences of two predictions count three and two times, against one of a latent."""
+
 HIDDEN, HEADS = 1152, 9
 """The least of which ComfyUI's module and diffusers' class round the width of the MLP and of time alike."""
 CONFIG = ZImageConfig(hidden=HIDDEN, layers=1, refiners=2, text_channels=64)
@@ -101,7 +104,7 @@ def test_stock_ksampler(case, weightless, stock, text, ksample, relative_error):
         latent["samples"] = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(5))
     ours, theirs = (ksample(model, positive, negative, latent, **options) for model in (weightless, stock))
     assert theirs.std() > 0.1
-    assert relative_error(ours, theirs) <= TOLERANCE
+    assert relative_error(ours, theirs) <= (GUIDED_TOLERANCE if "cfg" in case else TOLERANCE)
 
 
 def test_the_workers_loop_is_comfyuis(weightless, stock, text, ksample, xsample, latent, relative_error):

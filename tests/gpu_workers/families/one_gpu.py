@@ -42,7 +42,7 @@ def main(folder: str) -> None:
     layout = xfuser_start.start(0, 1, f"{folder}/store", gpu)
     import direct_jobs
 
-    from xditd.gpu_workers.families.flux1.sequence_parallel import CheckpointOrderNorm
+    from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
     cache = SkeletonCache(layout)
