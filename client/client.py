@@ -171,8 +171,8 @@ class Client:
 
         ``conditioning`` is by the names that the transformer's facts list, on any device: for FLUX.1 ``prompt_embeds``
         (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768), for Z-Image ``prompt_embeds``, a list of
-        (tokens, 2560) for each image. ``noise``, shaped as the facts' latents, is used as it is; else ``seed`` makes it,
-        and without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule: ``steps``
+        (tokens, 2560) for each image. ``noise``, shaped as the facts' latents, is used as it is; else ``seed`` makes
+        it, and without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule: ``steps``
         descending values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae``
         adds the image to the result. ``previews`` lets ``job.denoised()`` say after each step what the latents are
         about to become. ``options`` are the family's own, as its facts name them. Components may be named by id, as
