@@ -170,12 +170,13 @@ class Client:
         """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
 
         ``conditioning`` is by the names that the transformer's facts list, on any device: for FLUX.1 ``prompt_embeds``
-        (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768). ``noise``, shaped as the facts' latents, is
-        used as it is; else ``seed`` makes it, and without a seed one is drawn and handed back. ``sigmas`` replaces the
-        family's own schedule: ``steps`` descending values in (0, 1]. Without ``steps`` or ``guidance_scale``, the
-        family's default is used. A ``vae`` adds the image to the result. ``previews`` lets ``job.denoised()`` say after
-        each step what the latents are about to become. ``options`` are the family's own, as its facts name them.
-        Components may be named by id, as ``xditd status`` shows them.
+        (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768), for Z-Image ``prompt_embeds``, a list of
+        (tokens, 2560) for each image. ``noise``, shaped as the facts' latents, is used as it is; else ``seed`` makes
+        it, and without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule: ``steps``
+        descending values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae``
+        adds the image to the result. ``previews`` lets ``job.denoised()`` say after each step what the latents are
+        about to become. ``options`` are the family's own, as its facts name them. Components may be named by id, as
+        ``xditd status`` shows them.
 
         ``step_cache``, up to 1, trades precision for time: a step whose first block does nearly the same as at the
         last one that was computed, by less than this share of it, is not computed to its end. 0.08 is a start, and

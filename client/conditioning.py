@@ -16,19 +16,26 @@ Conditioning = dict[str, "torch.Tensor | list[torch.Tensor]"]
 
 
 def conditioning_of(tensors: Mapping[str, torch.Tensor], facts: ComponentFacts, where: str) -> Conditioning:
-    """Choose the tensors that the facts name; a missing batch axis is put in front, and lists are of one image.
+    """Choose the tensors that the facts name; a missing batch axis is put in front.
 
-    ``where`` names what they come from, such as a file.
+    A list of one tensor for each image is ``NAME.0``, ``NAME.1`` and so on, or ``NAME``: of one image, or with a row
+    for each. Tensors of other names are left alone. ``where`` names what they come from, such as a file.
 
     Raises:
-        BadRequest: one that is needed is missing, or it is no transformer.
+        BadRequest: one that is needed or a number of a list is missing, a list is given in both ways, or it is no
+            transformer.
     """
     taken = _conditioning(facts)
-    missing = [each.name for each in taken if each.is_needed and each.name not in tensors]
+    chosen: Conditioning = {}
+    for each in taken:
+        value = _chosen(tensors, each, where)
+        if value is not None:
+            chosen[each.name] = value
+    missing = [_spelled(each) for each in taken if each.is_needed and each.name not in chosen]
     if missing:
         there = listed(tensors) or "no tensors"
         raise BadRequest(f"{where}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
-    return {each.name: _shaped(tensors[each.name], each) for each in taken if each.name in tensors}
+    return chosen
 
 
 def random_conditioning(facts: ComponentFacts, seed: int, text_tokens: int) -> Conditioning:
@@ -62,7 +69,26 @@ def _sized(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sides[side] if isinstance(side, str) else side for side in facts.shape)
 
 
-def _shaped(tensor: torch.Tensor, facts: ArgumentFacts) -> torch.Tensor | list[torch.Tensor]:
-    if facts.is_list:
-        return list(tensor) if tensor.ndim == len(facts.shape) + 1 else [tensor]
-    return tensor[None] if tensor.ndim == len(facts.shape) - 1 and facts.shape[:1] == ("batch",) else tensor
+def _chosen(
+    tensors: Mapping[str, torch.Tensor], facts: ArgumentFacts, where: str
+) -> torch.Tensor | list[torch.Tensor] | None:
+    whole = tensors.get(facts.name)
+    if not facts.is_list:
+        has_no_batch = whole is not None and whole.ndim == len(facts.shape) - 1 and facts.shape[:1] == ("batch",)
+        return whole[None] if whole is not None and has_no_batch else whole
+    prefix = f"{facts.name}."
+    count = sum(name.startswith(prefix) and name.removeprefix(prefix).isdecimal() for name in tensors)
+    if count == 0:
+        return None if whole is None else list(whole) if whole.ndim == len(facts.shape) + 1 else [whole]
+    if whole is not None:
+        raise BadRequest(f"{where}: holds both {facts.name} and {prefix}0 and on; leave one of them out")
+    numbered = [f"{prefix}{number}" for number in range(count)]
+    for name in numbered:
+        if name not in tensors:
+            there = listed(each for each in tensors if each.startswith(prefix))
+            raise BadRequest(f"{where}: lacks {name}, but holds {there}; number the images from 0, leaving out none")
+    return [tensors[name] for name in numbered]
+
+
+def _spelled(facts: ArgumentFacts) -> str:
+    return f"{facts.name} (or {facts.name}.0 and on, one for each image)" if facts.is_list else facts.name

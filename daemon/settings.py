@@ -222,7 +222,8 @@ SETTINGS: Final = (
         "layout",
         '"auto", or degrees that multiply to the number of workers, such as "ulysses=2,ring=2,cfg=2"',
         "auto",
-        "how workers share a job: degrees of ulysses, ring and cfg; auto: as much ulysses as 24 attention heads allow",
+        "how workers share a job: degrees of ulysses, ring and cfg; auto: as much ulysses as possible, then ring. "
+        "A model whose attention heads ulysses does not divide gets degrees of its own",
         _layout,
     ),
     Setting(

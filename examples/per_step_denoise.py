@@ -17,7 +17,8 @@ import torch
 
 from xditd.client import Client, Loan, XditdError
 from xditd.client.conditioning import random_conditioning
-from xditd.client.demo.flux1_calls import image_ids, pack, text_ids, unpack
+from xditd.client.demo.flux1_calls import image_ids, text_ids
+from xditd.client.families.flux1 import pack, unpack
 from xditd.client.results import image_to_pil
 
 GUIDANCE = 3.5

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xditd.ipc import limits
@@ -42,6 +43,41 @@ def add_flag(
         **named,
         help=f"{help}{shown} [{variable}]",
     )
+
+
+def add_named_values(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
+    """Add a flag of ``NAME=VALUE`` that may be repeated: a map, or ``None``.
+
+    Its variable counts where the flag is not given at all.
+    """
+    parser.add_argument(
+        *names,
+        type=named_values,
+        action=_Merge,
+        default=os.environ.get(variable) or None,
+        metavar="NAME=VALUE",
+        help=f"{help} [{variable}]",
+    )
+
+
+class _Merge(argparse.Action):
+    """Joins the maps of a flag that is given several times; the first one replaces the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - argparse passes it
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | dict[str, Any] | None,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        assert isinstance(values, dict)
+        found = getattr(namespace, self.dest)
+        merged = dict(found) if isinstance(found, dict) else {}  # a default that is text has not been converted yet
+        for name, value in values.items():
+            if name in merged:
+                raise argparse.ArgumentError(self, _given_twice(name, merged[name], value))
+            merged[name] = value
+        setattr(namespace, self.dest, merged)
 
 
 def is_on(variable: str) -> bool | None:
@@ -100,6 +136,40 @@ def one_of(*names: str) -> Callable[[str], str]:
         return text
 
     return convert
+
+
+def named_values(text: str) -> dict[str, bool | int | float]:
+    """Read ``NAME=VALUE``, or several of them between commas; values are numbers, ``true`` and ``false``."""
+    found: dict[str, bool | int | float] = {}
+    for each in text.split(","):
+        name, _, word = (part.strip() for part in each.partition("="))
+        value = _value(word)
+        if not name or value is None:
+            raise argparse.ArgumentTypeError(f"{each!r}: use NAME=VALUE with a finite number, true or false")
+        if name in found:
+            raise argparse.ArgumentTypeError(_given_twice(name, found[name], value))
+        found[name] = value
+    return found
+
+
+def _value(word: str) -> bool | int | float | None:
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        whole_value = int(word)
+    except ValueError:
+        pass
+    else:
+        return whole_value if abs(whole_value) < 2**63 else None
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _given_twice(name: str, first: float, second: float) -> str:
+    return f"{name} is given twice, as {first!r} and as {second!r}; leave one out"
 
 
 def number(low: float, high: float) -> Callable[[str], float]:

@@ -1,4 +1,4 @@
-"""``xditd generate``: lend two files, make an image."""
+"""``xditd generate``: lend two files, make images."""
 
 from __future__ import annotations
 
@@ -19,28 +19,51 @@ from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.facts import ComponentFacts
 
 if TYPE_CHECKING:
+    import torch
+
+    from xditd.client.conditioning import Conditioning
     from xditd.client.results import GenerationResult
 
 _LATENT_ITEM_BYTES: Final = 4
 """Latents are written in the dtype of the conditioning, which is rarely wider."""
 
-SUMMARY = "lend checkpoint files and generate an image"
+_PIXEL_BYTES: Final = 3
+"""Of an image that is not compressed."""
+
+SUMMARY = "lend checkpoint files and generate images"
 DESCRIPTION = """\
-Lend a transformer and a VAE by their safetensors files, and generate an image from text embeddings.
+Lend a transformer and a VAE by their safetensors files, and generate images from text embeddings.
 
 This verb takes no prompt and runs no text encoders: --embeds names a safetensors file with the embeddings of a prompt,
-by the names that the transformer takes. For FLUX.1 these are prompt_embeds (batch, text tokens, context) and
-pooled_prompt_embeds (batch, pooled). Any program that has the encoders can write it, and the Python library runs them
-in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
+by the names that the transformer takes:
+
+  FLUX.1   prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled)
+  Z-Image  a list of one tensor for each image, (text tokens, context), of any lengths: prompt_embeds.0, prompt_embeds.1
+           and so on; with --guidance above 0 also negative_prompt_embeds.0 and so on
+
+Where one image is made, the axis of the batch may be left out, and so may the number of a list's only tensor. A file
+that lacks a tensor is refused by its name. Any program that has the encoders can write such files, and the Python
+library runs CLIP-L and T5 in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
 EXAMPLES = """\
 examples:
-  xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o cat.png
+  xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds cat.safetensors -o cat.png
+  xditd generate --transformer z_image_turbo_bf16.safetensors --vae ae.safetensors --embeds cat.safetensors \\
+      --steps 8 --option shift=3 -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
 
-prompt.safetensors, made with diffusers:
+cat.safetensors for FLUX.1, made with diffusers:
   pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=None, vae=None)
   embeds, pooled, _ = pipe.encode_prompt("a cat", None)
-  safetensors.torch.save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, "prompt.safetensors")
+  safetensors.torch.save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, "cat.safetensors")
+
+for Z-Image:
+  pipe = ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image-Turbo", transformer=None, vae=None)
+  embeds, negatives = pipe.encode_prompt(["a cat", "a grey cat"])
+  lists = {"prompt_embeds": embeds, "negative_prompt_embeds": negatives}
+  tensors = {f"{name}.{number}": each for name, found in lists.items() for number, each in enumerate(found)}
+  safetensors.torch.save_file(tensors, "cat.safetensors")
+
+Of several images, cat.png becomes cat-0.png, cat-1.png and so on.
 """
 
 
@@ -69,10 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=flags.number(0, 1), default=0.0,
                    metavar="SHARE",
                    help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
+    flags.add_named_values(
+        parser, "--option", variable="XDITD_OPTIONS",
+        help="an option of the model's family, such as Z-Image's shift=3, cfg_normalization=1 or cfg_truncation=0.8; "
+             "may be repeated; the variable takes several between commas",
+    )  # fmt: skip
     flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
                    help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
     flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=user_path, default="out.png", metavar="FILE",
-                   help="image file")  # fmt: skip
+                   help="image file; of several images, out-0.png and so on")  # fmt: skip
     flags.add_flag(parser, "--save-latents", variable="XDITD_SAVE_LATENTS", type=user_path, metavar="FILE",
                    help="write the latents to a safetensors file, too")  # fmt: skip
     parser.set_defaults(refuse=parser.error)
@@ -108,7 +136,7 @@ def run(parsed: argparse.Namespace) -> int:
             conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
         else:
             conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
-        outputs.check_room(transformer.facts, height, width)
+        outputs.prepare(transformer.facts, conditioning)
         job = client.generate(
             transformer,
             conditioning,
@@ -119,16 +147,28 @@ def run(parsed: argparse.Namespace) -> int:
             seed=parsed.seed,
             guidance_scale=parsed.guidance,
             step_cache=parsed.step_cache,
+            options=parsed.option,
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result)
         loans = [loan for loan in (transformer, vae) if loan is not None]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
+            assert transformer.facts.transformer is not None
+            default_guidance = transformer.facts.transformer.default_guidance_scale
             report = {
-                "image": None if outputs.image is None else str(outputs.image),
+                "images": [str(path) for path in outputs.images],
                 "latents": None if outputs.latents is None else str(outputs.latents),
                 "seed": result.seed,
+                "sampling": {
+                    "width": width,
+                    "height": height,
+                    "steps": job.total_steps,
+                    "guidance_scale": default_guidance if parsed.guidance is None else parsed.guidance,
+                    "step_cache": parsed.step_cache,
+                    "options": parsed.option or {},
+                },
+                "conditioning": {name: _shape(value) for name, value in conditioning.items()},
                 "seconds": seconds,
                 "timings_ms": result.timings_ms,
                 "reused_steps": result.reused_steps,
@@ -140,7 +180,7 @@ def run(parsed: argparse.Namespace) -> int:
                 tiers = "+".join(tier.value for tier in loan.tiers)
                 print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
                       f"copied: {copied_text(loan.copied)}")  # fmt: skip
-            written = ", ".join(str(path) for path in (outputs.image, outputs.latents) if path is not None)
+            written = ", ".join(str(path) for path in (*outputs.images, outputs.latents) if path is not None)
             reused = f", {result.reused_steps} of {job.total_steps} steps reused" if parsed.step_cache else ""
             print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
                   f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
@@ -151,7 +191,7 @@ class Outputs:
     """Where a generation goes: checked before anything is lent, and not lost where it cannot be written after all."""
 
     def __init__(self, parsed: argparse.Namespace) -> None:
-        """Check the places.
+        """Check the places of one image and its latents.
 
         Raises:
             BadRequest: one is no place for such a file, or holds what is about to be lent.
@@ -160,35 +200,48 @@ class Outputs:
         from xditd.client.image_files import check_image_target
         from xditd.client.output_files import check_target
 
-        width, height = parsed.size
-        self.image: Path | None = None
+        self._width, self._height = parsed.size
+        self._read = [path for path in (parsed.transformer, parsed.vae, parsed.embeds) if path is not None]
+        self.images: list[Path] = []
         self.latents: Path | None = None
         if parsed.vae is not None:
-            self.image = check_image_target(parsed.out, width, height)
+            self.images = [check_image_target(parsed.out, self._width, self._height)]
         if parsed.save_latents is not None:
             self.latents = check_target(parsed.save_latents)
-        taken = [path for path in (parsed.transformer, parsed.vae, parsed.embeds) if path is not None]
-        for output in (self.image, self.latents):
-            if output is not None:
-                real = os.path.realpath(output)
-                if any(os.path.realpath(path) == real for path in taken):
-                    raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
-                taken.append(output)
+        self._check_apart()
 
-    def check_room(self, facts: ComponentFacts, height: int, width: int) -> None:
-        """Look whether the latents of one image have room where they go, now that their shape is known.
+    def prepare(self, facts: ComponentFacts, conditioning: Conditioning) -> None:
+        """Name and check the places, now that the number of images and the shape of latents are known.
 
         Raises:
-            OutputFailed: they have not.
+            BadRequest, OutputFailed: as at first; or the conditioning is not what the transformer takes.
         """
+        from xditd.client.jobs.checks import check_conditioning
         from xditd.client.output_files import check_target
 
-        if self.latents is not None and facts.transformer is not None:
-            shape = facts.transformer.latents.shape(1, height, width)
+        assert facts.transformer is not None  # lent as one
+        batch = check_conditioning(conditioning, facts.transformer.conditioning)
+        if self.images and batch > 1:
+            (one,) = self.images
+            self.images = [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(batch)]
+            for path in self.images:
+                check_target(path, _PIXEL_BYTES * self._width * self._height)
+            self._check_apart()
+        if self.latents is not None:
+            shape = facts.transformer.latents.shape(batch, self._height, self._width)
             check_target(self.latents, _LATENT_ITEM_BYTES * math.prod(shape))
 
+    def _check_apart(self) -> None:
+        taken = {os.path.realpath(path) for path in self._read}
+        for output in (*self.images, self.latents):
+            if output is not None:
+                real = os.path.realpath(output)
+                if real in taken:
+                    raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
+                taken.add(real)
+
     def write(self, result: GenerationResult) -> None:
-        """Write the image and the latents.
+        """Write the images and the latents.
 
         Raises:
             OutputFailed: one was not written; the message says where it is kept instead.
@@ -199,9 +252,9 @@ class Outputs:
 
         failures: list[OutputFailed] = []
         contents: list[tuple[Path, str, list[bytes]]] = []
-        if self.image is not None:
-            image = result.to_pil()
-            contents.append((self.image, "image", [encode_image(image, image_format(self.image, *image.size))]))
+        for number, path in enumerate(self.images):
+            image = result.to_pil(number)
+            contents.append((path, "image", [encode_image(image, image_format(path, *image.size))]))
         if self.latents is not None:
             contents.append((self.latents, "file of latents", encode_tensors({"latents": result.latents})))
         for path, what, parts in contents:
@@ -213,6 +266,11 @@ class Outputs:
             found = OutputFailed("; ".join(error.detail for error in failures))
             found.kept = tuple(path for error in failures for path in error.kept)
             raise found
+
+
+def _shape(value: torch.Tensor | list[torch.Tensor]) -> list[object]:
+    """Spell a shape for JSON: of a list that of each tensor."""
+    return [list(each.shape) for each in value] if isinstance(value, list) else list(value.shape)
 
 
 def describe_loan(loan: Loan) -> dict[str, object]:

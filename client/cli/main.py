@@ -58,7 +58,7 @@ first steps:
   xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue
   xditd comfyui install ~/ComfyUI      the nodes for ComfyUI
-  xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds prompt.safetensors -o out.png
+  xditd generate --help                images from checkpoint files: an example for each model family
 
 `xditd VERB --help` explains each verb. Flags can be set by the environment variables named in brackets.
 

@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
+from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.client.loans import Loan
 from xditd.ipc.transports.layout import torch_dtype
 
 if TYPE_CHECKING:
     import torch
-
-PATCH: Final = 2
-"""Latents on a side of one token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,35 +114,13 @@ class Flux1Calls:
         return RowsOf([(tensor, share if tensor.shape[0] == 1 else 1) for tensor in tensors])
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Fold latents (batch, channels, height, width) to tokens of two by two, as ``FluxPipeline._pack_latents``."""
-    batch, channels, height, width = latents.shape
-    folded = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return folded.reshape(batch, (height // PATCH) * (width // PATCH), channels * PATCH * PATCH)
-
-
-def unpack(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Undo :func:`pack` for latents of this size."""
-    batch, _, channels = packed.shape
-    folded = packed.view(batch, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
-    return folded.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // PATCH**2, height, width)
-
-
 @lru_cache(maxsize=16)
 def image_ids(height: int, width: int) -> KeptTensor:
-    """Row and column of each token of latents of this size, as ``FluxPipeline._prepare_latent_image_ids``; kept."""
-    import torch
-
-    rows, columns = height // PATCH, width // PATCH
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None, :]
-    return KeptTensor(ids.reshape(rows * columns, 3))
+    """Row and column of each token of latents of this size; kept."""
+    return KeptTensor(image_positions(height // PATCH, width // PATCH))
 
 
 @lru_cache(maxsize=16)
 def text_ids(tokens: int) -> KeptTensor:
-    """Zeros: text has no place in the image; kept."""
-    import torch
-
-    return KeptTensor(torch.zeros(tokens, 3))
+    """The positions of so many tokens of text; kept."""
+    return KeptTensor(text_positions(tokens))

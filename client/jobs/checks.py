@@ -15,6 +15,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
+from xditd.ipc.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,8 @@ def check_options(options: Mapping[str, bool | int | float] | None, facts: Trans
     for name, value in checked.items():
         if name not in facts.options:
             known = f"give one of {', '.join(facts.options)}" if facts.options else "this transformer has none"
-            raise BadRequest(f"options: {name!r} is not known; {known}")
+            near = did_you_mean(str(name), facts.options)
+            raise BadRequest(f"options: {name}={value!r} is not known; {known}{near}")
         if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
             raise BadRequest(f"options: {name}={value!r} is not a finite number or a boolean")
     return checked

@@ -24,7 +24,8 @@ def run(job: Call, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with together():
         transformer = context.components.get(job.component_id, "transformer")
-        skeleton, operations = transformer.plan.skeleton, context.operations(transformer)
+        skeleton = transformer.plan.skeleton
+        operations = skeleton.operations_for("transformer")
         clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
         taken = {each.name for each in transformer.transformer_facts.arguments}

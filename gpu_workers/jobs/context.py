@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 
@@ -33,10 +32,6 @@ class JobContext:
 
     def reader(self, io: OpenIo) -> ArgumentReader:
         return ArgumentReader(io, self.device, self.kept, self.client)
-
-    def operations(self, component: Component) -> Any:
-        """What its family does with a component: of the kind that the job asked :meth:`Components.get` for."""
-        return cast(Any, component.plan.skeleton.operations)
 
     def check_finite(self, finite: FiniteCheck, component: Component, *into: torch.dtype) -> None:
         """Refuse results that are not finite.

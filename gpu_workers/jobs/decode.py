@@ -23,7 +23,7 @@ def run(job: Decode, context: JobContext) -> Finished:
         io = context.open_io()
         latents = io.read("latents", job.latents, context.device)
     clock.end_phase("inputs")
-    image = decode_by_all(context, vae, latents)
+    image = decode_by_all(vae, latents)
     with together():
         if context.is_leader:
             io.write("out", job.out, decoded(context, vae, latents, image, job.out))
@@ -31,17 +31,15 @@ def run(job: Decode, context: JobContext) -> Finished:
     return Finished(clock.marks_ms)
 
 
-def decode_by_all(context: JobContext, vae: Component, latents: torch.Tensor) -> torch.Tensor | None:
+def decode_by_all(vae: Component, latents: torch.Tensor) -> torch.Tensor | None:
     """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
 
     Not inside ``together``: ranks meet many times in there, and whoever runs out of memory meets nobody any more.
     The rank then ends, and the group with it, as in a step.
     """
-    operations, skeleton = context.operations(vae), vae.plan.skeleton
-    if not operations.shares(skeleton, latents):
-        return None
-    image: torch.Tensor = operations.decode(skeleton, latents, is_shared=True)
-    return image
+    skeleton = vae.plan.skeleton
+    operations = skeleton.operations_for("vae")
+    return operations.decode(skeleton, latents, is_shared=True) if operations.shares(skeleton, latents) else None
 
 
 def decoded(
@@ -50,7 +48,8 @@ def decoded(
     """Return the image that all ranks have decoded, or decode it on this one, and check it, not cut off yet."""
     if image is None:
         with with_every_core(context.device):
-            image = context.operations(vae).decode(vae.plan.skeleton, latents, is_shared=False)
+            skeleton = vae.plan.skeleton
+            image = skeleton.operations_for("vae").decode(skeleton, latents, is_shared=False)
     finite = FiniteCheck()
     finite.note("image", image)
     context.check_finite(finite, vae, torch_dtype(into.dtype))

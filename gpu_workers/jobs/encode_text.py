@@ -23,7 +23,8 @@ def run(job: EncodeText, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with together():
         encoder = context.components.get(job.encoder_id, "text_encoder")
-        operations, plan = context.operations(encoder), encoder.plan
+        plan = encoder.plan
+        operations = plan.skeleton.operations_for("text_encoder")
         facts, name = operations.facts(plan.config), plan.family.name
         clock.end_phase("plug")
         io = context.open_io()

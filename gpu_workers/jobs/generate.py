@@ -47,7 +47,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
-            channels = context.operations(vae).facts(vae.plan.config).image_channels
+            channels = vae.plan.skeleton.operations_for("vae").facts(vae.plan.config).image_channels
             image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
             io.check("out_image", job.out_image, image_shape)
             check_output("out_image", job.out_image.dtype)
@@ -59,7 +59,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with together():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_by_all(context, vae, latents)
+    image = None if vae is None else decode_by_all(vae, latents)
     with together():
         if context.is_leader and vae is not None and job.out_image is not None:
             image = decoded(context, vae, latents, image, job.out_image)
@@ -92,7 +92,8 @@ class Loop:
             BadRequest: sizes, shapes, steps, sigmas, options, or values that are not finite.
             Unsupported: too few tokens for the group, or a step cache that the family does not have.
         """
-        skeleton, operations = transformer.plan.skeleton, context.operations(transformer)
+        skeleton = transformer.plan.skeleton
+        operations = skeleton.operations_for("transformer")
         facts, sampling = transformer.transformer_facts, job.sampling
         check_variant(sampling.variant, facts)
         check_names(job.conditioning, facts.conditioning, "conditioning")

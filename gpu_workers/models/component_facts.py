@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, cast
 
 from xditd.gpu_workers.models.skeletons import Plan
 from xditd.ipc.facts import ComponentFacts
@@ -14,22 +13,26 @@ from xditd.ipc.transports.layout import dtype_name
 def facts_of(plan: Plan, manifest: Manifest) -> ComponentFacts:
     """Ask the family for what it says of its kind, and count the bytes."""
     skeleton = plan.skeleton
-    operations = cast(Any, skeleton.operations)
-    given: dict[str, Any] = {}
-    if plan.family.kind == "transformer":
-        given["transformer"] = operations.facts(plan.config, skeleton.layout)
+    kind = plan.family.kind
+    transformer = vae = text_encoder = None
+    if kind == "transformer":
+        transformer = skeleton.operations_for(kind).facts(plan.config, skeleton.layout)
+    elif kind == "vae":
+        vae = skeleton.operations_for(kind).facts(plan.config)
     else:
-        given[plan.family.kind] = operations.facts(plan.config)
+        text_encoder = skeleton.operations_for(kind).facts(plan.config)
     sizes: Counter[DType] = Counter()
     for spec in manifest.tensors:
         sizes[spec.dtype] += spec.extent_bytes
     return ComponentFacts(
         family=plan.family.name,
         class_name=class_of(skeleton.module),
-        kind=ComponentKind(plan.family.kind),
+        kind=ComponentKind(kind),
         dtype=dtype_name(plan.dtype),
         bytes_by_dtype=dict(sizes),
-        **given,
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text_encoder,
     )
 
 

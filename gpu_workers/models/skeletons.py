@@ -10,14 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from xditd.gpu_workers.models.entries import Slice, TensorInfo
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.operations import Operations
+from xditd.gpu_workers.models.operations import (
+    Operations,
+    TextEncoderOperations,
+    TransformerOperations,
+    VaeOperations,
+)
 from xditd.gpu_workers.models.registry import detect, families, left_out, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts
@@ -69,6 +74,17 @@ class Skeleton:
                     target = f"{path}.{name}" if path else name
                     self._slots[target] = (submodule._parameters, name)
                     self._empty[target] = parameter
+
+    @overload
+    def operations_for(self, kind: Literal["transformer"]) -> TransformerOperations[Any]: ...
+    @overload
+    def operations_for(self, kind: Literal["vae"]) -> VaeOperations[Any]: ...
+    @overload
+    def operations_for(self, kind: Literal["text_encoder"]) -> TextEncoderOperations[Any]: ...
+    def operations_for(self, kind: Kind) -> Any:
+        """Return what the family does with a component of its kind; ``registry.operations_of`` has found it whole."""
+        assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"
+        return self.operations
 
     @property
     def attention_backend(self) -> str:

@@ -98,7 +98,7 @@ def test_files_are_written_with_tildes_and_new_folders(generate, tmp_path, capsy
     assert generate("--out", "~/new/a.png", "--save-latents", "~/l.safetensors", "--transformer",
                     "~/models/t.safetensors", "--json") == exits.DONE  # fmt: skip
     found = json.loads(capsys.readouterr().out)
-    assert found["image"] == str(tmp_path / "new" / "a.png")
+    assert found["images"] == [str(tmp_path / "new" / "a.png")]
     assert found["latents"] == str(tmp_path / "l.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["l.safetensors", "models", "new"]
 
@@ -124,12 +124,86 @@ def test_steps_guidance_and_names_are_those_of_the_model(daemon, folder, files, 
     assert len(daemon.requests(Generate)) == 1
 
 
-def test_the_help_says_where_embeddings_come_from(capsys):
+def test_the_help_teaches_both_families(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = capsys.readouterr().out
     assert "takes no prompt and runs no text encoders" in text
-    assert "encode_prompt" in text
+    for family in ("flux1-dev.safetensors", "z_image_turbo_bf16.safetensors", "FluxPipeline", "ZImagePipeline"):
+        assert family in text
+    assert "prompt_embeds.0" in text
+    assert text.count("encode_prompt") == 2
+
+
+def test_options_reach_the_request_and_the_report_says_what_was_used(generate, daemon, tmp_path, capsys):
+    out = str(tmp_path / "a.png")
+    assert generate("--out", out, "--option", "shift=3", "--guidance", "2", "--json") == exits.DONE
+    assert daemon.requests(Generate)[0].sampling.options == {"shift": 3}
+    found = json.loads(capsys.readouterr().out)
+    assert found["sampling"] == {
+        "width": 32, "height": 32, "steps": 1, "guidance_scale": 2.0, "step_cache": 0.0, "options": {"shift": 3},
+    }  # fmt: skip
+    assert found["conditioning"] == {"prompt_embeds": [1, 4, 8], "pooled_prompt_embeds": [1, 4]}
+    assert generate("--out", out, "--json") == exits.DONE
+    found = json.loads(capsys.readouterr().out)["sampling"]
+    assert (found["guidance_scale"], found["options"]) == (3.5, {})
+
+
+def test_an_option_that_the_model_does_not_have_is_named_with_the_nearest(generate, daemon, tmp_path, capsys):
+    assert generate("--out", str(tmp_path / "a.png"), "--option", "shfit=3.5") == exits.MISUSE
+    assert "options: shfit=3.5 is not known; give one of shift; did you mean shift?" in capsys.readouterr().err
+    assert not daemon.requests(Generate)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["shift"], "'shift': use NAME=VALUE with a finite number, true or false"),
+        (["shift=high"], "'shift=high': use NAME=VALUE"),
+        (["shift=nan"], "'shift=nan': use NAME=VALUE"),
+        (["shift=9223372036854775808"], "'shift=9223372036854775808': use NAME=VALUE"),
+        (["=3"], "'=3': use NAME=VALUE"),
+        (["shift=1,"], "'': use NAME=VALUE"),
+        (["shift=1,shift=2"], "shift is given twice, as 1 and as 2; leave one out"),
+        (["shift=1", "shift=2"], "shift is given twice, as 1 and as 2; leave one out"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(given, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["generate", *(part for each in given for part in ("--option", each))])
+    assert ended.value.code == exits.MISUSE
+    assert f"argument --option: {says}" in capsys.readouterr().err
+
+
+def test_options_come_from_flags_or_else_from_the_variable(monkeypatch, capsys):
+    def parsed(*given):
+        return build_parser().parse_args(["generate", *given]).option
+
+    assert parsed() is None
+    assert parsed("--option", "a=1", "--option", "b=-0.5,c=TRUE") == {"a": 1, "b": -0.5, "c": True}
+    monkeypatch.setenv("XDITD_OPTIONS", "a=2,d=1e-3")
+    assert parsed() == {"a": 2, "d": 0.001}
+    assert parsed("--option", "a=1") == {"a": 1}
+    monkeypatch.setenv("XDITD_OPTIONS", "a")
+    with pytest.raises(SystemExit):
+        parsed()
+    assert "argument --option: 'a': use NAME=VALUE" in capsys.readouterr().err
+
+
+def test_several_images_are_numbered_and_checked_before_they_are_made(generate, daemon, files, tmp_path, capsys):
+    save_file({"prompt_embeds": torch.zeros(2, 4, 8), "pooled_prompt_embeds": torch.zeros(2, 4)},
+              files / "two.safetensors")  # fmt: skip
+    two = ["--embeds", str(files / "two.safetensors"), "--out", str(tmp_path / "a.png"), "--json"]
+    (tmp_path / "a-1.png").mkdir()
+    assert generate(*two) == exits.MISUSE
+    assert "a-1.png: is a folder" in capsys.readouterr().err
+    assert not daemon.requests(Generate)
+    (tmp_path / "a-1.png").rmdir()
+    assert generate(*two) == exits.DONE
+    names = [str(tmp_path / "a-0.png"), str(tmp_path / "a-1.png")]
+    assert json.loads(capsys.readouterr().out)["images"] == names
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in names)
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys, monkeypatch):

@@ -35,3 +35,8 @@ def adapter_of_config(config: Any) -> Adapter | None:
 def titles() -> str:
     """Name the families for people."""
     return listed([each.title for each in adapters()], joint=" and ")
+
+
+def search_words() -> list[str]:
+    """Return what people may type to find a node that runs models: the families' titles up to their brackets."""
+    return [each.title.partition(" (")[0].lower() for each in adapters()]

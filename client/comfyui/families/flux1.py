@@ -1,7 +1,4 @@
-"""FLUX.1 (dev, schnell and their fine-tunes): ComfyUI's ``Flux`` as calls of diffusers' ``FluxTransformer2DModel``.
-
-Sources: diffusers, ``FluxPipeline`` (``_pack_latents``, ``_unpack_latents``, ``_prepare_latent_image_ids``).
-"""
+"""FLUX.1 (dev, schnell and their fine-tunes): ComfyUI's ``Flux`` as calls of diffusers' ``FluxTransformer2DModel``."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import torch
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
 from xditd.client.comfyui.families.rows import joined, padded
 from xditd.client.comfyui.unsupported import is_empty
+from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_STEPS
 
@@ -21,13 +19,7 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, TextModel
     from xditd.client.comfyui.weights import RemoteWeights
 
-PATCH: Final = 2
-"""Latents on a token's side."""
-
 LATENT_CHANNELS: Final = 16
-
-ID_AXES: Final = 3
-"""Numbers in the position of a token."""
 
 KNOWN_SIZES: Final = 8
 """Image sizes and text lengths whose positions are remembered as kept by the workers."""
@@ -116,7 +108,7 @@ class Flux1Model:
         if found is None:
             while len(self._ids) >= KNOWN_SIZES:
                 del self._ids[next(iter(self._ids))]
-            found = self._ids[sides] = keep(image_ids(*sides) if len(sides) > 1 else torch.zeros(*sides, ID_AXES))
+            found = self._ids[sides] = keep(image_positions(*sides) if len(sides) > 1 else text_positions(*sides))
         return found
 
 
@@ -204,26 +196,3 @@ ADAPTER: Final[Adapter] = Flux1()
 def pooled_of(y: torch.Tensor | None, like: torch.Tensor, channels: int) -> torch.Tensor:
     """The pooled text state as FLUX.1 reads it: no more than ``channels`` wide, and zeros where there is none."""
     return like.new_zeros(like.shape[0], channels) if y is None else y[:, :channels]
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Fold (rows, channels, height, width) into tokens, (rows, height/2 * width/2, channels * 4), contiguous."""
-    rows, channels, height, width = latents.shape
-    folded = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return folded.reshape(rows, (height // PATCH) * (width // PATCH), channels * PATCH * PATCH)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Unfold tokens, as :func:`pack` made them, to (rows, channels, height, width)."""
-    rows, _, channels = tokens.shape
-    channels //= PATCH * PATCH
-    split = tokens.reshape(rows, height // PATCH, width // PATCH, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return split.reshape(rows, channels, height, width)
-
-
-def image_ids(rows: int, columns: int) -> torch.Tensor:
-    """The positions of an image's tokens, (rows * columns, 3), float32: 0, row, column."""
-    ids = torch.zeros(rows, columns, ID_AXES)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None, :]
-    return ids.reshape(rows * columns, ID_AXES)

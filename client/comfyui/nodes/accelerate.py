@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from xditd.client.comfyui.accelerate import accelerate
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.families import search_words, titles
 
 
 class XditAccelerate(io.ComfyNode):
@@ -19,8 +20,8 @@ class XditAccelerate(io.ComfyNode):
             category="xDiT",
             description="Put it between the model's loader (and its LoRAs) and the sampler: the transformer then runs "
             "on all GPUs. The weights that ComfyUI holds are lent, not loaded again.",
-            search_aliases=["xdit", "multi gpu", "speed up"],
-            inputs=[io.Model.Input("model")],
+            search_aliases=["xdit", "multi gpu", "speed up", *search_words()],
+            inputs=[io.Model.Input("model", tooltip=f"a MODEL of any loader, with its LoRAs: {titles()}")],
             outputs=[io.Model.Output()],
         )
 

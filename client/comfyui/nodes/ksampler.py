@@ -16,6 +16,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from xditd.client.comfyui.accelerate import accelerate
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.families import search_words, titles
 from xditd.client.comfyui.fused_sampler import FusedEuler, parts_of
 from xditd.client.comfyui.loop_eligibility import why_stepwise
 from xditd.client.comfyui.notes import show_on_node
@@ -37,9 +38,12 @@ class XditKSampler(io.ComfyNode):
             description="The sampler with the whole loop in the workers: one round trip, the same seed gives the same "
             "image as KSampler. With a VAE the workers decode too. What their loop cannot do runs step by step, and "
             "the node says so.",
-            search_aliases=["xdit", "multi gpu", "sampler"],
+            search_aliases=["xdit", "multi gpu", "sampler", *search_words()],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model",
+                    tooltip=f"MODEL of XDiT UNet Loader, or of another loader, which is then accelerated: {titles()}",
+                ),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
                 io.Int.Input("steps", default=20, min=1, max=MAX_STEPS),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),

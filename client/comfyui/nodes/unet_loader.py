@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.families import search_words, titles
 from xditd.client.comfyui.patcher import make_model, plain_names
 from xditd.client.comfyui.weights import check_plain
 from xditd.ipc.errors import Unsupported
@@ -27,9 +28,13 @@ class XditUnetLoader(io.ComfyNode):
             category="xDiT",
             description="Loads a transformer once and lends it to the xDiT workers. The MODEL works with every "
             "sampler, guider and LoRA loader; its forward runs on all GPUs.",
-            search_aliases=["xdit", "multi gpu", "load diffusion model"],
+            search_aliases=["xdit", "multi gpu", "load diffusion model", *search_words()],
             inputs=[
-                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models")),
+                io.Combo.Input(
+                    "unet_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip=f"a safetensors file in models/diffusion_models or models/unet: {titles()}",
+                ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(DTYPES),

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.families import search_words
 from xditd.client.comfyui.vae import make_vae
 
 
@@ -21,7 +22,7 @@ class XditVaeLoader(io.ComfyNode):
             display_name="Load VAE (xDiT)",
             category="xDiT",
             description="Loads a VAE once and lends it to the xDiT workers. Works wherever a VAE does.",
-            search_aliases=["xdit", "multi gpu"],
+            search_aliases=["xdit", "multi gpu", *search_words()],
             inputs=[io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"))],
             outputs=[io.Vae.Output()],
         )

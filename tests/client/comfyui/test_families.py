@@ -34,3 +34,4 @@ def test_each_module_has_an_adapter():
     for name, adapter in zip(families.MODULES, families.adapters(), strict=True):
         assert (ROOT / "families" / f"{name}.py").exists()
         assert adapter.title in families.titles()
+        assert any(adapter.title.lower().startswith(word) for word in families.search_words())

@@ -1,22 +1,15 @@
-"""The demo's calls of FLUX.1 against what diffusers' pipeline makes of the same latents."""
+"""The demo's positions of FLUX.1's tokens: kept, and made once for each size."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
-flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
 
-from xditd.client.demo.flux1_calls import image_ids, pack, text_ids, unpack  # noqa: E402
-
-Pipeline = flux.FluxPipeline
+from xditd.client.demo.flux1_calls import image_ids, text_ids  # noqa: E402
+from xditd.client.families.flux1 import image_positions, text_positions  # noqa: E402
 
 
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 4, 4), (2, 6, 10)])
-def test_latents_and_ids_are_those_of_the_pipeline(batch, height, width):
-    latents = torch.randn(batch, 16, height, width)
-    packed = pack(latents)
-    assert torch.equal(packed, Pipeline._pack_latents(latents, *latents.shape))
-    assert torch.equal(unpack(packed, height, width), Pipeline._unpack_latents(packed, 8 * height, 8 * width, 8))
-    ids = Pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, torch.device("cpu"), torch.float32)
-    assert torch.equal(image_ids(height, width).tensor, ids)
-    assert image_ids(height, width) is image_ids(height, width)  # kept once
-    assert torch.equal(text_ids(7).tensor, torch.zeros(7, 3))
+def test_positions_are_kept_and_made_once():
+    assert torch.equal(image_ids(6, 10).tensor, image_positions(3, 5))
+    assert image_ids(6, 10) is image_ids(6, 10)
+    assert torch.equal(text_ids(7).tensor, text_positions(7))
+    assert text_ids(7) is text_ids(7)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from xditd.client.cli import comfyui as pack
+from xditd.client.comfyui.families import adapters, search_words
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -59,6 +60,10 @@ def test_nodes_help_translations_and_examples_are_offered(server):
     offered = server.ask("/object_info")
     ours = {name for name, node in offered.items() if node["category"] == "xDiT"}
     assert len(ours) == 6
+    for name, asked in (("XDiTAccelerate", "model"), ("XDiTKSampler", "model"), ("XDiTUNetLoader", "unet_name")):
+        tooltip = offered[name]["input"]["required"][asked][1]["tooltip"]
+        assert all(adapter.title in tooltip for adapter in adapters())
+        assert set(search_words()) <= set(offered[name]["search_aliases"])
     translations = server.ask("/i18n")
     for name in ours:
         assert server.ask(f"/extensions/xditd/docs/{name}.md").startswith("# ")

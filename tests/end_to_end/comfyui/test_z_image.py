@@ -115,6 +115,19 @@ def test_the_workers_loop_is_comfyuis(weightless, stock, text, ksample, xsample,
     assert relative_error(ours, theirs) <= TOLERANCE
 
 
+def test_a_shifted_schedule_runs_in_the_workers_loop(
+    comfy, weightless, stock, text, ksample, xsample, latent, relative_error
+):
+    from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+
+    shifted, local = (ModelSamplingAuraFlow().patch_aura(model, 1.2)[0] for model in (weightless, stock))
+    positive, negative = text(1, 21), text(2)
+    ours, _, note = xsample(shifted, positive=positive, negative=negative, latent_image=latent)
+    assert note.startswith("fused: 4 steps in the workers")
+    assert relative_error(ours, ksample(local, positive, negative, latent)) <= TOLERANCE
+    assert relative_error(ours, ksample(stock, positive, negative, latent)) > 1e-3
+
+
 def test_a_stock_model_can_be_accelerated(connected, stock, text, ksample, latent, relative_error):
     from xditd.client.comfyui.accelerate import accelerate
 

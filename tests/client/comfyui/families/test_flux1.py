@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from xditd.client import BadRequest
-from xditd.client.comfyui.families.flux1 import Flux1Model, image_ids, pack, unpack
+from xditd.client.comfyui.families.flux1 import Flux1Model
 from xditd.client.comfyui.step_inputs import StepInputs
+from xditd.client.families.flux1 import image_positions, pack
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.ipc.limits import MAX_STEPS
 
@@ -32,17 +33,6 @@ def arguments_of(model: Flux1Model, *given: Any, dtype: torch.dtype = torch.bflo
     return found
 
 
-def test_tokens_and_positions_are_those_of_the_pipeline():
-    pipelines = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
-    pipeline = pipelines.FluxPipeline
-    latents = drawn(2, 16, 6, 10)
-    assert torch.equal(pack(latents), pipeline._pack_latents(latents, 2, 16, 6, 10))
-    assert torch.equal(unpack(pack(latents), 6, 10), latents)
-    ids = image_ids(3, 5)
-    assert ids.dtype is torch.float32
-    assert torch.equal(ids, pipeline._prepare_latent_image_ids(1, 3, 5, torch.device("cpu"), torch.float32))
-
-
 def test_arguments_are_as_the_class_takes_them(model):
     x, context, y = drawn(2, 16, 4, 6), drawn(2, 5, 32), drawn(2, 20)
     sigma, guidance = torch.tensor([0.7, 0.7]), torch.tensor([3.5])
@@ -56,7 +46,7 @@ def test_arguments_are_as_the_class_takes_them(model):
         assert [times for _, times in rows.parts] == [1, 1]
         joined = torch.cat([kept.tensor for kept, _ in rows.parts])
         assert torch.equal(joined, expected.to(torch.bfloat16))
-    assert torch.equal(found["img_ids"].tensor, image_ids(2, 3))
+    assert torch.equal(found["img_ids"].tensor, image_positions(2, 3))
     assert torch.equal(found["txt_ids"].tensor, torch.zeros(5, 3))
 
 

@@ -1,0 +1,94 @@
+"""``xditd generate`` through a real daemon, for each family: the bits of the Python library, and what was used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import z_image_models
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
+
+from xditd.client.cli import exits
+from xditd.client.cli.main import main
+
+WIDTH, HEIGHT, STEPS, SEED = 96, 128, 2, 7
+
+
+@pytest.fixture
+def command(daemon, files, tmp_path):
+    """Run the verb on a transformer and a file of embeddings; returns its exit status."""
+
+    def run(transformer, embeds, *more):
+        save_file(embeds, tmp_path / "embeds.safetensors")
+        named = {"transformer": transformer, "vae": files.vae, "embeds": tmp_path / "embeds.safetensors",
+                 "out": tmp_path / "a.png", "save-latents": tmp_path / "latents.safetensors",
+                 "runtime-dir": daemon.runtime_dir}  # fmt: skip
+        flags = [part for name, path in named.items() for part in (f"--{name}", str(path))]
+        sizes = ["--size", f"{WIDTH}x{HEIGHT}", "--steps", str(STEPS), "--seed", str(SEED)]
+        return main(["generate", "--json", *flags, *sizes, *more])
+
+    return run
+
+
+@pytest.fixture
+def verb(command, capsys):
+    """Run the verb; returns latents, images and what it said."""
+
+    def run(*given):
+        assert command(*given) == exits.DONE
+        said = json.loads(capsys.readouterr().out)
+        images = [Image.open(path) for path in said["images"]]
+        return load_file(said["latents"])["latents"], images, said
+
+    return run
+
+
+def are_those_of(job, latents, images):
+    result = job.result()
+    assert torch.equal(latents, result.latents)
+    assert len(images) == len(latents)
+    assert all(
+        ImageChops.difference(image, result.to_pil(number)).getbbox() is None for number, image in enumerate(images)
+    )
+    return True
+
+
+def test_flux1(verb, files, client, make_inputs):
+    conditioning = make_inputs().conditioning
+    latents, images, said = verb(files.transformer, conditioning, "--guidance", "2.5")
+    job = client.generate(
+        client.lend(files.transformer), conditioning, vae=client.lend(files.vae), height=HEIGHT, width=WIDTH,
+        steps=STEPS, seed=SEED, guidance_scale=2.5,
+    )  # fmt: skip
+    assert are_those_of(job, latents, images)
+    assert said["sampling"]["guidance_scale"] == 2.5
+    assert said["conditioning"] == {"prompt_embeds": [1, 16, 4096], "pooled_prompt_embeds": [1, 768]}
+
+
+def test_z_image_with_texts_of_unequal_lengths_guidance_and_options(verb, command, files, client, tmp_path, capsys):
+    checkpoint = tmp_path / "z_image.safetensors"
+    save_file(z_image_models.state_dict(0, names=z_image_models.COMFYUI), checkpoint)
+    conditioning = {
+        "prompt_embeds": z_image_models.inputs((33, 7), ((8, 8),))["cap_feats"],
+        "negative_prompt_embeds": z_image_models.inputs((12, 5), ((8, 8),))["cap_feats"],
+    }
+    embeds = {f"{name}.{number}": each for name, texts in conditioning.items() for number, each in enumerate(texts)}
+    options = ["--option", "shift=1.5", "--option", "cfg_normalization=1"]
+    latents, images, said = verb(checkpoint, embeds, "--guidance", "1", *options)
+    lent, vae = client.lend(checkpoint), client.lend(files.vae)
+    given = {"vae": vae, "height": HEIGHT, "width": WIDTH, "steps": STEPS, "seed": SEED}
+    chosen = {"shift": 1.5, "cfg_normalization": 1}
+    job = client.generate(lent, conditioning, **given, guidance_scale=1.0, options=chosen)
+    assert are_those_of(job, latents, images)
+    assert (said["sampling"]["guidance_scale"], said["sampling"]["options"]) == (1.0, chosen)
+    assert said["conditioning"] == {"prompt_embeds": [[33, 64], [7, 64]], "negative_prompt_embeds": [[12, 64], [5, 64]]}
+
+    latents, images, said = verb(checkpoint, {"prompt_embeds": conditioning["prompt_embeds"][0]})
+    job = client.generate(lent, {"prompt_embeds": conditioning["prompt_embeds"][:1]}, **given)
+    assert are_those_of(job, latents, images)
+    assert (said["sampling"]["guidance_scale"], said["sampling"]["options"]) == (0.0, {})
+
+    assert command(checkpoint, embeds, "--option", "cfg_normalisation=1") == exits.MISUSE
+    assert "cfg_truncation; did you mean cfg_normalization?" in capsys.readouterr().err
