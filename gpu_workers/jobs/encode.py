@@ -15,15 +15,16 @@ def run(job: Encode, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with together():
         vae = context.components.get(job.vae_id, "vae")
+        facts = vae.vae_facts
         clock.end_phase("plug")
         io = context.open_io()
         image = io.read("image", job.image, context.device)
-        if image.ndim == 4 and image.shape[-1] == context.operations(vae).facts(vae.plan.config).image_channels:
+        if image.ndim == 4 and image.shape[-1] == facts.image_channels:
             image = image.movedim(-1, 1)  # computed in the layout in which it came
         if context.is_leader:
             clock.end_phase("inputs")
             with with_every_core(context.device):
-                latents = context.operations(vae).encode(vae.plan.skeleton, image)
+                latents = context.operations(vae).encode(vae.plan.skeleton, image, job.scaling or facts.latents.scaling)
             finite = FiniteCheck()
             finite.note("latents", latents)
             context.check_finite(finite, vae, torch_dtype(job.out.dtype))

@@ -14,7 +14,7 @@ from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_shape, check_tensor, prepare
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 PIXELS = 8
 
@@ -93,7 +93,7 @@ class ScaleOperations:
             ),
             variants=("class",),
             conditioning=(ArgumentFacts(name="prompt", shape=("batch", config)),),
-            latents=LatentFacts(channels=config, pixels=PIXELS),
+            latents=LatentFacts(channels=config, pixels=PIXELS, scaling=LatentScaling(factor=1.0, shift=0.0)),
             guidance="none",
             default_guidance_scale=1.0,
             default_steps=4,
