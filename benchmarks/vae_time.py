@@ -65,7 +65,9 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
     def decode_by(skeleton: Any, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
-        image: torch.Tensor = skeleton.operations.decode(skeleton, latents, is_shared=is_shared)
+        operations = skeleton.operations
+        scaling = operations.facts(skeleton.config).latents.scaling
+        image: torch.Tensor = operations.decode(skeleton, latents, scaling, is_shared=is_shared)
         return image
 
     exact = decode_by(plugged(torch.float32), latents.float())

@@ -282,20 +282,44 @@ class Client:
         return TextEncoding(found["hidden_states"], found.get("pooled"))
 
     def decode(
-        self, vae: Loan | str, latents: torch.Tensor, *, clamp: bool = True, deadline_s: float | None = None
+        self,
+        vae: Loan | str,
+        latents: torch.Tensor,
+        *,
+        transformer: Loan | str | None = None,
+        clamp: bool = True,
+        deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Decode latents to images (batch, channels, height, width) in [-1, 1], on their device and dtype.
 
-        Without ``clamp`` values outside stay as they are: tiles are joined before they are cut off.
+        ``transformer`` is the one whose latents they are: its facts say how they are scaled, which a VAE's tensors do
+        not tell. Without it the VAE's facts do, by what its family assumes. Without ``clamp`` values outside stay as
+        they are: tiles are joined before they are cut off.
+
+        Raises:
+            BadRequest: latents of another shape, or a transformer whose latents are not this VAE's in size.
         """
-        draft = draft_decode(self._component(vae, ComponentKind.VAE), latents)
+        draft = draft_decode(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
         image = self._runner.run(draft, Decoded, deadline_s)["image"]
         return image.clamp_(-1.0, 1.0) if clamp else image
 
-    def encode(self, vae: Loan | str, image: torch.Tensor, *, deadline_s: float | None = None) -> torch.Tensor:
-        """Encode images (batch, channels, height, width) in [-1, 1] to latents, on their device and dtype."""
-        draft = draft_encode(self._component(vae, ComponentKind.VAE), image)
+    def encode(
+        self,
+        vae: Loan | str,
+        image: torch.Tensor,
+        *,
+        transformer: Loan | str | None = None,
+        deadline_s: float | None = None,
+    ) -> torch.Tensor:
+        """Encode images (batch, channels, height, width) in [-1, 1] to latents, on their device and dtype.
+
+        ``transformer`` is the one that shall read the latents, as in :meth:`decode`.
+        """
+        draft = draft_encode(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(draft, Encoded, deadline_s)["latents"]
+
+    def _transformer(self, component: Loan | str | None) -> Component | None:
+        return None if component is None else self._component(component, ComponentKind.TRANSFORMER)
 
     def _component(self, component: Loan | str, kind: ComponentKind) -> Component:
         component_id = component_id_of(component, kind)

@@ -81,7 +81,7 @@ def main() -> None:
         difference = (latents - fused.latents).norm() / fused.latents.norm()
         print(f"relative difference from generate: {difference:.2g}")
         with client.lend(options.vae) as vae:
-            image = client.decode(vae, latents)
+            image = client.decode(vae, latents, transformer=transformer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     image_to_pil(image[0]).save(options.out)
     print("wrote", options.out)

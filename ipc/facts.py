@@ -8,6 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.arguments import Finite
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
 
 Guidance = Literal["none", "embedded", "classifier_free"]
@@ -30,6 +31,13 @@ Listed = Annotated[tuple[ArgumentFacts, ...], msgspec.Meta(max_length=limits.MAX
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
+class LatentScaling(Described, frozen=True, kw_only=True):
+    """How latents in jobs are made of a VAE's ``z``: they are ``(z - shift) * factor``. Both have no unit."""
+
+    factor: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+    shift: Finite
+
+
 class LatentFacts(Described, frozen=True, kw_only=True):
     """The latents of a component: (batch, channels, height / pixels, width / pixels)."""
 
@@ -38,10 +46,26 @@ class LatentFacts(Described, frozen=True, kw_only=True):
     """Pixels on a side for each latent."""
     multiple: Count = 1
     """Latents on a side come in multiples of it."""
+    scaling: LatentScaling
+    """A transformer's is that of the latents it reads and makes. A VAE's is what its family assumes where a job names
+    no transformer: tensors do not tell it, and VAEs of several models look alike."""
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape of the latents of ``batch`` images of so many pixels."""
         return batch, self.channels, height // self.pixels, width // self.pixels
+
+    def check_vae(self, vae: LatentFacts) -> None:
+        """Check that a VAE's latents are as large as these, a transformer's. How they are scaled may differ.
+
+        Raises:
+            BadRequest: another number of channels, or of pixels for each latent.
+        """
+        for what, mine, its in (
+            ("channels", self.channels, vae.channels),
+            ("pixels on a side for each latent", self.pixels, vae.pixels),
+        ):
+            if mine != its:
+                raise BadRequest(f"vae: its latents have {its} {what}, the transformer's {mine}; lend that model's VAE")
 
 
 class TransformerFacts(Described, frozen=True, kw_only=True):
@@ -66,12 +90,10 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
 
 
 class VaeFacts(Described, frozen=True, kw_only=True):
-    """Of a VAE. Latents in jobs are ``(z - shift) * scaling``; pixels are in [-1, 1]."""
+    """Of a VAE. Pixels are in [-1, 1]."""
 
     latents: LatentFacts
     image_channels: Count
-    scaling: Finite
-    shift: Finite
     has_encoder: bool
 
 

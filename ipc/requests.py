@@ -8,6 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.arguments import Arguments, Finite, Whole
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.protocol import ComponentId, Request, RequestId
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock, IoTensor, Manifest, Name
 
@@ -151,25 +152,28 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
 class Decode(Request, tag="decode", frozen=True, kw_only=True):
     """Decode ``latents`` (batch, channels, h, w) to ``out``, uncut at [-1, 1]. Answered by ``Decoded``.
 
-    Shapes are those of the component's facts.
+    Shapes are those of the component's facts. ``scaling`` is that of ``latents``; without it, that of the facts.
     """
 
     vae_id: ComponentId
     io: HostShmBlock
     latents: IoTensor
     out: IoTensor
+    scaling: LatentScaling | None = None
 
 
 class Encode(Request, tag="encode", frozen=True, kw_only=True):
     """Encode ``image``, channels first or last, in [-1, 1] to latents ``out``. Answered by ``Encoded``.
 
-    The latents are the posterior's mode; shapes are those of the component's facts.
+    The latents are the posterior's mode; shapes are those of the component's facts. ``scaling`` is that of ``out``;
+    without it, that of the facts.
     """
 
     vae_id: ComponentId
     io: HostShmBlock
     image: IoTensor
     out: IoTensor
+    scaling: LatentScaling | None = None
 
 
 class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):

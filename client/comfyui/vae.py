@@ -19,7 +19,7 @@ from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_know
 from xditd.client.loans import Loan
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.facts import VaeFacts
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
@@ -27,7 +27,7 @@ from xditd.ipc.tensors import ComponentKind
 class RemoteStage(torch.nn.Module):
     """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself.
 
-    The daemon speaks latents ``(z - shift) * scaling``, by the component's facts; ComfyUI hands over ``z``.
+    The daemon speaks latents ``(z - shift) * factor``, by the component's facts; ComfyUI hands over ``z``.
     """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
@@ -43,20 +43,20 @@ class RemoteStage(torch.nn.Module):
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
-        facts = self._facts()
-        latents = (z.float() - facts.shift) * facts.scaling
+        scaling = self._scaling()
+        latents = (z.float() - scaling.shift) * scaling.factor
         return self._in_batches(_decode, latents).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode."""
         latents = self._in_batches(Client.encode, pixels.float())
-        facts = self._facts()
-        return (latents / facts.scaling + facts.shift).to(pixels.dtype)
+        scaling = self._scaling()
+        return (latents / scaling.factor + scaling.shift).to(pixels.dtype)
 
-    def _facts(self) -> VaeFacts:
+    def _scaling(self) -> LatentScaling:
         facts = self._weights.loan.facts.vae
         assert facts is not None
-        return facts
+        return facts.latents.scaling
 
     def _in_batches(self, run: Callable[[Client, Loan, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         parts = []

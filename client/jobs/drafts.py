@@ -11,7 +11,7 @@ from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, result_room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.facts import ComponentFacts, TextEncoderFacts, TransformerFacts, VaeFacts
+from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
 from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, Job, Part, Role, Sampling
 from xditd.ipc.tensors import ITEM_BYTES, ComponentKind, HostShmBlock, IoTensor
 
@@ -207,9 +207,9 @@ def draft_generate(
     return GenerationDraft(layout, inputs, outputs, like.device, write, sampling)
 
 
-def draft_decode(vae: Component, latents: torch.Tensor) -> Draft:
-    """Check and lay out a decoding to ``image``."""
-    facts = vae.vae
+def draft_decode(vae: Component, latents: torch.Tensor, transformer: Component | None = None) -> Draft:
+    """Check and lay out a decoding to ``image`` of a transformer's latents, or of the VAE's own without one."""
+    facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_latents("latents", latents, facts.latents)
     batch, _, height, width = latents.shape
     pixels = facts.latents.pixels
@@ -218,14 +218,19 @@ def draft_decode(vae: Component, latents: torch.Tensor) -> Draft:
     out_at = layout.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
 
     def write(request_id: str, io: HostShmBlock) -> Decode:
-        return Decode(request_id=request_id, vae_id=vae.component_id, io=io, latents=latents_at, out=out_at)
+        return Decode(
+            request_id=request_id, vae_id=vae.component_id, io=io, latents=latents_at, out=out_at, scaling=scaling
+        )
 
     return Draft(layout, [(latents_at, latents)], {"image": out_at}, latents.device, write)
 
 
-def draft_encode(vae: Component, image: torch.Tensor) -> Draft:
-    """Check and lay out an encoding to ``latents``. The image crosses in its layout, channels first or last."""
-    facts = vae.vae
+def draft_encode(vae: Component, image: torch.Tensor, transformer: Component | None = None) -> Draft:
+    """Check and lay out an encoding to a transformer's ``latents``, or to the VAE's own without one.
+
+    The image crosses in its layout, channels first or last.
+    """
+    facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_image(image, facts)
     batch, _, height, width = image.shape
     layout = IoLayout()
@@ -235,9 +240,20 @@ def draft_encode(vae: Component, image: torch.Tensor) -> Draft:
     out_at = layout.add_output(image.dtype, facts.latents.shape(batch, height, width))
 
     def write(request_id: str, io: HostShmBlock) -> Encode:
-        return Encode(request_id=request_id, vae_id=vae.component_id, io=io, image=image_at, out=out_at)
+        return Encode(
+            request_id=request_id, vae_id=vae.component_id, io=io, image=image_at, out=out_at, scaling=scaling
+        )
 
     return Draft(layout, [(image_at, image)], {"latents": out_at}, image.device, write)
+
+
+def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling | None:
+    """How a transformer's latents are scaled, once the VAE's are found to be as large; without one the VAE knows."""
+    if transformer is None:
+        return None
+    latents = transformer.transformer.latents
+    latents.check_vae(vae.vae.latents)
+    return latents.scaling
 
 
 def _has_channels_last(image: torch.Tensor) -> bool:

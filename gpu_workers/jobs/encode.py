@@ -15,16 +15,17 @@ def run(job: Encode, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with together():
         vae = context.components.get(job.vae_id, "vae")
-        operations = vae.plan.skeleton.operations_for("vae")
+        facts, skeleton = vae.vae_facts, vae.plan.skeleton
         clock.end_phase("plug")
         io = context.open_io()
         image = io.read("image", job.image, context.device)
-        if image.ndim == 4 and image.shape[-1] == operations.facts(vae.plan.config).image_channels:
+        if image.ndim == 4 and image.shape[-1] == facts.image_channels:
             image = image.movedim(-1, 1)  # computed in the layout in which it came
         if context.is_leader:
             clock.end_phase("inputs")
             with with_every_core(context.device):
-                latents = operations.encode(vae.plan.skeleton, image)
+                scaling = job.scaling or facts.latents.scaling
+                latents = skeleton.operations_for("vae").encode(skeleton, image, scaling)
             finite = FiniteCheck()
             finite.note("latents", latents)
             context.check_finite(finite, vae, torch_dtype(job.out.dtype))

@@ -41,14 +41,16 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with together():
         transformer = _component(job, context, "transformer")
         vae = _component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
+        latent_facts = transformer.transformer_facts.latents
+        if vae is not None:
+            latent_facts.check_vae(vae.vae_facts.latents)
         clock.end_phase("plug")
         io = context.open_io()
         loop = Loop.prepare(job, context, transformer, io)
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
-            channels = vae.plan.skeleton.operations_for("vae").facts(vae.plan.config).image_channels
-            image_shape = (loop.batch, channels, job.sampling.height, job.sampling.width)
+            image_shape = (loop.batch, vae.vae_facts.image_channels, job.sampling.height, job.sampling.width)
             io.check("out_image", job.out_image, image_shape)
             check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
@@ -59,10 +61,10 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with together():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_by_all(vae, latents)
+    image = None if vae is None else decode_by_all(vae, latents, latent_facts.scaling)
     with together():
         if context.is_leader and vae is not None and job.out_image is not None:
-            image = decoded(context, vae, latents, image, job.out_image)
+            image = decoded(context, vae, latents, latent_facts.scaling, image, job.out_image)
             io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
             clock.end_phase("decode")
         if context.is_leader:

@@ -40,7 +40,7 @@ from xditd.ipc.errors import (
     UnknownComponent,
     named,
 )
-from xditd.ipc.facts import ComponentFacts, TransformerFacts
+from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
@@ -72,6 +72,12 @@ class Component:
         """Those of a component that was got as a transformer."""
         assert self.facts.transformer is not None
         return self.facts.transformer
+
+    @property
+    def vae_facts(self) -> VaeFacts:
+        """Those of a component that was got as a VAE."""
+        assert self.facts.vae is not None
+        return self.facts.vae
 
     @property
     def is_plugged(self) -> bool:

@@ -13,7 +13,7 @@ from xditd.gpu_workers.models.entries import Shape
 if TYPE_CHECKING:
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
-    from xditd.ipc.facts import TextEncoderFacts, TransformerFacts, VaeFacts
+    from xditd.ipc.facts import LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
     from xditd.ipc.status import FusedCheck
 
 RowResults = torch.Tensor | list[torch.Tensor]
@@ -188,15 +188,19 @@ class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
     def shares(self, model: Model[ConfigT_contra], latents: torch.Tensor) -> bool:
         """Say whether all ranks decode these latents together; else one does it sooner alone."""
 
-    def decode(self, model: Model[ConfigT_contra], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
+    def decode(
+        self, model: Model[ConfigT_contra], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
+    ) -> torch.Tensor:
         """Decode (batch, channels, h, w) to images (batch, 3, height, width), not cut off at [-1, 1].
+
+        ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
 
         Raises:
             BadRequest: shape, or values that are not finite.
         """
 
-    def encode(self, model: Model[ConfigT_contra], image: torch.Tensor) -> torch.Tensor:
-        """Encode images (batch, 3, height, width) in [-1, 1] to the posterior's mode.
+    def encode(self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+        """Encode images (batch, 3, height, width) in [-1, 1] to ``(mode - shift) * factor`` of the posterior's mode.
 
         Raises:
             BadRequest: shape, values that are not finite, or a checkpoint without an encoder.

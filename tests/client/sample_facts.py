@@ -6,6 +6,7 @@ from xditd.ipc.facts import (
     ArgumentFacts,
     ComponentFacts,
     LatentFacts,
+    LatentScaling,
     TextEncoderFacts,
     TransformerFacts,
     VaeFacts,
@@ -13,7 +14,8 @@ from xditd.ipc.facts import (
 from xditd.ipc.tensors import ComponentKind, Manifest
 
 CONTEXT, POOLED, WIDTH = 8, 4, 6
-LATENTS = LatentFacts(channels=16, pixels=8, multiple=2)
+LATENTS = LatentFacts(channels=16, pixels=8, multiple=2, scaling=LatentScaling(factor=1.5305, shift=0.0609))
+"""Scaled as SD3's are: the VAE below assumes something else."""
 
 TRANSFORMER = ComponentFacts(
     family="flux1",
@@ -80,7 +82,9 @@ VAE = ComponentFacts(
     dtype="float32",
     bytes_by_dtype={"float32": 64},
     vae=VaeFacts(
-        latents=LatentFacts(channels=16, pixels=8), image_channels=3, scaling=0.36, shift=0.12, has_encoder=True
+        latents=LatentFacts(channels=16, pixels=8, scaling=LatentScaling(factor=0.36, shift=0.12)),
+        image_channels=3,
+        has_encoder=True,
     ),
 )
 

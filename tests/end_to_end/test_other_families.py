@@ -12,6 +12,7 @@ from xditd.client import BadCheckpoint, BadRequest, UnknownFamily
 PACKAGE = Path(__file__).parents[1] / "family_package"
 SCALE = torch.tensor([0.5, -1.0, 2.0, 0.25])
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
+BAR = 1e-6
 
 
 @pytest.mark.slow
@@ -48,6 +49,36 @@ def test_a_family_of_another_package_is_served_as_our_own(start_daemon, monkeypa
             client.lend({"other.weight": SCALE}, kind="transformer")
         loan.return_()
         assert [worker.loaded for worker in client.status().workers] == [0, 0]
+    daemon.stop()
+
+
+@pytest.mark.slow
+def test_its_latents_are_decoded_and_encoded_by_its_own_scaling(start_daemon, monkeypatch, files, relative_error):
+    """FLUX.1's VAE stands for one that looks like it; the numbers of the latents are SD3's."""
+    from xditd.gpu_workers.families.flux1 import reference
+
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
+    daemon = start_daemon(2)
+    plain = reference.load_vae(files.vae)
+    generator = torch.Generator().manual_seed(0)
+    given = {"height": 48, "width": 64, "sigmas": SIGMAS, "noise": torch.randn(1, 16, 6, 8, generator=generator)}
+    with daemon.connect() as client, client.lend(files.vae) as vae:
+        scale = client.lend({"scale.weight": SCALE.repeat(4)}, kind="transformer", label="scale")
+        narrow = client.lend({"scale.weight": SCALE}, kind="transformer", label="narrow")
+        result = client.generate(scale, {"prompt": torch.zeros(1, 16)}, vae=vae, **given).result()
+        with torch.no_grad():
+            image = plain.decode(result.latents / 1.5305 + 0.0609).sample.clamp(-1, 1)
+            encoded = (plain.encode(image).latent_dist.mode() - 0.0609) * 1.5305
+        assert relative_error(result.image, image) <= BAR
+        assert relative_error(client.decode(vae, result.latents, transformer=scale), image) <= BAR
+        assert relative_error(client.encode(vae, image, transformer=scale), encoded) <= BAR
+        assert relative_error(client.decode(vae, result.latents), image) > 1000 * BAR
+
+        small = {**given, "noise": torch.zeros(1, 4, 6, 8)}
+        with pytest.raises(BadRequest, match="vae: its latents have 16 channels, the transformer's 4; lend that model"):
+            client.generate(narrow, {"prompt": torch.zeros(1, 4)}, vae=vae, **small).result()
+        again = client.generate(scale, {"prompt": torch.zeros(1, 16)}, vae=vae, **given).result()
+        assert torch.equal(again.image, result.image)
     daemon.stop()
 
 

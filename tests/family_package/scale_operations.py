@@ -14,9 +14,11 @@ from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_shape, check_tensor, prepare
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 PIXELS = 8
+SCALING = LatentScaling(factor=1.5305, shift=0.0609)
+"""SD3's, whose VAE looks like FLUX.1's."""
 
 
 class Scale(torch.nn.Module):
@@ -93,7 +95,7 @@ class ScaleOperations:
             ),
             variants=("class",),
             conditioning=(ArgumentFacts(name="prompt", shape=("batch", config)),),
-            latents=LatentFacts(channels=config, pixels=PIXELS),
+            latents=LatentFacts(channels=config, pixels=PIXELS, scaling=SCALING),
             guidance="none",
             default_guidance_scale=1.0,
             default_steps=4,

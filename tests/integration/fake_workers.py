@@ -28,6 +28,7 @@ from xditd.ipc.facts import (
     ArgumentFacts,
     ComponentFacts,
     LatentFacts,
+    LatentScaling,
     TextEncoderFacts,
     TransformerFacts,
     VaeFacts,
@@ -62,7 +63,7 @@ class Fault(enum.IntEnum):
     """Steps go on for ever, and no cancel is heard."""
 
 
-LATENTS = LatentFacts(channels=4, pixels=8)
+LATENTS = LatentFacts(channels=4, pixels=8, scaling=LatentScaling(factor=1.0, shift=0.0))
 
 
 def facts_of(kind: ComponentKind) -> ComponentFacts:
@@ -82,9 +83,7 @@ def facts_of(kind: ComponentKind) -> ComponentFacts:
                 default_steps=3,
             )
         },
-        ComponentKind.VAE: {
-            "vae": VaeFacts(latents=LATENTS, image_channels=3, scaling=1.0, shift=0.0, has_encoder=True)
-        },
+        ComponentKind.VAE: {"vae": VaeFacts(latents=LATENTS, image_channels=3, has_encoder=True)},
         ComponentKind.TEXT_ENCODER: {"text_encoder": TextEncoderFacts(width=4, max_tokens=77, has_pooled=False)},
     }
     return ComponentFacts(

@@ -12,13 +12,18 @@ from xditd.gpu_workers.families.flux1.config import (
     Flux1Config,
 )
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 FLOAT32_TIME: Final = "float32_time"
 """The variant of ComfyUI: see :mod:`~xditd.gpu_workers.families.flux1.timesteps`."""
 
 VARIANTS: Final = ("class", FLOAT32_TIME)
-LATENTS: Final = LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, multiple=PATCH)
+LATENTS: Final = LatentFacts(
+    channels=LATENT_CHANNELS,
+    pixels=PIXELS_PER_LATENT,
+    multiple=PATCH,
+    scaling=LatentScaling(factor=0.3611, shift=0.1159),
+)
 
 
 def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:

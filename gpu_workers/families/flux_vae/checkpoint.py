@@ -1,8 +1,8 @@
-"""The VAE of FLUX.1 (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
+"""The VAE of FLUX.1 and of what looks like it (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
 
 Widths, depth and the mid attention are read from shapes. Two things are not in the tensors: the 32 groups of the norms,
-and the scaling of latents. SD3's VAE has the same structure and names with another scaling, so it cannot be told apart
-here: whoever lends a VAE as FLUX's gets FLUX's scaling.
+and the scaling of latents. SD3's VAE has the same structure and names with another scaling, and is of this family: the
+transformer's facts say how its latents are scaled. FLUX.1's scaling is used where a job names no transformer.
 
 Source: diffusers, ``convert_ldm_vae_checkpoint``; a test compares every element.
 """

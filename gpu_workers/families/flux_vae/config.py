@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-SCALING = 0.3611
-SHIFT = 0.1159
-"""Latents for the transformer are ``(z - SHIFT) * SCALING``."""
+from xditd.ipc.facts import LatentScaling
+
+SCALING: Final = LatentScaling(factor=0.3611, shift=0.1159)
+"""FLUX.1's, and so Z-Image's: assumed where a job does not say whose latents they are."""
 
 LATENT_CHANNELS = 16
 IMAGE_CHANNELS = 3

@@ -1,6 +1,6 @@
 """What jobs do with FLUX.1's VAE.
 
-Latents in jobs are ``(z - SHIFT) * SCALING``, as transformers take them: (batch, 16, height / 8, width / 8).
+Latents in jobs are scaled as transformers take them: (batch, 16, height / 8, width / 8).
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from xditd.gpu_workers.families.flux_vae.config import (
     NORM_GROUPS,
     PIXELS_PER_LATENT,
     SCALING,
-    SHIFT,
     FluxVaeConfig,
 )
 from xditd.gpu_workers.families.flux_vae.split_decode import Bands, SplitDecoder, whole_group
 from xditd.gpu_workers.models.job_checks import check_sides, prepare
 from xditd.gpu_workers.models.operations import Model
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.facts import LatentFacts, VaeFacts
+from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
 
 
@@ -43,8 +42,8 @@ class FluxVaeOperations:
             latent_channels=LATENT_CHANNELS,
             norm_num_groups=NORM_GROUPS,
             sample_size=1024,
-            scaling_factor=SCALING,
-            shift_factor=SHIFT,
+            scaling_factor=SCALING.factor,
+            shift_factor=SCALING.shift,
             use_quant_conv=False,
             use_post_quant_conv=False,
             mid_block_add_attention=config.has_mid_attention,
@@ -58,10 +57,8 @@ class FluxVaeOperations:
 
     def facts(self, config: FluxVaeConfig) -> VaeFacts:
         return VaeFacts(
-            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT),
+            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, scaling=SCALING),
             image_channels=IMAGE_CHANNELS,
-            scaling=SCALING,
-            shift=SHIFT,
             has_encoder=config.has_encoder,
         )
 
@@ -73,7 +70,9 @@ class FluxVaeOperations:
         return latents.ndim == 4 and self._bands.fit(*latents.shape[2:])
 
     @torch.inference_mode()
-    def decode(self, model: Model[FluxVaeConfig], latents: torch.Tensor, *, is_shared: bool) -> torch.Tensor:
+    def decode(
+        self, model: Model[FluxVaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
+    ) -> torch.Tensor:
         vae = cast(AutoencoderKL, model.module)
         if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise BadRequest(
@@ -84,14 +83,14 @@ class FluxVaeOperations:
                 f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
             )
         (latents,) = prepare(model, latents=latents)
-        latents = latents / SCALING + SHIFT
+        latents = latents / scaling.factor + scaling.shift
         if not is_shared:
             return cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
         split = SplitDecoder(vae.decoder, self._bands, latents.shape[2])
         return torch.cat([split(sample) for sample in latents.split(1)])
 
     @torch.inference_mode()
-    def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> torch.Tensor:
+    def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
         vae = cast(AutoencoderKL, model.module)
         if not model.config.has_encoder:
             raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
@@ -99,4 +98,4 @@ class FluxVaeOperations:
             raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
         check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
         (image,) = prepare(model, image=image)
-        return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - SHIFT) * SCALING)
+        return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - scaling.shift) * scaling.factor)

@@ -6,7 +6,7 @@ from typing import Final
 
 from xditd.gpu_workers.families.z_image.config import LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, ZImageConfig
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.facts import ArgumentFacts, LatentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 SHIFT: Final = "shift"
 CFG_NORMALIZATION: Final = "cfg_normalization"
@@ -36,7 +36,12 @@ def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> Transform
             ),
         ),
         options=(SHIFT, CFG_NORMALIZATION, CFG_TRUNCATION),
-        latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, multiple=PATCH),
+        latents=LatentFacts(
+            channels=LATENT_CHANNELS,
+            pixels=PIXELS_PER_LATENT,
+            multiple=PATCH,
+            scaling=LatentScaling(factor=0.3611, shift=0.1159),  # its VAE is FLUX.1's
+        ),
         guidance="classifier_free",
         default_guidance_scale=0.0,
         default_steps=8,

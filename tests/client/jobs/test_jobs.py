@@ -2,6 +2,7 @@
 
 import threading
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,6 +17,7 @@ from xditd.ipc.errors import (  # noqa: E402
     DeadlineExceeded,
     UnknownComponent,
 )
+from xditd.ipc.facts import LatentScaling  # noqa: E402
 from xditd.ipc.replies import (  # noqa: E402
     CancelNoted,
     Decoded,
@@ -314,6 +316,34 @@ def test_the_vae_both_ways(client, daemon):
     latents = client.encode("c2", image)
     assert latents.shape == (1, 16, 4, 6)
     assert torch.all(latents == 0.25)
+
+
+def test_latents_of_a_transformer_are_scaled_as_its_facts_say(client, daemon, monkeypatch):
+    given = []
+
+    def answer(request):
+        given.append(request.scaling)
+        write(daemon, request.io, request.out, 0.5)
+        return [(Decoded if isinstance(request, Decode) else Encoded)(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Decode] = daemon.answers[Encode] = answer
+    latents, image = torch.zeros(1, 16, 4, 6), torch.zeros(1, 3, 32, 48)
+    for transformer in (None, "c1"):
+        client.decode("c2", latents, transformer=transformer)
+        client.encode("c2", image, transformer=transformer)
+    sd3 = LatentScaling(factor=1.5305, shift=0.0609)
+    assert given == [None, None, sd3, sd3]
+    with pytest.raises(BadRequest, match="component c2: a vae where a transformer is needed"):
+        client.decode("c2", latents, transformer="c2")
+    other = msgspec.structs.replace(sample_facts.LATENTS, pixels=16)
+    told = msgspec.structs.replace(sample_facts.TRANSFORMER.transformer, latents=other)
+    changed = msgspec.structs.replace(sample_facts.TRANSFORMER, transformer=told)
+    facts = client.facts
+    monkeypatch.setattr(client, "facts", lambda component: changed if component == "c1" else facts(component))
+    for run, tensor in ((client.decode, latents), (client.encode, image)):
+        with pytest.raises(BadRequest, match="vae: its latents have 8 pixels on a side for each latent, the transf"):
+            run("c2", tensor, transformer="c1")
+    assert len(given) == 4
 
 
 def test_threads_run_jobs_side_by_side(client, daemon, generates):

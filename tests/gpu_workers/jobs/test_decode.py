@@ -8,10 +8,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 import torch
 
 from xditd.ipc.errors import BadRequest, NotFinite, Unsupported
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Decode, Encode
 
 if TYPE_CHECKING:
@@ -50,6 +52,20 @@ def test_an_image_is_written_uncut_in_the_dtype_that_was_asked_for(
     expected = direct.decode(lent.components.get("vae", "vae").plan.skeleton, latents)
     assert expected.abs().max() > 1.0
     assert torch.equal(room.read(asked.out), expected.to(dtype))
+
+
+def test_a_scaling_that_is_given_goes_before_that_of_the_vae(lent: OneRank, direct: ModuleType) -> None:
+    vae = lent.components.get("vae", "vae").plan.skeleton
+    scaling = LatentScaling(factor=1.5305, shift=0.0609)
+    room, latents, image = lent.room(), random(1, 16, 4, 6), random(1, 3, 32, 48)
+    decoding = msgspec.structs.replace(decode(room, latents, 1, 3, 32, 48), scaling=scaling)
+    lent.run(decoding)
+    assert torch.equal(room.read(decoding.out), direct.decode(vae, latents, scaling=scaling))
+    room = lent.room()
+    encoding = msgspec.structs.replace(encode(room, image, 1, 16, 4, 6), scaling=scaling)
+    lent.run(encoding)
+    assert torch.equal(room.read(encoding.out), direct.encode(vae, image, scaling=scaling))
+    assert not torch.equal(room.read(encoding.out), direct.encode(vae, image))
 
 
 def test_images_come_channels_first_or_last(lent: OneRank, direct: ModuleType) -> None:

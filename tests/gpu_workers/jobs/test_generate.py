@@ -16,6 +16,7 @@ from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.ipc import limits
 from xditd.ipc.arguments import Kept
 from xditd.ipc.errors import BadRequest, Cancelled, NotFinite, UnknownKept, Unsupported
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Generate, Sampling
 
 if TYPE_CHECKING:
@@ -181,6 +182,51 @@ def test_a_family_without_a_step_cache_refuses_one(
     with pytest.raises(Unsupported, match="step_cache: flux1 has none; leave it at 0"):
         lent.run(cached)
     lent.run(messages.generate(lent.room(), noise=messages.noise()))
+
+
+def test_an_image_is_decoded_with_the_scaling_of_the_transformer(
+    lent: OneRank, messages: ModuleType, direct: ModuleType, demo_vae: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent.lend("vae", demo_vae)
+    scaling = LatentScaling(factor=1.5305, shift=0.0609)
+    told = lent.components.get("transformer", "transformer").transformer_facts.latents
+    told_otherwise(monkeypatch, lent, latents=msgspec.structs.replace(told, scaling=scaling))
+    room = lent.room()
+    both = {"transformer": "transformer", "vae": "vae"}
+    job = messages.generate(room, noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 64)})
+    lent.run(job)
+    vae, latents = lent.components.get("vae", "vae").plan.skeleton, room.read(job.out_latents)
+    image = direct.decode(vae, latents, scaling=scaling).clamp(-1.0, 1.0)
+    assert torch.equal(room.read(job.out_image), image)
+    assert not torch.equal(image, direct.decode(vae, latents).clamp(-1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 4}, "vae: its latents have 16 channels, the transformer's 4; lend that model's VAE"),
+        ({"pixels": 16}, "vae: its latents have 8 pixels on a side for each latent, the transformer's 16"),
+    ],
+)
+def test_a_vae_of_other_latents_is_refused_before_a_step(
+    changes: dict[str, int],
+    message: str,
+    lent: OneRank,
+    messages: ModuleType,
+    demo_vae: State,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lent.lend("vae", demo_vae)
+    both = {"transformer": "transformer", "vae": "vae"}
+    job = messages.generate(lent.room(), noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 64)})
+    told = lent.components.get("transformer", "transformer").transformer_facts.latents
+    with monkeypatch.context() as patched:
+        told_otherwise(patched, lent, latents=msgspec.structs.replace(told, **changes))
+        with pytest.raises(BadRequest, match=message):
+            lent.run(job)
+        assert lent.steps == []
+    lent.run(job)
+    assert lent.steps == [(1, 2), (2, 2)]
 
 
 def test_options_are_refused_by_name_with_those_that_are_taken(

@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
 from xditd.gpu_workers.models.step_cache import StepCache
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Sampling
 
 
@@ -139,17 +140,24 @@ def denoise_parts(skeleton: Skeleton, parts: Sequence[Mapping[str, Any]], **opti
     return result
 
 
-def decode(skeleton: Skeleton, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
-    """Decode, not cut off at [-1, 1]: on this rank alone, or, however small the image, each rank its band of it."""
+def decode(
+    skeleton: Skeleton, latents: torch.Tensor, *, scaling: LatentScaling | None = None, is_shared: bool = False
+) -> torch.Tensor:
+    """Decode, not cut off at [-1, 1]: on this rank alone, or, however small the image, each rank its band of it.
+
+    Without ``scaling``, here and in :func:`encode`, it is that of the VAE's facts.
+    """
     operations: Any = skeleton.operations
-    image: torch.Tensor = operations.decode(skeleton, latents.to(skeleton.device), is_shared=is_shared)
+    scaling = scaling or operations.facts(skeleton.config).latents.scaling
+    image: torch.Tensor = operations.decode(skeleton, latents.to(skeleton.device), scaling, is_shared=is_shared)
     return image
 
 
-def encode(skeleton: Skeleton, image: torch.Tensor) -> torch.Tensor:
+def encode(skeleton: Skeleton, image: torch.Tensor, *, scaling: LatentScaling | None = None) -> torch.Tensor:
     """Encode images to latents."""
     operations: Any = skeleton.operations
-    latents: torch.Tensor = operations.encode(skeleton, image.to(skeleton.device))
+    scaling = scaling or operations.facts(skeleton.config).latents.scaling
+    latents: torch.Tensor = operations.encode(skeleton, image.to(skeleton.device), scaling)
     return latents
 
 

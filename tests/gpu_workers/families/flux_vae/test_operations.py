@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.families.flux_vae.config import SCALING, SHIFT
+from xditd.gpu_workers.families.flux_vae.config import SCALING
 from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.facts import LatentScaling
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[SkeletonCache, State], Plan]
@@ -36,9 +37,23 @@ def test_decode_and_encode_equal_plain_diffusers(
     encoded = direct.encode(vae, image)
     assert encoded.shape == latents.shape
     assert reference.relative_error(encoded, reference.reference_encode(model, image)) <= BAR
-    assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING, SHIFT)
+    assert (model.config.scaling_factor, model.config.shift_factor) == (SCALING.factor, SCALING.shift)
     odd = image[:, :, :104, :72]  # a VAE needs multiples of 8 pixels; of 16 only what a transformer makes
     assert reference.relative_error(direct.encode(vae, odd), reference.reference_encode(model, odd)) <= BAR
+
+
+def test_latents_of_another_model_are_scaled_as_its_facts_say(
+    vae: Skeleton, demo_vae: State, direct: ModuleType
+) -> None:
+    model = reference.vae_from(demo_vae)
+    sd3 = LatentScaling(factor=1.5305, shift=0.0609)
+    latents = torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.decode(latents / 1.5305 + 0.0609, return_dict=False)[0]
+        again = (model.encode(expected).latent_dist.mode() - 0.0609) * 1.5305
+    assert reference.relative_error(direct.decode(vae, latents, scaling=sd3), expected) <= BAR
+    assert reference.relative_error(direct.encode(vae, expected, scaling=sd3), again) <= BAR
+    assert reference.relative_error(direct.decode(vae, latents), expected) > 1000 * BAR
 
 
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
@@ -112,6 +127,6 @@ def test_what_clients_are_told(vae: Skeleton, cache: SkeletonCache, demo_vae: St
     operations: Any = vae.operations
     facts = operations.facts(vae.config)
     assert (facts.latents.channels, facts.latents.pixels, facts.latents.multiple) == (16, 8, 1)
-    assert (facts.scaling, facts.shift, facts.image_channels, facts.has_encoder) == (SCALING, SHIFT, 3, True)
+    assert (facts.latents.scaling, facts.image_channels, facts.has_encoder) == (SCALING, 3, True)
     half = {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}
     assert not operations.facts(plug(cache, half).skeleton.config).has_encoder
