@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import z_image_models
 from safetensors.torch import save_file
 
-from xditd.client import BadRequest, Unsupported
+from xditd.client import BadRequest, Unsupported, WorkersLost
 
 BAR = 1e-6
 SIZE = {"height": 128, "width": 96, "steps": 3}
@@ -130,3 +132,20 @@ def test_a_dtype_that_no_layer_takes_is_refused_and_the_workers_stay(client, loa
         client.call(loan, {**given, "t": given["t"].to(torch.float8_e5m2)})
     client.call(loan, given)
     assert [each.pid for each in client.status().workers] == [each.pid for each in workers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 1", "leader"])
+def test_kept_tensors_are_sent_again_to_workers_that_were_rebuilt(victim, client, loan, processes):
+    given = z_image_models.inputs((7,), ((8, 8),))
+    arguments = {**given, "cap_feats": [client.keep(given["cap_feats"][0])]}
+    ((before,),) = client.call(loan, arguments)
+    status = client.status()
+    ranks = [worker.pid for worker in status.workers]
+    os.kill(processes.parent_of(ranks[0]) if victim == "leader" else ranks[1], signal.SIGKILL)
+    try:
+        ((after,),) = client.call(loan, arguments)
+    except WorkersLost:  # the call reached the workers before the daemon noticed
+        ((after,),) = client.call(loan, arguments)
+    assert torch.equal(before, after)
+    assert client.status().counters.group_starts == status.counters.group_starts + 1
