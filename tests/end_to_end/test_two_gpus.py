@@ -187,8 +187,8 @@ def test_one_gpu_without_room_for_its_copy(client, make_inputs, run, make_arena)
 def test_one_gpu_without_room_for_a_job(client, loan, make_inputs, run):
     """One rank leaves a collective that the other one waits in: the group is rebuilt, the loan mapped again."""
     before = client.status()
-    hog = take_all_but(100, gpu=1)
-    with pytest.raises(OutOfMemory):  # 131,072 image tokens a rank: a single activation takes 512 MiB
+    hog = take_all_but(400, gpu=1)
+    with pytest.raises(OutOfMemory):  # 131,072 image tokens a rank: its inputs fit, an activation takes 512 MiB
         run(client, loan, make_inputs(tokens=512, pixels=8192), steps=1)
     del hog
     torch.cuda.empty_cache()
