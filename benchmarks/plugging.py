@@ -1,4 +1,4 @@
-"""Plugging a full-size FLUX.1 checkpoint into its skeleton, beside ``load_state_dict(assign=True)``.
+"""Plugging a full-size FLUX.1 checkpoint into its model, beside ``load_state_dict(assign=True)``.
 
     python benchmarks/plugging.py
 
@@ -40,26 +40,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         layout = xfuser_start.start(0, 1, f"{folder}/store", torch.device("cpu"))
 
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
 
     tensors = {
         name: torch.zeros((), dtype=dtype).expand(shape)
         for name, (dtype, shape) in flux_weights.shapes(flux_weights.FULL, torch.bfloat16).items()
     }
     described = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
     started = time.perf_counter()
-    plan = cache.plan(described)
+    match = cache.match(described)
     build_ms = (time.perf_counter() - started) * 1e3
-    bindings = plan.bind(tensors)
-    skeleton = plan.skeleton
+    bindings = match.bind(tensors)
+    model = match.model
     rows = {
-        "plan, skeleton built": build_ms,
-        "plan, layout known": median_ms(lambda: cache.plan(described), given.repeats),
-        "bind": median_ms(lambda: plan.bind(tensors), given.repeats),
-        "plug": median_ms(lambda: skeleton.plug(bindings), given.repeats),
+        "plan, model built": build_ms,
+        "plan, layout known": median_ms(lambda: cache.match(described), given.repeats),
+        "bind": median_ms(lambda: match.bind(tensors), given.repeats),
+        "plug": median_ms(lambda: model.plug(bindings), given.repeats),
         "load_state_dict(assign=True)": median_ms(
-            lambda: skeleton.module.load_state_dict(bindings, assign=True), given.repeats
+            lambda: model.module.load_state_dict(bindings, assign=True), given.repeats
         ),
     }
     xfuser_start.stop()

@@ -59,29 +59,29 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         precision="fp8" if is_cuda else "bf16",
     )
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
     found: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     for precision in dict.fromkeys(("bf16", layout.precision)):
-        skeletons = SkeletonCache(dataclasses.replace(layout, precision=precision))
-        plan = skeletons.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        skeleton = plan.skeleton
-        reserved = skeleton.reserve()
+        models = ModelCache(dataclasses.replace(layout, precision=precision))
+        match = models.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        model = match.model
+        reserved = model.reserve()
         started = time.perf_counter()
-        skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+        model.plug(match.bind(state), "a", match.by_canonical_name(state))
         plug_ms = (time.perf_counter() - started) * 1e3
-        generate(skeleton, given, 2)  # compared with plain modules, and warm
-        checks = skeleton.take_checks()
+        generate(model, given, 2)  # compared with plain modules, and warm
+        checks = model.take_checks()
         passed = [check.error for check in checks if check.is_used and check.error is not None]
         for threshold in (0.0, *given.thresholds):
             results, seconds = [], []
             for _ in range(2):
                 synchronize(device)
                 started = time.perf_counter()
-                latents, reused = generate(skeleton, given, given.steps, threshold)
+                latents, reused = generate(model, given, given.steps, threshold)
                 results.append(latents.float())
                 synchronize(device)
                 seconds.append(time.perf_counter() - started)
@@ -100,7 +100,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
                     "plug_ms": plug_ms,
                 }
             )
-        skeleton.unplug()
+        model.unplug()
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     synchronize(device)
     xfuser_start.stop()
@@ -111,7 +111,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def generate(skeleton: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
+def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
     """Run the workers' loop, as a job does; returns the latents and how many steps the cache spared."""
     from xditd.gpu_workers.jobs.generate import Loop, seeded_noise
     from xditd.gpu_workers.models.operations import CallOptions, Wanted
@@ -120,14 +120,14 @@ def generate(skeleton: Any, given: argparse.Namespace, steps: int, threshold: fl
 
     generator = torch.Generator().manual_seed(0)
     conditioning = {
-        "prompt_embeds": torch.randn(1, given.tokens, 4096, generator=generator).to(skeleton.device),
-        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator).to(skeleton.device),
+        "prompt_embeds": torch.randn(1, given.tokens, 4096, generator=generator).to(model.device),
+        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator).to(model.device),
     }
-    noise = seeded_noise(0, (1, 16, given.pixels // 8, given.pixels // 8), skeleton.dtype).to(skeleton.device)
+    noise = seeded_noise(0, (1, 16, given.pixels // 8, given.pixels // 8), model.dtype).to(model.device)
     wanted = Wanted(batch=1, height=given.pixels, width=given.pixels, steps=steps, guidance_scale=GUIDANCE)
-    started = skeleton.operations.recipe.start(skeleton, wanted, conditioning, noise)
+    started = model.operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions("class", started.foreseen, StepCache(threshold) if threshold else None)
-    loop = Loop(skeleton, skeleton.operations, started, options, batch=1, steps=steps)
+    loop = Loop(model, model.operations, started, options, batch=1, steps=steps)
     latents = loop.run(FiniteCheck(), lambda *_: None, None)
     return latents, loop.reused_steps
 

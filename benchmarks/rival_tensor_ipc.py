@@ -41,7 +41,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
     for _ in range(given.repeats + 1):
         tensors = connection.recv()
         opened = time.perf_counter()
-        # Only the first one pays for the module: it stands for a skeleton that is built already.
+        # Only the first one pays for the module: it stands for a model that is built already.
         converted = reference.convert_transformer(tensors)
         if module is None:
             config = reference.transformer_from(tensors).config

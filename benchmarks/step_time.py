@@ -74,21 +74,21 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
     )
     from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.operations import CallOptions
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.parallel import component_layouts
 
     size = flux_weights.SMALL if given.small else flux_weights.FULL
     state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
     modules: dict[str, Any] = {}
     for precision in dict.fromkeys(("bf16", layout.precision)):
-        cache = SkeletonCache(dataclasses.replace(layout, precision=precision))
+        cache = ModelCache(dataclasses.replace(layout, precision=precision))
         plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-        modules[precision] = plan.skeleton.module
+        plan.model.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+        modules[precision] = plan.model.module
     module = modules["bf16"]
     fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
-    component_layouts.use(plan.skeleton.layout)
+    component_layouts.use(plan.model.layout)
     inputs, options = make_inputs(given, device), CallOptions()
 
     @torch.inference_mode()

@@ -107,7 +107,7 @@ def lending(report: Report, workers: int, bar: Callable[[float], float | None]) 
     label = on(workers)
     rows = [
         Row(
-            f"lend, skeleton built{label}",
+            f"lend, model built{label}",
             partial(report.lend, workers),
             bar(25.0 if workers == 1 else 100.0),
             "torch IPC tensor by tensor, one process",

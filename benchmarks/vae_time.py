@@ -49,33 +49,33 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
 
     channels = SMALL_CHANNELS if given.small else CHANNELS
     state = checkpoints.flux_vae_state_dict(0, channels=channels, encoder=False)
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
 
     def plugged(dtype: torch.dtype) -> Any:
         tensors = {name: tensor.bfloat16().to(device, dtype) for name, tensor in state.items()}
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in tensors.items()})
-        plan.skeleton.plug(plan.bind(tensors))
-        return plan.skeleton
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in tensors.items()})
+        match.model.plug(match.bind(tensors))
+        return match.model
 
     side = given.pixels // 8
     latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
-    def decode_by(skeleton: Any, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
-        operations = skeleton.operations
-        scaling = operations.facts(skeleton.config).latents.scaling
-        image: torch.Tensor = operations.decode(skeleton, latents, scaling, is_shared=is_shared)
+    def decode_by(model: Any, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
+        operations = model.operations
+        scaling = operations.facts(model.config).latents.scaling
+        image: torch.Tensor = operations.decode(model, latents, scaling, is_shared=is_shared)
         return image
 
     exact = decode_by(plugged(torch.float32), latents.float())
-    skeleton = plugged(torch.bfloat16)
+    model = plugged(torch.bfloat16)
     decodes: dict[str, Callable[[], torch.Tensor]] = {
-        "diffusers": lambda: decode_by(skeleton, latents),
-        "channels_last": lambda: decode_by(skeleton, latents.contiguous(memory_format=torch.channels_last)),
-        "bands": lambda: decode_by(skeleton, latents, is_shared=True),
+        "diffusers": lambda: decode_by(model, latents),
+        "channels_last": lambda: decode_by(model, latents.contiguous(memory_format=torch.channels_last)),
+        "bands": lambda: decode_by(model, latents, is_shared=True),
     }
     found = {}
     for way, decode in decodes.items():

@@ -110,7 +110,7 @@ class Walk:
         )
 
     def lends(self) -> None:
-        """Lending to a skeleton that is built, and lending again what is lent."""
+        """Lending to a model that is built, and lending again what is lent."""
         relent: list[Loan] = []
         again = repeat_ms(lambda: relent.append(self.client.lend(self.arenas[0].tensors)), self.given.repeats)
         for loan in relent:

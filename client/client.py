@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.io_blocks import IoPool
 from xditd.client.jobs.arguments import KeptTensor
-from xditd.client.jobs.drafts import Component, draft_decode, draft_encode, draft_encode_text, draft_generate
 from xditd.client.jobs.generation import GenerationJob, draw_seed
-from xditd.client.jobs.running import Runner
+from xditd.client.jobs.job_requests import (
+    Component,
+    decode_request,
+    encode_request,
+    encode_text_request,
+    generate_request,
+)
+from xditd.client.jobs.runner import Runner
 from xditd.client.lifetime import Lifetime
 from xditd.client.loans import Loan, component_id_of, kind_named
 from xditd.client.results import TextEncoding
@@ -193,7 +199,7 @@ class Client:
             raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
         if seed is None and noise is None:
             seed = draw_seed()
-        draft = draft_generate(
+        job = generate_request(
             self._component(transformer, ComponentKind.TRANSFORMER),
             None if vae is None else self._component(vae, ComponentKind.VAE),
             conditioning,
@@ -209,7 +215,7 @@ class Client:
             variant=variant,
             options=options,
         )
-        return self._runner.generate(draft, deadline_s, self)
+        return self._runner.generate(job, deadline_s, self)
 
     def keep(self, tensor: torch.Tensor) -> KeptTensor:
         """Make a tensor that crosses once, with the first ``call`` that uses it, and is kept in the workers.
@@ -277,8 +283,8 @@ class Client:
         Raises:
             BadRequest: a token that the encoder does not know, too many tokens, or no pooled state.
         """
-        draft = draft_encode_text(self._component(encoder, ComponentKind.TEXT_ENCODER), token_ids, pooled=pooled)
-        found = self._runner.run(draft, TextEncoded, deadline_s)
+        job = encode_text_request(self._component(encoder, ComponentKind.TEXT_ENCODER), token_ids, pooled=pooled)
+        found = self._runner.run(job, TextEncoded, deadline_s)
         return TextEncoding(found["hidden_states"], found.get("pooled"))
 
     def decode(
@@ -299,8 +305,8 @@ class Client:
         Raises:
             BadRequest: latents of another shape, or a transformer whose latents are not this VAE's in size.
         """
-        draft = draft_decode(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
-        image = self._runner.run(draft, Decoded, deadline_s)["image"]
+        job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
+        image = self._runner.run(job, Decoded, deadline_s)["image"]
         return image.clamp_(-1.0, 1.0) if clamp else image
 
     def encode(
@@ -315,8 +321,8 @@ class Client:
 
         ``transformer`` is the one that shall read the latents, as in :meth:`decode`.
         """
-        draft = draft_encode(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
-        return self._runner.run(draft, Encoded, deadline_s)["latents"]
+        job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
+        return self._runner.run(job, Encoded, deadline_s)["latents"]
 
     def _transformer(self, component: Loan | str | None) -> Component | None:
         return None if component is None else self._component(component, ComponentKind.TRANSFORMER)

@@ -17,8 +17,8 @@ from typing import Final, TypeVar
 import zmq
 
 from xditd import __version__
+from xditd.client.discovery import HINT, DaemonProcess, close_quietly, find_daemon
 from xditd.client.mailboxes import Mailbox, Patience
-from xditd.client.rendezvous import HINT, DaemonProcess, close_quietly, find_daemon
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.awake_clock import TICK_S, AwakeClock

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
-from xditd.client.sources import check_manifest, state_of
+from xditd.client.lend_checks import check_manifest, state_of
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.file_kinds import shard_of

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from xditd.client.connection import CONTROL_DEADLINE_S, Connection
+from xditd.client.discovery import close_quietly, find_daemon
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Patience
-from xditd.client.rendezvous import close_quietly, find_daemon
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
     Closed,

@@ -1,1 +1,1 @@
-"""The worker side: model families, skeletons, process groups, the xDiT pipeline. Imports torch and xfuser."""
+"""The worker side: model families, models, process groups, the xDiT pipeline. Imports torch and xfuser."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
-from xditd.client.services import Service, ServiceFile, check_user, remove, verify, write
+from xditd.client.systemd_units import Service, ServiceFile, check_user, remove, verify, write
 from xditd.ipc.errors import BadRequest
 
 SUMMARY = "write and check systemd units for this installation"

@@ -11,7 +11,7 @@ from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc.errors import BadRequest, RequestError, named
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.name_lists import listed
@@ -22,10 +22,10 @@ from xditd.ipc.requests import Call
 def run(job: Call, context: JobContext) -> Finished:
     """Run the forwards; rank 0 writes what they give. Ranks meet in none of it but the forwards themselves."""
     clock = PhaseClock(context.device)
-    with together():
+    with raise_on_all_ranks():
         transformer = context.components.get(job.component_id, "transformer")
-        skeleton = transformer.plan.skeleton
-        operations = skeleton.operations_for("transformer")
+        model = transformer.match.model
+        operations = model.operations_for("transformer")
         clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
         taken = {each.name for each in transformer.transformer_facts.arguments}
@@ -39,14 +39,14 @@ def run(job: Call, context: JobContext) -> Finished:
             check_names(part.arguments, transformer.transformer_facts.arguments, f"{where}arguments")
             parts.append(reader.read(part.arguments, where))
             try:
-                operations.check(skeleton, parts[-1])
+                operations.check(model, parts[-1])
             except RequestError as error:
                 if not where:
                     raise
                 raise named(f"parts[{number}]", error) from error
         reader.finish()
     clock.end_phase("inputs", waits=False)
-    results = run_parts(skeleton, operations, parts, CallOptions(job.variant, job.foreseen))
+    results = run_parts(model, operations, parts, CallOptions(job.variant, job.foreseen))
     if not context.is_leader:
         clock.end_phase("forward")
         return Finished(clock.marks_ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.parallel.fellows import together, with_every_core
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.requests import Encode
 from xditd.ipc.transports.layout import torch_dtype
 
@@ -13,9 +13,9 @@ from xditd.ipc.transports.layout import torch_dtype
 def run(job: Encode, context: JobContext) -> Finished:
     """Encode an image, in the order of channels in which it comes, and write the latents."""
     clock = PhaseClock(context.device)
-    with together():
+    with raise_on_all_ranks():
         vae = context.components.get(job.vae_id, "vae")
-        facts, skeleton = vae.vae_facts, vae.plan.skeleton
+        facts, model = vae.vae_facts, vae.match.model
         clock.end_phase("plug")
         io = context.open_io()
         image = io.read("image", job.image, context.device)
@@ -23,9 +23,9 @@ def run(job: Encode, context: JobContext) -> Finished:
             image = image.movedim(-1, 1)  # computed in the layout in which it came
         if context.is_leader:
             clock.end_phase("inputs")
-            with with_every_core(context.device):
+            with using_all_cores(context.device):
                 scaling = job.scaling or facts.latents.scaling
-                latents = skeleton.operations_for("vae").encode(skeleton, image, scaling)
+                latents = model.operations_for("vae").encode(model, image, scaling)
             finite = FiniteCheck()
             finite.note("latents", latents)
             context.check_finite(finite, vae, torch_dtype(job.out.dtype))

@@ -7,7 +7,7 @@ import torch
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.parallel.fellows import together, with_every_core
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import EncodeText
@@ -21,15 +21,15 @@ def run(job: EncodeText, context: JobContext) -> Finished:
     token, or at token 0 where there is none; not projected.
     """
     clock = PhaseClock(context.device)
-    with together():
+    with raise_on_all_ranks():
         encoder = context.components.get(job.encoder_id, "text_encoder")
-        plan = encoder.plan
-        operations = plan.skeleton.operations_for("text_encoder")
-        facts, name = operations.facts(plan.config), plan.family.name
+        match = encoder.match
+        operations = match.model.operations_for("text_encoder")
+        facts, name = operations.facts(match.config), match.family.name
         clock.end_phase("plug")
         io = context.open_io()
         token_ids = io.read("token_ids", job.token_ids)
-        check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(plan.config))
+        check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(match.config))
         io.check("out", job.out, (*token_ids.shape, facts.width))
         if job.out_pooled is not None:
             if not facts.has_pooled:
@@ -37,8 +37,8 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             io.check("out_pooled", job.out_pooled, (token_ids.shape[0], facts.width))
         if context.is_leader:
             clock.end_phase("inputs")
-            with with_every_core(context.device):
-                hidden, pooled = operations.encode(plan.skeleton, token_ids, pooled=job.out_pooled is not None)
+            with using_all_cores(context.device):
+                hidden, pooled = operations.encode(match.model, token_ids, pooled=job.out_pooled is not None)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # pooled ones are some of them
             finite.fetch()

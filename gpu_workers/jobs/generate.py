@@ -20,12 +20,12 @@ from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
+from xditd.gpu_workers.models.model_cache import CachedModel
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel.fellows import together
-from xditd.gpu_workers.parallel.row_shares import add_halves
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.row_partition import add_halves
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.name_lists import listed
@@ -38,7 +38,7 @@ OnDenoised = Callable[[torch.Tensor], None]
 def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     """Denoise on every rank, decode if asked to, and write on rank 0."""
     clock = PhaseClock(context.device)
-    with together():
+    with raise_on_all_ranks():
         transformer = _component(job, context, "transformer")
         vae = _component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
         latent_facts = transformer.transformer_facts.latents
@@ -58,11 +58,11 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     latents = loop.run(finite, progress.step, _previews_of(job, context, io))
     finite.fetch()
     clock.end_phase("steps")
-    with together():
-        into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.plan.dtype])]
+    with raise_on_all_ranks():
+        into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
         context.check_finite(finite, transformer, *into)
     image = None if vae is None else decode_by_all(vae, latents, latent_facts.scaling)
-    with together():
+    with raise_on_all_ranks():
         if context.is_leader and vae is not None and job.out_image is not None:
             image = decoded(context, vae, latents, latent_facts.scaling, image, job.out_image)
             io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
@@ -78,7 +78,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
 class Loop:
     """The steps of one generation: everything is checked, and on the device."""
 
-    skeleton: Skeleton
+    model: CachedModel
     operations: TransformerOperations[Any]
     started: DenoisingRun
     options: CallOptions
@@ -94,18 +94,18 @@ class Loop:
             BadRequest: sizes, shapes, steps, sigmas, options, or values that are not finite.
             Unsupported: too few tokens for the group, or a step cache that the family does not have.
         """
-        skeleton = transformer.plan.skeleton
-        operations = skeleton.operations_for("transformer")
+        model = transformer.match.model
+        operations = model.operations_for("transformer")
         facts, sampling = transformer.transformer_facts, job.sampling
         check_variant(sampling.variant, facts)
         check_names(job.conditioning, facts.conditioning, "conditioning")
         if strange := sorted(set(sampling.options) - set(facts.options)):
             taken = f"it takes {', '.join(facts.options)}" if facts.options else "it takes none"
-            raise BadRequest(f"options: {listed(strange)} cannot be given to {transformer.plan.family.name}; {taken}")
+            raise BadRequest(f"options: {listed(strange)} cannot be given to {transformer.match.family.name}; {taken}")
         if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
-            raise Unsupported(f"step_cache: {transformer.plan.family.name} has none; leave it at 0")
+            raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
         wanted = wanted_of(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts)
-        operations.recipe.check(transformer.plan.config, wanted)
+        operations.recipe.check(transformer.match.config, wanted)
         shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
         io.check("out_latents", job.out_latents, shape)
         check_output("out_latents", job.out_latents.dtype)
@@ -114,7 +114,7 @@ class Loop:
             io.check("out_denoised", job.out_denoised, shape)
         reader = context.reader(io)
         conditioning = reader.read(job.conditioning).arguments
-        dtype = operations.recipe.noise_dtype(transformer.plan.dtype, sampling.variant)
+        dtype = operations.recipe.noise_dtype(transformer.match.dtype, sampling.variant)
         if job.noise is not None:
             given = io.read("noise", job.noise, context.device)
             check_tensor("noise", given, shape)
@@ -124,12 +124,12 @@ class Loop:
             noise = seeded_noise(sampling.seed, shape, dtype).to(context.device)
         else:
             raise BadRequest("generate: neither noise nor a seed; give one of them")
-        started = operations.recipe.start(skeleton, wanted, conditioning, noise)
+        started = operations.recipe.start(model, wanted, conditioning, noise)
         reader.finish()
         threshold = sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
         options = CallOptions(sampling.variant, started.foreseen, cache)
-        return cls(skeleton, operations, started, options, wanted.batch, wanted.steps)
+        return cls(model, operations, started, options, wanted.batch, wanted.steps)
 
     @torch.inference_mode()
     def run(
@@ -144,7 +144,7 @@ class Loop:
         started, scheduler = self.started, self.started.scheduler
         latents = started.latents
         for step, timestep in enumerate(scheduler.timesteps):
-            rows = run_parts(self.skeleton, self.operations, started.parts(latents, step), self.options)
+            rows = run_parts(self.model, self.operations, started.parts(latents, step), self.options)
             predicted = started.predicted(rows, latents, step)
             if on_denoised is not None:
                 on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))

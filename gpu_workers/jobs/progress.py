@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.gpu_workers.parallel.agreement import broadcast_stop
+from xditd.gpu_workers.parallel.rank_sync import broadcast_stop
 from xditd.ipc.errors import Cancelled
 
 

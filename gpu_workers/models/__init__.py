@@ -1,1 +1,1 @@
-"""What all families share: the registry, checkpoints as views of parameters, skeletons, components, checks."""
+"""What all families share: the registry, checkpoints as views of parameters, models, components, checks."""

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 
 from xditd.gpu_workers.models.entries import Shape
+from xditd.gpu_workers.models.model_cache import CachedModel
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, RowResults, TransformerOperations
-from xditd.gpu_workers.models.skeletons import Skeleton
 from xditd.gpu_workers.parallel import component_layouts
-from xditd.gpu_workers.parallel.row_shares import gather_flat, halves, own_rows, rows_of_half
+from xditd.gpu_workers.parallel.row_partition import gather_flat, halves, own_rows, rows_of_half
 
 
 def run_parts(
-    skeleton: Skeleton, operations: TransformerOperations[Any], parts: Sequence[Inputs], options: CallOptions
+    model: CachedModel, operations: TransformerOperations[Any], parts: Sequence[Inputs], options: CallOptions
 ) -> list[RowResults]:
     """Run independent forwards that were checked, and return the rows of each, on every rank, in the weights' dtype.
 
     Halves of a group share all rows out between them, so that a prompt and a negative one of another length run at the
     same time. With fewer rows than halves, every half does the same work.
     """
-    component_layouts.use(skeleton.layout)
+    component_layouts.use(model.layout)
     shapes = [operations.rows(part) for part in parts]
     total = sum(map(len, shapes))
     if halves() == 1 or total < halves():
-        return [operations.run(skeleton, part, options) for part in parts]
+        return [operations.run(model, part, options) for part in parts]
     mine = own_rows(total)
     done: list[torch.Tensor] = []
     start = 0
@@ -35,18 +35,16 @@ def run_parts(
         share = slice(max(mine.start - start, 0), min(mine.stop - start, len(rows)))
         if share.start < share.stop:
             is_whole = share.stop - share.start == len(rows)
-            done += operations.run(skeleton, part if is_whole else operations.take_rows(part, share), options)
+            done += operations.run(model, part if is_whole else operations.take_rows(part, share), options)
         start += len(rows)
     return _regrouped(_gathered(done, [shape for rows in shapes for shape in rows]), shapes)
 
 
 def _gathered(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
-    """Put every half's rows together; as one stretch of numbers, since rows may differ in shape."""
+    """Put every half's rows together; as one flat tensor, since rows may differ in shape."""
     per_half = [[math.prod(shape) for shape in shapes[rows_of_half(len(shapes), half)]] for half in range(halves())]
-    stretches = gather_flat(torch.cat([row.reshape(-1) for row in mine]), max(map(sum, per_half)))
-    flat = [
-        row for stretch, sizes in zip(stretches, per_half, strict=True) for row in stretch[: sum(sizes)].split(sizes)
-    ]
+    gathered = gather_flat(torch.cat([row.reshape(-1) for row in mine]), max(map(sum, per_half)))
+    flat = [row for half, sizes in zip(gathered, per_half, strict=True) for row in half[: sum(sizes)].split(sizes)]
     return [row.view(shape) for row, shape in zip(flat, shapes, strict=True)]
 
 

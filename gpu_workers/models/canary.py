@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from xditd.gpu_workers.parallel.agreement import Circle, agree
+from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.ipc import limits
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.status import FusedCheck
@@ -38,12 +38,12 @@ class Canary:
         if case in self._passed:
             return result
         expected = plain()
-        if not agree(bool(expected.isfinite().all()), Circle.IMAGE):
+        if not agree(bool(expected.isfinite().all()), RankSet.SEQUENCE):
             # The weights are at fault, and the next ones may be sound: there is nothing to judge the path by.
             return expected
         error = float((result.float() - expected.float()).norm() / expected.float().norm())
         # Not "error > tolerance": a NaN must be refused, too.
-        self.is_refused = not agree(error <= self._tolerance, Circle.IMAGE)
+        self.is_refused = not agree(error <= self._tolerance, RankSet.SEQUENCE)
         self._note(case, error)
         if self.is_refused:
             logger.error("%s refused case=%s error=%.3g tolerance=%g", self._what, case, error, self._tolerance)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 
-from xditd.gpu_workers.models.skeletons import Plan
+from xditd.gpu_workers.models.model_cache import CheckpointMatch
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.tensors import ComponentKind, DType, Manifest
 from xditd.ipc.transports.layout import dtype_name
 
 
-def facts_of(plan: Plan, manifest: Manifest) -> ComponentFacts:
+def facts_of(match: CheckpointMatch, manifest: Manifest) -> ComponentFacts:
     """Ask the family for what it says of its kind, and count the bytes."""
-    skeleton = plan.skeleton
-    kind = plan.family.kind
+    model = match.model
+    kind = match.family.kind
     transformer = vae = text_encoder = None
     if kind == "transformer":
-        transformer = skeleton.operations_for(kind).facts(plan.config, skeleton.layout)
+        transformer = model.operations_for(kind).facts(match.config, model.layout)
     elif kind == "vae":
-        vae = skeleton.operations_for(kind).facts(plan.config)
+        vae = model.operations_for(kind).facts(match.config)
     else:
-        text_encoder = skeleton.operations_for(kind).facts(plan.config)
+        text_encoder = model.operations_for(kind).facts(match.config)
     sizes: Counter[DType] = Counter()
     for spec in manifest.tensors:
         sizes[spec.dtype] += spec.extent_bytes
     return ComponentFacts(
-        family=plan.family.name,
-        class_name=class_of(skeleton.module),
+        family=match.family.name,
+        class_name=class_of(model.module),
         kind=ComponentKind(kind),
-        dtype=dtype_name(plan.dtype),
+        dtype=dtype_name(match.dtype),
         bytes_by_dtype=dict(sizes),
         transformer=transformer,
         vae=vae,

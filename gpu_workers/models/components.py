@@ -1,4 +1,4 @@
-"""Lent components on one rank: mapped, verified, bound to a skeleton, and let go of again.
+"""Lent components on one rank: mapped, verified, bound to a model, and let go of again.
 
 | block | on its own GPU | on another rank's GPU | on the CPU |
 |---|---|---|---|
@@ -25,11 +25,11 @@ from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component_facts import facts_of
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.file_watch import FileWatch, check_opened, fault_of
-from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
-from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.peers import PeerCopies
-from xditd.gpu_workers.parallel.upload_shares import Stretch, cut, join
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, cut, join
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
     BadRequest,
@@ -56,7 +56,7 @@ class Component:
     """One lent component. ``bindings`` are views of ``opened`` blocks or of ``copies``, which this rank owns."""
 
     component_id: str
-    plan: Plan
+    match: CheckpointMatch
     bindings: dict[str, torch.Tensor]
     manifest: Manifest
     facts: ComponentFacts
@@ -81,7 +81,7 @@ class Component:
 
     @property
     def is_plugged(self) -> bool:
-        return self.plan.skeleton.owner == self.component_id
+        return self.match.model.owner == self.component_id
 
 
 class _Own(NamedTuple):
@@ -89,21 +89,21 @@ class _Own(NamedTuple):
 
     tensors: dict[str, torch.Tensor]
     buffer: torch.Tensor
-    stretches: list[Stretch]
+    ranges: list[CopyRange]
 
 
 class Components:
     """The components of this rank. Every rank makes the same calls in the same order."""
 
-    def __init__(self, layout: ParallelLayout, device_uuid: str, fellow_uuids: tuple[str, ...]) -> None:
-        self.skeletons = SkeletonCache(layout)
+    def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
+        self.models = ModelCache(layout)
         self.blocks = OpenBlocks(layout.device, device_uuid)
-        self.peers = PeerCopies(layout, fellow_uuids)
+        self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.files = FileWatch(layout)
         self.plugs = 0
         self._device = layout.device
         self._rank = layout.rank
-        self._fellow_uuids = fellow_uuids
+        self._peer_uuids = peer_uuids
         self._prepared: dict[str, Component] = {}
         self._live: dict[str, Component] = {}
 
@@ -138,7 +138,7 @@ class Components:
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
-            self.skeletons.release_idle()
+            self.models.release_idle()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # a copy that was begun: torch would keep it, gigabytes that others may need
             if stale is not None:
@@ -173,8 +173,8 @@ class Components:
         component = self._live.get(component_id)
         if component is None:
             raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
-        if component.plan.family.kind != kind:
-            raise BadRequest(f"component {component_id} is a {component.plan.family.kind}; this job needs a {kind}")
+        if component.match.family.kind != kind:
+            raise BadRequest(f"component {component_id} is a {component.match.family.kind}; this job needs a {kind}")
         self.check_unchanged(component)
         if not component.is_plugged:
             self._plug(component)
@@ -200,7 +200,7 @@ class Components:
             OtherRankFailed: this rank could, another could not.
         """
         clock = Clock()
-        with together():
+        with raise_on_all_ranks():
             component = self._live.get(component_id)
             if component is None:
                 raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
@@ -222,8 +222,8 @@ class Components:
         if own is not None:
             component.tensors.update(own.tensors)
             component.copies.append(own.buffer)
-            size = sum(stretch.nbytes for stretch in own.stretches)
-        component.bindings = component.plan.bind(component.tensors)
+            size = sum(each.nbytes for each in own.ranges)
+        component.bindings = component.match.bind(component.tensors)
         if is_plugged:
             self._plug(component)
         sources.clear()  # a block with views cannot be unmapped
@@ -238,9 +238,9 @@ class Components:
             component = where.pop(component_id, None)
             if component is not None:
                 if component.is_plugged:
-                    component.plan.skeleton.unplug()
+                    component.match.model.unplug()
                 self._let_go(component)
-                self.skeletons.release_idle()
+                self.models.release_idle()
         if not self._live and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # what jobs worked in, gigabytes after a VAE: there are none until a new loan
 
@@ -250,8 +250,8 @@ class Components:
             self.unmap(component_id)
 
     def _plug(self, component: Component) -> None:
-        plan = component.plan
-        plan.skeleton.plug(component.bindings, component.component_id, plan.by_canonical_name(component.tensors))
+        match = component.match
+        match.model.plug(component.bindings, component.component_id, match.by_canonical_name(component.tensors))
         self.plugs += 1
 
     def _let_go(self, component: Component) -> None:
@@ -279,40 +279,42 @@ class Components:
         digests: Mapping[int, bytes],
     ) -> Component:
         clock = Clock()
-        with together():
+        with raise_on_all_ranks():
             if faults := manifest.faults():
                 raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
-            plan = self._plan(manifest)
-            reserved = plan.skeleton.reserve()
-            clock.mark("plan")
+            match = self._match(manifest)
+            reserved = match.model.reserve()
+            clock.mark("match")
             for number, block in enumerate(manifest.blocks):
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
         self.files.begin(opened)  # the rest of the lend goes on meanwhile
-        tensors, bindings, copies, copied = self._gather(manifest, plan, opened, clock)
+        tensors, bindings, copies, copied = self._gather(manifest, match, opened, clock)
         self.files.await_small(opened)
         # What plugging makes of the weights is a copy too, if a smaller one.
         copied = copied + CopiedBytes(device_to_device=reserved)
-        facts = facts_of(plan, manifest)
-        return Component(component_id, plan, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms)
+        facts = facts_of(match, manifest)
+        return Component(
+            component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
+        )
 
-    def _plan(self, manifest: Manifest) -> Plan:
+    def _match(self, manifest: Manifest) -> CheckpointMatch:
         try:
             tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
-            plan = self.skeletons.plan(tensors, None if manifest.kind is None else manifest.kind.value)
+            match = self.models.match(tensors, None if manifest.kind is None else manifest.kind.value)
         except RequestError as error:
             raise named(manifest.label, error) from error
-        return plan
+        return match
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block, or leave it to be received from the rank on whose GPU it lies."""
-        if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._fellow_uuids:
-            known = listed(uuid for uuid in self._fellow_uuids if uuid) or "none, they run on the CPU"
+        if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._peer_uuids:
+            known = listed(uuid for uuid in self._peer_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
     def _gather(
-        self, manifest: Manifest, plan: Plan, opened: list[OpenBlock | None], clock: Clock
+        self, manifest: Manifest, match: CheckpointMatch, opened: list[OpenBlock | None], clock: Clock
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device: as a view where it can be one, else as one copy; and bind them.
 
@@ -321,12 +323,12 @@ class Components:
         """
         is_cuda = self._device.type == "cuda"
         received: dict[int, torch.Tensor] = {}
-        with together():
+        with raise_on_all_ranks():
             for number, block in enumerate(manifest.blocks):
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            read = set(plan.sources.values())
+            read = set(match.sources.values())
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
             own = self._lay_out(apart)
@@ -336,15 +338,15 @@ class Components:
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
-            share = self.peers.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            share = self.gpu_copies.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
             tensors, copies = own.tensors, [own.buffer]
-            size = sum(stretch.nbytes for stretch in cut(own.stretches, share))
-        with self.peers.delivering(manifest.blocks, sources, received, clock.mark):
+            size = sum(each.nbytes for each in cut(own.ranges, share))
+        with self.gpu_copies.delivering(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
-            bindings = plan.bind(tensors)
+            bindings = match.bind(tensors)
         clock.mark("bind")
         if not is_cuda:
             return tensors, bindings, copies, CopiedBytes(host_to_host=size)
@@ -379,7 +381,7 @@ class Components:
         counts = []
         for part in parts:
             before = len(uploads)
-            for number, start, to, size in cut(own.stretches, part):
+            for number, start, to, size in cut(own.ranges, part):
                 source, target = sources[number].narrow(0, start, size), own.buffer.narrow(0, to, size)
                 block = opened[number]
                 if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):

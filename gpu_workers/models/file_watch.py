@@ -1,7 +1,7 @@
 """Rank 0's watch over the lent files that CPU ranks compute with: are they still what was lent?
 
-All ranks map the same files, so one looks for all, and ``together`` tells the others. On a GPU there is nothing to
-watch: what came from files was copied, and checked around the copy, when it was lent.
+All ranks map the same files, so one looks for all, and ``raise_on_all_ranks`` tells the others. On a GPU there is
+nothing to watch: what came from files was copied, and checked around the copy, when it was lent.
 """
 
 from __future__ import annotations

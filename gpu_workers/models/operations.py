@@ -223,7 +223,7 @@ class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
 
 
 class Model(Protocol[ConfigT_co]):
-    """A plugged model, as a family sees it: the skeleton that the engine holds."""
+    """A plugged model, as a family sees it: the model that the engine holds."""
 
     @property
     def config(self) -> ConfigT_co:

@@ -60,9 +60,9 @@ class FiniteCheck:
 
 def _fault(component: Component, name: str, where: str) -> NotFinite:
     manifest = component.manifest
-    computed = str(component.plan.dtype).removeprefix("torch.")
+    computed = str(component.match.dtype).removeprefix("torch.")
     return NotFinite(
-        f"{component.plan.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
+        f"{component.match.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
         f"infinite{where}; look for such values in its weights, which are {computed}, and if there are none, lend it "
         "in a dtype of more range (bfloat16, float32)"
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xditd.gpu_workers.parallel.agreement import add_up
+from xditd.gpu_workers.parallel.rank_sync import sum_over_ranks
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class StepCache:
         verdicts = dict.fromkeys(images, False)
         if known:
             sums = [self._compare(self._kept[number].first, first[images.index(number)]) for number in known]
-            totals = add_up(torch.stack(sums).cpu().double(), get_sp_group().cpu_group)
+            totals = sum_over_ranks(torch.stack(sums).cpu().double(), get_sp_group().cpu_group)
             for number, (difference, size) in zip(known, totals.tolist(), strict=True):
                 verdicts[number] = difference < self._threshold * size  # never where something is not a number
         for number, is_alike in verdicts.items():

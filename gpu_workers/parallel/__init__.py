@@ -1,1 +1,1 @@
-"""Work across ranks: shares of tokens and rows, attention, agreement, copies between GPUs."""
+"""Work across ranks: who works on which tokens and rows, attention, synchronisation of ranks, copies between GPUs."""

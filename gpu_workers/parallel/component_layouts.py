@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from xditd.gpu_workers.parallel import attention, ring, sequence_groups
-from xditd.gpu_workers.parallel.fellows import together
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
@@ -28,7 +28,7 @@ def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) 
     backend = layout.attention_backend
     if degrees != layout.degrees:
         if layout.degrees.ring == 1:
-            with together():
+            with raise_on_all_ranks():
                 backend = _backend_for_ring(layout, degrees, f"{family}: {heads} attention heads")
         sequence_groups.make(degrees)
     return dataclasses.replace(

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.parallel.agreement import Circle, agree
-from xditd.gpu_workers.parallel.fellows import together
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.rank_sync import RankSet, agree, raise_on_all_ranks
 from xditd.ipc.transports.cuda_ipc import CudaMapping, DeviceArena
 from xditd.ipc.transports.layout import align
 
@@ -58,13 +57,13 @@ class Exchange:
         triton_kernels.meet(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
 
     def close(self) -> None:
-        """Unmap the fellows' buffers, then free this rank's own."""
+        """Unmap the other ranks' buffers, then free this rank's own."""
         torch.cuda.synchronize(self._layout.device)
         for mapping in self._mappings:
             if mapping is not None:
                 mapping.close()
         self._mappings = []
-        agree(True, Circle.IMAGE)  # nobody frees what a fellow still has mapped
+        agree(True, RankSet.SEQUENCE)  # nobody frees what another rank still has mapped
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -73,13 +72,13 @@ class Exchange:
         self.close()
         index = self._layout.device.index
         self._capacity, self._rounds = (0, 0), 0
-        with together(Circle.IMAGE):
+        with raise_on_all_ranks(RankSet.SEQUENCE):
             self._arena = DeviceArena(FLAGS_BYTES + heads_bytes + tokens_bytes, index)
         self._arena.bytes[:FLAGS_BYTES].zero_()
         own = self._arena.block()
         handles = [torch.empty(len(own.handle), dtype=torch.uint8) for _ in range(self._layout.degrees.sequence)]
         dist.all_gather(handles, torch.tensor(list(own.handle), dtype=torch.uint8), group=self._group)
-        with together(Circle.IMAGE):
+        with raise_on_all_ranks(RankSet.SEQUENCE):
             self._mappings = [
                 None
                 if rank == self._layout.sequence_rank
@@ -95,7 +94,7 @@ class Exchange:
         )
         self._capacity = (heads_bytes, tokens_bytes)
         torch.cuda.synchronize(index)
-        agree(True, Circle.IMAGE)  # every rank's flags are zero before anybody raises one
+        agree(True, RankSet.SEQUENCE)  # every rank's flags are zero before anybody raises one
 
 
 class Buffers(NamedTuple):

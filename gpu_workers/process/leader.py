@@ -15,8 +15,8 @@ import torch
 import torch.multiprocessing
 
 from xditd.gpu_workers.process import rank, start_faults
+from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
-from xditd.gpu_workers.process.parents import die_with_parent
 from xditd.ipc import planner
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
 from xditd.ipc.planner import Plan

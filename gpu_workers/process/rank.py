@@ -13,8 +13,8 @@ import torch
 from xditd.gpu_workers.process import start_faults, xfuser_start
 from xditd.gpu_workers.process.channel import DaemonChannel
 from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
-from xditd.gpu_workers.process.parents import die_with_parent
 from xditd.ipc.errors import RequestError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.planner import Plan, report

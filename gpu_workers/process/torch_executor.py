@@ -14,8 +14,8 @@ from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
-from xditd.gpu_workers.parallel.fellows import gather_uuids
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.rank_sync import gather_uuids
 from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts, TimingsMs
 from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure, is_want_of_host_memory, out_of_memory
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
@@ -72,14 +72,14 @@ class TorchExecutor:
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
-        plan = component.plan
-        heads = plan.family.heads(plan.config)
+        match = component.match
+        heads = match.family.heads(match.config)
         if heads and self.facts.rank == 0:
             logger.info(
                 "layout of a component component_id=%s family=%s heads=%d layout=%s",
-                command.component_id, plan.family.name, heads, plan.skeleton.layout.degrees,
+                command.component_id, match.family.name, heads, match.model.layout.degrees,
             )  # fmt: skip
-        return PreparedFacts(component.facts, component.copied, plan.is_reused, component.timings_ms)
+        return PreparedFacts(component.facts, component.copied, match.is_reused, component.timings_ms)
 
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms
@@ -109,15 +109,15 @@ class TorchExecutor:
         )
 
     def tally(self) -> RankTally:
-        skeletons = self._components.skeletons
+        models = self._components.models
         return RankTally(
             loaded=len(self._components),
-            skeletons_built=skeletons.built,
-            skeletons_reused=skeletons.reused,
+            skeletons_built=models.built,
+            skeletons_reused=models.reused,
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
-            fused_checks=skeletons.take_checks(),
+            fused_checks=models.take_checks(),
         )
 
     def after_answer(self) -> None:
@@ -130,7 +130,7 @@ class TorchExecutor:
     def explain(self, error: Exception) -> tuple[XditdError, bool]:
         if isinstance(error, XditdError):
             # Requests are refused on all ranks alike before the first collective, cancels are agreed, and what
-            # differs between ranks passes fellows.together. Only a defect of ours can leave the ranks apart.
+            # differs between ranks passes raise_on_all_ranks. Only a defect of ours can leave the ranks apart.
             return error, isinstance(error, Internal)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.registry import own_families
-from xditd.gpu_workers.parallel import agreement, attention, ring, sequence_groups
+from xditd.gpu_workers.parallel import attention, rank_sync, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import planner
@@ -43,7 +43,7 @@ def start(
     kernels: str = "plain",
     precision: str = "bf16",
 ) -> ParallelLayout:
-    """Join the process group at ``store_path`` and start xDiT in it; afterwards skeletons can be built.
+    """Join the process group at ``store_path`` and start xDiT in it; afterwards models can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
@@ -63,9 +63,9 @@ def start(
     _import_xfuser(device)
     clock.mark("imports")
     store = _join(rank, world_size, store_path, device)
-    agreement.join(store, "xditd/agreement", rank, world_size)
+    rank_sync.share_page(store, "xditd/rank_sync", rank, world_size)
     image, place = divmod(rank, degrees.sequence)
-    agreement.join(store, f"xditd/agreement/{image}", place, degrees.sequence, agreement.Circle.IMAGE)
+    rank_sync.share_page(store, f"xditd/rank_sync/{image}", place, degrees.sequence, rank_sync.RankSet.SEQUENCE)
     clock.mark("group")
     backend = _start_xdit(rank, degrees, device, attention_backend)
     clock.mark("xdit")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelLayout]
 
 
 @pytest.fixture
-def cache(layout: ParallelLayout) -> SkeletonCache:
-    return SkeletonCache(layout)
+def cache(layout: ParallelLayout) -> ModelCache:
+    return ModelCache(layout)
 
 
 @pytest.fixture(scope="session")
-def shared_cache(layout: ParallelLayout) -> SkeletonCache:
-    return SkeletonCache(layout)
+def shared_cache(layout: ParallelLayout) -> ModelCache:
+    return ModelCache(layout)
 
 
 @pytest.fixture(scope="session")
@@ -77,15 +77,15 @@ def describe() -> Callable[[State], dict[str, TensorInfo]]:
 
 
 @pytest.fixture(scope="session")
-def plug() -> Callable[[SkeletonCache, State], Plan]:
-    """Plan a checkpoint, and plug its tensors into the skeleton that comes of it."""
+def plug() -> Callable[[ModelCache, State], CheckpointMatch]:
+    """CheckpointMatch a checkpoint, and plug its tensors into the model that comes of it."""
 
-    def plan_and_plug(cache: SkeletonCache, state: State) -> Plan:
-        plan = cache.plan(_describe(state))
-        plan.skeleton.plug(plan.bind(state))
-        return plan
+    def match_and_plug(cache: ModelCache, state: State) -> CheckpointMatch:
+        match = cache.match(_describe(state))
+        match.model.plug(match.bind(state))
+        return match
 
-    return plan_and_plug
+    return match_and_plug
 
 
 def _describe(state: State) -> dict[str, TensorInfo]:
@@ -94,11 +94,11 @@ def _describe(state: State) -> dict[str, TensorInfo]:
 
 @pytest.fixture
 def transformer(
-    shared_cache: SkeletonCache, demo_transformer: State, plug: Callable[[SkeletonCache, State], Plan]
-) -> Skeleton:
-    return plug(shared_cache, demo_transformer).skeleton
+    shared_cache: ModelCache, demo_transformer: State, plug: Callable[[ModelCache, State], CheckpointMatch]
+) -> CachedModel:
+    return plug(shared_cache, demo_transformer).model
 
 
 @pytest.fixture
-def vae(shared_cache: SkeletonCache, demo_vae: State, plug: Callable[[SkeletonCache, State], Plan]) -> Skeleton:
-    return plug(shared_cache, demo_vae).skeleton
+def vae(shared_cache: ModelCache, demo_vae: State, plug: Callable[[ModelCache, State], CheckpointMatch]) -> CachedModel:
+    return plug(shared_cache, demo_vae).model

@@ -19,7 +19,7 @@ from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words, titles
 from xditd.client.comfyui.fused_sampler import FusedEuler, parts_of
 from xditd.client.comfyui.loop_eligibility import why_stepwise
-from xditd.client.comfyui.notes import show_on_node
+from xditd.client.comfyui.node_text import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY
 from xditd.client.comfyui.understood import why_unlike_made
 from xditd.client.comfyui.vae import weights_of, why_local

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from xditd.client.cli.status import describe
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.notes import show_on_node
+from xditd.client.comfyui.node_text import show_on_node
 
 
 class XditStatus(io.ComfyNode):

@@ -27,7 +27,7 @@ from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.token_shares import Share, deal_tokens, gather, pad_rows
+from xditd.gpu_workers.parallel.token_partition import RankTokens, gather, pad_rows, partition_tokens
 from xditd.ipc.status import FusedCheck
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Blocks(NamedTuple):
 
 
 class FusedFlux1:
-    """The fast forward of one skeleton. ``plug`` and ``unplug`` follow the skeleton's own.
+    """The fast forward of one model. ``plug`` and ``unplug`` follow the model's own.
 
     ``canary`` judges its results for whoever calls it.
     """
@@ -147,7 +147,7 @@ class FusedFlux1:
         """
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
-        shares = deal_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
+        shares = partition_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
         own = shares[self._layout.sequence_rank]
         modulations = self._modulator(
             timestep, guidance, pooled_projections, hidden_states.dtype, options.variant, times
@@ -171,7 +171,7 @@ class FusedFlux1:
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
 
-    def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: Share) -> Angles:
+    def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: RankTokens) -> Angles:
         """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
         kept = self._rotated
         if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:

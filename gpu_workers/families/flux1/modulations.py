@@ -75,7 +75,7 @@ class _Run:
 
 
 class Modulator:
-    """Makes the modulations of one skeleton's forwards; ``embed`` is its ``time_text_embed``."""
+    """Makes the modulations of one model's forwards; ``embed`` is its ``time_text_embed``."""
 
     def __init__(self, embed: Any, width: int) -> None:
         self._embed = embed

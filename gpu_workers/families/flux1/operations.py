@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.token_shares import deal_tokens
+from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TransformerFacts
 
@@ -93,7 +93,7 @@ class Flux1Operations:
         check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
         if config.has_guidance or given.get("guidance") is not None:
             check_tensor("guidance", given.get("guidance"), (rows,))
-        deal_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
+        partition_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
         rows, *shape = inputs.arguments["hidden_states"].shape

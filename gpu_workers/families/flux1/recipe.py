@@ -18,7 +18,7 @@ from xditd.gpu_workers.families.flux1.config import PATCH, PIXELS_PER_LATENT, Fl
 from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.gpu_workers.parallel.token_shares import deal_tokens
+from xditd.gpu_workers.parallel.token_partition import partition_tokens
 
 
 class Flux1Recipe:
@@ -38,7 +38,7 @@ class Flux1Recipe:
         check_shape("prompt_embeds", embeds, (wanted.batch, None, config.context_channels))
         check_shape("pooled_prompt_embeds", pooled, (wanted.batch, config.pooled_channels))
         rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
-        deal_tokens(embeds.shape[1], rows * columns, model.layout.degrees.sequence)
+        partition_tokens(embeds.shape[1], rows * columns, model.layout.degrees.sequence)
         embeds, pooled = prepare(model, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
         latents = cast(torch.Tensor, FluxPipeline._pack_latents(noise.contiguous(), *noise.shape))
         scheduler = _scheduled(config, wanted, latents.shape[1], model.device)

@@ -1,7 +1,7 @@
 """Plain diffusers in one process: what every result here is compared with.
 
 Nothing of the worker side is used: checkpoints go through diffusers' own converters and the result through its own
-pipeline, so that a mistake in our key map, skeletons or pipelines cannot hide in both. No network is used.
+pipeline, so that a mistake in our key map, models or pipelines cannot hide in both. No network is used.
 
     python -m xditd.gpu_workers.families.flux1.reference --transformer F --vae F --inputs IN --out OUT \
         --height 512 --width 512 --steps 4 --guidance 3.5

@@ -29,7 +29,7 @@ from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.sequence_attention import attend
-from xditd.gpu_workers.parallel.token_shares import deal_tokens, gather, pad_rows
+from xditd.gpu_workers.parallel.token_partition import gather, pad_rows, partition_tokens
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.fused import FusedFlux1
@@ -163,7 +163,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         **others: Any,
     ) -> Any:
         text, image = encoder_hidden_states.shape[1], hidden_states.shape[1]
-        shares = deal_tokens(text, image, get_sequence_parallel_world_size())
+        shares = partition_tokens(text, image, get_sequence_parallel_world_size())
         own = shares[get_sequence_parallel_rank()]
         valid = {"valid_kv_len": text + image} if shares[-1].padding else {}
         with self._embedding(timestep, hidden_states.dtype, variant):

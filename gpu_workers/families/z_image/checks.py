@@ -17,7 +17,7 @@ from xditd.gpu_workers.families.z_image.config import (
 )
 from xditd.gpu_workers.models.job_checks import check_batch, check_tensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.token_shares import deal_evenly
+from xditd.gpu_workers.parallel.token_partition import partition_evenly
 from xditd.ipc.errors import BadRequest
 
 
@@ -52,4 +52,4 @@ def check_split(layout: ParallelLayout, image_tokens: int, text_tokens: Sequence
     """Raise ``Unsupported`` if there are too few tokens for the ranks that share a sequence."""
     ranks = layout.degrees.sequence
     for tokens, what in ((image_tokens, "image tokens"), *((each, "text tokens") for each in text_tokens)):
-        deal_evenly(padded(tokens), ranks, what)
+        partition_evenly(padded(tokens), ranks, what)

@@ -20,7 +20,7 @@ from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_par
 from xditd.gpu_workers.families.z_image.config import NORM_EPSILON, PATCH, padded
 from xditd.gpu_workers.families.z_image.facts import COMFYUI
 from xditd.gpu_workers.parallel.sequence_attention import attend
-from xditd.gpu_workers.parallel.token_shares import Stretch, deal_evenly, gather_evenly, pad_rows
+from xditd.gpu_workers.parallel.token_partition import RankRange, gather_evenly, pad_rows, partition_evenly
 
 EMBEDDER = f"{PATCH}-1"
 
@@ -144,8 +144,8 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
         whole = gather_evenly(pad_rows(features, own_image.padding, dim=1), len(images[0]))
         return cast(list[torch.Tensor], self.unpatchify(list(whole.unbind()), sizes, PATCH, 1))
 
-    def _own(self, tokens: int) -> Stretch:
-        return deal_evenly(tokens, get_sequence_parallel_world_size())[get_sequence_parallel_rank()]
+    def _own(self, tokens: int) -> RankRange:
+        return partition_evenly(tokens, get_sequence_parallel_world_size())[get_sequence_parallel_rank()]
 
     def _embed(
         self,
@@ -164,7 +164,7 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
         )
         return _Sequence(embedded.unflatten(0, (rows, -1)), rotation.unflatten(0, (rows, -1)))
 
-    def _refine_image(self, image: _Sequence, tokens: int, time: torch.Tensor, own: Stretch) -> _Sequence:
+    def _refine_image(self, image: _Sequence, tokens: int, time: torch.Tensor, own: RankRange) -> _Sequence:
         features = image.features
         for block in self.noise_refiner:
             features = block(features, SharedKeys(tokens), image.rotation, time)

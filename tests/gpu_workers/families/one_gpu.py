@@ -35,7 +35,7 @@ def main(folder: str) -> None:
 
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", 0)
@@ -45,26 +45,26 @@ def main(folder: str) -> None:
     from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 
     facts: dict[str, Any] = {"attention": layout.attention_backend}
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
 
-    cpu_cache = SkeletonCache(dataclasses.replace(layout, device=torch.device("cpu")))
+    cpu_cache = ModelCache(dataclasses.replace(layout, device=torch.device("cpu")))
 
     def parity(state: dict[str, torch.Tensor], given: dict[str, Any], steps: int) -> dict[str, Any]:
-        skeleton = direct_jobs.plugged(cache, state)
+        cached = direct_jobs.plugged(cache, state)
         model = reference.transformer_from(state)
         renamed = {"pooled_prompt_embeds" if name == "pooled" else name: value for name, value in given.items()}
         expected = reference.reference_latents(model, **renamed, steps=steps, guidance_scale=GUIDANCE)
         found: dict[str, Any] = {}
-        own = skeleton.layout
+        own = cached.layout
         for backend in dict.fromkeys((own.attention_backend, "SDPA")):
-            skeleton.layout = dataclasses.replace(own, attention_backend=backend)
-            results = [direct_jobs.generate(skeleton, **given, steps=steps) for _ in range(2)]
+            cached.layout = dataclasses.replace(own, attention_backend=backend)
+            results = [direct_jobs.generate(cached, **given, steps=steps) for _ in range(2)]
             found[backend] = {
                 "error": reference.relative_error(results[0], expected),
                 "same bits as plain": torch.equal(results[0], expected),
                 "same bits twice": torch.equal(*results),
             }
-        skeleton.layout = own
+        cached.layout = own
         return found
 
     demo = {name: tensor.to(gpu) for name, tensor in checkpoints.flux1_state_dict(0).items()}
@@ -78,13 +78,13 @@ def main(folder: str) -> None:
     facts["bfloat16 full width"] = parity(wide, job(512, 1024, 1024), 2)
 
     vae = {name: tensor.to(gpu) for name, tensor in checkpoints.flux_vae_state_dict(0).items()}
-    skeleton = direct_jobs.plugged(cache, vae)
+    cached = direct_jobs.plugged(cache, vae)
     model = reference.vae_from(vae)
     latents = torch.randn(1, 16, 14, 14, generator=torch.Generator().manual_seed(0))
-    image = direct_jobs.decode(skeleton, latents).clamp(-1.0, 1.0)
+    image = direct_jobs.decode(cached, latents).clamp(-1.0, 1.0)
     facts["decode error"] = reference.relative_error(image, reference.reference_decode(model, latents))
     facts["encode error"] = reference.relative_error(
-        direct_jobs.encode(skeleton, image), reference.reference_encode(model, image)
+        direct_jobs.encode(cached, image), reference.reference_encode(model, image)
     )
 
     # Against this rank's own modules on the CPU, which other tests hold to the bits of transformers.
@@ -99,15 +99,15 @@ def main(folder: str) -> None:
         facts[f"{encoder} error"] = reference.relative_error(on_gpu.cpu(), on_cpu)
 
     # Waits for the GPU: the same number however many steps there are.
-    skeleton = direct_jobs.plugged(cache, wide)
+    cached = direct_jobs.plugged(cache, wide)
     given = {n: v.to(gpu) if isinstance(v, torch.Tensor) else v for n, v in job(64, 256, 256).items()}
-    direct_jobs.generate(skeleton, **given, steps=1)
+    direct_jobs.generate(cached, **given, steps=1)
     waits = {}
     for steps in (2, 6):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            direct_jobs.generate(skeleton, **given, steps=steps)
+            direct_jobs.generate(cached, **given, steps=steps)
             torch.cuda.set_sync_debug_mode("default")
         waits[str(steps)] = sum("synchroniz" in str(warning.message) for warning in caught)
     facts["waits by steps"] = waits

@@ -10,10 +10,10 @@ import pytest
 import torch
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 BAR = 1e-6
 VOCABULARY = 300
 END = VOCABULARY - 1
@@ -76,11 +76,11 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("batch", "tokens"), CLIP_SHAPES)
 @torch.no_grad()
 def test_clip_has_the_bits_of_transformers_in_float32(
-    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     state = clip_state(dtype=dtype)
     ids = token_ids(batch, tokens)
-    hidden, pooled = direct.encode_text(plug(shared_cache, state).skeleton, ids, pooled=True)
+    hidden, pooled = direct.encode_text(plug(shared_cache, state).model, ids, pooled=True)
     expected = plain_clip(state)(input_ids=ids)
     assert hidden.dtype == pooled.dtype == torch.float32
     assert torch.equal(hidden, expected.last_hidden_state)
@@ -91,23 +91,23 @@ def test_clip_has_the_bits_of_transformers_in_float32(
 @pytest.mark.parametrize(("batch", "tokens"), T5_SHAPES)
 @torch.no_grad()
 def test_t5_has_the_bits_of_transformers_in_float32(
-    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType, batch: int, tokens: int, dtype: torch.dtype
 ) -> None:
     state = t5_state(dtype=dtype)
     ids = token_ids(batch, tokens)
-    hidden, pooled = direct.encode_text(plug(shared_cache, state).skeleton, ids)
+    hidden, pooled = direct.encode_text(plug(shared_cache, state).model, ids)
     assert pooled is None
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, plain_t5(state)(input_ids=ids).last_hidden_state)
 
 
 def test_pooled_is_the_state_at_the_first_end_of_text_and_without_one_that_of_transformers(
-    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType
 ) -> None:
-    skeleton = plug(shared_cache, clip_state()).skeleton
+    model = plug(shared_cache, clip_state()).model
     ids = token_ids(3, 20)
     ids[2] = 7
-    hidden, pooled = direct.encode_text(skeleton, ids, pooled=True)
+    hidden, pooled = direct.encode_text(model, ids, pooled=True)
     firsts = [int((ids[row] == END).nonzero()[0]) for row in (0, 1)]
     assert firsts == [10, 9]
     assert torch.equal(pooled, hidden[[0, 1, 2], [*firsts, 0]])
@@ -117,26 +117,26 @@ def test_pooled_is_the_state_at_the_first_end_of_text_and_without_one_that_of_tr
 @pytest.mark.parametrize("kept", ["DenseReluDense.wo.weight", "layer_norm.weight", "shared.weight"])
 @torch.no_grad()
 def test_a_t5_with_some_weights_kept_in_float32_has_their_bits(
-    shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType, kept: str
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType, kept: str
 ) -> None:
     """transformers keeps ``wo`` in float32 when it loads float16, and saves it so."""
     state = {name: tensor if name.endswith(kept) else tensor.half() for name, tensor in t5_state().items()}
     ids = token_ids(2, 33)
-    hidden, _ = direct.encode_text(plug(shared_cache, state).skeleton, ids)
+    hidden, _ = direct.encode_text(plug(shared_cache, state).model, ids)
     assert torch.equal(hidden, plain_t5(state)(input_ids=ids).last_hidden_state)
 
 
-def test_every_row_of_a_batch_is_its_own(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
+def test_every_row_of_a_batch_is_its_own(shared_cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
     for state in (clip_state(), t5_state()):
-        skeleton = plug(shared_cache, state).skeleton
+        model = plug(shared_cache, state).model
         ids = token_ids(3, 33)
-        together, _ = direct.encode_text(skeleton, ids)
+        together, _ = direct.encode_text(model, ids)
         for row in range(3):
-            alone, _ = direct.encode_text(skeleton, ids[row : row + 1])
+            alone, _ = direct.encode_text(model, ids[row : row + 1])
             assert relative_error(together[row], alone[0]) <= BAR
 
 
-def moved_by_zeroing(skeleton: Skeleton, state: State, encode: Callable[[], torch.Tensor]) -> dict[str, float]:
+def moved_by_zeroing(model: CachedModel, state: State, encode: Callable[[], torch.Tensor]) -> dict[str, float]:
     """How far the result moves when each tensor in turn is zeroed where it lies, in the lent memory."""
     before = encode()
     moved = {}
@@ -149,14 +149,12 @@ def moved_by_zeroing(skeleton: Skeleton, state: State, encode: Callable[[], torc
     return moved
 
 
-def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
+def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
     state = clip_state(has_extras=True)
-    skeleton = plug(shared_cache, state).skeleton
+    model = plug(shared_cache, state).model
     ids = token_ids(2, 77)
     for part in (0, 1):
-        moved = moved_by_zeroing(
-            skeleton, state, lambda part=part: direct.encode_text(skeleton, ids, pooled=True)[part]
-        )
+        moved = moved_by_zeroing(model, state, lambda part=part: direct.encode_text(model, ids, pooled=True)[part])
         unmoved = {name for name, figure in moved.items() if figure < 10 * BAR}
         # The same number is added to all logits of a query, and softmax ignores it. The others are not read.
         assert unmoved == {
@@ -168,26 +166,26 @@ def test_a_lost_tensor_of_clip_would_be_noticed(shared_cache: SkeletonCache, plu
         }
 
 
-def test_a_lost_tensor_of_t5_would_be_noticed(shared_cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
+def test_a_lost_tensor_of_t5_would_be_noticed(shared_cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
     state = t5_state(has_copy=True)
-    skeleton = plug(shared_cache, state).skeleton
+    model = plug(shared_cache, state).model
     ids = token_ids(2, 301)
-    moved = moved_by_zeroing(skeleton, state, lambda: direct.encode_text(skeleton, ids)[0])
+    moved = moved_by_zeroing(model, state, lambda: direct.encode_text(model, ids)[0])
     assert {name for name, figure in moved.items() if figure < 10 * BAR} == {"encoder.embed_tokens.weight"}
 
 
 def test_half_precision_weights_are_left_as_they_were_lent(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType
+    cache: ModelCache, plug: Plugger, direct: ModuleType
 ) -> None:
     state = t5_state(dtype=torch.bfloat16)
-    skeleton = plug(cache, state).skeleton
+    model = plug(cache, state).model
     addresses = {tensor.data_ptr() for tensor in state.values()}
-    direct.encode_text(skeleton, token_ids(1, 9))
-    assert {parameter.data_ptr() for parameter in skeleton.module.parameters()} == addresses
+    direct.encode_text(model, token_ids(1, 9))
+    assert {parameter.data_ptr() for parameter in model.module.parameters()} == addresses
     # So they are after a forward that fails, too: the hooks of the layers that were entered are all left.
-    broken = skeleton.module.encoder.block[1].layer[1].DenseReluDense
+    broken = model.module.encoder.block[1].layer[1].DenseReluDense
     broken.forward, kept = lambda _: 1 / 0, broken.forward
     with pytest.raises(ZeroDivisionError):
-        direct.encode_text(skeleton, token_ids(1, 9))
+        direct.encode_text(model, token_ids(1, 9))
     broken.forward = kept
-    assert {parameter.data_ptr() for parameter in skeleton.module.parameters()} == addresses
+    assert {parameter.data_ptr() for parameter in model.module.parameters()} == addresses

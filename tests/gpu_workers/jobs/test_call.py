@@ -145,7 +145,7 @@ def test_a_bad_part_is_refused_before_any_runs(
     room = lent.room()
     parts = [messages.forward(room), messages.forward(room, seed=9)]
     change(parts[number])
-    operations: Any = lent.components.get("transformer", "transformer").plan.skeleton.operations
+    operations: Any = lent.components.get("transformer", "transformer").match.model.operations
     monkeypatch.setattr(operations, "run", lambda *_: pytest.fail("a part ran"))
     with pytest.raises(BadRequest, match=message) as caught:
         lent.run(messages.call(room, *parts))

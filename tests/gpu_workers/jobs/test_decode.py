@@ -49,13 +49,13 @@ def test_an_image_is_written_uncut_in_the_dtype_that_was_asked_for(
     latents, room = 40 * random(2, 16, 4, 6), lent.room()
     asked = decode(room, latents, 2, 3, 32, 48, dtype=dtype)
     lent.run(asked)
-    expected = direct.decode(lent.components.get("vae", "vae").plan.skeleton, latents)
+    expected = direct.decode(lent.components.get("vae", "vae").match.model, latents)
     assert expected.abs().max() > 1.0
     assert torch.equal(room.read(asked.out), expected.to(dtype))
 
 
 def test_a_scaling_that_is_given_goes_before_that_of_the_vae(lent: OneRank, direct: ModuleType) -> None:
-    vae = lent.components.get("vae", "vae").plan.skeleton
+    vae = lent.components.get("vae", "vae").match.model
     scaling = LatentScaling(factor=1.5305, shift=0.0609)
     room, latents, image = lent.room(), random(1, 16, 4, 6), random(1, 3, 32, 48)
     decoding = msgspec.structs.replace(decode(room, latents, 1, 3, 32, 48), scaling=scaling)
@@ -70,7 +70,7 @@ def test_a_scaling_that_is_given_goes_before_that_of_the_vae(lent: OneRank, dire
 
 def test_images_come_channels_first_or_last(lent: OneRank, direct: ModuleType) -> None:
     image = random(2, 3, 32, 48)
-    vae = lent.components.get("vae", "vae").plan.skeleton
+    vae = lent.components.get("vae", "vae").match.model
     last = image.movedim(1, -1).contiguous()
     for given, computed in ((image, image), (last, last.movedim(-1, 1))):
         room = lent.room()

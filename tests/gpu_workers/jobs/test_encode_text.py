@@ -53,7 +53,7 @@ def test_hidden_and_pooled_states_are_written_in_the_dtype_that_was_asked_for(
     room = lent.room()
     asked = job(room, ids, pooled=(2, WIDTH), dtype=dtype)
     lent.run(asked)
-    hidden, pooled = direct.encode_text(lent.components.get("clip", "text_encoder").plan.skeleton, ids, pooled=True)
+    hidden, pooled = direct.encode_text(lent.components.get("clip", "text_encoder").match.model, ids, pooled=True)
     assert asked.out_pooled is not None
     assert torch.equal(room.read(asked.out), hidden.to(dtype))
     assert torch.equal(room.read(asked.out_pooled), pooled)

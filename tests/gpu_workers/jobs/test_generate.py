@@ -49,8 +49,8 @@ def test_it_gives_what_the_loop_gives(lent: OneRank, messages: ModuleType, direc
     room = lent.room()
     job = messages.generate(room, noise=messages.noise())
     lent.run(job)
-    skeleton = lent.components.get("transformer", "transformer").plan.skeleton
-    expected = direct.generate_from(skeleton, messages.conditioning(), messages.noise(), height=64, width=64, steps=2)
+    model = lent.components.get("transformer", "transformer").match.model
+    expected = direct.generate_from(model, messages.conditioning(), messages.noise(), height=64, width=64, steps=2)
     assert torch.equal(room.read(job.out_latents), expected)
 
 
@@ -90,9 +90,9 @@ def test_previews_are_there_when_their_step_is_told(lent: OneRank, messages: Mod
     shown: list[torch.Tensor] = []
     lent.run(job, on_step=lambda *_: shown.append(room.read(job.out_denoised)))
     expected: list[torch.Tensor] = []
-    skeleton = lent.components.get("transformer", "transformer").plan.skeleton
+    model = lent.components.get("transformer", "transformer").match.model
     direct.generate_from(
-        skeleton,
+        model,
         messages.conditioning(),
         messages.noise(),
         height=64,
@@ -118,7 +118,7 @@ def test_an_image_is_decoded_from_the_latents_and_cut_off_at_its_range(
     both = {"transformer": "transformer", "vae": "vae"}
     job = messages.generate(room, noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 64)})
     lent.run(job)
-    vae = lent.components.get("vae", "vae").plan.skeleton
+    vae = lent.components.get("vae", "vae").match.model
     decoded = direct.decode(vae, room.read(job.out_latents))
     assert decoded.abs().max() > 1.0
     assert torch.equal(room.read(job.out_image), decoded.clamp(-1.0, 1.0))
@@ -195,7 +195,7 @@ def test_an_image_is_decoded_with_the_scaling_of_the_transformer(
     both = {"transformer": "transformer", "vae": "vae"}
     job = messages.generate(room, noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 64)})
     lent.run(job)
-    vae, latents = lent.components.get("vae", "vae").plan.skeleton, room.read(job.out_latents)
+    vae, latents = lent.components.get("vae", "vae").match.model, room.read(job.out_latents)
     image = direct.decode(vae, latents, scaling=scaling).clamp(-1.0, 1.0)
     assert torch.equal(room.read(job.out_image), image)
     assert not torch.equal(image, direct.decode(vae, latents).clamp(-1.0, 1.0))

@@ -85,7 +85,7 @@ def test_a_file_that_is_overwritten_while_a_job_computes(
     path.chmod(0o600)
     rank.run(job)  # the ctime has moved alone
     component = rank.components.get(source, "text_encoder" if source == "text" else source)
-    operations: Any = component.plan.skeleton.operations
+    operations: Any = component.match.model.operations
     compute: Callable[..., object] = getattr(operations, operation)
 
     def overwrite_and_compute(*given: object, **named: object) -> object:

@@ -68,9 +68,9 @@ def run(case: str, layout: ParallelLayout) -> tuple[list[Any], list[list[float]]
     from xditd.gpu_workers.models.operations import CallOptions
 
     operations: Any = Doubling()
-    skeleton: Any = SimpleNamespace(layout=layout)
+    model: Any = SimpleNamespace(layout=layout)
     parts: Any = [SimpleNamespace(arguments={"x": rows}) for rows in rows_of(case)]
-    return run_parts(skeleton, operations, parts, CallOptions()), operations.ran
+    return run_parts(model, operations, parts, CallOptions()), operations.ran
 
 
 def run_rank(rank: int, folder: str) -> None:

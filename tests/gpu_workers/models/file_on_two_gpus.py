@@ -47,12 +47,11 @@ def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, byt
     device = torch.device(devices[rank])
     layout = xfuser_start.start(rank, len(devices), f"{folder}/store", device)
     from xditd.gpu_workers.models.components import Components
-    from xditd.gpu_workers.parallel.agreement import agree
-    from xditd.gpu_workers.parallel.fellows import gather_uuids
+    from xditd.gpu_workers.parallel.rank_sync import agree, gather_uuids
 
     name = device_uuid(device.index)
     components = Components(layout, name, gather_uuids(name, layout.world_size))
-    is_direct = components.peers.is_direct
+    is_direct = components.gpu_copies.is_direct
     facts: dict[str, object] = {"is direct": is_direct}
 
     def free_bytes() -> int:
@@ -111,7 +110,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepares: dict[str, byt
         torch.cuda.empty_cache()
 
     for way in WAYS:
-        components.peers.is_direct = is_direct and way == "chosen"
+        components.gpu_copies.is_direct = is_direct and way == "chosen"
         lend(f"{way}, whole", "whole")
         lend_and_change(f"{way}, cut short", f"cut, {way}", cut)
         lend_and_change(f"{way}, overwritten", f"overwritten, {way}", overwrite)

@@ -53,7 +53,7 @@ def test_each_rank_uploads_a_share_and_gets_the_other(made, way):
     assert [facts[f"{way}, whole: peer"] for facts in made.facts] == uploaded[::-1]
 
 
-def test_the_fellows_memory_is_opened_where_it_can_be_and_else_not(made):
+def test_the_other_ranks_memory_is_opened_where_it_can_be_and_else_not(made):
     for facts in made.facts:
         assert {"copy", "peer_copy"} <= set(facts["broadcast, whole: phases"])
         assert "peer_close" not in facts["broadcast, whole: phases"]
@@ -87,7 +87,7 @@ def test_memory_and_files_come_back(made, way, attempt):
         assert facts[f"{way}, {attempt}: left"] < (NCCL_BYTES if is_connecting else KEPT_BYTES)
 
 
-def test_no_context_is_opened_on_the_fellows_gpu(made):
+def test_no_context_is_opened_on_the_other_ranks_gpu(made):
     """A context takes some 500 MiB there, where memory is short."""
     if not made.facts[0]["is direct"]:
         pytest.skip("the GPUs do not reach each other's memory")

@@ -11,10 +11,10 @@ import torch
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest, convolve, widest
-from xditd.gpu_workers.models.skeletons import Plan, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, "pooled_dim": 32}
 
 
@@ -33,13 +33,13 @@ def given_transformer() -> State:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_transformer_with_float32_norms_has_the_bits_of_diffusers(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype
+    cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype
 ) -> None:
     state = with_float32_norms(flux1_state_dict(0, **SMALL), dtype)
-    plan = plug(cache, state)
+    match = plug(cache, state)
     given = given_transformer()
     size = {"height": 32, "width": 48, "steps": 3}
-    latents = direct.generate(plan.skeleton, **given, **size)
+    latents = direct.generate(match.cached, **given, **size)
     model = reference.transformer_from(state)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype, torch.float32}
     expected = reference.reference_latents(
@@ -56,15 +56,15 @@ def test_a_transformer_with_float32_norms_has_the_bits_of_diffusers(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_vae_with_float32_norms_has_the_bits_of_diffusers(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype
+    cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype
 ) -> None:
     state = with_float32_norms(flux_vae_state_dict(0), dtype)
-    skeleton = plug(cache, state).skeleton
+    cached = plug(cache, state).cached
     generator = torch.Generator().manual_seed(0)
     latents, image = torch.randn(2, 16, 4, 6, generator=generator), torch.rand(1, 3, 32, 48, generator=generator)
     model = reference.vae_from(state)
-    assert torch.equal(direct.decode(skeleton, latents).clamp(-1.0, 1.0), reference.reference_decode(model, latents))
-    assert torch.equal(direct.encode(skeleton, image), reference.reference_encode(model, image))
+    assert torch.equal(direct.decode(cached, latents).clamp(-1.0, 1.0), reference.reference_decode(model, latents))
+    assert torch.equal(direct.encode(cached, image), reference.reference_encode(model, image))
 
 
 @pytest.mark.parametrize(
@@ -104,25 +104,25 @@ def test_layers_that_torch_itself_cannot_mix_run_in_the_widest_dtype(make, shape
     assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == lent
 
 
-def test_a_model_with_any_tensor_kept_wider_runs(cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
+def test_a_model_with_any_tensor_kept_wider_runs(cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
     exact = flux1_state_dict(0, **SMALL)
     given = given_transformer()
     for name in exact:
         state = {other: tensor if other == name else tensor.bfloat16() for other, tensor in exact.items()}
-        plan = plug(cache, state)
-        result = direct.generate(plan.skeleton, **given, height=32, width=48, steps=1)
+        match = plug(cache, state)
+        result = direct.generate(match.cached, **given, height=32, width=48, steps=1)
         assert result.dtype == torch.bfloat16, name
         assert result.isfinite().all(), name
 
 
-def test_each_mixture_has_a_skeleton_of_its_own(cache: SkeletonCache, plug: Plugger) -> None:
+def test_each_mixture_has_a_skeleton_of_its_own(cache: ModelCache, plug: Plugger) -> None:
     exact = flux1_state_dict(0, **SMALL)
     states = [
         {name: tensor.bfloat16() for name, tensor in exact.items()},
         with_float32_norms(exact, torch.bfloat16),
         with_float32_norms(flux1_state_dict(1, **SMALL), torch.bfloat16),
     ]
-    plain, mixed, again = (plug(cache, state).skeleton for state in states)
+    plain, mixed, again = (plug(cache, state).cached for state in states)
     assert plain is not mixed
     assert mixed is again
     assert plain.dtype == mixed.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ import pytest
 
 from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.skeletons import SkeletonCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported
 
 PACKAGE = Path(__file__).parents[2] / "family_package"
@@ -90,7 +90,7 @@ def test_our_own_families_need_no_other_package(install: Install) -> None:
     ids=["import", "raises", "no class", "no member", "no kind", "a name of ours"],
 )
 def test_a_broken_family_is_logged_and_named_and_breaks_no_other(
-    install: Install, caplog: pytest.LogCaptureFixture, cache: SkeletonCache, code: str, says: str
+    install: Install, caplog: pytest.LogCaptureFixture, cache: ModelCache, code: str, says: str
 ) -> None:
     caplog.set_level(logging.ERROR)
     install(folder=PACKAGE)
@@ -102,7 +102,7 @@ def test_a_broken_family_is_logged_and_named_and_breaks_no_other(
     ]
     for names, error in (({"x.weight"}, UnknownFamily), ({"head.modulation"}, Unsupported)):
         with pytest.raises(error, match=f"; not asked, since they could not be loaded: {says}"):
-            cache.plan({name: TensorInfo("float32", (2, 2)) for name in names})
+            cache.match({name: TensorInfo("float32", (2, 2)) for name in names})
 
 
 def test_of_two_packages_with_one_name_the_first_stays(install: Install) -> None:
@@ -112,26 +112,28 @@ def test_of_two_packages_with_one_name_the_first_stays(install: Install) -> None
     assert [fault.partition(" (")[0] for fault in registry.other_families().faults] == ["zeal of zeal 2.0"]
 
 
-def test_what_a_family_claims_and_does_not_fit_is_its_own_to_explain(install: Install, cache: SkeletonCache) -> None:
+def test_what_a_family_claims_and_does_not_fit_is_its_own_to_explain(install: Install, cache: ModelCache) -> None:
     """Although the table of what people hold knows one of the names."""
     install(folder=PACKAGE)
     wan = {**SCALE, "head.modulation": TensorInfo("float32", (1, 2, 9))}
     with pytest.raises(BadCheckpoint, match=r"does not fit scale: .*1 unexpected: head\.modulation"):
-        cache.plan(wan)
+        cache.match(wan)
     vae = {"decoder.conv_in.weight": TensorInfo("float32", (512, 4, 3, 3))}
     vae |= {f"decoder.up.{level}.block.0.conv1.weight": TensorInfo("float32", (512, 512, 3, 3)) for level in range(4)}
     vae |= {f"decoder.mid.block_{n}.conv1.weight": TensorInfo("float32", (512, 512, 3, 3)) for n in (1, 2)}
     with pytest.raises(Unsupported, match=r"^flux_vae: 4 latent channels, not 16: .*Stable Diffusion 1, 2 and XL"):
-        cache.plan(vae)
+        cache.match(vae)
     with pytest.raises(Unsupported, match=r"^Chroma cannot be run: lend FLUX"):
-        cache.plan({name: TensorInfo("float32", (2, 2)) for name in {*FLUX, "distilled_guidance_layer.in_proj.weight"}})
+        cache.match(
+            {name: TensorInfo("float32", (2, 2)) for name in {*FLUX, "distilled_guidance_layer.in_proj.weight"}}
+        )
 
 
-def test_what_a_family_does_is_imported_when_it_is_lent(install: Install, cache: SkeletonCache) -> None:
+def test_what_a_family_does_is_imported_when_it_is_lent(install: Install, cache: ModelCache) -> None:
     install(folder=PACKAGE)
     registry.detect(SCALE)
     assert "scale_operations" not in sys.modules
-    cache.plan(SCALE)
+    cache.match(SCALE)
     assert "scale_operations" in sys.modules
 
 
@@ -158,11 +160,11 @@ def test_our_own_families_do_what_their_kind_does(family: Any) -> None:
     ids=["vae", "text encoder", "nothing", "no recipe"],
 )
 def test_what_a_family_cannot_do_is_named_when_it_is_lent(
-    install: Install, cache: SkeletonCache, members: str, says: str
+    install: Install, cache: ModelCache, members: str, says: str
 ) -> None:
     install(folder=PACKAGE)
     imports = "from scale_family import ScaleFamily\nfrom scale_operations import ScaleOperations"
     # Its name comes first, so it is asked first.
     install("less", f"{imports}\nclass Made(ScaleFamily):\n    name = 'less'\n    {members}")
     with pytest.raises(Unsupported, match=rf"^less cannot be run: .*{says}"):
-        cache.plan(SCALE)
+        cache.match(SCALE)

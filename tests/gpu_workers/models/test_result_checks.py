@@ -17,10 +17,10 @@ from xditd.ipc.errors import NotFinite
 @pytest.fixture
 def component() -> Component:
     manifest = SimpleNamespace(label="dev.safetensors")
-    plan = SimpleNamespace(dtype=torch.float16, family=Flux1())
+    match = SimpleNamespace(dtype=torch.float16, family=Flux1())
     return cast(
         Component,
-        SimpleNamespace(component_id="c7", manifest=manifest, plan=plan),
+        SimpleNamespace(component_id="c7", manifest=manifest, plan=match),
     )
 
 

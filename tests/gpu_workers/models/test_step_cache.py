@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Cancelled
@@ -22,18 +22,18 @@ BATCH = 2
 
 
 @pytest.fixture(scope="module")
-def skeleton(layout: ParallelLayout) -> Skeleton:
+def model(layout: ParallelLayout) -> CachedModel:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.models.entries import TensorInfo
 
     state = checkpoints.flux1_state_dict(0)
-    plan: Plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    plan.skeleton.plug(plan.bind(state))
-    return plan.skeleton
+    match: CheckpointMatch = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    match.model.plug(match.bind(state))
+    return match.model
 
 
 @pytest.fixture(scope="module")
-def run(skeleton: Skeleton, direct: ModuleType) -> Callable[..., torch.Tensor]:
+def run(model: CachedModel, direct: ModuleType) -> Callable[..., torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     given: dict[str, Any] = {
         "prompt_embeds": torch.randn(BATCH, 9, 4096, generator=generator),
@@ -43,7 +43,7 @@ def run(skeleton: Skeleton, direct: ModuleType) -> Callable[..., torch.Tensor]:
 
     def run(cache: StepCache | None = None, **more: Any) -> torch.Tensor:
         return direct.generate(
-            skeleton, **given, height=64, width=96, steps=len(SIGMAS), sigmas=SIGMAS, step_cache=cache, **more
+            model, **given, height=64, width=96, steps=len(SIGMAS), sigmas=SIGMAS, step_cache=cache, **more
         )
 
     return run
@@ -64,9 +64,9 @@ def test_steps_that_are_alike_are_spared_for_a_bounded_error(run: Callable[..., 
 
 
 def test_the_model_is_whole_again_after_a_job_and_after_one_that_was_cancelled(
-    skeleton: Skeleton, run: Callable[..., torch.Tensor]
+    model: CachedModel, run: Callable[..., torch.Tensor]
 ) -> None:
-    module: Any = skeleton.module
+    module: Any = model.module
     blocks = (module.transformer_blocks, module.single_transformer_blocks)
 
     def cancel(step: int, _: int) -> None:

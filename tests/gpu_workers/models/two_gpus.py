@@ -58,8 +58,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
     from direct_jobs import generate
 
     from xditd.gpu_workers.models.components import Components
-    from xditd.gpu_workers.parallel.agreement import agree
-    from xditd.gpu_workers.parallel.fellows import gather_uuids
+    from xditd.gpu_workers.parallel.rank_sync import agree, gather_uuids
 
     name = device_uuid(device.index)
     if rank and devices[0] == devices[1]:
@@ -68,7 +67,7 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
     command = command_decoder.decode(prepare)
     if not isinstance(command, Prepare):
         raise SystemExit("not a Prepare")
-    facts: dict[str, object] = {"is direct": components.peers.is_direct, "attention": layout.attention_backend}
+    facts: dict[str, object] = {"is direct": components.gpu_copies.is_direct, "attention": layout.attention_backend}
 
     def free_bytes() -> int:
         """Free memory of this rank's own GPU, once every rank has come as far."""
@@ -79,8 +78,8 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
         return free
 
     # By the way of choice first: whatever a peer copy opens on the lender's GPU must not have been there before.
-    for attempt, is_direct in {"chosen": components.peers.is_direct, "broadcast": False}.items():
-        components.peers.is_direct = is_direct
+    for attempt, is_direct in {"chosen": components.gpu_copies.is_direct, "broadcast": False}.items():
+        components.gpu_copies.is_direct = is_direct
         before = free_bytes()
         component = components.prepare(command.component_id, command.manifest, command.exporter)
         facts[f"{attempt}: taken"] = before - free_bytes()
@@ -89,14 +88,14 @@ def run_rank(rank: int, devices: list[str], folder: str, prepare: bytes) -> None
         del component
         components.unmap(command.component_id)
         facts[f"{attempt}: left"] = before - free_bytes()
-    components.peers.is_direct = bool(facts["is direct"])
+    components.gpu_copies.is_direct = bool(facts["is direct"])
     component = components.prepare(command.component_id, command.manifest, command.exporter)
     components.plug(command.component_id)
     results = {}
     for case, (tokens, pixels) in CASES.items():
         for attempt in range(ROUNDS):
             results[f"{case}/{attempt}"] = generate(
-                component.plan.skeleton,
+                component.match.model,
                 **inputs(tokens, pixels),
                 height=pixels,
                 width=pixels,

@@ -38,8 +38,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
     torch.set_num_threads(1)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", torch.device("cpu"))
     from xditd.gpu_workers.models.components import Components
-    from xditd.gpu_workers.parallel.agreement import agree
-    from xditd.gpu_workers.parallel.fellows import together
+    from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks
 
     components = Components(layout, "", ("",) * ranks)
     facts: dict[str, object] = {}
@@ -101,7 +100,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
         """As a job does: every rank asks for the component, and all go on together or not at all."""
 
         def get() -> None:
-            with together():
+            with raise_on_all_ranks():
                 components.get("used", "transformer")
 
         def change_and_get(change: Callable[[], None]) -> str:

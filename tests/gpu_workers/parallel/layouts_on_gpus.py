@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.models.skeletons import Skeleton
+    from xditd.gpu_workers.models.model_cache import CachedModel
 
 SEED = 0
 HEADS = 8
@@ -50,7 +50,7 @@ def inputs(tokens: int, height: int, width: int, rows: int) -> dict[str, torch.T
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
@@ -59,7 +59,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, 2, f"{folder}/{layout}.store", device, degrees, kernels="auto")
-    cache = SkeletonCache(started)
+    cache = ModelCache(started)
     bfloat16 = make_weights(HEADS, device)
     facts: dict[str, Any] = {
         "attention": started.attention_backend,
@@ -68,25 +68,25 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
         "cases": {case: {} for case in CASES if kind == "cuda" or case != "usual"},
     }
 
-    def lend(state: dict[str, torch.Tensor], owner: str = "a") -> Skeleton:
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state), owner, plan.by_canonical_name(state))
-        return plan.skeleton
+    def lend(state: dict[str, torch.Tensor], owner: str = "a") -> CachedModel:
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        match.model.plug(match.bind(state), owner, match.by_canonical_name(state))
+        return match.model
 
     models = Models(bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
-        skeleton = lend({name: tensor.to(dtype) for name, tensor in bfloat16.items()})
+        model = lend({name: tensor.to(dtype) for name, tensor in bfloat16.items()})
         for case in facts["cases"]:
             # The first result of a case is the canary's business; from the second on the fast path is alone.
-            results = [denoise(skeleton, case) for _ in range(3)]
+            results = [denoise(model, case) for _ in range(3)]
             facts["cases"][case][str(dtype).removeprefix("torch.")] = models.compare(case, results[1:])
-        fused = skeleton.module.fused
+        fused = model.module.fused
         if fused is not None:
             facts["canary"][str(dtype).removeprefix("torch.")] = {
                 "refused": fused.canary.is_refused,
                 "passed": len(fused.canary._passed),
             }
-        skeleton.unplug()
+        model.unplug()
     del models
     facts["mixed"] = run_mixed(lend, facts["cases"], bfloat16, device)
     Path(folder, f"{layout}-rank{rank}.json").write_text(json.dumps(facts, indent=1))
@@ -94,7 +94,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
 
 
 def run_mixed(
-    lend: Callable[..., Skeleton], cases: Iterable[str], usual: dict[str, torch.Tensor], device: torch.device
+    lend: Callable[..., CachedModel], cases: Iterable[str], usual: dict[str, torch.Tensor], device: torch.device
 ) -> dict[str, Any]:
     """Run a model whose heads do not divide by two in turns with the usual one, in the same group."""
     odd = make_weights(ODD_HEADS, device)
@@ -102,7 +102,7 @@ def run_mixed(
     models = Models(odd)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        even, skeleton = (
+        even, model = (
             lend({name: tensor.to(dtype) for name, tensor in state.items()}, owner)
             for owner, state in (("even", usual), ("odd", odd))
         )
@@ -111,17 +111,17 @@ def run_mixed(
             alone = denoise(even, case)
             results = []
             for _ in range(2):
-                results.append(denoise(skeleton, case))
+                results.append(denoise(model, case))
                 again = denoise(even, case)
             found["cases"][case][name] = models.compare(case, results)
             found["cases"][case][name]["the usual one gives the same bits"] = torch.equal(alone, again)
         found[name] = {
-            "degrees": skeleton.layout.degrees.named(),
-            "attention": skeleton.attention_backend,
-            "fused": skeleton.module.fused is not None,
+            "degrees": model.layout.degrees.named(),
+            "attention": model.attention_backend,
+            "fused": model.module.fused is not None,
         }
         even.unplug()
-        skeleton.unplug()
+        model.unplug()
     return found
 
 
@@ -132,11 +132,11 @@ def make_weights(heads: int, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device, torch.bfloat16) for name, tensor in state.items()}
 
 
-def denoise(skeleton: Skeleton, case: str) -> torch.Tensor:
+def denoise(model: CachedModel, case: str) -> torch.Tensor:
     from direct_jobs import denoise_parts
 
     lengths, height, width, rows = CASES[case]
-    return denoise_parts(skeleton, [inputs(tokens, height, width, rows) for tokens in lengths]).float()
+    return denoise_parts(model, [inputs(tokens, height, width, rows) for tokens in lengths]).float()
 
 
 class Models:

@@ -61,7 +61,7 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     from direct_jobs import denoise_parts, generate, plugged
     from safetensors.torch import save_file
 
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
@@ -69,15 +69,15 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, degrees.world_size, str(folder / "store"), torch.device("cpu"), degrees)
-    skeleton = plugged(SkeletonCache(started), state)
+    model = plugged(ModelCache(started), state)
     results = {
-        f"{name}/{attempt}": denoise_parts(skeleton, [inputs(*CASES[case]) for case in cases])
+        f"{name}/{attempt}": denoise_parts(model, [inputs(*CASES[case]) for case in cases])
         for name, cases in ({case: (case,) for case in CASES} | JOINED).items()
         for attempt in range(ROUNDS)
     }
     given, cache = inputs(*CASES["odd text, three rows"]), StepCache(0.1)
     results["cached"] = generate(
-        skeleton,
+        model,
         prompt_embeds=given["prompt_embeds"],
         pooled=given["pooled"],
         noise=given["latents"],

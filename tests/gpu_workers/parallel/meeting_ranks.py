@@ -19,14 +19,14 @@ ROUNDS = 200
 
 
 def run_rank(rank: int, folder: str) -> None:
-    from xditd.gpu_workers.parallel import agreement
+    from xditd.gpu_workers.parallel import rank_sync
 
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     descriptors = len(os.listdir("/proc/self/fd"))
-    agreement.join(store, "flags", rank, RANKS)
+    rank_sync.share_page(store, "flags", rank, RANKS)
     pair = rank // PAIR
-    agreement.join(store, f"flags{pair}", rank % PAIR, PAIR, agreement.Circle.IMAGE)
+    rank_sync.share_page(store, f"flags{pair}", rank % PAIR, PAIR, rank_sync.RankSet.SEQUENCE)
     wrong = []
     lateness = random.Random(rank)
     for number in range(ROUNDS):
@@ -34,13 +34,13 @@ def run_rank(rank: int, folder: str) -> None:
             time.sleep(lateness.random() * 5e-3)
         draw = random.Random(number)  # the same on every rank
         said = [draw.random() < 0.7 for _ in range(RANKS)]
-        if agreement.agree(said[rank]) != all(said):
+        if rank_sync.agree(said[rank]) != all(said):
             wrong.append(f"round {number}: agree")
         # Pairs go their own ways between what all agree on: the second one has twice as much to talk about.
         for _ in range(1 + pair):
-            if agreement.agree(said[rank], agreement.Circle.IMAGE) != all(said[pair * PAIR : (pair + 1) * PAIR]):
+            if rank_sync.agree(said[rank], rank_sync.RankSet.SEQUENCE) != all(said[pair * PAIR : (pair + 1) * PAIR]):
                 wrong.append(f"round {number}: agree in pairs")
-        if agreement.broadcast_stop(said[rank]) != said[0]:
+        if rank_sync.broadcast_stop(said[rank]) != said[0]:
             wrong.append(f"round {number}: broadcast_stop")
     # A mapping keeps a descriptor of its own, two for two pages.
     if len(os.listdir("/proc/self/fd")) != descriptors + 2:

@@ -65,7 +65,7 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     from safetensors.torch import save_file
     from torch.distributed import distributed_c10d
 
-    from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
+    from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
@@ -75,26 +75,26 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
 
     from direct_jobs import denoise, plugged
 
-    def lend(cache: SkeletonCache) -> dict[int, Skeleton]:
+    def lend(cache: ModelCache) -> dict[int, CachedModel]:
         return {heads: plugged(cache, state) for heads, state in states.items()}
 
     groups = distributed_c10d._world.pg_map
     facts: dict[str, Any] = {"groups at start": len(groups)}
-    skeletons = lend(SkeletonCache(started))
+    models = lend(ModelCache(started))
     facts["groups"] = len(groups)
     results = {}
     for attempt in range(ROUNDS):
         for case, sizes in CASES.items():
-            for heads, skeleton in skeletons.items():  # each forward follows one of another shape
-                results[f"{heads}/{case}/{attempt}"] = denoise(skeleton, **inputs(*sizes))
+            for heads, model in models.items():  # each forward follows one of another shape
+                results[f"{heads}/{case}/{attempt}"] = denoise(model, **inputs(*sizes))
     before = psutil.Process().num_fds()
-    lend(SkeletonCache(started))
+    lend(ModelCache(started))
     facts |= {
         "groups after lending all again": len(groups),
         "new descriptors": psutil.Process().num_fds() - before,
         "timeouts": sorted({str(group._get_backend(torch.device("cpu")).options._timeout) for group in groups}),
-        "degrees": {heads: skeleton.layout.degrees.named() for heads, skeleton in skeletons.items()},
-        "attention": {heads: skeleton.attention_backend for heads, skeleton in skeletons.items()},
+        "degrees": {heads: model.layout.degrees.named() for heads, model in models.items()},
+        "attention": {heads: model.attention_backend for heads, model in models.items()},
     }
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / f"rank{rank}.safetensors")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))

@@ -22,9 +22,9 @@ OFFSET = 4096 * 3
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
-    from xditd.gpu_workers.parallel import agreement, peers
+    from xditd.gpu_workers.parallel import gpu_copies, rank_sync
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
-    from xditd.gpu_workers.parallel.upload_shares import split
+    from xditd.gpu_workers.parallel.upload_partition import split
     from xditd.ipc.degrees import Degrees
     from xditd.ipc.errors import Internal, OtherRankFailed, StaleSource, XditdError
     from xditd.ipc.tensors import CudaIpcBlock
@@ -33,7 +33,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    agreement.join(store, "flags", rank, ranks)
+    rank_sync.share_page(store, "flags", rank, ranks)
     torch.set_num_threads(1)
 
     def allocation_of(owner: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     is_open = False
 
     class Mapping:
-        """The fellow's allocation, opened."""
+        """The other rank's allocation, opened."""
 
         def __init__(self, block: CudaIpcBlock, index: int) -> None:
             nonlocal is_open
@@ -72,15 +72,15 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         fingerprint = take_fingerprint(whole, at)
         return CudaIpcBlock(device_uuid="GPU", handle=handle, size_bytes=whole.numel(), fingerprint=fingerprint)
 
-    peers.segment_of = lambda tensor: (tensor.data_ptr() - OFFSET, OFFSET + SIZE)
-    peers.wrap_segment = lambda base, size, index: allocation_of(rank)
-    peers.export_allocation = export
-    peers.CudaMapping = Mapping
+    gpu_copies.segment_of = lambda tensor: (tensor.data_ptr() - OFFSET, OFFSET + SIZE)
+    gpu_copies.wrap_segment = lambda base, size, index: allocation_of(rank)
+    gpu_copies.export_allocation = export
+    gpu_copies.CudaMapping = Mapping
     torch.cuda.synchronize = lambda device: None
     torch.cuda.current_stream = lambda device: SimpleNamespace(synchronize=lambda: None)
 
     layout = ParallelLayout(rank, Degrees(ulysses=ranks), torch.device("cuda", 0), "none")
-    copies = peers.PeerCopies(layout, ("GPU",) * ranks)
+    copies = gpu_copies.GpuCopies(layout, ("GPU",) * ranks)
     expected = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     wrong: list[str] = []
     is_uploading = False
@@ -104,7 +104,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         if fault and rank == faulty:
             faults.add(fault)
         buffer.fill_(7)
-        agreement.agree(True)
+        rank_sync.agree(True)
         phases: list[str] = []
         try:
             own = copies.fill(buffer, upload, phases.append)
@@ -116,7 +116,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             faults.clear()
             if is_open or is_uploading:
                 wrong.append(f"{what}: left open")
-            agreement.agree(True)
+            rank_sync.agree(True)
         return phases
 
     def fail(fault: str, kind: type[XditdError]) -> None:
@@ -155,7 +155,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def main(folder: str, ranks: int) -> None:
-    import xditd.gpu_workers.parallel.peers  # noqa: F401 - before the fork, so that it is imported once
+    import xditd.gpu_workers.parallel.gpu_copies  # noqa: F401 - before the fork, so that it is imported once
 
     torch.multiprocessing.start_processes(run_rank, (ranks, folder), nprocs=ranks, start_method="fork")
 

@@ -115,12 +115,12 @@ def test_a_step_cache_spares_the_same_steps_of_every_row(computed: Any, layout: 
 
 @pytest.mark.usefixtures("layout")
 def test_rows_are_dealt_once() -> None:
-    from xditd.gpu_workers.parallel.row_shares import deal_rows
+    from xditd.gpu_workers.parallel.row_partition import partition_rows
 
-    assert [deal_rows(1, 2, half) for half in (0, 1)] == [slice(0, 1), slice(0, 1)]  # both do the one row
-    assert [deal_rows(3, 2, half) for half in (0, 1)] == [slice(0, 2), slice(2, 3)]
+    assert [partition_rows(1, 2, half) for half in (0, 1)] == [slice(0, 1), slice(0, 1)]  # both do the one row
+    assert [partition_rows(3, 2, half) for half in (0, 1)] == [slice(0, 2), slice(2, 3)]
     for rows in range(2, 9):
-        dealt = [row for half in (0, 1) for row in range(rows)[deal_rows(rows, 2, half)]]
+        dealt = [row for half in (0, 1) for row in range(rows)[partition_rows(rows, 2, half)]]
         assert dealt == list(range(rows))
 
 

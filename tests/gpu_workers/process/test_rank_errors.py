@@ -22,14 +22,14 @@ def test_want_of_host_memory_is_told_from_other_errors() -> None:
 
 
 @pytest.mark.slow
-def test_a_fellow_that_dies_in_a_collective_is_recognised(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("lost_fellow.py")
+def test_a_rank_that_dies_in_a_collective_is_recognised(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("lost_rank.py")
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.startswith("True "), done.stdout + done.stderr[-2000:]
 
 
-def test_other_errors_are_not_the_loss_of_a_fellow() -> None:
+def test_other_errors_are_not_the_loss_of_a_rank() -> None:
     assert not is_peer_rank_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_peer_rank_failure(ValueError("Connection closed by peer"))

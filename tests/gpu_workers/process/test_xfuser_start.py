@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import distributed_c10d
 
-from xditd.gpu_workers.parallel import agreement, attention
+from xditd.gpu_workers.parallel import attention, rank_sync
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_start
 from xditd.ipc.degrees import Degrees
@@ -25,10 +25,10 @@ GPU = torch.device("cuda", 0)
 def test_a_single_rank_starts_and_agrees_with_itself(layout: ParallelLayout) -> None:
     assert (layout.rank, layout.world_size, layout.degrees) == (0, 1, Degrees())
     assert layout.attention_backend == "SDPA"
-    assert agreement.agree(True) is True
-    assert agreement.agree(False) is False
-    assert agreement.broadcast_stop(True) is True
-    assert agreement.broadcast_stop(False) is False
+    assert rank_sync.agree(True) is True
+    assert rank_sync.agree(False) is False
+    assert rank_sync.broadcast_stop(True) is True
+    assert rank_sync.broadcast_stop(False) is False
 
 
 @pytest.mark.usefixtures("layout")

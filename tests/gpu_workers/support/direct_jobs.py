@@ -1,4 +1,4 @@
-"""For tests and programs beside them: what jobs do with plugged skeletons, without a daemon, messages or I/O blocks.
+"""For tests and programs beside them: what jobs do with plugged models, without a daemon, messages or I/O blocks.
 
 FLUX.1's forward takes packed latents; :func:`denoise` packs and unpacks them as diffusers' pipeline does. Import this
 once the group is started: until then there is no xfuser to import.
@@ -16,24 +16,24 @@ from xditd.gpu_workers.families.flux1.config import PATCH
 from xditd.gpu_workers.jobs.generate import Loop, wanted_of
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.models.skeletons import Skeleton, SkeletonCache
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Sampling
 
 
-def plugged(cache: SkeletonCache, state: Mapping[str, torch.Tensor]) -> Skeleton:
-    """Plan a checkpoint, and plug its tensors into the skeleton that comes of it."""
-    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    plan.skeleton.plug(plan.bind(state))
-    return plan.skeleton
+def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel:
+    """CheckpointMatch a checkpoint, and plug its tensors into the model that comes of it."""
+    match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    match.model.plug(match.bind(state))
+    return match.model
 
 
 @torch.inference_mode()
 def generate_from(
-    skeleton: Skeleton,
+    model: CachedModel,
     conditioning: Mapping[str, Any],
     noise: torch.Tensor,
     *,
@@ -45,19 +45,19 @@ def generate_from(
     is_foreseen: bool = True,
     **sampling: Any,
 ) -> torch.Tensor:
-    """Run the loop of ``Generate`` on a skeleton of any family; arguments are those of ``Sampling``.
+    """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
     """
-    operations: Any = skeleton.operations
-    facts = operations.facts(skeleton.config, skeleton.layout)
+    operations: Any = model.operations
+    facts = operations.facts(model.config, model.layout)
     wanted = wanted_of(Sampling(variant=variant, **sampling), noise.shape[0], facts)
-    operations.recipe.check(skeleton.config, wanted)
-    noise = noise.to(skeleton.device, operations.recipe.noise_dtype(skeleton.dtype, variant))
-    started = operations.recipe.start(skeleton, wanted, conditioning, noise)
+    operations.recipe.check(model.config, wanted)
+    noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
+    started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache)
-    loop = Loop(skeleton, operations, started, options, wanted.batch, wanted.steps)
+    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps
@@ -65,7 +65,7 @@ def generate_from(
 
 
 def generate(
-    skeleton: Skeleton,
+    model: CachedModel,
     *,
     prompt_embeds: torch.Tensor,
     pooled: torch.Tensor,
@@ -75,26 +75,26 @@ def generate(
 ) -> torch.Tensor:
     """Run FLUX.1's loop."""
     conditioning = {
-        "prompt_embeds": prompt_embeds.to(skeleton.device),
-        "pooled_prompt_embeds": pooled.to(skeleton.device),
+        "prompt_embeds": prompt_embeds.to(model.device),
+        "pooled_prompt_embeds": pooled.to(model.device),
     }
-    return generate_from(skeleton, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given)
+    return generate_from(model, conditioning, noise, sigmas=None if sigmas is None else tuple(sigmas), **given)
 
 
 @torch.inference_mode()
 def call(
-    skeleton: Skeleton, parts: Sequence[Inputs], *, variant: str = "class", foreseen: Mapping[str, Any] | None = None
+    model: CachedModel, parts: Sequence[Inputs], *, variant: str = "class", foreseen: Mapping[str, Any] | None = None
 ) -> list[Any]:
     """Check forwards and run them; the results are their classes' trees."""
-    operations: Any = skeleton.operations
+    operations: Any = model.operations
     for part in parts:
-        operations.check(skeleton, part)
-    found = run_parts(skeleton, operations, parts, CallOptions(variant, foreseen or {}))
+        operations.check(model, part)
+    found = run_parts(model, operations, parts, CallOptions(variant, foreseen or {}))
     return [operations.tree(rows) for rows in found]
 
 
 def flux1_inputs(
-    skeleton: Skeleton,
+    model: CachedModel,
     *,
     latents: torch.Tensor,
     timestep: torch.Tensor,
@@ -103,7 +103,7 @@ def flux1_inputs(
     guidance: torch.Tensor | None = None,
 ) -> Inputs:
     """FLUX.1's arguments for latents (rows, 16, height, width), one sigma each."""
-    device, dtype = skeleton.device, skeleton.dtype
+    device, dtype = model.device, model.dtype
     height, width = latents.shape[2:]
     given: dict[str, Any] = {
         "hidden_states": FluxPipeline._pack_latents(latents.to(device, dtype).contiguous(), *latents.shape),
@@ -121,7 +121,7 @@ def flux1_inputs(
 
 
 def denoise(
-    skeleton: Skeleton,
+    model: CachedModel,
     *,
     latents: torch.Tensor,
     variant: str = "class",
@@ -129,42 +129,42 @@ def denoise(
     **given: Any,
 ) -> torch.Tensor:
     """Run FLUX.1's forward once on latents (rows, 16, height, width), and return the velocity, shaped as they are."""
-    return denoise_parts(skeleton, [{"latents": latents, **given}], variant=variant, foreseen=foreseen)
+    return denoise_parts(model, [{"latents": latents, **given}], variant=variant, foreseen=foreseen)
 
 
-def denoise_parts(skeleton: Skeleton, parts: Sequence[Mapping[str, Any]], **options: Any) -> torch.Tensor:
+def denoise_parts(model: CachedModel, parts: Sequence[Mapping[str, Any]], **options: Any) -> torch.Tensor:
     """Run FLUX.1's forward for parts with latents of one size, in one call, and return the velocities of all rows."""
     size = parts[0]["latents"].shape[2:]
-    trees = call(skeleton, [flux1_inputs(skeleton, **part) for part in parts], **options)
+    trees = call(model, [flux1_inputs(model, **part) for part in parts], **options)
     result: torch.Tensor = FluxPipeline._unpack_latents(torch.cat([packed for (packed,) in trees]), *size, 1)
     return result
 
 
 def decode(
-    skeleton: Skeleton, latents: torch.Tensor, *, scaling: LatentScaling | None = None, is_shared: bool = False
+    model: CachedModel, latents: torch.Tensor, *, scaling: LatentScaling | None = None, is_shared: bool = False
 ) -> torch.Tensor:
     """Decode, not cut off at [-1, 1]: on this rank alone, or, however small the image, each rank its band of it.
 
     Without ``scaling``, here and in :func:`encode`, it is that of the VAE's facts.
     """
-    operations: Any = skeleton.operations
-    scaling = scaling or operations.facts(skeleton.config).latents.scaling
-    image: torch.Tensor = operations.decode(skeleton, latents.to(skeleton.device), scaling, is_shared=is_shared)
+    operations: Any = model.operations
+    scaling = scaling or operations.facts(model.config).latents.scaling
+    image: torch.Tensor = operations.decode(model, latents.to(model.device), scaling, is_shared=is_shared)
     return image
 
 
-def encode(skeleton: Skeleton, image: torch.Tensor, *, scaling: LatentScaling | None = None) -> torch.Tensor:
+def encode(model: CachedModel, image: torch.Tensor, *, scaling: LatentScaling | None = None) -> torch.Tensor:
     """Encode images to latents."""
-    operations: Any = skeleton.operations
-    scaling = scaling or operations.facts(skeleton.config).latents.scaling
-    latents: torch.Tensor = operations.encode(skeleton, image.to(skeleton.device), scaling)
+    operations: Any = model.operations
+    scaling = scaling or operations.facts(model.config).latents.scaling
+    latents: torch.Tensor = operations.encode(model, image.to(model.device), scaling)
     return latents
 
 
 def encode_text(
-    skeleton: Skeleton, token_ids: torch.Tensor, *, pooled: bool = False
+    model: CachedModel, token_ids: torch.Tensor, *, pooled: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encode token ids to hidden states, and pooled ones if asked for."""
-    operations: Any = skeleton.operations
-    encoded: tuple[torch.Tensor, torch.Tensor | None] = operations.encode(skeleton, token_ids, pooled=pooled)
+    operations: Any = model.operations
+    encoded: tuple[torch.Tensor, torch.Tensor | None] = operations.encode(model, token_ids, pooled=pooled)
     return encoded

@@ -11,12 +11,12 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.config import Flux1Config
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def inputs(transformer: Skeleton, direct: ModuleType) -> Inputs:
+def inputs(transformer: CachedModel, direct: ModuleType) -> Inputs:
     """A sound forward of three rows; every row has a sigma of its own."""
     found: Inputs = direct.flux1_inputs(
         transformer,
@@ -43,7 +43,7 @@ def changed(inputs: Inputs, name: str, value: Any) -> Inputs:
     return Inputs({**inputs.arguments, name: value}, known)
 
 
-def test_a_sound_forward_passes(transformer: Skeleton, inputs: Inputs) -> None:
+def test_a_sound_forward_passes(transformer: CachedModel, inputs: Inputs) -> None:
     operations: Any = transformer.operations
     operations.check(transformer, inputs)
     for name in ("timestep", "guidance", "img_ids", "txt_ids"):  # which the class casts itself
@@ -72,7 +72,7 @@ def test_a_sound_forward_passes(transformer: Skeleton, inputs: Inputs) -> None:
     ],
 )
 def test_a_wrong_shape_is_refused_with_the_one_to_use(
-    transformer: Skeleton, inputs: Inputs, name: str, shape: tuple[int, ...], use: str
+    transformer: CachedModel, inputs: Inputs, name: str, shape: tuple[int, ...], use: str
 ) -> None:
     operations: Any = transformer.operations
     with pytest.raises(BadRequest) as caught:
@@ -83,7 +83,7 @@ def test_a_wrong_shape_is_refused_with_the_one_to_use(
 @pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states", "pooled_projections"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64], ids=str)
 def test_another_dtype_than_that_of_the_weights_is_refused(
-    transformer: Skeleton, inputs: Inputs, name: str, dtype: torch.dtype
+    transformer: CachedModel, inputs: Inputs, name: str, dtype: torch.dtype
 ) -> None:
     operations: Any = transformer.operations
     other = str(dtype).removeprefix("torch.")
@@ -92,7 +92,7 @@ def test_another_dtype_than_that_of_the_weights_is_refused(
 
 
 @pytest.mark.parametrize("name", ["timestep", "guidance", "img_ids", "txt_ids"])
-def test_whole_numbers_are_refused(transformer: Skeleton, inputs: Inputs, name: str) -> None:
+def test_whole_numbers_are_refused(transformer: CachedModel, inputs: Inputs, name: str) -> None:
     operations: Any = transformer.operations
     with pytest.raises(BadRequest, match=f"{name}: dtype is int64, use a floating dtype"):
         operations.check(transformer, changed(inputs, name, inputs.arguments[name].long()))
@@ -102,7 +102,9 @@ def test_whole_numbers_are_refused(transformer: Skeleton, inputs: Inputs, name: 
     ("value", "kind"), [(None, "NoneType"), (0.5, "float"), ([torch.zeros(3)], "list")], ids=["None", "number", "list"]
 )
 @pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states", "timestep", "img_ids"])
-def test_what_is_no_tensor_is_refused(transformer: Skeleton, inputs: Inputs, name: str, value: Any, kind: str) -> None:
+def test_what_is_no_tensor_is_refused(
+    transformer: CachedModel, inputs: Inputs, name: str, value: Any, kind: str
+) -> None:
     operations: Any = transformer.operations
     with pytest.raises(BadRequest, match=f"{name}: {kind} where a tensor is needed"):
         operations.check(transformer, changed(inputs, name, value))
@@ -110,7 +112,7 @@ def test_what_is_no_tensor_is_refused(transformer: Skeleton, inputs: Inputs, nam
 
 @pytest.mark.parametrize("value", [900.0, 1.0001, -0.5])
 def test_a_timestep_that_the_host_knows_to_be_no_sigma_is_refused_with_the_remedy(
-    transformer: Skeleton, inputs: Inputs, value: float
+    transformer: CachedModel, inputs: Inputs, value: float
 ) -> None:
     operations: Any = transformer.operations
     wrong = Inputs(inputs.arguments, {**inputs.known, "timestep": (0.5, value, 0.5)})
@@ -121,9 +123,9 @@ def test_a_timestep_that_the_host_knows_to_be_no_sigma_is_refused_with_the_remed
 
 
 def test_a_model_with_guidance_needs_it_and_one_without_ignores_it(
-    transformer: Skeleton, cache: SkeletonCache, plug: Plugger, direct: ModuleType, inputs: Inputs
+    transformer: CachedModel, cache: ModelCache, plug: Plugger, direct: ModuleType, inputs: Inputs
 ) -> None:
-    schnell = plug(cache, flux1_state_dict(0, guidance=False)).skeleton
+    schnell = plug(cache, flux1_state_dict(0, guidance=False)).model
     without = Inputs({name: each for name, each in inputs.arguments.items() if name != "guidance"}, inputs.known)
     as_none, other = changed(inputs, "guidance", None), changed(inputs, "guidance", torch.full((3,), 9.0))
     operations: Any = transformer.operations
@@ -133,7 +135,7 @@ def test_a_model_with_guidance_needs_it_and_one_without_ignores_it(
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
-def test_rows_are_taken_as_views(transformer: Skeleton, inputs: Inputs) -> None:
+def test_rows_are_taken_as_views(transformer: CachedModel, inputs: Inputs) -> None:
     operations: Any = transformer.operations
     assert operations.rows(inputs) == ((6, 64),) * 3
     some = operations.take_rows(inputs, slice(1, 3))
@@ -148,7 +150,7 @@ def test_rows_are_taken_as_views(transformer: Skeleton, inputs: Inputs) -> None:
     assert none.arguments["guidance"] is None
 
 
-def test_rows_alone_are_those_of_the_whole(transformer: Skeleton, direct: ModuleType, inputs: Inputs) -> None:
+def test_rows_alone_are_those_of_the_whole(transformer: CachedModel, direct: ModuleType, inputs: Inputs) -> None:
     operations: Any = transformer.operations
     ((whole,),) = direct.call(transformer, [inputs])
     for row in range(3):
@@ -156,7 +158,7 @@ def test_rows_alone_are_those_of_the_whole(transformer: Skeleton, direct: Module
         assert torch.allclose(alone[0], whole[row], atol=1e-5)
 
 
-def test_a_result_is_the_tuple_of_the_class(transformer: Skeleton) -> None:
+def test_a_result_is_the_tuple_of_the_class(transformer: CachedModel) -> None:
     operations: Any = transformer.operations
     rows = random(2, 6, 64)
     (as_tensor,) = operations.tree(rows)
@@ -172,7 +174,7 @@ def alike(inputs: Inputs, sigma: float = 0.5) -> Inputs:
     return Inputs({**inputs.arguments, "timestep": timestep, "guidance": guidance}, known)
 
 
-def test_what_is_foreseen_changes_no_bit(transformer: Skeleton, direct: ModuleType, inputs: Inputs) -> None:
+def test_what_is_foreseen_changes_no_bit(transformer: CachedModel, direct: ModuleType, inputs: Inputs) -> None:
     for part in (inputs, alike(inputs)):
         ((expected,),) = direct.call(transformer, [part])
         for foreseen in ({"timestep": (1.0, 0.5, 0.25)}, {"timestep": (0.1,)}, {"others": (900.0,)}):
@@ -212,7 +214,7 @@ def test_foreseen_sigmas_are_rounded_as_timesteps_are(inputs: Inputs) -> None:
     assert times.sigmas == tuple(torch.tensor([0.7, 0.5]).bfloat16().tolist())
 
 
-def test_the_facts_name_the_heads_and_how_they_are_shared_out(transformer: Skeleton) -> None:
+def test_the_facts_name_the_heads_and_how_they_are_shared_out(transformer: CachedModel) -> None:
     operations: Any = transformer.operations
     config = transformer.config
     assert isinstance(config, Flux1Config)

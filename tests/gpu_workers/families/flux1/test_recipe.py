@@ -13,11 +13,11 @@ import torch
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 
 BAR = 1e-6
 MUTATION_BAR = 10 * BAR
@@ -46,7 +46,7 @@ def plain(model: Any, given: dict[str, Any], **rest: Any) -> torch.Tensor:
     ("tokens", "height", "width", "batch"), [(16, 128, 128, 1), (15, 112, 112, 1), (301, 112, 112, 1), (33, 64, 96, 2)]
 )
 def test_one_rank_is_bit_identical_to_plain_diffusers(
-    cache: SkeletonCache,
+    cache: ModelCache,
     plug: Plugger,
     direct: ModuleType,
     guidance: bool,
@@ -58,15 +58,15 @@ def test_one_rank_is_bit_identical_to_plain_diffusers(
 ) -> None:
     state = flux1_state_dict(1, guidance=guidance)
     given = job(tokens, height, width, batch)
-    ours = direct.generate(plug(cache, state).skeleton, **given, steps=4, sigmas=sigmas, guidance_scale=2.5)
+    ours = direct.generate(plug(cache, state).model, **given, steps=4, sigmas=sigmas, guidance_scale=2.5)
     expected = plain(reference.transformer_from(state), given, steps=4, sigmas=sigmas, guidance_scale=2.5)
     assert torch.equal(ours, expected)
 
 
-def test_bfloat16_is_bit_identical_too(cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
+def test_bfloat16_is_bit_identical_too(cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
     state = flux1_state_dict(1, dtype=torch.bfloat16)
     given = job(15, 64, 64)
-    ours = direct.generate(plug(cache, state).skeleton, **given, steps=2)
+    ours = direct.generate(plug(cache, state).model, **given, steps=2)
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, plain(reference.transformer_from(state), given, steps=2))
 
@@ -119,12 +119,12 @@ def waves(scaled: torch.Tensor) -> torch.Tensor:
 
 
 def test_float32_time_in_bfloat16_is_what_comfyui_computes(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType
+    cache: ModelCache, plug: Plugger, direct: ModuleType
 ) -> None:
     from diffusers import FluxPipeline
 
     state = flux1_state_dict(1, dtype=torch.bfloat16)
-    skeleton, given = plug(cache, state).skeleton, job(15, 64, 96)
+    model, given = plug(cache, state).model, job(15, 64, 96)
     sigmas = [0.9871, 0.7313, 0.4457, 0.1237]  # no multiples of what bfloat16 rounds to
     stock = AsComfyUi(state, given, guidance=2.6)
     size = given["noise"].shape[2:]
@@ -136,7 +136,7 @@ def test_float32_time_in_bfloat16_is_what_comfyui_computes(
         expected = expected + difference * stock.velocity(unpacked, sigma).float()
     expected = FluxPipeline._unpack_latents(expected, *size, 1)
     made = {
-        variant: direct.generate(skeleton, **given, steps=4, sigmas=sigmas, guidance_scale=2.6, variant=variant)
+        variant: direct.generate(model, **given, steps=4, sigmas=sigmas, guidance_scale=2.6, variant=variant)
         for variant in ("float32_time", "class")
     }
     assert made["float32_time"].dtype == torch.float32
@@ -148,7 +148,7 @@ def test_float32_time_in_bfloat16_is_what_comfyui_computes(
 
     for sigma in sigmas:
         velocity = direct.denoise(
-            skeleton,
+            model,
             latents=given["noise"],
             timestep=torch.tensor([sigma]),
             prompt_embeds=given["prompt_embeds"],
@@ -160,7 +160,7 @@ def test_float32_time_in_bfloat16_is_what_comfyui_computes(
         assert torch.equal(velocity, FluxPipeline._unpack_latents(packed, *size, 1))
 
 
-def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, direct: ModuleType) -> None:
+def test_in_float32_both_variants_have_the_same_bits(transformer: CachedModel, direct: ModuleType) -> None:
     given = job(8, 64, 64)
     both = [direct.generate(transformer, **given, steps=3, variant=variant) for variant in ("class", "float32_time")]
     assert torch.equal(*both)
@@ -168,17 +168,17 @@ def test_in_float32_both_variants_have_the_same_bits(transformer: Skeleton, dire
 
 @pytest.mark.parametrize("more", [{}, {"variant": "float32_time"}, {"step_cache": 0.1}], ids=str)
 def test_the_first_step_whose_latents_are_not_finite_is_named(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType, more: dict[str, Any]
+    cache: ModelCache, plug: Plugger, direct: ModuleType, more: dict[str, Any]
 ) -> None:
     from xditd.gpu_workers.models.result_checks import FiniteCheck
     from xditd.gpu_workers.models.step_cache import StepCache
 
     state = flux1_state_dict(2, dtype=torch.bfloat16)
-    skeleton, finite = plug(cache, state).skeleton, FiniteCheck()
+    model, finite = plug(cache, state).model, FiniteCheck()
     component = SimpleNamespace(
         component_id="c1",
         manifest=SimpleNamespace(label="some"),
-        plan=SimpleNamespace(dtype=torch.bfloat16, family=skeleton.family),
+        plan=SimpleNamespace(dtype=torch.bfloat16, family=model.family),
     )
 
     def break_weights(done: int, _: int) -> None:
@@ -187,12 +187,12 @@ def test_the_first_step_whose_latents_are_not_finite_is_named(
 
     if "step_cache" in more:
         more = {"step_cache": StepCache(more["step_cache"])}
-    latents = direct.generate(skeleton, **job(8, 64, 64), steps=4, on_step=break_weights, finite=finite, **more)
+    latents = direct.generate(model, **job(8, 64, 64), steps=4, on_step=break_weights, finite=finite, **more)
     assert latents.isnan().any()
     assert "latents after step 3 of 4: some values are NaN" in finite.fault(component).detail
 
 
-def test_given_sigmas_are_used_as_they_are(transformer: Skeleton, direct: ModuleType) -> None:
+def test_given_sigmas_are_used_as_they_are(transformer: CachedModel, direct: ModuleType) -> None:
     given = job(8, 64, 64)
     sigmas = [0.9, 0.7, 0.05]
     result = direct.generate(transformer, **given, steps=3, sigmas=sigmas)
@@ -225,7 +225,7 @@ def test_seeded_noise_is_what_a_diffusers_pipeline_draws(dtype: torch.dtype) -> 
     assert torch.equal(ours, FluxPipeline._unpack_latents(packed, 64, 96, 8))
 
 
-def test_steps_are_reported_and_a_stopped_job_leaves_no_trace(transformer: Skeleton, direct: ModuleType) -> None:
+def test_steps_are_reported_and_a_stopped_job_leaves_no_trace(transformer: CachedModel, direct: ModuleType) -> None:
     class Stop(Exception):
         pass
 
@@ -243,7 +243,7 @@ def test_steps_are_reported_and_a_stopped_job_leaves_no_trace(transformer: Skele
     assert torch.equal(direct.generate(transformer, **given, steps=3), first)
 
 
-def test_each_step_shows_what_it_takes_the_clean_latents_for(transformer: Skeleton, direct: ModuleType) -> None:
+def test_each_step_shows_what_it_takes_the_clean_latents_for(transformer: CachedModel, direct: ModuleType) -> None:
     given = job(8, 64, 64)
     sigmas = [0.9, 0.7, 0.05]
     seen: list[torch.Tensor] = []
@@ -264,22 +264,22 @@ def test_each_step_shows_what_it_takes_the_clean_latents_for(transformer: Skelet
     assert reference.relative_error(seen[-1], result) <= BAR
 
 
-def test_guidance_is_ignored_without_guidance_tensors(cache: SkeletonCache, plug: Plugger, direct: ModuleType) -> None:
-    skeleton = plug(cache, flux1_state_dict(0, guidance=False)).skeleton
+def test_guidance_is_ignored_without_guidance_tensors(cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
+    model = plug(cache, flux1_state_dict(0, guidance=False)).model
     given = job(8, 64, 64)
-    one, other = (direct.generate(skeleton, **given, steps=1, guidance_scale=scale) for scale in (1.0, 9.0))
+    one, other = (direct.generate(model, **given, steps=1, guidance_scale=scale) for scale in (1.0, 9.0))
     assert torch.equal(one, other)
 
 
 def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
-    shared_cache: SkeletonCache, demo_transformer: State, plug: Plugger, direct: ModuleType
+    shared_cache: ModelCache, demo_transformer: State, plug: Plugger, direct: ModuleType
 ) -> None:
     given = job(8, 64, 64)
     expected = plain(reference.transformer_from(demo_transformer), given, steps=2)
     figures: dict[str, float] = {}
     for name, tensor in demo_transformer.items():
-        skeleton = plug(shared_cache, {**demo_transformer, name: torch.zeros_like(tensor)}).skeleton
-        figures[name] = reference.relative_error(direct.generate(skeleton, **given, steps=2), expected)
+        model = plug(shared_cache, {**demo_transformer, name: torch.zeros_like(tensor)}).model
+        figures[name] = reference.relative_error(direct.generate(model, **given, steps=2), expected)
     assert len(figures) == 84
     assert {name: figure for name, figure in figures.items() if figure < MUTATION_BAR} == {}
 
@@ -303,23 +303,23 @@ def test_zeroing_any_tensor_of_the_transformer_shows_in_the_latents(
     ],
 )
 def test_bad_conditioning_is_refused_by_name_and_value(
-    transformer: Skeleton, direct: ModuleType, changes: dict[str, Any], message: str
+    transformer: CachedModel, direct: ModuleType, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadRequest, match=message):
         direct.generate(transformer, **{**job(8, 64, 64), "steps": 1, **changes})
 
 
 def test_conditioning_that_overflows_in_the_weights_dtype_is_refused(
-    cache: SkeletonCache, plug: Plugger, direct: ModuleType
+    cache: ModelCache, plug: Plugger, direct: ModuleType
 ) -> None:
-    skeleton = plug(cache, flux1_state_dict(0, dtype=torch.float16, double_blocks=1, single_blocks=1)).skeleton
+    model = plug(cache, flux1_state_dict(0, dtype=torch.float16, double_blocks=1, single_blocks=1)).model
     given = job(8, 64, 64)
     given["pooled"][0, 3] = 70_000.0
     with pytest.raises(BadRequest, match="pooled_prompt_embeds: some values are not finite in float16"):
-        direct.generate(skeleton, **given, steps=1)
+        direct.generate(model, **given, steps=1)
 
 
-def test_what_is_foreseen_is_what_the_forwards_are_given(transformer: Skeleton) -> None:
+def test_what_is_foreseen_is_what_the_forwards_are_given(transformer: CachedModel) -> None:
     """Else fused blocks would make ready for other timesteps than those that come."""
     from xditd.gpu_workers.models.operations import Wanted
 
@@ -336,7 +336,7 @@ def test_what_is_foreseen_is_what_the_forwards_are_given(transformer: Skeleton) 
 
 
 def test_a_good_job_after_bad_ones_has_the_same_bits(
-    transformer: Skeleton, demo_transformer: State, direct: ModuleType
+    transformer: CachedModel, demo_transformer: State, direct: ModuleType
 ) -> None:
     given = job(8, 64, 64)
     with pytest.raises(BadRequest):
@@ -345,7 +345,7 @@ def test_a_good_job_after_bad_ones_has_the_same_bits(
     assert torch.equal(direct.generate(transformer, **given, steps=2), expected)
 
 
-def test_inputs_of_another_dtype_are_cast(transformer: Skeleton, direct: ModuleType) -> None:
+def test_inputs_of_another_dtype_are_cast(transformer: CachedModel, direct: ModuleType) -> None:
     given = job(8, 64, 64)
     half = {name: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
     widened = {name: v.float() if isinstance(v, torch.Tensor) else v for name, v in half.items()}

@@ -173,11 +173,11 @@ def test_agreement_between_ranks(group: Any) -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_every_token_is_dealt_once_and_totals_are_equal(ranks: int) -> None:
-    from xditd.gpu_workers.parallel.token_shares import deal_tokens
+    from xditd.gpu_workers.parallel.token_partition import partition_tokens
 
     for text in range(ranks, 3 * ranks):
         for image in range(49, 49 + 2 * ranks):
-            shares = deal_tokens(text, image, ranks)
+            shares = partition_tokens(text, image, ranks)
             assert [i for share in shares for i in range(text)[share.text]] == list(range(text))
             assert [i for share in shares for i in range(image)[share.image]] == list(range(image))
             totals = {share.text.stop - share.text.start + share.image_tokens + share.padding for share in shares}
@@ -189,7 +189,7 @@ def test_every_token_is_dealt_once_and_totals_are_equal(ranks: int) -> None:
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("text", "image", "ranks"), [(1, 64, 2), (64, 1, 2), (7, 64, 8), (8, 7, 8), (9, 8, 8)])
 def test_a_rank_without_tokens_is_refused(text: int, image: int, ranks: int) -> None:
-    from xditd.gpu_workers.parallel.token_shares import deal_tokens
+    from xditd.gpu_workers.parallel.token_partition import partition_tokens
 
     with pytest.raises(Unsupported, match=f"{text} text and {image} image tokens"):
-        deal_tokens(text, image, ranks)
+        partition_tokens(text, image, ranks)

@@ -46,9 +46,9 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.step_cache import StepCache
-    from xditd.gpu_workers.parallel import agreement
+    from xditd.gpu_workers.parallel import rank_sync
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.errors import Unsupported
 
@@ -56,21 +56,21 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from direct_jobs import denoise, generate, plugged
 
     facts: dict[str, object] = {
-        "agree on all true": agreement.agree(True),
-        "agree when rank 1 is false": agreement.agree(rank == 0),
-        "rank 0 stops": agreement.broadcast_stop(rank == 0),
-        "rank 1 alone stops": agreement.broadcast_stop(rank == 1),
+        "agree on all true": rank_sync.agree(True),
+        "agree when rank 1 is false": rank_sync.agree(rank == 0),
+        "rank 0 stops": rank_sync.broadcast_stop(rank == 0),
+        "rank 1 alone stops": rank_sync.broadcast_stop(rank == 1),
         "degrees": layout.degrees.named(),
     }
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
     results: dict[str, torch.Tensor] = {}
     for label, guidance in (("dev", True), ("schnell", False)):
         state = checkpoints.flux1_state_dict(SEED, guidance=guidance)
-        skeleton = plugged(cache, state)
+        model = plugged(cache, state)
         for case, (tokens, height, width, batch) in CASES.items():
             for attempt in range(ROUNDS if guidance else 1):
                 results[f"{label}/{case}/{attempt}"] = generate(
-                    skeleton,
+                    model,
                     **inputs(tokens, height, width, batch),
                     height=height,
                     width=width,
@@ -80,7 +80,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         tokens, height, width, batch = CASES["odd total, odd image"]
         given = inputs(tokens, height, width, batch)
         results[f"{label}/denoise"] = denoise(
-            skeleton,
+            model,
             latents=given["noise"],
             timestep=torch.full((batch,), 0.7),
             prompt_embeds=given["prompt_embeds"],
@@ -90,14 +90,14 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         for attempt in range(ROUNDS):
             steps = StepCache(0.1)
             results[f"{label}/cached/{attempt}"] = generate(
-                skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
+                model, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE, step_cache=steps
             )
             facts[f"{label} reused"] = steps.reused
         results[f"{label}/not cached"] = generate(
-            skeleton, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
+            model, **given, height=height, width=width, steps=len(ALIKE), sigmas=ALIKE
         )
         try:
-            generate(skeleton, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
+            generate(model, **inputs(1, 112, 112, 1), height=112, width=112, steps=1)
         except Unsupported as error:
             facts[f"{label} refuses one text token"] = error.detail
     for threshold in (0.6, 0.4):

@@ -35,7 +35,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
 
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
     from direct_jobs import decode, plugged
 
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
 
     def decoder(dtype: torch.dtype, values: torch.dtype, has_attention: bool):
         """The same weights in one dtype, with values that another one can hold."""
@@ -56,13 +56,13 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
 
     results: dict[str, torch.Tensor] = {}
     for case, (batch, height, width, dtype) in (CASES if kind == "cpu" else GPU_CASES).items():
-        skeleton = decoder(dtype, dtype, case != "no attention")
+        model = decoder(dtype, dtype, case != "no attention")
         generator = torch.Generator().manual_seed(height)
         latents = torch.randn(batch, 16, height, width, generator=generator).to(dtype)
         for attempt in range(ROUNDS):
-            results[f"{case}/{attempt}"] = decode(skeleton, latents, is_shared=True)
+            results[f"{case}/{attempt}"] = decode(model, latents, is_shared=True)
         if rank == 0:
-            results[f"{case}/whole"] = decode(skeleton, latents)
+            results[f"{case}/whole"] = decode(model, latents)
             exact = decoder(torch.float32, dtype, case != "no attention")
             results[f"{case}/float32"] = decode(exact, latents.float())
     save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")

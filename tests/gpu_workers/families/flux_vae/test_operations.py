@@ -11,12 +11,12 @@ import torch
 
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.flux_vae.config import SCALING
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import LatentScaling
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 
 BAR = 1e-6
 MUTATION_BAR = 10 * BAR
@@ -27,7 +27,7 @@ INVISIBLE = {"encoder.mid.attn_1.k.bias", "decoder.mid.attn_1.k.bias"}
 
 @pytest.mark.parametrize(("height", "width"), [(14, 10), (9, 7)])
 def test_decode_and_encode_equal_plain_diffusers(
-    height: int, width: int, vae: Skeleton, demo_vae: State, direct: ModuleType
+    height: int, width: int, vae: CachedModel, demo_vae: State, direct: ModuleType
 ) -> None:
     model = reference.vae_from(demo_vae)
     latents = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def test_decode_and_encode_equal_plain_diffusers(
 
 
 def test_latents_of_another_model_are_scaled_as_its_facts_say(
-    vae: Skeleton, demo_vae: State, direct: ModuleType
+    vae: CachedModel, demo_vae: State, direct: ModuleType
 ) -> None:
     model = reference.vae_from(demo_vae)
     sd3 = LatentScaling(factor=1.5305, shift=0.0609)
@@ -57,9 +57,9 @@ def test_latents_of_another_model_are_scaled_as_its_facts_say(
 
 
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
-    cache: SkeletonCache, vae: Skeleton, demo_vae: State, plug: Plugger, direct: ModuleType
+    cache: ModelCache, vae: CachedModel, demo_vae: State, plug: Plugger, direct: ModuleType
 ) -> None:
-    half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).skeleton
+    half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).cached
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(direct.decode(half, latents), direct.decode(vae, latents))
     with pytest.raises(Unsupported, match="without its encoder"):
@@ -68,7 +68,7 @@ def test_a_decoder_alone_decodes_and_refuses_to_encode(
 
 @pytest.mark.slow
 def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
-    shared_cache: SkeletonCache, demo_vae: State, plug: Plugger, direct: ModuleType
+    shared_cache: ModelCache, demo_vae: State, plug: Plugger, direct: ModuleType
 ) -> None:
     model = reference.vae_from(demo_vae)
     generator = torch.Generator().manual_seed(0)
@@ -77,20 +77,20 @@ def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
     decoded, encoded = reference.reference_decode(model, latents), reference.reference_encode(model, image)
     figures: dict[str, float] = {}
     for name, tensor in demo_vae.items():
-        skeleton = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).skeleton
+        cached = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).cached
         if name.startswith("decoder."):
-            figures[name] = reference.relative_error(direct.decode(skeleton, latents).clamp(-1.0, 1.0), decoded)
+            figures[name] = reference.relative_error(direct.decode(cached, latents).clamp(-1.0, 1.0), decoded)
         else:
-            figures[name] = reference.relative_error(direct.encode(skeleton, image), encoded)
+            figures[name] = reference.relative_error(direct.encode(cached, image), encoded)
     assert {name for name, figure in figures.items() if figure < MUTATION_BAR} == INVISIBLE
     # What no figure can show, the parameters do.
-    module = plug(shared_cache, demo_vae).skeleton.module
+    module = plug(shared_cache, demo_vae).cached.module
     for side in ("encoder", "decoder"):
         bias = module.get_parameter(f"{side}.mid_block.attentions.0.to_k.bias")
         assert torch.equal(bias, demo_vae[f"{side}.mid.attn_1.k.bias"])
 
 
-def test_bad_images_and_latents_name_the_value(vae: Skeleton, direct: ModuleType) -> None:
+def test_bad_images_and_latents_name_the_value(vae: CachedModel, direct: ModuleType) -> None:
     for latents in (
         torch.zeros(1, 4, 8, 8),
         torch.zeros(16, 8, 8),
@@ -112,21 +112,21 @@ def test_bad_images_and_latents_name_the_value(vae: Skeleton, direct: ModuleType
         direct.encode(vae, torch.full((1, 3, 32, 32), NAN))
 
 
-def test_an_image_is_not_cut_off_at_its_range(vae: Skeleton, direct: ModuleType) -> None:
+def test_an_image_is_not_cut_off_at_its_range(vae: CachedModel, direct: ModuleType) -> None:
     latents = 40 * torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     assert direct.decode(vae, latents).abs().max() > 1.0
 
 
-def test_one_rank_shares_no_decode_with_itself(vae: Skeleton) -> None:
+def test_one_rank_shares_no_decode_with_itself(vae: CachedModel) -> None:
     operations: Any = vae.operations
     assert not operations.shares(vae, torch.zeros(1, 16, 128, 128))
     assert not operations.shares(vae, torch.zeros(16, 128, 128))  # which decode() refuses by its shape
 
 
-def test_what_clients_are_told(vae: Skeleton, cache: SkeletonCache, demo_vae: State, plug: Plugger) -> None:
+def test_what_clients_are_told(vae: CachedModel, cache: ModelCache, demo_vae: State, plug: Plugger) -> None:
     operations: Any = vae.operations
     facts = operations.facts(vae.config)
     assert (facts.latents.channels, facts.latents.pixels, facts.latents.multiple) == (16, 8, 1)
     assert (facts.latents.scaling, facts.image_channels, facts.has_encoder) == (SCALING, 3, True)
     half = {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}
-    assert not operations.facts(plug(cache, half).skeleton.config).has_encoder
+    assert not operations.facts(plug(cache, half).cached.config).has_encoder

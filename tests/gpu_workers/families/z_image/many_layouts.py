@@ -60,26 +60,26 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     from safetensors.torch import save_file
 
     from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.operations import Inputs
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
     torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, degrees.world_size, str(folder / "store"), torch.device("cpu"), degrees)
-    plan = SkeletonCache(started).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    skeleton: Any = plan.skeleton
-    skeleton.plug(plan.bind(state))
+    match = ModelCache(started).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    model: Any = match.model
+    model.plug(match.bind(state))
     results: dict[str, torch.Tensor] = {}
     for attempt in range(ROUNDS):
         for case, given in CALLS.items():
-            (tree,) = direct_jobs.call(skeleton, [Inputs(z_image_models.inputs(*given))])
+            (tree,) = direct_jobs.call(model, [Inputs(z_image_models.inputs(*given))])
             results |= {f"{case}/{attempt}/{row}": tensor for row, tensor in enumerate(tree[0])}
         for case in SAMPLES:
             conditioning, noise = sample(case)
             latents = direct_jobs.generate_from(
-                skeleton,
+                model,
                 conditioning,
                 noise,
                 height=noise.shape[2] * 8,

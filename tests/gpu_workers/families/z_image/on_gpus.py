@@ -36,8 +36,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = {
 
 def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.operations import Inputs
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 
@@ -59,8 +59,8 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     }
     for dtype in (torch.bfloat16, torch.float32):
         state = {name: tensor.to(dtype) for name, tensor in rounded.items()}
-        plan = SkeletonCache(started).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.skeleton.plug(plan.bind(state))
+        match = ModelCache(started).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        match.model.plug(match.bind(state))
         plain = z_image_models.reference(state, CONFIG, str(device))
         for case in facts["cases"]:
             given = z_image_models.inputs(*CASES[case])
@@ -68,7 +68,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
             for name in ("x", "cap_feats"):
                 # Exact in bfloat16, so that float32 is asked the same.
                 given[name] = [each.to(torch.bfloat16).to(device, dtype) for each in given[name]]
-            results = [direct_jobs.call(plan.skeleton, [Inputs(given)])[0][0] for _ in range(2)]
+            results = [direct_jobs.call(match.model, [Inputs(given)])[0][0] for _ in range(2)]
             with torch.no_grad():
                 here = plain(**given, return_dict=False)[0]
                 given |= {name: [each.float() for each in given[name]] for name in ("x", "cap_feats")}
@@ -80,7 +80,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
                 "same bits": all(map(torch.equal, *results)),
                 "sum": sum(float(row.double().sum()) for row in results[0]),
             }
-        plan.skeleton.unplug()
+        match.model.unplug()
     Path(folder, f"{layout}-rank{rank}.json").write_text(json.dumps(facts, indent=1))
     xfuser_start.stop()
 

@@ -11,13 +11,13 @@ import torch
 import z_image_models
 
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Wanted
-from xditd.gpu_workers.models.skeletons import Plan, Skeleton, SkeletonCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
 
 State = dict[str, torch.Tensor]
-Plugger = Callable[[SkeletonCache, State], Plan]
+Plugger = Callable[[ModelCache, State], CheckpointMatch]
 COMFYUI = ("layers.0.attention.qkv.weight",)
 
 CALLS = {
@@ -42,22 +42,22 @@ def reference(state: State) -> Any:
 
 
 @pytest.fixture
-def skeleton(shared_cache: SkeletonCache, state: State, plug: Plugger) -> Skeleton:
-    return plug(shared_cache, state).skeleton
+def model(shared_cache: ModelCache, state: State, plug: Plugger) -> CachedModel:
+    return plug(shared_cache, state).model
 
 
-def run(skeleton: Skeleton, given: Mapping[str, Any], **more: Any) -> list[torch.Tensor]:
+def run(model: CachedModel, given: Mapping[str, Any], **more: Any) -> list[torch.Tensor]:
     import direct_jobs  # not before the group is started
 
-    ((rows,),) = direct_jobs.call(skeleton, [Inputs(given)], **more)
+    ((rows,),) = direct_jobs.call(model, [Inputs(given)], **more)
     return rows
 
 
-def generate(skeleton: Skeleton, wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
+def generate(model: CachedModel, wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor) -> torch.Tensor:
     import direct_jobs
 
     return direct_jobs.generate_from(
-        skeleton,
+        model,
         conditioning,
         noise,
         height=wanted.height,
@@ -71,67 +71,67 @@ def generate(skeleton: Skeleton, wanted: Wanted, conditioning: Mapping[str, Any]
 
 
 @pytest.mark.parametrize("case", list(CALLS))
-def test_a_call_gives_the_bits_of_the_class(skeleton: Skeleton, reference: Any, case: str) -> None:
+def test_a_call_gives_the_bits_of_the_class(model: CachedModel, reference: Any, case: str) -> None:
     given = z_image_models.inputs(*CALLS[case])
     with torch.no_grad():
         expected = reference(**given, return_dict=False)[0]
-    found = run(skeleton, given)
+    found = run(model, given)
     assert len(found) == len(expected)
     assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("case", list(CALLS))
-def test_the_shared_forward_is_the_same_function(skeleton: Skeleton, reference: Any, case: str) -> None:
+def test_the_shared_forward_is_the_same_function(model: CachedModel, reference: Any, case: str) -> None:
     given = z_image_models.inputs(*CALLS[case])
     with torch.no_grad():
         expected = reference(**given, return_dict=False)[0]
-        found = skeleton.module.forward_shared(**given)
+        found = model.module.forward_shared(**given)
     for ours, right in zip(found, expected, strict=True):
         assert ours.shape == right.shape
         assert z_image_models.relative_error(ours, right) <= 1e-6
 
 
-def test_both_layouts_give_the_same_bits(shared_cache: SkeletonCache, skeleton: Skeleton, plug: Plugger) -> None:
+def test_both_layouts_give_the_same_bits(shared_cache: ModelCache, model: CachedModel, plug: Plugger) -> None:
     given = z_image_models.inputs(*CALLS["all unequal"])
     fused = z_image_models.state_dict(3, names=COMFYUI, prefix="model.diffusion_model.")
-    plan = plug(shared_cache, fused)
-    assert plan.skeleton is skeleton
-    found = run(skeleton, given)
+    match = plug(shared_cache, fused)
+    assert match.model is model
+    found = run(model, given)
     with torch.no_grad():
         expected = z_image_models.reference(fused)(**given, return_dict=False)[0]
     assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
 
 
-def test_comfyuis_variant_has_its_epsilon_and_its_time(skeleton: Skeleton) -> None:
+def test_comfyuis_variant_has_its_epsilon_and_its_time(model: CachedModel) -> None:
     given = z_image_models.inputs(*CALLS["two rows of equal texts"])
-    plain = run(skeleton, given)
+    plain = run(model, given)
     module = z_image_models.reference(z_image_models.state_dict(0))
     for block in (*module.noise_refiner, *module.context_refiner, *module.layers):
         block.attention.norm_q.eps = block.attention.norm_k.eps = torch.finfo(torch.float32).eps
     with torch.no_grad():
         expected = module(**given, return_dict=False)[0]
-    found = run(skeleton, given, variant="comfyui")
+    found = run(model, given, variant="comfyui")
     assert all(map(torch.equal, found, expected))
     assert not any(map(torch.equal, found, plain))
-    assert all(map(torch.equal, run(skeleton, given), plain))
+    assert all(map(torch.equal, run(model, given), plain))
 
     sigmas = (1.0, 0.7, 0.31)
     wanted = Wanted(1, 64, 64, 3, 0.0, sigmas=sigmas, variant="comfyui")
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    started = skeleton.operations.recipe.start(skeleton, wanted, {"prompt_embeds": given["cap_feats"][:1]}, noise)
+    started = model.operations.recipe.start(model, wanted, {"prompt_embeds": given["cap_feats"][:1]}, noise)
     for step, sigma in enumerate(torch.tensor(sigmas)):
         (part,) = started.parts(noise, step)
         assert torch.equal(part.arguments["t"], 1.0 - sigma[None])
 
 
-def test_rows_are_taken_as_views(skeleton: Skeleton) -> None:
+def test_rows_are_taken_as_views(model: CachedModel) -> None:
     given = z_image_models.inputs(*CALLS["all unequal"])
-    operations = skeleton.operations
-    whole = run(skeleton, given)
+    operations = model.operations
+    whole = run(model, given)
     taken = operations.take_rows(Inputs(given, {"t": (0.2, 0.45, 0.7)}), slice(1, 3))
     assert taken.known == {"t": (0.45, 0.7)}
     assert taken.arguments["t"].data_ptr() == given["t"][1:].data_ptr()
-    rows = operations.run(skeleton, taken, CallOptions())
+    rows = operations.run(model, taken, CallOptions())
     for ours, right in zip(rows, whole[1:], strict=True):
         assert z_image_models.relative_error(ours, right) <= 1e-6
 
@@ -187,9 +187,9 @@ def asked(case: str, dtype: torch.dtype = torch.float32) -> tuple[Wanted, dict[s
 
 
 @pytest.mark.parametrize("case", list(SAMPLES))
-def test_generating_gives_the_bits_of_the_pipeline(skeleton: Skeleton, reference: Any, case: str) -> None:
+def test_generating_gives_the_bits_of_the_pipeline(model: CachedModel, reference: Any, case: str) -> None:
     wanted, conditioning, noise = asked(case)
-    found = generate(skeleton, wanted, conditioning, noise)
+    found = generate(model, wanted, conditioning, noise)
     *_, given, _, shift = SAMPLES[case]
     expected = z_image_models.pipeline_latents(
         reference, shift=shift, noise=noise, steps=wanted.steps, conditioning=conditioning, **given
@@ -197,12 +197,12 @@ def test_generating_gives_the_bits_of_the_pipeline(skeleton: Skeleton, reference
     assert torch.equal(found, expected)
 
 
-def test_bfloat16_weights_keep_latents_in_float32(shared_cache: SkeletonCache, plug: Plugger) -> None:
+def test_bfloat16_weights_keep_latents_in_float32(shared_cache: ModelCache, plug: Plugger) -> None:
     rounded = z_image_models.state_dict(0, dtype=torch.bfloat16)
-    skeleton = plug(shared_cache, rounded).skeleton
-    assert skeleton.operations.recipe.noise_dtype(skeleton.dtype, "class") == torch.float32
+    model = plug(shared_cache, rounded).model
+    assert model.operations.recipe.noise_dtype(model.dtype, "class") == torch.float32
     wanted, conditioning, noise = asked("Base, batch of two", torch.bfloat16)
-    found = generate(skeleton, wanted, conditioning, noise)
+    found = generate(model, wanted, conditioning, noise)
     *_, given, _, shift = SAMPLES["Base, batch of two"]
     expected = z_image_models.pipeline_latents(
         z_image_models.reference(rounded), shift=shift, noise=noise, steps=3, conditioning=conditioning, **given
@@ -211,12 +211,12 @@ def test_bfloat16_weights_keep_latents_in_float32(shared_cache: SkeletonCache, p
     assert torch.equal(found, expected)
 
 
-def test_options_change_the_result(skeleton: Skeleton) -> None:
+def test_options_change_the_result(model: CachedModel) -> None:
     wanted, conditioning, noise = asked("Base")
-    plain = generate(skeleton, wanted, conditioning, noise)
+    plain = generate(model, wanted, conditioning, noise)
     for name, value in (("shift", 3.0), ("cfg_normalization", 0.9), ("cfg_truncation", 0.1)):
         changed = Wanted(1, 128, 128, 3, 5.0, options={name: value})
-        assert z_image_models.relative_error(generate(skeleton, changed, conditioning, noise), plain) > 1e-3, name
+        assert z_image_models.relative_error(generate(model, changed, conditioning, noise), plain) > 1e-3, name
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,14 @@ def test_options_change_the_result(skeleton: Skeleton) -> None:
         ({"t": 0.5}, "t: float where a tensor is needed"),
     ],
 )
-def test_arguments_that_cannot_run_are_refused(skeleton: Skeleton, changes: dict[str, Any], says: str) -> None:
+def test_arguments_that_cannot_run_are_refused(model: CachedModel, changes: dict[str, Any], says: str) -> None:
     given = {**z_image_models.inputs((20,), ((8, 8),)), **changes}
     with pytest.raises(BadRequest, match=says):
-        skeleton.operations.check(skeleton, Inputs(given))
+        model.operations.check(model, Inputs(given))
 
 
-def test_the_longest_text_and_side_have_positions(skeleton: Skeleton) -> None:
-    found = run(skeleton, z_image_models.inputs((1504,), ((2, 1024),)))
+def test_the_longest_text_and_side_have_positions(model: CachedModel) -> None:
+    found = run(model, z_image_models.inputs((1504,), ((2, 1024),)))
     assert found[0].isfinite().all()
 
 
@@ -257,24 +257,24 @@ def test_the_longest_text_and_side_have_positions(skeleton: Skeleton) -> None:
     ],
 )
 def test_options_that_cannot_be_obeyed_are_refused(
-    skeleton: Skeleton, options: dict[str, float], sigmas: tuple[float, ...] | None, says: str
+    model: CachedModel, options: dict[str, float], sigmas: tuple[float, ...] | None, says: str
 ) -> None:
     wanted = Wanted(1, 64, 64, 3, 0.0, sigmas=sigmas, options=options)
     with pytest.raises(BadRequest, match=says):
-        skeleton.operations.recipe.check(skeleton.config, wanted)
+        model.operations.recipe.check(model.config, wanted)
 
 
-def test_conditioning_that_cannot_be_obeyed_is_refused(skeleton: Skeleton) -> None:
-    recipe = skeleton.operations.recipe
+def test_conditioning_that_cannot_be_obeyed_is_refused(model: CachedModel) -> None:
+    recipe = model.operations.recipe
     wanted, conditioning, noise = asked("Base")
     prompt = {"prompt_embeds": conditioning["prompt_embeds"]}
     with pytest.raises(BadRequest, match="negative_prompt_embeds is missing: guidance_scale 5 needs one"):
-        recipe.start(skeleton, wanted, prompt, noise)
+        recipe.start(model, wanted, prompt, noise)
     both = {**prompt, "negative_prompt_embeds": conditioning["prompt_embeds"] * 2}
     with pytest.raises(BadRequest, match="negative_prompt_embeds: 2 rows, use 1"):
-        recipe.start(skeleton, wanted, both, noise)
+        recipe.start(model, wanted, both, noise)
     with pytest.raises(BadRequest, match="negative_prompt_embeds with guidance_scale 0 would have no effect"):
-        recipe.start(skeleton, Wanted(1, 128, 128, 3, 0.0), conditioning, noise)
+        recipe.start(model, Wanted(1, 128, 128, 3, 0.0), conditioning, noise)
 
 
 @pytest.mark.parametrize(
@@ -290,43 +290,43 @@ def test_conditioning_that_cannot_be_obeyed_is_refused(skeleton: Skeleton) -> No
 def test_kernels_that_are_not_there_are_refused(
     layout: ParallelLayout, state: State, changes: dict[str, str], says: str
 ) -> None:
-    cache = SkeletonCache(dataclasses.replace(layout, **changes))
+    cache = ModelCache(dataclasses.replace(layout, **changes))
     with pytest.raises(Unsupported, match=says):
-        cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
 
 
 def test_an_attention_backend_that_was_asked_for_runs(layout: ParallelLayout, state: State, plug: Plugger) -> None:
     asked_for = dataclasses.replace(layout, requested_attention="SDPA_MATH", attention_backend="SDPA_MATH")
-    skeleton = plug(SkeletonCache(asked_for), state).skeleton
+    model = plug(ModelCache(asked_for), state).model
     given = z_image_models.inputs(*CALLS["two rows of unequal texts"])
     with torch.no_grad():
         expected = z_image_models.reference(state)(**given, return_dict=False)[0]
-    found = run(skeleton, given)
+    found = run(model, given)
     assert not all(map(torch.equal, found, expected))
     for ours, right in zip(found, expected, strict=True):
         assert z_image_models.relative_error(ours, right) <= 1e-6
 
 
-def test_weights_that_the_class_could_not_run_are_refused(cache: SkeletonCache, state: State) -> None:
+def test_weights_that_the_class_could_not_run_are_refused(cache: ModelCache, state: State) -> None:
     mixed = {
         name: TensorInfo.of(tensor if name == "cap_pad_token" else tensor.to(torch.bfloat16))
         for name, tensor in state.items()
     }
     with pytest.raises(Unsupported, match=r"cap_pad_token is torch\.float32 and most weights are torch\.bfloat16"):
-        cache.plan(mixed)
+        cache.match(mixed)
 
 
-def test_float32_norms_in_a_bfloat16_model_run(cache: SkeletonCache, plug: Plugger) -> None:
+def test_float32_norms_in_a_bfloat16_model_run(cache: ModelCache, plug: Plugger) -> None:
     state = {
         name: tensor if "norm" in name and tensor.ndim == 1 else tensor.to(torch.bfloat16)
         for name, tensor in z_image_models.state_dict(0).items()
     }
-    skeleton = plug(cache, state).skeleton
-    assert skeleton.dtype == torch.bfloat16
+    model = plug(cache, state).model
+    assert model.dtype == torch.bfloat16
     given = z_image_models.inputs((20, 20), ((8, 8),) * 2)
     given["x"] = [each.to(torch.bfloat16) for each in given["x"]]
     exact = z_image_models.reference({name: tensor.float() for name, tensor in state.items()})
     with torch.no_grad():
         expected = exact(**{**given, "x": [each.float() for each in given["x"]]}, return_dict=False)[0]
-    for ours, right in zip(run(skeleton, given), expected, strict=True):
+    for ours, right in zip(run(model, given), expected, strict=True):
         assert z_image_models.relative_error(ours, right) < 0.03

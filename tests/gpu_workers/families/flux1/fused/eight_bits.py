@@ -142,26 +142,26 @@ def whole_model(store: str) -> dict[str, Any]:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
 
     started = xfuser_start.start(0, 1, store, torch.device("cpu"))
     layout = dataclasses.replace(started, fused_attention="SDPA", precision="fp8")
     from direct_jobs import generate
 
-    cache = SkeletonCache(layout)
+    cache = ModelCache(layout)
     state = checkpoints.flux1_state_dict(1, double_blocks=2, single_blocks=2)
-    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    skeleton = plan.skeleton
+    match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    model = match.model
     given = job(5, 32, 32, 1)
-    found: dict[str, Any] = {"reserved": skeleton.reserve()}
+    found: dict[str, Any] = {"reserved": model.reserve()}
 
     def run() -> torch.Tensor:
-        return generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
+        return generate(model, **given, steps=STEPS, guidance_scale=GUIDANCE)
 
-    skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
+    model.plug(match.bind(state), "a", match.by_canonical_name(state))
     result = run()
-    fused = skeleton.module.fused
+    fused = model.module.fused
     found["canary"] = {
         "error": max(fused.canary._passed.values()),
         "tolerance": fused._products.tolerance,
@@ -172,17 +172,17 @@ def whole_model(store: str) -> dict[str, Any]:
     found["error"] = reference.relative_error(result, exact)
     name = "single_blocks.1.linear2.weight"
     other = {**state, name: torch.flip(state[name], (0,))}
-    skeleton.plug(plan.bind(other), "b", plan.by_canonical_name(other))
+    model.plug(match.bind(other), "b", match.by_canonical_name(other))
     found["another checkpoint"] = reference.relative_error(
         run(), reference_latents(reference.transformer_from(other), given, STEPS)
     )
-    skeleton.unplug()
+    model.unplug()
     found["held after unplug"] = fused._products._memory is not None
-    skeleton.reserve()
+    model.reserve()
     cache.release_idle()
     found["held when idle"] = fused._products._memory is not None
-    skeleton.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-    for tensor in skeleton.module.fused._products._weights["single_blocks.1.linear2"]:
+    model.plug(match.bind(state), "a", match.by_canonical_name(state))
+    for tensor in model.module.fused._products._weights["single_blocks.1.linear2"]:
         tensor.zero_()
     given = job(3, 16, 32, 1)
     judged = run()

@@ -17,7 +17,7 @@ import torch
 from inputs import GUIDANCE, job, reference_latents
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.models.skeletons import Plan
+    from xditd.gpu_workers.models.model_cache import CheckpointMatch
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 STEPS = 2
@@ -37,7 +37,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
 
     gpu = torch.device("cuda", rank)
@@ -51,16 +51,16 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             0, heads=24, double_blocks=2, single_blocks=2, dtype=torch.bfloat16
         ).items()
     }
-    plan = SkeletonCache(layout).plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    skeleton = plan.skeleton
+    match = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    model = match.model
     exact = reference.transformer_from(state, dtype=torch.float32)
     facts: dict[str, Any] = {"attention": layout.fused_attention, "cases": {}}
     lossless: dict[str, torch.Tensor] = {}
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
-        skeleton.plug(plan.bind(state), "plain")
-        plain = generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE)
-        skeleton.plug(plan.bind(state), "fused", plan.by_canonical_name(state))
-        fused = [generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
+        model.plug(match.bind(state), "plain")
+        plain = generate(model, **given, steps=STEPS, guidance_scale=GUIDANCE)
+        model.plug(match.bind(state), "fused", match.by_canonical_name(state))
+        fused = [generate(model, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         expected = reference_latents(exact, given, STEPS)
         lossless[case] = fused[1]
         facts["cases"][case] = {
@@ -68,19 +68,19 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             "fused": distance(fused[1], expected),
             "same bits twice": torch.equal(*fused),
         }
-    canary = skeleton.module.fused.canary
+    canary = model.module.fused.canary
     facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed)}
     broken = state["single_blocks.1.linear2.weight"]
     kept = broken.clone()
-    plugged = plan.by_canonical_name(state)
+    plugged = match.by_canonical_name(state)
     plugged["single_blocks.1.linear2.weight"] = torch.zeros_like(broken)
-    skeleton.plug(plan.bind(state), "broken", plugged)
+    model.plug(match.bind(state), "broken", plugged)
     given = job(17, 128, 128, 1)
-    judged = generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)
-    skeleton.plug(plan.bind(state), "plain")
+    judged = generate(model, **given, steps=1, guidance_scale=GUIDANCE)
+    model.plug(match.bind(state), "plain")
     facts["broken"] = {
         "refused": canary.is_refused,
-        "plain bits": torch.equal(judged, generate(skeleton, **given, steps=1, guidance_scale=GUIDANCE)),
+        "plain bits": torch.equal(judged, generate(model, **given, steps=1, guidance_scale=GUIDANCE)),
         "untouched": torch.equal(kept, broken),
     }
     facts["eight bits"] = eight_bits(started, state, lossless)
@@ -100,28 +100,28 @@ def eight_bits(
     from direct_jobs import generate
 
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
 
-    cache = SkeletonCache(layout)
-    plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    skeleton = plan.skeleton
+    cache = ModelCache(layout)
+    match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    model = match.model
     before = torch.cuda.memory_allocated()
-    skeleton.plug(plan.bind(state), "fp8", plan.by_canonical_name(state))
+    model.plug(match.bind(state), "fp8", match.by_canonical_name(state))
     facts: dict[str, Any] = {
         "held": torch.cuda.memory_allocated() - before,
-        "reserved": skeleton.reserve(),
+        "reserved": model.reserve(),
         "cases": {},
     }
     for case, given in ((case, job(*sizes)) for case, sizes in CASES.items()):
-        results = [generate(skeleton, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
+        results = [generate(model, **given, steps=STEPS, guidance_scale=GUIDANCE) for _ in range(2)]
         facts["cases"][case] = {
             "error": distance(results[0], lossless[case]),
             "same bits twice": torch.equal(*results),
         }
-    canary = cast(Any, skeleton.module).fused.canary
+    canary = cast(Any, model.module).fused.canary
     passed = canary._passed.values()
     facts["canary"] = {"refused": canary.is_refused, "passed": len(passed), "error": max(passed)}
-    skeleton.unplug()
+    model.unplug()
     del results
     facts["left"] = torch.cuda.memory_allocated() - before
     return facts
@@ -132,22 +132,24 @@ def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, 
     from direct_jobs import generate
 
     from xditd.gpu_workers.models.entries import TensorInfo
-    from xditd.gpu_workers.models.skeletons import SkeletonCache
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.step_cache import StepCache
 
     facts: dict[str, Any] = {}
     for precision in ("bf16", "fp8"):
-        plan = SkeletonCache(dataclasses.replace(layout, precision=precision)).plan(
+        match = ModelCache(dataclasses.replace(layout, precision=precision)).match(
             {name: TensorInfo.of(tensor) for name, tensor in state.items()}
         )
-        plan.skeleton.plug(plan.bind(state), precision, plan.by_canonical_name(state))
+        match.model.plug(match.bind(state), precision, match.by_canonical_name(state))
         for case in ("odd total, odd text", "two samples"):
             given = job(*CASES[case])
 
-            def run(threshold: float, given: dict[str, Any] = given, plan: Plan = plan) -> tuple[torch.Tensor, int]:
+            def run(
+                threshold: float, given: dict[str, Any] = given, match: CheckpointMatch = match
+            ) -> tuple[torch.Tensor, int]:
                 cache = StepCache(threshold)
                 latents = generate(
-                    plan.skeleton, **given, steps=len(ALIKE), sigmas=ALIKE, guidance_scale=GUIDANCE, step_cache=cache
+                    match.model, **given, steps=len(ALIKE), sigmas=ALIKE, guidance_scale=GUIDANCE, step_cache=cache
                 )
                 return latents, cache.reused
 
@@ -157,7 +159,7 @@ def cached(layout: ParallelLayout, state: dict[str, torch.Tensor]) -> dict[str, 
                 "error": distance(result, whole),
                 "same bits twice": torch.equal(result, again),
             }
-        plan.skeleton.unplug()
+        match.model.unplug()
     return facts
 
 

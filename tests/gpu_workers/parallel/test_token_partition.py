@@ -11,9 +11,9 @@ pytestmark = pytest.mark.usefixtures("layout")
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(32, 1), (32, 2), (32, 3), (64, 3), (96, 5), (4096, 6), (7, 7)])
 def test_every_token_is_dealt_once_and_each_rank_has_as_many(tokens: int, ranks: int) -> None:
-    from xditd.gpu_workers.parallel.token_shares import deal_evenly
+    from xditd.gpu_workers.parallel.token_partition import partition_evenly
 
-    shares = deal_evenly(tokens, ranks)
+    shares = partition_evenly(tokens, ranks)
     assert len({share.count + share.padding for share in shares}) == 1
     assert [number for share in shares for number in range(share.tokens.start, share.tokens.stop)] == [*range(tokens)]
     assert all(share.padding == 0 for share in shares[:-1])
@@ -22,7 +22,7 @@ def test_every_token_is_dealt_once_and_each_rank_has_as_many(tokens: int, ranks:
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(1, 2), (6, 5), (9, 4), (32, 12)])
 def test_too_few_tokens_are_refused(tokens: int, ranks: int) -> None:
-    from xditd.gpu_workers.parallel.token_shares import deal_evenly
+    from xditd.gpu_workers.parallel.token_partition import partition_evenly
 
     with pytest.raises(Unsupported, match=f"{tokens} words are too few to split over {ranks} workers"):
-        deal_evenly(tokens, ranks, "words")
+        partition_evenly(tokens, ranks, "words")

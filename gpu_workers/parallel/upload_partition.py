@@ -14,11 +14,11 @@ from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.layout import ALLOCATION_BYTES, align
 
 SHARED_FROM_BYTES: Final = 64 * 2**20
-"""A smaller buffer every rank uploads whole: that takes a few milliseconds, and so does opening and closing a fellow's
-memory."""
+"""A smaller buffer every rank uploads whole: that takes a few milliseconds, and so does opening and closing the
+memory of another rank."""
 
 
-class Stretch(NamedTuple):
+class CopyRange(NamedTuple):
     """Bytes of block number ``block`` from ``start``, which belong at ``to`` in the copy."""
 
     block: int
@@ -27,19 +27,19 @@ class Stretch(NamedTuple):
     nbytes: int
 
 
-def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[Stretch]:
+def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]:
     """Join tensors that follow each other in their block and in the copy, where each has its offset.
 
     A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
     """
-    found: list[Stretch] = []
+    found: list[CopyRange] = []
     for spec, offset in zip(specs, offsets, strict=True):
         if found:
             block, start, to, nbytes = found[-1]
             if (block, start + nbytes, to + nbytes) == (spec.block, spec.offset_bytes, offset):
-                found[-1] = Stretch(block, start, to, nbytes + spec.extent_bytes)
+                found[-1] = CopyRange(block, start, to, nbytes + spec.extent_bytes)
                 continue
-        found.append(Stretch(spec.block, spec.offset_bytes, offset, spec.extent_bytes))
+        found.append(CopyRange(spec.block, spec.offset_bytes, offset, spec.extent_bytes))
     return found
 
 
@@ -50,11 +50,11 @@ def split(whole: range, parts: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(edges)]
 
 
-def cut(stretches: Sequence[Stretch], share: range) -> list[Stretch]:
-    """Return what of the stretches lies in a share of the copy; those that cross its edges are cut."""
-    found: list[Stretch] = []
-    for block, start, to, nbytes in stretches:
+def cut(ranges: Sequence[CopyRange], share: range) -> list[CopyRange]:
+    """Return what of the ranges lies in a share of the copy; those that cross its edges are cut."""
+    found: list[CopyRange] = []
+    for block, start, to, nbytes in ranges:
         first, end = max(to, share.start), min(to + nbytes, share.stop)
         if first < end:
-            found.append(Stretch(block, start + first - to, first, end - first))
+            found.append(CopyRange(block, start + first - to, first, end - first))
     return found

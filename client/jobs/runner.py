@@ -1,4 +1,4 @@
-"""From a draft to its outputs: borrow a block, send the request, wait, read."""
+"""From a job to its outputs: borrow a block, send the request, wait, read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.jobs.arguments import read_results
-from xditd.client.jobs.drafts import CallDraft, Component, Draft, GenerationDraft, draft_call
 from xditd.client.jobs.generation import GenerationJob
+from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Patience
 from xditd.client.results import GenerationResult
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Runs drafts in the session that ``current`` names; ``silence_s`` bounds the wait for a sign of progress."""
+    """Runs job requests in the session that ``current`` names; ``silence_s`` bounds the wait for a sign of progress."""
 
     def __init__(self, pool: IoPool, current: Callable[[], Session], silence_s: float) -> None:
         self._pool = pool
         self._current = current
         self._silence_s = silence_s
 
-    def start(self, draft: Draft, block: IoBlock, deadline_s: float | None) -> PendingJob:
-        """Send a draft whose inputs are in ``block``, and do not wait. The job gives the block back."""
+    def start(self, job: JobRequest, block: IoBlock, deadline_s: float | None) -> PendingJob:
+        """Send a job whose inputs are in ``block``, and do not wait. The job gives the block back."""
         try:
             connection = self._current().connection
-            request = draft.write(connection.next_request_id(), block.describe())
+            request = job.write(connection.next_request_id(), block.describe())
         except BaseException:
             self._pool.give_back(block)
             raise
@@ -44,26 +44,26 @@ class Runner:
         purpose = f"{type(request).__name__.lower()} {request.request_id}"
         return PendingJob(connection, self._pool, request, block, patience, purpose)
 
-    def run(self, draft: Draft, reply_type: type[Reply], deadline_s: float | None) -> dict[str, torch.Tensor]:
-        """Run a draft, wait for it, and read its outputs by name."""
-        block = draft.fill(self._pool)
-        with self.start(draft, block, deadline_s) as pending:
+    def run(self, job: JobRequest, reply_type: type[Reply], deadline_s: float | None) -> dict[str, torch.Tensor]:
+        """Run a job, wait for it, and read its outputs by name."""
+        block = job.fill(self._pool)
+        with self.start(job, block, deadline_s) as pending:
             pending.wait(reply_type)
-            return {name: block.read(place, draft.device) for name, place in draft.outputs.items()}
+            return {name: block.read(place, job.device) for name, place in job.outputs.items()}
 
-    def generate(self, draft: GenerationDraft, deadline_s: float | None, owner: object) -> GenerationJob:
+    def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
         """Start a generation, and do not wait. ``owner`` is kept alive until it has ended."""
-        block = draft.fill(self._pool)
+        block = job.fill(self._pool)
 
         def read(name: str) -> torch.Tensor | None:
-            return block.read(draft.outputs[name], draft.device) if name in draft.outputs else None
+            return block.read(job.outputs[name], job.device) if name in job.outputs else None
 
         def read_outputs(generated: Generated) -> GenerationResult:
             return GenerationResult(
-                latents=block.read(draft.outputs["latents"], draft.device),
+                latents=block.read(job.outputs["latents"], job.device),
                 image=read("image"),
                 timings_ms=dict(generated.timings_ms),
-                seed=draft.sampling.seed,
+                seed=job.sampling.seed,
                 reused_steps=generated.reused_steps,
             )
 
@@ -73,8 +73,8 @@ class Runner:
                 raise BadRequest("denoised: the job was started without previews=True")
             return denoised
 
-        pending = self.start(draft, block, deadline_s)
-        return GenerationJob(pending, read_outputs, read_denoised, draft.sampling.steps, owner)
+        pending = self.start(job, block, deadline_s)
+        return GenerationJob(pending, read_outputs, read_denoised, job.sampling.steps, owner)
 
     def call(
         self,
@@ -86,28 +86,28 @@ class Runner:
     ) -> list[Any]:
         """Run forwards. What the workers keep goes by its id, and again with its tensor if they lost it."""
         session = self._current()
-        draft = draft_call(component, parts, foreseen, variant, lambda kept: kept.is_kept_by(session))
+        job = call_request(component, parts, foreseen, variant, lambda kept: kept.is_kept_by(session))
         try:
-            results = self._run_call(draft, deadline_s)
+            results = self._run_call(job, deadline_s)
         except UnknownKept:
             # Pushed out by others, or lost with workers that were killed: nothing that the caller needs to know.
-            draft = draft_call(component, parts, foreseen, variant, lambda _: False)
-            results = self._run_call(draft, deadline_s)
-        for kept in draft.kept:
+            job = call_request(component, parts, foreseen, variant, lambda _: False)
+            results = self._run_call(job, deadline_s)
+        for kept in job.kept:
             kept.note_kept_by(session)
         return results
 
-    def _run_call(self, draft: CallDraft, deadline_s: float | None) -> list[Any]:
-        block = draft.fill(self._pool)
-        with self.start(draft, block, deadline_s) as pending:
+    def _run_call(self, job: CallRequest, deadline_s: float | None) -> list[Any]:
+        block = job.fill(self._pool)
+        with self.start(job, block, deadline_s) as pending:
             called = pending.wait(Called)
-            if len(called.results) != len(draft.devices):
-                raise Internal(f"a call of {len(draft.devices)} parts was answered with {len(called.results)} results")
+            if len(called.results) != len(job.devices):
+                raise Internal(f"a call of {len(job.devices)} parts was answered with {len(called.results)} results")
             if called.block is not None:
                 if called.provider is None:
                     raise Internal("the results of a call are in a block of a worker, but no worker is named")
-                return _read_from(called.block, called.provider, called, draft.devices)
-            wanted = zip(called.results, draft.devices, strict=True)
+                return _read_from(called.block, called.provider, called, job.devices)
+            wanted = zip(called.results, job.devices, strict=True)
             return [read_results(tree, device, block.read) for tree, device in wanted]
 
 

@@ -47,7 +47,7 @@ class Component:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Draft:
+class JobRequest:
     """``write`` makes the request, once there are a request id and a block; ``outputs`` are places by name."""
 
     layout: IoLayout
@@ -69,14 +69,14 @@ class Draft:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GenerationDraft(Draft):
+class GenerationRequest(JobRequest):
     """A generation: its outputs are ``latents``, ``image`` with a VAE, and ``denoised`` with previews."""
 
     sampling: Sampling
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CallDraft(Draft):
+class CallRequest(JobRequest):
     """A call says only in its reply where results are. ``devices`` are where those of each part are wanted."""
 
     devices: Sequence[torch.device]
@@ -84,13 +84,13 @@ class CallDraft(Draft):
     """Tensors that the workers keep once the call is done."""
 
 
-def draft_call(
+def call_request(
     component: Component,
     parts: Sequence[Mapping[str, Any]],
     foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
     variant: str,
     is_kept: Callable[[KeptTensor], bool],
-) -> CallDraft:
+) -> CallRequest:
     """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone."""
     import torch
 
@@ -127,10 +127,10 @@ def draft_call(
             out_size_bytes=out_size_bytes,
         )
 
-    return CallDraft(layout, writer.inputs, {}, devices[0], write, devices, writer.kept)
+    return CallRequest(layout, writer.inputs, {}, devices[0], write, devices, writer.kept)
 
 
-def draft_generate(
+def generate_request(
     transformer: Component,
     vae: Component | None,
     conditioning: Mapping[str, Any],
@@ -146,7 +146,7 @@ def draft_generate(
     step_cache: float,
     variant: str,
     options: Mapping[str, bool | int | float] | None,
-) -> GenerationDraft:
+) -> GenerationRequest:
     """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
 
@@ -204,10 +204,10 @@ def draft_generate(
             out_denoised=outputs.get("denoised"),
         )
 
-    return GenerationDraft(layout, inputs, outputs, like.device, write, sampling)
+    return GenerationRequest(layout, inputs, outputs, like.device, write, sampling)
 
 
-def draft_decode(vae: Component, latents: torch.Tensor, transformer: Component | None = None) -> Draft:
+def decode_request(vae: Component, latents: torch.Tensor, transformer: Component | None = None) -> JobRequest:
     """Check and lay out a decoding to ``image`` of a transformer's latents, or of the VAE's own without one."""
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_latents("latents", latents, facts.latents)
@@ -222,10 +222,10 @@ def draft_decode(vae: Component, latents: torch.Tensor, transformer: Component |
             request_id=request_id, vae_id=vae.component_id, io=io, latents=latents_at, out=out_at, scaling=scaling
         )
 
-    return Draft(layout, [(latents_at, latents)], {"image": out_at}, latents.device, write)
+    return JobRequest(layout, [(latents_at, latents)], {"image": out_at}, latents.device, write)
 
 
-def draft_encode(vae: Component, image: torch.Tensor, transformer: Component | None = None) -> Draft:
+def encode_request(vae: Component, image: torch.Tensor, transformer: Component | None = None) -> JobRequest:
     """Check and lay out an encoding to a transformer's ``latents``, or to the VAE's own without one.
 
     The image crosses in its layout, channels first or last.
@@ -244,7 +244,7 @@ def draft_encode(vae: Component, image: torch.Tensor, transformer: Component | N
             request_id=request_id, vae_id=vae.component_id, io=io, image=image_at, out=out_at, scaling=scaling
         )
 
-    return Draft(layout, [(image_at, image)], {"latents": out_at}, image.device, write)
+    return JobRequest(layout, [(image_at, image)], {"latents": out_at}, image.device, write)
 
 
 def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling | None:
@@ -265,7 +265,9 @@ def _has_channels_last(image: torch.Tensor) -> bool:
     return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width
 
 
-def draft_encode_text(encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool) -> Draft:
+def encode_text_request(
+    encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool
+) -> JobRequest:
     """Check and lay out an encoding of text to ``hidden_states`` and, if asked for, ``pooled``."""
     import torch
 
@@ -287,4 +289,4 @@ def draft_encode_text(encoder: Component, token_ids: torch.Tensor | Sequence[Seq
             out_pooled=outputs.get("pooled"),
         )
 
-    return Draft(layout, [(ids_at, ids)], outputs, ids.device, write)
+    return JobRequest(layout, [(ids_at, ids)], outputs, ids.device, write)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xditd.gpu_workers.parallel.upload_shares import Stretch, cut, join, split
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, cut, join, split
 from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.layout import ALLOCATION_BYTES, place
 
@@ -98,8 +98,8 @@ def test_ranks_upload_every_byte_once(blocks: list[torch.Tensor], seed: int, ran
 
 
 def test_a_stretch_is_cut_where_a_share_ends() -> None:
-    stretches = [Stretch(0, 8, 0, 100), Stretch(1, 50, 256, 1000), Stretch(1, 2000, 1280, 5)]
-    assert cut(stretches, range(300)) == [(0, 8, 0, 100), (1, 50, 256, 44)]
-    assert cut(stretches, range(300, 1256)) == [(1, 94, 300, 956)]
-    assert cut(stretches, range(1256, 1285)) == [(1, 2000, 1280, 5)]
-    assert cut(stretches, range(110, 256)) == []
+    ranges = [CopyRange(0, 8, 0, 100), CopyRange(1, 50, 256, 1000), CopyRange(1, 2000, 1280, 5)]
+    assert cut(ranges, range(300)) == [(0, 8, 0, 100), (1, 50, 256, 44)]
+    assert cut(ranges, range(300, 1256)) == [(1, 94, 300, 956)]
+    assert cut(ranges, range(1256, 1285)) == [(1, 2000, 1280, 5)]
+    assert cut(ranges, range(110, 256)) == []

@@ -1,6 +1,6 @@
 """A program, not a test: of two gloo ranks one ends while the other waits for it, and that one prints its verdict.
 
-python lost_fellow.py FOLDER
+python lost_rank.py FOLDER
 """
 
 from __future__ import annotations

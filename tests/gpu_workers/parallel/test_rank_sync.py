@@ -1,15 +1,25 @@
-"""What ranks do together: leaving a block that failed."""
+"""Ranks that are late by turns agree; an error in a block leaves it typed, and holding nothing."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import traceback
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
-from xditd.gpu_workers.parallel.fellows import together
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc.errors import OutOfMemory
+
+
+def test_every_rank_learns_the_same(tmp_path):
+    program = Path(__file__).with_name("meeting_ranks.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank}: agreed" for rank in range(4)]
 
 
 class _Mapping:
@@ -24,7 +34,7 @@ def _fail(mapping: _Mapping) -> None:
 def _use(seen: list[weakref.ref[_Mapping]]) -> None:
     mapping = _Mapping()
     seen.append(weakref.ref(mapping))
-    with together():
+    with raise_on_all_ranks():
         _fail(mapping)
 
 

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 
 from xditd.gpu_workers.parallel import exchange
-from xditd.gpu_workers.parallel.agreement import agree
-from xditd.gpu_workers.parallel.fellows import gather_bytes, together
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.upload_shares import SHARED_FROM_BYTES, split
+from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
+from xditd.gpu_workers.parallel.upload_partition import SHARED_FROM_BYTES, split
 from xditd.ipc.errors import StaleSource, XditdError
 from xditd.ipc.tensors import Block, CudaIpcBlock
 from xditd.ipc.transports.cuda_ipc import CudaMapping, export_allocation, segment_of, wrap_segment
@@ -41,7 +40,7 @@ Upload = Callable[[Sequence[range]], Generator[None, None, None]]
 the current stream sees it. Closing it ends all reading and writing."""
 
 
-class _FellowsShare(NamedTuple):
+class _PeerPart(NamedTuple):
     """A share of a buffer that another rank has uploaded: its memory, and where the share begins in there."""
 
     mapping: CudaMapping
@@ -53,14 +52,14 @@ class _FellowsShare(NamedTuple):
         self.mapping.copy_to(buffer.narrow(0, part.start, len(part)), self.at + part.start - self.share.start)
 
 
-class PeerCopies:
+class GpuCopies:
     """What ranks get from each other of a component. Every rank makes the same calls in the same order."""
 
-    def __init__(self, layout: ParallelLayout, fellow_uuids: tuple[str, ...]) -> None:
+    def __init__(self, layout: ParallelLayout, peer_uuids: tuple[str, ...]) -> None:
         self._device = layout.device
         self._rank = layout.rank
         self._ranks = layout.world_size
-        self._fellow_uuids = fellow_uuids
+        self._peer_uuids = peer_uuids
         self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and exchange.is_possible(2)
         """Whether ranks try to copy from the lender's memory; where that fails, they broadcast all the same."""
 
@@ -88,7 +87,7 @@ class PeerCopies:
         with ExitStack() as opened:
             if not (self.is_direct and self._copy(wanted, missing, opened, mark)):
                 for number, block in wanted.items():
-                    dist.broadcast(sources[number], src=self._fellow_uuids.index(block.device_uuid))
+                    dist.broadcast(sources[number], src=self._peer_uuids.index(block.device_uuid))
             yield
             torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
             mark("peer_copy")
@@ -107,7 +106,7 @@ class PeerCopies:
         """
         size_bytes = buffer.numel()
         if self._device.type != "cuda" or self._ranks == 1 or size_bytes < SHARED_FROM_BYTES:
-            with together(), closing(upload([range(size_bytes)])) as uploaded:
+            with raise_on_all_ranks(), closing(upload([range(size_bytes)])) as uploaded:
                 deque(uploaded, maxlen=0)
             mark("copy")
             return range(size_bytes)
@@ -123,7 +122,7 @@ class PeerCopies:
     def _upload_and_swap(
         self, buffer: torch.Tensor, shares: Sequence[range], upload: Upload, mark: Callable[[str], None]
     ) -> bool:
-        """Upload this rank's share; ``True``, on both, if the fellow's came from its memory, as it did from here.
+        """Upload this rank's share; ``True``, on both, if the other rank's came from its memory, as it did from here.
 
         Either way, and with an error too, both have closed the other's memory before one goes on and may free its own.
         Whatever may fail on one rank alone lies between two agreements, so that both leave at the same one.
@@ -131,32 +130,32 @@ class PeerCopies:
         count = _PARTS if self.is_direct else 1
         mine = split(shares[self._rank], count)
         theirs = split(shares[1 - self._rank], count) if self.is_direct else []
-        fellow: _FellowsShare | None = None
-        with together(), ExitStack() as opened:
+        peer: _PeerPart | None = None
+        with raise_on_all_ranks(), ExitStack() as opened:
             uploaded = opened.enter_context(closing(upload(mine)))
             for number in range(count):
-                with together():
-                    if fellow is not None:
-                        fellow.fetch(theirs[number - 1], buffer)
+                with raise_on_all_ranks():
+                    if peer is not None:
+                        peer.fetch(theirs[number - 1], buffer)
                     next(uploaded)
                     torch.cuda.current_stream(self._device).synchronize()
                 if number == 0 and self.is_direct:
                     opened.callback(mark, "peer_close")
-                    block = self._trade_blocks(buffer, shares[self._rank])
-                    fellow = self._open_fellow(block, shares[1 - self._rank], buffer, opened)
-                    if not agree(fellow is not None):
-                        fellow = None
-            with together():
+                    block = self._exchange_blocks(buffer, shares[self._rank])
+                    peer = self._open_peer(block, shares[1 - self._rank], buffer, opened)
+                    if not agree(peer is not None):
+                        peer = None
+            with raise_on_all_ranks():
                 deque(uploaded, maxlen=0)  # what it checks when all is read
                 mark("copy")
-                if fellow is not None:
-                    fellow.fetch(theirs[-1], buffer)
+                if peer is not None:
+                    peer.fetch(theirs[-1], buffer)
                     torch.cuda.synchronize(self._device)
                     mark("peer_copy")
-        return fellow is not None
+        return peer is not None
 
-    def _trade_blocks(self, buffer: torch.Tensor, share: range) -> CudaIpcBlock | None:
-        """Describe the memory that this rank's share lies in to the fellow, for the description of the fellow's.
+    def _exchange_blocks(self, buffer: torch.Tensor, share: range) -> CudaIpcBlock | None:
+        """Tell the other rank which memory this one's share lies in, and return what the other rank says of its own.
 
         A fingerprint is of the first bytes of a share, and says where in the allocation it begins. ``None`` is memory
         that CUDA gives no handle for.
@@ -167,29 +166,29 @@ class PeerCopies:
             whole = wrap_segment(base, size, self._device.index)
             at = buffer.data_ptr() - base + share.start
             mine = export_allocation(base, whole, self._device.index, at)
-        except XditdError as error:  # whichever it is, the fellow waits to be told
+        except XditdError as error:  # whichever it is, the other rank waits to be told
             logger.warning("uploads cannot be copied from here reason=%s", error.detail)
         both = gather_bytes(msgspec.msgpack.encode(mine), _MOST_BLOCK_BYTES, self._ranks)
         return msgspec.msgpack.decode(both[1 - self._rank], type=CudaIpcBlock | None)
 
-    def _open_fellow(
+    def _open_peer(
         self, block: CudaIpcBlock | None, share: range, buffer: torch.Tensor, opened: ExitStack
-    ) -> _FellowsShare | None:
-        """Open the fellow's memory, for ``opened`` to close; ``None`` where that fails, or shows other bytes."""
+    ) -> _PeerPart | None:
+        """Open the other rank's memory, for ``opened`` to close; ``None`` where that fails, or shows other bytes."""
         if block is None:
             return None
         try:
             sample = block.fingerprint
             mapping = CudaMapping(block, self._device.index)
             opened.callback(mapping.close)
-            fellow = _FellowsShare(mapping, share, sample.offset_bytes)
-            fellow.fetch(share[: sample.length_bytes], buffer)
+            peer = _PeerPart(mapping, share, sample.offset_bytes)
+            peer.fetch(share[: sample.length_bytes], buffer)
             sample = msgspec.structs.replace(sample, offset_bytes=share.start)
             check_fingerprint(buffer, sample, f"GPU {block.device_uuid}, seen from another GPU")
-        except XditdError as error:  # whichever it is, the fellow waits for an answer
+        except XditdError as error:  # whichever it is, the other rank waits for an answer
             logger.warning("no peer copy, uploads are broadcast reason=%s", error.detail)
             return None
-        return fellow
+        return peer
 
     def _copy(
         self,

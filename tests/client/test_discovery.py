@@ -9,7 +9,7 @@ import time
 import pytest
 
 from xditd.client import rendezvous
-from xditd.client.rendezvous import find_daemon
+from xditd.client.discovery import find_daemon
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
 

@@ -1,4 +1,4 @@
-"""How the tokens of text and image, or of one sequence, are dealt to ranks, and how they are put together again.
+"""How the tokens of text and image, or of one sequence, are partitioned over ranks, and gathered again.
 
 Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
 its keys but for rounding. What is padded lies at the very end of the last rank, where it can be cut off.
@@ -15,7 +15,7 @@ from xditd.ipc.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankTokens:
     """One rank's tokens: ranges of the whole text and image, and the padding behind its image tokens."""
 
     text: slice
@@ -27,15 +27,15 @@ class Share:
         return int(self.image.stop - self.image.start)
 
 
-def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
-    """Deal ``text`` and ``image`` tokens to ranks so that each gets equally many in total, padding included.
+def partition_tokens(text: int, image: int, ranks: int) -> tuple[RankTokens, ...]:
+    """Partition ``text`` and ``image`` tokens so that each gets equally many in total, padding included.
 
     Raises:
         Unsupported: fewer text or image tokens than ranks, or too few to leave the padding to the last rank alone.
     """
     each = -(-(text + image) // ranks)
     padding = each * ranks - text - image
-    shares: list[Share] = []
+    partition: list[RankTokens] = []
     text_at = image_at = 0
     for rank in range(ranks):
         own_text = text // ranks + (rank < text % ranks)
@@ -46,14 +46,14 @@ def deal_tokens(text: int, image: int, ranks: int) -> tuple[Share, ...]:
                 f"{text} text and {image} image tokens are too few to split over {ranks} workers: "
                 "use a larger image, a longer prompt or fewer workers"
             )
-        shares.append(Share(slice(text_at, text_at + own_text), slice(image_at, image_at + own_image), pad))
+        partition.append(RankTokens(slice(text_at, text_at + own_text), slice(image_at, image_at + own_image), pad))
         text_at += own_text
         image_at += own_image
-    return tuple(shares)
+    return tuple(partition)
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class RankRange:
     """One rank's tokens of one sequence, and the padding behind them."""
 
     tokens: slice
@@ -64,8 +64,8 @@ class Stretch:
         return int(self.tokens.stop - self.tokens.start)
 
 
-def deal_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[Stretch, ...]:
-    """Deal the tokens of one sequence to ranks, equally many to each; the last one has what padding that takes.
+def partition_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[RankRange, ...]:
+    """Partition the tokens of one sequence, equally many for each rank; the last one has what padding that takes.
 
     Raises:
         Unsupported: the last rank would have none.
@@ -76,11 +76,11 @@ def deal_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[Stretch,
             f"{tokens} {what} are too few to split over {ranks} workers: use more of them, or fewer workers"
         )
     ends = [min(each * (rank + 1), tokens) for rank in range(ranks)]
-    return tuple(Stretch(slice(each * rank, end), each * (rank + 1) - end) for rank, end in enumerate(ends))
+    return tuple(RankRange(slice(each * rank, end), each * (rank + 1) - end) for rank, end in enumerate(ends))
 
 
 def gather_evenly(own: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Put every rank's (batch, tokens, ...) of :func:`deal_evenly` together, padding included, on every rank."""
+    """Put every rank's (batch, tokens, ...) of :func:`partition_evenly` together, padding included, on every rank."""
     return get_sp_group().all_gather(own, dim=1)[:, :tokens]
 
 
@@ -92,11 +92,11 @@ def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
-def gather(sample: torch.Tensor, shares: tuple[Share, ...]) -> torch.Tensor:
+def gather(sample: torch.Tensor, partition: tuple[RankTokens, ...]) -> torch.Tensor:
     """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
-    if len(shares) == 1:
+    if len(partition) == 1:
         return sample
-    longest = max(share.image_tokens + share.padding for share in shares)
+    longest = max(part.image_tokens + part.padding for part in partition)
     sample = pad_rows(sample, longest - sample.shape[1], dim=1)
-    gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(shares), longest))
-    return torch.cat([gathered[:, rank, : share.image_tokens] for rank, share in enumerate(shares)], dim=1)
+    gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(partition), longest))
+    return torch.cat([gathered[:, rank, : part.image_tokens] for rank, part in enumerate(partition)], dim=1)

@@ -1,4 +1,4 @@
-"""How the rows of a batch are dealt to the halves of a group, and how their results are put together again.
+"""How the rows of a batch are partitioned over the halves of a group, and how their results are put together again.
 
 A client that samples with a negative prompt sends a row for each prompt in one request. A single row is not split: both
 halves of the group do the same work, and each has the result.
@@ -13,11 +13,11 @@ from xfuser.core.distributed import (
     get_classifier_free_guidance_world_size,
 )
 
-from xditd.gpu_workers.parallel.agreement import add_up
-from xditd.gpu_workers.parallel.token_shares import pad_rows
+from xditd.gpu_workers.parallel.rank_sync import sum_over_ranks
+from xditd.gpu_workers.parallel.token_partition import pad_rows
 
 
-def deal_rows(rows: int, halves: int, half: int) -> slice:
+def partition_rows(rows: int, halves: int, half: int) -> slice:
     """Return the rows that one half works on. The first gets one more where they do not divide."""
     if rows < halves:
         return slice(0, rows)
@@ -32,7 +32,7 @@ def halves() -> int:
 
 def rows_of_half(rows: int, half: int) -> slice:
     """Return the rows of a batch of ``rows`` that a half of this group works on."""
-    return deal_rows(rows, halves(), half)
+    return partition_rows(rows, halves(), half)
 
 
 def own_rows(rows: int) -> slice:
@@ -50,4 +50,4 @@ def add_halves(count: int, rows: int) -> int:
     """Return what every half counted among its own of ``rows``, in all."""
     if rows < get_classifier_free_guidance_world_size():
         return count
-    return int(add_up(torch.tensor(count), get_cfg_group().cpu_group))
+    return int(sum_over_ranks(torch.tensor(count), get_cfg_group().cpu_group))

@@ -1,6 +1,6 @@
 """Empty models, built once for each architecture and pointed at lent weights without a copy.
 
-A skeleton is a module on the meta device. Plugging points its parameters at tensors that somebody else owns;
+A model is a module on the meta device. Plugging points its parameters at tensors that somebody else owns;
 unplugging points them at nothing again, so that the memory can be unmapped. A second checkpoint of the
 same architecture, such as a fine-tune, reuses the module and whatever was compiled for it.
 """
@@ -40,7 +40,7 @@ Signature = tuple[Kind | None, frozenset[tuple[str, TensorInfo]]]
 Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
-class Skeleton:
+class CachedModel:
     """One empty model. ``owner`` is whatever name its present weights were plugged in under.
 
     ``layout`` is its own: the group's, with the degrees that its heads allow and a kernel for its dtype.
@@ -117,9 +117,7 @@ class Skeleton:
         """
         if bindings.keys() != self._slots.keys():
             differing = sorted(bindings.keys() ^ self._slots.keys())
-            raise Internal(
-                f"bindings do not match the {self.family.name} skeleton: {listed(differing)}", names=differing
-            )
+            raise Internal(f"bindings do not match the {self.family.name} model: {listed(differing)}", names=differing)
         for target, (parameters, name) in self._slots.items():
             parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
         if self._fast is not None:
@@ -127,7 +125,7 @@ class Skeleton:
         self.owner = owner
 
     def unplug(self) -> None:
-        """Point every parameter at nothing; this skeleton then holds no reference to lent memory."""
+        """Point every parameter at nothing; this model then holds no reference to lent memory."""
         for target, (parameters, name) in self._slots.items():
             parameters[name] = self._empty[target]
         if self._fast is not None:
@@ -136,10 +134,10 @@ class Skeleton:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How the tensors of one checkpoint layout become the parameters of a skeleton."""
+class CheckpointMatch:
+    """How the tensors of one checkpoint layout become the parameters of a model."""
 
-    skeleton: Skeleton
+    model: CachedModel
     family: Family[Any]
     config: Hashable
     dtype: torch.dtype
@@ -162,32 +160,32 @@ class Plan:
         return {canonical: tensors[given] for canonical, given in self.sources.items()}
 
 
-class SkeletonCache:
-    """The skeletons of this process, by family, configuration and dtypes. ``layout`` is the group's.
+class ModelCache:
+    """The models of this process, by family, configuration and dtypes. ``layout`` is the group's.
 
-    Every rank makes the same calls in the same order: a skeleton may need process groups that were not made yet.
+    Every rank makes the same calls in the same order: a model may need process groups that were not made yet.
     """
 
     def __init__(self, layout: ParallelLayout) -> None:
         self.layout = layout
         self.built = 0
         self.reused = 0
-        self._skeletons: dict[Key, Skeleton] = {}
+        self._models: dict[Key, CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out what all skeletons have to say."""
-        found = [check for skeleton in self._skeletons.values() for check in skeleton.take_checks()]
+        """Hand out what all models have to say."""
+        found = [check for model in self._models.values() for check in model.take_checks()]
         return tuple(found[-limits.MAX_FUSED_CHECKS :])
 
     def release_idle(self) -> None:
-        """Free what was reserved for skeletons that nothing is plugged into."""
-        for skeleton in self._skeletons.values():
-            skeleton.release()
+        """Free what was reserved for models that nothing is plugged into."""
+        for model in self._models.values():
+            model.release()
 
-    def plan(self, tensors: Mapping[str, TensorInfo], kind: Kind | None = None) -> Plan:
-        """Find the family of these tensors, check every one of them, and get its skeleton built or reused.
+    def match(self, tensors: Mapping[str, TensorInfo], kind: Kind | None = None) -> CheckpointMatch:
+        """Find the family of these tensors, check every one of them, and get its model built or reused.
 
         With a ``kind``, tensors of other components in the same file are left alone.
 
@@ -208,16 +206,16 @@ class SkeletonCache:
                 )  # fmt: skip
         exceptions = frozenset(_exceptions(resolution).items())
         key = (resolution.family.name, resolution.config, resolution.dtype, exceptions)
-        skeleton = self._skeletons.get(key)
-        is_reused = skeleton is not None
-        if skeleton is None:
-            skeleton = self._build(resolution)
-            self._skeletons[key] = skeleton
+        model = self._models.get(key)
+        is_reused = model is not None
+        if model is None:
+            model = self._build(resolution)
+            self._models[key] = model
             self.built += 1
         else:
             self.reused += 1
-        return Plan(
-            skeleton=skeleton,
+        return CheckpointMatch(
+            model=model,
             family=resolution.family,
             config=resolution.config,
             dtype=resolution.dtype,
@@ -227,9 +225,9 @@ class SkeletonCache:
         )
 
     def _choose_layout(self, family: Family[Any], config: Hashable, dtype: torch.dtype) -> ParallelLayout:
-        """Choose once for all models of as many heads: ranks meet there, also those whose skeleton could be built.
+        """Choose once for all models of as many heads: ranks meet there, also those whose model could be built.
 
-        A skeleton may be missing on one rank alone, whose GPU was full.
+        A model may be missing on one rank alone, whose GPU was full.
         """
         key = (family.heads(config), dtype)
         found = self._layouts.get(key)
@@ -237,7 +235,7 @@ class SkeletonCache:
             found = self._layouts[key] = component_layouts.choose(self.layout, family.name, key[0], dtype)
         return found
 
-    def _build(self, resolution: Resolution) -> Skeleton:
+    def _build(self, resolution: Resolution) -> CachedModel:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
         operations = operations_of(family)
         layout = self._choose_layout(family, config, dtype)
@@ -259,7 +257,7 @@ class SkeletonCache:
         compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return Skeleton(family, operations, config, dtype, layout, module, exceptions)
+        return CachedModel(family, operations, config, dtype, layout, module, exceptions)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution:

@@ -13,7 +13,7 @@ import pytest
 from xditd.client import services
 from xditd.client.cli import exits
 from xditd.client.cli.main import main
-from xditd.client.services import Service, check_user, remove, verify, write, xditd_command
+from xditd.client.systemd_units import Service, check_user, remove, verify, write, xditd_command
 from xditd.ipc.errors import BadRequest, NotPermitted, Unsupported
 
 
@@ -146,5 +146,5 @@ def test_missing_rights_are_named(command):
 
 
 def test_importing_it_needs_no_torch():
-    code = "import sys, xditd.client.services; sys.exit('torch' in sys.modules)"
+    code = "import sys, xditd.client.systemd_units; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
