@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xditd.client import rendezvous
+from xditd.client import discovery
 from xditd.client.discovery import find_daemon
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest, DaemonUnreachable
@@ -64,7 +64,7 @@ def manager(folder):
 
 
 def test_waits_while_systemd_listens_and_says_where_to_look(folder, manager, monkeypatch):
-    monkeypatch.setattr(rendezvous, "ACTIVATION_DEADLINE_S", 0.5)
+    monkeypatch.setattr(discovery, "ACTIVATION_DEADLINE_S", 0.5)
     started = time.monotonic()
     with pytest.raises(DaemonUnreachable, match=r"no daemon took over within .* journalctl"):
         find_daemon(RuntimeDir(folder))

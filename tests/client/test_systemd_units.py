@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from xditd.client import services
+from xditd.client import systemd_units
 from xditd.client.cli import exits
 from xditd.client.cli.main import main
 from xditd.client.systemd_units import Service, check_user, remove, verify, write, xditd_command
@@ -24,7 +24,7 @@ def command(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "python").symlink_to(sys.executable)
     shutil.copy("/bin/true", folder / "xditd")
-    monkeypatch.setattr(services.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(systemd_units.sys, "executable", str(folder / "python"))
     return folder / "xditd"
 
 
@@ -95,7 +95,7 @@ def test_system_service_for_one_user(command, tmp_path):
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_unit_that_systemd_complains_about_is_not_written(command, home, capsys, monkeypatch):
-    monkeypatch.setattr(services, "render", lambda unit, _: unit.replace("Type=notify", "Type=no-such-type"))
+    monkeypatch.setattr(systemd_units, "render", lambda unit, _: unit.replace("Type=notify", "Type=no-such-type"))
     code, _, err = run(capsys)
     assert code == exits.FAILED
     assert "no-such-type" in err
@@ -128,7 +128,7 @@ def test_path_that_a_unit_cannot_start_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "my venv"
     folder.mkdir()
     shutil.copy("/bin/true", folder / "xditd")
-    monkeypatch.setattr(services.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(systemd_units.sys, "executable", str(folder / "python"))
     with pytest.raises(Unsupported, match="blanks"):
         xditd_command()
 
@@ -142,7 +142,7 @@ def test_root_is_a_user_too():
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_missing_rights_are_named(command):
     with pytest.raises(NotPermitted, match="sudo"):
-        write(Service("root", services.Path("/"), {}).files()[0])
+        write(Service("root", systemd_units.Path("/"), {}).files()[0])
 
 
 def test_importing_it_needs_no_torch():
