@@ -39,7 +39,7 @@ def test_a_transformer_with_float32_norms_has_the_bits_of_diffusers(
     match = plug(cache, state)
     given = given_transformer()
     size = {"height": 32, "width": 48, "steps": 3}
-    latents = direct.generate(match.cached, **given, **size)
+    latents = direct.generate(match.model, **given, **size)
     model = reference.transformer_from(state)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype, torch.float32}
     expected = reference.reference_latents(
@@ -59,7 +59,7 @@ def test_a_vae_with_float32_norms_has_the_bits_of_diffusers(
     cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype
 ) -> None:
     state = with_float32_norms(flux_vae_state_dict(0), dtype)
-    cached = plug(cache, state).cached
+    cached = plug(cache, state).model
     generator = torch.Generator().manual_seed(0)
     latents, image = torch.randn(2, 16, 4, 6, generator=generator), torch.rand(1, 3, 32, 48, generator=generator)
     model = reference.vae_from(state)
@@ -110,7 +110,7 @@ def test_a_model_with_any_tensor_kept_wider_runs(cache: ModelCache, plug: Plugge
     for name in exact:
         state = {other: tensor if other == name else tensor.bfloat16() for other, tensor in exact.items()}
         match = plug(cache, state)
-        result = direct.generate(match.cached, **given, height=32, width=48, steps=1)
+        result = direct.generate(match.model, **given, height=32, width=48, steps=1)
         assert result.dtype == torch.bfloat16, name
         assert result.isfinite().all(), name
 
@@ -122,7 +122,7 @@ def test_each_mixture_has_a_skeleton_of_its_own(cache: ModelCache, plug: Plugger
         with_float32_norms(exact, torch.bfloat16),
         with_float32_norms(flux1_state_dict(1, **SMALL), torch.bfloat16),
     ]
-    plain, mixed, again = (plug(cache, state).cached for state in states)
+    plain, mixed, again = (plug(cache, state).model for state in states)
     assert plain is not mixed
     assert mixed is again
     assert plain.dtype == mixed.dtype == torch.bfloat16

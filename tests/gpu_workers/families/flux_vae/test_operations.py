@@ -59,7 +59,7 @@ def test_latents_of_another_model_are_scaled_as_its_facts_say(
 def test_a_decoder_alone_decodes_and_refuses_to_encode(
     cache: ModelCache, vae: CachedModel, demo_vae: State, plug: Plugger, direct: ModuleType
 ) -> None:
-    half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).cached
+    half = plug(cache, {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}).model
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(direct.decode(half, latents), direct.decode(vae, latents))
     with pytest.raises(Unsupported, match="without its encoder"):
@@ -77,14 +77,14 @@ def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
     decoded, encoded = reference.reference_decode(model, latents), reference.reference_encode(model, image)
     figures: dict[str, float] = {}
     for name, tensor in demo_vae.items():
-        cached = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).cached
+        cached = plug(shared_cache, {**demo_vae, name: torch.zeros_like(tensor)}).model
         if name.startswith("decoder."):
             figures[name] = reference.relative_error(direct.decode(cached, latents).clamp(-1.0, 1.0), decoded)
         else:
             figures[name] = reference.relative_error(direct.encode(cached, image), encoded)
     assert {name for name, figure in figures.items() if figure < MUTATION_BAR} == INVISIBLE
     # What no figure can show, the parameters do.
-    module = plug(shared_cache, demo_vae).cached.module
+    module = plug(shared_cache, demo_vae).model.module
     for side in ("encoder", "decoder"):
         bias = module.get_parameter(f"{side}.mid_block.attentions.0.to_k.bias")
         assert torch.equal(bias, demo_vae[f"{side}.mid.attn_1.k.bias"])
@@ -129,4 +129,4 @@ def test_what_clients_are_told(vae: CachedModel, cache: ModelCache, demo_vae: St
     assert (facts.latents.channels, facts.latents.pixels, facts.latents.multiple) == (16, 8, 1)
     assert (facts.latents.scaling, facts.image_channels, facts.has_encoder) == (SCALING, 3, True)
     half = {name: tensor for name, tensor in demo_vae.items() if name.startswith("decoder.")}
-    assert not operations.facts(plug(cache, half).cached.config).has_encoder
+    assert not operations.facts(plug(cache, half).model.config).has_encoder

@@ -42,7 +42,7 @@ def whole_model(store: str) -> dict[str, Any]:
     ):
         state = checkpoints.flux1_state_dict(1, guidance=has_guidance, double_blocks=blocks, single_blocks=blocks)
         match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        cached = match.cached
+        cached = match.model
         cached.plug(match.bind(state), "a", match.by_canonical_name(state))
         given = job(tokens, height, width, batch)
         result = generate(cached, **given, steps=2, guidance_scale=GUIDANCE)
@@ -116,7 +116,7 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)
     match = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    cached = match.cached
+    cached = match.model
     cached.plug(match.bind(state), "half", match.by_canonical_name(state))
     given, sigmas = job(3, 16, 32, 1), (0.9871, 0.7313, 0.4457)
 
