@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -20,9 +21,10 @@ def about(help: str, **more: Any) -> msgspec.Meta:
     """Describe a field: its help text, and whatever of the following differs from what its name and type say.
 
     ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" where it has none. ``short``: the flag
-    of one letter. ``metavar``: the name of the flag's value. ``values``: what is accepted, in words, where the type does
-    not say it. ``check`` raises ``ValueError`` for what the type does not tell. ``default``: the default in words.
-    ``reload``: whether a reload applies it.
+    of one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible
+    by ``multiple``) or "named values". ``values``: what is accepted, in words, where the type does not say it.
+    ``check`` raises ``ValueError`` for what the type does not tell. ``default``: the default in words. ``reload``:
+    whether a reload applies it.
     """
     return msgspec.Meta(description=help, extra=more)
 
@@ -55,7 +57,26 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        return str(self.more.get("metavar", self.key.rpartition("_")[2].upper()))
+        usual = {"path": "DIR" if self.name.endswith("dir") else "FILE", "size": "WIDTHxHEIGHT"}.get(self.kind)
+        return str(self.more.get("metavar") or usual or self.key.rpartition("_")[2].upper())
+
+    @property
+    def kind(self) -> str:
+        """What a text means, where its type does not say it: a path, a size, named values."""
+        return str(self.more.get("kind", ""))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every spelling of the flag."""
+        return tuple(filter(None, (self.more.get("short"), self.flag)))
+
+    @property
+    def number(self) -> tuple[type, Any, Any] | None:
+        """The kind of number that is accepted, and its least and greatest value; ``None`` where it is none."""
+        for part in _parts(self.type):
+            if _bare(part) in (int, float):
+                return _bare(part), bound(part, "ge", "gt"), bound(part, "le")
+        return None
 
     @property
     def is_reloaded(self) -> bool:
@@ -67,7 +88,7 @@ class Setting:
         if "default" in self.more:
             return str(self.more["default"])
         if isinstance(self.default, float):
-            return f"{self.default:g}" if self.section else str(self.default)
+            return f"{self.default:g}"
         return "" if self.default is None else str(self.default)
 
     @property
@@ -96,13 +117,9 @@ class Setting:
 
     def _number(self, value: object) -> object:
         """Convert text to a number, where a number is wanted and it is one."""
-        kinds = {_bare(part) for part in _parts(self.type)}
-        for kind in (int, float):
-            if isinstance(value, str) and kind in kinds:
-                try:
-                    return kind(value)
-                except ValueError:
-                    return value
+        if isinstance(value, str) and self.number is not None:
+            with contextlib.suppress(ValueError):
+                return self.number[0](value)
         return value
 
 

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.reload import LIVE, reload
+from xditd.daemon.reload import reload
 from xditd.daemon.service import Service
 from xditd.ipc.errors import BadRequest
 

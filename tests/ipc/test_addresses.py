@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.ipc.addresses import MAX_SOCKET_PATH_BYTES, RuntimeDir, default_runtime_dir, endpoint
+from xditd.ipc.addresses import MAX_SOCKET_PATH_BYTES, RuntimeDir, default_runtime_dir, endpoint, parse_metrics_address
 from xditd.ipc.errors import BadRequest
 
 
