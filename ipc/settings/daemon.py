@@ -178,6 +178,7 @@ class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):
     ] = (sys.executable, "-m", "xditd.gpu_workers")
 
 
+WORKER_DEFAULTS: Final = WorkerOptions()
 WORKER_OPTIONS: Final = settings_of(WorkerOptions)
 SETTINGS: Final = tuple(sorted(settings_of(DaemonSettings), key=lambda setting: setting.section))
 SECTIONS: Final = tuple(dict.fromkeys(setting.section for setting in SETTINGS))
