@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-from xditd.ipc.settings.client import variables
 from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
 from xditd.ipc.settings.setting import PREFIX
 from xditd.ipc.suggestions import did_you_mean
 
-VARIABLES: Final = frozenset({CONFIG_VARIABLE, *(each.variable for each in SETTINGS if each.variable)}) | variables()
-"""Every environment variable that some part of xditd reads: neither room knows the other's."""
+
+def known_variables() -> frozenset[str]:
+    """List every environment variable that some part of xditd reads."""
+    # Imported here: a daemon that starts without a variable needs no flags of other verbs.
+    from xditd.ipc.settings.client import variables
+
+    return frozenset({CONFIG_VARIABLE, *(each.variable for each in SETTINGS if each.variable)}) | variables()
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Make a sentence for each variable with our prefix that nothing reads."""
+    named = sorted(name for name in environ if name.startswith(PREFIX))
+    known = known_variables() if named else frozenset()
     return [
-        f"environment variable {name}: nothing reads it{did_you_mean(name, VARIABLES)}"
-        for name in sorted(environ)
-        if name.startswith(PREFIX) and name not in VARIABLES
+        f"environment variable {name}: nothing reads it{did_you_mean(name, known)}"
+        for name in named
+        if name not in known
     ]
 
 
