@@ -78,10 +78,9 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
             metavar="DEVICE",
         ),
     ] = None
-    out: Annotated[
-        str,
-        about("image file; of several images, out-0.png and so on", kind="path", short="-o"),
-    ] = "out.png"
+    out: Annotated[str, about("image file; of several images, out-0.png and so on", kind="path", short="-o")] = (
+        "out.png"
+    )
     save_latents: Annotated[str | None, about("write the latents to a safetensors file, too", kind="path")] = None
 
 
@@ -95,9 +94,7 @@ class DemoFlags(JsonFlags, frozen=True, kw_only=True):
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=2)] | None,
         about(
-            "worker processes (default: 2, or 1 where there is one GPU)",
-            metavar="COUNT",
-            variable="XDITD_DEMO_WORKERS",
+            "worker processes (default: 2, or 1 where there is one GPU)", metavar="COUNT", variable="XDITD_DEMO_WORKERS"
         ),
     ] = None
     device: Annotated[Device, about("auto (GPUs if there are any), cuda or cpu", metavar="KIND")] = "auto"
@@ -188,8 +185,7 @@ class InstallFlags(JsonFlags, frozen=True, kw_only=True):
     uninstall: Annotated[bool, about("remove the files", variable="XDITD_INSTALL_UNINSTALL")] = False
     dry_run: Annotated[bool, about("write nothing; print the files", variable="XDITD_INSTALL_DRY_RUN")] = False
     owner: Annotated[
-        str | None,
-        about("whom the system service serves", flag="--for", variable="XDITD_INSTALL_FOR", metavar="USER"),
+        str | None, about("whom the system service serves", flag="--for", variable="XDITD_INSTALL_FOR", metavar="USER")
     ] = None
 
 
