@@ -17,7 +17,7 @@ from xditd.daemon.dispatch import Dispatcher
 from xditd.daemon.leader import adopt_orphans
 from xditd.daemon.logbook import Logbook, configure_logging
 from xditd.daemon.metrics import write_metrics
-from xditd.daemon.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
+from xditd.daemon.metrics_server import MetricsServer, listen_on_loopback
 from xditd.daemon.notify import Notifier, notifier_of_this_process
 from xditd.daemon.open_files import raise_limit
 from xditd.daemon.reload import reload
@@ -25,6 +25,7 @@ from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
 from xditd.daemon.signals import Signals
 from xditd.daemon.worker_environment import worker_environment
+from xditd.ipc.addresses import METRICS_OFF, parse_metrics_address
 from xditd.ipc.command_line import unknown_variables
 from xditd.ipc.errors import XditdError
 from xditd.ipc.inherited import current_folder, open_streams, reset_signals
@@ -104,8 +105,8 @@ def serve(
 
 
 def _serve_metrics(service: Service, folder: RuntimeFolder) -> MetricsServer | None:
-    address = parse_address(service.configuration.metrics)
-    if address == OFF:
+    address = parse_metrics_address(service.configuration.metrics)
+    if address == METRICS_OFF:
         return None
     server = MetricsServer(service.loop, lambda: write_metrics(service))
     if isinstance(address, str):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from xditd import __version__
-from xditd.daemon.settings import SETTINGS
 from xditd.ipc.command_line import Parser
+from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
 
 _EPILOG = """\
 Each flag has an environment variable, named in brackets. A flag beats its variable, which beats the file, which beats
@@ -29,13 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="TOML file (default: $XDG_CONFIG_HOME/xditd/xditd.toml if there is one) [XDITD_CONFIG]",
+        help=f"TOML file (default: $XDG_CONFIG_HOME/xditd/xditd.toml if there is one) [{CONFIG_VARIABLE}]",
     )
-    for setting in SETTINGS:
+    for setting in filter(lambda each: each.flag, SETTINGS):
         parser.add_argument(
             setting.flag,
             dest=setting.name,
-            metavar=setting.key.rpartition("_")[2].upper(),
-            help=f"{setting.help} (default: {setting.default}) [{setting.variable}]",
+            metavar=setting.metavar,
+            help=f"{setting.help} (default: {setting.shown_default}) [{setting.variable}]",
         )
     return parser

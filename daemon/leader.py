@@ -15,6 +15,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.logbook import Logbook
 from xditd.daemon.loop import Deadline, Loop
 from xditd.daemon.worker_output import WorkerOutput
+from xditd.ipc.settings.daemon import WORKER_OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,7 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
         *configuration.worker_command,
         *("--runtime-dir", str(configuration.runtime.path)),
         *("--group-token", token),
-        *("--workers", str(configuration.workers)),
-        *("--device", configuration.device),
-        *("--layout", configuration.layout),
-        *("--attention-backend", configuration.attention_backend),
-        *("--kernels", configuration.kernels),
-        *("--precision", configuration.precision),
-        *("--log-level", configuration.log_level),
+        *(word for each in WORKER_OPTIONS for word in (each.flag, str(getattr(configuration, each.name)))),
     ]
 
 

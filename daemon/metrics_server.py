@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -23,24 +22,6 @@ MAX_CONNECTIONS: Final = 16
 MAX_REQUEST_BYTES: Final = 8 * 1024
 DEADLINE_S: Final = 5.0
 """From connection to the last byte; a slower reader is dropped."""
-
-OFF: Final = "off"
-UNIX: Final = "unix"
-
-
-def parse_address(text: str) -> str | tuple[str, int]:
-    """Read ``off``, ``unix``, or a loopback address with a port (``127.0.0.1:9464``, ``[::1]:9464``).
-
-    Raises:
-        ValueError: anything else; other machines are never served.
-    """
-    if text in (OFF, UNIX):
-        return text
-    host, _, port = text.rpartition(":")
-    is_loopback = ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    if not is_loopback or not port.isdecimal() or int(port) > 65_535:
-        raise ValueError(text)
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class _Reader:

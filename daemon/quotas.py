@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.jobs import Job
 from xditd.daemon.leases import Lease
-from xditd.ipc import limits
 from xditd.ipc.errors import LimitExceeded
 from xditd.ipc.requests import Lend
 from xditd.ipc.tensors import HostShmBlock, Manifest
@@ -18,10 +17,10 @@ from xditd.ipc.tensors import HostShmBlock, Manifest
 class Quotas:
     """Bounds by client, which means by process: many connections do not make it many clients."""
 
-    loans: int = 64
-    lent_bytes: int = 2**40
-    io_bytes: int = 16 * 2**30
-    message_bytes: int = limits.MAX_MESSAGE_BYTES
+    loans: int
+    lent_bytes: int
+    io_bytes: int
+    message_bytes: int
 
     @classmethod
     def of(cls, configuration: Configuration) -> Quotas:

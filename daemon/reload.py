@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Final
+
+import msgspec
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.quotas import Quotas
 from xditd.daemon.service import Service
 from xditd.ipc.errors import XditdError
+from xditd.ipc.settings.daemon import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-LIVE: Final = (
-    "client_deadline_s",
-    "client_io_bytes",
-    "client_lent_bytes",
-    "client_loan_limit",
-    "client_queue_limit",
-    "drain_deadline_s",
-    "log_level",
-    "max_restarts",
-    "message_bytes",
-    "queue_limit",
-)
+LIVE: Final = tuple(setting.name for setting in SETTINGS if setting.is_reloaded)
 """Settings that a reload applies. The others shape sockets and worker processes, and need a restart."""
 
 
@@ -40,9 +31,8 @@ def reload(service: Service, read: Callable[[], Configuration]) -> str:
         logger.error("configuration not reloaded: %s", error.detail)
         return f"configuration not reloaded: {error.detail}"
     old = service.configuration
-    names = [field.name for field in dataclasses.fields(Configuration)]
-    changed = [name for name in names if getattr(old, name) != getattr(new, name)]
-    service.configuration = dataclasses.replace(old, **{name: getattr(new, name) for name in LIVE})
+    changed = [each.name for each in SETTINGS if getattr(old, each.name) != getattr(new, each.name)]
+    service.configuration = msgspec.structs.replace(old, **{name: getattr(new, name) for name in LIVE})
     service.quotas = Quotas.of(service.configuration)
     service.desk.queue.limit = new.queue_limit
     service.desk.queue.client_limit = new.client_queue_limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from xditd.ipc.errors import BadRequest
 
@@ -85,3 +86,24 @@ def default_runtime_dir() -> RuntimeDir:
     if base:
         return RuntimeDir(Path(base) / "xditd")
     return RuntimeDir(Path("/tmp") / f"xditd-{os.getuid()}")  # noqa: S108 - owner and mode are checked by the daemon
+
+
+METRICS_OFF: Final = "off"
+METRICS_UNIX: Final = "unix"
+
+
+def parse_metrics_address(text: str) -> str | tuple[str, int]:
+    """Read ``off``, ``unix``, or a loopback address with a port (``127.0.0.1:9464``, ``[::1]:9464``).
+
+    Raises:
+        ValueError: anything else; other machines are never served.
+    """
+    if text in (METRICS_OFF, METRICS_UNIX):
+        return text
+    import ipaddress  # slow to import, and most daemons serve none
+
+    host, _, port = text.rpartition(":")
+    is_loopback = ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    if not is_loopback or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(text)
+    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
+from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
+from xditd.ipc.settings.setting import PREFIX
 from xditd.ipc.suggestions import did_you_mean
 
-PREFIX: Final = "XDITD_"
 
-_NAMES: Final = (
-    # the daemon's
-    "ATTENTION_BACKEND", "CLIENT_DEADLINE_S", "CLIENT_IO_BYTES", "CLIENT_LENT_BYTES", "CLIENT_LOAN_LIMIT",
-    "CLIENT_QUEUE_LIMIT", "CONFIG", "DEVICE", "DRAIN_DEADLINE_S", "HANG_DEADLINE_S", "KERNELS", "LAYOUT",
-    "LEND_DEADLINE_S", "LOG_LEVEL", "MAX_RESTARTS", "MESSAGE_BYTES", "METRICS",
-    "PRECISION", "QUEUE_LIMIT", "RUNTIME_DIR", "START_DEADLINE_S", "STEP_DEADLINE_S", "WORKERS",
-    # of the other verbs
-    "ADOPT_DEADLINE_S", "CHECK", "DEMO_KEEP", "DEMO_OUT", "DEMO_SIZE", "DEMO_STEPS", "DEMO_WORKERS", "EMBEDS", "FOLLOW",
-    "GUIDANCE", "INSTALL_CHECK", "INSTALL_DRY_RUN", "INSTALL_FOR", "INSTALL_SYSTEM", "INSTALL_UNINSTALL",
-    "INSTALL_USER", "JSON", "LEND_DEVICE", "LINES", "OPTIONS", "OUT", "QUICK", "RANDOM_EMBEDS", "REVOKE_DEADLINE_S",
-    "SAVE_LATENTS", "SEED", "SIZE", "STEPS", "STEP_CACHE", "STOP_DEADLINE_S", "TEXT_TOKENS", "TRANSFORMER", "VAE",
-    "WAIT_FOR", "WAIT_S",
-)  # fmt: skip
+def known_variables() -> frozenset[str]:
+    """List every environment variable that some part of xditd reads."""
+    # Imported here: a daemon that starts without a variable needs no flags of other verbs.
+    from xditd.ipc.settings.client import variables
 
-VARIABLES: Final = frozenset(PREFIX + name for name in _NAMES)
-"""Every environment variable that some part of xditd reads: neither room knows the other's."""
+    return frozenset({CONFIG_VARIABLE, *(each.variable for each in SETTINGS if each.variable)}) | variables()
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Make a sentence for each variable with our prefix that nothing reads."""
+    named = sorted(name for name in environ if name.startswith(PREFIX))
+    known = known_variables() if named else frozenset()
     return [
-        f"environment variable {name}: nothing reads it{did_you_mean(name, VARIABLES)}"
-        for name in sorted(environ)
-        if name.startswith(PREFIX) and name not in VARIABLES
+        f"environment variable {name}: nothing reads it{did_you_mean(name, known)}"
+        for name in named
+        if name not in known
     ]
 
 

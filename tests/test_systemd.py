@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from xditd.daemon.configuration import Configuration, build_configuration
-from xditd.daemon.settings import SETTINGS
+from xditd.ipc.settings.daemon import SETTINGS
 
 needs_systemd_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 SYSTEMD = Path(__file__).resolve().parent.parent / "systemd"
@@ -34,7 +34,7 @@ def test_example_shows_the_defaults(tmp_path: Path) -> None:
     defaults = configuration_of(tmp_path, "")
     shown = configuration_of(tmp_path, KEY.sub("", EXAMPLE))
     # These two depend on the user and on the installation; the example shows typical values.
-    assert replace(shown, runtime=defaults.runtime, worker_command=defaults.worker_command) == defaults
+    assert replace(shown, runtime_dir=defaults.runtime_dir, worker_command=defaults.worker_command) == defaults
 
 
 def test_example_shows_every_setting_and_its_variable() -> None:

@@ -6,6 +6,7 @@ import argparse
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
+from xditd.ipc.settings.client import AdoptFlags
 
 SUMMARY = "make a lent component the workers' own"
 DESCRIPTION = """\
@@ -19,9 +20,8 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_component(parser, deadline_variable="XDITD_ADOPT_DEADLINE_S")
+    flags.add_component(parser)
+    flags.add_settings(parser, AdoptFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
+from xditd.ipc.settings.client import JsonFlags
 
 SUMMARY = "install the node pack into a ComfyUI, check it, uninstall it"
 DESCRIPTION = """\
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", type=flags.one_of("install", "check", "uninstall"), metavar="ACTION",
                         help="install, check or uninstall")  # fmt: skip
     parser.add_argument("path", type=user_path, metavar="PATH", help="ComfyUI's folder, the one with main.py")
-    flags.add_json(parser)
+    flags.add_settings(parser, JsonFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

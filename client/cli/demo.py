@@ -10,8 +10,7 @@ from typing import Final
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
-from xditd.ipc import limits
-from xditd.ipc.addresses import user_path
+from xditd.ipc.settings.client import DemoFlags
 
 SUMMARY = "run everything once on small checkpoints made on the spot"
 DESCRIPTION = """\
@@ -23,27 +22,12 @@ examples:
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 
-_MULTIPLE: Final = 16
-"""Of pixels on a side: what its FLUX.1 checkpoint takes."""
-
 _LEFT_BYTES: Final = 80 * 2**20
 """What the demo leaves takes less: 54 MiB of checkpoints, two images, inputs and latents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_json(parser)
-    flags.add_log_level(parser, "info")
-    flags.add_flag(parser, "--out", variable="XDITD_DEMO_OUT", type=user_path, default="out", metavar="DIR",
-                   help="folder for what the demo leaves")  # fmt: skip
-    flags.add_flag(parser, "--workers", variable="XDITD_DEMO_WORKERS", type=flags.whole(1, 2), metavar="COUNT",
-                   help="worker processes (default: 2, or 1 where there is one GPU)")  # fmt: skip
-    flags.add_flag(parser, "--device", variable="XDITD_DEVICE", type=flags.one_of("auto", "cuda", "cpu"),
-                   default="auto", metavar="KIND", help="auto (GPUs if there are any), cuda or cpu")  # fmt: skip
-    flags.add_flag(parser, "--size", variable="XDITD_DEMO_SIZE", type=flags.size(_MULTIPLE), default="256x256",
-                   metavar="WIDTHxHEIGHT", help=f"image size in pixels, multiples of {_MULTIPLE}")  # fmt: skip
-    flags.add_flag(parser, "--steps", variable="XDITD_DEMO_STEPS", type=flags.whole(1, limits.MAX_STEPS), default=8,
-                   metavar="COUNT", help="denoising steps")  # fmt: skip
-    flags.add_switch(parser, "--keep", variable="XDITD_DEMO_KEEP", help="leave the daemon running")
+    flags.add_settings(parser, DemoFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from xditd.client.doctor import daemon, host, workers
 from xditd.client.doctor.findings import Finding, Verdict, ok
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir
 from xditd.ipc.protocol import PROTOCOL_VERSION
+from xditd.ipc.settings.client import DoctorFlags
 
 SUMMARY = "check GPUs, drivers, limits, permissions and the running daemon"
 DESCRIPTION = (
@@ -32,11 +33,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_switch(
-        parser, "--quick", variable="XDITD_QUICK", help="leave out GPUs, libraries and attention: no torch, no waiting"
-    )
-    flags.add_json(parser)
+    flags.add_settings(parser, DoctorFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

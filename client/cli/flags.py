@@ -8,8 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from xditd.ipc import limits
-from xditd.ipc.addresses import RUNTIME_DIR_VARIABLE, user_path
+from xditd.ipc.addresses import user_path
+from xditd.ipc.settings.setting import Setting, settings_of
 from xditd.ipc.suggestions import did_you_mean
 
 JSON_VARIABLE = "XDITD_JSON"
@@ -99,31 +102,37 @@ def add_switch(parser: argparse.ArgumentParser, *names: str, variable: str, help
         action.default, action.type = os.environ[variable], convert
 
 
-def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
-    add_flag(
-        parser,
-        "--runtime-dir",
-        variable=RUNTIME_DIR_VARIABLE,
-        type=user_path,
-        metavar="DIR",
-        help="folder of the daemon's sockets (default: $XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>)",
-    )
+def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) -> None:
+    """Add a flag for each field of a verb's struct, in their order."""
+    for setting in settings_of(struct):
+        if setting.default is False:
+            add_switch(parser, *setting.flags, variable=setting.variable, help=setting.help)
+        elif setting.kind == "named values":
+            add_named_values(parser, *setting.flags, variable=setting.variable, help=setting.help)
+        else:
+            add_flag(
+                parser,
+                *setting.flags,
+                variable=setting.variable,
+                type=_converter(setting),
+                default=setting.default,
+                metavar=setting.metavar,
+                dest=setting.name,
+                help=setting.help,
+            )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    add_switch(parser, "--json", variable=JSON_VARIABLE, help="print JSON on stdout, for programs")
-
-
-def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
-    add_flag(
-        parser,
-        "--log-level",
-        variable="XDITD_LOG_LEVEL",
-        type=one_of("debug", "info", "warning", "error"),
-        default=default,
-        metavar="LEVEL",
-        help="debug, info, warning or error: what is logged on stderr",
-    )
+def _converter(setting: Setting) -> Callable[[str], Any]:
+    if setting.kind == "path":
+        return user_path
+    if setting.kind == "size":
+        return size(setting.more.get("multiple", 1))
+    if setting.choices:
+        return one_of(*setting.choices)
+    if setting.number is None:
+        return str
+    kind, low, high = setting.number
+    return whole(low, high) if kind is int else number(low, high)
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -219,15 +228,6 @@ def size(multiple: int = 1) -> Callable[[str], tuple[int, int]]:
     return convert
 
 
-def add_component(parser: argparse.ArgumentParser, *, deadline_variable: str) -> None:
-    """Take one component by its id, and how long to wait for what is done to it."""
+def add_component(parser: argparse.ArgumentParser) -> None:
+    """Take one component by its id."""
     parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
-    add_flag(
-        parser,
-        "--deadline-s",
-        variable=deadline_variable,
-        type=whole(1, 86_400),
-        default=300,
-        metavar="SECONDS",
-        help="how long to wait for it",
-    )

@@ -13,10 +13,9 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
 from xditd.client.loans import Loan
-from xditd.ipc import limits
-from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.settings.client import GenerateFlags
 
 if TYPE_CHECKING:
     import torch
@@ -68,41 +67,7 @@ Of several images, cat.png becomes cat-0.png, cat-1.png and so on.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_log_level(parser, "info")
-    flags.add_flag(parser, "--transformer", variable="XDITD_TRANSFORMER", type=user_path, metavar="FILE",
-                   help="transformer checkpoint, one safetensors file")  # fmt: skip
-    flags.add_flag(parser, "--vae", variable="XDITD_VAE", type=user_path, metavar="FILE",
-                   help="VAE checkpoint; without it only latents are made, for --save-latents")  # fmt: skip
-    flags.add_flag(parser, "--embeds", variable="XDITD_EMBEDS", type=user_path, metavar="FILE",
-                   help="safetensors file with the text embeddings")  # fmt: skip
-    flags.add_flag(parser, "--random-embeds", variable="XDITD_RANDOM_EMBEDS", type=flags.whole(0, 2**63 - 1),
-                   metavar="SEED", help="draw the embeddings instead")  # fmt: skip
-    flags.add_flag(parser, "--text-tokens", variable="XDITD_TEXT_TOKENS", type=flags.whole(1, 65_536), default=512,
-                   metavar="COUNT", help="text tokens of --random-embeds")  # fmt: skip
-    flags.add_flag(parser, "--size", variable="XDITD_SIZE", type=flags.size(), default="1024x1024",
-                   metavar="WIDTHxHEIGHT", help="image size in pixels")  # fmt: skip
-    flags.add_flag(parser, "--steps", variable="XDITD_STEPS", type=flags.whole(1, limits.MAX_STEPS),
-                   metavar="COUNT", help="denoising steps (default: the model's own)")  # fmt: skip
-    flags.add_flag(parser, "--seed", variable="XDITD_SEED", type=flags.whole(0, 2**63 - 1), metavar="SEED",
-                   help="seed of the noise; drawn and reported without it")  # fmt: skip
-    flags.add_flag(parser, "--guidance", variable="XDITD_GUIDANCE", type=flags.number(0, limits.MAX_GUIDANCE),
-                   metavar="SCALE", help="guidance scale (default: the model's own)")  # fmt: skip
-    flags.add_flag(parser, "--step-cache", variable="XDITD_STEP_CACHE", type=flags.number(0, 1), default=0.0,
-                   metavar="SHARE",
-                   help="spare steps whose first block changes less than this, as 0.08; not lossless")  # fmt: skip
-    flags.add_named_values(
-        parser, "--option", variable="XDITD_OPTIONS",
-        help="an option of the model's family, such as Z-Image's shift=3, cfg_normalization=1 or cfg_truncation=0.8; "
-             "may be repeated; the variable takes several between commas",
-    )  # fmt: skip
-    flags.add_flag(parser, "--device", variable="XDITD_LEND_DEVICE", metavar="DEVICE",
-                   help="load the weights there first (cuda, cuda:1), to lend them by CUDA IPC")  # fmt: skip
-    flags.add_flag(parser, "-o", "--out", variable="XDITD_OUT", type=user_path, default="out.png", metavar="FILE",
-                   help="image file; of several images, out-0.png and so on")  # fmt: skip
-    flags.add_flag(parser, "--save-latents", variable="XDITD_SAVE_LATENTS", type=user_path, metavar="FILE",
-                   help="write the latents to a safetensors file, too")  # fmt: skip
+    flags.add_settings(parser, GenerateFlags)
     parser.set_defaults(refuse=parser.error)
 
 

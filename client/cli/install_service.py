@@ -11,6 +11,7 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.client.systemd_units import Service, ServiceFile, check_user, remove, verify, write
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.settings.client import InstallFlags
 
 SUMMARY = "write and check systemd units for this installation"
 DESCRIPTION = (
@@ -28,16 +29,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for names, variable, words in (
-        ("--user", "XDITD_INSTALL_USER", "a service of your own (default)"),
-        ("--system", "XDITD_INSTALL_SYSTEM", "a system service; needs --for"),
-        ("--check", "XDITD_INSTALL_CHECK", "write nothing; exit 1 if a file is missing or differs"),
-        ("--uninstall", "XDITD_INSTALL_UNINSTALL", "remove the files"),
-        ("--dry-run", "XDITD_INSTALL_DRY_RUN", "write nothing; print the files"),
-    ):
-        flags.add_switch(parser, names, variable=variable, help=words)
-    flags.add_flag(parser, "--for", variable="XDITD_INSTALL_FOR", metavar="USER", help="whom the system service serves")
-    flags.add_json(parser)
+    flags.add_settings(parser, InstallFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -45,7 +37,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise BadRequest("--user and --system: choose one")
     if parsed.check + parsed.uninstall + parsed.dry_run > 1:
         raise BadRequest("--check, --uninstall and --dry-run: choose one")
-    owner: str | None = vars(parsed)["for"]  # a word of Python's own, so no attribute
+    owner: str | None = parsed.owner
     if parsed.system != bool(owner):
         raise BadRequest("--system and --for USER belong together: a system service shares memory with one user")
     service = Service(check_user(owner) if owner else None, Path("/"), os.environ)

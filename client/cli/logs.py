@@ -9,6 +9,7 @@ from typing import Final
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
+from xditd.ipc.settings.client import LogsFlags
 
 SUMMARY = "show recent log lines of the daemon and its workers"
 DESCRIPTION = "Show the log lines that the daemon keeps in memory, its workers' included."
@@ -22,18 +23,7 @@ _POLL_S: Final = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_switch(parser, "-f", "--follow", variable="XDITD_FOLLOW", help="go on with new lines as they come")
-    flags.add_flag(
-        parser,
-        "-n",
-        "--lines",
-        variable="XDITD_LINES",
-        type=flags.whole(0, 1_000_000),
-        metavar="COUNT",
-        help="show at most this many of the lines kept (default: all)",
-    )
+    flags.add_settings(parser, LogsFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

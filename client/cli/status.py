@@ -10,6 +10,7 @@ import msgspec
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text, say_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.ipc.settings.client import StatusFlags
 from xditd.ipc.status import DaemonStatus
 
 LOSSLESS: Final = "bf16"
@@ -30,14 +31,7 @@ _DETAIL_CHARS: Final = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_switch(
-        parser,
-        "--check",
-        variable="XDITD_CHECK",
-        help="exit with 1, and say why on stderr, if no workers are ready: starting, lost or given up",
-    )
+    flags.add_settings(parser, StatusFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import argparse
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.errors import DeadlineExceeded
+from xditd.ipc.settings.client import StopFlags
 
 SUMMARY = "stop the daemon and its workers"
 DESCRIPTION = (
@@ -21,17 +22,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_flag(
-        parser,
-        "--deadline-s",
-        variable="XDITD_STOP_DEADLINE_S",
-        type=flags.whole(1, 86_400),
-        default=30,
-        metavar="SECONDS",
-        help="how long to wait for its end",
-    )
+    flags.add_settings(parser, StopFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:

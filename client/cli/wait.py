@@ -7,6 +7,7 @@ import contextlib
 
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text, say_error
+from xditd.ipc.settings.client import WaitFlags
 from xditd.ipc.status import DaemonStatus
 
 SUMMARY = "wait until the daemon answers and its workers are ready"
@@ -21,31 +22,9 @@ examples:
   xditd wait --json
 """
 
-WORKERS, DAEMON = "workers", "daemon"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_runtime_dir(parser)
-    flags.add_json(parser)
-    flags.add_flag(
-        parser,
-        "--for",
-        dest="target",
-        variable="XDITD_WAIT_FOR",
-        type=flags.one_of(WORKERS, DAEMON),
-        default=WORKERS,
-        metavar="WHAT",
-        help="workers, or the daemon alone, which answers while they start",
-    )
-    flags.add_flag(
-        parser,
-        "--wait-s",
-        variable="XDITD_WAIT_S",
-        type=flags.whole(0, 86_400),
-        default=150,
-        metavar="SECONDS",
-        help="how long to wait at most",
-    )
+    flags.add_settings(parser, WaitFlags)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -63,7 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
                 clients.append(opened.enter_context(Client(parsed.runtime_dir, name="xditd wait")))
             return clients[0].status()
 
-        found = wait_for(look, parsed.wait_s, workers=parsed.target == WORKERS, show=show)
+        found = wait_for(look, parsed.wait_s, workers=parsed.target == "workers", show=show)
     if parsed.json:
         print(json_text({"pid": found.pid, "group_state": found.group_state.value, "workers": found.world_size}))
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from xditd.ipc.degrees import Degrees
+from xditd.ipc.settings.daemon import WORKER_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,9 @@ class ParallelLayout:
     device: torch.device
     attention_backend: str
     fused_attention: str | None = None
-    precision: str = "bf16"
-    requested_attention: str = "auto"
-    requested_kernels: str = "auto"
+    precision: str = WORKER_DEFAULTS.precision
+    requested_attention: str = WORKER_DEFAULTS.attention_backend
+    requested_kernels: str = WORKER_DEFAULTS.kernels
 
     @property
     def world_size(self) -> int:

@@ -37,7 +37,7 @@ def lead(options: Options) -> int:
     """
     die_with_parent(os.getppid())
     devices = choose_devices(options)
-    plan = planner.plan(len(devices), options.layout)
+    plan = planner.plan(len(devices), options.degrees)
     logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), plan.degrees, plan.reason)
     signal.signal(signal.SIGTERM, _leave)
     return _run(options, plan, devices)
@@ -63,8 +63,8 @@ def choose_devices(options: Options) -> list[str]:
     if options.device == "cuda" and not gpus:
         raise Unsupported(f"device cuda: torch {torch.__version__} sees no CUDA GPU; use --device cpu or auto")
     if options.device == "cpu" or not gpus:
-        return ["cpu"] * (options.workers or CPU_WORKERS)
-    workers = options.workers or gpus
+        return ["cpu"] * (CPU_WORKERS if options.workers == "auto" else options.workers)
+    workers = gpus if options.workers == "auto" else options.workers
     if workers > gpus:
         raise BadRequest(f"{workers} workers with {gpus} GPUs: one worker needs one GPU; use --workers {gpus} or auto")
     return [f"cuda:{index}" for index in range(workers)]

@@ -56,7 +56,7 @@ def main(
         # Imported here: it imports xfuser's dependants, which the start has to come before.
         from xditd.gpu_workers.process.torch_executor import TorchExecutor
 
-        executor = TorchExecutor(layout, report(plan, options.layout), outside)
+        executor = TorchExecutor(layout, report(plan, options.degrees), outside)
     except Exception as error:
         if not isinstance(error, RequestError):
             logger.exception("rank cannot start rank=%d", rank)

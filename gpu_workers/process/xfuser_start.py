@@ -24,6 +24,7 @@ from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import planner
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.settings.daemon import WORKER_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def start(
     degrees: Degrees | None = None,
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
-    precision: str = "bf16",
+    precision: str = WORKER_DEFAULTS.precision,
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it; afterwards models can be built.
 

@@ -14,7 +14,6 @@ from xditd.daemon.logbook import Logbook
 from xditd.daemon.notify import Notifier
 from xditd.daemon.runtime_folder import RuntimeFolder
 from xditd.daemon.service import Service
-from xditd.ipc.addresses import RuntimeDir
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +28,7 @@ def _umask() -> Iterator[None]:
 def service() -> Iterator[Service]:
     """A service that listens nowhere, in a runtime folder of its own."""
     with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # a socket's path may not be long
-        configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
+        configuration = Configuration(runtime_dir=str(Path(name) / "run"))
         with RuntimeFolder(configuration.runtime) as folder:
             service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
             yield service

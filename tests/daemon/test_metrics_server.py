@@ -12,7 +12,7 @@ import pytest
 
 from xditd.daemon import metrics_server
 from xditd.daemon.loop import Loop
-from xditd.daemon.metrics_server import MAX_CONNECTIONS, MetricsServer, listen_on_loopback, parse_address
+from xditd.daemon.metrics_server import MAX_CONNECTIONS, MetricsServer, listen_on_loopback
 from xditd.daemon.socket_files import listen_at
 from xditd.ipc.errors import AlreadyRunning
 
@@ -129,14 +129,6 @@ def test_connections_are_bounded(serve: Callable[[str], Path]) -> None:
         assert one_more.recv(1) == b""
     for client in clients:
         client.close()
-
-
-def test_loopback_only() -> None:
-    assert parse_address("127.0.0.1:9464") == ("127.0.0.1", 9464)
-    assert parse_address("[::1]:0") == ("::1", 0)
-    for text in ("0.0.0.0:9464", "192.168.1.2:80", "localhost:9464", "9464", "[::]:1", "127.0.0.1:99999", "127.0.0.1:"):
-        with pytest.raises(ValueError, match=r"."):
-            parse_address(text)
 
 
 def test_taken_port_is_refused_by_name() -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from xditd.daemon.configuration import Configuration
 from xditd.daemon.jobs import Job
 from xditd.daemon.leases import Lease
 from xditd.daemon.quotas import Quotas
@@ -13,6 +16,10 @@ from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest
 
 OWNER = Session(b"", "", ProcessIdentity(pid=1, start_ticks=0), -1, "test")
 TENSOR_BYTES = 64
+
+
+def quotas(**changed: int) -> Quotas:
+    return replace(Quotas.of(Configuration()), **changed)
 
 
 def block(inode: int = 1, size_bytes: int = 4096) -> HostShmBlock:
@@ -35,29 +42,29 @@ def job(request: Lend | CheckCanary) -> Job:
 
 def test_loans_are_counted_with_the_lends_that_wait() -> None:
     waiting = job(Lend(request_id="1", manifest=manifest()))
-    Quotas(loans=3).check_loan([lease()], [waiting], manifest())
+    quotas(loans=3).check_loan([lease()], [waiting], manifest())
     with pytest.raises(LimitExceeded, match=r"2 loans already \(client_loan_limit 2\); return one"):
-        Quotas(loans=2).check_loan([lease()], [waiting], manifest())
+        quotas(loans=2).check_loan([lease()], [waiting], manifest())
     waiting.component_ids = ("c1",)  # its turn has come: now it is the lease that counts
-    Quotas(loans=2).check_loan([lease()], [waiting], manifest())
+    quotas(loans=2).check_loan([lease()], [waiting], manifest())
 
 
 def test_lent_bytes_add_up() -> None:
-    Quotas(lent_bytes=2 * TENSOR_BYTES).check_loan([lease()], [], manifest())
+    quotas(lent_bytes=2 * TENSOR_BYTES).check_loan([lease()], [], manifest())
     with pytest.raises(LimitExceeded, match=r"64 bytes on top of the 64 .* exceed client_lent_bytes 127"):
-        Quotas(lent_bytes=2 * TENSOR_BYTES - 1).check_loan([lease()], [], manifest())
+        quotas(lent_bytes=2 * TENSOR_BYTES - 1).check_loan([lease()], [], manifest())
 
 
 def test_io_blocks_count_once_each() -> None:
     def canary(inode: int) -> Job:
         return job(CheckCanary(request_id="1", io=block(inode), offset_bytes=0, length_bytes=1))
 
-    Quotas(io_bytes=4096).check_io([canary(1), canary(1)], block(1))
+    quotas(io_bytes=4096).check_io([canary(1), canary(1)], block(1))
     with pytest.raises(LimitExceeded, match=r"8192 bytes in 2 blocks: .* 8191 at a time"):
-        Quotas(io_bytes=8191).check_io([canary(1)], block(2))
+        quotas(io_bytes=8191).check_io([canary(1)], block(2))
 
 
 def test_message_size() -> None:
-    Quotas(message_bytes=10).check_message(10)
+    quotas(message_bytes=10).check_message(10)
     with pytest.raises(LimitExceeded, match=r"message of 11 bytes: at most 10 are read \(message_bytes\)"):
-        Quotas(message_bytes=10).check_message(11)
+        quotas(message_bytes=10).check_message(11)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.ipc.addresses import MAX_SOCKET_PATH_BYTES, RuntimeDir, default_runtime_dir, endpoint
+from xditd.ipc.addresses import MAX_SOCKET_PATH_BYTES, RuntimeDir, default_runtime_dir, endpoint, parse_metrics_address
 from xditd.ipc.errors import BadRequest
 
 
@@ -56,3 +56,11 @@ def test_the_variable_of_the_command_line_counts_for_the_library_too(monkeypatch
     assert default_runtime_dir() == RuntimeDir(Path.cwd() / "here")
     monkeypatch.setenv("XDITD_RUNTIME_DIR", "")
     assert default_runtime_dir() == RuntimeDir(Path("/run/user/7/xditd"))
+
+
+def test_metrics_are_served_on_loopback_only() -> None:
+    assert parse_metrics_address("127.0.0.1:9464") == ("127.0.0.1", 9464)
+    assert parse_metrics_address("[::1]:0") == ("::1", 0)
+    for text in ("0.0.0.0:9464", "192.168.1.2:80", "localhost:9464", "9464", "[::]:1", "127.0.0.1:99999", "127.0.0.1:"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_metrics_address(text)

@@ -117,7 +117,7 @@ def test_reload_applies_what_can_change_and_names_the_rest(manager: Manager, sta
     daemon.process.send_signal(signal.SIGHUP)
     assert int(manager.wait(says("RELOADING", "1"))["MONOTONIC_USEC"]) > 0
     status = manager.wait(says("READY", "1"))["STATUS"]
-    assert "queue_limit, log_level changed; hang_deadline_s needs a restart" in status
+    assert "log_level, queue_limit changed; hang_deadline_s needs a restart" in status
     assert client.status().queue_limit == 7
     path.write_text("[daemon]\nqueue_limit = 'many'\n")
     daemon.process.send_signal(signal.SIGHUP)

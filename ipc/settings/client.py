@@ -1,0 +1,209 @@
+"""Flags of every verb of ``xditd`` but ``serve``, one struct a verb. ``daemon`` holds those of ``serve``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from xditd.ipc import limits
+from xditd.ipc.settings.daemon import Device, LogLevel
+from xditd.ipc.settings.setting import about, settings_of
+
+DEMO_SIDE_MULTIPLE: Final = 16
+"""Of pixels on a side: what the demo's FLUX.1 checkpoint takes."""
+
+_Seconds = Annotated[int, Meta(ge=1, le=86_400)]
+_Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Steps = Annotated[int, Meta(ge=1, le=limits.MAX_STEPS)]
+
+_RUNTIME_DIR: Final = about(
+    "folder of the daemon's sockets (default: $XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>)", kind="path"
+)
+_JSON: Final = about("print JSON on stdout, for programs")
+_LOG_LEVEL: Final = about("debug, info, warning or error: what is logged on stderr", metavar="LEVEL")
+
+
+class JsonFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """Of ``comfyui``, and of every other verb."""
+
+    json: Annotated[bool, _JSON] = False
+
+
+class DaemonFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """Of every verb that speaks with a daemon."""
+
+    runtime_dir: Annotated[str | None, _RUNTIME_DIR] = None
+    json: Annotated[bool, _JSON] = False
+
+
+class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``generate``."""
+
+    log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
+    transformer: Annotated[str | None, about("transformer checkpoint, one safetensors file", kind="path")] = None
+    vae: Annotated[
+        str | None, about("VAE checkpoint; without it only latents are made, for --save-latents", kind="path")
+    ] = None
+    embeds: Annotated[str | None, about("safetensors file with the text embeddings", kind="path")] = None
+    random_embeds: Annotated[_Seed | None, about("draw the embeddings instead", metavar="SEED")] = None
+    text_tokens: Annotated[int, Meta(ge=1, le=65_536), about("text tokens of --random-embeds", metavar="COUNT")] = 512
+    size: Annotated[str, about("image size in pixels", kind="size")] = "1024x1024"
+    steps: Annotated[_Steps | None, about("denoising steps (default: the model's own)", metavar="COUNT")] = None
+    seed: Annotated[_Seed | None, about("seed of the noise; drawn and reported without it", metavar="SEED")] = None
+    guidance: Annotated[
+        Annotated[float, Meta(ge=0, le=limits.MAX_GUIDANCE)] | None,
+        about("guidance scale (default: the model's own)", metavar="SCALE"),
+    ] = None
+    step_cache: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        about("spare steps whose first block changes less than this, as 0.08; not lossless", metavar="SHARE"),
+    ] = 0.0
+    option: Annotated[
+        str | None,
+        about(
+            "an option of the model's family, such as Z-Image's shift=3, cfg_normalization=1 or cfg_truncation=0.8; "
+            "may be repeated; the variable takes several between commas",
+            kind="named values",
+            variable="XDITD_OPTIONS",
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        about(
+            "load the weights there first (cuda, cuda:1), to lend them by CUDA IPC",
+            variable="XDITD_LEND_DEVICE",
+            metavar="DEVICE",
+        ),
+    ] = None
+    out: Annotated[str, about("image file; of several images, out-0.png and so on", kind="path", short="-o")] = (
+        "out.png"
+    )
+    save_latents: Annotated[str | None, about("write the latents to a safetensors file, too", kind="path")] = None
+
+
+class DemoFlags(JsonFlags, frozen=True, kw_only=True):
+    """Of ``demo``."""
+
+    log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
+    out: Annotated[
+        str, about("folder for what the demo leaves", kind="path", metavar="DIR", variable="XDITD_DEMO_OUT")
+    ] = "out"
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=2)] | None,
+        about(
+            "worker processes (default: 2, or 1 where there is one GPU)", metavar="COUNT", variable="XDITD_DEMO_WORKERS"
+        ),
+    ] = None
+    device: Annotated[Device, about("auto (GPUs if there are any), cuda or cpu", metavar="KIND")] = "auto"
+    size: Annotated[
+        str,
+        about(
+            f"image size in pixels, multiples of {DEMO_SIDE_MULTIPLE}",
+            kind="size",
+            multiple=DEMO_SIDE_MULTIPLE,
+            variable="XDITD_DEMO_SIZE",
+        ),
+    ] = "256x256"
+    steps: Annotated[_Steps, about("denoising steps", metavar="COUNT", variable="XDITD_DEMO_STEPS")] = 8
+    keep: Annotated[bool, about("leave the daemon running", variable="XDITD_DEMO_KEEP")] = False
+
+
+class WaitFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``wait``."""
+
+    target: Annotated[
+        Literal["workers", "daemon"],
+        about(
+            "workers, or the daemon alone, which answers while they start",
+            flag="--for",
+            variable="XDITD_WAIT_FOR",
+            metavar="WHAT",
+        ),
+    ] = "workers"
+    wait_s: Annotated[int, Meta(ge=0, le=86_400), about("how long to wait at most", metavar="SECONDS")] = 150
+
+
+class StopFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``stop``."""
+
+    deadline_s: Annotated[
+        _Seconds, about("how long to wait for its end", metavar="SECONDS", variable="XDITD_STOP_DEADLINE_S")
+    ] = 30
+
+
+class AdoptFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``adopt``."""
+
+    deadline_s: Annotated[
+        _Seconds, about("how long to wait for it", metavar="SECONDS", variable="XDITD_ADOPT_DEADLINE_S")
+    ] = 300
+
+
+class RevokeFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``revoke``."""
+
+    deadline_s: Annotated[
+        _Seconds, about("how long to wait for it", metavar="SECONDS", variable="XDITD_REVOKE_DEADLINE_S")
+    ] = 300
+
+
+class StatusFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``status``."""
+
+    check: Annotated[
+        bool, about("exit with 1, and say why on stderr, if no workers are ready: starting, lost or given up")
+    ] = False
+
+
+class LogsFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``logs``."""
+
+    follow: Annotated[bool, about("go on with new lines as they come", short="-f")] = False
+    lines: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
+        about("show at most this many of the lines kept (default: all)", short="-n", metavar="COUNT"),
+    ] = None
+
+
+class DoctorFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Of ``doctor``."""
+
+    quick: Annotated[bool, about("leave out GPUs, libraries and attention: no torch, no waiting")] = False
+
+
+class InstallFlags(JsonFlags, frozen=True, kw_only=True):
+    """Of ``install-service``."""
+
+    user: Annotated[bool, about("a service of your own (default)", variable="XDITD_INSTALL_USER")] = False
+    system: Annotated[bool, about("a system service; needs --for", variable="XDITD_INSTALL_SYSTEM")] = False
+    check: Annotated[
+        bool, about("write nothing; exit 1 if a file is missing or differs", variable="XDITD_INSTALL_CHECK")
+    ] = False
+    uninstall: Annotated[bool, about("remove the files", variable="XDITD_INSTALL_UNINSTALL")] = False
+    dry_run: Annotated[bool, about("write nothing; print the files", variable="XDITD_INSTALL_DRY_RUN")] = False
+    owner: Annotated[
+        str | None, about("whom the system service serves", flag="--for", variable="XDITD_INSTALL_FOR", metavar="USER")
+    ] = None
+
+
+VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
+    "wait": WaitFlags,
+    "status": StatusFlags,
+    "generate": GenerateFlags,
+    "demo": DemoFlags,
+    "comfyui": JsonFlags,
+    "logs": LogsFlags,
+    "adopt": AdoptFlags,
+    "revoke": RevokeFlags,
+    "stop": StopFlags,
+    "install-service": InstallFlags,
+    "doctor": DoctorFlags,
+}
+
+
+def variables() -> frozenset[str]:
+    """List the environment variables of all verbs."""
+    return frozenset(each.variable for struct in VERB_FLAGS.values() for each in settings_of(struct))

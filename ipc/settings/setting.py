@@ -1,0 +1,171 @@
+"""What flags, variables, file entries and documents derive from a field of a settings struct."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import msgspec
+
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.suggestions import did_you_mean
+
+PREFIX: Final = "XDITD_"
+"""With it begin all our environment variables."""
+
+
+def about(help: str, **more: Any) -> msgspec.Meta:
+    """Describe a field: its help text, and whatever of the following differs from what its name and type say.
+
+    ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" where it has none. ``short``: the flag
+    of one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible
+    by ``multiple``) or "named values". ``values``: what is accepted, in words, where the type does not say it.
+    ``check`` raises ``ValueError`` for what the type does not tell. ``default``: the default in words. ``reload``:
+    whether a reload applies it.
+    """
+    return msgspec.Meta(description=help, extra=more)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings struct. Empty texts: it has no such flag, variable, or place in the file."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    more: Mapping[str, Any]
+
+    @property
+    def section(self) -> str:
+        return str(self.more.get("section", ""))
+
+    @property
+    def key(self) -> str:
+        return str(self.more.get("key", self.name))
+
+    @property
+    def flag(self) -> str:
+        return str(self.more.get("flag", "--" + self.name.replace("_", "-")))
+
+    @property
+    def variable(self) -> str:
+        return str(self.more.get("variable", PREFIX + self.name.upper()))
+
+    @property
+    def metavar(self) -> str:
+        usual = {"path": "DIR" if self.name.endswith("dir") else "FILE", "size": "WIDTHxHEIGHT"}.get(self.kind)
+        return str(self.more.get("metavar") or usual or self.key.rpartition("_")[2].upper())
+
+    @property
+    def kind(self) -> str:
+        """What a text means, where its type does not say it: a path, a size, named values."""
+        return str(self.more.get("kind", ""))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every spelling of the flag."""
+        return tuple(filter(None, (self.more.get("short"), self.flag)))
+
+    @property
+    def number(self) -> tuple[type, Any, Any] | None:
+        """The kind of number that is accepted, and its least and greatest value; ``None`` where it is none."""
+        for part in _parts(self.type):
+            if _bare(part) in (int, float):
+                return _bare(part), bound(part, "ge", "gt"), bound(part, "le")
+        return None
+
+    @property
+    def is_reloaded(self) -> bool:
+        return bool(self.more.get("reload", False))
+
+    @property
+    def shown_default(self) -> str:
+        """The default as help and documents show it; empty where there is none."""
+        if "default" in self.more:
+            return str(self.more["default"])
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return "" if self.default is None else str(self.default)
+
+    @property
+    def values(self) -> str:
+        """What is accepted, in words: the remedy that a refusal names."""
+        return str(self.more.get("values") or _values(self.type))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that are accepted; none where others are, too."""
+        return get_args(_bare(self.type)) if get_origin(_bare(self.type)) is Literal else ()
+
+    def read(self, value: object, source: str) -> Any:
+        """Convert what a flag, a variable or the file says; ``source`` is what an error calls it.
+
+        Raises:
+            BadRequest: the value does not fit; the message names source, value and remedy.
+        """
+        try:
+            found = msgspec.convert(self._number(value), type=self.type)
+            self.more.get("check", bool)(found)
+        except (msgspec.ValidationError, ValueError):
+            hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+            raise BadRequest(f"{source} = {value!r}: use {self.values}{hint}") from None
+        return found
+
+    def _number(self, value: object) -> object:
+        """Convert text to a number, where a number is wanted and it is one."""
+        if isinstance(value, str) and self.number is not None:
+            with contextlib.suppress(ValueError):
+                return self.number[0](value)
+        return value
+
+
+def settings_of(struct: type[msgspec.Struct]) -> tuple[Setting, ...]:
+    """List what a struct's fields describe, in their order."""
+    found = []
+    for field in msgspec.structs.fields(struct):
+        meta = _metas(field.type)[-1]
+        default = field.default
+        if default is msgspec.NODEFAULT:
+            factory = field.default_factory
+            default = None if factory is msgspec.NODEFAULT else factory()
+        found.append(Setting(field.name, field.type, default, meta.description or "", meta.extra or {}))
+    return tuple(found)
+
+
+def bound(type_: Any, *names: str) -> Any:
+    """Find a bound of an annotated type by its names (``ge``, ``gt``, ``le``); ``None`` without one."""
+    found = (getattr(meta, name) for meta in _metas(type_) for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def _metas(type_: Any) -> list[msgspec.Meta]:
+    return [each for each in getattr(type_, "__metadata__", ()) if isinstance(each, msgspec.Meta)]
+
+
+def _bare(type_: Any) -> Any:
+    return get_args(type_)[0] if get_origin(type_) is Annotated else type_
+
+
+def _parts(type_: Any) -> tuple[Any, ...]:
+    """The members of a union, else the type itself."""
+    bare = _bare(type_)
+    return get_args(bare) if get_origin(bare) in (Union, UnionType) else (type_,)
+
+
+def _values(type_: Any) -> str:
+    words = []
+    for part in _parts(type_):
+        bare = _bare(part)
+        low, high = bound(part, "ge", "gt"), bound(part, "le")
+        if get_origin(bare) is Literal:
+            names = [f'"{name}"' for name in get_args(bare)]
+            words.append(names[0] if len(names) == 1 else f"one of {', '.join(names)}")
+        elif bare is int:
+            words.append(f"a whole number from {low} to {high}")
+        elif bare is float:
+            words.append(f"seconds above {low:g}, at most {high:g}")
+    return " or ".join(words)
