@@ -42,41 +42,41 @@ def whole_model(store: str) -> dict[str, Any]:
     ):
         state = checkpoints.flux1_state_dict(1, guidance=has_guidance, double_blocks=blocks, single_blocks=blocks)
         match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        cached = match.model
-        cached.plug(match.bind(state), "a", match.by_canonical_name(state))
+        lent = match.model
+        lent.plug(match.bind(state), "a", match.by_canonical_name(state))
         given = job(tokens, height, width, batch)
-        result = generate(cached, **given, steps=2, guidance_scale=GUIDANCE)
+        result = generate(lent, **given, steps=2, guidance_scale=GUIDANCE)
         model = reference.transformer_from(state)
         found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
-        canary = cached.module.fused.canary
+        canary = lent.module.fused.canary
         if has_guidance:
-            found["at once"] = steps_at_once(cached)
+            found["at once"] = steps_at_once(lent)
             given = job(3, 16, 32, 1)
-            before = generate(cached, **given, steps=1)
+            before = generate(lent, **given, steps=1)
             for name, tensor in state.items():
                 kept = tensor.clone()
                 tensor.zero_()
                 # Of a prompt of its own, as a job has it: for the same one modulations are kept.
-                after = generate(cached, **{**given, "pooled": given["pooled"].clone()}, steps=1)
+                after = generate(lent, **{**given, "pooled": given["pooled"].clone()}, steps=1)
                 tensor.copy_(kept)
                 if reference.relative_error(after, before) < 1e-5:
                     found["unmoved"].append(name)
-            found["cached"] = cached(cached, given)
-            found["not finite"] = not_finite(cached, state)
-            found["foreseen"] = foreseen(cached)
+            found["cached"] = cached(lent, given)
+            found["not finite"] = not_finite(lent, state)
+            found["foreseen"] = foreseen(lent)
         found["canary"][label] = {
             "refused": canary.is_refused,
             "passed": len(canary._passed),
             "checks": [msgspec.to_builtins(check) for check in cache.take_checks()],
         }
-        cached.unplug()
-        found["canary"][label]["plugged after unplug"] = cached.module.fused.is_plugged
+        lent.unplug()
+        found["canary"][label]["plugged after unplug"] = lent.module.fused.is_plugged
         gapped = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in state.items()}
-        cached.plug(match.bind(gapped), "gapped", match.by_canonical_name(gapped))
+        lent.plug(match.bind(gapped), "gapped", match.by_canonical_name(gapped))
         found["gapped"] = {
-            "plugged": cached.module.fused.is_plugged,
+            "plugged": lent.module.fused.is_plugged,
             "error": reference.relative_error(
-                generate(cached, **given, steps=1), reference_latents(model, given, steps=1)
+                generate(lent, **given, steps=1), reference_latents(model, given, steps=1)
             ),
         }
     found["half"] = half_precision(layout)
@@ -84,17 +84,17 @@ def whole_model(store: str) -> dict[str, Any]:
     return found
 
 
-def not_finite(cached: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
+def not_finite(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Run a size for the first time with a weight that is NaN, and again with a sound one."""
     from direct_jobs import generate
 
-    canary, given = cached.module.fused.canary, job(2, 32, 16, 1)
+    canary, given = lent.module.fused.canary, job(2, 32, 16, 1)
     kept = state["img_in.bias"].clone()
     state["img_in.bias"][3] = torch.nan
-    broken = generate(cached, **given, steps=1)
+    broken = generate(lent, **given, steps=1)
     judged = len(canary._passed)
     state["img_in.bias"].copy_(kept)
-    sound = generate(cached, **given, steps=1)
+    sound = generate(lent, **given, steps=1)
     found = {
         "result is NaN": bool(broken.isnan().any()),
         "sound one is finite": bool(sound.isfinite().all()),
@@ -115,17 +115,17 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
     from xditd.gpu_workers.models.model_cache import ModelCache
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)
-    match = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-    cached = match.model
-    cached.plug(match.bind(state), "half", match.by_canonical_name(state))
+    plan = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    lent = match.model
+    lent.plug(match.bind(state), "half", match.by_canonical_name(state))
     given, sigmas = job(3, 16, 32, 1), (0.9871, 0.7313, 0.4457)
 
     def run(variant: str, *, is_foreseen: bool = True) -> torch.Tensor:
-        return generate(cached, **given, steps=len(sigmas), sigmas=sigmas, variant=variant, is_foreseen=is_foreseen)
+        return generate(lent, **given, steps=len(sigmas), sigmas=sigmas, variant=variant, is_foreseen=is_foreseen)
 
     at_once, alone = run("float32_time"), run("float32_time", is_foreseen=False)
-    fused = cached.module.fused
-    cached.module.fused = None
+    fused = lent.module.fused
+    lent.module.fused = None
     plain, rounded = run("float32_time"), run("class")
     return {
         "same bits": torch.equal(at_once, alone),
@@ -135,31 +135,31 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
     }
 
 
-def steps_at_once(cached: Any) -> dict[str, bool]:
+def steps_at_once(lent: Any) -> dict[str, bool]:
     """Generate with modulations of all steps, of two at a time, and of each alone; say whether bits are the same."""
     from direct_jobs import generate
 
     from xditd.gpu_workers.families.flux1 import modulations
 
     given = job(3, 16, 32, 2)
-    alone = generate(cached, **given, steps=5, is_foreseen=False)
+    alone = generate(lent, **given, steps=5, is_foreseen=False)
     found = {}
     usual = modulations.AHEAD
     for label, ahead in (("all", usual), ("two", 4)):
         modulations.AHEAD = ahead
         pooled = given["pooled"].clone()  # so that nothing is kept of it
-        found[label] = torch.equal(generate(cached, **{**given, "pooled": pooled}, steps=5), alone)
+        found[label] = torch.equal(generate(lent, **{**given, "pooled": pooled}, steps=5), alone)
     modulations.AHEAD = usual
     return found
 
 
-def foreseen(cached: Any) -> dict[str, Any]:
+def foreseen(lent: Any) -> dict[str, Any]:
     """Run forwards whose sigmas are foreseen and others, twice; say whether bits are the same and what was computed."""
     from direct_jobs import denoise
 
     from xditd.gpu_workers.kernels import triton_kernels
 
-    modulator, given = cached.module.fused._modulator, job(3, 16, 32, 2)
+    modulator, given = lent.module.fused._modulator, job(3, 16, 32, 2)
     pooled, other = given["pooled"], given["pooled"] + 1
     sigmas, counts = (1.0, 0.75, 0.5, 0.25, 0.0), []
     multiply = triton_kernels.multiply_vectors
@@ -170,7 +170,7 @@ def foreseen(cached: Any) -> dict[str, Any]:
 
     def run(sigma: float, pooled: torch.Tensor, foreseen: dict[str, Any], variant: str = "class") -> torch.Tensor:
         return denoise(
-            cached,
+            lent,
             latents=given["noise"],
             timestep=torch.full((2,), sigma),
             prompt_embeds=given["prompt_embeds"],
@@ -196,12 +196,12 @@ def foreseen(cached: Any) -> dict[str, Any]:
     run(0.25, pooled, {"timestep": sigmas}, "float32_time")
     triton_kernels.multiply_vectors = multiply
     found["vectors of the other variant"] = sum(counts) // 2
-    cached.unplug()
+    lent.unplug()
     found["left"] = modulator.kept
     return found
 
 
-def cached(cached: Any, given: dict[str, Any]) -> dict[str, float]:
+def cached(lent: Any, given: dict[str, Any]) -> dict[str, float]:
     """Spare steps of a job on fused blocks and on plain ones; the error is that of one against the other."""
     from direct_jobs import generate
 
@@ -209,13 +209,13 @@ def cached(cached: Any, given: dict[str, Any]) -> dict[str, float]:
     from xditd.gpu_workers.models.step_cache import StepCache
 
     def run(cache: StepCache | None) -> torch.Tensor:
-        return generate(cached, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
+        return generate(lent, **given, steps=len(ALIKE), sigmas=ALIKE, step_cache=cache)
 
     fused, plain = StepCache(0.1), StepCache(0.1)
     result, whole = run(fused), run(None)
-    kept, cached.module.fused = cached.module.fused, None
+    kept, lent.module.fused = lent.module.fused, None
     expected = run(plain)
-    cached.module.fused = kept
+    lent.module.fused = kept
     return {
         "fused": fused.reused,
         "plain": plain.reused,
