@@ -115,7 +115,7 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
     from xditd.gpu_workers.models.model_cache import ModelCache
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, dtype=torch.bfloat16)
-    plan = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+    match = ModelCache(layout).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     lent = match.model
     lent.plug(match.bind(state), "half", match.by_canonical_name(state))
     given, sigmas = job(3, 16, 32, 1), (0.9871, 0.7313, 0.4457)
