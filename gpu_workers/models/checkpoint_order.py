@@ -14,7 +14,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 class CheckpointOrderNorm(AdaLayerNormContinuous):
     """Modulation by a projection of the conditioning, which checkpoints store as shift first, then scale.
 
-    diffusers reads scale first: its converters swap both halves (``swap_scale_shift``) for FLUX.1, SD3.5 and others.
+    diffusers reads scale first, and its converters swap both halves (``single_file_utils.py``, ``swap_scale_shift``).
     """
 
     def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
