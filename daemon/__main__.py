@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from xditd.daemon.activation import take_listener
 from xditd.daemon.arguments import build_parser
 from xditd.daemon.configuration import Configuration, build_configuration
-from xditd.daemon.dispatch import Dispatcher
-from xditd.daemon.leader import adopt_orphans
-from xditd.daemon.logbook import Logbook, configure_logging
-from xditd.daemon.metrics import write_metrics
-from xditd.daemon.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
-from xditd.daemon.notify import Notifier, notifier_of_this_process
-from xditd.daemon.open_files import raise_limit
+from xditd.daemon.front.dispatch import Dispatcher
+from xditd.daemon.front.service import Service
+from xditd.daemon.groups.leader import adopt_orphans
+from xditd.daemon.groups.worker_environment import worker_environment
+from xditd.daemon.operations.logbook import Logbook, configure_logging
+from xditd.daemon.operations.metrics import write_metrics
+from xditd.daemon.operations.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
+from xditd.daemon.operations.process_setup import raise_limit
+from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations.sd_notify import Notifier, notifier_of_this_process
+from xditd.daemon.operations.signals import Signals
+from xditd.daemon.operations.socket_activation import take_listener
 from xditd.daemon.reload import reload
-from xditd.daemon.runtime_folder import RuntimeFolder
-from xditd.daemon.service import Service
-from xditd.daemon.signals import Signals
-from xditd.daemon.worker_environment import worker_environment
 from xditd.ipc.command_line import unknown_variables
 from xditd.ipc.errors import XditdError
 from xditd.ipc.inherited import current_folder, open_streams, reset_signals

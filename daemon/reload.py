@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.quotas import Quotas
-from xditd.daemon.service import Service
+from xditd.daemon.front.quotas import Quotas
+from xditd.daemon.front.service import Service
 from xditd.ipc.errors import XditdError
 
 logger = logging.getLogger(__name__)

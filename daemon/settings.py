@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from xditd.daemon.metrics_server import parse_address
+from xditd.daemon.operations.metrics_server import parse_address
 from xditd.ipc import limits
 from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadRequest

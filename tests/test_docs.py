@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.daemon.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
+from xditd.daemon.operations.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 

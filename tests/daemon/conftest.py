@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.logbook import Logbook
-from xditd.daemon.notify import Notifier
-from xditd.daemon.runtime_folder import RuntimeFolder
-from xditd.daemon.service import Service
+from xditd.daemon.front.service import Service
+from xditd.daemon.operations.logbook import Logbook
+from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations.sd_notify import Notifier
 from xditd.ipc.addresses import RuntimeDir
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from xditd.daemon.configuration import Configuration
+from xditd.daemon.front.service import Service
 from xditd.daemon.reload import LIVE, reload
-from xditd.daemon.service import Service
 from xditd.ipc.errors import BadRequest
 
 
