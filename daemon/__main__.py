@@ -13,13 +13,12 @@ from typing import Final
 from xditd.daemon.arguments import build_parser
 from xditd.daemon.configuration import Configuration, build_configuration
 from xditd.daemon.front.dispatch import Dispatcher
+from xditd.daemon.front.handlers.status import describe_daemon
 from xditd.daemon.front.service import Service
-from xditd.daemon.groups.leader import adopt_orphans
 from xditd.daemon.groups.worker_environment import worker_environment
-from xditd.daemon.operations.logbook import Logbook, configure_logging
-from xditd.daemon.operations.metrics import write_metrics
+from xditd.daemon.operations.log_buffer import LogBuffer, configure_logging
 from xditd.daemon.operations.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
-from xditd.daemon.operations.process_setup import raise_limit
+from xditd.daemon.operations.process_setup import adopt_orphans, raise_limit
 from xditd.daemon.operations.runtime_folder import RuntimeFolder
 from xditd.daemon.operations.sd_notify import Notifier, notifier_of_this_process
 from xditd.daemon.operations.signals import Signals
@@ -53,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
     environment = worker_environment(os.environ, folder)
     os.chdir(WORKING_FOLDER)
-    logbook = configure_logging(configuration.log_level)
+    log_buffer = configure_logging(configuration.log_level)
     for warning in unknown_variables(os.environ):
         logger.warning("%s", warning)
     try:
         read_again = partial(build_configuration, flags, os.environ, folder)
-        serve(configuration, environment, logbook, notifier, listener, read_again)
+        serve(configuration, environment, log_buffer, notifier, listener, read_again)
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(
     configuration: Configuration,
     environment: Mapping[str, str],
-    logbook: Logbook,
+    log_buffer: LogBuffer,
     notifier: Notifier,
     listener: socket.socket | None,
     read_again: Callable[[], Configuration],
@@ -83,10 +82,10 @@ def serve(
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, environment, logbook, notifier)
+        service = Service(configuration, folder, environment, log_buffer, notifier)
         Dispatcher(service)
-        is_managed = notifier.is_enabled
-        Signals(service, (lambda: service.vitals.reload(lambda: reload(service, read_again))) if is_managed else None)
+        reload_again = partial(service.service_manager.reload, partial(reload, service, read_again))
+        Signals(service.loop, service.stop, service.group.kill, reload_again if notifier.is_enabled else None)
         metrics: MetricsServer | None = None
         try:
             service.listen(listener)
@@ -107,7 +106,13 @@ def _serve_metrics(service: Service, folder: RuntimeFolder) -> MetricsServer | N
     address = parse_address(service.configuration.metrics)
     if address == OFF:
         return None
-    server = MetricsServer(service.loop, lambda: write_metrics(service))
+    # Imported here: most daemons serve no metrics, and start-up time is counted.
+    from xditd.daemon.operations.metrics import write_metrics
+
+    def write() -> str:
+        return write_metrics(describe_daemon(service), service.counters, service.group.restarts.failures)
+
+    server = MetricsServer(service.loop, write)
     if isinstance(address, str):
         folder.listen(folder.runtime.metrics_socket, server.listen)
     else:

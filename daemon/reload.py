@@ -44,9 +44,9 @@ def reload(service: Service, read: Callable[[], Configuration]) -> str:
     changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     service.configuration = dataclasses.replace(old, **{name: getattr(new, name) for name in LIVE})
     service.quotas = Quotas.of(service.configuration)
-    service.desk.queue.limit = new.queue_limit
-    service.desk.queue.client_limit = new.client_queue_limit
-    service.supervisor.restarts.limit = new.max_restarts
+    service.scheduler.queue.limit = new.queue_limit
+    service.scheduler.queue.client_limit = new.client_queue_limit
+    service.group.restarts.limit = new.max_restarts
     logging.getLogger().setLevel(new.log_level.upper())
     applied = ", ".join(name for name in changed if name in LIVE) or "nothing"
     waiting = ", ".join(name for name in changed if name not in LIVE) or "nothing"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from xditd.daemon.operations.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
+from xditd.daemon.groups.lifecycle import GROUP_NEXT
+from xditd.daemon.loans.leases import LEASE_NEXT
+from xditd.daemon.queue.jobs import JOB_NEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 

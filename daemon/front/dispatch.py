@@ -25,7 +25,7 @@ from xditd.daemon.front.handlers import (
 )
 from xditd.daemon.front.service import Service
 from xditd.daemon.queue.jobs import op_of
-from xditd.daemon.sockets.credentials import Peer, check_uid
+from xditd.daemon.sockets.credentials import Credentials, check_uid
 from xditd.daemon.sockets.reply_sender import failed
 from xditd.daemon.sockets.routers import Envelope
 from xditd.daemon.sockets.sessions import Session
@@ -58,10 +58,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
 }
 """``Hello`` is not here: it makes the session that all others need."""
 
-_POLLED: Final = frozenset({requests.Beat, requests.GetStatus, requests.GetLogs})
-"""Asked over and over, and change nothing."""
-
-_QUIET: Final = _POLLED | {requests.Hello, requests.Goodbye}
+_QUIET: Final = frozenset({requests.Hello, requests.Goodbye, requests.Beat, requests.GetStatus, requests.GetLogs})
 """Come with every look at the daemon: at INFO they would push other requests out of the log that ``GetLogs`` shows."""
 
 UNREADABLE_ID: Final = "?"
@@ -77,8 +74,6 @@ class Dispatcher:
         service.loop.watch_socket(service.client_router.socket, self._read)
 
     def _read(self) -> None:
-        # Nothing but requests happens until this returns, so clients that only look may share what one of them saw.
-        self._service.snapshot = None
         for envelope in self._service.client_router.receive():
             self._serve(envelope)
 
@@ -98,12 +93,10 @@ class Dispatcher:
                 request_id = error.request_id or request_id
             self._refuse(envelope, request_id, error)
             return
-        if type(request) not in _POLLED:
-            self._service.snapshot = None
         level = logging.DEBUG if type(request) in _QUIET else logging.INFO
         if reply is None:
             return
-        self._service.front.answer(envelope.routing_id, reply)
+        self._service.replies.answer(envelope.routing_id, reply)
         if logger.isEnabledFor(level):
             logger.log(
                 level,
@@ -114,7 +107,7 @@ class Dispatcher:
                 (time.monotonic() - began_s) * 1000,
             )
 
-    def _handle(self, envelope: Envelope, peer: Peer, request: Request) -> Reply | None:
+    def _handle(self, envelope: Envelope, peer: Credentials, request: Request) -> Reply | None:
         if isinstance(request, requests.Hello):
             return hello.greet(self._service, envelope.routing_id, envelope.peer, peer, request)
         session = self._service.sessions.find(envelope.routing_id)
@@ -135,4 +128,4 @@ class Dispatcher:
             error.code,
             error.detail[:500],
         )
-        self._service.front.answer(envelope.routing_id, failed(request_id, error))
+        self._service.replies.answer(envelope.routing_id, failed(request_id, error))

@@ -6,32 +6,29 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import zmq
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.front.quotas import Quotas
-from xditd.daemon.groups.worker_group import Supervisor
+from xditd.daemon.groups.report_reader import ReportReader
+from xditd.daemon.groups.worker_group import WorkerGroup
 from xditd.daemon.loans.lending import Loans
-from xditd.daemon.operations.counters import Accounts
-from xditd.daemon.operations.event_loop import Loop
-from xditd.daemon.operations.folder_watch import FolderWatch
-from xditd.daemon.operations.logbook import Logbook
-from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations.counters import EventCounters
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.operations.log_buffer import LogBuffer
+from xditd.daemon.operations.runtime_folder import FolderWatch, RuntimeFolder
 from xditd.daemon.operations.sd_notify import Notifier
-from xditd.daemon.operations.service_manager import Vitals
-from xditd.daemon.queue.commands import Errand, ErrandRunner
-from xditd.daemon.queue.jobs import Job, JobQueue
-from xditd.daemon.queue.scheduler import Desk
-from xditd.daemon.sockets.credentials import Peer
-from xditd.daemon.sockets.reply_sender import Front
+from xditd.daemon.operations.service_manager import ServiceManager
+from xditd.daemon.queue.fair_queue import FairQueue
+from xditd.daemon.queue.scheduler import Scheduler
+from xditd.daemon.sockets.credentials import Credentials
+from xditd.daemon.sockets.reply_sender import ReplySender
 from xditd.daemon.sockets.routers import Router
 from xditd.daemon.sockets.sessions import Session, Sessions
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
-from xditd.ipc.status import GroupState
-from xditd.ipc.worker_messages import Answer, Command, FilesDigested, Run, StepReached
+from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReached
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +46,6 @@ BEATS: Final = 4
 _LINGER_MS: Final = 300
 """For last replies to leave; a client that does not read holds the daemon no longer than this."""
 
-Callback = Callable[[], None]
-
 
 class Service:
     """Everything that serves requests. Handlers use its parts; it is the group's listener.
@@ -64,40 +59,34 @@ class Service:
         configuration: Configuration,
         folder: RuntimeFolder,
         environment: Mapping[str, str],
-        logbook: Logbook,
+        log_buffer: LogBuffer,
         notifier: Notifier,
     ) -> None:
         self.configuration = configuration
         self.quotas = Quotas.of(configuration)
-        self.logbook = logbook
-        self.loop = Loop()
-        self.accounts = Accounts()
+        self.log_buffer = log_buffer
+        self.loop = EventLoop()
+        self.counters = EventCounters()
         self.started_s = time.monotonic()
-        self.is_stopping = False
-        self.snapshot: msgspec.Raw | None = None
-        """The state in the form in which it is sent, until anything may have changed."""
         self.failure: XditdError | None = None
         """Why the daemon ends although nobody told it to."""
+        self._is_stopping = False
         self._is_shutting_down = False
         self._folder = folder
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._worker_router = Router(self._context, folder.runtime.worker_socket)
         self.client_router = Router(self._context, folder.runtime.client_socket)
         self.sessions = Sessions(self.loop)
-        self.front = Front(self.client_router, self.sessions)
-        self.supervisor = Supervisor(self.loop, self._worker_router, configuration, environment, logbook)
-        self.supervisor.listener = self
-        self.runner = ErrandRunner(self.supervisor, self._next_errand)
-        self.desk = Desk(
-            self.loop,
-            self.front,
-            JobQueue(configuration.queue_limit, configuration.client_queue_limit),
-            interrupt=self.supervisor.cancel_run,
-            why_waiting=self._why_waiting,
-            accounts=self.accounts,
+        self.replies = ReplySender(self.client_router, self.sessions)
+        reader = ReportReader(self.loop, self._worker_router)
+        self.group = WorkerGroup(
+            "worker group", self.loop, self._worker_router, reader, configuration, environment, log_buffer
         )
-        self.loans = Loans(self.desk, lambda: self.supervisor.is_alive)
-        self.vitals = Vitals(self.loop, notifier, lambda: self.supervisor.overdue_s)
+        self.group.listener = self
+        queue = FairQueue(configuration.queue_limit, configuration.client_queue_limit)
+        self.scheduler = Scheduler(self.loop, self.group, self.replies, self.counters, queue)
+        self.loans = Loans(self.group, self.scheduler, self.counters)
+        self.service_manager = ServiceManager(self.loop, notifier, lambda: self.group.overdue_s)
         self._folder_watch = FolderWatch(self.loop, folder, self.fail)
 
     def listen(self, client_listener: socket.socket | None) -> None:
@@ -118,120 +107,41 @@ class Service:
     def run(self) -> None:
         """Start the group and serve until :meth:`stop`."""
         self._folder_watch.begin()
-        self.supervisor.start()
-        self.vitals.begin(self.supervisor.detail)
+        self.group.start()
+        self.service_manager.begin(self.group.detail)
         self._check_beats()
         self.loop.run(self._after_round)
 
     def close(self) -> None:
         """Close the sockets; workers that are left, after a defect, are killed."""
-        self.supervisor.kill()
+        self.group.kill()
         self._worker_router.close(0)
-        self.front.close(_LINGER_MS)
-        self.desk.log_ended()
+        self.replies.close(_LINGER_MS)
+        self.scheduler.log_ended()
         self._context.term()
         self.loop.close()
 
-    # --- What handlers ask for -----------------------------------------------------------------------
+    # --- Sessions ------------------------------------------------------------------------------------
 
-    def open_session(self, routing_id: bytes, address: str, peer: Peer, client_name: str) -> Session:
+    def open_session(self, routing_id: bytes, address: str, peer: Credentials, client_name: str) -> Session:
         """Open a session that ends with its process at the latest."""
         session = self.sessions.open(routing_id, address, peer, client_name)
         self.loop.watch(session.pidfd, lambda: self.end_session(session, PROCESS_EXITED))
         return session
 
-    def end_session(self, session: Session, why: str, then: Callback = lambda: None) -> None:
-        """End a session, its jobs and its loans; ``then`` is called once no worker maps anything of it."""
+    def end_session(self, session: Session, why: str, then: Callable[[], None] = lambda: None) -> None:
+        """End a session, its jobs and its leases; ``then`` is called once no worker maps anything of it."""
         if not self.sessions.close(session):
             return
         lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
-        leases = self.loans.registry.of_session(session)
+        leases = self.loans.leases.of_session(session)
         # One that only looked, and left, has no line: at INFO those of a monitor would push out all others.
         level = logging.DEBUG if why in USUAL_ENDS and not leases else logging.INFO
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
-        self.desk.cancel_session(session, lost)
+        self.scheduler.cancel_all(lost, lambda job: job.session is session)
         self.loans.end_all(leases, lost, then)
         if session.has_io and not self.sessions.has_process(session.process):
             self.loans.forget(session.process)
-
-    def submit(self, job: Job) -> None:
-        """Queue a request for the workers, whether they are up yet or not.
-
-        Raises:
-            BadRequest: its request id is in use.
-            Busy: the queue is full.
-            DaemonStopping: no new work is taken.
-            WorkersUnavailable: there will be no workers.
-        """
-        if self.is_stopping:
-            raise DaemonStopping("the daemon is shutting down; send the request to the next one")
-        if self.supervisor.state is GroupState.GIVEN_UP:
-            raise WorkersUnavailable(f"{self.supervisor.detail}; cure the cause, then restart the daemon")
-        is_next = self.runner.is_idle and not self.loans.has_chores and not self.desk.queue.is_anybody_waiting
-        self.desk.submit(job, will_wait=not is_next)
-
-    def stop(self, why: str) -> None:
-        """Take no new work, let what runs finish within its deadline, shut the workers down, and leave the loop."""
-        if self.is_stopping:
-            return
-        self.is_stopping = True
-        stopping = DaemonStopping(f"the daemon is shutting down: {why}")
-        deadline_s = self.configuration.drain_deadline_s
-        running = self.desk.queue.running
-        logger.info("stopping: %s%s", why, f"; a job may run on for {deadline_s:g} s" if running is not None else "")
-        self.vitals.end(f"stopping: {why}")
-        for job in self.desk.queue.waiting:
-            self.desk.cancel(job, stopping)
-        self.loop.deadline(deadline_s, lambda: self._end_drain(stopping))
-
-    def fail(self, error: XditdError) -> None:
-        """Stop because the daemon cannot go on: like :meth:`stop`, and it ends with this error."""
-        self.failure = error
-        self.stop(error.detail)
-
-    # --- What the group tells ------------------------------------------------------------------------
-
-    def group_ready(self) -> None:
-        """Only say so: the round ends with the next errand, and replays come first."""
-        self.vitals.say(f"{self.supervisor.expected_world_size} workers ready")
-
-    def group_ended(self, error: XditdError) -> None:
-        if not self.is_stopping:
-            self.accounts.note_error("workers", error)
-            self.vitals.say(f"workers lost, to be rebuilt: {error.detail}")
-        self.runner.group_ended(_as_seen_by_a_job(error))
-        self.loans.group_ended()
-
-    def group_given_up(self, error: WorkersUnavailable) -> None:
-        self.accounts.note_error("workers", error)
-        self.vitals.say(f"degraded, no workers: {error.detail}")
-        self.desk.cancel_all(error)
-        lost = LeaseLost(f"the workers are gone for good: {error.detail}")
-        self.loans.end_all(list(self.loans.registry), lost, lambda: None)
-
-    def answered(self, command: Command, answers: Sequence[Answer]) -> None:
-        self.runner.answered(command, answers)
-        if isinstance(command, Run):
-            self.supervisor.restarts.note_served()
-
-    def step_reached(self, step: StepReached) -> None:
-        self.desk.step_reached(step)
-
-    def files_digested(self, report: FilesDigested) -> None:
-        self.loans.registry.note_digests(report.component_id, report.digests)
-
-    # --- Between rounds ------------------------------------------------------------------------------
-
-    def _after_round(self) -> None:
-        self.runner.advance()
-        self.front.flush()
-        while self.front.unreachable:
-            self._close_unreachable()
-            self.runner.advance()
-            self.front.flush()
-        self.desk.log_ended()
-        if self.is_stopping and self.runner.current is None:
-            self._shut_down()
 
     def _check_beats(self) -> None:
         """End the sessions of clients that are there but say nothing: a stopped one must not hold memory for ever."""
@@ -244,28 +154,80 @@ class Service:
         self.loop.call_later(deadline_s / BEATS, self._check_beats)
 
     def _close_unreachable(self) -> None:
-        unreachable, self.front.unreachable = self.front.unreachable, {}
+        unreachable, self.replies.unreachable = self.replies.unreachable, {}
         for routing_id, why in unreachable.items():
             session = self.sessions.find(routing_id)
             if session is not None:
                 self.end_session(session, why)
 
-    def _next_errand(self) -> Errand[Any] | None:
-        return self.loans.next_errand() or self.desk.next_errand()
+    # --- What the group tells ------------------------------------------------------------------------
+
+    def group_ready(self) -> None:
+        """Only say so: the round ends with the next task, and mapping again comes first."""
+        self.service_manager.say(f"{self.group.expected_world_size} workers ready")
+
+    def group_ended(self, error: XditdError) -> None:
+        if not self._is_stopping:
+            self.counters.note_error("workers", error)
+            self.service_manager.say(f"workers lost, to be rebuilt: {error.detail}")
+        self.scheduler.group_ended(_as_seen_by_a_job(error))
+        self.loans.group_ended()
+
+    def group_given_up(self, error: WorkersUnavailable) -> None:
+        self.counters.note_error("workers", error)
+        self.service_manager.say(f"degraded, no workers: {error.detail}")
+        self.scheduler.cancel_all(error)
+        lost = LeaseLost(f"the workers are gone for good: {error.detail}")
+        self.loans.end_all(list(self.loans.leases), lost, lambda: None)
+
+    def answered(self, command: Command, answers: Sequence[Answer]) -> None:
+        self.scheduler.answered(command, answers)
+
+    def step_reached(self, step: StepReached) -> None:
+        self.scheduler.step_reached(step)
+
+    def files_digested(self, report: FilesDigested) -> None:
+        self.loans.leases.note_digests(report.component_id, report.digests)
+
+    # --- Between rounds, and the end -----------------------------------------------------------------
+
+    def _after_round(self) -> None:
+        self.scheduler.advance()
+        self.replies.flush()
+        while self.replies.unreachable:
+            self._close_unreachable()
+            self.scheduler.advance()
+            self.replies.flush()
+        self.scheduler.log_ended()
+        if self._is_stopping and not self.scheduler.has_task:
+            self._shut_down()
+
+    def stop(self, why: str) -> None:
+        """Take no new work, let what runs finish within its deadline, shut the workers down, and leave the loop."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        stopping = DaemonStopping(f"the daemon is shutting down: {why}")
+        deadline_s = self.configuration.drain_deadline_s
+        may_run_on = f"; a job may run on for {deadline_s:g} s" if self.scheduler.running is not None else ""
+        logger.info("stopping: %s%s", why, may_run_on)
+        self.service_manager.end(f"stopping: {why}")
+        self.scheduler.close(stopping)
+        self.loop.deadline(deadline_s, lambda: self._end_drain(stopping))
+
+    def fail(self, error: XditdError) -> None:
+        """Stop because the daemon cannot go on: like :meth:`stop`, and it ends with this error."""
+        self.failure = error
+        self.stop(error.detail)
 
     def _end_drain(self, stopping: DaemonStopping) -> None:
-        self.desk.cancel_all(stopping)
+        self.scheduler.cancel_all(stopping)
         self.loop.deadline(CANCEL_GRACE_S, self._shut_down)
 
     def _shut_down(self) -> None:
         if not self._is_shutting_down:
             self._is_shutting_down = True
-            self.supervisor.shut_down(self.loop.stop)
-
-    def _why_waiting(self) -> str:
-        if self.supervisor.is_alive:
-            return "other requests go first"
-        return self.supervisor.detail or f"workers are {self.supervisor.state.value}"
+            self.group.shut_down(self.loop.stop)
 
 
 def _as_seen_by_a_job(error: XditdError) -> XditdError:

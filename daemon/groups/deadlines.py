@@ -1,4 +1,4 @@
-"""How long the workers may be silent: by what they do, and by how long the same took before."""
+"""How long a worker group may be silent: by what it does, and by how long the same took before."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from enum import Enum
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
+from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc import arguments
 from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.requests import Call, Generate, Job
 from xditd.ipc.tensors import IoTensor
-from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, Unmap
+from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, StepReached, Unmap
 
 FACTOR: Final = 20
 """A step may take so many times as long as the median one. Another program on the GPU slows it down by a few times."""
@@ -34,7 +35,7 @@ class Phase(Enum):
     END = "end"
 
 
-class Paces:
+class LearnedDurations:
     """Learn how long each kind of job takes, and say how long to wait for its next sign.
 
     What was never seen may take ``hang_deadline_s``: the first step plugs weights in and compiles. What was seen may
@@ -62,7 +63,7 @@ class Paces:
         self._since_s = 0.0
 
     @classmethod
-    def of(cls, configuration: Configuration, clock: AwakeClock) -> Paces:
+    def of(cls, configuration: Configuration, clock: AwakeClock) -> LearnedDurations:
         return cls(
             hang_deadline_s=configuration.hang_deadline_s,
             step_deadline_s=configuration.step_deadline_s,
@@ -80,11 +81,10 @@ class Paces:
         """Note that a command was sent; returns the seconds until its next sign is overdue."""
         self._phase = None
         if isinstance(command, Run):
-            self._job = kind_of(command.job)
             job = command.job
-            has_steps = isinstance(job, Generate)
+            self._job = kind_of(job)
             self._has_uneven_steps = isinstance(job, Generate) and job.sampling.step_cache_threshold > 0.0
-            return self._enter(Phase.FIRST_STEP if has_steps else Phase.END)
+            return self._enter(Phase.FIRST_STEP if isinstance(job, Generate) else Phase.END)
         if isinstance(command, Prepare):
             self._sizes[command.component_id] = command.manifest.tensor_bytes
         size_bytes = self._sizes.get(getattr(command, "component_id", ""), 0)
@@ -154,3 +154,48 @@ def kind_of(job: Job) -> Hashable:
 
 def _shapes(tree: dict[str, Argument]) -> Iterator[Hashable]:
     return ((path, tensor.dtype, tensor.shape) for path, tensor in arguments.tensors(tree))
+
+
+class CommandDeadline:
+    """Call ``on_missed(silent_s)`` once the next sign of progress of a command is overdue.
+
+    Each sign earns the time that the next one usually takes. One timer serves all commands.
+    """
+
+    def __init__(self, loop: EventLoop, durations: LearnedDurations, on_missed: Callable[[float], None]) -> None:
+        self._durations = durations
+        self._on_missed = on_missed
+        self._deadline = Deadline(loop, self._missed)
+        self._is_running = False
+        self._is_cancelled = False
+
+    @property
+    def overdue_s(self) -> float:
+        """How long a command has been silent beyond its deadline; 0 while it is within, and between commands."""
+        return self._deadline.overdue_s if self._is_running else 0.0
+
+    def begin(self, command: AnyCommand) -> None:
+        self._is_running, self._is_cancelled = True, False
+        self._deadline.extend(self._durations.begin(command))
+
+    def step_reached(self, step: StepReached) -> None:
+        deadline_s = self._durations.step(step.step, step.total_steps)
+        if not self._is_cancelled:
+            self._deadline.extend(deadline_s)
+
+    def cancelled(self) -> None:
+        """The job is to end: further steps earn it no more time."""
+        self._is_cancelled = True
+
+    def answered(self) -> None:
+        self._is_running = False
+        self._durations.end()
+
+    def group_ended(self) -> None:
+        self._is_running = False
+        self._deadline.stop()
+        self._durations.forget()
+
+    def _missed(self) -> None:
+        if self._is_running:
+            self._on_missed(self._deadline.waited_s)

@@ -1,9 +1,8 @@
-"""One life of the worker group as processes: the leader, its ranks, and their output."""
+"""One life of a worker group as processes: the leader, its ranks, and their output."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -13,8 +12,8 @@ from typing import Final
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.groups.worker_output import WorkerOutput
-from xditd.daemon.operations.event_loop import Deadline, Loop
-from xditd.daemon.operations.logbook import Logbook
+from xditd.daemon.operations.event_loop import Deadline, EventLoop
+from xditd.daemon.operations.log_buffer import LogBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +22,6 @@ TERM_GRACE_S: Final = 2.0
 
 _EMPTY_POLL_S: Final = 0.01
 _EMPTY_DEADLINE_S: Final = 10.0
-_PR_SET_CHILD_SUBREAPER: Final = 36
-
-
-def adopt_orphans() -> None:
-    """Become the parent of ranks whose leader has died, so that their end can be waited for.
-
-    Source: prctl(2), PR_SET_CHILD_SUBREAPER. Without it init reaps them, at a time that nobody tells us, and the next
-    group could start while the memory of a dying rank is still in use.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        logger.warning("prctl failed error=%s; orphaned ranks are left to init", os.strerror(ctypes.get_errno()))
 
 
 def leader_command(configuration: Configuration, token: str) -> list[str]:
@@ -60,8 +48,8 @@ class Leader:
 
     def __init__(
         self,
-        loop: Loop,
-        logbook: Logbook,
+        loop: EventLoop,
+        log_buffer: LogBuffer,
         command: Sequence[str],
         environment: Mapping[str, str],
         on_gone: Callable[[int, WorkerOutput], None],
@@ -78,7 +66,7 @@ class Leader:
         )
         self.pid = self._process.pid
         assert self._process.stdout is not None  # because of PIPE
-        self._output = WorkerOutput(loop, logbook, os.dup(self._process.stdout.fileno()))
+        self._output = WorkerOutput(loop, log_buffer, os.dup(self._process.stdout.fileno()))
         self._process.stdout.close()
         self._kill_deadline: Deadline | None = None
         self._empty_deadline: Deadline | None = None

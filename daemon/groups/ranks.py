@@ -1,4 +1,4 @@
-"""One life of the worker group as its messages show it: who is ready, what was asked, who has answered."""
+"""The ranks of one life of a worker group: who is ready, what was asked, who has answered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from xditd.daemon.sockets.routers import Delivery, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode
-from xditd.ipc.errors import BadMessage, OtherRankFailed
+from xditd.ipc.errors import BadMessage
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.worker_messages import (
     Answer,
@@ -16,13 +16,12 @@ from xditd.ipc.worker_messages import (
     Done,
     Kept,
     Plugged,
-    RankFailed,
     RankReady,
     RankTally,
 )
 
 CommandMaker = Callable[[int], AnyCommand]
-"""Builds a command from its ``op_number``, which only the group knows."""
+"""Builds a command from its ``op_number``, which the ranks count."""
 
 
 @dataclass
@@ -33,12 +32,12 @@ class InFlight:
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
-class Group:
+class Ranks:
     """The ranks that share ``token``. Complete once every one of ``world_size`` has reported."""
 
     def __init__(self, router: Router, token: str) -> None:
         self.token = token
-        self.ranks: dict[int, RankReady] = {}
+        self.ready: dict[int, RankReady] = {}
         self.tallies: dict[int, RankTally] = {}
         self.in_flight: InFlight | None = None
         self._router = router
@@ -49,7 +48,7 @@ class Group:
     @property
     def world_size(self) -> int:
         """0 until the first rank has reported."""
-        return next((ready.world_size for ready in self.ranks.values()), 0)
+        return next((ready.world_size for ready in self.ready.values()), 0)
 
     @property
     def outside_connections(self) -> int:
@@ -63,14 +62,14 @@ class Group:
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.ranks) and len(self.ranks) == self.world_size
+        return bool(self.ready) and len(self.ready) == self.world_size
 
     @property
     def what_is_missing(self) -> str:
         """Say which ranks still owe an answer to which command."""
         if self.in_flight is None:
             return "no command ran"
-        missing = sorted(self.ranks.keys() - self.in_flight.answers.keys())
+        missing = sorted(self.ready.keys() - self.in_flight.answers.keys())
         return f"{type(self.in_flight.command).__name__} ran; ranks {missing} have not answered"
 
     def admit(self, routing_id: bytes, ready: RankReady) -> None:
@@ -79,11 +78,11 @@ class Group:
         Raises:
             BadMessage: its rank is taken, or it disagrees with the others about their number.
         """
-        if ready.rank in self.ranks:
+        if ready.rank in self.ready:
             raise BadMessage(f"rank {ready.rank} reported ready twice")
-        if ready.rank >= ready.world_size or (self.ranks and ready.world_size != self.world_size):
+        if ready.rank >= ready.world_size or (self.ready and ready.world_size != self.world_size):
             raise BadMessage(f"rank {ready.rank} of {ready.world_size} does not fit a group of {self.world_size}")
-        self.ranks[ready.rank] = ready
+        self.ready[ready.rank] = ready
         self._routes[ready.rank] = routing_id
 
     def is_from_rank(self, routing_id: bytes, rank: int) -> bool:
@@ -92,14 +91,14 @@ class Group:
     def has_route(self, routing_id: bytes) -> bool:
         return routing_id in self._routes.values()
 
-    def tell(self, make: CommandMaker) -> tuple[AnyCommand, bool]:
+    def send(self, make: CommandMaker) -> tuple[AnyCommand, bool]:
         """Send the next command to every rank. Returns it, and whether all of them can be reached."""
         command = make(self._next_op_number)
         self._next_op_number += 1
         self.in_flight = InFlight(command)
         return command, self._send_all(command)
 
-    def interject(self, make: CommandMaker) -> bool:
+    def send_unanswered(self, make: CommandMaker) -> bool:
         """Send a command that nobody answers, also while another one is in flight."""
         command = make(self._next_op_number)
         self._next_op_number += 1
@@ -149,9 +148,3 @@ class Group:
     def _send_all(self, command: AnyCommand) -> bool:
         payload = encode(command)
         return all([self._router.send(route, payload) is Delivery.SENT for route in self._routes.values()])
-
-
-def first_failure(answers: Sequence[Answer]) -> RankFailed | None:
-    """The failure to report: the lowest rank's, but rather a cause than "another rank refused"."""
-    failures = [answer for answer in answers if isinstance(answer, RankFailed)]
-    return min(failures, key=lambda failure: (failure.code == OtherRankFailed.code, failure.rank), default=None)

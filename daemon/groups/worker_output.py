@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from xditd.daemon.operations.event_loop import Loop
-from xditd.daemon.operations.logbook import Logbook
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.operations.log_buffer import LogBuffer
 from xditd.ipc.processes import describe_exit
 from xditd.ipc.worker_messages import CONFIGURATION_STATUS, UNEXPLAINED, VERDICT_PREFIX
 
@@ -21,9 +21,9 @@ _NO_MODULE: Final = "No module named"
 class WorkerOutput:
     """Read ``descriptor`` (and own it) until :meth:`close`, and keep what tells why the processes ended."""
 
-    def __init__(self, loop: Loop, logbook: Logbook, descriptor: int) -> None:
+    def __init__(self, loop: EventLoop, log_buffer: LogBuffer, descriptor: int) -> None:
         self._loop = loop
-        self._logbook = logbook
+        self._log_buffer = log_buffer
         self._descriptor = descriptor
         self._partial = b""
         self._is_in_traceback = False
@@ -95,4 +95,4 @@ class WorkerOutput:
             self._is_in_traceback = True
         elif self._is_in_traceback and not text[0].isspace():
             self._is_in_traceback, self.last_error = False, text
-        self._logbook.add_output(text)
+        self._log_buffer.add_output(text)

@@ -1,15 +1,15 @@
-"""Loans: which components clients have lent, and where each is in its life. Nothing here talks to anybody."""
+"""Leases: which component is lent by whom, and where each lease is in its life. Nothing here talks to anybody."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Final
 
-from xditd.daemon.operations.states import LEASE_NEXT, move
+from xditd.daemon.operations.states import move
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import Internal, LeaseLost, StaleSource, UnknownComponent
 from xditd.ipc.facts import ComponentFacts
@@ -18,13 +18,26 @@ from xditd.ipc.protocol import TimingsMs
 from xditd.ipc.status import ComponentStatus, LeaseState
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, CudaIpcBlock, FileBlock, FileDigest, Manifest
 
+LEASE_NEXT: Final[Mapping[LeaseState, Set[LeaseState]]] = {
+    LeaseState.LENDING: {LeaseState.LENT, LeaseState.RETURNING, LeaseState.ENDED},
+    LeaseState.LENT: {LeaseState.LENDING, LeaseState.ADOPTED, LeaseState.RETURNING},
+    LeaseState.ADOPTED: {LeaseState.RETURNING},
+    LeaseState.RETURNING: {LeaseState.ENDED},
+    LeaseState.ENDED: set(),
+}
+"""LENT goes back to LENDING when its bytes were rewritten, or when a rebuilt group has to map them again.
+ADOPTED has no way back: the client's memory is not mapped any more."""
+
 _REMEMBERED: Final = 256
-"""Loans that ended against their owners' will, and why."""
+"""Leases that ended against their owners' will, and why."""
 
 
 @dataclass(eq=False)
 class Lease:
-    """One component on loan. ``holds`` counts lends of the same bytes: each needs its own return."""
+    """Who lends a component, and until when; what is lent (the loan) is what ``manifest`` describes.
+
+    ``holds`` counts lends of the same bytes: each needs its own return.
+    """
 
     component_id: str
     session: Session
@@ -43,15 +56,14 @@ class Lease:
     deaths: int = 0
     """How many groups have died while they mapped it again."""
     on_ended: list[Callable[[], None]] = field(default_factory=list)
+    lost: LeaseLost | None = None
+    """Why it ended, where that was not its owner's wish: told to those who name it later."""
     lent_bytes: int = field(init=False)
     """Of all its tensors: added up once, for there may be thousands. Another offer of the same place has the same."""
     _counted: tuple[Manifest, dict[str, int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.lent_bytes = self.manifest.tensor_bytes
-
-    lost: LeaseLost | None = None
-    """Why it ended, where that was not its owner's wish: told to those who name it later."""
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
@@ -116,8 +128,8 @@ class Lease:
         )
 
 
-class LeaseRegistry:
-    """Every loan that has not ended, in the order of lending."""
+class LeaseTable:
+    """Every lease that has not ended, in the order of lending."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Lease] = {}
@@ -135,7 +147,7 @@ class LeaseRegistry:
         return lease
 
     def live(self, component_id: str) -> Lease:
-        """Find a loan that jobs may use.
+        """Find a lease whose component jobs may use.
 
         Raises:
             LeaseLost: it ended against its owner's will.
@@ -147,7 +159,7 @@ class LeaseRegistry:
         return lease
 
     def find(self, component_id: str) -> Lease:
-        """Find a loan, also one that workers still have to unmap.
+        """Find a lease, also one whose component workers still have to unmap.
 
         Raises:
             LeaseLost: it ended against its owner's will.
@@ -164,15 +176,15 @@ class LeaseRegistry:
         )
 
     def of_session(self, session: Session) -> list[Lease]:
-        """The loans that end with a session; what was adopted does not."""
+        """The leases that end with a session; what was adopted does not."""
         return [lease for lease in self if lease.session is session and lease.state is not LeaseState.ADOPTED]
 
     def of_process(self, process: ProcessIdentity) -> list[Lease]:
-        """The loans of a client over all its sessions; what was adopted is not its own any more."""
+        """The leases of a client over all its sessions; what was adopted is not its own any more."""
         return [lease for lease in self if lease.session.process == process and lease.state is not LeaseState.ADOPTED]
 
     def end(self, lease: Lease) -> None:
-        """Drop a loan that nobody maps any more, and tell those who waited for that."""
+        """Drop a lease whose component nobody maps any more, and tell those who waited for that."""
         lease.move(LeaseState.ENDED)
         del self._by_id[lease.component_id]
         if lease.lost is not None:
@@ -183,16 +195,16 @@ class LeaseRegistry:
             callback()
 
     def note_digests(self, component_id: str, digests: tuple[FileDigest, ...]) -> None:
-        """Keep what the workers found in a loan's files, if it is still there."""
+        """Keep what the workers found in a component's files, if it is still lent."""
         lease = self._by_id.get(component_id)
         if lease is not None:
             lease.note_digests(digests)
 
     def same_place(self, session: Session, manifest: Manifest) -> Lease | None:
-        """Find this session's live loan of the same memory, whatever was written to it since.
+        """Find this session's live lease of the same memory, whatever was written to it since.
 
         Raises:
-            StaleSource: ``manifest`` is of an older generation than the loan.
+            StaleSource: ``manifest`` is of an older generation than what is lent.
         """
         place = _place(manifest)
         for lease in self.of_session(session):

@@ -1,19 +1,20 @@
-"""The life of a loan at the daemon: lend, map again after a rebuild, take back."""
+"""Loans, and what workers do with them: map them, map them again after a rebuild, keep a copy, unmap them."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-from xditd.daemon.loans.leases import Lease, LeaseRegistry, is_same_content
-from xditd.daemon.operations.logbook import human_bytes
-from xditd.daemon.queue.commands import Errand, Script, expect, slowest_ms
+from xditd.daemon.groups.worker_group import WorkerGroup
+from xditd.daemon.loans.leases import Lease, LeaseTable, is_same_content
+from xditd.daemon.operations.counters import EventCounters
+from xditd.daemon.operations.log_buffer import human_bytes
+from xditd.daemon.queue.commands import Script, Task, expect, slowest_ms
 from xditd.daemon.queue.jobs import Job
-from xditd.daemon.queue.scheduler import Desk
+from xditd.daemon.queue.scheduler import Scheduler
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import LeaseLost, XditdError
 from xditd.ipc.processes import ProcessIdentity
@@ -32,38 +33,23 @@ Callback = Callable[[], None]
 
 
 class Loans:
-    """Own the registry and what the workers have to map or unmap for it, which goes before any job."""
+    """Own the leases, and give ``scheduler`` what has to be mapped or unmapped for them, which goes before any job."""
 
-    def __init__(self, desk: Desk, is_group_alive: Callable[[], bool]) -> None:
-        self.registry = LeaseRegistry()
-        self._desk = desk
-        self._is_group_alive = is_group_alive
-        self._chores: deque[Errand[None]] = deque()
-        self._replays: deque[Lease] = deque()
-
-    @property
-    def has_chores(self) -> bool:
-        return bool(self._chores or self._replays)
-
-    def next_errand(self) -> Errand[Any] | None:
-        """Unmap what is owed first, then map again what a rebuilt group lacks."""
-        if self._chores:
-            return self._chores.popleft()
-        while self._replays:
-            lease = self._replays.popleft()
-            if lease.state is LeaseState.LENDING:
-                return self._replay(lease)
-        return None
+    def __init__(self, group: WorkerGroup, scheduler: Scheduler, counters: EventCounters) -> None:
+        self.leases = LeaseTable()
+        self._group = group
+        self._scheduler = scheduler
+        self._counters = counters
 
     # --- Lending -------------------------------------------------------------------------------------
 
     def reuse(self, session: Session, request: Lend) -> Lent | None:
-        """Answer a lend of bytes that are on loan already; ``None`` where there is something to do.
+        """Answer a lend of bytes that are lent already; ``None`` where there is something to do.
 
         Raises:
-            StaleSource: of an older generation than the loan.
+            StaleSource: of an older generation than what is lent.
         """
-        lease = self.registry.same_place(session, request.manifest)
+        lease = self.leases.same_place(session, request.manifest)
         if lease is None or lease.state is not LeaseState.LENT or not is_same_content(lease.manifest, request.manifest):
             return None
         lease.holds += 1
@@ -72,13 +58,13 @@ class Loans:
         return _lent(request, lease, is_reused=True)
 
     def lend(self, job: Job, request: Lend) -> Script[Lent]:
-        """The script of a lend. When it does not come to its end, there is no loan."""
+        """The script of a lend. When it does not come to its end, there is no lease."""
         started_s = time.monotonic()
         reused = self.reuse(job.session, request)
         if reused is not None:
             return reused
-        rewritten = self.registry.same_place(job.session, request.manifest)
-        lease = rewritten or self.registry.add(job.session, request.manifest)
+        rewritten = self.leases.same_place(job.session, request.manifest)
+        lease = rewritten or self.leases.add(job.session, request.manifest)
         job.component_ids = (lease.component_id,)
         try:
             if rewritten is not None:
@@ -93,15 +79,15 @@ class Loans:
             lease.move(LeaseState.LENT)
         finally:
             if lease.state is LeaseState.LENDING:
-                self.registry.end(lease)
-        self._desk.accounts.lent(lease.bytes_by_tier, request.copied + lease.worker_copied)
+                self.leases.end(lease)
+        self._counters.lent(lease.bytes_by_tier, request.copied + lease.worker_copied)
         _log_lent(lease, request)
         return _lent(request, lease, is_reused=False)
 
     # --- Adopting ------------------------------------------------------------------------------------
 
     def adopt(self, job: Job, lease: Lease) -> Script[Adopted]:
-        """The script that makes a loan the workers' own."""
+        """The script that makes a lent component the workers' own."""
         component_id = lease.component_id
         if lease.state is not LeaseState.LENT:
             raise LeaseLost(f"component {component_id}: {lease.state.value} when the turn to adopt it came")
@@ -126,25 +112,25 @@ class Loans:
         except XditdError as error:
             if lease.state is LeaseState.LENDING:
                 lease.lost = LeaseLost(f"component {lease.component_id}: could not be mapped again: {error.detail}")
-                self.registry.end(lease)
+                self.leases.end(lease)
             raise
         lease.move(LeaseState.LENT)
 
     # --- Ending --------------------------------------------------------------------------------------
 
     def end(self, lease: Lease, why: LeaseLost, then: Callback, *, is_returned: bool = False) -> None:
-        """End a loan: its jobs fail with ``why``; ``then`` is called once no worker maps it."""
+        """End a lease: its jobs fail with ``why``; ``then`` is called once no worker maps its component."""
         lease.on_ended.append(then)
         if not lease.is_live:
             return
         if not is_returned:
             lease.lost = why
         lease.move(LeaseState.RETURNING)
-        self._desk.cancel_using(lease.component_id, why)
-        self._chore(_unmap(lease), lambda: self.registry.end(lease))
+        self._cancel_users(lease, why)
+        self._unmap_first(_unmap(lease), lambda: self.leases.end(lease))
 
     def end_all(self, leases: Sequence[Lease], why: LeaseLost, then: Callback) -> None:
-        """End several loans; ``then`` is called once, after the last one."""
+        """End several leases; ``then`` is called once, after the last one."""
         waiting = set(leases)
 
         def ended(lease: Lease) -> None:
@@ -159,25 +145,24 @@ class Loans:
 
     def forget(self, process: ProcessIdentity) -> None:
         """Let the workers close the I/O blocks of a client that is gone."""
-        self._chore(_forget(process), lambda: None)
+        self._unmap_first(_forget(process), lambda: None)
 
-    def _chore(self, script: Script[None], done: Callback) -> None:
-        """Queue what the workers owe. A group that ends has paid: its memory is gone with its processes."""
-        if self._is_group_alive():
-            self._chores.append(Errand(script, on_done=lambda _: done(), on_failed=lambda _: done()))
+    def _unmap_first(self, script: Script[None], done: Callback) -> None:
+        """Have memory unmapped. A group that ends has done it: what it had mapped is gone with its processes."""
+        if self._group.is_alive:
+            self._scheduler.unmap_first(Task(script, on_done=lambda _: done(), on_failed=lambda _: done()))
         else:
             script.close()
             done()
 
+    def _cancel_users(self, lease: Lease, why: LeaseLost) -> None:
+        self._scheduler.cancel_all(why, lambda job: lease.component_id in job.component_ids)
+
     # --- Rebuilt groups --------------------------------------------------------------------------------
 
     def group_ended(self) -> None:
-        """Nothing is mapped any more: what was to be unmapped is, and what is lent has to be mapped again."""
-        chores, self._chores = self._chores, deque()
-        for chore in chores:
-            chore.script.close()
-            chore.on_done(None)
-        for lease in self.registry:
+        """Have mapped again what is lent, and end what was adopted: it is gone. The scheduler has heard before."""
+        for lease in self.leases:
             if lease.state is LeaseState.LENT:
                 lease.move(LeaseState.LENDING)
             elif lease.state is LeaseState.ADOPTED:
@@ -186,28 +171,30 @@ class Loans:
                 )
                 logger.warning("adopted component lost component_id=%s", lease.component_id)
                 self.end(lease, gone, lambda: None)
-        self._replays = deque(lease for lease in self.registry if lease.state is LeaseState.LENDING)
+        for lease in self.leases:
+            if lease.state is LeaseState.LENDING:
+                failed = partial(self._not_mapped_again, lease)
+                self._scheduler.map_first(Task(_map_again(lease), on_done=lambda _: None, on_failed=failed))
 
-    def _replay(self, lease: Lease) -> Errand[None]:
+    def _not_mapped_again(self, lease: Lease, error: XditdError) -> None:
+        if lease.state is not LeaseState.LENDING:
+            return  # taken back meanwhile: the unmapping that follows ends it
+        if not self._group.is_alive and lease.deaths < MAX_DEATHS:
+            return  # the group died of something else, or of this: the next life will tell
+        logger.error("loan ended component_id=%s: could not be mapped again: %s", lease.component_id, error.detail)
+        why = LeaseLost(f"component {lease.component_id}: the rebuilt workers could not map it: {error.detail}")
+        lease.lost = why
+        self._cancel_users(lease, why)
+        self.leases.end(lease)
+
+
+def _map_again(lease: Lease) -> Script[None]:
+    if lease.state is LeaseState.LENDING:  # else it was taken back before its turn
         lease.deaths += 1  # undone when the group survives it
-
-        def done(_: None) -> None:
-            lease.deaths = 0
-            lease.move(LeaseState.LENT)
-            logger.info("loan mapped again component_id=%s label=%s", lease.component_id, lease.manifest.label)
-
-        def refused(error: XditdError) -> None:
-            if lease.state is not LeaseState.LENDING:
-                return  # taken back meanwhile: the unmapping that follows ends it
-            if not self._is_group_alive() and lease.deaths < MAX_DEATHS:
-                return  # the group died of something else, or of this: the next life will tell
-            logger.error("loan ended component_id=%s: could not be mapped again: %s", lease.component_id, error.detail)
-            why = LeaseLost(f"component {lease.component_id}: the rebuilt workers could not map it: {error.detail}")
-            lease.lost = why
-            self._desk.cancel_using(lease.component_id, why)
-            self.registry.end(lease)
-
-        return Errand(_map(lease, None), on_done=done, on_failed=refused)
+        yield from _map(lease, None)
+        lease.deaths = 0
+        lease.move(LeaseState.LENT)
+        logger.info("loan mapped again component_id=%s label=%s", lease.component_id, lease.manifest.label)
 
 
 def _map(lease: Lease, job: Job | None) -> Script[None]:

@@ -1,4 +1,4 @@
-"""What the daemon has done, counted as it happens: for metrics, and for the last errors in ``xditd status``.
+"""What the daemon has done, counted once, as it happens: for metrics and for ``xditd status``.
 
 Every table here is bounded: its keys are operations, error codes and kinds, which this project names itself.
 """
@@ -6,9 +6,10 @@ Every table here is bounded: its keys are operations, error codes and kinds, whi
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xditd.ipc import limits
@@ -35,8 +36,13 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Upper bounds, as text, each with how many values it holds: what Prometheus calls buckets."""
+        bounds = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
+        return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 
-class Accounts:
+
+class EventCounters:
     """Counted since the daemon started."""
 
     def __init__(self) -> None:
@@ -62,6 +68,10 @@ class Accounts:
             self.ran.setdefault(op, Histogram(JOB_BOUNDS_S)).add(ran_s)
         elif outcome == "failed":
             self.note_error(op, error)
+
+    def ended(self, outcome: str, ops: Iterable[str]) -> int:
+        """How many requests of these operations ended so."""
+        return sum(self.jobs[op, outcome] for op in ops)
 
     def step_reached(self, step: StepReached) -> None:
         """Take one step's share of a report, which counts the time since the first step began."""

@@ -38,7 +38,7 @@ class Deadline:
     follows all extensions: there may be hundreds a second, and each would leave its own behind for minutes.
     """
 
-    def __init__(self, loop: Loop, on_missed: Callback) -> None:
+    def __init__(self, loop: EventLoop, on_missed: Callback) -> None:
         self._loop = loop
         self._on_missed = on_missed
         self._since_s = 0.0
@@ -79,7 +79,7 @@ class Deadline:
             self._on_missed()
 
 
-class Loop:
+class EventLoop:
     """Call back for what is readable and what is due; after each round call ``after_round``.
 
     ``clock`` is the one by which the daemon judges others. Timers go by the monotonic clock: what is to be done by this

@@ -13,8 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from xditd.daemon.operations.event_loop import Deadline, Loop
-from xditd.daemon.operations.exposition import CONTENT_TYPE
+from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc.errors import AlreadyRunning, BadRequest
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,9 @@ MAX_CONNECTIONS: Final = 16
 MAX_REQUEST_BYTES: Final = 8 * 1024
 DEADLINE_S: Final = 5.0
 """From connection to the last byte; a slower reader is dropped."""
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""What ``prometheus_client.exposition.generate_latest`` writes, which is only imported where metrics are served."""
 
 OFF: Final = "off"
 UNIX: Final = "unix"
@@ -56,7 +58,7 @@ class _Reader:
 class MetricsServer:
     """Answer ``GET /metrics`` with what ``write`` returns, to whoever connects to the socket of :meth:`listen`."""
 
-    def __init__(self, loop: Loop, write: Callable[[], str]) -> None:
+    def __init__(self, loop: EventLoop, write: Callable[[], str]) -> None:
         self._loop = loop
         self._write = write
         self._readers: dict[int, _Reader] = {}

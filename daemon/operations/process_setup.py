@@ -1,11 +1,16 @@
-"""The limit on open files, raised to what this process may have."""
+"""What the daemon asks of the kernel for its own process: more open files, and the orphans of its children."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import resource
+from typing import Final
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 def raise_limit() -> None:
@@ -20,3 +25,13 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError) as error:
             logger.warning("limit on open files stays at soft=%d hard=%d: %s", soft, hard, error)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of ranks whose leader has died, so that their end can be waited for.
+
+    Source: prctl(2), PR_SET_CHILD_SUBREAPER. Without it init reaps them, at a time that nobody tells us, and the next
+    group could start while the memory of a dying rank is still in use.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        logger.warning("prctl failed error=%s; orphaned ranks are left to init", os.strerror(ctypes.get_errno()))

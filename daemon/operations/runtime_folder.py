@@ -7,20 +7,59 @@ its inode, so that :meth:`RuntimeFolder.restore` sees what is missing, and nothi
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
-from xditd.daemon.operations.held_files import HeldFile
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.socket_files import listen_at, remove_stale, storage_error
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted
+from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, XditdError
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 1.0
+MOST_FAILURES: Final = 3
+"""Looks in a row at which mending fails, until the daemon ends: another process may be removing the folder just now."""
 
 Serve = Callable[[socket.socket], None]
 """Takes a listening socket over, beside those that it has: connections that exist stay."""
+
+
+class HeldFile:
+    """The file (or folder, or socket) that lies at ``path`` now, known again by its inode.
+
+    A descriptor holds the inode, so that its number is not given to another file while this object lives. One of the
+    file that is open already may be given, and belongs to this object then.
+
+    Raises:
+        OSError: nothing lies there, or no descriptor is free.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path = path
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(path, flags) if descriptor is None else descriptor
+
+    def is_in_place(self) -> bool:
+        """Whether the same file is still at the path, and no other."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), self.path.lstat())
+        except OSError:
+            return False
+
+    def remove(self) -> None:
+        """Remove the file, if it is still the one at the path: what another process put there is not ours."""
+        if self.is_in_place():
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class RuntimeFolder:
@@ -139,6 +178,37 @@ class RuntimeFolder:
         for held in (self._folder, self._lock, self._awaited):
             if held is not None:
                 held.close()
+
+
+class FolderWatch:
+    """Look at ``folder`` every :data:`LOOK_EVERY_S`; ``give_up`` is called once, with why it cannot be mended."""
+
+    def __init__(self, loop: EventLoop, folder: RuntimeFolder, give_up: Callable[[XditdError], None]) -> None:
+        self._loop = loop
+        self._folder = folder
+        self._give_up = give_up
+        self._failures = 0
+
+    def begin(self) -> None:
+        self._loop.call_later(LOOK_EVERY_S, self.look)
+
+    def look(self) -> None:
+        try:
+            made = self._folder.restore()
+        except XditdError as error:
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                self._give_up(error)
+                return
+            logger.warning("runtime folder was harmed and is not mended yet: %s", error.detail)
+        else:
+            self._failures = 0
+            if made:
+                logger.warning(
+                    "runtime folder was harmed by another program; made again: %s",
+                    ", ".join(path.name for path in made),
+                )
+        self.begin()
 
 
 def _make_private(path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from xditd.daemon.operations.event_loop import Loop
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.sd_notify import Notifier
 
 logger = logging.getLogger(__name__)
@@ -15,14 +15,14 @@ OVERDUE_GRACE_S: Final = 30.0
 """What the daemon gets, beyond a deadline of its own, to end a group that has gone silent."""
 
 
-class Vitals:
-    """Speak for the daemon.
+class ServiceManager:
+    """Tell the service manager how the daemon is.
 
     The watchdog is fed by a timer of the loop, so a loop that does not turn lets it starve. So does a worker group that
     is silent long after its deadline (``overdue_s``): the daemon should have ended it, and has not.
     """
 
-    def __init__(self, loop: Loop, notifier: Notifier, overdue_s: Callable[[], float]) -> None:
+    def __init__(self, loop: EventLoop, notifier: Notifier, overdue_s: Callable[[], float]) -> None:
         self._loop = loop
         self._notifier = notifier
         self._overdue_s = overdue_s

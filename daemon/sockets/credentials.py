@@ -9,14 +9,16 @@ from xditd.ipc.errors import NotPermitted
 
 
 @dataclass(frozen=True)
-class Peer:
+class Credentials:
+    """User, group and process of a peer."""
+
     uid: int
     gid: int
     pid: int
 
 
 @lru_cache(maxsize=1024)
-def parse_peer(address: str) -> Peer:
+def parse_credentials(address: str) -> Credentials:
     """Read libzmq's peer address, ``localhost:<uid>:<gid>:<pid>`` on ``ipc://``.
 
     Raises:
@@ -26,18 +28,18 @@ def parse_peer(address: str) -> Peer:
     """
     try:
         _, uid, gid, pid = address.split(":")
-        return Peer(uid=int(uid), gid=int(gid), pid=int(pid))
+        return Credentials(uid=int(uid), gid=int(gid), pid=int(pid))
     except ValueError:
         raise NotPermitted(f"peer {address!r}: no process can be named; connect through the Unix socket") from None
 
 
-def check_uid(address: str, own_uid: int) -> Peer:
+def check_uid(address: str, own_uid: int) -> Credentials:
     """Admit the daemon's own user only.
 
     Raises:
         NotPermitted: another user, or a process that this pid namespace cannot see.
     """
-    peer = parse_peer(address)
+    peer = parse_credentials(address)
     if peer.uid != own_uid:
         raise NotPermitted(f"uid {peer.uid}: this daemon serves uid {own_uid} only; start one as your own user")
     if peer.pid <= 0:

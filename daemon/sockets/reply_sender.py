@@ -1,4 +1,4 @@
-"""The daemon's side of the clients' socket: replies go out without waiting, or not at all."""
+"""Replies to clients: they leave without waiting, or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_UNSENT_S: Final = 0.002
 send takes several milliseconds to be refused: nobody else's answer should wait for many of them."""
 
 
-class Front:
+class ReplySender:
     """Send replies. A client that does not read, or is disconnected, lands in :attr:`unreachable` to be closed later.
 
     Later, because a reply may be sent while a list of jobs or loans is being walked, which closing a session changes.
@@ -44,7 +44,7 @@ class Front:
     def reply(self, session: Session, reply: Reply) -> None:
         """Send to a session. One that said goodbye still gets the ends of its requests, if it is there to read them."""
         if self.sessions.find(session.routing_id) is not session:
-            self.part(session.routing_id, reply)
+            self.send_last(session.routing_id, reply)
         elif session.routing_id not in self.unreachable:
             self._put(session.routing_id, encode(reply), has_session=True)
 
@@ -53,8 +53,8 @@ class Front:
         if routing_id not in self.unreachable:
             self._put(routing_id, encode(reply), has_session=self.sessions.find(routing_id) is not None)
 
-    def part(self, routing_id: bytes, reply: Reply) -> None:
-        """Send a last word to a connection without a session, whether it arrives or not."""
+    def send_last(self, routing_id: bytes, reply: Reply) -> None:
+        """Send to a connection without a session, whether it arrives or not."""
         self._put(routing_id, encode(reply), has_session=False)
 
     def flush(self) -> None:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xditd.daemon.operations.event_loop import Loop
-from xditd.daemon.sockets.credentials import Peer
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.sockets.credentials import Credentials
 from xditd.ipc.errors import Busy, ProcessGone
 from xditd.ipc.processes import ProcessIdentity, identify
 
@@ -30,7 +30,7 @@ class Session:
 class Sessions:
     """Open and close sessions. ``on_exit`` hears of a session whose process has exited."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._by_route: dict[bytes, Session] = {}
 
@@ -43,7 +43,7 @@ class Sessions:
     def find(self, routing_id: bytes) -> Session | None:
         return self._by_route.get(routing_id)
 
-    def open(self, routing_id: bytes, address: str, peer: Peer, client_name: str) -> Session:
+    def open(self, routing_id: bytes, address: str, peer: Credentials, client_name: str) -> Session:
         """Open a session and take hold of its process.
 
         Raises:

@@ -18,8 +18,8 @@ def adopt(service: Service, session: Session, request: Adopt) -> Adopted | None:
         Busy: the queue is full.
         LeaseLost, UnknownComponent: it is not on loan.
     """
-    lease = service.loans.registry.live(request.component_id)
+    lease = service.loans.leases.live(request.component_id)
     if lease.state is LeaseState.ADOPTED:
         return Adopted(request_id=request.request_id, copied=CopiedBytes(), timings_ms={})
-    service.submit(Job(session, request, lambda job: service.loans.adopt(job, lease), (lease.component_id,)))
+    service.scheduler.submit(Job(session, request, lambda job: service.loans.adopt(job, lease), (lease.component_id,)))
     return None

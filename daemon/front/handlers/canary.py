@@ -18,7 +18,7 @@ def check(service: Service, session: Session, request: CheckCanary) -> None:
     end = request.offset_bytes + request.length_bytes
     if end > request.io.size_bytes:
         raise BadRequest(f"canary ends at byte {end} of an I/O block of {request.io.size_bytes}")
-    service.quotas.check_io(service.desk.queue.of_process(session.process), request.io)
+    service.quotas.check_io(service.scheduler.of_process(session.process), request.io)
     session.has_io = True
 
     def read(_: Job) -> Script[Reply]:
@@ -32,4 +32,4 @@ def check(service: Service, session: Session, request: CheckCanary) -> None:
         digests = tuple(answer.digest for answer in expect(answers, CanaryRead))
         return CanarySeen(request_id=request.request_id, digests=digests)
 
-    service.submit(Job(session, request, read))
+    service.scheduler.submit(Job(session, request, read))

@@ -11,7 +11,7 @@ from xditd.ipc.requests import Cancel
 
 def cancel(service: Service, session: Session, request: Cancel) -> CancelNoted:
     """Note the cancel; the target answers for itself, at once when it waits, else when the workers have stopped."""
-    job = service.desk.queue.find(session, request.target_request_id)
+    job = service.scheduler.find(session, request.target_request_id)
     if job is not None:
-        service.desk.cancel(job, Cancelled(f"request {request.target_request_id} was cancelled by its client"))
+        service.scheduler.cancel(job, Cancelled(f"request {request.target_request_id} was cancelled by its client"))
     return CancelNoted(request_id=request.request_id)

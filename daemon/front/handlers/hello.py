@@ -7,7 +7,7 @@ import os
 
 from xditd import __version__
 from xditd.daemon.front.service import BEATS, Service
-from xditd.daemon.sockets.credentials import Peer
+from xditd.daemon.sockets.credentials import Credentials
 from xditd.ipc.errors import ProtocolMismatch
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Welcome
@@ -16,7 +16,7 @@ from xditd.ipc.requests import Hello
 logger = logging.getLogger(__name__)
 
 
-def greet(service: Service, routing_id: bytes, address: str, peer: Peer, request: Hello) -> Welcome:
+def greet(service: Service, routing_id: bytes, address: str, peer: Credentials, request: Hello) -> Welcome:
     """Open a session for a connection; a second hello on it is answered and changes nothing.
 
     Raises:
@@ -40,5 +40,5 @@ def greet(service: Service, routing_id: bytes, address: str, peer: Peer, request
         daemon_pid=os.getpid(),
         beat_every_s=service.configuration.client_deadline_s / BEATS,
         max_message_bytes=service.quotas.message_bytes,
-        world_size=service.supervisor.expected_world_size,
+        world_size=service.group.expected_world_size,
     )

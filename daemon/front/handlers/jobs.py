@@ -39,17 +39,17 @@ def run(service: Service, session: Session, request: JobRequest) -> None:
     """
     component_ids = _check_components(service, request)
     _check_tensors(request)
-    service.quotas.check_io(service.desk.queue.of_process(session.process), request.io)
+    service.quotas.check_io(service.scheduler.of_process(session.process), request.io)
     session.has_io = True
 
     def work(_: Job) -> Script[Reply]:
         for component_id in component_ids:
-            if not service.loans.registry.live(component_id).is_usable:
+            if not service.loans.leases.live(component_id).is_usable:
                 raise LeaseLost(f"component {component_id}: no longer mapped when the job's turn came")
         done = expect((yield lambda number: Run(op_number=number, job=request, exporter=session.process)), Done)
         return _reply(request, done)
 
-    service.submit(Job(session, request, work, component_ids))
+    service.scheduler.submit(Job(session, request, work, component_ids))
 
 
 def _reply(request: JobRequest, done: list[Done]) -> Reply:
@@ -75,7 +75,7 @@ def _reply(request: JobRequest, done: list[Done]) -> Reply:
 def _check_components(service: Service, request: JobRequest) -> tuple[str, ...]:
     wanted = _components_of(request)
     for component_id, kind in wanted:
-        found = service.loans.registry.live(component_id).kind
+        found = service.loans.leases.live(component_id).kind
         if found is not kind:
             what = "not mapped yet, and" if found is None else f"a {found.value} where"
             raise BadRequest(f"component {component_id}: {what} a {kind.value} is needed")

@@ -25,8 +25,8 @@ def lend(service: Service, session: Session, request: Lend) -> Lent | None:
     reused = service.loans.reuse(session, request)
     if reused is None:
         process = session.process
-        leases, jobs = service.loans.registry.of_process(process), service.desk.queue.of_process(process)
-        rewritten = service.loans.registry.same_place(session, request.manifest)
+        leases, jobs = service.loans.leases.of_process(process), service.scheduler.of_process(process)
+        rewritten = service.loans.leases.same_place(session, request.manifest)
         service.quotas.check_loan([lease for lease in leases if lease is not rewritten], jobs, request.manifest)
-        service.submit(Job(session, request, lambda job: service.loans.lend(job, request)))
+        service.scheduler.submit(Job(session, request, lambda job: service.loans.lend(job, request)))
     return reused

@@ -9,5 +9,5 @@ from xditd.ipc.requests import GetLogs
 
 
 def read(service: Service, _: Session, request: GetLogs) -> LogLines:
-    lines, next_line = service.logbook.since(request.after_line)
+    lines, next_line = service.log_buffer.since(request.after_line)
     return LogLines(request_id=request.request_id, lines=tuple(lines), next_line=next_line)

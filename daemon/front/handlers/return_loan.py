@@ -12,7 +12,7 @@ from xditd.ipc.status import LeaseState
 
 def take_back(service: Service, session: Session, request: ReturnLoan) -> Returned | None:
     """Count one return; the last one ends the loan, and is answered once no worker maps it."""
-    lease = service.loans.registry.find(request.component_id)
+    lease = service.loans.leases.find(request.component_id)
     if lease.session.process != session.process:
         owner = lease.session.process.pid
         raise NotPermitted(f"component {request.component_id}: lent by process {owner}; only its owner takes it back")
@@ -22,5 +22,5 @@ def take_back(service: Service, session: Session, request: ReturnLoan) -> Return
     if lease.holds > 0 or lease.state is LeaseState.ADOPTED:
         return returned
     why = LeaseLost(f"component {request.component_id}: its owner took it back")
-    service.loans.end(lease, why, lambda: service.front.reply(session, returned), is_returned=True)
+    service.loans.end(lease, why, lambda: service.replies.reply(session, returned), is_returned=True)
     return None

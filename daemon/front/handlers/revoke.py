@@ -19,8 +19,8 @@ def revoke(service: Service, session: Session, request: Revoke) -> None:
     Raises:
         LeaseLost, UnknownComponent: it is not on loan.
     """
-    lease = service.loans.registry.find(request.component_id)
+    lease = service.loans.leases.find(request.component_id)
     why = LeaseLost(f"component {request.component_id}: revoked by process {session.process.pid}; lend it again")
     logger.info("loan revoked component_id=%s by_pid=%d", lease.component_id, session.process.pid)
     revoked = Revoked(request_id=request.request_id)
-    service.loans.end(lease, why, lambda: service.front.reply(session, revoked))
+    service.loans.end(lease, why, lambda: service.replies.reply(session, revoked))

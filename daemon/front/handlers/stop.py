@@ -10,5 +10,5 @@ from xditd.ipc.requests import Stop
 
 def stop(service: Service, session: Session, request: Stop) -> None:
     """Answer first: what waits fails right after."""
-    service.front.reply(session, Stopping(request_id=request.request_id))
+    service.replies.reply(session, Stopping(request_id=request.request_id))
     service.stop(f"client process {session.process.pid} asked for it")

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from xditd.daemon.groups.deadlines import FACTOR, SLOWEST_BYTES_PER_S, Paces, kind_of
+from xditd.daemon.groups.deadlines import FACTOR, SLOWEST_BYTES_PER_S, CommandDeadline, LearnedDurations, kind_of
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.ipc.arguments import InIo, Kept
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Decode, Generate, Part, Sampling
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
-from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, Unmap
+from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, StepReached, Unmap
 
 HANG_S, STEP_S, LEND_S = 300.0, 10.0, 60.0
 EXPORTER = ProcessIdentity(pid=1, start_ticks=0)
@@ -43,12 +45,14 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def subject(clock: Clock) -> Paces:
-    return Paces(hang_deadline_s=HANG_S, step_deadline_s=STEP_S, lend_deadline_s=LEND_S, now_s=lambda: clock.now_s)
+def subject(clock: Clock) -> LearnedDurations:
+    return LearnedDurations(
+        hang_deadline_s=HANG_S, step_deadline_s=STEP_S, lend_deadline_s=LEND_S, now_s=lambda: clock.now_s
+    )
 
 
 @pytest.fixture
-def run(subject: Paces, clock: Clock) -> Callable[..., list[float]]:
+def run(subject: LearnedDurations, clock: Clock) -> Callable[..., list[float]]:
     """Run a job with a first step, steps and an end of so many seconds; returns each deadline."""
 
     def run(first_s: float, step_s: float, end_s: float, job: Generate = GENERATE) -> list[float]:
@@ -80,7 +84,9 @@ def test_short_steps_get_the_least_and_long_ones_the_most(run: Callable[..., lis
     assert run(60.0, 60.0, 60.0, other) == [HANG_S] * 5
 
 
-def test_another_shape_or_group_starts_without_experience(subject: Paces, run: Callable[..., list[float]]) -> None:
+def test_another_shape_or_group_starts_without_experience(
+    subject: LearnedDurations, run: Callable[..., list[float]]
+) -> None:
     run(0.01, 0.01, 0.01)
     assert run(1.0, 1.0, 1.0, sampled(width=128))[0] == HANG_S
     subject.forget()
@@ -113,7 +119,7 @@ def test_calls_of_other_shapes_are_of_another_kind() -> None:
     assert len({kind_of(call((1, 4))), kind_of(call((2, 4))), kind_of(call((1, 4), (1, 4)))}) == 3
 
 
-def test_job_without_steps_is_one_phase(subject: Paces, clock: Clock) -> None:
+def test_job_without_steps_is_one_phase(subject: LearnedDurations, clock: Clock) -> None:
     decode = Run(
         op_number=1, job=Decode(request_id="1", vae_id="v", io=BLOCK, latents=TENSOR, out=TENSOR), exporter=EXPORTER
     )
@@ -123,7 +129,7 @@ def test_job_without_steps_is_one_phase(subject: Paces, clock: Clock) -> None:
     assert subject.begin(decode) == FACTOR * 2.0
 
 
-def test_mapping_is_given_time_by_its_bytes(subject: Paces) -> None:
+def test_mapping_is_given_time_by_its_bytes(subject: LearnedDurations) -> None:
     count = 10 * SLOWEST_BYTES_PER_S // 4
     manifest = Manifest(
         kind=ComponentKind.VAE,
@@ -138,3 +144,98 @@ def test_mapping_is_given_time_by_its_bytes(subject: Paces) -> None:
     assert subject.begin(Unmap(op_number=3, component_id="c")) == LEND_S + 10
     assert subject.begin(Unmap(op_number=4, component_id="c")) == LEND_S
     assert subject.begin(ForgetClient(op_number=5, exporter=EXPORTER)) == LEND_S
+
+
+GENERATION = Run(op_number=1, job=GENERATE, exporter=EXPORTER)
+
+
+class Bench:
+    """A deadline of so many seconds for each sign of a command, and what came of it."""
+
+    def __init__(self) -> None:
+        self.loop = EventLoop()
+        self.allowed_s = 0.1
+        self.silences: list[float] = []
+        self.told_s: list[float] = []
+        self.deadline = CommandDeadline(self.loop, self, self.missed)  # type: ignore[arg-type]
+        self.began_s = time.monotonic()
+
+    def begin(self, _: Any) -> float:
+        return self.allowed_s
+
+    def step(self, _: int, __: int) -> float:
+        return self.allowed_s
+
+    def end(self) -> None:
+        pass
+
+    forget = end
+
+    def missed(self, silent_s: float) -> None:
+        self.silences.append(silent_s)
+        self.told_s.append(time.monotonic() - self.began_s)
+
+    def report_step(self) -> None:
+        self.deadline.step_reached(
+            StepReached(group_token="token123", rank=0, op_number=1, step=1, total_steps=4, elapsed_s=0.0)
+        )
+
+    def run(self, seconds: float) -> None:
+        self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run(lambda: None)
+
+
+def test_silence_is_told_once_and_not_early() -> None:
+    bench = Bench()
+    bench.deadline.begin(GENERATION)
+    bench.run(0.3)
+    assert len(bench.silences) == 1
+    assert bench.silences[0] >= 0.1
+
+
+def test_steps_put_it_off_unless_the_job_was_cancelled() -> None:
+    bench = Bench()
+    bench.deadline.begin(GENERATION)
+    bench.loop.call_later(0.06, bench.report_step)
+    bench.run(0.4)
+    assert len(bench.told_s) == 1
+    assert bench.told_s[0] >= 0.16
+    bench.deadline.begin(GENERATION)
+    bench.deadline.cancelled()
+    bench.allowed_s = 60.0
+    bench.report_step()
+    bench.run(0.3)
+    assert len(bench.told_s) == 2
+
+
+def test_next_deadline_may_be_shorter() -> None:
+    bench = Bench()
+    bench.allowed_s = 60.0
+    bench.deadline.begin(GENERATION)
+    bench.allowed_s = 0.1
+    bench.report_step()
+    bench.run(0.3)
+    assert len(bench.told_s) == 1
+
+
+def test_idle_or_ended_group_may_be_silent() -> None:
+    bench = Bench()
+    bench.deadline.begin(GENERATION)
+    bench.deadline.answered()
+    bench.run(0.2)
+    bench.deadline.begin(GENERATION)
+    bench.deadline.group_ended()
+    bench.run(0.2)
+    assert bench.silences == []
+    assert bench.deadline.overdue_s == 0.0
+
+
+def test_many_commands_leave_one_timer() -> None:
+    bench = Bench()
+    for _ in range(1_000):
+        bench.allowed_s = 60.0
+        bench.deadline.begin(GENERATION)
+        bench.allowed_s = 10.0
+        bench.report_step()
+        bench.deadline.answered()
+    assert len(bench.loop._timers) <= 2

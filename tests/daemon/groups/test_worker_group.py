@@ -31,6 +31,6 @@ def test_only_what_may_pass_is_tried_again(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(worker_group, "Leader", refuse)
-    service.supervisor.start()
-    assert service.supervisor.state is state
-    assert says in service.supervisor.detail
+    service.group.start()
+    assert service.group.state is state
+    assert says in service.group.detail

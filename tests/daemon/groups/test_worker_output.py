@@ -6,12 +6,12 @@ import os
 import pytest
 
 from xditd.daemon.groups.worker_output import WorkerOutput
-from xditd.daemon.operations.event_loop import Loop
-from xditd.daemon.operations.logbook import Logbook
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.operations.log_buffer import LogBuffer
 
 
 def read_output(pieces: list[bytes]) -> tuple[list[str], WorkerOutput]:
-    loop, book = Loop(), Logbook(io.StringIO())
+    loop, book = EventLoop(), LogBuffer(io.StringIO())
     read_end, write_end = os.pipe()
     output = WorkerOutput(loop, book, read_end)
     for piece in pieces:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from xditd.daemon.loans.leases import LeaseRegistry, is_same_content
+from xditd.daemon.loans.leases import LeaseTable, is_same_content
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import StaleSource, UnknownComponent
 from xditd.ipc.processes import ProcessIdentity
@@ -46,16 +46,16 @@ def manifest(
 
 
 def test_same_place_is_found_for_its_owner_only() -> None:
-    registry = LeaseRegistry()
-    lease = registry.add(OWNER, manifest([shm()]))
-    assert registry.same_place(OWNER, manifest([shm()])) is lease
-    assert registry.same_place(OWNER, manifest([shm()], generation=1)) is lease
-    assert registry.same_place(STRANGER, manifest([shm()])) is None
+    table = LeaseTable()
+    lease = table.add(OWNER, manifest([shm()]))
+    assert table.same_place(OWNER, manifest([shm()])) is lease
+    assert table.same_place(OWNER, manifest([shm()], generation=1)) is lease
+    assert table.same_place(STRANGER, manifest([shm()])) is None
 
 
 def test_other_memory_kind_or_tensors_are_another_component() -> None:
-    registry = LeaseRegistry()
-    registry.add(OWNER, manifest([shm()]))
+    table = LeaseTable()
+    table.add(OWNER, manifest([shm()]))
     for other in (
         manifest([shm(inode=2)]),
         manifest([shm()], kind="vae"),
@@ -63,14 +63,14 @@ def test_other_memory_kind_or_tensors_are_another_component() -> None:
         manifest([shm(), shm(inode=2)]),
         manifest([file()]),
     ):
-        assert registry.same_place(OWNER, other) is None
+        assert table.same_place(OWNER, other) is None
 
 
 def test_older_generation_is_refused() -> None:
-    registry = LeaseRegistry()
-    lease = registry.add(OWNER, manifest([shm()], generation=3))
+    table = LeaseTable()
+    lease = table.add(OWNER, manifest([shm()], generation=3))
     with pytest.raises(StaleSource, match=f"generation 2 was offered, but {lease.component_id} has generation 3"):
-        registry.same_place(OWNER, manifest([shm()], generation=2))
+        table.same_place(OWNER, manifest([shm()], generation=2))
 
 
 def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
@@ -83,17 +83,17 @@ def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
 
 
 def test_digests_are_kept_for_as_long_as_the_files_are_the_same() -> None:
-    registry = LeaseRegistry()
-    lease = registry.add(OWNER, manifest([shm(), file(ctime_ns=5)]))
+    table = LeaseTable()
+    lease = table.add(OWNER, manifest([shm(), file(ctime_ns=5)]))
     found = FileDigest(block=1, ctime_ns=5, digest=b"d" * 16)
     others = (
         FileDigest(block=0, ctime_ns=5, digest=b"d" * 16),  # no file
         FileDigest(block=1, ctime_ns=4, digest=b"d" * 16),  # of what it held before
         FileDigest(block=2, ctime_ns=5, digest=b"d" * 16),  # no such block
     )
-    registry.note_digests("another", (found,))
+    table.note_digests("another", (found,))
     assert lease.digests == ()
-    registry.note_digests(lease.component_id, (*others, found))
+    table.note_digests(lease.component_id, (*others, found))
     assert lease.digests == (found,)
     lease.offer(manifest([shm(), file(ctime_ns=5, fd=9)]))
     assert lease.digests == (found,)
@@ -105,28 +105,28 @@ def test_cuda_blocks_are_told_apart_by_gpu_and_handle() -> None:
     def cuda(uuid: str, handle: bytes) -> CudaIpcBlock:
         return CudaIpcBlock(device_uuid=uuid, handle=handle * 64, size_bytes=100, fingerprint=fingerprint())
 
-    registry = LeaseRegistry()
-    lease = registry.add(OWNER, manifest([cuda("GPU-1", b"h")]))
-    assert registry.same_place(OWNER, manifest([cuda("GPU-1", b"h")])) is lease
-    assert registry.same_place(OWNER, manifest([cuda("GPU-2", b"h")])) is None
-    assert registry.same_place(OWNER, manifest([cuda("GPU-1", b"i")])) is None
+    table = LeaseTable()
+    lease = table.add(OWNER, manifest([cuda("GPU-1", b"h")]))
+    assert table.same_place(OWNER, manifest([cuda("GPU-1", b"h")])) is lease
+    assert table.same_place(OWNER, manifest([cuda("GPU-2", b"h")])) is None
+    assert table.same_place(OWNER, manifest([cuda("GPU-1", b"i")])) is None
 
 
-def test_ended_loans_are_unknown_and_their_waiters_told() -> None:
-    registry = LeaseRegistry()
-    lease = registry.add(OWNER, manifest([shm()]))
-    assert registry.live(lease.component_id) is lease
+def test_ended_leases_are_unknown_and_their_waiters_told() -> None:
+    table = LeaseTable()
+    lease = table.add(OWNER, manifest([shm()]))
+    assert table.live(lease.component_id) is lease
     told: list[str] = []
     lease.on_ended.append(lambda: told.append("ended"))
     lease.move(LeaseState.RETURNING)
     with pytest.raises(UnknownComponent, match=lease.component_id):
-        registry.live(lease.component_id)
-    assert registry.same_place(OWNER, manifest([shm()])) is None
-    registry.end(lease)
+        table.live(lease.component_id)
+    assert table.same_place(OWNER, manifest([shm()])) is None
+    table.end(lease)
     assert told == ["ended"]
-    assert list(registry) == []
+    assert list(table) == []
 
 
 def test_ids_do_not_come_back() -> None:
-    ids = {LeaseRegistry().add(OWNER, manifest([shm()])).component_id for _ in range(20)}
+    ids = {LeaseTable().add(OWNER, manifest([shm()])).component_id for _ in range(20)}
     assert len(ids) == 20

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
-from xditd.daemon.operations.event_loop import Loop
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.ipc import awake_clock
 
 
 @pytest.fixture
-def loop() -> Loop:
-    loop = Loop()
+def loop() -> EventLoop:
+    loop = EventLoop()
     loop.call_later(5.0, loop.stop)  # a bug must not hang the test
     return loop
 
@@ -23,7 +23,7 @@ def nothing() -> None:
     pass
 
 
-def test_timers_run_in_order_and_not_early(loop: Loop) -> None:
+def test_timers_run_in_order_and_not_early(loop: EventLoop) -> None:
     seen: list[tuple[str, float]] = []
     began = time.monotonic()
     loop.call_later(0.04, lambda: (seen.append(("late", time.monotonic() - began)), loop.stop()))
@@ -34,7 +34,7 @@ def test_timers_run_in_order_and_not_early(loop: Loop) -> None:
     assert seen[1][1] >= 0.04
 
 
-def test_cancelled_timer_does_not_run(loop: Loop) -> None:
+def test_cancelled_timer_does_not_run(loop: EventLoop) -> None:
     seen: list[str] = []
     loop.call_later(0.01, lambda: seen.append("wrong")).cancel()
     loop.call_later(0.03, loop.stop)
@@ -42,7 +42,7 @@ def test_cancelled_timer_does_not_run(loop: Loop) -> None:
     assert seen == []
 
 
-def test_descriptor_is_watched_until_it_is_not(loop: Loop) -> None:
+def test_descriptor_is_watched_until_it_is_not(loop: EventLoop) -> None:
     read_end, write_end = os.pipe()
     pieces: list[bytes] = []
 
@@ -61,7 +61,7 @@ def test_descriptor_is_watched_until_it_is_not(loop: Loop) -> None:
     os.close(write_end)
 
 
-def test_descriptor_closed_by_another_callback_is_not_called(loop: Loop) -> None:
+def test_descriptor_closed_by_another_callback_is_not_called(loop: EventLoop) -> None:
     pipes = [os.pipe(), os.pipe()]
     calls: list[int] = []
 
@@ -80,7 +80,7 @@ def test_descriptor_closed_by_another_callback_is_not_called(loop: Loop) -> None
         os.close(descriptor)
 
 
-def test_socket_callback_that_leaves_messages_is_called_again(loop: Loop) -> None:
+def test_socket_callback_that_leaves_messages_is_called_again(loop: EventLoop) -> None:
     context = zmq.Context()
     receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     receiver.bind("inproc://loop")
@@ -113,7 +113,7 @@ def stand_still(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return jumps.append
 
 
-def test_deadline_is_missed_once_and_not_early(loop: Loop) -> None:
+def test_deadline_is_missed_once_and_not_early(loop: EventLoop) -> None:
     missed: list[float] = []
     deadline = loop.deadline(0.05, lambda: missed.append(deadline.waited_s))
     loop.call_later(0.15, loop.stop)
@@ -122,7 +122,7 @@ def test_deadline_is_missed_once_and_not_early(loop: Loop) -> None:
     assert missed[0] >= 0.05
 
 
-def test_deadline_that_is_stopped_is_not_missed(loop: Loop) -> None:
+def test_deadline_that_is_stopped_is_not_missed(loop: EventLoop) -> None:
     missed: list[str] = []
     loop.deadline(0.02, lambda: missed.append("wrong")).stop()
     loop.call_later(0.06, loop.stop)
@@ -131,7 +131,7 @@ def test_deadline_that_is_stopped_is_not_missed(loop: Loop) -> None:
 
 
 def test_standstill_of_the_loop_starts_every_deadline_anew(
-    loop: Loop, stand_still: Callable[[float], None], caplog: pytest.LogCaptureFixture
+    loop: EventLoop, stand_still: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     missed: list[float] = []
     began = time.monotonic()
@@ -145,7 +145,9 @@ def test_standstill_of_the_loop_starts_every_deadline_anew(
     assert "stood still for 15.0 s" in caplog.text
 
 
-def test_standstill_between_waking_and_judging_counts_too(loop: Loop, stand_still: Callable[[float], None]) -> None:
+def test_standstill_between_waking_and_judging_counts_too(
+    loop: EventLoop, stand_still: Callable[[float], None]
+) -> None:
     missed: list[float] = []
     began = time.monotonic()
     loop.call_later(0.05, lambda: stand_still(15.0))
@@ -158,7 +160,7 @@ def test_standstill_between_waking_and_judging_counts_too(loop: Loop, stand_stil
     assert missed[0] >= 0.1
 
 
-def test_timers_go_on_through_a_standstill(loop: Loop, stand_still: Callable[[float], None]) -> None:
+def test_timers_go_on_through_a_standstill(loop: EventLoop, stand_still: Callable[[float], None]) -> None:
     """What the daemon itself has to do, such as to feed the watchdog, is done at once."""
     ran: list[float] = []
     began = time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xditd.daemon.operations import metrics_server
-from xditd.daemon.operations.event_loop import Loop
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.metrics_server import MAX_CONNECTIONS, MetricsServer, listen_on_loopback, parse_address
 from xditd.daemon.operations.socket_files import listen_at
 from xditd.ipc.errors import AlreadyRunning
@@ -32,7 +32,7 @@ def serve(path: Path) -> Iterator[Callable[[str], Path]]:
     ends: list[Callable[[], None]] = []
 
     def start(text: str) -> Path:
-        loop = Loop()
+        loop = EventLoop()
         server = MetricsServer(loop, lambda: text)
         server.listen(listen_at(path))
         read_fd, write_fd = os.pipe()
@@ -140,7 +140,7 @@ def test_loopback_only() -> None:
 
 
 def test_taken_port_is_refused_by_name() -> None:
-    loop = Loop()
+    loop = EventLoop()
     first = MetricsServer(loop, str)
     first.listen(listen_on_loopback(("127.0.0.1", 0)))
     host, _, port = first.address.removeprefix("http://").removesuffix("/metrics").rpartition(":")

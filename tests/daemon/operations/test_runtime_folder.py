@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations import runtime_folder
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.operations.runtime_folder import MOST_FAILURES, FolderWatch, RuntimeFolder
 from xditd.daemon.operations.socket_files import listen_at, who_listens
 from xditd.ipc.addresses import RuntimeDir
-from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, StorageError
+from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, StorageError, XditdError
 
 Listen = Callable[[RuntimeFolder], None]
 
@@ -208,3 +211,49 @@ def test_lock_that_is_a_link_is_refused(runtime: RuntimeDir, tmp_path: Path) -> 
 def test_path_that_no_socket_address_holds_is_refused() -> None:
     with pytest.raises(BadRequest, match="at most 107"):
         RuntimeFolder(RuntimeDir(Path("/tmp") / ("x" * 120)))
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[EventLoop]:
+    monkeypatch.setattr(runtime_folder, "LOOK_EVERY_S", 0.001)
+    loop = EventLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RuntimeFolder]:
+    with RuntimeFolder(RuntimeDir(tmp_path / "run")) as held:
+        yield held
+
+
+def test_a_folder_that_cannot_be_mended_is_given_up_once(loop: EventLoop, folder: RuntimeFolder) -> None:
+    given_up: list[XditdError] = []
+    watch = FolderWatch(loop, folder, given_up.append)
+    path = folder.runtime.path
+    shutil.rmtree(path)
+    path.touch()
+    for _ in range(MOST_FAILURES - 1):
+        watch.look()
+    assert not given_up
+    path.unlink()
+    watch.look()  # mended: the count begins anew
+    assert folder.runtime.lock.exists()
+    shutil.rmtree(path)
+    path.touch()
+    for _ in range(MOST_FAILURES):
+        watch.look()
+    assert [error.code for error in given_up] == ["bad_request"]
+
+
+def test_it_looks_again_and_again_and_says_what_it_did(
+    loop: EventLoop, folder: RuntimeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    FolderWatch(loop, folder, lambda error: pytest.fail(error.detail)).begin()
+    for _ in range(2):
+        folder.runtime.lock.unlink()
+        loop.call_later(10.0, loop.stop)  # the deadline
+        loop.run(lambda: loop.stop() if folder.runtime.lock.exists() else None)
+        assert folder.runtime.lock.exists()
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == ["runtime folder was harmed by another program; made again: daemon.lock"] * 2

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from xditd.daemon.operations.event_loop import Loop
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.sd_notify import Notifier
-from xditd.daemon.operations.service_manager import OVERDUE_GRACE_S, Vitals
+from xditd.daemon.operations.service_manager import OVERDUE_GRACE_S, ServiceManager
 from xditd.ipc.errors import BadRequest
 
 
@@ -82,7 +82,7 @@ def test_variables_that_make_no_sense_are_refused(variables: dict[str, str]) -> 
 
 def fed(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
     """Run a loop with a watchdog until so many messages have come, or half a second has passed."""
-    loop = Loop()
+    loop = EventLoop()
     found: list[bytes] = []
     bound.setblocking(False)
 
@@ -93,7 +93,7 @@ def fed(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
 
     notifier = Notifier({"NOTIFY_SOCKET": "@" + bound.getsockname()[1:].decode(), "WATCHDOG_USEC": "40000"}, 1)
     loop.watch(bound.fileno(), hear)
-    Vitals(loop, notifier, lambda: overdue_s).begin("up")
+    ServiceManager(loop, notifier, lambda: overdue_s).begin("up")
     loop.call_later(0.5, loop.stop)
     loop.run(lambda: None)
     notifier.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.daemon.operations.held_files import HeldFile
+from xditd.daemon.operations.runtime_folder import HeldFile
 from xditd.daemon.operations.socket_files import listen_at, remove_stale, who_listens
 from xditd.ipc.errors import AlreadyRunning, BadRequest, StorageError
 

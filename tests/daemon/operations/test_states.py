@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
-from xditd.daemon.operations.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT, move
+from xditd.daemon.groups.lifecycle import GROUP_NEXT
+from xditd.daemon.loans.leases import LEASE_NEXT
+from xditd.daemon.operations.states import move
+from xditd.daemon.queue.jobs import JOB_NEXT
 from xditd.ipc.errors import Internal
 from xditd.ipc.status import GroupState, JobState, LeaseState
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from xditd.daemon.operations.event_loop import Loop
+from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.socket_files import listen_at
 from xditd.daemon.sockets import reply_sender
-from xditd.daemon.sockets.credentials import parse_peer
-from xditd.daemon.sockets.reply_sender import Front
+from xditd.daemon.sockets.credentials import parse_credentials
+from xditd.daemon.sockets.reply_sender import ReplySender
 from xditd.daemon.sockets.routers import Router
 from xditd.daemon.sockets.sessions import Session, Sessions
 from xditd.ipc.codec import reply_decoder
@@ -22,21 +22,21 @@ from xditd.ipc.replies import Farewell, LogLines
 
 
 class Place:
-    """A front with one client that has a session."""
+    """A sender with one client that has a session."""
 
     def __init__(self, folder: Path) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.router = Router(self.context, folder / "s")
         self.router.listen(listen_at(folder / "s"))
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.sessions = Sessions(self.loop)
-        self.sender = Front(self.router, self.sessions)
+        self.sender = ReplySender(self.router, self.sessions)
         self.client = self.context.socket(zmq.DEALER)
         self.client.connect(f"ipc://{folder}/s")
         self.client.send(b"hi")
         assert self.router.socket.poll(5_000)
         (envelope,) = self.router.receive()
-        self.session = self.sessions.open(envelope.routing_id, envelope.peer, parse_peer(envelope.peer), "test")
+        self.session = self.sessions.open(envelope.routing_id, envelope.peer, parse_credentials(envelope.peer), "test")
 
     def received(self) -> list[str]:
         found = []
@@ -69,7 +69,7 @@ def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replies_leave_in_their_order_at_the_end_of_the_round(place: Place) -> None:
     place.sender.reply(place.session, Farewell(request_id="1"))
     place.sender.answer(place.session.routing_id, Farewell(request_id="2"))
-    place.sender.part(place.session.routing_id, Farewell(request_id="3"))
+    place.sender.send_last(place.session.routing_id, Farewell(request_id="3"))
     assert place.received() == []
     place.sender.flush()
     assert place.received() == ["1", "2", "3"]
@@ -96,10 +96,10 @@ def test_a_slow_round_does_not_keep_them_long(place: Place, monkeypatch: pytest.
 
 
 def test_who_cannot_be_reached_is_noted_and_gets_nothing_more(place: Place) -> None:
-    peer = parse_peer(f"localhost:{os.getuid()}:{os.getgid()}:{os.getpid()}")
+    peer = parse_credentials(f"localhost:{os.getuid()}:{os.getgid()}:{os.getpid()}")
     gone: Session = place.sessions.open(b"gone", place.session.address, peer, "gone")
     place.sender.reply(gone, Farewell(request_id="1"))
-    place.sender.part(b"nobody", Farewell(request_id="2"))
+    place.sender.send_last(b"nobody", Farewell(request_id="2"))
     place.sender.reply(place.session, Farewell(request_id="3"))
     place.sender.flush()
     assert place.sender.unreachable == {b"gone": "its connection is closed"}

@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import logging
+import os
 import re
+import threading
 
 import pytest
 
-from xditd.daemon.operations.logbook import (
+from xditd.daemon.operations.log_buffer import (
     MAX_ANSWER_CHARS,
     MAX_LINE_CHARS,
-    Logbook,
-    LogbookHandler,
-    Shelf,
+    Category,
+    LogBuffer,
+    LogBufferHandler,
+    LogStream,
     human_bytes,
 )
 from xditd.ipc import limits
 
 
 def test_lines_are_numbered_and_read_on_from_there() -> None:
-    book = Logbook(io.StringIO())
+    book = LogBuffer(io.StringIO())
     for line in ("a", "b", "c"):
         book.add(line)
     assert book.since(0) == (["a", "b", "c"], 3)
@@ -28,8 +33,8 @@ def test_lines_are_numbered_and_read_on_from_there() -> None:
 
 
 def test_old_lines_are_dropped_and_numbers_go_on() -> None:
-    book = Logbook(io.StringIO())
-    room = Shelf.REQUESTS.value
+    book = LogBuffer(io.StringIO())
+    room = Category.REQUESTS.value
     for number in range(room + 10):
         book.add(str(number))
     lines, next_line = book.since(0)
@@ -40,8 +45,8 @@ def test_old_lines_are_dropped_and_numbers_go_on() -> None:
 
 @pytest.mark.parametrize("flood", ["warnings", "requests", "worker lines", "worker warnings"])
 def test_a_flood_of_one_kind_pushes_out_no_other(flood: str) -> None:
-    book = Logbook(io.StringIO())
-    handler = LogbookHandler(book)
+    book = LogBuffer(io.StringIO())
+    handler = LogBufferHandler(book)
 
     def log(name: str, level: int, text: str) -> None:
         handler.emit(logging.LogRecord(name, level, "", 0, text, None, None))
@@ -62,8 +67,8 @@ def test_a_flood_of_one_kind_pushes_out_no_other(flood: str) -> None:
 
 
 def test_kinds_are_read_in_the_order_in_which_they_came() -> None:
-    book = Logbook(io.StringIO())
-    order = [Shelf.WARNINGS, Shelf.LIFE, Shelf.WORKERS, Shelf.REQUESTS, Shelf.LIFE]
+    book = LogBuffer(io.StringIO())
+    order = [Category.WARNINGS, Category.LIFE, Category.WORKERS, Category.REQUESTS, Category.LIFE]
     for number, shelf in enumerate(order):
         book.add(str(number), shelf)
     assert book.since(0) == (["0", "1", "2", "3", "4"], 5)
@@ -71,14 +76,14 @@ def test_kinds_are_read_in_the_order_in_which_they_came() -> None:
 
 
 def test_worker_lines_carry_a_time() -> None:
-    book = Logbook(io.StringIO())
+    book = LogBuffer(io.StringIO())
     book.add_output("INFO rank0 xditd.gpu_workers.process.rank: rank started")
     (line,), _ = book.since(0)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank0 .*", line)
 
 
 def test_one_answer_is_bounded_and_the_next_goes_on() -> None:
-    book = Logbook(io.StringIO())
+    book = LogBuffer(io.StringIO())
     for _ in range(500):
         book.add("x" * 10_000)
     seen = position = 0
@@ -96,24 +101,24 @@ def test_closed_stream_does_not_matter() -> None:
         def write(self, _: str) -> int:
             raise BrokenPipeError
 
-    book = Logbook(Closed())
+    book = LogBuffer(Closed())
     book.add("kept")
     assert book.since(0)[0] == ["kept"]
 
 
 def test_message_cannot_forge_a_line() -> None:
-    book = Logbook(io.StringIO())
+    book = LogBuffer(io.StringIO())
     logger = logging.Logger("test")
-    logger.addHandler(LogbookHandler(book))
+    logger.addHandler(LogBufferHandler(book))
     logger.warning("label=%s", "x\nERROR forged\r")
     (line,), _ = book.since(0)
     assert line.endswith(r"label=x\nERROR forged\r")
 
 
 def test_traceback_keeps_its_lines() -> None:
-    book = Logbook(io.StringIO())
+    book = LogBuffer(io.StringIO())
     logger = logging.Logger("test")
-    logger.addHandler(LogbookHandler(book))
+    logger.addHandler(LogBufferHandler(book))
     try:
         raise ValueError("boom")
     except ValueError:
@@ -127,3 +132,44 @@ def test_traceback_keeps_its_lines() -> None:
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_a_pipe_that_nobody_reads_loses_lines_and_says_so() -> None:
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+    with open(read_fd, encoding="utf-8") as reader, open(write_fd, "w", encoding="utf-8") as writer:
+        stream = LogStream(writer)
+        for _ in range(100):
+            stream.write_line("x" * 200)
+        taken = len(os.read(read_fd, 65536)) // 201
+        stream.write_line("after")
+        assert reader.readline() == (
+            f"({100 - taken} lines were not written: nobody read them; xditd logs has the last ones)\n"
+        )
+        assert reader.readline() == "after\n"
+        stream.write_line("\N{SNOWMAN}" * 10_000)  # longer than the pipe: what fits
+        assert 0 < len(os.read(read_fd, 65536)) <= 4096
+
+
+def test_letters_that_the_encoding_escapes_hold_nobody_either() -> None:
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+    with open(write_fd, "w", encoding="ascii", errors="backslashreplace") as writer:
+        written = threading.Thread(target=LogStream(writer).write_line, args=("\N{GRINNING FACE}" * 900,), daemon=True)
+        written.start()
+        written.join(10)
+        is_over = not written.is_alive()
+        os.set_blocking(read_fd, False)
+        while written.is_alive():  # lets it go in any case
+            with contextlib.suppress(BlockingIOError):
+                os.read(read_fd, 65536)
+        os.close(read_fd)
+        assert is_over
+
+
+def test_a_full_disk_and_a_stream_without_a_descriptor() -> None:
+    with open("/dev/full", "wb", buffering=0) as disk:
+        LogStream(io.TextIOWrapper(disk, write_through=True)).write_line("nowhere")
+    memory = io.StringIO()
+    LogStream(memory).write_line("x" * 5_000)
+    assert memory.getvalue() == "x" * 5_000 + "\n"
