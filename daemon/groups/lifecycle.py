@@ -65,4 +65,4 @@ class GroupListener(Protocol):
         """The running job has done another step."""
 
     def files_digested(self, report: FilesDigested) -> None:
-        """A rank has read files that are on loan."""
+        """A rank has read files of a loan."""

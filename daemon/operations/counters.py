@@ -9,7 +9,7 @@ import bisect
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from typing import Final
 
 from xditd.ipc import limits
@@ -69,9 +69,13 @@ class EventCounters:
         elif outcome == "failed":
             self.note_error(op, error)
 
-    def ended(self, outcome: str, ops: Iterable[str]) -> int:
-        """How many requests of these operations ended so."""
-        return sum(self.jobs[op, outcome] for op in ops)
+    def outcomes(self, ops: Set[str]) -> dict[str, int]:
+        """How many requests of these operations were done, failed or cancelled."""
+        found = {"done": 0, "failed": 0, "cancelled": 0}
+        for (op, outcome), count in self.jobs.items():
+            if op in ops:
+                found[outcome] += count
+        return found
 
     def step_reached(self, step: StepReached) -> None:
         """Take one step's share of a report, which counts the time since the first step began."""

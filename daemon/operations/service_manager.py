@@ -18,21 +18,21 @@ OVERDUE_GRACE_S: Final = 30.0
 class ServiceManager:
     """Tell the service manager how the daemon is.
 
-    The watchdog is fed by a timer of the loop, so a loop that does not turn lets it starve. So does a worker group that
-    is silent long after its deadline (``overdue_s``): the daemon should have ended it, and has not.
+    A timer of the loop sends the watchdog's keep-alive, so one that does not turn sends none. Nor is one sent while a
+    worker group is silent long after its deadline (``overdue_s``): the daemon should have ended it, and has not.
     """
 
     def __init__(self, loop: EventLoop, notifier: Notifier, overdue_s: Callable[[], float]) -> None:
         self._loop = loop
         self._notifier = notifier
         self._overdue_s = overdue_s
-        self._is_starved = False
+        self._is_withheld = False
 
     def begin(self, status: str) -> None:
         """The clients' socket is bound, and the loop is about to turn."""
         self._loop.call_later(0, lambda: self._notifier.ready(status))
         if self._notifier.watchdog_s:
-            self._feed()
+            self._keep_alive()
 
     def say(self, status: str) -> None:
         self._notifier.status(status)
@@ -45,17 +45,17 @@ class ServiceManager:
     def end(self, why: str) -> None:
         self._notifier.stopping(why)
 
-    def _feed(self) -> None:
+    def _keep_alive(self) -> None:
         overdue_s = self._overdue_s()
         if overdue_s <= OVERDUE_GRACE_S:
-            self._is_starved = False
+            self._is_withheld = False
             self._notifier.alive()
-        elif not self._is_starved:
-            self._is_starved = True
+        elif not self._is_withheld:
+            self._is_withheld = True
             logger.error(
-                "watchdog starves: the worker group is %.0f s over its deadline and has not been ended; "
+                "no keep-alive to the watchdog: the worker group is %.0f s over its deadline and has not been ended; "
                 "the service manager restarts the daemon",
                 overdue_s,
             )
         # Twice in each interval, as sd_watchdog_enabled(3) recommends.
-        self._loop.call_later(self._notifier.watchdog_s / 2, self._feed)
+        self._loop.call_later(self._notifier.watchdog_s / 2, self._keep_alive)

@@ -27,7 +27,7 @@ send takes several milliseconds to be refused: nobody else's answer should wait 
 class ReplySender:
     """Send replies. A client that does not read, or is disconnected, lands in :attr:`unreachable` to be closed later.
 
-    Later, because a reply may be sent while a list of jobs or loans is being walked, which closing a session changes.
+    Later, because a reply may be sent while a list of jobs or leases is being walked, which closing a session changes.
 
     Replies of one round of the loop leave together, in their order, by :meth:`flush`. Sent one by one, each of them
     wakes ZeroMQ's thread, which has fallen asleep since the one before, and that took as long as the rest of a request.

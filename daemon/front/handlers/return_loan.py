@@ -11,7 +11,7 @@ from xditd.ipc.status import LeaseState
 
 
 def take_back(service: Service, session: Session, request: ReturnLoan) -> Returned | None:
-    """Count one return; the last one ends the loan, and is answered once no worker maps it."""
+    """Count one return; the last one ends the lease, and is answered once no worker maps the loan."""
     lease = service.loans.leases.find(request.component_id)
     if lease.session.process != session.process:
         owner = lease.session.process.pid

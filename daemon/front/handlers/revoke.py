@@ -1,4 +1,4 @@
-"""``Revoke``: end somebody's loan, or free an adopted component."""
+"""``Revoke``: end somebody's lease, or free an adopted component."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def revoke(service: Service, session: Session, request: Revoke) -> None:
-    """End the loan at once; the answer follows when no worker maps it.
+    """End the lease at once; the answer follows when no worker maps the loan.
 
     Raises:
         LeaseLost, UnknownComponent: it is not on loan.

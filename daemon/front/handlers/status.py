@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from typing import Final, get_args
 
 from xditd import __version__
@@ -15,11 +14,12 @@ from xditd.daemon.sockets.sessions import Session
 from xditd.ipc import limits
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Status
-from xditd.ipc.requests import AnyRequest, GetStatus, Job
+from xditd.ipc.requests import AnyRequest, GetStatus
+from xditd.ipc.requests import Job as JobRequest
 from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
-_JOB_OPS: Final = tuple(op_of(each) for each in get_args(AnyRequest) if issubclass(each, Job))
+_JOB_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, JobRequest))
 """What the counters of jobs count; lends and canaries only share the queue."""
 
 
@@ -32,9 +32,11 @@ def describe_daemon(service: Service) -> DaemonStatus:
     """Gather the state from the objects that have it."""
     group, ranks = service.group, service.group.ranks
     first = ranks.ready[min(ranks.ready)] if ranks is not None and ranks.ready else None
-    lent_bytes: Counter[str] = Counter()
-    for lease in service.loans.leases:
-        lent_bytes.update(lease.bytes_by_tier)
+    leases = list(service.loans.leases)
+    lent_bytes: dict[str, int] = {}
+    for lease in leases:
+        for tier, count in lease.bytes_by_tier.items():
+            lent_bytes[tier] = lent_bytes.get(tier, 0) + count
     return DaemonStatus(
         package_version=__version__,
         protocol_version=PROTOCOL_VERSION,
@@ -51,12 +53,12 @@ def describe_daemon(service: Service) -> DaemonStatus:
         precision=first.precision if first else "",
         fused_checks=ranks.fused_checks if ranks is not None else (),
         workers=_workers(group),
-        components=tuple(lease.status() for lease in service.loans.leases),
-        jobs=tuple(job.status() for job in service.scheduler),
+        components=tuple([lease.status() for lease in leases]),
+        jobs=tuple([job.status() for job in service.scheduler]),
         queue_limit=service.scheduler.queue.limit,
         clients=len(service.sessions),
         counters=_counters(service),
-        lent_bytes=dict(lent_bytes),
+        lent_bytes=lent_bytes,
         last_errors=service.counters.last_errors(),
         last_job_ms=service.scheduler.last_job_ms,
     )
@@ -81,13 +83,13 @@ def _workers(group: WorkerGroup) -> tuple[WorkerStatus, ...]:
 
 def _counters(service: Service) -> Counters:
     """Skeletons are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
-    group, counters = service.group, service.counters
+    group, outcomes = service.group, service.counters.outcomes(_JOB_OPS)
     first = group.ranks.tallies.get(0, RankTally()) if group.ranks is not None else RankTally()
     return Counters(
         group_starts=group.starts,
-        jobs_done=counters.ended("done", _JOB_OPS),
-        jobs_failed=counters.ended("failed", _JOB_OPS),
-        jobs_cancelled=counters.ended("cancelled", _JOB_OPS),
+        jobs_done=outcomes["done"],
+        jobs_failed=outcomes["failed"],
+        jobs_cancelled=outcomes["cancelled"],
         skeletons_built=first.skeletons_built,
         skeletons_reused=first.skeletons_reused,
         plugs=first.plugs,

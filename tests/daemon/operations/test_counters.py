@@ -19,7 +19,7 @@ def test_jobs_are_counted_by_outcome_and_timed_when_served() -> None:
     counters.job_ended("generate", Cancelled("enough"), 0.2, 0.1)
     counters.job_ended("lend", BadCheckpoint("a.weight is missing"), 0.0, 0.1)
     assert counters.jobs == {("generate", "done"): 1, ("generate", "cancelled"): 1, ("lend", "failed"): 1}
-    assert counters.ended("done", ("generate", "call")) == 1
+    assert counters.outcomes({"generate", "call"}) == {"done": 1, "failed": 0, "cancelled": 1}
     assert counters.ran["generate"].sum == 3.0
     assert counters.waited["generate"].sum == pytest.approx(0.4)
     (error,) = counters.last_errors()

@@ -109,7 +109,7 @@ def test_loop_feeds_the_watchdog() -> None:
     assert b"READY=1\nSTATUS=up" in found
 
 
-def test_group_long_overdue_starves_the_watchdog() -> None:
+def test_group_long_overdue_withholds_the_keep_alive() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.bind(f"\0xditd-starved-{os.getpid()}")
         found = fed(bound, OVERDUE_GRACE_S + 1, 4)
