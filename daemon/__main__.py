@@ -20,7 +20,7 @@ from xditd.daemon.operations.log_buffer import LogBuffer, configure_logging
 from xditd.daemon.operations.metrics_server import OFF, MetricsServer, listen_on_loopback, parse_address
 from xditd.daemon.operations.process_setup import adopt_orphans, raise_limit
 from xditd.daemon.operations.runtime_folder import RuntimeFolder
-from xditd.daemon.operations.sd_notify import Notifier, notifier_of_this_process
+from xditd.daemon.operations.service_manager import ServiceManager, service_manager_of_this_process
 from xditd.daemon.operations.signals import Signals
 from xditd.daemon.operations.socket_activation import take_listener
 from xditd.daemon.reload import reload
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = current_folder()
     try:
         configuration = build_configuration(flags, os.environ, folder)
-        notifier = notifier_of_this_process()
+        service_manager = service_manager_of_this_process()
         listener = take_listener(os.environ, os.getpid(), configuration.runtime.client_socket)
     except XditdError as error:
         print(f"xditd serve: {error.detail}", file=sys.stderr)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.warning("%s", warning)
     try:
         read_again = partial(build_configuration, flags, os.environ, folder)
-        serve(configuration, environment, log_buffer, notifier, listener, read_again)
+        serve(configuration, environment, log_buffer, service_manager, listener, read_again)
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -74,7 +74,7 @@ def serve(
     configuration: Configuration,
     environment: Mapping[str, str],
     log_buffer: LogBuffer,
-    notifier: Notifier,
+    service_manager: ServiceManager,
     listener: socket.socket | None,
     read_again: Callable[[], Configuration],
 ) -> None:
@@ -82,10 +82,10 @@ def serve(
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, environment, log_buffer, notifier)
+        service = Service(configuration, folder, environment, log_buffer, service_manager)
         Dispatcher(service)
-        reload_again = partial(service.service_manager.reload, partial(reload, service, read_again))
-        Signals(service.loop, service.stop, service.group.kill, reload_again if notifier.is_enabled else None)
+        reload_again = partial(service_manager.reload, partial(reload, service, read_again))
+        Signals(service.loop, service.stop, service.group.kill, reload_again if service_manager.is_enabled else None)
         metrics: MetricsServer | None = None
         try:
             service.listen(listener)
@@ -96,7 +96,7 @@ def serve(
             if metrics is not None:
                 metrics.close()
             service.close()
-            notifier.close()
+            service_manager.close()
         if service.failure is not None:
             raise service.failure
         logger.info("daemon stopped")

@@ -19,7 +19,6 @@ from xditd.daemon.operations.counters import EventCounters
 from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.log_buffer import LogBuffer
 from xditd.daemon.operations.runtime_folder import FolderWatch, RuntimeFolder
-from xditd.daemon.operations.sd_notify import Notifier
 from xditd.daemon.operations.service_manager import ServiceManager
 from xditd.daemon.queue.fair_queue import FairQueue
 from xditd.daemon.queue.scheduler import Scheduler
@@ -60,7 +59,7 @@ class Service:
         folder: RuntimeFolder,
         environment: Mapping[str, str],
         log_buffer: LogBuffer,
-        notifier: Notifier,
+        service_manager: ServiceManager,
     ) -> None:
         self.configuration = configuration
         self.quotas = Quotas.of(configuration)
@@ -86,7 +85,7 @@ class Service:
         queue = FairQueue(configuration.queue_limit, configuration.client_queue_limit)
         self.scheduler = Scheduler(self.loop, self.group, self.replies, self.counters, queue)
         self.loans = Loans(self.group, self.scheduler, self.counters)
-        self.service_manager = ServiceManager(self.loop, notifier, lambda: self.group.overdue_s)
+        self._service_manager = service_manager
         self._folder_watch = FolderWatch(self.loop, folder, self.fail)
 
     def listen(self, client_listener: socket.socket | None) -> None:
@@ -108,7 +107,7 @@ class Service:
         """Start the group and serve until :meth:`stop`."""
         self._folder_watch.begin()
         self.group.start()
-        self.service_manager.begin(self.group.detail)
+        self._service_manager.begin(self.loop, self.group.detail, lambda: self.group.overdue_s)
         self._check_beats()
         self.loop.run(self._after_round)
 
@@ -164,18 +163,18 @@ class Service:
 
     def group_ready(self) -> None:
         """Only say so: the round ends with the next task, and mapping again comes first."""
-        self.service_manager.say(f"{self.group.expected_world_size} workers ready")
+        self._service_manager.status(f"{self.group.expected_world_size} workers ready")
 
     def group_ended(self, error: XditdError) -> None:
         if not self._is_stopping:
             self.counters.note_error("workers", error)
-            self.service_manager.say(f"workers lost, to be rebuilt: {error.detail}")
+            self._service_manager.status(f"workers lost, to be rebuilt: {error.detail}")
         self.scheduler.group_ended(_as_seen_by_a_job(error))
         self.loans.group_ended()
 
     def group_given_up(self, error: WorkersUnavailable) -> None:
         self.counters.note_error("workers", error)
-        self.service_manager.say(f"degraded, no workers: {error.detail}")
+        self._service_manager.status(f"degraded, no workers: {error.detail}")
         self.scheduler.cancel_all(error)
         lost = LeaseLost(f"the workers are gone for good: {error.detail}")
         self.loans.end_all(list(self.loans.leases), lost, lambda: None)
@@ -211,7 +210,7 @@ class Service:
         deadline_s = self.configuration.drain_deadline_s
         may_run_on = f"; a job may run on for {deadline_s:g} s" if self.scheduler.running is not None else ""
         logger.info("stopping: %s%s", why, may_run_on)
-        self.service_manager.end(f"stopping: {why}")
+        self._service_manager.stopping(f"stopping: {why}")
         self.scheduler.close(stopping)
         self.loop.deadline(deadline_s, lambda: self._end_drain(stopping))
 

@@ -17,20 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 class Receiver(Protocol):
-    """A group as the reader sees it."""
+    """A group as the reader sees it. ``take_report`` raises ``BadMessage`` where a report does not fit."""
 
-    def take_report(self, routing_id: bytes, report: Report) -> None:
-        """Act on a report that carries this group's token.
+    def take_report(self, routing_id: bytes, report: Report) -> None: ...
 
-        Raises:
-            BadMessage: it does not fit what the group has been asked, or did not come from the rank that it names.
-        """
+    def has_route(self, routing_id: bytes) -> bool: ...
 
-    def has_route(self, routing_id: bytes) -> bool:
-        """Whether one of its ranks is at that connection."""
-
-    def end(self, error: XditdError) -> None:
-        """End the group's present life."""
+    def end(self, error: XditdError) -> None: ...
 
 
 class ReportReader:

@@ -182,7 +182,11 @@ class WorkerGroup:
         return self.ranks is not None and self.ranks.has_route(routing_id)
 
     def take_report(self, routing_id: bytes, report: Report) -> None:
-        """Act on a report of this life; :class:`~xditd.daemon.groups.report_reader.Receiver` says more."""
+        """Act on a report of this life.
+
+        Raises:
+            BadMessage: it does not fit what the ranks were asked, or did not come from the rank that it names.
+        """
         ranks = self._live_ranks()
         if isinstance(report, RankReady):
             ranks.admit(routing_id, report)

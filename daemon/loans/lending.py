@@ -27,7 +27,7 @@ from xditd.ipc.worker_messages import Done, ForgetClient, Keep, Kept, Plug, Plug
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 2
-"""Groups that may die while they map one loan again; after that the loan is held to be the cause, and its lease ends."""
+"""Groups that may die while they map one loan again; after that it is held to be the cause, and its lease ends."""
 
 Callback = Callable[[], None]
 

@@ -157,16 +157,18 @@ class _Collected(Collector):
 
 
 def _gauge(name: str, help: str, values: Values | float, *labels: str) -> Metric:
-    family = GaugeMetricFamily(name, help, labels=labels)
-    for found, value in _by_labels(values):
-        family.add_metric(found, value)
-    return family
+    return _filled(GaugeMetricFamily(name, help, labels=labels), values)
 
 
 def _counter(name: str, help: str, values: Values | float, *labels: str) -> Metric:
-    family = CounterMetricFamily(name, help, labels=labels)
-    for found, value in _by_labels(values):
-        family.add_metric(found, value)
+    return _filled(CounterMetricFamily(name, help, labels=labels), values)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Values | float) -> Metric:
+    if not isinstance(values, Mapping):
+        values = {(): values}
+    for labels, value in values.items():
+        family.add_metric((labels,) if isinstance(labels, str) else labels, value)
     return family
 
 
@@ -179,11 +181,3 @@ def _histogram(name: str, help: str, found: Mapping[tuple[str, ...], Histogram],
 
 def _by_op(histograms: Mapping[str, Histogram]) -> dict[tuple[str, ...], Histogram]:
     return {(op,): histogram for op, histogram in histograms.items()}
-
-
-def _by_labels(values: Values | float) -> Iterator[tuple[tuple[str, ...], float]]:
-    if not isinstance(values, Mapping):
-        yield (), values
-        return
-    for labels, value in values.items():
-        yield (labels,) if isinstance(labels, str) else labels, value

@@ -13,7 +13,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.front.service import Service
 from xditd.daemon.operations.log_buffer import LogBuffer
 from xditd.daemon.operations.runtime_folder import RuntimeFolder
-from xditd.daemon.operations.sd_notify import Notifier
+from xditd.daemon.operations.service_manager import ServiceManager
 from xditd.ipc.addresses import RuntimeDir
 
 
@@ -31,6 +31,6 @@ def service() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # a socket's path may not be long
         configuration = Configuration(runtime=RuntimeDir(Path(name) / "run"))
         with RuntimeFolder(configuration.runtime) as folder:
-            service = Service(configuration, folder, {}, LogBuffer(), Notifier({}, os.getpid()))
+            service = Service(configuration, folder, {}, LogBuffer(), ServiceManager({}, os.getpid()))
             yield service
             service.close()

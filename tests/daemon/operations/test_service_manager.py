@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from xditd.daemon.operations.event_loop import EventLoop
-from xditd.daemon.operations.sd_notify import Notifier
 from xditd.daemon.operations.service_manager import OVERDUE_GRACE_S, ServiceManager
 from xditd.ipc.errors import BadRequest
 
@@ -29,7 +28,7 @@ def manager(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, str
 
 def test_words_of_the_protocol(manager: tuple[socket.socket, str]) -> None:
     bound, name = manager
-    notifier = Notifier({"NOTIFY_SOCKET": name}, pid=1)
+    notifier = ServiceManager({"NOTIFY_SOCKET": name}, pid=1)
     notifier.ready("2 workers\nREADY=0")
     assert bound.recv(4096) == b"READY=1\nSTATUS=2 workers READY=0"
     notifier.alive()
@@ -44,7 +43,7 @@ def test_words_of_the_protocol(manager: tuple[socket.socket, str]) -> None:
 
 def test_manager_that_is_gone_or_does_not_read_is_not_waited_for() -> None:
     name = tempfile.mktemp(prefix="xditd-")
-    notifier = Notifier({"NOTIFY_SOCKET": name}, pid=1)
+    notifier = ServiceManager({"NOTIFY_SOCKET": name}, pid=1)
     notifier.alive()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.bind(name)
@@ -55,7 +54,7 @@ def test_manager_that_is_gone_or_does_not_read_is_not_waited_for() -> None:
 
 
 def test_without_a_manager_nothing_is_said() -> None:
-    notifier = Notifier({"WATCHDOG_USEC": "1000000"}, pid=1)
+    notifier = ServiceManager({"WATCHDOG_USEC": "1000000"}, pid=1)
     notifier.ready("x")
     assert not notifier.is_enabled
     assert notifier.watchdog_s == 0
@@ -71,16 +70,16 @@ def test_without_a_manager_nothing_is_said() -> None:
     ],
 )
 def test_watchdog_is_for_the_process_that_is_meant(variables: dict[str, str], expected_s: float) -> None:
-    assert Notifier({"NOTIFY_SOCKET": "@x", **variables}, pid=7).watchdog_s == expected_s
+    assert ServiceManager({"NOTIFY_SOCKET": "@x", **variables}, pid=7).watchdog_s == expected_s
 
 
 @pytest.mark.parametrize("variables", [{"NOTIFY_SOCKET": "relative"}, {"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "soon"}])
 def test_variables_that_make_no_sense_are_refused(variables: dict[str, str]) -> None:
     with pytest.raises(BadRequest, match="unset it"):
-        Notifier(variables, pid=7)
+        ServiceManager(variables, pid=7)
 
 
-def fed(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
+def heard(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
     """Run a loop with a watchdog until so many messages have come, or half a second has passed."""
     loop = EventLoop()
     found: list[bytes] = []
@@ -91,9 +90,9 @@ def fed(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
         if len(found) == messages:
             loop.stop()
 
-    notifier = Notifier({"NOTIFY_SOCKET": "@" + bound.getsockname()[1:].decode(), "WATCHDOG_USEC": "40000"}, 1)
+    notifier = ServiceManager({"NOTIFY_SOCKET": "@" + bound.getsockname()[1:].decode(), "WATCHDOG_USEC": "40000"}, 1)
     loop.watch(bound.fileno(), hear)
-    ServiceManager(loop, notifier, lambda: overdue_s).begin("up")
+    notifier.begin(loop, "up", lambda: overdue_s)
     loop.call_later(0.5, loop.stop)
     loop.run(lambda: None)
     notifier.close()
@@ -101,10 +100,10 @@ def fed(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
     return found
 
 
-def test_loop_feeds_the_watchdog() -> None:
+def test_loop_keeps_the_watchdog_informed() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.bind(f"\0xditd-fed-{os.getpid()}")
-        found = fed(bound, 0.0, 4)
+        found = heard(bound, 0.0, 4)
     assert found.count(b"WATCHDOG=1") == 3
     assert b"READY=1\nSTATUS=up" in found
 
@@ -112,5 +111,5 @@ def test_loop_feeds_the_watchdog() -> None:
 def test_group_long_overdue_withholds_the_keep_alive() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.bind(f"\0xditd-starved-{os.getpid()}")
-        found = fed(bound, OVERDUE_GRACE_S + 1, 4)
+        found = heard(bound, OVERDUE_GRACE_S + 1, 4)
     assert found == [b"READY=1\nSTATUS=up"]
