@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("document", ["architecture.md", "guarantees.md"])
-@pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("loan", LEASE_NEXT), ("job", JOB_NEXT)])
+@pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("lease", LEASE_NEXT), ("job", JOB_NEXT)])
 def test_tables_of_states(title, table, document):
     text = (ROOT / "docs" / document).read_text()
     rows = re.search(rf"\| {title} \| may become \|\n\|---\|---\|\n((?:\|.*\|\n?)+)", text)
