@@ -75,7 +75,7 @@ class Leader:
         loop.watch(self._pidfd, self._leader_exited)
 
     @property
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """The last error that a process of the group did not handle, else the last line."""
         return self._output.last_error or self._output.last_line
 

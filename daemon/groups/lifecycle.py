@@ -19,7 +19,7 @@ GROUP_NEXT: Final[Mapping[GroupState, Set[GroupState]]] = {
 """Every life ends in DEAD; only there is it decided whether another one follows."""
 
 STEADY_S: Final = 600.0
-"""A group that was ready for so long was sound, even if nobody asked it for anything."""
+"""A group that was ready for so long has worked, even if nobody asked it for anything."""
 
 _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 30.0

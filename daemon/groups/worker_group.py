@@ -80,7 +80,7 @@ class WorkerGroup:
         self._outside_connections_before = 0
         self._started_s = 0.0
         self._ready_s: float | None = None
-        self._start_deadline: Deadline | None = None
+        self._start_deadline = Deadline(loop, self._start_overdue)
         self._restart_timer: Timer | None = None
         self._on_stopped: Callback | None = None
         self._deadline = CommandDeadline(loop, LearnedDurations.of(configuration, loop.clock), self._deadline_missed)
@@ -128,7 +128,7 @@ class WorkerGroup:
         except OSError as error:
             self._could_not_start(command[0], error)
             return
-        self._start_deadline = self._loop.deadline(self._configuration.start_deadline_s, self._start_overdue)
+        self._start_deadline.extend(self._configuration.start_deadline_s)
         logger.info("%s starting leader_pid=%d start=%d", self.name, self._leader.pid, self.starts)
 
     def send(self, make: CommandMaker) -> None:
@@ -219,7 +219,7 @@ class WorkerGroup:
     # --- Moves
 
     def _mark_ready(self, ranks: Ranks) -> None:
-        self._stop_start_deadline()
+        self._start_deadline.stop()
         self.state = move(GROUP_NEXT, self.state, GroupState.READY)
         self.detail = ""
         self._ready_s = self._loop.clock.now_s()
@@ -237,7 +237,7 @@ class WorkerGroup:
         self.listener.group_ready()
 
     def _mark_dead(self, error: XditdError) -> None:
-        self._stop_start_deadline()
+        self._start_deadline.stop()
         self._deadline.group_ended()
         self.state = move(GROUP_NEXT, self.state, GroupState.DEAD)
         self.detail = error.detail
@@ -295,7 +295,7 @@ class WorkerGroup:
     def _start_overdue(self) -> None:
         ready = len(self.ranks.ready) if self.ranks is not None else 0
         waited_s = self._configuration.start_deadline_s
-        said = self._leader.last_words if self._leader is not None else ""
+        said = self._leader.last_output if self._leader is not None else ""
         self.end(
             WorkersLost(
                 f"only {ready} ranks reported within {waited_s:g} s of the start; their last line: {said or 'none'}; "
@@ -305,11 +305,6 @@ class WorkerGroup:
 
     def _deadline_missed(self, silent_s: float) -> None:
         self.end(WorkersLost(f"no report for {silent_s:.1f} s while {self._live_ranks().what_is_missing}"))
-
-    def _stop_start_deadline(self) -> None:
-        if self._start_deadline is not None:
-            self._start_deadline.stop()
-            self._start_deadline = None
 
     def _live_ranks(self) -> Ranks:
         if self.ranks is None:

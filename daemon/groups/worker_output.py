@@ -55,7 +55,7 @@ class WorkerOutput:
         return bool(self.verdict) and UNEXPLAINED not in self.verdict
 
     def is_final(self, status: int) -> bool:
-        """Say whether no restart can help: the leader's own word for it, a shell's, or that of an interpreter."""
+        """Say whether no restart can help: the leader, a shell or the interpreter said so."""
         return status in _FINAL_STATUSES or (status == 1 and not self.verdict and _NO_MODULE in self.last_line)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Leases: which component is lent by whom, and where each lease is in its life. Nothing here talks to anybody."""
+"""Leases: which component is lent by whom, and what state each lease is in. Nothing here sends a message."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Loans:
     # --- Rebuilt groups --------------------------------------------------------------------------------
 
     def group_ended(self) -> None:
-        """Have mapped again what is lent, and end what was adopted: it is gone. The scheduler has heard before."""
+        """Queue the mapping of what is lent, and end what was adopted: it is gone. The scheduler hears of it first."""
         for lease in self.leases:
             if lease.state is LeaseState.LENT:
                 lease.move(LeaseState.LENDING)

@@ -1,4 +1,4 @@
-"""States are data: each kind of lifetime has a table of the moves that are allowed, and one function goes along it."""
+"""Moves between states: each kind of lifetime has a table of those that are allowed, and one function checks it."""
 
 from __future__ import annotations
 

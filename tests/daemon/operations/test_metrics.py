@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -53,3 +55,8 @@ def test_workers_and_fused_checks_have_samples_of_their_own(service: Service) ->
     assert found[labelled("xditd_gpu_memory_used_bytes", rank="1", device="cuda:1", uuid="GPU-1")] == 5
     assert math.isnan(found[labelled("xditd_fused_error_ratio", kernels='a"b', tokens="8")])
     assert found[labelled("xditd_fused_in_use", kernels='a"b', tokens="8")] == 0
+
+
+def test_a_daemon_without_metrics_does_not_import_their_library() -> None:
+    code = "import sys, xditd.daemon.__main__; print('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
