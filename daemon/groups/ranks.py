@@ -65,6 +65,21 @@ class Ranks:
         return bool(self.ready) and len(self.ready) == self.world_size
 
     @property
+    def first(self) -> RankReady | None:
+        """What the lowest rank has reported; ``None`` while none has."""
+        return self.ready[min(self.ready)] if self.ready else None
+
+    @property
+    def summary(self) -> str:
+        """What a complete group is, for its line in the log."""
+        size, first = self.world_size, self.ready[min(self.ready)]
+        degrees = ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none"
+        return (
+            f"{size} workers ready, 0 loaded, {size} deferred device={first.device_kind} parallel={degrees} "
+            f"attention={first.attention_backend} precision={first.precision}"
+        )
+
+    @property
     def what_is_missing(self) -> str:
         """Say which ranks still owe an answer to which command."""
         if self.in_flight is None:

@@ -223,17 +223,7 @@ class WorkerGroup:
         self.state = move(GROUP_NEXT, self.state, GroupState.READY)
         self.detail = ""
         self._ready_s = self._loop.clock.now_s()
-        first = ranks.ready[min(ranks.ready)]
-        logger.info(
-            "%d workers ready, 0 loaded, %d deferred device=%s parallel=%s attention=%s precision=%s start_s=%.2f",
-            ranks.world_size,
-            ranks.world_size,
-            first.device_kind,
-            ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none",
-            first.attention_backend,
-            first.precision,
-            self._ready_s - self._started_s,
-        )
+        logger.info("%s start_s=%.2f", ranks.summary, self._ready_s - self._started_s)
         self.listener.group_ready()
 
     def _mark_dead(self, error: XditdError) -> None:

@@ -31,7 +31,7 @@ def report(service: Service, _: Session, request: GetStatus) -> Status:
 def describe_daemon(service: Service) -> DaemonStatus:
     """Gather the state from the objects that have it."""
     group, ranks = service.group, service.group.ranks
-    first = ranks.ready[min(ranks.ready)] if ranks is not None and ranks.ready else None
+    first = ranks.first if ranks is not None else None
     leases = list(service.loans.leases)
     lent_bytes: dict[str, int] = {}
     for lease in leases:
