@@ -18,13 +18,13 @@ from xditd.ipc.errors import AlreadyRunning, BadRequest
 
 logger = logging.getLogger(__name__)
 
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""What ``prometheus_client.exposition.generate_latest`` writes, which is only imported where metrics are served."""
+
 MAX_CONNECTIONS: Final = 16
 MAX_REQUEST_BYTES: Final = 8 * 1024
 DEADLINE_S: Final = 5.0
 """From connection to the last byte; a slower reader is dropped."""
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""What ``prometheus_client.exposition.generate_latest`` writes, which is only imported where metrics are served."""
 
 OFF: Final = "off"
 UNIX: Final = "unix"
