@@ -10,21 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from xditd.daemon.activation import take_listener
 from xditd.daemon.arguments import build_parser
 from xditd.daemon.configuration import Configuration, build_configuration
-from xditd.daemon.dispatch import Dispatcher
-from xditd.daemon.leader import adopt_orphans
-from xditd.daemon.logbook import Logbook, configure_logging
-from xditd.daemon.metrics import write_metrics
-from xditd.daemon.metrics_server import MetricsServer, listen_on_loopback
-from xditd.daemon.notify import Notifier, notifier_of_this_process
-from xditd.daemon.open_files import raise_limit
+from xditd.daemon.front.dispatch import Dispatcher
+from xditd.daemon.front.handlers.status import describe_daemon
+from xditd.daemon.front.service import Service
+from xditd.daemon.groups.worker_environment import worker_environment
+from xditd.daemon.operations.log_buffer import LogBuffer, configure_logging
+from xditd.daemon.operations.metrics_server import MetricsServer, listen_on_loopback
+from xditd.daemon.operations.process_setup import adopt_orphans, raise_limit
+from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations.service_manager import ServiceManager, service_manager_of_this_process
+from xditd.daemon.operations.signals import Signals
+from xditd.daemon.operations.socket_activation import take_listener
 from xditd.daemon.reload import reload
-from xditd.daemon.runtime_folder import RuntimeFolder
-from xditd.daemon.service import Service
-from xditd.daemon.signals import Signals
-from xditd.daemon.worker_environment import worker_environment
 from xditd.ipc.addresses import METRICS_OFF, parse_metrics_address
 from xditd.ipc.command_line import unknown_variables
 from xditd.ipc.errors import XditdError
@@ -47,19 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = current_folder()
     try:
         configuration = build_configuration(flags, os.environ, folder)
-        notifier = notifier_of_this_process()
+        service_manager = service_manager_of_this_process()
         listener = take_listener(os.environ, os.getpid(), configuration.runtime.client_socket)
     except XditdError as error:
         print(f"xditd serve: {error.detail}", file=sys.stderr)
         return MISUSED
     environment = worker_environment(os.environ, folder)
     os.chdir(WORKING_FOLDER)
-    logbook = configure_logging(configuration.log_level)
+    log_buffer = configure_logging(configuration.log_level)
     for warning in unknown_variables(os.environ):
         logger.warning("%s", warning)
     try:
         read_again = partial(build_configuration, flags, os.environ, folder)
-        serve(configuration, environment, logbook, notifier, listener, read_again)
+        serve(configuration, environment, log_buffer, service_manager, listener, read_again)
     except XditdError as error:
         logger.error("%s: %s", error.code, error.detail)
         return FAILED
@@ -75,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(
     configuration: Configuration,
     environment: Mapping[str, str],
-    logbook: Logbook,
-    notifier: Notifier,
+    log_buffer: LogBuffer,
+    service_manager: ServiceManager,
     listener: socket.socket | None,
     read_again: Callable[[], Configuration],
 ) -> None:
@@ -84,10 +83,10 @@ def serve(
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()
-        service = Service(configuration, folder, environment, logbook, notifier)
+        service = Service(configuration, folder, environment, log_buffer, service_manager)
         Dispatcher(service)
-        is_managed = notifier.is_enabled
-        Signals(service, (lambda: service.vitals.reload(lambda: reload(service, read_again))) if is_managed else None)
+        reload_again = partial(service_manager.reload, partial(reload, service, read_again))
+        Signals(service.loop, service.stop, service.group.kill, reload_again if service_manager.is_enabled else None)
         metrics: MetricsServer | None = None
         try:
             service.listen(listener)
@@ -98,7 +97,7 @@ def serve(
             if metrics is not None:
                 metrics.close()
             service.close()
-            notifier.close()
+            service_manager.close()
         if service.failure is not None:
             raise service.failure
         logger.info("daemon stopped")
@@ -108,7 +107,13 @@ def _serve_metrics(service: Service, folder: RuntimeFolder) -> MetricsServer | N
     address = parse_metrics_address(service.configuration.metrics)
     if address == METRICS_OFF:
         return None
-    server = MetricsServer(service.loop, lambda: write_metrics(service))
+    # Imported here: most daemons serve no metrics, and start-up time is counted.
+    from xditd.daemon.operations.metrics import write_metrics
+
+    def write() -> str:
+        return write_metrics(describe_daemon(service), service.counters, service.group.restarts.failures)
+
+    server = MetricsServer(service.loop, write)
     if isinstance(address, str):
         folder.listen(folder.runtime.metrics_socket, server.listen)
     else:

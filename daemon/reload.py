@@ -9,8 +9,8 @@ from typing import Final
 import msgspec
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.quotas import Quotas
-from xditd.daemon.service import Service
+from xditd.daemon.front.quotas import Quotas
+from xditd.daemon.front.service import Service
 from xditd.ipc.errors import XditdError
 from xditd.ipc.settings.daemon import SETTINGS
 
@@ -34,9 +34,9 @@ def reload(service: Service, read: Callable[[], Configuration]) -> str:
     changed = [each.name for each in SETTINGS if getattr(old, each.name) != getattr(new, each.name)]
     service.configuration = msgspec.structs.replace(old, **{name: getattr(new, name) for name in LIVE})
     service.quotas = Quotas.of(service.configuration)
-    service.desk.queue.limit = new.queue_limit
-    service.desk.queue.client_limit = new.client_queue_limit
-    service.supervisor.restarts.limit = new.max_restarts
+    service.scheduler.queue.limit = new.queue_limit
+    service.scheduler.queue.client_limit = new.client_queue_limit
+    service.group.restarts.limit = new.max_restarts
     logging.getLogger().setLevel(new.log_level.upper())
     applied = ", ".join(name for name in changed if name in LIVE) or "nothing"
     waiting = ", ".join(name for name in changed if name not in LIVE) or "nothing"

@@ -14,7 +14,7 @@ from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Describe
 
 
 class GroupState(Enum):
-    """Life of the worker group; the table of moves is in :mod:`xditd.daemon.states`."""
+    """Life of a worker group; the table of moves is in :mod:`xditd.daemon.groups.lifecycle`."""
 
     STARTING = "starting"
     READY = "ready"
@@ -24,7 +24,7 @@ class GroupState(Enum):
 
 
 class LeaseState(Enum):
-    """Life of a loan; the table of moves is in :mod:`xditd.daemon.states`."""
+    """Life of a lease; the table of moves is in :mod:`xditd.daemon.loans.leases`."""
 
     LENDING = "lending"
     LENT = "lent"
@@ -34,7 +34,7 @@ class LeaseState(Enum):
 
 
 class JobState(Enum):
-    """Life of a queued request; the table of moves is in :mod:`xditd.daemon.states`."""
+    """Life of a queued request; the table of moves is in :mod:`xditd.daemon.queue.jobs`."""
 
     QUEUED = "queued"
     RUNNING = "running"

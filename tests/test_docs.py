@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from xditd.daemon.states import GROUP_NEXT, JOB_NEXT, LEASE_NEXT
+from xditd.daemon.groups.lifecycle import GROUP_NEXT
+from xditd.daemon.loans.leases import LEASE_NEXT
+from xditd.daemon.queue.jobs import JOB_NEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("document", ["architecture.md", "guarantees.md"])
-@pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("loan", LEASE_NEXT), ("job", JOB_NEXT)])
+@pytest.mark.parametrize(("title", "table"), [("group", GROUP_NEXT), ("lease", LEASE_NEXT), ("job", JOB_NEXT)])
 def test_tables_of_states(title, table, document):
     text = (ROOT / "docs" / document).read_text()
     rows = re.search(rf"\| {title} \| may become \|\n\|---\|---\|\n((?:\|.*\|\n?)+)", text)

@@ -75,3 +75,18 @@ def test_a_circle_is_found() -> None:
 
 def test_no_module_imports_itself_by_way_of_others(imports: dict[str, list[str]]) -> None:
     assert circles(imports) == []
+
+
+@pytest.mark.parametrize("room", ["daemon", "gpu_workers", "ipc"])
+def test_no_folder_of_a_room_imports_itself_by_way_of_others(imports: dict[str, list[str]], room: str) -> None:
+    """Each folder counts as one: modules may be free of circles where their folders are not."""
+    prefix = f"xditd.{room}."
+    folders: dict[str, set[str]] = {}
+    for module, imported in imports.items():
+        if module.startswith(prefix):
+            found = folders.setdefault(module.split(".")[2], set())
+            found.update(name.split(".")[2] for name in imported if name.startswith(prefix))
+    for folder, found in folders.items():
+        found.discard(folder)
+    assert len(folders) > 3
+    assert circles({folder: sorted(found) for folder, found in folders.items()}) == []

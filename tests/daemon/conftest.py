@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.logbook import Logbook
-from xditd.daemon.notify import Notifier
-from xditd.daemon.runtime_folder import RuntimeFolder
-from xditd.daemon.service import Service
+from xditd.daemon.front.service import Service
+from xditd.daemon.operations.log_buffer import LogBuffer
+from xditd.daemon.operations.runtime_folder import RuntimeFolder
+from xditd.daemon.operations.service_manager import ServiceManager
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,6 @@ def service() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # a socket's path may not be long
         configuration = Configuration(runtime_dir=str(Path(name) / "run"))
         with RuntimeFolder(configuration.runtime) as folder:
-            service = Service(configuration, folder, {}, Logbook(), Notifier({}, os.getpid()))
+            service = Service(configuration, folder, {}, LogBuffer(), ServiceManager({}, os.getpid()))
             yield service
             service.close()

@@ -7,8 +7,8 @@ import pytest
 from msgspec.structs import replace
 
 from xditd.daemon.configuration import Configuration
+from xditd.daemon.front.service import Service
 from xditd.daemon.reload import reload
-from xditd.daemon.service import Service
 from xditd.ipc.errors import BadRequest
 
 
@@ -24,7 +24,7 @@ def test_reload_takes_over_limits_and_log_level(service: Service, caplog: pytest
         service.configuration, queue_limit=7, client_queue_limit=3, client_loan_limit=2, log_level="debug", workers=4
     )
     outcome = reload(service, lambda: fresh)
-    assert (service.desk.queue.limit, service.desk.queue.client_limit) == (7, 3)
+    assert (service.scheduler.queue.limit, service.scheduler.queue.client_limit) == (7, 3)
     assert service.quotas.loans == 2
     assert logging.getLogger().level == logging.DEBUG
     assert service.configuration.workers == "auto"

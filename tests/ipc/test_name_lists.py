@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xditd.daemon.front import failed
+from xditd.daemon.sockets.reply_sender import failed
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.errors import BY_CODE, BadCheckpoint, error_for
@@ -51,7 +51,7 @@ def test_what_no_message_holds_is_cut_and_can_be_sent(names: list[str]) -> None:
 
 
 def test_a_log_gets_every_name_in_lines_that_it_keeps_whole() -> None:
-    from xditd.daemon.logbook import MAX_LINE_CHARS
+    from xditd.daemon.operations.log_buffer import MAX_LINE_CHARS
 
     lines = list(in_log_lines(FULL_SIZE))
     assert ", ".join(lines) == ", ".join(FULL_SIZE)

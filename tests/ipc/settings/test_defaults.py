@@ -10,7 +10,7 @@ import pytest
 
 from xditd.client.cli.main import VERBS
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.leader import leader_command
+from xditd.daemon.groups.leader import leader_command
 from xditd.gpu_workers.process.options import parse
 from xditd.ipc.settings.client import VERB_FLAGS
 from xditd.ipc.settings.daemon import SETTINGS, WORKER_OPTIONS

@@ -1,0 +1,131 @@
+"""From an envelope on the clients' socket to the handler of its request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from xditd.daemon.front.handlers import (
+    adopt,
+    beat,
+    canary,
+    cancel,
+    goodbye,
+    hello,
+    jobs,
+    lend,
+    logs,
+    return_loan,
+    revoke,
+    status,
+    stop,
+)
+from xditd.daemon.front.service import Service
+from xditd.daemon.queue.jobs import op_of
+from xditd.daemon.sockets.credentials import Credentials, check_uid
+from xditd.daemon.sockets.reply_sender import failed
+from xditd.daemon.sockets.routers import Envelope
+from xditd.daemon.sockets.sessions import Session
+from xditd.ipc import requests
+from xditd.ipc.codec import request_decoder
+from xditd.ipc.errors import BadMessage, NotPermitted, SessionLost, XditdError
+from xditd.ipc.protocol import Reply, Request
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Service, Session, Any], Reply | None]
+
+HANDLERS: Final[Mapping[type[Request], Handler]] = {
+    requests.Beat: beat.hear,
+    requests.Goodbye: goodbye.close,
+    requests.CheckCanary: canary.check,
+    requests.Lend: lend.lend,
+    requests.ReturnLoan: return_loan.take_back,
+    requests.Adopt: adopt.adopt,
+    requests.Revoke: revoke.revoke,
+    requests.Call: jobs.run,
+    requests.Generate: jobs.run,
+    requests.Decode: jobs.run,
+    requests.Encode: jobs.run,
+    requests.EncodeText: jobs.run,
+    requests.Cancel: cancel.cancel,
+    requests.GetStatus: status.report,
+    requests.GetLogs: logs.read,
+    requests.Stop: stop.stop,
+}
+"""``Hello`` is not here: it makes the session that all others need."""
+
+_QUIET: Final = frozenset({requests.Hello, requests.Goodbye, requests.Beat, requests.GetStatus, requests.GetLogs})
+"""Come with every look at the daemon: at INFO they would push other requests out of the log that ``GetLogs`` shows."""
+
+UNREADABLE_ID: Final = "?"
+"""Answers a message whose own request id could not be read."""
+
+
+class Dispatcher:
+    """Read the clients' socket; every message gets an answer, or a job that will give it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._own_uid = os.getuid()
+        service.loop.watch_socket(service.client_router.socket, self._read)
+
+    def _read(self) -> None:
+        for envelope in self._service.client_router.receive():
+            self._serve(envelope)
+
+    def _serve(self, envelope: Envelope) -> None:
+        began_s = time.monotonic()
+        request_id = UNREADABLE_ID
+        try:
+            peer = check_uid(envelope.peer, self._own_uid)
+            if envelope.payload is None:
+                raise BadMessage("a message has exactly one frame; use a DEALER socket")
+            self._service.quotas.check_message(len(envelope.payload))
+            request: Request = request_decoder.decode(envelope.payload)
+            request_id = request.request_id
+            reply = self._handle(envelope, peer, request)
+        except XditdError as error:
+            if isinstance(error, BadMessage):
+                request_id = error.request_id or request_id
+            self._refuse(envelope, request_id, error)
+            return
+        level = logging.DEBUG if type(request) in _QUIET else logging.INFO
+        if reply is None:
+            return
+        self._service.replies.answer(envelope.routing_id, reply)
+        if logger.isEnabledFor(level):
+            logger.log(
+                level,
+                "request done op=%s request_id=%s client_pid=%d took_ms=%.2f",
+                op_of(request),
+                request_id,
+                peer.pid,
+                (time.monotonic() - began_s) * 1000,
+            )
+
+    def _handle(self, envelope: Envelope, peer: Credentials, request: Request) -> Reply | None:
+        if isinstance(request, requests.Hello):
+            return hello.greet(self._service, envelope.routing_id, envelope.peer, peer, request)
+        session = self._service.sessions.find(envelope.routing_id)
+        if session is None:
+            raise SessionLost(
+                "no session on this connection: say hello first (if you did, the session was closed: see xditd logs)"
+            )
+        if session.address != envelope.peer:
+            raise NotPermitted(f"process {peer.pid} uses the session of process {session.process.pid}")
+        session.heard_s = self._service.loop.clock.now_s()
+        return HANDLERS[type(request)](self._service, session, request)
+
+    def _refuse(self, envelope: Envelope, request_id: str, error: XditdError) -> None:
+        logger.info(
+            "request refused request_id=%s peer=%s code=%s detail=%r",
+            request_id,
+            envelope.peer,
+            error.code,
+            error.detail[:500],
+        )
+        self._service.replies.answer(envelope.routing_id, failed(request_id, error))

@@ -1,0 +1,97 @@
+"""``GetStatus``: the daemon's state, complete, at one moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Final, get_args
+
+from xditd import __version__
+from xditd.daemon.front.service import Service
+from xditd.daemon.groups.worker_group import WorkerGroup
+from xditd.daemon.queue.jobs import op_of
+from xditd.daemon.sockets.sessions import Session
+from xditd.ipc import limits
+from xditd.ipc.protocol import PROTOCOL_VERSION
+from xditd.ipc.replies import Status
+from xditd.ipc.requests import AnyRequest, GetStatus
+from xditd.ipc.requests import Job as JobRequest
+from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
+from xditd.ipc.worker_messages import RankTally
+
+_JOB_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, JobRequest))
+"""What the counters of jobs count; lends and canaries only share the queue."""
+
+
+def report(service: Service, _: Session, request: GetStatus) -> Status:
+    """Answer with the state."""
+    return Status(request_id=request.request_id, daemon=describe_daemon(service))
+
+
+def describe_daemon(service: Service) -> DaemonStatus:
+    """Gather the state from the objects that have it."""
+    group, ranks = service.group, service.group.ranks
+    first = ranks.first if ranks is not None else None
+    leases = list(service.loans.leases)
+    lent_bytes: dict[str, int] = {}
+    for lease in leases:
+        for tier, count in lease.bytes_by_tier.items():
+            lent_bytes[tier] = lent_bytes.get(tier, 0) + count
+    return DaemonStatus(
+        package_version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        uptime_s=time.monotonic() - service.started_s,
+        runtime_dir=str(service.configuration.runtime.path),
+        group_state=group.state,
+        group_detail=group.detail[: limits.MAX_TEXT_CHARS],
+        device_kind=first.device_kind if first else "",
+        world_size=group.expected_world_size,
+        parallel=first.parallel if first else {},
+        layout=first.layout if first else None,
+        attention_backend=first.attention_backend if first else "",
+        precision=first.precision if first else "",
+        fused_checks=ranks.fused_checks if ranks is not None else (),
+        workers=_workers(group),
+        components=tuple([lease.status() for lease in leases]),
+        jobs=tuple([job.status() for job in service.scheduler]),
+        queue_limit=service.scheduler.queue.limit,
+        clients=len(service.sessions),
+        counters=_counters(service),
+        lent_bytes=lent_bytes,
+        last_errors=service.counters.last_errors(),
+        last_job_ms=service.scheduler.last_job_ms,
+    )
+
+
+def _workers(group: WorkerGroup) -> tuple[WorkerStatus, ...]:
+    if group.ranks is None:
+        return ()
+    tallies = group.ranks.tallies
+    return tuple(
+        WorkerStatus(
+            rank=rank,
+            pid=ready.pid,
+            device=ready.device,
+            device_uuid=ready.device_uuid,
+            memory_bytes=tallies[rank].memory_bytes if rank in tallies else 0,
+            loaded=tallies[rank].loaded if rank in tallies else 0,
+        )
+        for rank, ready in sorted(group.ranks.ready.items())
+    )
+
+
+def _counters(service: Service) -> Counters:
+    """Skeletons are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
+    group, outcomes = service.group, service.counters.outcomes(_JOB_OPS)
+    first = group.ranks.tallies.get(0, RankTally()) if group.ranks is not None else RankTally()
+    return Counters(
+        group_starts=group.starts,
+        jobs_done=outcomes["done"],
+        jobs_failed=outcomes["failed"],
+        jobs_cancelled=outcomes["cancelled"],
+        skeletons_built=first.skeletons_built,
+        skeletons_reused=first.skeletons_reused,
+        plugs=first.plugs,
+        outside_connections=group.outside_connections,
+    )

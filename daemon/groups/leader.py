@@ -1,0 +1,131 @@
+"""One life of a worker group as processes: the leader, its ranks, and their output."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from xditd.daemon.configuration import Configuration
+from xditd.daemon.groups.worker_output import WorkerOutput
+from xditd.daemon.operations.event_loop import Deadline, EventLoop
+from xditd.daemon.operations.log_buffer import LogBuffer
+from xditd.ipc.settings.daemon import WORKER_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+TERM_GRACE_S: Final = 2.0
+"""From SIGTERM to SIGKILL. A group that is ended is broken or idle: there is nothing to finish."""
+
+_EMPTY_POLL_S: Final = 0.01
+_EMPTY_DEADLINE_S: Final = 10.0
+
+
+def leader_command(configuration: Configuration, token: str) -> list[str]:
+    """Spell the command line of the group's leader."""
+    return [
+        *configuration.worker_command,
+        *("--runtime-dir", str(configuration.runtime.path)),
+        *("--group-token", token),
+        *(word for each in WORKER_OPTIONS for word in (each.flag, str(getattr(configuration, each.name)))),
+    ]
+
+
+class Leader:
+    """Start the leader in a process group of its own, and watch it until no process of that group is left.
+
+    ``on_gone(exit_status, output)`` is called once: the status is negative for a signal, and the output knows why.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        log_buffer: LogBuffer,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        on_gone: Callable[[int, WorkerOutput], None],
+    ) -> None:
+        self._loop = loop
+        self._on_gone = on_gone
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        assert self._process.stdout is not None  # because of PIPE
+        self._output = WorkerOutput(loop, log_buffer, os.dup(self._process.stdout.fileno()))
+        self._process.stdout.close()
+        self._kill_deadline: Deadline | None = None
+        self._empty_deadline: Deadline | None = None
+        self._is_gone = False
+        self._pidfd = os.pidfd_open(self.pid)
+        loop.watch(self._pidfd, self._leader_exited)
+
+    @property
+    def last_output(self) -> str:
+        """The last error that a process of the group did not handle, else the last line."""
+        return self._output.last_error or self._output.last_line
+
+    def terminate(self) -> None:
+        """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
+        if self._kill_deadline is None and self._process.returncode is None:
+            self._kill_deadline = self._loop.deadline(TERM_GRACE_S, self.kill)
+            # Through the descriptor: a pid may have been given to somebody else by now.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill every process of the group. Safe while the leader is not reaped: its number stays taken."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _leader_exited(self) -> None:
+        """The leader is a zombie. Kill its ranks while its number cannot be used again, then wait for them."""
+        self._loop.unwatch(self._pidfd)
+        if self._kill_deadline is not None:
+            self._kill_deadline.stop()
+        self.kill()
+        self._process.wait()
+        self._empty_deadline = self._loop.deadline(_EMPTY_DEADLINE_S, self._ranks_stay)
+        self._wait_until_empty()
+
+    def _wait_until_empty(self) -> None:
+        if self._is_gone:
+            return
+        if self._is_empty():
+            self._finish()
+        else:
+            # A killed rank takes a while to go: the driver frees its memory first.
+            self._loop.call_later(_EMPTY_POLL_S, self._wait_until_empty)
+
+    def _ranks_stay(self) -> None:
+        logger.error("ranks of leader pid=%d did not go away %.0f s after SIGKILL", self.pid, _EMPTY_DEADLINE_S)
+        self._finish()
+
+    def _finish(self) -> None:
+        self._is_gone = True
+        if self._empty_deadline is not None:
+            self._empty_deadline.stop()
+        self._output.close()
+        os.close(self._pidfd)
+        self._on_gone(self._process.returncode, self._output)
+
+    def _is_empty(self) -> bool:
+        """Reap adopted ranks; true once the process group has no members."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                pass
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False

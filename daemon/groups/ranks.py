@@ -1,0 +1,165 @@
+"""The ranks of one life of a worker group: who is ready, what was asked, who has answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from xditd.daemon.sockets.routers import Delivery, Router
+from xditd.ipc import limits
+from xditd.ipc.codec import encode
+from xditd.ipc.errors import BadMessage
+from xditd.ipc.status import FusedCheck
+from xditd.ipc.worker_messages import (
+    Answer,
+    AnyCommand,
+    Done,
+    Kept,
+    Plugged,
+    RankReady,
+    RankTally,
+)
+
+CommandMaker = Callable[[int], AnyCommand]
+"""Builds a command from its ``op_number``, which the ranks count."""
+
+
+@dataclass
+class InFlight:
+    """The one command that every rank works on."""
+
+    command: AnyCommand
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+
+class Ranks:
+    """The ranks that share ``token``. Complete once every one of ``world_size`` has reported."""
+
+    def __init__(self, router: Router, token: str) -> None:
+        self.token = token
+        self.ready: dict[int, RankReady] = {}
+        self.tallies: dict[int, RankTally] = {}
+        self.in_flight: InFlight | None = None
+        self._router = router
+        self._routes: dict[int, bytes] = {}
+        self._next_op_number = 1
+        self._fused_checks: dict[tuple[str, str], FusedCheck] = {}
+
+    @property
+    def world_size(self) -> int:
+        """0 until the first rank has reported."""
+        return next((ready.world_size for ready in self.ready.values()), 0)
+
+    @property
+    def outside_connections(self) -> int:
+        """Connections to other hosts that its ranks have attempted."""
+        return sum(tally.outside_connections for tally in self.tallies.values())
+
+    @property
+    def fused_checks(self) -> tuple[FusedCheck, ...]:
+        """How fused kernels compared with plain modules, oldest first; refusals stay longest."""
+        return tuple(self._fused_checks.values())
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.ready) and len(self.ready) == self.world_size
+
+    @property
+    def first(self) -> RankReady | None:
+        """What the lowest rank has reported; ``None`` while none has."""
+        return self.ready[min(self.ready)] if self.ready else None
+
+    @property
+    def summary(self) -> str:
+        """What a complete group is, for its line in the log."""
+        size, first = self.world_size, self.ready[min(self.ready)]
+        degrees = ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none"
+        return (
+            f"{size} workers ready, 0 loaded, {size} deferred device={first.device_kind} parallel={degrees} "
+            f"attention={first.attention_backend} precision={first.precision}"
+        )
+
+    @property
+    def what_is_missing(self) -> str:
+        """Say which ranks still owe an answer to which command."""
+        if self.in_flight is None:
+            return "no command ran"
+        missing = sorted(self.ready.keys() - self.in_flight.answers.keys())
+        return f"{type(self.in_flight.command).__name__} ran; ranks {missing} have not answered"
+
+    def admit(self, routing_id: bytes, ready: RankReady) -> None:
+        """Note that a rank is up.
+
+        Raises:
+            BadMessage: its rank is taken, or it disagrees with the others about their number.
+        """
+        if ready.rank in self.ready:
+            raise BadMessage(f"rank {ready.rank} reported ready twice")
+        if ready.rank >= ready.world_size or (self.ready and ready.world_size != self.world_size):
+            raise BadMessage(f"rank {ready.rank} of {ready.world_size} does not fit a group of {self.world_size}")
+        self.ready[ready.rank] = ready
+        self._routes[ready.rank] = routing_id
+
+    def is_from_rank(self, routing_id: bytes, rank: int) -> bool:
+        return self._routes.get(rank) == routing_id
+
+    def has_route(self, routing_id: bytes) -> bool:
+        return routing_id in self._routes.values()
+
+    def send(self, make: CommandMaker) -> tuple[AnyCommand, bool]:
+        """Send the next command to every rank. Returns it, and whether all of them can be reached."""
+        command = make(self._next_op_number)
+        self._next_op_number += 1
+        self.in_flight = InFlight(command)
+        return command, self._send_all(command)
+
+    def send_unanswered(self, make: CommandMaker) -> bool:
+        """Send a command that nobody answers, also while another one is in flight."""
+        command = make(self._next_op_number)
+        self._next_op_number += 1
+        return self._send_all(command)
+
+    def check_in_flight(self, answer: Answer) -> InFlight:
+        """Find the command that an answer belongs to.
+
+        Raises:
+            BadMessage: it is not, or no longer, in flight.
+        """
+        if self.in_flight is None or answer.op_number != self.in_flight.command.op_number:
+            raise BadMessage(f"rank {answer.rank} answered command {answer.op_number}, which is not in flight")
+        return self.in_flight
+
+    def take(self, answer: Answer) -> Sequence[Answer] | None:
+        """Note an answer. Returns all of them, in rank order, once every rank has answered.
+
+        Raises:
+            BadMessage: the rank answers something else than what is in flight, or answers twice.
+        """
+        in_flight = self.check_in_flight(answer)
+        if answer.rank in in_flight.answers:
+            raise BadMessage(f"rank {answer.rank} answered command {answer.op_number} twice")
+        in_flight.answers[answer.rank] = answer
+        if isinstance(answer, (Done, Kept, Plugged)):
+            self.tallies[answer.rank] = answer.tally
+            for check in answer.tally.fused_checks:
+                self._note(answer.rank, check)
+        if len(in_flight.answers) < self.world_size:
+            return None
+        answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]
+        self.in_flight = None
+        return answers
+
+    def _note(self, rank: int, check: FusedCheck) -> None:
+        """Keep rank 0's comparisons, and from any rank those that were refused: others have fewer images to judge."""
+        key = (check.kernels, check.case)
+        if rank != 0 and check.is_used:
+            return
+        self._fused_checks.pop(key, None)
+        self._fused_checks[key] = check
+        if len(self._fused_checks) > limits.MAX_FUSED_CHECKS:
+            oldest = min(self._fused_checks, key=lambda each: not self._fused_checks[each].is_used)
+            del self._fused_checks[oldest]
+
+    def _send_all(self, command: AnyCommand) -> bool:
+        payload = encode(command)
+        return all([self._router.send(route, payload) is Delivery.SENT for route in self._routes.values()])

@@ -1,0 +1,242 @@
+"""Leases: which component is lent by whom, and what state each lease is in. Nothing here sends a message."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Final
+
+from xditd.daemon.operations.states import move
+from xditd.daemon.sockets.sessions import Session
+from xditd.ipc.errors import Internal, LeaseLost, StaleSource, UnknownComponent
+from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.protocol import TimingsMs
+from xditd.ipc.status import ComponentStatus, LeaseState
+from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, CudaIpcBlock, FileBlock, FileDigest, Manifest
+
+LEASE_NEXT: Final[Mapping[LeaseState, Set[LeaseState]]] = {
+    LeaseState.LENDING: {LeaseState.LENT, LeaseState.RETURNING, LeaseState.ENDED},
+    LeaseState.LENT: {LeaseState.LENDING, LeaseState.ADOPTED, LeaseState.RETURNING},
+    LeaseState.ADOPTED: {LeaseState.RETURNING},
+    LeaseState.RETURNING: {LeaseState.ENDED},
+    LeaseState.ENDED: set(),
+}
+"""LENT goes back to LENDING when its bytes were rewritten, or when a rebuilt group has to map them again.
+ADOPTED has no way back: the client's memory is not mapped any more."""
+
+_REMEMBERED: Final = 256
+"""Leases that ended against their owners' will, and why."""
+
+
+@dataclass(eq=False)
+class Lease:
+    """Who lends a component, and until when; what is lent (the loan) is what ``manifest`` describes.
+
+    ``holds`` counts lends of the same bytes: each needs its own return.
+    """
+
+    component_id: str
+    session: Session
+    manifest: Manifest
+    state: LeaseState = LeaseState.LENDING
+    holds: int = 1
+    facts: ComponentFacts | None = None
+    """What the workers know of it, from the first time that they have prepared it."""
+    client_copied: CopiedBytes = field(default_factory=CopiedBytes)
+    """What the client copied to make its tensors lendable."""
+    worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
+    is_skeleton_reused: bool = False
+    lend_ms: TimingsMs = field(default_factory=dict)
+    digests: tuple[FileDigest, ...] = ()
+    """What the workers found in its files: those of a rebuilt group compare with it."""
+    deaths: int = 0
+    """How many groups have died while they mapped it again."""
+    on_ended: list[Callable[[], None]] = field(default_factory=list)
+    lost: LeaseLost | None = None
+    """Why it ended, where that was not its owner's wish: told to those who name it later."""
+    lent_bytes: int = field(init=False)
+    """Of all its tensors: added up once, for there may be thousands. Another offer of the same place has the same."""
+    _counted: tuple[Manifest, dict[str, int]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.lent_bytes = self.manifest.tensor_bytes
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes on loan by the tier's name. Kept: a checkpoint has a thousand tensors, and status is asked often."""
+        if self._counted is None or self._counted[0] is not self.manifest:
+            self._counted = self.manifest, self.manifest.bytes_by_tier
+        return self._counted[1]
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in (LeaseState.LENDING, LeaseState.LENT, LeaseState.ADOPTED)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether every worker has it plugged or can plug it."""
+        return self.state in (LeaseState.LENT, LeaseState.ADOPTED)
+
+    @property
+    def known_facts(self) -> ComponentFacts:
+        """What the workers know of a component that is, or was, lent."""
+        if self.facts is None:
+            raise Internal(f"component {self.component_id}: lent, but no worker has said what it is")
+        return self.facts
+
+    def offer(self, manifest: Manifest) -> None:
+        """Take another description of the same place; forget what was found in files that have changed since."""
+        self.manifest = manifest
+        self.note_digests(self.digests)
+
+    def note_digests(self, digests: tuple[FileDigest, ...]) -> None:
+        """Keep what was found in files, as far as it is of those that are on loan now."""
+        blocks = self.manifest.blocks
+        self.digests = tuple(
+            found
+            for found in digests
+            if found.block < len(blocks)
+            and isinstance(block := blocks[found.block], FileBlock)
+            and block.ctime_ns == found.ctime_ns
+        )
+
+    def move(self, to: LeaseState) -> None:
+        self.state = move(LEASE_NEXT, self.state, to)
+
+    @property
+    def kind(self) -> ComponentKind | None:
+        """As its client said, or as the workers found; ``None`` until they have."""
+        return self.manifest.kind if self.facts is None else self.facts.kind
+
+    def status(self) -> ComponentStatus:
+        return ComponentStatus(
+            component_id=self.component_id,
+            label=self.manifest.label,
+            kind=self.kind,
+            facts=self.facts,
+            state=self.state,
+            tiers=self.manifest.tiers,
+            lent_bytes=self.lent_bytes,
+            copied=self.client_copied + self.worker_copied,
+            generation=self.manifest.generation,
+            owner_pid=0 if self.state is LeaseState.ADOPTED else self.session.process.pid,
+            lend_ms=self.lend_ms,
+        )
+
+
+class LeaseTable:
+    """Every lease that has not ended, in the order of lending."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Lease] = {}
+        self._numbers = itertools.count(1)
+        self._lost: OrderedDict[str, str] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(list(self._by_id.values()))
+
+    def add(self, session: Session, manifest: Manifest) -> Lease:
+        # The random part keeps an id of an earlier daemon from naming somebody else's component in this one.
+        what = "component" if manifest.kind is None else manifest.kind.value
+        component_id = f"{what}-{next(self._numbers)}-{os.urandom(3).hex()}"
+        lease = self._by_id[component_id] = Lease(component_id, session, manifest)
+        return lease
+
+    def live(self, component_id: str) -> Lease:
+        """Find a lease whose component jobs may use.
+
+        Raises:
+            LeaseLost: it ended against its owner's will.
+            UnknownComponent: never lent, returned, or its owner is gone.
+        """
+        lease = self.find(component_id)
+        if not lease.is_live:
+            raise lease.lost or UnknownComponent(f"component {component_id}: its owner takes it back; lend it again")
+        return lease
+
+    def find(self, component_id: str) -> Lease:
+        """Find a lease, also one whose component workers still have to unmap.
+
+        Raises:
+            LeaseLost: it ended against its owner's will.
+            UnknownComponent: never lent, or returned.
+        """
+        lease = self._by_id.get(component_id)
+        if lease is not None:
+            return lease
+        if component_id in self._lost:
+            raise LeaseLost(self._lost[component_id])
+        raise UnknownComponent(
+            f"component {component_id}: not on loan (returned, or its owner is gone); lend it, or name one that "
+            "`xditd status` shows"
+        )
+
+    def of_session(self, session: Session) -> list[Lease]:
+        """The leases that end with a session; what was adopted does not."""
+        return [lease for lease in self if lease.session is session and lease.state is not LeaseState.ADOPTED]
+
+    def of_process(self, process: ProcessIdentity) -> list[Lease]:
+        """The leases of a client over all its sessions; what was adopted is not its own any more."""
+        return [lease for lease in self if lease.session.process == process and lease.state is not LeaseState.ADOPTED]
+
+    def end(self, lease: Lease) -> None:
+        """Drop a lease whose component nobody maps any more, and tell those who waited for that."""
+        lease.move(LeaseState.ENDED)
+        del self._by_id[lease.component_id]
+        if lease.lost is not None:
+            self._lost[lease.component_id] = lease.lost.detail
+            while len(self._lost) > _REMEMBERED:
+                self._lost.popitem(last=False)
+        for callback in lease.on_ended:
+            callback()
+
+    def note_digests(self, component_id: str, digests: tuple[FileDigest, ...]) -> None:
+        """Keep what the workers found in a component's files, if it is still lent."""
+        lease = self._by_id.get(component_id)
+        if lease is not None:
+            lease.note_digests(digests)
+
+    def same_place(self, session: Session, manifest: Manifest) -> Lease | None:
+        """Find this session's live lease of the same memory, whatever was written to it since.
+
+        Raises:
+            StaleSource: ``manifest`` is of an older generation than what is lent.
+        """
+        place = _place(manifest)
+        for lease in self.of_session(session):
+            if not lease.is_live or lease.manifest.kind is not manifest.kind or _place(lease.manifest) != place:
+                continue
+            if manifest.generation < lease.manifest.generation:
+                raise StaleSource(
+                    f"{manifest.label}: generation {manifest.generation} was offered, "
+                    f"but {lease.component_id} has generation {lease.manifest.generation}; lend the newest"
+                )
+            return lease
+        return None
+
+
+def is_same_content(old: Manifest, new: Manifest) -> bool:
+    """Whether two manifests of one place also promise the same bytes."""
+    return old.generation == new.generation and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
+
+
+def _place(manifest: Manifest) -> Hashable:
+    return tuple(_block_place(block) for block in manifest.blocks), manifest.tensors
+
+
+def _block_place(block: Block) -> Hashable:
+    """Where a block is, without what was in it when it was described."""
+    if isinstance(block, CudaIpcBlock):
+        return block.device_uuid, block.handle, block.size_bytes
+    if isinstance(block, FileBlock):
+        return block.device, block.inode, block.size_bytes
+    return block.inode, block.size_bytes
+
+
+def _content(block: Block) -> Hashable:
+    """What was in a block when it was described. Descriptor numbers differ where a file was opened twice."""
+    return block.fingerprint, (block.mtime_ns, block.ctime_ns) if isinstance(block, FileBlock) else None

@@ -1,0 +1,183 @@
+"""The daemon's metrics in Prometheus's text format: what each is called, and where its value comes from.
+
+Values are read when somebody asks, from the state and the counters that ``xditd status`` shows too: a custom collector
+in the words of ``prometheus_client``, whose own counters would be a second place to count in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from xditd.daemon.operations.counters import COPY_KINDS, EventCounters, Histogram
+from xditd.ipc.status import DaemonStatus, GroupState, JobState, LeaseState
+from xditd.ipc.tensors import Tier
+
+Values = Mapping[tuple[str, ...] | str, float]
+"""By the labels' values; one label's without a tuple."""
+
+
+def write_metrics(status: DaemonStatus, counters: EventCounters, group_failures: int) -> str:
+    """Write every metric. Names, labels and paths of clients stay out of it.
+
+    ``group_failures`` is how many groups in a row have ended without a served job.
+    """
+    return generate_latest(_Collected(status, counters, group_failures)).decode()
+
+
+class _Collected(Collector):
+    def __init__(self, status: DaemonStatus, counters: EventCounters, group_failures: int) -> None:
+        self._status = status
+        self._counters = counters
+        self._group_failures = group_failures
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status
+        versions = (status.package_version, str(status.protocol_version))
+        yield _gauge("xditd_info", "Versions of the daemon.", {versions: 1}, "version", "protocol")
+        yield _gauge("xditd_uptime_seconds", "Since the daemon started.", status.uptime_s)
+        yield from self._group()
+        yield from self._jobs()
+        yield from self._loans()
+
+    def _group(self) -> Iterator[Metric]:
+        status, workers, checks = self._status, self._status.workers, self._status.fused_checks
+        starts = status.counters.group_starts
+        yield _gauge(
+            "xditd_group_state",
+            "1 for the state that the worker group is in.",
+            {state.value: state is status.group_state for state in GroupState},
+            "state",
+        )
+        yield _counter("xditd_group_starts_total", "Worker groups started.", starts)
+        yield _counter("xditd_group_restarts_total", "Worker groups rebuilt.", max(0, starts - 1))
+        yield _gauge("xditd_group_failures_in_a_row", "Groups that ended without a served job.", self._group_failures)
+        yield _gauge(
+            "xditd_gpu_memory_used_bytes",
+            "In use on the whole GPU, by every process, after the rank's last command.",
+            {(str(each.rank), each.device, each.device_uuid): each.memory_bytes for each in workers},
+            *("rank", "device", "uuid"),
+        )
+        yield _gauge(
+            "xditd_worker_components",
+            "Components mapped by a rank.",
+            {str(each.rank): each.loaded for each in workers},
+            "rank",
+        )
+        yield _gauge(
+            "xditd_fused_error_ratio",
+            "Relative error of fused kernels against plain modules, by the tokens of a forward on a rank; "
+            "NaN: not finite.",
+            {(each.kernels, each.case): math.nan if each.error is None else each.error for each in checks},
+            *("kernels", "tokens"),
+        )
+        yield _gauge(
+            "xditd_fused_tolerance_ratio",
+            "The error up to which fused kernels are used.",
+            {(each.kernels, each.case): each.tolerance for each in checks},
+            *("kernels", "tokens"),
+        )
+        yield _gauge(
+            "xditd_fused_in_use",
+            "1 where fused kernels are used, 0 where they were refused and plain modules run.",
+            {(each.kernels, each.case): each.is_used for each in checks},
+            *("kernels", "tokens"),
+        )
+        yield _counter(
+            "xditd_outside_connections_total",
+            "Connections to other hosts that workers attempted; has to be 0.",
+            status.counters.outside_connections,
+        )
+
+    def _jobs(self) -> Iterator[Metric]:
+        status, counters = self._status, self._counters
+        states = Counter(job.state for job in status.jobs)
+        yield _gauge("xditd_clients", "Open sessions.", status.clients)
+        yield _gauge("xditd_queue_length", "Requests that wait.", states[JobState.QUEUED])
+        yield _gauge("xditd_queue_limit", "Requests that may wait.", status.queue_limit)
+        yield _gauge(
+            "xditd_jobs",
+            "Requests at the scheduler, by state.",
+            {each.value: states[each] for each in (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)},
+            "state",
+        )
+        yield _counter(
+            "xditd_jobs_total",
+            "Requests that needed the workers, by operation and outcome.",
+            dict(sorted(counters.jobs.items())),
+            *("op", "outcome"),
+        )
+        yield _histogram("xditd_job_wait_seconds", "From arrival to the turn.", _by_op(counters.waited), "op")
+        yield _histogram(
+            "xditd_job_duration_seconds",
+            "From the turn to the result, of requests that were served.",
+            _by_op(counters.ran),
+            "op",
+        )
+        yield _histogram("xditd_step_seconds", "One denoising step, as rank 0 reports it.", {(): counters.steps})
+        yield _counter(
+            "xditd_errors_total",
+            "Failed requests and lost worker groups, by error code.",
+            dict(sorted(counters.errors.items())),
+            "code",
+        )
+
+    def _loans(self) -> Iterator[Metric]:
+        status, counters = self._status, self._counters
+        states = Counter(each.state for each in status.components)
+        yield _gauge(
+            "xditd_leases",
+            "Components on loan, by state.",
+            {state.value: states[state] for state in LeaseState if state is not LeaseState.ENDED},
+            "state",
+        )
+        yield _gauge(
+            "xditd_lent_bytes",
+            "Bytes of tensors on loan now, by tier.",
+            {tier.value: status.lent_bytes.get(tier.value, 0) for tier in Tier},
+            "tier",
+        )
+        yield _counter(
+            "xditd_lent_bytes_total",
+            "Bytes of tensors lent, by tier, repetitions aside.",
+            {tier.value: counters.lent_bytes[tier.value] for tier in Tier},
+            "tier",
+        )
+        yield _counter(
+            "xditd_copied_bytes_total",
+            "Bytes that client and workers copied to serve lends, by kind.",
+            {kind: counters.copied_bytes[kind] for kind in COPY_KINDS},
+            "kind",
+        )
+
+
+def _gauge(name: str, help: str, values: Values | float, *labels: str) -> Metric:
+    return _filled(GaugeMetricFamily(name, help, labels=labels), values)
+
+
+def _counter(name: str, help: str, values: Values | float, *labels: str) -> Metric:
+    return _filled(CounterMetricFamily(name, help, labels=labels), values)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Values | float) -> Metric:
+    if not isinstance(values, Mapping):
+        values = {(): values}
+    for labels, value in values.items():
+        family.add_metric((labels,) if isinstance(labels, str) else labels, value)
+    return family
+
+
+def _histogram(name: str, help: str, found: Mapping[tuple[str, ...], Histogram], *labels: str) -> Metric:
+    family = HistogramMetricFamily(name, help, labels=labels)
+    for values, histogram in sorted(found.items()):
+        family.add_metric(values, histogram.cumulative(), histogram.sum)
+    return family
+
+
+def _by_op(histograms: Mapping[str, Histogram]) -> dict[tuple[str, ...], Histogram]:
+    return {(op,): histogram for op, histogram in histograms.items()}

@@ -1,0 +1,167 @@
+"""Serve metrics over HTTP from the daemon's one loop: small answers, few connections, nobody waited for.
+
+Source: RFC 1945 (HTTP/1.0). One request a connection, which is what a scraper needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from xditd.daemon.operations.event_loop import Deadline, EventLoop
+from xditd.ipc.errors import AlreadyRunning, BadRequest
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""What ``prometheus_client.exposition.generate_latest`` writes, which is only imported where metrics are served."""
+
+MAX_CONNECTIONS: Final = 16
+MAX_REQUEST_BYTES: Final = 8 * 1024
+DEADLINE_S: Final = 5.0
+"""From connection to the last byte; a slower reader is dropped."""
+
+
+class _Reader:
+    """One connection: what it asked so far, and what is left of its answer."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self.connection = connection
+        self.deadline = deadline
+        self.asked = b""
+        self.answer = b""
+
+
+class MetricsServer:
+    """Answer ``GET /metrics`` with what ``write`` returns, to whoever connects to the socket of :meth:`listen`."""
+
+    def __init__(self, loop: EventLoop, write: Callable[[], str]) -> None:
+        self._loop = loop
+        self._write = write
+        self._readers: dict[int, _Reader] = {}
+        self._listener: socket.socket | None = None
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take connections from this socket, which is ours from now on, and not from an earlier one any more."""
+        self._stop_listening()
+        self._listener = listener
+        self._loop.watch(listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        for fd in list(self._readers):
+            self._drop(fd)
+        self._stop_listening()
+
+    @property
+    def address(self) -> str:
+        """Where metrics are served, for the log and for people."""
+        assert self._listener is not None
+        if self._listener.family == socket.AF_UNIX:
+            return f"unix:{self._listener.getsockname()}"
+        return "http://{}:{}/metrics".format(*_host_and_port(self._listener))
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it went away again, or no descriptor is free: a scraper tries again
+            return
+        if len(self._readers) >= MAX_CONNECTIONS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        fd = connection.fileno()
+        self._readers[fd] = _Reader(connection, self._loop.deadline(DEADLINE_S, lambda: self._drop(fd)))
+        self._loop.watch(fd, lambda: self._read(fd))
+
+    def _read(self, fd: int) -> None:
+        reader = self._readers[fd]
+        try:
+            part = reader.connection.recv(MAX_REQUEST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(fd)
+            return
+        reader.asked += part
+        is_complete = b"\r\n\r\n" in reader.asked or b"\n\n" in reader.asked
+        if not part or len(reader.asked) > MAX_REQUEST_BYTES:
+            self._drop(fd)
+        elif is_complete:
+            reader.answer = self._respond(reader.asked)
+            self._loop.unwatch(fd)
+            self._loop.watch(fd, lambda: self._send(fd), writable=True)
+            self._send(fd)
+
+    def _send(self, fd: int) -> None:
+        reader = self._readers[fd]
+        try:
+            reader.answer = reader.answer[reader.connection.send(reader.answer) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            reader.answer = b""
+        if not reader.answer:
+            self._drop(fd)
+
+    def _respond(self, asked: bytes) -> bytes:
+        words = asked.split(b"\r\n", 1)[0].split()
+        method, path = words[:2] if len(words) >= 2 else (b"", b"")
+        if method not in (b"GET", b"HEAD"):
+            return _response("405 Method Not Allowed", "only GET\n", with_body=True)
+        if path.partition(b"?")[0] not in (b"/metrics", b"/"):
+            return _response("404 Not Found", "only /metrics\n", with_body=method == b"GET")
+        return _response("200 OK", self._write(), with_body=method == b"GET")
+
+    def _drop(self, fd: int) -> None:
+        reader = self._readers.pop(fd, None)
+        if reader is not None:
+            reader.deadline.stop()
+            self._loop.unwatch(fd)
+            # Without this, bytes that were sent and not yet read could be thrown away with the connection.
+            with contextlib.suppress(OSError):
+                reader.connection.shutdown(socket.SHUT_WR)
+            reader.connection.close()
+
+
+def _response(status: str, body: str, *, with_body: bool) -> bytes:
+    content = body.encode()
+    head = f"HTTP/1.0 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + (content if with_body else b"")
+
+
+def listen_on_loopback(address: tuple[str, int]) -> socket.socket:
+    """Return a socket that listens on a loopback address and port.
+
+    Raises:
+        AlreadyRunning: the port is taken.
+        BadRequest: this machine has no such address.
+    """
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        where = f"metrics address {address}"
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyRunning(f'{where}: in use; choose another port (--metrics), or "unix"') from error
+        raise BadRequest(f'{where}: {error.strerror}; choose another (--metrics), or "unix"') from error
+    return listener
+
+
+def _host_and_port(listener: socket.socket) -> tuple[str, int]:
+    host, port = listener.getsockname()[:2]
+    return (f"[{host}]" if ":" in host else host), port

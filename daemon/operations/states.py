@@ -1,0 +1,22 @@
+"""Moves between states: each kind of lifetime has a table of those that are allowed, and one function checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from enum import Enum
+from typing import TypeVar
+
+from xditd.ipc.errors import Internal
+
+S = TypeVar("S", bound=Enum)
+
+
+def move(table: Mapping[S, Set[S]], now: S, to: S) -> S:
+    """Return ``to`` when the table allows the move from ``now``.
+
+    Raises:
+        Internal: the table has no such move.
+    """
+    if to not in table[now]:
+        raise Internal(f"{type(now).__name__} may not move from {now.value} to {to.value}")
+    return to

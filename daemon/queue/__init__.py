@@ -1,0 +1,1 @@
+"""Who goes next on the workers, and what becomes of each job."""
