@@ -151,8 +151,11 @@ class Service:
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.desk.cancel_session(session, lost)
         self.loans.end_all(leases, lost, then)
-        if session.has_io and not self.sessions.has_process(session.process):
-            self.loans.forget(session.process)
+        if session.has_io:
+            if (other := self.sessions.of_process(session.process)) is not None:
+                other.has_io = True
+            else:
+                self.loans.forget(session.process)
 
     def submit(self, job: Job) -> None:
         """Queue a request for the workers, whether they are up yet or not.
