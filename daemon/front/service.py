@@ -139,8 +139,11 @@ class Service:
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.scheduler.cancel_all(lost, lambda job: job.session is session)
         self.loans.end_all(leases, lost, then)
-        if session.has_io and not self.sessions.has_process(session.process):
-            self.loans.forget(session.process)
+        if session.has_io:
+            if (other := self.sessions.of_process(session.process)) is not None:
+                other.has_io = True
+            else:
+                self.loans.forget(session.process)
 
     def _check_beats(self) -> None:
         """End the sessions of clients that are there but say nothing: a stopped one must not hold memory for ever."""

@@ -24,7 +24,7 @@ class Session:
     heard_s: float = 0.0
     """When its client last said something, by the loop's clock."""
     has_io: bool = False
-    """Whether workers may have an I/O block of its process open."""
+    """Whether workers may keep something for its process; passed on if others of the process are open when it ends."""
 
 
 class Sessions:
@@ -72,5 +72,6 @@ class Sessions:
         os.close(session.pidfd)
         return True
 
-    def has_process(self, process: ProcessIdentity) -> bool:
-        return any(session.process == process for session in self._by_route.values())
+    def of_process(self, process: ProcessIdentity) -> Session | None:
+        """Find any session of a process."""
+        return next((session for session in self._by_route.values() if session.process == process), None)

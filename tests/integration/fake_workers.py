@@ -119,6 +119,8 @@ class FakeExecutor:
         self.options = options
         self.plugged: set[str] = set()
         self.known: set[str] = set()
+        self.clients: set[ProcessIdentity] = set()
+        """Those whose jobs ran, until they are forgotten."""
         self.plugs = 0
         self.checks: list[FusedCheck] = []
 
@@ -165,7 +167,7 @@ class FakeExecutor:
         self.plugged.discard(component_id)
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Nothing is kept for a client."""
+        self.clients.discard(client)
 
     def read_canary(self, command: ReadCanary) -> bytes:
         content = read(command.exporter, command.io.fd, command.offset_bytes, command.length_bytes)
@@ -174,6 +176,7 @@ class FakeExecutor:
     def run(self, command: Run, contact: JobContact) -> Finished:
         finished = Finished({"steps": 2.0 + self.facts.rank}, 0)
         job = command.job
+        self.clients.add(command.exporter)
         if not isinstance(job, Generate):
             time.sleep(self.options.step_s)
             if isinstance(job, Call):
@@ -216,7 +219,7 @@ class FakeExecutor:
             skeletons_built=min(1, self.plugs),
             skeletons_reused=max(0, self.plugs - 1),
             plugs=self.plugs,
-            memory_bytes=1000 * len(self.plugged),
+            memory_bytes=1000 * len(self.plugged) + len(self.clients),
             fused_checks=tuple(checks),
         )
 

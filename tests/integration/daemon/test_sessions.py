@@ -10,7 +10,7 @@ from typing import Any
 
 from xditd.ipc.codec import encode
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Failed, Farewell, Generated, LogLines, Queued, StepDone, Welcome
+from xditd.ipc.replies import Called, Failed, Farewell, Generated, LogLines, Queued, StepDone, Welcome
 from xditd.ipc.requests import GetLogs, GetStatus, Goodbye
 from xditd.ipc.status import JobState
 
@@ -96,6 +96,17 @@ def test_two_connections_of_a_process_are_two_sessions(client: Any, shared_daemo
     assert second.status().clients == before + 1
     second.ask(Goodbye(request_id=""), Farewell)
     assert client.status().clients == before
+
+
+def test_workers_keep_something_for_a_process_until_its_last_session_ends(start_daemon: Any, memory: Any) -> None:
+    daemon = start_daemon()
+    busy, idle = daemon.ready_client(), daemon.client()
+    lent = busy.lend(memory.manifest())
+    busy.ask(memory.call(lent.component_id, 1), Called)
+    for last in (busy, idle):
+        assert [worker.memory_bytes % 1000 for worker in idle.status().workers] == [1, 1]  # one client known
+        last.ask(Goodbye(request_id=""), Farewell)
+    daemon.client().wait_status(lambda status: [worker.memory_bytes for worker in status.workers] == [0, 0])
 
 
 def test_client_that_stops_reading_is_dropped_and_holds_nobody(client: Any, shared_daemon: Any) -> None:
