@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from measuring import clean_environment
 
 from xditd.client.cli import comfyui as pack
 
@@ -34,11 +35,6 @@ def make_base(base: Path) -> None:
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack.install(base / "custom_nodes" / pack.FOLDER)
     shutil.copytree(NODES, base / "custom_nodes" / NODES.name)
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment without what its torch was told: ComfyUI and workers choose for themselves."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH")} | more
 
 
 def said_of(status: dict[str, Any]) -> str:
@@ -105,7 +101,6 @@ class ComfyServer:
             "image_s": noted["marks"]["image"] - queued,
             "first_step_s": stamps[0] - queued if stamps else None,
             "forwards": noted["forwards"],
-            "profile": noted["profile"],
             "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
             "said": [line for line in said.splitlines() if "ms=" in line or "step by step" in line or "tier" in line],
         }

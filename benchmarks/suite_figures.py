@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from measuring import GIB
+
 LONGEST_REASON = 100
 """More would push the table out of shape; the whole reason is in the JSON, and at the end of the tables."""
 
@@ -211,8 +212,8 @@ class Report:
             raise Missing(f"no latents of {rival}: it did not run on these files")
         return Figure((errors[rival],), "")
 
-    def repeats_bits(self, part: str) -> bool:
-        return bool(self.look(part, "same_bits_again"))
+    def differing_bits(self, part: str) -> Figure:
+        return Figure((0.0 if self.look(part, "same_bits_again") else 1.0,), "")
 
     # --- Rivals and the machine ------------------------------------------------------------------
 

@@ -1,19 +1,23 @@
-"""What the node pack adds to the start of ComfyUI, measured in processes of their own.
+"""Import the node pack: what it adds to the start of ComfyUI, measured in processes of their own.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/comfyui_import.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui_import
 
 ComfyUI imports torch, its own modules and ``comfy_api`` before it looks at custom nodes, so their time is not the
-pack's. Without ``COMFYUI_PATH`` only the pack's root is measured.
+pack's. Without ``COMFYUI_PATH`` only the pack's root is measured. The bar is 0.2 s.
+
+Needs: a checkout of ComfyUI, for all but the pack's root
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import platform
+import statistics
 import subprocess
 import sys
 
-RUNS = 5
+from measuring import Report, print_table
+
 ROOT = "import time; t = time.perf_counter(); import xditd.client.comfyui; print(time.perf_counter() - t)"
 WHOLE = """\
 import asyncio, sys, time
@@ -31,21 +35,21 @@ print(time.perf_counter() - t)
 """
 
 
-def seconds(code: str, *arguments: str) -> list[float]:
+def seconds(repeats: int, code: str, *arguments: str) -> list[float]:
     command = [sys.executable, "-c", code, *arguments]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(RUNS)]
-    return sorted(float(run.stdout.split()[-1]) for run in runs)
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
+    return [float(run.stdout.split()[-1]) for run in runs]
 
 
-def main() -> None:
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores; {RUNS} runs, best and median, bar 0.200 s")
-    rows = {"the pack's root": seconds(ROOT)}
-    path = os.environ.get("COMFYUI_PATH")
-    if path:
-        rows["all nodes, inside ComfyUI"] = seconds(WHOLE, path)
-    for name, found in rows.items():
-        print(f"{name:28} {found[0]:.3f} s   {found[len(found) // 2]:.3f} s")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="a checkout of ComfyUI")
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace, report: Report) -> None:
+    found = {"the pack's root": seconds(given.repeats, ROOT)}
+    if given.comfyui:
+        found["all nodes, inside ComfyUI"] = seconds(given.repeats, WHOLE, given.comfyui)
+    report.add(seconds=found)
+    rows = [(name, f"{min(runs):.3f} s", f"{statistics.median(runs):.3f} s") for name, runs in found.items()]
+    print_table("", [("", "best", "median"), *rows])

@@ -1,53 +1,42 @@
-"""Decoding FLUX.1's VAE at full size by each way, side by side in one run, without a daemon.
+"""Decode FLUX.1's VAE at full size by each way, side by side in one run, without a daemon.
 
-    python benchmarks/vae_time.py --ranks 1 2
+    python benchmarks/run.py vae_time --workers 1 2
 
 ``diffusers`` is one rank's decode as diffusers runs it, ``channels_last`` the same with activations in that memory
-format, ``bands`` the decoder of ``split_decode.py`` over all ranks (on one rank: its code without company).
-Weights are random. Prints milliseconds of the slowest rank, ratios, and the error against a decode in float32;
-``--json FILE`` writes all.
+format, ``bands`` the decoder of ``split_decode.py`` over all ranks (on one rank: its code without company). Weights are
+random. Prints milliseconds of the slowest rank, ratios to ``diffusers``, and the error against a decode in float32.
+
+Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import flux
 import torch
-from machine import describe_machine
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, repeat_ms
 
-from xditd.client.output_files import write_file
-
-WAYS = ("diffusers", "channels_last", "bands")
 CHANNELS = (128, 256, 512, 512)
 SMALL_CHANNELS = (64, 64, 64, 64)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ranks(parser)
+    add_device(parser)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=15, help="timed decodes; the median counts")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu with --small: a dry run")
-    parser.add_argument("--small", action="store_true", help="a narrow VAE: a dry run")
-    parser.add_argument("--json", type=Path)
-    return parser
 
 
-def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
+def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> dict[str, Any]:
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.process import xfuser_start
 
-    device = torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
-    layout = xfuser_start.start(rank, ranks, f"{folder}/store", device)
+    device = flux.device_of(given, rank)
+    layout = xfuser_start.start(rank, ranks, store, device)
     from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.skeletons import SkeletonCache
 
@@ -82,54 +71,34 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
             torch.cuda.reset_peak_memory_stats()
         image = decode()
         found[way] = {
-            "ms": time_of(decode, given),
+            "ms": repeat_ms(decode, given.repeats, device=device, warm_ups=2),
             "error": float((image.float() - exact).norm() / exact.norm()),
             "same_bits_again": torch.equal(decode(), image),
             "peak_bytes": torch.cuda.max_memory_allocated() if given.device == "cuda" else None,
         }
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     xfuser_start.stop()
+    return found
 
 
-def time_of(decode: Callable[[], torch.Tensor], given: argparse.Namespace) -> list[float]:
-    """Milliseconds of each decode, the image waited for, as a job does."""
-    took = []
-    for number in range(given.repeats + 2):
-        started = time.perf_counter()
-        decode()
-        if given.device == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            took.append((time.perf_counter() - started) * 1e3)
-    return took
-
-
-def main() -> None:
-    given = build_parser().parse_args()
-    if given.device == "cuda" and torch.cuda.device_count() < max(given.ranks):
-        sys.exit(f"--ranks {max(given.ranks)}: there are {torch.cuda.device_count()} GPUs here, one for each rank")
-    report: dict[str, Any] = {"machine": describe_machine(), "pixels": given.pixels, "groups": []}
-    machine = report["machine"]
-    print(f"{', '.join(machine['gpus']) or machine['cpu']}; torch {machine['versions']['torch']}")
-    print(f"{given.pixels}x{given.pixels}, bfloat16")
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("vae_time", max(given.ranks), given.device)
+    report.add(pixels=given.pixels, groups=[])
     for ranks in given.ranks:
-        with tempfile.TemporaryDirectory(prefix="xditd-vae-") as folder:
-            torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)
-            found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
-        report["groups"].append({"ranks": ranks, "by_rank": found})
-        print(f"\n{ranks} rank(s)")
-        slowest = {way: max(statistics.median(each[way]["ms"]) for each in found) for way in WAYS}
+        found = on_ranks(run_rank, ranks, given)
+        report.add(groups=[*report.found["groups"], {"ranks": ranks, "by_rank": found}])
+        slowest = {way: max(statistics.median(each[way]["ms"]) for each in found) for way in found[0]}
+        rows = [("", "time", "of diffusers", "error", "same bits again", "peak")]
         for way, ms in slowest.items():
-            entry = found[0][way]
-            peak = "" if entry["peak_bytes"] is None else f"  peak {entry['peak_bytes'] / 2**30:.2f} GiB"
-            print(
-                f"  {way:14s} {ms:8.1f} ms  {ms / slowest['diffusers']:.3f}x of diffusers  error {entry['error']:.1e}"
-                f"  same bits again {all(each[way]['same_bits_again'] for each in found)}{peak}"
+            peak = found[0][way]["peak_bytes"]
+            same = all(each[way]["same_bits_again"] for each in found)
+            rows.append(
+                (
+                    way,
+                    f"{ms:.1f} ms",
+                    f"{ms / slowest['diffusers']:.3f}x",
+                    f"{found[0][way]['error']:.1e}",
+                    str(same),
+                    "" if peak is None else f"{peak / GIB:.2f} GiB",
+                )
             )
-    if given.json:
-        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main()
+        print_table(f"{ranks} rank(s), {given.pixels}x{given.pixels}, bfloat16", rows)

@@ -13,8 +13,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def run(program: str, *arguments: str, timeout_s: float = 30.0) -> str:
-    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+def run_suite(*arguments: str, timeout_s: float = 30.0) -> str:
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "suite", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -58,7 +58,7 @@ def table(report: dict[str, Any], tmp_path: Path) -> dict[str, str]:
     """Lines of the table by what they begin with."""
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    lines = run("suite_table.py", str(path)).splitlines()
+    lines = run_suite("--show", str(path)).splitlines()
     return {line[:46].strip(): " ".join(line.split()) for line in lines if line.strip()}
 
 
@@ -94,13 +94,13 @@ def test_a_part_that_fails_keeps_its_place_and_a_run_goes_on(tmp_path: Path) -> 
     path = tmp_path / "suite.json"
     parts = ["ceilings", "load-single-file", "load-safetensors"]
     common = ["--device", "cpu", "--small", "--json", str(path), "--patience", "10", "--files", str(tmp_path / "files")]
-    run("suite.py", *common, "--only", *parts, timeout_s=280)
+    run_suite(*common, "--only", *parts, timeout_s=280)
     first = json.loads(path.read_text())["parts"]
     assert list(first) == parts
     assert "split_sizes" in first["load-single-file"]["failed"]
     assert "warm_ms" not in first["load-single-file"]
     assert len(first["load-safetensors"]["warm_ms"]) == 3
 
-    table = run("suite.py", *common, "--only", "ceilings", "load-safetensors", "--resume", timeout_s=120)
+    table = run_suite(*common, "--only", "ceilings", "load-safetensors", "--resume", timeout_s=120)
     assert json.loads(path.read_text())["parts"] == first  # nothing was measured again
     assert "split_sizes" in table
