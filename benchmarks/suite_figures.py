@@ -72,20 +72,14 @@ class Report:
 
     def _why(self, part: str, path: tuple[str, ...]) -> str:
         whole = self.parts[part]
-        stages = whole.get("failed_stages", {})
-        told = {"lends": "lends", "relend_ms": "lends", "latents": "jobs", "image": "jobs", "swap": "swap"}
-        told |= {
-            "parity": "parity",
-            "denoise": "denoise" if "denoise" in stages else "calls",
-            "files": "files",
-            "cold_clients": "cold_clients",
-        }
-        refused = whole.get(path[0]) if path else None
+        stages, refused = whole.get("failed_stages", {}), whole.get(path[0])
         if isinstance(refused, dict) and path[-1] == "cold" and "cold_refused" in refused:
             return str(refused["cold_refused"])
         if path[-1] == "through_arena" and not self.machine["gpus"]:
             return "no GPU"
-        reason = stages.get(told.get(path[0], "")) or whole.get("failed") or whole.get("cold_refused")
+        renamed = {"relend_ms": "lends", "latents": "jobs", "image": "jobs", "denoise": "calls"}
+        reason = stages.get(path[0]) or stages.get(renamed.get(path[0], ""))
+        reason = reason or whole.get("failed") or whole.get("cold_refused")
         text = f"{part}: {reason or 'not measured: ' + '.'.join(path)}".splitlines()[0]
         return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
@@ -218,15 +212,14 @@ class Report:
     # --- Rivals and the machine ------------------------------------------------------------------
 
     def rival_step(self, part: str) -> Figure:
-        steps = self.made["steps"]
-        return ms(took_s * 1e3 / steps for took_s in self.look(part, "job_s"))
+        return ms(took_s * 1e3 / self.made["steps"] for took_s in self.look(part, "job_s"))
 
     def rival_job(self, part: str) -> Figure:
         return ms(took_s * 1e3 for took_s in self.look(part, "job_s"))
 
     def rival_image(self, part: str) -> Figure:
-        jobs, decodes = self.look(part, "job_s"), self.look(part, "decode_s")
-        return ms((job + decode) * 1e3 for job, decode in zip(jobs, decodes, strict=True))
+        runs = zip(self.look(part, "job_s"), self.look(part, "decode_s"), strict=True)
+        return ms(sum(run) * 1e3 for run in runs)
 
     def rival_decode(self, part: str) -> Figure:
         return ms(took_s * 1e3 for took_s in self.look(part, "decode_s"))

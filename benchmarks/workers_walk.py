@@ -15,7 +15,7 @@ from typing import Any
 import flux
 import torch
 from machine import gpu_memory_by_process
-from measuring import GIB, AnonymousPeak, Report, evict, part_command, repeat_ms, say
+from measuring import GIB, AnonymousPeak, Report, evict, part_command, repeat_ms, say, synchronize
 from parts import files
 from safetensors.torch import load_file
 
@@ -28,6 +28,7 @@ from xditd.ipc.errors import XditdError
 RIVALS = ("diffusers_1", "xfuser_1", "xfuser_2")
 FILE_SECONDS = 20.0
 COLD_CLIENT_DEADLINE_S = 90.0
+COLD_CLIENT_STEPS = 4
 
 
 class StageFailed(Exception):
@@ -227,7 +228,7 @@ class Walk:
         ]
         found: list[dict[str, Any]] = []
         for number in range(self.given.cold_clients):
-            command = part_command("cold_client", "--runtime", self.daemon.runtime_dir, "--seed", 10 + number, *common)
+            command = part_command("workers", "--cold-client", self.daemon.runtime_dir, "--seed", 10 + number, *common)
             subprocess.run(
                 [*command, "--json", str(out)], stdout=subprocess.DEVNULL, timeout=COLD_CLIENT_DEADLINE_S, check=True
             )
@@ -277,6 +278,41 @@ class Walk:
             "lent_gib": sum(arena.size_bytes for arena in lent) / GIB,
             "client_beyond_weights_gib": mine / GIB,
         }
+
+
+def run_cold_client(given: argparse.Namespace, report: Report) -> None:
+    """From ``lend`` to a first image, for a client that has just started, of a daemon that is warm.
+
+    Weights of its own are made where ComfyUI would have loaded them, in arenas, before the clock starts.
+    """
+    scale, device = flux.scale_of(given), flux.device_of(given)
+    transformer = Arena(flux.shapes(scale.size, flux.dtype_on(given.device)), device)
+    flux.fill(transformer.tensors, given.seed)
+    vae = Arena.copy_of(load_file(given.files / files.VAE), device)
+    inputs = load_file(given.files / files.INPUTS)
+    synchronize(device)
+
+    marks = [time.perf_counter()]
+    with Client(given.cold_client, name="cold client") as client:
+        marks.append(time.perf_counter())
+        lent = client.lend(transformer.tensors)
+        marks.append(time.perf_counter())
+        lent_vae = client.lend(vae.tensors)
+        marks.append(time.perf_counter())
+        result = client.generate(
+            lent,
+            {name: inputs[name] for name in ("prompt_embeds", "pooled_prompt_embeds")},
+            vae=lent_vae,
+            noise=inputs["noise"],
+            height=scale.pixels,
+            width=scale.pixels,
+            steps=COLD_CLIENT_STEPS,
+        ).result()
+        marks.append(time.perf_counter())
+        phases = dict(lent.timings_ms)
+    took_ms = [(after - before) * 1e3 for before, after in itertools.pairwise(marks)]
+    found = dict(zip(("connect_ms", "lend_ms", "lend_vae_ms", "image_ms"), took_ms, strict=True))
+    report.add(**found, steps=COLD_CLIENT_STEPS, timings_ms=result.timings_ms, lend_phases_ms=phases)
 
 
 WALKS = {

@@ -24,17 +24,7 @@ from typing import Any
 
 from comfyui_server import ComfyServer, Failure, make_base
 from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
-from measuring import (
-    GIB,
-    Report,
-    add_device,
-    clean_environment,
-    need_gpus,
-    part_command,
-    print_table,
-    say,
-    skip,
-)
+from measuring import GIB, Report, add_device, clean_environment, need_gpus, part_command, print_table, say, skip
 
 from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
@@ -277,12 +267,9 @@ def print_tables(report: Mapping[str, Any]) -> None:
             rows = rows_of(found, group)
             if rows:
                 print_table(f"{group['workers']} worker(s), {PATHS[name]}; ComfyUI: {about}", rows)
-    errors = sorted(report.get("against_stock", {}).items())
+    errors = [(name, f"{error:.2e}") for name, error in sorted(report.get("against_stock", {}).items())]
     if errors:
-        print_table(
-            "Latents of one seed, relative difference from stock ComfyUI",
-            [(name, f"{error:.2e}") for name, error in errors],
-        )
+        print_table("Latents of one seed, relative difference from stock ComfyUI", errors)
 
 
 def rows_of(found: Mapping[str, Any], group: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -296,38 +283,25 @@ def rows_of(found: Mapping[str, Any], group: Mapping[str, Any]) -> list[tuple[st
         rows.append(
             (f"lent: {each['label']}", f"{'+'.join(each['tiers'])}, {each['lent_gib']:.2f} GiB; copied {copied}")
         )
-    memory = found.get("memory", {})
-    if memory.get("ran", {}).get("by_gpu_gib"):
-        for what in ("ran", "unloaded"):
-            if what in memory:
-                more = [
-                    after - idle
-                    for after, idle in zip(memory[what]["by_gpu_gib"], group["idle"]["by_gpu_gib"], strict=True)
-                ]
-                rows.append((f"GPU memory beyond idle, {what}", ", ".join(f"{gib:+.2f} GiB" for gib in more)))
+    idle, memory = group["idle"]["by_gpu_gib"], found.get("memory", {})
+    for what in ("ran", "unloaded") if idle else ():
+        if what in memory:
+            more = [after - before for after, before in zip(memory[what]["by_gpu_gib"], idle, strict=True)]
+            rows.append((f"GPU memory beyond idle, {what}", ", ".join(f"{gib:+.2f} GiB" for gib in more)))
     if "step_ms" in found:
         rows.append(("a step (more steps less fewer)", f"{found['step_ms']:.1f} ms"))
         rows.append(("a step (median between two progress reports)", f"{found['gap_ms']:.1f} ms"))
-    for what, title in (
-        ("forward_ms", "the remote forward"),
-        ("call_ms", "  of which the client's call"),
-        ("denoise_ms", "  of which the client's denoise()"),  # as it was called in older results
-    ):
+    for what, title in (("forward_ms", "the remote forward"), ("call_ms", "  of which the client's call")):
         if what in found:
             rows.append((title, f"{found[what]:.1f} ms"))
     generate = group["paths"].get("fused", {}).get("generate_step_ms")
     if generate and "step_ms" in found:
-        rows.append(
-            (
-                "a step of generate in the workers",
-                f"{generate:.1f} ms: {found['step_ms'] / generate:.3f}x, {found['gap_ms'] / generate:.3f}x",
-            )
-        )
+        ratios = ", ".join(f"{found[what] / generate:.3f}x" for what in ("step_ms", "gap_ms"))
+        rows.append(("a step of generate in the workers", f"{generate:.1f} ms: {ratios}"))
     if found.get("worker_ms"):
         rows.append(("last job in the workers, ms", ", ".join(f"{k} {v:.1f}" for k, v in found["worker_ms"].items())))
     lora = found.get("lora")
     if lora:
         rows.append(("LoRA: first time, to latents", f"{lora['first']['latents_s']:.2f} s"))
         rows.append(("LoRA: another strength costs", ", ".join(f"{each:.2f} s" for each in lora["change_s"])))
-        rows.extend(("", line.split("] ")[-1]) for line in lora["again"]["said"] if "patched" in line or "lent" in line)
     return rows

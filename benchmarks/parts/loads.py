@@ -18,7 +18,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import AnonymousPeak, Report, add_device, evict, need_gpus, print_table, repeat_ms
+from measuring import Report, add_device, evict, need_gpus, print_table, repeat_ms
 from parts import files
 
 SECONDS = 25.0
@@ -78,9 +78,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
 
     if given.device == "cuda":
         torch.cuda.init()
-    with AnonymousPeak() as peak:
-        first_ms = once()
-    report.add(way=given.way, bytes=path.stat().st_size, first_ms=first_ms, anonymous_gib=peak.grown_gib()[0])
+    report.add(way=given.way, bytes=path.stat().st_size, first_ms=once())
     warm: list[float] = []
     while len(warm) < given.repeats and sum(warm) < SECONDS * 1e3:
         warm.append(once())
@@ -88,4 +86,4 @@ def run(given: argparse.Namespace, report: Report) -> None:
     gc.collect()
     reason = evict(path)
     report.add(**({"cold_refused": reason} if reason else {"cold_ms": once()}))
-    print_table(given.way, [(name, str(report.found[name])) for name in ("first_ms", "warm_ms", "anonymous_gib")])
+    print_table(given.way, [(name, str(report.found[name])) for name in ("first_ms", "warm_ms")])

@@ -131,18 +131,11 @@ def run(given: argparse.Namespace, report: Report) -> None:
             seconds = max(each[number]["seconds"] for each in found)
             assert {each[number]["reused"] for each in found} == {first["reused"]}, "ranks spared other steps"
             step = first["error_of_a_step"]
-            rows.append(
-                (
-                    first["precision"],
-                    f"{first['threshold']:g}" if first["threshold"] else "",
-                    f"{seconds:.2f} s",
-                    f"{seconds / base:.3f}x",
-                    f"{first['reused']} of {given.steps}",
-                    f"{first['error']:.1e}",
-                    "REFUSED: these are plain" if first["refused"] else "" if step is None else f"{step:.1e}",
-                    str(all(each[number]["same_bits_again"] for each in found)),
-                )
-            )
+            how = (first["precision"], f"{first['threshold']:g}" if first["threshold"] else "")
+            times = (f"{seconds:.2f} s", f"{seconds / base:.3f}x", f"{first['reused']} of {given.steps}")
+            checked = "REFUSED: these are plain" if first["refused"] else "" if step is None else f"{step:.1e}"
+            same = all(each[number]["same_bits_again"] for each in found)
+            rows.append((*how, *times, f"{first['error']:.1e}", checked, str(same)))
         print_table(f"{ranks} rank(s)", rows)
         last = found[0][-1]
         if last["own_bytes"]:

@@ -201,33 +201,15 @@ def run(given: argparse.Namespace, report: Report) -> None:
 def print_group(given: argparse.Namespace, group: dict[str, Any]) -> None:
     floor_ms = group["floor_ms"]
     slowest = {way: max(statistics.median(each["ms"]) for each in ranks) for way, ranks in group["ways"].items()}
-    rows = [
-        (
-            "",
-            "step",
-            f"of {given.ways[0]}",
-            "of the floor",
-            "error",
-            f"after {PARITY_STEPS}",
-            "first",
-            "same bits again",
-        )
-    ]
+    after = f"after {PARITY_STEPS}"
+    rows = [("", "step", f"of {given.ways[0]}", "of the floor", "error", after, "first", "same bits again")]
     for way, ms in slowest.items():
         first = group["ways"][way][0]
+        times = (f"{ms:.1f} ms", f"{ms / slowest[given.ways[0]]:.3f}x", f"{ms / floor_ms:.2f}x")
+        errors = (f"{first['error']:.1e}", f"{first['error_after_steps']:.1e}")
         same = all(entry["same_bits_again"] for entry in group["ways"][way])
-        rows.append(
-            (
-                way,
-                f"{ms:.1f} ms",
-                f"{ms / slowest[given.ways[0]]:.3f}x",
-                f"{ms / floor_ms:.2f}x",
-                f"{first['error']:.1e}",
-                f"{first['error_after_steps']:.1e}",
-                f"{first['first_s']:.1f} s",
-                f"{same}{'  REFUSED: these are plain' if first['refused'] else ''}",
-            )
-        )
+        refused = "  REFUSED: these are plain" if first["refused"] else ""
+        rows.append((way, *times, *errors, f"{first['first_s']:.1f} s", f"{same}{refused}"))
     about = f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.rows} row(s), floor {floor_ms:.1f} ms"
     print_table(f"{group['ranks']} rank(s), {group['layout']}, attention {group['attention']}; {about}", rows)
     for way, entries in group["ways"].items() if given.profile else ():

@@ -91,14 +91,6 @@ def run(given: argparse.Namespace, report: Report) -> None:
         for way, ms in slowest.items():
             peak = found[0][way]["peak_bytes"]
             same = all(each[way]["same_bits_again"] for each in found)
-            rows.append(
-                (
-                    way,
-                    f"{ms:.1f} ms",
-                    f"{ms / slowest['diffusers']:.3f}x",
-                    f"{found[0][way]['error']:.1e}",
-                    str(same),
-                    "" if peak is None else f"{peak / GIB:.2f} GiB",
-                )
-            )
+            times = (f"{ms:.1f} ms", f"{ms / slowest['diffusers']:.3f}x", f"{found[0][way]['error']:.1e}")
+            rows.append((way, *times, str(same), "" if peak is None else f"{peak / GIB:.2f} GiB"))
         print_table(f"{ranks} rank(s), {given.pixels}x{given.pixels}, bfloat16", rows)

@@ -33,7 +33,7 @@ from xditd.client.demo.daemon_process import DaemonProcess
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
-    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--walk", choices=("whole", "jobs"), default="whole")
     parser.add_argument("--flags", action="append", default=[], help="one of the daemon, --flags=--name=value")
     parser.add_argument("--step-cache", type=float, default=0.0, help="threshold of step caching in jobs")
@@ -41,10 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold-clients", type=int, default=5)
     parser.add_argument("--files", type=Path, required=True, help="of the part files, made if need be")
+    parser.add_argument("--cold-client", type=Path, metavar="RUNTIME_DIR", help="be one of these for a ready daemon")
+    parser.add_argument("--seed", type=int, default=10, help="of a cold client's weights")
     parser.add_argument("--log", type=Path, help="keep the daemon's log here")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
+    if given.cold_client:
+        from workers_walk import run_cold_client
+
+        run_cold_client(given, report)
+        return
     need_gpus("workers", given.workers, given.device)
     if not (given.files / "made.json").exists():
         command = part_command("files", given.files, "--device", given.device, *(["--small"] if given.small else []))
