@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from machine import describe_machine
 
@@ -46,7 +46,8 @@ def need_gpus(part: str, count: int, device: str = "cuda") -> None:
         skip(f"{part}: needs {count} GPU(s), one for each worker, and there are {found} here")
 
 
-def skip(reason: str) -> None:
+def skip(reason: str) -> NoReturn:
+    """End the part because what it needs is not here."""
     say(f"skipped: {reason}")
     sys.exit(SKIPPED)
 

@@ -115,7 +115,10 @@ def finish(figure: Any, axes: Any, report: Report, target: Path) -> None:
 
 def bars_figure(labels: list[str]) -> tuple[Any, Any]:
     """An empty figure, the first of the bars on top."""
-    from matplotlib.figure import Figure as Canvas  # without pyplot: files, no window
+    try:
+        from matplotlib.figure import Figure as Canvas  # without pyplot: files, no window
+    except ModuleNotFoundError:
+        measuring.skip("plots: needs matplotlib (pip install 'xditd[bench]')")
 
     figure = Canvas(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(labels)), layout="constrained")
     axes = figure.subplots()
