@@ -40,7 +40,7 @@ class Figure:
         return f"{text} ({min(self.runs):.{digits}f}-{max(self.runs):.{digits}f}, n {len(self.runs)})"
 
 
-class Report:
+class SuiteReport:
     """Figures of one run of the suite. Every method raises :class:`Missing` where there is no such figure."""
 
     def __init__(self, report: dict[str, Any]) -> None:

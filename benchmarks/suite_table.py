@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from measuring import GIB, print_machine, print_table
-from suite_figures import Figure, Missing, Report, reason_of
+from suite_figures import Figure, Missing, SuiteReport, reason_of
 
 Ask = Callable[[], Figure]
 Bar = Callable[[str], str]
@@ -53,7 +53,7 @@ class Row:
 
 
 def print_tables(raw: dict[str, Any]) -> None:
-    report = Report(raw)
+    report = SuiteReport(raw)
     made, groups = report.made, report.groups
     print()
     print_machine(report.machine)
@@ -85,7 +85,7 @@ def print_tables(raw: dict[str, Any]) -> None:
         print_table("Stages that found less than they should", failed)
 
 
-def lending(report: Report, workers: int, full: Bar) -> list[Row]:
+def lending(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
     label, ipc = on(workers), ("torch IPC tensor by tensor, one process", report.tensor_ipc)
     ceiling = ("one copy in one piece", partial(report.ceiling, "peer_gb_s"))
     peer = Row(f"  copy to each other GPU{label}", partial(report.peer_gb_s, workers), full(">= 0.9x"), *ceiling)
@@ -102,7 +102,7 @@ def lending(report: Report, workers: int, full: Bar) -> list[Row]:
     ]
 
 
-def files(report: Report, workers: int, full: Bar) -> list[Row]:
+def files(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
     label, lend = on(workers), partial(report.lend_file, workers)
     pretrained = partial(report.load, "load-pretrained")
     ceiling = partial(report.ceiling, "upload_0_gb_s" if workers == 1 else "upload_all_gb_s")
@@ -123,7 +123,7 @@ def files(report: Report, workers: int, full: Bar) -> list[Row]:
     ]
 
 
-def loads(report: Report) -> list[Row]:
+def loads(report: SuiteReport) -> list[Row]:
     rows = []
     for part in ("load-safetensors", "load-single-file", "load-pretrained"):
         if part in report.parts:
@@ -133,7 +133,7 @@ def loads(report: Report) -> list[Row]:
     return rows
 
 
-def jobs(report: Report, workers: int, full: Bar) -> list[Row]:
+def jobs(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
     label, part, same = on(workers), f"workers-{workers}", f"xfuser-{workers}"
     step, rival_step = partial(report.step, part), partial(report.rival_step, same)
     rows = [
@@ -167,12 +167,12 @@ def jobs(report: Report, workers: int, full: Bar) -> list[Row]:
     ]
 
 
-def errors(report: Report, part: str, what: str = "  error", bar: str = "<= 0.01") -> list[Row]:
+def errors(report: SuiteReport, part: str, what: str = "  error", bar: str = "<= 0.01") -> list[Row]:
     bits = partial(report.differing_bits, part)
     return [Row(what, partial(report.parity, part), bar), Row("  differing bits in a second run", bits, bar and "<= 0")]
 
 
-def layouts(report: Report) -> list[Row]:
+def layouts(report: SuiteReport) -> list[Row]:
     rows = []
     ulysses = "workers-2"
     for part in [ulysses, *sorted(name for name in report.parts if name.startswith("layout-"))]:
@@ -191,7 +191,7 @@ def layouts(report: Report) -> list[Row]:
     return rows
 
 
-def memory(report: Report, workers: int) -> list[Row]:
+def memory(report: SuiteReport, workers: int) -> list[Row]:
     label = on(workers)
     return [
         Row(f"workers beyond weights, ready{label}", partial(report.memory_gib, workers, "workers_ready")),
@@ -200,7 +200,7 @@ def memory(report: Report, workers: int) -> list[Row]:
     ]
 
 
-def traded(report: Report, workers: int) -> list[Row]:
+def traded(report: SuiteReport, workers: int) -> list[Row]:
     rows, lossless = [], partial(report.step, f"workers-{workers}")
     for mode in ("fp8", "step-cache"):
         part = f"{mode}-{workers}"
@@ -215,7 +215,7 @@ def on(workers: int) -> str:
     return f", {workers} worker{'s' if workers > 1 else ''}"
 
 
-def print_phases(report: Report) -> None:
+def print_phases(report: SuiteReport) -> None:
     """Where the time goes, in milliseconds of a lend and in seconds to a first image."""
     print("\nWhere the time goes")
     for workers in report.groups:

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import measuring
-from suite_figures import Figure, Missing, Report
+from measuring import Report, skip
+from suite_figures import Figure, Missing, SuiteReport
 
 SHOWS_MACHINE = True
 COLOURS = {
@@ -46,7 +46,7 @@ def collect(asked: dict[str, Callable[[], Found]]) -> dict[str, Found]:
     return found
 
 
-def draw_phases(report: Report, target: Path) -> None:
+def draw_phases(report: SuiteReport, target: Path) -> None:
     """Stacked bars of the seconds to a first image, for rivals, a daemon that starts, and clients of a warm one."""
     asked: dict[str, Callable[[], dict[str, float]]] = {
         name: partial(report.rival_phases, name) for name in RIVALS if name in report.parts
@@ -70,7 +70,7 @@ def draw_phases(report: Report, target: Path) -> None:
     finish(figure, axes, report, target)
 
 
-def draw_steps(report: Report, target: Path) -> None:
+def draw_steps(report: SuiteReport, target: Path) -> None:
     """Bars of milliseconds a step, and the floor of as many GPUs where one is stated."""
     asked: dict[str, Callable[[], float]] = {}
     gpus = {}
@@ -102,7 +102,7 @@ def median(ask: Callable[[str], Figure], part: str) -> float:
     return ask(part).median
 
 
-def finish(figure: Any, axes: Any, report: Report, target: Path) -> None:
+def finish(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
     machine = report.machine
     where = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else machine["cpu"]
     axes.set_title(f"{report.made['parameters'] / 1e9:.3g} B parameters, {where}", fontsize="medium")
@@ -118,7 +118,7 @@ def bars_figure(labels: list[str]) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure as Canvas  # without pyplot: files, no window
     except ModuleNotFoundError:
-        measuring.skip("plots: needs matplotlib (pip install 'xditd[bench]')")
+        skip("plots: needs matplotlib (pip install 'xditd[bench]')")
 
     figure = Canvas(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(labels)), layout="constrained")
     axes = figure.subplots()
@@ -132,8 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path)
 
 
-def run(given: argparse.Namespace, _: measuring.Report) -> None:
-    report = Report(json.loads(given.report.read_text()))
+def run(given: argparse.Namespace, _: Report) -> None:
+    report = SuiteReport(json.loads(given.report.read_text()))
     given.folder.mkdir(parents=True, exist_ok=True)
     draw_phases(report, given.folder / "phases.png")
     draw_steps(report, given.folder / "steps.png")
