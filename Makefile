@@ -59,8 +59,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/control_plane.py
-	$(BIN)/python benchmarks/suite.py --device cpu --small --only $(BENCH_PARTS)
+	$(BIN)/python benchmarks/run.py control_plane
+	$(BIN)/python benchmarks/run.py suite --device cpu --small --only $(BENCH_PARTS)
 
 stress: $(STAMP)
 	$(BIN)/python tests/stress/run.py $(STRESS_ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from measuring import clean_environment
 
 from xditd.client.cli import comfyui as pack
 
@@ -34,11 +35,6 @@ def make_base(base: Path) -> None:
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack.install(base / "custom_nodes" / pack.FOLDER)
     shutil.copytree(NODES, base / "custom_nodes" / NODES.name)
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment without what its torch was told: ComfyUI and workers choose for themselves."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH")} | more
 
 
 def said_of(status: dict[str, Any]) -> str:
@@ -85,7 +81,6 @@ class ComfyServer:
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Run one prompt; seconds are counted from the moment before it was queued."""
-        log_at = self.log.stat().st_size
         queued = time.time()
         number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
         found = self._until(lambda: self.ask(f"/history/{number}").get(number), PROMPT_DEADLINE_S, "the prompt to end")
@@ -97,17 +92,11 @@ class ComfyServer:
         if not all(each["is_finite"][0] for each in outputs):
             raise Failure("the picture has values that are not finite")
         stamps = noted["steps"]
-        with self.log.open() as log:
-            log.seek(log_at)
-            said = log.read()
         return {
             "latents_s": noted["marks"]["latents"] - queued,
             "image_s": noted["marks"]["image"] - queued,
-            "first_step_s": stamps[0] - queued if stamps else None,
             "forwards": noted["forwards"],
-            "profile": noted["profile"],
             "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
-            "said": [line for line in said.splitlines() if "ms=" in line or "step by step" in line or "tier" in line],
         }
 
     def unload(self) -> None:

@@ -1,25 +1,30 @@
-"""What a lend and a job cost in the daemon: a part of ``control_plane.py``, with workers that do nothing."""
+"""A daemon in a folder of its own, and what a lend and a job cost in it with workers that do nothing."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zmq
-from measured_daemon import cpu_s, daemon, hello
 
-from xditd.ipc.addresses import endpoint
+from xditd import __version__
+from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.arguments import Argument, InIo, Kept, Values
 from xditd.ipc.codec import encode, reply_decoder
-from xditd.ipc.protocol import Request
+from xditd.ipc.protocol import PROTOCOL_VERSION, Request
 from xditd.ipc.replies import Called, Lent, Queued, StepDone
-from xditd.ipc.requests import Call, Lend, Part
+from xditd.ipc.requests import Call, Hello, Lend, Part
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 TENSORS, LENDS = 1_200, 500
@@ -28,6 +33,37 @@ TENSORS, LENDS = 1_200, 500
 FAKE_WORKERS_VARIABLE = "BENCHMARK_CHECKOUT"
 _CHECKOUT = Path(os.environ.get(FAKE_WORKERS_VARIABLE) or Path(__file__).resolve().parent.parent)
 FAKE_WORKERS = _CHECKOUT / "tests" / "integration" / "fake_workers.py"
+
+
+def hello() -> Request:
+    return Hello(
+        request_id="1", protocol_version=PROTOCOL_VERSION, package_version=__version__, client_name="benchmark"
+    )
+
+
+@contextmanager
+def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float, int]]:
+    """Run a daemon in a folder of its own; yields the folder, the time of its exec, and its pid."""
+    folder = Path(tempfile.mkdtemp(prefix="xditd-"))
+    config = folder / "xditd.toml"
+    config.write_text(f"[workers]\ncommand = {json.dumps(worker_command)}\n" if worker_command else "")
+    runtime = RuntimeDir(folder / "run")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
+    command = [sys.executable, "-m", "xditd.daemon", "--config", str(config), "--runtime-dir", str(runtime.path)]
+    began_s = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ)
+    try:
+        yield runtime, began_s, process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
+        shutil.rmtree(folder)
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that a process has computed, all its threads together (proc(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_work(jobs: int) -> dict[str, Any]:

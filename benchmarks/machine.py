@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import xditd
 PACKAGES = ("torch", "xfuser", "diffusers", "pyzmq", "msgpack", "msgspec", "cuda-bindings")
 
 
+@functools.cache
 def describe_machine() -> dict[str, Any]:
     """Name the processor, the GPUs with their driver, and the versions of what matters."""
     versions = {"xditd": xditd.__version__}

@@ -1,41 +1,132 @@
-"""What the parts of the suite share: clocks, what a process holds on the host, and how a part reports."""
+"""What all parts share: arguments, clocks, ranks, what a process holds on the host, and how a part reports."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
+import os
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from machine import describe_machine
 
 from xditd.client.output_files import write_file
 
 GIB = 2**30
 SAMPLE_EVERY_S = 0.02
+SKIPPED = 77
+"""Exit status of a part that cannot run here, as test drivers of Automake take it."""
+MOST_LEFT = 0.02
+RUN = Path(__file__).resolve().parent / "run.py"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every part takes."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add what every part takes that runs on GPUs, or as a dry run without."""
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a tiny transformer and small images: a dry run")
+    parser.add_argument("--small", action="store_true", help="a tiny model and small images: a dry run")
 
 
-def timed_ms(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return (time.perf_counter() - started) * 1e3
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of the groups that a part measures one after the other."""
+    parser.add_argument("--workers", "--ranks", dest="ranks", type=int, nargs="+", default=[1], metavar="N")
 
 
-def repeat_ms(action: Callable[[], object], repeats: int, seconds: float = float("inf")) -> list[float]:
-    """Milliseconds of each of ``repeats`` runs, fewer where they would take longer than ``seconds`` together."""
+def need_gpus(part: str, count: int, device: str = "cuda") -> None:
+    """End the part as skipped where there are fewer GPUs than it needs."""
+    found = len(describe_machine()["gpus"]) if device == "cuda" else count
+    if found < count:
+        skip(f"{part}: needs {count} GPU(s), one for each worker, and there are {found} here")
+
+
+def skip(reason: str) -> NoReturn:
+    """End the part because what it needs is not here."""
+    say(f"skipped: {reason}")
+    sys.exit(SKIPPED)
+
+
+def part_command(part: str, *arguments: object) -> list[str]:
+    """Return the command that runs a part in a process of its own."""
+    return [sys.executable, str(RUN), part, *map(str, arguments)]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Return this environment with no hub, and no allocator but each program's own choice."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH")}
+    return {**kept, "HF_HUB_OFFLINE": "1", **more}
+
+
+# --- Clocks --------------------------------------------------------------------------------------
+
+
+def synchronize(device: Any) -> None:
+    """Wait for the GPU where there is one."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def repeat_ms(
+    action: Callable[[], object],
+    repeats: int = 1,
+    seconds: float = float("inf"),
+    *,
+    device: object = "cpu",
+    warm_ups: int = 0,
+) -> list[float]:
+    """Milliseconds of each of ``repeats`` runs, fewer where they would take longer than ``seconds`` together.
+
+    What the runs start on ``device`` is waited for; ``warm_ups`` runs come before and do not count.
+    """
     took: list[float] = []
-    while len(took) < repeats and (not took or sum(took) + took[-1] < seconds * 1e3):
-        took.append(timed_ms(action))
+    for number in range(warm_ups + repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        action()
+        synchronize(device)
+        if number >= warm_ups:
+            took.append((time.perf_counter() - started) * 1e3)
+            if sum(took) + took[-1] >= seconds * 1e3:
+                break
     return took
+
+
+# --- Ranks ---------------------------------------------------------------------------------------
+
+
+def on_ranks(run_rank: Callable[..., Any], ranks: int, *arguments: Any, is_one_here: bool = False) -> list[Any]:
+    """Run ``run_rank(rank, ranks, store, *arguments)`` in so many processes; return what each of them returns.
+
+    ``store`` is a file through which ranks meet. Daemonic processes end with this one, whatever ends it. A single rank
+    runs in this process where ``is_one_here``: its start is then this program's own.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="xditd-ranks-") as folder:
+        if ranks == 1 and is_one_here:
+            return [run_rank(0, 1, f"{folder}/store", *arguments)]
+        started = torch.multiprocessing.start_processes(
+            _run_rank, (run_rank, ranks, folder, arguments), nprocs=ranks, join=False, daemon=True, start_method="spawn"
+        )
+        while not started.join():
+            pass
+        return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _run_rank(rank: int, run_rank: Callable[..., Any], ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    found = run_rank(rank, ranks, f"{folder}/store", *arguments)
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+
+
+# --- Memory of the host --------------------------------------------------------------------------
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
@@ -76,18 +167,66 @@ class AnonymousPeak:
         self._look()
 
 
+def evict(path: Path) -> str | None:
+    """Have the next reader of a file find none of it in memory; returns why not, where that cannot be had.
+
+    Source: posix_fadvise(2), "POSIX_FADV_DONTNEED": dirty pages stay, so they are written first.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    left = resident_share(path)
+    if left > MOST_LEFT:
+        return f"cold file: {left:.0%} stay in memory after posix_fadvise(DONTNEED); is this file system memory itself?"
+    return None
+
+
+def resident_share(path: Path) -> float:
+    """The share of a file's pages that are in memory. Source: mincore(2)."""
+    libc, size = ctypes.CDLL(None, use_errno=True), path.stat().st_size
+    found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    # Private and writable, though nothing is written: ctypes takes the address of writable memory only.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), found)
+        del first  # it keeps the mapping open
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    return sum(each & 1 for each in bytes(found)) / len(found)
+
+
+# --- Reports -------------------------------------------------------------------------------------
+
+
 class Report:
     """What a part has found, written to a file after every addition, so that a part that is cut short leaves that."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self.found: dict[str, Any] = {}
         # The suite ends a part that takes too long; leaving by an exception ends its daemon and its ranks too.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by the suite"))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
 
     def add(self, **found: Any) -> None:
+        self.found.setdefault("machine", describe_machine())  # not before: a start that is timed has no time for it
         self.found.update(found)
-        write_file(self._path, json.dumps(self.found, indent=1).encode(), b"\n")
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self._path, json.dumps(self.found, indent=1).encode(), b"\n")
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    print(f"{', '.join(machine['gpus']) or machine['cpu']}; Python {machine['python']}")
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()), flush=True)
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
+    """Print rows of cells, each column as wide as its widest cell."""
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(indent + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from measuring import GIB
+
 LONGEST_REASON = 100
 """More would push the table out of shape; the whole reason is in the JSON, and at the end of the tables."""
 
@@ -39,7 +40,7 @@ class Figure:
         return f"{text} ({min(self.runs):.{digits}f}-{max(self.runs):.{digits}f}, n {len(self.runs)})"
 
 
-class Report:
+class SuiteReport:
     """Figures of one run of the suite. Every method raises :class:`Missing` where there is no such figure."""
 
     def __init__(self, report: dict[str, Any]) -> None:
@@ -71,20 +72,14 @@ class Report:
 
     def _why(self, part: str, path: tuple[str, ...]) -> str:
         whole = self.parts[part]
-        stages = whole.get("failed_stages", {})
-        told = {"lends": "lends", "relend_ms": "lends", "latents": "jobs", "image": "jobs", "swap": "swap"}
-        told |= {
-            "parity": "parity",
-            "denoise": "denoise" if "denoise" in stages else "calls",
-            "files": "files",
-            "cold_clients": "cold_clients",
-        }
-        refused = whole.get(path[0]) if path else None
+        stages, refused = whole.get("failed_stages", {}), whole.get(path[0])
         if isinstance(refused, dict) and path[-1] == "cold" and "cold_refused" in refused:
             return str(refused["cold_refused"])
         if path[-1] == "through_arena" and not self.machine["gpus"]:
             return "no GPU"
-        reason = stages.get(told.get(path[0], "")) or whole.get("failed") or whole.get("cold_refused")
+        renamed = {"relend_ms": "lends", "latents": "jobs", "image": "jobs", "denoise": "calls"}
+        reason = stages.get(path[0]) or stages.get(renamed.get(path[0], ""))
+        reason = reason or whole.get("failed") or whole.get("cold_refused")
         text = f"{part}: {reason or 'not measured: ' + '.'.join(path)}".splitlines()[0]
         return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
@@ -211,21 +206,20 @@ class Report:
             raise Missing(f"no latents of {rival}: it did not run on these files")
         return Figure((errors[rival],), "")
 
-    def repeats_bits(self, part: str) -> bool:
-        return bool(self.look(part, "same_bits_again"))
+    def differing_bits(self, part: str) -> Figure:
+        return Figure((0.0 if self.look(part, "same_bits_again") else 1.0,), "")
 
     # --- Rivals and the machine ------------------------------------------------------------------
 
     def rival_step(self, part: str) -> Figure:
-        steps = self.made["steps"]
-        return ms(took_s * 1e3 / steps for took_s in self.look(part, "job_s"))
+        return ms(took_s * 1e3 / self.made["steps"] for took_s in self.look(part, "job_s"))
 
     def rival_job(self, part: str) -> Figure:
         return ms(took_s * 1e3 for took_s in self.look(part, "job_s"))
 
     def rival_image(self, part: str) -> Figure:
-        jobs, decodes = self.look(part, "job_s"), self.look(part, "decode_s")
-        return ms((job + decode) * 1e3 for job, decode in zip(jobs, decodes, strict=True))
+        runs = zip(self.look(part, "job_s"), self.look(part, "decode_s"), strict=True)
+        return ms(sum(run) * 1e3 for run in runs)
 
     def rival_decode(self, part: str) -> Figure:
         return ms(took_s * 1e3 for took_s in self.look(part, "decode_s"))

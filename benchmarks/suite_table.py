@@ -1,32 +1,28 @@
-"""The tables of benchmarks/suite.py: what was found, beside its bar and beside what a user would pick instead."""
+"""The tables of the suite: what was found, beside its bar and beside what a user would pick instead."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from suite_figures import Figure, Missing, Report, reason_of
+from measuring import GIB, print_machine, print_table
+from suite_figures import Figure, Missing, SuiteReport, reason_of
 
 Ask = Callable[[], Figure]
+Bar = Callable[[str], str]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line. ``bar`` is for the figure, or for its ratio to ``rival`` where ``is_bar_of_ratio``."""
+    """One line. ``bar`` is such as ``<= 25``; beside a rival, one that ends in x is for the ratio to it."""
 
     what: str
     ask: Ask
-    bar: float | None = None
+    bar: str = ""
     beside: str = ""
     rival: Ask | None = None
-    is_bar_of_ratio: bool = False
-    is_bar_least: bool = False
-    """The figure should be at least, not at most, the bar."""
 
     def cells(self) -> tuple[str, str, str, str]:
         """What, found, against the bar, beside the rival. What is missing gives its reason in the last one."""
@@ -42,132 +38,92 @@ class Row:
                 beside = f"{ratio:.3f}x {self.beside} ({other})"
             except Missing as missing:
                 beside = f"{self.beside}: {missing}"
-        judged = ratio if self.is_bar_of_ratio else found.median
-        return self.what, str(found), self._judge(judged, "x" if self.is_bar_of_ratio else found.unit), beside
+        is_of_ratio = self.rival is not None and self.bar.endswith("x")
+        return self.what, str(found), self._judge(ratio if is_of_ratio else found.median, found.unit), beside
 
     def _judge(self, judged: float | None, unit: str) -> str:
-        if self.bar is None:
+        if not self.bar:
             return ""
-        bar = f"{'>=' if self.is_bar_least else '<='} {self.bar:g}{unit if unit == 'x' else f' {unit}'}".rstrip()
+        bar = self.bar if self.bar.endswith("x") else f"{self.bar} {unit}".rstrip()
         if judged is None:
             return f"{bar}: ?"
-        is_met = judged >= self.bar if self.is_bar_least else judged <= self.bar
+        limit = float(self.bar[2:].rstrip("x"))
+        is_met = judged >= limit if self.bar.startswith(">=") else judged <= limit
         return f"{bar}: {'met' if is_met else 'MISSED'}"
 
 
 def print_tables(raw: dict[str, Any]) -> None:
-    report = Report(raw)
-    machine, made = report.machine, report.made
-    print(f"\n{', '.join(machine['gpus']) or machine['cpu']}; Python {machine['python']}")
-    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    report = SuiteReport(raw)
+    made, groups = report.made, report.groups
+    print()
+    print_machine(report.machine)
     print(
-        f"{made['parameters'] / 1e9:.3g} B parameters, {made['bytes'] / 2**30:.3g} GiB {made['dtype']}, random; "
+        f"{made['parameters'] / 1e9:.3g} B parameters, {made['bytes'] / GIB:.3g} GiB {made['dtype']}, random; "
         f"{made['pixels']} pixels, {made['tokens']} text tokens, {made['steps']} steps. Medians (least-most, runs)."
     )
-    for workers in report.groups:
+    for workers in groups:
         if reason_of(partial(report.group_line, workers)) is None:
             print(report.group_line(workers))
-    is_full = made["parameters"] > 10**10
-    for title, rows in tables(report, is_full):
-        if rows:
-            print(f"\n{title}")
-            print_rows([row.cells() for row in rows])
-    print_phases(report)
-    failed = {name: part["failed"] for name, part in report.parts.items() if "failed" in part}
-    if failed:
-        print("\nParts that found less than they should")
-        for name, reason in failed.items():
-            print(f"  {name:20} {reason}")
 
+    def full(bar: str) -> str:
+        """Bars of times are stated for full size on two H200 and are left out elsewhere."""
+        return bar if made["parameters"] > 10**10 else ""
 
-def print_rows(rows: list[tuple[str, str, str, str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for what, found, bar, beside in rows:
-        print(f"  {what:{widths[0]}}  {found:{widths[1]}}  {bar:{widths[2]}}  {beside}".rstrip())
-
-
-def tables(report: Report, is_full: bool) -> list[tuple[str, list[Row]]]:
-    """All tables by title. Bars are stated for full size on two H200 and are left out elsewhere."""
-
-    def bar(value: float) -> float | None:
-        return value if is_full else None
-
-    groups = report.groups
-    return [
-        ("Lending", [row for workers in groups for row in lending(report, workers, bar)]),
-        ("Files", [row for workers in groups for row in files(report, workers, bar)] + loads(report)),
-        ("Jobs, lossless", [row for workers in groups for row in jobs(report, workers, bar)]),
+    for title, rows in (
+        ("Lending", [row for workers in groups for row in lending(report, workers, full)]),
+        ("Files", [row for workers in groups for row in files(report, workers, full)] + loads(report)),
+        ("Jobs, lossless", [row for workers in groups for row in jobs(report, workers, full)]),
         ("Layouts on two workers, lossless", layouts(report)),
         ("Memory of GPUs", [row for workers in groups for row in memory(report, workers)]),
         ("Precision traded for speed: NOT lossless", [row for workers in groups for row in traded(report, workers)]),
-    ]
+    ):
+        if rows:
+            print_table(title, [row.cells() for row in rows])
+    print_phases(report)
+    failed = [(name, part["failed"]) for name, part in report.parts.items() if "failed" in part]
+    if failed:
+        print_table("Stages that found less than they should", failed)
 
 
-def lending(report: Report, workers: int, bar: Callable[[float], float | None]) -> list[Row]:
-    label = on(workers)
-    rows = [
-        Row(
-            f"lend, model built{label}",
-            partial(report.lend, workers),
-            bar(25.0 if workers == 1 else 100.0),
-            "torch IPC tensor by tensor, one process",
-            report.tensor_ipc,
-        ),
-        Row(f"  lend again what is lent{label}", partial(report.relend, workers)),
-    ]
-    rows.append(Row(f"  bytes copied{label}", partial(report.copied_gib, workers)))
-    if workers > 1:
-        rows.append(
-            Row(
-                f"  copy to each other GPU{label}",
-                partial(report.peer_gb_s, workers),
-                bar(0.9),
-                "one copy in one piece",
-                partial(report.ceiling, "peer_gb_s"),
-                is_bar_of_ratio=True,
-                is_bar_least=True,
-            )
-        )
-    rows += [
-        Row(f"swap: first step against a steady one{label}", partial(report.swap, workers), bar(1.2)),
-        Row(f"  built by swaps{label}", partial(report.built_by_swaps, workers), 0),
-        Row(f"cold client: lend to image beyond steps{label}", partial(report.cold_client, workers), bar(500.0)),
-        Row(f"daemon start to a first image{label}", partial(report.start, workers), bar(30.0)),
-    ]
-    return rows
-
-
-def files(report: Report, workers: int, bar: Callable[[float], float | None]) -> list[Row]:
-    label, ceiling = on(workers), "upload_0_gb_s" if workers == 1 else "upload_all_gb_s"
-    size_gib = report.made["bytes"] / 2**30
+def lending(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
+    label, ipc = on(workers), ("torch IPC tensor by tensor, one process", report.tensor_ipc)
+    ceiling = ("one copy in one piece", partial(report.ceiling, "peer_gb_s"))
+    peer = Row(f"  copy to each other GPU{label}", partial(report.peer_gb_s, workers), full(">= 0.9x"), *ceiling)
+    lend, cold = partial(report.lend, workers), partial(report.cold_client, workers)
     return [
-        Row(
-            f"lend a warm file{label}",
-            partial(report.lend_file, workers),
-            beside="from_pretrained to one device",
-            rival=partial(report.load, "load-pretrained"),
-        ),
-        Row(
-            f"  bytes to all GPUs{label}",
-            partial(report.file_gb_s, workers),
-            bar(0.8),
-            "pinned memory to as many GPUs",
-            partial(report.ceiling, ceiling),
-            is_bar_of_ratio=True,
-            is_bar_least=True,
-        ),
-        Row(f"  through an arena of the client{label}", partial(report.lend_file, workers, "through_arena")),
+        Row(f"lend, model built{label}", lend, full("<= 25" if workers == 1 else "<= 100"), *ipc),
+        Row(f"  lend again what is lent{label}", partial(report.relend, workers)),
+        Row(f"  bytes copied{label}", partial(report.copied_gib, workers)),
+        *([peer] if workers > 1 else []),
+        Row(f"swap: first step against a steady one{label}", partial(report.swap, workers), full("<= 1.2x")),
+        Row(f"  built by swaps{label}", partial(report.built_by_swaps, workers), "<= 0"),
+        Row(f"cold client: lend to image beyond steps{label}", cold, full("<= 500")),
+        Row(f"daemon start to a first image{label}", partial(report.start, workers), full("<= 30")),
+    ]
+
+
+def files(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
+    label, lend = on(workers), partial(report.lend_file, workers)
+    pretrained = partial(report.load, "load-pretrained")
+    ceiling = partial(report.ceiling, "upload_0_gb_s" if workers == 1 else "upload_all_gb_s")
+    pinned = ("pinned memory to as many GPUs", ceiling)
+    own = full(f"<= {report.made['bytes'] / GIB / 4:g}")
+    return [
+        Row(f"lend a warm file{label}", lend, "", "from_pretrained to one device", pretrained),
+        Row(f"  bytes to all GPUs{label}", partial(report.file_gb_s, workers), full(">= 0.8x"), *pinned),
+        Row(f"  through an arena of the client{label}", partial(lend, "through_arena")),
         Row(
             f"lend a cold file{label}",
-            partial(report.lend_file, workers, "cold"),
-            beside="from_pretrained, cold",
-            rival=partial(report.load, "load-pretrained", "cold_ms"),
+            partial(lend, "cold"),
+            "",
+            "from_pretrained, cold",
+            partial(pretrained, "cold_ms"),
         ),
-        Row(f"own host memory of the largest rank{label}", partial(report.host_gib, workers), bar(size_gib / 4)),
+        Row(f"own host memory of the largest rank{label}", partial(report.host_gib, workers), own),
     ]
 
 
-def loads(report: Report) -> list[Row]:
+def loads(report: SuiteReport) -> list[Row]:
     rows = []
     for part in ("load-safetensors", "load-single-file", "load-pretrained"):
         if part in report.parts:
@@ -177,101 +133,65 @@ def loads(report: Report) -> list[Row]:
     return rows
 
 
-def jobs(report: Report, workers: int, bar: Callable[[float], float | None]) -> list[Row]:
+def jobs(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
     label, part, same = on(workers), f"workers-{workers}", f"xfuser-{workers}"
-    whole_bar, image_bar = (bar(3300.0), None) if workers == 1 else (bar(2000.0), bar(2100.0))
+    step, rival_step = partial(report.step, part), partial(report.rival_step, same)
     rows = [
-        Row(
-            f"step of generate{label}",
-            partial(report.step, part),
-            bar(1.01),
-            same,
-            partial(report.rival_step, same),
-            is_bar_of_ratio=True,
-        ),
-        Row("", partial(report.step, part), None, "diffusers", partial(report.rival_step, "diffusers")),
+        Row(f"step of generate{label}", step, full("<= 1.01x"), same, rival_step),
+        Row("", step, "", "diffusers", partial(report.rival_step, "diffusers")),
     ]
     if workers > 1:
         context = f"context-parallel-{workers}"
-        rows.append(Row("", partial(report.step, part), None, context, partial(report.rival_step, context)))
+        rows.append(Row("", step, "", context, partial(report.rival_step, context)))
     if reason_of(partial(report.floor_ms, workers)) is None:
         floor = Figure((report.floor_ms(workers),), "ms")
-        rows.append(Row("", partial(report.step, part), None, "the floor", lambda: floor))
-    rows += [
-        Row(
-            f"all steps to latents{label}", partial(report.job, part), whole_bar, same, partial(report.rival_job, same)
-        ),
-        Row(
-            f"image{label}",
-            partial(report.job, part, "image"),
-            image_bar,
-            same,
-            partial(report.rival_image, same),
-        ),
-        Row(f"  decode{label}", partial(report.decode, part), None, same, partial(report.rival_decode, same)),
-        Row(
-            f"plain kernels: step{label}",
-            partial(report.step, f"plain-{workers}"),
-            bar(1.01),
-            same,
-            partial(report.rival_step, same),
-            is_bar_of_ratio=True,
-        ),
-        Row(
-            f"call from the client{label}",
-            partial(report.call, part),
-            bar(1.02),
-            "a step of generate",
-            partial(report.step, part),
-            is_bar_of_ratio=True,
-        ),
-        Row(
-            f"  sigmas not told before{label}",
-            partial(report.call, part, "unforeseen_ms"),
-            None,
-            "a step of generate",
-            partial(report.step, part),
-        ),
-        Row(
-            f"  conditioning sent each time{label}",
-            partial(report.call, part, "sent_ms"),
-            None,
-            "a step of generate",
-            partial(report.step, part),
-        ),
-        Row(f"error after {report.made['parity_steps']} steps{label}", partial(report.parity, part), 0.01),
-        Row(f"  differing bits in a second run{label}", lambda: bits(report, part), 0),
-        Row(f"  plain kernels{label}", partial(report.parity, f"plain-{workers}"), 0.01),
+        rows.append(Row("", step, "", "the floor", lambda: floor))
+    plain, whole, image = (
+        partial(report.step, f"plain-{workers}"),
+        partial(report.job, part),
+        partial(report.job, part, "image"),
+    )
+    whole_bar, image_bar = (full("<= 3300"), "") if workers == 1 else (full("<= 2000"), full("<= 2100"))
+    call, generate = partial(report.call, part), ("a step of generate", step)
+    return [
+        *rows,
+        Row(f"all steps to latents{label}", whole, whole_bar, same, partial(report.rival_job, same)),
+        Row(f"image{label}", image, image_bar, same, partial(report.rival_image, same)),
+        Row(f"  decode{label}", partial(report.decode, part), "", same, partial(report.rival_decode, same)),
+        Row(f"plain kernels: step{label}", plain, full("<= 1.01x"), same, rival_step),
+        Row(f"call from the client{label}", call, full("<= 1.02x"), *generate),
+        Row(f"  sigmas not told before{label}", partial(call, "unforeseen_ms"), "", *generate),
+        Row(f"  conditioning sent each time{label}", partial(call, "sent_ms"), "", *generate),
+        *errors(report, part, f"error after {report.made['parity_steps']} steps{label}"),
+        Row(f"  plain kernels{label}", partial(report.parity, f"plain-{workers}"), "<= 0.01"),
     ]
-    return rows
 
 
-def layouts(report: Report) -> list[Row]:
+def errors(report: SuiteReport, part: str, what: str = "  error", bar: str = "<= 0.01") -> list[Row]:
+    bits = partial(report.differing_bits, part)
+    return [Row(what, partial(report.parity, part), bar), Row("  differing bits in a second run", bits, bar and "<= 0")]
+
+
+def layouts(report: SuiteReport) -> list[Row]:
     rows = []
     ulysses = "workers-2"
     for part in [ulysses, *sorted(name for name in report.parts if name.startswith("layout-"))]:
         if part not in report.parts:
             continue
-        name = "ulysses=2" if part == ulysses else part.removeprefix("layout-")
-        rows.append(beside_ulysses(f"{name}: step of generate", report.step, part, ulysses))
-        if reason_of(partial(report.step, part)):
-            continue
-        rows += [
-            beside_ulysses("  call", report.call, part, ulysses),
-            beside_ulysses("  call, two rows", lambda which: report.call(which, "two_rows_ms"), part, ulysses),
-            Row("  error", partial(report.parity, part), 0.01),
-            Row("  differing bits in a second run", partial(bits, report, part), 0),
-        ]
+        asked = {
+            f"{'ulysses=2' if part == ulysses else part.removeprefix('layout-')}: step of generate": report.step,
+            "  call": report.call,
+            "  call, two rows": partial(report.call, how="two_rows_ms"),
+        }
+        for what, ask in asked.items() if reason_of(partial(report.step, part)) is None else [*asked.items()][:1]:
+            beside = () if part == ulysses else ("ulysses=2", partial(ask, ulysses))
+            rows.append(Row(what, partial(ask, part), "", *beside))
+        if reason_of(partial(report.step, part)) is None:
+            rows += errors(report, part)
     return rows
 
 
-def beside_ulysses(what: str, ask: Callable[[str], Figure], part: str, ulysses: str) -> Row:
-    if part == ulysses:
-        return Row(what, lambda: ask(part))
-    return Row(what, lambda: ask(part), None, "ulysses=2", lambda: ask(ulysses))
-
-
-def memory(report: Report, workers: int) -> list[Row]:
+def memory(report: SuiteReport, workers: int) -> list[Row]:
     label = on(workers)
     return [
         Row(f"workers beyond weights, ready{label}", partial(report.memory_gib, workers, "workers_ready")),
@@ -280,35 +200,22 @@ def memory(report: Report, workers: int) -> list[Row]:
     ]
 
 
-def traded(report: Report, workers: int) -> list[Row]:
-    rows = []
+def traded(report: SuiteReport, workers: int) -> list[Row]:
+    rows, lossless = [], partial(report.step, f"workers-{workers}")
     for mode in ("fp8", "step-cache"):
         part = f"{mode}-{workers}"
         if part in report.parts:
-            rows.append(
-                Row(
-                    f"{mode}: step of generate{on(workers)}",
-                    partial(report.step, part),
-                    None,
-                    "lossless",
-                    partial(report.step, f"workers-{workers}"),
-                )
-            )
-            if reason_of(partial(report.step, part)) is None:
-                rows.append(Row("  error", partial(report.parity, part)))
-                rows.append(Row("  differing bits in a second run", partial(bits, report, part)))
+            step = partial(report.step, part)
+            rows.append(Row(f"{mode}: step of generate{on(workers)}", step, "", "lossless", lossless))
+            rows += errors(report, part, bar="") if reason_of(step) is None else []
     return rows
-
-
-def bits(report: Report, part: str) -> Figure:
-    return Figure((0.0 if report.repeats_bits(part) else 1.0,), "")
 
 
 def on(workers: int) -> str:
     return f", {workers} worker{'s' if workers > 1 else ''}"
 
 
-def print_phases(report: Report) -> None:
+def print_phases(report: SuiteReport) -> None:
     """Where the time goes, in milliseconds of a lend and in seconds to a first image."""
     print("\nWhere the time goes")
     for workers in report.groups:
@@ -329,7 +236,3 @@ def print_line(what: str, ask: Callable[[], dict[str, float]], digits: int = 2) 
     total = sum(phases.values())
     parts = ", ".join(f"{name} {took:.{digits}f}" for name, took in phases.items() if took >= 10**-digits)
     print(f"  {what:28} {total:.{digits}f}: {parts}")
-
-
-if __name__ == "__main__":
-    print_tables(json.loads(Path(sys.argv[1]).read_text()))

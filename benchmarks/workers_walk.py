@@ -7,19 +7,16 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
-import flux_weights
-import page_cache
-import scales
+import flux
 import torch
 from machine import gpu_memory_by_process
-from measuring import GIB, AnonymousPeak, Report, repeat_ms, say
+from measuring import GIB, AnonymousPeak, Report, evict, part_command, repeat_ms, say, synchronize
+from parts import files
 from safetensors.torch import load_file
 
 from xditd.client import Client, Loan
@@ -28,10 +25,10 @@ from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.client.demo.flux1_calls import Flux1Calls, Prompt
 from xditd.ipc.errors import XditdError
 
-HERE = Path(__file__).resolve().parent
 RIVALS = ("diffusers_1", "xfuser_1", "xfuser_2")
 FILE_SECONDS = 20.0
 COLD_CLIENT_DEADLINE_S = 90.0
+COLD_CLIENT_STEPS = 4
 
 
 class StageFailed(Exception):
@@ -45,9 +42,9 @@ class Walk:
         self.given = given
         self.report = report
         self.daemon = daemon
-        self.scale = scales.named(given)
-        self.device = scales.first_of(given.device)
-        self.inputs = load_file(given.files / checkpoint_files.INPUTS)
+        self.scale = flux.scale_of(given)
+        self.device = str(flux.device_of(given))
+        self.inputs = load_file(given.files / files.INPUTS)
         self.arenas: list[Arena] = []
         self.client: Client
         self.loan: Loan
@@ -83,11 +80,11 @@ class Walk:
         self.client = self.daemon.connect()
         seconds["daemon_answers"] = time.perf_counter() - self.given.began
         # Made while the workers start: clients have their weights already.
-        shapes = flux_weights.shapes(self.scale.size, scales.dtype_on(self.given.device))
+        shapes = flux.shapes(self.scale.size, flux.dtype_on(self.given.device))
         for seed in (0, 1):
             self.arenas.append(Arena(shapes, self.device))
-            flux_weights.fill(self.arenas[-1].tensors, seed)
-        self.arenas.append(Arena.copy_of(load_file(self.given.files / checkpoint_files.VAE), self.device))
+            flux.fill(self.arenas[-1].tensors, seed)
+        self.arenas.append(Arena.copy_of(load_file(self.given.files / files.VAE), self.device))
         status = self.daemon.wait_ready(self.client, lambda _: None)
         seconds["workers_ready"] = time.perf_counter() - self.given.began
         self.report.add(
@@ -197,7 +194,7 @@ class Walk:
     def files(self) -> None:
         """Lending a file: to each GPU from the page cache, from the disk, and through an arena of the client."""
         self._free_other()
-        path = self.given.files / checkpoint_files.CHECKPOINT
+        path = self.given.files / files.CHECKPOINT
         pids = [worker.pid for worker in self.client.status().workers]
         found: dict[str, Any] = {"warm": [], "anonymous_gib": []}
 
@@ -214,26 +211,28 @@ class Walk:
             self.report.add(files=found)
         if self.given.device == "cuda":
             found["through_arena"] = [lend_file(self.device)]
-        reason = page_cache.evict(path)
+        reason = evict(path)
         found |= {"cold_refused": reason} if reason else {"cold": lend_file()}
         self.report.add(files=found)
 
     def cold_clients(self) -> None:
         """Clients in processes that have just started: from ``lend`` to a first image."""
         self._free_other()
-        command = [sys.executable, str(HERE / "cold_client.py"), "--runtime", str(self.daemon.runtime_dir)]
-        command += ["--files", str(self.given.files), "--device", self.given.device]
-        command += ["--small"] if self.given.small else []
+        out = self.daemon.log.with_suffix(".client.json")
+        common = [
+            "--files",
+            self.given.files,
+            "--device",
+            self.given.device,
+            *(["--small"] if self.given.small else []),
+        ]
         found: list[dict[str, Any]] = []
         for number in range(self.given.cold_clients):
-            done = subprocess.run(
-                [*command, "--seed", str(10 + number)],
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=COLD_CLIENT_DEADLINE_S,
-                check=True,
+            command = part_command("workers", "--cold-client", self.daemon.runtime_dir, "--seed", 10 + number, *common)
+            subprocess.run(
+                [*command, "--json", str(out)], stdout=subprocess.DEVNULL, timeout=COLD_CLIENT_DEADLINE_S, check=True
             )
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            found.append({key: value for key, value in json.loads(out.read_text()).items() if key != "machine"})
             self.report.add(cold_clients=found)
 
     # --- Their tools -----------------------------------------------------------------------------
@@ -279,6 +278,41 @@ class Walk:
             "lent_gib": sum(arena.size_bytes for arena in lent) / GIB,
             "client_beyond_weights_gib": mine / GIB,
         }
+
+
+def run_cold_client(given: argparse.Namespace, report: Report) -> None:
+    """From ``lend`` to a first image, for a client that has just started, of a daemon that is warm.
+
+    Weights of its own are made where ComfyUI would have loaded them, in arenas, before the clock starts.
+    """
+    scale, device = flux.scale_of(given), flux.device_of(given)
+    transformer = Arena(flux.shapes(scale.size, flux.dtype_on(given.device)), device)
+    flux.fill(transformer.tensors, given.seed)
+    vae = Arena.copy_of(load_file(given.files / files.VAE), device)
+    inputs = load_file(given.files / files.INPUTS)
+    synchronize(device)
+
+    marks = [time.perf_counter()]
+    with Client(given.cold_client, name="cold client") as client:
+        marks.append(time.perf_counter())
+        lent = client.lend(transformer.tensors)
+        marks.append(time.perf_counter())
+        lent_vae = client.lend(vae.tensors)
+        marks.append(time.perf_counter())
+        result = client.generate(
+            lent,
+            {name: inputs[name] for name in ("prompt_embeds", "pooled_prompt_embeds")},
+            vae=lent_vae,
+            noise=inputs["noise"],
+            height=scale.pixels,
+            width=scale.pixels,
+            steps=COLD_CLIENT_STEPS,
+        ).result()
+        marks.append(time.perf_counter())
+        phases = dict(lent.timings_ms)
+    took_ms = [(after - before) * 1e3 for before, after in itertools.pairwise(marks)]
+    found = dict(zip(("connect_ms", "lend_ms", "lend_vae_ms", "image_ms"), took_ms, strict=True))
+    report.add(**found, steps=COLD_CLIENT_STEPS, timings_ms=result.timings_ms, lend_phases_ms=phases)
 
 
 WALKS = {

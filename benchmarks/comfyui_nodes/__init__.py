@@ -1,19 +1,15 @@
-"""Nodes for benchmarks/comfyui_path.py: random conditioning, and what happened when.
+"""Nodes for the part comfyui of the benchmarks: random conditioning, and what happened when.
 
 The benchmark copies this folder into the ComfyUI that it starts. ``GET /xditd_bench`` returns what was noted since the
 last call, and how this ComfyUI is set up.
 """
 
-import cProfile
-import io
-import pstats
 import time
 from pathlib import Path
 
 import comfy.ldm.flux.math
 import comfy.memory_management
 import comfy.model_management
-import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
@@ -26,7 +22,6 @@ from xditd.client.comfyui.forward import RemoteForward
 
 steps: list[float] = []
 marks: dict[str, float] = {}
-profile = {"wanted": False, "text": ""}
 forwards: dict[str, list[float]] = {"forward_ms": [], "call_ms": []}
 _update = comfy.utils.ProgressBar.update_absolute
 
@@ -55,24 +50,6 @@ RemoteForward.run = _timed("forward_ms", RemoteForward.run)
 Client.call_parts = _timed("call_ms", Client.call_parts)
 
 
-def _profiled(function):
-    def run(*given, **more):
-        if not profile["wanted"]:
-            return function(*given, **more)
-        profiler = cProfile.Profile()
-        try:
-            return profiler.runcall(function, *given, **more)
-        finally:
-            out = io.StringIO()
-            pstats.Stats(profiler, stream=out).strip_dirs().sort_stats("tottime").print_stats(40)
-            profile.update(wanted=False, text=out.getvalue())
-
-    return run
-
-
-comfy.sample.sample = _profiled(comfy.sample.sample)
-
-
 def _is_cuda():
     return comfy.model_management.get_torch_device().type == "cuda"
 
@@ -84,11 +61,9 @@ def _wait_for_gpu():
 
 @PromptServer.instance.routes.get("/xditd_bench")
 async def noted(request):
-    profile["wanted"] = "profile" in request.query
     found = {
         "steps": list(steps),
         "marks": dict(marks),
-        "profile": profile["text"],
         "forwards": {name: list(times) for name, times in forwards.items()},
         "allocator": torch.cuda.get_allocator_backend() if _is_cuda() else "none, on the CPU",
         "dynamic_vram": bool(comfy.memory_management.aimdo_enabled),
@@ -97,7 +72,6 @@ async def noted(request):
     }
     steps.clear()
     marks.clear()
-    profile["text"] = ""
     for times in forwards.values():
         times.clear()
     return web.json_response(found)

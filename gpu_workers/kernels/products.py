@@ -27,7 +27,7 @@ LinearT = TypeVar("LinearT")
 
 TOLERANCE = 0.02
 """Relative error of one forward. In bfloat16 at full size, sums in another order cost 1.5e-2, in code that torch
-compiles just as in fused kernels (``benchmarks/step_time.py``); what is wrong costs 0.1 and more."""
+compiles just as in fused kernels (``benchmarks/run.py step_time``); what is wrong costs 0.1 and more."""
 
 EIGHT_BIT_TOLERANCE = 0.1
 """The same where products are in eight bits. In a transformer of 57 blocks that cost 0.056 to 0.060 (rounding

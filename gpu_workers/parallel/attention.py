@@ -85,7 +85,7 @@ def for_fused(requested: str, chosen: str, device: torch.device) -> str:
     """Return what fused transformers attend with: FlashAttention 3 where it runs and nobody asked for another one.
 
     On Hopper GPUs it is the fastest of the lossless ones: 713 TFLOP/s for 24 heads of 4,608 tokens, cuDNN's 669
-    (``benchmarks/step_time.py --attention``). xDiT knows it by a package that has no wheels.
+    (``benchmarks/run.py step_time --attention``). xDiT knows it by a package that has no wheels.
     """
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
     if requested.lower() == AUTO and is_hopper and flash3.is_installed():

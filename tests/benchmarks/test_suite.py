@@ -13,8 +13,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def run(program: str, *arguments: str, timeout_s: float = 30.0) -> str:
-    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+def run_suite(*arguments: str, timeout_s: float = 30.0) -> str:
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "suite", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -58,7 +58,7 @@ def table(report: dict[str, Any], tmp_path: Path) -> dict[str, str]:
     """Lines of the table by what they begin with."""
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    lines = run("suite_table.py", str(path)).splitlines()
+    lines = run_suite("--show", str(path)).splitlines()
     return {line[:46].strip(): " ".join(line.split()) for line in lines if line.strip()}
 
 
@@ -67,7 +67,7 @@ def line_of(table: dict[str, str], begins: str) -> str:
 
 
 def test_medians_bars_and_ratios(table: dict[str, str]) -> None:
-    assert "90.0 ms (80.0-110.0, n 3) <= 100 ms: met" in line_of(table, "lend, skeleton built, 2 workers")
+    assert "90.0 ms (80.0-110.0, n 3) <= 100 ms: met" in line_of(table, "lend, model built, 2 workers")
     assert "0.500x xfuser-2" in line_of(table, "step of generate, 2 workers")
     assert "1990 ms (1980-2000, n 3) <= 2000 ms: met" in line_of(table, "all steps to latents, 2 workers")
 
@@ -83,7 +83,7 @@ def test_what_is_missing_says_why_and_has_no_number(table: dict[str, str]) -> No
     assert line_of(table, "ring=2: step of generate").endswith(
         "- layout-ring=2: unrecognized arguments: --layout=ring=2"
     )
-    assert "tensor-ipc: took longer than 75 s" in line_of(table, "lend, skeleton built, 2 workers")
+    assert "tensor-ipc: took longer than 75 s" in line_of(table, "lend, model built, 2 workers")
     assert line_of(table, "plain kernels: step, 2 workers").endswith("- plain-2 was not asked for")
 
 
@@ -94,13 +94,13 @@ def test_a_part_that_fails_keeps_its_place_and_a_run_goes_on(tmp_path: Path) -> 
     path = tmp_path / "suite.json"
     parts = ["ceilings", "load-single-file", "load-safetensors"]
     common = ["--device", "cpu", "--small", "--json", str(path), "--patience", "10", "--files", str(tmp_path / "files")]
-    run("suite.py", *common, "--only", *parts, timeout_s=280)
+    run_suite(*common, "--only", *parts, timeout_s=280)
     first = json.loads(path.read_text())["parts"]
     assert list(first) == parts
     assert "split_sizes" in first["load-single-file"]["failed"]
     assert "warm_ms" not in first["load-single-file"]
     assert len(first["load-safetensors"]["warm_ms"]) == 3
 
-    table = run("suite.py", *common, "--only", "ceilings", "load-safetensors", "--resume", timeout_s=120)
+    table = run_suite(*common, "--only", "ceilings", "load-safetensors", "--resume", timeout_s=120)
     assert json.loads(path.read_text())["parts"] == first  # nothing was measured again
     assert "split_sizes" in table

@@ -1,4 +1,4 @@
-"""What importing the client loads: no torch, no numpy. What it takes is benchmarks/control_plane.py's to say."""
+"""What importing the client loads: no torch, no numpy. What it takes is benchmarks/parts/control_plane.py's to say."""
 
 import subprocess
 import sys

@@ -1,49 +1,50 @@
-"""The same jobs without the daemon, as users run them: load a folder of diffusers, denoise, decode.
+"""Run the same jobs without the daemon, as users do: load a folder of diffusers, denoise, decode.
 
-    python benchmarks/rival.py diffusers --files FOLDER --out FILE
-    python benchmarks/rival.py xfuser --ranks 2 --files FOLDER --out FILE
-    python benchmarks/rival.py context-parallel --ranks 2 --files FOLDER --out FILE
+    python benchmarks/run.py rival diffusers --files FOLDER
+    python benchmarks/run.py rival xfuser --workers 2 --files FOLDER
+    python benchmarks/run.py rival context-parallel --workers 2 --files FOLDER
 
 ``diffusers`` is one process, ``xfuser`` its Flux wrapper with Ulysses, ``context-parallel`` diffusers' own
-``enable_parallelism`` with Ulysses. All run in eager mode. Files come from ``checkpoint_files.py``; latents after a few
-steps are left in their folder, for what others are compared with. Seconds are those of the slowest rank.
+``enable_parallelism`` with Ulysses. All run in eager mode; the suite compares the daemon with them. Latents after a few
+steps are left in FOLDER, for what others are compared with. Seconds are those of the slowest rank.
+
+Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import checkpoint_files
-import scales
+import flux
 import torch
-from measuring import Report, add_arguments
+from measuring import Report, add_device, need_gpus, on_ranks, print_machine, print_table, synchronize
+from parts import files, loads
+
+SHOWS_MACHINE = True
+"""Not by the runner, before it: the start of this program is timed."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time loading and jobs in-process, and write latents.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rival", choices=tuple(LOADERS))
-    add_arguments(parser)
-    parser.add_argument("--ranks", type=int, default=1)
+    add_device(parser)
+    parser.add_argument("--workers", "--ranks", dest="ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--files", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--began", type=float, default=time.time(), help="when the program was started, as time.time()")
-    return parser
+    parser.add_argument("--files", type=Path, required=True, help="of the part files, made if need be")
+    parser.add_argument(
+        "--began", type=float, help="when the suite, which has made the files, started this: time.time()"
+    )
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a rival. ``store`` is a file through which ranks meet."""
+    """One process of a rival."""
 
     given: argparse.Namespace
     number: int
@@ -51,21 +52,15 @@ class Rank:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.number) if self.given.device == "cuda" else torch.device("cpu")
+        return flux.device_of(self.given, self.number)
 
     @property
     def transformer_folder(self) -> Path:
-        return self.given.files / checkpoint_files.DIFFUSERS / "transformer"
+        return self.given.files / files.DIFFUSERS / "transformer"
 
     @property
     def options(self) -> dict[str, Any]:
-        """How ``from_pretrained`` is called: straight to the device, which is its fastest way there."""
-        dtype = scales.dtype_on(self.given.device)
-        return {"torch_dtype": dtype, "device_map": {"": str(self.device)}, "local_files_only": True}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return loads.options(self.given, self.number)
 
 
 def start_diffusers(rank: Rank) -> Callable[[], Any]:
@@ -118,43 +113,39 @@ def measure(rank: Rank) -> dict[str, Any]:
 
     from xditd.gpu_workers.families.flux1 import reference
 
-    given, scale = rank.given, scales.named(rank.given)
+    given, scale = rank.given, flux.scale_of(rank.given)
     load = LOADERS[given.rival](rank)
-    inputs = load_file(given.files / checkpoint_files.INPUTS, device=str(rank.device))
-    rank.wait()
+    inputs = load_file(given.files / files.INPUTS, device=str(rank.device))
+    synchronize(rank.device)
     found: dict[str, Any] = {"started_s": time.time() - given.began}
 
     with torch.no_grad():
         pipeline, found["load_s"] = timed(rank, lambda: make_pipeline(load()))
-        vae_folder = given.files / checkpoint_files.DIFFUSERS / "vae"
+        vae_folder = given.files / files.DIFFUSERS / "vae"
         vae, found["load_vae_s"] = timed(rank, lambda: AutoencoderKL.from_pretrained(vae_folder, **rank.options))
         first, found["first_job_s"] = timed(rank, lambda: job(pipeline, scale, inputs, scale.steps))
         _, found["first_decode_s"] = timed(rank, lambda: reference.reference_decode(vae, first))
-        found["job_s"] = [
-            timed(rank, lambda: job(pipeline, scale, inputs, scale.steps))[1] for _ in range(given.repeats)
-        ]
-        found["decode_s"] = [
-            timed(rank, lambda: reference.reference_decode(vae, first))[1] for _ in range(given.repeats)
-        ]
+        for name, action in (
+            ("job_s", lambda: job(pipeline, scale, inputs, scale.steps)),
+            ("decode_s", lambda: reference.reference_decode(vae, first)),
+        ):
+            found[name] = [timed(rank, action)[1] for _ in range(given.repeats)]
         latents = job(pipeline, scale, inputs, scale.parity_steps)
         found["same_bits_again"] = torch.equal(latents, job(pipeline, scale, inputs, scale.parity_steps))
     if rank.number == 0:
-        save_file({"latents": latents.float().cpu().contiguous()}, latents_file(given.files, given.rival, given.ranks))
+        target = given.files / f"latents_{given.rival}_{given.ranks}.safetensors"
+        save_file({"latents": latents.float().cpu().contiguous()}, target)
     return found
-
-
-def latents_file(files: Path, rival: str, ranks: int) -> Path:
-    return files / f"latents_{rival}_{ranks}.safetensors"
 
 
 def timed(rank: Rank, action: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     result = action()
-    rank.wait()
+    synchronize(rank.device)
     return result, time.perf_counter() - started
 
 
-def job(pipeline: Any, scale: scales.Scale, inputs: dict[str, torch.Tensor], steps: int) -> torch.Tensor:
+def job(pipeline: Any, scale: flux.Scale, inputs: dict[str, torch.Tensor], steps: int) -> torch.Tensor:
     from diffusers import FluxPipeline
 
     noise = inputs["noise"]
@@ -191,13 +182,13 @@ def make_pipeline(transformer: Any) -> Any:
     return pipeline
 
 
-def run_rank(number: int, given: argparse.Namespace, folder: str) -> None:
+def run_rank(number: int, ranks: int, store: str, given: argparse.Namespace) -> dict[str, Any]:
     if given.device == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // given.ranks))
-    found = measure(Rank(given, number, f"{folder}/store"))
-    Path(folder, f"rank{number}.json").write_text(json.dumps(found))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    found = measure(Rank(given, number, store))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    return found
 
 
 def slowest(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,22 +203,13 @@ def slowest(found: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def main() -> None:
-    given = build_parser().parse_args()
-    report = Report(given.out)
-    with tempfile.TemporaryDirectory(prefix="xditd-rival-") as folder:
-        if given.ranks == 1:
-            run_rank(0, given, folder)
-        else:
-            # Daemonic processes end with this one, whatever ends it.
-            ranks = torch.multiprocessing.start_processes(
-                run_rank, (given, folder), nprocs=given.ranks, join=False, daemon=True, start_method="spawn"
-            )
-            while not ranks.join():
-                pass
-        found = [json.loads(Path(folder, f"rank{number}.json").read_text()) for number in range(given.ranks)]
+def run(given: argparse.Namespace, report: Report) -> None:
+    if given.began is None:
+        need_gpus(f"rival {given.rival}", given.ranks, given.device)
+        files.ensure(given.files, given)
+        given.began = time.time()
+    found = on_ranks(run_rank, given.ranks, given, is_one_here=True)
     report.add(rival=given.rival, ranks=given.ranks, **slowest(found))
-
-
-if __name__ == "__main__":
-    main()
+    rows = [(name, f"{statistics.median(report.found[name]):.3f} s") for name in ("job_s", "decode_s")]
+    print_machine(report.found["machine"])
+    print_table(f"{given.rival}, {given.ranks} rank(s), medians", rows)

@@ -1,7 +1,8 @@
-"""Random FLUX.1 weights in checkpoint layout, the same in every process that makes them from the same seed."""
+"""How large the FLUX.1 is that parts run, and its random weights, the same in every process for the same seed."""
 
 from __future__ import annotations
 
+import argparse
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,41 @@ class Size:
     single_blocks: int = 38
 
 
-FULL = Size()
-SMALL = Size(hidden=256, double_blocks=2, single_blocks=2)
+@dataclass(frozen=True)
+class Scale:
+    """``steps`` are those of a job that is timed, ``parity_steps`` of one that is compared."""
+
+    size: Size
+    pixels: int
+    tokens: int
+    steps: int
+    parity_steps: int
+    vae_channels: tuple[int, ...]
+
+
+FULL = Scale(Size(), 1024, 512, 28, 12, (128, 256, 512, 512))
+SMALL = Scale(Size(hidden=256, double_blocks=2, single_blocks=2), 128, 16, 4, 4, (64, 64, 128, 128))
+FLOOR_TFLOPS = 790.0
+"""What one H200 reaches in a large bfloat16 matrix product for a few milliseconds."""
+
+
+def scale_of(given: argparse.Namespace) -> Scale:
+    return SMALL if given.small else FULL
+
+
+def dtype_on(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def device_of(given: argparse.Namespace, rank: int = 0) -> torch.device:
+    return torch.device("cuda", rank) if given.device == "cuda" else torch.device("cpu")
+
+
+def floor_ms(size: Size, pixels: int, text_tokens: int) -> float:
+    """Multiplications of one step at :data:`FLOOR_TFLOPS`, on one GPU."""
+    tokens, blocks = (pixels // 16) ** 2 + text_tokens, size.double_blocks + size.single_blocks
+    products, dots = blocks * 12 * size.hidden**2 * tokens, blocks * 2 * tokens * tokens * size.hidden
+    return 2 * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3
 
 
 def shapes(size: Size, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -49,7 +83,7 @@ def fill(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
             tensor.normal_(0.0, 0.02, generator=generator)
 
 
-def state_dict(size: Size, dtype: torch.dtype, device: str, seed: int) -> dict[str, torch.Tensor]:
+def state_dict(size: Size, dtype: torch.dtype, device: str | torch.device, seed: int) -> dict[str, torch.Tensor]:
     """Make a whole checkpoint on a device."""
     tensors = {
         name: torch.empty(shape, dtype=kind, device=device) for name, (kind, shape) in shapes(size, dtype).items()

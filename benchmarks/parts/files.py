@@ -1,9 +1,11 @@
-"""Write what the suite loads: a FLUX.1 transformer and a VAE, as single files and as a folder of diffusers.
+"""Write the files that other parts load: a FLUX.1 transformer and a VAE, as single files and as a folder of diffusers.
 
-    python benchmarks/checkpoint_files.py FOLDER --device cuda
+    python benchmarks/run.py files FOLDER --device cuda
 
-Weights are random and those of ``flux_weights`` with seed 0. ``made.json`` is written last and says what is there; a
-folder that says the same is left as it is. Prints the same as one JSON line.
+Weights are random, of seed 0. ``made.json`` is written last and says what is there; a folder that says the same is left
+as it is. With ``--comfyui`` FOLDER gets models as ComfyUI has them, with a LoRA on all linear layers, instead.
+
+Needs: a GPU; --device cpu writes in float32
 """
 
 from __future__ import annotations
@@ -12,18 +14,19 @@ import argparse
 import ctypes
 import json
 import struct
-import sys
-import time
+import subprocess
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import flux_weights
-import scales
+import flux
 import torch
-from measuring import add_arguments
+from measuring import Report, add_device, clean_environment, need_gpus, part_command, repeat_ms, say
+from safetensors.torch import save_file
+
+from xditd.client.demo import checkpoints
 
 CHECKPOINT = "flux.safetensors"
 VAE = "ae.safetensors"
@@ -34,6 +37,7 @@ VAE_SEED = 3
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 WRITERS = 16
 PIECE_BYTES = 16 * 2**20
+LORA_RANK = 16
 
 
 def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -82,72 +86,96 @@ def write_piece(mapped: torch.Tensor, piece: torch.Tensor, start: int) -> None:
     ctypes.memmove(target.data_ptr(), piece.data_ptr(), piece.numel())
 
 
-def write_all(folder: Path, scale: scales.Scale, device: str) -> None:
+def write_all(folder: Path, scale: flux.Scale, device: str) -> None:
     """Write checkpoints, diffusers' folder, and the inputs of every job."""
-    from safetensors.torch import save_file
-
-    from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
 
-    dtype = scales.dtype_on(device)
-    weights = flux_weights.state_dict(scale.size, dtype, device, 0)
+    dtype = flux.dtype_on(device)
+    weights = flux.state_dict(scale.size, dtype, device, 0)
     write_in_place(weights, folder / CHECKPOINT)
     transformer = reference.transformer_from(weights)
     target = folder / DIFFUSERS / "transformer"
+    target.mkdir(parents=True, exist_ok=True)
     transformer.save_config(target)
     write_in_place(transformer.state_dict(), target / "diffusion_pytorch_model.safetensors")
     vae = checkpoints.flux_vae_state_dict(VAE_SEED, channels=scale.vae_channels, dtype=dtype)
     save_file(vae, folder / VAE)
     reference.vae_from(vae).save_pretrained(folder / DIFFUSERS / "vae")
-    save_file(make_inputs(scale, dtype), folder / INPUTS)
-
-
-def make_inputs(scale: scales.Scale, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    side = scale.pixels // 8
+    generator, side = torch.Generator().manual_seed(0), scale.pixels // 8
     shapes = {
         "prompt_embeds": (1, scale.tokens, 4096),
         "pooled_prompt_embeds": (1, 768),
         "noise": (1, 16, side, side),
     }
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    save_file(inputs, folder / INPUTS)
 
 
-def describe(scale: scales.Scale, device: str) -> dict[str, Any]:
+def write_comfyui(models: Path, scale: flux.Scale, device: str) -> None:
+    """Write a transformer, a VAE, and a LoRA small enough to leave pictures pictures, where ComfyUI looks for them."""
+    dtype, generator = flux.dtype_on(device), torch.Generator().manual_seed(8)
+    weights, lora = flux.state_dict(scale.size, dtype, device, 0), {}
+    write_in_place(weights, models / "diffusion_models" / CHECKPOINT)
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            layer, (rows, columns) = f"diffusion_model.{name.removesuffix('.weight')}", tensor.shape
+            up, down = (
+                0.02 * torch.randn(*shape, generator=generator) for shape in ((rows, LORA_RANK), (LORA_RANK, columns))
+            )
+            lora |= {f"{layer}.lora_up.weight": up.to(dtype), f"{layer}.lora_down.weight": down.to(dtype)}
+    save_file(lora, models / "loras" / "lora.safetensors")
+    is_full = scale is flux.FULL
+    channels = scale.vae_channels if is_full else (64, 128, 256, 256)
+    save_file(
+        checkpoints.flux_vae_state_dict(VAE_SEED, channels=channels, encoder=is_full, dtype=dtype), models / "vae" / VAE
+    )
+
+
+def describe(scale: flux.Scale, device: str) -> dict[str, Any]:
     """Everything that decides what is in the folder, and the figures that tables are made with."""
-    shapes = flux_weights.shapes(scale.size, scales.dtype_on(device))
+    dtype = flux.dtype_on(device)
+    shapes = flux.shapes(scale.size, dtype)
     parameters = sum(torch.Size(shape).numel() for _, shape in shapes.values())
     return {
         "device": device,
-        "dtype": str(scales.dtype_on(device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "tensors": len(shapes),
         "parameters": parameters,
-        "bytes": parameters * scales.dtype_on(device).itemsize,
+        "bytes": parameters * dtype.itemsize,
         "pixels": scale.pixels,
         "tokens": scale.tokens,
         "steps": scale.steps,
         "parity_steps": scale.parity_steps,
-        "floor_ms": scales.floor_ms(scale),
+        "floor_ms": flux.floor_ms(scale.size, scale.pixels, scale.tokens),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def ensure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Have another process write what is not there, so that its GPU memory is gone when it ends; return what is."""
+    small = ["--small"] if given.small else []
+    subprocess.run(
+        part_command("files", folder, "--device", given.device, *small), check=True, env=clean_environment(), stdout=2
+    )
+    made: dict[str, Any] = json.loads((folder / MADE).read_text())
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path)
-    add_arguments(parser)
-    given = parser.parse_args()
-    scale = scales.named(given)
-    made = describe(scale, given.device)
-    marker = given.folder / MADE
-    if not marker.exists() or json.loads(marker.read_text()) != made:
-        started = time.perf_counter()
-        (given.folder / DIFFUSERS / "transformer").mkdir(parents=True, exist_ok=True)
+    add_device(parser)
+    parser.add_argument("--comfyui", action="store_true", help="FOLDER is a ComfyUI's models")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("files", 1, given.device)
+    scale = flux.scale_of(given)
+    made, marker = describe(scale, given.device), given.folder / MADE
+    if given.comfyui:
+        write_comfyui(given.folder, scale, given.device)
+    elif not marker.exists() or json.loads(marker.read_text()) != made:
+        given.folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
-        write_all(given.folder, scale, given.device)
+        took_ms = repeat_ms(lambda: write_all(given.folder, scale, given.device))[0]
         marker.write_text(json.dumps(made))
-        print(f"files written in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-    print(json.dumps(made))
-
-
-if __name__ == "__main__":
-    main()
+        say(f"files written in {took_ms / 1e3:.1f} s")
+    report.add(made=made)

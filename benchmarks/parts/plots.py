@@ -1,9 +1,10 @@
-"""Draw what benchmarks/suite.py found: where the time to a first image goes, and a step beside its floor.
+"""Draw what the suite found: where the time to a first image goes, and a step beside its floor.
 
-    pip install 'xditd[bench]'
-    python benchmarks/plots.py benchmarks/results/suite_2x_h200.json docs
+    python benchmarks/run.py plots benchmarks/results/suite_2x_h200.json docs
 
 Writes ``phases.png`` and ``steps.png`` into the folder. What is missing in the report is left out, and said.
+
+Needs: matplotlib (pip install 'xditd[bench]'), and a report of the suite
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import matplotlib
+from measuring import Report, skip
+from suite_figures import Figure, Missing, SuiteReport
 
-matplotlib.use("Agg")  # files, no window
-
-from matplotlib import pyplot
-from suite_figures import Figure, Missing, Report
-
+SHOWS_MACHINE = True
 COLOURS = {
     "start and imports": "#9aa5b1",
     "load": "#d1495b",
@@ -48,7 +46,7 @@ def collect(asked: dict[str, Callable[[], Found]]) -> dict[str, Found]:
     return found
 
 
-def draw_phases(report: Report, target: Path) -> None:
+def draw_phases(report: SuiteReport, target: Path) -> None:
     """Stacked bars of the seconds to a first image, for rivals, a daemon that starts, and clients of a warm one."""
     asked: dict[str, Callable[[], dict[str, float]]] = {
         name: partial(report.rival_phases, name) for name in RIVALS if name in report.parts
@@ -57,7 +55,7 @@ def draw_phases(report: Report, target: Path) -> None:
         asked[f"xditd-{workers}, with its start"] = partial(report.start_phases, workers)
         asked[f"xditd-{workers}, warm"] = partial(report.cold_phases, workers)
     bars = collect(asked)
-    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(bars)), layout="constrained")
+    figure, axes = bars_figure(list(bars))
     named = set()
     for row, phases in enumerate(bars.values()):
         left = 0.0
@@ -67,14 +65,12 @@ def draw_phases(report: Report, target: Path) -> None:
             axes.barh(row, took_s, left=left, color=COLOURS[phase], label=label)
             left += took_s
         axes.annotate(f" {left:.1f} s", (left, row), va="center")
-    axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel(f"seconds to a first image, {report.made['steps']} steps, {report.made['pixels']} pixels")
     finish(figure, axes, report, target)
 
 
-def draw_steps(report: Report, target: Path) -> None:
+def draw_steps(report: SuiteReport, target: Path) -> None:
     """Bars of milliseconds a step, and the floor of as many GPUs where one is stated."""
     asked: dict[str, Callable[[], float]] = {}
     gpus = {}
@@ -89,7 +85,7 @@ def draw_steps(report: Report, target: Path) -> None:
                 gpus[label] = workers
                 asked[label] = partial(median, report.step, part)
     bars = dict(sorted(collect(asked).items(), key=lambda bar: gpus[bar[0]]))
-    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(bars)), layout="constrained")
+    figure, axes = bars_figure(list(bars))
     has_floor = False
     for row, (label, took_ms) in enumerate(bars.items()):
         axes.barh(row, took_ms, color=OURS if label.startswith("xditd") else THEIRS)
@@ -97,8 +93,6 @@ def draw_steps(report: Report, target: Path) -> None:
         for floor_ms in collect({f"floor of {label}": partial(report.floor_ms, gpus[label])}).values():
             axes.plot([floor_ms] * 2, [row - 0.45, row + 0.45], "k--", label=None if has_floor else "floor")
             has_floor = True
-    axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(f"milliseconds a step, {report.made['pixels']} pixels, {report.made['tokens']} text tokens")
     finish(figure, axes, report, target)
@@ -108,7 +102,7 @@ def median(ask: Callable[[str], Figure], part: str) -> float:
     return ask(part).median
 
 
-def finish(figure: pyplot.Figure, axes: pyplot.Axes, report: Report, target: Path) -> None:
+def finish(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
     machine = report.machine
     where = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else machine["cpu"]
     axes.set_title(f"{report.made['parameters'] / 1e9:.3g} B parameters, {where}", fontsize="medium")
@@ -116,20 +110,30 @@ def finish(figure: pyplot.Figure, axes: pyplot.Axes, report: Report, target: Pat
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=len(COLOURS), fontsize="small")
     figure.savefig(target, dpi=DOTS_PER_INCH)
-    pyplot.close(figure)
     print(target)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("report", type=Path)
+def bars_figure(labels: list[str]) -> tuple[Any, Any]:
+    """An empty figure, the first of the bars on top."""
+    try:
+        from matplotlib.figure import Figure as Canvas  # without pyplot: files, no window
+    except ModuleNotFoundError:
+        skip("plots: needs matplotlib (pip install 'xditd[bench]')")
+
+    figure = Canvas(figsize=(WIDTH_INCHES, 1.3 + 0.45 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    return figure, axes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("report", type=Path, help="what the suite wrote with --json")
     parser.add_argument("folder", type=Path)
-    given = parser.parse_args()
-    report = Report(json.loads(given.report.read_text()))
+
+
+def run(given: argparse.Namespace, _: Report) -> None:
+    report = SuiteReport(json.loads(given.report.read_text()))
     given.folder.mkdir(parents=True, exist_ok=True)
     draw_phases(report, given.folder / "phases.png")
     draw_steps(report, given.folder / "steps.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,16 @@
-"""How fast the daemon starts and answers, without any worker's help.
+"""Start the daemon and ask it, without any worker's help; and what a lend and a job cost in it.
 
-    python benchmarks/control_plane.py
-    python benchmarks/control_plane.py --json
-    python benchmarks/control_plane.py --against ../xditd-before     # lends and jobs, in turns with another checkout
+    python benchmarks/run.py control_plane
+    python benchmarks/run.py control_plane --against ../xditd-before     # lends and jobs, beside another checkout
 
 Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
 compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients, in turns: a few clients
 that always have several requests under way, a hundred that ask again as soon as they have their answer, and the same
 hundred at a stated rate. The first two load the server all it can take, so there a latency is clients by throughput;
 the third tells what one of a hundred waits at a server with time to spare. Memory is what the daemon holds after many
-jobs on a worker group that does nothing. Clients are plain sockets in one process (``zmtp_client.py``).
+jobs on a worker group that does nothing. Exit status 1 where a bar is missed.
+
+Needs: nothing else
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zmq
-from lends_and_jobs import FAKE_WORKERS_VARIABLE, TENSORS, measure_work
-from machine import describe_machine
-from measured_daemon import cpu_s, daemon, hello
-from zmtp_client import ZmtpClient, framed
+from lends_and_jobs import FAKE_WORKERS_VARIABLE, TENSORS, daemon, hello, measure_work
+from measuring import Report, part_command, print_table
+from status_load import PACED_PER_S, ZmtpClient, load
 
 from xditd.ipc.addresses import endpoint
 from xditd.ipc.codec import encode, reply_decoder
@@ -48,9 +47,6 @@ BAR_MEMORY_BYTES = 60e6
 FEW, FEW_WINDOW = 16, 4
 MANY, MANY_WINDOW = 100, 1
 """Clients, and the requests that each of them has under way."""
-
-PACED_PER_S = 5_000
-"""Requests that the hundred clients send together, in turns, whether or not the earlier ones are answered."""
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
 """In place of the worker group where it is not what is measured: it would take the cores from what is."""
@@ -79,38 +75,38 @@ def compiled_code() -> None:
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=7, help="daemon starts and imports to take the median of")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=7, help="daemon starts and imports to take the median of")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to load each server")
     parser.add_argument("--rounds", type=int, default=3, help="turns of echo and status to take the medians of")
     parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is looked at")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--work", action="store_true", help="time lends and jobs alone")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time them in turns with another version's")
-    options = parser.parse_args()
+
+
+def run(given: argparse.Namespace, report: Report) -> int:
     compiled_code()
-    if options.against is not None:
-        print(compare_checkouts(options.against.resolve(), options.jobs, options.rounds))
+    if given.against is not None:
+        compare_checkouts(given.against.resolve(), given.jobs, given.rounds, report)
         return 0
-    if options.work:
-        print(json.dumps(measure_work(options.jobs)))
+    if given.work:
+        found = measure_work(given.jobs)
+        report.add(**found)
+        print(json.dumps(found))
         return 0
-    import_s, has_torch = measure_import(options.starts)
-    figures: dict[str, Any] = {
-        "machine": describe_machine(),
-        "hello_idle_group_s": spread([measure_hello(IDLE_WORKER) for _ in range(options.starts)]),
-        "hello_real_group_s": spread([measure_hello(None) for _ in range(options.starts)]),
-        "import_client_s": spread(import_s),
-        "import_client_loads_torch": has_torch,
-    }
-    for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW)):
-        figures[name] = compare(clients, window, options.seconds, options.rounds)
-    figures["paced"] = compare(MANY, 0, options.seconds, options.rounds)
-    figures |= measure_work(options.jobs)
-    figures["jobs"] = options.jobs
+    import_s, has_torch = measure_import(given.repeats)
+    report.add(
+        hello_idle_group_s=spread([measure_hello(IDLE_WORKER) for _ in range(given.repeats)]),
+        hello_real_group_s=spread([measure_hello(None) for _ in range(given.repeats)]),
+        import_client_s=spread(import_s),
+        import_client_loads_torch=has_torch,
+    )
+    for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW), ("paced", MANY, 0)):
+        report.add(**{name: compare(clients, window, given.seconds, given.rounds)})
+    report.add(**measure_work(given.jobs), jobs=given.jobs)
     shutil.rmtree(os.environ["PYTHONPYCACHEPREFIX"])
-    print(json.dumps(figures, indent=2) if options.json else table(figures))
+    figures = report.found
+    print_figures(figures)
     is_met = (
         figures["hello_real_group_s"]["median"] <= BAR_HELLO_S
         and figures["import_client_s"]["median"] <= BAR_IMPORT_S
@@ -124,12 +120,12 @@ def main() -> int:
 
 @contextmanager
 def echo_server() -> Iterator[tuple[str, int]]:
-    """Run the echo; yields its address and its pid."""
+    """Run the echo; yields its socket and its pid."""
     folder = tempfile.mkdtemp(prefix="xditd-")
-    address = f"ipc://{folder}/echo.sock"
-    process = subprocess.Popen([sys.executable, "-c", ECHO, address])
+    path = f"{folder}/echo.sock"
+    process = subprocess.Popen([sys.executable, "-c", ECHO, f"ipc://{path}"])
     try:
-        yield address, process.pid
+        yield path, process.pid
     finally:
         process.kill()
         process.wait()
@@ -167,11 +163,11 @@ def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str,
     request = encode(GetStatus(request_id="1"))
     echoes, statuses = [], []
     for _ in range(rounds):
-        with echo_server() as (address, pid):
-            echoes.append(load(address, pid, request, clients, window, seconds, None))
+        with echo_server() as (path, pid):
+            echoes.append(load([ZmtpClient(path) for _ in range(clients)], pid, request, window, seconds, len))
         with daemon(IDLE_WORKER) as (runtime, _, pid):
-            address = endpoint(runtime.client_socket)
-            statuses.append(load(address, pid, request, clients, window, seconds, encode(hello())))
+            path = endpoint(runtime.client_socket).removeprefix("ipc://")
+            statuses.append(load([welcomed(path) for _ in range(clients)], pid, request, window, seconds, check_status))
     ratios = [status["per_s"] / echo["per_s"] for echo, status in zip(echoes, statuses, strict=True)]
     return {
         "clients": clients,
@@ -187,109 +183,30 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def load(
-    address: str, pid: int, payload: bytes, clients: int, window: int, seconds: float, greeting: bytes | None
-) -> dict[str, float]:
-    """Keep ``clients`` connections busy, each with a window of requests, and time what comes back."""
-    connections = []
-    for _ in range(clients):
-        connection = ZmtpClient(address.removeprefix("ipc://"))
-        connections.append(connection)
-        if greeting is not None and not isinstance(reply_decoder.decode(connection.ask(greeting)), Welcome):
-            raise SystemExit("the daemon did not welcome the benchmark")
-    used_s, own_s = cpu_s(pid), time.process_time()
-    check = check_status if greeting is not None else None
-    if window:
-        latencies_ms = exchange(connections, payload, window, seconds, check)
-    else:
-        latencies_ms = exchange_paced(connections, payload, PACED_PER_S, seconds, check)
-    used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
-    for connection in connections:
-        connection.close()
-    ordered = sorted(latencies_ms)
-    return {
-        "per_s": len(ordered) / seconds,
-        "median_ms": statistics.median(ordered),
-        "p99_ms": ordered[int(len(ordered) * 0.99)],
-        "server_cpu_us": used_s / len(ordered) * 1e6,
-        "client_cpu_us": own_s / len(ordered) * 1e6,
-    }
-
-
-def exchange(
-    connections: list[ZmtpClient],
-    payload: bytes,
-    window: int,
-    seconds: float,
-    check: Callable[[bytes], None] | None,
-) -> list[float]:
-    """Send again whatever is answered, at once: as many requests are under way at any time as there can be."""
-    frame = framed(payload)
-    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
-    latencies_ms: list[float] = []
-    with select.epoll() as epoll:
-        for descriptor, connection in by_descriptor.items():
-            epoll.register(descriptor, select.EPOLLIN)
-            for _ in range(window):
-                connection.send(frame)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for descriptor, _ in epoll.poll(1.0):
-                connection = by_descriptor[descriptor]
-                for answer in connection.receive():
-                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
-                    if check is not None and len(latencies_ms) % 1_000 == 1:
-                        check(answer)
-                    connection.send(frame)
-    return latencies_ms
-
-
-def exchange_paced(
-    connections: list[ZmtpClient],
-    payload: bytes,
-    per_s: float,
-    seconds: float,
-    check: Callable[[bytes], None] | None,
-) -> list[float]:
-    """Send at a steady rate. A request counts from when it was due, so that one that is sent late is not flattered."""
-    frame = framed(payload)
-    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
-    latencies_ms: list[float] = []
-    due = 0
-    began = time.perf_counter()
-    with select.epoll() as epoll:
-        for descriptor in by_descriptor:
-            epoll.register(descriptor, select.EPOLLIN)
-        while (now := time.perf_counter() - began) < seconds:
-            while due / per_s <= now:
-                connection = connections[due % len(connections)]
-                connection.send(frame, began + due / per_s)
-                due += 1
-            for descriptor, _ in epoll.poll(max(0.0, due / per_s - (time.perf_counter() - began))):
-                connection = by_descriptor[descriptor]
-                for answer in connection.receive():
-                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
-                    if check is not None and len(latencies_ms) % 1_000 == 1:
-                        check(answer)
-    return latencies_ms
-
-
-def compare_checkouts(other: Path, jobs: int, rounds: int) -> str:
-    """Time lends and jobs of this version and of another checkout in turns, and return a table of medians."""
-    own = Path(__file__).resolve().parent.parent
-    found: dict[Path, list[dict[str, Any]]] = {own: [], other: []}
+def compare_checkouts(other: Path, jobs: int, rounds: int, report: Report) -> None:
+    """Time lends and jobs of this version and of another checkout in turns, and print a table of medians."""
+    found: dict[Path, list[dict[str, Any]]] = {Path(__file__).resolve().parents[2]: [], other: []}
     for _ in range(rounds):
         for checkout, runs in found.items():
             environment = os.environ | {"PYTHONPATH": str(checkout / ".pkg"), FAKE_WORKERS_VARIABLE: str(checkout)}
-            command = [sys.executable, __file__, "--work", "--jobs", str(jobs)]
+            command = part_command("control_plane", "--work", "--jobs", jobs)
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            runs.append(json.loads(done.stdout))
-    lines = [f"{'':<34} {'this':>10} {'other':>10} {'ratio':>8}"]
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    this, before = found.values()
+    report.add(this=this, other=before)
+    rows = [("", "this", "other", "ratio")]
     for work in ("lend", "job"):
         for key, unit in (("ms", "ms until answered"), ("cpu_us", "us of the daemon's CPU")):
-            mine, theirs = (statistics.median(run[work][key] for run in found[which]) for which in (own, other))
-            lines.append(f"{work}, {unit:<28} {mine:>10.3f} {theirs:>10.3f} {mine / theirs:>7.3f}x")
-    return "\n".join(lines)
+            mine, theirs = (statistics.median(run[work][key] for run in runs) for runs in (this, before))
+            rows.append((f"{work}, {unit}", f"{mine:.3f}", f"{theirs:.3f}", f"{mine / theirs:.3f}x"))
+    print_table("Medians", rows)
+
+
+def welcomed(path: str) -> ZmtpClient:
+    client = ZmtpClient(path)
+    if not isinstance(reply_decoder.decode(client.ask(encode(hello()))), Welcome):
+        raise SystemExit("the daemon did not welcome the benchmark")
+    return client
 
 
 def check_status(answer: bytes) -> None:
@@ -301,8 +218,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def table(figures: dict[str, Any]) -> str:
-    machine = figures["machine"]
+def print_figures(figures: dict[str, Any]) -> None:
     rows = [("", "median", "min - max", "bar")]
     for key, name, bar in (
         ("hello_idle_group_s", "exec to hello answered, group idle", BAR_HELLO_S),
@@ -330,10 +246,4 @@ def table(figures: dict[str, Any]) -> str:
         rows.append((f"{name}, one client", f"{one['ms']:.2f} ms", f"{one['cpu_us']:.0f} us CPU", ""))
     memory, bar = f"{figures['memory_bytes'] / 1e6:.1f} MB", f"{BAR_MEMORY_BYTES / 1e6:.0f} MB"
     rows.append((f"daemon's memory after {figures['jobs']} jobs", memory, "", bar))
-    lines = [f"{name:<40} {value:>12}  {more:<38} {bar:>7}".rstrip() for name, value, more, bar in rows]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return "\n".join([f"{machine['cpu']}, Python {machine['python']}", versions, "", *lines])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print_table("Bars are upper limits, that of status / echo a lower one", rows)

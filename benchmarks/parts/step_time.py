@@ -1,14 +1,15 @@
-"""One step of a full-size FLUX.1 by each way of running its blocks, side by side in one run, without a daemon.
+"""Run one step of a full-size FLUX.1 by each way of running its blocks, side by side in one run, without a daemon.
 
-    python benchmarks/step_time.py --ranks 1 2
-    python benchmarks/step_time.py --ranks 1 --ways plain fused --profile
-    python benchmarks/step_time.py --ranks 2 --layout ring=2 --ways plain
-    python benchmarks/step_time.py --ranks 2 --layout cfg=2 --rows 2 --ways plain fused
+    python benchmarks/run.py step_time --workers 1 2
+    python benchmarks/run.py step_time --ways plain fused --profile
+    python benchmarks/run.py step_time --workers 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
 blocks of ``families/flux1/fused.py``, ``fp8`` the same with products in eight bits, which is not lossless. Weights are
-random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against ``plain``, and
-with ``--profile`` where the time of a step goes; ``--json FILE`` writes all.
+random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against the first way, and
+with ``--profile`` where the time of a step goes.
+
+Needs: as many GPUs as workers
 """
 
 from __future__ import annotations
@@ -16,28 +17,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import statistics
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import flux_weights
+import flux
 import torch
-from machine import describe_machine
+from measuring import Report, add_ranks, need_gpus, on_ranks, print_table
 
 from xditd.client.demo.flux1_calls import image_ids
-from xditd.client.output_files import write_file
 
 LOSSLESS = ("plain", "compiled", "fused")
 WAYS = (*LOSSLESS, "fp8")
 PARITY_STEPS = 12
-FLOOR_TFLOPS = 790.0
 CATEGORIES = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vectors", "gemv")),
     ("attention", ("sdpa", "flash", "fmha", "cudnn_generated")),
@@ -45,9 +39,8 @@ CATEGORIES = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ranks(parser)
     parser.add_argument("--ways", nargs="+", default=list(LOSSLESS), choices=WAYS)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=512)
@@ -57,11 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="auto", help="as xditd serve takes it, such as ring=2")
     parser.add_argument("--attention", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--profile", action="store_true", help="sum a step's kernels by kind")
-    parser.add_argument("--json", type=Path)
-    return parser
 
 
-def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
+def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> dict[str, Any]:
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import parse_layout
     from xditd.ipc.planner import plan as plan_layout
@@ -70,16 +61,13 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     degrees = plan_layout(ranks, parse_layout(given.layout)).degrees
     precision = "fp8" if "fp8" in given.ways else "bf16"
     kernels = "fused" if {"fused", "fp8"} & set(given.ways) else "plain"
-    layout = xfuser_start.start(
-        rank, ranks, f"{folder}/store", device, degrees, given.attention, kernels, precision=precision
-    )
+    layout = xfuser_start.start(rank, ranks, store, device, degrees, given.attention, kernels, precision=precision)
     from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.models.operations import CallOptions
     from xditd.gpu_workers.parallel import component_layouts
 
-    size = flux_weights.SMALL if given.small else flux_weights.FULL
-    state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
+    state = flux.state_dict(flux.scale_of(given).size, torch.bfloat16, device, 0)
     modules: dict[str, Any] = {}
     for precision in dict.fromkeys(("bf16", layout.precision)):
         cache = ModelCache(dataclasses.replace(layout, precision=precision))
@@ -136,9 +124,9 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
         if given.profile:
             entry["profile"] = profile(step)
         found["ways"][way] = entry
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     torch.cuda.synchronize()
     xfuser_start.stop()
+    return found
 
 
 def make_inputs(given: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
@@ -194,60 +182,38 @@ def profile(step: Callable[[], object]) -> dict[str, Any]:
     return {"kinds_ms": dict(kinds), "kernels": sum(count for _, count in names.values()), "top": top}
 
 
-def floor_ms(given: argparse.Namespace, ranks: int) -> float:
-    """Multiplications of one step at the measured rate of large matrix products, split evenly."""
-    size = flux_weights.SMALL if given.small else flux_weights.FULL
-    h, image, text = size.hidden, (given.pixels // 16) ** 2, given.tokens
-    tokens = image + text
-    products = (size.double_blocks * 12 + size.single_blocks * 12) * h * h * tokens
-    dots = (size.double_blocks + size.single_blocks) * 2 * tokens * tokens * h
-    return 2 * given.rows * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3 / ranks
-
-
-def main() -> None:
-    given = build_parser().parse_args()
-    gpus = torch.cuda.device_count()
-    if gpus < max(given.ranks):
-        sys.exit(f"--ranks {max(given.ranks)}: there are {gpus} GPUs here, and each rank needs one")
-    report: dict[str, Any] = {"machine": describe_machine(), "groups": []}
-    machine = report["machine"]
-    print(f"{', '.join(machine['gpus'])}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}")
-    print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.rows} row(s), bfloat16")
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("step_time", max(given.ranks))
+    report.add(groups=[])
     for ranks in given.ranks:
-        with tempfile.TemporaryDirectory(prefix="xditd-step-") as folder:
-            torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)
-            found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        found = on_ranks(run_rank, ranks, given)
         group: dict[str, Any] = {
             "ranks": ranks,
             "layout": found[0]["layout"],
             "attention": found[0]["attention"],
-            "floor_ms": floor_ms(given, ranks),
+            "floor_ms": given.rows * flux.floor_ms(flux.scale_of(given).size, given.pixels, given.tokens) / ranks,
+            "ways": {way: [each["ways"][way] for each in found] for way in given.ways},
         }
-        print(f"\n{ranks} rank(s), {group['layout']}, attention {group['attention']}, floor {group['floor_ms']:.1f} ms")
-        group["ways"] = {way: [each["ways"][way] for each in found] for way in given.ways}
-        plain = None
-        for way, entries in group["ways"].items():
-            ms = max(statistics.median(entry["ms"]) for entry in entries)
-            plain = plain or ms
-            first = entries[0]
-            same = all(entry["same_bits_again"] for entry in entries)
-            print(
-                f"  {way:10s} {ms:7.1f} ms  {ms / plain:.3f}x of {given.ways[0]}  "
-                f"{ms / group['floor_ms']:.2f}x of the floor  error {first['error']:.1e}, "
-                f"{first['error_after_steps']:.1e} after {PARITY_STEPS} steps  first {first['first_s']:.1f} s  "
-                f"same bits again {same}{'  REFUSED: these are plain' if first['refused'] else ''}"
-            )
-            if given.profile:
-                kinds = entries[0]["profile"]["kinds_ms"]
-                print("             " + ", ".join(f"{kind} {took:.1f}" for kind, took in sorted(kinds.items())), end="")
-                print(f"; {entries[0]['profile']['kernels']} kernels")
-                for took, count, name in entries[0]["profile"]["top"]:
-                    print(f"               {took:7.2f} ms {count:5d}  {name}")
-        report["groups"].append(group)
-    if given.json:
-        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
+        report.add(groups=[*report.found["groups"], group])
+        print_group(given, group)
 
 
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main()
+def print_group(given: argparse.Namespace, group: dict[str, Any]) -> None:
+    floor_ms = group["floor_ms"]
+    slowest = {way: max(statistics.median(each["ms"]) for each in ranks) for way, ranks in group["ways"].items()}
+    after = f"after {PARITY_STEPS}"
+    rows = [("", "step", f"of {given.ways[0]}", "of the floor", "error", after, "first", "same bits again")]
+    for way, ms in slowest.items():
+        first = group["ways"][way][0]
+        times = (f"{ms:.1f} ms", f"{ms / slowest[given.ways[0]]:.3f}x", f"{ms / floor_ms:.2f}x")
+        errors = (f"{first['error']:.1e}", f"{first['error_after_steps']:.1e}")
+        same = all(entry["same_bits_again"] for entry in group["ways"][way])
+        refused = "  REFUSED: these are plain" if first["refused"] else ""
+        rows.append((way, *times, *errors, f"{first['first_s']:.1f} s", f"{same}{refused}"))
+    about = f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.rows} row(s), floor {floor_ms:.1f} ms"
+    print_table(f"{group['ranks']} rank(s), {group['layout']}, attention {group['attention']}; {about}", rows)
+    for way, entries in group["ways"].items() if given.profile else ():
+        profile = entries[0]["profile"]
+        kinds = ", ".join(f"{kind} {took:.1f} ms" for kind, took in sorted(profile["kinds_ms"].items()))
+        top = [(f"{took:.2f} ms", str(count), name) for took, count, name in profile["top"]]
+        print_table(f"{way}, {profile['kernels']} kernels: {kinds}", top)

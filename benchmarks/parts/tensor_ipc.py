@@ -1,27 +1,25 @@
-"""Handing a checkpoint to another process by torch's own multiprocessing, one handle for each tensor.
+"""Hand a checkpoint to another process by torch's own multiprocessing, one handle for each tensor.
 
-    python benchmarks/rival_tensor_ipc.py --out FILE
+    python benchmarks/run.py tensor_ipc
 
 One process makes the weights, sends them through a pipe (``reduce_tensor``), and another opens all of them and assigns
 them to diffusers' module. Counted from before the first tensor is described until the module holds all of them.
 Prefer the daemon's way: torch refuses this under ``cudaMallocAsync``, and a receiver that is killed leaks a block.
+
+Needs: a GPU; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
+import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import flux_weights
-import scales
+import flux
 import torch
-from measuring import Report, add_arguments
+from measuring import Report, add_device, need_gpus, print_table, synchronize
 
 DEADLINE_S = 120.0
 
@@ -32,7 +30,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
 
     from xditd.gpu_workers.families.flux1 import reference
 
-    device = torch.device(scales.first_of(given.device))
+    device = flux.device_of(given)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()
@@ -48,8 +46,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
             with torch.device("meta"):
                 module = FluxTransformer2DModel.from_config(config)
         module.load_state_dict(converted, assign=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         connection.send((opened, time.perf_counter()))
         module.to_empty(device="meta")
         del tensors, converted
@@ -57,25 +54,24 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
         connection.send(None)  # all handles are closed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    report = Report(given.out)
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("tensor_ipc", 1, given.device)
     spawn = torch.multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     receiver = spawn.Process(target=receive, args=(there, given), daemon=True)
     receiver.start()
     there.close()
-    dtype, device = scales.dtype_on(given.device), scales.first_of(given.device)
-    tensors = flux_weights.state_dict(scales.named(given).size, dtype, device, 0)
+    device = flux.device_of(given)
+    tensors = flux.state_dict(flux.scale_of(given).size, flux.dtype_on(given.device), device, 0)
     answer(here)
     opens, wholes = [], []
     for _ in range(given.repeats + 1):
-        if given.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         started = time.perf_counter()  # CLOCK_MONOTONIC: the same in both processes
         here.send(tensors)
         opened, assigned = answer(here)
@@ -83,6 +79,8 @@ def main() -> None:
         wholes.append((assigned - started) * 1e3)
         answer(here)
     report.add(tensors=len(tensors), first_ms=wholes[0], open_ms=opens[1:], whole_ms=wholes[1:])
+    rows = (("open", opens), ("open and assign", wholes))
+    print_table("Medians", [(name, f"{statistics.median(took[1:]):.1f} ms") for name, took in rows])
     receiver.join(DEADLINE_S)
 
 
@@ -98,7 +96,3 @@ def answer(connection: Any) -> Any:
     except EOFError:
         raise SystemExit("the receiving process ended") from None
     raise SystemExit(f"the receiving process said nothing for {DEADLINE_S:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,34 +1,32 @@
-"""One family of transformers through a daemon, beside diffusers' own class in this process, in one run.
+"""Run one family of transformers through a daemon, beside diffusers' own class in this process, in one run.
 
-    python benchmarks/families.py --family z_image --workers 1 2
-    python benchmarks/families.py --family z_image --guidance 5 --json FILE
-    python benchmarks/families.py --family flux1 --device cpu --small
+    python benchmarks/run.py families --family z_image --workers 1 2
+    python benchmarks/run.py families --family z_image --guidance 5 --json FILE
+    python benchmarks/run.py families --family flux1 --device cpu --small
 
 Weights are random, of full size, made on the first GPU; the daemon's workers and the class here run on the same
 tensors. ``call`` is one forward, ``generate`` a whole loop, here that of the family's pipeline in diffusers. Prints
 milliseconds of a step (the median), ratios, and how far results are from those of the class here.
+
+Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flux
 import torch
-from machine import describe_machine
-from measuring import repeat_ms
+from measuring import Report, add_device, add_ranks, need_gpus, print_table, repeat_ms, synchronize
 
 from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
-from xditd.client.output_files import write_file
 
 State = dict[str, torch.Tensor]
 LATENT_CHANNELS = 16
@@ -112,12 +110,11 @@ def z_image(given: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 
 
 def flux1(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
-    import flux_weights
     from diffusers import FluxPipeline
 
     from xditd.gpu_workers.families.flux1 import reference
 
-    state = flux_weights.state_dict(flux_weights.SMALL if given.small else flux_weights.FULL, dtype, str(device), SEED)
+    state = flux.state_dict(flux.scale_of(given).size, dtype, device, SEED)
     module = reference.transformer_from(state)
     noise, side = noise_of(given, device), given.pixels // 16
     prompt, pooled = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((1, given.tokens, 4096), (1, 768)))
@@ -183,13 +180,11 @@ def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
 
 def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path) -> dict[str, Any]:
     """Start a daemon, lend it the weights, and time both ways in turns."""
-    is_cuda = given.device == "cuda"
 
     def here(action: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode():
             result = action()
-        if is_cuda:
-            torch.cuda.synchronize()
+        synchronize(given.device)
         return result
 
     daemon = DaemonProcess(log, workers, given.device, given.flags)
@@ -227,49 +222,36 @@ def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path
         daemon.stop(client)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    add_ranks(parser)
+    add_device(parser)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=256, help="of the text")
     parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance: two rows in a step")
     parser.add_argument("--steps", type=int, default=8, help="of one generation")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each; the median counts")
     parser.add_argument("--flags", action="append", default=[], help="one of the daemon, --flags=--name=value")
-    parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
-    parser.add_argument("--json", type=Path)
-    return parser
 
 
-def main() -> None:
-    given = build_parser().parse_args()
-    if given.device == "cuda" and torch.cuda.device_count() < max(given.workers):
-        sys.exit(f"--workers {max(given.workers)}: there are {torch.cuda.device_count()} GPUs, and each needs one")
-    device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("families", max(given.ranks), given.device)
+    device = flux.device_of(given)
     torch.manual_seed(SEED)
-    subject = FAMILIES[given.family](given, device, torch.bfloat16 if given.device == "cuda" else torch.float32)
-    machine = describe_machine()
+    subject = FAMILIES[given.family](given, device, flux.dtype_on(given.device))
     size = sum(tensor.numel() for tensor in subject.state.values())
-    print(f"{', '.join(machine['gpus']) or machine['cpu']}; {json.dumps(machine['versions'])}")
-    print(
-        f"{given.family}, {size / 1e9:.2f} B parameters, {given.pixels}x{given.pixels}, {given.tokens} text tokens, "
-        f"guidance {given.guidance:g}\n"
-    )
-    print("workers  what      diffusers here  through the daemon  ratio  relative error")
-    report: dict[str, Any] = {"machine": machine, "parameters": size, "groups": []}
-    for workers in given.workers:
+    report.add(parameters=size, groups=[])
+    rows = [("workers", "what", "diffusers here", "through the daemon", "ratio", "relative error")]
+    for workers in given.ranks:
         with tempfile.TemporaryDirectory(prefix="xditd-families-") as folder:
             found = measure(given, subject, workers, Path(folder, "daemon.log"))
-        report["groups"].append(found)
+        report.add(groups=[*report.found["groups"], found])
         for way in ("call", "generate"):
             here, daemon, error = (found[way][name] for name in ("here", "daemon", "error"))
-            print(f"{workers:7d}  {way:8s}  {here:11.2f} ms  {daemon:15.2f} ms  {daemon / here:5.3f}  {error:.1e}")
-    if given.json:
-        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main()
+            times = (f"{here:.2f} ms", f"{daemon:.2f} ms", f"{daemon / here:.3f}x")
+            rows.append((str(workers), way, *times, f"{error:.1e}"))
+    print_table(
+        f"{given.family}, {size / 1e9:.2f} B parameters, {given.pixels}x{given.pixels}, {given.tokens} text tokens, "
+        f"guidance {given.guidance:g}",
+        rows,
+    )

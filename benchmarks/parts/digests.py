@@ -1,12 +1,14 @@
-"""Digests of what every kind of job gives on the CPU, so that two versions can be compared bit by bit.
+"""Digest what every kind of job gives on the CPU, so that two versions can be compared bit by bit.
 
-    python benchmarks/digests.py --json before.json                 # with the version to compare with
-    python benchmarks/digests.py --against before.json              # with the other one, on the same machine
+    python benchmarks/run.py digests --json before.json             # with the version to compare with
+    python benchmarks/run.py digests --against before.json          # with the other one, on the same machine
 
 Starts the real daemon with one rank and with two, lends small seeded checkpoints, and runs jobs of each kind: sizes and
 texts that divide and that do not, batches, given sigmas, previews, a step cache, kept conditioning of several texts,
 images both ways, text encoders. Bits depend on the processor and on torch: compare on one machine alone. Exit status 1
 where any digest differs.
+
+Needs: nothing else
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,29 +24,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from measuring import Report, add_ranks
 
-sys.path.append(str(Path(__file__).parents[1] / "tests/checkpoints"))
+sys.path.append(str(Path(__file__).parents[2] / "tests/checkpoints"))
 
 import text_checkpoints
 
 from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
+from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.client.demo.flux1_calls import Flux1Calls
-from xditd.ipc.errors import DaemonUnreachable
-from xditd.ipc.status import GroupState
 
 Results = Iterator[tuple[str, torch.Tensor]]
-READY_DEADLINE_S = 150.0
 SIGMAS = (1.0, 0.7, 0.35, 0.1)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", type=Path, help="write the digests here")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ranks(parser)
+    parser.set_defaults(ranks=[1, 2])
     parser.add_argument("--against", type=Path, help="compare with what --json wrote before")
-    return parser
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -139,49 +136,29 @@ def everything(client: Client, folder: Path) -> Results:
     yield from texts(client)
 
 
-def connect(runtime: Path, daemon: subprocess.Popen[bytes]) -> Client:
-    """Wait until the daemon answers and its workers are ready."""
-    ends = time.monotonic() + READY_DEADLINE_S
-    while daemon.poll() is None and time.monotonic() < ends:
-        try:
-            client = Client(runtime, name="digests")
-        except DaemonUnreachable:
-            time.sleep(0.05)  # between two looks
-            continue
-        while time.monotonic() < ends:
-            if client.status().group_state is GroupState.READY:
-                return client
-            time.sleep(0.1)  # between two looks
-        client.close()
-    sys.exit(f"no workers after {READY_DEADLINE_S:.0f} s; the daemon's status is {daemon.poll()}")
-
-
 def collect(ranks: int) -> dict[str, str]:
     """Start a daemon with so many ranks and take the digest of each result."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("XDITD_")}
     with tempfile.TemporaryDirectory(prefix="xditd-digests-") as folder:
-        runtime = Path(folder) / "run"
-        command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(runtime), "--log-level", "warning"]
-        daemon = subprocess.Popen([*command, "--workers", str(ranks), "--device", "cpu"], env=environment)
+        daemon, client = DaemonProcess(Path(folder, "daemon.log"), ranks, "cpu"), None
         try:
-            with connect(runtime, daemon) as client:
-                return {name: digest(tensor) for name, tensor in everything(client, Path(folder))}
+            client = daemon.connect()
+            daemon.wait_ready(client, lambda _: None)
+            return {name: digest(tensor) for name, tensor in everything(client, Path(folder))}
         finally:
-            daemon.terminate()
-            daemon.wait(timeout=60)
+            daemon.stop(client)
 
 
-def main() -> None:
-    given = build_parser().parse_args()
+def run(given: argparse.Namespace, report: Report) -> int:
     found: dict[str, dict[str, str]] = {}
+    for name in [name for name in os.environ if name.startswith("XDITD_")]:
+        del os.environ[name]  # what a daemon would obey
     for ranks in given.ranks:
         started = time.monotonic()
         found[str(ranks)] = collect(ranks)
-        print(f"{ranks} rank(s): {len(found[str(ranks)])} results in {time.monotonic() - started:.0f} s")
-    if given.json is not None:
-        given.json.write_text(json.dumps({"machine": describe_machine(), "digests": found}, indent=1) + "\n")
+        report.add(digests=found)
+        print(f"{ranks} rank(s): {len(found[str(ranks)])} results in {time.monotonic() - started:.0f} s", flush=True)
     if given.against is None:
-        return
+        return 0
     before = json.loads(given.against.read_text())["digests"]
     differing = [
         f"{ranks} rank(s), {name}"
@@ -192,8 +169,4 @@ def main() -> None:
     for line in differing:
         print(f"differs: {line}")
     print(f"{sum(map(len, found.values()))} results compared, {len(differing)} differ")
-    sys.exit(1 if differing else 0)
-
-
-if __name__ == "__main__":
-    main()
+    return 1 if differing else 0

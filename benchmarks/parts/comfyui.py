@@ -1,65 +1,57 @@
-"""FLUX.1 in a real ComfyUI on default flags: through each node of xDiT, and stock on one GPU, in one run.
+"""Run FLUX.1 in a real ComfyUI on default flags: through each node of xDiT, and stock on one GPU, in one run.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/comfyui_path.py                  # FLUX.1-dev size, on the GPUs here
-    COMFYUI_PATH=~/ComfyUI python benchmarks/comfyui_path.py --device cpu --small
+    COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui                   # FLUX.1-dev size, on the GPUs here
+    COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui --device cpu --small
 
 Weights are random and in a file, as users have them; conditioning is random, 512 tokens. Every figure is counted from
-the moment before a prompt is queued, and a picture counts as there when its pixels are. Prints a table; ``--json FILE``
-writes all of it after every part, so that a run that is cut short leaves what it had.
+the moment before a prompt is queued, and a picture counts as there when its pixels are. ``--json`` is written after
+every path, so that a run that is cut short leaves what it had.
+
+Needs: a checkout of ComfyUI (--comfyui, COMFYUI_PATH) and GPUs; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from comfyui_server import ComfyServer, Failure, clean_environment, make_base
-from comfyui_table import print_table
+from comfyui_server import ComfyServer, Failure, make_base
 from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
+from measuring import GIB, Report, add_device, clean_environment, need_gpus, part_command, print_table, say, skip
 
 from xditd.client import Client
-from xditd.client.output_files import write_file
-from xditd.ipc.errors import DaemonUnreachable, XditdError
-from xditd.ipc.status import GroupState
+from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.ipc.errors import XditdError
 
-HERE = Path(__file__).resolve().parent
-GIB = 2**30
 PATHS = {
     "loader": "XDiT UNet Loader, KSampler",
     "accelerate": "stock loader, XDiT Accelerate, KSampler",
     "fused": "XDiT UNet Loader, XDiT KSampler",
     "stock": "stock loader, KSampler, one GPU",
 }
-READY_DEADLINE_S = 150.0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a tiny transformer, small images: a dry run")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
     parser.add_argument("--workers", type=int, nargs="*", help="group sizes (default: 1 and the number of GPUs)")
     parser.add_argument("--paths", nargs="*", default=list(PATHS), choices=list(PATHS))
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a checkout of ComfyUI")
     parser.add_argument("--scratch", type=Path, help="where the files go (default: /dev/shm if they fit, else TMPDIR)")
-    parser.add_argument("--deadline", type=float, default=340.0, help="seconds after which no new part is begun")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--deadline", type=float, default=340.0, help="seconds after which no new path is begun")
     parser.add_argument("--logs", type=Path, help="keep the logs of ComfyUI and the daemon in this folder")
-    return parser
 
 
 class Run:
     """One run of the benchmark: its files, its sizes, and what was measured."""
 
-    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, given: argparse.Namespace, report: Report, folder: Path) -> None:
         self.given = given
         self.folder = folder
         self.logs = given.logs or folder
@@ -69,63 +61,58 @@ class Run:
         self.tokens = 16 if given.small else 512
         self.steps = (6, 2) if given.small else (28, 8)
         self.ends = time.monotonic() + given.deadline
-        self.report: dict[str, Any] = {"machine": describe_machine(), "pixels": self.pixels, "tokens": self.tokens}
-        self.report |= {"steps": self.steps, "groups": [], "faults": []}
+        self.report = report
+        report.add(pixels=self.pixels, tokens=self.tokens, steps=self.steps, groups=[], faults=[])
         make_base(self.base)
 
-    def write_files(self) -> subprocess.Popen[bytes]:
+    def write_files(self) -> None:
         """Have another process write the checkpoints, so that its memory on the GPU is gone when it ends."""
-        command = [sys.executable, str(HERE / "comfyui_files.py"), str(self.base / "models"), self.given.device]
-        command += ["--small"] if self.given.small else []
-        return subprocess.Popen(command, env=clean_environment())
+        small = ["--small"] if self.given.small else []
+        command = part_command("files", self.base / "models", "--comfyui", "--device", self.given.device, *small)
+        subprocess.run(command, env=clean_environment(), stdout=2, check=True)
 
-    def group(self, workers: int, paths: list[str], files: subprocess.Popen[bytes] | None) -> None:
+    def group(self, workers: int, paths: list[str]) -> None:
         """Start a daemon and a ComfyUI, and take the paths through them."""
         say(f"daemon with {workers} worker(s), and ComfyUI")
-        runtime = self.folder / f"run{workers}"
-        command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(runtime)]
-        command += ["--workers", str(workers), "--device", self.given.device]
-        with (self.logs / f"daemon{workers}.log").open("w") as log:
-            daemon = subprocess.Popen(command, env=clean_environment(), stderr=log)
-        flags = ["--cpu"] if self.given.device == "cpu" else []
-        if files is not None and files.wait() != 0:
-            raise Failure("the checkpoints were not written")
-        started = time.perf_counter()
-        server = ComfyServer(self.given.comfyui, self.base, runtime, self.logs / f"comfyui{workers}.log", flags)
         found: dict[str, Any] = {"workers": workers, "paths": {}}
-        self.report["groups"].append(found)
+        self.report.found["groups"].append(found)
+        flags = ["--cpu"] if self.given.device == "cpu" else []
+        daemon = DaemonProcess(self.logs / f"daemon{workers}.log", workers, self.given.device)
+        started = time.perf_counter()
+        log = self.logs / f"comfyui{workers}.log"
+        server = ComfyServer(self.given.comfyui, self.base, daemon.runtime_dir, log, flags)
         try:
             server.wait_up()
             found["comfyui_up_s"] = time.perf_counter() - started
-            with connect(runtime, daemon) as client:
-                found["parallel"] = wait_ready(client)
+            with daemon.connect() as client:
+                found["parallel"] = dict(daemon.wait_ready(client, lambda _: None).parallel)
                 found["idle"] = self._memory()
+                noted = server.ask("/xditd_bench")
                 found["comfyui"] = {
-                    key: value
-                    for key, value in server.ask("/xditd_bench").items()
-                    if key not in ("steps", "marks", "forwards", "profile")
+                    key: value for key, value in noted.items() if key not in ("steps", "marks", "forwards")
                 }
                 say(f"ComfyUI: {found['comfyui']}")
                 for name in paths:
-                    self._part(
-                        f"{name}, {workers} worker(s)", lambda name=name: self._path(found, server, client, name)
-                    )
+                    self._try_path(found, server, client, name)
         finally:
             server.stop()
-            daemon.terminate()
-            daemon.wait(timeout=60)
+            daemon.stop(None)
 
-    def _part(self, what: str, run: Callable[[], None]) -> None:
+    def fault(self, text: str) -> None:
+        say(text)
+        self.report.add(faults=[*self.report.found["faults"], text])
+
+    def _try_path(self, group: dict[str, Any], server: ComfyServer, client: Client, name: str) -> None:
+        what = f"{name}, {group['workers']} worker(s)"
         if time.monotonic() > self.ends:
-            self.report["faults"].append(f"{what}: not begun, {self.given.deadline:.0f} s were over")
+            self.fault(f"{what}: not begun, {self.given.deadline:.0f} s were over")
             return
         say(what)
         try:
-            run()
+            self._path(group, server, client, name)
         except (Failure, XditdError, OSError, KeyError) as error:
-            say(f"{what} failed: {error}")
-            self.report["faults"].append(f"{what}: {type(error).__name__}: {error}")
-        self.write()
+            self.fault(f"{what}: {type(error).__name__}: {error}")
+        self.report.add()
 
     def _path(self, group: dict[str, Any], server: ComfyServer, client: Client, name: str) -> None:
         many, few = self.steps
@@ -145,9 +132,6 @@ class Run:
             if times:
                 found[what] = statistics.median(times)
         found["gap_ms"] = statistics.median(found["second"]["gaps_ms"])
-        if name == "loader":
-            server.ask("/xditd_bench?profile=1")
-            found["profile"] = server.run(self._prompt(name, 7, many, f"{label}_profile"))["profile"].splitlines()
         if name == "fused":
             found["generate_step_ms"] = self._generate_step_ms(server, client)
         if name in ("loader", "accelerate"):
@@ -231,15 +215,12 @@ class Run:
         plain = next((value for name, value in sorted(kept.items()) if name.rstrip("0123456789") == "stock"), None)
         if plain is None:
             return
-        self.report["against_stock"] = {
+        errors = {
             name: float(torch.linalg.vector_norm(value - plain) / torch.linalg.vector_norm(plain))
             for name, value in kept.items()
             if value.shape == plain.shape and name.rstrip("0123456789") in PATHS
         }
-
-    def write(self) -> None:
-        if self.given.json is not None:
-            write_file(self.given.json, json.dumps(self.report, indent=2).encode(), b"\n")
+        self.report.add(against_stock=errors)
 
 
 def lent(client: Client) -> list[dict[str, Any]]:
@@ -256,55 +237,71 @@ def lent(client: Client) -> list[dict[str, Any]]:
     ]
 
 
-def connect(runtime: Path, daemon: subprocess.Popen[bytes]) -> Client:
-    while daemon.poll() is None:
-        try:
-            return Client(runtime, name="benchmark")
-        except DaemonUnreachable:
-            time.sleep(0.02)
-    raise Failure(f"the daemon ended with status {daemon.returncode}")
-
-
-def wait_ready(client: Client) -> dict[str, int]:
-    ends = time.monotonic() + READY_DEADLINE_S
-    while (status := client.status()).group_state is not GroupState.READY:
-        if time.monotonic() > ends:
-            raise Failure(f"the workers are not ready: {status.group_state.value} {status.group_detail}")
-        time.sleep(0.1)
-    return dict(status.parallel)
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    given = build_parser().parse_args()
-    if given.comfyui is None or not (Path(given.comfyui) / "main.py").is_file():
-        sys.exit("COMFYUI_PATH names no ComfyUI checkout")
+def run(given: argparse.Namespace, report: Report) -> int:
+    if given.comfyui is None or not (given.comfyui / "main.py").is_file():
+        skip("comfyui: --comfyui and COMFYUI_PATH name no checkout of ComfyUI")
     gpus = len(describe_machine()["gpus"]) if given.device == "cuda" else 2
-    if not gpus:
-        sys.exit("no GPU here; --device cpu --small makes a dry run")
     sizes = given.workers or sorted({1, gpus})
+    need_gpus("comfyui", max(sizes), given.device)
     scratch = given.scratch or roomy_folder((1 if given.small else 26) * GIB)
     with tempfile.TemporaryDirectory(prefix="xditd-comfy-", dir=scratch) as folder:
-        run = Run(given, Path(folder))
-        files: subprocess.Popen[bytes] | None = run.write_files()
+        measured = Run(given, report, Path(folder))
+        measured.write_files()
         for at, workers in enumerate(sizes):
-            paths = [name for name in given.paths if at == 0 or name != "stock"]
             try:
-                run.group(workers, paths, files)
-            except (Failure, XditdError, OSError, subprocess.SubprocessError) as error:
-                run.report["faults"].append(f"{workers} worker(s): {error}")
-                say(run.report["faults"][-1])
-            files = None
-            run.write()
-        run.compare()
-        run.write()
-        print_table(run.report, PATHS)
-    if run.report["faults"]:
-        sys.exit("\n".join(["", *run.report["faults"]]))
+                measured.group(workers, [name for name in given.paths if at == 0 or name != "stock"])
+            except (Failure, XditdError, OSError) as error:
+                measured.fault(f"{workers} worker(s): {error}")
+        measured.compare()
+    print_tables(report.found)
+    for fault in report.found["faults"]:
+        say(fault)
+    return 1 if report.found["faults"] else 0
 
 
-if __name__ == "__main__":
-    main()
+def print_tables(report: Mapping[str, Any]) -> None:
+    print(f"{report['pixels']} pixels, {report['tokens']} tokens, {report['steps'][0]} steps")
+    for group in report["groups"]:
+        about = ", ".join(f"{key} {value}" for key, value in group.get("comfyui", {}).items())
+        for name, found in group["paths"].items():
+            rows = rows_of(found, group)
+            if rows:
+                print_table(f"{group['workers']} worker(s), {PATHS[name]}; ComfyUI: {about}", rows)
+    errors = [(name, f"{error:.2e}") for name, error in sorted(report.get("against_stock", {}).items())]
+    if errors:
+        print_table("Latents of one seed, relative difference from stock ComfyUI", errors)
+
+
+def rows_of(found: Mapping[str, Any], group: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for what in ("first", "second"):
+        if what in found:
+            run = found[what]
+            rows.append((f"{what}: queue to latents, to image", f"{run['latents_s']:.2f} s, {run['image_s']:.2f} s"))
+    for each in found.get("lent", []):
+        copied = ", ".join(f"{kind} {gib:.2f} GiB" for kind, gib in each["copied_gib"].items() if gib) or "nothing"
+        rows.append(
+            (f"lent: {each['label']}", f"{'+'.join(each['tiers'])}, {each['lent_gib']:.2f} GiB; copied {copied}")
+        )
+    idle, memory = group["idle"]["by_gpu_gib"], found.get("memory", {})
+    for what in ("ran", "unloaded") if idle else ():
+        if what in memory:
+            more = [after - before for after, before in zip(memory[what]["by_gpu_gib"], idle, strict=True)]
+            rows.append((f"GPU memory beyond idle, {what}", ", ".join(f"{gib:+.2f} GiB" for gib in more)))
+    if "step_ms" in found:
+        rows.append(("a step (more steps less fewer)", f"{found['step_ms']:.1f} ms"))
+        rows.append(("a step (median between two progress reports)", f"{found['gap_ms']:.1f} ms"))
+    for what, title in (("forward_ms", "the remote forward"), ("call_ms", "  of which the client's call")):
+        if what in found:
+            rows.append((title, f"{found[what]:.1f} ms"))
+    generate = group["paths"].get("fused", {}).get("generate_step_ms")
+    if generate and "step_ms" in found:
+        ratios = ", ".join(f"{found[what] / generate:.3f}x" for what in ("step_ms", "gap_ms"))
+        rows.append(("a step of generate in the workers", f"{generate:.1f} ms: {ratios}"))
+    if found.get("worker_ms"):
+        rows.append(("last job in the workers, ms", ", ".join(f"{k} {v:.1f}" for k, v in found["worker_ms"].items())))
+    lora = found.get("lora")
+    if lora:
+        rows.append(("LoRA: first time, to latents", f"{lora['first']['latents_s']:.2f} s"))
+        rows.append(("LoRA: another strength costs", ", ".join(f"{each:.2f} s" for each in lora["change_s"])))
+    return rows

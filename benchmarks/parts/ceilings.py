@@ -1,16 +1,19 @@
 """What the machine itself reaches: pinned host memory to each GPU, to all of them at once, and from GPU to GPU.
 
-python benchmarks/ceilings.py --out FILE
+    python benchmarks/run.py ceilings
+
+The suite compares its lends and its files with these. Needs a second GPU for the copy from GPU to GPU.
+
+Needs: a GPU; --device cpu copies on the host alone
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measuring import GIB, Report, add_arguments, repeat_ms
+from measuring import GIB, Report, add_device, need_gpus, print_table, repeat_ms
 
 UPLOAD_BYTES = 4 * GIB
 PEER_BYTES = 8 * GIB
@@ -53,24 +56,22 @@ def host_gb_s(size_bytes: int) -> float:
 
 def rate(copy: Callable[[], object], size_bytes: int) -> float:
     """The best of several runs: a ceiling is what is possible."""
-    copy()  # the first one maps pages and peers
-    return size_bytes / (min(repeat_ms(copy, REPEATS)) / 1e3) / 1e9
+    took_ms = repeat_ms(copy, REPEATS, warm_ups=1)  # the first one maps pages and peers
+    return size_bytes / min(took_ms) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    report = Report(given.out)
-    report.add(host_gb_s=host_gb_s(SMALL_BYTES))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("ceilings", 1, given.device)
+    found = {"host_gb_s": host_gb_s(SMALL_BYTES)}
     gpus = list(range(torch.cuda.device_count())) if given.device == "cuda" else []
     uploads, peers = (SMALL_BYTES, SMALL_BYTES) if given.small else (UPLOAD_BYTES, PEER_BYTES)
     for gpu in gpus:
-        report.add(**{f"upload_{gpu}_gb_s": upload_gb_s([gpu], uploads)})
+        found[f"upload_{gpu}_gb_s"] = upload_gb_s([gpu], uploads)
     if len(gpus) > 1:
-        report.add(upload_all_gb_s=upload_gb_s(gpus, uploads), peer_gb_s=peer_gb_s(0, 1, peers))
-
-
-if __name__ == "__main__":
-    main()
+        found |= {"upload_all_gb_s": upload_gb_s(gpus, uploads), "peer_gb_s": peer_gb_s(0, 1, peers)}
+    report.add(**found)
+    print_table("Copies, the best of several", [(name, f"{rate:.1f} GB/s") for name, rate in found.items()])

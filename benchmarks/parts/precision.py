@@ -1,7 +1,7 @@
-"""What trading precision gives, and what it costs: fp8 products, a step cache, and both, beside bf16 in one run.
+"""Trade precision for speed: fp8 products, a step cache, and both, beside bf16 in one run.
 
-    python benchmarks/precision.py --ranks 1 2
-    python benchmarks/precision.py --device cpu --small --steps 4 --pixels 128 --tokens 16
+    python benchmarks/run.py precision --workers 1 2
+    python benchmarks/run.py precision --device cpu --small --steps 4 --pixels 128 --tokens 16
 
 Whole ``generate`` jobs without a daemon, on random weights of full size. Prints seconds of the slowest rank, the ratio
 to bf16, how many steps were spared, and the relative error of the latents against bf16 on as many ranks.
@@ -9,51 +9,42 @@ to bf16, how many steps were spared, and the relative error of the latents again
 Random weights say what a spared step saves. They say nothing about which threshold an image can bear: their first block
 does not change from step to step as that of a trained model does, and neither does their error mean what one sees.
 CPUs have no fused kernels, so plain modules and the step cache alone run there: a dry run.
+
+Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import flux_weights
+import flux
 import torch
-from machine import describe_machine
-
-from xditd.client.output_files import write_file
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, synchronize
 
 GUIDANCE = 3.5
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ranks(parser)
+    add_device(parser)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.08, 0.6])
-    parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
-    parser.add_argument("--json", type=Path)
-    return parser
 
 
-def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> None:
+def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     from xditd.gpu_workers.process import xfuser_start
 
     is_cuda = given.device == "cuda"
-    device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
+    device = flux.device_of(given, rank)
     layout = xfuser_start.start(
         rank,
         ranks,
-        f"{folder}/store",
+        store,
         device,
         kernels="fused" if is_cuda else "plain",
         precision="fp8" if is_cuda else "bf16",
@@ -61,8 +52,7 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
     from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.model_cache import ModelCache
 
-    size = flux_weights.SMALL if given.small else flux_weights.FULL
-    state = flux_weights.state_dict(size, torch.bfloat16, str(device), 0)
+    state = flux.state_dict(flux.scale_of(given).size, torch.bfloat16, device, 0)
     found: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     for precision in dict.fromkeys(("bf16", layout.precision)):
@@ -101,14 +91,9 @@ def run_rank(rank: int, ranks: int, given: argparse.Namespace, folder: str) -> N
                 }
             )
         model.unplug()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     synchronize(device)
     xfuser_start.stop()
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return found
 
 
 def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
@@ -132,47 +117,27 @@ def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float
     return latents, loop.reused_steps
 
 
-def main() -> None:
-    given = build_parser().parse_args()
-    if given.device == "cuda" and torch.cuda.device_count() < max(given.ranks):
-        sys.exit(f"--ranks {max(given.ranks)}: there are {torch.cuda.device_count()} GPUs here; each rank needs one")
-    machine = describe_machine()
-    report: dict[str, Any] = {"machine": machine, "groups": []}
-    print(f"{', '.join(machine['gpus'])}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}")
-    print(
-        f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.steps} steps, random weights in bfloat16:"
-    )
+def run(given: argparse.Namespace, report: Report) -> None:
+    need_gpus("precision", max(given.ranks), given.device)
+    print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, random weights in bfloat16:")
     print("what a spared step saves is measured here; which threshold an image can bear is not")
+    report.add(groups=[])
     for ranks in given.ranks:
-        with tempfile.TemporaryDirectory(prefix="xditd-precision-") as folder:
-            torch.multiprocessing.spawn(run_rank, (ranks, given, folder), nprocs=ranks)
-            found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
-        report["groups"].append({"ranks": ranks, "found": found})
-        print(f"\n{ranks} rank(s)")
+        found = on_ranks(run_rank, ranks, given)
+        report.add(groups=[*report.found["groups"], {"ranks": ranks, "found": found}])
         base = max(each[0]["seconds"] for each in found)
+        rows = [("", "step cache", "time", "of bf16", "spared", "error", "of a step, to plain", "same bits again")]
         for number, first in enumerate(found[0]):
             seconds = max(each[number]["seconds"] for each in found)
             assert {each[number]["reused"] for each in found} == {first["reused"]}, "ranks spared other steps"
-            cache = f"step cache {first['threshold']:g}" if first["threshold"] else ""
-            step = (
-                ""
-                if first["error_of_a_step"] is None
-                else f"  (of a step, against plain {first['error_of_a_step']:.1e})"
-            )
-            print(
-                f"  {first['precision']:5s} {cache:16s} {seconds:7.2f} s  {seconds / base:.3f}x  "
-                f"{first['reused']:3d} of {given.steps} steps spared  error {first['error']:.1e}{step}  "
-                f"same bits again {all(each[number]['same_bits_again'] for each in found)}"
-                f"{'  REFUSED: these are plain' if first['refused'] else ''}"
-            )
+            step = first["error_of_a_step"]
+            how = (first["precision"], f"{first['threshold']:g}" if first["threshold"] else "")
+            times = (f"{seconds:.2f} s", f"{seconds / base:.3f}x", f"{first['reused']} of {given.steps}")
+            checked = "REFUSED: these are plain" if first["refused"] else "" if step is None else f"{step:.1e}"
+            same = all(each[number]["same_bits_again"] for each in found)
+            rows.append((*how, *times, f"{first['error']:.1e}", checked, str(same)))
+        print_table(f"{ranks} rank(s)", rows)
         last = found[0][-1]
         if last["own_bytes"]:
-            size = last["own_bytes"] / 2**30
-            print(f"  fp8 copy of the weights: {size:.2f} GiB a rank, made in {last['plug_ms']:.1f} ms")
-    if given.json:
-        write_file(given.json, json.dumps(report, indent=1).encode(), b"\n")
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main()
+            size_gib = last["own_bytes"] / GIB
+            print(f"  fp8 copy of the weights: {size_gib:.2f} GiB a rank, made in {last['plug_ms']:.1f} ms")

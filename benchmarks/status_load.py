@@ -1,23 +1,31 @@
-"""A client that costs next to nothing: a plain Unix socket that speaks ZeroMQ's protocol as a DEALER.
+"""Load on a server by clients that cost next to nothing: plain Unix sockets that speak ZeroMQ's protocol as DEALERs.
 
-A hundred sockets of libzmq in one process take more of two cores than the server that they are to measure. This one
-takes two system calls a message and no second thread, so what is timed is the server.
+A hundred sockets of libzmq in one process take more of two cores than the server that they are to measure. These take
+two system calls a message and no second thread, so what is timed is the server.
 
 Source: ZMTP 3.1 (rfc.zeromq.org/spec/37), "Greeting", "NULL", "Framing".
 """
 
 from __future__ import annotations
 
+import select
 import socket
+import statistics
 import struct
 import time
+from collections.abc import Callable
 from typing import Final
+
+from lends_and_jobs import cpu_s
 
 _GREETING: Final = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 _READY: Final = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
 _LONG: Final = 0x02
 _COMMAND: Final = 0x04
 _CHUNK_BYTES: Final = 65_536
+
+PACED_PER_S = 5_000
+"""Requests that all clients send together, in turns, whether or not the earlier ones are answered."""
 
 
 def framed(body: bytes, flags: int = 0) -> bytes:
@@ -88,3 +96,48 @@ class ZmtpClient:
         if not chunk:
             raise SystemExit("the server closed a connection of the benchmark")
         self._unread += chunk
+
+
+def load(
+    connections: list[ZmtpClient], pid: int, payload: bytes, window: int, seconds: float, check: Callable[[bytes], None]
+) -> dict[str, float]:
+    """Keep connections busy, each with a window of requests, time what comes back, and close them.
+
+    With a window of 0 they send :data:`PACED_PER_S` instead, and a request counts from when it was due, so that one
+    that is sent late is not flattered. ``check`` gets every thousandth answer.
+    """
+    frame = framed(payload)
+    by_descriptor = {connection.socket.fileno(): connection for connection in connections}
+    latencies_ms: list[float] = []
+    due = 0
+    used_s, own_s = cpu_s(pid), time.process_time()
+    with select.epoll() as epoll:
+        for descriptor, connection in by_descriptor.items():
+            epoll.register(descriptor, select.EPOLLIN)
+            for _ in range(window):
+                connection.send(frame)
+        began = time.perf_counter()
+        while (now := time.perf_counter() - began) < seconds:
+            while not window and due / PACED_PER_S <= now:
+                connections[due % len(connections)].send(frame, began + due / PACED_PER_S)
+                due += 1
+            wait_s = 1.0 if window else max(0.0, due / PACED_PER_S - (time.perf_counter() - began))
+            for descriptor, _ in epoll.poll(wait_s):
+                connection = by_descriptor[descriptor]
+                for answer in connection.receive():
+                    latencies_ms.append((time.perf_counter() - connection.sent_s.pop(0)) * 1000)
+                    if len(latencies_ms) % 1_000 == 1:
+                        check(answer)
+                    if window:
+                        connection.send(frame)
+    used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
+    for connection in connections:
+        connection.close()
+    ordered = sorted(latencies_ms)
+    return {
+        "per_s": len(ordered) / seconds,
+        "median_ms": statistics.median(ordered),
+        "p99_ms": ordered[int(len(ordered) * 0.99)],
+        "server_cpu_us": used_s / len(ordered) * 1e6,
+        "client_cpu_us": own_s / len(ordered) * 1e6,
+    }
