@@ -41,7 +41,7 @@ from xditd.ipc.requests import GetStatus
 
 BAR_HELLO_S = 0.3
 BAR_IMPORT_S = 0.15
-BAR_RATIO = 0.35
+BAR_RATIO = 0.5
 BAR_P99_MS = 5.0
 BAR_MEMORY_BYTES = 60e6
 FEW, FEW_WINDOW = 16, 4

@@ -33,6 +33,8 @@ from xditd.ipc import requests
 from xditd.ipc.codec import request_decoder
 from xditd.ipc.errors import BadMessage, NotPermitted, SessionLost, XditdError
 from xditd.ipc.protocol import Reply, Request
+from xditd.ipc.replies import Status
+from xditd.ipc.status import DaemonStatus
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +54,10 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.Encode: jobs.run,
     requests.EncodeText: jobs.run,
     requests.Cancel: cancel.cancel,
-    requests.GetStatus: status.report,
     requests.GetLogs: logs.read,
     requests.Stop: stop.stop,
 }
-"""``Hello`` is not here: it makes the session that all others need."""
+"""Without two: ``Hello`` makes the session that all others need, and ``GetStatus`` is answered for many at once."""
 
 _QUIET: Final = frozenset({requests.Hello, requests.Goodbye, requests.Beat, requests.GetStatus, requests.GetLogs})
 """Come with every look at the daemon: at INFO they would push other requests out of the log that ``GetLogs`` shows."""
@@ -71,9 +72,12 @@ class Dispatcher:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._own_uid = os.getuid()
+        self._seen: DaemonStatus | None = None
         service.loop.watch_socket(service.client_router.socket, self._read)
 
     def _read(self) -> None:
+        # Nothing but requests happens until this returns, so neighbours that only look share what one of them saw.
+        self._seen = None
         for envelope in self._service.client_router.receive():
             self._serve(envelope)
 
@@ -108,6 +112,8 @@ class Dispatcher:
             )
 
     def _handle(self, envelope: Envelope, peer: Credentials, request: Request) -> Reply | None:
+        if not isinstance(request, requests.GetStatus):
+            self._seen = None
         if isinstance(request, requests.Hello):
             return hello.greet(self._service, envelope.routing_id, envelope.peer, peer, request)
         session = self._service.sessions.find(envelope.routing_id)
@@ -118,6 +124,9 @@ class Dispatcher:
         if session.address != envelope.peer:
             raise NotPermitted(f"process {peer.pid} uses the session of process {session.process.pid}")
         session.heard_s = self._service.loop.clock.now_s()
+        if isinstance(request, requests.GetStatus):
+            self._seen = self._seen or status.describe_daemon(self._service)
+            return Status(request_id=request.request_id, daemon=self._seen)
         return HANDLERS[type(request)](self._service, session, request)
 
     def _refuse(self, envelope: Envelope, request_id: str, error: XditdError) -> None:

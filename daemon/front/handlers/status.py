@@ -10,22 +10,15 @@ from xditd import __version__
 from xditd.daemon.front.service import Service
 from xditd.daemon.groups.worker_group import WorkerGroup
 from xditd.daemon.queue.jobs import op_of
-from xditd.daemon.sockets.sessions import Session
 from xditd.ipc import limits
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.replies import Status
-from xditd.ipc.requests import AnyRequest, GetStatus
+from xditd.ipc.requests import AnyRequest
 from xditd.ipc.requests import Job as JobRequest
 from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
 _JOB_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, JobRequest))
 """What the counters of jobs count; lends and canaries only share the queue."""
-
-
-def report(service: Service, _: Session, request: GetStatus) -> Status:
-    """Answer with the state."""
-    return Status(request_id=request.request_id, daemon=describe_daemon(service))
 
 
 def describe_daemon(service: Service) -> DaemonStatus:
