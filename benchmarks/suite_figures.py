@@ -134,7 +134,7 @@ class SuiteReport:
         return Figure(tuple(first / steady for first in found["first_workers_ms"]), "x")
 
     def built_by_swaps(self, workers: int) -> Figure:
-        return Figure((self.look(f"workers-{workers}", "swap")["skeletons_built"],), "models")
+        return Figure((self.look(f"workers-{workers}", "swap")["models_built"],), "models")
 
     def cold_client(self, workers: int) -> Figure:
         """From ``lend`` to a first image, beyond steps at a steady pace."""

@@ -172,7 +172,7 @@ class Walk:
 
     def swap(self) -> None:
         """The first step after another fine-tune was asked for, against the next one; both are jobs of one step."""
-        built = self.client.status().counters.skeletons_built
+        built = self.client.status().counters.models_built
         first, steady, plug = [], [], []
         for number in range(2 * self.given.repeats):
             which = (self.other, self.loan)[number % 2]
@@ -187,7 +187,7 @@ class Walk:
                 "first_workers_ms": first,
                 "steady_workers_ms": steady,
                 "plug_workers_ms": plug,
-                "skeletons_built": counters.skeletons_built - built,
+                "models_built": counters.models_built - built,
             }
         )
 

@@ -11,7 +11,7 @@ from xditd.ipc.errors import BadRequest, Closed, Unsupported
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
-from xditd.ipc.transports.layout import dtype_name, place
+from xditd.ipc.transports.tensor_views import dtype_name, place
 from xditd.ipc.transports.uploads import can_upload, upload
 
 if TYPE_CHECKING:

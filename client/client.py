@@ -27,6 +27,7 @@ from xditd.client.waiting import check_seconds, wait_for
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Decoded, Encoded, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
@@ -122,13 +123,15 @@ class Client:
         """Take a component back; once this returns no worker maps it."""
         loan.return_(deadline_s=deadline_s)
 
-    def check_canary(self, *, deadline_s: float | None = None) -> None:
+    def check_memory(self, *, deadline_s: float | None = None) -> None:
         """Show that every worker reads what this process writes into shared memory; the first lend does so anyway.
 
         Raises:
             StaleSource: a worker read something else.
         """
-        self._current().check_canary(deadline_s)
+        self._current().check_memory(deadline_s)
+
+    check_canary = Renamed("check_memory")
 
     def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
         """Make a component the workers' own, whichever process of yours has lent it; see ``Loan.adopt``."""

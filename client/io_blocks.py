@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from xditd.ipc.tensors import DType, HostShmBlock, IoTensor
-from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, dtype_name
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ _FINGERPRINTED_BYTES: Final = 4096
 _IDLE_BLOCKS_OF_A_SIZE: Final = 4
 
 
-class IoLayout:
+class IoPlaces:
     """Where each tensor of a job lies: inputs first, outputs after them, each at a multiple of 256 bytes."""
 
     def __init__(self) -> None:

@@ -32,8 +32,8 @@ from xditd.ipc.recognition import form_error
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.layout import dtype_name
 from xditd.ipc.transports.safetensors_header import read_header
+from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
     import torch

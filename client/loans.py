@@ -7,6 +7,7 @@ from typing import Protocol
 
 from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Lent
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
@@ -35,6 +36,8 @@ class Loan:
     Leaving a ``with`` block returns the loan.
     """
 
+    is_skeleton_reused = Renamed("is_model_reused")
+
     def __init__(
         self,
         session: Lender,
@@ -58,7 +61,7 @@ class Loan:
         self.copied: CopiedBytes = copied_here + lent.copied
         """Bytes copied for this loan by kind: by the client, and by the workers over all ranks."""
         self.is_reused = lent.is_reused
-        self.is_skeleton_reused = lent.is_skeleton_reused
+        self.is_model_reused = lent.is_model_reused
         self.timings_ms = timings_ms
 
     @property

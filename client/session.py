@@ -1,4 +1,4 @@
-"""One client at one daemon: its connection, the canary, and the loans that end with it."""
+"""One client at one daemon: its connection, the memory check, and the loans that end with it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from xditd.ipc.errors import (
 )
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
-from xditd.ipc.replies import Adopted, AnyEvent, CanarySeen, Farewell, Lent, Queued, Returned, Revoked, Status
-from xditd.ipc.requests import Adopt, Cancel, CheckCanary, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
+from xditd.ipc.replies import Adopted, AnyEvent, Farewell, Lent, MemoryChecked, Queued, Returned, Revoked, Status
+from xditd.ipc.requests import Adopt, Cancel, CheckMemory, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CANARY_BYTES: Final = 64
+_CHECKED_BYTES: Final = 64
 _FAREWELL_DEADLINE_S: Final = 30.0
 
 
@@ -78,8 +78,8 @@ class Session:
         self._silence_s = silence_s
         self._holdings: dict[str, _Holding] = {}
         self._lock = threading.Lock()
-        self._canary_lock = threading.Lock()
-        self._is_canary_seen = False
+        self._memory_lock = threading.Lock()
+        self._is_memory_checked = False
         self._facts: dict[str, ComponentFacts] = {}
         self.connection = Connection(runtime, client_name=name)
         welcome = self.connection.welcome
@@ -121,8 +121,8 @@ class Session:
 
         patience = Patience(self._silence_s, deadline_s)
         started = time.perf_counter()
-        self._check_canary(patience)
-        canary_ms = (time.perf_counter() - started) * 1e3
+        self._check_memory(patience)
+        memory_check_ms = (time.perf_counter() - started) * 1e3
         offer = describe(source, kind=kind, label=label, device=device, generation=generation)
         manifest = offer.manifest
         logger.info(
@@ -134,8 +134,8 @@ class Session:
             logger.info("lending label=%s %s", manifest.label, note)
         lent = self._send(offer, patience)
         timings = {**lent.timings_ms, **offer.timings_ms}
-        if canary_ms > 1.0:
-            timings["canary"] = canary_ms
+        if memory_check_ms > 1.0:
+            timings["memory_check"] = memory_check_ms
         timings["total"] = (time.perf_counter() - started) * 1e3
         loan = Loan(
             self,
@@ -152,13 +152,13 @@ class Session:
         )  # fmt: skip
         return loan
 
-    def check_canary(self, deadline_s: float | None) -> None:
+    def check_memory(self, deadline_s: float | None) -> None:
         """Show, unless that was done before, that every worker reads this process's memory.
 
         Raises:
             StaleSource: a worker read something else.
         """
-        self._check_canary(Patience(self._silence_s, deadline_s))
+        self._check_memory(Patience(self._silence_s, deadline_s))
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Take back one loan of a component; the daemon counts them too, and the last one unmaps it."""
@@ -312,7 +312,7 @@ class Session:
         mailbox.when_ended(lambda _: _close_offers(then_free))
         return True
 
-    def _check_canary(self, patience: Patience) -> None:
+    def _check_memory(self, patience: Patience) -> None:
         """Once a session, see that every worker reads what this process writes into shared memory.
 
         Raises:
@@ -320,36 +320,36 @@ class Session:
         """
         from xditd.ipc.transports.fingerprints import digest_bytes
 
-        with self._canary_lock:
-            if self._is_canary_seen:
+        with self._memory_lock:
+            if self._is_memory_checked:
                 return
-            block = self._pool.borrow(_CANARY_BYTES)
-            written = os.urandom(_CANARY_BYTES)
-            block.arena.view(0, _CANARY_BYTES)[:] = written
-            request = CheckCanary(
+            block = self._pool.borrow(_CHECKED_BYTES)
+            written = os.urandom(_CHECKED_BYTES)
+            block.arena.view(0, _CHECKED_BYTES)[:] = written
+            request = CheckMemory(
                 request_id=self.connection.next_request_id(),
                 io=block.describe(),
                 offset_bytes=0,
-                length_bytes=_CANARY_BYTES,
+                length_bytes=_CHECKED_BYTES,
             )
             try:
-                mailbox = self.connection.submit(request, "canary")
+                mailbox = self.connection.submit(request, "memory check")
             except BaseException:
                 self._pool.give_back(block)
                 raise
             mailbox.when_ended(lambda _: self._pool.give_back(block))
-            seen = mailbox.wait(CanarySeen, patience, on_event=lambda event: _log_event("canary", event))
+            seen = mailbox.wait(MemoryChecked, patience, on_event=lambda event: _log_event("memory check", event))
             expected = digest_bytes(written)
             wrong = [rank for rank, digest in enumerate(seen.digests) if digest != expected]
             if wrong or not seen.digests:
                 whose = f"worker {listed(wrong)} read other bytes" if wrong else "no worker read the bytes"
                 raise StaleSource(
-                    f"canary: {whose} that this process wrote into shared memory; likely causes: client and workers "
-                    "are in different containers or pid namespaces, or /proc is restricted; run both as one user on "
-                    "one host"
+                    f"memory check: {whose} that this process wrote into shared memory; likely causes: client and "
+                    "workers are in different containers or pid namespaces, or /proc is restricted; run both as one "
+                    "user on one host"
                 )
-            self._is_canary_seen = True
-            logger.info("canary read by all workers count=%d", len(seen.digests))
+            self._is_memory_checked = True
+            logger.info("shared memory read by all workers count=%d", len(seen.digests))
 
 
 def _format_of(offer: Offer) -> str:

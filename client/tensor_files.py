@@ -15,8 +15,8 @@ from xditd.client.output_files import write_file
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.layout import dtype_name, torch_dtype
 from xditd.ipc.transports.safetensors_header import read_header
+from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 from xditd.ipc.transports.uploads import read_into
 
 if TYPE_CHECKING:

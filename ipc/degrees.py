@@ -44,7 +44,7 @@ NAMES: Final = tuple(field.name for field in fields(Degrees))
 
 
 def parse_layout(text: str) -> Mapping[str, int]:
-    """Return the degrees that ``text`` names; none for ``auto``. What is not named is the planner's to choose.
+    """Return the degrees that ``text`` names; none for ``auto``. ``choose_layout`` chooses what is not named.
 
     Raises:
         ValueError: a name that is unknown or comes twice, or a degree that is no number from 1 to 1024.

@@ -37,8 +37,8 @@ class Farewell(Reply, tag="farewell", frozen=True, kw_only=True):
     """Answers ``Goodbye``: the session's loans have ended."""
 
 
-class CanarySeen(Reply, tag="canary_seen", frozen=True, kw_only=True):
-    """Answers ``CheckCanary``: BLAKE2b-128 of what each rank read, in rank order."""
+class MemoryChecked(Reply, tag="memory_checked", frozen=True, kw_only=True):
+    """Answers ``CheckMemory``: BLAKE2b-128 of what each rank read, in rank order."""
 
     digests: Annotated[
         tuple[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)], ...], msgspec.Meta(max_length=1024)
@@ -58,7 +58,7 @@ class Lent(Reply, tag="lent", frozen=True, kw_only=True):
     lent_bytes: Bytes
     copied: CopiedBytes
     is_reused: bool
-    is_skeleton_reused: bool
+    is_model_reused: bool
     timings_ms: TimingsMs
 
 
@@ -171,7 +171,7 @@ AnyReply = (
     Welcome
     | BeatHeard
     | Farewell
-    | CanarySeen
+    | MemoryChecked
     | Lent
     | Returned
     | Adopted

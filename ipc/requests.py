@@ -36,8 +36,8 @@ class Goodbye(Request, tag="goodbye", frozen=True, kw_only=True):
     """Close the session and end its loans. Answered by ``Farewell``; a dead process needs no goodbye."""
 
 
-class CheckCanary(Request, tag="check_canary", frozen=True, kw_only=True):
-    """Ask every worker what it reads in a stretch of the client's I/O block. Answered by ``CanarySeen``."""
+class CheckMemory(Request, tag="check_memory", frozen=True, kw_only=True):
+    """Ask every worker what it reads in a stretch of the client's I/O block. Answered by ``MemoryChecked``."""
 
     io: HostShmBlock
     offset_bytes: Bytes
@@ -213,14 +213,14 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-Job = Call | Generate | Decode | Encode | EncodeText
+InferenceRequest = Call | Generate | Decode | Encode | EncodeText
 """Requests that run on the workers and are queued."""
 
 AnyRequest = (
     Hello
     | Beat
     | Goodbye
-    | CheckCanary
+    | CheckMemory
     | Lend
     | ReturnLoan
     | Adopt

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.protocol import ComponentId, RelativeError, RequestId, Seconds, Text, TimingsMs
+from xditd.ipc.renamed import Renamed
 from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
 
 
@@ -92,17 +93,19 @@ class ErrorStatus(Described, frozen=True, kw_only=True):
 
 
 class Counters(Described, frozen=True, kw_only=True):
-    """Since the daemon started, except ``skeletons_*`` and ``plugs``: since the group did."""
+    """Since the daemon started, except ``models_*`` and ``plugs``: since the group did."""
 
     group_starts: Count = 0
     jobs_done: Count = 0
     jobs_failed: Count = 0
     jobs_cancelled: Count = 0
-    skeletons_built: Count = 0
-    skeletons_reused: Count = 0
+    models_built: Count = 0
+    models_reused: Count = 0
     plugs: Count = 0
     outside_connections: Count = 0
     """Connections to other hosts that any worker attempted; without one, nothing can have been downloaded."""
+    skeletons_built: ClassVar[Renamed] = Renamed("models_built")
+    skeletons_reused: ClassVar[Renamed] = Renamed("models_reused")
 
 
 class LayoutCandidate(Described, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from xditd.ipc.arguments import Argument
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
-from xditd.ipc.requests import Job
+from xditd.ipc.requests import InferenceRequest
 from xditd.ipc.status import FusedCheck, LayoutReport
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, FileDigest, HostShmBlock, Manifest, Name
 
@@ -51,7 +51,7 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
-    """Second half: point the skeleton at the prepared tensors. Sent once every rank is prepared.
+    """Second half: point the model at the prepared tensors. Sent once every rank is prepared.
 
     Answered by ``Plugged``.
     """
@@ -77,8 +77,8 @@ class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
     exporter: ProcessIdentity
 
 
-class ReadCanary(Command, tag="read_canary", frozen=True, kw_only=True):
-    """Hash a stretch of a client's I/O block. Answered by ``CanaryRead``."""
+class DigestIo(Command, tag="digest_io", frozen=True, kw_only=True):
+    """Hash a stretch of a client's I/O block. Answered by ``IoDigested``."""
 
     io: HostShmBlock
     offset_bytes: Bytes
@@ -89,7 +89,7 @@ class ReadCanary(Command, tag="read_canary", frozen=True, kw_only=True):
 class Run(Command, tag="run", frozen=True, kw_only=True):
     """Run a job. Answered by ``Done``; ``StepReached`` comes from rank 0 after every step of ``Generate``."""
 
-    job: Job
+    job: InferenceRequest
     exporter: ProcessIdentity
 
 
@@ -103,7 +103,7 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
     """Unmap everything and exit. Not answered; the leader's exit is the answer."""
 
 
-AnyCommand = Prepare | Plug | Keep | Unmap | ForgetClient | ReadCanary | Run | CancelRun | Shutdown
+AnyCommand = Prepare | Plug | Keep | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -143,7 +143,7 @@ class Answer(Report, frozen=True, kw_only=True):
 class Prepared(Answer, tag="prepared", frozen=True, kw_only=True):
     facts: ComponentFacts
     copied: CopiedBytes
-    is_skeleton_reused: bool
+    is_model_reused: bool
     timings_ms: TimingsMs
 
 
@@ -158,7 +158,7 @@ class Kept(Answer, tag="kept", frozen=True, kw_only=True):
     tally: RankTally
 
 
-class CanaryRead(Answer, tag="canary_read", frozen=True, kw_only=True):
+class IoDigested(Answer, tag="io_digested", frozen=True, kw_only=True):
     digest: Digest
 
 
@@ -202,8 +202,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Counters of one rank since its start, and what is new, sent along with answers."""
 
     loaded: Count = 0
-    skeletons_built: Count = 0
-    skeletons_reused: Count = 0
+    models_built: Count = 0
+    models_reused: Count = 0
     plugs: Count = 0
     outside_connections: Count = 0
     """Connections to other hosts that were attempted; without one, nothing can have been downloaded."""
@@ -212,4 +212,4 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Comparisons since the last tally; nearly always none."""
 
 
-AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | CanaryRead | Done | RankFailed | StepReached
+AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | IoDigested | Done | RankFailed | StepReached

@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> dict[str, Any]:
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import parse_layout
-    from xditd.ipc.planner import plan as plan_layout
+    from xditd.ipc.layout_choice import choose_layout
 
     device = torch.device("cuda", rank)
-    degrees = plan_layout(ranks, parse_layout(given.layout)).degrees
+    degrees = choose_layout(ranks, parse_layout(given.layout)).degrees
     precision = "fp8" if "fp8" in given.ways else "bf16"
     kernels = "fused" if {"fused", "fp8"} & set(given.ways) else "plain"
     layout = xfuser_start.start(rank, ranks, store, device, degrees, given.attention, kernels, precision=precision)
@@ -119,7 +119,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
             "error": errors[0],
             "error_after_steps": errors[1],
             "same_bits_again": bool(torch.equal(results[1], few_steps())),
-            "refused": way in fast and fast[way].canary.is_refused,
+            "refused": way in fast and fast[way].check.is_refused,
         }
         if given.profile:
             entry["profile"] = profile(step)

@@ -248,6 +248,6 @@ def describe_loan(loan: Loan) -> dict[str, object]:
         "bytes": loan.lent_bytes,
         "bytes_copied": copied_by_kind(loan.copied),
         "is_reused": loan.is_reused,
-        "is_skeleton_reused": loan.is_skeleton_reused,
+        "is_model_reused": loan.is_model_reused,
         "timings_ms": loan.timings_ms,
     }

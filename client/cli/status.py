@@ -101,7 +101,7 @@ def describe(found: DaemonStatus) -> str:
         f"queue     {len(found.jobs)} of at most {found.queue_limit}, {found.clients} clients",
         f"on loan   {_by_tier(found)}",
         f"jobs      {counters.jobs_done} done, {counters.jobs_failed} failed, {counters.jobs_cancelled} cancelled",
-        f"skeletons {counters.skeletons_built} built, {counters.skeletons_reused} reused, {counters.plugs} plugs",
+        f"models {counters.models_built} built, {counters.models_reused} reused, {counters.plugs} plugs",
         f"restarts  {max(0, counters.group_starts - 1)} of the worker group",
         f"network   {counters.outside_connections} connections to other hosts attempted by workers",
     ]

@@ -17,7 +17,7 @@ from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.limits import MAX_BATCH
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter

@@ -12,7 +12,7 @@ import torch
 
 from xditd.client.comfyui.unsupported import check_forward
 from xditd.client.comfyui.weights import RemoteWeights
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter

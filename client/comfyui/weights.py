@@ -25,7 +25,7 @@ from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind
-from xditd.ipc.transports.layout import dtype_name
+from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from xditd.client.client import Client
 from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.client.loans import Loan
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from xditd.ipc.status import DaemonStatus, GroupState
 if TYPE_CHECKING:
     from xditd.client.client import Client
 
-CANARY_DEADLINE_S: Final = 30.0
+CHECK_DEADLINE_S: Final = 30.0
 
 
 def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
@@ -29,7 +29,7 @@ def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
             if status.layout is not None:
                 found.append(describe_layout("layout in use", status.layout))
             if status.group_state in (GroupState.READY, GroupState.BUSY):
-                found.append(_check_canary(client))
+                found.append(_check_memory(client))
             return found, status.pid
     except DaemonUnreachable as error:
         return [warn("daemon", error.detail, "xditd serve, or systemctl --user start xditd")], None
@@ -56,13 +56,13 @@ def _check_group(status: DaemonStatus) -> Finding:
     return warn("worker group", f"{state.value}: {detail}", "wait for it, or see xditd logs")
 
 
-def _check_canary(client: Client) -> Finding:
+def _check_memory(client: Client) -> Finding:
     try:
-        client.check_canary(deadline_s=CANARY_DEADLINE_S)
+        client.check_memory(deadline_s=CHECK_DEADLINE_S)
     except XditdError as error:
         return fail(
-            "shared memory canary",
+            "shared memory",
             f"{error.code}: {error.detail}",
             "run client and daemon as one user, in one pid namespace, without PrivateUsers= (see docs/operations.md)",
         )
-    return ok("shared memory canary", "every worker reads what this process wrote")
+    return ok("shared memory", "every worker reads what this process wrote")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xditd.client.doctor.findings import Finding, ok
-from xditd.ipc.planner import plan, report
+from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.status import LayoutReport
 
 CPU_WORKERS = 2
@@ -12,7 +12,7 @@ CPU_WORKERS = 2
 
 def plan_for(gpus: int) -> Finding:
     """Say what a daemon on this machine would choose by itself."""
-    return describe_layout(f"layout for {gpus or CPU_WORKERS} workers", report(plan(gpus or CPU_WORKERS), {}))
+    return describe_layout(f"layout for {gpus or CPU_WORKERS} workers", report(choose_layout(gpus or CPU_WORKERS), {}))
 
 
 def describe_layout(check: str, found: LayoutReport) -> Finding:

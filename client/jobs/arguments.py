@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.io_blocks import IoLayout
+from xditd.client.io_blocks import IoPlaces
 from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.errors import BadRequest, Internal
 from xditd.ipc.tensors import IoTensor
-from xditd.ipc.transports.layout import align, dtype_name, torch_dtype
+from xditd.ipc.transports.tensor_views import align, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ class ArgumentWriter:
 
     def __init__(
         self,
-        layout: IoLayout,
+        layout: IoPlaces,
         is_kept: Callable[[KeptTensor], bool] = lambda _: False,
         *,
         max_values: int = MAX_VALUES,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
+from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
 from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, result_room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, Job, Part, Role, Sampling
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, Part, Role, Sampling
 from xditd.ipc.tensors import ITEM_BYTES, ComponentKind, HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ class Component:
 class JobRequest:
     """``write`` makes the request, once there are a request id and a block; ``outputs`` are places by name."""
 
-    layout: IoLayout
+    layout: IoPlaces
     inputs: Sequence[tuple[IoTensor, torch.Tensor]]
     outputs: Mapping[str, IoTensor]
     device: torch.device
-    write: Callable[[str, HostShmBlock], Job]
+    write: Callable[[str, HostShmBlock], InferenceRequest]
 
     def fill(self, pool: IoPool) -> IoBlock:
         """Borrow a block and copy the inputs in."""
@@ -99,7 +99,7 @@ def call_request(
         raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
-    layout = IoLayout()
+    layout = IoPlaces()
     writer = ArgumentWriter(layout, is_kept)
     written: list[Part] = []
     devices: list[torch.device] = []
@@ -172,7 +172,7 @@ def generate_request(
     )
     components: dict[Role, str] = {"transformer": transformer.component_id}
 
-    layout = IoLayout()
+    layout = IoPlaces()
     writer = ArgumentWriter(layout, max_values=0)
     names = [each.name for each in facts.conditioning if conditioning.get(each.name) is not None]
     ordered = {name: conditioning[name] for name in names}
@@ -213,7 +213,7 @@ def decode_request(vae: Component, latents: torch.Tensor, transformer: Component
     checks.check_latents("latents", latents, facts.latents)
     batch, _, height, width = latents.shape
     pixels = facts.latents.pixels
-    layout = IoLayout()
+    layout = IoPlaces()
     latents_at = layout.add_input(latents)
     out_at = layout.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
 
@@ -233,7 +233,7 @@ def encode_request(vae: Component, image: torch.Tensor, transformer: Component |
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_image(image, facts)
     batch, _, height, width = image.shape
-    layout = IoLayout()
+    layout = IoPlaces()
     if _has_channels_last(image):
         image = image.movedim(1, -1)
     image_at = layout.add_input(image)
@@ -273,7 +273,7 @@ def encode_text_request(
 
     facts = encoder.text_encoder
     ids = checks.check_token_ids(token_ids)
-    layout = IoLayout()
+    layout = IoPlaces()
     ids_at = layout.add_input(ids)
     outputs = {"hidden_states": layout.add_output(torch.float32, (*ids.shape, facts.width))}
     if pooled:

@@ -13,7 +13,7 @@ from xditd.client.mailboxes import Ending, Patience
 from xditd.ipc.errors import BY_CODE, RequestError, XditdError
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import AnyReply, Failed
-from xditd.ipc.requests import Cancel, Job
+from xditd.ipc.requests import Cancel, InferenceRequest
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,13 @@ class PendingJob:
     """
 
     def __init__(
-        self, connection: Connection, pool: IoPool, request: Job, block: IoBlock, patience: Patience, purpose: str
+        self,
+        connection: Connection,
+        pool: IoPool,
+        request: InferenceRequest,
+        block: IoBlock,
+        patience: Patience,
+        purpose: str,
     ) -> None:
         self._connection = connection
         self._pool = pool

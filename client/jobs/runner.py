@@ -116,7 +116,7 @@ def _read_from(
 ) -> list[Any]:
     """Copy results out of a block of the workers, who leave it as it is until this client's next call."""
     from xditd.ipc.transports.host_shm import map_shm
-    from xditd.ipc.transports.layout import torch_dtype
+    from xditd.ipc.transports.tensor_views import torch_dtype
 
     mapping = map_shm(block, provider)
     try:

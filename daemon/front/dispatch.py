@@ -11,8 +11,8 @@ from typing import Any, Final
 from xditd.daemon.front.handlers import (
     adopt,
     beat,
-    canary,
     cancel,
+    check_memory,
     goodbye,
     hello,
     jobs,
@@ -43,7 +43,7 @@ Handler = Callable[[Service, Session, Any], Reply | None]
 HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.Beat: beat.hear,
     requests.Goodbye: goodbye.close,
-    requests.CheckCanary: canary.check,
+    requests.CheckMemory: check_memory.check,
     requests.Lend: lend.lend,
     requests.ReturnLoan: return_loan.take_back,
     requests.Adopt: adopt.adopt,

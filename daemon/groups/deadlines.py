@@ -13,7 +13,7 @@ from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc import arguments
 from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.requests import Call, Generate, Job
+from xditd.ipc.requests import Call, Generate, InferenceRequest
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, StepReached, Unmap
 
@@ -132,7 +132,7 @@ class LearnedDurations:
         return min(self._hang_s, max(self._step_s, FACTOR * typical_s))
 
 
-def kind_of(job: Job) -> Hashable:
+def kind_of(job: InferenceRequest) -> Hashable:
     """What decides how long a job's steps take: components, shapes and sizes, not seeds or the number of steps."""
     found: list[Hashable] = [type(job)]
     for name in job.__struct_fields__:  # msgspec.structs.fields would work out the types anew in every call

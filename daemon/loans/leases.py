@@ -49,7 +49,7 @@ class Lease:
     client_copied: CopiedBytes = field(default_factory=CopiedBytes)
     """What the client copied to make its tensors lendable."""
     worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
-    is_skeleton_reused: bool = False
+    is_model_reused: bool = False
     lend_ms: TimingsMs = field(default_factory=dict)
     digests: tuple[FileDigest, ...] = ()
     """What the workers found in its files: those of a rebuilt group compare with it."""

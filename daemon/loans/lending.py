@@ -217,7 +217,7 @@ def _map(lease: Lease, job: Job | None) -> Script[None]:
         raise
     lease.facts = prepared[0].facts
     lease.worker_copied = sum((answer.copied for answer in prepared), CopiedBytes())
-    lease.is_skeleton_reused = all(answer.is_skeleton_reused for answer in prepared)
+    lease.is_model_reused = all(answer.is_model_reused for answer in prepared)
     lease.lend_ms = slowest_ms(
         [*(answer.timings_ms for answer in prepared), *(answer.timings_ms for answer in plugged)]
     )
@@ -249,7 +249,7 @@ def _lent(request: Lend, lease: Lease, *, is_reused: bool) -> Lent:
         lent_bytes=lease.lent_bytes,
         copied=CopiedBytes() if is_reused else lease.worker_copied,
         is_reused=is_reused,
-        is_skeleton_reused=is_reused or lease.is_skeleton_reused,
+        is_model_reused=is_reused or lease.is_model_reused,
         timings_ms={} if is_reused else lease.lend_ms,
     )
 

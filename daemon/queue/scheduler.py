@@ -26,7 +26,7 @@ from xditd.ipc.errors import BadRequest, DaemonStopping, Internal, WorkersUnavai
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Reply, TimingsMs
 from xditd.ipc.replies import Queued, StepDone
-from xditd.ipc.requests import Job as JobRequest
+from xditd.ipc.requests import InferenceRequest
 from xditd.ipc.status import GroupState, JobState
 from xditd.ipc.worker_messages import Command, ForgetClient, StepReached, Unmap
 
@@ -238,7 +238,7 @@ class Scheduler:
             job.move(JobState.DONE)
             self._replies.reply(job.session, reply)
             outcome = "done"
-            if isinstance(job.request, JobRequest):
+            if isinstance(job.request, InferenceRequest):
                 phases: TimingsMs = getattr(reply, "timings_ms", {})
                 self.last_job_ms = {**phases, "waited": waited_s * 1000, "ran": ran_s * 1000}
         elif error is not None:

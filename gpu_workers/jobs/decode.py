@@ -12,7 +12,7 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_c
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Decode
 from xditd.ipc.tensors import IoTensor
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: Decode, context: JobContext) -> Finished:

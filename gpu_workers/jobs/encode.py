@@ -7,7 +7,7 @@ from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.requests import Encode
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: Encode, context: JobContext) -> Finished:

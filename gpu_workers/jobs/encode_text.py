@@ -11,7 +11,7 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_c
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import EncodeText
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: EncodeText, context: JobContext) -> Finished:

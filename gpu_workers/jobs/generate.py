@@ -30,7 +30,7 @@ from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.requests import Generate, Sampling
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 OnDenoised = Callable[[torch.Tensor], None]
 

@@ -14,7 +14,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import HostShmBlock, IoTensor, TensorSpec
 from xditd.ipc.transports.fingerprints import digest_bytes, sample_bytes
 from xditd.ipc.transports.host_shm import HostArena, HostMapping, map_shm
-from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews
+from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _MAX_MAPPED: Final = 16
 """I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
@@ -159,7 +159,7 @@ class OpenIo:
             BadRequest: it does not lie inside the block.
         """
         if offset_bytes + length_bytes > self._mapping.size_bytes:
-            raise BadRequest(f"canary ends at byte {offset_bytes + length_bytes} of {self._mapping.size_bytes}")
+            raise BadRequest(f"memory check ends at byte {offset_bytes + length_bytes} of {self._mapping.size_bytes}")
         return digest_bytes(sample_bytes(self._mapping.bytes_tensor(), offset_bytes, length_bytes))
 
     def _view(self, name: str, described: IoTensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from xditd.ipc.errors import BadRequest, LimitExceeded, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.transports.layout import torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 class ArgumentReader:

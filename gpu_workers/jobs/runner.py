@@ -15,7 +15,7 @@ from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.components import Components
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Encode, Generate, Job
+from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -34,7 +34,7 @@ class JobRunner:
 
     def run(
         self,
-        job: Job,
+        job: InferenceRequest,
         open_io: Callable[[], OpenIo],
         provide: Callable[[int], HostArena],
         progress: Progress,

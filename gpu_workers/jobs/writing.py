@@ -15,7 +15,7 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.processes import identify
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.host_shm import HostArena
-from xditd.ipc.transports.layout import align, dtype_name, place
+from xditd.ipc.transports.tensor_views import align, dtype_name, place
 from xditd.ipc.worker_messages import CallResults
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from xditd.gpu_workers.models.model_cache import CheckpointMatch
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.tensors import ComponentKind, DType, Manifest
-from xditd.ipc.transports.layout import dtype_name
+from xditd.ipc.transports.tensor_views import dtype_name
 
 
 def facts_of(match: CheckpointMatch, manifest: Manifest) -> ComponentFacts:

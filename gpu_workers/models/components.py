@@ -45,7 +45,7 @@ from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
-from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES, BlockViews, place
+from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews, place
 from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -80,7 +80,7 @@ class Component:
         return self.facts.vae
 
     @property
-    def is_plugged(self) -> bool:
+    def is_loaded(self) -> bool:
         return self.match.model.owner == self.component_id
 
 
@@ -176,7 +176,7 @@ class Components:
         if component.match.family.kind != kind:
             raise BadRequest(f"component {component_id} is a {component.match.family.kind}; this job needs a {kind}")
         self.check_unchanged(component)
-        if not component.is_plugged:
+        if not component.is_loaded:
             self._plug(component)
         return component
 
@@ -217,14 +217,14 @@ class Components:
                 deque(self._copy(own, sources, nowhere, [range(own.buffer.numel())]), maxlen=0)
             self.check_unchanged(component)
         clock.mark("copy")
-        is_plugged = component.is_plugged
+        is_loaded = component.is_loaded
         size = 0
         if own is not None:
             component.tensors.update(own.tensors)
             component.copies.append(own.buffer)
             size = sum(each.nbytes for each in own.ranges)
         component.bindings = component.match.bind(component.tensors)
-        if is_plugged:
+        if is_loaded:
             self._plug(component)
         sources.clear()  # a block with views cannot be unmapped
         self._release(component)
@@ -237,7 +237,7 @@ class Components:
         for where in (self._prepared, self._live):
             component = where.pop(component_id, None)
             if component is not None:
-                if component.is_plugged:
+                if component.is_loaded:
                     component.match.model.unplug()
                 self._let_go(component)
                 self.models.release_idle()

@@ -9,7 +9,7 @@ import torch
 from xditd.gpu_workers.parallel import attention, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
-from xditd.ipc import planner
+from xditd.ipc import layout_choice
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 
@@ -24,7 +24,7 @@ def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) 
         Unsupported: the heads need a ring, and the attention backend that was asked for cannot attend in one.
         OtherRankFailed: it can on this rank, on another it cannot.
     """
-    degrees = planner.for_heads(layout.degrees, heads) if heads else layout.degrees
+    degrees = layout_choice.for_heads(layout.degrees, heads) if heads else layout.degrees
     backend = layout.attention_backend
     if degrees != layout.degrees:
         if layout.degrees.ring == 1:

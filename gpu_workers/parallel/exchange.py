@@ -18,7 +18,7 @@ from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree, raise_on_all_ranks
 from xditd.ipc.transports.cuda_ipc import CudaMapping, DeviceArena
-from xditd.ipc.transports.layout import align
+from xditd.ipc.transports.tensor_views import align
 
 FLAGS_BYTES = 4096
 _ALIGNMENT = 256

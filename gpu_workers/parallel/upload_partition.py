@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from xditd.ipc.tensors import TensorSpec
-from xditd.ipc.transports.layout import ALLOCATION_BYTES, align
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align
 
 SHARED_FROM_BYTES: Final = 64 * 2**20
 """A smaller buffer every rank uploads whole: that takes a few milliseconds, and so does opening and closing the

@@ -14,11 +14,12 @@ from xditd.ipc.errors import Cancelled, Internal, OtherRankFailed
 from xditd.ipc.name_lists import for_message, in_log_lines
 from xditd.ipc.worker_messages import (
     AnyCommand,
-    CanaryRead,
     CancelRun,
+    DigestIo,
     Done,
     FilesDigested,
     ForgetClient,
+    IoDigested,
     Keep,
     Kept,
     Plug,
@@ -27,7 +28,6 @@ from xditd.ipc.worker_messages import (
     Prepared,
     RankFailed,
     RankReady,
-    ReadCanary,
     Run,
     Shutdown,
     StepReached,
@@ -93,8 +93,8 @@ class CommandLoop:
         elif isinstance(command, ForgetClient):
             executor.forget(command.exporter)
             channel.send(Done(**common, timings_ms={}, tally=executor.tally()))
-        elif isinstance(command, ReadCanary):
-            channel.send(CanaryRead(**common, digest=executor.read_canary(command)))
+        elif isinstance(command, DigestIo):
+            channel.send(IoDigested(**common, digest=executor.digest_io(command)))
         elif isinstance(command, Run):
             finished = executor.run(command, _Contact(channel, common))
             channel.send(Done(**common, **finished._asdict(), tally=executor.tally()))

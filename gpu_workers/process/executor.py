@@ -11,7 +11,7 @@ from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import CopiedBytes, FileDigest
-from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
+from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
 
 TimingsMs = dict[str, float]
 """Milliseconds by phase."""
@@ -36,7 +36,7 @@ class PreparedFacts(NamedTuple):
 
     facts: ComponentFacts
     copied: CopiedBytes
-    is_skeleton_reused: bool
+    is_model_reused: bool
     timings_ms: TimingsMs
 
 
@@ -85,7 +85,7 @@ class Executor(Protocol):
     def forget(self, client: ProcessIdentity) -> None:
         """Free what is kept for a client that is gone."""
 
-    def read_canary(self, command: ReadCanary) -> bytes:
+    def digest_io(self, command: DigestIo) -> bytes:
         """Digest a stretch of a client's I/O block, as this rank reads it."""
 
     def run(self, command: Run, contact: JobContact) -> Finished:

@@ -17,9 +17,9 @@ import torch.multiprocessing
 from xditd.gpu_workers.process import rank, start_faults
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
-from xditd.ipc import planner
+from xditd.ipc import layout_choice
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
-from xditd.ipc.planner import Plan
+from xditd.ipc.layout_choice import LayoutChoice
 from xditd.ipc.processes import describe_exit
 from xditd.ipc.worker_messages import CONFIGURATION_STATUS, UNEXPLAINED, VERDICT_PREFIX
 
@@ -37,10 +37,10 @@ def lead(options: Options) -> int:
     """
     die_with_parent(os.getppid())
     devices = choose_devices(options)
-    plan = planner.plan(len(devices), options.degrees)
-    logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), plan.degrees, plan.reason)
+    choice = layout_choice.choose_layout(len(devices), options.degrees)
+    logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
     signal.signal(signal.SIGTERM, _leave)
-    return _run(options, plan, devices)
+    return _run(options, choice, devices)
 
 
 def _leave(number: int, _: object) -> None:
@@ -70,31 +70,31 @@ def choose_devices(options: Options) -> list[str]:
     return [f"cuda:{index}" for index in range(workers)]
 
 
-def _run(options: Options, plan: Plan, devices: list[str]) -> int:
+def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
-    complaints: list[Connection] = []
+    error_pipes: list[Connection] = []
     # Where the ranks find each other: memory of this process. A file in a folder could be removed before they have met,
     # and NCCL comes back to it whenever a job needs a communicator for the first time.
     store = os.memfd_create("xditd-store", os.MFD_CLOEXEC)
     store_path = f"/proc/{os.getpid()}/fd/{store}"
     try:
         for number, device in enumerate(devices):
-            complaint, complain = spawn.Pipe(duplex=False)
+            reader, error_pipe = spawn.Pipe(duplex=False)
             process = spawn.Process(
                 target=rank.main,
-                args=(options, number, plan, device, complain, os.getpid(), store_path),
+                args=(options, number, choice, device, error_pipe, os.getpid(), store_path),
                 daemon=True,
             )
             process.start()
-            complain.close()
+            error_pipe.close()
             ranks.append(process)
-            complaints.append(complaint)
-        _watch(ranks, complaints)
+            error_pipes.append(reader)
+        _watch(ranks, error_pipes)
     except Terminated as ending:
         # The daemon often hears first of a lost rank from those who waited for it, and ends the group: only here is
         # known which one it was. Where the daemon just wants the group to end, nobody reads this.
-        lost = _first_loss(ranks, complaints)
+        lost = _first_loss(ranks, error_pipes)
         number = int(ending.args[0])
         why = lost.detail if lost else f"{signal.Signals(number).name} told the leader to end the group"
         print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def _run(options: Options, plan: Plan, devices: list[str]) -> int:
     return 0
 
 
-def _watch(ranks: list[SpawnProcess], complaints: list[Connection]) -> None:
+def _watch(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> None:
     """Wait for all ranks to leave in peace.
 
     Raises:
@@ -119,18 +119,18 @@ def _watch(ranks: list[SpawnProcess], complaints: list[Connection]) -> None:
     while alive:
         for sentinel in wait(list(alive)):
             alive.pop(cast(int, sentinel)).join()
-        lost = _first_loss(ranks, complaints)
+        lost = _first_loss(ranks, error_pipes)
         if lost is not None:
             raise lost
 
 
-def _first_loss(ranks: list[SpawnProcess], complaints: list[Connection]) -> XditdError | None:
+def _first_loss(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> XditdError | None:
     """Say of the first rank that has ended on its own, by a fault, what ended it: a cause before its consequences."""
     found: list[tuple[bool, XditdError]] = []
     for number, process in enumerate(ranks):
         if not process.exitcode:
             continue
-        said = _complaint(complaints[number])
+        said = _reason_in(error_pipes[number])
         if process.exitcode == CONFIGURATION_STATUS and said:
             return BadRequest(said)
         how = f"rank {number} {describe_exit(process.exitcode)}"
@@ -141,7 +141,7 @@ def _first_loss(ranks: list[SpawnProcess], complaints: list[Connection]) -> Xdit
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
-def _complaint(pipe: Connection) -> str:
+def _reason_in(pipe: Connection) -> str:
     with contextlib.suppress(EOFError, OSError):
         if pipe.poll():
             return pipe.recv_bytes(maxlength=start_faults.MAX_DETAIL_BYTES).decode()

@@ -16,8 +16,8 @@ from xditd.gpu_workers.process.command_loop import CommandLoop
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
 from xditd.ipc.errors import RequestError
+from xditd.ipc.layout_choice import LayoutChoice, report
 from xditd.ipc.network_watch import OutsideConnections
-from xditd.ipc.planner import Plan, report
 from xditd.ipc.processes import age_s
 from xditd.ipc.worker_messages import CONFIGURATION_STATUS
 
@@ -25,9 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def main(
-    options: Options, rank: int, plan: Plan, device: str, complain: Connection, leader_pid: int, store_path: str
+    options: Options,
+    rank: int,
+    choice: LayoutChoice,
+    device: str,
+    error_pipe: Connection,
+    leader_pid: int,
+    store_path: str,
 ) -> None:
-    """Run one rank to its end. ``complain`` takes the reason when it cannot start.
+    """Run one rank to its end. ``error_pipe`` takes the reason when it cannot start.
 
     The ranks find each other through ``store_path``, an empty file of the leader's.
     """
@@ -41,14 +47,14 @@ def main(
     where = torch.device(device)
     # On a GPU the host only copies small tensors, and waking sixteen threads for that was seen to take 10 ms.
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // plan.degrees.world_size) if where.type == "cpu" else 1)
+    torch.set_num_threads(max(1, cores // choice.degrees.world_size) if where.type == "cpu" else 1)
     try:
         layout = xfuser_start.start(
             rank,
-            plan.degrees.world_size,
+            choice.degrees.world_size,
             store_path,
             where,
-            plan.degrees,
+            choice.degrees,
             options.attention_backend,
             options.kernels,
             options.precision,
@@ -56,12 +62,12 @@ def main(
         # Imported here: it imports xfuser's dependants, which the start has to come before.
         from xditd.gpu_workers.process.torch_executor import TorchExecutor
 
-        executor = TorchExecutor(layout, report(plan, options.degrees), outside)
+        executor = TorchExecutor(layout, report(choice, options.degrees), outside)
     except Exception as error:
         if not isinstance(error, RequestError):
             logger.exception("rank cannot start rank=%d", rank)
         why, is_final = start_faults.explain(error)
-        complain.send_bytes(why.encode()[: start_faults.MAX_DETAIL_BYTES])
+        error_pipe.send_bytes(why.encode()[: start_faults.MAX_DETAIL_BYTES])
         sys.exit(CONFIGURATION_STATUS if is_final else 1)
     CommandLoop(DaemonChannel(options.runtime_dir), executor, options.group_token).serve()
     xfuser_start.stop()

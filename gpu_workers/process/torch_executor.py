@@ -24,7 +24,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LayoutReport
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
-from xditd.ipc.worker_messages import Prepare, RankTally, ReadCanary, Run
+from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TorchExecutor:
         self._io.forget(client)
         self._jobs.forget(client)
 
-    def read_canary(self, command: ReadCanary) -> bytes:
+    def digest_io(self, command: DigestIo) -> bytes:
         return self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
 
     def run(self, command: Run, contact: JobContact) -> Finished:
@@ -112,8 +112,8 @@ class TorchExecutor:
         models = self._components.models
         return RankTally(
             loaded=len(self._components),
-            skeletons_built=models.built,
-            skeletons_reused=models.reused,
+            models_built=models.built,
+            models_reused=models.reused,
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,

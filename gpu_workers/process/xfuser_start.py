@@ -21,7 +21,7 @@ from xditd.gpu_workers.models.registry import own_families
 from xditd.gpu_workers.parallel import attention, rank_sync, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
-from xditd.ipc import planner
+from xditd.ipc import layout_choice
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import WORKER_DEFAULTS
@@ -47,7 +47,7 @@ def start(
     """Join the process group at ``store_path`` and start xDiT in it; afterwards models can be built.
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
-    open; all ranks name the same one. ``degrees`` multiply to ``world_size``; they are the planner's unless given.
+    open; all ranks name the same one. ``degrees`` multiply to ``world_size``; without them ``choose_layout`` chooses.
     Components whose attention heads these do not fit get others (``component_layouts``).
     ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
@@ -57,7 +57,7 @@ def start(
             do not run here.
     """
     clock = Clock()
-    degrees = planner.plan(world_size).degrees if degrees is None else degrees
+    degrees = layout_choice.choose_layout(world_size).degrees if degrees is None else degrees
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)

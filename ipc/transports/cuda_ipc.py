@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xditd.ipc.errors import Internal, OutOfMemory, StaleSource, Unsupported
 from xditd.ipc.tensors import CudaIpcBlock
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, take_fingerprint
-from xditd.ipc.transports.layout import ALLOCATION_BYTES, align
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align
 
 if TYPE_CHECKING:
     import torch

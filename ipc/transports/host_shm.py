@@ -18,8 +18,8 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import Fingerprint, HostShmBlock
 from xditd.ipc.transports.descriptors import open_descriptor, refusal
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
-from xditd.ipc.transports.layout import ALLOCATION_BYTES, align, torch_dtype
 from xditd.ipc.transports.pinning import pin
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align, torch_dtype
 
 if TYPE_CHECKING:
     import torch

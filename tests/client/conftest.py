@@ -19,8 +19,8 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, request_decoder
 from xditd.ipc.processes import identify
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
-from xditd.ipc.replies import AnyReply, CanarySeen, Farewell, Lent, Returned, Status, Welcome
-from xditd.ipc.requests import CheckCanary, GetStatus, Goodbye, Hello, Lend, ReturnLoan
+from xditd.ipc.replies import AnyReply, Farewell, Lent, MemoryChecked, Returned, Status, Welcome
+from xditd.ipc.requests import CheckMemory, GetStatus, Goodbye, Hello, Lend, ReturnLoan
 from xditd.ipc.status import ComponentStatus, Counters, DaemonStatus, GroupState, LeaseState
 from xditd.ipc.tensors import CopiedBytes, HostShmBlock, IoTensor, Tier
 
@@ -36,7 +36,7 @@ class ScriptedDaemon:
         self.answers: dict[type[Request], Answer] = {
             Hello: self._welcome,
             Goodbye: lambda request: [Farewell(request_id=request.request_id)],
-            CheckCanary: self._read_canary,
+            CheckMemory: self._check_memory,
             Lend: self._lent,
             GetStatus: self._status,
             ReturnLoan: lambda request: [Returned(request_id=request.request_id)],
@@ -70,7 +70,7 @@ class ScriptedDaemon:
     def open_io(self, io: HostShmBlock, spec: IoTensor):
         """Map a tensor of a client's block as a worker does; the caller drops the view, then closes the mapping."""
         from xditd.ipc.transports.host_shm import map_shm
-        from xditd.ipc.transports.layout import torch_dtype
+        from xditd.ipc.transports.tensor_views import torch_dtype
 
         mapping = map_shm(io, identify(os.getpid()), is_writable=True)
         flat = mapping.bytes_tensor().narrow(0, spec.offset_bytes, spec.size_bytes)
@@ -130,13 +130,13 @@ class ScriptedDaemon:
         )
         return [Status(request_id=request.request_id, daemon=status_of(components))]
 
-    def _read_canary(self, request: Request) -> list[AnyReply]:
+    def _check_memory(self, request: Request) -> list[AnyReply]:
         from xditd.ipc.transports.fingerprints import digest_bytes
 
-        assert isinstance(request, CheckCanary)
+        assert isinstance(request, CheckMemory)
         spec = IoTensor(offset_bytes=request.offset_bytes, dtype="uint8", shape=(request.length_bytes,))
         digest = digest_bytes(self.open_io(request.io, spec).numpy().tobytes())
-        return [CanarySeen(request_id=request.request_id, digests=(digest, digest))]
+        return [MemoryChecked(request_id=request.request_id, digests=(digest, digest))]
 
     def _lent(self, request: Request) -> list[AnyReply]:
         assert isinstance(request, Lend)
@@ -154,7 +154,7 @@ class ScriptedDaemon:
             lent_bytes=request.manifest.tensor_bytes,
             copied=request.copied,
             is_reused=is_reused,
-            is_skeleton_reused=False,
+            is_model_reused=False,
             timings_ms={"prepare": 1.0},
         )
 

@@ -12,7 +12,7 @@ import sample_facts
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
 from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
-from xditd.ipc.planner import plan, report
+from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.replies import LogLines, Status, Stopping
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import (
@@ -40,7 +40,7 @@ STATUS = DaemonStatus(
     device_kind="cuda",
     world_size=2,
     parallel={"ulysses": 2},
-    layout=report(plan(2), {}),
+    layout=report(choose_layout(2), {}),
     attention_backend="CUDNN",
     precision="bf16",
     fused_checks=(

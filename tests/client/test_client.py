@@ -19,8 +19,8 @@ from xditd.ipc.errors import (  # noqa: E402
     LeaseLost,
     StaleSource,
 )
-from xditd.ipc.replies import CanarySeen, Failed  # noqa: E402
-from xditd.ipc.requests import Cancel, CheckCanary, Goodbye, Lend, ReturnLoan  # noqa: E402
+from xditd.ipc.replies import Failed, MemoryChecked  # noqa: E402
+from xditd.ipc.requests import Cancel, CheckMemory, Goodbye, Lend, ReturnLoan  # noqa: E402
 from xditd.ipc.tensors import ComponentKind, Tier  # noqa: E402
 
 TEXT = {"prompt_embeds": torch.zeros(1, 2, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
@@ -54,17 +54,17 @@ def test_a_loan_tells_tier_bytes_and_copies(client, daemon):
     assert loan.timings_ms["total"] >= loan.timings_ms["describe"]
 
 
-def test_the_canary_is_read_once_a_session_before_the_first_loan(client, daemon):
+def test_the_memory_check_runs_once_a_session_before_the_first_loan(client, daemon):
     client.lend(transformer())
     client.lend(transformer())
-    assert len(daemon.requests(CheckCanary)) == 1
-    assert isinstance(next(each for each in daemon.seen if isinstance(each, (CheckCanary, Lend))), CheckCanary)
+    assert len(daemon.requests(CheckMemory)) == 1
+    assert isinstance(next(each for each in daemon.seen if isinstance(each, (CheckMemory, Lend))), CheckMemory)
 
 
 @pytest.mark.parametrize("digests", [(), (bytes(16), bytes(16))])
 def test_a_worker_that_reads_other_memory_is_refused(client, daemon, digests):
-    daemon.answers[CheckCanary] = lambda request: [CanarySeen(request_id=request.request_id, digests=digests)]
-    with pytest.raises(StaleSource, match=r"canary: .*likely causes: .*pid namespaces"):
+    daemon.answers[CheckMemory] = lambda request: [MemoryChecked(request_id=request.request_id, digests=digests)]
+    with pytest.raises(StaleSource, match=r"memory check: .*likely causes: .*pid namespaces"):
         client.lend(transformer())
     assert daemon.requests(Lend) == []
 
@@ -129,7 +129,7 @@ def test_memory_is_freed_only_when_the_return_is_acknowledged(client, daemon, wa
 
 
 def test_a_refused_loan_frees_its_memory(client, daemon, wait_until, open_memfds):
-    client.lend(transformer())  # the canary's block stays
+    client.lend(transformer())  # the memory check's block stays
     before = open_memfds()
     daemon.answers[Lend] = lambda request: [
         Failed(request_id=request.request_id, code="bad_checkpoint", detail="missing tensors: img_in.weight")
@@ -170,7 +170,7 @@ def test_a_client_finds_the_next_daemon_but_not_the_old_loans(client, daemon):
         client.call(loan, {"hidden_states": torch.zeros(1, 4, 64)})
     again = client.lend(transformer())
     assert again.is_live
-    assert len(daemon.requests(CheckCanary)) == 2
+    assert len(daemon.requests(CheckMemory)) == 2
     loan.return_()  # nothing to return, and no error
 
 
@@ -182,7 +182,7 @@ def test_threads_lend_side_by_side(client, daemon):
     for thread in threads:
         thread.join(timeout=10)
     assert len({loan.component_id for loan in loans}) == 4
-    assert len(daemon.requests(CheckCanary)) == 1
+    assert len(daemon.requests(CheckMemory)) == 1
 
 
 def test_client_finds_the_folder_by_the_variable(daemon, folder, monkeypatch):
@@ -230,7 +230,7 @@ def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
         "lend": lambda: client.lend(transformer()),
         "adopt": lambda: client.adopt("c1"),
         "revoke": lambda: client.revoke("c1"),
-        "check_canary": client.check_canary,
+        "check_memory": client.check_memory,
         "generate": lambda: client.generate("c1", TEXT, height=32, width=32),
         "generate with a loan": lambda: client.generate(loan, TEXT, height=32, width=32),
         "call": lambda: client.call("c1", {"hidden_states": torch.zeros(1, 4, 64)}),

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client.io_blocks import IoLayout, IoPool  # noqa: E402
+from xditd.client.io_blocks import IoPlaces, IoPool  # noqa: E402
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def pool():
 
 
 def test_tensors_are_aligned_and_outputs_lie_beyond_the_fingerprint():
-    layout = IoLayout()
+    layout = IoPlaces()
     first = layout.add_input(torch.zeros(3))
     second = layout.add_input(torch.zeros(5, dtype=torch.bfloat16))
     output = layout.add_output(torch.float32, (2, 2))
@@ -26,7 +26,7 @@ def test_tensors_are_aligned_and_outputs_lie_beyond_the_fingerprint():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_bits_survive_the_round_trip(pool, dtype):
     tensor = torch.randn(2, 3, 5).to(dtype)
-    layout = IoLayout()
+    layout = IoPlaces()
     spec = layout.add_input(tensor)
     block = pool.borrow(layout.size_bytes)
     block.write(spec, tensor)
@@ -38,7 +38,7 @@ def test_bits_survive_the_round_trip(pool, dtype):
 
 def test_a_transposed_view_is_written_in_its_own_order(pool):
     tensor = torch.arange(6.0).reshape(2, 3).T
-    layout = IoLayout()
+    layout = IoPlaces()
     spec = layout.add_input(tensor)
     block = pool.borrow(layout.size_bytes)
     block.write(spec, tensor)
@@ -49,7 +49,7 @@ def test_a_transposed_view_is_written_in_its_own_order(pool):
 def test_values_that_are_negated_or_strided_or_empty_arrive(pool):
     base = torch.arange(6.0).reshape(2, 3)
     for tensor in (torch._neg_view(base), base[:, ::2], base.to(torch.complex64).imag, base.requires_grad_()):
-        layout = IoLayout()
+        layout = IoPlaces()
         spec = layout.add_input(tensor)
         block = pool.borrow(layout.size_bytes)
         block.write(spec, tensor)

@@ -25,7 +25,7 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes, FileBlock, HostShmBloc
 from xditd.ipc.transports.file import map_file
 from xditd.ipc.transports.fingerprints import check_fingerprint
 from xditd.ipc.transports.host_shm import map_shm
-from xditd.ipc.transports.layout import BlockViews
+from xditd.ipc.transports.tensor_views import BlockViews
 
 State = dict[str, torch.Tensor]
 VAE = ComponentKind.VAE

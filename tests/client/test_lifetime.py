@@ -145,5 +145,5 @@ def test_a_fork_ends_nothing(daemon, folder):
             os._exit(0)
     os.waitpid(child, 0)
     assert daemon.requests(Goodbye) == []
-    client.check_canary()
+    client.check_memory()
     client.close()

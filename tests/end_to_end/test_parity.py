@@ -165,8 +165,8 @@ def test_a_second_checkpoint_reuses_the_skeleton(client, files, make_inputs, run
     before = client.status()
     second = client.lend(files.tuned)
     after = client.status()
-    assert after.counters.skeletons_built == before.counters.skeletons_built
-    assert after.counters.skeletons_reused > before.counters.skeletons_reused
+    assert after.counters.models_built == before.counters.models_built
+    assert after.counters.models_reused > before.counters.models_reused
     assert [worker.pid for worker in after.workers] == [worker.pid for worker in before.workers]
     inputs = make_inputs()
     for loan, path in [(second, files.tuned), (first, files.transformer), (second, files.tuned)]:

@@ -33,12 +33,12 @@ from xditd.ipc.facts import (
     TransformerFacts,
     VaeFacts,
 )
-from xditd.ipc.planner import plan, report
+from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
-from xditd.ipc.worker_messages import CallResults, Prepare, RankTally, ReadCanary, Run
+from xditd.ipc.worker_messages import CallResults, DigestIo, Prepare, RankTally, Run
 
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
@@ -104,15 +104,15 @@ class FakeExecutor:
 
     def __init__(self, options: argparse.Namespace) -> None:
         asked = parse_layout(options.layout)
-        planned = plan(options.world_size, asked)
+        choice = choose_layout(options.world_size, asked)
         self.facts = RankFacts(
             rank=options.rank,
             world_size=options.world_size,
             device_kind="cpu",
             device="cpu",
             device_uuid="",
-            parallel=planned.degrees.named(),
-            layout=report(planned, asked),
+            parallel=choice.degrees.named(),
+            layout=report(choice, asked),
             attention_backend="fake",
             precision="bf16",
         )
@@ -169,7 +169,7 @@ class FakeExecutor:
     def forget(self, client: ProcessIdentity) -> None:
         self.clients.discard(client)
 
-    def read_canary(self, command: ReadCanary) -> bytes:
+    def digest_io(self, command: DigestIo) -> bytes:
         content = read(command.exporter, command.io.fd, command.offset_bytes, command.length_bytes)
         return hashlib.blake2b(content, digest_size=16).digest()
 
@@ -216,8 +216,8 @@ class FakeExecutor:
         checks, self.checks = self.checks, []
         return RankTally(
             loaded=len(self.plugged),
-            skeletons_built=min(1, self.plugs),
-            skeletons_reused=max(0, self.plugs - 1),
+            models_built=min(1, self.plugs),
+            models_reused=max(0, self.plugs - 1),
             plugs=self.plugs,
             memory_bytes=1000 * len(self.plugged) + len(self.clients),
             fused_checks=tuple(checks),

@@ -15,7 +15,7 @@ from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import StepDone
 from xditd.ipc.requests import Lend
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, FileBlock, Fingerprint, HostShmBlock, Manifest, TensorSpec
-from xditd.ipc.worker_messages import CanaryRead, CancelRun
+from xditd.ipc.worker_messages import CancelRun, IoDigested
 
 DATA = Path(__file__).parent / "data"
 REMEDY = "a message changed: raise PROTOCOL_VERSION and run record_protocol.py"
@@ -55,8 +55,8 @@ SPELLED_OUT: list[tuple[str, Any, bytes]] = [
     ),
     (
         "report",
-        CanaryRead(group_token="token-01", rank=1, op_number=5, digest=bytes(range(16))),
-        b"\x85\xa2op\xabcanary_read\xabgroup_token\xa8token-01\xa4rank\x01\xa9op_number\x05\xa6digest\xc4\x10"
+        IoDigested(group_token="token-01", rank=1, op_number=5, digest=bytes(range(16))),
+        b"\x85\xa2op\xabio_digested\xabgroup_token\xa8token-01\xa4rank\x01\xa9op_number\x05\xa6digest\xc4\x10"
         + bytes(range(16)),
     ),
     (

@@ -58,8 +58,8 @@ def run_real(runtime: RuntimeDir, checkpoint: str) -> None:
     import torch
 
     with Client(runtime.path) as client:
-        client.check_canary()
-        say(f"canary seen by every worker of daemon {client.daemon_pid}")
+        client.check_memory()
+        say(f"memory seen by every worker of daemon {client.daemon_pid}")
         loan = client.lend(checkpoint)
         say(f"has lent {loan.label}, {loan.lent_bytes} bytes")
         text = {"prompt_embeds": torch.zeros(1, 16, 4096), "pooled_prompt_embeds": torch.zeros(1, 768)}
@@ -85,8 +85,8 @@ def main() -> int:
     client.wait_status(lambda status: status.group_state is GroupState.READY)
     memory = helpers.Memory()
     with Client(runtime.path) as watcher:
-        watcher.check_canary()
-        say(f"canary seen by every worker of daemon {watcher.daemon_pid}")
+        watcher.check_memory()
+        say(f"memory seen by every worker of daemon {watcher.daemon_pid}")
         lent = client.lend(memory.manifest())
         say("has lent a component")
         running = client.send(memory.generate(lent.component_id, steps=1000))

@@ -15,19 +15,18 @@ from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate
-from xditd.ipc.requests import Job as JobRequest
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
-_REPLY: Final[dict[type[JobRequest], type[Decoded | Encoded | TextEncoded]]] = {
+_REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded]]] = {
     Decode: Decoded,
     Encode: Encoded,
     EncodeText: TextEncoded,
 }
 
 
-def run(service: Service, session: Session, request: JobRequest) -> None:
+def run(service: Service, session: Session, request: InferenceRequest) -> None:
     """Queue the work.
 
     Raises:
@@ -52,7 +51,7 @@ def run(service: Service, session: Session, request: JobRequest) -> None:
     service.scheduler.submit(Job(session, request, work, component_ids))
 
 
-def _reply(request: JobRequest, done: list[Done]) -> Reply:
+def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
     """Read the answers of all ranks, rank 0's first: it alone has the results of a call, and steps are spared alike."""
     request_id = request.request_id
     timings_ms = slowest_ms([answer.timings_ms for answer in done])
@@ -72,7 +71,7 @@ def _reply(request: JobRequest, done: list[Done]) -> Reply:
     return _REPLY[type(request)](request_id=request_id, timings_ms=timings_ms)
 
 
-def _check_components(service: Service, request: JobRequest) -> tuple[str, ...]:
+def _check_components(service: Service, request: InferenceRequest) -> tuple[str, ...]:
     wanted = _components_of(request)
     for component_id, kind in wanted:
         found = service.loans.leases.live(component_id).kind
@@ -82,7 +81,7 @@ def _check_components(service: Service, request: JobRequest) -> tuple[str, ...]:
     return tuple(component_id for component_id, _ in wanted)
 
 
-def _components_of(request: JobRequest) -> list[tuple[str, ComponentKind]]:
+def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]:
     """Find the components that a job names, each with the kind that its place asks for."""
     if isinstance(request, Call):
         return [(request.component_id, ComponentKind.TRANSFORMER)]
@@ -95,7 +94,7 @@ def _components_of(request: JobRequest) -> list[tuple[str, ComponentKind]]:
     return [(request.vae_id, ComponentKind.VAE)]
 
 
-def _check_tensors(request: JobRequest) -> None:
+def _check_tensors(request: InferenceRequest) -> None:
     """Refuse, before any rank hears of it, what lies outside the I/O block and what no tensor can be made of."""
     size_bytes = request.io.size_bytes
     # Not msgspec.structs.fields: it works out the types anew in every call, which took 0.3 ms of every step.
@@ -116,7 +115,7 @@ def _check_tensors(request: JobRequest) -> None:
         raise BadRequest(f"{where}{error}") from None
 
 
-def _trees_of(request: JobRequest) -> Iterator[tuple[str, dict[str, arguments.Argument]]]:
+def _trees_of(request: InferenceRequest) -> Iterator[tuple[str, dict[str, arguments.Argument]]]:
     if isinstance(request, Call):
         for number, part in enumerate(request.parts):
             yield f"parts[{number}].", part.arguments

@@ -12,13 +12,12 @@ from xditd.daemon.groups.worker_group import WorkerGroup
 from xditd.daemon.queue.jobs import op_of
 from xditd.ipc import limits
 from xditd.ipc.protocol import PROTOCOL_VERSION
-from xditd.ipc.requests import AnyRequest
-from xditd.ipc.requests import Job as JobRequest
+from xditd.ipc.requests import AnyRequest, InferenceRequest
 from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
-_JOB_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, JobRequest))
-"""What the counters of jobs count; lends and canaries only share the queue."""
+_INFERENCE_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, InferenceRequest))
+"""What the counters of jobs count; lends and memory checks only share the queue."""
 
 
 def describe_daemon(service: Service) -> DaemonStatus:
@@ -75,16 +74,16 @@ def _workers(group: WorkerGroup) -> tuple[WorkerStatus, ...]:
 
 
 def _counters(service: Service) -> Counters:
-    """Skeletons are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
-    group, outcomes = service.group, service.counters.outcomes(_JOB_OPS)
+    """Models are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
+    group, outcomes = service.group, service.counters.outcomes(_INFERENCE_OPS)
     first = group.ranks.tallies.get(0, RankTally()) if group.ranks is not None else RankTally()
     return Counters(
         group_starts=group.starts,
         jobs_done=outcomes["done"],
         jobs_failed=outcomes["failed"],
         jobs_cancelled=outcomes["cancelled"],
-        skeletons_built=first.skeletons_built,
-        skeletons_reused=first.skeletons_reused,
+        models_built=first.models_built,
+        models_reused=first.models_reused,
         plugs=first.plugs,
         outside_connections=group.outside_connections,
     )

@@ -1,7 +1,7 @@
 """FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
 
 Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
-which stays the judge: ``canary.Canary`` compares the two. Products are in the checkpoint's dtype or in eight bits
+which stays the judge: ``FastPathCheck`` compares the two. Products are in the checkpoint's dtype or in eight bits
 (``products``), and nothing else here knows which. Where several ranks share the tokens, queries, keys and
 values go straight to the rank that attends with their head (``exchange``).
 
@@ -21,7 +21,7 @@ from xfuser.core.distributed import get_sp_group
 from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator, Times
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
-from xditd.gpu_workers.models.canary import Canary
+from xditd.gpu_workers.models.fast_path_check import FastPathCheck
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.parallel import attention
@@ -71,7 +71,7 @@ class Blocks(NamedTuple):
 class FusedFlux1:
     """The fast forward of one model. ``plug`` and ``unplug`` follow the model's own.
 
-    ``canary`` judges its results for whoever calls it.
+    ``check`` judges its results for whoever calls it.
     """
 
     def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
@@ -81,7 +81,7 @@ class FusedFlux1:
         self._products: Products[Any, Any] = (
             EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
         )
-        self.canary = Canary(f"{self._products.label} FLUX.1 blocks", self._products.tolerance)
+        self.check = FastPathCheck(f"{self._products.label} FLUX.1 blocks", self._products.tolerance)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
@@ -90,12 +90,12 @@ class FusedFlux1:
         self._modulator = Modulator(module.time_text_embed, config.hidden)
 
     @property
-    def is_plugged(self) -> bool:
+    def is_loaded(self) -> bool:
         return bool(self._checkpoint)
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out what the canary has found since the last call."""
-        return self.canary.take_checks()
+        """Hand out what the check has found since the last call."""
+        return self.check.take_checks()
 
     def reserve(self) -> int:
         """Get the memory of its own that :meth:`plug` will fill; return its bytes.

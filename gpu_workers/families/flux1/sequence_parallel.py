@@ -92,7 +92,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
     """FLUX.1 whose forward takes and returns whole rows on every rank, and works on this rank's tokens of them.
 
-    ``fused``, where it is set and plugged, does the same faster. Its canary compares it with the plain forward for
+    ``fused``, where it is set and plugged, does the same faster. Its check compares it with the plain forward for
     each number of tokens, once.
     """
 
@@ -124,15 +124,15 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 return cast(torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others))
 
         fused = self.fused
-        if fused is None or not fused.is_plugged or fused.canary.is_refused:
+        if fused is None or not fused.is_loaded or fused.check.is_refused:
             return plain(cache)
         case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
-        sample = fused.canary.run(
+        sample = fused.check.run(
             case,
             lambda: fused(hidden_states, encoder_hidden_states, times=times, options=options, **others),
             lambda: plain(None),
         )
-        if fused.canary.is_refused and cache is not None:
+        if fused.check.is_refused and cache is not None:
             cache.forget()  # what wrong blocks did is not used
         return sample
 

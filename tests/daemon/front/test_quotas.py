@@ -11,7 +11,7 @@ from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import LimitExceeded
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import CheckCanary, Lend
+from xditd.ipc.requests import CheckMemory, Lend
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 OWNER = Session(b"", "", ProcessIdentity(pid=1, start_ticks=0), -1, "test")
@@ -36,7 +36,7 @@ def lease() -> Lease:
     return Lease("c1", OWNER, manifest())
 
 
-def job(request: Lend | CheckCanary) -> Job:
+def job(request: Lend | CheckMemory) -> Job:
     return Job(OWNER, request, lambda _: iter(()))  # type: ignore[arg-type, return-value]
 
 
@@ -56,12 +56,12 @@ def test_lent_bytes_add_up() -> None:
 
 
 def test_io_blocks_count_once_each() -> None:
-    def canary(inode: int) -> Job:
-        return job(CheckCanary(request_id="1", io=block(inode), offset_bytes=0, length_bytes=1))
+    def check(inode: int) -> Job:
+        return job(CheckMemory(request_id="1", io=block(inode), offset_bytes=0, length_bytes=1))
 
-    quotas(io_bytes=4096).check_io([canary(1), canary(1)], block(1))
+    quotas(io_bytes=4096).check_io([check(1), check(1)], block(1))
     with pytest.raises(LimitExceeded, match=r"8192 bytes in 2 blocks: .* 8191 at a time"):
-        quotas(io_bytes=8191).check_io([canary(1)], block(2))
+        quotas(io_bytes=8191).check_io([check(1)], block(2))
 
 
 def test_message_size() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from xditd.daemon.queue.commands import MAX_PHASES, expect, first_failure, slowest_ms
 from xditd.ipc.errors import Internal, OtherRankFailed
-from xditd.ipc.worker_messages import CanaryRead, Done, RankFailed, RankTally
+from xditd.ipc.worker_messages import Done, IoDigested, RankFailed, RankTally
 
 
 def done(rank: int) -> Done:
@@ -16,8 +16,8 @@ def refused(rank: int, code: str = "bad_checkpoint") -> RankFailed:
 
 
 def test_answer_of_the_wrong_kind_is_a_defect() -> None:
-    with pytest.raises(Internal, match="answered Done, Done where CanaryRead"):
-        expect([done(0), done(1)], CanaryRead)
+    with pytest.raises(Internal, match="answered Done, Done where IoDigested"):
+        expect([done(0), done(1)], IoDigested)
 
 
 def test_cause_speaks_before_those_who_only_heard_of_it() -> None:

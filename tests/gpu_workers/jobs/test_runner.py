@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from xditd.ipc.errors import BadRequest, StaleSource, UnknownComponent
-from xditd.ipc.requests import Decode, Encode, EncodeText, Job
+from xditd.ipc.requests import Decode, Encode, EncodeText, InferenceRequest
 
 if TYPE_CHECKING:
     from one_rank import OneRank, Room
@@ -35,34 +35,34 @@ def states(demo_transformer: State, demo_vae: State) -> dict[str, State]:
     return {"transformer": demo_transformer, "vae": demo_vae, "text": text_checkpoints.clip_l_state_dict(0)}
 
 
-def generate(room: Room) -> Job:
+def generate(room: Room) -> InferenceRequest:
     import flux1_messages
 
     return flux1_messages.generate(room, noise=flux1_messages.noise(), sampling={"steps": 1})
 
 
-def call(room: Room) -> Job:
+def call(room: Room) -> InferenceRequest:
     import flux1_messages
 
     return flux1_messages.call(room)
 
 
-def decode(room: Room) -> Job:
+def decode(room: Room) -> InferenceRequest:
     latents = room.input(torch.zeros(1, 16, 4, 4))
     return Decode(request_id="r", vae_id="vae", latents=latents, out=room.output(1, 3, 32, 32), io=room.block())
 
 
-def encode(room: Room) -> Job:
+def encode(room: Room) -> InferenceRequest:
     image = room.input(torch.zeros(1, 3, 32, 32))
     return Encode(request_id="r", vae_id="vae", image=image, out=room.output(1, 16, 4, 4), io=room.block())
 
 
-def encode_text(room: Room) -> Job:
+def encode_text(room: Room) -> InferenceRequest:
     ids = room.input(torch.zeros(1, 8, dtype=torch.int64))
     return EncodeText(request_id="r", encoder_id="text", token_ids=ids, out=room.output(1, 8, 128), io=room.block())
 
 
-KINDS: dict[str, tuple[Callable[[Room], Job], str, str]] = {
+KINDS: dict[str, tuple[Callable[[Room], InferenceRequest], str, str]] = {
     "generate": (generate, "transformer", "run"),
     "call": (call, "transformer", "run"),
     "decode": (decode, "vae", "decode"),

@@ -147,7 +147,7 @@ def main(folder: str) -> None:
     from xditd.client.lending import describe
     from xditd.ipc.codec import encode
     from xditd.ipc.processes import identify
-    from xditd.ipc.transports.layout import VIEW_ALIGNMENT_BYTES
+    from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES
     from xditd.ipc.worker_messages import Prepare
 
     state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1, context_dim=64, pooled_dim=32)

@@ -64,7 +64,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     facts: dict[str, Any] = {
         "attention": started.attention_backend,
         "fused": started.fused_attention,
-        "canary": {},
+        "check": {},
         "cases": {case: {} for case in CASES if kind == "cuda" or case != "usual"},
     }
 
@@ -77,14 +77,14 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model = lend({name: tensor.to(dtype) for name, tensor in bfloat16.items()})
         for case in facts["cases"]:
-            # The first result of a case is the canary's business; from the second on the fast path is alone.
+            # The first result of a case is the check's business; from the second on the fast path is alone.
             results = [denoise(model, case) for _ in range(3)]
             facts["cases"][case][str(dtype).removeprefix("torch.")] = models.compare(case, results[1:])
         fused = model.module.fused
         if fused is not None:
-            facts["canary"][str(dtype).removeprefix("torch.")] = {
-                "refused": fused.canary.is_refused,
-                "passed": len(fused.canary._passed),
+            facts["check"][str(dtype).removeprefix("torch.")] = {
+                "refused": fused.check.is_refused,
+                "passed": len(fused.check._passed),
             }
         model.unplug()
     del models
@@ -107,7 +107,7 @@ def run_mixed(
             for owner, state in (("even", usual), ("odd", odd))
         )
         for case in found["cases"]:
-            denoise(even, case)  # with fused kernels, this is the canary's first
+            denoise(even, case)  # with fused kernels, this is the check's first
             alone = denoise(even, case)
             results = []
             for _ in range(2):

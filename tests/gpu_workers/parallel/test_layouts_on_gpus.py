@@ -84,8 +84,8 @@ def test_fused_kernels_run_where_there_is_no_ring(facts: Any) -> None:
     for layout in ("ulysses=2", "cfg=2"):
         for rank in facts[layout]:
             assert rank["fused"], layout
-            assert not rank["canary"]["bfloat16"]["refused"], layout
-            assert rank["canary"]["bfloat16"]["passed"] > 0, layout
+            assert not rank["check"]["bfloat16"]["refused"], layout
+            assert rank["check"]["bfloat16"]["passed"] > 0, layout
     for rank in facts["ring=2"]:
         assert rank["fused"] is None
-        assert rank["canary"] == {}
+        assert rank["check"] == {}

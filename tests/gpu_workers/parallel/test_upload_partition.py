@@ -10,7 +10,7 @@ import torch
 
 from xditd.gpu_workers.parallel.upload_partition import CopyRange, cut, join, split
 from xditd.ipc.tensors import TensorSpec
-from xditd.ipc.transports.layout import ALLOCATION_BYTES, place
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, place
 
 MIB = 2**20
 

@@ -85,14 +85,14 @@ class Noting:
     def forget(self, client: ProcessIdentity) -> None:
         self._note("forget", client)
 
-    def read_canary(self, command: Any) -> bytes:
+    def digest_io(self, command: Any) -> bytes:
         raise AssertionError("not asked for here")
 
     def run(self, command: Any, contact: JobContact) -> Finished:
         raise AssertionError("not asked for here")
 
     def tally(self) -> RankTally:
-        return RankTally(loaded=3, skeletons_built=1, skeletons_reused=2, plugs=4)
+        return RankTally(loaded=3, models_built=1, models_reused=2, plugs=4)
 
     def after_answer(self) -> None:
         self.calls.append("after_answer")

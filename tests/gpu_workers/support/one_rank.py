@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
+from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
 from xditd.client.lending import Offer, describe
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import JobIo
@@ -21,7 +21,7 @@ from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.arguments import InIo
 from xditd.ipc.processes import ProcessIdentity, identify
-from xditd.ipc.requests import Job
+from xditd.ipc.requests import InferenceRequest
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class Room:
 
     def __init__(self, pool: IoPool) -> None:
         self._pool = pool
-        self._layout = IoLayout()
+        self._layout = IoPlaces()
         self._inputs: list[tuple[IoTensor, torch.Tensor]] = []
         self._block: IoBlock | None = None
 
@@ -92,7 +92,7 @@ class OneRank:
 
     def run(
         self,
-        job: Job,
+        job: InferenceRequest,
         *,
         client: ProcessIdentity | None = None,
         is_cancelled: Callable[[], bool] = lambda: False,

@@ -15,7 +15,7 @@ from xditd.ipc.addresses import endpoint
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Called, Failed, Queued, Welcome
-from xditd.ipc.requests import CheckCanary, Hello, Lend
+from xditd.ipc.requests import CheckMemory, Hello, Lend
 
 CLIENTS = 100
 JOBS = 4
@@ -100,7 +100,7 @@ def test_limits_of_one_client_are_typed_refusals(
     client = start_daemon(flag, value).ready_client()
     first = client.lend(memory.manifest())
     if flag == "--client-io-bytes":
-        failed = client.fail(CheckCanary(request_id="", io=memory.block, offset_bytes=0, length_bytes=8))
+        failed = client.fail(CheckMemory(request_id="", io=memory.block, offset_bytes=0, length_bytes=8))
         assert client.fail(memory.generate(first.component_id)).code == "limit_exceeded"
     elif flag == "--message-bytes":
         client.socket.send(bytes(5000))

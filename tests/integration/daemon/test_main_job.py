@@ -10,8 +10,8 @@ import pytest
 
 from xditd.ipc.arguments import Argument, InIo, ListOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.replies import Called, CanarySeen, Decoded, Generated, LogLines, Returned, StepDone
-from xditd.ipc.requests import CheckCanary, Decode, GetLogs, ReturnLoan
+from xditd.ipc.replies import Called, Decoded, Generated, LogLines, MemoryChecked, Returned, StepDone
+from xditd.ipc.requests import CheckMemory, Decode, GetLogs, ReturnLoan
 from xditd.ipc.status import GroupState, LeaseState
 from xditd.ipc.tensors import IoTensor
 
@@ -65,8 +65,8 @@ def test_who_has_a_reply_finds_its_line_in_the_log(client: Any, memory: Any) -> 
     assert [line for line in logs.lines if f"request done op=generate request_id={done.request_id} " in line]
 
 
-def test_canary_is_read_by_every_rank_in_the_clients_memory(client: Any, memory: Any) -> None:
-    seen = client.ask(CheckCanary(request_id="", io=memory.block, offset_bytes=8, length_bytes=16), CanarySeen)
+def test_shared_memory_is_read_by_every_rank_in_the_clients_memory(client: Any, memory: Any) -> None:
+    seen = client.ask(CheckMemory(request_id="", io=memory.block, offset_bytes=8, length_bytes=16), MemoryChecked)
     assert seen.digests == (hashlib.blake2b(b"weights!" * 2, digest_size=16).digest(),) * 2
 
 

@@ -22,7 +22,7 @@ from xditd.ipc.processes import ProcessIdentity, identify
 from xditd.ipc.tensors import Fingerprint, HostShmBlock
 from xditd.ipc.transports.fingerprints import check_fingerprint
 from xditd.ipc.transports.host_shm import HostArena, map_shm
-from xditd.ipc.transports.layout import ALLOCATION_BYTES
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES
 
 PAGE = mmap.PAGESIZE
 

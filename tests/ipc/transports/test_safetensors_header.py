@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
-from xditd.ipc.transports.layout import torch_dtype
 from xditd.ipc.transports.safetensors_header import Header, read_header
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 Read = Callable[[Path], Header]
 U8 = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}

@@ -162,10 +162,10 @@ def whole_model(store: str) -> dict[str, Any]:
     model.plug(match.bind(state), "a", match.by_canonical_name(state))
     result = run()
     fused = model.module.fused
-    found["canary"] = {
-        "error": max(fused.canary._passed.values()),
+    found["check"] = {
+        "error": max(fused.check._passed.values()),
         "tolerance": fused._products.tolerance,
-        "label": fused.canary._what,
+        "label": fused.check._what,
     }
     found["same bits"] = torch.equal(result, run())
     exact = reference_latents(reference.transformer_from(state), given, STEPS)
@@ -187,7 +187,7 @@ def whole_model(store: str) -> dict[str, Any]:
     given = job(3, 16, 32, 1)
     judged = run()
     found["broken"] = {
-        "refused": fused.canary.is_refused,
+        "refused": fused.check.is_refused,
         "error": reference.relative_error(judged, reference_latents(reference.transformer_from(state), given, STEPS)),
     }
     xfuser_start.stop()

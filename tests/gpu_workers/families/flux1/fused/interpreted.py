@@ -34,7 +34,7 @@ def whole_model(store: str) -> dict[str, Any]:
     layout = dataclasses.replace(xfuser_start.start(0, 1, store, torch.device("cpu")), fused_attention="SDPA")
     from direct_jobs import generate
 
-    found: dict[str, Any] = {"parity": {}, "canary": {}, "unmoved": []}
+    found: dict[str, Any] = {"parity": {}, "check": {}, "unmoved": []}
     cache = ModelCache(layout)
     for label, has_guidance, blocks, (tokens, height, width, batch) in (
         ("dev", True, 1, (5, 32, 32, 1)),
@@ -48,7 +48,7 @@ def whole_model(store: str) -> dict[str, Any]:
         result = generate(lent, **given, steps=2, guidance_scale=GUIDANCE)
         model = reference.transformer_from(state)
         found["parity"][label] = reference.relative_error(result, reference_latents(model, given, steps=2))
-        canary = lent.module.fused.canary
+        check = lent.module.fused.check
         if has_guidance:
             found["at once"] = steps_at_once(lent)
             given = job(3, 16, 32, 1)
@@ -64,17 +64,17 @@ def whole_model(store: str) -> dict[str, Any]:
             found["cached"] = cached(lent, given)
             found["not finite"] = not_finite(lent, state)
             found["foreseen"] = foreseen(lent)
-        found["canary"][label] = {
-            "refused": canary.is_refused,
-            "passed": len(canary._passed),
+        found["check"][label] = {
+            "refused": check.is_refused,
+            "passed": len(check._passed),
             "checks": [msgspec.to_builtins(check) for check in cache.take_checks()],
         }
         lent.unplug()
-        found["canary"][label]["plugged after unplug"] = lent.module.fused.is_plugged
+        found["check"][label]["plugged after unplug"] = lent.module.fused.is_loaded
         gapped = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in state.items()}
         lent.plug(match.bind(gapped), "gapped", match.by_canonical_name(gapped))
         found["gapped"] = {
-            "plugged": lent.module.fused.is_plugged,
+            "plugged": lent.module.fused.is_loaded,
             "error": reference.relative_error(
                 generate(lent, **given, steps=1), reference_latents(model, given, steps=1)
             ),
@@ -88,20 +88,20 @@ def not_finite(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Run a size for the first time with a weight that is NaN, and again with a sound one."""
     from direct_jobs import generate
 
-    canary, given = lent.module.fused.canary, job(2, 32, 16, 1)
+    check, given = lent.module.fused.check, job(2, 32, 16, 1)
     kept = state["img_in.bias"].clone()
     state["img_in.bias"][3] = torch.nan
     broken = generate(lent, **given, steps=1)
-    judged = len(canary._passed)
+    judged = len(check._passed)
     state["img_in.bias"].copy_(kept)
     sound = generate(lent, **given, steps=1)
     found = {
         "result is NaN": bool(broken.isnan().any()),
         "sound one is finite": bool(sound.isfinite().all()),
-        "judged by it": len(canary._passed) != judged + 1,
-        "refused": canary.is_refused,
+        "judged by it": len(check._passed) != judged + 1,
+        "refused": check.is_refused,
     }
-    canary._passed.pop((2, given["height"] * given["width"] // 256), None)
+    check._passed.pop((2, given["height"] * given["width"] // 256), None)
     return found
 
 
@@ -129,7 +129,7 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
     plain, rounded = run("float32_time"), run("class")
     return {
         "same bits": torch.equal(at_once, alone),
-        "refused": fused.canary.is_refused,
+        "refused": fused.check.is_refused,
         "error": reference.relative_error(at_once, plain),
         "apart": reference.relative_error(rounded, plain),
     }

@@ -2,7 +2,7 @@
 
 python on_gpus.py OUT_FOLDER RANKS
 
-Rank 0 writes ``facts.json``: for each case the errors of both ways against float32, and what the canary saw.
+Rank 0 writes ``facts.json``: for each case the errors of both ways against float32, and what the check saw.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             "fused": distance(fused[1], expected),
             "same bits twice": torch.equal(*fused),
         }
-    canary = model.module.fused.canary
-    facts["canary"] = {"refused": canary.is_refused, "passed": len(canary._passed)}
+    check = model.module.fused.check
+    facts["check"] = {"refused": check.is_refused, "passed": len(check._passed)}
     broken = state["single_blocks.1.linear2.weight"]
     kept = broken.clone()
     plugged = match.by_canonical_name(state)
@@ -79,7 +79,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     judged = generate(model, **given, steps=1, guidance_scale=GUIDANCE)
     model.plug(match.bind(state), "plain")
     facts["broken"] = {
-        "refused": canary.is_refused,
+        "refused": check.is_refused,
         "plain bits": torch.equal(judged, generate(model, **given, steps=1, guidance_scale=GUIDANCE)),
         "untouched": torch.equal(kept, broken),
     }
@@ -118,9 +118,9 @@ def eight_bits(
             "error": distance(results[0], lossless[case]),
             "same bits twice": torch.equal(*results),
         }
-    canary = cast(Any, model.module).fused.canary
-    passed = canary._passed.values()
-    facts["canary"] = {"refused": canary.is_refused, "passed": len(passed), "error": max(passed)}
+    check = cast(Any, model.module).fused.check
+    passed = check._passed.values()
+    facts["check"] = {"refused": check.is_refused, "passed": len(passed), "error": max(passed)}
     model.unplug()
     del results
     facts["left"] = torch.cuda.memory_allocated() - before

@@ -53,8 +53,8 @@ def test_a_whole_model_is_off_by_rounding_and_not_by_more(found: Any) -> None:
 
 def test_the_error_is_measured_and_judged_by_a_tolerance_of_its_own(found: Any) -> None:
     model = found["model"]
-    assert 1e-3 < model["canary"]["error"] < model["canary"]["tolerance"]
-    assert model["canary"]["label"] == "fp8 FLUX.1 blocks"
+    assert 1e-3 < model["check"]["error"] < model["check"]["tolerance"]
+    assert model["check"]["label"] == "fp8 FLUX.1 blocks"
 
 
 def test_a_wrong_copy_is_refused_and_the_plain_result_is_given(found: Any) -> None:

@@ -55,14 +55,14 @@ def test_weights_that_are_not_finite_do_not_turn_fused_blocks_off(found: Any) ->
     }  # fmt: skip
 
 
-def test_the_canary_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:
-    canaries = found["model"]["canary"]
-    assert [verdict["refused"] for verdict in canaries.values()] == [False, False]
-    assert [verdict["passed"] for verdict in canaries.values()] == [2, 1]
+def test_the_check_ran_once_for_each_number_of_tokens_and_passed(found: Any) -> None:
+    checks = found["model"]["check"]
+    assert [verdict["refused"] for verdict in checks.values()] == [False, False]
+    assert [verdict["passed"] for verdict in checks.values()] == [2, 1]
 
 
-def test_what_the_canary_found_is_told_with_the_tokens_that_it_is_about(found: Any) -> None:
-    checks = found["model"]["canary"]["schnell"]["checks"]
+def test_what_the_check_found_is_told_with_the_tokens_that_it_is_about(found: Any) -> None:
+    checks = found["model"]["check"]["schnell"]["checks"]
     assert [(check["kernels"], check["case"], check["is_used"]) for check in checks] == [
         ("fused FLUX.1 blocks", "4 text + 3 image", True)
     ]
@@ -77,7 +77,7 @@ def test_a_step_cache_does_on_fused_blocks_what_it_does_on_plain_ones(found: Any
 
 
 def test_unplugging_lets_go_of_the_checkpoint(found: Any) -> None:
-    assert not any(verdict["plugged after unplug"] for verdict in found["model"]["canary"].values())
+    assert not any(verdict["plugged after unplug"] for verdict in found["model"]["check"].values())
 
 
 def test_tensors_with_gaps_are_left_to_plain_modules(found: Any) -> None:

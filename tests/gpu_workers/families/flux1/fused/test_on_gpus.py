@@ -33,8 +33,8 @@ def test_repeats_have_the_same_bits(facts: Any) -> None:
     assert all(found["same bits twice"] for found in facts["cases"].values())
 
 
-def test_the_canary_judged_every_number_of_tokens_and_refused_none(facts: Any) -> None:
-    assert facts["canary"] == {"refused": False, "passed": 5}
+def test_the_check_judged_every_number_of_tokens_and_refused_none(facts: Any) -> None:
+    assert facts["check"] == {"refused": False, "passed": 5}
 
 
 def test_eight_bits_are_off_by_their_rounding_and_repeat_bit_by_bit(facts: Any) -> None:
@@ -43,9 +43,9 @@ def test_eight_bits_are_off_by_their_rounding_and_repeat_bit_by_bit(facts: Any) 
     for case, found in eight["cases"].items():
         assert 5e-3 < found["error"] < 0.1, (case, found)
         assert found["same bits twice"] is True
-    assert eight["canary"]["refused"] is False
-    assert eight["canary"]["passed"] == 5
-    assert 5e-3 < eight["canary"]["error"] < 0.1
+    assert eight["check"]["refused"] is False
+    assert eight["check"]["passed"] == 5
+    assert 5e-3 < eight["check"]["error"] < 0.1
 
 
 def test_the_copy_in_eight_bits_is_what_was_reserved_and_goes_when_unplugged(facts: Any) -> None:

@@ -1,4 +1,4 @@
-"""``CheckCanary``: show that workers and client see the same memory."""
+"""``CheckMemory``: show that workers and client see the same memory."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import CanarySeen
-from xditd.ipc.requests import CheckCanary
-from xditd.ipc.worker_messages import CanaryRead, ReadCanary
+from xditd.ipc.replies import MemoryChecked
+from xditd.ipc.requests import CheckMemory
+from xditd.ipc.worker_messages import DigestIo, IoDigested
 
 
-def check(service: Service, session: Session, request: CheckCanary) -> None:
+def check(service: Service, session: Session, request: CheckMemory) -> None:
     """Let every rank hash what it reads."""
     end = request.offset_bytes + request.length_bytes
     if end > request.io.size_bytes:
-        raise BadRequest(f"canary ends at byte {end} of an I/O block of {request.io.size_bytes}")
+        raise BadRequest(f"memory check ends at byte {end} of an I/O block of {request.io.size_bytes}")
     service.quotas.check_io(service.scheduler.of_process(session.process), request.io)
     session.has_io = True
 
     def read(_: Job) -> Script[Reply]:
-        answers = yield lambda number: ReadCanary(
+        answers = yield lambda number: DigestIo(
             op_number=number,
             io=request.io,
             offset_bytes=request.offset_bytes,
             length_bytes=request.length_bytes,
             exporter=session.process,
         )
-        digests = tuple(answer.digest for answer in expect(answers, CanaryRead))
-        return CanarySeen(request_id=request.request_id, digests=digests)
+        digests = tuple(answer.digest for answer in expect(answers, IoDigested))
+        return MemoryChecked(request_id=request.request_id, digests=digests)
 
     service.scheduler.submit(Job(session, request, read))

@@ -7,7 +7,7 @@ import torch
 
 from xditd.ipc.errors import BadRequest, UnsupportedDtype
 from xditd.ipc.tensors import ITEM_BYTES, TensorSpec
-from xditd.ipc.transports.layout import ALIGNMENT_BYTES, BlockViews, align, dtype_name, place, torch_dtype
+from xditd.ipc.transports.tensor_views import ALIGNMENT_BYTES, BlockViews, align, dtype_name, place, torch_dtype
 
 
 @pytest.fixture

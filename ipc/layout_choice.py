@@ -45,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LayoutChoice:
     """The layout of a group, the sentence that explains it, and every candidate."""
 
     degrees: Degrees
@@ -53,7 +53,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
 
-def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> Plan:
+def choose_layout(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> LayoutChoice:
     """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
 
     Raises:
@@ -64,7 +64,7 @@ def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Work
     fault = why_impossible(chosen, workload)
     if fault:
         raise Unsupported(f"layout {spell(asked)} with {world_size} workers: {fault}")
-    return Plan(
+    return LayoutChoice(
         degrees=chosen,
         reason=_reason(chosen, asked, workload),
         candidates=tuple(
@@ -74,14 +74,13 @@ def plan(world_size: int, asked: Mapping[str, int] | None = None, workload: Work
     )
 
 
-def report(planned: Plan, asked: Mapping[str, int]) -> LayoutReport:
-    """Tell a plan as the workers and the daemon do."""
+def report(choice: LayoutChoice, asked: Mapping[str, int]) -> LayoutReport:
+    """Tell a choice as the workers and the daemon do."""
     return LayoutReport(
         asked=spell(asked),
-        reason=planned.reason,
+        reason=choice.reason,
         candidates=tuple(
-            LayoutCandidate(layout=str(candidate.degrees), why_not=candidate.why_not)
-            for candidate in planned.candidates
+            LayoutCandidate(layout=str(candidate.degrees), why_not=candidate.why_not) for candidate in choice.candidates
         ),
     )
 

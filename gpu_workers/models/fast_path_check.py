@@ -16,7 +16,7 @@ from xditd.ipc.status import FusedCheck
 logger = logging.getLogger(__name__)
 
 
-class Canary:
+class FastPathCheck:
     """Judges one fast path. Beyond the tolerance the plain path is used from then on; log and ``status`` say so."""
 
     def __init__(self, what: str, tolerance: float) -> None:

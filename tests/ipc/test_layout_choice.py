@@ -7,7 +7,7 @@ import pytest
 from xditd.ipc import limits
 from xditd.ipc.degrees import Degrees, parse_layout
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.planner import Workload, _splits, for_heads, plan
+from xditd.ipc.layout_choice import Workload, _splits, choose_layout, for_heads
 
 TABLE = [
     # workers, asked, chosen
@@ -34,16 +34,16 @@ TABLE = [
 
 @pytest.mark.parametrize(("workers", "asked", "chosen"), TABLE, ids=[f"{row[0]} {row[1]}" for row in TABLE])
 def test_what_each_number_of_workers_gets(workers: int, asked: str, chosen: Degrees) -> None:
-    planned = plan(workers, parse_layout(asked))
-    assert planned.degrees == chosen
+    choice = choose_layout(workers, parse_layout(asked))
+    assert choice.degrees == chosen
     assert chosen.world_size == workers
     for name, degree in parse_layout(asked).items():
-        assert f"{name}={degree}" in planned.reason
+        assert f"{name}={degree}" in choice.reason
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 6, 8])
 def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(workers: int) -> None:
-    planned = plan(workers)
+    choice = choose_layout(workers)
     splits = {
         (ulysses, ring, cfg)
         for cfg in (1, 2)
@@ -51,9 +51,9 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
         for ulysses in range(1, workers + 1)
         if ulysses * ring * cfg == workers
     }
-    listed = [tuple(candidate.degrees.named().values()) for candidate in planned.candidates]
+    listed = [tuple(candidate.degrees.named().values()) for candidate in choice.candidates]
     assert sorted(listed) == sorted(splits)
-    assert [candidate.degrees for candidate in planned.candidates if not candidate.why_not] == [planned.degrees]
+    assert [candidate.degrees for candidate in choice.candidates if not candidate.why_not] == [choice.degrees]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
 )
 def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workload: Workload, words: str) -> None:
     with pytest.raises(Unsupported, match=words):
-        plan(workers, parse_layout(asked), workload)
+        choose_layout(workers, parse_layout(asked), workload)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workloa
 def test_degrees_that_do_not_divide_the_heads_are_a_preference(
     workers: int, asked: str, workload: Workload, reason: str
 ) -> None:
-    planned = plan(workers, parse_layout(asked), workload)
-    assert planned.degrees == Degrees(**parse_layout(asked))
-    assert planned.reason == reason
+    choice = choose_layout(workers, parse_layout(asked), workload)
+    assert choice.degrees == Degrees(**parse_layout(asked))
+    assert choice.reason == reason
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_the_most_candidates_fit_a_message() -> None:
 
 
 def test_reasons_name_what_decides() -> None:
-    reasons = {str(candidate.degrees): candidate.why_not for candidate in plan(16).candidates}
+    reasons = {str(candidate.degrees): candidate.why_not for candidate in choose_layout(16).candidates}
     assert reasons["ulysses=16"] == (
         "ulysses=16 does not divide the 24 attention heads planned for, which run with ulysses=8,ring=2 instead"
     )
     assert "the more Ulysses, the better" in reasons["ulysses=4,ring=4"]
     assert "has to be asked for" in reasons["ulysses=8,cfg=2"]
-    asked = {str(candidate.degrees): candidate.why_not for candidate in plan(4, {"ring": 2}).candidates}
+    asked = {str(candidate.degrees): candidate.why_not for candidate in choose_layout(4, {"ring": 2}).candidates}
     assert asked["ulysses=4"] == "ring=2 was asked for"
 
 

@@ -1,0 +1,85 @@
+"""A fast path is used once it has agreed with the plain one, for each case, and never again after it has not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xditd.gpu_workers.models.fast_path_check import FastPathCheck
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
+pytestmark = pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
+
+TOLERANCE = 0.02
+RIGHT = torch.arange(1.0, 9.0)
+
+
+class Path:
+    """A path that gives one result, and counts how often it was asked for it."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self.result = result
+        self.calls = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        return self.result
+
+
+def test_the_plain_path_runs_once_for_each_case(layout: ParallelLayout) -> None:
+    check, fast, plain = FastPathCheck("path", TOLERANCE), Path(RIGHT * (1 + TOLERANCE / 2)), Path(RIGHT)
+    results = [check.run(case, fast, plain) for case in ("a", "a", "b", "a")]
+    assert all(result is fast.result for result in results)
+    assert (fast.calls, plain.calls) == (4, 2)
+    assert not check.is_refused
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [RIGHT * (1 + 2 * TOLERANCE), torch.zeros(8), torch.full((8,), torch.nan), torch.full((8,), torch.inf)],
+    ids=["off", "zeros", "NaN", "infinite"],
+)
+def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tensor) -> None:
+    check, fast, plain = FastPathCheck("path", TOLERANCE), Path(wrong), Path(RIGHT)
+    assert check.run("a", fast, plain) is RIGHT
+    assert check.is_refused
+    assert check.run("b", fast, plain) is RIGHT
+    assert fast.calls == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_say_nothing_of_the_path(layout: ParallelLayout, value: float) -> None:
+    check, broken, sound = FastPathCheck("path", TOLERANCE), torch.full((8,), value), Path(RIGHT.clone())
+    assert check.run("a", Path(broken.clone()), Path(broken)) is broken
+    assert not check.is_refused
+    assert check.take_checks() == ()
+    assert check.run("a", sound, Path(RIGHT)) is sound.result  # judged now
+    assert check.run("b", Path(broken.clone()), Path(RIGHT)) is RIGHT
+    assert check.is_refused
+
+
+def test_a_case_that_fails_later_turns_the_path_off_for_those_that_passed(layout: ParallelLayout) -> None:
+    check, plain = FastPathCheck("path", TOLERANCE), Path(RIGHT)
+    assert check.run("a", Path(RIGHT.clone()), plain) is not RIGHT
+    assert check.run("b", Path(-RIGHT), plain) is RIGHT
+    assert check.run("a", Path(RIGHT.clone()), plain) is RIGHT
+
+
+def test_every_verdict_is_handed_out_once(layout: ParallelLayout) -> None:
+    check, plain = FastPathCheck("path", TOLERANCE), Path(RIGHT)
+    check.run("a", Path(RIGHT * (1 + TOLERANCE / 2)), plain)
+    check.run("a", Path(RIGHT.clone()), plain)
+    (found,) = check.take_checks()
+    assert (found.kernels, found.case, found.is_used, found.tolerance) == ("path", "a", True, TOLERANCE)
+    assert found.error == pytest.approx(TOLERANCE / 2, rel=1e-4)
+    assert check.take_checks() == ()
+
+
+def test_a_refusal_is_handed_out_with_all_that_it_turns_off(layout: ParallelLayout) -> None:
+    check, plain = FastPathCheck("path", TOLERANCE), Path(RIGHT)
+    check.run("a", Path(RIGHT.clone()), plain)
+    check.take_checks()
+    check.run("b", Path(torch.full((8,), torch.nan)), plain)
+    checks = {each.case: each for each in check.take_checks()}
+    assert not any(check.is_used for check in checks.values())
+    assert (checks["a"].error, checks["b"].error) == (0.0, None)
