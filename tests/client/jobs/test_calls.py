@@ -278,3 +278,12 @@ def test_predictions_of_flux1_have_the_shape_of_their_latents(client, daemon):
     assert torch.equal(calls.predict(latents, 0.5, short), latents * 2)
     assert [part.times for part in sent(daemon)["encoder_hidden_states"].parts] == [4]
     assert torch.equal(flux1_calls.unpack(flux1_calls.pack(latents), 4, 6), latents)
+
+
+@pytest.mark.parametrize(("images", "prompts"), [(1, 2), (3, 2), (2, 0), (0, 1)])
+def test_predictions_of_flux1_refuse_a_batch_that_prompts_cannot_share(client, daemon, images, prompts):
+    calls = flux1_calls.Flux1Calls(client, "c1")
+    prompt = calls.keep(torch.randn(1, 3, 8), torch.randn(1, 4))
+    with pytest.raises(BadRequest, match=f"prompts: {prompts} for {images} latents"):
+        calls.predict(torch.randn(images, 16, 4, 6), 0.5, [prompt] * prompts)
+    assert daemon.requests(Call) == []
