@@ -80,7 +80,7 @@ def two_parts(make_inputs) -> Callable[[Client, Loan], list[dict[str, Any]]]:
 
     def make(client: Client, loan: Loan) -> list[dict[str, Any]]:
         calls = Flux1Calls(client, loan)
-        long, short = (make_inputs(tokens=tokens, pixels=512, seed=tokens) for tokens in (16, 9))
+        long, short = (make_inputs(tokens=tokens, pixels=384, seed=tokens) for tokens in (16, 9))
         prompts = [calls.keep(each.prompt_embeds, each.pooled_prompt_embeds) for each in (long, short)]
         return [calls.arguments(long.noise, 0.5, [prompt]) for prompt in prompts]
 
