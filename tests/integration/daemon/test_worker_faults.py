@@ -223,3 +223,13 @@ def test_served_jobs_clear_the_count_of_restarts(start_daemon: Any, memory: Any,
         client.fail(memory.generate(lent.component_id, seed=int(fake.Fault[fault])))
         client.ask(memory.generate(lent.component_id), Generated)
         assert client.status().counters.group_starts == starts
+
+
+def test_refused_job_does_not_clear_the_count_of_restarts(start_daemon: Any, memory: Any, fake: Any) -> None:
+    # As a call that kills every group: each rebuilt one first refuses it, for what the lost group had kept.
+    client = start_daemon(max_restarts=1).ready_client()
+    lent = client.lend(memory.manifest())
+    for fault, code in (("CRASH", "workers_lost"), ("REFUSE", "bad_request"), ("CRASH", "workers_lost")):
+        assert client.fail(memory.generate(lent.component_id, seed=int(fake.Fault[fault]))).code == code
+    status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert status.counters.group_starts == 2
