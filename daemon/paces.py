@@ -109,9 +109,13 @@ class Paces:
         return deadline_s
 
     def end(self) -> None:
-        """Note that every rank has answered."""
+        """Note that every rank has done the command."""
         if self._phase is not None:
             self._leave()
+
+    def discard(self) -> None:
+        """Note that the command was refused, failed or was cancelled: the time it took says nothing of the next one."""
+        self._phase = None
 
     def _enter(self, phase: Phase) -> float:
         self._phase, self._since_s = phase, self._now_s()

@@ -60,8 +60,12 @@ class CommandWatch:
         """A job is to end: going on earns it no more time."""
         self._is_last_chance = True
 
-    def answered(self) -> None:
-        self._paces.end()
+    def answered(self, *, is_done: bool) -> None:
+        """Every rank has answered; ``is_done`` unless one of them refused or failed."""
+        if is_done:
+            self._paces.end()
+        else:
+            self._paces.discard()
 
     def group_ended(self) -> None:
         self._watch.stop()

@@ -16,6 +16,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.desk import Desk
 from xditd.daemon.folder_watch import FolderWatch
 from xditd.daemon.front import Front
+from xditd.daemon.group import first_failure
 from xditd.daemon.jobs import Job, JobQueue
 from xditd.daemon.loans import Loans
 from xditd.daemon.logbook import Logbook
@@ -214,7 +215,7 @@ class Service:
 
     def answered(self, command: Command, answers: Sequence[Answer]) -> None:
         self.runner.answered(command, answers)
-        if isinstance(command, Run):
+        if isinstance(command, Run) and first_failure(answers) is None:
             self.supervisor.restarts.note_served()
 
     def step_reached(self, step: StepReached) -> None:

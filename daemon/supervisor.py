@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
-from xditd.daemon.group import CommandMaker, Group
+from xditd.daemon.group import CommandMaker, Group, first_failure
 from xditd.daemon.leader import Leader, leader_command
 from xditd.daemon.listeners import GroupListener
 from xditd.daemon.logbook import Logbook
@@ -222,7 +222,7 @@ class Supervisor:
         in_flight = group.in_flight
         answers = group.take(answer)
         if answers is not None and in_flight is not None:
-            self._progress.answered()
+            self._progress.answered(is_done=first_failure(answers) is None)
             self.state = move(GROUP_NEXT, self.state, GroupState.READY)
             self.listener.answered(in_flight.command, answers)
 

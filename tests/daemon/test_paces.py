@@ -123,6 +123,21 @@ def test_job_without_steps_is_one_phase(subject: Paces, clock: Clock) -> None:
     assert subject.begin(decode) == FACTOR * 2.0
 
 
+def test_a_job_that_was_refused_or_cancelled_says_nothing_of_the_next_one(
+    subject: Paces, clock: Clock, run: Callable[..., list[float]]
+) -> None:
+    job = Run(op_number=1, job=GENERATE, exporter=EXPORTER)
+    subject.begin(job)
+    clock.now_s += 0.01
+    subject.discard()  # before its first step
+    subject.begin(job)
+    clock.now_s += 5.0
+    subject.step(1, 4)
+    clock.now_s += 0.01
+    subject.discard()  # before its second one
+    assert run(6.0, 1.0, 2.0) == [FACTOR * 5.0, FACTOR * 6.0, FACTOR * 1.0, FACTOR * 1.0, HANG_S]
+
+
 def test_mapping_is_given_time_by_its_bytes(subject: Paces) -> None:
     count = 10 * SLOWEST_BYTES_PER_S // 4
     manifest = Manifest(
