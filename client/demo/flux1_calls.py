@@ -15,6 +15,7 @@ from xditd.client.client import Client
 from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.client.loans import Loan
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
@@ -66,10 +67,17 @@ class Flux1Calls:
 
         Several prompts share the batch out evenly, in order. Neighbours of one length run as one batch, others as
         parts of one request. ``sigmas`` are those of the whole run, where they are known.
+
+        Raises:
+            BadRequest: the batch cannot be shared out evenly.
         """
         import torch
 
         shared = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        if not shared or not len(latents) or len(latents) % len(shared):
+            raise BadRequest(
+                f"prompts: {len(shared)} for {len(latents)} latents; give one or more, each for equally many latents"
+            )
         share = len(latents) // len(shared)
         parts: list[dict[str, Any]] = []
         start = 0

@@ -13,7 +13,8 @@ from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Patience
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest, Internal, UnknownKept
+from xditd.ipc.errors import BadRequest, Internal, UnknownKept, WorkersLost, XditdError
+from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Generated
 from xditd.ipc.tensors import HostShmBlock, IoTensor
@@ -114,11 +115,23 @@ class Runner:
 def _read_from(
     block: HostShmBlock, provider: ProcessIdentity, called: Called, devices: Sequence[torch.device]
 ) -> list[Any]:
-    """Copy results out of a block of the workers, who leave it as it is until this client's next call."""
+    """Copy results out of a block of the workers, who leave it as it is until this client's next call.
+
+    Raises:
+        WorkersLost: the worker that holds it has ended since it answered.
+    """
     from xditd.ipc.transports.host_shm import map_shm
     from xditd.ipc.transports.tensor_views import torch_dtype
 
-    mapping = map_shm(block, provider)
+    try:
+        mapping = map_shm(block, provider)
+    except XditdError as error:
+        if is_alive(provider):
+            raise
+        raise WorkersLost(
+            f"call: the worker (pid {provider.pid}) that held the results has ended before they were read; "
+            "the worker group is being rebuilt, and the same request may be sent again"
+        ) from error
     try:
 
         def read(place: IoTensor, device: torch.device) -> torch.Tensor:

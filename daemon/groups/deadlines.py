@@ -109,9 +109,13 @@ class LearnedDurations:
         return deadline_s
 
     def end(self) -> None:
-        """Note that every rank has answered."""
+        """Note that every rank has done the command."""
         if self._phase is not None:
             self._leave()
+
+    def discard(self) -> None:
+        """Note that the command was refused, failed or was cancelled: the time it took says nothing of the next one."""
+        self._phase = None
 
     def _enter(self, phase: Phase) -> float:
         self._phase, self._since_s = phase, self._now_s()
@@ -187,9 +191,13 @@ class CommandDeadline:
         """The job is to end: further steps earn it no more time."""
         self._is_cancelled = True
 
-    def answered(self) -> None:
+    def answered(self, *, is_done: bool) -> None:
+        """Every rank has answered; ``is_done`` unless one of them refused or failed."""
         self._is_running = False
-        self._durations.end()
+        if is_done:
+            self._durations.end()
+        else:
+            self._durations.discard()
 
     def group_ended(self) -> None:
         self._is_running = False

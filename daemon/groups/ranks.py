@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from xditd.daemon.sockets.routers import Delivery, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode
-from xditd.ipc.errors import BadMessage
+from xditd.ipc.errors import BadMessage, OtherRankFailed
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.worker_messages import (
     Answer,
@@ -16,12 +16,21 @@ from xditd.ipc.worker_messages import (
     Done,
     Kept,
     Plugged,
+    RankFailed,
     RankReady,
     RankTally,
 )
 
 CommandMaker = Callable[[int], AnyCommand]
 """Builds a command from its ``op_number``, which the ranks count."""
+
+Answers = Sequence[Answer]
+
+
+def first_failure(answers: Answers) -> RankFailed | None:
+    """The failure to report: the lowest rank's, but rather a cause than "another rank refused"."""
+    failures = [answer for answer in answers if isinstance(answer, RankFailed)]
+    return min(failures, key=lambda failure: (failure.code == OtherRankFailed.code, failure.rank), default=None)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.groups.deadlines import CommandDeadline, LearnedDurations
 from xditd.daemon.groups.leader import Leader, leader_command
 from xditd.daemon.groups.lifecycle import GROUP_NEXT, GroupListener, RestartPolicy
-from xditd.daemon.groups.ranks import CommandMaker, Ranks
+from xditd.daemon.groups.ranks import CommandMaker, Ranks, first_failure
 from xditd.daemon.groups.report_reader import ReportReader
 from xditd.daemon.groups.worker_output import WorkerOutput
 from xditd.daemon.operations.event_loop import Callback, Deadline, EventLoop, Timer
@@ -210,9 +210,10 @@ class WorkerGroup:
         in_flight = ranks.check_in_flight(answer)
         answers = ranks.take(answer)
         if answers is not None:
-            self._deadline.answered()
+            is_done = first_failure(answers) is None
+            self._deadline.answered(is_done=is_done)
             self.state = move(GROUP_NEXT, self.state, GroupState.READY)
-            if isinstance(in_flight.command, Run):
+            if is_done and isinstance(in_flight.command, Run):
                 self.restarts.note_served()
             self.listener.answered(in_flight.command, answers)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from xditd.daemon.groups.ranks import CommandMaker
-from xditd.ipc.errors import Internal, OtherRankFailed, XditdError
+from xditd.daemon.groups.ranks import Answers, CommandMaker
+from xditd.ipc.errors import Internal, XditdError
 from xditd.ipc.name_lists import listed
-from xditd.ipc.worker_messages import Answer, RankFailed
+from xditd.ipc.worker_messages import Answer
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Answer)
@@ -17,7 +17,6 @@ A = TypeVar("A", bound=Answer)
 MAX_PHASES: Final = 60
 """A message carries 64 timings; some are our own."""
 
-Answers = Sequence[Answer]
 Script = Generator[CommandMaker, Answers, T]
 """Yields a command, receives every rank's answer, returns the result. Where a rank refuses a command, its error is
 raised at the ``yield``; where the group is lost, the script is closed, so ``finally`` runs but may not yield."""
@@ -43,12 +42,6 @@ def expect(answers: Answers, kind: type[A]) -> list[A]:
         names = listed(type(answer).__name__ for answer in answers)
         raise Internal(f"the ranks answered {names} where {kind.__name__} was asked for")
     return found
-
-
-def first_failure(answers: Answers) -> RankFailed | None:
-    """The failure to report: the lowest rank's, but rather a cause than "another rank refused"."""
-    failures = [answer for answer in answers if isinstance(answer, RankFailed)]
-    return min(failures, key=lambda failure: (failure.code == OtherRankFailed.code, failure.rank), default=None)
 
 
 def slowest_ms(timings: Sequence[dict[str, float]]) -> dict[str, float]:

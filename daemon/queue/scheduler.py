@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from xditd.daemon.groups.ranks import CommandMaker
+from xditd.daemon.groups.ranks import Answers, CommandMaker, first_failure
 from xditd.daemon.groups.worker_group import WorkerGroup
 from xditd.daemon.operations.counters import EventCounters
 from xditd.daemon.operations.event_loop import EventLoop, Timer
-from xditd.daemon.queue.commands import Answers, Script, Task, first_failure
+from xditd.daemon.queue.commands import Script, Task
 from xditd.daemon.queue.fair_queue import FairQueue
 from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.reply_sender import ReplySender, failed

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from process_tree import count_fds, descendants, is_running, memfds, parent_of
+from process_tree import count_fds, cpu_s, descendants, is_running, memfds, parent_of
 
 from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
 from xditd.client.demo import checkpoints
@@ -103,7 +103,12 @@ def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> 
 def processes() -> SimpleNamespace:
     """Looking at other processes."""
     return SimpleNamespace(
-        parent_of=parent_of, descendants=descendants, is_running=is_running, count_fds=count_fds, memfds=memfds
+        parent_of=parent_of,
+        descendants=descendants,
+        is_running=is_running,
+        count_fds=count_fds,
+        cpu_s=cpu_s,
+        memfds=memfds,
     )
 
 

@@ -21,6 +21,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time that all threads of a process have used so far, in seconds; it grows in steps of 10 ms."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        user, system = stat.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def descendants(pid: int) -> set[int]:
     """Every live process below ``pid``."""
     parents = {}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import sample_facts  # noqa: E402
 
-from xditd.client import BadRequest, Client, RowsOf, UnknownKept, UnsupportedDtype  # noqa: E402
+from xditd.client import BadRequest, Client, RowsOf, UnknownKept, UnsupportedDtype, WorkersLost  # noqa: E402
 from xditd.client.demo import flux1_calls  # noqa: E402
 from xditd.ipc import limits  # noqa: E402
 from xditd.ipc.arguments import InIo, Kept, ListOf, MapOf, Rows, TupleOf, Values, tensors  # noqa: E402
-from xditd.ipc.processes import identify  # noqa: E402
+from xditd.ipc.processes import ProcessIdentity, identify  # noqa: E402
 from xditd.ipc.replies import Called, Failed  # noqa: E402
 from xditd.ipc.requests import Call  # noqa: E402
+from xditd.ipc.tensors import HostShmBlock  # noqa: E402
 from xditd.ipc.transports.host_shm import HostArena  # noqa: E402
 
 TOKENS = torch.randn(2, 6, 64)
@@ -117,6 +119,21 @@ def test_results_that_did_not_fit_are_read_from_the_workers(client, daemon):
     arena.tensor(256, "bfloat16", (2, 3)).zero_()  # it is the caller's own
     arena.close()
     assert (tensor.tolist(), tensor.dtype, number) == ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], torch.bfloat16, 7)
+
+
+def test_results_in_a_worker_that_was_killed_since_are_lost_with_it(client, daemon, spawn_other):
+    worker = spawn_other()
+    block, provider = worker.ask("export", size_bytes=4096), worker.identity
+    worker.kill()
+    answer = {
+        "results": (InIo(offset_bytes=0, dtype="float32", shape=(2,)),),
+        "block": msgspec.convert(block, HostShmBlock),
+        "provider": msgspec.convert(provider, ProcessIdentity),
+        "timings_ms": {},
+    }
+    daemon.answers[Call] = lambda request: [Called(request_id=request.request_id, **answer)]
+    with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results has ended"):
+        client.call("c1", {"hidden_states": TOKENS})
 
 
 def test_what_is_kept_crosses_once_and_then_its_id(client, daemon):
@@ -261,3 +278,12 @@ def test_predictions_of_flux1_have_the_shape_of_their_latents(client, daemon):
     assert torch.equal(calls.predict(latents, 0.5, short), latents * 2)
     assert [part.times for part in sent(daemon)["encoder_hidden_states"].parts] == [4]
     assert torch.equal(flux1_calls.unpack(flux1_calls.pack(latents), 4, 6), latents)
+
+
+@pytest.mark.parametrize(("images", "prompts"), [(1, 2), (3, 2), (2, 0), (0, 1)])
+def test_predictions_of_flux1_refuse_a_batch_that_prompts_cannot_share(client, daemon, images, prompts):
+    calls = flux1_calls.Flux1Calls(client, "c1")
+    prompt = calls.keep(torch.randn(1, 3, 8), torch.randn(1, 4))
+    with pytest.raises(BadRequest, match=f"prompts: {prompts} for {images} latents"):
+        calls.predict(torch.randn(images, 16, 4, 6), 0.5, [prompt] * prompts)
+    assert daemon.requests(Call) == []

@@ -129,6 +129,21 @@ def test_job_without_steps_is_one_phase(subject: LearnedDurations, clock: Clock)
     assert subject.begin(decode) == FACTOR * 2.0
 
 
+def test_a_job_that_was_refused_or_cancelled_says_nothing_of_the_next_one(
+    subject: LearnedDurations, clock: Clock, run: Callable[..., list[float]]
+) -> None:
+    job = Run(op_number=1, job=GENERATE, exporter=EXPORTER)
+    subject.begin(job)
+    clock.now_s += 0.01
+    subject.discard()  # before its first step
+    subject.begin(job)
+    clock.now_s += 5.0
+    subject.step(1, 4)
+    clock.now_s += 0.01
+    subject.discard()  # before its second one
+    assert run(6.0, 1.0, 2.0) == [FACTOR * 5.0, FACTOR * 6.0, FACTOR * 1.0, FACTOR * 1.0, HANG_S]
+
+
 def test_mapping_is_given_time_by_its_bytes(subject: LearnedDurations) -> None:
     count = 10 * SLOWEST_BYTES_PER_S // 4
     manifest = Manifest(
@@ -221,7 +236,7 @@ def test_next_deadline_may_be_shorter() -> None:
 def test_idle_or_ended_group_may_be_silent() -> None:
     bench = Bench()
     bench.deadline.begin(GENERATION)
-    bench.deadline.answered()
+    bench.deadline.answered(is_done=True)
     bench.run(0.2)
     bench.deadline.begin(GENERATION)
     bench.deadline.group_ended()
@@ -237,5 +252,5 @@ def test_many_commands_leave_one_timer() -> None:
         bench.deadline.begin(GENERATION)
         bench.allowed_s = 10.0
         bench.report_step()
-        bench.deadline.answered()
+        bench.deadline.answered(is_done=True)
     assert len(bench.loop._timers) <= 2

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from xditd.daemon.queue.commands import MAX_PHASES, expect, first_failure, slowest_ms
+from xditd.daemon.groups.ranks import first_failure
+from xditd.daemon.queue.commands import MAX_PHASES, expect, slowest_ms
 from xditd.ipc.errors import Internal, OtherRankFailed
 from xditd.ipc.worker_messages import Done, IoDigested, RankFailed, RankTally
 

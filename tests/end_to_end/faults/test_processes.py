@@ -7,15 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
-from xditd.client import Client, DaemonStopping, DaemonUnreachable, WorkersLost
-from xditd.ipc.status import GroupState
+from xditd.client import Client, DaemonStopping, DaemonUnreachable, Loan, WorkersLost
+from xditd.client.demo.flux1_calls import Flux1Calls
+from xditd.ipc import limits
+from xditd.ipc.status import GroupState, JobState, LeaseState
 
 HANG_DEADLINE_S = 4.0
 DRAIN_DEADLINE_S = 2.0
+KILLED = "(?s)(was killed by SIGKILL|another rank is gone).*the same request may be sent again"
+"""What the error says, by who noticed first: the group's leader, or a rank that waited for the killed one."""
+CALL_DEADLINE_S = 120.0
+"""A call that never ends fails its test instead of blocking the thread that waits for it."""
 
 
 @pytest.fixture
@@ -65,6 +74,93 @@ def test_a_worker_killed_while_idle(client, good_job, processes, wait_until):
     assert not any(processes.is_running(rank) for rank in ranks)
 
 
+@pytest.fixture
+def two_parts(make_inputs) -> Callable[[Client, Loan], list[dict[str, Any]]]:
+    """Make the two parts of one step: prompts of different lengths, which the workers keep, for the same latents."""
+
+    def make(client: Client, loan: Loan) -> list[dict[str, Any]]:
+        calls = Flux1Calls(client, loan)
+        long, short = (make_inputs(tokens=tokens, pixels=384, seed=tokens) for tokens in (16, 9))
+        prompts = [calls.keep(each.prompt_embeds, each.pooled_prompt_embeds) for each in (long, short)]
+        return [calls.arguments(long.noise, 0.5, [prompt]) for prompt in prompts]
+
+    return make
+
+
+@pytest.fixture
+def start_call() -> Iterator[Callable[..., Future[list[Any]]]]:
+    """Call in another thread."""
+    with ThreadPoolExecutor(1) as thread:
+        yield lambda client, *given: thread.submit(client.call_parts, *given, deadline_s=CALL_DEADLINE_S)
+
+
+@pytest.fixture
+def wait_call_runs(wait_until) -> Callable[..., None]:
+    """Wait until the daemon says that a call runs, and for ``more``. A call that has ended fails the test."""
+
+    def wait(client: Client, call: Future[list[Any]], more: Callable[[], bool] = lambda: True) -> None:
+        def runs() -> bool:
+            jobs = [(job.op, job.state) for job in client.status().jobs]
+            return call.done() or (jobs == [("call", JobState.RUNNING)] and more())
+
+        wait_until(runs, "the call to run")
+        if call.done():
+            pytest.fail(f"the call has ended before the fault: {call.exception()!r}")
+
+    return wait
+
+
+@pytest.fixture
+def kill_in_call(two_parts, start_call, wait_call_runs, processes) -> Callable[..., None]:
+    """Kill a rank in the forwards of a call; check the error, and that the same call works with the rebuilt group."""
+
+    def kill(daemon, client: Client, loan: Loan, rank: int) -> None:
+        pair = two_parts(client, loan)
+        expected = client.call_parts(loan, pair)
+        parts = pair * (limits.MAX_PARTS // 2)  # seconds of forwards; reading their inputs takes milliseconds
+        before = client.status()
+        pid = before.workers[rank].pid
+        used_s, logged = processes.cpu_s(pid), len(daemon.log_text())
+        call = start_call(client, loan, parts)
+        wait_call_runs(client, call, lambda: processes.cpu_s(pid) > used_s + 0.3)
+        began = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkersLost, match=KILLED):
+            call.result()
+        assert time.monotonic() - began < 5.0
+
+        results = client.call_parts(loan, parts)  # waits for the new group
+        for number, (found,) in enumerate(results):
+            assert torch.equal(found, expected[number % 2][0]), f"parts[{number}]"
+        assert len(results) == len(parts)
+        after = client.status()
+        log = daemon.log_text()[logged:]
+        assert f"rank {rank} was killed by SIGKILL" in log
+        assert f"loan mapped again component_id={loan.component_id}" in log
+        assert after.counters.group_starts == before.counters.group_starts + 1
+        assert [each.state for each in after.components] == [LeaseState.LENT]
+        # What the killed group kept was asked for once, and sent again without the caller.
+        assert [each.code for each in after.last_errors[:2]] == ["unknown_kept", "workers_lost"]
+        assert after.counters.jobs_failed == before.counters.jobs_failed + 2
+
+    return kill
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_worker_killed_in_a_call_of_many_parts(rank, daemon, client, transformer, kill_in_call):
+    kill_in_call(daemon, client, transformer, rank)
+
+
+@pytest.mark.slow
+def test_the_only_worker_killed_in_a_call_of_many_parts(start_daemon, files, kill_in_call):
+    alone = start_daemon(1)
+    alone.wait_ready()
+    with alone.connect() as client, client.lend(files.transformer) as loan:
+        kill_in_call(alone, client, loan, 0)
+    alone.stop()
+
+
 @pytest.fixture(scope="module")
 def impatient(start_daemon):
     """A daemon that gives its workers a few seconds."""
@@ -88,6 +184,26 @@ def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_in
             job.result()
         assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 30
         assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_rank_that_stands_still_in_a_call_is_ended_at_the_deadline(
+    rank, impatient, files, two_parts, start_call, wait_call_runs
+):
+    """The rank is stopped before it can answer: the other one waits for it in a collective of the call."""
+    with impatient.connect() as client, client.lend(files.transformer) as loan:
+        parts = two_parts(client, loan)
+        expected = client.call_parts(loan, parts)
+        began = time.monotonic()
+        os.kill(client.status().workers[rank].pid, signal.SIGSTOP)
+        call = start_call(client, loan, parts)
+        wait_call_runs(client, call)
+        with pytest.raises(WorkersLost, match=r"no report for .* while Run ran; ranks \[0, 1\] have not answered"):
+            call.result()
+        assert HANG_DEADLINE_S - 1 < time.monotonic() - began < HANG_DEADLINE_S + 30
+        for (found,), (right,) in zip(client.call_parts(loan, parts), expected, strict=True):
+            assert torch.equal(found, right)
 
 
 SAME_JOB_TWICE = """

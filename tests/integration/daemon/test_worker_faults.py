@@ -84,6 +84,15 @@ def test_rank_that_stops_in_mid_job_is_noticed_by_the_measured_pace(start_daemon
     client.ask(memory.generate(lent.component_id), Generated)
 
 
+def test_refused_job_leaves_the_next_of_its_kind_all_of_its_time(start_daemon: Any, memory: Any, fake: Any) -> None:
+    # A refusal takes milliseconds, and a first step longer than any step that was measured may.
+    client = start_daemon(worker_flags=["--step-s", "1.0"], step_deadline_s=0.2, hang_deadline_s=120).ready_client()
+    lent = client.lend(memory.manifest())
+    assert client.fail(memory.generate(lent.component_id, seed=int(fake.Fault.REFUSE), steps=1)).code == "bad_request"
+    client.ask(memory.generate(lent.component_id, steps=1), Generated)
+    assert client.status().counters.group_starts == 1
+
+
 def test_job_that_ignores_its_cancel_is_ended(start_daemon: Any, memory: Any, fake: Any) -> None:
     client = start_daemon(step_deadline_s=0.4, hang_deadline_s=1.0).ready_client()
     lent = client.lend(memory.manifest())
@@ -214,3 +223,13 @@ def test_served_jobs_clear_the_count_of_restarts(start_daemon: Any, memory: Any,
         client.fail(memory.generate(lent.component_id, seed=int(fake.Fault[fault])))
         client.ask(memory.generate(lent.component_id), Generated)
         assert client.status().counters.group_starts == starts
+
+
+def test_refused_job_does_not_clear_the_count_of_restarts(start_daemon: Any, memory: Any, fake: Any) -> None:
+    # As a call that kills every group: each rebuilt one first refuses it, for what the lost group had kept.
+    client = start_daemon(max_restarts=1).ready_client()
+    lent = client.lend(memory.manifest())
+    for fault, code in (("CRASH", "workers_lost"), ("REFUSE", "bad_request"), ("CRASH", "workers_lost")):
+        assert client.fail(memory.generate(lent.component_id, seed=int(fake.Fault[fault]))).code == code
+    status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert status.counters.group_starts == 2
