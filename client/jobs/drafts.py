@@ -90,8 +90,12 @@ def draft_call(
     foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
     variant: str,
     is_kept: Callable[[KeptTensor], bool],
+    room_bytes: int = 0,
 ) -> CallDraft:
-    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone."""
+    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone.
+
+    At least ``room_bytes`` are offered for results.
+    """
     import torch
 
     facts = component.transformer
@@ -112,7 +116,7 @@ def draft_call(
     # more, the workers answer with a block of their own.
     sample = facts.arguments[0].name if facts.arguments else ""
     item_bytes = ITEM_BYTES[component.facts.dtype]
-    out_size_bytes = sum(result_room(arguments.get(sample), item_bytes) for arguments in parts)
+    out_size_bytes = max(room_bytes, sum(result_room(arguments.get(sample), item_bytes) for arguments in parts))
     out_offset_bytes = layout.add_room(out_size_bytes)
 
     def write(request_id: str, io: HostShmBlock) -> Call:

@@ -11,7 +11,15 @@ torch = pytest.importorskip("torch")
 
 import sample_facts  # noqa: E402
 
-from xditd.client import BadRequest, Client, RowsOf, UnknownKept, UnsupportedDtype, WorkersLost  # noqa: E402
+from xditd.client import (  # noqa: E402
+    BadRequest,
+    Client,
+    RowsOf,
+    StaleSource,
+    UnknownKept,
+    UnsupportedDtype,
+    WorkersLost,
+)
 from xditd.client.demo import flux1_calls  # noqa: E402
 from xditd.ipc import limits  # noqa: E402
 from xditd.ipc.arguments import InIo, Kept, ListOf, MapOf, Rows, TupleOf, Values, tensors  # noqa: E402
@@ -134,6 +142,27 @@ def test_results_in_a_worker_that_was_killed_since_are_lost_with_it(client, daem
     daemon.answers[Call] = lambda request: [Called(request_id=request.request_id, **answer)]
     with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results has ended"):
         client.call("c1", {"hidden_states": TOKENS})
+
+
+def test_results_that_the_workers_have_let_go_of_are_asked_for_with_room(client, daemon):
+    arena = HostArena(3 * 2**20)
+    block, provider = arena.block(), identify(os.getpid())
+    arena.close()
+    leaf = InIo(offset_bytes=0, dtype="float32", shape=TOKENS.shape)
+    gone = Called(request_id="", results=(TupleOf(items=(leaf,)),), block=block, provider=provider, timings_ms={})
+    answer = daemon.answers[Call]
+    daemon.answers[Call] = lambda request: [msgspec.structs.replace(gone, request_id=request.request_id)]
+    with pytest.raises(StaleSource):
+        client.call("c1", {"hidden_states": TOKENS})
+    assert [request.out_size_bytes for request in daemon.requests(Call)] == [TOKENS.nbytes, block.size_bytes]
+
+    daemon.answers[Call] = lambda request: (
+        answer(request)
+        if request.out_size_bytes >= block.size_bytes
+        else [msgspec.structs.replace(gone, request_id=request.request_id)]
+    )
+    (found,) = client.call("c1", {"hidden_states": TOKENS})
+    assert torch.equal(found, TOKENS * 2)
 
 
 def test_what_is_kept_crosses_once_and_then_its_id(client, daemon):
