@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from xditd.client import Client, LeaseLost, Loan
+from xditd.client.arenas import Arena
+from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Flux1Calls
 from xditd.ipc.status import JobState
 
@@ -132,3 +134,30 @@ def test_under_requests_that_wait_for_another_loan(way, client, other, transform
     assert torch.equal(running.result(WAIT_S), seed_bits)
     ended.result(WAIT_S)
     assert [worker.loaded for worker in client.status().workers] == [1, 1]
+
+
+@pytest.mark.parametrize("op", ["adopt", "lend"])
+def test_revoked_while_it_is_adopted_or_lent_anew(op, client, other, transformer, threads, wait_until, ask):
+    """Both are commands to the workers, like jobs: neither leaves half of it there."""
+    arena = Arena.copy_of(checkpoints.flux1_state_dict(2))
+    loan = client.lend(arena.tensors)
+    right = ask("call", loan)
+    with stopped(client.status().workers[1].pid):
+        if op == "adopt":
+            changed = threads.submit(loan.adopt)
+        else:
+            changed = threads.submit(client.lend, arena.tensors, generation=1)
+        wait_until(lambda: [job.state for job in client.status().jobs] == [JobState.RUNNING], "the command to run")
+        revoked = threads.submit(other.revoke, loan)
+        wait_until(lambda: client.status().jobs[0].state is JobState.CANCELLING, "the command to be cancelled")
+        assert not revoked.done()
+    with pytest.raises(LeaseLost, match=f"component {loan.component_id}: revoked by process {os.getpid()}"):
+        changed.result(WAIT_S)
+    revoked.result(WAIT_S)
+    assert not loan.is_adopted
+    assert [component.component_id for component in client.status().components] == [transformer.component_id]
+    assert [worker.loaded for worker in client.status().workers] == [1, 1]
+    with client.lend(arena.tensors, generation=1) as again:
+        assert torch.equal(ask("call", again), right)
+    loan.return_()
+    arena.close()  # nothing views it any more
