@@ -47,7 +47,7 @@ class KeptTensor:
 
         if not isinstance(tensor, torch.Tensor):
             raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
-        dtype_name(tensor.dtype)  # refuses what cannot cross, before anything is copied
+        dtype_name(tensor.dtype, "keep")  # refuses what cannot cross, before anything is copied
         self.device = tensor.device
         """Where the tensor was that was given."""
         self._host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -176,7 +176,7 @@ class ArgumentWriter:
                 "number, a text, None, or a list, tuple or map of them"
             )
         self._note_device(value.device)
-        dtype = dtype_name(value.dtype)
+        dtype = dtype_name(value.dtype, path)
         if value.device.type == "cpu" and value.numel() <= self._max_values:
             values = value.detach().flatten().tolist()
             if value.dtype.is_floating_point:
