@@ -147,7 +147,7 @@ class ArgumentWriter:
         if value is None or isinstance(value, (bool, str)):
             return value
         if isinstance(value, int):
-            return int(value)
+            return _whole(path, value)
         if isinstance(value, float):
             return _finite(path, value)
         if isinstance(value, RowsOf):
@@ -235,6 +235,12 @@ def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor,
     if isinstance(tree, (Kept, Rows)):
         raise Internal(f"the workers answered a call with {type(tree).__name__}, which no client can read")
     return tree
+
+
+def _whole(path: str, value: int) -> int:
+    if not -(2**63) <= value < 2**64:
+        raise BadRequest(f"{path}: a whole number of {value.bit_length()} bits; one of 64 crosses, or a float")
+    return int(value)
 
 
 def _finite(path: str, value: float) -> float:

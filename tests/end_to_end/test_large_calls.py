@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from xditd.client import BadRequest, Client, Loan, RowsOf
+from xditd.client import BadRequest, Client, Loan, OutOfMemory, RowsOf
 from xditd.client.jobs import running
 from xditd.gpu_workers.jobs.job_io import PROVIDED
 from xditd.ipc import limits
@@ -178,3 +178,15 @@ def test_more_tensors_than_workers_keep(client, scale):
         return client.status().counters.jobs_failed - before
 
     assert [failures(0), failures(2), failures(0), failures(0)] == [0, 0, 1, 1]
+
+
+def test_results_larger_than_any_memory_are_a_typed_error(client, scale):
+    """No rank has room: the group is rebuilt, maps the loan again, and is sent again what it kept."""
+    given = part(0)
+    kept = {**given, "sample": client.keep(given["sample"])}
+    assert torch.equal(client.call(scale, kept)[0], expected(**given))
+    starts = client.status().counters.group_starts
+    with pytest.raises(OutOfMemory, match="no room on the worker's device.*use a smaller size or batch"):
+        client.call(scale, {**kept, "times": 10**12})
+    assert torch.equal(client.call(scale, kept)[0], expected(**given))
+    assert client.status().counters.group_starts == starts + 1

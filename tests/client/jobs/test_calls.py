@@ -257,6 +257,8 @@ def deep(levels):
         ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot cross"),
         ({"x": float("nan")}, "x: nan is not finite"),
         ({"x": [torch.tensor([0.5, float("inf")])]}, r"x\[0\]: inf is not finite"),
+        ({"x": (2**64,)}, r"x\[0\]: a whole number of 65 bits; one of 64 crosses"),
+        ({"x": -(10**5000)}, "x: a whole number of 16610 bits"),
         ({"x": deep(9)}, "lies deeper than arguments may, 8 levels"),
         ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot cross"),
         ([("x", 1)], "arguments: a map by name is needed, not list"),
