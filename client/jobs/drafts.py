@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xditd.client.io_blocks import IoBlock, IoLayout, IoPool
 from xditd.client.jobs import checks
-from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, result_room
+from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, result_room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
@@ -101,6 +101,8 @@ def draft_call(
     facts = component.transformer
     if not 1 <= len(parts) <= limits.MAX_PARTS:
         raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
+    for name in foreseen or ():
+        check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
     layout = IoLayout()

@@ -186,7 +186,7 @@ def test_results_larger_than_any_memory_are_a_typed_error(client, scale):
     kept = {**given, "sample": client.keep(given["sample"])}
     assert torch.equal(client.call(scale, kept)[0], expected(**given))
     starts = client.status().counters.group_starts
-    with pytest.raises(OutOfMemory, match="no room on the worker's device.*use a smaller size or batch"):
+    with pytest.raises(OutOfMemory, match=r"no room on the worker's device.*use a smaller size or batch"):
         client.call(scale, {**kept, "times": 10**12})
     assert torch.equal(client.call(scale, kept)[0], expected(**given))
     assert client.status().counters.group_starts == starts + 1
