@@ -180,6 +180,21 @@ def test_more_tensors_than_workers_keep(client, scale):
     assert [failures(0), failures(2), failures(0), failures(0)] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ({7: 1}, "times: key: 7 is of type int, use a text"),
+        ({str(number): 1 for number in range(300)}, "times: {'0': 1, .* use a whole number above 0"),
+        ([1] * 70_000, r"times\[1021\]: one forward takes 1024 values in all"),
+    ],
+    ids=["number as a key", "many keys", "long list"],
+)
+def test_arguments_of_any_form_are_answered(times, says, client, scale):
+    with pytest.raises(BadRequest, match=says):
+        client.call(scale, {**part(0), "times": times}, deadline_s=60)
+    assert torch.equal(client.call(scale, part(0))[0], expected(**part(0)))
+
+
 def test_results_larger_than_any_memory_are_a_typed_error(client, scale):
     """No rank has room: the group is rebuilt, maps the loan again, and is sent again what it kept."""
     given = part(0)
