@@ -45,7 +45,7 @@ class Arena:
         where = device_named(device)
         sizes = []
         for name, (dtype, shape) in shapes.items():
-            dtype_name(dtype)  # refuses what cannot cross, before anything is allocated
+            dtype_name(dtype, f"tensor {name}")  # refuses what cannot cross, before anything is allocated
             count = 1
             for side in shape:
                 if side < 0:

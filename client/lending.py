@@ -288,4 +288,6 @@ def _rehouse(homeless: Mapping[str, torch.Tensor], held: _Held) -> dict[str, Ten
 
 def _spec(name: str, tensor: torch.Tensor, block: int, offset_bytes: int) -> TensorSpec:
     stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), block, offset_bytes, stride)
+    return TensorSpec(
+        name, dtype_name(tensor.dtype, f"tensor {name}"), tuple(tensor.shape), block, offset_bytes, stride
+    )

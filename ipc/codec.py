@@ -23,7 +23,7 @@ T = TypeVar("T")
 _encoder: Final = msgspec.msgpack.Encoder()
 
 _MAX_ARRAY_LEN: Final = 65_536
-_MAX_MAP_LEN: Final = 256
+_MAX_MAP_LEN: Final = limits.MAX_ARGUMENTS
 _QUOTED_CHARS: Final = 1_000
 """How much of a bad message a refusal repeats: a reply that holds it all could be too long to be read."""
 

@@ -47,7 +47,7 @@ class KeptTensor:
 
         if not isinstance(tensor, torch.Tensor):
             raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
-        dtype_name(tensor.dtype)  # refuses what cannot cross, before anything is copied
+        dtype_name(tensor.dtype, "keep")  # refuses what cannot cross, before anything is copied
         self.device = tensor.device
         """Where the tensor was that was given."""
         self._host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -130,6 +130,7 @@ class ArgumentWriter:
         self._is_kept = is_kept
         self._max_values = max_values
         self._places: dict[int, IoTensor] = {}
+        self._nodes = 0
 
     def write(self, arguments: Mapping[str, Any], where: str = "") -> dict[str, Argument]:
         """Turn the arguments of one forward. ``where`` goes before their names in what is refused.
@@ -139,15 +140,22 @@ class ArgumentWriter:
             UnsupportedDtype: a tensor of a dtype that the wire does not carry.
         """
         self.device = None
-        return {name: self._write(f"{where}{name}", value, 1) for name, value in arguments.items()}
+        self._nodes = 0
+        names = {check_text(f"{where}arguments: name", name): value for name, value in arguments.items()}
+        return {name: self._write(f"{where}{name}", value, 1) for name, value in names.items()}
 
     def _write(self, path: str, value: Any, depth: int) -> Argument:
+        self._nodes += 1
+        if self._nodes > limits.MAX_ARGUMENTS:
+            raise BadRequest(f"{path}: one forward takes {limits.MAX_ARGUMENTS} values in all; join them to a tensor")
         if isinstance(value, (self._tensor_class, KeptTensor)):  # most are: asked first, for this runs on every step
             return self._write_tensor(path, value)
-        if value is None or isinstance(value, (bool, str)):
+        if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, str):
+            return check_text(path, value)
         if isinstance(value, int):
-            return int(value)
+            return _whole(path, value)
         if isinstance(value, float):
             return _finite(path, value)
         if isinstance(value, RowsOf):
@@ -162,7 +170,8 @@ class ArgumentWriter:
         if depth == limits.MAX_ARGUMENT_DEPTH:
             raise BadRequest(f"{path}: lies deeper than arguments may, {limits.MAX_ARGUMENT_DEPTH} levels")
         if isinstance(value, Mapping):
-            return MapOf(items={key: self._write(f"{path}.{key}", each, depth + 1) for key, each in value.items()})
+            keys = {check_text(f"{path}: key", key): each for key, each in value.items()}
+            return MapOf(items={key: self._write(f"{path}.{key}", each, depth + 1) for key, each in keys.items()})
         items = tuple(self._write(f"{path}[{number}]", each, depth + 1) for number, each in enumerate(value))
         return ListOf(items=items) if isinstance(value, list) else TupleOf(items=items)
 
@@ -176,7 +185,7 @@ class ArgumentWriter:
                 "number, a text, None, or a list, tuple or map of them"
             )
         self._note_device(value.device)
-        dtype = dtype_name(value.dtype)
+        dtype = dtype_name(value.dtype, path)
         if value.device.type == "cpu" and value.numel() <= self._max_values:
             values = value.detach().flatten().tolist()
             if value.dtype.is_floating_point:
@@ -235,6 +244,27 @@ def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor,
     if isinstance(tree, (Kept, Rows)):
         raise Internal(f"the workers answered a call with {type(tree).__name__}, which no client can read")
     return tree
+
+
+def check_text(path: str, text: object) -> str:
+    """Refuse a name, a key or a text that the wire does not carry.
+
+    A message with a key that is no text is read by nobody, not even for whom to answer: its sender would wait in vain.
+
+    Raises:
+        BadRequest: it is none, or too long.
+    """
+    if not isinstance(text, str):
+        raise BadRequest(f"{path}: {text!r:.200} is of type {type(text).__name__}, use a text")
+    if len(text) > limits.MAX_NAME_CHARS:
+        raise BadRequest(f"{path}: a text of {len(text)} characters, use {limits.MAX_NAME_CHARS} at most")
+    return text
+
+
+def _whole(path: str, value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise BadRequest(f"{path}: a whole number of {value.bit_length()} bits; one of 63 crosses, or a float")
+    return int(value)
 
 
 def _finite(path: str, value: float) -> float:

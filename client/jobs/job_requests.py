@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
 from xditd.client.jobs import checks
-from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, result_room
+from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, result_room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
@@ -90,13 +90,19 @@ def call_request(
     foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
     variant: str,
     is_kept: Callable[[KeptTensor], bool],
+    room_bytes: int = 0,
 ) -> CallRequest:
-    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone."""
+    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone.
+
+    At least ``room_bytes`` are offered for results.
+    """
     import torch
 
     facts = component.transformer
     if not 1 <= len(parts) <= limits.MAX_PARTS:
         raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
+    for name in foreseen or ():
+        check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
     layout = IoPlaces()
@@ -112,7 +118,7 @@ def call_request(
     # more, the workers answer with a block of their own.
     sample = facts.arguments[0].name if facts.arguments else ""
     item_bytes = ITEM_BYTES[component.facts.dtype]
-    out_size_bytes = sum(result_room(arguments.get(sample), item_bytes) for arguments in parts)
+    out_size_bytes = max(room_bytes, sum(result_room(arguments.get(sample), item_bytes) for arguments in parts))
     out_offset_bytes = layout.add_room(out_size_bytes)
 
     def write(request_id: str, io: HostShmBlock) -> Call:

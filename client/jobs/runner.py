@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.io_blocks import IoBlock, IoPool
-from xditd.client.jobs.arguments import read_results
+from xditd.client.jobs.arguments import KeptTensor, read_results
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Patience
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest, Internal, UnknownKept, WorkersLost, XditdError
+from xditd.ipc.errors import BadRequest, Internal, StaleSource, UnknownKept, WorkersLost, XditdError
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Generated
@@ -87,37 +88,48 @@ class Runner:
     ) -> list[Any]:
         """Run forwards. What the workers keep goes by its id, and again with its tensor if they lost it."""
         session = self._current()
-        job = call_request(component, parts, foreseen, variant, lambda kept: kept.is_kept_by(session))
+        request = partial(call_request, component, parts, foreseen, variant)
         try:
-            results = self._run_call(job, deadline_s)
+            sent, results = self._run_call(partial(request, lambda kept: kept.is_kept_by(session)), deadline_s)
         except UnknownKept:
             # Pushed out by others, or lost with workers that were killed: nothing that the caller needs to know.
-            job = call_request(component, parts, foreseen, variant, lambda _: False)
-            results = self._run_call(job, deadline_s)
-        for kept in job.kept:
+            sent, results = self._run_call(partial(request, lambda _: False), deadline_s)
+        for kept in sent:
             kept.note_kept_by(session)
         return results
 
-    def _run_call(self, job: CallRequest, deadline_s: float | None) -> list[Any]:
+    def _run_call(
+        self, job_with_room: Callable[[int], CallRequest], deadline_s: float | None, room_bytes: int = 0
+    ) -> tuple[Sequence[KeptTensor], list[Any]]:
+        """Run a call with at least so much room for results; hand back what the workers keep now, and the results."""
+        job = job_with_room(room_bytes)
         block = job.fill(self._pool)
         with self.start(job, block, deadline_s) as pending:
             called = pending.wait(Called)
             if len(called.results) != len(job.devices):
                 raise Internal(f"a call of {len(job.devices)} parts was answered with {len(called.results)} results")
-            if called.block is not None:
-                if called.provider is None:
-                    raise Internal("the results of a call are in a block of a worker, but no worker is named")
-                return _read_from(called.block, called.provider, called, job.devices)
-            wanted = zip(called.results, job.devices, strict=True)
-            return [read_results(tree, device, block.read) for tree, device in wanted]
+            if called.block is None:
+                wanted = zip(called.results, job.devices, strict=True)
+                return job.kept, [read_results(tree, device, block.read) for tree, device in wanted]
+        if called.provider is None:
+            raise Internal("the results of a call are in a block of a worker, but no worker is named")
+        try:
+            return job.kept, _read_from(called.block, called.provider, called, job.devices)
+        except StaleSource:
+            if room_bytes:
+                raise
+            # The workers keep a few such blocks of this process: calls of other threads were answered before this one
+            # was read. With so much room in the client's own block the results stay until they are read.
+            return self._run_call(job_with_room, deadline_s, called.block.size_bytes)
 
 
 def _read_from(
     block: HostShmBlock, provider: ProcessIdentity, called: Called, devices: Sequence[torch.device]
 ) -> list[Any]:
-    """Copy results out of a block of the workers, who leave it as it is until this client's next call.
+    """Copy results out of a block of the workers, who keep it until this process has had a few others.
 
     Raises:
+        StaleSource: they have let go of it.
         WorkersLost: the worker that holds it has ended since it answered.
     """
     from xditd.ipc.transports.host_shm import map_shm

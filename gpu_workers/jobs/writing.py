@@ -56,7 +56,7 @@ class ResultWriter:
         arena = None if fits else self._provide(total)
         first = self._start if fits else 0
         places = iter(
-            InIo(offset_bytes=first + offset, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+            InIo(offset_bytes=first + offset, dtype=dtype_name(tensor.dtype, "result"), shape=tuple(tensor.shape))
             for tensor, offset in zip(tensors, offsets, strict=True)
         )
         put = self._put_into_io if arena is None else partial(_put_into_arena, arena)

@@ -52,15 +52,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def dtype_name(dtype: torch.dtype) -> DType:
-    """Translate torch's dtype to its name on the wire.
+def dtype_name(dtype: torch.dtype, what: str = "") -> DType:
+    """Translate torch's dtype to its name on the wire; ``what`` is the tensor that a refusal names.
 
     Raises:
         UnsupportedDtype: the wire does not carry it (complex, quantised, packed).
     """
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
-        raise UnsupportedDtype(f"dtype {name}: not one of those that can be lent ({', '.join(sorted(ITEM_BYTES))})")
+        raise UnsupportedDtype(
+            f"{what + ': ' if what else ''}dtype {name} cannot cross: convert it to one of "
+            f"{', '.join(sorted(ITEM_BYTES))}"
+        )
     return name  # type: ignore[return-value]  # membership was checked against the Literal's own table
 
 

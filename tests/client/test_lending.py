@@ -358,7 +358,11 @@ def freed() -> torch.Tensor:
     [
         ({}, BadRequest, "nothing to lend"),
         ({"decoder.x": torch.ones(3, device="meta")}, BadRequest, "decoder.x"),
-        ({"decoder.x": torch.ones(3, dtype=torch.complex64)}, UnsupportedDtype, "complex64"),
+        (
+            {"decoder.x": torch.ones(3, dtype=torch.complex64)},
+            UnsupportedDtype,
+            "tensor decoder.x: dtype complex64 cannot cross: convert it",
+        ),
         ({"decoder.x": torch.ones(3, 3).to_sparse()}, BadRequest, "decoder.x"),
         ({"decoder.x": 3}, BadRequest, "decoder.x"),
         ({"decoder.x": None}, BadRequest, "decoder.x"),

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from process_tree import count_fds, cpu_s, descendants, is_running, memfds, parent_of
+from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
 
 from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
 from xditd.client.demo import checkpoints
@@ -109,6 +109,7 @@ def processes() -> SimpleNamespace:
         count_fds=count_fds,
         cpu_s=cpu_s,
         memfds=memfds,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -1,4 +1,7 @@
-"""What jobs do with a scale: ``forward(sample, prompt)`` is ``sample * scale + prompt``, channel by channel."""
+"""What jobs do with a scale: ``forward(sample, prompt)`` is ``sample * scale + prompt``, channel by channel.
+
+``times`` repeats that along the width: results are as many times as large as the sample, for which room was offered.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_shape, check_tensor, prepare
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 PIXELS = 8
@@ -28,9 +32,10 @@ class Scale(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.empty(channels))
 
-    def forward(self, sample: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Take (rows, channels, height, width) and (rows, channels)."""
-        return sample * self.scale[:, None, None] + prompt[:, :, None, None]
+    def forward(self, sample: torch.Tensor, prompt: torch.Tensor, times: int = 1) -> torch.Tensor:
+        """Take (rows, channels, height, width) and (rows, channels); give (rows, channels, height, times * width)."""
+        scaled = sample * self.scale[:, None, None] + prompt[:, :, None, None]
+        return scaled if times == 1 else scaled.repeat(1, 1, 1, times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,7 @@ class ScaleOperations:
             arguments=(
                 ArgumentFacts(name="sample", shape=("rows", config, "height", "width")),
                 ArgumentFacts(name="prompt", shape=("rows", config)),
+                ArgumentFacts(name="times", shape=(), is_needed=False),
             ),
             variants=("class",),
             conditioning=(ArgumentFacts(name="prompt", shape=("batch", config)),),
@@ -105,13 +111,17 @@ class ScaleOperations:
         sample = inputs.arguments["sample"]
         check_tensor("sample", sample, (None, model.config, None, None), model.dtype)
         check_tensor("prompt", inputs.arguments["prompt"], (sample.shape[0], model.config), model.dtype)
+        times = inputs.arguments.get("times", 1)
+        if type(times) is not int or times < 1:
+            raise BadRequest(f"times: {times!r}, use a whole number above 0")
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
-        rows, *shape = inputs.arguments["sample"].shape
-        return (tuple(shape),) * rows
+        rows, channels, height, width = inputs.arguments["sample"].shape
+        return ((channels, height, width * inputs.arguments.get("times", 1)),) * rows
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs({name: tensor[rows] for name, tensor in inputs.arguments.items()})
+        arguments = inputs.arguments.items()
+        return Inputs({name: each[rows] if isinstance(each, torch.Tensor) else each for name, each in arguments})
 
     def run(self, model: Model[int], inputs: Inputs, options: CallOptions) -> RowResults:
         result: torch.Tensor = model.module(**inputs.arguments)

@@ -21,6 +21,6 @@ def take_back(service: Service, session: Session, request: ReturnLoan) -> Return
     # Of an adopted component the workers map nothing that is its owner's.
     if lease.holds > 0 or lease.state is LeaseState.ADOPTED:
         return returned
-    why = LeaseLost(f"component {request.component_id}: its owner took it back")
+    why = LeaseLost(f"component {request.component_id}: its owner took it back; lend it again")
     service.loans.end(lease, why, lambda: service.replies.reply(session, returned), is_returned=True)
     return None

@@ -11,7 +11,15 @@ torch = pytest.importorskip("torch")
 
 import sample_facts  # noqa: E402
 
-from xditd.client import BadRequest, Client, RowsOf, UnknownKept, UnsupportedDtype, WorkersLost  # noqa: E402
+from xditd.client import (  # noqa: E402
+    BadRequest,
+    Client,
+    RowsOf,
+    StaleSource,
+    UnknownKept,
+    UnsupportedDtype,
+    WorkersLost,
+)
 from xditd.client.demo import flux1_calls  # noqa: E402
 from xditd.ipc import limits  # noqa: E402
 from xditd.ipc.arguments import InIo, Kept, ListOf, MapOf, Rows, TupleOf, Values, tensors  # noqa: E402
@@ -136,6 +144,27 @@ def test_results_in_a_worker_that_was_killed_since_are_lost_with_it(client, daem
         client.call("c1", {"hidden_states": TOKENS})
 
 
+def test_results_that_the_workers_have_let_go_of_are_asked_for_with_room(client, daemon):
+    arena = HostArena(3 * 2**20)
+    block, provider = arena.block(), identify(os.getpid())
+    arena.close()
+    leaf = InIo(offset_bytes=0, dtype="float32", shape=TOKENS.shape)
+    gone = Called(request_id="", results=(TupleOf(items=(leaf,)),), block=block, provider=provider, timings_ms={})
+    answer = daemon.answers[Call]
+    daemon.answers[Call] = lambda request: [msgspec.structs.replace(gone, request_id=request.request_id)]
+    with pytest.raises(StaleSource):
+        client.call("c1", {"hidden_states": TOKENS})
+    assert [request.out_size_bytes for request in daemon.requests(Call)] == [TOKENS.nbytes, block.size_bytes]
+
+    daemon.answers[Call] = lambda request: (
+        answer(request)
+        if request.out_size_bytes >= block.size_bytes
+        else [msgspec.structs.replace(gone, request_id=request.request_id)]
+    )
+    (found,) = client.call("c1", {"hidden_states": TOKENS})
+    assert torch.equal(found, TOKENS * 2)
+
+
 def test_what_is_kept_crosses_once_and_then_its_id(client, daemon):
     text = client.keep(TEXT)
     for _ in range(3):
@@ -228,6 +257,13 @@ def deep(levels):
         ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot cross"),
         ({"x": float("nan")}, "x: nan is not finite"),
         ({"x": [torch.tensor([0.5, float("inf")])]}, r"x\[0\]: inf is not finite"),
+        ({"x": (2**63,)}, r"x\[0\]: a whole number of 64 bits; one of 63 crosses"),
+        ({7: 1.0}, "arguments: name: 7 is of type int, use a text"),
+        ({"x": [{7: 1.0}]}, r"x\[0\]: key: 7 is of type int, use a text"),
+        ({"x": "y" * 513}, "x: a text of 513 characters, use 512 at most"),
+        ({"x" * 513: 1.0}, "arguments: name: a text of 513 characters, use 512 at most"),
+        ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in all"),
+        ({"x": -(10**5000)}, "x: a whole number of 16610 bits"),
         ({"x": deep(9)}, "lies deeper than arguments may, 8 levels"),
         ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot cross"),
         ([("x", 1)], "arguments: a map by name is needed, not list"),
@@ -246,6 +282,7 @@ def test_what_cannot_cross_is_refused_by_its_path(client, daemon, arguments, say
         (lambda client: client.call_parts("c1", [{"x": 1}, {"y": b""}]), r"parts\[1\]\.y: bytes cannot cross"),
         (lambda client: client.call("c1", {}, variant="fast"), "variant: 'fast' is not one of 'class', 'float32_time'"),
         (lambda client: client.call("c1", {}, foreseen={"t": [0.5, float("nan")]}), r"foreseen\.t\[1\]: nan is not"),
+        (lambda client: client.call("c1", {}, foreseen={7: [0.5]}), "foreseen: name: 7 is of type int, use a text"),
         (lambda client: client.call("c2", {}), "component c2: a vae where a transformer is needed"),
         (lambda client: client.keep([1.0]), "keep: a torch tensor is needed, not list"),
         (lambda client: RowsOf([]), "rows: 0 tensors; give from 1 to 64"),
@@ -259,9 +296,11 @@ def test_refuses(client, daemon, refused, says):
 
 
 def test_a_dtype_that_does_not_cross_is_named(client):
-    with pytest.raises(UnsupportedDtype, match="complex64"):
+    with pytest.raises(
+        UnsupportedDtype, match=r"^hidden_states: dtype complex64 cannot cross: convert it to one of bfloat16"
+    ):
         client.call("c1", {"hidden_states": torch.zeros(99, dtype=torch.complex64)})
-    with pytest.raises(UnsupportedDtype, match="complex64"):
+    with pytest.raises(UnsupportedDtype, match=r"^keep: dtype complex64 cannot cross"):
         client.keep(torch.zeros(1, dtype=torch.complex64))
 
 
