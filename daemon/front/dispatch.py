@@ -26,8 +26,7 @@ from xditd.daemon.front.handlers import (
 from xditd.daemon.front.service import Service
 from xditd.daemon.queue.jobs import op_of
 from xditd.daemon.sockets.credentials import Credentials, check_uid
-from xditd.daemon.sockets.reply_sender import failed
-from xditd.daemon.sockets.routers import Envelope
+from xditd.daemon.sockets.routers import Envelope, failed
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc import requests
 from xditd.ipc.codec import request_decoder

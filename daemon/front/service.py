@@ -12,7 +12,7 @@ import zmq
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.front.quotas import Quotas
-from xditd.daemon.groups.report_reader import ReportReader
+from xditd.daemon.groups.ranks import ReportReader
 from xditd.daemon.groups.worker_group import WorkerGroup
 from xditd.daemon.loans.lending import Loans
 from xditd.daemon.operations.counters import EventCounters
@@ -23,8 +23,7 @@ from xditd.daemon.operations.service_manager import ServiceManager
 from xditd.daemon.queue.fair_queue import FairQueue
 from xditd.daemon.queue.scheduler import Scheduler
 from xditd.daemon.sockets.credentials import Credentials
-from xditd.daemon.sockets.reply_sender import ReplySender
-from xditd.daemon.sockets.routers import Router
+from xditd.daemon.sockets.routers import ReplySender, Router
 from xditd.daemon.sockets.sessions import Session, Sessions
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
 from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReached

@@ -1,14 +1,19 @@
-"""The ranks of one life of a worker group: who is ready, what was asked, who has answered."""
+"""The ranks of one life of a worker group: who is ready, what was asked, who has answered; and the groups' socket."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from xditd.daemon.sockets.routers import Delivery, Router
+from xditd.daemon.operations.event_loop import EventLoop
+from xditd.daemon.sockets.credentials import check_uid
+from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
-from xditd.ipc.codec import encode
-from xditd.ipc.errors import BadMessage, OtherRankFailed
+from xditd.ipc.codec import encode, report_decoder
+from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.worker_messages import (
     Answer,
@@ -19,7 +24,10 @@ from xditd.ipc.worker_messages import (
     RankFailed,
     RankReady,
     RankTally,
+    Report,
 )
+
+logger = logging.getLogger(__name__)
 
 CommandMaker = Callable[[int], AnyCommand]
 """Builds a command from its ``op_number``, which the ranks count."""
@@ -172,3 +180,45 @@ class Ranks:
     def _send_all(self, command: AnyCommand) -> bool:
         payload = encode(command)
         return all([self._router.send(route, payload) is Delivery.SENT for route in self._routes.values()])
+
+
+class Receiver(Protocol):
+    """A group as the reader sees it. ``take_report`` raises ``BadMessage`` where a report does not fit."""
+
+    def take_report(self, routing_id: bytes, report: Report) -> None: ...
+
+    def has_route(self, routing_id: bytes) -> bool: ...
+
+    def end(self, error: XditdError) -> None: ...
+
+
+class ReportReader:
+    """Read ``router``. :attr:`receivers` are the groups that live now, by their tokens."""
+
+    def __init__(self, loop: EventLoop, router: Router) -> None:
+        self.receivers: dict[str, Receiver] = {}
+        self._router = router
+        loop.watch_socket(router.socket, self._read)
+
+    def _read(self) -> None:
+        for envelope in self._router.receive():
+            try:
+                self._pass_on(envelope)
+            except (BadMessage, NotPermitted) as error:
+                for receiver in list(self.receivers.values()):
+                    if receiver.has_route(envelope.routing_id):
+                        receiver.end(Internal(f"a rank is out of step: {error.detail}"))
+                        break
+                else:
+                    logger.warning("ignored a message on the workers' socket peer=%s: %s", envelope.peer, error.detail)
+
+    def _pass_on(self, envelope: Envelope) -> None:
+        check_uid(envelope.peer, os.getuid())
+        if envelope.payload is None:
+            raise BadMessage("a message has more than one frame")
+        report: Report = report_decoder.decode(envelope.payload)
+        receiver = self.receivers.get(report.group_token)
+        if receiver is None:
+            logger.debug("ignored a report of an earlier group rank=%d", report.rank)
+        else:
+            receiver.take_report(envelope.routing_id, report)

@@ -12,8 +12,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.groups.deadlines import CommandDeadline, LearnedDurations
 from xditd.daemon.groups.leader import Leader, leader_command
 from xditd.daemon.groups.lifecycle import GROUP_NEXT, GroupListener, RestartPolicy
-from xditd.daemon.groups.ranks import CommandMaker, Ranks, first_failure
-from xditd.daemon.groups.report_reader import ReportReader
+from xditd.daemon.groups.ranks import CommandMaker, Ranks, ReportReader, first_failure
 from xditd.daemon.groups.worker_output import WorkerOutput
 from xditd.daemon.operations.event_loop import Callback, Deadline, EventLoop, Timer
 from xditd.daemon.operations.log_buffer import LogBuffer

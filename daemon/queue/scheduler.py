@@ -20,7 +20,7 @@ from xditd.daemon.operations.event_loop import EventLoop, Timer
 from xditd.daemon.queue.commands import Script, Task
 from xditd.daemon.queue.fair_queue import FairQueue
 from xditd.daemon.queue.jobs import Job
-from xditd.daemon.sockets.reply_sender import ReplySender, failed
+from xditd.daemon.sockets.routers import ReplySender, failed
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import BadRequest, DaemonStopping, Internal, WorkersUnavailable, XditdError, error_for
 from xditd.ipc.processes import ProcessIdentity

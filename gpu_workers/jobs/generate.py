@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,6 @@ from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.decode import decode_by_all, decoded
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
-from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
@@ -24,9 +24,9 @@ from xditd.gpu_workers.models.model_cache import CachedModel
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import broadcast_stop, raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_partition import add_halves
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest, Cancelled, Unsupported
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.requests import Generate, Sampling
@@ -204,3 +204,44 @@ def _previews_of(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised |
     if where is None:
         return None
     return lambda denoised: io.write("out_denoised", where, denoised) if context.is_leader else None
+
+
+class Progress:
+    """What a job does between steps: agree whether to go on, keep the host close to the GPU, tell rank 0's listener.
+
+    ``is_cancelled`` and ``tell`` are used on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        is_leader: bool,
+        device: torch.device,
+        is_cancelled: Callable[[], bool],
+        tell: Callable[[int, int, float], None],
+    ) -> None:
+        self._is_leader = is_leader
+        self._is_cancelled = is_cancelled
+        self._tell = tell
+        self._events = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
+        self._started = time.perf_counter()
+        self.first_step_ms = 0.0
+
+    def step(self, done: int, total: int) -> None:
+        """Call after each step was issued.
+
+        Raises:
+            Cancelled: on every rank at the same step.
+        """
+        if self._events:
+            # Wait for the step before this one: the host then runs at most one step ahead, so that progress and
+            # cancel are true to the GPU, and the GPU never waits for the host.
+            self._events[done % 2].record()
+            if done > 1:
+                self._events[(done - 1) % 2].synchronize()
+        elapsed_s = time.perf_counter() - self._started
+        if done == 1:
+            self.first_step_ms = elapsed_s * 1e3
+        if self._is_leader:
+            self._tell(done, total, elapsed_s)
+        if broadcast_stop(self._is_leader and self._is_cancelled()):
+            raise Cancelled(f"cancelled after step {done} of {total}")

@@ -10,9 +10,9 @@ import torch
 from xditd.gpu_workers.jobs import call, decode, encode, encode_text, generate
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
-from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.components import Components
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest

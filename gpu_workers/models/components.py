@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.models.component_facts import facts_of
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.file_watch import FileWatch, check_opened, fault_of
 from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
@@ -292,8 +291,7 @@ class Components:
         tensors, bindings, copies, copied = self._gather(manifest, match, opened, clock)
         self.files.await_small(opened)
         # What plugging makes of the weights is a copy too, if a smaller one.
-        copied = copied + CopiedBytes(device_to_device=reserved)
-        facts = facts_of(match, manifest)
+        facts, copied = match.facts(manifest), copied + CopiedBytes(device_to_device=reserved)
         return Component(
             component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
         )

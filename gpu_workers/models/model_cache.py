@@ -8,6 +8,7 @@ same architecture, such as a fine-tune, reuses the module and whatever was compi
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -29,10 +30,13 @@ from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, RequestError, UnknownFamily
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensor_names import by_prefix
+from xditd.ipc.tensors import ComponentKind, DType, Manifest
+from xditd.ipc.transports.tensor_views import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +162,30 @@ class CheckpointMatch:
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the tensors that the family uses, as the checkpoint has them, under the family's own names."""
         return {canonical: tensors[given] for canonical, given in self.sources.items()}
+
+    def facts(self, manifest: Manifest) -> ComponentFacts:
+        """What clients are told of the component: the family's facts of its kind, the class, and the bytes."""
+        model, kind = self.model, self.family.kind
+        transformer = vae = text_encoder = None
+        if kind == "transformer":
+            transformer = model.operations_for(kind).facts(self.config, model.layout)
+        elif kind == "vae":
+            vae = model.operations_for(kind).facts(self.config)
+        else:
+            text_encoder = model.operations_for(kind).facts(self.config)
+        sizes: Counter[DType] = Counter()
+        for spec in manifest.tensors:
+            sizes[spec.dtype] += spec.extent_bytes
+        return ComponentFacts(
+            family=self.family.name,
+            class_name=class_of(model.module),
+            kind=ComponentKind(kind),
+            dtype=dtype_name(self.dtype),
+            bytes_by_dtype=dict(sizes),
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+        )
 
 
 class ModelCache:
@@ -293,3 +321,12 @@ def _without_others(tensors: Mapping[str, TensorInfo], others: Collection[Family
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:
     """Parameters that need care beside those of the main dtype: none of a text encoder, which computes in float32."""
     return {} if resolution.family.kind == "text_encoder" else resolution.exceptions
+
+
+def class_of(module: object) -> str:
+    """Name the class of diffusers or transformers that a module is, or is derived from."""
+    for kind in type(module).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if package in ("diffusers", "transformers"):
+            return kind.__name__
+    return type(module).__name__

@@ -11,8 +11,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from xditd.gpu_workers.process import start_faults, xfuser_start
-from xditd.gpu_workers.process.channel import DaemonChannel
-from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
 from xditd.ipc.errors import RequestError

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xditd.client import BadRequest, Client, Loan, OutOfMemory, RowsOf
-from xditd.client.jobs import running
+from xditd.client.jobs import runner
 from xditd.gpu_workers.jobs.job_io import PROVIDED
 from xditd.ipc import limits
 
@@ -95,7 +95,7 @@ def test_parts_of_any_size_come_back_together(client, scale):
 def test_results_that_were_pushed_out_before_they_were_read_are_asked_for_again(client, scale, monkeypatch):
     """The workers keep few such blocks, and calls of other threads come in between."""
     answered, others_are_done = Event(), Event()
-    read = running._read_from
+    read = runner._read_from
 
     def read_late(*given: Any) -> Any:
         if not answered.is_set():
@@ -103,7 +103,7 @@ def test_results_that_were_pushed_out_before_they_were_read_are_asked_for_again(
             others_are_done.wait(60)
         return read(*given)
 
-    monkeypatch.setattr(running, "_read_from", read_late)
+    monkeypatch.setattr(runner, "_read_from", read_late)
     done = client.status().counters.jobs_done
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(client.call, scale, part(0, times=40))

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.process.channel import DaemonChannel
-from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.degrees import parse_layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xditd.daemon.sockets.reply_sender import failed
+from xditd.daemon.sockets.routers import failed
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.errors import BY_CODE, BadCheckpoint, error_for

@@ -12,8 +12,7 @@ import pytest
 import zmq
 
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.process.channel import DaemonChannel
-from xditd.gpu_workers.process.command_loop import CommandLoop
+from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder

@@ -14,8 +14,8 @@ import torch
 from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
 from xditd.client.lending import Offer, describe
 from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.job_io import JobIo
-from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.layouts import ParallelLayout

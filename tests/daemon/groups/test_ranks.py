@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from xditd.daemon.groups.report_reader import ReportReader
+from xditd.daemon.groups.ranks import ReportReader
 from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.socket_files import listen_at
 from xditd.daemon.sockets.routers import Router
