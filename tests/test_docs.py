@@ -52,3 +52,25 @@ def test_every_row_of_guarantees_names_a_test():
     rows = [row for row in rows if row.startswith("| ") and "shown by" not in row]
     assert len(rows) > 40
     assert [row for row in rows if "::test_" not in row] == []
+
+
+@pytest.mark.parametrize("document", ["adding-a-family.md", "architecture.md", "glossary.md", "operations.md"])
+def test_modules_that_a_document_names_exist(document):
+    named = re.findall(r"`((?:client|daemon|gpu_workers|ipc)/[\w/]+\.py)`", (ROOT / "docs" / document).read_text())
+    assert named != []
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_the_glossary_names_what_its_modules_define():
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    missing = []
+    for names, path in re.findall(r"((?:`[A-Z][\w.]+`,? )+)in `([\w/]+\.py)`", text):
+        source = (ROOT / path).read_text()
+        words = [word for name in re.findall(r"`([\w.]+)`", names) for word in name.split(".")]
+        missing += [f"{path}: {word}" for word in words if not re.search(rf"(?:class|def) {word}\b|\b{word}:", source)]
+    assert missing == []
+
+
+def test_each_walk_passes_25_modules():
+    walks = (ROOT / "docs" / "architecture.md").read_text().partition("## Two walks")[2].partition("\n## ")[0]
+    assert [int(number) for number in re.findall(r"(?m)^(\d+)\. `", walks)] == [*range(1, 26)] * 2
