@@ -1,7 +1,7 @@
-"""What a loader made, so that what was changed since can be told: modules, their methods, hooks and settings.
+"""Detect changes of a model's modules, methods, hooks and settings since it was loaded.
 
-Nodes change a model in ways that no patcher records: they replace a method of one module or of its class, register a
-hook, swap a module, set a number. ComfyUI's own forward obeys all of these; one in the workers sees none of them.
+Nodes change a model in ways that no patcher records: they replace a method of a module or of its class, register a
+hook, replace a module, set a number. ComfyUI's own forward obeys all of these; a forward in the workers sees none.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS_OF_ALL: Final = tuple(getattr(of_all_modules, f"_global{hook}") for hook in _HOOKS)
-"""Those that torch calls for every module of the process."""
+"""Hooks that torch calls for every module of the process."""
 
 _FUNCTIONS_OF_WEIGHTS: Final = ("weight_function", "bias_function")
-"""What ComfyUI's layers call with their weights; it puts the patches of a MODEL there itself."""
+"""Functions that ComfyUI's layers call with their weights; ComfyUI itself puts a MODEL's patches there."""
 
 _SCALARS: Final = (bool, int, float, str)
 _DECORATORS: Final = ("torch", "contextlib", "functools")
-"""Packages whose decorators wrap methods in functions of theirs."""
+"""Packages whose decorators wrap methods in functions of their own."""
 
 _MOVES: Final = ("comfy", "training")
-"""Beginnings and parts of the names of what ComfyUI sets where it loads and unloads weights."""
+"""Parts of the names of attributes that ComfyUI sets when it loads and unloads weights."""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """``settings`` are the plain values of a module; of the root, which ComfyUI keeps accounts on, none."""
+    """``settings`` are the plain values of a module; the root has none, because ComfyUI changes its attributes."""
 
     kind: type
     settings: Mapping[str, Any]
@@ -41,9 +41,9 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Seen:
-    """All modules at the last full look: their attributes and hooks, which change in place, and each one's children.
+    """Attributes, hooks and children of all modules at the last full check.
 
-    Lists side by side, so that comparing them is a few calls, and no Python for each module.
+    Parallel lists, so that comparing them takes a few C calls instead of a Python loop over modules.
     """
 
     attributes: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class _Seen:
 
 
 class Baseline:
-    """The modules below one, as they are now. ``without`` names children of the root that are checked elsewhere."""
+    """Records all modules below ``root`` as they are now, except the root's children named in ``without``."""
 
     def __init__(self, root: Any, without: tuple[str, ...] = ()) -> None:
         self._without = without
@@ -81,7 +81,7 @@ class Baseline:
         self._seen = self._see(root)
 
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
-        """Name what a model of the same make has otherwise; ``unless`` are attributes that come and go (dotted)."""
+        """Name what differs in ``root``; ``unless`` are dotted names of attributes that may differ."""
         found = dict(self._walk(root))
         faults = [
             f"all modules have a forward hook ({name_of(function)})"
@@ -99,7 +99,7 @@ class Baseline:
         return faults
 
     def foreign_methods(self) -> list[str]:
-        """Name methods that classes were given before this was recorded: their code is not of the class's package."""
+        """Name methods that were replaced before recording: their code is from another package than their class."""
         return [
             f"{kind.__name__}.{name} is that of {_origin(value)}"
             for (kind, name), value in self._methods.items()
@@ -107,16 +107,16 @@ class Baseline:
         ]
 
     def is_intact(self, root: Any) -> bool:
-        """Tell in a tenth of a millisecond for a thousand modules that nothing was changed since the last full look.
+        """Return whether surely nothing changed since the last full check; 0.1 ms for a thousand modules.
 
-        A doubt is a no; :meth:`differences` then names what it is, or says that it is nothing.
+        On False, call :meth:`differences`: it names the changes, if there are any.
         """
         if self._seen.attributes[0] is not vars(root) or not self._seen.is_intact():
             return False
         return all(kind.__dict__.get(name) is made for (kind, name), made in self._methods.items())
 
     def accept(self, root: Any) -> None:
-        """Remember that ``root`` has no differences, for :meth:`is_intact`."""
+        """Record that ``root`` has no differences, for :meth:`is_intact`."""
         self._seen = self._see(root)
 
     def _see(self, root: Any) -> _Seen:
@@ -166,7 +166,7 @@ class Baseline:
             elif name in _FUNCTIONS_OF_WEIGHTS:
                 for function in value:
                     if not _is_comfyuis(function):
-                        yield f"{full} was put in place ({name_of(function)})"
+                        yield f"{full} was set ({name_of(function)})"
             elif name in made.settings:
                 yield from _changes(full, made.settings[name], value)
 
@@ -178,7 +178,7 @@ def _settings(module: Any) -> dict[str, Any]:
             if _is_record(value):
                 found[name] = _plain_fields(value)
             elif _is_plain(value):
-                found[name] = list(value) if isinstance(value, list) else value  # it may be changed in place
+                found[name] = list(value) if isinstance(value, list) else value  # a list may be changed in place
     return found
 
 
@@ -212,7 +212,7 @@ def _is_comfyuis(function: Any) -> bool:
 
 
 def _methods(kind: type) -> dict[str, Any]:
-    if kind.__name__ in ("object", "Module"):  # the roots of all classes: nobody's model
+    if kind.__name__ in ("object", "Module"):  # base classes of every model
         return {}
     return {
         name: value

@@ -1,7 +1,7 @@
-"""Which jobs the workers' own loop can do whole, and why others cannot.
+"""Decide whether the workers' own loop can run a whole job of XDiT KSampler, and say why not.
 
-The loop takes weights, embeddings, noise and sigmas. So a job is eligible only where the model is provably no more than
-its weights, and the conditioning no more than one text: whatever else they carry runs step by step, in ComfyUI's loop.
+The workers' loop takes weights, embeddings, noise and sigmas. So a job is eligible only if nothing but weights defines
+its model, and its conditioning is one text. All others run step by step in ComfyUI's loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EULER: Final = "euler"
 _LABELS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
-"""What ComfyUI adds to a CONDITIONING of any model, and what is looked at by itself."""
+"""Keys that any CONDITIONING has, or that are checked one by one below."""
 
 
 def why_stepwise(
@@ -33,10 +33,10 @@ def why_stepwise(
     latent_shape: Sequence[int],
     pixels_per_latent: int,
 ) -> str | None:
-    """Say why ComfyUI's own loop has to run, or nothing where the workers' loop gives the same latents.
+    """Return why ComfyUI's own loop has to run, or None if the workers' loop gives the same latents.
 
-    ``positive`` and ``negative`` are the parts of the conditioning with all that is attached to them. ``unlike_made``
-    says what was done to the model since it was loaded.
+    ``positive`` and ``negative`` are parts of conditioning with all their options (``parts_of``). ``unlike_made``, from
+    ``why_unlike_made``, names what changed in the model since it was loaded.
     """
     if unlike_made is not None:
         return unlike_made
@@ -71,7 +71,7 @@ def _why_not_condition(
     if len(positive) != 1:
         return f"the positive conditioning has {len(positive)} parts"
     for name, parts in (("positive", positive), ("negative", negative)):
-        for part in parts:  # of the negative one too: ComfyUI carries its areas over to the positive
+        for part in parts:  # the negative ones too: ComfyUI copies their areas to the positive conditioning
             special = sorted(key for key in part.keys() - _LABELS - family.loop_keys if part[key] is not None)
             special += sorted(part.get("model_conds", {}).keys() - family.loop_conds)
             if special:

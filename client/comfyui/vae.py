@@ -1,4 +1,4 @@
-"""A VAE whose decoder and encoder run in the workers, for every node that takes a VAE."""
+"""Make a ComfyUI VAE whose decoder and encoder run in the workers, for every node that takes a VAE."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from xditd.ipc.tensors import ComponentKind
 
 
 class RemoteStage(torch.nn.Module):
-    """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself.
+    """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
 
-    The daemon speaks latents ``(z - shift) * factor``, by the component's facts; ComfyUI hands over ``z``.
+    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts.
     """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
-        """``shapes`` is ComfyUI's own module on the meta device: a node that changes it there is noticed."""
+        """``shapes`` is ComfyUI's own module on the meta device, on which changes by nodes are detected."""
         super().__init__()
         self._weights = weights
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The tensors themselves, for nodes that save."""
+        """Return the tensors, for nodes that save."""
         return dict(self._weights.base)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
+        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI clips after it has joined the tiles."""
         scaling = self._scaling()
         latents = (z.float() - scaling.shift) * scaling.factor
         return self._in_batches(_decode, latents).to(z.dtype)
@@ -71,7 +71,7 @@ def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Make a VAE object of a checkpoint's tensors.
+    """Make a VAE object from a checkpoint's tensors.
 
     Raises:
         Unsupported: not the VAE of a family that the workers run, or quantised weights.
@@ -88,14 +88,14 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
     vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
-    # What a job needs is the workers' own memory; one byte, because ComfyUI divides by it.
+    # Activations are in the workers' memory; not zero, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
     vae.understood_calls = _calls(vae)
     return vae
 
 
 def weights_of(vae: Any) -> RemoteWeights:
-    """Get what a VAE decodes with, ready to be lent: of ours what it is made of, of a stock VAE its own tensors."""
+    """Return the weights of an xDiT or a stock VAE's decoder, ready to be lent."""
     if isinstance(vae.first_stage_model, RemoteStage):
         comfy.model_management.load_models_gpu([vae.patcher])
         own: RemoteWeights = vae.patcher.weights
@@ -110,9 +110,9 @@ def weights_of(vae: Any) -> RemoteWeights:
 
 
 def why_local(vae: Any) -> str | None:
-    """Say why a VAE has to decode in ComfyUI, where its weights alone would not give its image; None where they do.
+    """Return why a VAE has to decode in ComfyUI: somebody changed more than its weights. None if the workers can.
 
-    One of ours is looked at when it is loaded. A stock one is compared with a fresh VAE of the same tensors.
+    An xDiT VAE's modules are checked when it is loaded. A stock VAE is compared with a fresh one of the same shapes.
     """
     if isinstance(vae.first_stage_model, RemoteStage):
         return _why_changed(vae, vae.understood_calls)
@@ -131,7 +131,7 @@ def why_local(vae: Any) -> str | None:
 
 
 def _calls(vae: Any) -> dict[str, Any]:
-    """The functions that ComfyUI gives a VAE itself, by the code that they run."""
+    """Return the code of the functions that ComfyUI sets on a VAE object, by name."""
     return {name: value.__code__ for name, value in vars(vae).items() if isinstance(value, types.FunctionType)}
 
 
@@ -147,12 +147,12 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
 
 
 def _latents() -> set[tuple[int, int]]:
-    """The channels and dimensions of the latents that some family's models read."""
+    """Return the channels and dimensions of all families' latents."""
     formats = (config.latent_format for each in adapters() for config in each.config_classes())
     return {(each.latent_channels, each.latent_dimensions) for each in formats}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:
-    """ComfyUI's VAE of tensors' names and shapes: it knows ratios, ranges and tile sizes, and takes no memory."""
+    """Make ComfyUI's VAE on the meta device, which detects ratios, ranges and tile sizes from names and shapes."""
     with torch.device("meta"):
         return comfy.sd.VAE(sd=dict(shapes))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LATENT_CHANNELS: Final = 16
 
 KNOWN_SIZES: Final = 8
-"""Image sizes and text lengths whose positions are remembered as kept by the workers."""
+"""For how many image sizes and text lengths the workers keep the token positions."""
 
 EMBEDS: Final = "encoder_hidden_states"
 POOLED: Final = "pooled_projections"
@@ -31,13 +31,13 @@ _REFUSED: Final = {
     "reference_latents": "reference latents (FLUX.1 Kontext)",
     "attention_mask_img_shape": "an attention mask in the conditioning (Apply Style Model)",
 }
-"""What conditioning may carry that changes what the model reads."""
+"""Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
 class Flux1Model:
     """One FLUX.1 transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
 
-    ``pooled_channels`` is the width of the pooled text state, ``has_guidance`` tells dev from schnell.
+    ``pooled_channels`` is the width of the pooled text state; dev has guidance, schnell does not.
     """
 
     wrapper: Final = "diffusion_model"
@@ -103,7 +103,7 @@ class Flux1Model:
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, scale
 
     def ids(self, keep: Keep, *sides: int) -> Any:
-        """Return the positions of an image's tokens, of so many rows and columns, or of a text of so many tokens."""
+        """Return token positions, kept: of an image for ``sides`` (rows, columns), of a text for (tokens,)."""
         found = self._ids.get(sides)
         if found is None:
             while len(self._ids) >= KNOWN_SIZES:
@@ -130,7 +130,7 @@ class Flux1Call:
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
-        """Return one forward: ComfyUI puts only texts of one length into a batch."""
+        """Return one forward for all rows: ComfyUI batches only texts of equal length."""
         latents = padded(self.x[rows], PATCH).to(dtype)
         height, width = latents.shape[2:]
         found = {
@@ -194,5 +194,5 @@ ADAPTER: Final[Adapter] = Flux1()
 
 
 def pooled_of(y: torch.Tensor | None, like: torch.Tensor, channels: int) -> torch.Tensor:
-    """The pooled text state as FLUX.1 reads it: no more than ``channels`` wide, and zeros where there is none."""
+    """Return the pooled text state, cut to ``channels``, or zeros where there is none."""
     return like.new_zeros(like.shape[0], channels) if y is None else y[:, :channels]

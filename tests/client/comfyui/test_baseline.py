@@ -153,7 +153,7 @@ def test_a_function_of_the_weights_that_is_not_comfyuis(model, baseline):
     model.blocks[0].linear.weight_function = [own]
     assert baseline.differences(model) == []
     model.blocks[0].linear.bias_function = [own, print]
-    assert baseline.differences(model) == ["blocks.0.linear.bias_function was put in place (print)"]
+    assert baseline.differences(model) == ["blocks.0.linear.bias_function was set (print)"]
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])

@@ -208,7 +208,7 @@ def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
         (put("model_options", "transformer_options", "easycache"), "easycache"),
         (put("object_patches", "model_sampling", value=Halved()), "Halved"),
         (put("object_patches", "diffusion_model"), "object patches (diffusion_model)"),
-        (put("additional_models", "pack", value=[object()]), "more models"),
+        (put("additional_models", "pack", value=[object()]), "additional models"),
     ],
 )  # fmt: skip
 def test_what_the_whole_loop_would_leave_out(change, said, patcher):

@@ -308,7 +308,7 @@ def a_record_of_settings(model: Any) -> Callable[[], None]:
     return swapped(model.diffusion_model.params, "guidance_embed", None)
 
 
-@lasting(r"img_in.weight_function was put in place \(print\)")
+@lasting(r"img_in.weight_function was set \(print\)")
 def a_function_of_weights(model: Any) -> Callable[[], None]:
     return swapped(model.diffusion_model.img_in, "weight_function", [print])
 

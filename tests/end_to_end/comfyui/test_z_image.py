@@ -144,8 +144,8 @@ def test_reference_latents_are_refused(weightless, text, ksample, latent):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"z_image_modulation": False}, "it is Lumina 2 or a relative of it"),
-        ({"siglip_feat_dim": 1152}, r"it reads images beside the text \(Z-Image Omni or Edit\)"),
+        ({"z_image_modulation": False}, "it is Lumina 2 or a related model"),
+        ({"siglip_feat_dim": 1152}, r"it reads images besides the text \(Z-Image Omni or Edit\)"),
         ({"pad_tokens_multiple": None}, "it has no padding tokens"),
     ],
 )
