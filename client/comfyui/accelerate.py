@@ -16,15 +16,15 @@ from xditd.client.comfyui.patcher import (
     WRAPPER_KEY,
     RemotePatcher,
     build_weightless,
-    lendable,
-    make_patcher,
+    make_transformer_patcher,
+    make_weights,
 )
-from xditd.client.comfyui.understood import MODEL_SAMPLING, steps_alike
+from xditd.client.comfyui.understood import MODEL_SAMPLING, have_same_steps
 from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
 
-_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_remote_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Remote MODELs by the stock model whose tensors they lend, so that queueing a prompt again lends nothing again."""
 
 _PATCHERS = (comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
@@ -46,34 +46,36 @@ def accelerate(patcher: Any) -> RemotePatcher:
     if family is None:
         raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; XDiT runs {titles()}, connect one of these")
     family.check_config(model.model_config, _label(patcher))
-    twin = _twins.get(model)
-    if twin is None:
+    ours = _remote_models.get(model)
+    if ours is None:
         tensors = _base_tensors(patcher)
-        weights = lendable(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
-        twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights, family)
-    if next(twin.understood.faults(patcher), None) is not None:
+        weights = make_weights(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
+        ours = _remote_models[model] = make_transformer_patcher(
+            build_weightless(model.model_config, tensors), weights, family
+        )
+    if next(ours.understood.faults(patcher), None) is not None:
         # Another clone's injections stay in the shared model until ComfyUI unloads it.
         comfy.model_management.unload_model_and_clones(patcher)
-        refuse(twin.understood.faults(patcher))
+        refuse(ours.understood.faults(patcher))
     stock = patcher.clone()
-    remote: RemotePatcher = twin.clone()
+    remote: RemotePatcher = ours.clone()
     for name in ("patches", "patches_uuid", "object_patches", "model_options", "callbacks", "attachments"):
         setattr(remote, name, getattr(stock, name))
     remote.additional_models, remote.hook_patches = stock.additional_models, stock.hook_patches
     remote.weight_wrapper_patches = stock.weight_wrapper_patches
     # A model_sampling that was set in the model itself becomes an object patch.
     sampling = patcher.object_patches_backup.get(MODEL_SAMPLING, model.model_sampling)
-    if not _is_alike(sampling, twin.model.model_sampling):
+    if not _is_same_sampling(sampling, ours.model.model_sampling):
         remote.object_patches.setdefault(MODEL_SAMPLING, sampling)
-    ours = remote.wrappers
+    own_wrappers = remote.wrappers
     remote.wrappers = stock.wrappers
-    for kind, by_key in ours.items():
+    for kind, by_key in own_wrappers.items():
         remote.wrappers.setdefault(kind, {})[WRAPPER_KEY] = by_key[WRAPPER_KEY]
     return remote
 
 
-def _is_alike(sampling: Any, made: Any) -> bool:
-    return steps_alike(sampling, made) and torch.equal(sampling.sigmas.cpu(), made.sigmas.cpu())
+def _is_same_sampling(sampling: Any, own: Any) -> bool:
+    return have_same_steps(sampling, own) and torch.equal(sampling.sigmas.cpu(), own.sigmas.cpu())
 
 
 def _base_tensors(patcher: Any) -> dict[str, torch.Tensor]:

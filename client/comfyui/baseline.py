@@ -12,22 +12,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
-import torch.nn.modules.module as of_all_modules
+import torch.nn.modules.module as global_hooks
 
 from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
-_HOOKS_OF_ALL: Final = tuple(getattr(of_all_modules, f"_global{hook}") for hook in _HOOKS)
+_GLOBAL_HOOKS: Final = tuple(getattr(global_hooks, f"_global{hook}") for hook in _HOOKS)
 """Hooks that torch calls for every module of the process."""
 
-_FUNCTIONS_OF_WEIGHTS: Final = ("weight_function", "bias_function")
+_WEIGHT_FUNCTIONS: Final = ("weight_function", "bias_function")
 """Functions that ComfyUI's layers call with their weights; ComfyUI itself puts a MODEL's patches there."""
 
 _SCALARS: Final = (bool, int, float, str)
 _DECORATORS: Final = ("torch", "contextlib", "functools")
 """Packages whose decorators wrap methods in functions of their own."""
 
-_MOVES: Final = ("comfy", "training")
+_LOADING: Final = ("comfy", "training")
 """Parts of the names of attributes that ComfyUI sets when it loads and unloads weights."""
 
 
@@ -40,7 +40,7 @@ class _Module:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Snapshot:
     """Attributes, hooks and children of all modules at the last full check.
 
     Parallel lists, so that comparing them takes a few C calls instead of a Python loop over modules.
@@ -48,8 +48,8 @@ class _Seen:
 
     attributes: list[dict[str, Any]]
     counts: list[int]
-    below: list[dict[str, Any]]
-    below_counts: list[int]
+    children_of: list[dict[str, Any]]
+    children_counts: list[int]
     hooks: list[Any]
     parents: list[dict[str, Any]]
     names: list[str]
@@ -58,9 +58,9 @@ class _Seen:
     def is_intact(self) -> bool:
         return (
             list(map(len, self.attributes)) == self.counts
-            and list(map(len, self.below)) == self.below_counts
+            and list(map(len, self.children_of)) == self.children_counts
             and not any(self.hooks)
-            and not any(_HOOKS_OF_ALL)
+            and not any(_GLOBAL_HOOKS)
             and all(map(operator.is_, map(dict.get, self.parents, self.names), self.children))
         )
 
@@ -78,14 +78,14 @@ class Baseline:
             for kind in {kind for each in self._made.values() for kind in each.kind.__mro__}
             for name, value in _methods(kind).items()
         }
-        self._seen = self._see(root)
+        self._snapshot = self._take_snapshot(root)
 
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
         """Name what differs in ``root``; ``unless`` are dotted names of attributes that may differ."""
         found = dict(self._walk(root))
         faults = [
             f"all modules have a forward hook ({name_of(function)})"
-            for hooks in _HOOKS_OF_ALL
+            for hooks in _GLOBAL_HOOKS
             for function in hooks.values()
         ]
         faults += [f"the module {path} is missing" for path in self._made if path not in found]
@@ -111,15 +111,15 @@ class Baseline:
 
         On False, call :meth:`differences`: it names the changes, if there are any.
         """
-        if self._seen.attributes[0] is not vars(root) or not self._seen.is_intact():
+        if self._snapshot.attributes[0] is not vars(root) or not self._snapshot.is_intact():
             return False
         return all(kind.__dict__.get(name) is made for (kind, name), made in self._methods.items())
 
     def accept(self, root: Any) -> None:
         """Record that ``root`` has no differences, for :meth:`is_intact`."""
-        self._seen = self._see(root)
+        self._snapshot = self._take_snapshot(root)
 
-    def _see(self, root: Any) -> _Seen:
+    def _take_snapshot(self, root: Any) -> _Snapshot:
         modules = list(self._walk(root))
         links = [
             (module._modules, name, child)
@@ -127,11 +127,11 @@ class Baseline:
             for name, child in module._modules.items()
             if path or name not in self._without
         ]
-        return _Seen(
+        return _Snapshot(
             attributes=[vars(module) for _, module in modules],
             counts=[len(vars(module)) for _, module in modules],
-            below=[module._modules for _, module in modules],
-            below_counts=[len(module._modules) for _, module in modules],
+            children_of=[module._modules for _, module in modules],
+            children_counts=[len(module._modules) for _, module in modules],
             hooks=[getattr(module, hook) for _, module in modules for hook in _HOOKS],
             parents=[parent for parent, _, _ in links],
             names=[name for _, name, _ in links],
@@ -163,9 +163,9 @@ class Baseline:
                 continue
             if callable(value) and callable(getattr(type(module), name, None)):
                 yield f"{full} was replaced ({name_of(value)})"
-            elif name in _FUNCTIONS_OF_WEIGHTS:
+            elif name in _WEIGHT_FUNCTIONS:
                 for function in value:
-                    if not _is_comfyuis(function):
+                    if not _is_of_comfyui(function):
                         yield f"{full} was set ({name_of(function)})"
             elif name in made.settings:
                 yield from _changes(full, made.settings[name], value)
@@ -174,8 +174,8 @@ class Baseline:
 def _settings(module: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
-        if not name.startswith("_") and name not in _FUNCTIONS_OF_WEIGHTS and not any(part in name for part in _MOVES):
-            if _is_record(value):
+        if not name.startswith("_") and name not in _WEIGHT_FUNCTIONS and not any(part in name for part in _LOADING):
+            if _is_dataclass(value):
                 found[name] = _plain_fields(value)
             elif _is_plain(value):
                 found[name] = list(value) if isinstance(value, list) else value  # a list may be changed in place
@@ -183,7 +183,7 @@ def _settings(module: Any) -> dict[str, Any]:
 
 
 def _changes(full: str, made: Any, value: Any) -> Iterator[str]:
-    if _is_record(value):
+    if _is_dataclass(value):
         now = _plain_fields(value)
         for name, before in made.items() if isinstance(made, dict) else ():
             if now.get(name) != before:
@@ -198,7 +198,7 @@ def _is_plain(value: object) -> bool:
     )
 
 
-def _is_record(value: object) -> bool:
+def _is_dataclass(value: object) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
 
 
@@ -207,7 +207,7 @@ def _plain_fields(record: Any) -> dict[str, Any]:
     return {name: list(each) if isinstance(each, list) else each for name, each in values.items() if _is_plain(each)}
 
 
-def _is_comfyuis(function: Any) -> bool:
+def _is_of_comfyui(function: Any) -> bool:
     return _package(getattr(type(function), "__module__", "")) == "comfy"
 
 

@@ -32,7 +32,7 @@ class RemoteForward:
         self._family = family
         self._understood = understood
         self._inputs = StepInputs()
-        self._foreseen: tuple[object, Mapping[str, list[float]]] = (None, {})
+        self._schedule: tuple[object, Mapping[str, list[float]]] = (None, {})
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the other nodes' wrappers around :meth:`run` instead of the local model.
@@ -62,7 +62,7 @@ class RemoteForward:
         numbers, kept = self._inputs.read(
             call.rows, call.numbers, call.texts, lambda texts: self._family.keep_row(texts, client.keep, dtype)
         )
-        foreseen = self._foresee(call.options.get("sample_sigmas"))
+        foreseen = self._read_schedule(call.options.get("sample_sigmas"))
         predicted = []
         for first in range(0, call.rows, MAX_BATCH):
             rows = slice(first, first + MAX_BATCH)
@@ -72,9 +72,9 @@ class RemoteForward:
             predicted.append(call.prediction(rows, results))
         return predicted[0] if len(predicted) == 1 else torch.cat(predicted)
 
-    def _foresee(self, sigmas: torch.Tensor | None) -> Mapping[str, list[float]]:
+    def _read_schedule(self, sigmas: torch.Tensor | None) -> Mapping[str, list[float]]:
         """Read the sampler's whole schedule, once per run."""
-        if self._foreseen[0] is not sigmas:
+        if self._schedule[0] is not sigmas:
             values = [] if sigmas is None else sigmas.reshape(-1).double().tolist()
-            self._foreseen = (sigmas, self._family.foreseen(values) if values else {})
-        return self._foreseen[1]
+            self._schedule = (sigmas, self._family.schedule_values(values) if values else {})
+        return self._schedule[1]

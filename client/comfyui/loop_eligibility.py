@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter
 
 EULER: Final = "euler"
-_LABELS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
+_COMMON_KEYS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
 """Keys that any CONDITIONING has, or that are checked one by one below."""
 
 
@@ -29,17 +29,17 @@ def why_stepwise(
     positive: Sequence[Mapping[str, Any]],
     negative: Sequence[Mapping[str, Any]],
     family: ModelAdapter,
-    unlike_made: str | None,
+    model_change: str | None,
     latent_shape: Sequence[int],
     pixels_per_latent: int,
 ) -> str | None:
     """Return why ComfyUI's own loop has to run, or None if the workers' loop gives the same latents.
 
-    ``positive`` and ``negative`` are parts of conditioning with all their options (``parts_of``). ``unlike_made``, from
-    ``why_unlike_made``, names what changed in the model since it was loaded.
+    ``positive`` and ``negative`` are parts of conditioning with all their options (``parts_of``); ``model_change`` is
+    from ``why_model_changed``.
     """
-    if unlike_made is not None:
-        return unlike_made
+    if model_change is not None:
+        return model_change
     if sampler != EULER:
         return f"the workers' loop has the sampler euler, not {sampler}"
     if cfg != 1.0:
@@ -72,7 +72,7 @@ def _why_not_condition(
         return f"the positive conditioning has {len(positive)} parts"
     for name, parts in (("positive", positive), ("negative", negative)):
         for part in parts:  # the negative ones too: ComfyUI copies their areas to the positive conditioning
-            special = sorted(key for key in part.keys() - _LABELS - family.loop_keys if part[key] is not None)
+            special = sorted(key for key in part.keys() - _COMMON_KEYS - family.loop_keys if part[key] is not None)
             special += sorted(part.get("model_conds", {}).keys() - family.loop_conds)
             if special:
                 return f"the {name} conditioning has {', '.join(special)}"

@@ -154,19 +154,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         patches = self.patches[key]
         # LoRA adapters are compared by identity; the recipe keeps them alive, so that no id is used twice.
         recipe = tuple(
-            (strength, _Same(value), model, offset, _Same(how)) for strength, value, model, offset, how in patches
+            (strength, _ById(value), model, offset, _ById(how)) for strength, value, model, offset, how in patches
         )
         return Edit(recipe, functools.partial(_merge, patches, key, self.load_device))
 
 
-class _Same:
+class _ById:
     """Wrap a value so that it is compared by identity."""
 
     def __init__(self, value: object) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -216,8 +216,8 @@ def make_model(tensors: Mapping[str, torch.Tensor], label: str) -> RemotePatcher
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
     named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
-    weights = lendable(named, ComponentKind.TRANSFORMER, label, is_whole=True)
-    return make_patcher(build_weightless(config, named), weights, family)
+    weights = make_weights(named, ComponentKind.TRANSFORMER, label, is_whole=True)
+    return make_transformer_patcher(build_weightless(config, named), weights, family)
 
 
 def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -229,11 +229,11 @@ def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return model
 
 
-def make_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemotePatcher:
+def make_transformer_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemotePatcher:
     """Make the MODEL of a transformer on the meta device and the weights that are lent for it."""
     model.memory_usage_factor = 0.0  # activations are in the workers: nothing to reserve, everything fits in one batch
     adapted = model.xditd_family = family.adapt(model)
-    patcher = bind(
+    patcher = make_patcher(
         model, weights, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
     patcher.add_wrapper_with_key(adapted.wrapper, WRAPPER_KEY, RemoteForward(weights, adapted, patcher.understood))
@@ -242,14 +242,16 @@ def make_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemoteP
     return patcher
 
 
-def lendable(tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool) -> RemoteWeights:
+def make_weights(
+    tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool
+) -> RemoteWeights:
     """Make lendable weights from tensors; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU."""
     device = comfy.model_management.get_torch_device()
     is_whole = is_whole and device.type == "cuda"
     return RemoteWeights(tensors, kind=kind, label=label, device=str(device), is_whole=is_whole, connect=connect)
 
 
-def bind(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:
+def make_patcher(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:
     """Make the patcher of a module on the meta device and the weights that are lent for it.
 
     ``weights`` are ``RemoteWeights``, or have the same methods. The loan ends at the latest with the module.

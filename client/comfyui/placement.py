@@ -25,12 +25,12 @@ def place_conditioning(executor: Any, guider: Any, *args: Any, **kwargs: Any) ->
         device = guider.model_patcher.load_device
         for conditions in guider.conds.values():
             for condition in conditions:
-                placed = {name: _placed(value, device) for name, value in condition["model_conds"].items()}
-                condition["model_conds"] = placed
+                moved = {name: _move(value, device) for name, value in condition["model_conds"].items()}
+                condition["model_conds"] = moved
     return executor(guider, *args, **kwargs)
 
 
-def _placed(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     tensor = getattr(value, "cond", None)
     if not isinstance(value, comfy.conds.CONDRegular) or not isinstance(tensor, torch.Tensor):
         return value

@@ -30,7 +30,7 @@ class RunChecks:
         """
         guider = executor.class_obj
         patcher = guider.model_patcher
-        _drop_compilation(guider.model_options)
+        _drop_torch_compile(guider.model_options)
         refuse([
             *patcher.understood.faults(patcher),
             *model_option_faults(guider.model_options),
@@ -39,7 +39,7 @@ class RunChecks:
         return executor(*args, **kwargs)
 
 
-def _drop_compilation(model_options: dict[str, Any]) -> None:
+def _drop_torch_compile(model_options: dict[str, Any]) -> None:
     """Remove torch.compile's wrapper: it only makes a local model faster, and the model is in the workers."""
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if wrappers.pop(COMPILE_KEY, None):

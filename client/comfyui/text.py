@@ -13,7 +13,7 @@ import torch
 
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.families.adapter import TextModel
-from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.tensors import ComponentKind
@@ -55,7 +55,7 @@ class RemoteTextModel(torch.nn.Module):
         super().__init__()
         for weights, names in parts:
             for name, inner in names.items():
-                _place(self, name, weights.base[inner])
+                _add_meta_parameter(self, name, weights.base[inner])
 
     def set_clip_options(self, options: Mapping[str, Any]) -> None:
         layer = options.get("layer")
@@ -66,7 +66,7 @@ class RemoteTextModel(torch.nn.Module):
         """Do nothing: options are never stored."""
 
 
-class LentTogether:
+class JointWeights:
     """Components that ComfyUI loads and unloads as one; ``base`` has the names of ComfyUI's text model."""
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
@@ -104,13 +104,13 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
     for label, tensors in files.items():
         plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
         check_plain(plain, label)
-        lent[label] = lendable(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
+        lent[label] = make_weights(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
     text = _text_model(lent)
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = text.module
-    clip.patcher = bind(
+    clip.patcher = make_patcher(
         text.module,
-        LentTogether(text.parts),
+        JointWeights(text.parts),
         comfy.model_management.text_encoder_device(),
         comfy.model_management.text_encoder_offload_device(),
     )
@@ -138,7 +138,7 @@ def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
     raise refused[0] if refused else Unsupported(f"XDiT: none of {titles()} has text encoders that run in the workers")
 
 
-def _place(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:
+def _add_meta_parameter(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:
     """Register a parameter on the meta device under a dotted name, with the modules that it needs."""
     *path, leaf = name.split(".")
     module = root

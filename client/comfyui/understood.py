@@ -41,7 +41,7 @@ COMPUTE_DTYPE: Final = "manual_cast_dtype"
 COMPILE_KEY: Final = "torch.compile"
 """Key of TorchCompileModel's wrapper, which only makes a local model faster."""
 
-_MEANING: Final = {
+_DESCRIPTIONS: Final = {
     "injections": "injects Python code into the model",
     "hook_patches": "LoRA hooks (scheduled LoRAs)",
     "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
@@ -124,14 +124,14 @@ class Understood:
                         yield f"{name} of the kind {kind!r} ({_owners(by_key)})"
             elif name == "additional_models":
                 if value.get("multigpu"):
-                    yield _MEANING["is_multigpu_base_clone"]
+                    yield _DESCRIPTIONS["is_multigpu_base_clone"]
             elif name == "force_cast_weights":
                 pass  # is set with a compute dtype, which _object_faults checks
             elif name == "injections":
                 for key, each in ((key, each) for key, each in value.items() if each):
-                    yield f"{key} {_MEANING[name]} ({_NODES.get(key) or _owners({key: each})})"
+                    yield f"{key} {_DESCRIPTIONS[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
-                yield _MEANING.get(name) or f"{name} of the patcher ({name_of(value)})"
+                yield _DESCRIPTIONS.get(name) or f"{name} of the patcher ({name_of(value)})"
 
     def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
         for name, value in patches.items():
@@ -144,7 +144,7 @@ class Understood:
                 yield f"the object patch {name} ({name_of(value)})"
 
 
-def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
+def why_model_changed(patcher: Any, made: Any, own_key: str) -> str | None:
     """Name a change of a MODEL, other than of its weights, that the workers' loop would ignore, or return None.
 
     ``made`` is its ``model_sampling`` as loaded; ``own_key`` is the key of XDiT's own wrappers.
@@ -167,10 +167,10 @@ def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
     if patcher.additional_models:
         return f"the model has additional models ({listed(map(str, patcher.additional_models))})"
     sampling = patcher.get_model_object(MODEL_SAMPLING)
-    return None if steps_alike(sampling, made) else f"model_sampling is that of {name_of(type(sampling))}"
+    return None if have_same_steps(sampling, made) else f"model_sampling is that of {name_of(type(sampling))}"
 
 
-def steps_alike(sampling: Any, made: Any) -> bool:
+def have_same_steps(sampling: Any, made: Any) -> bool:
     """Return whether two ``model_sampling`` compute the same step from the same sigmas; schedules may differ."""
     return sampling is made or all(
         name not in vars(sampling) and getattr(type(sampling), name, None) is getattr(type(made), name, None)

@@ -47,7 +47,7 @@ MODEL_OPTIONS: Final = frozenset({
 })  # fmt: skip
 """All known ``model_options``; hooks are looked for in the conditioning, where they come from."""
 
-_MARKS: Final = frozenset(
+_BLOCK_CHANGES: Final = frozenset(
     {"set_model_options_patch_replace", "patches_replace", "optimized_attention_override", "rope_options"}
 )
 """Names in the code of functions that run the model once more with changed blocks."""
@@ -94,7 +94,7 @@ def option_faults(transformer_options: Mapping[str, Any]) -> Iterator[str]:
         if what is None:
             yield f"the transformer option {key!r} ({name_of(value)})"
         elif isinstance(value, Mapping):
-            yield f"{what} ({', '.join(_described(value))})"
+            yield f"{what} ({', '.join(_describe_places(value))})"
         else:
             yield f"{what} ({name_of(value)})"
 
@@ -119,7 +119,7 @@ def condition_faults(conditions: Mapping[str, Iterable[Mapping[str, Any]]], fami
             yield from family.condition_faults(part)
 
 
-def _described(patches: Mapping[Any, Any]) -> Iterator[str]:
+def _describe_places(patches: Mapping[Any, Any]) -> Iterator[str]:
     """Name the places of patches, and the nodes that set them."""
     for place, values in sorted(patches.items(), key=lambda item: str(item[0])):
         inner = values.values() if isinstance(values, Mapping) else values
@@ -134,7 +134,7 @@ def _changes_blocks(function: Any) -> bool:
         code = pending.pop()
         if code is None:
             continue
-        if _MARKS & {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}:
+        if _BLOCK_CHANGES & {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}:
             return True
         pending += [each for each in code.co_consts if hasattr(each, "co_names")]
     return False

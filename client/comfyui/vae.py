@@ -13,7 +13,7 @@ import torch
 from xditd.client.client import Client
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.naming import name_of
-from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
@@ -83,14 +83,14 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     if vae.first_stage_model is None or (vae.latent_channels, vae.latent_dim) not in _latents():
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
-    weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
+    weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
-    vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
+    vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
     vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
     # Activations are in the workers' memory; not zero, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
-    vae.understood_calls = _calls(vae)
+    vae.xditd_functions = _functions(vae)
     return vae
 
 
@@ -105,7 +105,7 @@ def weights_of(vae: Any) -> RemoteWeights:
         tensors = {
             name: tensor for name, tensor in vae.first_stage_model.state_dict().items() if name.startswith("decoder.")
         }
-        found = vae.xditd_weights = lendable(tensors, ComponentKind.VAE, "vae", is_whole=False)
+        found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
 
 
@@ -115,22 +115,24 @@ def why_local(vae: Any) -> str | None:
     An xDiT VAE's modules are checked when it is loaded. A stock VAE is compared with a fresh one of the same shapes.
     """
     if isinstance(vae.first_stage_model, RemoteStage):
-        return _why_changed(vae, vae.understood_calls)
-    made = getattr(vae, "xditd_made", None)
+        return _why_changed(vae, vae.xditd_functions)
+    made = getattr(vae, "xditd_baseline", None)
     if made is None:
         tensors = vae.first_stage_model.state_dict()
         fresh = _on_meta({name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
-        made = vae.xditd_made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _calls(fresh))
+        made = vae.xditd_baseline = (
+            None if fresh.first_stage_model is None else (Understood(fresh.patcher), _functions(fresh))
+        )
     if made is None:
-        return "ComfyUI does not know its kind"
-    understood, calls = made
+        return "ComfyUI does not know this kind of VAE"
+    understood, functions = made
     found = next(understood.faults(vae.patcher), None)
     if found is None and vae.patcher.patches:
         found = "patches of its weights"
-    return found or _why_changed(vae, calls)
+    return found or _why_changed(vae, functions)
 
 
-def _calls(vae: Any) -> dict[str, Any]:
+def _functions(vae: Any) -> dict[str, Any]:
     """Return the code of the functions that ComfyUI sets on a VAE object, by name."""
     return {name: value.__code__ for name, value in vars(vae).items() if isinstance(value, types.FunctionType)}
 

@@ -203,7 +203,7 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
         if tensor.dtype not in plain or kind == "QuantizedTensor":
             packed.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
     if packed:
-        _refuse(form_error(_seen(tensors)), label)
+        _refuse(form_error(_tensor_info(tensors)), label)
         raise Unsupported(
             f"{label}: fp8 and other quantised weights are not supported, use a bf16 or fp16 file; "
             f"{len(packed)} of {len(tensors)} tensors: {listed(packed)}",
@@ -217,7 +217,7 @@ def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     Raises:
         Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
     """
-    _refuse(unsupported_error(_seen(tensors)), label)
+    _refuse(unsupported_error(_tensor_info(tensors)), label)
 
 
 def _refuse(known: RequestError | None, label: str) -> None:
@@ -225,11 +225,11 @@ def _refuse(known: RequestError | None, label: str) -> None:
         raise Unsupported(f"{label}: {known.detail}", names=known.names)
 
 
-def _seen(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Seen]:
-    return {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+def _tensor_info(tensors: Mapping[str, torch.Tensor]) -> dict[str, _TensorInfo]:
+    return {name: _TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-class _Seen(NamedTuple):
+class _TensorInfo(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 

@@ -101,7 +101,7 @@ class ModelAdapter(Protocol):
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         """Keep one new row of :attr:`ForwardCall.texts` in the workers. The host may wait for the device here."""
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         """Return values of arguments in all calls of a run, in the argument's units, from the sampler's sigmas.
 
         Values outside the argument's range are left out.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.rows import joined, padded
+from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -86,7 +86,7 @@ class Flux1Model:
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {name: keep(tensor.to(dtype)) for name, tensor in texts.items()}
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
@@ -131,12 +131,12 @@ class Flux1Call:
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
         """Return one forward for all rows: ComfyUI batches only texts of equal length."""
-        latents = padded(self.x[rows], PATCH).to(dtype)
+        latents = pad_to_patch(self.x[rows], PATCH).to(dtype)
         height, width = latents.shape[2:]
         found = {
             "hidden_states": pack(latents),
-            EMBEDS: joined([row[EMBEDS] for row in kept]),
-            POOLED: joined([row[POOLED] for row in kept]),
+            EMBEDS: join_rows([row[EMBEDS] for row in kept]),
+            POOLED: join_rows([row[POOLED] for row in kept]),
             "timestep": torch.tensor(numbers["timestep"], dtype=torch.float32),
             "img_ids": self.model.ids(keep, height // PATCH, width // PATCH),
             "txt_ids": self.model.ids(keep, self.texts[EMBEDS].shape[1]),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.rows import padded
+from xditd.client.comfyui.families.rows import pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -74,7 +74,7 @@ class ZImageModel:
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {TEXT: keep(texts[TEXT][0].to(dtype))}
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         return {}
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
@@ -108,7 +108,7 @@ class ZImageCall:
         dtype: torch.dtype,
     ) -> list[Arguments]:
         """Return one forward for all rows: ComfyUI batches only texts of equal length."""
-        latents = padded(self.x[rows], PATCH).to(dtype)
+        latents = pad_to_patch(self.x[rows], PATCH).to(dtype)
         return [
             {
                 "x": list(latents.unsqueeze(2).unbind()),

@@ -21,7 +21,7 @@ from xditd.client.comfyui.fused_sampler import FusedEuler, parts_of
 from xditd.client.comfyui.loop_eligibility import why_stepwise
 from xditd.client.comfyui.node_text import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY
-from xditd.client.comfyui.understood import why_unlike_made
+from xditd.client.comfyui.understood import why_model_changed
 from xditd.client.comfyui.vae import weights_of, why_local
 from xditd.ipc.limits import MAX_STEPS
 
@@ -102,7 +102,7 @@ def sample(
         positive=parts_of(positive),
         negative=parts_of(negative),
         family=remote.family,
-        unlike_made=why_unlike_made(remote, remote.understood.sampling, WRAPPER_KEY),
+        model_change=why_model_changed(remote, remote.understood.sampling, WRAPPER_KEY),
         latent_shape=start.shape,
         pixels_per_latent=remote.model.latent_format.spacial_downscale_ratio,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.client import Unsupported
-from xditd.client.comfyui.understood import BOOKKEEPING, CALLBACKS, COMPILE_KEY, WRAPPERS, Understood, why_unlike_made
+from xditd.client.comfyui.understood import BOOKKEEPING, CALLBACKS, COMPILE_KEY, WRAPPERS, Understood, why_model_changed
 
 OWN = "xditd"
 
@@ -192,7 +192,7 @@ FUSED = [
 @pytest.mark.parametrize("change", FUSED, ids=lambda each: each.__name__)
 def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
     change(patcher)
-    assert why_unlike_made(patcher, patcher.model.model_sampling, OWN) is None
+    assert why_model_changed(patcher, patcher.model.model_sampling, OWN) is None
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,6 @@ def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
 )  # fmt: skip
 def test_what_the_whole_loop_would_leave_out(change, said, patcher):
     change(patcher)
-    reason = why_unlike_made(patcher, patcher.model.model_sampling, OWN)
+    reason = why_model_changed(patcher, patcher.model.model_sampling, OWN)
     assert reason is not None
     assert said in reason
