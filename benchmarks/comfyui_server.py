@@ -1,4 +1,4 @@
-"""A ComfyUI server in a folder of its own, for benchmarks: prompts in, what it noted out."""
+"""Run a ComfyUI server in a temporary folder for benchmarks, and time prompts in it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PROMPT_DEADLINE_S = 120.0
 
 
 class Failure(Exception):
-    """A prompt or the server did not do what the benchmark asked of it."""
+    """A prompt failed, or the server does not answer."""
 
 
 def make_base(base: Path) -> None:
-    """Lay out the folders of a ComfyUI, with the node pack and the benchmark's nodes."""
+    """Make the folders of a ComfyUI, with the node pack and the benchmark's nodes."""
     for folder in FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack.install(base / "custom_nodes" / pack.FOLDER)
@@ -38,13 +38,13 @@ def make_base(base: Path) -> None:
 
 
 def said_of(status: dict[str, Any]) -> str:
-    """What a failed prompt said, without the inputs of its node: those are pages of numbers."""
+    """Return the error of a failed prompt, without its node's inputs, which are pages of numbers."""
     detail = status["messages"][-1][1]
     return f"{detail.get('node_type')}: {detail.get('exception_type')}: {detail.get('exception_message')}"[:1500]
 
 
 class ComfyServer:
-    """One ComfyUI process on default flags, without a page and without API nodes."""
+    """One ComfyUI process with default flags, without a web page and without API nodes."""
 
     def __init__(self, root: Path, base: Path, runtime: Path, log: Path, flags: list[str]) -> None:
         with socket.socket() as probe:
@@ -60,7 +60,7 @@ class ComfyServer:
             self.process = subprocess.Popen(command, cwd=root, stdout=out, stderr=out, env=environment)
 
     def wait_up(self) -> None:
-        """Wait until it answers and knows the nodes that are needed."""
+        """Wait until the server answers, and check that it has all needed nodes."""
         self._until(self._is_up, START_DEADLINE_S, "ComfyUI to answer")
         offered = self.ask("/object_info")
         missing = {"XDiTUNetLoader", "XDiTAccelerate", "XDiTKSampler", "XDiTVAELoader", "BenchConditioning"} - set(
@@ -80,7 +80,7 @@ class ComfyServer:
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """Run one prompt; seconds are counted from the moment before it was queued."""
+        """Run one prompt; returns its times in seconds since just before it was queued."""
         queued = time.time()
         number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
         found = self._until(lambda: self.ask(f"/history/{number}").get(number), PROMPT_DEADLINE_S, "the prompt to end")
@@ -126,5 +126,5 @@ class ComfyServer:
                 raise Failure(f"ComfyUI ended with status {self.process.returncode}\n{self.tail()}")
             if time.monotonic() > ends:
                 raise Failure(f"waited {deadline_s:.0f} s for {what}\n{self.tail()}")
-            time.sleep(0.1)  # seldom, so that the server's own threads are left alone
+            time.sleep(0.1)  # not shorter: polls take time from the server
         return found

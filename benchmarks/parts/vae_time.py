@@ -1,9 +1,9 @@
-"""Decode FLUX.1's VAE at full size by each way, side by side in one run, without a daemon.
+"""Time the decode of FLUX.1's VAE at full size in three ways, without a daemon.
 
     python benchmarks/run.py vae_time --workers 1 2
 
 ``diffusers`` is one rank's decode as diffusers runs it, ``channels_last`` the same with activations in that memory
-format, ``bands`` the decoder of ``split_decode.py`` over all ranks (on one rank: its code without company). Weights are
+format, ``bands`` the decoder of ``split_decode.py`` over all ranks, or with the same code on one rank. Weights are
 random. Prints milliseconds of the slowest rank, ratios to ``diffusers``, and the error against a decode in float32.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
