@@ -77,14 +77,10 @@ def compiled_code() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="daemon starts and imports to take the median of")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to load each server")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="alternate runs of echo and status; medians count"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="alternate runs of echo and status; medians count")
     parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is measured")
     parser.add_argument("--work", action="store_true", help="time only lends and jobs")
-    parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="time both, alternately with another checkout"
-    )
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time both, alternately with another checkout")
 
 
 def run(given: argparse.Namespace, report: Report) -> int:
