@@ -49,8 +49,8 @@ def test_checkpoints_of_one_size_and_one_with_a_nan(tmp_path):
     oracle.write_checkpoints(tmp_path)
     sizes = {oracle.checkpoint_path(tmp_path, name).stat().st_size for name in oracle.CHECKPOINTS}
     assert len(sizes) == 1
-    spoilt = load_file(oracle.checkpoint_path(tmp_path, oracle.NOT_FINITE))
-    assert sum(int(tensor.isnan().sum()) for tensor in spoilt.values()) == 1
+    with_nan = load_file(oracle.checkpoint_path(tmp_path, oracle.NOT_FINITE))
+    assert sum(int(tensor.isnan().sum()) for tensor in with_nan.values()) == 1
 
 
 def test_a_copy_replaces_the_file_that_somebody_may_map(tmp_path):
