@@ -1,4 +1,4 @@
-"""Which jobs run whole in the workers, and what is said about the others."""
+"""Which jobs run in the workers' loop, and the reasons that the others do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The allow-list of what may be done to a patcher: each entry, and something unknown at every level."""
+"""Changes of a patcher: each allowed one passes, and an unknown one is refused at every level."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sampling:
 
 
 class Shifted(Sampling):
-    """Another schedule, and the same rule for a step."""
+    """A model_sampling with another schedule and the same step."""
 
     sigma_max = 0.9
 
@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
 
 
 class Patcher:
-    """The parts of ComfyUI's patcher, as its constructor makes them."""
+    """The attributes of ComfyUI's patcher, as its constructor sets them."""
 
     def __init__(self) -> None:
         self.model: Any = Model()
@@ -85,7 +85,7 @@ def understood(patcher) -> Understood:
 
 
 def put(name: str, *keys: str, value: Any = print) -> Callable[[Any], None]:
-    """Set an attribute, or a place in its nested dicts."""
+    """Return a function that sets an attribute, or a key in its nested dicts."""
 
     def change(patcher: Any) -> None:
         if not keys:

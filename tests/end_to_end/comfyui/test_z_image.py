@@ -22,10 +22,10 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 1e-6
 GUIDED_TOLERANCE = 2e-6
-"""With a cfg of 3 the differences of two predictions count three and two times, against one of a latent."""
+"""A cfg of 3 multiplies the errors of its two predictions by three and two."""
 
 HIDDEN, HEADS = 1152, 9
-"""The least of which ComfyUI's module and diffusers' class round the width of the MLP and of time alike."""
+"""The smallest width for which ComfyUI's module and diffusers' class round the MLP's and time's widths equally."""
 CONFIG = ZImageConfig(hidden=HIDDEN, layers=1, refiners=2, text_channels=64)
 
 CASES = [
@@ -83,7 +83,7 @@ def weightless(connected, file) -> Any:
 
 @pytest.fixture(scope="module")
 def text() -> Callable[..., list[Any]]:
-    """Make what text encoding would give."""
+    """Make conditioning as text encoding does."""
 
     def make(seed: int, tokens: int = 16, **extras: Any) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""FLUX.1's adapter: what ComfyUI calls the model with, as the arguments of diffusers' class, and back."""
+"""FLUX.1's adapter converts ComfyUI's arguments to those of diffusers' class, and results back."""
 
 from __future__ import annotations
 
