@@ -168,7 +168,7 @@ class Flux1:
         return known.Flux, known.FluxInpaint, known.FluxSchnell
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse a FLUX.1 that reads an image beside the latents.
+        """Refuse a FLUX.1 that reads an image besides the latents.
 
         Raises:
             Unsupported: Fill, Canny or Depth.

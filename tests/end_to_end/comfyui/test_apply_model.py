@@ -1,6 +1,6 @@
-"""A family whose ComfyUI class calls no wrapper of its forward: its adapter stands in for ``apply_model``.
+"""An adapter with the wrapper ``apply_model``, for families whose ComfyUI class calls no wrapper of its forward.
 
-No shipped family needs it. FLUX.1 takes this way here, and gives the bits of its own.
+No shipped family needs it. With it FLUX.1 gives the same bits as with its own adapter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whatever a stock model obeys, a MODEL of ours obeys, or it is refused: here, what is obeyed, through either sampler.
+"""Nodes that a stock model obeys give the same result on a remote MODEL, through both samplers.
 
-Each node changes the stock picture by far more than the tolerance, so that an ignored one would show.
+Each node changes the stock result by far more than the tolerance, so that an ignored node fails the test.
 """
 
 from __future__ import annotations

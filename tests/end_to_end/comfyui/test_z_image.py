@@ -1,6 +1,6 @@
-"""Z-Image in ComfyUI: the weightless MODEL and the workers' loop give the latents that the same ComfyUI gives locally.
+"""Z-Image in ComfyUI: the remote MODEL and the workers' loop give the latents of the same ComfyUI running locally.
 
-ComfyUI knows Z-Image by its width, 3840: here it is told another one, in which a model is small enough for a CPU.
+ComfyUI detects Z-Image by its width, 3840; these tests change that width, so that the model is small enough for a CPU.
 """
 
 from __future__ import annotations
