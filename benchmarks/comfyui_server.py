@@ -37,7 +37,7 @@ def make_base(base: Path) -> None:
     shutil.copytree(NODES, base / "custom_nodes" / NODES.name)
 
 
-def said_of(status: dict[str, Any]) -> str:
+def error_of(status: dict[str, Any]) -> str:
     """Return the error of a failed prompt, without its node's inputs, which are pages of numbers."""
     detail = status["messages"][-1][1]
     return f"{detail.get('node_type')}: {detail.get('exception_type')}: {detail.get('exception_message')}"[:1500]
@@ -86,16 +86,16 @@ class ComfyServer:
         found = self._until(lambda: self.ask(f"/history/{number}").get(number), PROMPT_DEADLINE_S, "the prompt to end")
         status = found["status"]
         if status["status_str"] != "success":
-            raise Failure(f"{said_of(status)}\n{self.tail()}")
-        noted = self.ask("/xditd_bench")
+            raise Failure(f"{error_of(status)}\n{self.tail()}")
+        recorded = self.ask("/xditd_bench")
         outputs = [each for each in found["outputs"].values() if "is_finite" in each]
         if not all(each["is_finite"][0] for each in outputs):
             raise Failure("the picture has values that are not finite")
-        stamps = noted["steps"]
+        stamps = recorded["steps"]
         return {
-            "latents_s": noted["marks"]["latents"] - queued,
-            "image_s": noted["marks"]["image"] - queued,
-            "forwards": noted["forwards"],
+            "latents_s": recorded["marks"]["latents"] - queued,
+            "image_s": recorded["marks"]["image"] - queued,
+            "forwards": recorded["forwards"],
             "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
         }
 

@@ -45,7 +45,7 @@ def gpu_memory_used() -> list[int]:
     return [int(used.split()[0]) * 2**20 for used in _query("memory.used", "--query-gpu")]
 
 
-def roomy_folder(size_bytes: int) -> Path:
+def temporary_folder(size_bytes: int) -> Path:
     """Return a folder for temporary files of ``size_bytes``: /dev/shm if they fit, else the system's."""
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free >= size_bytes:

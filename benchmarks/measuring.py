@@ -102,7 +102,7 @@ def repeat_ms(
 # --- Ranks ---------------------------------------------------------------------------------------
 
 
-def on_ranks(run_rank: Callable[..., Any], ranks: int, *arguments: Any, is_one_here: bool = False) -> list[Any]:
+def run_on_ranks(run_rank: Callable[..., Any], ranks: int, *arguments: Any, is_one_here: bool = False) -> list[Any]:
     """Run ``run_rank(rank, ranks, store, *arguments)`` in ``ranks`` processes; returns their results.
 
     ``store`` is the path of the ranks' FileStore. The processes are daemonic, so they end with this one. With
@@ -167,7 +167,7 @@ class AnonymousPeak:
         self._look()
 
 
-def evict(path: Path) -> str | None:
+def drop_from_page_cache(path: Path) -> str | None:
     """Drop a file from the page cache; returns a reason if most of it stays there.
 
     Source: posix_fadvise(2), "POSIX_FADV_DONTNEED": dirty pages stay, so they are written first.

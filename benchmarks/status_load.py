@@ -28,7 +28,7 @@ PACED_PER_S = 5_000
 """Requests a second of all clients together, sent in turn without waiting for answers."""
 
 
-def framed(body: bytes, flags: int = 0) -> bytes:
+def make_frame(body: bytes, flags: int = 0) -> bytes:
     """Return one ZMTP frame, short or long."""
     if len(body) > 255:
         return struct.pack(">BQ", flags | _LONG, len(body)) + body
@@ -51,13 +51,13 @@ class ZmtpClient:
                 if time.monotonic() > ends_s:
                     raise
                 time.sleep(0.005)  # the server is starting; connect(2) does not wait for a listener
-        self.socket.sendall(_GREETING + framed(_READY, _COMMAND))
+        self.socket.sendall(_GREETING + make_frame(_READY, _COMMAND))
         while len(self._unread) < len(_GREETING):
             self._read()
         self._unread = self._unread[len(_GREETING) :]
 
     def send(self, frame: bytes, due_s: float | None = None) -> None:
-        """Send a frame of :func:`framed`. It is small, so the kernel takes it whole unless the server stops reading."""
+        """Send a frame, which is small, so the kernel takes it whole unless the server stops reading."""
         self.sent_s.append(time.perf_counter() if due_s is None else due_s)
         if self.socket.send(frame) != len(frame):
             raise SystemExit("the server does not read its requests")
@@ -83,7 +83,7 @@ class ZmtpClient:
 
     def ask(self, body: bytes) -> bytes:
         """Send one message and wait for the answer."""
-        self.socket.sendall(framed(body))
+        self.socket.sendall(make_frame(body))
         while not (found := self.receive()):
             pass
         return found[0]
@@ -106,7 +106,7 @@ def load(
     With a window of 0 they send :data:`PACED_PER_S` together, and latency starts when a request was due, so that late
     sends count. ``check`` gets every thousandth answer.
     """
-    frame = framed(payload)
+    frame = make_frame(payload)
     by_descriptor = {connection.socket.fileno(): connection for connection in connections}
     latencies_ms: list[float] = []
     due = 0

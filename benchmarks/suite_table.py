@@ -75,7 +75,7 @@ def print_tables(raw: dict[str, Any]) -> None:
         ("Jobs, lossless", [row for workers in groups for row in jobs(report, workers, full)]),
         ("Layouts on two workers, lossless", layouts(report)),
         ("Memory of GPUs", [row for workers in groups for row in memory(report, workers)]),
-        ("Precision traded for speed: NOT lossless", [row for workers in groups for row in traded(report, workers)]),
+        ("Precision traded for speed: NOT lossless", [row for workers in groups for row in lossy(report, workers)]),
     ):
         if rows:
             print_table(title, [row.cells() for row in rows])
@@ -200,7 +200,7 @@ def memory(report: SuiteReport, workers: int) -> list[Row]:
     ]
 
 
-def traded(report: SuiteReport, workers: int) -> list[Row]:
+def lossy(report: SuiteReport, workers: int) -> list[Row]:
     rows, lossless = [], partial(report.step, f"workers-{workers}")
     for mode in ("fp8", "step-cache"):
         part = f"{mode}-{workers}"

@@ -15,7 +15,7 @@ from typing import Any
 import flux
 import torch
 from machine import gpu_memory_by_process
-from measuring import GIB, AnonymousPeak, Report, evict, part_command, repeat_ms, say, synchronize
+from measuring import GIB, AnonymousPeak, Report, drop_from_page_cache, part_command, repeat_ms, say, synchronize
 from parts import files
 from safetensors.torch import load_file
 
@@ -211,7 +211,7 @@ class Walk:
             self.report.add(files=found)
         if self.given.device == "cuda":
             found["through_arena"] = [lend_file(self.device)]
-        reason = evict(path)
+        reason = drop_from_page_cache(path)
         found |= {"cold_refused": reason} if reason else {"cold": lend_file()}
         self.report.add(files=found)
 

@@ -26,12 +26,12 @@ forwards: dict[str, list[float]] = {"forward_ms": [], "call_ms": []}
 _update = comfy.utils.ProgressBar.update_absolute
 
 
-def _noted(bar, value, total=None, preview=None):
+def _record_step(bar, value, total=None, preview=None):
     steps.append(time.time())
     return _update(bar, value, total, preview)
 
 
-comfy.utils.ProgressBar.update_absolute = _noted
+comfy.utils.ProgressBar.update_absolute = _record_step
 
 
 def _timed(name, function):
@@ -60,7 +60,7 @@ def _wait_for_gpu():
 
 
 @PromptServer.instance.routes.get("/xditd_bench")
-async def noted(request):
+async def report(request):
     found = {
         "steps": list(steps),
         "marks": dict(marks),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_server import ComfyServer, Failure, make_base
-from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
+from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, temporary_folder
 from measuring import GIB, Report, add_device, clean_environment, need_gpus, part_command, print_table, say, skip
 
 from xditd.client import Client
@@ -86,9 +86,9 @@ class Run:
             with daemon.connect() as client:
                 found["parallel"] = dict(daemon.wait_ready(client, lambda _: None).parallel)
                 found["idle"] = self._memory()
-                noted = server.ask("/xditd_bench")
+                recorded = server.ask("/xditd_bench")
                 found["comfyui"] = {
-                    key: value for key, value in noted.items() if key not in ("steps", "marks", "forwards")
+                    key: value for key, value in recorded.items() if key not in ("steps", "marks", "forwards")
                 }
                 say(f"ComfyUI: {found['comfyui']}")
                 for name in paths:
@@ -242,7 +242,7 @@ def run(given: argparse.Namespace, report: Report) -> int:
     gpus = len(describe_machine()["gpus"]) if given.device == "cuda" else 2
     sizes = given.workers or sorted({1, gpus})
     need_gpus("comfyui", max(sizes), given.device)
-    scratch = given.scratch or roomy_folder((1 if given.small else 26) * GIB)
+    scratch = given.scratch or temporary_folder((1 if given.small else 26) * GIB)
     with tempfile.TemporaryDirectory(prefix="xditd-comfy-", dir=scratch) as folder:
         measured = Run(given, report, Path(folder))
         measured.write_files()

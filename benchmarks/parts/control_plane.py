@@ -95,9 +95,9 @@ def run(given: argparse.Namespace, report: Report) -> int:
         return 0
     import_s, has_torch = measure_import(given.repeats)
     report.add(
-        hello_idle_group_s=spread([measure_hello(IDLE_WORKER) for _ in range(given.repeats)]),
-        hello_real_group_s=spread([measure_hello(None) for _ in range(given.repeats)]),
-        import_client_s=spread(import_s),
+        hello_idle_group_s=median_and_range([measure_hello(IDLE_WORKER) for _ in range(given.repeats)]),
+        hello_real_group_s=median_and_range([measure_hello(None) for _ in range(given.repeats)]),
+        import_client_s=median_and_range(import_s),
         import_client_loads_torch=has_torch,
     )
     for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW), ("paced", MANY, 0)):
@@ -169,7 +169,9 @@ def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str,
             echoes.append(load([ZmtpClient(path) for _ in range(clients)], pid, request, window, seconds, len))
         with daemon(IDLE_WORKER) as (runtime, _, pid):
             path = endpoint(runtime.client_socket).removeprefix("ipc://")
-            statuses.append(load([welcomed(path) for _ in range(clients)], pid, request, window, seconds, check_status))
+            statuses.append(
+                load([connect_client(path) for _ in range(clients)], pid, request, window, seconds, check_status)
+            )
     ratios = [status["per_s"] / echo["per_s"] for echo, status in zip(echoes, statuses, strict=True)]
     return {
         "clients": clients,
@@ -204,7 +206,7 @@ def compare_checkouts(other: Path, jobs: int, rounds: int, report: Report) -> No
     print_table("Medians", rows)
 
 
-def welcomed(path: str) -> ZmtpClient:
+def connect_client(path: str) -> ZmtpClient:
     client = ZmtpClient(path)
     if not isinstance(reply_decoder.decode(client.ask(encode(hello()))), Welcome):
         raise SystemExit("the daemon did not answer the benchmark's hello")
@@ -216,7 +218,7 @@ def check_status(answer: bytes) -> None:
         raise SystemExit("the daemon did not answer with its status")
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def median_and_range(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

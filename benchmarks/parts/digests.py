@@ -119,7 +119,7 @@ def texts(client: Client) -> Results:
                 yield f"encode_text, {name}: pooled", encoded.pooled
 
 
-def everything(client: Client, folder: Path) -> Results:
+def all_results(client: Client, folder: Path) -> Results:
     """Results of all jobs, one component after the other."""
     path = folder / "ae.safetensors"
     checkpoints.write_flux_vae(path, seed=3)
@@ -143,7 +143,7 @@ def collect(ranks: int) -> dict[str, str]:
         try:
             client = daemon.connect()
             daemon.wait_ready(client, lambda _: None)
-            return {name: digest(tensor) for name, tensor in everything(client, Path(folder))}
+            return {name: digest(tensor) for name, tensor in all_results(client, Path(folder))}
         finally:
             daemon.stop(client)
 

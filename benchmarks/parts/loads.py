@@ -18,7 +18,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_device, evict, need_gpus, print_table, repeat_ms
+from measuring import Report, add_device, drop_from_page_cache, need_gpus, print_table, repeat_ms
 from parts import files
 
 SECONDS = 25.0
@@ -84,6 +84,6 @@ def run(given: argparse.Namespace, report: Report) -> None:
         warm.append(once())
         report.add(warm_ms=warm)
     gc.collect()
-    reason = evict(path)
+    reason = drop_from_page_cache(path)
     report.add(**({"cold_refused": reason} if reason else {"cold_ms": once()}))
     print_table(given.way, [(name, str(report.found[name])) for name in ("first_ms", "warm_ms")])

@@ -67,7 +67,7 @@ def draw_phases(report: SuiteReport, target: Path) -> None:
         axes.annotate(f" {left:.1f} s", (left, row), va="center")
     axes.margins(x=0.08)
     axes.set_xlabel(f"seconds to a first image, {report.made['steps']} steps, {report.made['pixels']} pixels")
-    finish(figure, axes, report, target)
+    save_figure(figure, axes, report, target)
 
 
 def draw_steps(report: SuiteReport, target: Path) -> None:
@@ -95,14 +95,14 @@ def draw_steps(report: SuiteReport, target: Path) -> None:
             has_floor = True
     axes.margins(x=0.12)
     axes.set_xlabel(f"milliseconds a step, {report.made['pixels']} pixels, {report.made['tokens']} text tokens")
-    finish(figure, axes, report, target)
+    save_figure(figure, axes, report, target)
 
 
 def median(ask: Callable[[str], Figure], part: str) -> float:
     return ask(part).median
 
 
-def finish(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
+def save_figure(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
     machine = report.machine
     where = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else machine["cpu"]
     axes.set_title(f"{report.made['parameters'] / 1e9:.3g} B parameters, {where}", fontsize="medium")

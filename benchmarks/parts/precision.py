@@ -22,7 +22,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, synchronize
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, run_on_ranks, synchronize
 
 GUIDANCE = 3.5
 
@@ -123,7 +123,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     print("this measures the time that a skipped step saves, not which threshold keeps images good")
     report.add(groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         report.add(groups=[*report.found["groups"], {"ranks": ranks, "found": found}])
         base = max(each[0]["seconds"] for each in found)
         rows = [("", "step cache", "time", "of bf16", "skipped", "error", "of a step, to plain", "same bits again")]

@@ -24,7 +24,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_device, need_gpus, on_ranks, print_machine, print_table, synchronize
+from measuring import Report, add_device, need_gpus, print_machine, print_table, run_on_ranks, synchronize
 from parts import files, loads
 
 SHOWS_MACHINE = True
@@ -208,7 +208,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
         need_gpus(f"rival {given.rival}", given.ranks, given.device)
         files.ensure(given.files, given)
         given.began = time.time()
-    found = on_ranks(run_rank, given.ranks, given, is_one_here=True)
+    found = run_on_ranks(run_rank, given.ranks, given, is_one_here=True)
     report.add(rival=given.rival, ranks=given.ranks, **slowest(found))
     rows = [(name, f"{statistics.median(report.found[name]):.3f} s") for name in ("job_s", "decode_s")]
     print_machine(report.found["machine"])

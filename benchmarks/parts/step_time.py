@@ -25,7 +25,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_ranks, need_gpus, on_ranks, print_table
+from measuring import Report, add_ranks, need_gpus, print_table, run_on_ranks
 
 from xditd.client.demo.flux1_calls import image_ids
 
@@ -186,7 +186,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("step_time", max(given.ranks))
     report.add(groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         group: dict[str, Any] = {
             "ranks": ranks,
             "layout": found[0]["layout"],

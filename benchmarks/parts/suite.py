@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, roomy_folder
+from machine import describe_machine, temporary_folder
 from measuring import Report, add_device, clean_environment, need_gpus, part_command, say
 from parts import files
 from suite_table import print_tables
@@ -57,11 +57,11 @@ def stages_for(gpus: int, small: bool) -> list[Stage]:
     few = ("--repeats", "3", "--lends", "3", "--cold-clients", "1") if small else ()
     rival_few = ("--repeats", "3") if small else ()
 
-    def walk(name: str, workers: int, estimate_s: float, *more: str) -> Stage:
+    def measure_group(name: str, workers: int, estimate_s: float, *more: str) -> Stage:
         return Stage(name, "workers", ("--workers", str(workers), *few, *more), estimate_s)
 
     def jobs(name: str, workers: int, *more: str) -> Stage:
-        return walk(name, workers, 45.0, "--walk", "jobs", *more)
+        return measure_group(name, workers, 45.0, "--walk", "jobs", *more)
 
     def rival(name: str, ranks: int) -> Stage:
         label = name if ranks == 1 and name == "diffusers" else f"{name}-{ranks}"
@@ -70,7 +70,7 @@ def stages_for(gpus: int, small: bool) -> list[Stage]:
 
     stages = [Stage("ceilings", "ceilings", (), 15.0, reads_files=False), rival("diffusers", 1)]
     for workers in groups:
-        stages += [rival("xfuser", workers), walk(f"workers-{workers}", workers, 130.0)]
+        stages += [rival("xfuser", workers), measure_group(f"workers-{workers}", workers, 130.0)]
     stages += [Stage(f"load-{way}", "loads", (way, *rival_few), 40.0) for way in ("pretrained", "single-file")]
     stages.append(Stage("load-safetensors", "loads", ("load-file", *rival_few), 35.0))
     stages.append(Stage("tensor-ipc", "tensor_ipc", rival_few, 25.0, reads_files=False))
@@ -135,7 +135,7 @@ class Suite:
         found.pop("machine", None)
         found["took_s"] = time.monotonic() - started
         if process.returncode or reason:
-            found["failed"] = reason or refusal(found) or last_line(log)
+            found["failed"] = reason or start_error(found) or last_line(log)
             say(f"{stage.name} failed: {found['failed']}")
         self.parts[stage.name] = found
         self.report.add(parts=self.parts)
@@ -156,7 +156,7 @@ def wait(process: subprocess.Popen[bytes], limit_s: float) -> str | None:
     return f"took longer than {limit_s:.0f} s"
 
 
-def refusal(found: dict[str, Any]) -> str | None:
+def start_error(found: dict[str, Any]) -> str | None:
     """Return why a worker group did not start: the last line of the daemon's log, with which the message ends."""
     lines = found.get("failed_stages", {}).get("start", "").splitlines()
     return str(lines[-1].partition(" ERROR ")[2] or lines[-1]) if lines else None
@@ -193,7 +193,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
         print("\n".join(f"{stage.name:24} {stage.estimate_s:5.0f}" for stage in stages))
         return
     need_gpus("suite", 1, given.device)
-    scratch = None if given.files else roomy_folder(2**30 if given.small else FILES_BYTES)
+    scratch = None if given.files else temporary_folder(2**30 if given.small else FILES_BYTES)
     with tempfile.TemporaryDirectory(prefix="xditd-suite-", dir=scratch) as folder:
         if given.logs is not None:
             given.logs.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, repeat_ms
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, repeat_ms, run_on_ranks
 
 CHANNELS = (128, 256, 512, 512)
 SMALL_CHANNELS = (64, 64, 64, 64)
@@ -86,7 +86,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("vae_time", max(given.ranks), given.device)
     report.add(pixels=given.pixels, groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         report.add(groups=[*report.found["groups"], {"ranks": ranks, "by_rank": found}])
         slowest = {way: max(statistics.median(each[way]["ms"]) for each in found) for way in found[0]}
         rows = [("", "time", "of diffusers", "error", "same bits again", "peak")]
