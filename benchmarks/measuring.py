@@ -47,7 +47,6 @@ def need_gpus(part: str, count: int, device: str = "cuda") -> None:
 
 
 def skip(reason: str) -> NoReturn:
-    """End the part as skipped."""
     say(f"skipped: {reason}")
     sys.exit(SKIPPED)
 

@@ -120,9 +120,8 @@ def why_local(vae: Any) -> str | None:
     if made is None:
         tensors = vae.first_stage_model.state_dict()
         fresh = _on_meta({name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
-        made = vae.xditd_baseline = (
-            None if fresh.first_stage_model is None else (Understood(fresh.patcher), _functions(fresh))
-        )
+        made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _functions(fresh))
+        vae.xditd_baseline = made
     if made is None:
         return "ComfyUI does not know this kind of VAE"
     understood, functions = made

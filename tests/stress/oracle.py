@@ -74,7 +74,7 @@ def latents_for(seed: int) -> torch.Tensor:
 def start_job(
     client: Client, loan: Loan, seed: int, *, steps: int = STEPS, vae: Loan | None = None, deadline_s: float
 ) -> GenerationJob:
-    """Start the job of a seed."""
+
     return client.generate(
         loan,
         conditioning_for(seed),
