@@ -1,4 +1,4 @@
-"""A ComfyUI server in a folder of its own, for benchmarks: prompts in, what it noted out."""
+"""Run a ComfyUI server in a temporary folder for benchmarks, and time prompts in it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ PROMPT_DEADLINE_S = 120.0
 
 
 class Failure(Exception):
-    """A prompt or the server did not do what the benchmark asked of it."""
+    """A prompt failed, or the server does not answer."""
 
 
 def make_base(base: Path) -> None:
-    """Lay out the folders of a ComfyUI, with the node pack and the benchmark's nodes."""
+    """Make the folders of a ComfyUI, with the node pack and the benchmark's nodes."""
     for folder in FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack.install(base / "custom_nodes" / pack.FOLDER)
     shutil.copytree(NODES, base / "custom_nodes" / NODES.name)
 
 
-def said_of(status: dict[str, Any]) -> str:
-    """What a failed prompt said, without the inputs of its node: those are pages of numbers."""
+def error_of(status: dict[str, Any]) -> str:
+    """Return the error of a failed prompt, without its node's inputs, which are pages of numbers."""
     detail = status["messages"][-1][1]
     return f"{detail.get('node_type')}: {detail.get('exception_type')}: {detail.get('exception_message')}"[:1500]
 
 
 class ComfyServer:
-    """One ComfyUI process on default flags, without a page and without API nodes."""
+    """One ComfyUI process with default flags, without a web page and without API nodes."""
 
     def __init__(self, root: Path, base: Path, runtime: Path, log: Path, flags: list[str]) -> None:
         with socket.socket() as probe:
@@ -60,7 +60,7 @@ class ComfyServer:
             self.process = subprocess.Popen(command, cwd=root, stdout=out, stderr=out, env=environment)
 
     def wait_up(self) -> None:
-        """Wait until it answers and knows the nodes that are needed."""
+        """Wait until the server answers, and check that it has all needed nodes."""
         self._until(self._is_up, START_DEADLINE_S, "ComfyUI to answer")
         offered = self.ask("/object_info")
         missing = {"XDiTUNetLoader", "XDiTAccelerate", "XDiTKSampler", "XDiTVAELoader", "BenchConditioning"} - set(
@@ -80,22 +80,22 @@ class ComfyServer:
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """Run one prompt; seconds are counted from the moment before it was queued."""
+        """Run one prompt; returns its times in seconds since just before it was queued."""
         queued = time.time()
         number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
         found = self._until(lambda: self.ask(f"/history/{number}").get(number), PROMPT_DEADLINE_S, "the prompt to end")
         status = found["status"]
         if status["status_str"] != "success":
-            raise Failure(f"{said_of(status)}\n{self.tail()}")
-        noted = self.ask("/xditd_bench")
+            raise Failure(f"{error_of(status)}\n{self.tail()}")
+        recorded = self.ask("/xditd_bench")
         outputs = [each for each in found["outputs"].values() if "is_finite" in each]
         if not all(each["is_finite"][0] for each in outputs):
             raise Failure("the picture has values that are not finite")
-        stamps = noted["steps"]
+        stamps = recorded["steps"]
         return {
-            "latents_s": noted["marks"]["latents"] - queued,
-            "image_s": noted["marks"]["image"] - queued,
-            "forwards": noted["forwards"],
+            "latents_s": recorded["marks"]["latents"] - queued,
+            "image_s": recorded["marks"]["image"] - queued,
+            "forwards": recorded["forwards"],
             "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)],
         }
 
@@ -126,5 +126,5 @@ class ComfyServer:
                 raise Failure(f"ComfyUI ended with status {self.process.returncode}\n{self.tail()}")
             if time.monotonic() > ends:
                 raise Failure(f"waited {deadline_s:.0f} s for {what}\n{self.tail()}")
-            time.sleep(0.1)  # seldom, so that the server's own threads are left alone
+            time.sleep(0.1)  # not shorter: polls take time from the server
         return found

@@ -1,4 +1,4 @@
-"""How large the FLUX.1 is that parts run, and its random weights, the same in every process for the same seed."""
+"""Sizes and seeded random weights of the FLUX.1 transformer that parts run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
 
 @dataclass(frozen=True)
 class Size:
-    """How large a transformer is made; the default is FLUX.1-dev with 11.9 B parameters."""
+    """Size of a transformer; the default is FLUX.1-dev with 11.9 B parameters."""
 
     hidden: int = 3072
     double_blocks: int = 19
@@ -23,7 +23,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Scale:
-    """``steps`` are those of a job that is timed, ``parity_steps`` of one that is compared."""
+    """Sizes of a job. ``steps`` is for timed jobs, ``parity_steps`` for jobs whose results are compared."""
 
     size: Size
     pixels: int
@@ -36,7 +36,7 @@ class Scale:
 FULL = Scale(Size(), 1024, 512, 28, 12, (128, 256, 512, 512))
 SMALL = Scale(Size(hidden=256, double_blocks=2, single_blocks=2), 128, 16, 4, 4, (64, 64, 128, 128))
 FLOOR_TFLOPS = 790.0
-"""What one H200 reaches in a large bfloat16 matrix product for a few milliseconds."""
+"""Measured rate of one H200 in a large bfloat16 matrix product of a few milliseconds."""
 
 
 def scale_of(given: argparse.Namespace) -> Scale:
@@ -52,14 +52,14 @@ def device_of(given: argparse.Namespace, rank: int = 0) -> torch.device:
 
 
 def floor_ms(size: Size, pixels: int, text_tokens: int) -> float:
-    """Multiplications of one step at :data:`FLOOR_TFLOPS`, on one GPU."""
+    """Return the least time of one step on one GPU: its matrix products at :data:`FLOOR_TFLOPS`."""
     tokens, blocks = (pixels // 16) ** 2 + text_tokens, size.double_blocks + size.single_blocks
     products, dots = blocks * 12 * size.hidden**2 * tokens, blocks * 2 * tokens * tokens * size.hidden
     return 2 * (products + dots) / (FLOOR_TFLOPS * 1e12) * 1e3
 
 
 def shapes(size: Size, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of every tensor of a dev checkpoint of this size."""
+    """Return dtype and shape of every tensor of a FLUX.1-dev checkpoint of this size, by name."""
     config = Flux1Config(
         hidden=size.hidden,
         double_blocks=size.double_blocks,
@@ -72,7 +72,7 @@ def shapes(size: Size, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple
 
 
 def fill(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
-    """Fill tensors in place. Each has a generator of its own, so order and selection do not matter."""
+    """Fill tensors in place. Each has its own seed, so values do not depend on the order or on other tensors."""
     for name, tensor in tensors.items():
         generator = torch.Generator(tensor.device).manual_seed(seed + zlib.crc32(name.encode()))
         if tensor.ndim > 1:

@@ -1,4 +1,4 @@
-"""A daemon in a folder of its own, and what a lend and a job cost in it with workers that do nothing."""
+"""Time lends and jobs of a daemon whose workers do nothing, and measure its memory afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from xditd.ipc.requests import Call, Hello, Lend, Part
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 TENSORS, LENDS = 1_200, 500
-"""Of a lent component, as many as a FLUX.1 transformer has; and how often it is lent."""
+"""Tensors of the lent component, as many as FLUX.1's transformer has, and how often it is lent."""
 
 FAKE_WORKERS_VARIABLE = "BENCHMARK_CHECKOUT"
 _CHECKOUT = Path(os.environ.get(FAKE_WORKERS_VARIABLE) or Path(__file__).resolve().parent.parent)
@@ -43,7 +43,7 @@ def hello() -> Request:
 
 @contextmanager
 def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float, int]]:
-    """Run a daemon in a folder of its own; yields the folder, the time of its exec, and its pid."""
+    """Run a daemon in a runtime folder of its own; yields the folder, the time of its exec, and its pid."""
     folder = Path(tempfile.mkdtemp(prefix="xditd-"))
     config = folder / "xditd.toml"
     config.write_text(f"[workers]\ncommand = {json.dumps(worker_command)}\n" if worker_command else "")
@@ -61,16 +61,16 @@ def daemon(worker_command: list[str] | None) -> Iterator[tuple[RuntimeDir, float
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds that a process has computed, all its threads together (proc(5), fields 14 and 15)."""
+    """Return the processor time of all threads of a process in seconds (proc_pid_stat(5), fields 14 and 15)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_work(jobs: int) -> dict[str, Any]:
-    """Time lends and jobs of one client on a worker group that does nothing, and see what the daemon holds afterwards.
+    """Time lends and jobs of one client on a worker group that does nothing.
 
-    Each lend is of :data:`TENSORS` tensors, with a higher generation than the last; of lends and jobs, ``ms`` is the
-    median time until they are answered, and ``cpu_us`` the daemon's processor time for one. ``memory_bytes`` is VmRSS.
+    Each lend has :data:`TENSORS` tensors and a higher generation than the last. ``ms`` is the median time to an answer,
+    ``cpu_us`` the daemon's processor time for one request, ``memory_bytes`` the daemon's VmRSS at the end.
     """
     descriptor = os.memfd_create("benchmark")
     os.truncate(descriptor, 4096)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: printed beside every figure."""
+"""Describe the machine of a benchmark: processor, GPUs, versions, GPU memory in use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "xfuser", "diffusers", "pyzmq", "msgpack", "msgspec", "cuda
 
 @functools.cache
 def describe_machine() -> dict[str, Any]:
-    """Name the processor, the GPUs with their driver, and the versions of what matters."""
+    """Return the processor, the GPUs with their driver, and the versions of the packages."""
     versions = {"xditd": xditd.__version__}
     for package in PACKAGES:
         try:
@@ -35,7 +35,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def gpu_memory_by_process() -> dict[int, int]:
-    """Bytes that each process holds on the GPUs, contexts included, as the driver counts them."""
+    """Return the bytes of GPU memory of each process, by pid, CUDA contexts included."""
     rows = (row.split(", ") for row in _query("pid,used_memory", "--query-compute-apps"))
     return {int(pid): int(used.split()[0]) * 2**20 for pid, used in rows}
 
@@ -45,8 +45,8 @@ def gpu_memory_used() -> list[int]:
     return [int(used.split()[0]) * 2**20 for used in _query("memory.used", "--query-gpu")]
 
 
-def roomy_folder(size_bytes: int) -> Path:
-    """Choose where files of so many bytes lie for a while: memory is the faster disk, where it has room for them."""
+def temporary_folder(size_bytes: int) -> Path:
+    """Return a folder for temporary files of ``size_bytes``: /dev/shm if they fit, else the system's."""
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free >= size_bytes:
         return shared

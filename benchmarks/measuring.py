@@ -1,4 +1,4 @@
-"""What all parts share: arguments, clocks, ranks, what a process holds on the host, and how a part reports."""
+"""Helpers of all benchmark parts: arguments, clocks, ranks, host memory, page cache, reports."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ from xditd.client.output_files import write_file
 GIB = 2**30
 SAMPLE_EVERY_S = 0.02
 SKIPPED = 77
-"""Exit status of a part that cannot run here, as test drivers of Automake take it."""
+"""Exit status of a part that cannot run here, as in Automake's test drivers."""
 MOST_LEFT = 0.02
 RUN = Path(__file__).resolve().parent / "run.py"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add what every part takes that runs on GPUs, or as a dry run without."""
+    """Add the arguments of parts that run on GPUs, or without GPUs as a dry run."""
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="a tiny model and small images: a dry run")
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
-    """Add the sizes of the groups that a part measures one after the other."""
+    """Add the argument for the group sizes that a part measures one after the other."""
     parser.add_argument("--workers", "--ranks", dest="ranks", type=int, nargs="+", default=[1], metavar="N")
 
 
 def need_gpus(part: str, count: int, device: str = "cuda") -> None:
-    """End the part as skipped where there are fewer GPUs than it needs."""
+    """End the part as skipped if there are fewer GPUs than it needs."""
     found = len(describe_machine()["gpus"]) if device == "cuda" else count
     if found < count:
         skip(f"{part}: needs {count} GPU(s), one for each worker, and there are {found} here")
 
 
 def skip(reason: str) -> NoReturn:
-    """End the part because what it needs is not here."""
     say(f"skipped: {reason}")
     sys.exit(SKIPPED)
 
@@ -58,7 +57,7 @@ def part_command(part: str, *arguments: object) -> list[str]:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Return this environment with no hub, and no allocator but each program's own choice."""
+    """Return this environment without Hugging Face downloads and without settings of torch's allocator."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH")}
     return {**kept, "HF_HUB_OFFLINE": "1", **more}
 
@@ -67,7 +66,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def synchronize(device: Any) -> None:
-    """Wait for the GPU where there is one."""
+    """Wait for the GPU, if ``device`` is one."""
     if str(device).startswith("cuda"):
         import torch
 
@@ -82,9 +81,9 @@ def repeat_ms(
     device: object = "cpu",
     warm_ups: int = 0,
 ) -> list[float]:
-    """Milliseconds of each of ``repeats`` runs, fewer where they would take longer than ``seconds`` together.
+    """Return the milliseconds of each of ``repeats`` runs, or of fewer if all would take longer than ``seconds``.
 
-    What the runs start on ``device`` is waited for; ``warm_ups`` runs come before and do not count.
+    Each run is timed until ``device`` is synchronized. ``warm_ups`` runs come first and do not count.
     """
     took: list[float] = []
     for number in range(warm_ups + repeats):
@@ -102,11 +101,11 @@ def repeat_ms(
 # --- Ranks ---------------------------------------------------------------------------------------
 
 
-def on_ranks(run_rank: Callable[..., Any], ranks: int, *arguments: Any, is_one_here: bool = False) -> list[Any]:
-    """Run ``run_rank(rank, ranks, store, *arguments)`` in so many processes; return what each of them returns.
+def run_on_ranks(run_rank: Callable[..., Any], ranks: int, *arguments: Any, is_one_here: bool = False) -> list[Any]:
+    """Run ``run_rank(rank, ranks, store, *arguments)`` in ``ranks`` processes; returns their results.
 
-    ``store`` is a file through which ranks meet. Daemonic processes end with this one, whatever ends it. A single rank
-    runs in this process where ``is_one_here``: its start is then this program's own.
+    ``store`` is the path of the ranks' FileStore. The processes are daemonic, so they end with this one. With
+    ``is_one_here`` a single rank runs in this process, so that its start is this program's start.
     """
     import torch
 
@@ -130,7 +129,7 @@ def _run_rank(rank: int, run_rank: Callable[..., Any], ranks: int, folder: str, 
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Memory that a process holds of its own, not of files or segments. Source: proc_pid_status(5), "RssAnon"."""
+    """Return a process's resident anonymous memory, without mapped files. Source: proc_pid_status(5), "RssAnon"."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -138,7 +137,7 @@ def anonymous_bytes(pid: int | str = "self") -> int:
 
 
 class AnonymousPeak:
-    """The most that each of some processes holds of its own while a ``with`` block runs, beyond what it held before."""
+    """Measures the peak anonymous memory of processes during a ``with`` block, beyond what they had before."""
 
     def __init__(self, pids: Iterable[int | str] = ("self",)) -> None:
         self.before = {pid: anonymous_bytes(pid) for pid in pids}
@@ -167,8 +166,8 @@ class AnonymousPeak:
         self._look()
 
 
-def evict(path: Path) -> str | None:
-    """Have the next reader of a file find none of it in memory; returns why not, where that cannot be had.
+def drop_from_page_cache(path: Path) -> str | None:
+    """Drop a file from the page cache; returns a reason if most of it stays there.
 
     Source: posix_fadvise(2), "POSIX_FADV_DONTNEED": dirty pages stay, so they are written first.
     """
@@ -177,15 +176,15 @@ def evict(path: Path) -> str | None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     left = resident_share(path)
     if left > MOST_LEFT:
-        return f"cold file: {left:.0%} stay in memory after posix_fadvise(DONTNEED); is this file system memory itself?"
+        return f"cold file: {left:.0%} stay in memory after posix_fadvise(DONTNEED); is the file on a tmpfs?"
     return None
 
 
 def resident_share(path: Path) -> float:
-    """The share of a file's pages that are in memory. Source: mincore(2)."""
+    """Return the share of a file's pages that are in memory. Source: mincore(2)."""
     libc, size = ctypes.CDLL(None, use_errno=True), path.stat().st_size
     found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    # Private and writable, though nothing is written: ctypes takes the address of writable memory only.
+    # Mapped as writable, though nothing is written: ctypes gives the address of writable memory only.
     with path.open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped:
         first = ctypes.c_char.from_buffer(mapped)
         failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), found)
@@ -199,16 +198,16 @@ def resident_share(path: Path) -> float:
 
 
 class Report:
-    """What a part has found, written to a file after every addition, so that a part that is cut short leaves that."""
+    """Results of a part, written to a file after every addition, so that an interrupted part leaves what it has."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self.found: dict[str, Any] = {}
-        # The suite ends a part that takes too long; leaving by an exception ends its daemon and its ranks too.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+        # The suite terminates a part that takes too long; an exception also ends its daemon and its ranks.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 
     def add(self, **found: Any) -> None:
-        self.found.setdefault("machine", describe_machine())  # not before: a start that is timed has no time for it
+        self.found.setdefault("machine", describe_machine())  # not in __init__, which may be part of a timed start
         self.found.update(found)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Measure xditd: one command for every benchmark, each a part that says what it measures and beside what.
+"""Run the benchmarks of xditd: each is a part with its own arguments.
 
     python benchmarks/run.py --list                                  # the parts, and what each needs
     python benchmarks/run.py control_plane --json FILE               # one part; PART --help names its arguments
     python benchmarks/run.py ceilings plugging --json FILE           # several, each with these arguments
 
-Every part prints the machine, the versions and a table, and writes the same as JSON with ``--json``, as it goes. Exit
-status: 0 done, 1 failed or a bar was missed, 2 misuse, 77 skipped, because what the part needs is not here.
+Every part prints the machine, the versions and a table, and with ``--json`` writes the same to FILE after each step.
+Exit status: 0 done, 1 failed or a limit was missed, 2 wrong arguments, 77 skipped, as the part's needs are not met.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 
 def describe(part: str) -> tuple[str, str]:
-    """What a part measures and what it needs, read from its docstring without importing it."""
+    """Return what a part measures and what it needs, from its docstring, without importing it."""
     doc = ast.get_docstring(ast.parse((PARTS / f"{part}.py").read_text())) or ""
     needs = next((line.removeprefix("Needs: ") for line in doc.splitlines() if line.startswith("Needs: ")), "")
     return doc.splitlines()[0], needs
@@ -43,7 +43,7 @@ def run(part: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"run.py {part}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that is found here, as it is found")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE after each step")
     module.add_arguments(parser)
     given = parser.parse_args(arguments)
     if not getattr(module, "SHOWS_MACHINE", False):
@@ -52,7 +52,7 @@ def run(part: str, arguments: list[str]) -> int:
 
 
 def run_several(parts: list[str], arguments: list[str]) -> int:
-    """Run each part in a process of its own; ``--json`` gets all of them by name. The worst status counts."""
+    """Run each part in a process of its own; ``--json`` gets their results by name. Returns the worst exit status."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
     given, others = parser.parse_known_args(arguments)

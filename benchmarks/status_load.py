@@ -1,7 +1,7 @@
-"""Load on a server by clients that cost next to nothing: plain Unix sockets that speak ZeroMQ's protocol as DEALERs.
+"""Load a ZeroMQ server with cheap clients: plain Unix sockets that speak ZMTP as DEALERs.
 
-A hundred sockets of libzmq in one process take more of two cores than the server that they are to measure. These take
-two system calls a message and no second thread, so what is timed is the server.
+A hundred libzmq sockets in one process use more of two cores than the measured server. These clients need two system
+calls a message and no second thread, so the measured time is the server's.
 
 Source: ZMTP 3.1 (rfc.zeromq.org/spec/37), "Greeting", "NULL", "Framing".
 """
@@ -25,18 +25,18 @@ _COMMAND: Final = 0x04
 _CHUNK_BYTES: Final = 65_536
 
 PACED_PER_S = 5_000
-"""Requests that all clients send together, in turns, whether or not the earlier ones are answered."""
+"""Requests a second of all clients together, sent in turn without waiting for answers."""
 
 
-def framed(body: bytes, flags: int = 0) -> bytes:
-    """One frame, short or long."""
+def make_frame(body: bytes, flags: int = 0) -> bytes:
+    """Return one ZMTP frame, short or long."""
     if len(body) > 255:
         return struct.pack(">BQ", flags | _LONG, len(body)) + body
     return struct.pack(">BB", flags, len(body)) + body
 
 
 class ZmtpClient:
-    """One connection. ``sent_s`` are the times of the requests under way, the oldest first."""
+    """One connection. ``sent_s`` are the times of the pending requests, the oldest first."""
 
     def __init__(self, path: str, wait_s: float = 20.0) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -50,20 +50,20 @@ class ZmtpClient:
             except (FileNotFoundError, ConnectionRefusedError):
                 if time.monotonic() > ends_s:
                     raise
-                time.sleep(0.005)  # the server is starting, and a Unix socket cannot wait for its listener
-        self.socket.sendall(_GREETING + framed(_READY, _COMMAND))
+                time.sleep(0.005)  # the server is starting; connect(2) does not wait for a listener
+        self.socket.sendall(_GREETING + make_frame(_READY, _COMMAND))
         while len(self._unread) < len(_GREETING):
             self._read()
         self._unread = self._unread[len(_GREETING) :]
 
     def send(self, frame: bytes, due_s: float | None = None) -> None:
-        """Send what :func:`framed` made. A request is small, so the kernel takes all of it or the test is void."""
+        """Send a frame, which is small, so the kernel takes it whole unless the server stops reading."""
         self.sent_s.append(time.perf_counter() if due_s is None else due_s)
         if self.socket.send(frame) != len(frame):
             raise SystemExit("the server does not read its requests")
 
     def receive(self) -> list[bytes]:
-        """Read once, and return the messages that are complete by now."""
+        """Read once, and return the messages that are complete."""
         self._read()
         found = []
         data, at = self._unread, 0
@@ -83,7 +83,7 @@ class ZmtpClient:
 
     def ask(self, body: bytes) -> bytes:
         """Send one message and wait for the answer."""
-        self.socket.sendall(framed(body))
+        self.socket.sendall(make_frame(body))
         while not (found := self.receive()):
             pass
         return found[0]
@@ -101,12 +101,12 @@ class ZmtpClient:
 def load(
     connections: list[ZmtpClient], pid: int, payload: bytes, window: int, seconds: float, check: Callable[[bytes], None]
 ) -> dict[str, float]:
-    """Keep connections busy, each with a window of requests, time what comes back, and close them.
+    """Load a server with ``window`` pending requests on each connection, time the answers, and close the connections.
 
-    With a window of 0 they send :data:`PACED_PER_S` instead, and a request counts from when it was due, so that one
-    that is sent late is not flattered. ``check`` gets every thousandth answer.
+    With a window of 0 they send :data:`PACED_PER_S` together, and latency starts when a request was due, so that late
+    sends count. ``check`` gets every thousandth answer.
     """
-    frame = framed(payload)
+    frame = make_frame(payload)
     by_descriptor = {connection.socket.fileno(): connection for connection in connections}
     latencies_ms: list[float] = []
     due = 0

@@ -1,4 +1,4 @@
-"""What the suite's report says, by name: the one place that knows where in it each figure lies."""
+"""Read the suite's report: one method for each figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from measuring import GIB
 
 LONGEST_REASON = 100
-"""More would push the table out of shape; the whole reason is in the JSON, and at the end of the tables."""
+"""Longer reasons are cut in the table; the whole reason is in the JSON and after the tables."""
 
 
 class Missing(Exception):
@@ -19,7 +19,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Figure:
-    """Runs of one measurement; the median stands for them."""
+    """All runs of one measurement, and their median."""
 
     runs: tuple[float, ...]
     unit: str
@@ -41,7 +41,7 @@ class Figure:
 
 
 class SuiteReport:
-    """Figures of one run of the suite. Every method raises :class:`Missing` where there is no such figure."""
+    """Figures of one run of the suite. Every method raises :class:`Missing` if the report lacks the figure."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.machine: dict[str, Any] = report["machine"]
@@ -50,12 +50,12 @@ class SuiteReport:
 
     @property
     def groups(self) -> list[int]:
-        """Numbers of workers that were asked for, the largest first."""
+        """Sizes of the measured groups, the largest first."""
         numbers = {int(name.rpartition("-")[2]) for name in self.parts if name.startswith(("workers-", "plain-"))}
         return sorted(numbers, reverse=True)
 
     def group_line(self, workers: int) -> str:
-        """How a group computes."""
+        """Describe a group's layout and attention."""
         part = f"workers-{workers}"
         degrees = ", ".join(f"{name} {degree}" for name, degree in self.look(part, "parallel").items())
         return f"{workers} worker(s): {degrees}; attention {self.look(part, 'attention')}"
@@ -93,11 +93,11 @@ class SuiteReport:
         lends = sorted(self.look(f"workers-{workers}", "lends"), key=lambda each: each["total_ms"])
         found = dict(lends[len(lends) // 2]["phases_ms"])
         total = found.pop("total")
-        found.pop("lend", None)  # the daemon's clock around what the workers' phases say
+        found.pop("lend", None)  # the daemon's time of all the workers' phases together
         return {**found, "messages and the rest": total - sum(found.values())}
 
     def copied_gib(self, workers: int) -> Figure:
-        """What a lend copies, of all kinds, here and in all workers."""
+        """GiB that a lend copies, of all kinds, in the client and all workers."""
         lends = self.look(f"workers-{workers}", "lends")
         return Figure((max(sum(each["copied_bytes"].values()) for each in lends) / GIB,), "GiB")
 
@@ -124,11 +124,11 @@ class SuiteReport:
         return ms(each["decode"] for each in self.look(part, "image", "workers_ms"))
 
     def call(self, part: str, how: str = "kept_ms") -> Figure:
-        """One forward from a client; records name it as it was called in the first of them."""
+        """One forward from a client; its key in reports is ``denoise``."""
         return ms(self.look(part, "denoise", how))
 
     def swap(self, workers: int) -> Figure:
-        """The first step after a swap against a steady one."""
+        """Ratio of the first step after a change of the model to a later one."""
         found = self.look(f"workers-{workers}", "swap")
         steady = statistics.median(found["steady_workers_ms"])
         return Figure(tuple(first / steady for first in found["first_workers_ms"]), "x")
@@ -137,7 +137,7 @@ class SuiteReport:
         return Figure((self.look(f"workers-{workers}", "swap")["models_built"],), "models")
 
     def cold_client(self, workers: int) -> Figure:
-        """From ``lend`` to a first image, beyond steps at a steady pace."""
+        """Time from ``lend`` to a first image, minus the steps at their median time."""
         step = self.step(f"workers-{workers}").median
         return ms(
             each["lend_ms"] + each["lend_vae_ms"] + each["image_ms"] - each["steps"] * step
@@ -183,7 +183,7 @@ class SuiteReport:
         return Figure(tuple(size / took_ms / 1e6 for took_ms in self.lend_file(workers).runs), "GB/s")
 
     def host_gib(self, workers: int) -> Figure:
-        """The most that any rank's own host memory grew while a file was lent."""
+        """Largest growth of any rank's anonymous host memory while a file was lent."""
         lends = self.look(f"workers-{workers}", "files", "warm")
         return Figure((max(max(each["anonymous_gib"]) for each in lends),), "GiB")
 
@@ -245,9 +245,9 @@ class SuiteReport:
         return Figure((self.look("ceilings", name),), "GB/s")
 
     def floor_ms(self, workers: int) -> float:
-        """The step's multiplications at the rate of large matrix products; meant for H200s alone."""
+        """Least time of a step: its matrix products at an H200's rate."""
         if not any("H200" in gpu for gpu in self.machine["gpus"]):
-            raise Missing("the floor is stated for H200s")
+            raise Missing("the floor is known for H200s only")
         return float(self.made["floor_ms"]) / workers
 
 
@@ -256,7 +256,7 @@ def ms(runs: Iterable[float]) -> Figure:
 
 
 def reason_of(ask: Callable[[], object]) -> str | None:
-    """Why a figure is missing, or ``None`` where it is there."""
+    """Return why a figure is missing, or ``None`` if it is there."""
     try:
         ask()
     except Missing as missing:

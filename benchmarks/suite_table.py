@@ -1,4 +1,4 @@
-"""The tables of the suite: what was found, beside its bar and beside what a user would pick instead."""
+"""Print the suite's tables: each figure, its limit, and the program that it is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bar = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Row:
-    """One line. ``bar`` is such as ``<= 25``; beside a rival, one that ends in x is for the ratio to it."""
+    """One line. ``bar`` is a limit such as ``<= 25``; one that ends in x is for the ratio to ``rival``."""
 
     what: str
     ask: Ask
@@ -25,7 +25,7 @@ class Row:
     rival: Ask | None = None
 
     def cells(self) -> tuple[str, str, str, str]:
-        """What, found, against the bar, beside the rival. What is missing gives its reason in the last one."""
+        """Return name, figure, limit and comparison; the last has the reason if a figure is missing."""
         try:
             found = self.ask()
         except Missing as missing:
@@ -66,7 +66,7 @@ def print_tables(raw: dict[str, Any]) -> None:
             print(report.group_line(workers))
 
     def full(bar: str) -> str:
-        """Bars of times are stated for full size on two H200 and are left out elsewhere."""
+        """Return the limit for full size on two H200, and none for other sizes."""
         return bar if made["parameters"] > 10**10 else ""
 
     for title, rows in (
@@ -75,14 +75,14 @@ def print_tables(raw: dict[str, Any]) -> None:
         ("Jobs, lossless", [row for workers in groups for row in jobs(report, workers, full)]),
         ("Layouts on two workers, lossless", layouts(report)),
         ("Memory of GPUs", [row for workers in groups for row in memory(report, workers)]),
-        ("Precision traded for speed: NOT lossless", [row for workers in groups for row in traded(report, workers)]),
+        ("Precision traded for speed: NOT lossless", [row for workers in groups for row in lossy(report, workers)]),
     ):
         if rows:
             print_table(title, [row.cells() for row in rows])
     print_phases(report)
     failed = [(name, part["failed"]) for name, part in report.parts.items() if "failed" in part]
     if failed:
-        print_table("Stages that found less than they should", failed)
+        print_table("Stages that failed", failed)
 
 
 def lending(report: SuiteReport, workers: int, full: Bar) -> list[Row]:
@@ -200,7 +200,7 @@ def memory(report: SuiteReport, workers: int) -> list[Row]:
     ]
 
 
-def traded(report: SuiteReport, workers: int) -> list[Row]:
+def lossy(report: SuiteReport, workers: int) -> list[Row]:
     rows, lossless = [], partial(report.step, f"workers-{workers}")
     for mode in ("fp8", "step-cache"):
         part = f"{mode}-{workers}"
@@ -216,7 +216,7 @@ def on(workers: int) -> str:
 
 
 def print_phases(report: SuiteReport) -> None:
-    """Where the time goes, in milliseconds of a lend and in seconds to a first image."""
+    """Print the phases of a lend in milliseconds, and of the time to a first image in seconds."""
     print("\nWhere the time goes")
     for workers in report.groups:
         print_line(f"lend{on(workers)}, ms", partial(report.lend_phases, workers), 1)

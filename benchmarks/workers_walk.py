@@ -1,4 +1,4 @@
-"""The stages of a walk with one worker group, and what they write down."""
+"""Stages of the part workers: each measures one worker group and adds to the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import flux
 import torch
 from machine import gpu_memory_by_process
-from measuring import GIB, AnonymousPeak, Report, evict, part_command, repeat_ms, say, synchronize
+from measuring import GIB, AnonymousPeak, Report, drop_from_page_cache, part_command, repeat_ms, say, synchronize
 from parts import files
 from safetensors.torch import load_file
 
@@ -36,7 +36,7 @@ class StageFailed(Exception):
 
 
 class Walk:
-    """One daemon and one client, taken through stages in order."""
+    """Runs stages in order with one daemon and one client."""
 
     def __init__(self, given: argparse.Namespace, report: Report, daemon: DaemonProcess) -> None:
         self.given = given
@@ -75,11 +75,11 @@ class Walk:
     # --- Stages ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """From starting the daemon to a first image, and what that consists of."""
+        """Time the start of the daemon to a first image, by phase."""
         seconds: dict[str, float] = {}
         self.client = self.daemon.connect()
         seconds["daemon_answers"] = time.perf_counter() - self.given.began
-        # Made while the workers start: clients have their weights already.
+        # Filled while the workers start, because clients already have their weights.
         shapes = flux.shapes(self.scale.size, flux.dtype_on(self.given.device))
         for seed in (0, 1):
             self.arenas.append(Arena(shapes, self.device))
@@ -107,7 +107,7 @@ class Walk:
         )
 
     def lends(self) -> None:
-        """Lending to a model that is built, and lending again what is lent."""
+        """Time lends for a model that is built, and lends of what is already lent."""
         relent: list[Loan] = []
         again = repeat_ms(lambda: relent.append(self.client.lend(self.arenas[0].tensors)), self.given.repeats)
         for loan in relent:
@@ -121,7 +121,7 @@ class Walk:
         self.report.add(relend_ms=again, lends=found)
 
     def jobs(self) -> None:
-        """Whole jobs to latents and to an image."""
+        """Time whole jobs, to latents and to an image."""
         runs = [self._generate(self.scale.steps) for _ in range(self.given.repeats)]
         self.report.add(
             latents={"client_ms": [whole for whole, _ in runs], "workers_ms": [timings for _, timings in runs]}
@@ -134,7 +134,7 @@ class Walk:
         self.report.found["memory"]["ran"] = self._extra_memory()
 
     def parity(self) -> None:
-        """Latents after a few steps against those that rivals left, and the same bits again."""
+        """Compare latents after a few steps with those that the part rival wrote, and with a second run."""
         latents, again = (self._latents(self.scale.parity_steps) for _ in range(2))
         errors = {}
         for rival in RIVALS:
@@ -145,9 +145,9 @@ class Walk:
         self.report.add(parity=errors, same_bits_again=bool(torch.equal(latents, again)))
 
     def calls(self) -> None:
-        """One forward as a client's own sampler asks for it; with two rows, as with a negative prompt.
+        """Time one forward as a client's own sampler calls it, also with two rows, as with a negative prompt.
 
-        The sampler has its latents where its model would be, and packs them there.
+        The sampler keeps and packs its latents on the lending GPU.
         """
         calls, noise = Flux1Calls(self.client, self.loan), self.inputs["noise"].to(self.device)
         sent = Prompt(self.inputs["prompt_embeds"], self.inputs["pooled_prompt_embeds"])
@@ -157,7 +157,7 @@ class Walk:
         sigmas = [1.0 - number / self.scale.steps for number in range(self.scale.steps)]
 
         def step_ms(step: Callable[[float], object]) -> list[float]:
-            """Walk down the schedule, as samplers do; what its first two steps do for all is not a step's cost."""
+            """Step through the schedule as samplers do, without the first steps, which prepare the others."""
             coming = itertools.cycle(sigmas)
             for _ in range(3):
                 step(next(coming))
@@ -171,7 +171,7 @@ class Walk:
         self.report.add(denoise=found)
 
     def swap(self) -> None:
-        """The first step after another fine-tune was asked for, against the next one; both are jobs of one step."""
+        """Time the first step after a change to another fine-tune, and the next one; both are jobs of one step."""
         built = self.client.status().counters.models_built
         first, steady, plug = [], [], []
         for number in range(2 * self.given.repeats):
@@ -192,7 +192,7 @@ class Walk:
         )
 
     def files(self) -> None:
-        """Lending a file: to each GPU from the page cache, from the disk, and through an arena of the client."""
+        """Time lends of a file: from the page cache, from the disk, and through an arena of the client."""
         self._free_other()
         path = self.given.files / files.CHECKPOINT
         pids = [worker.pid for worker in self.client.status().workers]
@@ -211,12 +211,12 @@ class Walk:
             self.report.add(files=found)
         if self.given.device == "cuda":
             found["through_arena"] = [lend_file(self.device)]
-        reason = evict(path)
+        reason = drop_from_page_cache(path)
         found |= {"cold_refused": reason} if reason else {"cold": lend_file()}
         self.report.add(files=found)
 
     def cold_clients(self) -> None:
-        """Clients in processes that have just started: from ``lend`` to a first image."""
+        """Time ``lend`` to a first image for clients in new processes."""
         self._free_other()
         out = self.daemon.log.with_suffix(".client.json")
         common = [
@@ -235,12 +235,12 @@ class Walk:
             found.append({key: value for key, value in json.loads(out.read_text()).items() if key != "machine"})
             self.report.add(cold_clients=found)
 
-    # --- Their tools -----------------------------------------------------------------------------
+    # --- Helpers ---------------------------------------------------------------------------------
 
     def _generate(
         self, steps: int, *, with_vae: bool = False, loan: Loan | None = None
     ) -> tuple[float, dict[str, float]]:
-        """Milliseconds of a job as the client sees it, and the workers' by phase."""
+        """Run a job; returns the client's milliseconds, and the workers' by phase."""
         started = time.perf_counter()
         result = self._start_job(steps, self.vae if with_vae else None, loan or self.loan).result()
         return (time.perf_counter() - started) * 1e3, result.timings_ms
@@ -262,14 +262,14 @@ class Walk:
         )
 
     def _free_other(self) -> None:
-        """Give the second checkpoint's memory back, on the lending GPU and on the others."""
+        """Return the second checkpoint's loan and free its memory on all GPUs."""
         if hasattr(self, "other"):
             self.other.return_()
             del self.other
             self.arenas.pop(1).close()
 
     def _extra_memory(self) -> dict[str, float]:
-        """GiB on the GPUs by process; the client's share without its own weights."""
+        """Return GiB on the GPUs of the workers and of the client, the client's without its weights."""
         by_process = gpu_memory_by_process()
         mine = by_process.pop(os.getpid(), 0) - sum(arena.size_bytes for arena in self.arenas)
         lent = [arena for arena, name in zip(self.arenas, ("loan", "other", "vae"), strict=True) if hasattr(self, name)]
@@ -281,9 +281,9 @@ class Walk:
 
 
 def run_cold_client(given: argparse.Namespace, report: Report) -> None:
-    """From ``lend`` to a first image, for a client that has just started, of a daemon that is warm.
+    """Time ``lend`` to a first image for a client that has just started and a warm daemon.
 
-    Weights of its own are made where ComfyUI would have loaded them, in arenas, before the clock starts.
+    The client's weights are made in arenas, where ComfyUI would have loaded them, before the clock starts.
     """
     scale, device = flux.scale_of(given), flux.device_of(given)
     transformer = Arena(flux.shapes(scale.size, flux.dtype_on(given.device)), device)
@@ -331,7 +331,7 @@ WALKS = {
 
 
 def lend_once(client: Client, source: Arena | Path, device: str | None = None) -> tuple[Loan, dict[str, Any]]:
-    """Lend. ``total_ms`` ends when ``lend`` returns: mapped, verified and plugged on all ranks."""
+    """Lend once; ``total_ms`` is the time until ``lend`` returns: mapped, verified and plugged on all ranks."""
     started = time.perf_counter()
     loan = client.lend(source.tensors if isinstance(source, Arena) else source, device=device)
     total_ms = (time.perf_counter() - started) * 1e3

@@ -1,7 +1,7 @@
-"""Nodes for the part comfyui of the benchmarks: random conditioning, and what happened when.
+"""ComfyUI nodes of the benchmark part comfyui: make random conditioning, and record times.
 
-The benchmark copies this folder into the ComfyUI that it starts. ``GET /xditd_bench`` returns what was noted since the
-last call, and how this ComfyUI is set up.
+The benchmark copies this folder into the ComfyUI that it starts. ``GET /xditd_bench`` returns the times recorded since
+the last request, and this ComfyUI's settings.
 """
 
 import time
@@ -26,12 +26,12 @@ forwards: dict[str, list[float]] = {"forward_ms": [], "call_ms": []}
 _update = comfy.utils.ProgressBar.update_absolute
 
 
-def _noted(bar, value, total=None, preview=None):
+def _record_step(bar, value, total=None, preview=None):
     steps.append(time.time())
     return _update(bar, value, total, preview)
 
 
-comfy.utils.ProgressBar.update_absolute = _noted
+comfy.utils.ProgressBar.update_absolute = _record_step
 
 
 def _timed(name, function):
@@ -60,7 +60,7 @@ def _wait_for_gpu():
 
 
 @PromptServer.instance.routes.get("/xditd_bench")
-async def noted(request):
+async def report(request):
     found = {
         "steps": list(steps),
         "marks": dict(marks),
@@ -94,7 +94,7 @@ class BenchConditioning:
 
 
 class BenchLatents:
-    """Notes when latents are there, and keeps them in the output folder."""
+    """Records when latents are finished, and saves them in the output folder."""
 
     CATEGORY = "benchmark"
     FUNCTION = "note"
@@ -113,7 +113,7 @@ class BenchLatents:
 
 
 class BenchSink:
-    """An end for latents that no other node takes."""
+    """Output node for latents that no other node takes."""
 
     CATEGORY = "benchmark"
     FUNCTION = "take"
@@ -129,7 +129,7 @@ class BenchSink:
 
 
 class BenchImage:
-    """Notes when a picture is there. It is not written as PNG, which would take longer than some steps."""
+    """Records when an image is finished. It is not saved as PNG, which would take longer than some steps."""
 
     CATEGORY = "benchmark"
     FUNCTION = "note"

@@ -1,8 +1,8 @@
-"""What the machine itself reaches: pinned host memory to each GPU, to all of them at once, and from GPU to GPU.
+"""Measure the machine's copy rates: pinned host memory to each GPU, to all GPUs at once, and from GPU to GPU.
 
     python benchmarks/run.py ceilings
 
-The suite compares its lends and its files with these. Needs a second GPU for the copy from GPU to GPU.
+The suite compares lends and loads of files with these rates. The copy from GPU to GPU needs a second GPU.
 
 Needs: a GPU; --device cpu copies on the host alone
 """
@@ -22,7 +22,7 @@ REPEATS = 7
 
 
 def upload_gb_s(gpus: list[int], size_bytes: int) -> float:
-    """Bytes a second that reach these GPUs from pinned memory, together; each copies from a buffer of its own."""
+    """Return the total GB/s from pinned memory to these GPUs at once; each copies from a buffer of its own."""
     sources = [torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) for _ in gpus]
     targets = [torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{gpu}") for gpu in gpus]
 
@@ -36,7 +36,7 @@ def upload_gb_s(gpus: list[int], size_bytes: int) -> float:
 
 
 def peer_gb_s(source: int, target: int, size_bytes: int) -> float:
-    """Bytes a second of one copy in one piece from GPU to GPU."""
+    """Return the GB/s of one large copy from GPU to GPU."""
     there = torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{source}")
     here = torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{target}")
 
@@ -49,14 +49,14 @@ def peer_gb_s(source: int, target: int, size_bytes: int) -> float:
 
 
 def host_gb_s(size_bytes: int) -> float:
-    """Bytes a second of one copy in host memory."""
+    """Return the GB/s of one copy in host memory."""
     source, target = torch.ones(size_bytes, dtype=torch.uint8), torch.ones(size_bytes, dtype=torch.uint8)
     return rate(lambda: target.copy_(source), size_bytes)
 
 
 def rate(copy: Callable[[], object], size_bytes: int) -> float:
-    """The best of several runs: a ceiling is what is possible."""
-    took_ms = repeat_ms(copy, REPEATS, warm_ups=1)  # the first one maps pages and peers
+    """Return the GB/s of the best of several runs."""
+    took_ms = repeat_ms(copy, REPEATS, warm_ups=1)  # the first run maps pages and enables peer access
     return size_bytes / min(took_ms) / 1e6
 
 

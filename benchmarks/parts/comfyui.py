@@ -1,11 +1,10 @@
-"""Run FLUX.1 in a real ComfyUI on default flags: through each node of xDiT, and stock on one GPU, in one run.
+"""Run FLUX.1 in a real ComfyUI with default flags: through each of xDiT's nodes, and stock on one GPU.
 
     COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui                   # FLUX.1-dev size, on the GPUs here
     COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui --device cpu --small
 
-Weights are random and in a file, as users have them; conditioning is random, 512 tokens. Every figure is counted from
-the moment before a prompt is queued, and a picture counts as there when its pixels are. ``--json`` is written after
-every path, so that a run that is cut short leaves what it had.
+Weights are random, in a file; conditioning is random, 512 tokens. Times start just before a prompt is queued, and end
+when the image's pixels are computed. ``--json`` is written after every path, so an interrupted run leaves what it has.
 
 Needs: a checkout of ComfyUI (--comfyui, COMFYUI_PATH) and GPUs; --device cpu --small is a dry run
 """
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_server import ComfyServer, Failure, make_base
-from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, roomy_folder
+from machine import describe_machine, gpu_memory_by_process, gpu_memory_used, temporary_folder
 from measuring import GIB, Report, add_device, clean_environment, need_gpus, part_command, print_table, say, skip
 
 from xditd.client import Client
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Run:
-    """One run of the benchmark: its files, its sizes, and what was measured."""
+    """One run of the benchmark: its files, sizes and results."""
 
     def __init__(self, given: argparse.Namespace, report: Report, folder: Path) -> None:
         self.given = given
@@ -66,13 +65,13 @@ class Run:
         make_base(self.base)
 
     def write_files(self) -> None:
-        """Have another process write the checkpoints, so that its memory on the GPU is gone when it ends."""
+        """Write the checkpoints in another process, so that its GPU memory is free afterwards."""
         small = ["--small"] if self.given.small else []
         command = part_command("files", self.base / "models", "--comfyui", "--device", self.given.device, *small)
         subprocess.run(command, env=clean_environment(), stdout=2, check=True)
 
     def group(self, workers: int, paths: list[str]) -> None:
-        """Start a daemon and a ComfyUI, and take the paths through them."""
+        """Start a daemon and a ComfyUI, and measure the paths."""
         say(f"daemon with {workers} worker(s), and ComfyUI")
         found: dict[str, Any] = {"workers": workers, "paths": {}}
         self.report.found["groups"].append(found)
@@ -87,9 +86,9 @@ class Run:
             with daemon.connect() as client:
                 found["parallel"] = dict(daemon.wait_ready(client, lambda _: None).parallel)
                 found["idle"] = self._memory()
-                noted = server.ask("/xditd_bench")
+                recorded = server.ask("/xditd_bench")
                 found["comfyui"] = {
-                    key: value for key, value in noted.items() if key not in ("steps", "marks", "forwards")
+                    key: value for key, value in recorded.items() if key not in ("steps", "marks", "forwards")
                 }
                 say(f"ComfyUI: {found['comfyui']}")
                 for name in paths:
@@ -105,7 +104,7 @@ class Run:
     def _try_path(self, group: dict[str, Any], server: ComfyServer, client: Client, name: str) -> None:
         what = f"{name}, {group['workers']} worker(s)"
         if time.monotonic() > self.ends:
-            self.fault(f"{what}: not begun, {self.given.deadline:.0f} s were over")
+            self.fault(f"{what}: not started, --deadline {self.given.deadline:.0f} s is over")
             return
         say(what)
         try:
@@ -139,7 +138,7 @@ class Run:
         found["memory"]["unloaded"] = self._memory_after_unload(server, client)
 
     def _generate_step_ms(self, server: ComfyServer, client: Client) -> float:
-        """What the workers say that a step of ``generate`` takes: of the whole loop with many steps and with few."""
+        """Return the workers' time of a step of ``generate``, from one loop with many steps and one with few."""
         took = []
         for seed, steps in ((5, self.steps[0]), (6, self.steps[1])):
             server.run(self._prompt("fused", seed, steps, "generate"))
@@ -147,7 +146,7 @@ class Run:
         return (took[0] - took[1]) / (self.steps[0] - self.steps[1])
 
     def _lora(self, server: ComfyServer, client: Client, name: str, label: str) -> dict[str, Any]:
-        """Seconds for a LoRA on all linear layers: first, at another strength, and at the same one."""
+        """Time a LoRA on all linear layers: first, at the same strength, and at other strengths."""
         few = self.steps[1]
         found: dict[str, Any] = {}
         for what, seed, strength in (("first", 11, 0.6), ("same", 12, 0.6), ("changed", 13, 0.8), ("again", 14, 0.5)):
@@ -161,7 +160,7 @@ class Run:
     def _memory_after_unload(self, server: ComfyServer, client: Client) -> dict[str, Any]:
         ends = time.monotonic() + 20.0
         while True:
-            server.unload()  # again and again: ComfyUI overlooks it where a prompt is just ending
+            server.unload()  # repeated, because ComfyUI ignores it while a prompt is ending
             time.sleep(0.5)
             components = len(client.status().components)
             if not components or time.monotonic() > ends:
@@ -207,7 +206,7 @@ class Run:
         return nodes
 
     def compare(self) -> None:
-        """Relative differences of latents of one seed, each path against stock ComfyUI."""
+        """Report the relative difference of each path's latents from stock ComfyUI, for one seed."""
         import torch
         from safetensors.torch import load_file
 
@@ -243,7 +242,7 @@ def run(given: argparse.Namespace, report: Report) -> int:
     gpus = len(describe_machine()["gpus"]) if given.device == "cuda" else 2
     sizes = given.workers or sorted({1, gpus})
     need_gpus("comfyui", max(sizes), given.device)
-    scratch = given.scratch or roomy_folder((1 if given.small else 26) * GIB)
+    scratch = given.scratch or temporary_folder((1 if given.small else 26) * GIB)
     with tempfile.TemporaryDirectory(prefix="xditd-comfy-", dir=scratch) as folder:
         measured = Run(given, report, Path(folder))
         measured.write_files()

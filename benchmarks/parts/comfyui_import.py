@@ -1,9 +1,9 @@
-"""Import the node pack: what it adds to the start of ComfyUI, measured in processes of their own.
+"""Time the import of the node pack, which it adds to ComfyUI's start, in new processes.
 
     COMFYUI_PATH=~/ComfyUI python benchmarks/run.py comfyui_import
 
-ComfyUI imports torch, its own modules and ``comfy_api`` before it looks at custom nodes, so their time is not the
-pack's. Without ``COMFYUI_PATH`` only the pack's root is measured. The bar is 0.2 s.
+ComfyUI imports torch, its own modules and ``comfy_api`` before custom nodes, so their time does not count. Without
+``COMFYUI_PATH`` only the pack's root package is measured. The limit is 0.2 s.
 
 Needs: a checkout of ComfyUI, for all but the pack's root
 """

@@ -1,14 +1,13 @@
-"""Start the daemon and ask it, without any worker's help; and what a lend and a job cost in it.
+"""Measure the daemon without workers: start, status requests, lends, jobs, memory.
 
     python benchmarks/run.py control_plane
     python benchmarks/run.py control_plane --against ../xditd-before     # lends and jobs, beside another checkout
 
-Hello is timed from exec of ``python -m xditd.daemon`` while its worker group starts beside it. Status requests are
-compared with a bare pyzmq ROUTER that echoes, measured in the same run with the same clients, in turns: a few clients
-that always have several requests under way, a hundred that ask again as soon as they have their answer, and the same
-hundred at a stated rate. The first two load the server all it can take, so there a latency is clients by throughput;
-the third tells what one of a hundred waits at a server with time to spare. Memory is what the daemon holds after many
-jobs on a worker group that does nothing. Exit status 1 where a bar is missed.
+Hello is timed from exec of ``python -m xditd.daemon``, while its worker group starts. Status requests are compared with
+a plain pyzmq ROUTER that echoes, measured alternately with the same clients: a few clients that always have several
+pending requests, a hundred clients with one pending request each, and the same hundred at a fixed rate. The first two
+saturate the server, so their latency is clients / throughput; the third does not. Memory is the daemon's after many
+jobs on a worker group that does nothing. Exit status 1 if a limit is missed.
 
 Needs: nothing else
 """
@@ -46,10 +45,10 @@ BAR_P99_MS = 5.0
 BAR_MEMORY_BYTES = 60e6
 FEW, FEW_WINDOW = 16, 4
 MANY, MANY_WINDOW = 100, 1
-"""Clients, and the requests that each of them has under way."""
+"""Number of clients, and the pending requests of each."""
 
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
-"""In place of the worker group where it is not what is measured: it would take the cores from what is."""
+"""Replaces the worker group where it is not measured, because it would use the cores."""
 
 ECHO = """
 import sys, zmq
@@ -68,7 +67,7 @@ print(time.perf_counter() - began, "torch" in sys.modules)
 
 
 def compiled_code() -> None:
-    """Have every process run from compiled bytecode, as an installed package does."""
+    """Compile the bytecode that every process uses, as an installed package has it."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="xditd-pyc-")
     for module in ("xditd.client", "xditd.daemon.__main__"):
@@ -78,10 +77,10 @@ def compiled_code() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="daemon starts and imports to take the median of")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to load each server")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of echo and status to take the medians of")
-    parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is looked at")
-    parser.add_argument("--work", action="store_true", help="time lends and jobs alone")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time them in turns with another version's")
+    parser.add_argument("--rounds", type=int, default=3, help="alternate runs of echo and status; medians count")
+    parser.add_argument("--jobs", type=int, default=10_000, help="jobs before the daemon's memory is measured")
+    parser.add_argument("--work", action="store_true", help="time only lends and jobs")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time both, alternately with another checkout")
 
 
 def run(given: argparse.Namespace, report: Report) -> int:
@@ -96,9 +95,9 @@ def run(given: argparse.Namespace, report: Report) -> int:
         return 0
     import_s, has_torch = measure_import(given.repeats)
     report.add(
-        hello_idle_group_s=spread([measure_hello(IDLE_WORKER) for _ in range(given.repeats)]),
-        hello_real_group_s=spread([measure_hello(None) for _ in range(given.repeats)]),
-        import_client_s=spread(import_s),
+        hello_idle_group_s=median_and_range([measure_hello(IDLE_WORKER) for _ in range(given.repeats)]),
+        hello_real_group_s=median_and_range([measure_hello(None) for _ in range(given.repeats)]),
+        import_client_s=median_and_range(import_s),
         import_client_loads_torch=has_torch,
     )
     for name, clients, window in (("few", FEW, FEW_WINDOW), ("many", MANY, MANY_WINDOW), ("paced", MANY, 0)):
@@ -120,7 +119,7 @@ def run(given: argparse.Namespace, report: Report) -> int:
 
 @contextmanager
 def echo_server() -> Iterator[tuple[str, int]]:
-    """Run the echo; yields its socket and its pid."""
+    """Run the echo server; yields its socket and its pid."""
     folder = tempfile.mkdtemp(prefix="xditd-")
     path = f"{folder}/echo.sock"
     process = subprocess.Popen([sys.executable, "-c", ECHO, f"ipc://{path}"])
@@ -133,16 +132,16 @@ def echo_server() -> Iterator[tuple[str, int]]:
 
 
 def measure_hello(worker_command: list[str] | None) -> float:
-    """Seconds from exec until the answer to a hello that waited in the socket's place."""
+    """Return the seconds from the daemon's exec to its answer to a hello that was sent before it listened."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.RECONNECT_IVL, 1)  # else ZeroMQ looks for the socket only every 100 ms
+    socket.setsockopt(zmq.RECONNECT_IVL, 1)  # the default is 100 ms
     socket.setsockopt(zmq.LINGER, 0)
     with daemon(worker_command) as (runtime, began_s, _):
         socket.connect(endpoint(runtime.client_socket))
         socket.send(encode(hello()))
         if not socket.poll(20_000) or not isinstance(reply_decoder.decode(socket.recv()), Welcome):
-            raise SystemExit("the daemon did not welcome the benchmark")
+            raise SystemExit("the daemon did not answer the benchmark's hello")
         took_s = time.monotonic() - began_s
     socket.close()
     context.term()
@@ -150,7 +149,7 @@ def measure_hello(worker_command: list[str] | None) -> float:
 
 
 def measure_import(times: int) -> tuple[list[float], bool]:
-    """Import ``xditd.client`` in fresh processes; also whether any of them loaded torch."""
+    """Time the import of ``xditd.client`` in new processes; also returns whether any of them imported torch."""
     answers = [
         subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout.split()
         for _ in range(times)
@@ -159,7 +158,10 @@ def measure_import(times: int) -> tuple[list[float], bool]:
 
 
 def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Load the echo and the daemon in turns; other work on the machine then meets both. A window of 0: at a pace."""
+    """Load the echo server and the daemon alternately, so that other work on the machine slows both.
+
+    ``window`` is the number of pending requests of each client; 0 is for requests at a fixed rate.
+    """
     request = encode(GetStatus(request_id="1"))
     echoes, statuses = [], []
     for _ in range(rounds):
@@ -167,7 +169,9 @@ def compare(clients: int, window: int, seconds: float, rounds: int) -> dict[str,
             echoes.append(load([ZmtpClient(path) for _ in range(clients)], pid, request, window, seconds, len))
         with daemon(IDLE_WORKER) as (runtime, _, pid):
             path = endpoint(runtime.client_socket).removeprefix("ipc://")
-            statuses.append(load([welcomed(path) for _ in range(clients)], pid, request, window, seconds, check_status))
+            statuses.append(
+                load([connect_client(path) for _ in range(clients)], pid, request, window, seconds, check_status)
+            )
     ratios = [status["per_s"] / echo["per_s"] for echo, status in zip(echoes, statuses, strict=True)]
     return {
         "clients": clients,
@@ -184,7 +188,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compare_checkouts(other: Path, jobs: int, rounds: int, report: Report) -> None:
-    """Time lends and jobs of this version and of another checkout in turns, and print a table of medians."""
+    """Time lends and jobs of this version and of another checkout alternately, and print a table of medians."""
     found: dict[Path, list[dict[str, Any]]] = {Path(__file__).resolve().parents[2]: [], other: []}
     for _ in range(rounds):
         for checkout, runs in found.items():
@@ -202,19 +206,19 @@ def compare_checkouts(other: Path, jobs: int, rounds: int, report: Report) -> No
     print_table("Medians", rows)
 
 
-def welcomed(path: str) -> ZmtpClient:
+def connect_client(path: str) -> ZmtpClient:
     client = ZmtpClient(path)
     if not isinstance(reply_decoder.decode(client.ask(encode(hello()))), Welcome):
-        raise SystemExit("the daemon did not welcome the benchmark")
+        raise SystemExit("the daemon did not answer the benchmark's hello")
     return client
 
 
 def check_status(answer: bytes) -> None:
     if not isinstance(reply_decoder.decode(answer), Status):
-        raise SystemExit("the daemon answered something else than its status")
+        raise SystemExit("the daemon did not answer with its status")
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def median_and_range(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -230,7 +234,7 @@ def print_figures(figures: dict[str, Any]) -> None:
     rows.append(("torch loaded by that import", "yes" if figures["import_client_loads_torch"] else "no", "", "no"))
     for key in ("few", "many", "paced"):
         found = figures[key]
-        title = f"{found['window']} under way each" if found["window"] else f"{PACED_PER_S} requests/s together"
+        title = f"{found['window']} pending each" if found["window"] else f"{PACED_PER_S} requests/s together"
         rows.append((f"{found['clients']} clients, {title}", "", "", ""))
         for server, name in (("echo", "  bare pyzmq ROUTER echo"), ("status", "  xditd status")):
             one = found[server]

@@ -1,12 +1,12 @@
-"""Digest what every kind of job gives on the CPU, so that two versions can be compared bit by bit.
+"""Digest the results of every kind of job on the CPU, to compare two versions bit by bit.
 
-    python benchmarks/run.py digests --json before.json             # with the version to compare with
-    python benchmarks/run.py digests --against before.json          # with the other one, on the same machine
+    python benchmarks/run.py digests --json before.json             # with one version
+    python benchmarks/run.py digests --against before.json          # with the other, on the same machine
 
 Starts the real daemon with one rank and with two, lends small seeded checkpoints, and runs jobs of each kind: sizes and
-texts that divide and that do not, batches, given sigmas, previews, a step cache, kept conditioning of several texts,
-images both ways, text encoders. Bits depend on the processor and on torch: compare on one machine alone. Exit status 1
-where any digest differs.
+texts that the ranks divide and others, batches, given sigmas, previews, a step cache, kept conditioning of several
+texts, VAE decode and encode, text encoders. Bits depend on the processor and on torch: compare on one machine only.
+Exit status 1 if any digest differs.
 
 Needs: nothing else
 """
@@ -42,7 +42,7 @@ SIGMAS = (1.0, 0.7, 0.35, 0.1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ranks(parser)
     parser.set_defaults(ranks=[1, 2])
-    parser.add_argument("--against", type=Path, help="compare with what --json wrote before")
+    parser.add_argument("--against", type=Path, help="compare with this file that --json wrote")
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -61,7 +61,7 @@ def conditioning(seed: int, tokens: int, batch: int = 1) -> dict[str, torch.Tens
 
 
 def loops(client: Client, model: str, loan: Loan, vae: Loan) -> Results:
-    """``generate``: what it gives, what it shows on the way, and what it takes."""
+    """Results of ``generate``: latents, last preview, image."""
     for name, tokens, height, width, batch, more in (
         ("plain", 16, 128, 128, 1, {}),
         ("odd text and size", 15, 112, 144, 1, {}),
@@ -82,9 +82,9 @@ def loops(client: Client, model: str, loan: Loan, vae: Loan) -> Results:
 
 
 def forwards(client: Client, model: str, loan: Loan) -> Results:
-    """``call``: alone, with conditioning that is kept, and with two texts of unequal length.
+    """Results of ``call``: one row, kept conditioning, two texts of unequal length, a known schedule.
 
-    The names are those of records from before there was ``call``.
+    The names say "denoise", as in older files.
     """
     calls = Flux1Calls(client, loan)
     noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -97,7 +97,7 @@ def forwards(client: Client, model: str, loan: Loan) -> Results:
 
 
 def coding(client: Client, vae: Loan) -> Results:
-    """Images from latents and back."""
+    """Results of decode and encode."""
     latents = torch.randn(1, 16, 14, 18, generator=torch.Generator().manual_seed(6))
     image = client.decode(vae, latents)
     yield "decode", image
@@ -106,7 +106,7 @@ def coding(client: Client, vae: Loan) -> Results:
 
 
 def texts(client: Client) -> Results:
-    """Both text encoders."""
+    """Results of both text encoders."""
     for name, state, pooled in (
         ("clip_l", text_checkpoints.clip_l_state_dict(4), True),
         ("t5", text_checkpoints.t5_state_dict(5), False),
@@ -119,8 +119,8 @@ def texts(client: Client) -> Results:
                 yield f"encode_text, {name}: pooled", encoded.pooled
 
 
-def everything(client: Client, folder: Path) -> Results:
-    """Every job, one component at a time."""
+def all_results(client: Client, folder: Path) -> Results:
+    """Results of all jobs, one component after the other."""
     path = folder / "ae.safetensors"
     checkpoints.write_flux_vae(path, seed=3)
     with client.lend(path) as vae:
@@ -137,13 +137,13 @@ def everything(client: Client, folder: Path) -> Results:
 
 
 def collect(ranks: int) -> dict[str, str]:
-    """Start a daemon with so many ranks and take the digest of each result."""
+    """Start a daemon with ``ranks`` ranks; returns the digest of each result."""
     with tempfile.TemporaryDirectory(prefix="xditd-digests-") as folder:
         daemon, client = DaemonProcess(Path(folder, "daemon.log"), ranks, "cpu"), None
         try:
             client = daemon.connect()
             daemon.wait_ready(client, lambda _: None)
-            return {name: digest(tensor) for name, tensor in everything(client, Path(folder))}
+            return {name: digest(tensor) for name, tensor in all_results(client, Path(folder))}
         finally:
             daemon.stop(client)
 
@@ -151,7 +151,7 @@ def collect(ranks: int) -> dict[str, str]:
 def run(given: argparse.Namespace, report: Report) -> int:
     found: dict[str, dict[str, str]] = {}
     for name in [name for name in os.environ if name.startswith("XDITD_")]:
-        del os.environ[name]  # what a daemon would obey
+        del os.environ[name]  # settings of the daemon
     for ranks in given.ranks:
         started = time.monotonic()
         found[str(ranks)] = collect(ranks)

@@ -1,12 +1,12 @@
-"""Run one family of transformers through a daemon, beside diffusers' own class in this process, in one run.
+"""Time one transformer family through a daemon, and diffusers' own class in this process.
 
     python benchmarks/run.py families --family z_image --workers 1 2
     python benchmarks/run.py families --family z_image --guidance 5 --json FILE
     python benchmarks/run.py families --family flux1 --device cpu --small
 
-Weights are random, of full size, made on the first GPU; the daemon's workers and the class here run on the same
-tensors. ``call`` is one forward, ``generate`` a whole loop, here that of the family's pipeline in diffusers. Prints
-milliseconds of a step (the median), ratios, and how far results are from those of the class here.
+Weights are random, of full size, made on the first GPU; the daemon's workers and diffusers' class use the same tensors.
+``call`` is one forward, ``generate`` a whole loop, in diffusers that of the family's pipeline. Prints milliseconds of a
+step (the median), ratios, and the relative error against diffusers.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -36,17 +36,17 @@ SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is measured of a family: weights, and the same work in this process and for a daemon."""
+    """One family's weights, and the same work for this process and for a daemon."""
 
     state: State
     forward: Callable[[], torch.Tensor]
-    """One forward here: its rows."""
+    """Runs one forward in this process; returns its rows."""
     arguments: Mapping[str, Any]
-    """Of the same forward, for ``Client.call``."""
+    """Arguments of the same forward for ``Client.call``."""
     rows: Callable[[Any], torch.Tensor]
-    """From a call's result tree to its rows."""
+    """Returns the rows of a call's result tree."""
     loop: Callable[[int], torch.Tensor]
-    """The latents of so many steps of the family's pipeline."""
+    """Runs the family's pipeline with a number of steps; returns its latents."""
     conditioning: Mapping[str, Any]
     noise: torch.Tensor
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +150,7 @@ FAMILIES = {"z_image": z_image, "flux1": flux1}
 
 
 def keep_text(client: Client, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the workers keep what is the same in every step, as samplers do: all but latents and numbers."""
+    """Keep in the workers what is the same in every step, as samplers do: all but latents and numbers."""
     latents, *_ = arguments
 
     def kept(value: Any) -> Any:
@@ -179,7 +179,7 @@ def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path) -> dict[str, Any]:
-    """Start a daemon, lend it the weights, and time both ways in turns."""
+    """Start a daemon, lend it the weights, and time both ways alternately."""
 
     def here(action: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode():
@@ -210,7 +210,7 @@ def measure(given: argparse.Namespace, subject: Subject, workers: int, log: Path
         found: dict[str, Any] = {"workers": workers, "layout": str(client.status().workers)}
         for way, (mine, theirs, steps) in ways.items():
             error = relative_error(theirs(), mine())
-            # In turns: a GPU that is warm, or hot, is so for both.
+            # Alternately, so that the GPU's clocks and temperature are the same for both.
             took: dict[str, list[float]] = {"here": [], "daemon": []}
             for number in range(given.repeats + 2):
                 for who, action in (("here", mine), ("daemon", theirs)):
@@ -231,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance: two rows in a step")
     parser.add_argument("--steps", type=int, default=8, help="of one generation")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each; the median counts")
-    parser.add_argument("--flags", action="append", default=[], help="one of the daemon, --flags=--name=value")
+    parser.add_argument("--flags", action="append", default=[], help="a flag of the daemon, --flags=--name=value")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py files FOLDER --device cuda
 
-Weights are random, of seed 0. ``made.json`` is written last and says what is there; a folder that says the same is left
-as it is. With ``--comfyui`` FOLDER gets models as ComfyUI has them, with a LoRA on all linear layers, instead.
+Weights are random, of seed 0. ``made.json`` is written last and describes the files; a folder with the same description
+stays as it is. With ``--comfyui`` FOLDER gets ComfyUI's models instead, with a LoRA on all linear layers.
 
 Needs: a GPU; --device cpu writes in float32
 """
@@ -41,9 +41,9 @@ LORA_RANK = 16
 
 
 def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file from tensors on any device, straight into its mapped pages, by several threads.
+    """Write a safetensors file from tensors on any device into its mapped pages, with several threads.
 
-    ``save_file`` would hold 22 GiB twice on the host before it writes the first byte.
+    ``save_file`` would need 22 GiB twice on the host before it writes the first byte.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -67,19 +67,19 @@ def write_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         pieces += [(flat[at : at + PIECE_BYTES], start + at) for at in range(0, flat.numel(), PIECE_BYTES)]
         start += flat.numel()
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # other streams do not wait for what fills the tensors
+        torch.cuda.synchronize()  # the threads' streams do not wait for the stream that fills the tensors
     with ThreadPoolExecutor(WRITERS) as pool:
         deque(pool.map(lambda piece: write_piece(mapped, *piece), pieces), maxlen=0)
 
 
 def write_piece(mapped: torch.Tensor, piece: torch.Tensor, start: int) -> None:
-    """Copy bytes from any device to where they belong in a file's pages.
+    """Copy bytes from any device to their place in a file's mapped pages.
 
-    Straight from a GPU they would go through one thread, which waits for every page to be made.
+    A direct copy from a GPU would use one thread, which waits for every page fault.
     """
     target = mapped[start : start + piece.numel()]
     if piece.is_cuda:
-        # A stream of its own: on one stream the copies of all threads would follow one another.
+        # A stream of its own: on one stream the copies of all threads would run one after the other.
         with torch.cuda.stream(torch.cuda.Stream(piece.device)):
             pinned = torch.empty(piece.numel(), dtype=torch.uint8, pin_memory=True)
             piece = pinned.copy_(piece)
@@ -87,7 +87,7 @@ def write_piece(mapped: torch.Tensor, piece: torch.Tensor, start: int) -> None:
 
 
 def write_all(folder: Path, scale: flux.Scale, device: str) -> None:
-    """Write checkpoints, diffusers' folder, and the inputs of every job."""
+    """Write the checkpoints, the folder for diffusers, and the inputs of the jobs."""
     from xditd.gpu_workers.families.flux1 import reference
 
     dtype = flux.dtype_on(device)
@@ -112,7 +112,7 @@ def write_all(folder: Path, scale: flux.Scale, device: str) -> None:
 
 
 def write_comfyui(models: Path, scale: flux.Scale, device: str) -> None:
-    """Write a transformer, a VAE, and a LoRA small enough to leave pictures pictures, where ComfyUI looks for them."""
+    """Write a transformer, a VAE, and a LoRA with small values into ComfyUI's model folders."""
     dtype, generator = flux.dtype_on(device), torch.Generator().manual_seed(8)
     weights, lora = flux.state_dict(scale.size, dtype, device, 0), {}
     write_in_place(weights, models / "diffusion_models" / CHECKPOINT)
@@ -132,7 +132,7 @@ def write_comfyui(models: Path, scale: flux.Scale, device: str) -> None:
 
 
 def describe(scale: flux.Scale, device: str) -> dict[str, Any]:
-    """Everything that decides what is in the folder, and the figures that tables are made with."""
+    """Return all that determines the folder's content, and the sizes that tables need."""
     dtype = flux.dtype_on(device)
     shapes = flux.shapes(scale.size, dtype)
     parameters = sum(torch.Size(shape).numel() for _, shape in shapes.values())
@@ -151,7 +151,7 @@ def describe(scale: flux.Scale, device: str) -> dict[str, Any]:
 
 
 def ensure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Have another process write what is not there, so that its GPU memory is gone when it ends; return what is."""
+    """Write missing files in another process, so that its GPU memory is free afterwards; returns the description."""
     small = ["--small"] if given.small else []
     subprocess.run(
         part_command("files", folder, "--device", given.device, *small), check=True, env=clean_environment(), stdout=2

@@ -18,11 +18,11 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_device, evict, need_gpus, print_table, repeat_ms
+from measuring import Report, add_device, drop_from_page_cache, need_gpus, print_table, repeat_ms
 from parts import files
 
 SECONDS = 25.0
-"""No further warm load begins once those before have taken so long together."""
+"""No further warm load starts after the warm loads took this long together."""
 
 
 def load_file(given: argparse.Namespace) -> tuple[Path, Callable[[], object]]:
@@ -54,7 +54,7 @@ WAYS = {"load-file": load_file, "single-file": single_file, "pretrained": pretra
 
 
 def options(given: argparse.Namespace, rank: int = 0) -> dict[str, Any]:
-    """Straight to the device, which is diffusers' fastest way there."""
+    """Return loader options that load directly to the device, which is diffusers' fastest way."""
     device = str(flux.device_of(given, rank))
     return {"torch_dtype": flux.dtype_on(given.device), "device_map": {"": device}, "local_files_only": True}
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("way", choices=tuple(WAYS))
     add_device(parser)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--files", type=Path, required=True, help="of the part files, made if need be")
+    parser.add_argument("--files", type=Path, required=True, help="folder of the part files, written if needed")
 
 
 def run(given: argparse.Namespace, report: Report) -> None:
@@ -73,7 +73,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     path, load = WAYS[given.way](given)
 
     def once() -> float:
-        gc.collect()  # modules hold themselves in cycles; two of them may not fit
+        gc.collect()  # modules are in reference cycles, and two of them may not fit
         return repeat_ms(load, device=device)[0]
 
     if given.device == "cuda":
@@ -84,6 +84,6 @@ def run(given: argparse.Namespace, report: Report) -> None:
         warm.append(once())
         report.add(warm_ms=warm)
     gc.collect()
-    reason = evict(path)
+    reason = drop_from_page_cache(path)
     report.add(**({"cold_refused": reason} if reason else {"cold_ms": once()}))
     print_table(given.way, [(name, str(report.found[name])) for name in ("first_ms", "warm_ms")])

@@ -1,8 +1,8 @@
-"""Draw what the suite found: where the time to a first image goes, and a step beside its floor.
+"""Plot the suite's results: the time to a first image by phase, and the time of a step beside its floor.
 
     python benchmarks/run.py plots benchmarks/results/suite_2x_h200.json docs
 
-Writes ``phases.png`` and ``steps.png`` into the folder. What is missing in the report is left out, and said.
+Writes ``phases.png`` and ``steps.png`` into the folder. Figures that the report lacks are left out and named on stderr.
 
 Needs: matplotlib (pip install 'xditd[bench]'), and a report of the suite
 """
@@ -36,7 +36,7 @@ Found = TypeVar("Found")
 
 
 def collect(asked: dict[str, Callable[[], Found]]) -> dict[str, Found]:
-    """What the report has of these, by label."""
+    """Return the figures that the report has, by label."""
     found = {}
     for label, ask in asked.items():
         try:
@@ -47,7 +47,7 @@ def collect(asked: dict[str, Callable[[], Found]]) -> dict[str, Found]:
 
 
 def draw_phases(report: SuiteReport, target: Path) -> None:
-    """Stacked bars of the seconds to a first image, for rivals, a daemon that starts, and clients of a warm one."""
+    """Draw stacked bars of the seconds to a first image: rivals, a starting daemon, clients of a warm daemon."""
     asked: dict[str, Callable[[], dict[str, float]]] = {
         name: partial(report.rival_phases, name) for name in RIVALS if name in report.parts
     }
@@ -67,11 +67,11 @@ def draw_phases(report: SuiteReport, target: Path) -> None:
         axes.annotate(f" {left:.1f} s", (left, row), va="center")
     axes.margins(x=0.08)
     axes.set_xlabel(f"seconds to a first image, {report.made['steps']} steps, {report.made['pixels']} pixels")
-    finish(figure, axes, report, target)
+    save_figure(figure, axes, report, target)
 
 
 def draw_steps(report: SuiteReport, target: Path) -> None:
-    """Bars of milliseconds a step, and the floor of as many GPUs where one is stated."""
+    """Draw bars of milliseconds a step, with the floor of as many GPUs if the report has one."""
     asked: dict[str, Callable[[], float]] = {}
     gpus = {}
     for name in RIVALS:
@@ -95,14 +95,14 @@ def draw_steps(report: SuiteReport, target: Path) -> None:
             has_floor = True
     axes.margins(x=0.12)
     axes.set_xlabel(f"milliseconds a step, {report.made['pixels']} pixels, {report.made['tokens']} text tokens")
-    finish(figure, axes, report, target)
+    save_figure(figure, axes, report, target)
 
 
 def median(ask: Callable[[str], Figure], part: str) -> float:
     return ask(part).median
 
 
-def finish(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
+def save_figure(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
     machine = report.machine
     where = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else machine["cpu"]
     axes.set_title(f"{report.made['parameters'] / 1e9:.3g} B parameters, {where}", fontsize="medium")
@@ -114,7 +114,7 @@ def finish(figure: Any, axes: Any, report: SuiteReport, target: Path) -> None:
 
 
 def bars_figure(labels: list[str]) -> tuple[Any, Any]:
-    """An empty figure, the first of the bars on top."""
+    """Make an empty bar chart with the first label on top."""
     try:
         from matplotlib.figure import Figure as Canvas  # without pyplot: files, no window
     except ModuleNotFoundError:
@@ -128,7 +128,7 @@ def bars_figure(labels: list[str]) -> tuple[Any, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("report", type=Path, help="what the suite wrote with --json")
+    parser.add_argument("report", type=Path, help="file that the suite wrote with --json")
     parser.add_argument("folder", type=Path)
 
 

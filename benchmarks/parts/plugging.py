@@ -1,9 +1,9 @@
-"""Plug a full-size FLUX.1 checkpoint into its model, beside ``load_state_dict(assign=True)``.
+"""Time plugging a full-size FLUX.1 checkpoint into its model, beside ``load_state_dict(assign=True)``.
 
     python benchmarks/run.py plugging
 
-Tensors have full-size shapes and no memory of their own (one element, expanded), so that this runs anywhere: plugging
-moves no bytes, and what it costs does not depend on them.
+Tensors have full-size shapes but only one element of memory (expanded), so that this runs anywhere: plugging copies no
+bytes, so its time does not depend on them.
 
 Needs: nothing else
 """

@@ -1,14 +1,14 @@
-"""Trade precision for speed: fp8 products, a step cache, and both, beside bf16 in one run.
+"""Time ``generate`` with fp8 matrix products, with a step cache, and with both, beside bf16.
 
     python benchmarks/run.py precision --workers 1 2
     python benchmarks/run.py precision --device cpu --small --steps 4 --pixels 128 --tokens 16
 
 Whole ``generate`` jobs without a daemon, on random weights of full size. Prints seconds of the slowest rank, the ratio
-to bf16, how many steps were spared, and the relative error of the latents against bf16 on as many ranks.
+to bf16, the number of skipped steps, and the relative error of the latents against bf16 on as many ranks.
 
-Random weights say what a spared step saves. They say nothing about which threshold an image can bear: their first block
-does not change from step to step as that of a trained model does, and neither does their error mean what one sees.
-CPUs have no fused kernels, so plain modules and the step cache alone run there: a dry run.
+Random weights show how much time a skipped step saves. They do not show which threshold keeps images good: their first
+block changes from step to step in another way than a trained model's, and their error is not what one sees. CPUs have
+no fused kernels, so a dry run has only the unmodified modules and the step cache.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, synchronize
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, run_on_ranks, synchronize
 
 GUIDANCE = 3.5
 
@@ -63,7 +63,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> li
         started = time.perf_counter()
         model.plug(match.bind(state), "a", match.by_canonical_name(state))
         plug_ms = (time.perf_counter() - started) * 1e3
-        generate(model, given, 2)  # compared with plain modules, and warm
+        generate(model, given, 2)  # fast path check and warm-up
         checks = model.take_checks()
         passed = [check.error for check in checks if check.is_used and check.error is not None]
         for threshold in (0.0, *given.thresholds):
@@ -97,7 +97,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> li
 
 
 def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
-    """Run the workers' loop, as a job does; returns the latents and how many steps the cache spared."""
+    """Run the workers' loop, as a job does; returns the latents and the number of steps that the cache skipped."""
     from xditd.gpu_workers.jobs.generate import Loop, seeded_noise
     from xditd.gpu_workers.models.operations import CallOptions, Wanted
     from xditd.gpu_workers.models.result_checks import FiniteCheck
@@ -120,16 +120,16 @@ def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float
 def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("precision", max(given.ranks), given.device)
     print(f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, random weights in bfloat16:")
-    print("what a spared step saves is measured here; which threshold an image can bear is not")
+    print("this measures the time that a skipped step saves, not which threshold keeps images good")
     report.add(groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         report.add(groups=[*report.found["groups"], {"ranks": ranks, "found": found}])
         base = max(each[0]["seconds"] for each in found)
-        rows = [("", "step cache", "time", "of bf16", "spared", "error", "of a step, to plain", "same bits again")]
+        rows = [("", "step cache", "time", "of bf16", "skipped", "error", "of a step, to plain", "same bits again")]
         for number, first in enumerate(found[0]):
             seconds = max(each[number]["seconds"] for each in found)
-            assert {each[number]["reused"] for each in found} == {first["reused"]}, "ranks spared other steps"
+            assert {each[number]["reused"] for each in found} == {first["reused"]}, "ranks skipped different steps"
             step = first["error_of_a_step"]
             how = (first["precision"], f"{first['threshold']:g}" if first["threshold"] else "")
             times = (f"{seconds:.2f} s", f"{seconds / base:.3f}x", f"{first['reused']} of {given.steps}")

@@ -1,4 +1,4 @@
-"""Run the same jobs without the daemon, as users do: load a folder of diffusers, denoise, decode.
+"""Time the same jobs without the daemon, in diffusers or xDiT alone: load a folder, denoise, decode.
 
     python benchmarks/run.py rival diffusers --files FOLDER
     python benchmarks/run.py rival xfuser --workers 2 --files FOLDER
@@ -6,7 +6,7 @@
 
 ``diffusers`` is one process, ``xfuser`` its Flux wrapper with Ulysses, ``context-parallel`` diffusers' own
 ``enable_parallelism`` with Ulysses. All run in eager mode; the suite compares the daemon with them. Latents after a few
-steps are left in FOLDER, for what others are compared with. Seconds are those of the slowest rank.
+steps are written to FOLDER, for comparison with other parts. Seconds are those of the slowest rank.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -24,11 +24,11 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_device, need_gpus, on_ranks, print_machine, print_table, synchronize
+from measuring import Report, add_device, need_gpus, print_machine, print_table, run_on_ranks, synchronize
 from parts import files, loads
 
 SHOWS_MACHINE = True
-"""Not by the runner, before it: the start of this program is timed."""
+"""This part prints the machine itself, at the end, because its own start is timed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--workers", "--ranks", dest="ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--files", type=Path, required=True, help="of the part files, made if need be")
+    parser.add_argument("--files", type=Path, required=True, help="folder of the part files, written if needed")
     parser.add_argument(
-        "--began", type=float, help="when the suite, which has made the files, started this: time.time()"
+        "--began", type=float, help="time.time() at which the suite started this part, with the files written"
     )
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a rival."""
+    """One rank of a program that the daemon is compared with."""
 
     given: argparse.Namespace
     number: int
@@ -107,7 +107,7 @@ LOADERS = {"diffusers": start_diffusers, "xfuser": start_xfuser, "context-parall
 
 
 def measure(rank: Rank) -> dict[str, Any]:
-    """Load, make a first image, then time jobs; rank 0 leaves latents in the folder of the files."""
+    """Load, make a first image, then time jobs; rank 0 writes latents to the folder of the files."""
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file, save_file
 
@@ -192,7 +192,7 @@ def run_rank(number: int, ranks: int, store: str, given: argparse.Namespace) -> 
 
 
 def slowest(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One rival's figures from its ranks': for each run what the slowest one took."""
+    """Combine the ranks' figures: for each run the time of the slowest rank."""
     whole: dict[str, Any] = {}
     for name in found[0]:
         each = [rank[name] for rank in found]
@@ -208,7 +208,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
         need_gpus(f"rival {given.rival}", given.ranks, given.device)
         files.ensure(given.files, given)
         given.began = time.time()
-    found = on_ranks(run_rank, given.ranks, given, is_one_here=True)
+    found = run_on_ranks(run_rank, given.ranks, given, is_one_here=True)
     report.add(rival=given.rival, ranks=given.ranks, **slowest(found))
     rows = [(name, f"{statistics.median(report.found[name]):.3f} s") for name in ("job_s", "decode_s")]
     print_machine(report.found["machine"])

@@ -1,13 +1,13 @@
-"""Run one step of a full-size FLUX.1 by each way of running its blocks, side by side in one run, without a daemon.
+"""Time one step of a full-size FLUX.1 with each way of running its blocks, without a daemon.
 
     python benchmarks/run.py step_time --workers 1 2
     python benchmarks/run.py step_time --ways plain fused --profile
     python benchmarks/run.py step_time --workers 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
-blocks of ``families/flux1/fused.py``, ``fp8`` the same with products in eight bits, which is not lossless. Weights are
+blocks of ``families/flux1/fused.py``, ``fp8`` the same with fp8 matrix products, which are not lossless. Weights are
 random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against the first way, and
-with ``--profile`` where the time of a step goes.
+with ``--profile`` the time of each kind of kernel.
 
 Needs: as many GPUs as workers
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import Report, add_ranks, need_gpus, on_ranks, print_table
+from measuring import Report, add_ranks, need_gpus, print_table, run_on_ranks
 
 from xditd.client.demo.flux1_calls import image_ids
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed forwards; the median counts")
     parser.add_argument("--small", action="store_true", help="a tiny transformer: a dry run")
     parser.add_argument("--rows", type=int, default=1, help="images in one forward; 2: a prompt and a negative one")
-    parser.add_argument("--layout", default="auto", help="as xditd serve takes it, such as ring=2")
+    parser.add_argument("--layout", default="auto", help="a layout as in xditd serve, such as ring=2")
     parser.add_argument("--attention", default="auto", help="an xDiT attention backend by name")
     parser.add_argument("--profile", action="store_true", help="sum a step's kernels by kind")
 
@@ -71,12 +71,12 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
     modules: dict[str, Any] = {}
     for precision in dict.fromkeys(("bf16", layout.precision)):
         cache = ModelCache(dataclasses.replace(layout, precision=precision))
-        plan = cache.plan({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        plan.model.plug(plan.bind(state), "a", plan.by_canonical_name(state))
-        modules[precision] = plan.model.module
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        match.model.plug(match.bind(state), "a", match.by_canonical_name(state))
+        modules[precision] = match.model.module
     module = modules["bf16"]
     fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
-    component_layouts.use(plan.model.layout)
+    component_layouts.use(match.model.layout)
     inputs, options = make_inputs(given, device), CallOptions()
 
     @torch.inference_mode()
@@ -91,7 +91,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
 
     @torch.inference_mode()
     def few_steps() -> torch.Tensor:
-        """Twelve steps of Euler's method from noise, for the error that a job would see."""
+        """Run twelve Euler steps from noise, for the error that a job would have."""
         moved = dict(inputs)
         for number in range(PARITY_STEPS):
             moved["timestep"] = torch.full((given.rows,), 1.0 - number / PARITY_STEPS, device=device)
@@ -161,7 +161,7 @@ def time_steps(step: Callable[[], object], count: int) -> list[float]:
 
 
 def profile(step: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds of one step's kernels by kind, and the longest by name."""
+    """Return the milliseconds of one step's kernels by kind, and the longest kernels by name."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -186,7 +186,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("step_time", max(given.ranks))
     report.add(groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         group: dict[str, Any] = {
             "ranks": ranks,
             "layout": found[0]["layout"],

@@ -1,10 +1,10 @@
-"""Hand a checkpoint to another process by torch's own multiprocessing, one handle for each tensor.
+"""Time sharing a checkpoint with another process through torch's multiprocessing, one CUDA IPC handle for each tensor.
 
     python benchmarks/run.py tensor_ipc
 
-One process makes the weights, sends them through a pipe (``reduce_tensor``), and another opens all of them and assigns
-them to diffusers' module. Counted from before the first tensor is described until the module holds all of them.
-Prefer the daemon's way: torch refuses this under ``cudaMallocAsync``, and a receiver that is killed leaks a block.
+One process makes the weights and sends them through a pipe (``reduce_tensor``); another opens all of them and assigns
+them to diffusers' module. The time is from before the first tensor is sent until the module has all of them. Prefer
+the daemon: torch refuses this with ``cudaMallocAsync``, and a receiver that is killed leaks a block.
 
 Needs: a GPU; --device cpu --small is a dry run
 """
@@ -25,7 +25,7 @@ DEADLINE_S = 120.0
 
 
 def receive(connection: Any, given: argparse.Namespace) -> None:
-    """Build the module once, then answer each checkpoint with the moments when it was open and assigned."""
+    """Build the module once; for each checkpoint, send the times when it was opened and assigned."""
     from diffusers import FluxTransformer2DModel
 
     from xditd.gpu_workers.families.flux1 import reference
@@ -39,7 +39,7 @@ def receive(connection: Any, given: argparse.Namespace) -> None:
     for _ in range(given.repeats + 1):
         tensors = connection.recv()
         opened = time.perf_counter()
-        # Only the first one pays for the module: it stands for a model that is built already.
+        # The module is built only for the first checkpoint, as the workers keep built models.
         converted = reference.convert_transformer(tensors)
         if module is None:
             config = reference.transformer_from(tensors).config
@@ -85,14 +85,14 @@ def run(given: argparse.Namespace, report: Report) -> None:
 
 
 def answer(connection: Any) -> Any:
-    """What the other process says next.
+    """Receive the other process's next message.
 
     Raises:
-        SystemExit: it ended, or says nothing.
+        SystemExit: it ended, or sends nothing.
     """
     try:
         if connection.poll(DEADLINE_S):
             return connection.recv()
     except EOFError:
         raise SystemExit("the receiving process ended") from None
-    raise SystemExit(f"the receiving process said nothing for {DEADLINE_S:.0f} s")
+    raise SystemExit(f"the receiving process did not answer within {DEADLINE_S:.0f} s")

@@ -1,9 +1,9 @@
-"""Decode FLUX.1's VAE at full size by each way, side by side in one run, without a daemon.
+"""Time the decode of FLUX.1's VAE at full size in three ways, without a daemon.
 
     python benchmarks/run.py vae_time --workers 1 2
 
 ``diffusers`` is one rank's decode as diffusers runs it, ``channels_last`` the same with activations in that memory
-format, ``bands`` the decoder of ``split_decode.py`` over all ranks (on one rank: its code without company). Weights are
+format, ``bands`` the decoder of ``split_decode.py`` over all ranks, or with the same code on one rank. Weights are
 random. Prints milliseconds of the slowest rank, ratios to ``diffusers``, and the error against a decode in float32.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
@@ -18,7 +18,7 @@ from typing import Any
 
 import flux
 import torch
-from measuring import GIB, Report, add_device, add_ranks, need_gpus, on_ranks, print_table, repeat_ms
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, repeat_ms, run_on_ranks
 
 CHANNELS = (128, 256, 512, 512)
 SMALL_CHANNELS = (64, 64, 64, 64)
@@ -86,7 +86,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("vae_time", max(given.ranks), given.device)
     report.add(pixels=given.pixels, groups=[])
     for ranks in given.ranks:
-        found = on_ranks(run_rank, ranks, given)
+        found = run_on_ranks(run_rank, ranks, given)
         report.add(groups=[*report.found["groups"], {"ranks": ranks, "by_rank": found}])
         slowest = {way: max(statistics.median(each[way]["ms"]) for each in found) for way in found[0]}
         rows = [("", "time", "of diffusers", "error", "same bits again", "peak")]

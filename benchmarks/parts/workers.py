@@ -1,12 +1,12 @@
-"""Measure one worker group from a client that lends to it: lends, jobs, calls, swaps, cold clients, files, memory.
+"""Measure one worker group from a client: lends, jobs, calls, model changes, cold clients, files, memory.
 
     python benchmarks/run.py workers --workers 2 --files FOLDER --json FILE
     python benchmarks/run.py workers --workers 2 --walk jobs --flags=--layout=ring=2 --files FOLDER --json FILE
 
-The client uses ``cudaMallocAsync`` as ComfyUI does; the daemon is started here, with ``--flags`` of its own. The walk
-``whole`` is everything, ``jobs`` is what shows another way of computing. A stage that fails is named, and the next
-one goes on. All times are the client's, unless their name says that they are the workers' (of the slowest rank). The
-suite prints them beside what a user would pick instead; latents are compared with those that ``rival`` left in FOLDER.
+The client uses ``cudaMallocAsync`` as ComfyUI does; the daemon is started with ``--flags``. ``--walk whole`` runs all
+stages, ``--walk jobs`` only those that depend on how the workers compute. If a stage fails, it is named and the next
+one runs. Times are the client's, or the workers' (of the slowest rank) where the name says so. Latents are compared
+with those that the part ``rival`` wrote to FOLDER.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before torch is imported: the allocator that ComfyUI selects by default, under which torch itself refuses to share.
+# Before torch is imported: ComfyUI's default allocator, with which torch itself cannot share tensors.
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"
 os.environ["PYTORCH_ALLOC_CONF"] = "backend:cudaMallocAsync"
 
@@ -35,13 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--walk", choices=("whole", "jobs"), default="whole")
-    parser.add_argument("--flags", action="append", default=[], help="one of the daemon, --flags=--name=value")
+    parser.add_argument("--flags", action="append", default=[], help="a flag of the daemon, --flags=--name=value")
     parser.add_argument("--step-cache", type=float, default=0.0, help="threshold of step caching in jobs")
     parser.add_argument("--lends", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold-clients", type=int, default=5)
-    parser.add_argument("--files", type=Path, required=True, help="of the part files, made if need be")
-    parser.add_argument("--cold-client", type=Path, metavar="RUNTIME_DIR", help="be one of these for a ready daemon")
+    parser.add_argument("--files", type=Path, required=True, help="folder of the part files, written if needed")
+    parser.add_argument(
+        "--cold-client", type=Path, metavar="RUNTIME_DIR", help="run as a cold client of the daemon in this folder"
+    )
     parser.add_argument("--seed", type=int, default=10, help="of a cold client's weights")
     parser.add_argument("--log", type=Path, help="keep the daemon's log here")
 
@@ -60,7 +62,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
         given.began = time.perf_counter()
         daemon = DaemonProcess(given.log or Path(folder, "daemon.log"), given.workers, given.device, given.flags)
         try:
-            from workers_walk import WALKS, Walk  # torch and the rest, while the workers import theirs
+            from workers_walk import WALKS, Walk  # imports torch while the workers import theirs
 
             walk = Walk(given, report, daemon)
             walk.run(WALKS[given.walk])

@@ -1,7 +1,7 @@
-"""The node pack for ComfyUI: existing workflows on all GPUs, through a running xditd.
+"""ComfyUI node pack: runs existing workflows on all GPUs through a running xditd.
 
-This folder is the pack's root: ComfyUI imports it, or the small folder that ``xditd comfyui install`` writes, which
-imports this. Nothing is loaded until ComfyUI asks for the extension.
+ComfyUI imports this folder, either directly or from the folder that ``xditd comfyui install`` writes. Nothing else is
+imported until ComfyUI calls :func:`comfy_entrypoint`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 WEB_DIRECTORY = "./web"
-"""Where ComfyUI finds the help pages of the nodes."""
+"""Folder of the nodes' help pages."""
 
 
 async def comfy_entrypoint() -> Any:
-    """Make the extension; ComfyUI calls this at start."""
+    """Return the extension; ComfyUI calls this at start."""
     from xditd.client.comfyui.extension import XditExtension
 
     return XditExtension()

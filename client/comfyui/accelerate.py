@@ -1,4 +1,4 @@
-"""A MODEL of a known family made remote: a weightless twin that lends what the stock one holds, patches included."""
+"""XDiT Accelerate: turn a stock MODEL into one whose forward runs in the workers, patches included."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from xditd.client.comfyui.patcher import (
     WRAPPER_KEY,
     RemotePatcher,
     build_weightless,
-    lendable,
-    make_patcher,
+    make_transformer_patcher,
+    make_weights,
 )
-from xditd.client.comfyui.understood import MODEL_SAMPLING, steps_alike
+from xditd.client.comfyui.understood import MODEL_SAMPLING, have_same_steps
 from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
 
-_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Weightless models by the stock model whose tensors they lend: queueing again lends nothing."""
-
+_remote_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Remote MODELs by the stock model whose tensors they lend, so that queueing a prompt again lends nothing again."""
 
 _PATCHERS = (comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic)
-"""What ComfyUI's own loaders hand out; others may load and patch in ways of their own."""
+"""Patcher classes of ComfyUI's own loaders. Other classes may load and patch differently, so they are refused."""
 
 
 def accelerate(patcher: Any) -> RemotePatcher:
-    """Make a MODEL like ``patcher`` whose forward runs in the workers.
+    """Return a MODEL with the weights and patches of ``patcher`` whose forward runs in the workers.
 
     Raises:
-        Unsupported: no family that the workers run, quantised weights, or a change of the model that is not understood.
+        Unsupported: a model family that the workers do not run, quantised weights, or an unknown change of the model.
     """
     if isinstance(patcher, RemotePatcher):
         return patcher
@@ -47,38 +46,40 @@ def accelerate(patcher: Any) -> RemotePatcher:
     if family is None:
         raise Unsupported(f"XDiT: the MODEL is {type(model).__name__}; XDiT runs {titles()}, connect one of these")
     family.check_config(model.model_config, _label(patcher))
-    twin = _twins.get(model)
-    if twin is None:
+    ours = _remote_models.get(model)
+    if ours is None:
         tensors = _base_tensors(patcher)
-        weights = lendable(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
-        twin = _twins[model] = make_patcher(build_weightless(model.model_config, tensors), weights, family)
-    if next(twin.understood.faults(patcher), None) is not None:
-        # What another clone has injected for its own runs is still there until ComfyUI unloads it.
+        weights = make_weights(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
+        ours = _remote_models[model] = make_transformer_patcher(
+            build_weightless(model.model_config, tensors), weights, family
+        )
+    if next(ours.understood.faults(patcher), None) is not None:
+        # Another clone's injections stay in the shared model until ComfyUI unloads it.
         comfy.model_management.unload_model_and_clones(patcher)
-        refuse(twin.understood.faults(patcher))
+        refuse(ours.understood.faults(patcher))
     stock = patcher.clone()
-    remote: RemotePatcher = twin.clone()
+    remote: RemotePatcher = ours.clone()
     for name in ("patches", "patches_uuid", "object_patches", "model_options", "callbacks", "attachments"):
         setattr(remote, name, getattr(stock, name))
     remote.additional_models, remote.hook_patches = stock.additional_models, stock.hook_patches
     remote.weight_wrapper_patches = stock.weight_wrapper_patches
-    # One that was set in the model itself, and not by a patch, goes along as one.
+    # A model_sampling that was set in the model itself becomes an object patch.
     sampling = patcher.object_patches_backup.get(MODEL_SAMPLING, model.model_sampling)
-    if not _is_alike(sampling, twin.model.model_sampling):
+    if not _is_same_sampling(sampling, ours.model.model_sampling):
         remote.object_patches.setdefault(MODEL_SAMPLING, sampling)
-    ours = remote.wrappers
+    own_wrappers = remote.wrappers
     remote.wrappers = stock.wrappers
-    for kind, by_key in ours.items():
+    for kind, by_key in own_wrappers.items():
         remote.wrappers.setdefault(kind, {})[WRAPPER_KEY] = by_key[WRAPPER_KEY]
     return remote
 
 
-def _is_alike(sampling: Any, made: Any) -> bool:
-    return steps_alike(sampling, made) and torch.equal(sampling.sigmas.cpu(), made.sigmas.cpu())
+def _is_same_sampling(sampling: Any, own: Any) -> bool:
+    return have_same_steps(sampling, own) and torch.equal(sampling.sigmas.cpu(), own.sigmas.cpu())
 
 
 def _base_tensors(patcher: Any) -> dict[str, torch.Tensor]:
-    """The unpatched tensors, also where ComfyUI has patched copies loaded and keeps the originals aside."""
+    """Return the unpatched tensors; ComfyUI keeps them in ``backup`` while patched copies are loaded."""
     tensors = patcher.model.diffusion_model.state_dict()
     for key, kept in patcher.backup.items():
         name = key.removeprefix(PREFIX)

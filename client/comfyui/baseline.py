@@ -1,7 +1,7 @@
-"""What a loader made, so that what was changed since can be told: modules, their methods, hooks and settings.
+"""Detect changes of a model's modules, methods, hooks and settings since it was loaded.
 
-Nodes change a model in ways that no patcher records: they replace a method of one module or of its class, register a
-hook, swap a module, set a number. ComfyUI's own forward obeys all of these; one in the workers sees none of them.
+Nodes change a model in ways that no patcher records: they replace a method of a module or of its class, register a
+hook, replace a module, set a number. ComfyUI's own forward obeys all of these; a forward in the workers sees none.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
-import torch.nn.modules.module as of_all_modules
+import torch.nn.modules.module as global_hooks
 
 from xditd.client.comfyui.naming import name_of
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
-_HOOKS_OF_ALL: Final = tuple(getattr(of_all_modules, f"_global{hook}") for hook in _HOOKS)
-"""Those that torch calls for every module of the process."""
+_GLOBAL_HOOKS: Final = tuple(getattr(global_hooks, f"_global{hook}") for hook in _HOOKS)
+"""Hooks that torch calls for every module of the process."""
 
-_FUNCTIONS_OF_WEIGHTS: Final = ("weight_function", "bias_function")
-"""What ComfyUI's layers call with their weights; it puts the patches of a MODEL there itself."""
+_WEIGHT_FUNCTIONS: Final = ("weight_function", "bias_function")
+"""Functions that ComfyUI's layers call with their weights; ComfyUI itself puts a MODEL's patches there."""
 
 _SCALARS: Final = (bool, int, float, str)
 _DECORATORS: Final = ("torch", "contextlib", "functools")
-"""Packages whose decorators wrap methods in functions of theirs."""
+"""Packages whose decorators wrap methods in functions of their own."""
 
-_MOVES: Final = ("comfy", "training")
-"""Beginnings and parts of the names of what ComfyUI sets where it loads and unloads weights."""
+_LOADING: Final = ("comfy", "training")
+"""Parts of the names of attributes that ComfyUI sets when it loads and unloads weights."""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """``settings`` are the plain values of a module; of the root, which ComfyUI keeps accounts on, none."""
+    """``settings`` are the plain values of a module; the root has none, because ComfyUI changes its attributes."""
 
     kind: type
     settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """All modules at the last full look: their attributes and hooks, which change in place, and each one's children.
+class _Snapshot:
+    """Attributes, hooks and children of all modules at the last full check.
 
-    Lists side by side, so that comparing them is a few calls, and no Python for each module.
+    Parallel lists, so that comparing them takes a few C calls instead of a Python loop over modules.
     """
 
     attributes: list[dict[str, Any]]
     counts: list[int]
-    below: list[dict[str, Any]]
-    below_counts: list[int]
+    children_of: list[dict[str, Any]]
+    children_counts: list[int]
     hooks: list[Any]
     parents: list[dict[str, Any]]
     names: list[str]
@@ -58,15 +58,15 @@ class _Seen:
     def is_intact(self) -> bool:
         return (
             list(map(len, self.attributes)) == self.counts
-            and list(map(len, self.below)) == self.below_counts
+            and list(map(len, self.children_of)) == self.children_counts
             and not any(self.hooks)
-            and not any(_HOOKS_OF_ALL)
+            and not any(_GLOBAL_HOOKS)
             and all(map(operator.is_, map(dict.get, self.parents, self.names), self.children))
         )
 
 
 class Baseline:
-    """The modules below one, as they are now. ``without`` names children of the root that are checked elsewhere."""
+    """Records all modules below ``root`` as they are now, except the root's children named in ``without``."""
 
     def __init__(self, root: Any, without: tuple[str, ...] = ()) -> None:
         self._without = without
@@ -78,14 +78,14 @@ class Baseline:
             for kind in {kind for each in self._made.values() for kind in each.kind.__mro__}
             for name, value in _methods(kind).items()
         }
-        self._seen = self._see(root)
+        self._snapshot = self._take_snapshot(root)
 
     def differences(self, root: Any, unless: Mapping[str, Any] | None = None) -> list[str]:
-        """Name what a model of the same make has otherwise; ``unless`` are attributes that come and go (dotted)."""
+        """Name what differs in ``root``; ``unless`` are dotted names of attributes that may differ."""
         found = dict(self._walk(root))
         faults = [
             f"all modules have a forward hook ({name_of(function)})"
-            for hooks in _HOOKS_OF_ALL
+            for hooks in _GLOBAL_HOOKS
             for function in hooks.values()
         ]
         faults += [f"the module {path} is missing" for path in self._made if path not in found]
@@ -99,7 +99,7 @@ class Baseline:
         return faults
 
     def foreign_methods(self) -> list[str]:
-        """Name methods that classes were given before this was recorded: their code is not of the class's package."""
+        """Name methods that were replaced before recording: their code is from another package than their class."""
         return [
             f"{kind.__name__}.{name} is that of {_origin(value)}"
             for (kind, name), value in self._methods.items()
@@ -107,19 +107,19 @@ class Baseline:
         ]
 
     def is_intact(self, root: Any) -> bool:
-        """Tell in a tenth of a millisecond for a thousand modules that nothing was changed since the last full look.
+        """Return whether surely nothing changed since the last full check; 0.1 ms for a thousand modules.
 
-        A doubt is a no; :meth:`differences` then names what it is, or says that it is nothing.
+        On False, call :meth:`differences`: it names the changes, if there are any.
         """
-        if self._seen.attributes[0] is not vars(root) or not self._seen.is_intact():
+        if self._snapshot.attributes[0] is not vars(root) or not self._snapshot.is_intact():
             return False
         return all(kind.__dict__.get(name) is made for (kind, name), made in self._methods.items())
 
     def accept(self, root: Any) -> None:
-        """Remember that ``root`` has no differences, for :meth:`is_intact`."""
-        self._seen = self._see(root)
+        """Record that ``root`` has no differences, for :meth:`is_intact`."""
+        self._snapshot = self._take_snapshot(root)
 
-    def _see(self, root: Any) -> _Seen:
+    def _take_snapshot(self, root: Any) -> _Snapshot:
         modules = list(self._walk(root))
         links = [
             (module._modules, name, child)
@@ -127,11 +127,11 @@ class Baseline:
             for name, child in module._modules.items()
             if path or name not in self._without
         ]
-        return _Seen(
+        return _Snapshot(
             attributes=[vars(module) for _, module in modules],
             counts=[len(vars(module)) for _, module in modules],
-            below=[module._modules for _, module in modules],
-            below_counts=[len(module._modules) for _, module in modules],
+            children_of=[module._modules for _, module in modules],
+            children_counts=[len(module._modules) for _, module in modules],
             hooks=[getattr(module, hook) for _, module in modules for hook in _HOOKS],
             parents=[parent for parent, _, _ in links],
             names=[name for _, name, _ in links],
@@ -163,10 +163,10 @@ class Baseline:
                 continue
             if callable(value) and callable(getattr(type(module), name, None)):
                 yield f"{full} was replaced ({name_of(value)})"
-            elif name in _FUNCTIONS_OF_WEIGHTS:
+            elif name in _WEIGHT_FUNCTIONS:
                 for function in value:
-                    if not _is_comfyuis(function):
-                        yield f"{full} was put in place ({name_of(function)})"
+                    if not _is_of_comfyui(function):
+                        yield f"{full} was set ({name_of(function)})"
             elif name in made.settings:
                 yield from _changes(full, made.settings[name], value)
 
@@ -174,16 +174,16 @@ class Baseline:
 def _settings(module: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
-        if not name.startswith("_") and name not in _FUNCTIONS_OF_WEIGHTS and not any(part in name for part in _MOVES):
-            if _is_record(value):
+        if not name.startswith("_") and name not in _WEIGHT_FUNCTIONS and not any(part in name for part in _LOADING):
+            if _is_dataclass(value):
                 found[name] = _plain_fields(value)
             elif _is_plain(value):
-                found[name] = list(value) if isinstance(value, list) else value  # it may be changed in place
+                found[name] = list(value) if isinstance(value, list) else value  # a list may be changed in place
     return found
 
 
 def _changes(full: str, made: Any, value: Any) -> Iterator[str]:
-    if _is_record(value):
+    if _is_dataclass(value):
         now = _plain_fields(value)
         for name, before in made.items() if isinstance(made, dict) else ():
             if now.get(name) != before:
@@ -198,7 +198,7 @@ def _is_plain(value: object) -> bool:
     )
 
 
-def _is_record(value: object) -> bool:
+def _is_dataclass(value: object) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
 
 
@@ -207,12 +207,12 @@ def _plain_fields(record: Any) -> dict[str, Any]:
     return {name: list(each) if isinstance(each, list) else each for name, each in values.items() if _is_plain(each)}
 
 
-def _is_comfyuis(function: Any) -> bool:
+def _is_of_comfyui(function: Any) -> bool:
     return _package(getattr(type(function), "__module__", "")) == "comfy"
 
 
 def _methods(kind: type) -> dict[str, Any]:
-    if kind.__name__ in ("object", "Module"):  # the roots of all classes: nobody's model
+    if kind.__name__ in ("object", "Module"):  # base classes of every model
         return {}
     return {
         name: value

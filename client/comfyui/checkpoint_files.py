@@ -1,4 +1,4 @@
-"""Checkpoint files as ComfyUI reads them; what it cannot read is named."""
+"""Read checkpoint files with ComfyUI's reader, and name the kind of those that it cannot read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a file with ComfyUI's own reader, which unpickles nothing but tensors.
+    """Read the tensors of a file with ComfyUI's own reader, which unpickles only tensors.
 
     Raises:
-        Unsupported: one of several files of a checkpoint, GGUF, a web page, or another file that ComfyUI does not read.
+        Unsupported: one shard of a checkpoint, GGUF, a web page, or another file that ComfyUI does not read.
     """
     shard = shard_of(path)
     if shard is not None:
         raise Unsupported(f"{Path(path).stem}: this is {shard}")
     try:
         tensors: dict[str, torch.Tensor] = comfy.utils.load_torch_file(path, safe_load=True)
-    except Exception as error:  # the reader raises whatever its libraries do
+    except Exception as error:  # the reader's libraries raise errors of any class
         found = kind_of_file(path)
         if found is None:
             raise

@@ -1,4 +1,4 @@
-"""The one session that this ComfyUI has with the daemon. It is opened when a node first needs it."""
+"""The client that all nodes of this ComfyUI share; opened when a node first needs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _client: Client | None = None
 
 
 def connect() -> Client:
-    """Get the client of this process; the first call greets the daemon, later ones greet it again after a restart.
+    """Return the client of this process, connected to the running daemon, also after that has been restarted.
 
     Raises:
         DaemonUnreachable: no daemon answers; the message says how to start one.
@@ -23,10 +23,10 @@ def connect() -> Client:
         try:
             if _client is None:
                 _client = Client(name="ComfyUI")
-            _ = _client.daemon_pid  # greets the new daemon where the last one is gone
+            _ = _client.daemon_pid  # connects again if the daemon was restarted
         except DaemonUnreachable as error:
             raise DaemonUnreachable(
                 f"{error.detail}. Start it (xditd serve), then queue the prompt again; ComfyUI can stay open. "
-                f"A daemon with a folder of its own is found by {RUNTIME_DIR_VARIABLE}."
+                f"If the daemon has a runtime folder of its own, set {RUNTIME_DIR_VARIABLE} to it."
             ) from None
         return _client

@@ -1,7 +1,7 @@
-"""The forward of a weightless MODEL: ComfyUI's call of the transformer, as calls of the workers.
+"""Run the forward of a MODEL in the workers: ComfyUI calls :class:`RemoteForward` in place of the transformer.
 
-It sits where ComfyUI calls the transformer (a wrapper), so samplers, schedulers, guiders, masks, previews and LoRA
-loaders work on the MODEL as on any other. What its arguments mean, the adapter of the model's family knows.
+It is a ComfyUI wrapper, so samplers, schedulers, guiders, masks, previews and LoRA loaders work on the MODEL as on any
+other. The adapter of the model's family translates the arguments.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 class RemoteForward:
-    """Stands in for the transformer's own forward. ComfyUI calls it as a wrapper."""
+    """Wrapper that runs in place of the transformer's own forward."""
 
     def __init__(self, weights: RemoteWeights, family: ModelAdapter, understood: Understood | None = None) -> None:
-        """Predict with ``weights``, as long as the model is as ``understood`` says."""
+        """Predict with ``weights``; ``understood`` checks in each step that nobody changed the model."""
         self._weights = weights
         self._family = family
         self._understood = understood
         self._inputs = StepInputs()
-        self._foreseen: tuple[object, Mapping[str, list[float]]] = (None, {})
+        self._schedule: tuple[object, Mapping[str, list[float]]] = (None, {})
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Let the wrappers of other nodes run as they are set up, around the workers instead of the local model.
+        """Run the other nodes' wrappers around :meth:`run` instead of the local model.
 
         Raises:
-            Unsupported: the model is not as it was when the run began.
+            Unsupported: the model was changed since the run began.
         """
         if self._understood is not None:
             self._understood.check_step()
@@ -47,7 +47,7 @@ class RemoteForward:
         return result
 
     def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Predict for one batch of ComfyUI's; the arguments are those of the method that is wrapped.
+        """Predict for one batch; the arguments are those of the wrapped method.
 
         Raises:
             Unsupported: a patch or a model that the workers cannot run.
@@ -55,14 +55,14 @@ class RemoteForward:
         """
         call = self._family.read(*args, **kwargs)
         check_forward(call.options, call.faults)
-        # ComfyUI looks for Cancel at every operation of a local model. Here a whole forward is one operation.
+        # ComfyUI checks for Cancel in every operation of a local model; a remote forward is one operation.
         comfy.model_management.throw_exception_if_processing_interrupted()
         client, loan = self._weights.connect(), self._weights.loan
         dtype = torch_dtype(loan.facts.dtype)
         numbers, kept = self._inputs.read(
             call.rows, call.numbers, call.texts, lambda texts: self._family.keep_row(texts, client.keep, dtype)
         )
-        foreseen = self._foresee(call.options.get("sample_sigmas"))
+        foreseen = self._read_schedule(call.options.get("sample_sigmas"))
         predicted = []
         for first in range(0, call.rows, MAX_BATCH):
             rows = slice(first, first + MAX_BATCH)
@@ -72,9 +72,9 @@ class RemoteForward:
             predicted.append(call.prediction(rows, results))
         return predicted[0] if len(predicted) == 1 else torch.cat(predicted)
 
-    def _foresee(self, sigmas: torch.Tensor | None) -> Mapping[str, list[float]]:
-        """Read the sampler's whole schedule, once for each run."""
-        if self._foreseen[0] is not sigmas:
+    def _read_schedule(self, sigmas: torch.Tensor | None) -> Mapping[str, list[float]]:
+        """Read the sampler's whole schedule, once per run."""
+        if self._schedule[0] is not sigmas:
             values = [] if sigmas is None else sigmas.reshape(-1).double().tolist()
-            self._foreseen = (sigmas, self._family.foreseen(values) if values else {})
-        return self._foreseen[1]
+            self._schedule = (sigmas, self._family.schedule_values(values) if values else {})
+        return self._schedule[1]

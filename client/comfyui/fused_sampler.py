@@ -1,4 +1,4 @@
-"""The whole denoising loop in the workers, as a sampler that ComfyUI runs."""
+"""ComfyUI sampler that runs the whole denoising loop in the workers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class FusedEuler(comfy.samplers.Sampler):
-    """ComfyUI prepares model, conditioning, sigmas and noise as for any sampler; the loop is one request.
+    """Euler sampler whose loop is one job in the workers; ComfyUI prepares conditioning, sigmas and noise as always.
 
-    ``image`` is the decoded picture (batch, height, width, 3) in [0, 1] where ``vae`` was given.
+    ``image`` is the decoded image (batch, height, width, 3) in [0, 1], if ``vae`` was given.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FusedEuler(comfy.samplers.Sampler):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        """Denoise ``noise``; Cancel ends the job in the workers after the step that runs."""
+        """Denoise ``noise``; Cancel ends the job in the workers after the current step."""
         check_forward(extra_args["model_options"].get("transformer_options", {}))
         sampling = model_wrap.inner_model.model_sampling
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
@@ -85,7 +85,7 @@ class FusedEuler(comfy.samplers.Sampler):
 
 
 def parts_of(conditioning: Sequence[Any]) -> list[dict[str, Any]]:
-    """The parts of a CONDITIONING with everything that is attached to them."""
+    """Return the parts of a CONDITIONING, each with all its options and its embeddings under ``cross_attn``."""
     return [
         {**part[1], "cross_attn": part[0] if part[0] is not None else part[1].get("cross_attn")}
         for part in conditioning
@@ -93,7 +93,7 @@ def parts_of(conditioning: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _rows(value: Any, rows: int, dtype: torch.dtype) -> Any:
-    """Rows of conditioning in the dtype of the weights, to which ComfyUI casts what a model reads."""
+    """Return ``rows`` rows of conditioning, cast to the dtype of the weights as ComfyUI does."""
     if isinstance(value, torch.Tensor):
         return comfy.utils.repeat_to_batch_size(value, rows).to(dtype)
     return [each.to(dtype) for each in value]

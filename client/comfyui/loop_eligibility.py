@@ -1,7 +1,7 @@
-"""Which jobs the workers' own loop can do whole, and why others cannot.
+"""Decide whether the workers' own loop can run a whole job of XDiT KSampler, and say why not.
 
-The loop takes weights, embeddings, noise and sigmas. So a job is eligible only where the model is provably no more than
-its weights, and the conditioning no more than one text: whatever else they carry runs step by step, in ComfyUI's loop.
+The workers' loop takes weights, embeddings, noise and sigmas. So a job is eligible only if nothing but weights defines
+its model, and its conditioning is one text. All others run step by step in ComfyUI's loop.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter
 
 EULER: Final = "euler"
-_LABELS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
-"""What ComfyUI adds to a CONDITIONING of any model, and what is looked at by itself."""
+_COMMON_KEYS: Final = frozenset({"model_conds", "prompt_type", "strength", "uuid"})
+"""Keys that any CONDITIONING has, or that are checked one by one below."""
 
 
 def why_stepwise(
@@ -29,17 +29,17 @@ def why_stepwise(
     positive: Sequence[Mapping[str, Any]],
     negative: Sequence[Mapping[str, Any]],
     family: ModelAdapter,
-    unlike_made: str | None,
+    model_change: str | None,
     latent_shape: Sequence[int],
     pixels_per_latent: int,
 ) -> str | None:
-    """Say why ComfyUI's own loop has to run, or nothing where the workers' loop gives the same latents.
+    """Return why ComfyUI's own loop has to run, or None if the workers' loop gives the same latents.
 
-    ``positive`` and ``negative`` are the parts of the conditioning with all that is attached to them. ``unlike_made``
-    says what was done to the model since it was loaded.
+    ``positive`` and ``negative`` are parts of conditioning with all their options (``parts_of``); ``model_change`` is
+    from ``why_model_changed``.
     """
-    if unlike_made is not None:
-        return unlike_made
+    if model_change is not None:
+        return model_change
     if sampler != EULER:
         return f"the workers' loop has the sampler euler, not {sampler}"
     if cfg != 1.0:
@@ -71,8 +71,8 @@ def _why_not_condition(
     if len(positive) != 1:
         return f"the positive conditioning has {len(positive)} parts"
     for name, parts in (("positive", positive), ("negative", negative)):
-        for part in parts:  # of the negative one too: ComfyUI carries its areas over to the positive
-            special = sorted(key for key in part.keys() - _LABELS - family.loop_keys if part[key] is not None)
+        for part in parts:  # the negative ones too: ComfyUI copies their areas to the positive conditioning
+            special = sorted(key for key in part.keys() - _COMMON_KEYS - family.loop_keys if part[key] is not None)
             special += sorted(part.get("model_conds", {}).keys() - family.loop_conds)
             if special:
                 return f"the {name} conditioning has {', '.join(special)}"

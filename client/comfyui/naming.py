@@ -1,4 +1,4 @@
-"""Names for what nodes put into a model: the node's class where the thing was made in it."""
+"""Name functions and objects that nodes put into a model, for messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import types
 
 
 def name_of(thing: object) -> str:
-    """Say what a node put somewhere, by the node's class where the thing was made in it."""
+    """Return ``CLASS of MODULE``: the node's class for a function that was defined in one of its methods."""
     if isinstance(thing, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
         qualified, module = thing.__qualname__, thing.__module__ or ""
     else:

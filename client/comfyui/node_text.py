@@ -1,4 +1,4 @@
-"""Text on a node, where the page shows what it did."""
+"""Show a text on a node in ComfyUI's page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def show_on_node(node: Any, text: str) -> None:
-    """Show a text on the node that runs; where no server runs, there is no page to show it on.
+    """Show a text on the running node; does nothing if no server runs.
 
-    An output ``ui.PreviewText`` is kept in the history, but the page draws it on Preview as Text nodes alone.
+    ComfyUI keeps ``ui.PreviewText`` in the history, but shows it on Preview as Text nodes only.
     """
     server = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)

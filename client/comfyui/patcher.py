@@ -1,4 +1,4 @@
-"""The MODEL that nodes hand on: ComfyUI's own patcher around a model without weights."""
+"""Make a ComfyUI MODEL without weights on this side: its tensors are lent, its forward runs in the workers."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 
 WRAPPER_KEY = "xditd"
 PREFIX = "diffusion_model."
-"""ComfyUI's names of parameters begin with it, those of checkpoints do not."""
+"""Prefix of ComfyUI's parameter names, which checkpoints do not have."""
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher whose weights are lent to the workers when ComfyUI loads it, and taken back when it unloads.
+    """A ModelPatcher whose weights are lent to the workers when ComfyUI loads it, and returned when ComfyUI unloads it.
 
-    ComfyUI's memory management sees what the loan takes on its GPU, and frees other models for it first.
+    It reports the loan's bytes on ComfyUI's GPU, so ComfyUI's memory management makes room for them first.
     """
 
     understood: Understood
-    """What was made at first, and what may be done to it."""
+    """Finds changes that the workers cannot run."""
 
     @property
     def weights(self) -> RemoteWeights:
@@ -55,7 +55,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     @property
     def family(self) -> ModelAdapter:
-        """What the family of a transformer says of it."""
+        """The adapter of this transformer."""
         found: ModelAdapter = self.model.xditd_family
         return found
 
@@ -66,7 +66,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return self.weights.loaded_bytes
 
     def get_free_memory(self, device: Any) -> int:
-        """As the base class does, without asking the driver at each step where any amount is enough."""
+        """Return free bytes as the base class does, but do not ask the driver at each step if any number is enough."""
         if getattr(self.model, "memory_usage_factor", None) == 0.0:
             return sys.maxsize
         free: int = super().get_free_memory(device)
@@ -84,10 +84,10 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Lend the weights with this patcher's patches merged; nothing happens where that is done already.
+        """Lend the weights with this patcher's patches merged; a no-op if they are lent like that.
 
         Raises:
-            Unsupported: what was done to the patcher or its modules cannot be done in the workers.
+            Unsupported: the patcher or its modules were changed in a way that the workers cannot run.
         """
         self.understood.check(self)
         self.weights.apply({key.removeprefix(PREFIX): self._edit(key) for key in self.patches})
@@ -97,7 +97,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
     def patch_hooks(self, hooks: Any) -> None:
-        """As the base class does where no hook is set; those that are would change weights between steps.
+        """Refuse hooks, which would change weights between steps.
 
         Raises:
             Unsupported: a hook is set.
@@ -114,7 +114,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return self.loaded_size() - before
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        """Nothing: a loan is taken back as a whole, which ComfyUI does next."""
+        """Free nothing: a loan is returned as a whole, which ComfyUI does next."""
         return 0
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
@@ -125,15 +125,15 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_model(None, unpatch_weights=False)
 
     def patch_weight_to_device(self, key: str, *_: Any, **__: Any) -> Any:
-        raise Unsupported(f"XDiT: {key} lies in the workers and cannot be patched one by one")
+        raise Unsupported(f"XDiT: {key} is lent to the workers and cannot be patched alone; add the patch to the MODEL")
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
-        """The tensors with patches merged, for nodes that save: by the names that ``model``, within ``prefix``, has."""
+        """Return the tensors with patches merged, for nodes that save, by the names of ``model`` below ``prefix``."""
         names = (self.model if model is None else model).state_dict()
         return {name: self._merged(prefix + name) for name in names if self._base_name(prefix + name) is not None}
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        """As the base class does, with the values that the loan is made of: model merging nodes read them."""
+        """Return keys and patches as the base class does, with the lent tensors: model merging nodes read them."""
         found: dict[str, Any] = super().get_key_patches(filter_prefix)
         for key, patches in found.items():
             name = self._base_name(key)
@@ -142,7 +142,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return found
 
     def _base_name(self, key: str) -> str | None:
-        """The name among the lent tensors of one that the modules name ``key``."""
+        """Return the lent tensor's name of ComfyUI's parameter ``key``, or None if it is not lent."""
         name = key.removeprefix(PREFIX)
         return name if name in self.weights.base else None
 
@@ -152,21 +152,21 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def _edit(self, key: str) -> Edit:
         patches = self.patches[key]
-        # Adapters compare by identity; the recipe holds them, so an identity is never used twice.
+        # LoRA adapters are compared by identity; the recipe keeps them alive, so that no id is used twice.
         recipe = tuple(
-            (strength, _Same(value), model, offset, _Same(how)) for strength, value, model, offset, how in patches
+            (strength, _ById(value), model, offset, _ById(how)) for strength, value, model, offset, how in patches
         )
         return Edit(recipe, functools.partial(_merge, patches, key, self.load_device))
 
 
-class _Same:
-    """Equal to itself alone."""
+class _ById:
+    """Wrap a value so that it is compared by identity."""
 
     def __init__(self, value: object) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -187,7 +187,7 @@ def _merge(patches: list[Any], key: str, device: torch.device, base: torch.Tenso
 
 
 def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name a checkpoint's transformer tensors without a prefix."""
+    """Return a checkpoint's transformer tensors, named without prefixes."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     chosen = inside or dict(tensors)
@@ -195,12 +195,12 @@ def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def make_model(tensors: Mapping[str, torch.Tensor], label: str) -> RemotePatcher:
-    """Make a MODEL of a checkpoint's transformer. ComfyUI lends the tensors when it first needs them.
+    """Make a MODEL from a checkpoint's transformer tensors. They are lent when ComfyUI first needs them.
 
-    ComfyUI's own model is built on the meta device: every name and shape, no memory.
+    ComfyUI's own model class is built on the meta device: every name and shape, no memory.
 
     Raises:
-        Unsupported: no family that the workers run.
+        Unsupported: a model family that the workers do not run.
     """
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
@@ -211,29 +211,29 @@ def make_model(tensors: Mapping[str, torch.Tensor], label: str) -> RemotePatcher
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
         raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
     family.check_config(config, label)
-    dtype = comfy.utils.weight_dtype(tensors)  # that of most numbers, as ComfyUI's loader says
+    dtype = comfy.utils.weight_dtype(tensors)  # of most elements, as in ComfyUI's loader
     logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
-    named = config.process_unet_state_dict(dict(tensors))  # as its modules are named, which may differ from the file
-    weights = lendable(named, ComponentKind.TRANSFORMER, label, is_whole=True)
-    return make_patcher(build_weightless(config, named), weights, family)
+    named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
+    weights = make_weights(named, ComponentKind.TRANSFORMER, label, is_whole=True)
+    return make_transformer_patcher(build_weightless(config, named), weights, family)
 
 
 def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Build the model of a configuration with parameters on the meta device, shaped as ``tensors`` are."""
+    """Build ComfyUI's model of a configuration with parameters on the meta device, shaped like ``tensors``."""
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     model = config.get_model(shapes, "", device=torch.device("meta"))
-    # Under DynamicVRAM linear layers have no parameters until some are loaded, and LoRA loaders find no names.
+    # With DynamicVRAM linear layers have no parameters until they are loaded; LoRA loaders need the names.
     model.diffusion_model.load_state_dict(shapes, strict=False, assign=True)
     return model
 
 
-def make_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemotePatcher:
-    """Tie a weightless transformer of a family to its weights, and wrap both as a MODEL."""
-    model.memory_usage_factor = 0.0  # activations are the workers': nothing to reserve, everything fits in one batch
+def make_transformer_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemotePatcher:
+    """Make the MODEL of a transformer on the meta device and the weights that are lent for it."""
+    model.memory_usage_factor = 0.0  # activations are in the workers: nothing to reserve, everything fits in one batch
     adapted = model.xditd_family = family.adapt(model)
-    patcher = bind(
+    patcher = make_patcher(
         model, weights, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
     patcher.add_wrapper_with_key(adapted.wrapper, WRAPPER_KEY, RemoteForward(weights, adapted, patcher.understood))
@@ -242,17 +242,19 @@ def make_patcher(model: Any, weights: RemoteWeights, family: Adapter) -> RemoteP
     return patcher
 
 
-def lendable(tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool) -> RemoteWeights:
-    """Hold tensors for lending; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU."""
+def make_weights(
+    tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool
+) -> RemoteWeights:
+    """Make lendable weights from tensors; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU."""
     device = comfy.model_management.get_torch_device()
     is_whole = is_whole and device.type == "cuda"
     return RemoteWeights(tensors, kind=kind, label=label, device=str(device), is_whole=is_whole, connect=connect)
 
 
-def bind(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:
-    """Tie a module without weights to those that are lent for it: ``RemoteWeights``, or what has the same methods.
+def make_patcher(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:
+    """Make the patcher of a module on the meta device and the weights that are lent for it.
 
-    The loan ends with the module at the latest.
+    ``weights`` are ``RemoteWeights``, or have the same methods. The loan ends at the latest with the module.
     """
     model.xditd_weights = weights
     weakref.finalize(model, weights.release).atexit = False

@@ -1,4 +1,4 @@
-"""What is looked at when a sampler starts, before any weight is lent or any step taken."""
+"""Check a run when its sampler starts, before weights are lent and before the first step."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 class RunChecks:
-    """Refuses a run that would come to what the workers cannot do, at whatever step. A wrapper of ``outer_sample``."""
+    """Refuses a run that needs, in any of its steps, what the workers cannot run. A wrapper of ``outer_sample``."""
 
     def __init__(self, family: ModelAdapter) -> None:
         self._family = family
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Look at the model, its options and all conditioning; then let the run begin.
+        """Check the model, its options and all conditioning, then run.
 
         Raises:
-            Unsupported: names everything that is not understood.
+            Unsupported: names everything that the workers cannot run.
         """
         guider = executor.class_obj
         patcher = guider.model_patcher
-        _drop_compilation(guider.model_options)
+        _drop_torch_compile(guider.model_options)
         refuse([
             *patcher.understood.faults(patcher),
             *model_option_faults(guider.model_options),
@@ -39,8 +39,8 @@ class RunChecks:
         return executor(*args, **kwargs)
 
 
-def _drop_compilation(model_options: dict[str, Any]) -> None:
-    """Leave out torch.compile: it makes a local model faster, to the same result, and there is none here."""
+def _drop_torch_compile(model_options: dict[str, Any]) -> None:
+    """Remove torch.compile's wrapper: it only makes a local model faster, and the model is in the workers."""
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if wrappers.pop(COMPILE_KEY, None):
-        logger.warning("TorchCompileModel: nothing to compile here, the workers run the model; it runs without")
+        logger.warning("TorchCompileModel is ignored: the model runs in the workers, not in ComfyUI")

@@ -1,4 +1,4 @@
-"""What a step's forward has to know on the host, in one wait for the GPU; and conditioning that the workers keep."""
+"""Read a step's numbers from the GPU with one sync, and find the conditioning that the workers already keep."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Kept
 
 KNOWN_ROWS = 8
-"""Rows of conditioning that are remembered: positive and negative of a few prompts."""
+"""Number of rows of conditioning that stay kept: positive and negative of a few prompts."""
 
 Texts = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The conditioning of the last step, with what is kept of each of its rows."""
+    """The conditioning of the last step, and its kept rows."""
 
     texts: Texts
     kept: list[Kept]
 
 
 class StepInputs:
-    """Reads the inputs of one step after the other. For one thread at a time, like ComfyUI's execution."""
+    """Reads the inputs of each step. Not thread-safe, like ComfyUI's execution."""
 
     def __init__(self) -> None:
         self._known: list[tuple[Texts, Kept]] = []
@@ -35,19 +35,18 @@ class StepInputs:
     def read(
         self, rows: int, numbers: Mapping[str, torch.Tensor], texts: Texts, keep: Callable[[Texts], Kept]
     ) -> tuple[dict[str, list[float]], list[Kept]]:
-        """Read a step's numbers, and what is kept of each of its rows of texts; equal rows share it.
+        """Return a step's numbers, and the kept form of each of its rows of texts; equal rows share one.
 
-        ``numbers`` are (rows,), ``texts`` (rows, ...). ``keep`` makes what is kept of a row
-        that is not known yet. Conditioning is compared by content: ComfyUI gathers the tensors anew at each step, and
-        other nodes may replace them in between. The host waits once for the GPU: every wait is a part of each step's
-        cost.
+        ``numbers`` are (rows,), ``texts`` (rows, ...). ``keep`` is called for each new row. Conditioning is compared by
+        content: ComfyUI makes new tensors in each step, and other nodes may replace them. The host waits for the GPU
+        only once, because every wait makes the step longer.
         """
         last = self._last
         can_be_last = last is not None and _are_alike(last.texts, texts)
         read = list(numbers.values())
         if last is not None and can_be_last:
             read += [(last.texts[name] == tensor).all().reshape(1) for name, tensor in texts.items()]
-        # One tensor of the widest of their dtypes, which holds each of these numbers exactly.
+        # torch.cat promotes to the widest dtype, which holds each of these numbers exactly.
         flat: list[float] = torch.cat(read).tolist()
         found = {name: flat[at * rows : (at + 1) * rows] for at, name in enumerate(numbers)}
         if last is None or not can_be_last or not all(flat[len(numbers) * rows :]):

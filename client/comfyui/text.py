@@ -1,4 +1,4 @@
-"""A CLIP whose encoders run in the workers; tokenizers and prompt weights stay ComfyUI's own."""
+"""Make a ComfyUI CLIP whose encoders run in the workers; ComfyUI tokenizes and applies prompt weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.families.adapter import TextModel
-from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.tensors import ComponentKind
 
 LAST_LAYER: Final = -1
-"""What ComfyUI's CLIP Set Last Layer calls the output that encoders in the workers give."""
+"""Number of the last layer in ComfyUI's CLIP Set Last Layer; the workers return that layer's output."""
 
 _NO_WEIGHTS = ("position_ids", "spiece_model")
-"""Numbers in some files that no encoder computes with."""
+"""Tensors in some files that no encoder computes with."""
 
 
 class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
-    """One text encoder. ComfyUI's base class cuts prompts into sections and applies the weights of words."""
+    """One text encoder in the workers. ComfyUI's base class splits prompts into sections and applies word weights."""
 
     def __init__(self, weights: RemoteWeights, special_tokens: Mapping[str, int], has_pooled: bool) -> None:
         self.special_tokens = special_tokens
@@ -34,7 +34,7 @@ class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
         self._has_pooled = has_pooled
 
     def encode(self, tokens: Sequence[Sequence[object]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode sections of equal length; returns hidden states and the pooled one, as float32 on the host."""
+        """Encode sections of equal length; returns hidden states and the pooled state, as float32 on the host."""
         ids = []
         for section in tokens:
             if not all(isinstance(token, int) for token in section):
@@ -48,14 +48,14 @@ class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
 
 
 class RemoteTextModel(torch.nn.Module):
-    """Encoders in the workers, where ComfyUI has its text model. A family's adapter says how they work together."""
+    """Replaces ComfyUI's text model by encoders in the workers. A family's subclass combines their outputs."""
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
-        """The modules are names and shapes alone, as ComfyUI's text model has them: LoRAs and nodes look for them."""
+        """Build modules on the meta device with the names of ComfyUI's text model, which LoRAs and nodes look up."""
         super().__init__()
         for weights, names in parts:
             for name, inner in names.items():
-                _place(self, name, weights.base[inner])
+                _add_meta_parameter(self, name, weights.base[inner])
 
     def set_clip_options(self, options: Mapping[str, Any]) -> None:
         layer = options.get("layer")
@@ -63,11 +63,11 @@ class RemoteTextModel(torch.nn.Module):
             raise Unsupported(f"CLIP Set Last Layer: {layer}, but XDiT's CLIP gives the last layer only; set it to -1")
 
     def reset_clip_options(self) -> None:
-        """Nothing is ever set."""
+        """Do nothing: options are never stored."""
 
 
-class LentTogether:
-    """Components that ComfyUI loads and unloads as one; ``base`` has the names that ComfyUI's text model has."""
+class JointWeights:
+    """Components that ComfyUI loads and unloads as one; ``base`` has the names of ComfyUI's text model."""
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
         self._parts = parts
@@ -84,7 +84,7 @@ class LentTogether:
         return sum(weights.loaded_bytes for weights, _ in self._parts)
 
     def apply(self, edits: Mapping[str, Edit]) -> None:
-        """Lend all, each with the edits of its own tensors."""
+        """Lend all components, each with the edits of its own tensors."""
         for weights, names in self._parts:
             weights.apply({names[name]: edit for name, edit in edits.items() if name in names})
 
@@ -94,7 +94,7 @@ class LentTogether:
 
 
 def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
-    """Make a CLIP object of the tensors of some files, by label, in any order.
+    """Make a CLIP object from the tensors of several files, by label, in any order.
 
     Raises:
         BadRequest: no family reads these files.
@@ -104,13 +104,13 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
     for label, tensors in files.items():
         plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
         check_plain(plain, label)
-        lent[label] = lendable(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
+        lent[label] = make_weights(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
     text = _text_model(lent)
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = text.module
-    clip.patcher = bind(
+    clip.patcher = make_patcher(
         text.module,
-        LentTogether(text.parts),
+        JointWeights(text.parts),
         comfy.model_management.text_encoder_device(),
         comfy.model_management.text_encoder_offload_device(),
     )
@@ -125,7 +125,7 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
 
 
 def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
-    """Make the text model of the first family that reads these files; if none does, the first one says why."""
+    """Make the text model of the first family that reads these files; if none does, raise the first family's error."""
     refused: list[BadRequest] = []
     for adapter in adapters():
         try:
@@ -138,8 +138,8 @@ def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
     raise refused[0] if refused else Unsupported(f"XDiT: none of {titles()} has text encoders that run in the workers")
 
 
-def _place(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:
-    """Put a parameter without memory where its name says."""
+def _add_meta_parameter(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:
+    """Register a parameter on the meta device under a dotted name, with the modules that it needs."""
     *path, leaf = name.split(".")
     module = root
     for part, below in zip(path, [*path[1:], leaf], strict=True):

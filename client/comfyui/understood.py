@@ -1,8 +1,7 @@
-"""Which changes of a MODEL, CLIP or VAE are understood: all others are refused by name.
+"""Refuse changes of a MODEL, CLIP or VAE that the workers cannot run, by comparing its patcher with a fresh one.
 
-A patcher is compared with a fresh one. Its parts are either understood (LoRA patches are merged; wrappers and callbacks
-of known kinds run in ComfyUI, around the workers; ``model_sampling`` and sampler functions are ComfyUI's own) or must
-be as they were made.
+LoRA patches are merged. Wrappers and callbacks of known kinds, ``model_sampling`` and sampler functions run in ComfyUI,
+around the workers. Everything else must be as the loader made it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ WRAPPERS: Final = frozenset({
     "apply_model", "calc_cond_batch", "diffusion_model", "outer_sample", "predict_noise", "prepare_sampling",
     "sampler_sample",
 })  # fmt: skip
-"""Kinds of wrappers that ComfyUI calls around the model, or around our place in it."""
+"""Kinds of wrappers that ComfyUI calls around the model, or around our own wrapper."""
 
 CALLBACKS: Final = frozenset({
     "on_apply_hooks", "on_cleanup", "on_clone", "on_deepclone_multigpu", "on_detach_after", "on_eject_model",
     "on_inject_model", "on_load_after", "on_match_multigpu_clones", "on_pre_run", "on_prepare_state",
     "on_register_all_hook_patches",
 })  # fmt: skip
-"""Kinds of callbacks that are called for a MODEL of ours as for any other."""
+"""Kinds of callbacks that work on our MODEL as on any other."""
 
 BOOKKEEPING: Final = frozenset({
     "attachments", "backup", "backup_buffers", "cached_hook_patches", "cached_patcher_init", "clone_base_uuid",
@@ -35,23 +34,23 @@ BOOKKEEPING: Final = frozenset({
     "model", "non_dynamic_delegate_model", "object_patches_backup", "offload_device", "parent", "patches_uuid",
     "pinned", "size", "skip_injection", "understood", "weight_inplace_update",
 })  # fmt: skip
-"""What a patcher keeps about itself, or (attachments) holds for nodes and never reads."""
+"""Attributes for a patcher's own records, and ``attachments``, which it never reads."""
 
 MODEL_SAMPLING: Final = "model_sampling"
 COMPUTE_DTYPE: Final = "manual_cast_dtype"
 COMPILE_KEY: Final = "torch.compile"
-"""ComfyUI's wrapper for TorchCompileModel, which only makes a local model faster."""
+"""Key of TorchCompileModel's wrapper, which only makes a local model faster."""
 
-_MEANING: Final = {
+_DESCRIPTIONS: Final = {
     "injections": "injects Python code into the model",
     "hook_patches": "LoRA hooks (scheduled LoRAs)",
     "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
     "weight_wrapper_patches": "weight wrappers",
-    "additional_models": "more models beside this one",
+    "additional_models": "additional models",
     "is_multigpu_base_clone": "ComfyUI's own split over several GPUs",
 }
 _NODES: Final = {"bypass_lora": "LoraLoaderBypass, LoraLoaderBypassModelOnly"}
-"""Stock nodes by the keys that they put things under."""
+"""Stock nodes by the keys of their injections."""
 
 _SAMPLING_METHODS: Final = (
     "timestep", "calculate_input", "calculate_denoised", "noise_scaling", "inverse_noise_scaling",
@@ -59,10 +58,10 @@ _SAMPLING_METHODS: Final = (
 
 
 class Understood:
-    """What one MODEL, CLIP or VAE was made as, and what may have been done to it since."""
+    """Records one MODEL, CLIP or VAE as loaded, and names later changes that the workers cannot run."""
 
     def __init__(self, patcher: Any, label: str = "XDiT") -> None:
-        """Record ``patcher`` and its modules as they are: nothing was done to them yet."""
+        """Record ``patcher`` and its modules as they are; nobody may have changed them yet."""
         module = patcher.model
         self._fresh = {name: _copied(value) for name, value in vars(patcher).items() if name not in BOOKKEEPING}
         self._label = label
@@ -77,7 +76,7 @@ class Understood:
         }
 
     def check(self, patcher: Any) -> None:
-        """Refuse a patcher for what is not understood of it.
+        """Refuse a patcher with changes that the workers cannot run.
 
         Raises:
             Unsupported: names each change.
@@ -87,7 +86,7 @@ class Understood:
             self.baseline.accept(patcher.model)
 
     def faults(self, patcher: Any) -> Iterator[str]:
-        """Name what was done to a patcher, and to its modules, that cannot be done in the workers."""
+        """Name changes of a patcher and its modules that the workers cannot run."""
         yield from self._patcher_faults(patcher)
         latent_format = getattr(patcher.model, "latent_format", None)
         if type(latent_format) is not self._latent_format:
@@ -95,12 +94,12 @@ class Understood:
         yield from self._module_faults(patcher.model, getattr(patcher, "object_patches_backup", {}))
 
     def _module_faults(self, module: Any, unless: Mapping[str, Any]) -> Iterator[str]:
-        """Name what differs in the modules; ``unless`` are places that a patcher changes for a time."""
+        """Name what differs in the modules; ``unless`` are attributes that the patcher itself replaces for a run."""
         yield from self.baseline.foreign_methods()
         yield from self.baseline.differences(module, unless)
 
     def check_step(self) -> None:
-        """Look at the modules once more, within a step: at little cost where nothing was done since :meth:`check`."""
+        """Check the modules again within a step, as :meth:`check` does; 0.1 ms if nothing changed since."""
         module = self._module()
         if module is not None and not self.baseline.is_intact(module):
             refuse(self._module_faults(module, {}), self._label)
@@ -121,14 +120,14 @@ class Understood:
                         yield f"{name} of the kind {kind!r} ({_owners(by_key)})"
             elif name == "additional_models":
                 if value.get("multigpu"):
-                    yield _MEANING["is_multigpu_base_clone"]
+                    yield _DESCRIPTIONS["is_multigpu_base_clone"]
             elif name == "force_cast_weights":
-                pass  # comes with a compute dtype, which is looked at above
+                pass  # is set with a compute dtype, which _object_faults checks
             elif name == "injections":
                 for key, each in ((key, each) for key, each in value.items() if each):
-                    yield f"{key} {_MEANING[name]} ({_NODES.get(key) or _owners({key: each})})"
+                    yield f"{key} {_DESCRIPTIONS[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
-                yield _MEANING.get(name) or f"{name} of the patcher ({name_of(value)})"
+                yield _DESCRIPTIONS.get(name) or f"{name} of the patcher ({name_of(value)})"
 
     def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
         for name, value in patches.items():
@@ -141,10 +140,10 @@ class Understood:
                 yield f"the object patch {name} ({name_of(value)})"
 
 
-def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
-    """Say what a MODEL has beyond weights that the workers' whole loop would leave out, or None.
+def why_model_changed(patcher: Any, made: Any, own_key: str) -> str | None:
+    """Name a change of a MODEL, other than of its weights, that the workers' loop would ignore, or return None.
 
-    ``made`` is its ``model_sampling`` as loaded; ``own_key`` is that of the wrappers that XDiT itself put in.
+    ``made`` is its ``model_sampling`` as loaded; ``own_key`` is the key of XDiT's own wrappers.
     """
     for what, kinds in (("wraps", patcher.wrappers), ("has a callback in", patcher.callbacks)):
         for kind, by_key in kinds.items():
@@ -162,13 +161,13 @@ def why_unlike_made(patcher: Any, made: Any, own_key: str) -> str | None:
     if others:
         return f"the model has object patches ({listed(others)})"
     if patcher.additional_models:
-        return f"more models go with it ({listed(map(str, patcher.additional_models))})"
+        return f"the model has additional models ({listed(map(str, patcher.additional_models))})"
     sampling = patcher.get_model_object(MODEL_SAMPLING)
-    return None if steps_alike(sampling, made) else f"model_sampling is that of {name_of(type(sampling))}"
+    return None if have_same_steps(sampling, made) else f"model_sampling is that of {name_of(type(sampling))}"
 
 
-def steps_alike(sampling: Any, made: Any) -> bool:
-    """Tell whether two ``model_sampling`` make the same step of the same sigmas, whatever their schedules are."""
+def have_same_steps(sampling: Any, made: Any) -> bool:
+    """Return whether two ``model_sampling`` compute the same step from the same sigmas; schedules may differ."""
     return sampling is made or all(
         name not in vars(sampling) and getattr(type(sampling), name, None) is getattr(type(made), name, None)
         for name in _SAMPLING_METHODS

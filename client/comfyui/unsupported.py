@@ -1,7 +1,7 @@
-"""What a forward in the workers cannot honour: found before anything runs, and named with what to do about it.
+"""Find and refuse options and conditioning that a forward in the workers cannot apply.
 
-A node that changes the model in Python would otherwise be ignored in silence, and the picture would be another one.
-So this asks for what is understood, and takes everything else for a change.
+Without this, a node that changes the model in Python would be ignored silently, and the image would be wrong. So only
+known options pass; every other one counts as a change of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUN_OPTIONS: Final = frozenset({
     "callbacks", "cond_or_uncond", "context_window", "prefetch_dynamic_vbars", "sample_sigmas", "sigmas", "uuids",
     "wrappers",
 })  # fmt: skip
-"""``transformer_options`` of ComfyUI's own sampler: they say where a run is, or are called around the model."""
+"""``transformer_options`` of ComfyUI's own sampler: the state of the run, or functions called around the model."""
 
 NODE_OPTIONS: Final = frozenset({"easycache"})
 """``transformer_options`` of stock nodes that only those nodes' own wrappers read (EasyCache, LazyCache)."""
@@ -39,29 +39,29 @@ SAMPLER_FUNCTIONS: Final = {
     "sampler_post_cfg_function": "a post-CFG function",
     "sampler_pre_cfg_function": "a pre-CFG function",
 }
-"""``model_options`` that ComfyUI's sampler calls around the model: they run here, on what the workers predict."""
+"""``model_options`` that ComfyUI's sampler calls around the model: they run in ComfyUI, on the workers' predictions."""
 
 MODEL_OPTIONS: Final = frozenset({
     *SAMPLER_FUNCTIONS, "context_handler", "disable_cfg1_optimization", "registered_hooks", "to_load_options",
     "torch_compile_kwargs", "transformer_options",
 })  # fmt: skip
-"""Every ``model_options`` that is understood; hooks are looked for where they come from, in the conditioning."""
+"""All known ``model_options``; hooks are looked for in the conditioning, where they come from."""
 
-_MARKS: Final = frozenset(
+_BLOCK_CHANGES: Final = frozenset(
     {"set_model_options_patch_replace", "patches_replace", "optimized_attention_override", "rope_options"}
 )
-"""Names in the code of a function that runs the model once more, with other blocks."""
+"""Names in the code of functions that run the model once more with changed blocks."""
 
 _CONDITIONS: Final = {
     "control": "ControlNet",
     "gligen": "GLIGEN",
     "hooks": "hooks (scheduled LoRAs)",
 }
-"""What conditioning may carry that no model in the workers can be given; a family's adapter knows of more."""
+"""Keys of conditioning that no model in the workers can use; a family's adapter adds its own."""
 
 
 def refuse(found: Iterable[str], what: str = "XDiT") -> None:
-    """Raise one error of all that was found, or return where that is nothing.
+    """Raise one error that names all of ``found``; return if there is nothing.
 
     Raises:
         Unsupported: names each of them.
@@ -75,9 +75,9 @@ def refuse(found: Iterable[str], what: str = "XDiT") -> None:
 
 
 def check_forward(transformer_options: Mapping[str, Any], faults: Iterable[str] = ()) -> None:
-    """Refuse a forward that carries what lives as Python code, or another model, inside ComfyUI.
+    """Refuse a forward whose options need Python code or another model inside ComfyUI.
 
-    ``faults`` are those that the family's adapter has found in its other arguments.
+    ``faults`` are those that the family's adapter found in the other arguments.
 
     Raises:
         Unsupported: names each of them.
@@ -86,7 +86,7 @@ def check_forward(transformer_options: Mapping[str, Any], faults: Iterable[str] 
 
 
 def option_faults(transformer_options: Mapping[str, Any]) -> Iterator[str]:
-    """Name the ``transformer_options`` that change the model, or that are not understood."""
+    """Name the ``transformer_options`` that change the model or are unknown."""
     for key, value in transformer_options.items():
         if key in RUN_OPTIONS or key in NODE_OPTIONS or is_empty(value):
             continue
@@ -94,13 +94,13 @@ def option_faults(transformer_options: Mapping[str, Any]) -> Iterator[str]:
         if what is None:
             yield f"the transformer option {key!r} ({name_of(value)})"
         elif isinstance(value, Mapping):
-            yield f"{what} ({', '.join(_described(value))})"
+            yield f"{what} ({', '.join(_describe_places(value))})"
         else:
             yield f"{what} ({name_of(value)})"
 
 
 def model_option_faults(model_options: Mapping[str, Any]) -> Iterator[str]:
-    """Name the ``model_options`` that are not understood, and functions that run the model with other blocks."""
+    """Name unknown ``model_options``, and functions that run the model with changed blocks."""
     for key, value in model_options.items():
         if key not in MODEL_OPTIONS and not is_empty(value):
             yield f"the model option {key!r} ({name_of(value)})"
@@ -112,15 +112,15 @@ def model_option_faults(model_options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def condition_faults(conditions: Mapping[str, Iterable[Mapping[str, Any]]], family: ModelAdapter) -> Iterator[str]:
-    """Name what positive and negative conditioning carry that the workers cannot run, at whatever step it begins."""
+    """Name what positive and negative conditioning carry, in any step, that the workers cannot run."""
     for parts in conditions.values():
         for part in parts:
             yield from (what for key, what in _CONDITIONS.items() if not is_empty(part.get(key)))
             yield from family.condition_faults(part)
 
 
-def _described(patches: Mapping[Any, Any]) -> Iterator[str]:
-    """Name where patches sit, and whose they are."""
+def _describe_places(patches: Mapping[Any, Any]) -> Iterator[str]:
+    """Name the places of patches, and the nodes that set them."""
     for place, values in sorted(patches.items(), key=lambda item: str(item[0])):
         inner = values.values() if isinstance(values, Mapping) else values
         owners = sorted({name_of(each) for each in inner}) if isinstance(inner, Iterable) else [name_of(inner)]
@@ -128,18 +128,18 @@ def _described(patches: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _changes_blocks(function: Any) -> bool:
-    """Tell from a function's code, before it is called, that it will ask for a model with other blocks."""
+    """Return whether a function's code, read before it is called, runs the model with changed blocks."""
     pending = [getattr(getattr(function, "func", function), "__code__", None)]
     while pending:
         code = pending.pop()
         if code is None:
             continue
-        if _MARKS & {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}:
+        if _BLOCK_CHANGES & {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}:
             return True
         pending += [each for each in code.co_consts if hasattr(each, "co_names")]
     return False
 
 
 def is_empty(value: object) -> bool:
-    """Whether an option or a part of conditioning is there in name alone."""
+    """Return whether an option or a part of conditioning has no effect: None, False or an empty container."""
     return value is None or value is False or (isinstance(value, (Mapping, Sequence)) and not value)

@@ -1,4 +1,4 @@
-"""A VAE whose decoder and encoder run in the workers, for every node that takes a VAE."""
+"""Make a ComfyUI VAE whose decoder and encoder run in the workers, for every node that takes a VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from xditd.client.client import Client
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.naming import name_of
-from xditd.client.comfyui.patcher import bind, lendable
+from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
@@ -25,24 +25,24 @@ from xditd.ipc.tensors import ComponentKind
 
 
 class RemoteStage(torch.nn.Module):
-    """The part of ComfyUI's VAE that computes; ComfyUI keeps cropping, tiling and the value ranges to itself.
+    """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
 
-    The daemon speaks latents ``(z - shift) * factor``, by the component's facts; ComfyUI hands over ``z``.
+    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts.
     """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
-        """``shapes`` is ComfyUI's own module on the meta device: a node that changes it there is noticed."""
+        """``shapes`` is ComfyUI's own module on the meta device, on which changes by nodes are detected."""
         super().__init__()
         self._weights = weights
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The tensors themselves, for nodes that save."""
+        """Return the tensors, for nodes that save."""
         return dict(self._weights.base)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI cuts off once tiles are joined."""
+        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI clips after it has joined the tiles."""
         scaling = self._scaling()
         latents = (z.float() - scaling.shift) * scaling.factor
         return self._in_batches(_decode, latents).to(z.dtype)
@@ -71,7 +71,7 @@ def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Make a VAE object of a checkpoint's tensors.
+    """Make a VAE object from a checkpoint's tensors.
 
     Raises:
         Unsupported: not the VAE of a family that the workers run, or quantised weights.
@@ -83,19 +83,19 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     if vae.first_stage_model is None or (vae.latent_channels, vae.latent_dim) not in _latents():
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
-    weights = lendable(plain, ComponentKind.VAE, label, is_whole=True)
+    weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
-    vae.patcher = bind(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
+    vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
     vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
-    # What a job needs is the workers' own memory; one byte, because ComfyUI divides by it.
+    # Activations are in the workers' memory; not zero, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
-    vae.understood_calls = _calls(vae)
+    vae.xditd_functions = _functions(vae)
     return vae
 
 
 def weights_of(vae: Any) -> RemoteWeights:
-    """Get what a VAE decodes with, ready to be lent: of ours what it is made of, of a stock VAE its own tensors."""
+    """Return the weights of an xDiT or a stock VAE's decoder, ready to be lent."""
     if isinstance(vae.first_stage_model, RemoteStage):
         comfy.model_management.load_models_gpu([vae.patcher])
         own: RemoteWeights = vae.patcher.weights
@@ -105,33 +105,34 @@ def weights_of(vae: Any) -> RemoteWeights:
         tensors = {
             name: tensor for name, tensor in vae.first_stage_model.state_dict().items() if name.startswith("decoder.")
         }
-        found = vae.xditd_weights = lendable(tensors, ComponentKind.VAE, "vae", is_whole=False)
+        found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
 
 
 def why_local(vae: Any) -> str | None:
-    """Say why a VAE has to decode in ComfyUI, where its weights alone would not give its image; None where they do.
+    """Return why a VAE has to decode in ComfyUI: somebody changed more than its weights. None if the workers can.
 
-    One of ours is looked at when it is loaded. A stock one is compared with a fresh VAE of the same tensors.
+    An xDiT VAE's modules are checked when it is loaded. A stock VAE is compared with a fresh one of the same shapes.
     """
     if isinstance(vae.first_stage_model, RemoteStage):
-        return _why_changed(vae, vae.understood_calls)
-    made = getattr(vae, "xditd_made", None)
+        return _why_changed(vae, vae.xditd_functions)
+    made = getattr(vae, "xditd_baseline", None)
     if made is None:
         tensors = vae.first_stage_model.state_dict()
         fresh = _on_meta({name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()})
-        made = vae.xditd_made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _calls(fresh))
+        made = None if fresh.first_stage_model is None else (Understood(fresh.patcher), _functions(fresh))
+        vae.xditd_baseline = made
     if made is None:
-        return "ComfyUI does not know its kind"
-    understood, calls = made
+        return "ComfyUI does not know this kind of VAE"
+    understood, functions = made
     found = next(understood.faults(vae.patcher), None)
     if found is None and vae.patcher.patches:
         found = "patches of its weights"
-    return found or _why_changed(vae, calls)
+    return found or _why_changed(vae, functions)
 
 
-def _calls(vae: Any) -> dict[str, Any]:
-    """The functions that ComfyUI gives a VAE itself, by the code that they run."""
+def _functions(vae: Any) -> dict[str, Any]:
+    """Return the code of the functions that ComfyUI sets on a VAE object, by name."""
     return {name: value.__code__ for name, value in vars(vae).items() if isinstance(value, types.FunctionType)}
 
 
@@ -147,12 +148,12 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
 
 
 def _latents() -> set[tuple[int, int]]:
-    """The channels and dimensions of the latents that some family's models read."""
+    """Return the channels and dimensions of all families' latents."""
     formats = (config.latent_format for each in adapters() for config in each.config_classes())
     return {(each.latent_channels, each.latent_dimensions) for each in formats}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:
-    """ComfyUI's VAE of tensors' names and shapes: it knows ratios, ranges and tile sizes, and takes no memory."""
+    """Make ComfyUI's VAE on the meta device, which detects ratios, ranges and tile sizes from names and shapes."""
     with torch.device("meta"):
         return comfy.sd.VAE(sd=dict(shapes))

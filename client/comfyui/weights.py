@@ -1,12 +1,12 @@
-"""The weights of one component as ComfyUI holds them: lent while ComfyUI counts the model as loaded.
+"""Lend one component's weights while ComfyUI counts its model as loaded, and merge patches (LoRAs) into them.
 
 | | unpatched tensors | patched tensors |
 |---|---|---|
 | whole | one arena on ComfyUI's GPU, filled once | written into the same arena |
-| not whole | as they are: slices of the file where they are that | an arena of their own |
+| not whole | lent where they are, such as a file's mapped pages | an arena of their own |
 
-A patch (LoRA) is merged between jobs. Only tensors whose patches changed are computed again; the loan then rises by
-one generation, and the workers read the new values.
+Patches are merged between jobs. Only tensors whose patches changed are computed again; then they are lent as the next
+generation, so that the workers read the new values.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = (object(),)
-"""The recipe of a tensor whose merge has begun: equal to that of no edit."""
+"""Recipe of a tensor whose merge has not finished; it equals no edit's recipe."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A tensor's new value: ``merge`` computes it from the unpatched one; equal ``recipe`` means equal result."""
+    """A patched tensor: ``merge`` computes it from the unpatched one; equal ``recipe`` means equal result."""
 
     recipe: tuple[Any, ...]
     merge: Callable[[torch.Tensor], torch.Tensor]
 
 
 class RemoteWeights:
-    """One component's tensors and its loan. For one thread at a time, like ComfyUI's execution."""
+    """One component's tensors and its loan. Not thread-safe, like ComfyUI's execution."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class RemoteWeights:
         is_whole: bool,
         connect: Callable[[], Client],
     ) -> None:
-        """Keep ``tensors``, by their names in the checkpoint; ``device`` is where ComfyUI would load them.
+        """Keep ``tensors`` by their checkpoint names; ``device`` is where ComfyUI would load them.
 
-        ``is_whole`` loads all of them there, into one arena; else that is done for patched ones only.
+        ``is_whole`` loads all of them into one arena there, else only patched ones.
 
         Raises:
             Unsupported: quantised tensors.
@@ -78,7 +78,7 @@ class RemoteWeights:
 
     @property
     def size_bytes(self) -> int:
-        """What the loan takes on ComfyUI's GPU; nothing where ComfyUI runs on the CPU."""
+        """The loan's bytes on ComfyUI's GPU; 0 if ComfyUI runs on the CPU."""
         if self._device == "cpu":
             return 0
         if not self._is_whole:
@@ -91,13 +91,13 @@ class RemoteWeights:
 
     @property
     def loan(self) -> Loan:
-        """The live loan; made, or made again after the daemon restarted, where there is none."""
+        """The live loan; lends if there is none, as after a restart of the daemon."""
         if self._loan is None or not self._loan.is_live:
             return self._lend()
         return self._loan
 
     def apply(self, edits: Mapping[str, Edit]) -> Loan:
-        """Make the lent tensors those of ``edits`` over the base; a no-op where they are that already."""
+        """Lend the base tensors with ``edits`` merged; a no-op if they are lent like that."""
         stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}
         gone = {name for name in self._merged if name not in edits}
         if not stale and not gone:
@@ -111,7 +111,7 @@ class RemoteWeights:
             self._merged.clear()
         else:
             for name in gone:
-                del self._merged[name]  # lent from the base again
+                del self._merged[name]  # the base tensor is lent again
             if self._arena is None or not edits.keys() <= self._arena.tensors.keys():
                 shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in edits}
                 self._replace_arena(Arena(shapes, self._device))
@@ -125,7 +125,7 @@ class RemoteWeights:
         return self._lend()
 
     def release(self) -> None:
-        """Take the loan back and free what it took. The next use lends again."""
+        """Return the loan and free its arena. The next use lends again."""
         loan, self._loan = self._loan, None
         arena, self._arena = self._arena, None
         self._merged.clear()
@@ -141,7 +141,7 @@ class RemoteWeights:
     def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> None:
         assert self._arena is not None
         names = sorted(stale | gone)
-        # What is written half way when a merge fails must be written again, whatever is asked for next.
+        # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
         self._merged.update(dict.fromkeys(names, _UNFINISHED))
         for name in self._arena.fill({name: self.base[name] for name in names}):
             if name in stale:
@@ -162,7 +162,7 @@ class RemoteWeights:
         return self._arena
 
     def _replace_arena(self, arena: Arena | None) -> None:
-        """Swap the arena of patched tensors; the old one is freed once its loan has been returned."""
+        """Replace the arena of patched tensors; frees the old one after its loan is returned."""
         loan, self._loan = self._loan, None
         if loan is not None and loan.is_live:
             loan.return_()
@@ -185,7 +185,7 @@ class RemoteWeights:
 
 
 def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Refuse weights that the workers cannot read as numbers.
+    """Refuse quantised weights, which the workers cannot compute with.
 
     Raises:
         Unsupported: fp8 or another packed dtype, or GGUF.
@@ -203,7 +203,7 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
         if tensor.dtype not in plain or kind == "QuantizedTensor":
             packed.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
     if packed:
-        _refuse(form_error(_seen(tensors)), label)
+        _refuse(form_error(_tensor_info(tensors)), label)
         raise Unsupported(
             f"{label}: fp8 and other quantised weights are not supported, use a bf16 or fp16 file; "
             f"{len(packed)} of {len(tensors)} tensors: {listed(packed)}",
@@ -212,12 +212,12 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
 
 
 def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Refuse by its name what is none of the models that the caller looked for, if it is known.
+    """Name a file that the caller does not support, if its kind is known; else return.
 
     Raises:
         Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
     """
-    _refuse(unsupported_error(_seen(tensors)), label)
+    _refuse(unsupported_error(_tensor_info(tensors)), label)
 
 
 def _refuse(known: RequestError | None, label: str) -> None:
@@ -225,11 +225,11 @@ def _refuse(known: RequestError | None, label: str) -> None:
         raise Unsupported(f"{label}: {known.detail}", names=known.names)
 
 
-def _seen(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Seen]:
-    return {name: _Seen(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+def _tensor_info(tensors: Mapping[str, torch.Tensor]) -> dict[str, _TensorInfo]:
+    return {name: _TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-class _Seen(NamedTuple):
+class _TensorInfo(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 

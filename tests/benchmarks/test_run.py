@@ -1,4 +1,4 @@
-"""The command of the benchmarks knows its parts, says what they need, and refuses what it cannot run by name."""
+"""benchmarks/run.py lists its parts and their needs, and refuses unknown parts and missing GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite keeps what it cannot have in its table, with the reason, and judges what it has by the bars."""
+"""The suite's table compares figures with limits, and gives a reason for each missing figure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lent(total_ms: float, peer_bytes: int) -> dict[str, Any]:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    """What a run on two GPUs might have left, in which some parts failed."""
+    """A report of a run on two GPUs in which some parts failed."""
     jobs = {"workers_ms": [{"steps": 28 * 70.0, "decode": 80.0}] * 5, "client_ms": [2000.0, 1990.0, 1980.0]}
     return {
         "machine": {"gpus": ["NVIDIA H200, 580"] * 2, "cpu": "", "python": "3.12", "versions": {"torch": "2.11"}},
@@ -55,7 +55,7 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture
 def table(report: dict[str, Any], tmp_path: Path) -> dict[str, str]:
-    """Lines of the table by what they begin with."""
+    """Lines of the table by their first cell."""
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     lines = run_suite("--show", str(path)).splitlines()
@@ -90,7 +90,7 @@ def test_what_is_missing_says_why_and_has_no_number(table: dict[str, str]) -> No
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_part_that_fails_keeps_its_place_and_a_run_goes_on(tmp_path: Path) -> None:
-    """diffusers' own converter takes one width, and the small transformer has another: a rival that cannot run."""
+    """diffusers' single-file converter fails on the width of the small transformer."""
     path = tmp_path / "suite.json"
     parts = ["ceilings", "load-single-file", "load-safetensors"]
     common = ["--device", "cpu", "--small", "--json", str(path), "--patience", "10", "--files", str(tmp_path / "files")]

@@ -1,7 +1,7 @@
-"""One client process: it lends, generates, and does to its own files, jobs and loans what the runner allows.
+"""Stress client process: lends, generates, and injects faults into its own files, jobs and loans.
 
-It runs until it is killed, and prints one JSON object a line for everything that begins or ends
-(:meth:`record.Record.hear` reads them).
+It runs until it is killed, and prints a line of JSON for everything that begins or ends
+(:meth:`record.Record.add_event` reads them).
 """
 
 from __future__ import annotations
@@ -23,98 +23,98 @@ from xditd.client import Client, GenerationJob, Loan, WorkersUnavailable, XditdE
 from xditd.client.demo.flux1_calls import Flux1Calls, Prompt
 
 MANY_STEPS = 1000
-"""Of a job that something else ends. It outlasts a pause of the daemon, in which no cancel can arrive."""
+"""Steps of a job that is ended early; it runs longer than a pause of the daemon, during which no cancel arrives."""
 PAUSE_S = 0.5
-"""Between two attempts to be served where no daemon is, or no workers."""
+"""Time between two attempts while there is no daemon, or no workers."""
 
 
 class SessionEnds(Exception):
-    """The session is over for this client; whatever led to it has been told."""
+    """The client has to open a new session; the reason has been reported."""
 
 
 class StressClient:
-    """Works in sessions; ``deeds`` names the faults that this client may commit."""
+    """Opens sessions, lends and runs jobs; ``actions`` names the faults that this client may inject."""
 
-    def __init__(self, number: int, folder: Path, runtime: Path, seed: int, deeds: list[str]) -> None:
+    def __init__(self, number: int, folder: Path, runtime: Path, seed: int, actions: list[str]) -> None:
         self._number, self._folder, self._runtime = number, folder, runtime
         self._rng = random.Random(seed)
         self._oracle = oracle.Oracle(folder)
-        of_files: dict[str, Callable[[Client], None]] = {
+        file_actions: dict[str, Callable[[Client], None]] = {
             "rewrite-file": self._rewrite_file,
             "touch-inode": self._touch_inode,
             "nan-weight": self._lend_not_finite,
         }
-        self._of_files = [deed for name, deed in of_files.items() if name in deeds]
+        self._file_actions = [action for name, action in file_actions.items() if name in actions]
         weights = {"finish": 12, "cancel": 3, "return": 1, "leave": 1}
-        self._of_jobs = {name: weight for name, weight in weights.items() if name == "finish" or name in deeds}
+        self._job_actions = {name: weight for name, weight in weights.items() if name == "finish" or name in actions}
 
     def run(self) -> None:
-        """Open one session after the other; returns never."""
+        """Open one session after the other, for ever."""
         while True:
             with (
                 contextlib.suppress(SessionEnds),
                 self._attempt("session"),
                 Client(self._runtime, name=f"stress-{self._number}") as client,
             ):
-                self._tell(ends="session")
+                self._report(ends="session")
                 for _ in range(self._rng.randint(2, 6)):
                     self._work(client)
 
     def _work(self, client: Client) -> None:
-        """One loan and some jobs."""
-        if self._of_files and self._rng.random() < 0.4:
-            self._rng.choice(self._of_files)(client)
+        """Run some jobs on one loan, or one fault of a file."""
+        if self._file_actions and self._rng.random() < 0.4:
+            self._rng.choice(self._file_actions)(client)
             return
         checkpoint = self._rng.choice(oracle.CHECKPOINTS)
         loan = self._lend(client, oracle.checkpoint_path(self._folder, checkpoint))
         for _ in range(self._rng.randint(1, 4)):
-            deed = self._rng.choices(list(self._of_jobs), list(self._of_jobs.values()))[0]
-            with self._attempt(deed):
-                if deed == "finish":
+            action = self._rng.choices(list(self._job_actions), list(self._job_actions.values()))[0]
+            with self._attempt(action):
+                if action == "finish":
                     self._finish(client, loan, checkpoint)
                 else:
-                    self._end_in_mid_job(client, loan, deed)
-            if deed == "return":
+                    self._end_in_mid_job(client, loan, action)
+            if action == "return":
                 return
         loan.return_(deadline_s=JOB_DEADLINE_S)
 
     # --- Jobs
 
     def _lend(self, client: Client, path: Path) -> Loan:
-        self._tell(begins="lend")
+        self._report(begins="lend")
         began = time.monotonic()
         with self._attempt("lend"):
             loan = client.lend(path, deadline_s=JOB_DEADLINE_S)
-            self._tell(ends="lend", took_s=time.monotonic() - began)
+            self._report(ends="lend", took_s=time.monotonic() - began)
             return loan
         raise SessionEnds
 
     def _finish(self, client: Client, loan: Loan, checkpoint: str) -> None:
         """Run a job to its end, and compare its result."""
         seed = self._rng.choice(oracle.SEEDS)
-        self._judge(oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S), checkpoint, seed, "finish")
+        self._check_result(oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S), checkpoint, seed, "finish")
 
-    def _judge(self, job: GenerationJob, checkpoint: str, seed: int, deed: str) -> None:
-        self._tell(begins="job")
+    def _check_result(self, job: GenerationJob, checkpoint: str, seed: int, action: str) -> None:
+        self._report(begins="job")
         began = time.monotonic()
         is_right = self._oracle.is_right(checkpoint, seed, job.result().latents)
-        detail = f"{deed}: checkpoint {checkpoint}, seed {seed}: other bits than before the first fault"
-        self._tell(ends="right" if is_right else "wrong", took_s=time.monotonic() - began, detail=detail)
+        detail = f"{action}: checkpoint {checkpoint}, seed {seed}: other bits than before the first fault"
+        self._report(ends="right" if is_right else "wrong", took_s=time.monotonic() - began, detail=detail)
 
-    def _end_in_mid_job(self, client: Client, loan: Loan, deed: str) -> None:
-        """Start a job that does not end by itself, wait until it runs, and do something else than wait for its end."""
-        self._tell(begins="job")
+    def _end_in_mid_job(self, client: Client, loan: Loan, action: str) -> None:
+        """Start a long job, wait until it runs, and cancel it, return its loan or leave the session."""
+        self._report(begins="job")
         job = oracle.start_job(client, loan, 0, steps=MANY_STEPS, deadline_s=JOB_DEADLINE_S)
         self._wait_for_step(job)
-        self._tell(ends="did", deed=deed)
-        if deed == "leave":
+        self._report(ends="did", action=action)
+        if action == "leave":
             raise SessionEnds
-        if deed == "return":
+        if action == "return":
             loan.return_(deadline_s=JOB_DEADLINE_S)
         else:
             job.cancel()
         job.result()
-        self._tell(ends="broken", deed=deed, detail="the job ended as done")
+        self._report(ends="broken", action=action, detail="the job ended as done")
 
     def _wait_for_step(self, job: GenerationJob) -> None:
         self._events = iter(job)  # kept: dropping the iterator cancels the job
@@ -123,7 +123,7 @@ class StressClient:
     # --- Files
 
     def _rewrite_file(self, client: Client) -> None:
-        """Overwrite a lent file in place with another of its size, and set its mtime back, as tools for copies do."""
+        """Overwrite a lent file in place with another of its size, and restore its mtime, as copy tools do."""
         lent, other = self._rng.sample(oracle.CHECKPOINTS, 2)
         path = self._copy(lent)
         loan = self._lend(client, path)
@@ -134,34 +134,34 @@ class StressClient:
                 job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
                 self._wait_for_step(job)
             overwrite(path, oracle.checkpoint_path(self._folder, other))
-            self._tell(ends="did", deed="rewrite-file")
+            self._report(ends="did", action="rewrite-file")
             if not in_mid_job:
                 job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
-            # A job that read the weights before they were overwritten may be right; any other must be refused.
-            self._judge(job, lent, seed, "rewrite-file")
+            # Only a job that read the weights before they were overwritten may succeed.
+            self._check_result(job, lent, seed, "rewrite-file")
         loan.return_(deadline_s=JOB_DEADLINE_S)
         self._lend_again(client, path, other)
 
     def _touch_inode(self, client: Client) -> None:
-        """Change what only the inode says of a lent file: ctime moves, the bytes stay."""
+        """Change a lent file's inode: ctime changes, the bytes do not."""
         lent = self._rng.choice(oracle.CHECKPOINTS)
         path = self._copy(lent)
         loan = self._lend(client, path)
         self._finish(client, loan, lent)
         self._rng.choice((change_mode, link_and_unlink, rename))(path)
-        self._tell(ends="did", deed="touch-inode")
+        self._report(ends="did", action="touch-inode")
         seed = self._rng.choice(oracle.SEEDS)
         with self._attempt("touch-inode"):
             job = oracle.start_job(client, loan, seed, deadline_s=JOB_DEADLINE_S)
-            self._judge(job, lent, seed, "touch-inode")
+            self._check_result(job, lent, seed, "touch-inode")
         loan.return_(deadline_s=JOB_DEADLINE_S)
         self._lend_again(client, path, lent)
 
     def _lend_not_finite(self, client: Client) -> None:
-        """Run a job of each kind on a checkpoint with one NaN: none may succeed."""
+        """Run each kind of job on a checkpoint with one NaN: none may succeed."""
         with self._attempt("nan-weight"):
             loan = self._lend(client, oracle.checkpoint_path(self._folder, oracle.NOT_FINITE))
-            self._tell(ends="did", deed="nan-weight")
+            self._report(ends="did", action="nan-weight")
             for kind, start in {
                 "generate": lambda: oracle.start_job(client, loan, 0, deadline_s=JOB_DEADLINE_S).result(),
                 "generate with a VAE": lambda: self._decode_not_finite(client, loan),
@@ -169,10 +169,10 @@ class StressClient:
                     oracle.latents_for(0), 0.5, Prompt(**oracle.conditioning_for(0)), deadline_s=JOB_DEADLINE_S
                 ),
             }.items():
-                self._tell(begins="job")
+                self._report(begins="job")
                 with self._attempt("nan-weight"):
                     start()
-                    self._tell(ends="broken", deed="nan-weight", detail=f"{kind}: a success on weights with a NaN")
+                    self._report(ends="broken", action="nan-weight", detail=f"{kind}: a success on weights with a NaN")
             loan.return_(deadline_s=JOB_DEADLINE_S)
 
     def _decode_not_finite(self, client: Client, loan: Loan) -> None:
@@ -189,34 +189,34 @@ class StressClient:
         oracle.copy_checkpoint(self._folder, checkpoint, copy)
         return copy
 
-    # --- Telling
+    # --- Reports
 
     @contextlib.contextmanager
-    def _attempt(self, deed: str) -> Iterator[None]:
-        """Tell of a typed error.
+    def _attempt(self, action: str) -> Iterator[None]:
+        """Report a typed error of the block.
 
         Raises:
-            SessionEnds: it is neither what the deed is expected to end with, nor one after which a loan lives on.
+            SessionEnds: the error is not one that the action expects, and its loan may be lost.
         """
-        self._tell(begins=deed)
+        self._report(begins=action)
         began = time.monotonic()
         try:
             yield
         except XditdError as error:
             took_s = time.monotonic() - began
-            self._tell(ends="error", deed=deed, code=error.code, took_s=took_s, detail=str(error)[:300])
+            self._report(ends="error", action=action, code=error.code, took_s=took_s, detail=str(error)[:300])
             if error.code in DAEMON_GONE or error.code == WorkersUnavailable.code:
                 time.sleep(PAUSE_S)
-            elif error.retryable or error.code in EXPECTED.get(deed, ()):
+            elif error.retryable or error.code in EXPECTED.get(action, ()):
                 return
             raise SessionEnds from error
 
-    def _tell(self, **event: Any) -> None:
+    def _report(self, **event: Any) -> None:
         print(json.dumps(event), flush=True)
 
 
 def overwrite(path: Path, source: Path) -> None:
-    """Write the bytes of ``source`` into the file at ``path`` in place, and set its times back to what they were."""
+    """Overwrite the file at ``path`` in place with the bytes of ``source``, and restore its times."""
     before = path.stat()
     with path.open("r+b") as file:
         file.write(source.read_bytes())
@@ -230,7 +230,7 @@ def change_mode(path: Path) -> None:
 
 
 def link_and_unlink(path: Path) -> None:
-    """Give the file another name for a moment, as tools for backups do."""
+    """Make a hard link to the file and remove it, as backup tools do."""
     link = path.with_suffix(".link")
     link.unlink(missing_ok=True)
     link.hardlink_to(path)
@@ -250,10 +250,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--runtime", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--deeds", nargs="*", default=[])
+    parser.add_argument("--actions", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    StressClient(options.number, options.folder, options.runtime, options.seed, options.deeds).run()
+    StressClient(options.number, options.folder, options.runtime, options.seed, options.actions).run()
 
 
 if __name__ == "__main__":

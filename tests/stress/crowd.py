@@ -1,4 +1,4 @@
-"""The client processes of a soak: started, listened to, killed and started again."""
+"""Client processes of a soak test: start them, read their events, kill them, start them again."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CLIENTS = 4
 PROGRAM = Path(__file__).with_name("clients.py")
 
 
-class Crowd:
-    """Keeps :data:`CLIENTS` processes of ``clients.py`` at work until it is closed."""
+class ClientProcesses:
+    """Runs :data:`CLIENTS` processes of ``clients.py`` until it is closed."""
 
-    def __init__(self, folder: Path, runtime: Path, deeds: list[str], record: Record, rng: random.Random) -> None:
-        self._words = ["--folder", str(folder), "--runtime", str(runtime)]
-        self._deeds = deeds
+    def __init__(self, folder: Path, runtime: Path, actions: list[str], record: Record, rng: random.Random) -> None:
+        self._arguments = ["--folder", str(folder), "--runtime", str(runtime)]
+        self._actions = actions
         self._record = record
         self._rng = rng
         self._children: dict[int, subprocess.Popen[str]] = {}
@@ -38,8 +38,8 @@ class Crowd:
 
     def _start(self, number: int) -> None:
         seed = str(self._rng.randrange(2**32))
-        words = [*self._words, "--number", str(number), "--seed", seed, "--deeds", *self._deeds]
-        child = subprocess.Popen([sys.executable, str(PROGRAM), *words], stdout=subprocess.PIPE, text=True)
+        arguments = [*self._arguments, "--number", str(number), "--seed", seed, "--actions", *self._actions]
+        child = subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, text=True)
         self._children[number] = child
         self._record.start_client(number)
         threading.Thread(target=self._listen, args=(number, child), daemon=True).start()
@@ -47,8 +47,8 @@ class Crowd:
     def _listen(self, number: int, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None
         for line in child.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # a killed client may leave half a line
-                self._record.hear(number, json.loads(line))
+            with contextlib.suppress(json.JSONDecodeError):  # a killed client may write half a line
+                self._record.add_event(number, json.loads(line))
         child.stdout.close()
 
     def kill(self, number: int) -> None:
@@ -61,15 +61,13 @@ class Crowd:
         self.kill(self._rng.randrange(CLIENTS))
 
     def check(self) -> None:
-        """Start another client for each that ended by itself, or has said nothing for too long."""
+        """Replace each client that ended by itself, or that has reported nothing for too long."""
         for number, child in list(self._children.items()):
             if child.poll() is not None and not self._is_closed:
-                # Nobody killed it: an error that is not typed ended it, and went to standard error.
-                self._record.break_promise(
-                    "a client ended by itself", f"client {number}, with status {child.returncode}"
-                )
+                # An unexpected exception ended it; its traceback is on standard error.
+                self._record.add_broken("a client ended by itself", f"client {number}, with status {child.returncode}")
                 self._start(number)
-        for number in self._record.hear_silence(time.monotonic()):
+        for number in self._record.find_silent_clients(time.monotonic()):
             self.kill(number)
 
     def close(self) -> None:

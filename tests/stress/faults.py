@@ -1,4 +1,4 @@
-"""The faults of a soak, each by its name: what it does, and what has to come of it."""
+"""Registry of the faults of a soak test: name, frequency, expected outcome."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from crowd import Crowd
+from crowd import ClientProcesses
 from record import Record
 from target import Target
 
 
 class Broken(Exception):
-    """A promise does not hold; the daemon is started again after it."""
+    """A guarantee is broken; the daemon is then restarted."""
 
 
 class NotNow(Exception):
-    """There is nobody to do it to: the group is being rebuilt."""
+    """The fault cannot be injected now, because the group is being rebuilt."""
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a fault may lay hands on."""
+class StressRun:
+    """The objects on which a fault acts."""
 
     target: Target
-    crowd: Crowd
+    clients: ClientProcesses
     record: Record
     rng: random.Random
 
 
 class Pace(enum.Enum):
-    """How often a fault comes."""
+    """How often a fault is injected."""
 
     BY_CLIENTS = "by clients"
-    """Clients commit it themselves (``clients.py``)."""
+    """By the clients themselves (``clients.py``)."""
     LIGHT = "light"
     """Every few seconds."""
     HEAVY = "heavy"
-    """In turn with the others of its kind, and only when results were right since the last one."""
+    """In turn with the other heavy faults, and only after new right results."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. ``inject`` does it, and raises :class:`Broken` where what it sees is not as promised."""
+    """One kind of fault. ``inject`` injects it, and raises :class:`Broken` if a guarantee does not hold."""
 
     name: str
     pace: Pace
     expects: str
-    inject: Callable[[Scene], None] | None = None
+    inject: Callable[[StressRun], None] | None = None
     weight: int = 1
-    """Of a light fault among the light ones."""
+    """Relative frequency of a light fault."""
 
 
 BY_CLIENTS = (
     Fault("cancel", Pace.BY_CLIENTS, "the job ends as cancelled"),
-    Fault("return", Pace.BY_CLIENTS, "a loan returned in mid-job: the job ends as lease_lost"),
-    Fault("leave", Pace.BY_CLIENTS, "a session left in mid-job: others are served"),
-    Fault("rewrite-file", Pace.BY_CLIENTS, "a lent file rewritten in place, mtime set back: stale_source"),
+    Fault("return", Pace.BY_CLIENTS, "a loan returned during a job: the job ends as lease_lost"),
+    Fault("leave", Pace.BY_CLIENTS, "a session closed during a job: others are served"),
+    Fault("rewrite-file", Pace.BY_CLIENTS, "a lent file rewritten in place, mtime restored: stale_source"),
     Fault("touch-inode", Pace.BY_CLIENTS, "chmod, link or rename of a lent file: the result is right, or stale_source"),
     Fault("nan-weight", Pace.BY_CLIENTS, "a checkpoint with one NaN: not_finite, whatever the job"),
 )

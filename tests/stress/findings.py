@@ -1,4 +1,4 @@
-"""What one part of a run found, as a table for people or as JSON."""
+"""Results of one part of a stress run, printed as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from machine import describe_machine
 
 MOST_LINES = 40
-"""Of failures or notes in the table; the JSON object has them all."""
+"""Most failures or notes in the table; the JSON object has all."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Figures, what must not have happened, and notes that help to see why."""
+    """Figures, failures, and notes that help to explain them."""
 
     figures: dict[str, Any]
     failures: list[str]
@@ -27,7 +27,7 @@ class Findings:
 
 
 def as_table(parts: Mapping[str, Findings]) -> str:
-    """One line for each figure, then what failed and why; the last line is the verdict."""
+    """Return one line for each figure, then the failures; the last line is the verdict."""
     lines = []
     for name, found in parts.items():
         lines.append(f"--- {name}")
@@ -48,6 +48,6 @@ def spell(value: Any) -> str:
 
 
 def as_json(parts: Mapping[str, Findings], options: Mapping[str, Any]) -> str:
-    """One object: the options of the run, each part with its failures and notes, and the machine."""
+    """Return one object: the run's options, each part's figures, failures and notes, and the machine."""
     found = {name: {**part.figures, "failed": part.failures, "notes": part.notes} for name, part in parts.items()}
     return json.dumps({**options, **found, "machine": describe_machine()}, indent=1)

@@ -1,4 +1,4 @@
-"""Hostile bytes through the daemon's real socket, while another client asks for the status; then both parsers."""
+"""Fuzz the daemon through its real socket, while another client asks for the status; then fuzz both parsers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from xditd.ipc.codec import reply_decoder
 
 SLOWEST_S = 1.0
 GROWTH_BYTES = 160 * 2**20
-"""The worst message within the limits costs 90 MiB while it is decoded; what waits in ZeroMQ comes on top."""
+"""The worst message within the limits takes 90 MiB while it is decoded; messages queued in ZeroMQ are added to that."""
 ANSWER_S = 10.0
 IDLE_WORKER = [sys.executable, "-c", "import signal; signal.pause()"]
-"""A worker group that never comes up: nothing else takes the cores."""
+"""A worker group that never becomes ready, so that it uses no processor time."""
 
 
-class Bystander:
-    """Asks for the status all the while; ``slowest_s`` is what others' bytes cost it."""
+class StatusPoller:
+    """Asks for the status continuously; ``slowest_s`` is its slowest answer."""
 
     def __init__(self, client: Client) -> None:
         self.slowest_s = 0.0
@@ -85,13 +85,13 @@ def fuzz(socket_bytes: int, parser_bytes: int, coverage_s: int, seed: int) -> Fi
 
 
 def fuzz_socket(target: Target, total_bytes: int, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """Send hostile bytes to a live daemon, and read every answer; returns figures and failures."""
+    """Send hostile bytes to a live daemon and read every answer; returns figures and failures."""
     pid = target.process.pid
     before = memory_bytes(pid)
     answers: Counter[str] = Counter()
     sent_bytes = 0
-    with Client(target.runtime.path, name="bystander") as client, zmq.Context() as context:
-        bystander = Bystander(client)
+    with Client(target.runtime.path, name="status poller") as client, zmq.Context() as context:
+        poller = StatusPoller(client)
         try:
             with context.socket(zmq.DEALER) as peer:
                 peer.setsockopt(zmq.LINGER, 0)
@@ -107,22 +107,22 @@ def fuzz_socket(target: Target, total_bytes: int, seed: int) -> tuple[dict[str, 
                     if sum(answers.values()) % 1000 == 0:
                         print(f"fuzz: {sent_bytes / 1e6:.1f} million bytes", file=sys.stderr, flush=True)
         finally:
-            bystander.stop()
+            poller.stop()
     is_alive = target.process.poll() is None
     figures: dict[str, Any] = {
         "bytes through the socket": sent_bytes,
         "messages": sum(answers.values()),
         "answers": dict(answers.most_common()),
         "daemon alive": is_alive,
-        "another client's answers": bystander.answers,
-        "its slowest answer (ms)": round(bystander.slowest_s * 1000),
-        "its failures": bystander.failures,
+        "another client's answers": poller.answers,
+        "its slowest answer (ms)": round(poller.slowest_s * 1000),
+        "its failures": poller.failures,
     }
     failures = [
         *([] if is_alive else [f"the daemon ended with status {target.process.returncode}"]),
         *(["a message was not answered"] if answers["none"] else []),
-        *(["another client was not served"] if bystander.failures else []),
-        *([f"another client waited {bystander.slowest_s:.1f} s"] if bystander.slowest_s > SLOWEST_S else []),
+        *(["another client was not served"] if poller.failures else []),
+        *([f"another client waited {poller.slowest_s:.1f} s"] if poller.slowest_s > SLOWEST_S else []),
     ]
     if is_alive:
         peak = memory_bytes(pid, "VmHWM")

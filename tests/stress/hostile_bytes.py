@@ -1,4 +1,4 @@
-"""Messages and files spoilt at random, random bytes, and the worst that the limits let pass."""
+"""Make hostile input: randomly mutated messages and files, random bytes, and the worst that the limits allow."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from xditd.ipc.codec import encode
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.requests import GetLogs, Hello
 
-ENDING = {"hello", "goodbye", "stop"}
-"""Requests that, sound by chance, would leave nothing to be fuzzed; and the one whose record says another version."""
+EXCLUDED = {"hello", "goodbye", "stop"}
+"""Requests that would end the daemon or the session if a mutation left them valid; ``HELLO`` is added below."""
 RECORD = Path(__file__).parents[1] / "ipc" / "data" / f"protocol_{PROTOCOL_VERSION}.json"
 HELLO = encode(Hello(request_id="r1", protocol_version=PROTOCOL_VERSION, package_version="1", client_name="fuzz"))
-SOUND = [
+VALID_MESSAGES = [
     HELLO,
     encode(GetLogs(request_id="r1", after_line=3)),
-    *(bytes.fromhex(text) for op, text in json.loads(RECORD.read_text())["request"].items() if op not in ENDING),
+    *(bytes.fromhex(text) for op, text in json.loads(RECORD.read_text())["request"].items() if op not in EXCLUDED),
 ]
-"""One of each request, to be spoilt."""
+"""One of each request, to mutate."""
 HEADER = json.dumps(
     {f"t{n}": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * n, 16 * n + 16]} for n in range(4)}
 ).encode()
-"""Of a safetensors file."""
+"""JSON header of a safetensors file."""
 
 
-def spoil(payload: bytes, rng: random.Random) -> bytes:
-    """Change, drop, repeat and insert bytes."""
-    spoilt = bytearray(payload)
+def mutate(payload: bytes, rng: random.Random) -> bytes:
+    """Change, delete, repeat and insert bytes."""
+    mutated = bytearray(payload)
     for _ in range(rng.randint(1, 6)):
-        where = rng.randrange(len(spoilt) + 1)
-        deed = rng.randrange(4)
-        if deed == 0 and where < len(spoilt):
-            spoilt[where] = rng.randrange(256)
-        elif deed == 1:
-            del spoilt[where : where + rng.randint(1, 16)]
-        elif deed == 2:
-            spoilt[where:where] = spoilt[where : where + rng.randint(1, 64)] * rng.randint(1, 8)
+        where = rng.randrange(len(mutated) + 1)
+        action = rng.randrange(4)
+        if action == 0 and where < len(mutated):
+            mutated[where] = rng.randrange(256)
+        elif action == 1:
+            del mutated[where : where + rng.randint(1, 16)]
+        elif action == 2:
+            mutated[where:where] = mutated[where : where + rng.randint(1, 64)] * rng.randint(1, 8)
         else:
-            spoilt[where:where] = rng.randbytes(rng.randint(1, 16))
-    return bytes(spoilt)
+            mutated[where:where] = rng.randbytes(rng.randint(1, 16))
+    return bytes(mutated)
 
 
 def worst_messages() -> list[bytes]:
-    """As much as the limits let pass, of what costs most."""
+    """Return the largest messages within the limits of the kinds that take most time and memory to decode."""
     rows = (limits.MAX_MESSAGE_BYTES - 3) // (3 + 0x7FFF * 3)
     row = b"\xdc\x7f\xff"
     texts = b"\xdc" + struct.pack(">H", rows) + (row + b"\xa2ab" * 0x7FFF) * rows
@@ -61,21 +61,23 @@ def worst_messages() -> list[bytes]:
 
 
 def hostile_messages(total_bytes: int, rng: random.Random) -> Iterator[bytes]:
-    """A session, the worst messages once, and then many small ones until they have ``total_bytes`` together."""
+    """Yield a hello, the worst messages once, and then small ones of ``total_bytes`` together."""
     yield HELLO
     yield from worst_messages()
     sent = 0
     while sent < total_bytes:
-        message = rng.randbytes(rng.randint(0, 20_000)) if rng.randrange(20) == 0 else spoil(rng.choice(SOUND), rng)
+        message = (
+            rng.randbytes(rng.randint(0, 20_000)) if rng.randrange(20) == 0 else mutate(rng.choice(VALID_MESSAGES), rng)
+        )
         sent += len(message)
         yield message
 
 
 def whole_file(header: bytes) -> bytes:
-    """A safetensors file with this header."""
+    """Return a safetensors file with this header."""
     return struct.pack("<Q", len(header)) + header + bytes(64)
 
 
 def hostile_file(rng: random.Random) -> bytes:
-    """A file of which the header, or anything, is spoilt."""
-    return whole_file(spoil(HEADER, rng)) if rng.random() < 0.7 else spoil(whole_file(HEADER), rng)
+    """Return a file with a mutated header, or mutated anywhere."""
+    return whole_file(mutate(HEADER, rng)) if rng.random() < 0.7 else mutate(whole_file(HEADER), rng)

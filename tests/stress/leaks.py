@@ -1,4 +1,4 @@
-"""What a daemon and its workers hold while nothing is on loan, and what of it is more than before."""
+"""Find leaks: compare the resources of a daemon and its workers before and after, while nothing is lent."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from process_tree import count_fds, descendants, memfds, memory_bytes
 
 SPARE_FDS = 2
-"""The interpreter may have a file open in passing."""
+"""The interpreter may have a file open for a moment."""
 DAEMON_GROWTH_BYTES = 16 * 2**20
 WORKER_GROWTH_BYTES = 256 * 2**20
-"""Of memory that is no file's. A worker that has served every kind of job once holds caches that a fresh one lacks."""
+"""Anonymous memory. A worker that has run every kind of job once has caches that a new one lacks."""
 SLOPE_BYTES_PER_MINUTE = 2**20
 SLOPE_MINUTES = 10
-"""Shorter runs see the interpreter warm up; only their total growth is judged."""
+"""In shorter runs the interpreter still warms up, so only total growth is checked."""
 
 
 @dataclass(frozen=True)
-class Holdings:
-    """What is open at one moment. ``segments`` are memfds that processes below the daemon have mapped."""
+class ResourceCounts:
+    """Open resources at one moment. ``segments`` are memfds that the daemon's child processes have mapped."""
 
     daemon_fds: int
     daemon_bytes: int
@@ -30,14 +30,14 @@ class Holdings:
     largest_worker_bytes: int
 
 
-def holdings_of(pid: int) -> Holdings:
-    """Look at a daemon and all processes below it.
+def count_resources(pid: int) -> ResourceCounts:
+    """Count the resources of a daemon and all its descendants.
 
     Raises:
         ProcessLookupError, FileNotFoundError: one of them ended meanwhile.
     """
     below = descendants(pid)
-    return Holdings(
+    return ResourceCounts(
         daemon_fds=count_fds(pid),
         daemon_bytes=memory_bytes(pid),
         processes=len(below),
@@ -47,11 +47,11 @@ def holdings_of(pid: int) -> Holdings:
     )
 
 
-def find_leaks(before: Holdings, after: Holdings, listeners_lost: int = 0) -> list[str]:
-    """Name everything of which there is more than there was, and processes that are missing.
+def find_leaks(before: ResourceCounts, after: ResourceCounts, listeners_lost: int = 0) -> list[str]:
+    """Name each resource that grew, and missing processes.
 
-    ``listeners_lost`` counts the daemon's sockets whose paths were removed: it makes each again, and keeps the old
-    listener, since ZeroMQ would end every connection that came through it.
+    ``listeners_lost`` counts the daemon's sockets whose paths were removed: the daemon makes each again and keeps the
+    old listener, because ZeroMQ would end its connections.
     """
     found = []
     if after.daemon_fds > before.daemon_fds + SPARE_FDS + listeners_lost:
@@ -71,7 +71,7 @@ def find_leaks(before: Holdings, after: Holdings, listeners_lost: int = 0) -> li
 
 
 def find_slope(samples: Sequence[tuple[float, int]], minutes: float) -> list[str]:
-    """Name a growth of the daemon's memory that never ends; ``samples`` are seconds and bytes."""
+    """Name a steady growth of the daemon's memory; ``samples`` are seconds and bytes."""
     slope = slope_bytes_per_minute(samples)
     if minutes < SLOPE_MINUTES or slope <= SLOPE_BYTES_PER_MINUTE:
         return []
@@ -79,7 +79,7 @@ def find_slope(samples: Sequence[tuple[float, int]], minutes: float) -> list[str
 
 
 def slope_bytes_per_minute(samples: Sequence[tuple[float, int]]) -> float:
-    """Least squares over the second half, when everything has been loaded once."""
+    """Return the least-squares slope of the second half, when everything has been loaded once."""
     half = samples[len(samples) // 2 :]
     if len(half) < 2:
         return 0.0
@@ -90,7 +90,7 @@ def slope_bytes_per_minute(samples: Sequence[tuple[float, int]]) -> float:
 
 
 def files_left_in(folder: str | os.PathLike[str], allowed: frozenset[str]) -> list[str]:
-    """Name what a daemon that has ended left in its runtime folder beyond what it may."""
+    """Name files that an ended daemon left in its runtime folder, except ``allowed``."""
     try:
         return sorted(set(os.listdir(folder)) - allowed)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What is right: for each checkpoint and seed the bits of the result, made before the first fault.
+"""Test oracle: the reference result of each checkpoint and seed, made before the first fault.
 
-The reference comes from the daemon under stress itself, while nothing has gone wrong yet. That this result is the
-right one is for the tests of parity with plain diffusers to show (``tests/end_to_end/test_parity.py``).
+The references come from the daemon under test itself. ``tests/end_to_end/test_parity.py`` shows that its results agree
+with diffusers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def write_checkpoints(folder: Path) -> None:
     for name in CHECKPOINTS:
         checkpoints.write_flux1(checkpoint_path(folder, name), seed=int(name))
     checkpoints.write_flux_vae(checkpoint_path(folder, VAE), seed=3)
-    spoilt = load_file(checkpoint_path(folder, CHECKPOINTS[0]))
-    spoilt["img_in.bias"][0] = float("nan")
-    checkpoints.save_aligned(spoilt, checkpoint_path(folder, NOT_FINITE))
+    with_nan = load_file(checkpoint_path(folder, CHECKPOINTS[0]))
+    with_nan["img_in.bias"][0] = float("nan")
+    checkpoints.save_aligned(with_nan, checkpoint_path(folder, NOT_FINITE))
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
@@ -46,14 +46,14 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 
 
 def copy_checkpoint(folder: Path, name: str, copy: Path) -> None:
-    """Make a copy that may be written to. A file of that name is replaced, not written to: somebody may map it."""
+    """Make a writable copy. An existing file of that name is replaced, not overwritten, because it may be mapped."""
     fresh = copy.with_suffix(".new")
     shutil.copyfile(checkpoint_path(folder, name), fresh)
     fresh.replace(copy)
 
 
 def conditioning_for(seed: int) -> dict[str, torch.Tensor]:
-    """Text embeddings (1, 16, 4096) and pooled ones (1, 768) that depend on the seed alone."""
+    """Return text embeddings (1, 16, 4096) and pooled ones (1, 768) of a seed."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def conditioning_for(seed: int) -> dict[str, torch.Tensor]:
 
 
 def latents_for(seed: int) -> torch.Tensor:
-    """Noise (1, 16, h, w) for a single forward."""
+    """Return noise (1, 16, h, w) for a single forward."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def latents_for(seed: int) -> torch.Tensor:
 def start_job(
     client: Client, loan: Loan, seed: int, *, steps: int = STEPS, vae: Loan | None = None, deadline_s: float
 ) -> GenerationJob:
-    """Start the job that this seed stands for."""
+
     return client.generate(
         loan,
         conditioning_for(seed),
@@ -92,21 +92,21 @@ def digest(latents: torch.Tensor) -> str:
 
 
 class Oracle:
-    """Judges results by the references in ``folder``."""
+    """Compares results with the references in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._references: dict[str, str] = json.loads(references_path(folder).read_text())
 
     def is_right(self, checkpoint: str, seed: int, latents: torch.Tensor) -> bool:
-        """Whether these latents are, bit for bit, those of this checkpoint and seed."""
+        """Return whether latents equal, bit for bit, the reference of this checkpoint and seed."""
         return digest(latents) == self._references[f"{checkpoint}/{seed}"]
 
 
 def make_references(client: Client, folder: Path, deadline_s: float) -> None:
-    """Run every job once, on a daemon to which nothing has happened yet, and keep the digests in ``folder``.
+    """Run every job once, before the first fault, and keep the digests in ``folder``.
 
     Raises:
-        ValueError: two of the results are the same, so that one could pass for the other.
+        ValueError: two results are equal, so a mix-up of them would not be seen.
     """
     references = {}
     for name in CHECKPOINTS:

@@ -1,4 +1,4 @@
-"""Both parsers of foreign bytes by themselves: anything but the result or the typed refusal is a defect.
+"""Fuzz the two parsers of foreign bytes: anything but a result or a typed error is a defect.
 
 python tests/stress/parsers.py decoder --seconds 60     # under atheris (pip install atheris)
 """
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hostile_bytes import HEADER, SOUND, hostile_file, spoil, whole_file
+from hostile_bytes import HEADER, VALID_MESSAGES, hostile_file, mutate, whole_file
 
 from xditd.ipc import codec
 from xditd.ipc.codec import encode, request_decoder
@@ -23,17 +23,17 @@ from xditd.ipc.transports import safetensors_header
 
 
 def decode_request(data: bytes) -> None:
-    """One input for the decoder: a message that is read must survive the round trip."""
+    """Decode one input; a valid message must be equal after encode and decode."""
     try:
         message = request_decoder.decode(data)
     except BadMessage:
         return
     if request_decoder.decode(encode(message)) != message:
-        raise AssertionError("a message changed on its way")
+        raise AssertionError("a message changed in encode and decode")
 
 
 def parse_header(data: bytes) -> None:
-    """One input for the header's parser, as the start of a file."""
+    """Parse one input as the start of a safetensors file."""
     descriptor = os.memfd_create("fuzz")
     try:
         os.write(descriptor, data)
@@ -48,11 +48,11 @@ PARSERS = {"decoder": decode_request, "header": parse_header}
 
 
 def fuzz_parser(name: str, total_bytes: int, seed: int) -> tuple[int, int]:
-    """Feed a parser spoilt input in this process; returns how many bytes and how many inputs that were."""
+    """Run a parser on mutated input in this process; returns the numbers of bytes and of inputs."""
     rng = random.Random(seed)
     fed = count = 0
     while fed < total_bytes:
-        data = hostile_file(rng) if name == "header" else spoil(rng.choice(SOUND), rng)
+        data = hostile_file(rng) if name == "header" else mutate(rng.choice(VALID_MESSAGES), rng)
         PARSERS[name](data)
         fed += len(data)
         count += 1
@@ -61,26 +61,26 @@ def fuzz_parser(name: str, total_bytes: int, seed: int) -> tuple[int, int]:
 
 def run_with_coverage(name: str, seconds: int) -> tuple[int, str]:
     """Run a parser under atheris in a process of its own; returns its exit status and its number of inputs."""
-    words = [sys.executable, __file__, name, "--seconds", str(seconds)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, name, "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     stats = [line for line in done.stderr.splitlines() if line.startswith("stat::number_of_executed_units")]
     return done.returncode, stats[-1].split()[-1] if stats else "?"
 
 
 def fuzz_with_coverage(name: str, seconds: int) -> None:
-    """Run a parser under atheris in this process, which it ends."""
+    """Run a parser under atheris, which ends this process."""
     import atheris
 
     for module in (codec, safetensors_header):
-        # By the function: instrumenting at import would need atheris before everything else.
+        # Single functions, because instrumentation at import would need atheris imported first.
         for attribute, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == module.__name__:
                 setattr(module, attribute, atheris.instrument_func(value))
     with tempfile.TemporaryDirectory() as corpus:
-        for number, seed in enumerate(SOUND if name == "decoder" else [whole_file(HEADER)]):
+        for number, seed in enumerate(VALID_MESSAGES if name == "decoder" else [whole_file(HEADER)]):
             Path(corpus, str(number)).write_bytes(seed)
-        words = [sys.argv[0], f"-max_total_time={seconds}", "-max_len=8192", "-print_final_stats=1", corpus]
-        atheris.Setup(words, PARSERS[name])
+        command = [sys.argv[0], f"-max_total_time={seconds}", "-max_len=8192", "-print_final_stats=1", corpus]
+        atheris.Setup(command, PARSERS[name])
         atheris.Fuzz()
 
 

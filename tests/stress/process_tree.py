@@ -1,4 +1,4 @@
-"""What the kernel says about other processes: their parents, their children, and what they hold."""
+"""Read other processes from /proc: parents, children, descriptors, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parent_of(pid: int) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie; a stopped one runs."""
+    """Return whether a process exists and is no zombie; a stopped one counts as running."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
@@ -22,14 +22,14 @@ def is_running(pid: int) -> bool:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time that all threads of a process have used so far, in seconds; it grows in steps of 10 ms."""
+    """Return the processor time of all threads of a process in seconds; its resolution is 10 ms."""
     with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
         user, system = stat.read().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> set[int]:
-    """Every live process below ``pid``."""
+    """Return all live descendants of ``pid``."""
     parents = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and is_running(int(name)):
@@ -48,13 +48,13 @@ def count_fds(pid: int) -> int:
 
 
 def memfds(pid: int) -> set[str]:
-    """The memfds that a process has mapped, by inode."""
+    """Return the inodes of the memfds that a process has mapped."""
     with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
         return {line.split()[4] for line in maps if "/memfd:" in line}
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """One figure of ``/proc/PID/status``: ``VmRSS``, ``VmHWM`` (its peak) or ``RssAnon`` (without mapped files)."""
+    """Return a field of ``/proc/PID/status``: ``VmRSS``, ``VmHWM`` (its peak) or ``RssAnon`` (without mapped files)."""
     found = Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()
     if not found:
         raise ProcessLookupError(f"process {pid}: has no {field}; it has ended")

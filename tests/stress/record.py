@@ -1,4 +1,4 @@
-"""What happened, and which of it must not have happened."""
+"""Count the events of a stress run, and decide which of them are failures."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 JOB_DEADLINE_S = 240.0
-"""A request that takes longer has hung: the workers' own deadline, a pause, a rebuild on a busy machine and the queue
-fit in several times."""
+"""A request that takes longer hangs: this is several times the workers' deadline, a pause, a rebuild and the queue."""
 SILENCE_S = JOB_DEADLINE_S + 15.0
-"""A client that reports nothing for so long hangs itself: each of its requests has the deadline above."""
+"""A client that reports nothing for so long hangs, because each of its requests has the deadline above."""
 
 AMBIENT = frozenset({"workers_lost", "lease_lost", "unknown_component", "session_lost"})
-"""Codes that any request may end with while the group is rebuilt and other clients come and go."""
+"""Codes with which any request may end while faults rebuild the group and end other clients."""
 DAEMON_GONE = frozenset({"daemon_unreachable", "daemon_stopping"})
-"""Codes that are right only while a fault takes the daemon or its socket away."""
+"""Codes that are allowed only while a fault removes the daemon or its socket."""
 LOST = AMBIENT | DAEMON_GONE | {"deadline_exceeded"}
-"""Codes of a request that was lost without its own fault."""
+"""Codes of a request that was lost through something else than itself."""
 EXPECTED = {
     "cancel": frozenset({"cancelled"}),
     "return": frozenset({"lease_lost"}),
@@ -27,7 +26,7 @@ EXPECTED = {
     "touch-inode": frozenset({"stale_source"}),
     "nan-weight": frozenset({"not_finite"}),
 }
-"""What the deed of a client itself may end with."""
+"""Codes with which a client's own action may end."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class TypedError:
     """One request that ended with an error."""
 
     at: float
-    deed: str
+    action: str
     code: str
     detail: str
 
 
 @dataclass
 class Record:
-    """Everything that is counted. Safe to use from several threads."""
+    """All counts of a run. Thread-safe."""
 
     right: int = 0
     wrong: int = 0
@@ -52,10 +51,10 @@ class Record:
     errors: list[TypedError] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
-    """What was not as promised, and how often."""
+    """Broken guarantees, and how often each was broken."""
     notes: list[str] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds and bytes of the daemon's memory, since that daemon started."""
+    """Seconds since the daemon's start, and bytes of its memory then."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,11 +64,11 @@ class Record:
 
     # --- Clients
 
-    def hear(self, client: int, event: dict[str, Any]) -> None:
-        """Take in one line of a client: something began, or ended in one of these ways.
+    def add_event(self, client: int, event: dict[str, Any]) -> None:
+        """Add one event of a client: something began, or ended in one of these ways.
 
-        ``right``, ``wrong``: a result, compared. ``lend``, ``session``: done. ``did``: a fault that the client itself
-        is. ``error``: a typed error. ``broken``: a promise that does not hold, in words.
+        ``right``, ``wrong``: a compared result. ``lend``, ``session``: done. ``did``: the client injected a fault.
+        ``error``: a typed error. ``broken``: a broken guarantee, in words.
         """
         with self._lock:
             self._waiting[client] = time.monotonic()
@@ -83,25 +82,25 @@ class Record:
             elif kind == "lend":
                 self.lends += 1
             elif kind == "did":
-                self.faults[event["deed"]] += 1
+                self.faults[event["action"]] += 1
             elif kind == "broken":
-                self._break_promise(event["deed"], f"client {client}: {event['detail']}")
+                self._add_broken(event["action"], f"client {client}: {event['detail']}")
             elif kind == "error":
-                self._hear_error(client, event["deed"], event["code"], event["detail"])
+                self._add_error(client, event["action"], event["code"], event["detail"])
 
-    def _hear_error(self, client: int, deed: str, code: str, detail: str) -> None:
-        self.errors.append(TypedError(time.monotonic(), deed, code, detail))
+    def _add_error(self, client: int, action: str, code: str, detail: str) -> None:
+        self.errors.append(TypedError(time.monotonic(), action, code, detail))
         if code == "deadline_exceeded":
             self.hangs += 1
-            self.notes.append(f"client {client}: {deed}: {detail}")
+            self.notes.append(f"client {client}: {action}: {detail}")
         elif code in DAEMON_GONE:
             if time.monotonic() > self._gone_until:
-                self._break_promise(f"{deed}: {code}, though the daemon should be there", f"client {client}: {detail}")
-        elif code not in AMBIENT | EXPECTED.get(deed, frozenset()):
-            self._break_promise(f"{deed}: unexpected {code}", f"client {client}: {detail}")
+                self._add_broken(f"{action}: {code}, though the daemon should be there", f"client {client}: {detail}")
+        elif code not in AMBIENT | EXPECTED.get(action, frozenset()):
+            self._add_broken(f"{action}: unexpected {code}", f"client {client}: {detail}")
 
-    def hear_silence(self, now: float) -> list[int]:
-        """Count each client that has said nothing for too long as hung; returns their numbers."""
+    def find_silent_clients(self, now: float) -> list[int]:
+        """Count each client that has reported nothing for too long as hung; returns their numbers."""
         with self._lock:
             silent = [number for number, since in self._waiting.items() if now - since > SILENCE_S]
             for number in silent:
@@ -117,7 +116,7 @@ class Record:
     # --- Faults
 
     def expect_daemon_gone(self, for_s: float) -> None:
-        """Let clients find no daemon for so long from now."""
+        """Allow clients to find no daemon for the next ``for_s`` seconds."""
         with self._lock:
             self._gone_until = max(self._gone_until, time.monotonic() + for_s)
 
@@ -129,17 +128,17 @@ class Record:
         with self._lock:
             self.faults[name] += 1
 
-    def break_promise(self, what: str, detail: str) -> None:
-        """Count a promise that does not hold; of ``detail`` the first is kept."""
+    def add_broken(self, what: str, detail: str) -> None:
+        """Count a broken guarantee; only its first ``detail`` is kept."""
         with self._lock:
-            self._break_promise(what, detail)
+            self._add_broken(what, detail)
 
-    def _break_promise(self, what: str, detail: str) -> None:
+    def _add_broken(self, what: str, detail: str) -> None:
         self.broken[what] += 1
         self._first_details.setdefault(what, detail)
 
     def find_failures(self) -> list[str]:
-        """Name everything that must not have happened."""
+        """Name all failures of the run."""
         failures = []
         if self.wrong:
             failures.append(f"{self.wrong} wrong results")
@@ -151,5 +150,5 @@ class Record:
 
 
 def is_lost(error: TypedError) -> bool:
-    """Whether a request ended by no deed of its own client's."""
-    return error.code in LOST - EXPECTED.get(error.deed, frozenset())
+    """Return whether a request was lost through something else than its own client's action."""
+    return error.code in LOST - EXPECTED.get(error.action, frozenset())

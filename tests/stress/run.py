@@ -1,14 +1,14 @@
-"""Looks for what no test thought of: clients at work under faults at random, and hostile bytes at every parser.
+"""Stress test: clients at work under random faults, and hostile bytes for every parser.
 
     .venv/bin/python tests/stress/run.py                        # both, ten minutes and one or two more
     .venv/bin/python tests/stress/run.py --only soak --minutes 2 --faults pause kill-rank
     .venv/bin/python tests/stress/run.py --without unlink-lock --seed 7 --json >found.json
 
 soak  One daemon with two CPU workers (gloo). Four clients lend, generate, cancel, return loans and leave, while the
-      faults below come at random. Each result is compared, bit for bit, with that of its checkpoint and seed before the
-      first fault; each request has a deadline; descriptors, processes, shared memory and memory are counted before
-      and after.
-fuzz  Messages of the real protocol spoilt at random, random bytes, and the worst that the limits allow, through the
+      faults below are injected at random. Each result is compared, bit for bit, with that of its checkpoint and seed
+      before the first fault; each request has a deadline; descriptors, processes, shared memory and memory are
+      counted before and after.
+fuzz  Randomly mutated messages of the real protocol, random bytes, and the worst that the limits allow, through the
       daemon's socket, while another client asks for the status; then the decoder and the safetensors header alone.
 """
 
@@ -31,19 +31,20 @@ def build_parser() -> argparse.ArgumentParser:
     width = max(len(fault.name) for fault in all_faults())
     lines = [f"  {fault.name:<{width}}  {fault.expects} ({fault.pace.value})" for fault in all_faults()]
     epilog = (
-        "faults, and what has to come of each (heavy ones take turns, one every few seconds of right results):\n"
+        "faults, and the expected outcome of each (heavy ones take turns, after some seconds of right results):\n"
         + "\n".join(lines)
-        + "\n\nThe same --seed draws the same faults in the same order; when they strike depends on the machine."
-        "\nexit status: 0 all as promised; 1 anything wrong, hung or leaked, or another broken promise; 2 misuse"
+        + "\n\nThe same --seed gives the same faults in the same order; their times depend on the machine."
+        "\nexit status: 0 passed; 1 a result was wrong, a request hung, something leaked or a guarantee was broken; "
+        "2 wrong arguments"
     )
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="soak or fuzz")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (default: %(default)s)")
-    parser.add_argument("--faults", nargs="+", metavar="NAME", help="these alone, of those below (default: all)")
-    parser.add_argument("--without", nargs="+", metavar="NAME", default=[], help="all but these")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all random choices (default: %(default)s)")
+    parser.add_argument("--faults", nargs="+", metavar="NAME", help="only these of the faults below (default: all)")
+    parser.add_argument("--without", nargs="+", metavar="NAME", default=[], help="all faults but these")
     parser.add_argument("--bytes", type=int, default=12_000_000, help="fuzz: through the socket")
     parser.add_argument("--parser-bytes", type=int, default=10_000_000, help="fuzz: for each parser alone")
     parser.add_argument(

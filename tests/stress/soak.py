@@ -1,4 +1,4 @@
-"""Clients at work while things go wrong: is every result right, does everything end in time, is nothing left?"""
+"""Soak test: run clients while faults are injected; check results, deadlines and leaks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import leaks
 import oracle
-from crowd import CLIENTS, Crowd
-from faults import Broken, Fault, NotNow, Pace, Scene
+from crowd import CLIENTS, ClientProcesses
+from faults import Broken, Fault, NotNow, Pace, StressRun
 from findings import Findings
 from record import JOB_DEADLINE_S, Record
 from target import START_S, Target
@@ -27,16 +27,16 @@ from xditd.ipc.status import GroupState
 LIGHT_GAP_S = (1.0, 6.0)
 HEAVY_GAP_S = (3.0, 10.0)
 RIGHT_BETWEEN = CLIENTS
-"""Right results between two heavy faults: else nothing but rebuilds is tested."""
+"""Right results between two heavy faults, so that not only rebuilds are tested."""
 UNSERVED_S = 300.0
-"""No client has had a right result for so long: nobody is served any more."""
+"""After so long without a right result, the daemon serves nobody any more."""
 PROGRESS_S = 10.0
 FULL_MIX_MINUTES = 10.0
-"""In so long each fault has had its turn; one that has not was not tested."""
+"""A run of this length must have injected each fault."""
 
 
 class Soak:
-    """One daemon, its clients, and the faults that are done to them; use it in a ``with`` block."""
+    """One daemon, its clients, and the injected faults; use it in a ``with`` block."""
 
     def __init__(self, faults: Iterable[Fault], seed: int) -> None:
         self._faults = tuple(faults)
@@ -44,27 +44,27 @@ class Soak:
         self.record = Record()
         self._folder = Path(tempfile.mkdtemp(prefix="stress-"))
         self.target = Target(self._folder)
-        deeds = [fault.name for fault in self._faults if fault.pace is Pace.BY_CLIENTS]
-        self._crowd = Crowd(self._folder, self.target.runtime.path, deeds, self.record, self._rng)
-        self._scene = Scene(self.target, self._crowd, self.record, self._rng)
-        self._deck: list[Fault] = []
+        actions = [fault.name for fault in self._faults if fault.pace is Pace.BY_CLIENTS]
+        self._clients = ClientProcesses(self._folder, self.target.runtime.path, actions, self.record, self._rng)
+        self._stress = StressRun(self.target, self._clients, self.record, self._rng)
+        self._heavy_left: list[Fault] = []
 
     def run(self, minutes: float) -> Findings:
-        """Make the references, let clients and faults loose on the daemon, and look at what is left."""
+        """Make the references, run clients and faults, and return the findings."""
         oracle.write_checkpoints(self._folder)
         self.target.wait_ready()
         with Client(self.target.runtime.path, name="oracle") as client:
             oracle.make_references(client, self._folder, JOB_DEADLINE_S)
         before = self.target.wait_idle()
-        self._crowd.start()
+        self._clients.start()
         began = time.monotonic()
-        self._go_wrong(began, began + minutes * 60)
-        self._crowd.close()
+        self._inject_faults(began, began + minutes * 60)
+        self._clients.close()
         after = self.target.wait_idle(before)
-        return self._judge(before, after, minutes)
+        return self._make_findings(before, after, minutes)
 
-    def _go_wrong(self, began: float, ends: float) -> None:
-        next_light, next_heavy, next_word = began + LIGHT_GAP_S[1], began + HEAVY_GAP_S[1], began
+    def _inject_faults(self, began: float, ends: float) -> None:
+        next_light, next_heavy, next_progress = began + LIGHT_GAP_S[1], began + HEAVY_GAP_S[1], began
         right, served_at, right_at_fault = 0, began, 0
         while (now := time.monotonic()) < ends:
             time.sleep(0.25)
@@ -76,10 +76,10 @@ class Soak:
             if now >= next_heavy and right >= right_at_fault + RIGHT_BETWEEN and self._inject_heavy():
                 next_heavy, right_at_fault = time.monotonic() + self._rng.uniform(*HEAVY_GAP_S), self.record.right
                 served_at = time.monotonic()
-            self._crowd.check()
+            self._clients.check()
             status = None
-            if now >= next_word:
-                next_word = now + PROGRESS_S
+            if now >= next_progress:
+                next_progress = now + PROGRESS_S
                 status = self._show_progress(now - began, ends - began)
             if self.target.process.poll() is not None:
                 self._restart("the daemon ended by itself", f"with status {self.target.process.returncode}")
@@ -97,19 +97,19 @@ class Soak:
             self._inject(self._rng.choices(light, [fault.weight for fault in light])[0])
 
     def _inject_heavy(self) -> bool:
-        """Do the next heavy fault of a shuffled deck; whether there was anybody to do it to."""
-        if not self._deck:
-            self._deck = [fault for fault in self._faults if fault.pace is Pace.HEAVY]
-            self._rng.shuffle(self._deck)
-        if not self._deck or not self._inject(self._deck[-1]):
+        """Inject the next heavy fault in shuffled order; returns whether it could be injected."""
+        if not self._heavy_left:
+            self._heavy_left = [fault for fault in self._faults if fault.pace is Pace.HEAVY]
+            self._rng.shuffle(self._heavy_left)
+        if not self._heavy_left or not self._inject(self._heavy_left[-1]):
             return False
-        self._deck.pop()
+        self._heavy_left.pop()
         return True
 
     def _inject(self, fault: Fault) -> bool:
         assert fault.inject is not None
         try:
-            fault.inject(self._scene)
+            fault.inject(self._stress)
         except NotNow:
             return False
         except (Broken, XditdError, TimeoutError) as error:
@@ -118,47 +118,49 @@ class Soak:
         return True
 
     def _restart(self, what: str, detail: str) -> None:
-        """Note a promise that does not hold, and give clients a sound daemon again."""
+        """Record a broken guarantee, and restart the daemon."""
         print(f"BROKEN: {what}: {detail}", file=sys.stderr, flush=True)
-        self.record.break_promise(what, f"{detail}; the daemon's last warnings: {self.target.log_tail()}")
+        self.record.add_broken(what, f"{detail}; the daemon's last warnings: {self.target.log_tail()}")
         self.record.expect_daemon_gone(START_S)
         self.record.samples.clear()
         self.target.restart()
 
-    # --- Looking
+    # --- Results
 
     def _show_progress(self, elapsed_s: float, total_s: float) -> DaemonStatus | None:
-        status, held = self.target.find_status(), self.target.find_holdings()
+        status, held = self.target.find_status(), self.target.find_resources()
         if status is None:
-            self.record.break_promise("a status request was not answered", f"after {elapsed_s:.0f} s of the run")
+            self.record.add_broken("a status request was not answered", f"after {elapsed_s:.0f} s of the run")
         if held is not None:
             self.record.samples.append((time.monotonic() - self.target.started_at, held.daemon_bytes))
         record = self.record
-        words = [
+        columns = [
             f"{elapsed_s:5.0f}/{total_s:.0f} s",
             f"right {record.right}  wrong {record.wrong}  hung {record.hangs}",
             f"typed errors {len(record.errors)}  faults {sum(record.faults.values())}  broken {record.broken.total()}",
             f"group {status.group_state.value if status else '?'}",
             f"fds {held.daemon_fds}  RSS {leaks.mib(held.daemon_bytes)} MiB" if held else "fds ?",
         ]
-        print("  ".join(words), file=sys.stderr, flush=True)
+        print("  ".join(columns), file=sys.stderr, flush=True)
         return status
 
-    def _judge(self, before: leaks.Holdings | None, after: leaks.Holdings | None, minutes: float) -> Findings:
+    def _make_findings(
+        self, before: leaks.ResourceCounts | None, after: leaks.ResourceCounts | None, minutes: float
+    ) -> Findings:
         record = self.record
         self.target.stop()
         leaked = leaks.find_slope(record.samples, minutes)
         if before and after:
             leaked += leaks.find_leaks(before, after, self.target.listeners_lost)
         else:
-            leaked.append("no daemon to look at")
+            leaked.append("the daemon's resources could not be counted")
         leaked += self.target.problems
         failures = record.find_failures() + [f"leaked: {leak}" for leak in leaked]
         if record.right < CLIENTS:
-            failures.append(f"{record.right} right results: too few to say anything")
+            failures.append(f"{record.right} right results: fewer than {CLIENTS}")
         done = {fault.name: record.faults[fault.name] for fault in self._faults}
         if minutes >= FULL_MIX_MINUTES:
-            failures += [f"{name}: had no turn" for name, count in done.items() if not count]
+            failures += [f"{name}: was never injected" for name, count in done.items() if not count]
         figures: dict[str, Any] = {
             "right": record.right,
             "wrong": record.wrong,
@@ -190,7 +192,7 @@ class Soak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._crowd.close()
+        self._clients.close()
         with contextlib.suppress(ProcessLookupError):
             self.target.stop()
         shutil.rmtree(self._folder)

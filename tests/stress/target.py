@@ -1,4 +1,4 @@
-"""The daemon under stress: started, looked at, and started again when a fault has ended it."""
+"""The daemon under test: start it, ask it, wait for it, restart it after a fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from leaks import Holdings, files_left_in, holdings_of
+from leaks import ResourceCounts, count_resources, files_left_in
 from process_tree import descendants, is_running
 
 from xditd.client import Client, DaemonStatus, XditdError
@@ -19,14 +19,14 @@ from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.status import GroupState
 
 START_S = 240.0
-"""For a daemon to answer, and for its workers to be ready or ready again: twice the daemon's own start deadline."""
+"""Time limit for a daemon to answer, and for its workers to be ready: twice the daemon's own start deadline."""
 STOP_S = 30.0
 HANG_DEADLINE_S = 8
 FLAGS = ("--device", "cpu", "--workers", "2", "--hang-deadline-s", str(HANG_DEADLINE_S), "--max-restarts", "1000")
 
 
 class Target:
-    """One runtime folder and the daemon that serves from it. ``problems`` says what did not end as it must."""
+    """One runtime folder and its daemon. ``problems`` names what did not end as it must."""
 
     def __init__(self, folder: Path, flags: Sequence[str] = FLAGS) -> None:
         self.runtime = RuntimeDir(folder / "run")
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def working_folder(self) -> Path:
-        """Where the daemon was started."""
+        """The daemon's working folder."""
         return self._folder / f"started-in-{self.starts}"
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -54,7 +54,7 @@ class Target:
         return self.process
 
     def start_another(self, log_path: Path, working_folder: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start one more daemon on the same runtime folder, as by mistake; it is the caller's to end."""
+        """Start one more daemon on the same runtime folder; the caller has to end it."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
         command = [sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime.path), *self._flags]
         with log_path.open("ab") as log:
@@ -66,23 +66,23 @@ class Target:
         self.wait_ready()
 
     def ask(self) -> DaemonStatus:
-        """Ask for the status through the runtime folder, in a session of its own.
+        """Ask for the status in a session of its own.
 
         Raises:
-            XditdError: it was not answered within 5 s.
+            XditdError: no answer within 5 s.
         """
         with Client(self.runtime.path, name="runner") as client:
             return client.status(deadline_s=5.0)
 
     def find_status(self) -> DaemonStatus | None:
-        """The status, or ``None`` where nobody answers."""
+        """Return the status, or ``None`` without an answer."""
         try:
             return self.ask()
         except XditdError:
             return None
 
     def wait_answer(self) -> DaemonStatus:
-        """Wait until the daemon answers, whatever its workers do."""
+        """Wait until the daemon answers, with or without workers."""
         return self._wait(lambda status: True, "no answer")
 
     def wait_ready(self) -> DaemonStatus:
@@ -99,17 +99,17 @@ class Target:
             status = self.find_status()
             if status is not None and holds(status):
                 return status
-            time.sleep(0.2)  # between two looks
+            time.sleep(0.2)  # between two polls
         what = "is there" if self.process.poll() is None else f"ended with status {self.process.returncode}"
         raise TimeoutError(
             f"{else_say} within {START_S:.0f} s; the daemon {what}; its last warnings: {self.log_tail()}"
         )
 
-    def wait_idle(self, before: Holdings | None = None) -> Holdings | None:
-        """Wait until ready workers hold nothing of anybody, and say what is open then.
+    def wait_idle(self, before: ResourceCounts | None = None) -> ResourceCounts | None:
+        """Wait until the workers are ready without components and jobs, and return their resources.
 
-        That they never do is a problem. What they have mapped has to be no more than ``before``; without
-        it, the same at two looks.
+        Mapped segments have to be at most those of ``before``, or without it the same in two counts. If that never
+        happens, it is a problem.
         """
         most = None if before is None else before.segments
         ends = time.monotonic() + START_S
@@ -117,19 +117,19 @@ class Target:
             status = self.find_status()
             is_idle = status is not None and status.group_state is GroupState.READY and status.clients == 1
             if status is not None and is_idle and not status.components and not status.jobs:
-                time.sleep(0.5)  # the connection of this very look closes, too
-                held = self.find_holdings()
+                time.sleep(0.5)  # until the connection of find_status is closed
+                held = self.find_resources()
                 if held is not None and most is not None and held.segments <= most:
                     return held
                 most = most if before or held is None else held.segments
-            time.sleep(0.5)  # between two looks
-        self.problems.append(f"the daemon and its workers did not come to rest within {START_S:.0f} s")
-        return self.find_holdings()
+            time.sleep(0.5)  # between two polls
+        self.problems.append(f"the daemon and its workers were not idle within {START_S:.0f} s")
+        return self.find_resources()
 
-    def find_holdings(self) -> Holdings | None:
-        """What is open now; ``None`` where the daemon or one of its processes is on its way out."""
+    def find_resources(self) -> ResourceCounts | None:
+        """Return the resources now, or ``None`` if the daemon or one of its processes is ending."""
         try:
-            return holdings_of(self.process.pid)
+            return count_resources(self.process.pid)
         except (ProcessLookupError, FileNotFoundError):
             return None
 
@@ -142,12 +142,12 @@ class Target:
             return log.read().decode("utf-8", "replace")
 
     def log_tail(self) -> str:
-        """The last lines that are more than a note of something done."""
+        """Return the last lines above level INFO."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if " INFO " not in line]
         return " | ".join(lines[-3:])[-600:]
 
     def stop(self) -> None:
-        """End the daemon as an operator does; what does not end in time, or stays behind, is a problem, and killed."""
+        """Stop the daemon with SIGTERM; processes that do not end in time are killed and named in ``problems``."""
         below = descendants(self.process.pid) if self.process.poll() is None else set()
         is_first_to_end_it = self.process.poll() is None
         self.process.terminate()
@@ -162,7 +162,7 @@ class Target:
                 self.problems.append(f"the daemon ended with status {self.process.returncode} after SIGTERM")
         ends = time.monotonic() + STOP_S
         while (left := [pid for pid in below if is_running(pid)]) and time.monotonic() < ends:
-            time.sleep(0.1)  # between two looks
+            time.sleep(0.1)  # between two polls
         for pid in left:
             self.problems.append(f"process {pid} outlived its daemon")
             os.kill(pid, 9)

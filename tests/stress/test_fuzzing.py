@@ -17,8 +17,8 @@ RUN = Path(__file__).with_name("run.py")
 
 def test_hostile_bytes_harm_nobody() -> None:
     sizes = ["--bytes", "500000", "--parser-bytes", "300000", "--seed", "3"]
-    words = [sys.executable, str(RUN), "--only", "fuzz", *sizes, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, str(RUN), "--only", "fuzz", *sizes, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout, done.stderr
     figures = json.loads(done.stdout)["fuzz"]
     # How long another client waits is for an idle machine to say.

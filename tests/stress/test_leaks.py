@@ -24,7 +24,7 @@ HOLDER = textwrap.dedent("""\
         kept.append(mmap.mmap(fd, 4096))
         os.close(fd)
 
-    deeds = {
+    actions = {
         "fds": lambda: kept.extend(os.open("/dev/null", os.O_RDONLY) for _ in range(9)),
         "memory": lambda: kept.append(b"x" * (300 << 20)),
         "segment": hold_segment,
@@ -32,17 +32,17 @@ HOLDER = textwrap.dedent("""\
     }
     child = None
     for line in sys.stdin:
-        where, deed = line.split()
+        where, action = line.split()
         if where == "below":
             if child is None:
-                words = [sys.executable, "-c", os.environ["HOLDER"]]
-                child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if deed != "nothing":
-                child.stdin.write(f"here {deed}\\n")
+                command = [sys.executable, "-c", os.environ["HOLDER"]]
+                child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            if action != "nothing":
+                child.stdin.write(f"here {action}\\n")
                 child.stdin.flush()
                 child.stdout.readline()
-        elif deed != "nothing":
-            deeds[deed]()
+        elif action != "nothing":
+            actions[action]()
         print("done", flush=True)
 """)
 """Holds more of something, itself or in a child, whenever a line of its input says so."""
@@ -51,9 +51,9 @@ HOLDER = textwrap.dedent("""\
 @pytest.fixture
 def holder():
     """A process with one child, which stand for a daemon and its workers."""
-    words = [sys.executable, "-c", HOLDER]
+    command = [sys.executable, "-c", HOLDER]
     environment = {"HOLDER": HOLDER}
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(line: str) -> None:
         process.stdin.write(f"{line}\n")
@@ -71,13 +71,13 @@ def holder():
 
 def test_nothing_held_is_nothing_reported(holder):
     pid, ask = holder
-    before = leaks.holdings_of(pid)
+    before = leaks.count_resources(pid)
     ask("here nothing")
-    assert leaks.find_leaks(before, leaks.holdings_of(pid)) == []
+    assert leaks.find_leaks(before, leaks.count_resources(pid)) == []
 
 
 @pytest.mark.parametrize(
-    ("deed", "said"),
+    ("action", "said"),
     [
         ("here fds", "daemon descriptors"),
         ("here memory", "daemon memory"),
@@ -88,19 +88,19 @@ def test_nothing_held_is_nothing_reported(holder):
         ("below memory", "largest worker's memory"),
     ],
 )
-def test_each_kind_of_leak_is_reported(holder, deed, said):
+def test_each_kind_of_leak_is_reported(holder, action, said):
     pid, ask = holder
-    before = leaks.holdings_of(pid)
-    ask(deed)
-    found = leaks.find_leaks(before, leaks.holdings_of(pid))
+    before = leaks.count_resources(pid)
+    ask(action)
+    found = leaks.find_leaks(before, leaks.count_resources(pid))
     assert any(said in leak for leak in found), found
 
 
 def test_a_listener_that_was_lost_costs_one_descriptor_and_no_more(holder):
     pid, ask = holder
-    before = leaks.holdings_of(pid)
+    before = leaks.count_resources(pid)
     ask("here fds")
-    after = leaks.holdings_of(pid)
+    after = leaks.count_resources(pid)
     more = after.daemon_fds - before.daemon_fds - leaks.SPARE_FDS
     assert leaks.find_leaks(before, after, listeners_lost=more) == []
     assert leaks.find_leaks(before, after, listeners_lost=more - 1) != []
@@ -108,7 +108,7 @@ def test_a_listener_that_was_lost_costs_one_descriptor_and_no_more(holder):
 
 def test_a_process_that_is_missing_is_reported(holder):
     pid, _ask = holder
-    held = leaks.holdings_of(pid)
+    held = leaks.count_resources(pid)
     assert leaks.find_leaks(held, dataclasses.replace(held, processes=held.processes - 1)) != []
 
 

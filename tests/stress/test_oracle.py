@@ -18,25 +18,25 @@ def latents():
 
 
 @pytest.fixture
-def judge(latents, tmp_path):
+def known(latents, tmp_path):
     references = {f"{name}/{seed}": oracle.digest(tensor) for (name, seed), tensor in latents.items()}
     oracle.keep_references(references, tmp_path)
     return oracle.Oracle(tmp_path)
 
 
-def test_the_same_bits_are_right(judge, latents):
-    assert all(judge.is_right(name, seed, tensor) for (name, seed), tensor in latents.items())
+def test_the_same_bits_are_right(known, latents):
+    assert all(known.is_right(name, seed, tensor) for (name, seed), tensor in latents.items())
 
 
-def test_one_bit_less_is_wrong(judge, latents):
+def test_one_bit_less_is_wrong(known, latents):
     tensor = latents["1", 0].clone()
     tensor.view(torch.int32)[0, 0, 0, 0] ^= 1
-    assert not judge.is_right("1", 0, tensor)
+    assert not known.is_right("1", 0, tensor)
 
 
 @pytest.mark.parametrize(("name", "seed"), [("2", 0), ("1", 1)])
-def test_the_result_of_another_checkpoint_or_seed_is_wrong(judge, latents, name, seed):
-    assert not judge.is_right("1", 0, latents[name, seed])
+def test_the_result_of_another_checkpoint_or_seed_is_wrong(known, latents, name, seed):
+    assert not known.is_right("1", 0, latents[name, seed])
 
 
 def test_references_that_cannot_be_told_apart_are_refused(tmp_path):
@@ -49,8 +49,8 @@ def test_checkpoints_of_one_size_and_one_with_a_nan(tmp_path):
     oracle.write_checkpoints(tmp_path)
     sizes = {oracle.checkpoint_path(tmp_path, name).stat().st_size for name in oracle.CHECKPOINTS}
     assert len(sizes) == 1
-    spoilt = load_file(oracle.checkpoint_path(tmp_path, oracle.NOT_FINITE))
-    assert sum(int(tensor.isnan().sum()) for tensor in spoilt.values()) == 1
+    with_nan = load_file(oracle.checkpoint_path(tmp_path, oracle.NOT_FINITE))
+    assert sum(int(tensor.isnan().sum()) for tensor in with_nan.values()) == 1
 
 
 def test_a_copy_replaces_the_file_that_somebody_may_map(tmp_path):

@@ -13,18 +13,18 @@ def record():
     return Record()
 
 
-def fail(record, deed, code):
-    record.hear(1, {"ends": "error", "deed": deed, "code": code, "took_s": 1.0, "detail": "why"})
+def fail(record, action, code):
+    record.add_event(1, {"ends": "error", "action": action, "code": code, "took_s": 1.0, "detail": "why"})
 
 
 def test_right_results_are_no_failure(record):
-    record.hear(1, {"begins": "job"})
-    record.hear(1, {"ends": "right", "took_s": 2.0})
+    record.add_event(1, {"begins": "job"})
+    record.add_event(1, {"ends": "right", "took_s": 2.0})
     assert (record.right, record.slowest_s, record.find_failures()) == (1, 2.0, [])
 
 
 def test_a_wrong_result_is_a_failure(record):
-    record.hear(1, {"ends": "wrong", "took_s": 2.0, "detail": "finish: checkpoint 1, seed 3: other bits"})
+    record.add_event(1, {"ends": "wrong", "took_s": 2.0, "detail": "finish: checkpoint 1, seed 3: other bits"})
     assert record.find_failures() == ["1 wrong results"]
     assert "checkpoint 1, seed 3" in record.notes[0]
 
@@ -37,9 +37,9 @@ def test_a_request_beyond_its_deadline_is_a_failure(record):
 def test_a_silent_client_is_a_failure_once(record):
     record.start_client(1)
     now = time.monotonic()
-    assert record.hear_silence(now + SILENCE_S - 1) == []
-    assert record.hear_silence(now + SILENCE_S + 1) == [1]
-    assert record.hear_silence(now + SILENCE_S + 2) == []
+    assert record.find_silent_clients(now + SILENCE_S - 1) == []
+    assert record.find_silent_clients(now + SILENCE_S + 1) == [1]
+    assert record.find_silent_clients(now + SILENCE_S + 2) == []
     assert record.find_failures() == ["1 requests hung"]
 
 
@@ -50,11 +50,11 @@ def test_what_others_faults_bring_along_is_no_failure(record, code):
 
 
 @pytest.mark.parametrize(
-    ("deed", "code"),
+    ("action", "code"),
     [("cancel", "cancelled"), ("rewrite-file", "stale_source"), ("nan-weight", "not_finite"), ("return", "lease_lost")],
 )
-def test_a_deed_ends_as_expected_and_for_nobody_else(record, deed, code):
-    fail(record, deed, code)
+def test_a_deed_ends_as_expected_and_for_nobody_else(record, action, code):
+    fail(record, action, code)
     assert record.find_failures() == []
     assert not is_lost(record.errors[0])
     if code != "lease_lost":
@@ -79,7 +79,7 @@ def test_no_daemon_is_a_failure_unless_a_fault_took_it(record):
 
 
 def test_a_success_where_an_error_was_due_is_a_failure(record):
-    record.hear(2, {"ends": "broken", "deed": "nan-weight", "detail": "call: a success on weights with a NaN"})
+    record.add_event(2, {"ends": "broken", "action": "nan-weight", "detail": "call: a success on weights with a NaN"})
     assert record.find_failures() == ["1 x nan-weight; first: client 2: call: a success on weights with a NaN"]
 
 

@@ -61,8 +61,8 @@ def test_help_teaches_every_fault_and_misuse_is_told():
 @pytest.mark.long
 def test_some_seconds_of_everything_that_clients_do():
     names = ["cancel", "return", "leave", "garbage", "half-greeting", "kill-client"]
-    words = [sys.executable, str(RUN), "--only", "soak", "--minutes", "0.4", "--faults", *names, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, str(RUN), "--only", "soak", "--minutes", "0.4", "--faults", *names, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)["soak"]
     assert (found["failed"], done.returncode) == ([], 0)

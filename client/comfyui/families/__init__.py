@@ -1,7 +1,7 @@
-"""The model families that the node pack can run: one module each, and nothing about any of them elsewhere in the pack.
+"""Registry of the model families that the node pack runs; one module each knows all about its family.
 
-Each module has an ``ADAPTER``, as ``adapter.Adapter`` describes it. To add a family, write its module and put its name
-in :data:`MODULES`.
+Each module has an ``ADAPTER`` (see ``adapter.Adapter``). To add a family, write its module and add its name to
+:data:`MODULES`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ MODULES: Final = ("flux1", "z_image")
 
 
 def adapters() -> tuple[Adapter, ...]:
-    """Return the adapter of each family, in the order of :data:`MODULES`; modules are imported when first asked for."""
+    """Return the adapter of each family, in the order of :data:`MODULES`; imports the modules."""
     return tuple(importlib.import_module(f"{__name__}.{name}").ADAPTER for name in MODULES)
 
 
 def adapter_of_model(model: Any) -> Adapter | None:
-    """Find the family of a model of ComfyUI's (``comfy.model_base``); a subclass is another model."""
+    """Find the family of a ComfyUI model by its class in ``comfy.model_base``; a subclass does not count."""
     return next((each for each in adapters() if type(model) in each.model_classes()), None)
 
 
 def adapter_of_config(config: Any) -> Adapter | None:
-    """Find the family of what ComfyUI detects in a file (``comfy.supported_models``)."""
+    """Find the family of a configuration that ComfyUI detected in a file (``comfy.supported_models``)."""
     return next((each for each in adapters() if type(config) in each.config_classes()), None)
 
 
 def titles() -> str:
-    """Name the families for people."""
+    """Return the families' titles as one text for users."""
     return listed([each.title for each in adapters()], joint=" and ")
 
 
 def search_words() -> list[str]:
-    """Return what people may type to find a node that runs models: the families' titles up to their brackets."""
+    """Return words for ComfyUI's node search: the families' titles up to their brackets."""
     return [each.title.partition(" (")[0].lower() for each in adapters()]

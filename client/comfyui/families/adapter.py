@@ -1,4 +1,4 @@
-"""What a model family tells the node pack about itself: everything in which ComfyUI's models differ from each other.
+"""Interfaces that a model family implements for the node pack.
 
 :class:`Adapter` is for the family, :class:`ModelAdapter` for one model of it, :class:`ForwardCall` for one call of it.
 """
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from xditd.client.jobs.arguments import KeptTensor
 
 Keep = Callable[["torch.Tensor"], "KeptTensor"]
-"""``Client.keep``: the tensor crosses with the first call that names it, and stays in the workers."""
+"""``Client.keep``: the tensor is sent with the first call that uses it, and stays in the workers."""
 
 Kept = Mapping[str, Any]
-"""What the workers keep of one row of conditioning, by name; the adapter made it, and it alone reads it."""
+"""One row of conditioning that the workers keep, by name; only the adapter that made it reads it."""
 
 Arguments = dict[str, Any]
-"""Of one forward, named and given as the diffusers class of the model takes them."""
+"""Arguments of one forward, as the diffusers class of the model takes them."""
 
 
 class ForwardCall(Protocol):
@@ -30,7 +30,7 @@ class ForwardCall(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -42,27 +42,27 @@ class ForwardCall(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, torch.Tensor]:
-        """Return what the host has to know of each row, ``(rows,)`` each: all are read in one wait for the device."""
+        """Return the values that the host needs of each row, ``(rows,)`` each; one device sync reads them all."""
 
     @property
     def texts(self) -> Mapping[str, torch.Tensor]:
-        """Return the conditioning, ``(rows, ...)`` each: it stays the same for many steps, and is compared by content.
+        """Return the conditioning, ``(rows, ...)`` each, on the device of :attr:`numbers`.
 
-        They are on one device, with :attr:`numbers`. :meth:`ModelAdapter.keep_row` is given one row of each.
+        It is the same in many steps and compared by content. :meth:`ModelAdapter.keep_row` gets one row of each.
         """
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
-        """Return the forwards that predict ``rows``; ``numbers`` and ``kept`` are those of these rows alone.
+        """Return the forwards that predict ``rows``; ``numbers`` and ``kept`` belong to these rows only.
 
-        Several forwards are independent of each other, and may run on different ranks. The first tensor is on
-        ComfyUI's device: results come there. ``dtype`` is that of the weights. What only times and scales steps by is a
-        small tensor on the CPU, whose values cross within the message.
+        Forwards are independent of each other, and may run on different ranks. The first tensor is on ComfyUI's
+        device, where results are written. ``dtype`` is that of the weights. Timesteps and guidance scales are small
+        CPU tensors, whose values are sent within the message.
         """
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
-        """Return ComfyUI's prediction for ``rows``, of what each of their forwards gave."""
+        """Return ComfyUI's prediction for ``rows`` from the results of their forwards."""
 
 
 class ModelAdapter(Protocol):
@@ -70,50 +70,50 @@ class ModelAdapter(Protocol):
 
     @property
     def wrapper(self) -> str:
-        """The kind of wrapper (``comfy.patcher_extension.WrappersMP``) that stands in for the model's own forward.
+        """The kind of wrapper (``comfy.patcher_extension.WrappersMP``) that replaces the model's own forward.
 
-        ``diffusion_model`` where the model's class calls wrappers of this kind, else ``apply_model``.
+        ``diffusion_model`` if the model's class calls wrappers of this kind, else ``apply_model``.
         """
 
     @property
     def variant(self) -> str:
-        """Whose rounding the workers follow, in calls and in their own loop: a name of the transformer's facts."""
+        """Whose rounding the workers follow, in calls and in their own loop: a name in the transformer's facts."""
 
     @property
     def multiple(self) -> int:
-        """Latents on a side of an image come in multiples of it, for the workers' loop."""
+        """The workers' loop needs latent heights and widths that are multiples of this."""
 
     @property
     def loop_keys(self) -> frozenset[str]:
-        """Keys of a CONDITIONING that :meth:`loop_inputs` takes into account; with others, ComfyUI's own loop runs."""
+        """Keys of a CONDITIONING that :meth:`loop_inputs` uses; if there are others, ComfyUI's own loop runs."""
 
     @property
     def loop_conds(self) -> frozenset[str]:
-        """Of what ComfyUI's model makes of them (``model_conds``), the names that :meth:`loop_inputs` reads."""
+        """Names in ComfyUI's ``model_conds`` that :meth:`loop_inputs` reads."""
 
     def read(self, *args: Any, **kwargs: Any) -> ForwardCall:
         """Read a call: the arguments are those of the method that :attr:`wrapper` wraps.
 
         Raises:
-            BadRequest: something that every call needs is not there.
+            BadRequest: an argument that every call needs is missing.
         """
 
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
-        """Keep one row of :attr:`ForwardCall.texts`, which has not been seen before. The host may wait here."""
+        """Keep one new row of :attr:`ForwardCall.texts` in the workers. The host may wait for the device here."""
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
-        """Return arguments' values in the calls of a whole run, in their units, from the sampler's sigmas.
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+        """Return values of arguments in all calls of a run, in the argument's units, from the sampler's sigmas.
 
-        Values that no forward could be given are left out.
+        Values outside the argument's range are left out.
         """
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        """Name what one part of a CONDITIONING carries that the workers cannot run, besides what no family can."""
+        """Name what one part of a CONDITIONING carries that this family cannot run in the workers."""
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
-        """Return what ``Client.generate`` takes as conditioning, and the guidance scale, of ComfyUI's ``model_conds``.
+        """Return the conditioning and the guidance scale for ``Client.generate`` from ComfyUI's ``model_conds``.
 
-        Tensors have any number of rows, which are repeated to ``rows``; lists have that many entries.
+        Tensors may have any number of rows, which are repeated to ``rows``; lists have ``rows`` entries.
         """
 
 
@@ -122,41 +122,41 @@ class Adapter(Protocol):
 
     @property
     def title(self) -> str:
-        """What of it can be run, for people: ``FLUX.1 (dev, schnell and their fine-tunes)``."""
+        """Name of the family for users, with the models that run: ``FLUX.1 (dev, schnell and their fine-tunes)``."""
 
     def model_classes(self) -> tuple[type, ...]:
-        """Return ComfyUI's classes of its models, in ``comfy.model_base``."""
+        """Return the family's model classes in ``comfy.model_base``."""
 
     def config_classes(self) -> tuple[type[Any], ...]:
-        """Return ComfyUI's classes of its configurations, in ``comfy.supported_models``.
+        """Return the family's configuration classes in ``comfy.supported_models``.
 
-        A VAE goes with the family if it has the latents of one of their ``latent_format``.
+        A VAE belongs to the family if its latents have the channels and dimensions of one of their ``latent_format``.
         """
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse a relative that ComfyUI configures with the same classes.
+        """Refuse a related model that ComfyUI configures with the same classes.
 
         Raises:
-            Unsupported: names it.
+            Unsupported: names the model.
         """
 
     def adapt(self, model: Any) -> ModelAdapter:
-        """Make the adapter of one of ComfyUI's models. The model's ``model_sampling`` may be replaced later."""
+        """Make the adapter of one ComfyUI model. The model's ``model_sampling`` may be replaced later."""
 
     def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        """Make its text encoders of the files' weights, by label; ``None`` where encoding stays ComfyUI's own.
+        """Make the text encoders from the files' weights, by label; ``None`` if ComfyUI encodes this family's text.
 
         Raises:
-            BadRequest: these are not the files that it reads.
+            BadRequest: not the files of this family's encoders.
         """
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """Text encoders that run in the workers, where ComfyUI has its own.
+    """Text encoders that run in the workers, in place of ComfyUI's.
 
-    ``module`` has the methods that ComfyUI's CLIP calls, and the names and shapes of ``parts`` as its modules.
-    ``parts`` are the encoders' weights, each with the names that ComfyUI gives its tensors, and those of the file.
+    ``module`` has the methods that ComfyUI's CLIP calls, and a parameter on the meta device for each of their tensors.
+    ``parts`` are the encoders' weights, each with ComfyUI's tensor names and the file's name for each of them.
     """
 
     module: torch.nn.Module

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.rows import joined, padded
+from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LATENT_CHANNELS: Final = 16
 
 KNOWN_SIZES: Final = 8
-"""Image sizes and text lengths whose positions are remembered as kept by the workers."""
+"""For how many image sizes and text lengths the workers keep the token positions."""
 
 EMBEDS: Final = "encoder_hidden_states"
 POOLED: Final = "pooled_projections"
@@ -31,13 +31,13 @@ _REFUSED: Final = {
     "reference_latents": "reference latents (FLUX.1 Kontext)",
     "attention_mask_img_shape": "an attention mask in the conditioning (Apply Style Model)",
 }
-"""What conditioning may carry that changes what the model reads."""
+"""Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
 class Flux1Model:
     """One FLUX.1 transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
 
-    ``pooled_channels`` is the width of the pooled text state, ``has_guidance`` tells dev from schnell.
+    ``pooled_channels`` is the width of the pooled text state; dev has guidance, schnell does not.
     """
 
     wrapper: Final = "diffusion_model"
@@ -86,7 +86,7 @@ class Flux1Model:
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {name: keep(tensor.to(dtype)) for name, tensor in texts.items()}
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
@@ -103,7 +103,7 @@ class Flux1Model:
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, scale
 
     def ids(self, keep: Keep, *sides: int) -> Any:
-        """Return the positions of an image's tokens, of so many rows and columns, or of a text of so many tokens."""
+        """Return token positions, kept: of an image for ``sides`` (rows, columns), of a text for (tokens,)."""
         found = self._ids.get(sides)
         if found is None:
             while len(self._ids) >= KNOWN_SIZES:
@@ -130,13 +130,13 @@ class Flux1Call:
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
-        """Return one forward: ComfyUI puts only texts of one length into a batch."""
-        latents = padded(self.x[rows], PATCH).to(dtype)
+        """Return one forward for all rows: ComfyUI batches only texts of equal length."""
+        latents = pad_to_patch(self.x[rows], PATCH).to(dtype)
         height, width = latents.shape[2:]
         found = {
             "hidden_states": pack(latents),
-            EMBEDS: joined([row[EMBEDS] for row in kept]),
-            POOLED: joined([row[POOLED] for row in kept]),
+            EMBEDS: join_rows([row[EMBEDS] for row in kept]),
+            POOLED: join_rows([row[POOLED] for row in kept]),
             "timestep": torch.tensor(numbers["timestep"], dtype=torch.float32),
             "img_ids": self.model.ids(keep, height // PATCH, width // PATCH),
             "txt_ids": self.model.ids(keep, self.texts[EMBEDS].shape[1]),
@@ -168,7 +168,7 @@ class Flux1:
         return known.Flux, known.FluxInpaint, known.FluxSchnell
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse a FLUX.1 that reads an image beside the latents.
+        """Refuse a FLUX.1 that reads an image besides the latents.
 
         Raises:
             Unsupported: Fill, Canny or Depth.
@@ -194,5 +194,5 @@ ADAPTER: Final[Adapter] = Flux1()
 
 
 def pooled_of(y: torch.Tensor | None, like: torch.Tensor, channels: int) -> torch.Tensor:
-    """The pooled text state as FLUX.1 reads it: no more than ``channels`` wide, and zeros where there is none."""
+    """Return the pooled text state, cut to ``channels``, or zeros where there is none."""
     return like.new_zeros(like.shape[0], channels) if y is None else y[:, :channels]

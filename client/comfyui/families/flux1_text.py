@@ -1,4 +1,4 @@
-"""FLUX.1's text encoders: CLIP-L, of which it reads the pooled state, and T5."""
+"""FLUX.1's text encoders in the workers: CLIP-L for the pooled state, T5 for the token states."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Flux1TextModel(RemoteTextModel):
         self._t5 = RemoteEncoder(t5, T5_TOKENS, has_pooled=False)
 
     def encode_token_weights(self, tokens: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode what FLUX.1's tokenizer made: T5's states and CLIP's pooled one."""
+        """Encode the output of FLUX.1's tokenizer; returns T5's token states and CLIP's pooled state."""
         states, _ = self._t5.encode_token_weights(tokens["t5xxl"])
         _, pooled = self._clip.encode_token_weights(tokens["l"])
         return states, pooled
 
 
 def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
-    """Make FLUX.1's text model of two files' weights, by label, in either order.
+    """Make FLUX.1's text model from the weights of two files, by label, in either order.
 
     Raises:
         BadRequest: not one CLIP-L and one T5.
@@ -53,7 +53,7 @@ def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
 
 
 def module_names(weights: RemoteWeights) -> dict[str, str]:
-    """The names that ComfyUI's text model gives an encoder's tensors, with those of its file."""
+    """Return the file's name of each of an encoder's tensors, by ComfyUI's name."""
     found = {}
     for inner in weights.base:
         name = inner.removeprefix("transformer.")
@@ -65,5 +65,5 @@ def module_names(weights: RemoteWeights) -> dict[str, str]:
 
 
 def is_clip(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an encoder is CLIP, and not T5."""
+    """Return whether an encoder is CLIP, not T5."""
     return any(name.endswith("embeddings.token_embedding.weight") for name in tensors)

@@ -1,4 +1,4 @@
-"""What adapters share: rows of a batch as one argument, and latents whose sides divide into patches."""
+"""Helpers for adapters: join kept rows into one argument, and pad latents to whole patches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from xditd.client.jobs.arguments import KeptTensor
 
 
-def joined(kept: Sequence[KeptTensor]) -> KeptTensor | RowsOf:
-    """Join one row each along dimension 0: a row that follows itself crosses as a number of times."""
+def join_rows(kept: Sequence[KeptTensor]) -> KeptTensor | RowsOf:
+    """Join rows along dimension 0; equal neighbours are sent once, with their number."""
     runs = [(row, len(list(same))) for row, same in itertools.groupby(kept, key=lambda each: each)]
     return runs[0][0] if len(runs) == 1 and runs[0][1] == 1 else RowsOf(runs)
 
 
-def padded(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """Return latents (rows, channels, height, width) with sides that ``patch`` divides, filled up as ComfyUI does."""
+def pad_to_patch(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """Pad latents (rows, channels, height, width) to a height and width that ``patch`` divides, as ComfyUI does."""
     if x.shape[2] % patch == 0 == x.shape[3] % patch:
         return x
     import comfy.ldm.common_dit

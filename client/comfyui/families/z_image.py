@@ -1,6 +1,6 @@
 """Z-Image (Turbo, Base, fine-tunes): ComfyUI's ``NextDiT`` as calls of diffusers' ``ZImageTransformer2DModel``.
 
-ComfyUI negates what the transformer predicts, and counts time the other way round: 1 - sigma is the class's.
+ComfyUI negates the transformer's prediction; diffusers' class takes ``t = 1 - sigma``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.rows import padded
+from xditd.client.comfyui.families.rows import pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest, Unsupported
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.weights import RemoteWeights
 
 PATCH: Final = 2
-"""Latents on a token's side."""
+"""Width and height of a token in latents."""
 
 TEXT: Final = "cap_feats"
 
@@ -29,7 +29,7 @@ _REFUSED: Final = {
     "reference_latents": "reference latents (Z-Image Omni and Edit)",
     "reference_latents_text_embeds": "texts of reference latents (Z-Image Omni and Edit)",
 }
-"""What conditioning may carry that changes what the model reads."""
+"""Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
 class ZImageModel:
@@ -38,7 +38,7 @@ class ZImageModel:
     wrapper: Final = "diffusion_model"
     variant: Final = "comfyui"
     multiple: Final = PATCH
-    # ComfyUI's module reads neither the mask nor the number of tokens, and a pooled state only in relatives.
+    # ComfyUI's module ignores the mask and the number of tokens; only related models read a pooled state.
     loop_keys: Final = frozenset({"cross_attn", "attention_mask", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "attention_mask", "num_tokens", "clip_text_pooled"})
 
@@ -74,7 +74,7 @@ class ZImageModel:
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {TEXT: keep(texts[TEXT][0].to(dtype))}
 
-    def foreseen(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         return {}
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
@@ -107,8 +107,8 @@ class ZImageCall:
         keep: Keep,
         dtype: torch.dtype,
     ) -> list[Arguments]:
-        """Return one forward: ComfyUI puts only texts of one length into a batch."""
-        latents = padded(self.x[rows], PATCH).to(dtype)
+        """Return one forward for all rows: ComfyUI batches only texts of equal length."""
+        latents = pad_to_patch(self.x[rows], PATCH).to(dtype)
         return [
             {
                 "x": list(latents.unsqueeze(2).unbind()),
@@ -139,17 +139,17 @@ class ZImage:
         return (comfy.supported_models.ZImage,)
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse relatives that ComfyUI runs with the same class.
+        """Refuse related models that ComfyUI runs with the same class.
 
         Raises:
-            Unsupported: Lumina 2, Z-Image Omni or Edit, or one without padding tokens.
+            Unsupported: Lumina 2, Z-Image Omni or Edit, or a model without padding tokens.
         """
         read = config.unet_config
         found = None
         if not read.get("z_image_modulation"):
-            found = "it is Lumina 2 or a relative of it"
+            found = "it is Lumina 2 or a related model"
         elif read.get("siglip_feat_dim") is not None:
-            found = "it reads images beside the text (Z-Image Omni or Edit)"
+            found = "it reads images besides the text (Z-Image Omni or Edit)"
         elif read.get("pad_tokens_multiple") is None:
             found = "it has no padding tokens"
         if found is not None:

@@ -1,4 +1,4 @@
-"""XDiT Accelerate: the one node that a stock workflow needs."""
+"""Node XDiT Accelerate: run the MODEL of any loader in the workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class XditAccelerate(io.ComfyNode):
             display_name="XDiT Accelerate",
             category="xDiT",
             description="Put it between the model's loader (and its LoRAs) and the sampler: the transformer then runs "
-            "on all GPUs. The weights that ComfyUI holds are lent, not loaded again.",
+            "on all GPUs. ComfyUI's weights are lent, not loaded again.",
             search_aliases=["xdit", "multi gpu", "speed up", *search_words()],
             inputs=[io.Model.Input("model", tooltip=f"a MODEL of any loader, with its LoRAs: {titles()}")],
             outputs=[io.Model.Output()],

@@ -1,4 +1,4 @@
-"""Load Dual CLIP (xDiT): two files become a CLIP that encodes in the workers."""
+"""Node Load Dual CLIP (xDiT): make a CLIP that encodes in the workers from two files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class XditDualClipLoader(io.ComfyNode):
             node_id="XDiTDualCLIPLoader",
             display_name="Load Dual CLIP (xDiT)",
             category="xDiT",
-            description="Lends a model's text encoders to the xDiT workers. ComfyUI's tokenizers stay here; encoding "
-            "runs in the workers.",
+            description="Lends a model's text encoders to the xDiT workers. ComfyUI tokenizes; encoding runs in the "
+            "workers.",
             search_aliases=["xdit", "multi gpu", "text encoder"],
             inputs=[io.Combo.Input("clip_name1", options=names), io.Combo.Input("clip_name2", options=names)],
             outputs=[io.Clip.Output()],
@@ -35,7 +35,7 @@ class XditDualClipLoader(io.ComfyNode):
 
 
 def load_clip(*paths: str) -> Any:
-    """Make a CLIP of two checkpoint files, in either order. ComfyUI lends them when it first encodes.
+    """Make a CLIP from two checkpoint files, in either order. They are lent when ComfyUI first encodes.
 
     Raises:
         BadRequest: not the encoders of a family that the workers run.

@@ -1,4 +1,4 @@
-"""XDiT KSampler: the whole loop, and the picture, in one round trip."""
+"""Node XDiT KSampler: run the whole denoising loop, and decode the image, in one job of the workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xditd.client.comfyui.fused_sampler import FusedEuler, parts_of
 from xditd.client.comfyui.loop_eligibility import why_stepwise
 from xditd.client.comfyui.node_text import show_on_node
 from xditd.client.comfyui.patcher import WRAPPER_KEY
-from xditd.client.comfyui.understood import why_unlike_made
+from xditd.client.comfyui.understood import why_model_changed
 from xditd.client.comfyui.vae import weights_of, why_local
 from xditd.ipc.limits import MAX_STEPS
 
@@ -35,9 +35,9 @@ class XditKSampler(io.ComfyNode):
             node_id="XDiTKSampler",
             display_name="XDiT KSampler",
             category="xDiT",
-            description="The sampler with the whole loop in the workers: one round trip, the same seed gives the same "
+            description="Runs the whole sampling loop in the workers, in one request. The same seed gives the same "
             "image as KSampler. With a VAE the workers decode too. What their loop cannot do runs step by step, and "
-            "the node says so.",
+            "the node shows why.",
             search_aliases=["xdit", "multi gpu", "sampler", *search_words()],
             inputs=[
                 io.Model.Input(
@@ -53,7 +53,7 @@ class XditKSampler(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image"),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
-                io.Vae.Input("vae", optional=True, tooltip="xDiT's or a stock one, which is then lent"),
+                io.Vae.Input("vae", optional=True, tooltip="an xDiT VAE, or a stock one, which is then lent"),
             ],
             outputs=[io.Latent.Output(), io.Image.Output()],
             hidden=[io.Hidden.unique_id],
@@ -82,7 +82,7 @@ def sample(
     denoise: float = 1.0,
     vae: Any = None,
 ) -> tuple[dict[str, Any], Any, str]:
-    """Sample as ComfyUI's KSampler does; hand back latent, image (None without a VAE) and how it was done."""
+    """Sample as ComfyUI's KSampler does; returns the latent, the image (None without a VAE) and a note for the node."""
     connect()
     remote = accelerate(model)
     start = comfy.sample.fix_empty_latent_channels(
@@ -102,7 +102,7 @@ def sample(
         positive=parts_of(positive),
         negative=parts_of(negative),
         family=remote.family,
-        unlike_made=why_unlike_made(remote, remote.understood.sampling, WRAPPER_KEY),
+        model_change=why_model_changed(remote, remote.understood.sampling, WRAPPER_KEY),
         latent_shape=start.shape,
         pixels_per_latent=remote.model.latent_format.spacial_downscale_ratio,
     )

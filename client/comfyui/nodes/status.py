@@ -1,4 +1,4 @@
-"""XDiT Status: what the daemon, its workers and the lent components are doing."""
+"""Node XDiT Status: show the state of the daemon, its workers and the lent components."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class XditStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls) -> float:
-        return time.time()  # another answer every time
+        return time.time()  # never equal, so that ComfyUI runs the node every time
 
     @classmethod
     def execute(cls) -> Any:

@@ -1,4 +1,4 @@
-"""XDiT UNet Loader: a file becomes a MODEL whose forward runs in the workers."""
+"""Node XDiT UNet Loader: make a MODEL from a file; its forward runs in the workers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class XditUnetLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(DTYPES),
                     default="default",
-                    tooltip="default keeps the file's own, and needs no conversion",
+                    tooltip="default keeps the file's dtype, without conversion",
                 ),
                 io.Int.Input(
                     "ulysses_degree",
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="0 takes the daemon's layout; another number insists on it",
+                    tooltip="0 accepts the daemon's layout; another number must equal the daemon's",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -59,7 +59,7 @@ class XditUnetLoader(io.ComfyNode):
 
 
 def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int = 0) -> Any:
-    """Make a MODEL of a checkpoint file. ComfyUI lends it when it first needs it.
+    """Make a MODEL from a checkpoint file. It is lent when a sampler first needs it.
 
     Raises:
         Unsupported: another model family, quantised weights, or a layout that the daemon does not have.
@@ -75,7 +75,7 @@ def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int =
 
 
 def check_layout(ulysses_degree: int) -> None:
-    """Greet the daemon, and refuse a parallel layout that it was not started with."""
+    """Connect to the daemon, and refuse a Ulysses degree that it was not started with; 0 is any."""
     client = connect()
     if not ulysses_degree:
         return

@@ -1,4 +1,4 @@
-"""Load VAE (xDiT): a file becomes a VAE that runs in the workers."""
+"""Node Load VAE (xDiT): make a VAE that runs in the workers from a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class XditVaeLoader(io.ComfyNode):
             node_id="XDiTVAELoader",
             display_name="Load VAE (xDiT)",
             category="xDiT",
-            description="Loads a VAE once and lends it to the xDiT workers. Works wherever a VAE does.",
+            description="Loads a VAE once and lends it to the xDiT workers. Works with every node that takes a VAE.",
             search_aliases=["xdit", "multi gpu", *search_words()],
             inputs=[io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"))],
             outputs=[io.Vae.Output()],
@@ -33,7 +33,7 @@ class XditVaeLoader(io.ComfyNode):
 
 
 def load_vae(path: str) -> Any:
-    """Make a VAE of a checkpoint file. ComfyUI lends it when it first needs it.
+    """Make a VAE from a checkpoint file. It is lent when ComfyUI first needs it.
 
     Raises:
         Unsupported: not the VAE of a family that the workers run.

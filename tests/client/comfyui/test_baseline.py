@@ -1,4 +1,4 @@
-"""Changes of modules are told from what was made, whatever a node did to them."""
+"""Every change of a recorded model's modules is found and named."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_comfyui_keeps_is_no_difference(model, baseline):
     model.blocks[0].comfy_cast_weights = True
     model.blocks[0].weight_function = []
     assert baseline.differences(model) == []
-    assert not baseline.is_intact(model)  # a doubt, which the full look settles
+    assert not baseline.is_intact(model)  # not sure; the full check finds no change
     baseline.accept(model)
     assert baseline.is_intact(model)
 
@@ -153,7 +153,7 @@ def test_a_function_of_the_weights_that_is_not_comfyuis(model, baseline):
     model.blocks[0].linear.weight_function = [own]
     assert baseline.differences(model) == []
     model.blocks[0].linear.bias_function = [own, print]
-    assert baseline.differences(model) == ["blocks.0.linear.bias_function was put in place (print)"]
+    assert baseline.differences(model) == ["blocks.0.linear.bias_function was set (print)"]
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])

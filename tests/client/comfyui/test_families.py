@@ -1,4 +1,4 @@
-"""The seam between the node pack and the model families."""
+"""The interface between the node pack and the model families: only family modules name a family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which jobs run whole in the workers, and what is said about the others."""
+"""Which jobs run in the workers' loop, and the reasons that the others do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {
     "positive": [TEXT],
     "negative": [TEXT],
     "family": GUIDED,
-    "unlike_made": None,
+    "model_change": None,
     "latent_shape": (1, 16, 16, 14),
     "pixels_per_latent": 8,
 }
@@ -62,7 +62,7 @@ def test_the_plain_job_is_fused(changed):
         ({"positive": [{**TEXT, "strength": 0.5}]}, "strength"),
         ({"positive": [{"pooled_output": object()}]}, "no text embeddings"),
         ({"positive": [{**TEXT, "guidance": None}]}, "FluxDisableGuidance"),
-        ({"unlike_made": "teacache wraps the model"}, "teacache"),
+        ({"model_change": "teacache wraps the model"}, "teacache"),
     ],
 )
 def test_what_is_not_fused_is_explained(changed, said):

@@ -1,4 +1,4 @@
-"""The pack's folder: what ComfyUI reads from it, and what importing it costs."""
+"""The pack's folder: help pages, translations, example workflows, import time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(pack.__file__).parent
 
 
 def test_import_is_light():
-    # Processor time, and the best of five: a busy machine must not fail this, a careless import must.
+    # Processor time, and the best of five, so that a busy machine does not fail the test.
     check = (
         "import sys, time; t = time.process_time(); import xditd.client.comfyui; print(time.process_time() - t, "
         "*[name for name in ('torch', 'xfuser', 'diffusers', 'transformers') if name in sys.modules])"
@@ -36,7 +36,7 @@ def test_web_directory_has_help_in_both_languages():
 
 
 MADE_OF_TITLES = {"XDiTAccelerate": "model", "XDiTKSampler": "model", "XDiTUNetLoader": "unet_name"}
-"""Inputs whose English tooltip lists the families: the node makes it, and a translation would take its place."""
+"""Inputs whose English tooltip lists the families. The node makes it; a text in the English file would replace it."""
 
 
 def test_translations_have_the_same_keys():
@@ -52,7 +52,7 @@ def test_translations_have_the_same_keys():
 
 
 def test_texts_that_are_files_name_no_family():
-    """They would have to be written anew for the next one. Nodes and files of ComfyUI may be named after a family."""
+    """Else each new family would change them. ComfyUI's nodes and files may have a family's name."""
     titled = [each.title.partition(" (")[0] for each in families.adapters()]
     texts = [*ROOT.glob("locales/*/*.json"), *ROOT.glob("web/docs/**/*.md"), ROOT / "pyproject.toml"]
     assert len(texts) > 2

@@ -1,4 +1,4 @@
-"""What a step reads on the host, and when conditioning counts as known."""
+"""Step inputs: numbers read on the host, and conditioning that is found again by content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xditd.client.comfyui.step_inputs import KNOWN_ROWS, StepInputs, Texts
 
 
 class Keeper:
-    """Notes which rows were kept, and stands for each by its number."""
+    """Records the kept rows, and returns a row's number as its kept form."""
 
     def __init__(self) -> None:
         self.rows: list[Texts] = []

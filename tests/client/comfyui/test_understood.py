@@ -1,4 +1,4 @@
-"""The allow-list of what may be done to a patcher: each entry, and something unknown at every level."""
+"""Changes of a patcher: each allowed one passes, and an unknown one is refused at every level."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.client import Unsupported
-from xditd.client.comfyui.understood import BOOKKEEPING, CALLBACKS, COMPILE_KEY, WRAPPERS, Understood, why_unlike_made
+from xditd.client.comfyui.understood import BOOKKEEPING, CALLBACKS, COMPILE_KEY, WRAPPERS, Understood, why_model_changed
 
 OWN = "xditd"
 
@@ -23,7 +23,7 @@ class Sampling:
 
 
 class Shifted(Sampling):
-    """Another schedule, and the same rule for a step."""
+    """A model_sampling with another schedule and the same step."""
 
     sigma_max = 0.9
 
@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
 
 
 class Patcher:
-    """The parts of ComfyUI's patcher, as its constructor makes them."""
+    """The attributes of ComfyUI's patcher, as its constructor sets them."""
 
     def __init__(self) -> None:
         self.model: Any = Model()
@@ -85,7 +85,7 @@ def understood(patcher) -> Understood:
 
 
 def put(name: str, *keys: str, value: Any = print) -> Callable[[Any], None]:
-    """Set an attribute, or a place in its nested dicts."""
+    """Return a function that sets an attribute, or a key in its nested dicts."""
 
     def change(patcher: Any) -> None:
         if not keys:
@@ -192,7 +192,7 @@ FUSED = [
 @pytest.mark.parametrize("change", FUSED, ids=lambda each: each.__name__)
 def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
     change(patcher)
-    assert why_unlike_made(patcher, patcher.model.model_sampling, OWN) is None
+    assert why_model_changed(patcher, patcher.model.model_sampling, OWN) is None
 
 
 @pytest.mark.parametrize(
@@ -208,11 +208,11 @@ def test_what_the_whole_loop_leaves_out_nothing_of(change, patcher):
         (put("model_options", "transformer_options", "easycache"), "easycache"),
         (put("object_patches", "model_sampling", value=Halved()), "Halved"),
         (put("object_patches", "diffusion_model"), "object patches (diffusion_model)"),
-        (put("additional_models", "pack", value=[object()]), "more models"),
+        (put("additional_models", "pack", value=[object()]), "additional models"),
     ],
 )  # fmt: skip
 def test_what_the_whole_loop_would_leave_out(change, said, patcher):
     change(patcher)
-    reason = why_unlike_made(patcher, patcher.model.model_sampling, OWN)
+    reason = why_model_changed(patcher, patcher.model.model_sampling, OWN)
     assert reason is not None
     assert said in reason

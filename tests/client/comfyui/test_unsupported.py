@@ -1,4 +1,4 @@
-"""What a remote forward cannot honour is named, and what is understood is let through."""
+"""Options that a remote forward cannot apply are named; known ones pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on loan: what is lent, what a patch changes, and what comes back."""
+"""RemoteWeights: what is lent, what a patch changes, and what a release frees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.ipc.tensors import ComponentKind
 
 
 class Lender:
-    """Stands where the client does, and keeps what it was lent."""
+    """Replaces the client, and records what it was lent."""
 
     def __init__(self) -> None:
         self.lends: list[tuple[dict[str, torch.Tensor], int]] = []

@@ -1,4 +1,4 @@
-"""A real ComfyUI in this process, on the CPU, beside the real daemon of the other end-to-end tests."""
+"""Fixtures: a real ComfyUI in this process, on the CPU, and the real daemon of the other end-to-end tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def comfy() -> SimpleNamespace:
     import comfy.cli_args
     import comfy_aimdo.control
 
-    # As main.py does, and before what binds its library: DynamicVRAM's way of loading files then works on a CPU, too.
+    # As in main.py, before modules that use its library, so that DynamicVRAM loads files on a CPU too.
     comfy_aimdo.control.init()
     comfy.cli_args.args.cpu = True
     import comfy.lora
@@ -75,7 +75,7 @@ def local(comfy, files) -> Any:
 
 @pytest.fixture(scope="session")
 def conditioning() -> Callable[..., list[Any]]:
-    """Make what text encoding would give: embeddings of a length, with a guidance scale."""
+    """Make conditioning as text encoding does: embeddings of a length, with a guidance scale."""
 
     def make(seed: int, tokens: int = 16, guidance: float | None = None) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -123,7 +123,7 @@ def xsample(connected, conditioning, latent):
 
 @pytest.fixture(scope="session")
 def decoder_file(tmp_path_factory) -> Path:
-    """A small VAE that ComfyUI takes: it reads the decoder's width from the file, the encoder's it has fixed."""
+    """A small VAE that ComfyUI loads: its decoder's width may vary, its encoder's may not."""
     path = tmp_path_factory.mktemp("vae") / "decoder.safetensors"
     save_file(checkpoints.flux_vae_state_dict(3, channels=(64, 128, 256, 256), encoder=False), path)
     return path
@@ -131,7 +131,7 @@ def decoder_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_file(tmp_path_factory) -> Path:
-    """A VAE of the real size, so with its encoder."""
+    """A VAE of the real size, with its encoder."""
     path = tmp_path_factory.mktemp("vae") / "whole.safetensors"
     save_file(checkpoints.flux_vae_state_dict(4, channels=(128, 256, 512, 512)), path)
     return path

@@ -1,6 +1,6 @@
-"""A family's adapter against both sides: ComfyUI's module, and the diffusers class whose arguments it writes.
+"""A family's adapter: ComfyUI's module and the diffusers class with the adapter's arguments agree.
 
-In one process and without workers: what differs here is the adapter's fault.
+In one process without workers, so that only the adapter can cause a difference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOLERANCE = 2e-6
 
 
 def given(value: Any) -> Any:
-    """What the workers would make of an argument."""
+    """Convert an argument as the workers do."""
     if isinstance(value, KeptTensor):
         return value.tensor
     if isinstance(value, RowsOf):
@@ -38,7 +38,7 @@ def diffusers_model(files) -> FluxTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def predict(local, diffusers_model) -> Callable[..., torch.Tensor]:
-    """Predict as the workers do: the adapter's arguments, to the diffusers class."""
+    """Predict as the workers do: call the diffusers class with the adapter's arguments."""
     from xditd.client.comfyui.families import adapter_of_model
     from xditd.client.comfyui.step_inputs import StepInputs
 

@@ -1,6 +1,6 @@
-"""A family whose ComfyUI class calls no wrapper of its forward: its adapter stands in for ``apply_model``.
+"""An adapter with the wrapper ``apply_model``, for families whose ComfyUI class calls no wrapper of its forward.
 
-No shipped family needs it. FLUX.1 takes this way here, and gives the bits of its own.
+No shipped family needs it. With it FLUX.1 gives the same bits as with its own adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class WholeModel(flux1.Flux1Model):
         transformer_options: Mapping[str, Any] | None = None,
         **conditions: Any,
     ) -> WholeCall:
-        """Read a call of ``BaseModel._apply_model``: what ComfyUI does there before the forward is done here."""
+        """Read a call of ``BaseModel._apply_model``, and do what ComfyUI does there before the forward."""
         model = self._model()
         assert model is not None
         sampling = model.model_sampling  # of this run: nodes replace it
@@ -56,7 +56,7 @@ class WholeModel(flux1.Flux1Model):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WholeCall(flux1.Flux1Call):
-    """A call whose prediction is the denoised latents of what ``noisy`` was at ``sigma``."""
+    """A call whose prediction is the denoised latents of ``noisy`` at ``sigma``."""
 
     sampling: Any
     noisy: torch.Tensor

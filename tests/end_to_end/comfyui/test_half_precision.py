@@ -1,4 +1,4 @@
-"""In half precision the workers round where ComfyUI does: against stock at the dtype of the file."""
+"""In half precision the workers round where ComfyUI does: compared with stock in the file's dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xditd.client.demo import checkpoints
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 BAR = 5e-3
-"""After 4 steps. Attention and matrix products of other kernels round otherwise; diffusers' timestep is 7e-2 away."""
+"""After 4 steps. Other kernels round differently; with diffusers' rounding of the timestep the error is 7e-2."""
 
 
 @pytest.fixture(scope="module")

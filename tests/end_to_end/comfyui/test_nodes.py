@@ -1,4 +1,4 @@
-"""What the nodes do with a real ComfyUI and real workers, beside the stock nodes."""
+"""The nodes in a real ComfyUI with real workers give the results of the stock nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="session")
 def spoiled_file(files, tmp_path_factory) -> Path:
-    """The checkpoint with a tensor zeroed, which every figure has to show."""
+    """The checkpoint with one tensor zeroed, for which every comparison has to fail."""
     return zeroed(files.transformer, "single_blocks.0.linear2.bias", tmp_path_factory.mktemp("zeroed"))
 
 
@@ -44,7 +44,7 @@ def zeroed(path: Path, name: str, folder: Path) -> Path:
 
 
 def lora(seed: int, kind: str = "own") -> dict[str, torch.Tensor]:
-    """A LoRA in the names of the checkpoint, or in those of diffusers, where q, k and v are apart."""
+    """A LoRA with the checkpoint's names, or with diffusers', where q, k and v are separate."""
     generator = torch.Generator().manual_seed(seed)
 
     def pair(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ def test_lora_at_two_strengths(
 def test_lora_on_a_model_that_was_made_under_dynamic_vram(
     through, comfy, connected, files, local, conditioning, ksample, latent, relative_error, monkeypatch
 ):
-    """Linear layers have no parameters there until some are loaded; a LoRA finds its places by their names."""
+    """With DynamicVRAM linear layers have no parameters until they are loaded, but LoRAs need the names."""
     from xditd.client.comfyui.accelerate import accelerate
     from xditd.client.comfyui.nodes.unet_loader import load_unet
 

@@ -1,6 +1,6 @@
-"""Whatever a stock model obeys, a MODEL of ours obeys, or it is refused: here, what is obeyed, through either sampler.
+"""Nodes that a stock model obeys give the same result on a remote MODEL, through both samplers.
 
-Each node changes the stock picture by far more than the tolerance, so that an ignored one would show.
+Each node changes the stock result by far more than the tolerance, so that an ignored node fails the test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Change = Callable[[Any, Any], Any]
 
 
 def node(module: str, name: str, *args: Any, **more: Any) -> Change:
-    """A stock node that takes a MODEL first and hands one on."""
+    """Return a function that runs a stock node from MODEL to MODEL."""
 
     def apply(comfy: Any, model: Any) -> Any:
         import importlib
@@ -35,7 +35,7 @@ def node(module: str, name: str, *args: Any, **more: Any) -> Change:
 
 
 def wrapped(kind: str) -> Change:
-    """A wrapper of another pack that halves what it wraps, or for the outermost kinds the noise that goes in."""
+    """A wrapper of another pack that halves the result, or for the outermost kinds the input noise."""
 
     def halve(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if kind in ("outer_sample", "sampler_sample"):
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Change, str, dict[str, Any]]] = {
     "callback-on_pre_run": (lambda comfy, model: pre_run_halves(model), "on_pre_run", {}),
     "callback-on_load_after": (lambda comfy, model: load_halves(model), "on_load_after", {}),
 }  # fmt: skip
-"""Changes by name: how, what the note of XDiT KSampler says of it, and with which inputs."""
+"""Changes by name: the change, the note of XDiT KSampler, and the inputs."""
 
 
 def clone_halves(model: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The real page of ComfyUI in a headless browser: search, help, the template browser, and a run of each example.
+"""ComfyUI's real page in a headless browser: search, help, the template browser, and a run of each example.
 
 Needs Chromium with its driver, and selenium and comfyui-frontend-package in this Python. ``XDITD_SCREENSHOTS`` names a
-folder for pictures of what is on the page; those of docs/comfyui.md are made so.
+folder for screenshots, such as those of docs/comfyui.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a MODEL in the workers cannot obey is refused by name before the first step, and nothing is lent."""
+"""Changes that the workers cannot run are refused by name before the first step, and nothing is lent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Change = Callable[[Any], None]
 
 
 def node(module: str, name: str, *args: Any) -> Callable[[Any], Any]:
-    """A stock node that takes a MODEL first and hands one on."""
+    """Return a function that runs a stock node from MODEL to MODEL."""
 
     def apply(model: Any) -> Any:
         import importlib
@@ -53,7 +53,7 @@ NODES = {
 
 @pytest.fixture
 def refused(comfy, connected, daemon, conditioning, ksample, latent, monkeypatch) -> Callable[..., None]:
-    """Sample, and see a refusal before any forward and any loan."""
+    """Sample, and check that it is refused before any forward and any loan."""
 
     def check(make: Callable[[], Any], said: str, positive: Any = None, **more: Any) -> None:
         forwards: list[Any] = []
@@ -98,7 +98,7 @@ def test_a_lora_that_bypasses_the_weights(comfy, remote, local, refused):
 
 
 class Controlled:
-    """What ControlNetApplyAdvanced asks of a control net."""
+    """The methods of a control net that ControlNetApplyAdvanced calls."""
 
     def __new__(cls) -> Any:
         from comfy.controlnet import ControlBase
@@ -136,7 +136,7 @@ PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
 
 
 def plant(said: str) -> Callable[[Change], Change]:
-    """Register something that no node of ours knows, and what its refusal says."""
+    """Register an unknown change, and the message of its refusal."""
 
     def register(change: Change) -> Change:
         def apply(model: Any) -> Any:
@@ -223,7 +223,7 @@ def a_method(patcher: Any) -> None:
 
 
 LASTING: dict[str, tuple[Callable[[Any], Callable[[], None]], str]] = {}
-"""Changes of the modules themselves, which all clones share, with a way back."""
+"""Changes of the modules, which all clones share; each returns a function that undoes it."""
 
 
 def lasting(said: str) -> Callable[[Any], Any]:
@@ -235,7 +235,7 @@ def lasting(said: str) -> Callable[[Any], Any]:
 
 
 def swapped(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute, and hand back how to undo it."""
+    """Set an attribute; returns a function that restores it."""
     missing = object()
     before = vars(owner).get(name, missing)
     setattr(owner, name, value)
@@ -308,7 +308,7 @@ def a_record_of_settings(model: Any) -> Callable[[], None]:
     return swapped(model.diffusion_model.params, "guidance_embed", None)
 
 
-@lasting(r"img_in.weight_function was put in place \(print\)")
+@lasting(r"img_in.weight_function was set \(print\)")
 def a_function_of_weights(model: Any) -> Callable[[], None]:
     return swapped(model.diffusion_model.img_in, "weight_function", [print])
 
@@ -343,7 +343,7 @@ def test_an_unknown_change_of_the_modules(name, through, comfy, remote, local, f
 
 
 def test_a_change_within_a_step(remote, conditioning, ksample, latent):
-    """As TeaCache does: a function around the model swaps a method of the transformer while it runs."""
+    """As in TeaCache, a function around the model replaces a method of the transformer while it runs."""
     steps = []
 
     def around(apply_model: Any, given: dict[str, Any]) -> Any:

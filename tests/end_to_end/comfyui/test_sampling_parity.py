@@ -1,4 +1,4 @@
-"""The weightless MODEL gives the latents that the same ComfyUI gives locally, through its own nodes."""
+"""A remote MODEL gives the latents of the same ComfyUI running locally, through ComfyUI's own nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ZEROED = [
     "single_blocks.1.modulation.lin.bias",
     "vector_in.out_layer.bias",
 ]
-"""What a checkpoint lacks in turn, so that each case is seen to fail when it should."""
+"""Tensors that are zeroed one by one, to show that each comparison fails when it should."""
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ EXAMPLES = Path(pack.__file__).parents[1] / "comfyui" / "example_workflows"
 
 @pytest.fixture
 def prompt(server) -> Callable[..., dict[str, Any]]:
-    """Turn an example into what the page sends, small enough for a CPU."""
+    """Convert an example workflow to the prompt that the page sends, small enough for a CPU."""
     offered = server.ask("/object_info")
 
     def make(name: str, steps: int = 3, **more: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def prompt(server) -> Callable[..., dict[str, Any]]:
 
 
 def _widgets(described: dict[str, Any], linked: set[str], values: list[Any]) -> dict[str, Any]:
-    """Name a node's widget values, in the order in which the page keeps them."""
+    """Return a node's widget values by name; the workflow has them in the order of the inputs."""
     found = {}
     for name, spec in {**described["input"].get("required", {}), **described["input"].get("optional", {})}.items():
         is_widget = isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
@@ -95,7 +95,7 @@ def test_interrupt(example, server, daemon, prompt, wait_until):
     name, _ = server.error(doomed, wait_until)
     assert name == "execution_interrupted"
     wait_until(lambda: not daemon.status().jobs, "the workers to be free")
-    # Another picture first: ComfyUI would answer the same prompt from its cache.
+    # Another image first, because ComfyUI answers the same prompt from its cache.
     server.picture(server.queue(prompt(example, seed=13)), wait_until)
     after = server.picture(server.queue(prompt(example, seed=11)), wait_until)
     assert np.array_equal(before, after)
@@ -131,7 +131,7 @@ def test_comfyui_killed_in_mid_run_leaves_the_daemon_clean(start_server, server,
 def test_two_servers_share_one_daemon(start_server, server, daemon, prompt, wait_until):
     expected = [server.picture(server.queue(prompt("flux1_accelerate", seed=seed)), wait_until) for seed in (51, 52)]
     other = start_server()
-    # Each draws the other's picture: what it drew itself it would answer from its cache.
+    # Each makes the other's image, because it would answer its own from its cache.
     other.picture(other.queue(prompt("flux1_accelerate", seed=53)), wait_until)
     server.picture(server.queue(prompt("flux1_accelerate", seed=53)), wait_until)
     queued = [

@@ -34,7 +34,7 @@ def clip(connected, text_files) -> Any:
 
 @pytest.fixture(scope="session")
 def stock_clip(comfy, text_files) -> Any:
-    """ComfyUI's encoders at the size of the small files, which its loader nodes would not recognise."""
+    """ComfyUI's encoders at the size of the small files, which its loader nodes do not recognise."""
     from comfy.text_encoders import flux
 
     t5, clip = (load_file(path) for path in text_files)
@@ -99,7 +99,7 @@ def test_a_zeroed_tensor_shows(name, comfy, connected, text_files, stock_clip, t
 
 
 def text_lora(seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA for both text encoders, in the names that trainers write."""
+    """A LoRA for both text encoders, with the names that training programs write."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, rows in (

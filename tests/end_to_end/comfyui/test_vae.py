@@ -1,4 +1,4 @@
-"""Load VAE (xDiT) takes what a stock VAE takes, saves what it saves, and is refused where a node has changed it."""
+"""Load VAE (xDiT) decodes, encodes and saves as a stock VAE does, and is refused if a node has changed it."""
 
 from __future__ import annotations
 

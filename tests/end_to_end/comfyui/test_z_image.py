@@ -1,6 +1,6 @@
-"""Z-Image in ComfyUI: the weightless MODEL and the workers' loop give the latents that the same ComfyUI gives locally.
+"""Z-Image in ComfyUI: the remote MODEL and the workers' loop give the latents of the same ComfyUI running locally.
 
-ComfyUI knows Z-Image by its width, 3840: here it is told another one, in which a model is small enough for a CPU.
+ComfyUI detects Z-Image by its width, 3840; these tests change that width, so that the model is small enough for a CPU.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 1e-6
 GUIDED_TOLERANCE = 2e-6
-"""With a cfg of 3 the differences of two predictions count three and two times, against one of a latent."""
+"""A cfg of 3 multiplies the errors of its two predictions by three and two."""
 
 HIDDEN, HEADS = 1152, 9
-"""The least of which ComfyUI's module and diffusers' class round the width of the MLP and of time alike."""
+"""The smallest width for which ComfyUI's module and diffusers' class round the MLP's and time's widths equally."""
 CONFIG = ZImageConfig(hidden=HIDDEN, layers=1, refiners=2, text_channels=64)
 
 CASES = [
@@ -83,7 +83,7 @@ def weightless(connected, file) -> Any:
 
 @pytest.fixture(scope="module")
 def text() -> Callable[..., list[Any]]:
-    """Make what text encoding would give."""
+    """Make conditioning as text encoding does."""
 
     def make(seed: int, tokens: int = 16, **extras: Any) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -144,8 +144,8 @@ def test_reference_latents_are_refused(weightless, text, ksample, latent):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"z_image_modulation": False}, "it is Lumina 2 or a relative of it"),
-        ({"siglip_feat_dim": 1152}, r"it reads images beside the text \(Z-Image Omni or Edit\)"),
+        ({"z_image_modulation": False}, "it is Lumina 2 or a related model"),
+        ({"siglip_feat_dim": 1152}, r"it reads images besides the text \(Z-Image Omni or Edit\)"),
         ({"pad_tokens_multiple": None}, "it has no padding tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""FLUX.1's adapter: what ComfyUI calls the model with, as the arguments of diffusers' class, and back."""
+"""FLUX.1's adapter converts ComfyUI's arguments to those of diffusers' class, and results back."""
 
 from __future__ import annotations
 
@@ -111,5 +111,5 @@ def test_a_call_without_text_is_refused(model):
 
 def test_what_is_foreseen_can_be_given():
     model = Flux1Model(pooled_channels=12, has_guidance=True)
-    assert model.foreseen([1.5, 1.0, 0.5, 0.0, -1.0]) == {"timestep": [1.0, 0.5, 0.0]}
-    assert len(model.foreseen([0.5] * (MAX_STEPS + 1))["timestep"]) == MAX_STEPS
+    assert model.schedule_values([1.5, 1.0, 0.5, 0.0, -1.0]) == {"timestep": [1.0, 0.5, 0.0]}
+    assert len(model.schedule_values([0.5] * (MAX_STEPS + 1))["timestep"]) == MAX_STEPS

@@ -1,4 +1,4 @@
-"""Z-Image's adapter: what ComfyUI calls the model with, as the arguments of diffusers' class, and back."""
+"""Z-Image's adapter converts ComfyUI's arguments to those of diffusers' class, and results back."""
 
 from __future__ import annotations
 
