@@ -182,5 +182,5 @@ def test_a_closed_arena_says_so():
     arena.close()
     assert repr(arena).endswith("bytes, closed>")
     for use in (arena.block, lambda: list(arena.fill({"w": torch.zeros(2, 2)}))):
-        with pytest.raises(Closed, match="it is closed, and its memory freed; make a new Arena"):
+        with pytest.raises(Closed, match="it is closed and its memory is freed; make a new Arena"):
             use()
