@@ -28,10 +28,10 @@ def conditioning_of(tensors: Mapping[str, torch.Tensor], facts: ComponentFacts, 
     taken = _conditioning(facts)
     chosen: Conditioning = {}
     for each in taken:
-        value = _chosen(tensors, each, where)
+        value = _select(tensors, each, where)
         if value is not None:
             chosen[each.name] = value
-    missing = [_spelled(each) for each in taken if each.is_needed and each.name not in chosen]
+    missing = [_name_text(each) for each in taken if each.is_needed and each.name not in chosen]
     if missing:
         there = listed(tensors) or "no tensors"
         raise BadRequest(f"{where}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
@@ -51,7 +51,7 @@ def random_conditioning(facts: ComponentFacts, seed: int, text_tokens: int) -> C
     drawn: Conditioning = {}
     for each in _conditioning(facts):
         if each.is_needed:
-            tensor = torch.randn(*_sized(each, sides), generator=generator)
+            tensor = torch.randn(*_shape_of(each, sides), generator=generator)
             drawn[each.name] = [tensor] if each.is_list else tensor
     return drawn
 
@@ -62,14 +62,14 @@ def _conditioning(facts: ComponentFacts) -> tuple[ArgumentFacts, ...]:
     return facts.transformer.conditioning
 
 
-def _sized(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:
+def _shape_of(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:
     unknown = [side for side in facts.shape if isinstance(side, str) and side not in sides]
     if unknown:
         raise BadRequest(f"{facts.name}: its size of {listed(unknown)} is unknown; give a file with it")
     return tuple(sides[side] if isinstance(side, str) else side for side in facts.shape)
 
 
-def _chosen(
+def _select(
     tensors: Mapping[str, torch.Tensor], facts: ArgumentFacts, where: str
 ) -> torch.Tensor | list[torch.Tensor] | None:
     whole = tensors.get(facts.name)
@@ -90,5 +90,5 @@ def _chosen(
     return [tensors[name] for name in numbered]
 
 
-def _spelled(facts: ArgumentFacts) -> str:
+def _name_text(facts: ArgumentFacts) -> str:
     return f"{facts.name} (or {facts.name}.0 and on, one for each image)" if facts.is_list else facts.name

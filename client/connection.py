@@ -18,7 +18,7 @@ import zmq
 
 from xditd import __version__
 from xditd.client.discovery import HINT, DaemonProcess, close_quietly, find_daemon
-from xditd.client.mailboxes import Mailbox, Patience
+from xditd.client.mailboxes import Mailbox, Timeouts
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.awake_clock import TICK_S, AwakeClock
@@ -49,7 +49,7 @@ CONTROL_DEADLINE_S: Final = 10.0
 
 _NEVER_MS: Final = 10**9
 _FLUSH_MS: Final = 250
-_LAST_WORDS_MS: Final = 100
+_LAST_REPLY_MS: Final = 100
 
 
 class _IoThread:
@@ -62,7 +62,7 @@ class _IoThread:
         self._mailboxes: dict[str, Mailbox] = {}
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._calls: deque[Callable[[], None]] = deque()
+        self._callbacks: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._ends_by_s = math.inf
         self._beat_every_s: float | None = None
@@ -99,7 +99,7 @@ class _IoThread:
             if self.loss is None:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def run_soon(self, call: Callable[[], None]) -> None:
+    def run_soon(self, callback: Callable[[], None]) -> None:
         """Run a function on the connection's thread, at the latest with the next beat.
 
         Takes no lock that it has to wait for, because finalizers run at any point of any thread. Does nothing once
@@ -107,7 +107,7 @@ class _IoThread:
         """
         if os.getpid() != self._made_by_pid:
             return
-        self._calls.append(call)
+        self._callbacks.append(callback)
         # The descriptor is closed under this lock. Its holder wakes the loop, is the loop, or is this thread.
         if self._lock.acquire(blocking=False):
             try:
@@ -140,15 +140,15 @@ class _IoThread:
         )
         try:
             while not self._is_closing and time.monotonic() < self._ends_by_s:
-                self._run_calls()
-                ready = dict(poller.poll(self._patience_ms()))
+                self._run_callbacks()
+                ready = dict(poller.poll(self._poll_timeout_ms()))
                 self.clock.now_s()
                 if self._wake_fd in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
                 if self._daemon.pidfd in ready:
                     # ZeroMQ's own thread may not have delivered the last messages (such as the reply to Stop) yet.
-                    while self._socket.poll(_LAST_WORDS_MS):
+                    while self._socket.poll(_LAST_REPLY_MS):
                         self._receive()
                     loss = lambda: DaemonUnreachable(  # noqa: E731
                         f"socket {socket}: the daemon (pid {pid}) has exited; {HINT}"
@@ -169,9 +169,9 @@ class _IoThread:
         finally:
             self._end(loss)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
+    def _run_callbacks(self) -> None:
+        while self._callbacks:
+            self._callbacks.popleft()()
 
     def _receive(self) -> None:
         """Deliver all received messages to the mailboxes; replies without a mailbox are dropped."""
@@ -191,14 +191,14 @@ class _IoThread:
             if isinstance(reply, Failed) and reply.code == SessionLost.code:
                 raise SessionLost(reply.detail)
 
-    def _patience_ms(self) -> int | None:
+    def _poll_timeout_ms(self) -> int | None:
         """Time until the next beat is due, or until the clock has to be read while a request waits."""
         rests_s = [TICK_S] if self._mailboxes else []
         if self._beat_every_s is not None:
-            rests_s.append(self._beat(self._beat_every_s))
+            rests_s.append(self._send_beat_if_due(self._beat_every_s))
         return math.ceil(min(rests_s) * 1000) if rests_s else None
 
-    def _beat(self, every_s: float) -> float:
+    def _send_beat_if_due(self, every_s: float) -> float:
         """Send a ``Beat`` if one is due; returns the seconds until the next one."""
         rest_s = self._sent_s + every_s - time.monotonic()
         if rest_s > 0:
@@ -228,7 +228,7 @@ class _IoThread:
         # Before the ZeroMQ socket is closed, so that waiting threads need not wait for that.
         for mailbox in waiting:
             mailbox.deliver(loss())
-        self._run_calls()
+        self._run_callbacks()
         # Send what is still queued (a Goodbye, a Cancel), unless the daemon has exited.
         self._socket.close(linger=_FLUSH_MS if self._is_closing else 0)
         self._context.term()
@@ -256,14 +256,14 @@ class Connection:
         self._io = _IoThread(find_daemon(runtime))
         self._finalizer = weakref.finalize(self, self._io.run_soon, self._io.close)
         try:
-            self.welcome = self._greet(client_name, hello_deadline_s)
+            self.welcome = self._send_hello(client_name, hello_deadline_s)
             self._io.start_beating(self.welcome.beat_every_s)
             self._max_message_bytes = min(self._max_message_bytes, self.welcome.max_message_bytes)
         except BaseException:
             self.close()
             raise
 
-    def _greet(self, client_name: str, deadline_s: float) -> Welcome:
+    def _send_hello(self, client_name: str, deadline_s: float) -> Welcome:
         hello = Hello(
             request_id=self.next_request_id(),
             protocol_version=PROTOCOL_VERSION,
@@ -282,9 +282,9 @@ class Connection:
         """Whether the daemon has exited, or this side has closed."""
         return self._io.ended.is_set()
 
-    def run_soon(self, call: Callable[[], None]) -> None:
+    def run_soon(self, callback: Callable[[], None]) -> None:
         """Run a function that does not block on the connection's thread. Safe in finalizers."""
-        self._io.run_soon(call)
+        self._io.run_soon(callback)
 
     def end_within(self, deadline_s: float) -> None:
         """Close the connection after a deadline, unless it is closed before."""
@@ -302,12 +302,12 @@ class Connection:
             Closed: this side has closed.
             Unsupported: this is a fork of the process that made the connection.
         """
-        self._refuse_fork()
+        self._check_not_forked()
         payload = encode(request)
         if len(payload) > self._max_message_bytes:
             # The daemon would not read the request id, so it could not reply, and ZeroMQ might drop the message.
             raise LimitExceeded(
-                f"request {type(request).__name__}: {len(payload)} bytes, at most {self._max_message_bytes} are accepted; "
+                f"request {type(request).__name__}: {len(payload)} bytes, at most {self._max_message_bytes} are read; "
                 "lend a component in fewer, larger blocks, or have the operator raise message_bytes"
             )
         mailbox = Mailbox(request.request_id, purpose or f"request {type(request).__name__}", self._io.clock)
@@ -320,7 +320,7 @@ class Connection:
         Raises:
             XditdError: the error that the daemon answered, or :class:`DeadlineExceeded`.
         """
-        return self.submit(request).wait(reply_type, Patience(silence_s=deadline_s, total_s=deadline_s))
+        return self.submit(request).wait(reply_type, Timeouts(silence_s=deadline_s, total_s=deadline_s))
 
     def wait_lost(self, deadline_s: float) -> bool:
         """Wait until the daemon has exited; returns whether it has."""
@@ -340,7 +340,7 @@ class Connection:
         if threading.current_thread() is not self._io.thread:
             self._io.thread.join(timeout=CONTROL_DEADLINE_S)
 
-    def _refuse_fork(self) -> None:
+    def _check_not_forked(self) -> None:
         if os.getpid() != self._made_by_pid:
             # A child process has no thread that owns the socket, and the loans belong to the parent.
             raise Unsupported(

@@ -52,8 +52,8 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
     began_s = clock.now_s()
     pause_s = _ACTIVATION_POLL_S
     while True:
-        pid, uid = _who_listens(path)
-        if pid and not _is_service_manager(pid, uid):
+        pid, uid = _find_listener(path)
+        if pid and not _is_systemd(pid, uid):
             _check_owner(path, uid)
             # The connection worked, so if the process is gone, systemd holds the socket and starts the next daemon.
             with contextlib.suppress(ProcessLookupError):
@@ -74,7 +74,7 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
         pause_s = min(_ACTIVATION_POLL_MAX_S, pause_s * 1.3)
 
 
-def _who_listens(path: Path) -> tuple[int, int]:
+def _find_listener(path: Path) -> tuple[int, int]:
     """Return the pid and uid of the process that listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_DEADLINE_S)
@@ -108,7 +108,7 @@ def _check_owner(path: Path, uid: int) -> None:
         )
 
 
-def _is_service_manager(pid: int, uid: int) -> bool:
+def _is_systemd(pid: int, uid: int) -> bool:
     """Whether the process is systemd, the system's or this user's own."""
     if uid not in (0, os.getuid()):
         return False

@@ -57,7 +57,7 @@ def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
     # image. It is as long as the image's longer side, because the largest size depends on the format.
     trial = Image.new("RGB", (max(width, height), _TRIAL_PIXELS))
     try:
-        with Image.open(io.BytesIO(_encoded(trial, name))) as found:
+        with Image.open(io.BytesIO(_encode(trial, name))) as found:
             is_kept = found.size == trial.size
     except _ENCODER_ERRORS:
         is_kept = False
@@ -73,12 +73,12 @@ def encode_image(image: Image.Image, format_name: str) -> bytes:
         OutputFailed: the encoder failed.
     """
     try:
-        return _encoded(image, format_name)
+        return _encode(image, format_name)
     except _ENCODER_ERRORS as error:
         raise OutputFailed(f"image as {format_name}: {error}; save it as .png") from error
 
 
-def _encoded(image: Image.Image, format_name: str) -> bytes:
+def _encode(image: Image.Image, format_name: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format_name)
     return buffer.getvalue()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoBlock, IoPool
-from xditd.client.mailboxes import Ending, Patience
+from xditd.client.mailboxes import Ending, Timeouts
 from xditd.ipc.errors import BY_CODE, RequestError, XditdError
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import AnyReply, Failed
@@ -33,13 +33,13 @@ class PendingJob:
         pool: IoPool,
         request: InferenceRequest,
         block: IoBlock,
-        patience: Patience,
+        timeouts: Timeouts,
         purpose: str,
     ) -> None:
         self._connection = connection
         self._pool = pool
         self._block = block
-        self._patience = patience
+        self._timeouts = timeouts
         self._is_closed = False
         self._is_cancelled = False
         self._lock = threading.Lock()
@@ -60,11 +60,11 @@ class PendingJob:
 
     def take(self) -> AnyReply:
         """Wait for the next event or the reply."""
-        return self._mailbox.take(self._patience)
+        return self._mailbox.take(self._timeouts)
 
     def wait(self, reply_type: type[R]) -> R:
         """Wait for the reply, dropping events."""
-        return self._mailbox.wait(reply_type, self._patience)
+        return self._mailbox.wait(reply_type, self._timeouts)
 
     def cancel(self) -> None:
         """Ask the daemon to stop the job at its next step. Does not wait; too late is no error."""

@@ -11,7 +11,7 @@ from xditd.client.jobs.arguments import KeptTensor, read_results
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
-from xditd.client.mailboxes import Patience
+from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest, Internal, StaleSource, UnknownKept, WorkersLost, XditdError
@@ -42,9 +42,9 @@ class Runner:
         except BaseException:
             self._pool.give_back(block)
             raise
-        patience = Patience(self._silence_s, deadline_s)
+        timeouts = Timeouts(self._silence_s, deadline_s)
         purpose = f"{type(request).__name__.lower()} {request.request_id}"
-        return PendingJob(connection, self._pool, request, block, patience, purpose)
+        return PendingJob(connection, self._pool, request, block, timeouts, purpose)
 
     def run(self, job: JobRequest, reply_type: type[Reply], deadline_s: float | None) -> dict[str, torch.Tensor]:
         """Run a job, wait for it, and read its outputs by name."""

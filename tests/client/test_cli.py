@@ -191,7 +191,7 @@ def test_wait_for_the_daemon_alone(daemon, folder, capsys):
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        (GroupState.GIVEN_UP, "workers_unavailable: workers given up: rank 1 is given_up; cure the cause"),
+        (GroupState.GIVEN_UP, "workers_unavailable: workers given up: rank 1 is given_up; fix the cause"),
         (GroupState.STARTING, "deadline_exceeded: workers starting: rank 1 is starting; not ready within 0 s"),
     ],
 )

@@ -201,7 +201,7 @@ def test_client_that_waits_in_vain_says_what_for(folder):
 @pytest.mark.parametrize("name", ["wait_s", "deadline_s"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "5"])
 def test_client_refuses_a_wait_that_is_no_time(folder, name, value):
-    with pytest.raises(BadRequest, match=f"{name}: {value!r} is not a number of seconds from 0"):
+    with pytest.raises(BadRequest, match=f"{name}: {value!r} is not a number of seconds, 0 or more"):
         Client(folder, **{name: value})
 
 

@@ -115,9 +115,9 @@ def test_replies_in_another_order_find_their_requests(daemon, connect):
     daemon.wait_for(GetLogs, 3)
     for box, number in reversed(list(zip(boxes, range(3), strict=True))):
         daemon.send(LogLines(request_id=box.request_id, lines=(), next_line=number))
-    from xditd.client.mailboxes import Patience
+    from xditd.client.mailboxes import Timeouts
 
-    assert [box.wait(LogLines, Patience(5.0)).next_line for box in boxes] == [0, 1, 2]
+    assert [box.wait(LogLines, Timeouts(5.0)).next_line for box in boxes] == [0, 1, 2]
 
 
 def test_a_request_without_answer_meets_its_deadline(daemon, connect):
@@ -165,10 +165,10 @@ def test_a_wait_ends_with_the_daemon(folder, connect):
         box = connection.submit(Stop(request_id=connection.next_request_id()))
         process.kill()
         killed = time.monotonic()
-        from xditd.client.mailboxes import Patience
+        from xditd.client.mailboxes import Timeouts
 
         with pytest.raises(DaemonUnreachable, match=rf"the daemon \(pid {process.pid}\) has exited"):
-            box.wait(Stopping, Patience(30.0))
+            box.wait(Stopping, Timeouts(30.0))
         assert time.monotonic() - killed < 1.0
         with pytest.raises(DaemonUnreachable, match="has exited"):
             ask_logs(connection, 0)
@@ -206,10 +206,10 @@ def test_closing_fails_those_who_wait(daemon, connect):
     connection = connect()
     box = connection.submit(GetLogs(request_id=connection.next_request_id()))
     connection.close()
-    from xditd.client.mailboxes import Patience
+    from xditd.client.mailboxes import Timeouts
 
     with pytest.raises(Closed, match="this client is closed"):
-        box.wait(LogLines, Patience(5.0))
+        box.wait(LogLines, Timeouts(5.0))
 
 
 def test_a_dropped_connection_ends_its_thread(daemon, folder, wait_until):

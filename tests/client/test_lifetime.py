@@ -30,11 +30,11 @@ def test_a_forgotten_client_gives_its_loans_back_and_warns(daemon, folder, wait_
     before = open_memfds(), open_fds()
     client = Client(folder)
     loan = client.lend(weights())
-    with pytest.warns(ResourceWarning, match=rf"a Client of {folder} was not closed: its loans go back"):
+    with pytest.warns(ResourceWarning, match=rf"a Client of {folder} was not closed: its loans end now"):
         del client
     daemon.wait_for(Goodbye)
     wait_until(lambda: not connection_threads())
-    with pytest.raises(Closed, match="was not closed, and nobody held it any more; make a new Client"):
+    with pytest.raises(Closed, match="was not closed before it was garbage-collected; make a new Client"):
         loan.adopt()
     loan.return_()
     del loan

@@ -77,7 +77,7 @@ def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
 def test_what_cannot_be_written_is_kept_and_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(OutputFailed, match=r"Not a directory.*the image is kept as") as caught:
+    with pytest.raises(OutputFailed, match=r"Not a directory.*the image was saved as") as caught:
         write_or_keep(tmp_path / "file" / "out.png", "image", b"pixels")
     (kept,) = map(Path, caught.value.kept)
     assert kept.parent == tmp_path
@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_kept_and_named(tmp_path, monkeypatch):
 
 def test_where_nothing_has_room_it_is_said(tmp_path, no_large_files, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(OutputFailed, match="no other folder has room for the image either, it is lost") as caught:
+    with pytest.raises(OutputFailed, match="no other folder has room either; the image is lost") as caught:
         write_or_keep(tmp_path / "out.png", "image", bytes(100_000))
     assert caught.value.kept == ()
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.tensors import ComponentKind
 
 
-class Lender:
+class LoanSession:
     """Stands where the client does, and keeps what it was lent."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Lender:
 
 
 class Loan:
-    def __init__(self, lender: Lender) -> None:
+    def __init__(self, lender: LoanSession) -> None:
         self.lender = lender
         self.is_live = True
 
@@ -38,8 +38,8 @@ class Loan:
 
 
 @pytest.fixture
-def lender() -> Lender:
-    return Lender()
+def lender() -> LoanSession:
+    return LoanSession()
 
 
 @pytest.fixture

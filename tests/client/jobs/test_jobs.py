@@ -222,7 +222,7 @@ def test_failures_are_raised_by_their_class_each_time(client, daemon):
 def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
     with Client(folder, deadline_s=0.2) as client:
         job = client.generate("c1", TEXT, height=16, width=16, steps=4)
-        with pytest.raises(DeadlineExceeded, match="last heard: step 1 of 4"):
+        with pytest.raises(DeadlineExceeded, match="last event: step 1 of 4"):
             job.result()
         assert daemon.wait_for(Cancel).target_request_id == job.request_id
 
@@ -230,7 +230,7 @@ def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
 def test_a_total_deadline_ends_a_job_that_makes_progress(client, daemon):
     daemon.answers[Generate] = lambda request: [step(request, number, 1000) for number in range(1, 4)]
     job = client.generate("c1", TEXT, height=16, width=16, steps=1000, deadline_s=0.2)
-    with pytest.raises(DeadlineExceeded, match="last heard: step 3 of 1000"):
+    with pytest.raises(DeadlineExceeded, match="last event: step 3 of 1000"):
         job.result()
 
 
