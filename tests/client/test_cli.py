@@ -227,7 +227,7 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["generate"], "--transformer FILE is needed"),
         (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
         (["generate", "--transformer", "t", "--random-embeds", "1", "--embeds", "e"], "are both given; leave one out"),
-        (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
+        (["generate", "--transformer", "t", "--random-embeds", "1"], "without both nothing is written"),
         (["generate", "--size", "0x64"], "sides are from 1 pixel to 8192"),
         (["demo", "--size", "100x64"], "sides are multiples of 16 pixels"),
         (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
@@ -342,7 +342,7 @@ def test_a_daemon_that_does_not_end_is_a_failed_stop(daemon, folder, capsys):
     assert main(["stop", "--runtime-dir", str(folder), "--deadline-s", "1", "--json"]) == exits.FAILED
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["code"] == "deadline_exceeded"
-    assert "has not ended within 1 s" in captured.err
+    assert "has not exited within 1 s" in captured.err
 
 
 def test_a_reader_that_leaves_early_is_no_traceback(daemon, folder):

@@ -105,8 +105,8 @@ def test_unit_that_systemd_complains_about_is_not_written(command, home, capsys,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--system"], "belong together"),
-        (["--for", getpass.getuser()], "belong together"),
+        (["--system"], "give both or none"),
+        (["--for", getpass.getuser()], "give both or none"),
         (["--user", "--system", "--for", "x"], "choose one"),
         (["--system", "--for", "no-such-user"], "no such user"),
         (["--check", "--uninstall"], "choose one"),

@@ -27,7 +27,7 @@ def verdicts(**changes):
 def test_sound_machine():
     assert verdicts() == {}
     details = " ".join(each.detail for each in workers.check_workers(SOUND))
-    for words in ("GPU-a", "GPU-b", "128 of 128 GiB", "CUDNN", "all 2 GPUs reach each other", "torch 1.0"):
+    for words in ("GPU-a", "GPU-b", "128 of 128 GiB", "CUDNN", "all 2 GPUs access each other directly", "torch 1.0"):
         assert words in details
 
 
