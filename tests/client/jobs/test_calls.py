@@ -140,7 +140,7 @@ def test_results_in_a_worker_that_was_killed_since_are_lost_with_it(client, daem
         "timings_ms": {},
     }
     daemon.answers[Call] = lambda request: [Called(request_id=request.request_id, **answer)]
-    with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results has ended"):
+    with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results exited"):
         client.call("c1", {"hidden_states": TOKENS})
 
 
@@ -253,20 +253,20 @@ def deep(levels):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"x": object()}, "x: object cannot cross; give a torch tensor, what keep"),
-        ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot cross"),
+        ({"x": object()}, "x: object cannot be sent; give a torch tensor, what keep"),
+        ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot be sent"),
         ({"x": float("nan")}, "x: nan is not finite"),
         ({"x": [torch.tensor([0.5, float("inf")])]}, r"x\[0\]: inf is not finite"),
-        ({"x": (2**63,)}, r"x\[0\]: a whole number of 64 bits; one of 63 crosses"),
-        ({7: 1.0}, "arguments: name: 7 is of type int, use a text"),
-        ({"x": [{7: 1.0}]}, r"x\[0\]: key: 7 is of type int, use a text"),
-        ({"x": "y" * 513}, "x: a text of 513 characters, use 512 at most"),
-        ({"x" * 513: 1.0}, "arguments: name: a text of 513 characters, use 512 at most"),
-        ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in all"),
+        ({"x": (2**63,)}, r"x\[0\]: an integer of 64 bits; use one of at most 63 bits"),
+        ({7: 1.0}, "arguments: name: 7 is of type int, use a string"),
+        ({"x": [{7: 1.0}]}, r"x\[0\]: key: 7 is of type int, use a string"),
+        ({"x": "y" * 513}, "x: a string of 513 characters, use 512 at most"),
+        ({"x" * 513: 1.0}, "arguments: name: a string of 513 characters, use 512 at most"),
+        ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in total"),
         ({"x": -(10**5000)}, "x: a whole number of 16610 bits"),
-        ({"x": deep(9)}, "lies deeper than arguments may, 8 levels"),
-        ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot cross"),
-        ([("x", 1)], "arguments: a map by name is needed, not list"),
+        ({"x": deep(9)}, "arguments may be nested 8 levels deep at most"),
+        ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot be sent"),
+        ([("x", 1)], "arguments: a dict by name is needed, not list"),
     ],
 )
 def test_what_cannot_cross_is_refused_by_its_path(client, daemon, arguments, says):
@@ -279,10 +279,10 @@ def test_what_cannot_cross_is_refused_by_its_path(client, daemon, arguments, say
     ("refused", "says"),
     [
         (lambda client: client.call_parts("c1", []), "parts: 0 sets of arguments; give from 1 to 64"),
-        (lambda client: client.call_parts("c1", [{"x": 1}, {"y": b""}]), r"parts\[1\]\.y: bytes cannot cross"),
+        (lambda client: client.call_parts("c1", [{"x": 1}, {"y": b""}]), r"parts\[1\]\.y: bytes cannot be sent"),
         (lambda client: client.call("c1", {}, variant="fast"), "variant: 'fast' is not one of 'class', 'float32_time'"),
         (lambda client: client.call("c1", {}, foreseen={"t": [0.5, float("nan")]}), r"foreseen\.t\[1\]: nan is not"),
-        (lambda client: client.call("c1", {}, foreseen={7: [0.5]}), "foreseen: name: 7 is of type int, use a text"),
+        (lambda client: client.call("c1", {}, foreseen={7: [0.5]}), "foreseen: name: 7 is of type int, use a string"),
         (lambda client: client.call("c2", {}), "component c2: a vae where a transformer is needed"),
         (lambda client: client.keep([1.0]), "keep: a torch tensor is needed, not list"),
         (lambda client: RowsOf([]), "rows: 0 tensors; give from 1 to 64"),

@@ -58,7 +58,7 @@ def lists(texts, **more):
         (lambda: given(EMBEDS.repeat(65, 1, 1), POOLED.repeat(65, 1)), r"prompt_embeds: batch 65, at most 64; split"),
         (lambda: given(pooled=None), r"conditioning: lacks pooled_prompt_embeds; this transformer takes prompt_embeds"),
         (lambda: given(clip=EMBEDS), r"conditioning: clip is not known here; this transformer takes prompt_embeds"),
-        (lambda: checks.check_conditioning(EMBEDS, FACTS.conditioning), r"a map by name is needed, not Tensor"),
+        (lambda: checks.check_conditioning(EMBEDS, FACTS.conditioning), r"a dict by name is needed, not Tensor"),
         (lambda: lists(EMBEDS), r"prompt_embeds: a list of tensors \(tokens, 8\) is needed, one for each image"),
         (lambda: lists([]), r"prompt_embeds: a list of tensors \(tokens, 8\) is needed"),
         (lambda: lists([EMBEDS[0], EMBEDS]), r"prompt_embeds\[1\]: shape \(1, 5, 8\) instead of \(tokens, 8\)"),
