@@ -136,7 +136,7 @@ class _IoThread:
         poller.register(self._daemon.pidfd, zmq.POLLIN)
         socket, pid = self._daemon.socket, self._daemon.pid
         loss: Callable[[], XditdError] = lambda: Closed(  # noqa: E731 - a new error for each waiting thread
-            f"socket {socket}: this client and its connection are closed; make a new Client"
+            f"socket {socket}: this client is closed; make a new Client"
         )
         try:
             while not self._is_closing and time.monotonic() < self._ends_by_s:

@@ -142,7 +142,7 @@ def _read_from(
             raise
         raise WorkersLost(
             f"call: the worker (pid {provider.pid}) that held the results exited before they were read; "
-            "the worker group restarts; send the same request again"
+            "the worker group is being rebuilt, and the same request may be sent again"
         ) from error
     try:
 

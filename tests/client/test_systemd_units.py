@@ -1,4 +1,4 @@
-"""Installing the service: what is written where, checked before and after."""
+"""``xditd install-service``: the files that it writes, checks and removes."""
 
 import getpass
 import json
@@ -19,7 +19,7 @@ from xditd.ipc.errors import BadRequest, NotPermitted, Unsupported
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """An environment with an xditd beside its Python."""
+    """An environment with an xditd command in the folder of its Python."""
     folder = tmp_path / "venv" / "bin"
     folder.mkdir(parents=True)
     (folder / "python").symlink_to(sys.executable)
@@ -140,7 +140,7 @@ def test_root_is_a_user_too():
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_missing_rights_are_named(command):
+def test_missing_permissions_are_named(command):
     with pytest.raises(NotPermitted, match="sudo"):
         write(Service("root", systemd_units.Path("/"), {}).files()[0])
 

@@ -1,4 +1,4 @@
-"""What the demo claims: each fault alone fails it, and nothing is claimed that was not seen."""
+"""The demo's report: each single fault makes the demo fail."""
 
 import json
 

@@ -15,14 +15,14 @@ LATENTS, VAE = FACTS.latents, sample_facts.VAE.vae
 
 
 def given(embeds=EMBEDS, pooled=POOLED, **more):
-    """Check conditioning of FLUX.1's kind."""
+    """Check conditioning as FLUX.1 takes it."""
     return checks.check_conditioning(
         {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, **more}, FACTS.conditioning
     )
 
 
 def lists(texts, **more):
-    """Check conditioning of Z-Image's kind."""
+    """Check conditioning as Z-Image takes it."""
     return checks.check_conditioning({"prompt_embeds": texts, **more}, LISTS.conditioning)
 
 
@@ -84,12 +84,12 @@ def lists(texts, **more):
         (lambda: checks.check_image(torch.zeros(1, 4, 64, 64), VAE), r"4 channels instead of 3"),
     ],
 )
-def test_refuses(check, says):
+def test_bad_values_are_refused(check, says):
     with pytest.raises(BadRequest, match=says):
         check()
 
 
-def test_accepts_what_jobs_can_use():
+def test_good_values_are_accepted():
     assert given() == 1
     assert lists([EMBEDS[0], EMBEDS[0, :2]]) == 2
     assert lists([EMBEDS[0]], negative_prompt_embeds=[EMBEDS[0, :1]]) == 1
