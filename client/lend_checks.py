@@ -42,7 +42,7 @@ def check_manifest(manifest: Manifest) -> None:
         raise BadRequest(f"component {manifest.label!r} without tensors: nothing to lend")
     if len(manifest.blocks) > limits.MAX_BLOCKS:
         raise BadRequest(
-            f"component {manifest.label!r} lies in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
+            f"component {manifest.label!r} is in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
             "can be lent; copy it into an Arena first"
         )
     if not _is_name(manifest.label):

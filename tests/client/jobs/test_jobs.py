@@ -122,7 +122,7 @@ def test_inputs_are_sent_unchanged_and_results_have_the_noises_dtype(client, dae
     assert request.sampling.seed is None
     assert request.out_image is None
     assert job.result().image is None
-    with pytest.raises(BadRequest, match="named no VAE"):
+    with pytest.raises(BadRequest, match="had no VAE"):
         job.result().to_pil()
 
 
