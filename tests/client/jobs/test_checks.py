@@ -70,7 +70,10 @@ def lists(texts, **more):
         ),
         (lambda: checks.check_options({"cfg": 1}, LISTS), r"options: cfg=1 is not known; this transformer has none"),
         (lambda: checks.check_options({"shift": "a"}, FACTS), r"options: shift='a' is not a finite number"),
-        (lambda: checks.check_step_cache(0.1, LISTS), r"step_cache: 0\.1 is given, but this transformer has no step cache"),
+        (
+            lambda: checks.check_step_cache(0.1, LISTS),
+            r"step_cache: 0\.1 is given, but this transformer has no step cache",
+        ),
         (lambda: checks.check_noise(torch.zeros(1, 16, 8, 8), 1, 64, 128, LATENTS), r"instead of \(1, 16, 8, 16\)"),
         (lambda: checks.check_noise(torch.zeros(1, 64, 16), 1, 64, 64, LATENTS), r"noise: shape \(1, 64, 16\)"),
         (lambda: checks.check_latents("latents", torch.zeros(1, 4, 8, 8), LATENTS), r"4 channels instead of 16"),
