@@ -1,6 +1,6 @@
 """Lend model components to warm xDiT workers, and run jobs on them.
 
-Importing this loads no torch: that happens when tensors are first used.
+Importing this package does not import torch; the first use of tensors does.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # The transports are loaded when something is lent: who only asks for the status does not pay for them.
+    # Imported on first use, so that a program that only asks for the status does not import the transports.
     if name == "Arena":
         from xditd.client.arenas import Arena
 

@@ -1,4 +1,4 @@
-"""Arenas: memory that holds all tensors of a component in one block, ready to be lent without a copy."""
+"""Arenas: one allocation that holds all tensors of a component, so that it can be lent without a copy."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
     import torch
 
 _live: dict[int, weakref.ref[Arena]] = {}
-"""Arenas by ``id``. Every access is one step of the interpreter: threads need no lock, and a fork finds none held."""
+"""Arenas by ``id``. Every access is atomic under the GIL, so there is no lock that a fork could inherit locked."""
 
 
 class Arena:
     """All tensors of a component in one allocation, on the host or on one GPU.
 
-    ``Client.lend(arena.tensors)`` then shares them as they are: one handle, no copy. What is written
-    into ``arena.tensors`` is what the workers read, at once; write between jobs only.
+    ``Client.lend(arena.tensors)`` shares them without a copy, by one handle. The workers read at once what is
+    written into ``arena.tensors``; write between jobs only.
 
-    The arena owns the memory. Keep it until the loan has been returned, then call :meth:`close`, which
-    drops ``tensors``; views that you keep elsewhere must be gone by then.
+    The arena owns the memory. Keep it until the loan is returned, then delete all views that you hold and call
+    :meth:`close`, which clears ``tensors``.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: str = "cpu") -> None:
         """Allocate uninitialised tensors of these dtypes and shapes on ``cpu``, ``cuda`` or ``cuda:N``.
 
         Raises:
-            OutOfMemory: the device has no room.
-            BadRequest: a negative side.
-            UnsupportedDtype: a dtype that cannot cross.
-            Unsupported: a device of another kind, or one that is not there, or cuda-bindings is missing.
+            OutOfMemory: the device has too little free memory.
+            BadRequest: a shape has a negative size.
+            UnsupportedDtype: a dtype that cannot be sent to the workers.
+            Unsupported: a device of another kind, one that does not exist, or cuda-bindings is not installed.
         """
         import torch
 
         where = device_named(device)
         sizes = []
         for name, (dtype, shape) in shapes.items():
-            dtype_name(dtype, f"tensor {name}")  # refuses what cannot cross, before anything is allocated
+            dtype_name(dtype, f"tensor {name}")  # raises UnsupportedDtype before anything is allocated
             count = 1
             for side in shape:
                 if side < 0:
@@ -55,15 +55,15 @@ class Arena:
         offsets, total = place(sizes)
         self._memory: HostArena | DeviceArena
         self.tensors: dict[str, torch.Tensor] = {}
-        layout = zip(shapes.items(), offsets, strict=True)
+        placed = zip(shapes.items(), offsets, strict=True)
         if where.type == "cpu":
             host = HostArena(total)
-            self.tensors = {name: host.tensor(at, dtype_name(dtype), shape) for (name, (dtype, shape)), at in layout}
+            self.tensors = {name: host.tensor(at, dtype_name(dtype), shape) for (name, (dtype, shape)), at in placed}
             self.base_address = host.tensor(0, "uint8", (host.size_bytes,)).data_ptr()
             self._memory = host
         else:
             gpu = DeviceArena(total, torch.cuda.current_device() if where.index is None else where.index)
-            self.tensors = {name: gpu.tensor(at, dtype, shape) for (name, (dtype, shape)), at in layout}
+            self.tensors = {name: gpu.tensor(at, dtype, shape) for (name, (dtype, shape)), at in placed}
             self.base_address = gpu.bytes.data_ptr()
             self._memory = gpu
         self._is_closed = False
@@ -74,7 +74,7 @@ class Arena:
 
     @classmethod
     def copy_of(cls, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> Arena:
-        """Make an arena and copy tensors into it; ``copied`` then counts the bytes by kind."""
+        """Create an arena and copy tensors into it; ``copied`` counts the bytes by kind of copy."""
         import torch
 
         arena = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, device)
@@ -84,7 +84,7 @@ class Arena:
             for name in arena.fill(tensors):
                 moved[tensors[name].device.type] += tensors[name].nbytes
             if isinstance(arena._memory, DeviceArena):
-                torch.cuda.synchronize(arena._memory.index)  # the copies must have landed before a handle is given away
+                torch.cuda.synchronize(arena._memory.index)  # the copies must be complete before a handle is exported
         except BaseException:
             arena.close()
             raise
@@ -96,9 +96,9 @@ class Arena:
         return arena
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """Copy tensors into those of the same names, and yield each name once its values are there.
+        """Copy tensors into the arena's tensors of the same names, and yield each name when its copy is complete.
 
-        On a GPU that is so for work issued on the current stream; other tensors are copied meanwhile.
+        On a GPU, complete means complete for work on the current stream; other copies continue.
 
         Raises:
             Closed: the arena is closed.
@@ -132,7 +132,7 @@ class Arena:
         """Free the memory.
 
         Raises:
-            Internal: a tensor that views a host arena is still alive.
+            Internal: a view of a host arena still exists.
         """
         _live.pop(id(self), None)
         self.tensors.clear()
@@ -146,11 +146,11 @@ class Arena:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise Closed(f"arena of {self.size_bytes} bytes: it is closed, and its memory freed; make a new Arena")
+            raise Closed(f"arena of {self.size_bytes} bytes: it is closed and its memory is freed; make a new Arena")
 
 
 def host_arena_at(address: int) -> Arena | None:
-    """Find the live host arena that an address lies in."""
+    """Find the open host arena that contains an address."""
     for reference in list(_live.values()):
         arena = reference()
         if arena is None or not arena.base_address <= address < arena.base_address + arena.size_bytes:
@@ -161,10 +161,10 @@ def host_arena_at(address: int) -> Arena | None:
 
 
 def device_named(device: str) -> torch.device:
-    """Find the device that an arena is wanted on.
+    """Parse the name of an arena's device.
 
     Raises:
-        Unsupported: no such device, or one whose memory cannot be shared.
+        Unsupported: the device does not exist, or its memory cannot be shared.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The library's front door."""
+"""The class ``Client``: the public API for lending components and running jobs."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
     import torch
 
 SILENCE_DEADLINE_S: Final = 300.0
-"""Default for lends and jobs: the longest silence between two signs of progress. Starting workers, loading 22 GiB
-from a cold disk and compiling on the first step all stay well below it."""
+"""Default for lends and jobs: the longest time without progress. Starting workers, loading 22 GiB from a cold disk and
+compiling on the first step all take well below it."""
 
 
 class Client:
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
-    ``deadline_s`` bounds the silence between two signs of progress of a lend or a job; a total can be given to each
-    call. ``wait_s`` is for a daemon that is being started: how long to wait until its workers are ready.
-    Safe to use from several threads, not across ``fork``. When the daemon is gone, waiting calls raise
-    :class:`DaemonUnreachable` within a second; the next call greets the new daemon, where loans have
-    to be made again. Leaving a ``with`` block, or ``close()``, ends all loans; using the client after that raises
-    :class:`Closed`. A client that nobody holds any more is closed with a ``ResourceWarning``; a job under way holds it.
+    ``deadline_s`` is the longest time that a lend or a job may make no progress; each method can also bound its total
+    time. ``wait_s`` is how long to wait for a daemon that is being started, and for its workers, to be ready.
+    Safe to use from several threads, not across ``fork``. When the daemon exits, waiting methods raise
+    :class:`DaemonUnreachable` within a second; the next method connects to the new daemon, where components have
+    to be lent again. Leaving a ``with`` block, or ``close()``, ends all loans; using the client after that raises
+    :class:`Closed`. A client without references is closed with a ``ResourceWarning``; a running job references it.
 
     Raises:
         DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
-        BadRequest: ``deadline_s`` or ``wait_s`` is no time.
+        BadRequest: ``deadline_s`` or ``wait_s`` is not a number of seconds.
         WorkersUnavailable, DeadlineExceeded: with ``wait_s``, the workers are given up, or not ready in time.
-        ProtocolMismatch: the daemon is of a version that speaks another protocol.
+        ProtocolMismatch: the daemon's version uses another protocol.
         NotPermitted: the daemon serves another user.
     """
 
@@ -83,7 +83,7 @@ class Client:
             self._lifetime.close()
             raise
         self._finalizer = weakref.finalize(self, self._lifetime.abandon)
-        self._finalizer.atexit = False  # the daemon sees a process end: no program has to wait for it
+        self._finalizer.atexit = False  # the daemon notices when a process exits, so no program waits for this
 
     # --- Loans ---------------------------------------------------------------------------------
 
@@ -97,18 +97,18 @@ class Client:
         generation: int = 0,
         deadline_s: float | None = None,
     ) -> Loan:
-        """Lend a component; returns once every worker has mapped, verified and plugged it.
+        """Lend a component; returns when every worker has mapped, verified and plugged it.
 
-        ``source`` is a state dict, a path to a safetensors file, or a module. ``kind`` is guessed from the
-        tensor names where it is not given. ``device`` (``cuda``, ``cuda:1``) loads it into an arena there
-        first. Nothing is copied where memory can be shared as it is; ``Loan.copied`` says what was. Lending the
-        same memory again is a no-op that returns at once; after writing to it, raise ``generation``.
+        ``source`` is a state dict, a path to a safetensors file, or a module. Without ``kind``, the tensor names
+        determine it. ``device`` (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared
+        is not copied; ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once;
+        after writing to it, increase ``generation``.
 
         Raises:
-            BadCheckpoint: the file, or the set of tensors, is not sound; every fault is named.
+            BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
             UnknownFamily, UnsupportedDtype, Unsupported: the workers cannot run it.
             StaleSource: the workers do not read what this process wrote.
-            OutOfMemory: no room here or in a worker.
+            OutOfMemory: too little free memory in this process or in a worker.
         """
         return self._current().lend(
             source,
@@ -120,11 +120,11 @@ class Client:
         )
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
-        """Take a component back; once this returns no worker maps it."""
+        """Return a loan; when this returns, no worker maps the component."""
         loan.return_(deadline_s=deadline_s)
 
     def check_memory(self, *, deadline_s: float | None = None) -> None:
-        """Show that every worker reads what this process writes into shared memory; the first lend does so anyway.
+        """Check that every worker reads what this process writes into shared memory. The first lend does this too.
 
         Raises:
             StaleSource: a worker read something else.
@@ -134,13 +134,13 @@ class Client:
     check_canary = Renamed("check_memory")
 
     def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
-        """Make a component the workers' own, whichever process of yours has lent it; see ``Loan.adopt``."""
+        """Copy a component into the workers' own memory, whichever process of this user lent it; see ``Loan.adopt``."""
         return self._current().adopt(component_id, component_id, deadline_s)
 
     def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
-        """End a loan, or free an adopted component, whichever process of yours has lent it.
+        """End a loan, or free an adopted component, whichever process of this user lent it.
 
-        Returns once no worker maps or holds it. Jobs that use it fail with ``LeaseLost``, and so does its owner's next.
+        Returns when no worker maps or holds it. Running and later jobs that use it fail with ``LeaseLost``.
         """
         component_id = component if isinstance(component, str) else component.component_id
         self._current().revoke(component_id, deadline_s)
@@ -148,12 +148,12 @@ class Client:
     # --- Jobs ----------------------------------------------------------------------------------
 
     def facts(self, component: Loan | str) -> ComponentFacts:
-        """Say what the workers know of a component: its shapes and dtypes, the jobs it takes, and their defaults.
+        """Return the facts of a component: its shapes and dtypes, the jobs that it can run, and their defaults.
 
-        Those of a loan are at hand; those of a component that is named by its id are asked for once.
+        For a component id, the daemon is asked once.
 
         Raises:
-            UnknownComponent: it is not on loan.
+            UnknownComponent: the component is not lent.
         """
         return component.facts if isinstance(component, Loan) else self._current().facts_of(component)
 
@@ -176,26 +176,26 @@ class Client:
         options: Mapping[str, bool | int | float] | None = None,
         deadline_s: float | None = None,
     ) -> GenerationJob:
-        """Start a whole denoising loop in the workers, and hand back the job without waiting for it.
+        """Start a whole denoising loop in the workers, and return the job without waiting for it.
 
-        ``conditioning`` is by the names that the transformer's facts list, on any device: for FLUX.1 ``prompt_embeds``
-        (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768), for Z-Image ``prompt_embeds``, a list of
-        (tokens, 2560) for each image. ``noise``, shaped as the facts' latents, is used as it is; else ``seed`` makes
-        it, and without a seed one is drawn and handed back. ``sigmas`` replaces the family's own schedule: ``steps``
-        descending values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae``
-        adds the image to the result. ``previews`` lets ``job.denoised()`` say after each step what the latents are
-        about to become. ``options`` are the family's own, as its facts name them. Components may be named by id, as
-        ``xditd status`` shows them.
+        ``conditioning`` maps the names in the transformer's facts to tensors on any device: for FLUX.1
+        ``prompt_embeds`` (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768), for Z-Image
+        ``prompt_embeds``, a list of (tokens, 2560) for each image. ``noise`` has the shape of the facts' latents;
+        without it the noise is drawn from ``seed``, which is random unless given and is part of the result.
+        ``sigmas`` replaces the family's own schedule: ``steps`` descending values in (0, 1]. Without ``steps`` or
+        ``guidance_scale``, the family's default is used. A ``vae`` adds the image to the result. ``previews`` enables
+        ``job.denoised()``, the predicted clean latents after each step. ``options`` are the family's own, as its facts
+        name them. Components may be named by id, as ``xditd status`` shows them.
 
-        ``step_cache``, up to 1, trades precision for time: a step whose first block does nearly the same as at the
-        last one that was computed, by less than this share of it, is not computed to its end. 0.08 is a start, and
-        ``reused_steps`` of the result says how many that were. The same job gives the same bits again.
+        ``step_cache``, from 0 to 1, trades precision for time: if the first block's residual differs relatively by less
+        than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
+        ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
 
-        ``variant`` says whose rounding a transformer in half precision follows: ``"class"`` diffusers', or another one
-        that the facts name. In float32 they are the same.
+        ``variant`` names the implementation whose rounding is followed in half precision: ``"class"`` for diffusers,
+        or another one that the facts name. In float32 they are the same.
 
         Raises:
-            BadRequest: a value that no job can use, by name and with the remedy.
+            BadRequest: an invalid value; the message names it and the remedy.
             LeaseLost: a loan has ended.
         """
         if seed is not None and noise is not None:
@@ -221,10 +221,9 @@ class Client:
         return self._runner.generate(job, deadline_s, self)
 
     def keep(self, tensor: torch.Tensor) -> KeptTensor:
-        """Make a tensor that crosses once, with the first ``call`` that uses it, and is kept in the workers.
+        """Copy a tensor to the host for use in calls: the first ``call`` sends it, and the workers keep it.
 
-        It is copied to the host. The workers let go of it with this process, or when others were used since and room
-        is needed.
+        The workers drop it when this process exits, or when they need room for tensors that were used more recently.
         """
         return KeptTensor(tensor)
 
@@ -237,19 +236,20 @@ class Client:
         variant: str = "class",
         deadline_s: float | None = None,
     ) -> Any:
-        """Run a transformer's ``forward`` once in the workers; returns what it returns without ``return_dict``.
+        """Run a transformer's ``forward`` once in the workers; returns what it returns with ``return_dict=False``.
 
-        ``arguments`` are by the names of the class's ``forward``, and exactly as it takes them: dtypes, packing, sign
-        and units are the caller's business. They are tensors, what :meth:`keep` returns, :class:`RowsOf`, numbers,
-        texts, ``None``, and lists, tuples and maps of them. CPU tensors of at most 64 elements cross in the message:
-        give timesteps and guidance so, and the workers wait for no GPU to read them. Tensors of the result are the
-        caller's, on the device of the first one given.
+        ``arguments`` have the names of the class's ``forward`` and are passed as they are: the caller sees to dtypes,
+        packing, sign and units. They are tensors, what :meth:`keep` returns, :class:`RowsOf`, numbers, strings,
+        ``None``, and lists, tuples and dicts of them. CPU tensors of at most 64 elements are sent in the message:
+        give timesteps and guidance so, and the workers need not wait for a GPU to read them. The caller owns the
+        tensors of the result; they are on the device of the first tensor given.
 
-        ``foreseen`` are values of an argument in calls to come, if a sampler knows them: workers then make for all of
-        them at once what hangs on them alone, to the same bits. ``variant`` is that of :meth:`generate`.
+        ``foreseen`` are the values that an argument will have in later calls, if a sampler knows them: the workers
+        compute at once for all of them what depends on them alone, with the same bits. ``variant``: as in
+        :meth:`generate`.
 
         Raises:
-            BadRequest: something that cannot cross, or that the class does not take.
+            BadRequest: an argument that cannot be sent, or that the class does not take.
             LeaseLost: the loan has ended.
         """
         return self.call_parts(component, [arguments], foreseen=foreseen, variant=variant, deadline_s=deadline_s)[0]
@@ -263,10 +263,10 @@ class Client:
         variant: str = "class",
         deadline_s: float | None = None,
     ) -> list[Any]:
-        """Run a forward for each of ``parts``, such as the conditional and the unconditional half of one step.
+        """Run one forward for each of ``parts``, such as the conditional and the unconditional half of one step.
 
-        Each part gives what :meth:`call` gives for it. Nothing of them is joined, but they may run side by side on
-        different GPUs, and a tensor that several of them use crosses once.
+        Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
+        parallel on different GPUs; a tensor that several parts use is sent once.
         """
         named = self._component(component, ComponentKind.TRANSFORMER)
         return self._runner.call(named, parts, foreseen, variant, deadline_s)
@@ -279,12 +279,12 @@ class Client:
         pooled: bool = False,
         deadline_s: float | None = None,
     ) -> TextEncoding:
-        """Encode tokens (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
+        """Encode token ids (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
 
-        Every token counts, padding too; its facts say how many it takes. ``pooled`` asks for its pooled state.
+        Padding is not masked. The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state.
 
         Raises:
-            BadRequest: a token that the encoder does not know, too many tokens, or no pooled state.
+            BadRequest: an unknown token id, too many tokens, or an encoder without a pooled state.
         """
         job = encode_text_request(self._component(encoder, ComponentKind.TEXT_ENCODER), token_ids, pooled=pooled)
         found = self._runner.run(job, TextEncoded, deadline_s)
@@ -299,14 +299,14 @@ class Client:
         clamp: bool = True,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
-        """Decode latents to images (batch, channels, height, width) in [-1, 1], on their device and dtype.
+        """Decode latents to images (batch, channels, height, width) in [-1, 1], with their device and dtype.
 
-        ``transformer`` is the one whose latents they are: its facts say how they are scaled, which a VAE's tensors do
-        not tell. Without it the VAE's facts do, by what its family assumes. Without ``clamp`` values outside stay as
-        they are: tiles are joined before they are cut off.
+        ``transformer`` is the one that made the latents: its facts define their scaling. Without it, the scaling is
+        the default of the VAE's family. ``clamp=False`` keeps values outside the range, for tiles that are blended
+        before they are clamped.
 
         Raises:
-            BadRequest: latents of another shape, or a transformer whose latents are not this VAE's in size.
+            BadRequest: latents of another shape, or a transformer whose latents have another size than this VAE's.
         """
         job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
         image = self._runner.run(job, Decoded, deadline_s)["image"]
@@ -320,9 +320,9 @@ class Client:
         transformer: Loan | str | None = None,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
-        """Encode images (batch, channels, height, width) in [-1, 1] to latents, on their device and dtype.
+        """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
 
-        ``transformer`` is the one that shall read the latents, as in :meth:`decode`.
+        ``transformer`` is the one that will use the latents, as in :meth:`decode`.
         """
         job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(job, Encoded, deadline_s)["latents"]
@@ -338,7 +338,7 @@ class Client:
 
     @property
     def daemon_pid(self) -> int:
-        """The process at the other end."""
+        """The process id of the daemon."""
         return self._current().daemon_pid
 
     def status(self, *, deadline_s: float = CONTROL_DEADLINE_S) -> DaemonStatus:
@@ -350,9 +350,9 @@ class Client:
     def wait_ready(
         self, wait_s: float, *, workers: bool = True, show: Callable[[str], None] = lambda _: None
     ) -> DaemonStatus:
-        """Wait until a daemon answers and its workers are ready, or, without ``workers``, until it answers.
+        """Wait until a daemon answers and, with ``workers``, until its workers are ready.
 
-        ``show`` gets what is waited for, whenever it changes. A job may be sent before that, too: it then waits.
+        ``show`` is called with the reason for waiting, whenever it changes. Jobs that are sent earlier are queued.
 
         Raises:
             DaemonUnreachable: no daemon answers within ``wait_s``.
@@ -362,20 +362,20 @@ class Client:
         return wait_for(self.status, wait_s, workers=workers, show=show)
 
     def logs(self, after: int = 0, *, deadline_s: float = CONTROL_DEADLINE_S) -> tuple[list[str], int]:
-        """Ask for recent log lines from number ``after`` on; returns them and the number to go on from."""
+        """Return recent log lines from number ``after`` on, and the value of ``after`` for the next request."""
         connection = self._current().connection
         request = GetLogs(request_id=connection.next_request_id(), after_line=after)
         reply = connection.ask(request, LogLines, deadline_s=deadline_s)
         return list(reply.lines), reply.next_line
 
     def stop(self, *, deadline_s: float = CONTROL_DEADLINE_S) -> bool:
-        """Shut the daemon down, and wait for it; returns whether it has exited within ``deadline_s``."""
+        """Stop the daemon and wait; returns whether it exited within ``deadline_s``."""
         connection = self._current().connection
         connection.ask(Stop(request_id=connection.next_request_id()), Stopping, deadline_s=deadline_s)
         return connection.wait_lost(deadline_s)
 
     def close(self) -> None:
-        """End all loans and the session. A second call does nothing; all other calls raise ``Closed`` from then on."""
+        """End all loans and the session. May be called twice; all other methods then raise ``Closed``."""
         self._finalizer.detach()
         self._lifetime.close()
 

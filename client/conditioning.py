@@ -1,4 +1,4 @@
-"""Conditioning of generations, chosen from tensors or random, by names and shapes of a transformer's facts."""
+"""Conditioning for generations: selected from a file's tensors or random, by a transformer's facts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Conditioning = dict[str, "torch.Tensor | list[torch.Tensor]"]
 
 
 def conditioning_of(tensors: Mapping[str, torch.Tensor], facts: ComponentFacts, where: str) -> Conditioning:
-    """Choose the tensors that the facts name; a missing batch axis is put in front.
+    """Select the tensors that the facts name; a missing batch dimension is added in front.
 
     A list of one tensor for each image is ``NAME.0``, ``NAME.1`` and so on, or ``NAME``: of one image, or with a row
-    for each. Tensors of other names are left alone. ``where`` names what they come from, such as a file.
+    for each. Tensors with other names are ignored. ``where`` names their source in messages, such as a file.
 
     Raises:
-        BadRequest: one that is needed or a number of a list is missing, a list is given in both ways, or it is no
-            transformer.
+        BadRequest: a required tensor or a number of a list is missing, a list is given in both ways, or the component
+            is not a transformer.
     """
     taken = _conditioning(facts)
     chosen: Conditioning = {}
     for each in taken:
-        value = _chosen(tensors, each, where)
+        value = _select(tensors, each, where)
         if value is not None:
             chosen[each.name] = value
-    missing = [_spelled(each) for each in taken if each.is_needed and each.name not in chosen]
+    missing = [_name_text(each) for each in taken if each.is_needed and each.name not in chosen]
     if missing:
         there = listed(tensors) or "no tensors"
         raise BadRequest(f"{where}: lacks {' and '.join(missing)}; it holds {there}", names=tensors)
@@ -39,10 +39,10 @@ def conditioning_of(tensors: Mapping[str, torch.Tensor], facts: ComponentFacts, 
 
 
 def random_conditioning(facts: ComponentFacts, seed: int, text_tokens: int) -> Conditioning:
-    """Draw normal values for all that one image needs, in the order of the facts: a test pattern, not a prompt.
+    """Draw normal values for each required tensor of one image, in the order of the facts: a test pattern, no prompt.
 
     Raises:
-        BadRequest: a side other than the batch and the tokens is open, or it is no transformer.
+        BadRequest: a dimension other than batch and tokens has no fixed size, or the component is not a transformer.
     """
     import torch
 
@@ -51,7 +51,7 @@ def random_conditioning(facts: ComponentFacts, seed: int, text_tokens: int) -> C
     drawn: Conditioning = {}
     for each in _conditioning(facts):
         if each.is_needed:
-            tensor = torch.randn(*_sized(each, sides), generator=generator)
+            tensor = torch.randn(*_shape_of(each, sides), generator=generator)
             drawn[each.name] = [tensor] if each.is_list else tensor
     return drawn
 
@@ -62,14 +62,14 @@ def _conditioning(facts: ComponentFacts) -> tuple[ArgumentFacts, ...]:
     return facts.transformer.conditioning
 
 
-def _sized(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:
+def _shape_of(facts: ArgumentFacts, sides: Mapping[str, int]) -> tuple[int, ...]:
     unknown = [side for side in facts.shape if isinstance(side, str) and side not in sides]
     if unknown:
-        raise BadRequest(f"{facts.name}: its {listed(unknown)} cannot be told; give a file with it")
+        raise BadRequest(f"{facts.name}: its size of {listed(unknown)} is unknown; give a file with it")
     return tuple(sides[side] if isinstance(side, str) else side for side in facts.shape)
 
 
-def _chosen(
+def _select(
     tensors: Mapping[str, torch.Tensor], facts: ArgumentFacts, where: str
 ) -> torch.Tensor | list[torch.Tensor] | None:
     whole = tensors.get(facts.name)
@@ -90,5 +90,5 @@ def _chosen(
     return [tensors[name] for name in numbered]
 
 
-def _spelled(facts: ArgumentFacts) -> str:
+def _name_text(facts: ArgumentFacts) -> str:
     return f"{facts.name} (or {facts.name}.0 and on, one for each image)" if facts.is_list else facts.name

@@ -1,4 +1,4 @@
-"""The socket to the daemon: one background thread owns it, any number of threads use it."""
+"""The connection to the daemon: a background thread owns the ZeroMQ socket, and any number of threads use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import zmq
 
 from xditd import __version__
 from xditd.client.discovery import HINT, DaemonProcess, close_quietly, find_daemon
-from xditd.client.mailboxes import Mailbox, Patience
+from xditd.client.mailboxes import Mailbox, Timeouts
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.awake_clock import TICK_S, AwakeClock
@@ -49,11 +49,11 @@ CONTROL_DEADLINE_S: Final = 10.0
 
 _NEVER_MS: Final = 10**9
 _FLUSH_MS: Final = 250
-_LAST_WORDS_MS: Final = 100
+_LAST_REPLY_MS: Final = 100
 
 
 class _IoThread:
-    """The loop that owns the DEALER socket. It ends with the daemon, or when it is told to."""
+    """The thread that owns the DEALER socket. It ends when the daemon exits, or after ``close``."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon
@@ -62,29 +62,29 @@ class _IoThread:
         self._mailboxes: dict[str, Mailbox] = {}
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._calls: deque[Callable[[], None]] = deque()
+        self._callbacks: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._ends_by_s = math.inf
         self._beat_every_s: float | None = None
         self._beats = itertools.count(1)
         self._sent_s = time.monotonic()
         self.clock = AwakeClock()
-        """By which waits for the daemon are timed; this thread keeps it while there are any."""
+        """Measures the time that requests wait; this thread reads it regularly while any request waits."""
         self.loss: Callable[[], XditdError] | None = None
         self.ended = threading.Event()
-        # A context of its own: what a fork, or another library, does to a shared one is not our business.
+        # A separate context: forks and other libraries may terminate the shared one.
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        # One connection is one session: a new daemon would not know it, so ZeroMQ must not reconnect by itself. It is
-        # told by a time that never comes: with -1, libzmq 4.3.5 never came back from term() in one of ten connections
-        # whose daemon was killed while a message was on its way; so, it came back in each of 540.
+        # One connection is one session, which a new daemon does not know, so ZeroMQ must not reconnect by itself. The
+        # interval is very long instead of -1, because with -1 libzmq 4.3.5 hung in term() for one in ten connections
+        # whose daemon was killed while a message was being sent; with this value for none of 540.
         self._socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         self._socket.connect(endpoint(daemon.socket))
         self.thread = threading.Thread(target=self._run, name="xditd-connection", daemon=True)
         self.thread.start()
 
     def post(self, mailbox: Mailbox, payload: bytes) -> None:
-        """Queue a message for sending; its answers go to ``mailbox``. Any thread may call this."""
+        """Queue a message for sending; its replies go to ``mailbox``. Safe in any thread."""
         with self._lock:
             if self.loss is not None:
                 raise self.loss()
@@ -93,21 +93,22 @@ class _IoThread:
             os.eventfd_write(self._wake_fd, 1)
 
     def start_beating(self, every_s: float) -> None:
-        """Send a sign of life whenever nothing else was sent for so long; the daemon ends silent sessions."""
+        """Send a ``Beat`` whenever nothing else was sent for ``every_s``: the daemon ends silent sessions."""
         self._beat_every_s = every_s
         with self._lock:
             if self.loss is None:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def run_soon(self, call: Callable[[], None]) -> None:
-        """Have the loop's thread run something. Waits for no lock: finalizers run at any point of any thread.
+    def run_soon(self, callback: Callable[[], None]) -> None:
+        """Run a function on the connection's thread, at the latest with the next beat.
 
-        At worst it runs with the next sign of life; never, once the loop has ended; and not in a fork.
+        Takes no lock that it has to wait for, because finalizers run at any point of any thread. Does nothing once
+        the loop has ended, and in a fork.
         """
         if os.getpid() != self._made_by_pid:
             return
-        self._calls.append(call)
-        # The descriptor is closed under this lock. Who holds it wakes the loop, is the loop, or is this very thread.
+        self._callbacks.append(callback)
+        # The descriptor is closed under this lock. Its holder wakes the loop, is the loop, or is this thread.
         if self._lock.acquire(blocking=False):
             try:
                 if not self.ended.is_set():
@@ -116,11 +117,11 @@ class _IoThread:
                 self._lock.release()
 
     def end_within(self, deadline_s: float) -> None:
-        """Let the loop end at its first turn after a deadline, whatever is still awaited."""
+        """End the loop at its first iteration after a deadline, even if requests still wait."""
         self._ends_by_s = time.monotonic() + deadline_s
 
     def close(self) -> None:
-        """Ask the loop to end. Any thread may call this, also twice; in a fork it does nothing."""
+        """Ask the loop to end. Safe in any thread, and to call twice; does nothing in a fork."""
         if os.getpid() != self._made_by_pid:
             return
         with self._lock:
@@ -134,20 +135,20 @@ class _IoThread:
         poller.register(self._wake_fd, zmq.POLLIN)
         poller.register(self._daemon.pidfd, zmq.POLLIN)
         socket, pid = self._daemon.socket, self._daemon.pid
-        loss: Callable[[], XditdError] = lambda: Closed(  # noqa: E731 - a fresh error for each waiter
-            f"socket {socket}: this client is closed, and so is its connection; make a new Client"
+        loss: Callable[[], XditdError] = lambda: Closed(  # noqa: E731 - a new error for each waiting thread
+            f"socket {socket}: this client is closed; make a new Client"
         )
         try:
             while not self._is_closing and time.monotonic() < self._ends_by_s:
-                self._run_calls()
-                ready = dict(poller.poll(self._patience_ms()))
+                self._run_callbacks()
+                ready = dict(poller.poll(self._poll_timeout_ms()))
                 self.clock.now_s()
                 if self._wake_fd in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
                 if self._daemon.pidfd in ready:
-                    # What it sent last (the answer to Stop) may still be on its way through ZeroMQ's own thread.
-                    while self._socket.poll(_LAST_WORDS_MS):
+                    # ZeroMQ's own thread may not have delivered the last messages (such as the reply to Stop) yet.
+                    while self._socket.poll(_LAST_REPLY_MS):
                         self._receive()
                     loss = lambda: DaemonUnreachable(  # noqa: E731
                         f"socket {socket}: the daemon (pid {pid}) has exited; {HINT}"
@@ -163,17 +164,17 @@ class _IoThread:
             gone = f"socket {socket}: the daemon (pid {pid}) has ended this session: {error.detail}"
             loss = lambda: SessionLost(gone)  # noqa: E731
         except BadMessage as error:
-            detail = f"socket {socket}: the daemon sent what this client cannot read: {error.detail}"
+            detail = f"socket {socket}: the daemon sent an invalid message: {error.detail}"
             loss = lambda: BadMessage(detail)  # noqa: E731
         finally:
             self._end(loss)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
+    def _run_callbacks(self) -> None:
+        while self._callbacks:
+            self._callbacks.popleft()()
 
     def _receive(self) -> None:
-        """Hand all that has arrived to the mailboxes; an answer that nobody waits for is dropped."""
+        """Deliver all received messages to the mailboxes; replies without a mailbox are dropped."""
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -190,19 +191,19 @@ class _IoThread:
             if isinstance(reply, Failed) and reply.code == SessionLost.code:
                 raise SessionLost(reply.detail)
 
-    def _patience_ms(self) -> int | None:
-        """Say how long to sleep: until the next sign of life, or the next reading of the clock while anybody waits."""
+    def _poll_timeout_ms(self) -> int | None:
+        """Time until the next beat is due, or until the clock has to be read while a request waits."""
         rests_s = [TICK_S] if self._mailboxes else []
         if self._beat_every_s is not None:
-            rests_s.append(self._beat(self._beat_every_s))
+            rests_s.append(self._send_beat_if_due(self._beat_every_s))
         return math.ceil(min(rests_s) * 1000) if rests_s else None
 
-    def _beat(self, every_s: float) -> float:
-        """Queue a sign of life if one is due; returns the seconds until the next one."""
+    def _send_beat_if_due(self, every_s: float) -> float:
+        """Send a ``Beat`` if one is due; returns the seconds until the next one."""
         rest_s = self._sent_s + every_s - time.monotonic()
         if rest_s > 0:
             return rest_s
-        # Nobody waits for the answer. One that says "no session" ends this connection.
+        # No mailbox gets the reply. A ``Failed`` with the code of SessionLost ends this connection.
         self._outgoing.append(encode(Beat(request_id=f"beat-{next(self._beats)}")))
         self._send()
         return every_s
@@ -212,7 +213,7 @@ class _IoThread:
             self._sent_s = time.monotonic()
             try:
                 self._socket.send(self._outgoing[0], zmq.NOBLOCK)
-            except zmq.Again:  # a daemon that does not read: the caller's deadline decides
+            except zmq.Again:  # the daemon does not read: the caller's deadline applies
                 return
             self._outgoing.popleft()
 
@@ -224,25 +225,25 @@ class _IoThread:
             self._mailboxes.clear()
             close_quietly(self._wake_fd)
             close_quietly(self._daemon.pidfd)
-        # Before ZeroMQ is tidied up, which is no business of those who wait.
+        # Before the ZeroMQ socket is closed, so that waiting threads need not wait for that.
         for mailbox in waiting:
             mailbox.deliver(loss())
-        self._run_calls()
-        # A farewell or a cancel should still leave; to a dead daemon nothing can.
+        self._run_callbacks()
+        # Send what is still queued (a Goodbye, a Cancel), unless the daemon has exited.
         self._socket.close(linger=_FLUSH_MS if self._is_closing else 0)
         self._context.term()
 
 
 class Connection:
-    """One session with one daemon process, from ``Hello`` to the end of either side.
+    """One session with one daemon process, from ``Hello`` until either side closes.
 
-    Safe to use from several threads. When the daemon exits, every waiting request fails within a
-    second with :class:`DaemonUnreachable`, and so does every later one: make a new connection then. After ``close()``
-    they raise :class:`Closed`.
+    Safe to use from several threads. When the daemon exits, every waiting request fails within a second with
+    :class:`DaemonUnreachable`, and so does every later one: make a new connection. After ``close()`` requests raise
+    :class:`Closed`.
 
     Raises:
-        DaemonUnreachable: nobody listens, or no answer to ``Hello`` within ``hello_deadline_s``.
-        ProtocolMismatch: client and daemon are of versions that do not speak with each other.
+        DaemonUnreachable: no process listens, or no reply to ``Hello`` within ``hello_deadline_s``.
+        ProtocolMismatch: client and daemon use different protocol versions.
         NotPermitted: the daemon serves another user.
     """
 
@@ -255,14 +256,14 @@ class Connection:
         self._io = _IoThread(find_daemon(runtime))
         self._finalizer = weakref.finalize(self, self._io.run_soon, self._io.close)
         try:
-            self.welcome = self._greet(client_name, hello_deadline_s)
+            self.welcome = self._send_hello(client_name, hello_deadline_s)
             self._io.start_beating(self.welcome.beat_every_s)
             self._max_message_bytes = min(self._max_message_bytes, self.welcome.max_message_bytes)
         except BaseException:
             self.close()
             raise
 
-    def _greet(self, client_name: str, deadline_s: float) -> Welcome:
+    def _send_hello(self, client_name: str, deadline_s: float) -> Welcome:
         hello = Hello(
             request_id=self.next_request_id(),
             protocol_version=PROTOCOL_VERSION,
@@ -281,30 +282,30 @@ class Connection:
         """Whether the daemon has exited, or this side has closed."""
         return self._io.ended.is_set()
 
-    def run_soon(self, call: Callable[[], None]) -> None:
-        """Have the connection's thread run something that waits for nothing. Finalizers may call it."""
-        self._io.run_soon(call)
+    def run_soon(self, callback: Callable[[], None]) -> None:
+        """Run a function that does not block on the connection's thread. Safe in finalizers."""
+        self._io.run_soon(callback)
 
     def end_within(self, deadline_s: float) -> None:
-        """End this side after a deadline, if nobody does before."""
+        """Close the connection after a deadline, unless it is closed before."""
         self._io.end_within(deadline_s)
 
     def next_request_id(self) -> str:
         return f"{self._prefix}-{next(self._numbers)}"
 
     def submit(self, request: Request, purpose: str | None = None) -> Mailbox:
-        """Send a request and return the mailbox for its answers, without waiting.
+        """Send a request and return the mailbox for its replies, without waiting.
 
         Raises:
-            LimitExceeded: the encoded request is larger than the daemon reads.
+            LimitExceeded: the encoded request is larger than the daemon accepts.
             DaemonUnreachable: the daemon has exited.
             Closed: this side has closed.
             Unsupported: this is a fork of the process that made the connection.
         """
-        self._refuse_fork()
+        self._check_not_forked()
         payload = encode(request)
         if len(payload) > self._max_message_bytes:
-            # The daemon would not read so far as to learn whom to answer, and ZeroMQ might drop it without a word.
+            # The daemon would not read the request id, so it could not reply, and ZeroMQ might drop the message.
             raise LimitExceeded(
                 f"request {type(request).__name__}: {len(payload)} bytes, at most {self._max_message_bytes} are read; "
                 "lend a component in fewer, larger blocks, or have the operator raise message_bytes"
@@ -314,12 +315,12 @@ class Connection:
         return mailbox
 
     def ask(self, request: Request, reply_type: type[R], *, deadline_s: float = CONTROL_DEADLINE_S) -> R:
-        """Send a request and wait for its reply, ``deadline_s`` in all.
+        """Send a request and wait for its reply, at most ``deadline_s`` in total.
 
         Raises:
-            XditdError: what the daemon answered instead, or :class:`DeadlineExceeded`.
+            XditdError: the error that the daemon answered, or :class:`DeadlineExceeded`.
         """
-        return self.submit(request).wait(reply_type, Patience(silence_s=deadline_s, total_s=deadline_s))
+        return self.submit(request).wait(reply_type, Timeouts(silence_s=deadline_s, total_s=deadline_s))
 
     def wait_lost(self, deadline_s: float) -> bool:
         """Wait until the daemon has exited; returns whether it has."""
@@ -331,7 +332,7 @@ class Connection:
         return self._io.ended.is_set()
 
     def close(self) -> None:
-        """Close the socket. Waiting requests fail; in a fork of the maker this does nothing."""
+        """Close the socket. Waiting requests fail. Does nothing in a fork."""
         self._finalizer.detach()
         if os.getpid() != self._made_by_pid:
             return
@@ -339,9 +340,9 @@ class Connection:
         if threading.current_thread() is not self._io.thread:
             self._io.thread.join(timeout=CONTROL_DEADLINE_S)
 
-    def _refuse_fork(self) -> None:
+    def _check_not_forked(self) -> None:
         if os.getpid() != self._made_by_pid:
-            # The thread that owns the socket does not exist in the child, and loans belong to the parent.
+            # A child process has no thread that owns the socket, and the loans belong to the parent.
             raise Unsupported(
                 f"this client was made by process {self._made_by_pid} and is used by its fork {os.getpid()}; "
                 "make a new Client after the fork"

@@ -1,7 +1,7 @@
-"""Find the daemon behind a runtime folder, before ZeroMQ is involved.
+"""Find the daemon of a runtime folder, before ZeroMQ connects.
 
-ZeroMQ's ``connect()`` to nothing succeeds and queues in silence. A plain ``connect(2)`` answers at once,
-and names the process at the other end, so its death can be watched.
+ZeroMQ's ``connect()`` succeeds even if no process listens, and queues messages. A plain ``connect(2)`` fails at once,
+and gives the pid of the listening process, so that its exit can be watched by a pidfd.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from xditd.ipc.processes import peer_credentials
 
 HINT = "is it running? (xditd serve, or systemctl --user status xditd)"
 ACTIVATION_DEADLINE_S: Final = 20.0
-"""For a daemon that a service manager starts because we knocked: it binds in well under a second on a warm disk."""
+"""For a daemon that systemd starts by socket activation: it binds in well under a second on a warm disk."""
 
 _PROBE_DEADLINE_S: Final = 2.0
 _ACTIVATION_POLL_S: Final = 0.05
 _ACTIVATION_POLL_MAX_S: Final = TICK_S
-"""Each look is a connection, which the socket's queue holds until the daemon takes it: a few dozen at most."""
+"""Each poll is a connection that waits in the socket's backlog until the daemon accepts it: a few dozen at most."""
 
 
 @dataclass(frozen=True)
 class DaemonProcess:
-    """The process that listens on ``socket``. ``pidfd`` is readable once it has exited; the holder closes it."""
+    """The process that listens on ``socket``. ``pidfd`` is readable once it has exited; the caller closes it."""
 
     socket: Path
     pid: int
@@ -39,12 +39,12 @@ class DaemonProcess:
 
 
 def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
-    """Identify the process that listens on the daemon's socket; where systemd does so, wait until the daemon has it.
+    """Find the process that listens on the daemon's socket; if it is systemd, wait until the daemon takes over.
 
     Raises:
-        DaemonUnreachable: no socket, or nobody listens on it, or systemd did not get the daemon started.
+        DaemonUnreachable: no socket, no process listens on it, or systemd did not start the daemon in time.
         NotPermitted: the socket belongs to another user, or may not be opened.
-        Unsupported: the daemon's process cannot be seen from here.
+        Unsupported: the daemon runs in a pid namespace that is not visible here.
     """
     runtime.check_lengths()
     path = runtime.client_socket
@@ -52,11 +52,10 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
     began_s = clock.now_s()
     pause_s = _ACTIVATION_POLL_S
     while True:
-        pid, uid = _who_listens(path)
-        if pid and not _is_service_manager(pid, uid):
+        pid, uid = _find_listener(path)
+        if pid and not _is_systemd(pid, uid):
             _check_owner(path, uid)
-            # Connecting worked, so if the process that listened is gone, somebody else holds its socket: a service
-            # manager, which starts the next daemon because of our connection.
+            # The connection worked, so if the process is gone, systemd holds the socket and starts the next daemon.
             with contextlib.suppress(ProcessLookupError):
                 return DaemonProcess(socket=path, pid=pid, pidfd=os.pidfd_open(pid))
         elif pid == 0:
@@ -70,19 +69,19 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
                 f"socket {path}: systemd listens, but no daemon took over within {ACTIVATION_DEADLINE_S:.0f} s; "
                 "see journalctl --user -u xditd"
             )
-        # A manager tells nobody when its service is up: the socket's owner changes then.
+        # systemd does not notify clients when the service is up, but then another process listens on the socket.
         time.sleep(pause_s)
         pause_s = min(_ACTIVATION_POLL_MAX_S, pause_s * 1.3)
 
 
-def _who_listens(path: Path) -> tuple[int, int]:
-    """Return pid and uid of whoever listens."""
+def _find_listener(path: Path) -> tuple[int, int]:
+    """Return the pid and uid of the process that listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_DEADLINE_S)
         try:
             probe.connect(os.fspath(path))
         except FileNotFoundError:
-            raise DaemonUnreachable(f"socket {path}: no such socket; no daemon here: {HINT}") from None
+            raise DaemonUnreachable(f"socket {path}: no such socket; {HINT}") from None
         except ConnectionRefusedError:
             raise DaemonUnreachable(
                 f"socket {path}: connection refused; the daemon that made it has exited: {HINT}"
@@ -102,15 +101,15 @@ def _who_listens(path: Path) -> tuple[int, int]:
 
 def _check_owner(path: Path, uid: int) -> None:
     if uid != os.getuid():
-        # /tmp is shared: whoever made the folder first could pose as our daemon.
+        # /tmp is shared: another user who made the folder first could imitate the daemon.
         raise NotPermitted(
             f"socket {path}: served by uid {uid}, not by uid {os.getuid()}; name your own daemon's folder "
             "(--runtime-dir or XDITD_RUNTIME_DIR)"
         )
 
 
-def _is_service_manager(pid: int, uid: int) -> bool:
-    """Whether systemd, the system's or this user's own, still listens in the daemon's place."""
+def _is_systemd(pid: int, uid: int) -> bool:
+    """Whether the process is systemd, the system's or this user's own."""
     if uid not in (0, os.getuid()):
         return False
     with contextlib.suppress(OSError):
@@ -119,6 +118,6 @@ def _is_service_manager(pid: int, uid: int) -> bool:
 
 
 def close_quietly(descriptor: int) -> None:
-    """Close a descriptor that may be closed already."""
+    """Close a descriptor and ignore errors."""
     with contextlib.suppress(OSError):
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Loading a safetensors file into an arena, from the page cache, without a copy of the whole on the host."""
+"""Load a safetensors file into an arena from the page cache, without a copy of the whole file on the host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def load_into_arena(lent: LentFile, header: Header, device: str) -> Arena:
-    """Copy every tensor of an open file to an arena on ``device``; the arena is the caller's to close.
+    """Copy every tensor of an open file to an arena on ``device``; the caller closes the arena.
 
     Raises:
-        OutOfMemory: no room there.
-        StaleSource: the file changed meanwhile.
+        OutOfMemory: the device has too little free memory.
+        StaleSource: the file changed while it was read.
     """
     from xditd.ipc.transports.host_shm import HostMapping
 

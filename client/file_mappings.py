@@ -1,4 +1,4 @@
-"""Finding the file behind a tensor: what ``safetensors`` and ``torch`` map, and whether it was written to."""
+"""Find the memory-mapped file of a tensor (``safetensors`` and ``torch`` map files), if no page was written to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READ_ENTRIES: Final = 1 << 16
 
 @dataclass(frozen=True)
 class FileMapping:
-    """A stretch of this process's address space that maps a file."""
+    """An address range of this process that maps a file."""
 
     start: int
     end: int
@@ -28,7 +28,7 @@ class FileMapping:
     path: str
 
     def offset_of(self, address: int) -> int:
-        """Where in the file an address of this mapping lies."""
+        """Offset in the file of an address in this mapping."""
         return self.file_offset_bytes + address - self.start
 
     def is_current(self) -> bool:
@@ -41,7 +41,7 @@ class FileMapping:
 
 
 class AddressSpace:
-    """A snapshot of this process's file mappings, to be asked for many tensors.
+    """A snapshot of this process's file mappings.
 
     Source: proc(5), /proc/pid/maps.
     """
@@ -65,7 +65,7 @@ class AddressSpace:
         self._starts = [mapping.start for mapping in self._mappings]
 
     def file_behind(self, address: int, size_bytes: int) -> FileMapping | None:
-        """Find the mapping that holds a whole stretch, if the file still has its name and no page was written to."""
+        """Find the mapping that contains an address range, if the path still names the file and no page was written."""
         at = bisect_right(self._starts, address) - 1
         if at < 0:
             return None
@@ -76,10 +76,10 @@ class AddressSpace:
 
 
 def _is_pristine(address: int, size_bytes: int) -> bool:
-    """Whether every page of a private mapping is still the file's own.
+    """Whether no page of a private mapping was written to.
 
-    A page that was written to is anonymous: present (or swapped out) and not file-backed. Pages
-    that were never touched are neither, and hold what the file holds.
+    A written page is anonymous: present (or swapped out) and not file-backed. A page that was never accessed is not
+    present, and has the file's content.
     """
     first = address // _PAGE
     last = (address + size_bytes - 1) // _PAGE

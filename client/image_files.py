@@ -1,4 +1,4 @@
-"""Images as files: which format a file name means, whether it can be written, and its bytes."""
+"""Encode images to files: choose the format by the suffix, and check beforehand that it can be written."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 _SUGGESTED: Final = (".png", ".jpg", ".webp", ".tiff", ".bmp")
 _TRIAL_PIXELS: Final = 16
 _ENCODER_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SystemError)
-"""What encoders of Pillow raise for an image that their format cannot hold; it promises no class."""
+"""What Pillow's encoders raise for an image that the format cannot hold; its documentation names no class."""
 
 
 def check_image_target(path: str | os.PathLike[str], width: int, height: int) -> Path:
-    """Look, before an image is made, whether it can be written to a path in the format that its suffix names.
+    """Check, before an image is generated, that it can be written to a path in the format of its suffix.
 
-    Returns the path with ``~`` replaced.
+    Returns the path with ``~`` expanded.
 
     Raises:
-        BadRequest: no suffix, one of no image format, a format that cannot hold an image of this size, or no file.
-        OutputFailed: the place may not be written, or has no room for the image uncompressed.
+        BadRequest: no suffix, an unknown one, a format that cannot hold an image of this size, or not a regular file.
+        OutputFailed: the path cannot be written, or the disk has no room for the uncompressed image.
     """
     image_format(path, width, height)
     return check_target(path, 3 * width * height)
 
 
 def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
-    """Name Pillow's format for a path, which can hold an image of this size.
+    """Return the name of Pillow's format for a path, checked to hold an image of this size.
 
     Raises:
-        BadRequest: there is none.
+        BadRequest: there is no such format.
     """
     from PIL import Image
 
@@ -53,11 +53,11 @@ def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
     if name is None:
         hint = did_you_mean(suffix, _SUGGESTED)
         raise BadRequest(f"image file {target}: {suffix} is no image format; {remedy}{hint}")
-    # Pillow lists formats that it only reads, and writes some in another size (icons) or not in colour: try it. As
-    # long as the image's longer side, since formats differ in the largest that they hold.
+    # Pillow also lists formats that it only reads, or that change the size (icons) or the colours, so encode a trial
+    # image. It is as long as the image's longer side, because the largest size depends on the format.
     trial = Image.new("RGB", (max(width, height), _TRIAL_PIXELS))
     try:
-        with Image.open(io.BytesIO(_encoded(trial, name))) as found:
+        with Image.open(io.BytesIO(_encode(trial, name))) as found:
             is_kept = found.size == trial.size
     except _ENCODER_ERRORS:
         is_kept = False
@@ -73,12 +73,12 @@ def encode_image(image: Image.Image, format_name: str) -> bytes:
         OutputFailed: the encoder failed.
     """
     try:
-        return _encoded(image, format_name)
+        return _encode(image, format_name)
     except _ENCODER_ERRORS as error:
         raise OutputFailed(f"image as {format_name}: {error}; save it as .png") from error
 
 
-def _encoded(image: Image.Image, format_name: str) -> bytes:
+def _encode(image: Image.Image, format_name: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format_name)
     return buffer.getvalue()

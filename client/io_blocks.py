@@ -1,7 +1,7 @@
-"""Shared memory that carries a job's tensors to the workers and back.
+"""Shared memory blocks that hold a job's input and output tensors, and a pool of them.
 
-A job borrows a block of its own from the pool, so that jobs of several threads never meet. Inputs come
-first, outputs after them; both are copied, so that a block can carry the next job at once.
+Each job takes its own block from the pool, so that jobs of several threads do not share one. Inputs come first,
+outputs after them; both are copied, so that a block can be used for the next job at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _IDLE_BLOCKS_OF_A_SIZE: Final = 4
 
 
 class IoPlaces:
-    """Where each tensor of a job lies: inputs first, outputs after them, each at a multiple of 256 bytes."""
+    """Offsets of a job's tensors in its block: inputs first, outputs after them, each at a multiple of 256 bytes."""
 
     def __init__(self) -> None:
         self._end = 0
@@ -44,7 +44,7 @@ class IoPlaces:
         return self._reserve(dtype_name(dtype), shape)
 
     def add_room(self, size_bytes: int) -> int:
-        """Reserve room for outputs whose places the workers choose; returns where it begins."""
+        """Reserve room for outputs whose offsets the workers choose; returns the offset of the room."""
         self._begin_outputs()
         offset = align(self._end)
         self._end = offset + size_bytes
@@ -52,8 +52,8 @@ class IoPlaces:
 
     def _begin_outputs(self) -> None:
         if not self._has_outputs:
-            # A worker checks the first bytes of a block when it maps it. They must not change when a faster rank
-            # has begun to write its outputs.
+            # A worker verifies the first bytes of a block when it maps it. A faster rank that already writes its
+            # outputs must not change them.
             self._end = max(self._end, _FINGERPRINTED_BYTES)
             self._has_outputs = True
 
@@ -65,13 +65,13 @@ class IoPlaces:
 
 
 class IoBlock:
-    """A block on loan from the pool to one job."""
+    """The block of one job."""
 
     def __init__(self, arena: HostArena) -> None:
         self.arena = arena
 
     def write(self, spec: IoTensor, tensor: torch.Tensor) -> None:
-        """Copy a tensor in. A CUDA tensor crosses to the host here; the copy has ended on return."""
+        """Copy a tensor, also from a GPU, into the block; the copy is complete on return."""
         place = self.arena.tensor(spec.offset_bytes, spec.dtype, spec.shape)
         if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg():
             _copy_bytes(place, tensor)
@@ -81,7 +81,7 @@ class IoBlock:
             place.copy_(tensor.detach())
 
     def read(self, spec: IoTensor, device: torch.device) -> torch.Tensor:
-        """Copy a tensor out, to memory that the caller owns."""
+        """Copy a tensor out of the block, to memory that the caller owns."""
         import torch
 
         view = self.arena.tensor(spec.offset_bytes, spec.dtype, spec.shape)
@@ -92,15 +92,14 @@ class IoBlock:
         return copy
 
     def describe(self) -> HostShmBlock:
-        """Describe the block for the wire. Call it after the inputs are written: it takes the fingerprint."""
+        """Describe the block for a message. Call it after the inputs are written: it computes the fingerprint."""
         return self.arena.block()
 
 
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy contiguous host memory in this thread.
+    """Copy contiguous host memory in this thread, not by torch.
 
-    Not by torch: it spreads even a small copy over all its threads, and a step of a sampler waits until they are awake
-    (with sixteen of them, this was seen to take 10 ms in a worker).
+    torch splits even a small copy over all its threads, and waking sixteen of them took 10 ms in a worker.
     """
     import ctypes
 
@@ -116,7 +115,7 @@ class IoPool:
         self._is_closed = False
 
     def borrow(self, size_bytes: int) -> IoBlock:
-        """Take a block of at least ``size_bytes``. Give it back once the workers are done with it."""
+        """Take a block of at least ``size_bytes``. Give it back when no worker uses it any more."""
         rounded = max(ALLOCATION_BYTES, 1 << (size_bytes - 1).bit_length())
         with self._lock:
             idle = self._idle.get(rounded)
@@ -136,11 +135,11 @@ class IoPool:
         block.arena.close()
 
     def drop(self, block: IoBlock) -> None:
-        """Unmap a block that a worker may still write to. Workers see that it is closed, and unmap it too."""
+        """Unmap a block that a worker may still write to. Workers notice that it is closed, and unmap it too."""
         block.arena.close()
 
     def close(self) -> None:
-        """Unmap the idle blocks; those on loan follow when they come back."""
+        """Unmap the idle blocks; blocks in use are unmapped when they are given back."""
         with self._lock:
             self._is_closed = True
             arenas = [arena for idle in self._idle.values() for arena in idle]

@@ -1,4 +1,4 @@
-"""Checks on what a caller hands to ``lend``: the thing, its value and the remedy, before any memory is touched."""
+"""Check the arguments of ``lend`` before any memory is shared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
     """Get the tensors of a state dict or a module, each checked.
 
     Raises:
-        BadRequest: neither of the two, or an entry that is no tensor with memory of its own.
+        BadRequest: neither of the two, or an entry that is not a tensor with its own memory.
     """
     if not isinstance(source, Mapping) and not hasattr(source, "state_dict"):
         raise BadRequest(f"{type(source).__name__} cannot be lent: give a state dict, a module or a path")
@@ -33,16 +33,16 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Refuse what the daemon could not read.
+    """Refuse a manifest that the daemon could not decode.
 
     Raises:
-        BadRequest: no tensors, more blocks than a message may hold, or a label that is no name.
+        BadRequest: no tensors, more blocks than a message may hold, or an invalid label.
     """
     if not manifest.tensors:
         raise BadRequest(f"component {manifest.label!r} without tensors: nothing to lend")
     if len(manifest.blocks) > limits.MAX_BLOCKS:
         raise BadRequest(
-            f"component {manifest.label!r} lies in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
+            f"component {manifest.label!r} is in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
             "can be lent; copy it into an Arena first"
         )
     if not _is_name(manifest.label):
@@ -75,7 +75,7 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise BadRequest(f"tensor {name} has {tensor.ndim} dimensions: at most {limits.MAX_RANK} can be lent")
     try:
         address = tensor.data_ptr()
-    except RuntimeError:  # how tensor subclasses say that their memory is not to be had
+    except RuntimeError:  # tensor subclasses raise it if they have no accessible memory
         address = 0
     if tensor.numel() and not address:
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""Turning what a client holds into a manifest: for each tensor the first tier that needs no copy.
+"""Describe a component in a manifest: for each tensor the first tier that needs no copy.
 
 | tensors | tier | copied |
 |---|---|---|
@@ -42,26 +42,28 @@ logger = logging.getLogger(__name__)
 
 
 class Offer:
-    """A component that is ready to be lent, and the owner of what the loan needs until it ends.
+    """A component that is ready to be lent: its manifest, and what keeps its memory alive.
 
-    Holds the storages of the lent tensors, the arenas made for them and the open files. Call
-    :meth:`close` once the workers have unmapped the component.
+    Owns the storages of the lent tensors, the arenas made for them and the open files. Call
+    :meth:`close` when the workers have unmapped the component.
     """
 
-    def __init__(self, manifest: Manifest, copied: CopiedBytes, timings_ms: dict[str, float], held: _Held) -> None:
+    def __init__(
+        self, manifest: Manifest, copied: CopiedBytes, timings_ms: dict[str, float], memory: _LentMemory
+    ) -> None:
         self.manifest = manifest
         self.copied = copied
         self.timings_ms = timings_ms
-        self.tier_notes = tuple(held.notes)
-        self._held = held
+        self.tier_notes = tuple(memory.notes)
+        self._memory = memory
 
     def close(self) -> None:
-        """Let go of the lent memory. A second call does nothing."""
-        self._held.close()
+        """Release the lent memory. May be called twice."""
+        self._memory.close()
 
 
-class _Held:
-    """Blocks being collected, and everything that keeps their memory alive."""
+class _LentMemory:
+    """The blocks of a manifest, and the storages, arenas and files that keep their memory alive."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -73,7 +75,7 @@ class _Held:
         self._files: dict[str, LentFile] = {}
 
     def block_number(self, key: tuple[Any, ...], make: Callable[[], Block]) -> int:
-        """Number of the block with this key; made when it is first asked for."""
+        """Return the number of the block with this key, and make the block at the first use."""
         if key not in self._keys:
             self.blocks.append(make())
             self._keys[key] = len(self.blocks) - 1
@@ -108,100 +110,100 @@ def describe(
     device: str | None = None,
     generation: int = 0,
 ) -> Offer:
-    """Get a component ready to be lent.
+    """Prepare a component to be lent.
 
     ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file.
-    ``device`` (``cuda``, ``cuda:N``) loads it into an arena there first. Without ``kind`` the workers
-    tell it by the tensors. ``generation`` rises when memory that is lent already was written to.
+    ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
+    determine it from the tensors. Increase ``generation`` after writing to memory that is already lent.
 
     Raises:
-        BadCheckpoint: the file is not a sound safetensors file.
-        StaleSource: the file changed while it was being read.
+        BadCheckpoint: the file is not a valid safetensors file.
+        StaleSource: the file changed while it was read.
         BadRequest: a tensor has no memory that can be shared.
-        Unsupported: there is no such ``device``, or the tensors are of a form that is known not to run.
-        UnsupportedDtype: a dtype that cannot cross.
-        OutOfMemory: no room for an arena.
+        Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
+        UnsupportedDtype: a dtype that cannot be sent to the workers.
+        OutOfMemory: too little free memory for an arena.
     """
-    held = _Held()
+    memory = _LentMemory()
     started = time.perf_counter()
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
             path = expand_home(os.fsdecode(source))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
-            specs = _describe_file(path, label, device, held)
+            specs = _describe_file(path, label, device, memory)
         else:
             label = label or "state_dict"
-            specs = _describe_tensors(state_of(source), device, held)
+            specs = _describe_tensors(state_of(source), device, memory)
         manifest = Manifest(
-            kind=kind, label=label, blocks=tuple(held.blocks), tensors=tuple(specs), generation=generation
+            kind=kind, label=label, blocks=tuple(memory.blocks), tensors=tuple(specs), generation=generation
         )
         check_manifest(manifest)
     except BaseException as error:
         if isinstance(error, XditdError):
             for line in in_log_lines(error.names):
-                logger.info("not lent, all of the names: %s", line)
-        traceback.clear_frames(error.__traceback__)  # they hold views, and an arena with views cannot be freed
-        held.close()
+                logger.info("not lent, names of the error: %s", line)
+        traceback.clear_frames(error.__traceback__)  # frames hold views, and an arena with views cannot be freed
+        memory.close()
         raise
-    return Offer(manifest, held.copied, {"describe": (time.perf_counter() - started) * 1e3}, held)
+    return Offer(manifest, memory.copied, {"describe": (time.perf_counter() - started) * 1e3}, memory)
 
 
-def _describe_file(path: str, label: str, device: str | None, held: _Held) -> list[TensorSpec]:
+def _describe_file(path: str, label: str, device: str | None, memory: _LentMemory) -> list[TensorSpec]:
     shard = shard_of(path)
     if shard is not None:
         raise BadCheckpoint(f"{path}: this is {shard}")
-    lent = held.open_file(path)
+    lent = memory.open_file(path)
     header = read_header(lent.fd, path)
     if device is not None:
         known = form_error({stored.name: stored for stored in header.tensors})
-        if known is not None:  # the workers would say so once everything is loaded
+        if known is not None:  # before loading: the workers would fail only after it
             raise named(label, known)
-        arena = held.own_arena(load_into_arena(lent, header, device))
-        held.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
-        return _describe_tensors(arena.tensors, None, held)
-    number = held.block_number(("file", path), lambda: lent.block(header.length_bytes))
-    held.notes.append(f"file tier: workers map {path}; nothing is read into this process")
+        arena = memory.own_arena(load_into_arena(lent, header, device))
+        memory.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
+        return _describe_tensors(arena.tensors, None, memory)
+    number = memory.block_number(("file", path), lambda: lent.block(header.length_bytes))
+    memory.notes.append(f"file tier: workers map {path}; nothing is read into this process")
     return [TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes) for s in header.tensors]
 
 
-def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, held: _Held) -> list[TensorSpec]:
+def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, memory: _LentMemory) -> list[TensorSpec]:
     import torch
 
     if device is not None:
         wanted = device_named(device)
         places = {tensor.device for tensor in tensors.values()}
         if any(place.type != wanted.type or wanted.index not in (None, place.index) for place in places):
-            tensors = held.own_arena(Arena.copy_of(tensors, device)).tensors
-            held.notes.append(f"copied once into an arena on {device}, as asked")
+            tensors = memory.own_arena(Arena.copy_of(tensors, device)).tensors
+            memory.notes.append(f"copied once into an arena on {device}, as device= requests")
     for index in sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda}):
         torch.cuda.synchronize(index)  # weights that are still being written must not be exported
 
     specs: dict[str, TensorSpec] = {}
-    homeless: dict[str, torch.Tensor] = {}
-    finder = _HostFinder(held)
-    segments = _Segments(held)
+    to_copy: dict[str, torch.Tensor] = {}
+    host_finder = _HostFinder(memory)
+    cuda_finder = _CudaFinder(memory)
     for name, tensor in tensors.items():
         if tensor.is_neg():
             spec = None  # its memory holds the negatives of its values
         elif tensor.is_cuda:
-            spec = segments.find(name, tensor)
+            spec = cuda_finder.find(name, tensor)
         elif tensor.device.type == "cpu":
-            spec = finder.find(name, tensor)
+            spec = host_finder.find(name, tensor)
         else:
-            raise BadRequest(f"tensor {name} lies on device {tensor.device}: only cpu and cuda tensors can be lent")
+            raise BadRequest(f"tensor {name} is on device {tensor.device}: only cpu and cuda tensors can be lent")
         if spec is None:
-            homeless[name] = tensor
+            to_copy[name] = tensor
         else:
             specs[name] = spec
-    specs.update(_rehouse(homeless, held))
+    specs.update(_copy_to_arenas(to_copy, memory))
     return [specs[name] for name in tensors]
 
 
-class _Segments:
-    """Lends CUDA tensors by the allocation that they lie in; one driver call for each allocation, not each tensor."""
+class _CudaFinder:
+    """Finds the CUDA allocation of each tensor, with one driver call for each allocation instead of each tensor."""
 
-    def __init__(self, held: _Held) -> None:
-        self._held = held
+    def __init__(self, memory: _LentMemory) -> None:
+        self._memory = memory
         self._known: dict[int, tuple[int, int]] = {}
         self._unexportable: set[int] = set()
         self._last = (0, 0)
@@ -220,25 +222,24 @@ class _Segments:
 
         def make() -> Block:
             whole = cuda_ipc.wrap_segment(base, size, tensor.device.index)
-            length = _spec(
-                name, tensor, 0, 0
-            ).extent_bytes  # what follows may be another tensor, and change at any time
+            # Only this tensor: the memory behind it may belong to another one, and change at any time.
+            length = _spec(name, tensor, 0, 0).extent_bytes
             return cuda_ipc.export_allocation(base, whole, tensor.device.index, address - base, length)
 
         try:
-            number = self._held.block_number(("cuda", tensor.device.index, base), make)
+            number = self._memory.block_number(("cuda", tensor.device.index, base), make)
         except cuda_ipc.NotExportable:
             self._unexportable.add(base)
             return None
-        self._held.keep(tensor.untyped_storage())
+        self._memory.keep(tensor.untyped_storage())
         return _spec(name, tensor, number, address - base)
 
 
 class _HostFinder:
-    """Lends CPU tensors that lie in an arena or are an unwritten slice of a mapped file."""
+    """Finds CPU tensors that are in an arena or are an unwritten slice of a mapped file."""
 
-    def __init__(self, held: _Held) -> None:
-        self._held = held
+    def __init__(self, memory: _LentMemory) -> None:
+        self._memory = memory
         self._space: AddressSpace | None = None
 
     def find(self, name: str, tensor: torch.Tensor) -> TensorSpec | None:
@@ -246,9 +247,9 @@ class _HostFinder:
         arena = host_arena_at(address)
         if arena is not None:
             offset = address - arena.base_address
-            number = self._held.block_number(("arena", arena.base_address), lambda: arena.block(offset))
-            self._held.keep(arena)
-            self._held.keep(tensor.untyped_storage())
+            number = self._memory.block_number(("arena", arena.base_address), lambda: arena.block(offset))
+            self._memory.keep(arena)
+            self._memory.keep(tensor.untyped_storage())
             return _spec(name, tensor, number, offset)
         return self._find_file(name, tensor, address)
 
@@ -260,29 +261,29 @@ class _HostFinder:
         if mapping is None:
             return None
         try:
-            lent = self._held.open_file(mapping.path)
+            lent = self._memory.open_file(mapping.path)
         except BadCheckpoint:
-            return None  # it can be mapped, but not be opened again
+            return None  # it is mapped, but cannot be opened again
         if lent.identity != (mapping.device, mapping.inode):
-            return None  # the name was given to another file between the look and the open
-        number = self._held.block_number(("file", mapping.path), lent.block)
-        self._held.keep(tensor.untyped_storage())
+            return None  # another file got this name before it was opened
+        number = self._memory.block_number(("file", mapping.path), lent.block)
+        self._memory.keep(tensor.untyped_storage())
         return _spec(name, tensor, number, mapping.offset_of(address))
 
 
-def _rehouse(homeless: Mapping[str, torch.Tensor], held: _Held) -> dict[str, TensorSpec]:
-    """Copy tensors that cannot be lent where they are into one arena for each device."""
+def _copy_to_arenas(to_copy: Mapping[str, torch.Tensor], memory: _LentMemory) -> dict[str, TensorSpec]:
+    """Copy tensors whose memory cannot be shared into one arena for each device."""
     by_device: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in homeless.items():
+    for name, tensor in to_copy.items():
         by_device.setdefault(str(tensor.device), {})[name] = tensor
     specs: dict[str, TensorSpec] = {}
     for device, tensors in by_device.items():
-        arena = held.own_arena(Arena.copy_of(tensors, device))
-        number = held.block_number(("arena", arena.base_address), lambda arena=arena: arena.block())  # type: ignore[misc]
+        arena = memory.own_arena(Arena.copy_of(tensors, device))
+        number = memory.block_number(("arena", arena.base_address), lambda arena=arena: arena.block())  # type: ignore[misc]
         for name, tensor in arena.tensors.items():
             specs[name] = _spec(name, tensor, number, tensor.data_ptr() - arena.base_address if tensor.numel() else 0)
         where = "no file holds them unchanged" if device == "cpu" else "their allocator cannot export memory"
-        held.notes.append(f"{len(tensors)} tensors copied once into an arena on {device}: {where}")
+        memory.notes.append(f"{len(tensors)} tensors copied once into an arena on {device}: {where}")
     return specs
 
 

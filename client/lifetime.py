@@ -1,4 +1,4 @@
-"""From the making of a client to its end: one session after the other, each with one daemon."""
+"""The sessions of a client: opened on demand, one for each daemon process, and closed with the client."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 import warnings
 
 from xditd.client.io_blocks import IoPool
-from xditd.client.session import Closure, Session
+from xditd.client.session import ClosedState, Session
 from xditd.ipc.addresses import RuntimeDir
 
 
 class Lifetime:
-    """Opens sessions and ends them. It does not know its client, so that a client that nobody holds is collected."""
+    """Opens and closes a client's sessions. It holds no reference to the client, which can so be garbage-collected."""
 
     def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float) -> None:
         self.runtime = runtime
@@ -21,26 +21,26 @@ class Lifetime:
         self._silence_s = silence_s
         self._made_by_pid = os.getpid()
         self._lock = threading.Lock()
-        self._closure = Closure()
+        self._closed = ClosedState()
         self._session: Session | None = None
 
     @property
     def state(self) -> str:
-        """``closed``, or which daemon is at the other end."""
+        """``closed``, ``no daemon`` or ``daemon PID``."""
         session = self._session
-        if self._closure.reason is not None:
+        if self._closed.reason is not None:
             return "closed"
         return "no daemon" if session is None or session.is_lost else f"daemon {session.daemon_pid}"
 
     def current(self) -> Session:
-        """The session, or a new one where the daemon of the last one is gone.
+        """Return the session, or open a new one if the last one's daemon has exited.
 
         Raises:
             Closed: the client is closed.
             DaemonUnreachable: no daemon runs.
         """
         with self._lock:
-            self._closure.check()
+            self._closed.check()
             if self._session is not None and self._session.is_lost:
                 self._session.close()
                 self._session = None
@@ -49,30 +49,29 @@ class Lifetime:
             return self._session
 
     def close(self) -> None:
-        """End the session and its loans, and wait for that. A second call does nothing."""
+        """End the session and its loans, and wait for that. May be called twice."""
         with self._lock:
             session, self._session = self._session, None
-            self._closure.reason = self._closure.reason or "this client is closed"
+            self._closed.reason = self._closed.reason or "this client is closed"
         if session is not None:
             session.close()
         self._pool.close()
 
     def abandon(self) -> None:
-        """End the session and its loans, since nobody holds the client any more. Waits for nothing, and takes no lock.
-
-        Python calls this at any point of any thread, also one that holds a lock of ours.
+        """End the session and its loans when the client is garbage-collected. Does not block, and takes no lock:
+        Python calls this at any point of any thread, also while the thread holds one of the locks here.
         """
         if os.getpid() != self._made_by_pid:
-            return  # a fork has a copy of the client, and none of its loans
+            return  # a fork has a copy of the client, but not its loans
         session, self._session = self._session, None
-        self._closure.reason = "this client was not closed, and nobody held it any more"
+        self._closed.reason = "this client was not closed before it was garbage-collected"
         if session is not None:
             session.abandon()
         warnings.warn(
-            f"a Client of {self.runtime.path} was not closed: its loans go back; use a with block, or call close()",
+            f"a Client of {self.runtime.path} was not closed: its loans end now; use a with block, or call close()",
             ResourceWarning,
             stacklevel=1,
         )
 
     def _open(self) -> Session:
-        return Session(self.runtime, self._name, self._pool, self._silence_s, self._closure)
+        return Session(self.runtime, self._name, self._pool, self._silence_s, self._closed)

@@ -1,4 +1,4 @@
-"""Components that are lent, as the client sees them."""
+"""``Loan``: the client's side of a lent component."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from xditd.ipc.replies import Lent
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 
-class Lender(Protocol):
-    """What a loan asks of the session that made it."""
+class LoanSession(Protocol):
+    """The methods of a session that its loans use."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether the daemon that holds the session's loans is gone."""
+        """Whether the session has ended, and its loans with it."""
 
     def check_loans(self, what: str) -> None:
-        """Raise ``Closed``, ``DaemonUnreachable`` or ``LeaseLost`` if the session's loans have ended."""
+        """Raise ``Closed``, ``DaemonUnreachable`` or ``LeaseLost`` if the session has ended."""
 
     def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
-        """Have the workers copy a component; returns what was copied."""
+        """Copy a component into the workers' own memory; returns the bytes copied."""
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
-        """Take a component back; once this returns no worker maps it."""
+        """Return a loan; when this returns, no worker maps the component."""
 
 
 class Loan:
-    """A component that the workers hold mapped, until ``return_()``, the client's end, or the daemon's.
+    """A component that the workers map until ``return_()`` is called, the client is closed, or the daemon exits.
 
-    The lent memory must stay alive and unwritten meanwhile; the loan keeps the storages that it lent.
+    Do not write to the lent memory during that time; the loan keeps its storages alive.
     Leaving a ``with`` block returns the loan.
     """
 
@@ -40,7 +40,7 @@ class Loan:
 
     def __init__(
         self,
-        session: Lender,
+        session: LoanSession,
         lent: Lent,
         *,
         label: str,
@@ -50,36 +50,36 @@ class Loan:
         self._session = session
         self._is_returned = False
         self.is_adopted = False
-        """Whether the workers hold it in memory of their own: it then outlives this client."""
+        """Whether the workers have copied it to their own memory: it then outlives this client."""
         self.kind: ComponentKind = lent.facts.kind
         self.label = label
         self.component_id = lent.component_id
         self.facts: ComponentFacts = lent.facts
-        """What the workers know of it: shapes, dtypes, and what jobs it takes."""
+        """Shapes, dtypes, and the jobs that it can run."""
         self.tiers: tuple[Tier, ...] = lent.tiers
         self.lent_bytes = lent.lent_bytes
         self.copied: CopiedBytes = copied_here + lent.copied
-        """Bytes copied for this loan by kind: by the client, and by the workers over all ranks."""
+        """Bytes copied for this loan by kind of copy: by the client, and by all ranks together."""
         self.is_reused = lent.is_reused
         self.is_model_reused = lent.is_model_reused
         self.timings_ms = timings_ms
 
     @property
     def family(self) -> str:
-        """The model family that runs it."""
+        """The model family."""
         return self.facts.family
 
     @property
     def is_live(self) -> bool:
-        """Whether jobs can still name it."""
+        """Whether jobs can still use it."""
         return not self._is_returned and not self._session.is_lost
 
     def check(self) -> None:
         """Refuse a loan that has ended.
 
         Raises:
-            LeaseLost: it was returned, or the daemon that held it is gone and another one runs.
-            DaemonUnreachable: the daemon that held it is gone, and none runs.
+            LeaseLost: it was returned, or its daemon has exited and another one runs.
+            DaemonUnreachable: its daemon has exited, and none runs.
             Closed: its client is closed.
         """
         what = f"component {self.label} ({self.component_id})"
@@ -88,15 +88,15 @@ class Loan:
         self._session.check_loans(what)
 
     def adopt(self, *, deadline_s: float | None = None) -> CopiedBytes:
-        """Have the workers copy the component, and let go of this process's memory; returns what was copied.
+        """Copy the component into the workers' own memory, and release this process's; returns the bytes copied.
 
-        One copy for each rank that maps the lent memory: on its GPU, or on the host where the ranks run on the CPU.
-        The component then outlives this client, by its ``component_id``, until ``Client.revoke`` or the end of the
-        worker group. Returning the loan frees nothing any more, and what is written to the lent memory is not seen.
+        Each rank that maps the lent memory makes one copy: on its GPU, or on the host where the ranks run on the CPU.
+        The component then outlives this client, under its ``component_id``, until ``Client.revoke`` or the end of the
+        worker group. Returning the loan or writing to the lent memory then has no effect.
 
         Raises:
             LeaseLost: the loan has ended.
-            OutOfMemory: a worker has no room for the copy; the loan stays as it was.
+            OutOfMemory: a worker has too little memory for the copy; the loan is unchanged.
         """
         self.check()
         copied = self._session.adopt(self.component_id, self.label, deadline_s)
@@ -104,9 +104,9 @@ class Loan:
         return copied
 
     def return_(self, *, deadline_s: float | None = None) -> None:
-        """Take the component back; once this returns no worker maps it. A loan that has ended is no error.
+        """End the loan; when this returns, no worker maps the component. May be called twice.
 
-        Of an adopted component the workers map nothing of this process: there is nothing to take back.
+        Does nothing for an adopted component: the workers no longer map memory of this process.
         """
         if self._is_returned or self.is_adopted:
             return
@@ -123,7 +123,7 @@ class Loan:
             self.return_()
         except XditdError:
             if error is None:
-                raise  # else the first error says more
+                raise  # the error inside the block is more important
 
     def __repr__(self) -> str:
         tiers = "+".join(tier.value for tier in self.tiers)
@@ -132,10 +132,10 @@ class Loan:
 
 
 def kind_named(kind: ComponentKind | str) -> ComponentKind:
-    """Read a kind, by its name or as it is.
+    """Convert the name of a component kind.
 
     Raises:
-        BadRequest: there is none of this name.
+        BadRequest: unknown name.
     """
     try:
         return ComponentKind(kind)
@@ -145,10 +145,10 @@ def kind_named(kind: ComponentKind | str) -> ComponentKind:
 
 
 def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
-    """The id of a loan that is live and of this kind; an id is taken as it is.
+    """Return the id of a live loan of this kind; a component id is returned unchanged.
 
     Raises:
-        BadRequest: it is neither, or of another kind.
+        BadRequest: neither a loan nor an id, or a loan of another kind.
         LeaseLost: the loan has ended.
     """
     if isinstance(component, str):

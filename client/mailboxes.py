@@ -1,4 +1,4 @@
-"""One mailbox a request: what the daemon answered, in order, for the thread that waits."""
+"""One mailbox for each request: a queue of the daemon's replies for the thread that waits for them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Queued, StepDone
 R = TypeVar("R", bound=Reply)
 
 Ending = AnyReply | XditdError
-"""What ends a request: its reply, ``Failed``, or the loss of the connection."""
+"""The last item of a request: its reply, ``Failed``, or the error of a lost connection."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait: ``silence_s`` without any sign of progress, ``total_s`` altogether (``None``: no bound)."""
+class Timeouts:
+    """How long to wait: ``silence_s`` for the next event or reply, ``total_s`` in total (``None``: no limit)."""
 
     silence_s: float
     total_s: float | None = None
 
 
 class Mailbox:
-    """Filled by the connection's thread, emptied by one other thread. ``clock`` is the connection's."""
+    """The connection's thread puts replies in, one other thread takes them. ``clock`` is the connection's."""
 
     def __init__(self, request_id: str, purpose: str, clock: AwakeClock) -> None:
         self.request_id = request_id
@@ -40,7 +40,7 @@ class Mailbox:
         self._on_ending: Callable[[Ending], None] | None = None
         self._clock = clock
         self._started_s = clock.now_s()
-        self._last_word = "nothing was heard"
+        self._last_event = "no event was received"
 
     @property
     def is_ended(self) -> bool:
@@ -48,7 +48,7 @@ class Mailbox:
         return self._ending is not None
 
     def deliver(self, item: Ending) -> bool:
-        """Put in what arrived. Returns whether the request has ended. Called by the connection's thread."""
+        """Put an event or a reply in, on the connection's thread. Returns whether the request has ended."""
         if isinstance(item, (Queued, StepDone)):
             self._items.put(item)
             return False
@@ -61,7 +61,7 @@ class Mailbox:
         return True
 
     def when_ended(self, callback: Callable[[Ending], None]) -> None:
-        """Call ``callback`` once, with the ending: at once if it is there, else on the connection's thread."""
+        """Call ``callback`` once with the last item: now if the request has ended, else on the connection's thread."""
         with self._lock:
             ending = self._ending
             if ending is None:
@@ -69,48 +69,48 @@ class Mailbox:
         if ending is not None:
             callback(ending)
 
-    def take(self, patience: Patience) -> AnyReply:
+    def take(self, timeouts: Timeouts) -> AnyReply:
         """Wait for the next event or reply.
 
         Raises:
-            DeadlineExceeded: silence, or the whole wait, took longer than ``patience`` allows.
+            DeadlineExceeded: ``silence_s`` or ``total_s`` is over.
             XditdError: the connection was lost.
         """
         began_s = self._clock.now_s()
         while True:
-            rest_s = patience.silence_s - self._clock.waited_s(began_s)
-            if patience.total_s is not None:
-                rest_s = min(rest_s, patience.total_s - self._clock.waited_s(self._started_s))
-            # In short waits: what this process stood still for is not held against the daemon.
+            rest_s = timeouts.silence_s - self._clock.waited_s(began_s)
+            if timeouts.total_s is not None:
+                rest_s = min(rest_s, timeouts.total_s - self._clock.waited_s(self._started_s))
+            # In short waits, because the clock does not count the time that this process was suspended.
             with contextlib.suppress(Empty):
-                return self._note(self._items.get(timeout=min(TICK_S, max(0.0, rest_s))))
+                return self._record_event(self._items.get(timeout=min(TICK_S, max(0.0, rest_s))))
             if rest_s <= 0:
-                raise self._overdue(began_s)
+                raise self._deadline_error(began_s)
 
-    def _overdue(self, began_s: float) -> DeadlineExceeded:
+    def _deadline_error(self, began_s: float) -> DeadlineExceeded:
         now_s = self._clock.now_s()
         return DeadlineExceeded(
             f"{self.purpose}: no answer from the daemon for {now_s - began_s:.1f} s, {now_s - self._started_s:.1f} s "
-            f"after the request; {self._last_word}; see xditd status, or allow more (deadline_s)"
+            f"after the request; {self._last_event}; see xditd status, or raise deadline_s"
         )
 
-    def _note(self, item: Ending) -> AnyReply:
+    def _record_event(self, item: Ending) -> AnyReply:
         if isinstance(item, XditdError):
             raise item
         if isinstance(item, Queued):
-            self._last_word = f"last heard: {item.ahead} ahead in the queue, {item.reason or 'waiting'}"
+            self._last_event = f"last event: {item.ahead} jobs ahead in the queue, {item.reason or 'waiting'}"
         elif isinstance(item, StepDone):
-            self._last_word = f"last heard: step {item.step} of {item.total_steps}"
+            self._last_event = f"last event: step {item.step} of {item.total_steps}"
         return item
 
-    def wait(self, reply_type: type[R], patience: Patience, on_event: Callable[[AnyEvent], None] | None = None) -> R:
-        """Wait for the reply, handing events to ``on_event``.
+    def wait(self, reply_type: type[R], timeouts: Timeouts, on_event: Callable[[AnyEvent], None] | None = None) -> R:
+        """Wait for the reply; ``on_event`` is called with each event before it.
 
         Raises:
-            XditdError: what the daemon answered instead, by its code; or as :meth:`take`.
+            XditdError: the error that the daemon answered, by its code; or as :meth:`take`.
         """
         while True:
-            item = self.take(patience)
+            item = self.take(timeouts)
             if isinstance(item, (Queued, StepDone)):
                 if on_event is not None:
                     on_event(item)
@@ -119,7 +119,7 @@ class Mailbox:
 
 
 def expect(reply: AnyReply, reply_type: type[R], purpose: str) -> R:
-    """Narrow a reply to the type that its request promises, or raise what the daemon meant."""
+    """Return a reply of the expected type, or raise the error that a ``Failed`` describes."""
     if isinstance(reply, reply_type):
         return reply
     if isinstance(reply, Failed):

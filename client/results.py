@@ -1,4 +1,4 @@
-"""What jobs hand back."""
+"""Results of jobs: ``GenerationResult`` and ``TextEncoding``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GenerationResult:
-    """Latents, and the image where a VAE was named; both belong to the caller.
+    """The latents of a generation, and the image if a VAE was given; the caller owns both.
 
-    ``latents``, shaped as the facts of the transformer say, have the device and dtype of ``noise``, or without it of
+    ``latents`` have the shape in the transformer's facts, and the device and dtype of ``noise`` or, without it, of
     the first conditioning. ``image`` (batch, channels, height, width) is float32 in [-1, 1], on the same device.
-    ``timings_ms`` is the slowest worker's by phase, with ``round_trip`` as the client saw it. ``seed`` is the seed that
-    was used, ``None`` where ``noise`` was given. ``reused_steps`` is how many steps the step cache spared, counted for
-    each image of the batch; 0 without one.
+    ``timings_ms`` is the slowest worker's time by phase; ``round_trip`` is the client's. ``seed`` is the seed that
+    was used, ``None`` if ``noise`` was given. ``reused_steps`` counts the steps that the step cache skipped, over all
+    images of the batch.
     """
 
     latents: torch.Tensor
@@ -37,23 +37,23 @@ class GenerationResult:
         """Convert one image of the batch to 8-bit RGB.
 
         Raises:
-            BadRequest: the job named no VAE, so there is no image; or no image of this number.
+            BadRequest: the job had no VAE, so there is no image; or ``index`` is out of range.
         """
         if self.image is None:
-            raise BadRequest("image: the job named no VAE; pass vae=... to generate, or decode the latents")
+            raise BadRequest("image: the job had no VAE; pass vae=... to generate, or decode the latents")
         count = len(self.image)
         if not -count <= index < count:
             raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
         return image_to_pil(self.image[index])
 
     def save(self, path: str | os.PathLike[str], index: int = 0) -> Path:
-        """Write one image of the batch to a file in one step, in the format that its suffix names.
+        """Write one image of the batch to a file atomically, in the format of its suffix.
 
-        Makes the folder, and returns the path with ``~`` replaced.
+        Creates the folder, and returns the path with ``~`` expanded.
 
         Raises:
             BadRequest: as :meth:`to_pil`; or the suffix names no format that can hold the image.
-            OutputFailed: the place may not be written or has no room. The result is still here: save it elsewhere.
+            OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
         from xditd.client.image_files import encode_image, image_format
         from xditd.client.output_files import write_file
@@ -68,10 +68,10 @@ class GenerationResult:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextEncoding:
-    """What a text encoder makes of tokens, in float32, on their device; both belong to the caller.
+    """The output of a text encoder in float32, on the device of the token ids; the caller owns it.
 
-    ``hidden_states`` (batch, tokens, width) are the last layer after the final norm. ``pooled`` (batch, width), if it
-    was asked for, is the state at the first end-of-text token, not projected, as FLUX.1 takes it.
+    ``hidden_states`` (batch, tokens, width) are the last layer after the final norm. ``pooled`` (batch, width), if
+    requested, is the state at the first end-of-text token, not projected, as FLUX.1 takes it.
     """
 
     hidden_states: torch.Tensor
@@ -83,7 +83,7 @@ class TextEncoding:
 
 
 def image_to_pil(image: torch.Tensor) -> Image.Image:
-    """Convert (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clipped."""
+    """Convert an image (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clamped."""
     import ctypes
 
     import torch
@@ -92,5 +92,5 @@ def image_to_pil(image: torch.Tensor) -> Image.Image:
     scaled = (image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255
     pixels = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
     height, width, _ = pixels.shape
-    # Not through numpy: torch works without it, and the client does not depend on it.
+    # Without numpy, on which the client does not depend.
     return Image.frombytes("RGB", (width, height), ctypes.string_at(pixels.data_ptr(), pixels.nbytes))

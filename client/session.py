@@ -1,4 +1,4 @@
-"""One client at one daemon: its connection, the memory check, and the loans that end with it."""
+"""A client's session with one daemon process: its connection, the memory check, and its loans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.client.connection import CONTROL_DEADLINE_S, Connection
 from xditd.client.discovery import close_quietly, find_daemon
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
-from xditd.client.mailboxes import Ending, Patience
+from xditd.client.mailboxes import Ending, Timeouts
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
     Closed,
@@ -44,39 +44,35 @@ _FAREWELL_DEADLINE_S: Final = 30.0
 
 
 @dataclass
-class _Holding:
-    """What one component keeps alive here. Lending the same bytes again gives the same component once more; all
-    offers stay open until its last loan is returned, since the daemon maps again from the newest one's descriptors."""
+class _LentComponent:
+    """The offers and the number of loans of one component. Lending the same bytes again gives the same component; all
+    offers stay open until its last loan is returned, because new workers map the newest one's descriptors."""
 
     offers: list[Offer] = field(default_factory=list)
     loans: int = 0
 
 
-class Closure:
-    """Whether a client is closed, and by whom. The client's sessions share it, and so do their loans."""
+class ClosedState:
+    """Whether and why a client is closed. The client shares it with its sessions."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
 
     def check(self) -> None:
-        """Refuse to go on with a client that is closed.
-
-        Raises:
-            Closed: it is.
-        """
+        """Raise ``Closed`` if the client is closed."""
         if self.reason is not None:
             raise Closed(f"{self.reason}; make a new Client")
 
 
 class Session:
-    """From ``Hello`` until this side closes or the daemon exits. Safe to use from several threads."""
+    """One session, from ``Hello`` until this side closes or the daemon exits. Safe to use from several threads."""
 
-    def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float, closure: Closure) -> None:
+    def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float, closed: ClosedState) -> None:
         self._runtime = runtime
-        self._closure = closure
+        self._closed = closed
         self._pool = pool
         self._silence_s = silence_s
-        self._holdings: dict[str, _Holding] = {}
+        self._components: dict[str, _LentComponent] = {}
         self._lock = threading.Lock()
         self._memory_lock = threading.Lock()
         self._is_memory_checked = False
@@ -94,14 +90,14 @@ class Session:
         return self.connection.is_lost
 
     def check_loans(self, what: str) -> None:
-        """Refuse to use a loan of a session that has ended, by the true cause.
+        """Refuse a loan of a session that has ended.
 
         Raises:
-            Closed: this side has closed it.
-            DaemonUnreachable: its daemon is gone, and no other one runs.
-            LeaseLost: another daemon runs, which knows nothing of the loan, or the same has ended the session.
+            Closed: the client is closed.
+            DaemonUnreachable: the daemon has exited, and no other one runs.
+            LeaseLost: another daemon runs, which does not have the loan, or the daemon ended the session.
         """
-        self._closure.check()
+        self._closed.check()
         if self.is_lost:
             close_quietly(find_daemon(self._runtime).pidfd)
             raise LeaseLost(f"{what}: its loan ended with daemon {self.daemon_pid}; lend it again")
@@ -119,9 +115,9 @@ class Session:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
         from xditd.client.lending import describe
 
-        patience = Patience(self._silence_s, deadline_s)
+        timeouts = Timeouts(self._silence_s, deadline_s)
         started = time.perf_counter()
-        self._check_memory(patience)
+        self._check_memory(timeouts)
         memory_check_ms = (time.perf_counter() - started) * 1e3
         offer = describe(source, kind=kind, label=label, device=device, generation=generation)
         manifest = offer.manifest
@@ -132,7 +128,7 @@ class Session:
         )  # fmt: skip
         for note in offer.tier_notes:
             logger.info("lending label=%s %s", manifest.label, note)
-        lent = self._send(offer, patience)
+        lent = self._send_lend(offer, timeouts)
         timings = {**lent.timings_ms, **offer.timings_ms}
         if memory_check_ms > 1.0:
             timings["memory_check"] = memory_check_ms
@@ -153,59 +149,59 @@ class Session:
         return loan
 
     def check_memory(self, deadline_s: float | None) -> None:
-        """Show, unless that was done before, that every worker reads this process's memory.
+        """Check, unless that was done before, that every worker reads this process's shared memory.
 
         Raises:
             StaleSource: a worker read something else.
         """
-        self._check_memory(Patience(self._silence_s, deadline_s))
+        self._check_memory(Timeouts(self._silence_s, deadline_s))
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
-        """Take back one loan of a component; the daemon counts them too, and the last one unmaps it."""
+        """Return one loan of a component; the daemon counts the loans, and the last one unmaps the component."""
         with self._lock:
-            holding = self._holdings.get(component_id)
-            if holding is None:
+            component = self._components.get(component_id)
+            if component is None:
                 return
-            holding.loans -= 1
-            freed = [] if holding.loans else self._holdings.pop(component_id).offers
+            component.loans -= 1
+            freed = [] if component.loans else self._components.pop(component_id).offers
         request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
         try:
             mailbox = self.connection.submit(request, f"return of {label}")
         except (Closed, DaemonUnreachable, SessionLost):
-            _close_offers(freed)  # daemon and workers are gone, or have ended the loan: nothing maps the memory
+            _close_offers(freed)  # the daemon has exited or ended the loan: no worker maps the memory
             return
-        # The memory stays alive until the workers have unmapped it, however long this thread waits for that.
+        # The memory stays alive until the workers have unmapped it, even if this thread stops waiting before.
         mailbox.when_ended(lambda _: _close_offers(freed))
         try:
-            mailbox.wait(Returned, Patience(self._silence_s, deadline_s))
+            mailbox.wait(Returned, Timeouts(self._silence_s, deadline_s))
         except (Closed, DaemonUnreachable, LeaseLost, SessionLost) as error:
-            logger.info("loan had ended component_id=%s reason=%s", component_id, error.detail)
+            logger.info("loan had already ended component_id=%s reason=%s", component_id, error.detail)
 
     def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
-        """Have the workers copy a component; what it kept alive here is let go once they have."""
+        """Copy a component into the workers' own memory, then release this process's memory of it."""
         request = Adopt(request_id=self.connection.next_request_id(), component_id=component_id)
         mailbox = self.connection.submit(request, f"adoption of {label}")
         try:
-            adopted = mailbox.wait(Adopted, Patience(self._silence_s, deadline_s))
+            adopted = mailbox.wait(Adopted, Timeouts(self._silence_s, deadline_s))
         except BaseException:
-            mailbox.when_ended(lambda ending: self._let_go(component_id) if isinstance(ending, Adopted) else None)
+            mailbox.when_ended(lambda ending: self._release(component_id) if isinstance(ending, Adopted) else None)
             raise
-        self._let_go(component_id)
+        self._release(component_id)
         return adopted.copied
 
     def revoke(self, component_id: str, deadline_s: float | None) -> None:
-        """End somebody's loan, or free an adopted component."""
+        """End a loan of any process of this user, or free an adopted component."""
         request = Revoke(request_id=self.connection.next_request_id(), component_id=component_id)
         mailbox = self.connection.submit(request, f"revocation of {component_id}")
-        mailbox.wait(Revoked, Patience(self._silence_s, deadline_s))
+        mailbox.wait(Revoked, Timeouts(self._silence_s, deadline_s))
 
     def facts_of(self, component_id: str) -> ComponentFacts:
-        """Ask what the workers know of a component, whichever process has lent it.
+        """Return the facts of a component, whichever process lent it.
 
-        Asked once: a component keeps its id for as long as its tensors have their names, dtypes and shapes.
+        They are cached: the names, dtypes and shapes of a component id's tensors do not change.
 
         Raises:
-            UnknownComponent: it is not on loan, or the workers are not done with its lend.
+            UnknownComponent: the component is not lent, or its lend is not complete.
         """
         found = self._facts.get(component_id)
         if found is None:
@@ -214,59 +210,59 @@ class Session:
             known = {each.component_id: each.facts for each in status.components if each.facts is not None}
             if component_id not in known:
                 raise UnknownComponent(
-                    f"component {component_id}: not on loan (returned, not lent to its end yet, or its owner is gone); "
-                    "lend it, or name one that `xditd status` shows"
+                    f"component {component_id}: not on loan (returned, lend not complete, or its owner has exited); "
+                    "lend it, or use an id that `xditd status` shows"
                 )
             self._facts = known
             found = known[component_id]
         return found
 
-    def _let_go(self, component_id: str) -> None:
+    def _release(self, component_id: str) -> None:
         with self._lock:
-            holding = self._holdings.pop(component_id, None)
-        if holding is not None:
-            _close_offers(holding.offers)
+            component = self._components.pop(component_id, None)
+        if component is not None:
+            _close_offers(component.offers)
 
     def close(self) -> None:
-        """End the session and all its loans. Does not raise for a daemon that is gone."""
+        """End the session and all its loans. Does not raise if the daemon has exited."""
         if not self.is_lost:
             try:
                 farewell = Goodbye(request_id=self.connection.next_request_id())
                 self.connection.ask(farewell, Farewell, deadline_s=_FAREWELL_DEADLINE_S)
             except XditdError as error:
-                logger.warning("session closed without a farewell reason=%s", error)
+                logger.warning("session closed without an answer to Goodbye reason=%s", error)
         self._end()
 
     def abandon(self) -> None:
-        """End the session of a client that was forgotten. For its finalizer: waits for no answer and for no lock."""
+        """End the session in the client's finalizer: waits for no reply and takes no lock."""
         if self.is_lost:
-            self._free()
+            self._release_all()
         else:
-            self.connection.run_soon(self._leave)
+            self.connection.run_soon(self._send_goodbye)
 
-    def _leave(self) -> None:
-        """Say goodbye, and end the session once that is answered. On the connection's thread."""
-        logger.warning("client was not closed, its loans go back daemon_pid=%d", self.daemon_pid)
+    def _send_goodbye(self) -> None:
+        """Send ``Goodbye``, and end the session when it is answered. Runs on the connection's thread."""
+        logger.warning("client was not closed, its loans end now daemon_pid=%d", self.daemon_pid)
         try:
             mailbox = self.connection.submit(Goodbye(request_id=self.connection.next_request_id()))
         except XditdError:
             self._end()
             return
         self.connection.end_within(_FAREWELL_DEADLINE_S)
-        # Holds this session, and with it the lent memory, until workers have unmapped it.
+        # The callback keeps this session and the lent memory alive until the workers have unmapped it.
         mailbox.when_ended(lambda _: self._end())
 
     def _end(self) -> None:
         self.connection.close()
-        self._free()
+        self._release_all()
 
-    def _free(self) -> None:
-        """Let go of all lent memory. Without a lock: nobody lends in a session that has ended."""
+    def _release_all(self) -> None:
+        """Release all lent memory. Needs no lock: a session that has ended lends nothing."""
         with contextlib.suppress(KeyError):
             while True:
-                _close_offers(self._holdings.popitem()[1].offers)
+                _close_offers(self._components.popitem()[1].offers)
 
-    def _send(self, offer: Offer, patience: Patience) -> Lent:
+    def _send_lend(self, offer: Offer, timeouts: Timeouts) -> Lent:
         label = offer.manifest.label
         request = Lend(request_id=self.connection.next_request_id(), manifest=offer.manifest, copied=offer.copied)
         try:
@@ -275,36 +271,36 @@ class Session:
             offer.close()
             raise
         try:
-            lent = mailbox.wait(Lent, patience, on_event=lambda event: _log_event(label, event))
+            lent = mailbox.wait(Lent, timeouts, on_event=lambda event: _log_event(label, event))
         except BaseException:
             cancel = Cancel(request_id=self.connection.next_request_id(), target_request_id=request.request_id)
-            self._submit_quietly(cancel, then_free=[])
-            mailbox.when_ended(lambda ending: self._undo(offer, ending))
+            self._try_submit(cancel, then_free=[])
+            mailbox.when_ended(lambda ending: self._undo_lend(offer, ending))
             raise
         with self._lock:
-            holding = self._holdings.setdefault(lent.component_id, _Holding())
-            holding.offers.append(offer)
-            holding.loans += 1
+            component = self._components.setdefault(lent.component_id, _LentComponent())
+            component.offers.append(offer)
+            component.loans += 1
             self._facts[lent.component_id] = lent.facts
         return lent
 
-    def _undo(self, offer: Offer, ending: Ending) -> None:
-        """Clean up after a lend whose caller has stopped waiting: it may have succeeded after all."""
+    def _undo_lend(self, offer: Offer, ending: Ending) -> None:
+        """Return a component whose lend succeeded after its caller stopped waiting."""
         freed = [offer]
         if isinstance(ending, Lent):
             with self._lock:
-                holding = self._holdings.get(ending.component_id)
-                if holding is not None:
-                    # The daemon knows the component by its newest descriptors, and these are open in this offer.
-                    holding.offers.append(offer)
+                component = self._components.get(ending.component_id)
+                if component is not None:
+                    # The daemon maps the component by its newest descriptors, which this offer holds open.
+                    component.offers.append(offer)
                     freed = []
             back = ReturnLoan(request_id=self.connection.next_request_id(), component_id=ending.component_id)
-            if self._submit_quietly(back, then_free=freed):
+            if self._try_submit(back, then_free=freed):
                 return
         _close_offers(freed)
 
-    def _submit_quietly(self, request: Cancel | ReturnLoan, then_free: list[Offer]) -> bool:
-        """Send without waiting; close offers once it is answered. Returns whether it was sent."""
+    def _try_submit(self, request: Cancel | ReturnLoan, then_free: list[Offer]) -> bool:
+        """Send a request without waiting; close offers when it is answered. Returns whether it was sent."""
         try:
             mailbox = self.connection.submit(request)
         except XditdError:
@@ -312,12 +308,7 @@ class Session:
         mailbox.when_ended(lambda _: _close_offers(then_free))
         return True
 
-    def _check_memory(self, patience: Patience) -> None:
-        """Once a session, see that every worker reads what this process writes into shared memory.
-
-        Raises:
-            StaleSource: a worker read something else.
-        """
+    def _check_memory(self, timeouts: Timeouts) -> None:
         from xditd.ipc.transports.fingerprints import digest_bytes
 
         with self._memory_lock:
@@ -338,7 +329,7 @@ class Session:
                 self._pool.give_back(block)
                 raise
             mailbox.when_ended(lambda _: self._pool.give_back(block))
-            seen = mailbox.wait(MemoryChecked, patience, on_event=lambda event: _log_event("memory check", event))
+            seen = mailbox.wait(MemoryChecked, timeouts, on_event=lambda event: _log_event("memory check", event))
             expected = digest_bytes(written)
             wrong = [rank for rank, digest in enumerate(seen.digests) if digest != expected]
             if wrong or not seen.digests:
@@ -366,5 +357,5 @@ def _close_offers(offers: list[Offer]) -> None:
         try:
             offer.close()
         except XditdError as error:
-            # A view that the caller kept: its memory goes when that does.
+            # The caller still holds a view; the memory is freed with that.
             logger.warning("lent memory not freed label=%s reason=%s", offer.manifest.label, error)

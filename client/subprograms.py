@@ -1,4 +1,4 @@
-"""Other rooms' programs, started by command line: the only way from the client to them."""
+"""Command line and environment for the daemon's and the workers' programs, which the client does not import."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Final
 
 from xditd.ipc.inherited import current_folder, search_path
 
-# Without -P, `python -m` looks for every module in the current folder first, where a file may have any name: queue.py.
-# -I would be too much: it drops PYTHONPATH as well. Before 3.11, which brought -P, the folder is removed by hand.
+# Without -P, `python -m` first imports modules from the current folder, where a file may be named queue.py.
+# -I also ignores PYTHONPATH. Python before 3.11 has no -P, so there the folder is removed from sys.path.
 _HAS_SAFE_PATH: Final = sys.version_info >= (3, 11)
 _WITHOUT_SAFE_PATH: Final = (
     "import sys; del sys.path[0]; import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
@@ -18,18 +18,15 @@ _WITHOUT_SAFE_PATH: Final = (
 
 
 def module_command(module: str, arguments: Sequence[str], *, has_safe_path: bool = _HAS_SAFE_PATH) -> list[str]:
-    """Spell the command that runs a module of this installation in this Python, whatever lies in the current folder.
-
-    ``has_safe_path`` says whether this Python knows ``-P``.
-    """
+    """Build the command that runs a module of this installation without importing from the current folder."""
     if has_safe_path:
         return [sys.executable, "-P", "-m", module, *arguments]
     return [sys.executable, "-c", _WITHOUT_SAFE_PATH, module, *arguments]
 
 
 def module_environment() -> dict[str, str]:
-    """The environment for :func:`module_command`: this process's, but for what leads to the current folder."""
+    """The environment for :func:`module_command`: this process's, without the current folder in ``PYTHONPATH``."""
     environ = dict(os.environ)
-    environ.pop("PYTHONINSPECT", None)  # a daemon that has ended would ask for Python statements
+    environ.pop("PYTHONINSPECT", None)  # it would open a Python prompt when the daemon ends
     path = search_path(environ.pop("PYTHONPATH", ""), current_folder())
     return {**environ, "PYTHONPATH": path} if path else environ

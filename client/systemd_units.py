@@ -1,4 +1,4 @@
-"""systemd units of this installation: where they go, what is in them, and whether systemd likes them."""
+"""systemd units of this installation: their paths and content, and their check by ``systemd-analyze verify``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERIFY_DEADLINE_S: Final = 60.0
 
 @dataclass(frozen=True)
 class ServiceFile:
-    """A file of the service: where it belongs, and all that it has to hold."""
+    """A file of the service: its path and its whole content."""
 
     path: Path
     content: str
@@ -43,7 +43,7 @@ class ServiceFile:
 
 @dataclass(frozen=True)
 class Service:
-    """A user's own service, or with ``user`` the system's service for that user. ``root`` is "/" but in tests."""
+    """A user service, or with ``user`` a system service for that user. ``root`` is "/" except in tests."""
 
     user: str | None
     root: Path
@@ -51,7 +51,7 @@ class Service:
 
     @property
     def units(self) -> tuple[str, str]:
-        """What to enable: the service and its socket."""
+        """The names of the service and its socket."""
         at = f"@{self.user}" if self.user else ""
         return f"xditd{at}.service", f"xditd{at}.socket"
 
@@ -60,10 +60,10 @@ class Service:
         return "systemctl" if self.user else "systemctl --user"
 
     def files(self) -> tuple[ServiceFile, ...]:
-        """Every file with its content for this installation.
+        """All files with their content for this installation.
 
         Raises:
-            Unsupported: this environment has no ``xditd`` command for a unit to start.
+            Unsupported: this environment has no ``xditd`` command that a unit could start.
         """
         folder = self._unit_folder()
         command = xditd_command()
@@ -77,7 +77,7 @@ class Service:
         return units + tuple(ServiceFile(self.root / "etc" / name, _packaged(name)) for name in others)
 
     def next_commands(self) -> tuple[str, ...]:
-        """What makes the files take effect."""
+        """Commands to run after the files are written."""
         service, socket = self.units
         enable = (f"{self.systemctl} daemon-reload", f"{self.systemctl} enable --now {socket} {service}")
         if self.user:
@@ -85,7 +85,7 @@ class Service:
         return (*enable, "loginctl enable-linger    # to keep it while you are logged out")
 
     def stop_commands(self) -> tuple[str, ...]:
-        """What ends a service whose files are gone: systemd keeps what it has loaded."""
+        """Commands to run after the files are removed: systemd still has the units loaded."""
         service, socket = self.units
         return (f"{self.systemctl} stop {socket} {service}", f"{self.systemctl} daemon-reload")
 
@@ -107,22 +107,22 @@ def check_user(name: str) -> str:
     """Return the name of an account that a system service can run as.
 
     Raises:
-        BadRequest: no such account, or one whose name systemd does not take for an instance.
+        BadRequest: no such account, or a name that systemd would escape in an instance name.
     """
     try:
         pwd.getpwnam(name)
     except KeyError:
         raise BadRequest(f"--for {name}: no such user on this machine") from None
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", name):
-        raise BadRequest(f"--for {name}: systemd would read this name otherwise; use letters, digits, '_', '.' and '-'")
+        raise BadRequest(f"--for {name}: systemd would escape this name; use letters, digits, '_', '.' and '-'")
     return name
 
 
 def xditd_command() -> Path:
-    """Find the ``xditd`` beside this Python.
+    """Find the ``xditd`` command in the folder of this Python.
 
     Raises:
-        Unsupported: there is none, or its path cannot stand in a unit.
+        Unsupported: there is none, or a unit cannot contain its path.
     """
     path = Path(sys.executable).parent / "xditd"
     if not os.access(path, os.X_OK):
@@ -135,29 +135,29 @@ def xditd_command() -> Path:
 
 
 def render(unit: str, command: Path) -> str:
-    """Let the unit's ``ExecStart`` start ``command``."""
+    """Replace the program in the unit's ``ExecStart`` by ``command``."""
     return re.sub(r"^(ExecStart=)\S+/xditd ", rf"\g<1>{command} ", unit, flags=re.MULTILINE)
 
 
 def verify(found: tuple[ServiceFile, ...], service: Service) -> list[str]:
-    """What ``systemd-analyze verify`` has against the units; empty where it finds nothing, or is not installed."""
+    """Check the units by ``systemd-analyze verify``; returns its messages, none if it is not installed."""
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         return []
     try:
         with tempfile.TemporaryDirectory(prefix="xditd-") as folder:
-            return _complaints(analyze, Path(folder), found, service)
+            return _run_verify(analyze, Path(folder), found, service)
     except OSError as error:
         return [f"systemd-analyze could not be run: {error.strerror or error}"]
     except subprocess.TimeoutExpired:
-        return [f"systemd-analyze is not done after {_VERIFY_DEADLINE_S:.0f} s"]
+        return [f"systemd-analyze did not finish within {_VERIFY_DEADLINE_S:.0f} s"]
 
 
-def _complaints(analyze: str, folder: Path, found: tuple[ServiceFile, ...], service: Service) -> list[str]:
+def _run_verify(analyze: str, folder: Path, found: tuple[ServiceFile, ...], service: Service) -> list[str]:
     names = []
     for file in found:
         if file.path.suffix in (".service", ".socket"):
-            # A template is looked at as the instance that it will be.
+            # A template is verified as the instance for this user.
             name = file.path.name.replace("@.", f"@{service.user}.")
             (folder / name).write_text(file.content)
             names.append(f"./{name}")
@@ -176,11 +176,11 @@ def _complaints(analyze: str, folder: Path, found: tuple[ServiceFile, ...], serv
 
 
 def write(file: ServiceFile) -> None:
-    """Write a file in one step: systemd never reads half of it.
+    """Write a file atomically.
 
     Raises:
-        NotPermitted: its folder may not be made or written.
-        OutputFailed: there is no room.
+        NotPermitted: its folder cannot be created or written.
+        OutputFailed: the disk has no room.
     """
     try:
         write_file(file.path, file.content.encode(), mode=0o644)
@@ -191,7 +191,7 @@ def write(file: ServiceFile) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file or link; false when it was not there.
+    """Remove a file or link; returns whether it existed.
 
     Raises:
         NotPermitted: its folder cannot be written.

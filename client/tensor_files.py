@@ -1,7 +1,4 @@
-"""Reading and writing small safetensors files (embeddings, latents) without another dependency.
-
-Weights never pass through here: they are lent, not read.
-"""
+"""Read and write small safetensors files (embeddings, latents) without another dependency. Weights are lent instead."""
 
 from __future__ import annotations
 
@@ -26,11 +23,7 @@ _CODES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float6
 
 
 def require_torch() -> None:
-    """Refuse to go on without torch, by name: the base install does not bring it.
-
-    Raises:
-        Unsupported: torch is not installed.
-    """
+    """Raise ``Unsupported`` if torch is not installed: the base install does not contain it."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -41,8 +34,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read a file into CPU tensors that the caller owns.
 
     Raises:
-        BadCheckpoint: it is not a sound safetensors file.
-        StaleSource: it changed meanwhile, so that what was read may be of two files.
+        BadCheckpoint: not a valid safetensors file.
+        StaleSource: the file changed while it was read.
     """
     import torch
 
@@ -62,11 +55,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write floating-point tensors to a file in one step, in the order given.
+    """Write floating-point tensors to a safetensors file atomically, in the order given.
 
     Raises:
         BadRequest: a tensor of another dtype.
-        OutputFailed: the place may not be written, or has no room.
+        OutputFailed: the path cannot be written, or the disk has no room.
     """
     write_file(path, *encode_tensors(tensors))
 
@@ -85,11 +78,11 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
     for name, tensor in tensors.items():
         code = _CODES.get(dtype_name(tensor.dtype))
         if code is None:
-            raise BadRequest(f"{name}: dtype {dtype_name(tensor.dtype)} is not written; use one of {', '.join(_CODES)}")
+            raise BadRequest(f"{name}: dtype {dtype_name(tensor.dtype)} is not supported; use {', '.join(_CODES)}")
         plain = tensor.detach().cpu().contiguous()
         bodies.append(ctypes.string_at(plain.data_ptr(), plain.nbytes))
         header[name] = {"dtype": code, "shape": list(plain.shape), "data_offsets": [end, end + plain.nbytes]}
         end += plain.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data to start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the format requires the data to start at a multiple of 8
     return [len(text).to_bytes(8, "little"), text, *bodies]

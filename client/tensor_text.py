@@ -1,4 +1,4 @@
-"""Tensors in one short line, for the representation of what holds them."""
+"""A short text about a tensor, for ``__repr__``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a daemon that starts, and for its workers."""
+"""Wait for a daemon to start and for its workers to be ready."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ from xditd.ipc.errors import (
 from xditd.ipc.status import DaemonStatus, GroupState
 
 _POLL_S: Final = 0.1
-"""Between two looks: nothing tells when a socket appears, and workers take seconds to start."""
+"""Time between two status requests; starting workers takes seconds."""
 
 SERVING: Final = (GroupState.READY, GroupState.BUSY)
-"""States of a group that takes jobs."""
+"""States of a worker group that accepts jobs."""
 
 
 def check_seconds(name: str, value: float) -> None:
-    """Check how long to wait.
-
-    Raises:
-        BadRequest: it is no time.
-    """
+    """Raise ``BadRequest`` unless a value is a number of seconds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise BadRequest(f"{name}: {value!r} is not a number of seconds from 0")
+        raise BadRequest(f"{name}: {value!r} is not a number of seconds, 0 or more")
 
 
 def why_not_serving(status: DaemonStatus) -> str:
-    """Say why there are no workers for a job; empty where there are."""
+    """Return the reason why the workers accept no jobs, or an empty string."""
     if status.group_state in SERVING:
         return ""
     if status.group_state is GroupState.STARTING and status.group_detail.startswith("workers are "):
@@ -46,18 +42,18 @@ def why_not_serving(status: DaemonStatus) -> str:
 
 
 def wait_for(
-    look: Callable[[], DaemonStatus], wait_s: float, *, workers: bool, show: Callable[[str], None]
+    get_status: Callable[[], DaemonStatus], wait_s: float, *, workers: bool, show: Callable[[str], None]
 ) -> DaemonStatus:
-    """Look until a daemon answers, and, if ``workers``, until its workers take jobs; at least once.
+    """Poll until a daemon answers and, with ``workers``, until its workers accept jobs; at least once.
 
-    ``show`` gets what is waited for whenever it changes. A daemon that ends, falls silent (it is stopped, or its
-    machine is starved) or ends the session meanwhile is asked again.
+    ``get_status`` is called again if the daemon exits, does not answer in time or ends the session.
+    ``show`` is called with the reason for waiting whenever it changes.
 
     Raises:
-        BadRequest: ``wait_s`` is no time.
+        BadRequest: ``wait_s`` is not a number of seconds.
         DaemonUnreachable, SessionLost: no daemon answers within ``wait_s``.
         WorkersUnavailable: the workers are given up; waiting longer would not help.
-        DeadlineExceeded: the daemon was there, but it, or its workers, are not ready within ``wait_s``.
+        DeadlineExceeded: the daemon did not answer in time, or its workers are not ready within ``wait_s``.
     """
     check_seconds("wait_s", wait_s)
     clock = AwakeClock()
@@ -65,26 +61,26 @@ def wait_for(
     shown = ""
     while True:
         error: XditdError
-        clock.now_s()  # what was slept through, if this process stood still
+        clock.now_s()  # counts the time that this process was suspended
         try:
-            status = look()
+            status = get_status()
         except (DaemonUnreachable, DeadlineExceeded, SessionLost) as no_answer:
-            clock.count_gap()  # seconds, where a daemon is there and does not answer
+            clock.count_gap()  # takes seconds if a daemon listens but does not answer
             error = type(no_answer)(f"{no_answer.detail}; none answered within {wait_s:g} s")
-            said = no_answer.detail
+            reason = no_answer.detail
         else:
             clock.count_gap()
             why = why_not_serving(status)
             if not (workers and why):
                 return status
             if status.group_state is GroupState.GIVEN_UP:
-                raise WorkersUnavailable(f"{why}; cure the cause, then restart the daemon")
+                raise WorkersUnavailable(f"{why}; fix the cause, then restart the daemon")
             error = DeadlineExceeded(f"{why}; not ready within {wait_s:g} s")
-            said = why
+            reason = why
         rest_s = wait_s - clock.waited_s(began_s)
         if rest_s <= 0:
             raise error
-        if said != shown:
-            shown = said
-            show(said)
+        if reason != shown:
+            shown = reason
+            show(reason)
         time.sleep(min(_POLL_S, rest_s))

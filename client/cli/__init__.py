@@ -1,1 +1,1 @@
-"""The ``xditd`` command: one module a verb."""
+"""The ``xditd`` command: one module for each subcommand ("verb")."""

@@ -1,4 +1,4 @@
-"""``xditd adopt``: make a lent component the workers' own."""
+"""``xditd adopt``: copy a lent component into the workers' own memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.settings.client import AdoptFlags
 
-SUMMARY = "make a lent component the workers' own"
+SUMMARY = "copy a lent component into the workers' own memory"
 DESCRIPTION = """\
-Copy a lent component into the workers' own memory, so that it outlives the program that lent it. `xditd revoke`
-frees it; so does the end of the worker group."""
+Copy a lent component into the workers' own memory, so that it outlives the program that lent it. It is freed by
+`xditd revoke`, and when the worker group ends."""
 EXAMPLES = """\
 examples:
   xditd status

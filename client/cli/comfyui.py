@@ -1,4 +1,4 @@
-"""``xditd comfyui``: put the node pack into a ComfyUI, look whether it is sound, take it out."""
+"""``xditd comfyui``: install the node pack into a ComfyUI, check it, uninstall it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xditd.ipc.settings.client import JsonFlags
 SUMMARY = "install the node pack into a ComfyUI, check it, uninstall it"
 DESCRIPTION = """\
 Write a small folder custom_nodes/xditd into a ComfyUI. It imports the xditd that is installed in ComfyUI's Python
-(pip install 'xditd[cuda]'), and holds the help pages, translations and example workflows of the nodes."""
+(pip install 'xditd[cuda]'), and contains the help pages, translations and example workflows of the nodes."""
 EXAMPLES = """\
 examples:
   xditd comfyui install ~/ComfyUI
@@ -59,22 +59,22 @@ def run(parsed: argparse.Namespace) -> int:
     faults: list[str] = []
     if parsed.action == "install":
         install(folder)
-        said = f"installed {folder}"
+        text = f"installed {folder}"
     elif parsed.action == "uninstall":
         uninstall(folder)
-        said = f"removed {folder}"
+        text = f"removed {folder}"
     else:
         faults = list(faults_of(folder, parsed.path))
-        said = "\n".join(faults) or f"{folder} is complete and current"
-    print(json_text({"folder": str(folder), "faults": faults}) if parsed.json else said)
+        text = "\n".join(faults) or f"{folder} is complete and current"
+    print(json_text({"folder": str(folder), "faults": faults}) if parsed.json else text)
     return exits.FAILED if faults else exits.DONE
 
 
 def pack_folder(comfyui: Path) -> Path:
-    """Name the pack's folder in a ComfyUI.
+    """Return the pack's folder in a ComfyUI.
 
     Raises:
-        BadRequest: there is no ComfyUI.
+        BadRequest: the folder is not a ComfyUI.
     """
     if not (comfyui / "main.py").is_file() or not (comfyui / "comfy").is_dir():
         raise BadRequest(f"{comfyui}: no ComfyUI here; give the folder that holds its main.py")
@@ -82,17 +82,17 @@ def pack_folder(comfyui: Path) -> Path:
 
 
 def install(folder: Path) -> None:
-    """Write the folder in one step, over an older one of ours.
+    """Write the folder atomically, and replace an earlier installation.
 
     Raises:
-        BadRequest: something else has that name.
-        OutputFailed: it cannot be written; what was there before is unchanged.
+        BadRequest: a folder of this name exists that `xditd comfyui install` did not write.
+        OutputFailed: it cannot be written; an earlier installation is unchanged.
     """
     if folder.is_symlink() or folder.exists():
         _refuse_others(folder)
     try:
         folder.parent.mkdir(exist_ok=True)
-        # ComfyUI passes over folders of this suffix, should it start meanwhile.
+        # ComfyUI ignores folders with this suffix, in case it starts during the installation.
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER}-", suffix=".disabled"))
         try:
             new.chmod(0o755)
@@ -105,18 +105,20 @@ def install(folder: Path) -> None:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
-        raise OutputFailed(f"{folder}: {error.strerror or error}; the folder has to be writable, with room") from error
+        raise OutputFailed(
+            f"{folder}: {error.strerror or error}; make the folder writable, and free disk space"
+        ) from error
 
 
 def uninstall(folder: Path) -> None:
     """Remove the folder.
 
     Raises:
-        BadRequest: it is not there, or not ours.
+        BadRequest: it does not exist, or `xditd comfyui install` did not write it.
         OutputFailed: it cannot be removed.
     """
     if not folder.exists():
-        raise BadRequest(f"{folder}: not there; nothing to remove")
+        raise BadRequest(f"{folder}: does not exist; nothing to remove")
     _refuse_others(folder)
     try:
         shutil.rmtree(folder)
@@ -131,7 +133,7 @@ def _refuse_others(folder: Path) -> None:
 
 
 def faults_of(folder: Path, comfyui: Path) -> Iterator[str]:
-    """Name what is wrong with an installed pack, each with its remedy."""
+    """List the faults of an installed pack, each with its remedy."""
     again = f"run xditd comfyui install {comfyui}"
     if not (folder / "__init__.py").is_file():
         yield f"{folder}: not installed; {again}"
@@ -150,12 +152,12 @@ def faults_of(folder: Path, comfyui: Path) -> Iterator[str]:
 
 
 def _import_fault(python: Path) -> str:
-    """Say why a Python does not import the nodes; nothing if it does."""
+    """Return why a Python cannot import the nodes, or an empty string."""
     command = [str(python), "-c", "import xditd.client.comfyui"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_DEADLINE_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"not done after {_IMPORT_DEADLINE_S:.0f} s"
+        return f"did not finish within {_IMPORT_DEADLINE_S:.0f} s"
     except OSError as error:
         return error.strerror or str(error)
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]

@@ -1,4 +1,4 @@
-"""``xditd demo``: the main job once, end to end, on small checkpoints made on the spot."""
+"""``xditd demo``: lend small generated checkpoints, make two images, and compare with diffusers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.settings.client import DemoFlags
 
-SUMMARY = "run everything once on small checkpoints made on the spot"
+SUMMARY = "run everything once on small generated checkpoints"
 DESCRIPTION = """\
-Write a small seeded FLUX.1 checkpoint and a VAE, start a daemon with two workers (on GPUs if there are any), lend the
+Write a small random FLUX.1 checkpoint and a VAE, start a daemon with two workers (on GPUs if there are any), lend the
 weights to it from this process, generate two images, and compare with plain diffusers. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
-  xditd demo --out out             leaves out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
+  xditd demo --out out             writes out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 
-_LEFT_BYTES: Final = 80 * 2**20
-"""What the demo leaves takes less: 54 MiB of checkpoints, two images, inputs and latents."""
+_OUTPUT_BYTES: Final = 80 * 2**20
+"""Upper bound of the output: 54 MiB of checkpoints, two images, inputs and latents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def run(parsed: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
 
     from xditd.client.cli.progress import bar
-    from xditd.client.demo.journey import Journey, Plan
+    from xditd.client.demo.journey import DemoOptions, DemoRun
     from xditd.client.output_files import check_folder
     from xditd.client.tensor_files import require_torch
 
-    check_folder(parsed.out, _LEFT_BYTES)
+    check_folder(parsed.out, _OUTPUT_BYTES)
     require_torch()
-    plan = Plan(
+    options = DemoOptions(
         out=parsed.out,
         workers=parsed.workers or 0,
         device=parsed.device,
@@ -50,12 +50,12 @@ def run(parsed: argparse.Namespace) -> int:
         keep=parsed.keep,
     )
     with contextlib.ExitStack() as stack:
-        steps = stack.enter_context(bar(Journey.length(plan), "demo", is_quiet=parsed.json, is_even=False))
+        steps = stack.enter_context(bar(DemoRun.length(options), "demo", is_quiet=parsed.json, shows_eta=False))
         if not parsed.json:
             from tqdm.contrib.logging import logging_redirect_tqdm
 
-            stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
-        report = Journey(plan, steps).run()
+            stack.enter_context(logging_redirect_tqdm())  # print log lines above the bar
+        report = DemoRun(options, steps).run()
         steps.set_description_str("done")
     print(json_text(report.as_json(), indent=2) if parsed.json else report.summary())
     faults = report.faults()
@@ -65,5 +65,5 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _interrupt(*_: object) -> None:
-    """End like Ctrl-C does, so that the daemon is stopped on the way out."""
+    """Raise what Ctrl-C raises, so that the daemon is stopped."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""``xditd doctor``: check this machine, this installation and the daemon, each with a remedy."""
+"""``xditd doctor``: check this machine, the installation and the daemon, and print remedies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from xditd.ipc.settings.client import DoctorFlags
 
 SUMMARY = "check GPUs, drivers, limits, permissions and the running daemon"
 DESCRIPTION = (
-    "Check what lending and jobs rely on, and say how to mend what is wrong. Changes nothing. Exits with 1 if a check "
-    "failed; warnings do not count. Importing the workers' libraries takes most of the time: --quick leaves it out."
+    "Check what lending and jobs need, and print a remedy for each fault. Changes nothing. Exits with 1 if a check "
+    "failed, with 0 after warnings. Importing the workers' libraries takes most of the time: --quick leaves it out."
 )
 EXAMPLES = """\
 examples:
@@ -74,7 +74,7 @@ def _versions() -> Finding:
 
 
 def describe(found: list[Finding]) -> str:
-    """Write the findings as a table, and notes and remedies below it."""
+    """Format the findings as a table, with notes and remedies below it."""
     lines = [table(("CHECK", "", "FOUND"), [(each.check, each.verdict.value, each.detail) for each in found])]
     for each in found:
         if each.notes:

@@ -1,4 +1,4 @@
-"""Exit codes, and which error ends with which."""
+"""Exit codes of ``xditd``, and the exit code for each error."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ FAILED = 1
 MISUSE = 2
 UNREACHABLE = 3
 INTERRUPTED = 130
-"""As a shell reports a program that Ctrl-C ended (128 + SIGINT)."""
+"""128 + SIGINT, as a shell reports a program that Ctrl-C ended."""
 
 READER_LEFT = 141
-"""As a shell reports a program that wrote to a pipe whose reader had gone (128 + SIGPIPE)."""
+"""128 + SIGPIPE, as a shell reports a program that wrote to a pipe without a reader."""
 
-HELP = (
-    "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable, 130 interrupted,\n141 the reader of stdout left"
-)
+HELP = "exit status: 0 done, 1 failed, 2 misuse, 3 daemon not reachable, 130 interrupted,\n141 stdout pipe closed"
 
 
 def code_for(error: XditdError) -> int:
-    """Choose the exit code for an error that ended a verb."""
+    """Return the exit code for an error."""
     if isinstance(error, DaemonUnreachable):
         return UNREACHABLE
     return MISUSE if isinstance(error, BadRequest) else FAILED
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr: stdout is for data."""
+    """Log to stderr, because stdout is for data."""
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )

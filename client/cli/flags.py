@@ -1,4 +1,4 @@
-"""Flags whose defaults come from environment variables, and say so in their help."""
+"""Command line flags whose defaults come from environment variables, which their help names."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ def add_flag(
     metavar: str | None = None,
     dest: str | None = None,
 ) -> None:
-    """Add a flag with a value. Its variable gives the default, and passes the same checks as the flag.
-
-    An empty variable is none, as for the daemon.
-    """
+    """Add a flag with a value. Its variable, unless empty, sets the default, which is checked like the flag."""
     shown = "" if default is None else f" (default: {default})"
     named: dict[str, Any] = {} if dest is None else {"dest": dest}
     parser.add_argument(
         *names,
         type=type,
-        # argparse converts a default that is text as if it had been typed, and reports what is wrong with it.
+        # argparse converts and checks a string default like a value on the command line.
         default=os.environ.get(variable) or default,
         metavar=metavar,
         **named,
@@ -49,10 +46,7 @@ def add_flag(
 
 
 def add_named_values(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
-    """Add a flag of ``NAME=VALUE`` that may be repeated: a map, or ``None``.
-
-    Its variable counts where the flag is not given at all.
-    """
+    """Add a flag of ``NAME=VALUE`` that may be repeated: a dict, or ``None``. Its variable is the default."""
     parser.add_argument(
         *names,
         type=named_values,
@@ -64,7 +58,7 @@ def add_named_values(parser: argparse.ArgumentParser, *names: str, variable: str
 
 
 class _Merge(argparse.Action):
-    """Joins the maps of a flag that is given several times; the first one replaces the default."""
+    """Merges the dicts of a flag that is given several times; the first one replaces the default."""
 
     def __call__(
         self,
@@ -75,7 +69,7 @@ class _Merge(argparse.Action):
     ) -> None:
         assert isinstance(values, dict)
         found = getattr(namespace, self.dest)
-        merged = dict(found) if isinstance(found, dict) else {}  # a default that is text has not been converted yet
+        merged = dict(found) if isinstance(found, dict) else {}  # a string default is not converted yet
         for name, value in values.items():
             if name in merged:
                 raise argparse.ArgumentError(self, _given_twice(name, merged[name], value))
@@ -84,13 +78,13 @@ class _Merge(argparse.Action):
 
 
 def is_on(variable: str) -> bool | None:
-    """Read a variable that turns a flag on or off; ``None`` where it says neither."""
+    """Parse a boolean variable; ``None`` if it is invalid."""
     text = os.environ.get(variable, "").strip().lower()
     return text in _TRUE if text in _TRUE + _FALSE else None
 
 
 def add_switch(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
-    """Add a flag without a value; its variable turns it on by 1, true, yes or on."""
+    """Add a flag without a value; its variable turns it on with 1, true, yes or on."""
 
     def convert(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"{variable}={text!r}: use 1 or 0")
@@ -98,12 +92,12 @@ def add_switch(parser: argparse.ArgumentParser, *names: str, variable: str, help
     default = is_on(variable)
     action = parser.add_argument(*names, action="store_true", default=default, help=f"{help} [{variable}]")
     if default is None:
-        # argparse converts a default that is text when this very parser is used: other verbs have no part in it.
+        # argparse converts a string default only when this parser is used, so other verbs ignore the wrong value.
         action.default, action.type = os.environ[variable], convert
 
 
 def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) -> None:
-    """Add a flag for each field of a verb's struct, in their order."""
+    """Add a flag for each field of a verb's struct, in order."""
     for setting in settings_of(struct):
         if setting.default is False:
             add_switch(parser, *setting.flags, variable=setting.variable, help=setting.help)
@@ -136,7 +130,7 @@ def _converter(setting: Setting) -> Callable[[str], Any]:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """Make a type for a word of a few."""
+    """Make an argparse type that accepts one of several words."""
 
     def convert(text: str) -> str:
         if text not in names:
@@ -148,7 +142,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def named_values(text: str) -> dict[str, bool | int | float]:
-    """Read ``NAME=VALUE``, or several of them between commas; values are numbers, ``true`` and ``false``."""
+    """Parse comma-separated ``NAME=VALUE`` items; values are numbers, ``true`` or ``false``."""
     found: dict[str, bool | int | float] = {}
     for each in text.split(","):
         name, _, word = (part.strip() for part in each.partition("="))
@@ -182,7 +176,7 @@ def _given_twice(name: str, first: float, second: float) -> str:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """Make a type for numbers in [low, high]."""
+    """Make an argparse type for numbers in [low, high]."""
 
     def convert(text: str) -> float:
         try:
@@ -197,7 +191,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """Make a type for whole numbers in [low, high]."""
+    """Make an argparse type for integers in [low, high]."""
 
     def convert(text: str) -> int:
         try:
@@ -212,7 +206,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def size(multiple: int = 1) -> Callable[[str], tuple[int, int]]:
-    """Make a type for WIDTHxHEIGHT in pixels, both multiples of a number."""
+    """Make an argparse type for WIDTHxHEIGHT in pixels, both divisible by ``multiple``."""
 
     def convert(text: str) -> tuple[int, int]:
         width, _, height = text.lower().partition("x")
@@ -229,5 +223,5 @@ def size(multiple: int = 1) -> Callable[[str], tuple[int, int]]:
 
 
 def add_component(parser: argparse.ArgumentParser) -> None:
-    """Take one component by its id."""
+    """Add the argument for a component id."""
     parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")

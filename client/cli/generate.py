@@ -1,4 +1,4 @@
-"""``xditd generate``: lend two files, make images."""
+"""``xditd generate``: lend a transformer and a VAE file, and generate images."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from xditd.client.results import GenerationResult
 
 _LATENT_ITEM_BYTES: Final = 4
-"""Latents are written in the dtype of the conditioning, which is rarely wider."""
+"""Latents are written in the dtype of the conditioning, which rarely has larger elements."""
 
 _PIXEL_BYTES: Final = 3
-"""Of an image that is not compressed."""
+"""Bytes for each pixel of an uncompressed image."""
 
 SUMMARY = "lend checkpoint files and generate images"
 DESCRIPTION = """\
 Lend a transformer and a VAE by their safetensors files, and generate images from text embeddings.
 
-This verb takes no prompt and runs no text encoders: --embeds names a safetensors file with the embeddings of a prompt,
-by the names that the transformer takes:
+This command takes no prompt and runs no text encoder: --embeds names a safetensors file with the embeddings of a
+prompt, under the names that the transformer takes:
 
   FLUX.1   prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled)
   Z-Image  a list of one tensor for each image, (text tokens, context), of any lengths: prompt_embeds.0, prompt_embeds.1
            and so on; with --guidance above 0 also negative_prompt_embeds.0 and so on
 
-Where one image is made, the axis of the batch may be left out, and so may the number of a list's only tensor. A file
-that lacks a tensor is refused by its name. Any program that has the encoders can write such files, and the Python
-library runs CLIP-L and T5 in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
+For one image, the batch dimension may be left out, and so may the number of a list's only tensor. If the file lacks a
+tensor, the error names it. Any program with the encoders can write such files, and the Python library runs CLIP-L and
+T5 in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
 EXAMPLES = """\
 examples:
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds cat.safetensors -o cat.png
@@ -62,7 +62,7 @@ for Z-Image:
   tensors = {f"{name}.{number}": each for name, found in lists.items() for number, each in enumerate(found)}
   safetensors.torch.save_file(tensors, "cat.safetensors")
 
-Of several images, cat.png becomes cat-0.png, cat-1.png and so on.
+Several images are written as cat-0.png, cat-1.png and so on.
 """
 
 
@@ -79,7 +79,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.embeds is None and parsed.random_embeds is None:
         parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
     if parsed.vae is None and parsed.save_latents is None:
-        parsed.refuse("--vae FILE or --save-latents FILE is needed: nothing would be written")
+        parsed.refuse("--vae FILE or --save-latents FILE is needed: without both nothing is written")
     exits.configure_logging(parsed.log_level)
 
     from xditd.client.cli.progress import watch
@@ -153,14 +153,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 class Outputs:
-    """Where a generation goes: checked before anything is lent, and not lost where it cannot be written after all."""
+    """The output files of a generation: checked before anything is lent, written elsewhere if that fails later."""
 
     def __init__(self, parsed: argparse.Namespace) -> None:
-        """Check the places of one image and its latents.
+        """Check the paths of one image and its latents.
 
         Raises:
-            BadRequest: one is no place for such a file, or holds what is about to be lent.
-            OutputFailed: one may not be written, or has no room.
+            BadRequest: a path is invalid for such a file, or is also an input.
+            OutputFailed: a path cannot be written, or the disk has no room.
         """
         from xditd.client.image_files import check_image_target
         from xditd.client.output_files import check_target
@@ -176,15 +176,15 @@ class Outputs:
         self._check_apart()
 
     def prepare(self, facts: ComponentFacts, conditioning: Conditioning) -> None:
-        """Name and check the places, now that the number of images and the shape of latents are known.
+        """Set and check the paths, now that the number of images and the shape of latents are known.
 
         Raises:
-            BadRequest, OutputFailed: as at first; or the conditioning is not what the transformer takes.
+            BadRequest, OutputFailed: as the constructor; or the transformer does not take this conditioning.
         """
         from xditd.client.jobs.checks import check_conditioning
         from xditd.client.output_files import check_target
 
-        assert facts.transformer is not None  # lent as one
+        assert facts.transformer is not None  # lent with kind="transformer"
         batch = check_conditioning(conditioning, facts.transformer.conditioning)
         if self.images and batch > 1:
             (one,) = self.images
@@ -209,7 +209,7 @@ class Outputs:
         """Write the images and the latents.
 
         Raises:
-            OutputFailed: one was not written; the message says where it is kept instead.
+            OutputFailed: one was not written; the message names the file that has its content instead.
         """
         from xditd.client.image_files import encode_image, image_format
         from xditd.client.output_files import write_or_keep
@@ -226,7 +226,7 @@ class Outputs:
             try:
                 write_or_keep(path, what, *parts)
             except OutputFailed as error:
-                failures.append(error)  # the other one is still to be written
+                failures.append(error)  # write the other files first
         if failures:
             found = OutputFailed("; ".join(error.detail for error in failures))
             found.kept = tuple(path for error in failures for path in error.kept)
@@ -234,12 +234,12 @@ class Outputs:
 
 
 def _shape(value: torch.Tensor | list[torch.Tensor]) -> list[object]:
-    """Spell a shape for JSON: of a list that of each tensor."""
+    """Describe a shape for JSON: for a list, the shape of each tensor."""
     return [list(each.shape) for each in value] if isinstance(value, list) else list(value.shape)
 
 
 def describe_loan(loan: Loan) -> dict[str, object]:
-    """Spell a loan for JSON."""
+    """Describe a loan for JSON."""
     return {
         "name": loan.label,
         "kind": loan.kind.value,

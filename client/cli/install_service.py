@@ -15,14 +15,14 @@ from xditd.ipc.settings.client import InstallFlags
 
 SUMMARY = "write and check systemd units for this installation"
 DESCRIPTION = (
-    "Write systemd units that start the xditd of this environment, and say what to run next. Nothing is started, "
-    "stopped or enabled. A user's own service is the default; --system writes a template that runs as the named user."
+    "Write systemd units that start the xditd of this environment, and print what to run next. Nothing is started, "
+    "stopped or enabled. A user service is the default; --system writes a template that runs as the named user."
 )
 EXAMPLES = """\
 examples:
   xditd install-service                             writes ~/.config/systemd/user/xditd.service and .socket
   sudo xditd install-service --system --for alice   writes /etc/systemd/system/xditd@.service and .socket
-  xditd install-service --check                     are they there, up to date, and fine with systemd?
+  xditd install-service --check                     checks that they exist, are current and are valid
   xditd install-service --dry-run                   prints what would be written
   xditd install-service --uninstall                 removes the files
 """
@@ -39,7 +39,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise BadRequest("--check, --uninstall and --dry-run: choose one")
     owner: str | None = parsed.owner
     if parsed.system != bool(owner):
-        raise BadRequest("--system and --for USER belong together: a system service shares memory with one user")
+        raise BadRequest("--system and --for USER: give both or none; a system service shares memory with one user")
     service = Service(check_user(owner) if owner else None, Path("/"), os.environ)
     found = service.files()
     if parsed.uninstall:
@@ -85,7 +85,7 @@ def _uninstall(service: Service, found: tuple[ServiceFile, ...], *, as_json: boo
         return exits.DONE
     for path in removed:
         print(f"removed    {path}")
-    print("\nnext, to end it if it runs:" if removed else "nothing was installed")
+    print("\nnext, to stop the service if it runs:" if removed else "nothing was installed")
     for command in commands:
         print(f"  {command}")
     return exits.DONE

@@ -1,4 +1,4 @@
-"""``xditd logs``: the daemon's and the workers' recent lines."""
+"""``xditd logs``: show recent log lines of the daemon and its workers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xditd.client.cli.printing import json_text
 from xditd.ipc.settings.client import LogsFlags
 
 SUMMARY = "show recent log lines of the daemon and its workers"
-DESCRIPTION = "Show the log lines that the daemon keeps in memory, its workers' included."
+DESCRIPTION = "Show the log lines of the daemon and its workers that the daemon keeps in memory."
 EXAMPLES = """\
 examples:
   xditd logs -n 50
-  xditd logs -f                  until Ctrl-C, or the daemon's end
+  xditd logs -f                  until Ctrl-C, or until the daemon exits
 """
 
 _POLL_S: Final = 0.5
@@ -36,12 +36,12 @@ def run(parsed: argparse.Namespace) -> int:
         _print(lines, parsed.json)
         try:
             while parsed.follow:
-                # The daemon has no events for log lines; a reader at a terminal does not notice half a second.
+                # The daemon sends no events for log lines; half a second is short enough at a terminal.
                 time.sleep(_POLL_S)
                 lines, next_line = client.logs(next_line)
                 _print(lines, parsed.json)
         except KeyboardInterrupt:
-            return exits.INTERRUPTED  # how one stops following: nothing has failed
+            return exits.INTERRUPTED  # the normal end of --follow
     return exits.DONE
 
 

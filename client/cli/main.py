@@ -1,4 +1,4 @@
-"""Entry point of ``xditd``: find the verb, run it, turn its end into an exit code."""
+"""Entry point of ``xditd``: parse the command line, run the verb, return the exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from xditd.client.cli import (
     stop,
     wait,
 )
-from xditd.client.cli.printing import finish, say_error, say_json_error, settle, stdout_loss
+from xditd.client.cli.printing import flush_streams, prepare_streams, print_error, print_json_error, stdout_error
 from xditd.ipc.command_line import Parser, unknown_variables
 from xditd.ipc.errors import BadRequest, Cancelled, Internal, OutOfMemory, OutputFailed, XditdError
 from xditd.ipc.inherited import reset_signals
@@ -48,12 +48,12 @@ VERBS: dict[str, ModuleType] = {
     "doctor": doctor,
 }
 
-_DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and get images back."
+_DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and generate images with them."
 
 _EPILOG = f"""\
 first steps:
-  xditd demo --out out                 everything once, on small checkpoints made on the spot: out/demo.png
-  xditd doctor                         GPUs, driver, limits, folders: what is wrong, and what to do about it
+  xditd demo --out out                 everything once, on small generated checkpoints: out/demo.png
+  xditd doctor                         check GPUs, driver, limits and folders, with remedies
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
   xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue
@@ -67,19 +67,19 @@ first steps:
 
 
 class _Parser(Parser):
-    """Tells misuse to programs, too, if they asked for JSON."""
+    """Also prints usage errors as JSON, if JSON was requested."""
 
     as_json = False
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage, the message, and the status of misuse."""
+        """Print the usage and the message, and exit with status 2."""
         if self.as_json:
-            say_json_error(BadRequest(message))
+            print_json_error(BadRequest(message))
         super().error(message)
 
 
 def build_parser(*, as_json: bool = False) -> argparse.ArgumentParser:
-    """Build the parser with a subparser for each verb. ``as_json``: misuse is told on stdout, as JSON, as well."""
+    """Build the parser with a subparser for each verb. ``as_json`` also prints usage errors to stdout as JSON."""
     parser = _Parser(
         prog="xditd",
         description=_DESCRIPTION,
@@ -109,31 +109,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code.
 
     Raises:
-        SystemExit: after help, the version, or the message of a misuse.
+        SystemExit: after help, the version, or a usage error.
     """
     if arguments is None:
-        reset_signals()  # how daemons and probes end is told by SIGCHLD, which a parent may have had ignored
+        reset_signals()  # a parent may have ignored SIGCHLD, and waiting for child processes would then fail
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["serve"]:
-        return serve.replace_process(given[1:])  # the daemon knows its own flags, and its own help
-    settle()
+        return serve.replace_process(given[1:])  # the daemon parses its own flags, --help too
+    prepare_streams()
     for warning in unknown_variables(os.environ):
-        say_error(f"xditd: warning: {warning}")
+        print_error(f"xditd: warning: {warning}")
     as_json = "--json" in given or flags.is_on(flags.JSON_VARIABLE) is True
-    left: SystemExit | None = None
+    system_exit: SystemExit | None = None
     code = exits.DONE
     try:
         code = _run(_parse(given, as_json), as_json)
     except SystemExit as ended:
-        left = ended
-    lost = finish()
-    if isinstance(lost, BrokenPipeError):
-        return code or exits.READER_LEFT  # whoever read stdout (head, less) has seen enough
-    if lost is not None:
-        say_error(f"xditd: {OutputFailed.code}: standard output: {lost.strerror}")
+        system_exit = ended
+    stdout_failure = flush_streams()
+    if isinstance(stdout_failure, BrokenPipeError):
+        return code or exits.READER_LEFT  # the reader of stdout (head, less) has exited
+    if stdout_failure is not None:
+        print_error(f"xditd: {OutputFailed.code}: standard output: {stdout_failure.strerror}")
         return code or exits.FAILED
-    if left is not None:
-        raise left
+    if system_exit is not None:
+        raise system_exit
     return code
 
 
@@ -146,33 +146,33 @@ def _parse(given: list[str], as_json: bool) -> argparse.Namespace:
 
 
 def _run(parsed: argparse.Namespace, as_json: bool) -> int:
-    """Run the verb, and tell how it ended if it failed."""
+    """Run the verb and print its error, if any; returns the exit code."""
     try:
         return int(parsed.run(parsed))
     except XditdError as error:
         return _failed(parsed.verb, error, as_json)
     except KeyboardInterrupt:
         if as_json:
-            say_json_error(Cancelled(f"{parsed.verb}: interrupted"))
+            print_json_error(Cancelled(f"{parsed.verb}: interrupted"))
         return exits.INTERRUPTED
     except MemoryError:
-        return _failed(parsed.verb, OutOfMemory("this process: no memory left; try a smaller size"), as_json)
+        return _failed(parsed.verb, OutOfMemory("this process: out of memory; try a smaller size"), as_json)
     except OSError as error:
-        if stdout_loss() is not None:
-            return exits.DONE  # but for its output: main() looks at that
-        return _failed(parsed.verb, _defect(error), as_json)
-    except Exception as error:  # noqa: BLE001 - the outermost loop: it tells and ends
-        return _failed(parsed.verb, _defect(error), as_json)
+        if stdout_error() is not None:
+            return exits.DONE  # main() handles errors of stdout
+        return _failed(parsed.verb, _internal_error(error), as_json)
+    except Exception as error:  # noqa: BLE001 - the outermost handler of this process
+        return _failed(parsed.verb, _internal_error(error), as_json)
 
 
 def _failed(verb: str, error: XditdError, as_json: bool) -> int:
-    say_error(f"xditd {verb}: {error.code}: {error.detail}")
+    print_error(f"xditd {verb}: {error.code}: {error.detail}")
     if as_json:
-        say_json_error(error)
+        print_json_error(error)
     return exits.code_for(error)
 
 
-def _defect(error: Exception) -> Internal:
-    """What nobody expected: where it happened goes to stderr, for the report."""
-    say_error("".join(traceback.format_exception(error)).rstrip())
-    return Internal(f"{type(error).__name__}: {error}; a defect of xditd; please report it with the lines above")
+def _internal_error(error: Exception) -> Internal:
+    """Print the traceback of an unexpected exception, and return the error to report."""
+    print_error("".join(traceback.format_exception(error)).rstrip())
+    return Internal(f"{type(error).__name__}: {error}; this is a bug in xditd; please report it with the lines above")

@@ -1,4 +1,4 @@
-"""What goes to the standard streams: JSON that every reader takes, and streams that are closed, full or cut off."""
+"""Print JSON and errors, and handle standard streams that are closed, full or without a reader."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from xditd.ipc.inherited import open_streams
 
 
 class _Stdout(io.TextIOWrapper):
-    """Standard output that remembers why it failed: argparse drops such errors, and buffers raise them late."""
+    """Standard output that stores its first error: argparse ignores such errors, and a buffer raises them late."""
 
-    lost: OSError | None = None
+    first_error: OSError | None = None
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:
-            self.lost = self.lost or error
+            self.first_error = self.first_error or error
             raise
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self.lost = self.lost or error
+            self.first_error = self.first_error or error
             raise
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Spell a value as JSON. NaN and infinities, which JSON does not have, become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    """Format a value as JSON. NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
 def error_json(error: XditdError) -> dict[str, object]:
-    """Spell an error for programs: what went wrong, whether the same may work later, and what was saved."""
+    """Describe an error for JSON: code, message, whether a retry may work, and files that were saved elsewhere."""
     found: dict[str, object] = {"code": error.code, "message": error.detail, "retryable": error.retryable}
     if error.names:
         found["names"] = list(error.names)
@@ -52,15 +52,15 @@ def error_json(error: XditdError) -> dict[str, object]:
     return {"error": found}
 
 
-def settle() -> None:
-    """Give this process three standard streams that can be used, whatever it was started with.
+def prepare_streams() -> None:
+    """Open standard streams that the parent process closed, and make stdout an :class:`_Stdout`.
 
-    Names that the terminal's encoding does not have are escaped.
+    Characters that the terminal's encoding does not have are escaped.
     """
     is_replaced = sys.stdout is not sys.__stdout__
-    open_streams(discard_output=False)  # somebody who asked for data has to be told where it cannot be written
+    open_streams(discard_output=False)  # if data cannot be written, the user must get an error
     if is_replaced:
-        return  # a program that calls main() has put a stream of its own there
+        return  # a program that calls main() has set its own stream
     old = sys.stdout
     assert isinstance(old, io.TextIOWrapper)
     new = _Stdout(
@@ -73,34 +73,34 @@ def settle() -> None:
     sys.stdout = sys.__stdout__ = new  # type: ignore[misc]
 
 
-def say_error(text: str) -> None:
-    """Write a line to stderr. Where even that is closed or full, the exit status has to do."""
+def print_error(text: str) -> None:
+    """Write a line to stderr; ignore errors, because the exit status reports the failure too."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
-def say_json_error(error: XditdError) -> None:
-    """Write an error to stdout as a line of JSON; :func:`finish` tells whether that worked."""
+def print_json_error(error: XditdError) -> None:
+    """Write an error to stdout as a line of JSON; :func:`flush_streams` returns why that failed, if so."""
     with contextlib.suppress(OSError, ValueError):
         print(json_text(error_json(error)))
 
 
-def stdout_loss() -> OSError | None:
-    """Why standard output could not be written, if so."""
-    return getattr(sys.stdout, "lost", None)
+def stdout_error() -> OSError | None:
+    """Return the error of standard output, if any."""
+    return getattr(sys.stdout, "first_error", None)
 
 
-def finish() -> OSError | None:
-    """Write out what the streams still hold; returns why standard output could not be written."""
+def flush_streams() -> OSError | None:
+    """Flush the streams; returns the error of standard output, if any."""
     _flush(sys.stderr)
-    return _flush(sys.stdout) or stdout_loss()
+    return _flush(sys.stdout) or stdout_error()
 
 
 def _flush(stream: TextIO) -> OSError | None:
     try:
         stream.flush()
     except OSError as error:
-        # What is left goes nowhere: Python would try once more on its way out, and complain.
+        # Discard the rest: Python flushes once more at exit, and would print an error.
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, stream.fileno())
         os.close(sink)
@@ -110,11 +110,11 @@ def _flush(stream: TextIO) -> OSError | None:
     return None
 
 
-def _finite(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_without_nan(each) for each in value]
     return value

@@ -12,7 +12,7 @@ from xditd.ipc.replies import Queued
 
 
 class _Stderr:
-    """Where bars are drawn: a terminal that is gone, or a full disk behind it, must not end the job."""
+    """Standard error for bars: a closed terminal or a full disk must not end the job."""
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -26,19 +26,19 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-def bar(total: int, text: str, is_quiet: bool = False, is_even: bool = True) -> Any:
-    """Make a progress bar over ``total`` steps. Quiet bars count, and draw nothing.
+def bar(total: int, text: str, is_quiet: bool = False, shows_eta: bool = True) -> Any:
+    """Make a progress bar over ``total`` steps; a quiet bar counts but draws nothing.
 
-    Steps that are not even take differently long each: the bar then shows the time spent, and promises none.
+    Without ``shows_eta``, for steps of different lengths, the bar shows no estimate of the remaining time.
     """
     from tqdm import tqdm
 
-    shape = None if is_even else "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
-    return tqdm(total=total, desc=text, file=_Stderr(), disable=is_quiet, dynamic_ncols=True, bar_format=shape)
+    bar_format = None if shows_eta else "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+    return tqdm(total=total, desc=text, file=_Stderr(), disable=is_quiet, dynamic_ncols=True, bar_format=bar_format)
 
 
 def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:
-    """Show a generation's steps until its end; what it waits for before that. Any error here cancels the job."""
+    """Show why a generation waits and then its steps, until its end. An error here cancels the job."""
     with job, bar(job.total_steps, text, is_quiet) as steps:
         for event in job.events():
             if isinstance(event, Queued):

@@ -10,8 +10,8 @@ from xditd.ipc.settings.client import RevokeFlags
 
 SUMMARY = "end a loan, or free an adopted component"
 DESCRIPTION = """\
-End a loan whoever lent it, or free an adopted component. Its jobs fail with lease_lost; this returns once no worker
-maps it."""
+End a loan of any of your programs, or free an adopted component. Jobs that use it fail with lease_lost. Returns when no
+worker maps it."""
 EXAMPLES = """\
 examples:
   xditd status

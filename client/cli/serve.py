@@ -1,4 +1,4 @@
-"""``xditd serve``: become the daemon."""
+"""``xditd serve``: replace this process by the daemon."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NoReturn
 from xditd.client.subprograms import module_command, module_environment
 
 SUMMARY = "run the daemon and its workers in the foreground"
-DESCRIPTION = "Run the daemon in the foreground. Every flag is the daemon's: xditd serve --help lists them."
+DESCRIPTION = "Run the daemon in the foreground. xditd serve --help lists its flags."
 EXAMPLES = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take whatever the daemon takes."""
+    """Pass all arguments on to the daemon."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
@@ -25,6 +25,6 @@ def run(parsed: argparse.Namespace) -> int:
 
 def replace_process(arguments: Sequence[str]) -> NoReturn:
     """Replace this process by the daemon, so that signals and systemd reach it directly."""
-    # Never imported: the command line is the client's only way into the daemon's room.
+    # The client does not import the daemon; it only starts its command line.
     command = module_command("xditd.daemon", arguments)
     os.execve(command[0], command, module_environment())  # noqa: S606 - no shell on purpose

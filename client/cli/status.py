@@ -1,4 +1,4 @@
-"""``xditd status``: what the daemon, its workers and the lent components are doing."""
+"""``xditd status``: show the state of the daemon, its workers, the lent components and the queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from xditd.client.cli import exits, flags
-from xditd.client.cli.printing import json_text, say_error
+from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.ipc.settings.client import StatusFlags
 from xditd.ipc.status import DaemonStatus
@@ -17,7 +17,7 @@ LOSSLESS: Final = "bf16"
 
 SUMMARY = "show workers, lent components, queue and counters"
 DESCRIPTION = (
-    "Show the daemon's state: a table for people, or JSON for programs. Exits with 0 whatever it is, unless --check is "
+    "Show the daemon's state: a table for people, or JSON for programs. Exits with 0 in any state, unless --check is "
     "given."
 )
 EXAMPLES = """\
@@ -43,12 +43,12 @@ def run(parsed: argparse.Namespace) -> int:
     print(json_text(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
     why = why_not_serving(found) if parsed.check else ""
     if why:
-        say_error(f"xditd status: {why}")
+        print_error(f"xditd status: {why}")
     return exits.FAILED if why else exits.DONE
 
 
 def describe(found: DaemonStatus) -> str:
-    """Write the state as text."""
+    """Format the state as text."""
     loaded = len(found.components)
     parallel = ", ".join(f"{name} {degree}" for name, degree in found.parallel.items() if degree > 1) or "none"
     lines = [
@@ -117,11 +117,11 @@ def describe(found: DaemonStatus) -> str:
 
 
 def _by_tier(found: DaemonStatus) -> str:
-    """Spell how much is on loan, by tier."""
+    """Format the lent bytes by tier."""
     return ", ".join(f"{size_text(size)} {tier}" for tier, size in found.lent_bytes.items()) or "nothing"
 
 
 def _shortened(detail: str) -> str:
-    """Keep a detail to one line of a table; --json has all of it."""
+    """Shorten an error's detail to one line of a table; --json has all of it."""
     text = " ".join(detail.split())
     return text if len(text) <= _DETAIL_CHARS else text[: _DETAIL_CHARS - 3] + "..."

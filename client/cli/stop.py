@@ -1,4 +1,4 @@
-"""``xditd stop``: end the daemon and its workers."""
+"""``xditd stop``: stop the daemon and its workers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from xditd.ipc.settings.client import StopFlags
 
 SUMMARY = "stop the daemon and its workers"
 DESCRIPTION = (
-    "Stop the daemon and wait for its end. A running job may finish within the daemon's drain_deadline_s; waiting ones "
-    "fail with daemon_stopping; lent memory is let go."
+    "Stop the daemon and wait until it has exited. A running job may finish within the daemon's drain_deadline_s; "
+    "queued jobs fail with daemon_stopping; lent memory is released."
 )
 EXAMPLES = """\
 examples:
@@ -32,6 +32,6 @@ def run(parsed: argparse.Namespace) -> int:
         pid = client.daemon_pid
         is_stopped = client.stop(deadline_s=parsed.deadline_s)
     if not is_stopped:
-        raise DeadlineExceeded(f"daemon {pid} has not ended within {parsed.deadline_s} s; see its log")
+        raise DeadlineExceeded(f"daemon {pid} has not exited within {parsed.deadline_s} s; see its log")
     print(json_text({"pid": pid, "stopped": True}) if parsed.json else f"stopped daemon {pid}")
     return exits.DONE

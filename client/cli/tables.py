@@ -1,4 +1,4 @@
-"""Plain-text tables and numbers for people."""
+"""Format tables, sizes and durations as plain text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COPY_KINDS = ("host_to_host", "host_to_device", "device_to_device", "peer")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lay out columns, two spaces apart, without a frame."""
+    """Format rows as columns, two spaces apart, without a frame."""
     lines = [[str(cell) for cell in headers], *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     return "\n".join(
@@ -21,7 +21,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def size_text(size_bytes: int) -> str:
-    """Spell a size with three digits or so."""
+    """Format a size with a unit."""
     value, unit = float(size_bytes), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value /= 1024
@@ -30,7 +30,7 @@ def size_text(size_bytes: int) -> str:
 
 
 def span_text(seconds: float) -> str:
-    """Spell a span of time."""
+    """Format a duration."""
     if seconds < 1:
         return f"{seconds * 1e3:.0f} ms"
     if seconds < 120:
@@ -41,12 +41,12 @@ def span_text(seconds: float) -> str:
 
 
 def copied_text(copied: CopiedBytes) -> str:
-    """Name what was copied, by kind; "nothing" when memory is shared."""
+    """Format the bytes copied by kind of copy; "nothing" when all memory is shared."""
     sizes = copied_by_kind(copied)
     parts = [f"{size_text(size)} {kind.replace('_', ' ')}" for kind, size in sizes.items() if size]
     return ", ".join(parts) or "nothing"
 
 
 def copied_by_kind(copied: CopiedBytes) -> dict[str, int]:
-    """Spell out every kind, zeros too."""
+    """Return the bytes of every kind of copy, zeros too."""
     return {kind: getattr(copied, kind) for kind in COPY_KINDS}

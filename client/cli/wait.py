@@ -1,4 +1,4 @@
-"""``xditd wait``: return once the daemon, or its workers, can be used."""
+"""``xditd wait``: wait until the daemon answers and its workers are ready."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import contextlib
 
 from xditd.client.cli import exits, flags
-from xditd.client.cli.printing import json_text, say_error
+from xditd.client.cli.printing import json_text, print_error
 from xditd.ipc.settings.client import WaitFlags
 from xditd.ipc.status import DaemonStatus
 
 SUMMARY = "wait until the daemon answers and its workers are ready"
 DESCRIPTION = (
-    "Wait for a daemon that starts. Exits with 0 once its workers take jobs; with 1 if they are not ready in time, or "
-    "are given up; with 3 if no daemon answers in time. What is waited for goes to stderr."
+    "Wait for a daemon that starts. Exits with 0 when its workers accept jobs, with 1 if they are not ready in time or "
+    "are given up, with 3 if no daemon answers in time. Prints the reason for waiting to stderr."
 )
 EXAMPLES = """\
 examples:
@@ -32,17 +32,17 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.waiting import wait_for
 
     def show(what: str) -> None:
-        say_error(f"xditd wait: {what}")
+        print_error(f"xditd wait: {what}")
 
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         clients: list[Client] = []
 
-        def look() -> DaemonStatus:
+        def get_status() -> DaemonStatus:
             if not clients:
-                clients.append(opened.enter_context(Client(parsed.runtime_dir, name="xditd wait")))
+                clients.append(stack.enter_context(Client(parsed.runtime_dir, name="xditd wait")))
             return clients[0].status()
 
-        found = wait_for(look, parsed.wait_s, workers=parsed.target == "workers", show=show)
+        found = wait_for(get_status, parsed.wait_s, workers=parsed.target == "workers", show=show)
     if parsed.json:
         print(json_text({"pid": found.pid, "group_state": found.group_state.value, "workers": found.world_size}))
     else:

@@ -1,1 +1,1 @@
-"""What ``xditd demo`` needs beyond the client: small seeded checkpoints in the layouts that users have."""
+"""``xditd demo``: generated checkpoints, a daemon of its own, two images, and a comparison with diffusers."""

@@ -1,9 +1,9 @@
-"""Small seeded checkpoints of a FLUX.1 transformer and its VAE, with the tensor names that users' files have.
+"""Generate small checkpoints of a FLUX.1 transformer and its VAE, with the tensor names of published files.
 
-The values are random, but not arbitrary: activations keep their size from layer to layer, and every tensor matters.
-Zeroing any one of them moves the result by far more than the tolerance of a parity check, so such a check cannot
-pass with a tensor lost. (One pair cannot matter in any VAE of this kind: ``mid.attn_1.k.bias`` adds the same number
-to all logits of a query, which softmax ignores.) The same seed gives the same bytes in every process.
+The random values are scaled so that activations keep their size from layer to layer and every tensor matters: zeroing
+any one changes the result by far more than the tolerance of a parity check, so such a check detects a lost tensor.
+(The only exception, in any VAE of this kind, is ``mid.attn_1.k.bias``: it adds the same number to all logits of a
+query, which softmax ignores.) The same seed gives the same bytes in every process.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def flux1_state_dict(
     prefix: str = "",
     norm_suffix: str = "scale",
 ) -> dict[str, torch.Tensor]:
-    """Make a FLUX.1 transformer: dev with ``guidance``, schnell without. The defaults give 8 million parameters.
+    """Generate a FLUX.1 transformer: dev with ``guidance``, schnell without. The default has 8 million parameters.
 
-    ``prefix`` goes before every name (``model.diffusion_model.``); ``norm_suffix`` ends the names of query and key
+    ``prefix`` is put before every name (``model.diffusion_model.``); ``norm_suffix`` ends the names of query and key
     norms, ``scale`` or ``weight``. ``dtype`` is float32 unless given.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -71,9 +71,9 @@ def flux_vae_state_dict(
     dtype: torch.dtype | None = None,
     prefix: str = "",
 ) -> dict[str, torch.Tensor]:
-    """Make a VAE with the structure of FLUX.1's: four levels, two residual blocks in each, 16 latent channels.
+    """Generate a VAE with FLUX.1's structure: four levels, two residual blocks in each, 16 latent channels.
 
-    ``channels`` are multiples of 64, widest last: below that a norm group has one channel, and hides its bias.
+    ``channels`` are multiples of 64, the largest last: with fewer, a norm group has one channel, and hides its bias.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in _vae_shapes(channels, encoder):
@@ -95,8 +95,8 @@ def write_flux_vae(path: Path, seed: int, *, dtype: torch.dtype | None = None) -
 def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file whose data starts at a multiple of 256 bytes.
 
-    The format asks for 8 only, and slices that start elsewhere than at 64 are copied by workers on the CPU. What
-    fills the gap is metadata, which readers skip.
+    The format requires only 8, but workers on the CPU copy tensors that do not start at a multiple of 64. Metadata,
+    which readers skip, fills the gap.
     """
     from safetensors.torch import save
 
@@ -108,7 +108,7 @@ def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw values that depend on seed and name alone, so that adding a tensor changes no other."""
+    """Draw values that depend only on seed and name, so that adding a tensor changes no other."""
     import torch
 
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
@@ -124,7 +124,7 @@ def _vae_values(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return (1.0 if "norm" in name and name.endswith(".weight") else 0.0) + 0.2 * noise
     if shape[2] == 1:
         return noise / math.sqrt(shape[1])
-    # Convolutions that mostly blur: the picture of random latents is then soft clouds of colour, not static.
+    # Convolutions that mostly blur, so that random latents decode to smooth areas of colour instead of noise.
     line = torch.tensor([0.25, 0.5, 0.25])
     blur = torch.outer(line, line)
     mixing = normal(seed, f"{name}:mixing", shape[:2])[:, :, None, None]

@@ -1,4 +1,4 @@
-"""A daemon of the demo's own: started by command line, in a private folder, and ended with the demo."""
+"""Run a private daemon as a child process: start it, connect to it, watch its sockets, stop it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _LOG_TAIL_LINES: Final = 15
 
 
 class DaemonProcess:
-    """``xditd serve`` as a child process. ``log`` gets what it and its workers write to stderr.
+    """``xditd serve`` as a child process. ``log`` is the file for its and its workers' stderr.
 
-    ``flags`` are more of ``xditd serve``'s; what they should not be ends the daemon, and :meth:`connect` says so.
+    ``flags`` are further flags of ``xditd serve``; if they are invalid, the daemon exits, and :meth:`connect` raises.
     """
 
     def __init__(self, log: Path, workers: int, device: str, flags: Sequence[str] = ()) -> None:
@@ -44,7 +44,7 @@ class DaemonProcess:
             ["--runtime-dir", str(self.runtime_dir), "--workers", str(workers), "--device", device, *flags],
         )
         with self._log_file() as stderr:
-            # A session of its own: Ctrl-C ends the demo, which then ends the daemon in good order.
+            # A new session, so that Ctrl-C reaches only the demo, which then stops the daemon.
             self._process = subprocess.Popen(
                 command,
                 env=module_environment(),
@@ -66,10 +66,10 @@ class DaemonProcess:
         return self._process.pid
 
     def connect(self) -> Client:
-        """Wait until the daemon answers, and open a session with it.
+        """Wait until the daemon answers, and connect to it.
 
         Raises:
-            DaemonUnreachable: it has ended, or does not answer in time; with the end of its log.
+            DaemonUnreachable: it has exited, or does not answer in time; the message has the end of its log.
         """
         clock = AwakeClock()
         began_s = clock.now_s()
@@ -78,30 +78,30 @@ class DaemonProcess:
             try:
                 return Client(self.runtime_dir, name="xditd demo")
             except DaemonUnreachable as error:
-                clock.count_gap()  # seconds, where it listens and does not answer
+                clock.count_gap()  # takes seconds if the daemon listens but does not answer
                 if self._process.poll() is not None:
                     raise DaemonUnreachable(
                         f"the daemon {describe_exit(self._process.returncode)}; its log ends:\n{self.log_tail()}"
                     ) from None
                 if clock.waited_s(began_s) > ANSWER_DEADLINE_S:
                     raise DaemonUnreachable(f"{error.detail}; its log ends:\n{self.log_tail()}") from None
-            time.sleep(_POLL_S)  # nothing tells when a socket appears; a start takes a tenth of a second
+            time.sleep(_POLL_S)  # a start takes a tenth of a second
 
     def wait_ready(self, client: Client, show: Callable[[str], None]) -> DaemonStatus:
-        """Wait until every worker is ready; ``show`` gets what they are doing meanwhile.
+        """Wait until every worker is ready; ``show`` is called with the reason for waiting.
 
         Raises:
-            WorkersUnavailable: the group was given up, or is not ready in time, or the daemon has ended; with the end
-                of the log.
+            WorkersUnavailable: the group is given up or not ready in time, or the daemon has exited; the message has
+                the end of the log.
         """
 
-        def look() -> DaemonStatus:
+        def get_status() -> DaemonStatus:
             if self._process.poll() is not None:
                 raise WorkersUnavailable(f"the daemon {describe_exit(self._process.returncode)}")
             return client.status()
 
         try:
-            return wait_for(look, WORKERS_DEADLINE_S, workers=True, show=show)
+            return wait_for(get_status, WORKERS_DEADLINE_S, workers=True, show=show)
         except (WorkersUnavailable, DeadlineExceeded) as error:
             raise WorkersUnavailable(f"{error.detail}; the log ends:\n{self.log_tail()}") from None
 
@@ -111,16 +111,16 @@ class DaemonProcess:
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def outside_sockets(self) -> list[str]:
-        """Look once for sockets of the daemon and its descendants that reach, or listen, beyond loopback."""
+        """List the sockets of the daemon and its descendants that connect or listen beyond loopback."""
         return outside_sockets([self.pid, *descendants(self.pid)])
 
     def stop(self, client: Client | None) -> None:
-        """End the daemon, by request if it listens, and remove its folder."""
+        """Stop the daemon, by request if it answers, else by signals, and remove its folder."""
         try:
             if client is not None and self._process.poll() is None:
                 client.stop(deadline_s=_STOP_DEADLINE_S)
         except XditdError:
-            pass  # it does not answer: signals follow
+            pass  # it does not answer: _end() sends signals
         finally:
             self._end()
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
@@ -131,12 +131,12 @@ class DaemonProcess:
         try:
             self._process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # workers die with their parent
+            self._process.kill()  # workers exit when their parent does
             self._process.wait()
 
 
 def outside_sockets(pids: list[int]) -> list[str]:
-    """Name the sockets of these processes that reach, or listen, beyond loopback."""
+    """List the sockets of processes that connect or listen beyond loopback."""
     found = []
     for pid in pids:
         for each in internet_sockets(pid):
@@ -147,7 +147,7 @@ def outside_sockets(pids: list[int]) -> list[str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """List the processes below one. Source: proc(5), /proc/pid/task/tid/children."""
+    """List the child processes of a process, recursively. Source: proc(5), /proc/pid/task/tid/children."""
     found: list[int] = []
     for task in _tasks(pid):
         try:

@@ -1,6 +1,6 @@
-"""Calls of a FLUX.1 transformer, with the arguments that diffusers' ``FluxPipeline`` gives it.
+"""Call a FLUX.1 transformer with the arguments that diffusers' ``FluxPipeline`` passes.
 
-For examples, benchmarks and tests: the library itself passes arguments on as they are.
+For examples, benchmarks and tests: the library itself passes arguments on unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Prompt:
     """Text conditioning: ``prompt_embeds`` (rows, tokens, context), ``pooled_prompt_embeds`` (rows, pooled), guidance.
 
-    One row serves all images that the prompt is for. What is kept crosses once, and is in the dtype of the weights.
+    One row is used for all images of the prompt. Kept tensors are sent once, in the dtype of the weights.
     """
 
     prompt_embeds: torch.Tensor | KeptTensor
@@ -39,7 +39,7 @@ class Prompt:
 
 
 class Flux1Calls:
-    """Predictions of one transformer, on latents (batch, channels, height, width) as they are."""
+    """Predicts velocities with one transformer, for unpacked latents (batch, channels, height, width)."""
 
     def __init__(self, client: Client, transformer: Loan) -> None:
         self._client = client
@@ -49,7 +49,7 @@ class Flux1Calls:
         self._has_guidance = facts.transformer is not None and facts.transformer.guidance == "embedded"
 
     def keep(self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, guidance: float = 3.5) -> Prompt:
-        """Make a prompt whose tensors the workers keep."""
+        """Make a prompt whose tensors are kept in the workers."""
         kept = [self._client.keep(each.to(self._dtype)) for each in (prompt_embeds, pooled_prompt_embeds)]
         return Prompt(kept[0], kept[1], guidance)
 
@@ -65,18 +65,18 @@ class Flux1Calls:
     ) -> torch.Tensor:
         """Run one forward; returns the velocity, with shape, dtype and device of ``latents``.
 
-        Several prompts share the batch out evenly, in order. Neighbours of one length run as one batch, others as
-        parts of one request. ``sigmas`` are those of the whole run, where they are known.
+        The batch is divided evenly among the prompts, in order. Consecutive prompts of one length run as one batch,
+        others as parts of one request. ``sigmas`` are all sigmas of the sampling, if they are known.
 
         Raises:
-            BadRequest: the batch cannot be shared out evenly.
+            BadRequest: the batch cannot be divided evenly.
         """
         import torch
 
         shared = [prompts] if isinstance(prompts, Prompt) else list(prompts)
         if not shared or not len(latents) or len(latents) % len(shared):
             raise BadRequest(
-                f"prompts: {len(shared)} for {len(latents)} latents; give one or more, each for equally many latents"
+                f"prompts: {len(shared)} for {len(latents)} latents; give a number of prompts that divides the batch"
             )
         share = len(latents) // len(shared)
         parts: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ class Flux1Calls:
         return torch.cat([unpack(packed, height, width) for (packed,) in results]).to(latents.dtype)
 
     def arguments(self, latents: torch.Tensor, sigma: float, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """The arguments of one forward, named as in ``FluxTransformer2DModel.forward``."""
+        """Make the arguments of ``FluxTransformer2DModel.forward``."""
         import torch
 
         batch, _, height, width = latents.shape
@@ -115,7 +115,7 @@ class Flux1Calls:
         return given
 
     def _rows(self, given: Sequence[torch.Tensor | KeptTensor], share: int) -> torch.Tensor | KeptTensor | RowsOf:
-        """One row for each image: a tensor that has one serves its whole share."""
+        """Join conditioning to one row for each image: a tensor with one row is repeated for its share of them."""
         tensors = [each if isinstance(each, KeptTensor) else each.to(self._dtype) for each in given]
         if len(tensors) == 1 and tensors[0].shape[0] == share:
             return tensors[0]
@@ -124,11 +124,11 @@ class Flux1Calls:
 
 @lru_cache(maxsize=16)
 def image_ids(height: int, width: int) -> KeptTensor:
-    """Row and column of each token of latents of this size; kept."""
+    """The positions of the image tokens for latents of this size, as a kept tensor."""
     return KeptTensor(image_positions(height // PATCH, width // PATCH))
 
 
 @lru_cache(maxsize=16)
 def text_ids(tokens: int) -> KeptTensor:
-    """The positions of so many tokens of text; kept."""
+    """The positions of text tokens, as a kept tensor."""
     return KeptTensor(text_positions(tokens))

@@ -1,4 +1,4 @@
-"""The main job from end to end, on checkpoints made on the spot."""
+"""Run the demo: generate checkpoints, start a daemon, lend, generate two images, compare with diffusers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 SEED: Final = 20
 TEXT_TOKENS: Final = 64
 GUIDANCE: Final = 3.5
-MOST_WORKERS: Final = 2
+MAX_WORKERS: Final = 2
 """The demo's transformer has two attention heads, and each worker needs one."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the command line asked for. ``workers`` 0: two, or one where there is one GPU."""
+class DemoOptions:
+    """The options of the command line. ``workers`` 0: two, or one if there is only one GPU."""
 
     out: Path
     workers: int
@@ -54,49 +54,49 @@ class Checkpoints:
     vae: Path
 
 
-class Journey:
+class DemoRun:
     """Runs the demo step by step and fills its report."""
 
-    def __init__(self, plan: Plan, steps: Any) -> None:
-        self.plan = plan
-        self.report = Report(size=plan.size, steps=plan.steps)
+    def __init__(self, options: DemoOptions, steps: Any) -> None:
+        self.options = options
+        self.report = Report(size=options.size, steps=options.steps)
         self._steps = steps
-        self._own = OutsideConnections.install()
-        self._seen: set[str] = set()
+        self._own_connections = OutsideConnections.install()
+        self._outside_sockets: set[str] = set()
 
     @staticmethod
-    def length(plan: Plan) -> int:
-        """Steps of the progress bar: daemon, workers, checkpoints, two loans, two images, parity."""
-        return 6 + 2 * plan.steps
+    def length(options: DemoOptions) -> int:
+        """Number of steps of the progress bar: daemon, workers, checkpoints, two loans, two images, parity."""
+        return 6 + 2 * options.steps
 
     def run(self) -> Report:
-        """Run everything, and write the report; the daemon is ended on every way out, unless it is to be kept.
+        """Run everything, and write the report. Always stops the daemon, unless ``options.keep`` is set.
 
         Raises:
             OutputFailed: the output folder, or the one for temporary files, cannot be written.
-            XditdError: a phase failed; its message names it.
+            XditdError: a phase failed.
         """
-        # Nothing here asks for a file of a model hub; if something did, it must fail and not fetch.
+        # The demo needs no files of a model hub; a request for one must fail instead of downloading it.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        with writing_to(self.plan.out, "--out"):
+        with writing_to(self.options.out, "--out"):
             self._run()
-            self.report.write(self.plan.out / "demo.json")
+            self.report.write(self.options.out / "demo.json")
         return self.report
 
     def _run(self) -> None:
-        self.plan.out.mkdir(parents=True, exist_ok=True)
+        self.options.out.mkdir(parents=True, exist_ok=True)
         with self._phase("daemon_start", "starting the daemon"):
-            daemon = DaemonProcess(self.plan.out / "daemon.log", self._count_workers(), self.plan.device)
+            daemon = DaemonProcess(self.options.out / "daemon.log", self._count_workers(), self.options.device)
         client = None
         is_done = False
         try:
             with self._phase("daemon_start", "starting the daemon"):
                 client = daemon.connect()
             self._steps.update()
-            self._travel(daemon, client)
+            self._run_phases(daemon, client)
             is_done = True
         finally:
-            if self.plan.keep and is_done:
+            if self.options.keep and is_done:
                 self.report.kept_runtime_dir = str(daemon.runtime_dir)
                 if client is not None:
                     client.close()
@@ -105,12 +105,12 @@ class Journey:
                 if client is not None:
                     client.close()
 
-    def _travel(self, daemon: DaemonProcess, client: Client) -> None:
+    def _run_phases(self, daemon: DaemonProcess, client: Client) -> None:
         report = self.report
         with self._phase("workers_ready", "workers start"):
             status = daemon.wait_ready(client, self._show)
         self._steps.update()
-        self._note(daemon, status)
+        self._record_workers(daemon, status)
         with self._phase("checkpoints", "writing checkpoints"):
             files = self._write_checkpoints(status.device_kind)
         self._steps.update()
@@ -120,27 +120,27 @@ class Journey:
         inputs = self._draw_inputs(transformer)
         plugs = client.status().counters.plugs
 
-        image, second = self.plan.out / "demo.png", self.plan.out / "demo-second.png"
+        image, second = self.options.out / "demo.png", self.options.out / "demo-second.png"
         with self._phase("first_image", "first image"):
             first = self._generate(client, transformer, vae, inputs, inputs.noise, daemon)
         first.save(image)
         report.image = str(image)
         with self._phase("second_image", "second image"):
-            again = self._generate(client, transformer, vae, inputs, _noise(SEED + 1, self.plan.size), daemon)
+            again = self._generate(client, transformer, vae, inputs, _noise(SEED + 1, self.options.size), daemon)
         again.save(second)
         report.second_image = str(second)
 
         status = client.status()
         report.is_lent_once = status.counters.plugs == plugs
-        with self._phase("parity", "checking against plain diffusers"):
+        with self._phase("parity", "comparing with plain diffusers"):
             expected = self._reference(files, inputs, status.device_kind)
         report.parity = parity.relative_error(first.latents, expected)
-        report.parity_bar = parity.BARS[report.dtype]
+        report.parity_bar = parity.TOLERANCES[report.dtype]
         self._steps.update()
-        self._look(daemon)
+        self._record_outside_sockets(daemon)
         report.outside_connections = [
-            *(f"the demo tried to reach {address}" for address in self._own.attempts),
-            *sorted(self._seen),
+            *(f"the demo tried to reach {address}" for address in self._own_connections.attempts),
+            *sorted(self._outside_sockets),
         ]
         if status.counters.outside_connections:
             report.outside_connections.append(
@@ -148,26 +148,26 @@ class Journey:
             )
 
     def _count_workers(self) -> int:
-        """Two workers, or as many as there are GPUs if that is less."""
-        if self.plan.workers > MOST_WORKERS:
+        """Return the number of workers: two, or the number of GPUs if that is less."""
+        if self.options.workers > MAX_WORKERS:
             raise BadRequest(
-                f"--workers {self.plan.workers}: the demo's small transformer has {MOST_WORKERS} attention heads, "
-                f"one for each worker; use 1 or {MOST_WORKERS}"
+                f"--workers {self.options.workers}: the demo's small transformer has {MAX_WORKERS} attention heads, "
+                f"one for each worker; use 1 or {MAX_WORKERS}"
             )
-        if self.plan.workers:
-            return self.plan.workers
+        if self.options.workers:
+            return self.options.workers
         import torch
 
-        gpus = 0 if self.plan.device == "cpu" else torch.cuda.device_count()
-        return min(MOST_WORKERS, gpus) if gpus else MOST_WORKERS
+        gpus = 0 if self.options.device == "cpu" else torch.cuda.device_count()
+        return min(MAX_WORKERS, gpus) if gpus else MAX_WORKERS
 
-    def _note(self, daemon: DaemonProcess, status: DaemonStatus) -> None:
+    def _record_workers(self, daemon: DaemonProcess, status: DaemonStatus) -> None:
         self.report.device_kind = status.device_kind
         self.report.workers = len(status.workers)
         self.report.parallel = dict(status.parallel)
         self.report.attention_backend = status.attention_backend
         self.report.dtype = "bfloat16" if status.device_kind == "cuda" else "float32"
-        self._look(daemon)
+        self._record_outside_sockets(daemon)
         loaded = sum(worker.loaded for worker in status.workers)
         logger.info("%d workers ready, %d loaded", len(status.workers), loaded)
 
@@ -176,7 +176,7 @@ class Journey:
 
         from xditd.client.demo.checkpoints import write_flux1, write_flux_vae
 
-        folder = self.plan.out / "checkpoints"
+        folder = self.options.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         files = Checkpoints(folder / "flux1-demo.safetensors", folder / "ae-demo.safetensors")
         dtype = torch.bfloat16 if device_kind == "cuda" else torch.float32
@@ -187,18 +187,18 @@ class Journey:
     def _draw_inputs(self, transformer: Loan) -> parity.Inputs:
         from xditd.client.conditioning import random_conditioning
 
-        width, height = self.plan.size
+        width, height = self.options.size
         return parity.Inputs(
             conditioning=random_conditioning(transformer.facts, SEED, TEXT_TOKENS),
-            noise=_noise(SEED, self.plan.size),
-            sigmas=tuple(1.0 - step / self.plan.steps for step in range(self.plan.steps)),
+            noise=_noise(SEED, self.options.size),
+            sigmas=tuple(1.0 - step / self.options.steps for step in range(self.options.steps)),
             height=height,
             width=width,
             guidance=GUIDANCE,
         )
 
     def _lend(self, client: Client, files: Checkpoints, device_kind: str) -> tuple[Loan, Loan]:
-        """Lend the transformer by its path and the VAE as tensors: both ways that users have."""
+        """Lend the transformer by its path and the VAE as tensors."""
         from xditd.client.tensor_files import read_tensors
 
         device = "cuda" if device_kind == "cuda" and can_lend_cuda() else None
@@ -236,23 +236,23 @@ class Journey:
             if isinstance(event, StepDone):
                 self._steps.update(event.step - seen)
                 seen = event.step
-                self._look(daemon)
+                self._record_outside_sockets(daemon)
         return job.result()
 
     def _reference(self, files: Checkpoints, inputs: parity.Inputs, device_kind: str) -> torch.Tensor:
         device = "cuda" if device_kind == "cuda" else "cpu"
 
-        def look(pid: int) -> None:
-            self._seen.update(outside_sockets([pid]))
+        def on_poll(pid: int) -> None:
+            self._outside_sockets.update(outside_sockets([pid]))
 
-        return parity.reference_latents(files.transformer, inputs, self.plan.out, device, look)
+        return parity.reference_latents(files.transformer, inputs, self.options.out, device, on_poll)
 
-    def _look(self, daemon: DaemonProcess) -> None:
-        self._seen.update(daemon.outside_sockets())
-        self._seen.update(outside_sockets([os.getpid()]))
+    def _record_outside_sockets(self, daemon: DaemonProcess) -> None:
+        self._outside_sockets.update(daemon.outside_sockets())
+        self._outside_sockets.update(outside_sockets([os.getpid()]))
 
     def _show(self, text: str) -> None:
-        """Put a text before the bar; draw again only for new text, or to move the clock on a terminal."""
+        """Show a text before the bar; redraw only for a new text, or on a terminal to update the elapsed time."""
         if self._steps.desc != text:
             self._steps.set_description_str(text)
         elif sys.stderr.isatty():
@@ -260,7 +260,7 @@ class Journey:
 
     @contextmanager
     def _phase(self, name: str, text: str) -> Iterator[None]:
-        """Name a phase in the progress bar and add its time to the report."""
+        """Show a phase in the progress bar and add its time to the report."""
         self._steps.set_description_str(text)
         started = time.perf_counter()
         yield
@@ -276,7 +276,7 @@ def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
 
 
 def can_lend_cuda() -> bool:
-    """Whether this process can put weights on a GPU and export them."""
+    """Whether this process can allocate weights on a GPU and export them."""
     import torch
 
     try:

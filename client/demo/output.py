@@ -1,4 +1,4 @@
-"""The demo's folder, which may be full, read-only or somebody else's."""
+"""Convert errors of the demo's output folder to a typed error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from xditd.ipc.errors import OutputFailed, XditdError
 
 @contextlib.contextmanager
 def writing_to(folder: Path, option: str) -> Iterator[None]:
-    """Turn what the operating system says about files below ``folder`` into a typed error; ``option`` chooses another.
+    """Convert an ``OSError`` about files in ``folder`` to ``OutputFailed``; ``option`` is the flag for another folder.
 
     Raises:
-        OutputFailed: something could not be written; the message names the place and the remedy.
+        OutputFailed: a file could not be written; the message names it and the remedy.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The demo's proof: the same latents from plain diffusers, in one process, on the same files."""
+"""Compare the demo's latents with those of plain diffusers, run in one process on the same files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from xditd.ipc.errors import DeadlineExceeded, PeerError
 if TYPE_CHECKING:
     import torch
 
-BARS: Final = {"float32": 1e-6, "bfloat16": 1e-2}
+TOLERANCES: Final = {"float32": 1e-6, "bfloat16": 1e-2}
 """Largest relative error that passes, by dtype of the weights."""
 
 _DEADLINE_S: Final = 300.0
-_LOOK_EVERY_S: Final = 0.25
+_POLL_S: Final = 0.25
 
 
 @dataclass(frozen=True, repr=False)
 class Inputs:
-    """Everything that decides the latents, weights aside."""
+    """Everything that determines the latents, except the weights."""
 
     conditioning: Mapping[str, Any]
     """``prompt_embeds`` and ``pooled_prompt_embeds``, as ``Client.generate`` takes them."""
@@ -36,12 +36,12 @@ class Inputs:
 
 
 def reference_latents(
-    transformer: Path, inputs: Inputs, folder: Path, device: str, look: Callable[[int], None]
+    transformer: Path, inputs: Inputs, folder: Path, device: str, on_poll: Callable[[int], None]
 ) -> torch.Tensor:
-    """Run the plain pipeline in a process of its own, and read its latents. ``look`` is called with its pid meanwhile.
+    """Run the plain pipeline in a child process, and read its latents. ``on_poll`` is called with its pid repeatedly.
 
     Raises:
-        PeerError: the process failed; with the end of what it said.
+        PeerError: the process failed; the message has the end of its log.
         DeadlineExceeded: it took longer than five minutes.
     """
     import torch
@@ -65,13 +65,13 @@ def reference_latents(
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                look(process.pid)
+                on_poll(process.pid)
                 if waited_s > _DEADLINE_S:
-                    raise DeadlineExceeded(f"reference: not done after {_DEADLINE_S:.0f} s; see {log.name}")
+                    raise DeadlineExceeded(f"reference: did not finish within {_DEADLINE_S:.0f} s; see {log.name}")
                 try:
-                    process.wait(_LOOK_EVERY_S)
+                    process.wait(_POLL_S)
                 except subprocess.TimeoutExpired:
-                    waited_s += _LOOK_EVERY_S
+                    waited_s += _POLL_S
         finally:
             if process.poll() is None:
                 process.kill()
@@ -83,6 +83,6 @@ def reference_latents(
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Euclidean norm of the difference over that of what was expected, in float64."""
+    """Norm of the difference divided by the norm of ``expected``, in float64."""
     wanted = expected.double().cpu()
     return float((result.double().cpu() - wanted).norm() / wanted.norm())

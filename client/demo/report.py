@@ -1,4 +1,4 @@
-"""What the demo leaves behind: ``demo.json``, and a table for people."""
+"""The demo's report: ``demo.json``, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PHASES = {
 
 @dataclass
 class Report:
-    """Filled as the demo goes along."""
+    """The results of the demo, filled by ``DemoRun``."""
 
     device_kind: str = ""
     workers: int = 0
@@ -46,26 +46,26 @@ class Report:
     parity_bar: float = 0.0
     kept_runtime_dir: str | None = None
     is_lent_once: bool = False
-    """The second image used what was lent for the first: nothing was plugged in between."""
+    """Whether the second image used the components lent for the first: no component was plugged in between."""
 
     def faults(self) -> list[str]:
-        """What keeps the demo from having passed, as sentences."""
+        """The reasons why the demo failed."""
         found = []
         if not self.parity <= self.parity_bar:  # also for NaN
-            found.append(f"parity {self.parity:.3g} is beyond its bar {self.parity_bar:g}")
+            found.append(f"parity {self.parity:.3g} is above its limit {self.parity_bar:g}")
         if not Path(self.image).is_file():
             found.append(f"image {self.image or '(none)'} was not written")
         if not self.is_lent_once:
-            found.append("the second image plugged components in again")
+            found.append("the components were plugged again for the second image")
         if self.outside_connections:
             found.append(
-                "connections beyond this machine, so what was downloaded is unknown: "
+                "connections to other hosts, so the bytes downloaded are unknown: "
                 + "; ".join(self.outside_connections)
             )
         return found
 
     def as_json(self) -> dict[str, object]:
-        """Spell everything for ``demo.json``."""
+        """Return the content of ``demo.json``."""
         return {
             "workers": self.workers,
             "device_kind": self.device_kind,
@@ -78,7 +78,7 @@ class Report:
             "dtype": self.dtype,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "components": [describe_loan(loan) for loan in self.loans],
-            # Not a counter of bytes: no connection was attempted or seen, hence no byte came over one.
+            # Bytes are not counted: without a connection attempted or seen, none were downloaded.
             "bytes_downloaded": None if self.outside_connections else 0,
             "outside_connections": self.outside_connections,
             "parity": self.parity,
@@ -92,7 +92,7 @@ class Report:
         write_file(path, json_text(self.as_json(), indent=2).encode() + b"\n")
 
     def summary(self) -> str:
-        """Write the table that ends the demo."""
+        """Format the table that the demo prints at its end."""
         degrees = ", ".join(f"{name} {degree}" for name, degree in self.parallel.items() if degree > 1) or "none"
         rows: list[tuple[object, object]] = [("workers", f"{self.workers} on {self.device_kind}, parallel: {degrees}")]
         rows += [(text, span_text(self.seconds[name])) for name, text in PHASES.items() if name in self.seconds]
@@ -102,7 +102,7 @@ class Report:
             rows.append((f"lent {loan.kind.value}", what))
         rows += [
             ("downloaded", "unknown" if self.outside_connections else "0 bytes (no connection left this machine)"),
-            ("parity", f"{self.parity:.2g} against plain diffusers (bar {self.parity_bar:g})"),
+            ("parity", f"{self.parity:.2g} against plain diffusers (limit {self.parity_bar:g})"),
             ("image", f"{self.image}, {self.size[0]}x{self.size[1]}, {self.steps} steps"),
         ]
         if self.kept_runtime_dir:
@@ -111,7 +111,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Name what took part, without importing it."""
+    """Return the versions of the packages, without importing them."""
     found = {"xditd": __version__, "protocol": str(PROTOCOL_VERSION), "python": platform.python_version()}
     for package in _PACKAGES:
         try:

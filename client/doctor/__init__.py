@@ -1,1 +1,1 @@
-"""``xditd doctor``: what could keep lending and jobs from working here, each with its remedy."""
+"""``xditd doctor``: checks of the host, the workers' libraries and the daemon, with remedies."""

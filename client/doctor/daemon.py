@@ -1,4 +1,4 @@
-"""Checks of the daemon that runs here: does it answer, is its group up, and do its workers see our memory?"""
+"""Check the running daemon: its version, its worker group, and whether workers read this process's memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CHECK_DEADLINE_S: Final = 30.0
 
 
 def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
-    """Ask the daemon, if there is one; also returns its pid."""
-    # Imported here: ZeroMQ costs what the other checks together do.
+    """Check the daemon, if one runs; also returns its pid."""
+    # Imported here, because importing ZeroMQ takes as long as all other checks together.
     from xditd.client.client import Client
 
     try:
@@ -52,7 +52,7 @@ def _check_group(status: DaemonStatus) -> Finding:
     if state in (GroupState.READY, GroupState.BUSY):
         return ok("worker group", f"{state.value}, {status.world_size} on {status.device_kind}")
     if state is GroupState.GIVEN_UP:
-        return fail("worker group", f"given up: {detail}", "see xditd logs, cure the cause, restart the daemon")
+        return fail("worker group", f"given up: {detail}", "see xditd logs, fix the cause, restart the daemon")
     return warn("worker group", f"{state.value}: {detail}", "wait for it, or see xditd logs")
 
 

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""``Finding``: the result of one check of ``xditd doctor``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 class Verdict(Enum):
     OK = "ok"
     WARN = "warn"
-    """It works, but not as well, or not for everything."""
+    """It works with limitations."""
     FAIL = "fail"
     """It does not work."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. ``remedy`` is empty where there is nothing to do; ``notes`` are what else there is to know."""
+    """The result of one check. ``remedy`` is empty if nothing has to be done; ``notes`` are further details."""
 
     check: str
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""Checks of this machine and this user that need no library: folders, limits, shared memory, environment."""
+"""Check this machine and this user without other libraries: folders, limits, shared memory, environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.client.output_files import try_writing
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import BadRequest
 
-SHM: Final = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+SHM: Final = Path("/dev/shm")  # noqa: S108 - not written to
 SHM_WARN_BYTES: Final = 2 * 2**30
 SHM_FAIL_BYTES: Final = 64 * 2**20
 """The I/O block of one 1024x1024 job with its image takes about 10 MiB."""
@@ -22,13 +22,13 @@ SHM_FAIL_BYTES: Final = 64 * 2**20
 FILES_WARN: Final = 4096
 FILES_FAIL: Final = 256
 
-_ROOM_OR_ANOTHER: Final = "make room there (df, df -i), or choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
+_NO_ROOM_REMEDY: Final = "make room there (df, df -i), or choose another (--runtime-dir or XDITD_RUNTIME_DIR)"
 _ALLOCATORS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _GIB: Final = 2**30
 
 
 def check_runtime_folder(runtime: RuntimeDir) -> Finding:
-    """Whether the daemon would take this folder."""
+    """Check that the daemon could use this runtime folder."""
     name, path = "runtime folder", runtime.path
     try:
         runtime.check_lengths()
@@ -40,8 +40,8 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
         parent = next((each for each in path.parents if each.exists()), Path("/"))
         why = _why_not_written(parent)
         if not why:
-            return ok(name, f"{path}: not there yet; the daemon makes it with mode 0700")
-        return fail(name, f"{path}: not there, and {parent} cannot be written: {why}", _ROOM_OR_ANOTHER)
+            return ok(name, f"{path}: does not exist yet; the daemon creates it with mode 0700")
+        return fail(name, f"{path}: does not exist, and {parent} cannot be written: {why}", _NO_ROOM_REMEDY)
     except OSError as error:
         return fail(name, f"{path}: {error.strerror}", "choose another (--runtime-dir or XDITD_RUNTIME_DIR)")
     mode = stat.S_IMODE(found.st_mode)
@@ -50,10 +50,10 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
     if found.st_uid != os.getuid():
         return fail(name, f"{path}: owned by uid {found.st_uid}, not by {os.getuid()}", "choose another folder")
     if mode & 0o077:
-        return fail(name, f"{path}: mode {mode:04o} lets other users in", f"chmod 700 {path}")
+        return fail(name, f"{path}: mode {mode:04o} gives other users access", f"chmod 700 {path}")
     why = _why_not_written(path)
     if why:
-        return fail(name, f"{path}: cannot be written: {why}", _ROOM_OR_ANOTHER)
+        return fail(name, f"{path}: cannot be written: {why}", _NO_ROOM_REMEDY)
     return ok(name, f"{path}: private, mode {mode:04o}, can be written")
 
 
@@ -66,7 +66,7 @@ def _why_not_written(folder: Path) -> str:
 
 
 def check_shared_memory(path: Path = SHM) -> Finding:
-    """Whether embeddings, latents and images, and weights of clients without a GPU, find room."""
+    """Check that shared memory has room for job tensors, and for the weights of clients without a GPU."""
     name = "shared memory"
     try:
         found = os.statvfs(path)
@@ -74,14 +74,14 @@ def check_shared_memory(path: Path = SHM) -> Finding:
         return fail(name, f"{path}: {error.strerror}", f"mount -t tmpfs tmpfs {path}")
     free_bytes, total_bytes = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     detail = f"{path}: {free_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB free"
-    remedy = f"remove what is not needed from {path}, or mount -o remount,size=8G {path} (containers: --shm-size=8g)"
+    remedy = f"delete unneeded files in {path}, or mount -o remount,size=8G {path} (containers: --shm-size=8g)"
     if free_bytes < SHM_FAIL_BYTES:
         return fail(name, detail, remedy)
     return warn(name, detail, remedy) if free_bytes < SHM_WARN_BYTES else ok(name, detail)
 
 
 def check_locked_memory(limits: Mapping[str, int], *, has_gpu: bool) -> Finding:
-    """Whether CUDA may pin host memory for fast uploads."""
+    """Check that CUDA may pin host memory for fast uploads."""
     limit = limits["memlock"]
     text = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit / 2**20:.0f} MiB"
     if limit == resource.RLIM_INFINITY or not has_gpu:
@@ -94,7 +94,8 @@ def check_locked_memory(limits: Mapping[str, int], *, has_gpu: bool) -> Finding:
 
 
 def check_open_files(limits: Mapping[str, int]) -> Finding:
-    """Whether descriptors suffice: each client costs the daemon two, each lent file or block one in every worker."""
+    """Check the limit of file descriptors: the daemon needs two for each client, and every worker one for each lent
+    file or block."""
     limit = limits["files"]
     remedy = "LimitNOFILE=65536 in the unit, or ulimit -n 65536 before xditd serve"
     if limit != resource.RLIM_INFINITY and limit < FILES_FAIL:
@@ -105,10 +106,7 @@ def check_open_files(limits: Mapping[str, int]) -> Finding:
 
 
 def limits_of(pid: int | None) -> dict[str, int]:
-    """Soft limits of a process of this user, or of this one.
-
-    Source: getrlimit(2); prlimit(2).
-    """
+    """Soft limits of another process of this user, or of this process. Source: getrlimit(2); prlimit(2)."""
     wanted = {"memlock": resource.RLIMIT_MEMLOCK, "files": resource.RLIMIT_NOFILE}
     try:
         return {key: resource.prlimit(pid or 0, number)[0] for key, number in wanted.items()}
@@ -117,28 +115,27 @@ def limits_of(pid: int | None) -> dict[str, int]:
 
 
 def check_allocator(environ: Mapping[str, str]) -> Finding:
-    """Whether CUDA can export what torch allocates in programs that are started from this environment."""
+    """Check that CUDA can export what torch allocates in programs that are started from this environment."""
     name = "allocator"
-    said = {key: environ[key] for key in _ALLOCATORS if environ.get(key)}
-    text = ", ".join(f"{key}={value}" for key, value in said.items())
+    text = ", ".join(f"{key}={environ[key]}" for key in _ALLOCATORS if environ.get(key))
     if "cudaMallocAsync" in text or "expandable_segments:True" in text:
         return warn(
             name,
             f"{text}: CUDA exports no memory of this allocator, so lent tensors are copied once on their GPU",
             "allocate weights in a xditd.client.Arena, or unset the variable; workers are not affected",
         )
-    return ok(name, text or "torch's own; memory is lent as it is")
+    return ok(name, text or "torch's default; memory is lent without a copy")
 
 
 def check_devices(dev: Path = Path("/dev")) -> Finding | None:
-    """Whether NVIDIA's device files are complete and open to this user; ``None`` where there is no NVIDIA GPU."""
+    """Check that NVIDIA's device files exist and this user may open them; ``None`` without an NVIDIA GPU."""
     name = "device files"
     if not (dev / "nvidiactl").exists():
         return None
     missing = [each for each in ("nvidia-uvm",) if not (dev / each).exists()]
     if missing:
         return fail(name, f"{dev}/{missing[0]} is missing", "sudo nvidia-modprobe -u (or enable nvidia-persistenced)")
-    shut = [path for path in sorted(dev.glob("nvidia[0-9]*")) if not os.access(path, os.R_OK | os.W_OK)]
-    if shut:
-        return fail(name, f"{shut[0]} may not be opened by uid {os.getuid()}", "join the group that owns it (ls -l)")
+    denied = [path for path in sorted(dev.glob("nvidia[0-9]*")) if not os.access(path, os.R_OK | os.W_OK)]
+    if denied:
+        return fail(name, f"{denied[0]} may not be opened by uid {os.getuid()}", "join the group that owns it (ls -l)")
     return ok(name, f"{len(list(dev.glob('nvidia[0-9]*')))} GPU(s) in {dev}")

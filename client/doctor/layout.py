@@ -1,4 +1,4 @@
-"""How workers share a job, or would, and what speaks against every other way."""
+"""Describe the parallel layout of a worker group, and why each other layout was not chosen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.status import LayoutReport
 
 CPU_WORKERS = 2
-"""How many workers start where there is no GPU, unless the daemon is told a number."""
+"""The daemon's default number of workers without a GPU."""
 
 
-def plan_for(gpus: int) -> Finding:
-    """Say what a daemon on this machine would choose by itself."""
+def describe_default_layout(gpus: int) -> Finding:
+    """Describe the layout that a daemon on this machine would choose by itself."""
     return describe_layout(f"layout for {gpus or CPU_WORKERS} workers", report(choose_layout(gpus or CPU_WORKERS), {}))
 
 
 def describe_layout(check: str, found: LayoutReport) -> Finding:
-    """Tell a layout with its candidates as notes."""
+    """Describe a layout, with the other candidates as notes."""
     (chosen,) = (each.layout for each in found.candidates if not each.why_not)
     return ok(
         check,

@@ -1,4 +1,4 @@
-"""Checks of what workers need: libraries, GPUs, peer access, attention. The facts come from a process of its own."""
+"""Check the workers' libraries, GPUs, peer access and attention, by a probe in a child process."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import subprocess
 from typing import Any, Final
 
 from xditd.client.doctor.findings import Finding, fail, ok, warn
-from xditd.client.doctor.layout import plan_for
+from xditd.client.doctor.layout import describe_default_layout
 from xditd.client.subprograms import module_command, module_environment
 from xditd.ipc.name_lists import listed
 
 PROBE_DEADLINE_S: Final = 180.0
-"""Importing xfuser takes most of it: seconds on a warm disk, a minute on a cold or busy one."""
+"""Importing xfuser takes most of the time: seconds on a warm disk, a minute on a cold or busy one."""
 
 NEEDED: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "safetensors")
 _GIB: Final = 2**30
 
 
 def probe() -> dict[str, Any] | str:
-    """Ask ``xditd.gpu_workers.process.probe`` for the facts; a sentence where it has none to give."""
-    # As the daemon does for its workers: the allocator of this shell is not theirs.
+    """Run ``xditd.gpu_workers.process.probe``; returns its facts, or the reason why it failed."""
+    # Like the daemon for its workers: they do not use the allocator settings of this shell.
     environ = {key: value for key, value in module_environment().items() if not key.startswith("PYTORCH_")}
     command = module_command("xditd.gpu_workers.process.probe", [])
     try:
-        # In a folder that is there: torch does not load in one that was removed.
+        # In a folder that exists: importing torch fails in one that was removed.
         done = subprocess.run(
             command, cwd="/", env=environ, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False
         )
@@ -33,13 +33,13 @@ def probe() -> dict[str, Any] | str:
     except subprocess.TimeoutExpired:
         return f"no answer within {PROBE_DEADLINE_S:.0f} s: the disk is very slow, or the driver hangs (dmesg)"
     except ValueError:
-        return f"an answer that is not JSON: {done.stdout[:200]!r}"
+        return f"the probe's output is not JSON: {done.stdout[:200]!r}"
     last = done.stderr.strip().splitlines()[-1:] or ["no output"]
     return f"status {done.returncode}: {last[0]}"
 
 
 def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
-    """Turn the facts into findings."""
+    """Convert the probe's facts to findings."""
     if isinstance(facts, str):
         return [fail("workers' libraries", facts, "pip install 'xditd[workers]' into the environment of the daemon")]
     packages = facts["packages"]
@@ -55,7 +55,7 @@ def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
     found = [ok("workers' libraries", ", ".join(f"{name} {packages[name]}" for name in NEEDED))]
     found += _check_gpus(facts)
     found.append(_check_attention(facts))
-    found.append(plan_for(len(facts["gpus"])))
+    found.append(describe_default_layout(len(facts["gpus"])))
     return found
 
 
@@ -86,14 +86,14 @@ def _check_gpus(facts: dict[str, Any]) -> list[Finding]:
 def _check_peers(count: int, peers: list[list[int]]) -> Finding:
     if count == 1:
         return ok("peer access", "one GPU: none needed")
-    blind = [f"{a}-{b}" for a in range(count) for b in range(count) if a < b and [a, b] not in peers]
-    if blind:
+    missing = [f"{a}-{b}" for a in range(count) for b in range(count) if a < b and [a, b] not in peers]
+    if missing:
         return warn(
             "peer access",
-            f"GPUs {listed(blind)} do not reach each other directly: copies go through the host",
-            "see nvidia-smi topo -m; ACS or IOMMU settings of a virtual machine may forbid it",
+            f"GPUs {listed(missing)} have no direct access to each other: copies go through the host",
+            "see nvidia-smi topo -m; ACS or IOMMU settings of a virtual machine may prevent it",
         )
-    return ok("peer access", f"all {count} GPUs reach each other")
+    return ok("peer access", f"all {count} GPUs access each other directly")
 
 
 def _check_attention(facts: dict[str, Any]) -> Finding:

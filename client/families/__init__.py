@@ -1,4 +1,3 @@
-"""What programs on the client's side need to know of a model family to call its class; the library itself needs none.
-
-The demo and the node pack import it. Nothing else does: arguments of calls pass through the library as they are.
+"""Helpers for callers of a model family's class. Only the demo and the node pack import them: the library passes the
+arguments of calls on unchanged.
 """

@@ -1,4 +1,4 @@
-"""FLUX.1's tokens: latents folded to them, and where each lies.
+"""Pack latents into FLUX.1's tokens, unpack them, and compute position ids.
 
 Sources: diffusers, ``FluxPipeline`` (``_pack_latents``, ``_unpack_latents``, ``_prepare_latent_image_ids``).
 """
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     import torch
 
 PATCH: Final = 2
-"""Latents on a token's side."""
+"""Height and width of a token in latents."""
 
 ID_AXES: Final = 3
-"""Numbers in the position of a token."""
+"""Number of coordinates in a position id."""
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Fold (rows, channels, height, width) into tokens, (rows, height/2 * width/2, channels * 4), contiguous."""
+    """Pack (rows, channels, height, width) into tokens, (rows, height/2 * width/2, channels * 4), contiguous."""
     rows, channels, height, width = latents.shape
     folded = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
     return folded.reshape(rows, (height // PATCH) * (width // PATCH), channels * PATCH * PATCH)
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Unfold tokens, as :func:`pack` made them, to (rows, channels, height, width)."""
+    """Unpack the tokens of :func:`pack` to (rows, channels, height, width)."""
     rows, _, channels = tokens.shape
     channels //= PATCH * PATCH
     split = tokens.reshape(rows, height // PATCH, width // PATCH, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
@@ -33,7 +33,7 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def image_positions(rows: int, columns: int) -> torch.Tensor:
-    """Return the positions of an image's tokens, (rows * columns, 3), float32: 0, row, column."""
+    """Return the position ids of image tokens, (rows * columns, 3), float32: 0, row, column."""
     import torch
 
     ids = torch.zeros(rows, columns, ID_AXES)
@@ -43,7 +43,7 @@ def image_positions(rows: int, columns: int) -> torch.Tensor:
 
 
 def text_positions(tokens: int) -> torch.Tensor:
-    """Return the positions of a text's tokens, (tokens, 3), float32: zeros, text has no place in the image."""
+    """Return the position ids of text tokens, (tokens, 3), float32: zeros."""
     import torch
 
     return torch.zeros(tokens, ID_AXES)

@@ -1,7 +1,7 @@
-"""Jobs of a client, from what a caller hands in to what it gets back. Imports point down this list:
+"""A client's jobs, from the caller's arguments to the results. A module imports only modules further down this list:
 
 - ``runner`` sends jobs, waits, and reads results;
-- ``job_requests`` lay out a request and its block; ``generation`` is a generation under way;
-- ``checks`` refuse what no job can use; ``arguments`` turn trees of tensors to what crosses, and results back;
+- ``job_requests`` builds requests and assigns offsets in the block; ``generation`` is a running generation;
+- ``checks`` validates arguments; ``arguments`` converts trees of tensors to messages and results back;
   ``pending`` is a job that was sent.
 """

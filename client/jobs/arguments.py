@@ -1,4 +1,4 @@
-"""Arguments of calls: trees of tensors and numbers as the wire carries them, and results as trees of tensors again."""
+"""Convert the arguments of calls (trees of tensors and numbers) to messages, and results back to trees of tensors."""
 
 from __future__ import annotations
 
@@ -22,44 +22,43 @@ if TYPE_CHECKING:
     from xditd.client.session import Session
 
 MAX_VALUES: Final = 64
-"""CPU tensors of at most so many elements cross in the message itself: timesteps, guidance. The workers' hosts then
-know them, and wait for no GPU to read them."""
+"""CPU tensors of at most this many elements are sent in the message itself: timesteps, guidance. The workers then read
+them without waiting for a GPU."""
 
-_numbers = itertools.count(1)  # across the clients of this process: the workers know kept tensors by process and id
+_numbers = itertools.count(1)  # for all clients of this process: workers identify kept tensors by process and id
 
 
 class KeptTensor:
-    """A tensor that the workers keep: it crosses with the first call that uses it, then by its id alone.
+    """A tensor that the workers keep: the first call that uses it sends it, later ones send only its id.
 
-    Holds a contiguous copy on the host, to send it again when the workers have lost it or pushed it out; that happens
-    within the call, unasked. The workers let go of it with this process, or when others were used since and room is
-    needed.
+    Holds a contiguous copy on the host, which a call sends again if the workers no longer have the tensor. They drop
+    it when this process exits, or when they need room for tensors that were used more recently.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Copy a tensor of any device.
 
         Raises:
-            BadRequest: it is no tensor.
-            UnsupportedDtype: the wire does not carry its dtype.
+            BadRequest: not a tensor.
+            UnsupportedDtype: tensors of this dtype cannot be sent.
         """
         import torch
 
         if not isinstance(tensor, torch.Tensor):
             raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
-        dtype_name(tensor.dtype, "keep")  # refuses what cannot cross, before anything is copied
+        dtype_name(tensor.dtype, "keep")  # raises UnsupportedDtype before anything is copied
         self.device = tensor.device
-        """Where the tensor was that was given."""
+        """The device of the original tensor."""
         self._host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self.kept_id = f"k{next(_numbers)}" if self._host.nbytes <= limits.MAX_KEPT_BYTES else None
-        """Its name in the workers; ``None`` if it is too large to be kept, and crosses every time."""
+        """Its id in the workers; ``None`` if it is too large to be kept, and is sent with every call."""
         self.leaf = Kept(kept_id=self.kept_id or "", dtype=dtype_name(self.dtype), shape=self.shape)
-        """How it crosses once it is kept."""
-        self._keeper: weakref.ref[Session] | None = None
+        """The argument that is sent once it is kept."""
+        self._kept_by: weakref.ref[Session] | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The copy on the host. Do not write to it: workers would not notice."""
+        """The copy on the host. Do not write to it: workers would keep the old values."""
         return self._host
 
     @property
@@ -71,21 +70,21 @@ class KeptTensor:
         return self._host.dtype
 
     def is_kept_by(self, session: Session) -> bool:
-        """Whether the workers behind a session were sent it; they may have lost it since."""
-        return self._keeper is not None and self._keeper() is session
+        """Whether a session's workers were sent it; they may have dropped it since."""
+        return self._kept_by is not None and self._kept_by() is session
 
     def note_kept_by(self, session: Session) -> None:
         if self.kept_id is not None:
-            self._keeper = weakref.ref(session)
+            self._kept_by = weakref.ref(session)
 
     def __repr__(self) -> str:
         return f"<KeptTensor {self.kept_id or 'too large to be kept'} {tensor_text(self._host)}>"
 
 
 class RowsOf:
-    """Tensors joined along dimension 0, each with its rows repeated: one conditioning for every image of a batch.
+    """Tensors concatenated along dimension 0, each with its rows repeated: one conditioning for every image of a batch.
 
-    ``parts`` are ``(tensor or KeptTensor, times)``. They are repeated and joined in the workers: each crosses once.
+    ``parts`` are ``(tensor or KeptTensor, times)``. The workers repeat and concatenate them, so each is sent once.
     """
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor | KeptTensor, int]]) -> None:
@@ -104,51 +103,51 @@ class RowsOf:
 
 
 class ArgumentWriter:
-    """Turns the arguments of a job to what crosses, and reserves room in its block for the tensors among them.
+    """Converts the arguments of a job for its request, and reserves room in its block for the tensors among them.
 
-    A tensor that is given twice crosses once. What ``is_kept`` says the workers keep goes by its id. CPU tensors of at
-    most ``max_values`` elements cross in the message.
+    A tensor that is given twice is sent once. Kept tensors for which ``is_kept`` returns true are sent by id. CPU
+    tensors of at most ``max_values`` elements are sent in the message.
     """
 
     def __init__(
         self,
-        layout: IoPlaces,
+        io_places: IoPlaces,
         is_kept: Callable[[KeptTensor], bool] = lambda _: False,
         *,
         max_values: int = MAX_VALUES,
     ) -> None:
         self.inputs: list[tuple[IoTensor, torch.Tensor]] = []
-        """What is to be written to the block, and where."""
+        """The tensors to write to the block, with their places."""
         self.kept: list[KeptTensor] = []
-        """What the workers keep once the job is done."""
+        """The tensors that the workers keep when the job is done."""
         self.device: torch.device | None = None
-        """Where the first tensor of the latest arguments is."""
+        """The device of the first tensor of the latest arguments."""
         import torch
 
         self._tensor_class = torch.Tensor
-        self._layout = layout
+        self._io_places = io_places
         self._is_kept = is_kept
         self._max_values = max_values
         self._places: dict[int, IoTensor] = {}
-        self._nodes = 0
+        self._count = 0
 
     def write(self, arguments: Mapping[str, Any], where: str = "") -> dict[str, Argument]:
-        """Turn the arguments of one forward. ``where`` goes before their names in what is refused.
+        """Convert the arguments of one forward. ``where`` is put before their names in errors.
 
         Raises:
-            BadRequest: something that does not cross, by its path, such as ``cap_feats[1]``.
-            UnsupportedDtype: a tensor of a dtype that the wire does not carry.
+            BadRequest: a value that cannot be sent; the message has its path, such as ``cap_feats[1]``.
+            UnsupportedDtype: a tensor of a dtype that cannot be sent.
         """
         self.device = None
-        self._nodes = 0
+        self._count = 0
         names = {check_text(f"{where}arguments: name", name): value for name, value in arguments.items()}
         return {name: self._write(f"{where}{name}", value, 1) for name, value in names.items()}
 
     def _write(self, path: str, value: Any, depth: int) -> Argument:
-        self._nodes += 1
-        if self._nodes > limits.MAX_ARGUMENTS:
-            raise BadRequest(f"{path}: one forward takes {limits.MAX_ARGUMENTS} values in all; join them to a tensor")
-        if isinstance(value, (self._tensor_class, KeptTensor)):  # most are: asked first, for this runs on every step
+        self._count += 1
+        if self._count > limits.MAX_ARGUMENTS:
+            raise BadRequest(f"{path}: one forward takes {limits.MAX_ARGUMENTS} values in total; join them to a tensor")
+        if isinstance(value, (self._tensor_class, KeptTensor)):  # checked first: most are, and this runs every step
             return self._write_tensor(path, value)
         if value is None or isinstance(value, bool):
             return value
@@ -168,7 +167,7 @@ class ArgumentWriter:
         if not isinstance(value, (list, tuple, Mapping)):
             return self._write_tensor(path, value)
         if depth == limits.MAX_ARGUMENT_DEPTH:
-            raise BadRequest(f"{path}: lies deeper than arguments may, {limits.MAX_ARGUMENT_DEPTH} levels")
+            raise BadRequest(f"{path}: arguments may be nested {limits.MAX_ARGUMENT_DEPTH} levels deep at most")
         if isinstance(value, Mapping):
             keys = {check_text(f"{path}: key", key): each for key, each in value.items()}
             return MapOf(items={key: self._write(f"{path}.{key}", each, depth + 1) for key, each in keys.items()})
@@ -181,8 +180,8 @@ class ArgumentWriter:
             return self._write_kept(value)
         if not isinstance(value, self._tensor_class):
             raise BadRequest(
-                f"{path}: {type(value).__name__} cannot cross; give a torch tensor, what keep() returns, RowsOf, a "
-                "number, a text, None, or a list, tuple or map of them"
+                f"{path}: {type(value).__name__} cannot be sent; give a torch tensor, what keep() returns, RowsOf, a "
+                "number, a string, None, or a list, tuple or dict of them"
             )
         self._note_device(value.device)
         dtype = dtype_name(value.dtype, path)
@@ -205,7 +204,7 @@ class ArgumentWriter:
     def _place(self, tensor: torch.Tensor) -> IoTensor:
         place = self._places.get(id(tensor))
         if place is None:
-            place = self._places[id(tensor)] = self._layout.add_input(tensor)
+            place = self._places[id(tensor)] = self._io_places.add_input(tensor)
             self.inputs.append((place, tensor))
         return place
 
@@ -215,7 +214,7 @@ class ArgumentWriter:
 
 
 def result_room(value: Any, item_bytes: int) -> int:
-    """Bytes for results shaped as the tensors in ``value``, with elements of their sizes or of ``item_bytes``."""
+    """Bytes for results with the shapes of the tensors in ``value``, at ``item_bytes`` or more for each element."""
     import torch
 
     if isinstance(value, (torch.Tensor, KeptTensor)):
@@ -229,7 +228,7 @@ def result_room(value: Any, item_bytes: int) -> int:
 
 
 def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor, torch.device], torch.Tensor]) -> Any:
-    """Turn what a forward has given to tensors on ``device``, in the same tuples, lists and maps."""
+    """Convert the results of a forward to tensors on ``device``, in the same tuples, lists and dicts."""
     if isinstance(tree, InIo):
         return read(tree.place, device)
     if isinstance(tree, (ListOf, TupleOf)):
@@ -247,23 +246,23 @@ def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor,
 
 
 def check_text(path: str, text: object) -> str:
-    """Refuse a name, a key or a text that the wire does not carry.
+    """Refuse a name, a key or a text that cannot be sent.
 
-    A message with a key that is no text is read by nobody, not even for whom to answer: its sender would wait in vain.
+    The daemon cannot decode a message with a key that is not a string, so it could not even reply to it.
 
     Raises:
-        BadRequest: it is none, or too long.
+        BadRequest: not a string, or too long.
     """
     if not isinstance(text, str):
-        raise BadRequest(f"{path}: {text!r:.200} is of type {type(text).__name__}, use a text")
+        raise BadRequest(f"{path}: {text!r:.200} is of type {type(text).__name__}, use a string")
     if len(text) > limits.MAX_NAME_CHARS:
-        raise BadRequest(f"{path}: a text of {len(text)} characters, use {limits.MAX_NAME_CHARS} at most")
+        raise BadRequest(f"{path}: a string of {len(text)} characters, use {limits.MAX_NAME_CHARS} at most")
     return text
 
 
 def _whole(path: str, value: int) -> int:
     if not -(2**63) <= value < 2**63:
-        raise BadRequest(f"{path}: a whole number of {value.bit_length()} bits; one of 63 crosses, or a float")
+        raise BadRequest(f"{path}: an integer of {value.bit_length()} bits; use one of at most 63 bits, or a float")
     return int(value)
 
 

@@ -1,7 +1,6 @@
-"""Checks on what a caller hands to a job: the thing, its value and the remedy, before anything is sent.
+"""Check the arguments of jobs before anything is sent, by the facts of the components.
 
-Only what is cheap and certain is checked here, by the facts of the components. NaN and what a family can run are the
-workers' to judge: they have the model.
+Only cheap checks are here. The workers, which have the model, check for NaN and for what a family cannot run.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def shape_text(tensor: torch.Tensor) -> str:
 
 
 def check_tensor(name: str, tensor: torch.Tensor, axes: str, rank: int) -> None:
-    """Refuse what is no floating-point tensor with ``rank`` dimensions, none of them empty."""
+    """Refuse anything but a floating-point tensor with ``rank`` dimensions, none of them empty."""
     dtype = getattr(tensor, "dtype", None)
     if dtype is None or not hasattr(tensor, "data_ptr"):
         raise BadRequest(f"{name}: a torch tensor {axes} is needed, not {type(tensor).__name__}")
@@ -44,14 +43,16 @@ def check_tensor(name: str, tensor: torch.Tensor, axes: str, rank: int) -> None:
 def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[ArgumentFacts]) -> int:
     """Check the conditioning of a generation against what its transformer takes; returns the batch size."""
     if not isinstance(given, Mapping):
-        raise BadRequest(f"conditioning: a map by name is needed, not {type(given).__name__}; {_taken(listed_facts)}")
+        raise BadRequest(
+            f"conditioning: a dict by name is needed, not {type(given).__name__}; {_expected_text(listed_facts)}"
+        )
     known = {facts.name for facts in listed_facts}
-    strange = [name for name in given if name not in known]
-    if strange:
-        raise BadRequest(f"conditioning: {listed(strange)} is not known here; {_taken(listed_facts)}")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise BadRequest(f"conditioning: {listed(unknown)} is not known here; {_expected_text(listed_facts)}")
     missing = [facts.name for facts in listed_facts if facts.is_needed and given.get(facts.name) is None]
     if missing:
-        raise BadRequest(f"conditioning: lacks {listed(missing)}; {_taken(listed_facts)}")
+        raise BadRequest(f"conditioning: lacks {listed(missing)}; {_expected_text(listed_facts)}")
     sizes: dict[str, tuple[int, str]] = {}
     for facts in listed_facts:
         value = given.get(facts.name)
@@ -64,7 +65,7 @@ def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[Argument
             raise BadRequest(f"{facts.name}: a list of tensors {axes_text(facts)} is needed, one for each image")
         for number, each in enumerate(value):
             _check_sides(f"{facts.name}[{number}]", each, facts, {})
-        _agree("batch", len(value), facts.name, sizes)
+        _check_same_size("batch", len(value), facts.name, sizes)
     batch = sizes["batch"][0] if "batch" in sizes else 1
     if batch > limits.MAX_BATCH:
         name = sizes["batch"][1]
@@ -73,11 +74,11 @@ def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[Argument
 
 
 def axes_text(facts: ArgumentFacts) -> str:
-    """Spell the shape that an argument has: ``(batch, tokens, 4096)``."""
+    """Format the shape of an argument: ``(batch, tokens, 4096)``."""
     return "(" + ", ".join(str(side) for side in facts.shape) + ")"
 
 
-def _taken(listed_facts: Sequence[ArgumentFacts]) -> str:
+def _expected_text(listed_facts: Sequence[ArgumentFacts]) -> str:
     each = [f"{facts.name} {'a list of ' if facts.is_list else ''}{axes_text(facts)}" for facts in listed_facts]
     return f"this transformer takes {', '.join(each)}"
 
@@ -86,13 +87,13 @@ def _check_sides(name: str, tensor: torch.Tensor, facts: ArgumentFacts, sizes: d
     check_tensor(name, tensor, axes_text(facts), len(facts.shape))
     for expected, found in zip(facts.shape, tensor.shape, strict=True):
         if isinstance(expected, str):
-            _agree(expected, found, name, sizes)
+            _check_same_size(expected, found, name, sizes)
         elif found != expected:
             raise BadRequest(f"{name}: shape {shape_text(tensor)} instead of {axes_text(facts)}")
 
 
-def _agree(side: str, found: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
-    """Refuse a size that differs from what has the same name elsewhere."""
+def _check_same_size(side: str, found: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
+    """Refuse a size that differs from that of the same dimension in another argument."""
     expected, where = sizes.setdefault(side, (found, name))
     if found != expected:
         remedy = "; give one row for each prompt" if side == "batch" else ""
@@ -114,7 +115,7 @@ def check_steps(steps: int) -> None:
 
 
 def check_whole(name: str, value: int, low: int, high: int) -> None:
-    """Refuse what is not an int in [low, high]."""
+    """Refuse anything but an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise BadRequest(f"{name}: {value!r} is not a whole number from {low} to {high}")
 
@@ -129,21 +130,21 @@ def check_guidance(name: str, value: float) -> float:
 def check_step_cache(value: float, facts: TransformerFacts) -> float:
     """Check the threshold of the step cache; returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is spared) to 1; 0.08 is a start")
+        raise BadRequest(f"step_cache: {value!r} is not a number from 0 (no step is skipped) to 1; start with 0.08")
     if value and not facts.has_step_cache:
-        raise BadRequest(f"step_cache: {value!r} is given, but this transformer has none; leave it at 0")
+        raise BadRequest(f"step_cache: {value!r} is given, but this transformer has no step cache; leave it at 0")
     return float(value)
 
 
 def check_variant(value: str, facts: TransformerFacts) -> str:
-    """Check which variant of a transformer's computation a job follows."""
+    """Check the variant of a transformer's computation."""
     if value not in facts.variants:
         raise BadRequest(f"variant: {value!r} is not one of {', '.join(map(repr, facts.variants))}")
     return value
 
 
 def check_options(options: Mapping[str, bool | int | float] | None, facts: TransformerFacts) -> dict[str, Any]:
-    """Check the options of a family, by name and type; what values they may have it knows."""
+    """Check names and types of a family's options; the workers check their values."""
     checked = {} if options is None else dict(options)
     for name, value in checked.items():
         if name not in facts.options:
@@ -172,7 +173,7 @@ def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[fl
 
 
 def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None) -> dict[str, tuple[float, ...]]:
-    """Check values to come of arguments: any order, as samplers may ask for some of them twice."""
+    """Check the values that arguments will have in later calls. They need no order: samplers may use some twice."""
     found = (
         {} if foreseen is None else {name: floats_of(f"foreseen.{name}", values) for name, values in foreseen.items()}
     )
@@ -200,7 +201,7 @@ def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch
 
 
 def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts: LatentFacts) -> None:
-    """Check ready noise against the size of the job."""
+    """Check the shape of given noise."""
     check_latents("noise", noise, facts, batch=batch)
     expected = facts.shape(batch, height, width)
     if tuple(noise.shape) != expected:
@@ -208,7 +209,7 @@ def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts:
 
 
 def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
-    """Check an image (batch, channels, height, width) whose sides divide into latents."""
+    """Check an image (batch, channels, height, width): its sides must be multiples of a latent's pixels."""
     check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
     batch, channels, height, width = image.shape
     if channels != facts.image_channels:
@@ -222,10 +223,10 @@ def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
 
 
 def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
-    """Read token ids as (batch, tokens), int64. Which ids there are, the encoder knows.
+    """Convert token ids to (batch, tokens), int64. The workers check that the encoder has such ids.
 
     Raises:
-        BadRequest: rows of different lengths, another shape, or numbers that are not whole.
+        BadRequest: rows of different lengths, another shape, or numbers that are not integers.
     """
     import torch
 
@@ -251,7 +252,7 @@ def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.
 
 
 def floats_of(name: str, values: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
-    """Read a flat sequence of finite numbers."""
+    """Convert a flat sequence of finite numbers."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     try:
         found = tuple(float(value) for value in (plain if isinstance(plain, Sequence) else [plain]))

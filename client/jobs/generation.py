@@ -1,4 +1,4 @@
-"""A generation under way: its events, its previews and its result."""
+"""``GenerationJob``: a running generation with its events, previews and result."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MAX_SEED = 2**63 - 1
 
 
 def draw_seed() -> int:
-    """Draw a seed for a job that names none. It is handed back with the result, so that it can be repeated."""
+    """Draw a seed for a job without one. The result contains it, so that the job can be repeated."""
     return int.from_bytes(os.urandom(8), "little") & _MAX_SEED
 
 
 class GenerationJob:
-    """A generation under way. It runs whether or not anybody watches.
+    """A running generation. It runs even if its events are not read.
 
-    Iterate over it for a :class:`StepDone` after every step, then take ``result()``; or take
+    Iterate over it for a :class:`StepDone` after every step, then call ``result()``; or call
     ``result()`` at once. Leaving the loop early, leaving a ``with`` block, or any exception while waiting
     (``KeyboardInterrupt`` too) cancels the job in the workers. For one thread at a time, except ``cancel()``.
     """
@@ -51,7 +51,7 @@ class GenerationJob:
         self._started_s = time.perf_counter()
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
-        # A job that nobody holds any more must not go on in the workers.
+        # A job without references is cancelled in the workers.
         self._finalizer = weakref.finalize(self, pending.close_soon)
         self._finalizer.atexit = False  # the daemon sees the process end
 
@@ -65,7 +65,7 @@ class GenerationJob:
                 yield event
 
     def events(self) -> Iterator[AnyEvent]:
-        """Iterate over all events: ``Queued`` while others go first or workers start, then ``StepDone``."""
+        """Iterate over all events: ``Queued`` while other jobs run or workers start, then ``StepDone``."""
         if self._reply is not None:
             return
         try:
@@ -74,33 +74,33 @@ class GenerationJob:
                 if isinstance(item, (Queued, StepDone)):
                     yield item
                 else:
-                    self._settle(item)
+                    self._set_reply(item)
                     return
         finally:
             if self._reply is None:
                 self._pending.close()
 
     def result(self) -> GenerationResult:
-        """Wait for the end and hand back what was made; again and again the same.
+        """Wait for the end and return the result; further calls return the same object.
 
         Raises:
             Cancelled: by ``cancel()``, or by leaving the loop or the ``with`` block.
-            XditdError: what went wrong, by its class.
+            XditdError: the error that ended the job.
         """
         if self._result is None:
             for _ in self.events():
                 pass
             if self._reply is not None:
-                self._settle(self._reply)
+                self._set_reply(self._reply)
         if self._result is None:
             raise Cancelled(f"generation {self.request_id}: cancelled by its caller")
         return self._result
 
     def denoised(self) -> torch.Tensor:
-        """Copy what the last step takes the clean latents for: call it between two events, for a preview.
+        """Copy the clean latents that the last step predicted: call it between two events, for a preview.
 
-        Shaped as the latents, on the device and in the dtype of the latents. The workers may be writing
-        the next step's meanwhile, so that parts of both are seen.
+        They have shape, device and dtype of the latents. The workers may write those of the next step at the same
+        time, so the copy may contain parts of both.
 
         Raises:
             BadRequest: the job was started without ``previews``, or has ended.
@@ -126,7 +126,7 @@ class GenerationJob:
             raise Cancelled(f"generation {self.request_id}: cancelled by its caller")
         return self._pending.take()
 
-    def _settle(self, reply: AnyReply) -> None:
+    def _set_reply(self, reply: AnyReply) -> None:
         self._reply = reply
         try:
             generated = expect(reply, Generated, f"generation {self.request_id}")

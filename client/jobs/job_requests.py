@@ -1,4 +1,4 @@
-"""Jobs before they are sent: checked inputs, where each tensor will lie, and how the request will read."""
+"""Build the requests of jobs: check the inputs, and assign each tensor its place in the job's block."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts)
 
 @dataclass(frozen=True)
 class Component:
-    """A component that a job names, and what the workers know of it."""
+    """The id and the facts of a component that a job uses."""
 
     component_id: str
     facts: ComponentFacts
@@ -48,17 +48,17 @@ class Component:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class JobRequest:
-    """``write`` makes the request, once there are a request id and a block; ``outputs`` are places by name."""
+    """A checked job. ``write`` builds the request from a request id and a block; ``outputs`` are places by name."""
 
-    layout: IoPlaces
+    places: IoPlaces
     inputs: Sequence[tuple[IoTensor, torch.Tensor]]
     outputs: Mapping[str, IoTensor]
     device: torch.device
     write: Callable[[str, HostShmBlock], InferenceRequest]
 
     def fill(self, pool: IoPool) -> IoBlock:
-        """Borrow a block and copy the inputs in."""
-        block = pool.borrow(self.layout.size_bytes)
+        """Take a block from the pool and copy the inputs into it."""
+        block = pool.borrow(self.places.size_bytes)
         try:
             for spec, tensor in self.inputs:
                 block.write(spec, tensor)
@@ -77,11 +77,11 @@ class GenerationRequest(JobRequest):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CallRequest(JobRequest):
-    """A call says only in its reply where results are. ``devices`` are where those of each part are wanted."""
+    """A call: only its reply has the places of the results. ``devices`` are those for the results of each part."""
 
     devices: Sequence[torch.device]
     kept: Sequence[KeptTensor]
-    """Tensors that the workers keep once the call is done."""
+    """Tensors that the workers keep when the call is done."""
 
 
 def call_request(
@@ -92,9 +92,9 @@ def call_request(
     is_kept: Callable[[KeptTensor], bool],
     room_bytes: int = 0,
 ) -> CallRequest:
-    """Check and lay out one forward for each of ``parts``; what ``is_kept`` says is kept goes by its id alone.
+    """Build a request for one forward for each of ``parts``, with at least ``room_bytes`` for results.
 
-    At least ``room_bytes`` are offered for results.
+    Kept tensors for which ``is_kept`` returns true are sent by id.
     """
     import torch
 
@@ -105,21 +105,21 @@ def call_request(
         check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
-    layout = IoPlaces()
-    writer = ArgumentWriter(layout, is_kept)
+    places = IoPlaces()
+    writer = ArgumentWriter(places, is_kept)
     written: list[Part] = []
     devices: list[torch.device] = []
     for number, arguments in enumerate(parts):
         if not isinstance(arguments, Mapping):
-            raise BadRequest(f"arguments: a map by name is needed, not {type(arguments).__name__}")
+            raise BadRequest(f"arguments: a dict by name is needed, not {type(arguments).__name__}")
         written.append(Part(arguments=writer.write(arguments, f"parts[{number}]." if len(parts) > 1 else "")))
         devices.append(writer.device or torch.device("cpu"))
-    # A transformer gives what it is given first, the sample, in its shape: so much room is offered. Where a class gives
-    # more, the workers answer with a block of their own.
+    # A transformer returns a tensor with the shape of its first argument, the sample, so there is room for that. If a
+    # class returns more, the workers answer with a block of their own.
     sample = facts.arguments[0].name if facts.arguments else ""
     item_bytes = ITEM_BYTES[component.facts.dtype]
     out_size_bytes = max(room_bytes, sum(result_room(arguments.get(sample), item_bytes) for arguments in parts))
-    out_offset_bytes = layout.add_room(out_size_bytes)
+    out_offset_bytes = places.add_room(out_size_bytes)
 
     def write(request_id: str, io: HostShmBlock) -> Call:
         return Call(
@@ -133,7 +133,7 @@ def call_request(
             out_size_bytes=out_size_bytes,
         )
 
-    return CallRequest(layout, writer.inputs, {}, devices[0], write, devices, writer.kept)
+    return CallRequest(places, writer.inputs, {}, devices[0], write, devices, writer.kept)
 
 
 def generate_request(
@@ -153,7 +153,7 @@ def generate_request(
     variant: str,
     options: Mapping[str, bool | int | float] | None,
 ) -> GenerationRequest:
-    """Check and lay out a generation. Exactly one of ``seed`` and ``noise`` is given."""
+    """Build the request for a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
 
     facts = transformer.transformer
@@ -178,24 +178,24 @@ def generate_request(
     )
     components: dict[Role, str] = {"transformer": transformer.component_id}
 
-    layout = IoPlaces()
-    writer = ArgumentWriter(layout, max_values=0)
+    places = IoPlaces()
+    writer = ArgumentWriter(places, max_values=0)
     names = [each.name for each in facts.conditioning if conditioning.get(each.name) is not None]
     ordered = {name: conditioning[name] for name in names}
     written = writer.write(ordered, "conditioning.")
     inputs = list(writer.inputs)
     noise_at = None
     if noise is not None:
-        noise_at = layout.add_input(noise)
+        noise_at = places.add_input(noise)
         inputs.append((noise_at, noise))
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
-    outputs = {"latents": layout.add_output(like.dtype, facts.latents.shape(batch, height, width))}
+    outputs = {"latents": places.add_output(like.dtype, facts.latents.shape(batch, height, width))}
     if vae is not None:
         components["vae"] = vae.component_id
-        outputs["image"] = layout.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
+        outputs["image"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
     if previews:
-        outputs["denoised"] = layout.add_output(like.dtype, outputs["latents"].shape)
+        outputs["denoised"] = places.add_output(like.dtype, outputs["latents"].shape)
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
         return Generate(
@@ -210,51 +210,51 @@ def generate_request(
             out_denoised=outputs.get("denoised"),
         )
 
-    return GenerationRequest(layout, inputs, outputs, like.device, write, sampling)
+    return GenerationRequest(places, inputs, outputs, like.device, write, sampling)
 
 
 def decode_request(vae: Component, latents: torch.Tensor, transformer: Component | None = None) -> JobRequest:
-    """Check and lay out a decoding to ``image`` of a transformer's latents, or of the VAE's own without one."""
+    """Build the request to decode a transformer's latents to ``image``, or the VAE's own latents without one."""
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_latents("latents", latents, facts.latents)
     batch, _, height, width = latents.shape
     pixels = facts.latents.pixels
-    layout = IoPlaces()
-    latents_at = layout.add_input(latents)
-    out_at = layout.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
+    places = IoPlaces()
+    latents_at = places.add_input(latents)
+    out_at = places.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
 
     def write(request_id: str, io: HostShmBlock) -> Decode:
         return Decode(
             request_id=request_id, vae_id=vae.component_id, io=io, latents=latents_at, out=out_at, scaling=scaling
         )
 
-    return JobRequest(layout, [(latents_at, latents)], {"image": out_at}, latents.device, write)
+    return JobRequest(places, [(latents_at, latents)], {"image": out_at}, latents.device, write)
 
 
 def encode_request(vae: Component, image: torch.Tensor, transformer: Component | None = None) -> JobRequest:
-    """Check and lay out an encoding to a transformer's ``latents``, or to the VAE's own without one.
+    """Build the request to encode an image to a transformer's ``latents``, or to the VAE's own without one.
 
-    The image crosses in its layout, channels first or last.
+    The image is sent in its memory format, channels first or last.
     """
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_image(image, facts)
     batch, _, height, width = image.shape
-    layout = IoPlaces()
+    places = IoPlaces()
     if _has_channels_last(image):
         image = image.movedim(1, -1)
-    image_at = layout.add_input(image)
-    out_at = layout.add_output(image.dtype, facts.latents.shape(batch, height, width))
+    image_at = places.add_input(image)
+    out_at = places.add_output(image.dtype, facts.latents.shape(batch, height, width))
 
     def write(request_id: str, io: HostShmBlock) -> Encode:
         return Encode(
             request_id=request_id, vae_id=vae.component_id, io=io, image=image_at, out=out_at, scaling=scaling
         )
 
-    return JobRequest(layout, [(image_at, image)], {"latents": out_at}, image.device, write)
+    return JobRequest(places, [(image_at, image)], {"latents": out_at}, image.device, write)
 
 
 def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling | None:
-    """How a transformer's latents are scaled, once the VAE's are found to be as large; without one the VAE knows."""
+    """Check that a transformer's latents have the VAE's size, and return their scaling; ``None`` without one."""
     if transformer is None:
         return None
     latents = transformer.transformer.latents
@@ -263,9 +263,9 @@ def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling 
 
 
 def _has_channels_last(image: torch.Tensor) -> bool:
-    """Whether convolutions would take it as channels-last: its strides say so, whole or cut out of a larger image.
+    """Whether the image, or the larger one that it is a slice of, has channels-last strides.
 
-    They compute in that layout, and round differently then. So the workers must see the one that the client has.
+    Convolutions then compute in that memory format and round differently, so the workers must use the same.
     """
     _, channels, _, width = image.shape
     return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width
@@ -274,16 +274,16 @@ def _has_channels_last(image: torch.Tensor) -> bool:
 def encode_text_request(
     encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool
 ) -> JobRequest:
-    """Check and lay out an encoding of text to ``hidden_states`` and, if asked for, ``pooled``."""
+    """Build the request to encode text to ``hidden_states`` and, if requested, ``pooled``."""
     import torch
 
     facts = encoder.text_encoder
     ids = checks.check_token_ids(token_ids)
-    layout = IoPlaces()
-    ids_at = layout.add_input(ids)
-    outputs = {"hidden_states": layout.add_output(torch.float32, (*ids.shape, facts.width))}
+    places = IoPlaces()
+    ids_at = places.add_input(ids)
+    outputs = {"hidden_states": places.add_output(torch.float32, (*ids.shape, facts.width))}
     if pooled:
-        outputs["pooled"] = layout.add_output(torch.float32, (ids.shape[0], facts.width))
+        outputs["pooled"] = places.add_output(torch.float32, (ids.shape[0], facts.width))
 
     def write(request_id: str, io: HostShmBlock) -> EncodeText:
         return EncodeText(
@@ -295,4 +295,4 @@ def encode_text_request(
             out_pooled=outputs.get("pooled"),
         )
 
-    return JobRequest(layout, [(ids_at, ids)], outputs, ids.device, write)
+    return JobRequest(places, [(ids_at, ids)], outputs, ids.device, write)

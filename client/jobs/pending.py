@@ -1,4 +1,4 @@
-"""A job that the daemon has been sent: its answers, its cancellation, and the block that carries its tensors."""
+"""``PendingJob``: a job that was sent, with its replies, its cancellation, and the block of its tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoBlock, IoPool
-from xditd.client.mailboxes import Ending, Patience
+from xditd.client.mailboxes import Ending, Timeouts
 from xditd.ipc.errors import BY_CODE, RequestError, XditdError
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import AnyReply, Failed
@@ -21,10 +21,10 @@ R = TypeVar("R", bound=Reply)
 
 
 class PendingJob:
-    """One job that the daemon has been sent. Close it whatever happens: that cancels what still runs.
+    """A job that was sent to the daemon. Always close it: that cancels the job if it still runs.
 
-    The block goes back to the pool when the daemon says that the job has ended, and not before: until
-    then workers may write to it.
+    The block returns to the pool only when the daemon reports that the job has ended: until then workers may write
+    to it.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class PendingJob:
         pool: IoPool,
         request: InferenceRequest,
         block: IoBlock,
-        patience: Patience,
+        timeouts: Timeouts,
         purpose: str,
     ) -> None:
         self._connection = connection
         self._pool = pool
         self._block = block
-        self._patience = patience
+        self._timeouts = timeouts
         self._is_closed = False
         self._is_cancelled = False
         self._lock = threading.Lock()
@@ -60,14 +60,14 @@ class PendingJob:
 
     def take(self) -> AnyReply:
         """Wait for the next event or the reply."""
-        return self._mailbox.take(self._patience)
+        return self._mailbox.take(self._timeouts)
 
     def wait(self, reply_type: type[R]) -> R:
         """Wait for the reply, dropping events."""
-        return self._mailbox.wait(reply_type, self._patience)
+        return self._mailbox.wait(reply_type, self._timeouts)
 
     def cancel(self) -> None:
-        """Ask the daemon to stop the job at its next step. Does not wait; too late is no error."""
+        """Ask the daemon to stop the job at its next step, without waiting. No error if the job has ended."""
         with self._lock:
             if self._is_cancelled or self._mailbox.is_ended:
                 return
@@ -77,21 +77,21 @@ class PendingJob:
                 Cancel(request_id=self._connection.next_request_id(), target_request_id=self._request_id)
             )
         except XditdError as error:
-            # The connection is gone, and with it the session and its jobs.
+            # The connection has ended, and with it the session and its jobs.
             logger.debug("cancel not sent request_id=%s reason=%s", self._request_id, error)
 
     def close(self) -> None:
-        """Cancel the job unless it has ended, and let go of its block. May be called twice."""
+        """Cancel the job unless it has ended, and release its block when it has. May be called twice."""
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
         self.cancel()
         pool, block = self._pool, self._block
-        self._mailbox.when_ended(lambda ending: (pool.give_back if _left_alone(ending) else pool.drop)(block))
+        self._mailbox.when_ended(lambda ending: (pool.give_back if _have_workers_stopped(ending) else pool.drop)(block))
 
     def close_soon(self) -> None:
-        """Close it on the connection's thread: for finalizers, which must wait for no lock."""
+        """Close the job on the connection's thread: for finalizers, which must not wait for a lock."""
         self._connection.run_soon(self.close)
 
     def __enter__(self) -> PendingJob:
@@ -103,11 +103,11 @@ class PendingJob:
         self.close()
 
 
-def _left_alone(ending: Ending) -> bool:
-    """Whether every worker has surely stopped writing.
+def _have_workers_stopped(ending: Ending) -> bool:
+    """Whether every worker has certainly stopped writing to the block.
 
-    Only a result or a refusal of the request tells: a job that was cancelled, or whose loan was lost, may have ended
-    with its group, whose ranks are being killed just now.
+    That is so only after a result or a refusal of the request: a job that was cancelled, or whose loan was lost, may
+    have ended with its group, and some ranks may still run until they are killed.
     """
     if isinstance(ending, Failed):
         return issubclass(BY_CODE.get(ending.code, XditdError), RequestError)

@@ -1,4 +1,4 @@
-"""From a job to its outputs: borrow a block, send the request, wait, read."""
+"""Run jobs: take a block, send the request, wait for the reply, read the outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xditd.client.jobs.arguments import KeptTensor, read_results
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
-from xditd.client.mailboxes import Patience
+from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest, Internal, StaleSource, UnknownKept, WorkersLost, XditdError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Runs job requests in the session that ``current`` names; ``silence_s`` bounds the wait for a sign of progress."""
+    """Runs jobs in the session that ``current`` returns; ``silence_s`` is the longest wait for an event or reply."""
 
     def __init__(self, pool: IoPool, current: Callable[[], Session], silence_s: float) -> None:
         self._pool = pool
@@ -35,16 +35,16 @@ class Runner:
         self._silence_s = silence_s
 
     def start(self, job: JobRequest, block: IoBlock, deadline_s: float | None) -> PendingJob:
-        """Send a job whose inputs are in ``block``, and do not wait. The job gives the block back."""
+        """Send a job whose inputs are in ``block``, without waiting. The job gives the block back to the pool."""
         try:
             connection = self._current().connection
             request = job.write(connection.next_request_id(), block.describe())
         except BaseException:
             self._pool.give_back(block)
             raise
-        patience = Patience(self._silence_s, deadline_s)
+        timeouts = Timeouts(self._silence_s, deadline_s)
         purpose = f"{type(request).__name__.lower()} {request.request_id}"
-        return PendingJob(connection, self._pool, request, block, patience, purpose)
+        return PendingJob(connection, self._pool, request, block, timeouts, purpose)
 
     def run(self, job: JobRequest, reply_type: type[Reply], deadline_s: float | None) -> dict[str, torch.Tensor]:
         """Run a job, wait for it, and read its outputs by name."""
@@ -54,7 +54,7 @@ class Runner:
             return {name: block.read(place, job.device) for name, place in job.outputs.items()}
 
     def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
-        """Start a generation, and do not wait. ``owner`` is kept alive until it has ended."""
+        """Start a generation, without waiting. ``owner`` is kept alive until it has ended."""
         block = job.fill(self._pool)
 
         def read(name: str) -> torch.Tensor | None:
@@ -86,23 +86,23 @@ class Runner:
         variant: str,
         deadline_s: float | None,
     ) -> list[Any]:
-        """Run forwards. What the workers keep goes by its id, and again with its tensor if they lost it."""
+        """Run a call. Kept tensors are sent by id, and sent again if the workers no longer have them."""
         session = self._current()
         request = partial(call_request, component, parts, foreseen, variant)
         try:
             sent, results = self._run_call(partial(request, lambda kept: kept.is_kept_by(session)), deadline_s)
         except UnknownKept:
-            # Pushed out by others, or lost with workers that were killed: nothing that the caller needs to know.
+            # Dropped for newer kept tensors, or lost with workers that were killed.
             sent, results = self._run_call(partial(request, lambda _: False), deadline_s)
         for kept in sent:
             kept.note_kept_by(session)
         return results
 
     def _run_call(
-        self, job_with_room: Callable[[int], CallRequest], deadline_s: float | None, room_bytes: int = 0
+        self, make_request: Callable[[int], CallRequest], deadline_s: float | None, room_bytes: int = 0
     ) -> tuple[Sequence[KeptTensor], list[Any]]:
-        """Run a call with at least so much room for results; hand back what the workers keep now, and the results."""
-        job = job_with_room(room_bytes)
+        """Run a call with ``room_bytes`` or more for results; returns the tensors that were kept, and the results."""
+        job = make_request(room_bytes)
         block = job.fill(self._pool)
         with self.start(job, block, deadline_s) as pending:
             called = pending.wait(Called)
@@ -118,19 +118,19 @@ class Runner:
         except StaleSource:
             if room_bytes:
                 raise
-            # The workers keep a few such blocks of this process: calls of other threads were answered before this one
-            # was read. With so much room in the client's own block the results stay until they are read.
-            return self._run_call(job_with_room, deadline_s, called.block.size_bytes)
+            # The workers keep only a few such blocks for this process, and calls of other threads have replaced this
+            # one. Run again with enough room in the client's own block.
+            return self._run_call(make_request, deadline_s, called.block.size_bytes)
 
 
 def _read_from(
     block: HostShmBlock, provider: ProcessIdentity, called: Called, devices: Sequence[torch.device]
 ) -> list[Any]:
-    """Copy results out of a block of the workers, who keep it until this process has had a few others.
+    """Copy results out of a worker's block, which it keeps until a few later calls of this process have replaced it.
 
     Raises:
-        StaleSource: they have let go of it.
-        WorkersLost: the worker that holds it has ended since it answered.
+        StaleSource: the block was replaced.
+        WorkersLost: the worker has exited since it answered.
     """
     from xditd.ipc.transports.host_shm import map_shm
     from xditd.ipc.transports.tensor_views import torch_dtype
@@ -141,7 +141,7 @@ def _read_from(
         if is_alive(provider):
             raise
         raise WorkersLost(
-            f"call: the worker (pid {provider.pid}) that held the results has ended before they were read; "
+            f"call: the worker (pid {provider.pid}) that held the results exited before they were read; "
             "the worker group is being rebuilt, and the same request may be sent again"
         ) from error
     try:

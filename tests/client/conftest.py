@@ -1,4 +1,4 @@
-"""A daemon that follows a script: the real socket and codec, answers chosen by the test, no workers."""
+"""A fake daemon with the real socket and codec, and replies that the test sets; without workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answer = Callable[[Request], list[AnyReply]]
 
 
 class ScriptedDaemon:
-    """Answers each type of request by a function of the script; notes every request that it saw."""
+    """Answers each type of request by a function that the test sets, and records every request."""
 
     def __init__(self, folder: Path) -> None:
         self.runtime = RuntimeDir(folder)
@@ -42,7 +42,7 @@ class ScriptedDaemon:
             ReturnLoan: lambda request: [Returned(request_id=request.request_id)],
         }
         self.facts = {"c1": sample_facts.TRANSFORMER, "c2": sample_facts.VAE, "c3": sample_facts.TEXT_ENCODER}
-        """Of the components that the status shows, by id."""
+        """Facts of the components in the status, by id."""
         self._lends = 0
         self._arrived = threading.Condition()
         self._unsolicited: queue.SimpleQueue[AnyReply | bytes] = queue.SimpleQueue()
@@ -54,7 +54,7 @@ class ScriptedDaemon:
         self._thread.start()
 
     def send(self, reply: AnyReply | bytes) -> None:
-        """Send a reply, or plain bytes, to whoever wrote last."""
+        """Send a reply, or plain bytes, to the client that sent the last request."""
         self._unsolicited.put(reply)
 
     def wait_for(self, kind: type[Request], count: int = 1, deadline_s: float = 5.0) -> Request:
@@ -93,7 +93,7 @@ class ScriptedDaemon:
             routing_id, payload = self._socket.recv_multipart()
             request = request_decoder.decode(payload)
             replies = self.answers[type(request)](request) if type(request) in self.answers else []
-            # Noted after the answer was made, so that who waits for a request also finds what its answer did.
+            # Recorded after the answer, so that a test that waits for a request also sees the answer's effects.
             with self._arrived:
                 self.seen.append(request)
                 self._arrived.notify_all()
@@ -190,7 +190,7 @@ def status_of(components: tuple[ComponentStatus, ...]) -> DaemonStatus:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder with a path that is short enough for sockets, whatever pytest's own folder is called."""
+    """A folder whose path is short enough for sockets, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="xd") as path:
         yield Path(path)
 
@@ -220,10 +220,10 @@ def open_memfds() -> Callable[[], int]:
     """Count the shared memory segments of this library that this process holds open."""
 
     def count() -> int:
-        inodes = set()  # mmap keeps a descriptor of its own to the same segment
+        inodes = set()  # mmap duplicates the descriptor of a segment
         for name in os.listdir("/proc/self/fd"):
             path = f"/proc/self/fd/{name}"
-            with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
+            with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
                 if os.readlink(path).startswith("/memfd:xditd"):
                     inodes.add(os.stat(path).st_ino)
         return len(inodes)

@@ -1,4 +1,4 @@
-"""What workers might say of components: a transformer, a VAE and a text encoder with small numbers."""
+"""Facts for tests: of a transformer, a VAE and a text encoder with small sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.ipc.tensors import ComponentKind, Manifest
 
 CONTEXT, POOLED, WIDTH = 8, 4, 6
 LATENTS = LatentFacts(channels=16, pixels=8, multiple=2, scaling=LatentScaling(factor=1.5305, shift=0.0609))
-"""Scaled as SD3's are: the VAE below assumes something else."""
+"""SD3's scaling, which differs from that of the VAE below."""
 
 TRANSFORMER = ComponentFacts(
     family="flux1",
@@ -45,7 +45,7 @@ TRANSFORMER = ComponentFacts(
         has_step_cache=True,
     ),
 )
-"""Of FLUX.1's kind: conditioning is of tensors with a row for each image."""
+"""Like FLUX.1: conditioning tensors have a row for each image."""
 
 LISTS = ComponentFacts(
     family="z_image",
@@ -73,7 +73,7 @@ LISTS = ComponentFacts(
         default_steps=9,
     ),
 )
-"""Of Z-Image's kind: conditioning is of lists with a tensor for each image."""
+"""Like Z-Image: conditioning is lists with a tensor for each image."""
 
 VAE = ComponentFacts(
     family="flux_vae",
@@ -99,7 +99,7 @@ TEXT_ENCODER = ComponentFacts(
 
 
 def of(manifest: Manifest) -> ComponentFacts:
-    """What workers say of a component, by the kind that its client names or else by its tensors' names."""
+    """Facts for a component, by the kind in its manifest or else by its tensors' names."""
     if manifest.kind is not None:
         return next(each for each in (TRANSFORMER, VAE, TEXT_ENCODER) if each.kind is manifest.kind)
     name = manifest.tensors[0].name

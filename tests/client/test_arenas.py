@@ -1,4 +1,4 @@
-"""Arenas on the host: one block for all tensors, found by address, and freed whole."""
+"""Arenas on the host: one block for all tensors, found by address."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_parameters_that_need_gradients_are_copied_without_history() -> None:
     arena.close()
 
 
-def test_addresses_outside_belong_to_no_arena() -> None:
+def test_addresses_outside_are_in_no_arena() -> None:
     arena = Arena(SHAPES)
     base, size = arena.base_address, arena.size_bytes
     assert host_arena_at(base) is arena
@@ -84,7 +84,7 @@ def test_a_tensor_kept_elsewhere_is_safe_and_closing_can_be_tried_again() -> Non
     kept.fill_(2)
     with pytest.raises(Internal, match="still alive"):
         arena.close()
-    assert kept.sum() == 30  # no fault
+    assert kept.sum() == 30  # no segmentation fault
     del kept
     arena.close()
     arena.close()
@@ -98,7 +98,7 @@ def test_a_hundred_arenas_leave_nothing(open_fds: Callable[[], int]) -> None:
     assert open_fds() == before
 
 
-def test_an_arena_that_nobody_closed_is_freed(open_fds: Callable[[], int]) -> None:
+def test_an_arena_without_references_is_freed(open_fds: Callable[[], int]) -> None:
     gc.collect()
     before = open_fds()
     address = Arena(SHAPES).base_address
@@ -182,5 +182,5 @@ def test_a_closed_arena_says_so():
     arena.close()
     assert repr(arena).endswith("bytes, closed>")
     for use in (arena.block, lambda: list(arena.fill({"w": torch.zeros(2, 2)}))):
-        with pytest.raises(Closed, match="it is closed, and its memory freed; make a new Arena"):
+        with pytest.raises(Closed, match="it is closed and its memory is freed; make a new Arena"):
             use()

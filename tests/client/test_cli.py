@@ -1,4 +1,4 @@
-"""The command: exit codes, what goes to stdout, and flags with their variables."""
+"""The ``xditd`` command: exit codes, stdout, and flags with their variables."""
 
 import json
 import subprocess
@@ -143,7 +143,7 @@ def test_status_shows_how_fused_kernels_compared_with_plain_modules(daemon, fold
 
 
 def has_group(daemon, *states):
-    """Let the daemon's workers be in these states, one status after the other; the last one stays."""
+    """Set the worker group's state for each status reply in turn; the last one is repeated."""
     left = list(states)
 
     def answer(request):
@@ -191,27 +191,27 @@ def test_wait_for_the_daemon_alone(daemon, folder, capsys):
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        (GroupState.GIVEN_UP, "workers_unavailable: workers given up: rank 1 is given_up; cure the cause"),
+        (GroupState.GIVEN_UP, "workers_unavailable: workers given up: rank 1 is given_up; fix the cause"),
         (GroupState.STARTING, "deadline_exceeded: workers starting: rank 1 is starting; not ready within 0 s"),
     ],
 )
-def test_wait_in_vain_is_one(daemon, folder, capsys, state, says):
+def test_wait_that_times_out_exits_with_1(daemon, folder, capsys, state, says):
     has_group(daemon, state)
     wait_s = "0" if state is GroupState.STARTING else "60"
     assert main(["wait", "--runtime-dir", str(folder), "--wait-s", wait_s]) == exits.FAILED
     assert says in capsys.readouterr().err
 
 
-def test_wait_without_a_daemon_is_three_in_the_end(folder, capsys):
+def test_wait_without_a_daemon_exits_with_3(folder, capsys):
     assert main(["wait", "--runtime-dir", str(folder), "--wait-s", "1"]) == exits.UNREACHABLE
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2  # what it waits for, once, and how it ended
+    assert len(said) == 2  # the reason for waiting, printed once, and the error
     assert all("no such socket" in line for line in said)
     assert said[1].endswith("; none answered within 1 s")
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "stop"])
-def test_no_daemon_is_three(verb, folder, capsys):
+def test_without_a_daemon_a_verb_exits_with_3(verb, folder, capsys):
     assert main([verb, "--runtime-dir", str(folder)]) == exits.UNREACHABLE
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -227,7 +227,7 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["generate"], "--transformer FILE is needed"),
         (["generate", "--transformer", "t"], "one of --embeds FILE and --random-embeds SEED is needed"),
         (["generate", "--transformer", "t", "--random-embeds", "1", "--embeds", "e"], "are both given; leave one out"),
-        (["generate", "--transformer", "t", "--random-embeds", "1"], "nothing would be written"),
+        (["generate", "--transformer", "t", "--random-embeds", "1"], "without both nothing is written"),
         (["generate", "--size", "0x64"], "sides are from 1 pixel to 8192"),
         (["demo", "--size", "100x64"], "sides are multiples of 16 pixels"),
         (["generate", "--size", "big"], "use WIDTHxHEIGHT"),
@@ -240,7 +240,7 @@ def test_no_daemon_is_three(verb, folder, capsys):
         (["wait", "--for", "godot"], "use workers or daemon"),
     ],
 )
-def test_misuse_is_two(arguments, says, capsys):
+def test_misuse_exits_with_2(arguments, says, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == exits.MISUSE
@@ -255,7 +255,7 @@ def test_errors_have_their_exit_codes():
     assert exits.code_for(Busy("x")) == exits.FAILED
 
 
-def test_variables_set_flags_and_flags_win(monkeypatch):
+def test_variables_set_defaults_and_flags_override_them(monkeypatch):
     monkeypatch.setenv("XDITD_STEPS", "5")
     monkeypatch.setenv("XDITD_JSON", "1")
     assert build_parser().parse_args(["generate"]).steps == 5
@@ -296,7 +296,7 @@ def test_a_bad_switch_is_misuse_of_the_verb_that_has_it(monkeypatch, capsys, var
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"serve"}))
-def test_help_names_a_variable_for_each_flag_and_teaches(verb, capsys):
+def test_help_has_examples_and_names_a_variable_for_each_flag(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = capsys.readouterr().out
@@ -319,7 +319,7 @@ def test_logs_show_the_last_lines(daemon, folder, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_followed_logs_go_on_and_end_with_the_interrupt(daemon, folder, capsys, monkeypatch):
+def test_logs_are_followed_until_an_interrupt(daemon, folder, capsys, monkeypatch):
     polls = []
 
     def answer(request):
@@ -337,15 +337,15 @@ def test_followed_logs_go_on_and_end_with_the_interrupt(daemon, folder, capsys, 
     assert polls == [0, 1, 2]
 
 
-def test_a_daemon_that_does_not_end_is_a_failed_stop(daemon, folder, capsys):
+def test_stop_fails_if_the_daemon_does_not_exit(daemon, folder, capsys):
     daemon.answers[Stop] = lambda request: [Stopping(request_id=request.request_id)]
     assert main(["stop", "--runtime-dir", str(folder), "--deadline-s", "1", "--json"]) == exits.FAILED
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["code"] == "deadline_exceeded"
-    assert "has not ended within 1 s" in captured.err
+    assert "has not exited within 1 s" in captured.err
 
 
-def test_a_reader_that_leaves_early_is_no_traceback(daemon, folder):
+def test_a_reader_that_exits_early_causes_no_traceback(daemon, folder):
     daemon.answers[GetLogs] = lambda request: [
         LogLines(request_id=request.request_id, lines=("x" * 1000,) * 500, next_line=500)
     ]
@@ -355,7 +355,7 @@ def test_a_reader_that_leaves_early_is_no_traceback(daemon, folder):
     assert done.stderr == ""
 
 
-def test_serve_becomes_the_daemon(folder):
+def test_serve_replaces_its_process_by_the_daemon(folder):
     command = [sys.executable, "-c", "from xditd.client.cli.main import main; main()", "serve", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert "--queue-limit" in done.stdout
@@ -367,7 +367,7 @@ def test_sizes_are_width_then_height(text, expected):
     assert flags.size()(text) == expected
 
 
-def test_numbers_for_people():
+def test_sizes_and_durations_are_formatted():
     assert tables.size_text(512) == "512 B"
     assert tables.size_text(22 * 2**30) == "22.0 GiB"
     assert tables.span_text(0.0125) == "12 ms"

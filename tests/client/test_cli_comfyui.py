@@ -1,4 +1,4 @@
-"""``xditd comfyui``: what it writes, what it finds wrong, and what it leaves alone."""
+"""``xditd comfyui``: install, check and uninstall, and the folders that it does not change."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_folder_offers_the_entry_point(comfyui):
     assert (entry.parent / module.WEB_DIRECTORY).is_dir()
 
 
-def test_what_is_no_comfyui_or_not_ours_is_left_alone(tmp_path, comfyui, capsys):
+def test_other_folders_are_refused_and_unchanged(tmp_path, comfyui, capsys):
     assert main(["comfyui", "install", str(tmp_path / "nowhere")]) == exits.MISUSE
     assert "main.py" in capsys.readouterr().err
     theirs = comfyui / "custom_nodes" / "xditd" / "__init__.py"

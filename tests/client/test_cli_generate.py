@@ -1,4 +1,4 @@
-"""``xditd generate``: where its files go, before the work and after it."""
+"""``xditd generate``: its output files, checked before the job and written after it."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from xditd.ipc.requests import Cancel, Generate, Hello, Lend  # noqa: E402
 
 @pytest.fixture
 def files(tmp_path):
-    """A transformer, a VAE and embeddings, as far as the client looks at them."""
+    """Files of a transformer, a VAE and embeddings, with only what the client reads."""
     folder = tmp_path / "models"
     folder.mkdir()
     save_file({"double_blocks.0.weight": torch.zeros(4)}, folder / "t.safetensors")
@@ -31,7 +31,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def generate(daemon, folder, files):
-    """Run the verb with files that are there."""
+    """Run the verb with these files."""
     daemon.answers[Generate] = lambda request: [Generated(request_id=request.request_id, timings_ms={})]
 
     def run(*more):
@@ -76,7 +76,7 @@ def test_an_image_that_cannot_be_written_after_all_is_kept_and_named(generate, d
     monkeypatch.setenv("TMPDIR", str(spare))
 
     def answer(request):
-        os.rename(out, tmp_path / "gone")  # while the job runs, the folder goes away, and its name is taken
+        os.rename(out, tmp_path / "gone")  # while the job runs, the folder is moved away, and a file gets its name
         out.write_text("")
         return [Generated(request_id=request.request_id, timings_ms={})]
 
@@ -89,7 +89,7 @@ def test_an_image_that_cannot_be_written_after_all_is_kept_and_named(generate, d
     (kept,) = map(Path, found["kept"])
     assert kept.parent == spare
     assert kept.read_bytes().startswith(b"\x89PNG")
-    assert f"kept as {kept}" in captured.err
+    assert f"saved as {kept}" in captured.err
     assert latents.is_file()
 
 
@@ -124,11 +124,11 @@ def test_steps_guidance_and_names_are_those_of_the_model(daemon, folder, files, 
     assert len(daemon.requests(Generate)) == 1
 
 
-def test_the_help_teaches_both_families(capsys):
+def test_the_help_has_examples_for_both_families(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = capsys.readouterr().out
-    assert "takes no prompt and runs no text encoders" in text
+    assert "takes no prompt and runs no text encoder" in text
     for family in ("flux1-dev.safetensors", "z_image_turbo_bf16.safetensors", "FluxPipeline", "ZImagePipeline"):
         assert family in text
     assert "prompt_embeds.0" in text
@@ -230,7 +230,7 @@ def test_a_bar_that_cannot_be_drawn_ends_no_job(generate, tmp_path, monkeypatch,
     assert "a.png: seed" in capsys.readouterr().out
 
 
-def test_an_empty_variable_is_none(monkeypatch):
+def test_an_empty_variable_is_ignored(monkeypatch):
     monkeypatch.setenv("XDITD_RUNTIME_DIR", "")
     monkeypatch.setenv("XDITD_OUT", "")
     parsed = build_parser().parse_args(["generate"])

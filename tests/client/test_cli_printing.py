@@ -1,4 +1,4 @@
-"""Streams that are closed, full or cut off, errors as JSON, and words that are slightly wrong."""
+"""Standard streams that are closed, full or without a reader, errors as JSON, and misspelt names."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ def test_streams_that_cannot_be_written_are_told_by_the_status(command, code, sa
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-    assert done.stdout == ""  # above all not what belongs to stderr
+    assert done.stdout == ""  # and no text for stderr
 
 
 def test_a_reader_that_leaves_has_a_status_of_its_own():
@@ -93,7 +93,7 @@ def test_install_service_and_comfyui_fail_in_json(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["error"]["code"] == "bad_request"
 
 
-def test_a_defect_is_typed_and_shows_where_it_happened(daemon, folder, capsys, monkeypatch):
+def test_an_unexpected_error_is_internal_and_has_a_traceback(daemon, folder, capsys, monkeypatch):
     def broken(self, after=0):
         raise ZeroDivisionError("by nothing")
 
@@ -119,7 +119,7 @@ def test_json_has_no_nan():
     assert json.loads(json_text({"a": [float("nan"), {"b": (float("inf"), 1.5)}]})) == {"a": [None, {"b": [None, 1.5]}]}
 
 
-def test_errors_say_whether_and_when_to_come_back():
+def test_errors_say_whether_and_when_to_retry():
     busy = Busy("full")
     busy.retry_after_s = 2.0
     assert error_json(busy)["error"] == {"code": "busy", "message": "full", "retryable": True, "retry_after_s": 2.0}

@@ -1,4 +1,4 @@
-"""Loans: what is sent, what is kept alive, and how they end."""
+"""Loans: what is sent, which memory is kept alive, and how they end."""
 
 import gc
 import os
@@ -37,13 +37,13 @@ def client(daemon, folder):
 
 
 def lose(client):
-    """End the session as the daemon's death ends it; tests with a daemon that is killed lie in integration/daemon."""
+    """End the session as the daemon's exit does; integration/daemon has tests that kill the daemon."""
     connection = client._current().connection
     connection._io.close()
     assert connection.wait_lost(5.0)
 
 
-def test_a_loan_tells_tier_bytes_and_copies(client, daemon):
+def test_a_loan_has_tiers_bytes_and_copies(client, daemon):
     loan = client.lend(transformer(), label="tiny")
     sent = daemon.requests(Lend)[0]
     assert loan.kind is ComponentKind.TRANSFORMER
@@ -69,7 +69,7 @@ def test_a_worker_that_reads_other_memory_is_refused(client, daemon, digests):
     assert daemon.requests(Lend) == []
 
 
-def test_the_kind_is_what_the_workers_say(client, daemon):
+def test_the_kind_is_that_of_the_workers_facts(client, daemon):
     assert client.lend({"decoder.conv_in.weight": torch.zeros(2)}).kind is ComponentKind.VAE
     assert client.lend({"what.weight": torch.zeros(2)}, kind="vae").kind is ComponentKind.VAE
     assert [request.manifest.kind for request in daemon.requests(Lend)] == [None, ComponentKind.VAE]
@@ -101,7 +101,7 @@ def test_a_component_lent_twice_stays_alive_until_its_last_return(client, daemon
     wait_until(lambda: open_memfds() == held - 2)
 
 
-def test_what_a_late_lend_of_held_bytes_opened_stays_open(client, daemon, open_memfds, wait_until):
+def test_descriptors_of_a_late_lend_of_the_same_bytes_stay_open(client, daemon, open_memfds, wait_until):
     daemon.answers[Lend] = lambda request: [daemon.lent(request, "same")]
     loan = client.lend(transformer())
     held = open_memfds()
@@ -139,7 +139,7 @@ def test_a_refused_loan_frees_its_memory(client, daemon, wait_until, open_memfds
     wait_until(lambda: open_memfds() == before)
 
 
-def test_a_lend_that_succeeds_too_late_is_taken_back(client, daemon, wait_until, open_memfds):
+def test_a_lend_that_succeeds_too_late_is_returned(client, daemon, wait_until, open_memfds):
     client.lend(transformer())
     before = open_memfds()
     del daemon.answers[Lend]
@@ -152,7 +152,7 @@ def test_a_lend_that_succeeds_too_late_is_taken_back(client, daemon, wait_until,
     wait_until(lambda: open_memfds() == before)
 
 
-def test_leaving_says_goodbye_and_frees_everything(daemon, folder, open_memfds):
+def test_leaving_sends_goodbye_and_frees_everything(daemon, folder, open_memfds):
     gc.collect()
     before = open_memfds()
     with Client(folder) as client:
@@ -174,7 +174,7 @@ def test_a_client_finds_the_next_daemon_but_not_the_old_loans(client, daemon):
     loan.return_()  # nothing to return, and no error
 
 
-def test_threads_lend_side_by_side(client, daemon):
+def test_threads_lend_in_parallel(client, daemon):
     loans = []
     threads = [threading.Thread(target=lambda: loans.append(client.lend(transformer()))) for _ in range(4)]
     for thread in threads:
@@ -191,7 +191,7 @@ def test_client_finds_the_folder_by_the_variable(daemon, folder, monkeypatch):
         assert client.daemon_pid == os.getpid()
 
 
-def test_client_that_waits_in_vain_says_what_for(folder):
+def test_client_that_waits_too_long_names_the_reason(folder):
     began = time.monotonic()
     with pytest.raises(DaemonUnreachable, match="no such socket"):
         Client(folder, wait_s=0.3)
@@ -200,12 +200,12 @@ def test_client_that_waits_in_vain_says_what_for(folder):
 
 @pytest.mark.parametrize("name", ["wait_s", "deadline_s"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "5"])
-def test_client_refuses_a_wait_that_is_no_time(folder, name, value):
-    with pytest.raises(BadRequest, match=f"{name}: {value!r} is not a number of seconds from 0"):
+def test_client_refuses_an_invalid_wait_time(folder, name, value):
+    with pytest.raises(BadRequest, match=f"{name}: {value!r} is not a number of seconds, 0 or more"):
         Client(folder, **{name: value})
 
 
-def test_a_loan_whose_daemon_is_gone_says_so_and_not_that_it_was_lost(client, daemon):
+def test_a_loan_whose_daemon_has_exited_raises_daemon_unreachable(client, daemon):
     loan = client.lend(transformer())
     lose(client)
     daemon.close()
@@ -250,7 +250,7 @@ def test_everything_of_a_closed_client_says_that_it_is_closed(daemon, folder):
     job.cancel()
 
 
-def test_what_is_shown_of_a_client_is_one_line(daemon, folder):
+def test_the_repr_of_a_client_is_one_line(daemon, folder):
     client = Client(folder)
     loan = client.lend(transformer(), label="tiny")
     job = client.generate(loan, TEXT, height=32, width=32, steps=2)

@@ -12,7 +12,7 @@ from xditd.ipc.errors import BadRequest  # noqa: E402
 TENSORS = {"prompt_embeds": torch.zeros(5, 8), "pooled_prompt_embeds": torch.zeros(4), "other": torch.zeros(1)}
 
 
-def test_conditioning_gets_its_batch_axis():
+def test_a_missing_batch_dimension_is_added():
     found = conditioning_of(TENSORS, sample_facts.TRANSFORMER, "e.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         "prompt_embeds": (1, 5, 8),
@@ -52,7 +52,7 @@ def test_lists_that_are_incomplete_or_given_twice_are_refused(names, says):
     assert f"e.safetensors: {says}" in refused.value.detail
 
 
-def test_a_numbered_name_is_none_where_no_list_is_taken():
+def test_a_numbered_name_is_ignored_for_an_argument_that_is_no_list():
     given = {"prompt_embeds.0": torch.zeros(5, 8), "pooled_prompt_embeds": torch.zeros(4)}
     with pytest.raises(BadRequest, match=r"lacks prompt_embeds; it holds prompt_embeds\.0, pooled_prompt_embeds"):
         conditioning_of(given, sample_facts.TRANSFORMER, "e.safetensors")
@@ -73,6 +73,6 @@ def test_random_conditioning_is_drawn_in_the_order_of_the_facts():
     assert text.shape == (7, 8)
 
 
-def test_what_takes_no_conditioning_is_named():
+def test_a_component_without_conditioning_is_refused():
     with pytest.raises(BadRequest, match="AutoencoderKL: a vae takes no conditioning; name a transformer"):
         random_conditioning(sample_facts.VAE, 3, 7)

@@ -1,4 +1,4 @@
-"""The socket's thread: greetings, many callers, deadlines, and the daemon's death."""
+"""Connections: ``Hello``, several threads, deadlines, and the daemon's exit."""
 
 import os
 import signal
@@ -62,13 +62,13 @@ def ask_logs(connection, number, deadline_s=5.0):
     return connection.ask(request, LogLines, deadline_s=deadline_s)
 
 
-def test_greets_with_versions(daemon, connect):
+def test_hello_has_the_versions(daemon, connect):
     connection = connect()
     assert connection.welcome.daemon_pid == os.getpid()
     assert daemon.wait_for(Hello).client_name == "test"
 
 
-def test_a_listener_that_says_nothing_is_no_daemon(folder, connect):
+def test_a_listener_that_does_not_answer_is_no_daemon(folder, connect):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "daemon.sock"))
         listener.listen()
@@ -115,12 +115,12 @@ def test_replies_in_another_order_find_their_requests(daemon, connect):
     daemon.wait_for(GetLogs, 3)
     for box, number in reversed(list(zip(boxes, range(3), strict=True))):
         daemon.send(LogLines(request_id=box.request_id, lines=(), next_line=number))
-    from xditd.client.mailboxes import Patience
+    from xditd.client.mailboxes import Timeouts
 
-    assert [box.wait(LogLines, Patience(5.0)).next_line for box in boxes] == [0, 1, 2]
+    assert [box.wait(LogLines, Timeouts(5.0)).next_line for box in boxes] == [0, 1, 2]
 
 
-def test_a_request_without_answer_meets_its_deadline(daemon, connect):
+def test_a_request_without_answer_ends_at_its_deadline(daemon, connect):
     connection = connect()
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"GetLogs: no answer from the daemon for 0\.[2-9] s"):
@@ -128,7 +128,7 @@ def test_a_request_without_answer_meets_its_deadline(daemon, connect):
     assert time.monotonic() - started < 1.0
 
 
-def test_a_late_reply_disturbs_nobody(daemon, connect):
+def test_a_late_reply_is_dropped(daemon, connect):
     connection = connect()
     late = GetLogs(request_id=connection.next_request_id())
     with pytest.raises(DeadlineExceeded):
@@ -145,17 +145,17 @@ def test_a_reply_of_the_wrong_type_is_the_daemons_fault(daemon, connect):
         ask_logs(connect(), 0)
 
 
-def test_garbage_from_the_daemon_ends_the_connection_by_name(daemon, connect):
+def test_an_invalid_message_from_the_daemon_ends_the_connection(daemon, connect):
     daemon.answers[GetLogs] = lambda request: daemon.send(b"\xc1garbage") or []
     connection = connect()
-    with pytest.raises(BadMessage, match="the daemon sent what this client cannot read"):
+    with pytest.raises(BadMessage, match="the daemon sent an invalid message"):
         ask_logs(connection, 0)
     assert connection.wait_lost(5.0)
     with pytest.raises(BadMessage):
         ask_logs(connection, 0)
 
 
-def test_a_wait_ends_with_the_daemon(folder, connect):
+def test_a_wait_ends_when_the_daemon_exits(folder, connect):
     process = subprocess.Popen(
         [sys.executable, "-c", GREETS_THEN_SLEEPS, str(folder / "daemon.sock")], stdout=subprocess.PIPE
     )
@@ -165,10 +165,10 @@ def test_a_wait_ends_with_the_daemon(folder, connect):
         box = connection.submit(Stop(request_id=connection.next_request_id()))
         process.kill()
         killed = time.monotonic()
-        from xditd.client.mailboxes import Patience
+        from xditd.client.mailboxes import Timeouts
 
         with pytest.raises(DaemonUnreachable, match=rf"the daemon \(pid {process.pid}\) has exited"):
-            box.wait(Stopping, Patience(30.0))
+            box.wait(Stopping, Timeouts(30.0))
         assert time.monotonic() - killed < 1.0
         with pytest.raises(DaemonUnreachable, match="has exited"):
             ask_logs(connection, 0)
@@ -180,7 +180,7 @@ def test_a_wait_ends_with_the_daemon(folder, connect):
 
 @pytest.mark.slow
 def test_a_connection_always_ends_when_its_daemon_is_killed_under_a_message(folder):
-    """One in ten never did, on a busy machine, while ZeroMQ was told by -1 not to reconnect."""
+    """With a reconnect interval of -1, one in ten hung on a busy machine."""
 
     def outlive_a_daemon(number: int) -> None:
         own = folder / str(number)
@@ -202,14 +202,14 @@ def test_a_connection_always_ends_when_its_daemon_is_killed_under_a_message(fold
         list(pool.map(outlive_a_daemon, range(60)))
 
 
-def test_closing_fails_those_who_wait(daemon, connect):
+def test_closing_fails_waiting_requests(daemon, connect):
     connection = connect()
     box = connection.submit(GetLogs(request_id=connection.next_request_id()))
     connection.close()
-    from xditd.client.mailboxes import Patience
+    from xditd.client.mailboxes import Timeouts
 
     with pytest.raises(Closed, match="this client is closed"):
-        box.wait(LogLines, Patience(5.0))
+        box.wait(LogLines, Timeouts(5.0))
 
 
 def test_a_dropped_connection_ends_its_thread(daemon, folder, wait_until):
@@ -239,7 +239,7 @@ def test_a_fork_is_refused(daemon, connect):
     assert ask_logs(connection, 0).next_line == 3
 
 
-def test_a_request_that_no_daemon_reads_is_refused_here(daemon, connect):
+def test_a_request_that_is_too_large_is_not_sent(daemon, connect):
     block = HostShmBlock(fd=3, inode=1, size_bytes=8, fingerprint=Fingerprint(length_bytes=0, digest=bytes(16)))
     tensors = tuple(TensorSpec(f"{number:0600d}", "uint8", (8,), 0, 0) for number in range(16_000))
     manifest = Manifest(kind=ComponentKind.VAE, label="huge", blocks=(block,), tensors=tensors)
@@ -263,7 +263,7 @@ connection.close()
 
 
 def test_a_client_that_stood_still_waits_anew(daemon, folder, wait_until):
-    """Stopped for longer than its deadline, it does not blame the daemon, and takes what it says after that."""
+    """After it was stopped for longer than its deadline, it still waits for the reply and takes it."""
     deadline_s = 2.0
     daemon.answers[GetLogs] = lambda _: []
     client = subprocess.Popen(

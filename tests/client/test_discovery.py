@@ -1,4 +1,4 @@
-"""Finding the daemon: each way of not being there is told at once, by name."""
+"""Finding the daemon: each reason for its absence has its own error, at once."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ def test_names_the_missing_socket_at_once(folder):
     assert time.monotonic() - started < 0.5
 
 
-def test_tells_a_socket_that_a_dead_daemon_left(folder):
+def test_a_socket_of_a_dead_daemon_is_named(folder):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(folder / "daemon.sock"))
     with pytest.raises(DaemonUnreachable, match=r"connection refused; the daemon that made it has exited"):
@@ -37,7 +37,7 @@ def test_finds_the_listening_process(folder):
     assert found.pid == os.getpid()
 
 
-def test_refuses_a_path_that_no_socket_address_holds(folder):
+def test_refuses_a_path_too_long_for_a_socket_address(folder):
     with pytest.raises(BadRequest, match="at most 107 fit"):
         find_daemon(RuntimeDir(folder / ("x" * 120)))
 
@@ -63,7 +63,7 @@ def manager(folder):
         process.communicate("")
 
 
-def test_waits_while_systemd_listens_and_says_where_to_look(folder, manager, monkeypatch):
+def test_waits_while_systemd_listens_and_names_the_journal(folder, manager, monkeypatch):
     monkeypatch.setattr(discovery, "ACTIVATION_DEADLINE_S", 0.5)
     started = time.monotonic()
     with pytest.raises(DaemonUnreachable, match=r"no daemon took over within .* journalctl"):

@@ -1,4 +1,4 @@
-"""The file behind a tensor: found only where the memory still holds what the file holds."""
+"""The mapped file of a tensor: found only while the memory has the file's content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 
 class Mapped:
-    """A private mapping of a file, as safetensors and torch make them, with its address."""
+    """A private mapping of a file, like those of safetensors and torch, with its address."""
 
     def __init__(self, path: Path, *, shared: bool = False, offset: int = 0) -> None:
         fd = os.open(path, os.O_RDWR)
@@ -39,7 +39,7 @@ def mapped(path: Path) -> Mapped:
     return Mapped(path)
 
 
-def test_an_untouched_stretch_is_the_files(mapped: Mapped, path: Path) -> None:
+def test_an_unwritten_range_is_found(mapped: Mapped, path: Path) -> None:
     found = AddressSpace().file_behind(mapped.address + 300, 1000)
     assert found is not None
     assert found.path == str(path)
@@ -59,7 +59,7 @@ def test_reading_changes_nothing(mapped: Mapped) -> None:
     assert AddressSpace().file_behind(mapped.address, 8 * PAGE) is not None
 
 
-def test_a_written_page_is_no_longer_the_files(mapped: Mapped) -> None:
+def test_a_written_page_is_not_found(mapped: Mapped) -> None:
     mapped.tensor[3 * PAGE + 7] = 0
     space = AddressSpace()
     assert space.file_behind(mapped.address + 3 * PAGE, 1) is None
@@ -82,7 +82,7 @@ def test_a_shared_mapping_always_holds_what_the_file_holds(path: Path) -> None:
     assert path.read_bytes()[0] == 99
 
 
-def test_a_stretch_that_leaves_the_mapping(mapped: Mapped) -> None:
+def test_a_range_beyond_the_mapping(mapped: Mapped) -> None:
     space = AddressSpace()
     assert space.file_behind(mapped.address, 8 * PAGE) is not None
     assert space.file_behind(mapped.address, 8 * PAGE + 1) is None
@@ -104,7 +104,7 @@ def test_a_file_that_lost_its_name_is_not_found(mapped: Mapped, path: Path) -> N
     assert AddressSpace().file_behind(mapped.address, 10) is None
 
 
-def test_a_file_whose_name_went_to_another_is_not_found(mapped: Mapped, path: Path) -> None:
+def test_a_file_that_was_replaced_is_not_found(mapped: Mapped, path: Path) -> None:
     space = AddressSpace()
     (path.parent / "other").write_bytes(path.read_bytes())
     (path.parent / "other").replace(path)
@@ -128,7 +128,7 @@ def test_a_file_whose_name_went_to_another_is_not_found(mapped: Mapped, path: Pa
         "b\\134",
     ],
 )
-def test_odd_names_are_found_or_passed_over(tmp_path: Path, name: str) -> None:
+def test_odd_names_are_found_or_skipped(tmp_path: Path, name: str) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + os.fsencode(name)))
     path.write_bytes(bytes(PAGE))
     mapped = Mapped(path)
@@ -145,7 +145,7 @@ def test_no_descriptor_left_means_no_file(mapped: Mapped, no_free_fd: Callable[[
     assert AddressSpace().file_behind(mapped.address, 10) is None
 
 
-def test_long_stretches_are_read_in_pieces(tmp_path: Path) -> None:
+def test_long_ranges_are_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(70_000 * PAGE)

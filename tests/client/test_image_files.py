@@ -1,4 +1,4 @@
-"""Image files: a name that no image can be written to is refused before there is an image."""
+"""Image files: a name that no image can be written to is refused before an image is generated."""
 
 import pytest
 
@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
         ("out.xbm", r"no \.xbm file can hold .* in colour"),
     ],
 )
-def test_names_that_mean_no_image_are_refused(tmp_path, name, says):
+def test_names_that_are_no_image_files_are_refused(tmp_path, name, says):
     with pytest.raises(BadRequest, match=says):
         check_image_target(tmp_path / name, 1024, 512)
 
@@ -40,6 +40,6 @@ def test_a_side_beyond_the_format_is_refused():
         image_format("a.webp", 16, 16_384)
 
 
-def test_an_encoder_that_fails_is_typed():
+def test_an_encoder_error_becomes_output_failed():
     with pytest.raises(OutputFailed, match=r"image as JPEG: .*save it as \.png"):
         encode_image(Image.new("RGBA", (8, 8)), "JPEG")

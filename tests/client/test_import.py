@@ -1,4 +1,4 @@
-"""What importing the client loads: no torch, no numpy. What it takes is benchmarks/parts/control_plane.py's to say."""
+"""Importing the client loads no torch and no numpy. benchmarks/parts/control_plane.py measures its time."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_imports_nothing_heavy(module):
 
 
 def test_what_only_some_calls_need_is_imported_by_them():
-    """Lending, files and jobs bring their own modules: a script that asks for a status need not wait for those."""
+    """Modules for lending, files and jobs are imported on first use, not by a script that only asks for a status."""
     later = ("xditd.client.lending", "xditd.client.tensor_files", "xditd.ipc.transports.file", "hashlib", "mmap")
     check = f"import xditd.client, sys; print(*[name for name in {later!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Blocks that carry tensors of jobs: aligned, reused, never shared, and all freed."""
+"""Blocks for the tensors of jobs: aligned, reused, not shared, and all freed."""
 
 import pytest
 
@@ -32,11 +32,11 @@ def test_bits_survive_the_round_trip(pool, dtype):
     block.write(spec, tensor)
     back = block.read(spec, torch.device("cpu"))
     block.write(spec, torch.zeros_like(tensor))
-    assert torch.equal(back, tensor)  # a copy: what is written later does not show
+    assert torch.equal(back, tensor)  # a copy: later writes do not change it
     pool.give_back(block)
 
 
-def test_a_transposed_view_is_written_in_its_own_order(pool):
+def test_a_transposed_view_is_written_in_logical_order(pool):
     tensor = torch.arange(6.0).reshape(2, 3).T
     layout = IoPlaces()
     spec = layout.add_input(tensor)
@@ -57,7 +57,7 @@ def test_values_that_are_negated_or_strided_or_empty_arrive(pool):
         pool.give_back(block)
 
 
-def test_blocks_on_loan_are_distinct_and_come_back(pool):
+def test_blocks_in_use_are_distinct_and_reused(pool):
     first, second = pool.borrow(10), pool.borrow(10)
     assert first.describe().inode != second.describe().inode
     pool.give_back(first)

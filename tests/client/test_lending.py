@@ -1,4 +1,4 @@
-"""What becomes of the things that a client may hold: the tier of each tensor, what was copied, and the values."""
+"""Manifests for the tensors that a client may have: the tier of each, the bytes copied, and the values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def offers() -> Iterator[list[Offer]]:
 
 
 def values(offer: Offer) -> State:
-    """Read an offer as a worker does: each block mapped and verified, each tensor a view; copies of the values."""
+    """Read an offer as a worker does, with each block mapped and verified; returns copies of the values."""
     me = identify(os.getpid())
     assert offer.manifest.faults() == []
     sent = codec.request_decoder.decode(codec.encode(Lend(request_id="r", manifest=offer.manifest)))
@@ -101,7 +101,7 @@ def tiers(offer: Offer) -> dict[str, str]:
     return {spec.name: type(blocks[spec.block]).__name__ for spec in offer.manifest.tensors}
 
 
-def test_a_path_is_lent_as_the_file_without_reading_it(path: Path, state: State, offers: list[Offer]) -> None:
+def test_a_path_is_lent_without_reading_the_file(path: Path, state: State, offers: list[Offer]) -> None:
     for source in (path, str(path), os.fsencode(path)):
         offer = describe(source)  # type: ignore[arg-type]
         offers.append(offer)
@@ -129,9 +129,9 @@ def test_a_loaded_state_dict_is_lent_as_its_file(path: Path, offers: list[Offer]
     check(offers[0], loaded)
 
 
-def test_a_changed_tensor_takes_its_page_out_of_the_file(path: Path, offers: list[Offer]) -> None:
+def test_a_changed_tensor_is_copied(path: Path, offers: list[Offer]) -> None:
     loaded = load_file(path)
-    loaded["decoder.d"].add_(1)  # 24,000 bytes: pages of its own in the middle
+    loaded["decoder.d"].add_(1)  # 24,000 bytes: has whole pages of its own
     offers.append(describe(loaded))
     found = tiers(offers[0])
     assert found["decoder.d"] == "HostShmBlock"
@@ -174,7 +174,7 @@ def test_plain_tensors_are_copied_once_into_shared_memory(state: State, offers: 
     check(offers[0], state)
 
 
-def test_an_arenas_tensors_are_lent_as_they_are(state: State, offers: list[Offer]) -> None:
+def test_an_arenas_tensors_are_lent_without_a_copy(state: State, offers: list[Offer]) -> None:
     arena = Arena.copy_of(state)
     offers.append(describe(arena.tensors))
     assert offers[0].copied == NO_COPY
@@ -211,7 +211,7 @@ def test_views_of_an_arena_and_plain_tensors_mix(state: State, offers: list[Offe
 
 
 def test_an_arena_outlives_the_callers_name_for_it(state: State, offers: list[Offer]) -> None:
-    """Workers that are restarted map a loan again, perhaps long after."""
+    """Restarted workers map a loan again."""
     offers.append(describe(Arena.copy_of(state).tensors))
     gc.collect()
     check(offers[0], state)
@@ -236,7 +236,7 @@ def test_a_module_is_lent_by_its_state_dict(offers: list[Offer]) -> None:
         torch.zeros(3, 0, 2),
         torch.tensor(7),
         torch.nn.Parameter(torch.ones(3)),
-        torch.randn(3, dtype=torch.complex64).conj().imag,  # a view that torch negates when it is read
+        torch.randn(3, dtype=torch.complex64).conj().imag,  # a view with the negative bit, negated when it is read
         torch.tensor([True, False]),
         torch.randn(5).to(torch.float8_e4m3fn),
     ],
@@ -336,7 +336,7 @@ def test_one_of_several_files_is_refused_although_it_is_sound(state: State, tmp_
 
 
 class Subclass(torch.Tensor):
-    """A tensor whose memory is somebody else's business, as quantisation libraries make them."""
+    """A tensor subclass without accessible memory, as in quantisation libraries."""
 
     @staticmethod
     def __new__(cls) -> Subclass:
@@ -388,7 +388,7 @@ def freed() -> torch.Tensor:
         type(value).__name__ if not isinstance(value, (str, type)) else str(value)[:20].replace("\0", "0")
     ),
 )
-def test_what_cannot_be_lent_is_named_and_leaves_nothing(
+def test_tensors_that_cannot_be_lent_are_named_and_leave_nothing(
     source: Any, error: type[XditdError], what: str, open_fds: Callable[[], int]
 ) -> None:
     gc.collect()
@@ -408,7 +408,7 @@ def test_a_good_tensor_does_not_hide_a_bad_one(state: State, open_fds: Callable[
 
 
 @pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", ""])
-def test_devices_that_are_none(path: Path, state: State, device: str, open_fds: Callable[[], int]) -> None:
+def test_unknown_devices_are_refused(path: Path, state: State, device: str, open_fds: Callable[[], int]) -> None:
     before = open_fds()
     for source in (path, state):
         with pytest.raises(Unsupported, match="device"):
@@ -422,7 +422,7 @@ def test_labels_that_cannot_be_sent(state: State, label: str) -> None:
         describe(state, label=label)
 
 
-def test_a_file_name_that_is_no_unicode_is_no_obstacle(state: State, tmp_path: Path, offers: list[Offer]) -> None:
+def test_a_file_name_need_not_be_unicode(state: State, tmp_path: Path, offers: list[Offer]) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.safetensors")
     save_file(state, name)
     offers.append(describe(name))
@@ -436,7 +436,7 @@ def test_a_file_name_that_is_no_unicode_is_no_obstacle(state: State, tmp_path: P
     check(offers[1], loaded)
 
 
-def test_unsound_files_are_refused_and_closed(tmp_path: Path, open_fds: Callable[[], int]) -> None:
+def test_invalid_files_are_refused_and_closed(tmp_path: Path, open_fds: Callable[[], int]) -> None:
     path = tmp_path / "x.safetensors"
     before = open_fds()
     for content in (b"", b"nonsense", bytes(64), (2).to_bytes(8, "little") + b"{}"):
@@ -456,7 +456,7 @@ def shared_kib() -> int:
     return total
 
 
-def test_closing_gives_everything_back(path: Path, state: State, open_fds: Callable[[], int]) -> None:
+def test_closing_frees_everything(path: Path, state: State, open_fds: Callable[[], int]) -> None:
     gc.collect()
     before = open_fds(), shared_kib()
     for _ in range(30):
@@ -508,7 +508,7 @@ def test_several_threads_may_describe(path: Path, state: State, open_fds: Callab
 
 
 def test_a_forked_child_lends_nothing_of_its_parents_by_accident(state: State) -> None:
-    """What a child closes is its own: descriptors in a manifest are those of the process that made it."""
+    """A child closes only its own descriptors; those in a manifest belong to the process that made it."""
     offer = describe(state)
     child = os.fork()
     if not child:
@@ -519,7 +519,7 @@ def test_a_forked_child_lends_nothing_of_its_parents_by_accident(state: State) -
     offer.close()
 
 
-def test_pids_of_others_are_not_mine(state: State) -> None:
+def test_the_manifest_has_the_pid_of_this_process(state: State) -> None:
     offer = describe(state)
     me = identify(os.getpid())
     block = offer.manifest.blocks[0]

@@ -1,4 +1,4 @@
-"""Clients that nobody holds any more: their loans go back, with a warning, and nothing waits or hangs."""
+"""Clients without references: their loans end, with a warning, and nothing blocks."""
 
 import gc
 import os
@@ -25,23 +25,23 @@ def connection_threads():
     return [thread for thread in threading.enumerate() if thread.name == "xditd-connection"]
 
 
-def test_a_forgotten_client_gives_its_loans_back_and_warns(daemon, folder, wait_until, open_memfds, open_fds):
+def test_a_client_without_references_ends_its_loans_and_warns(daemon, folder, wait_until, open_memfds, open_fds):
     gc.collect()
     before = open_memfds(), open_fds()
     client = Client(folder)
     loan = client.lend(weights())
-    with pytest.warns(ResourceWarning, match=rf"a Client of {folder} was not closed: its loans go back"):
+    with pytest.warns(ResourceWarning, match=rf"a Client of {folder} was not closed: its loans end now"):
         del client
     daemon.wait_for(Goodbye)
     wait_until(lambda: not connection_threads())
-    with pytest.raises(Closed, match="was not closed, and nobody held it any more; make a new Client"):
+    with pytest.raises(Closed, match="was not closed before it was garbage-collected; make a new Client"):
         loan.adopt()
     loan.return_()
     del loan
     assert (open_memfds(), open_fds()) == before
 
 
-def test_lent_memory_stays_until_the_workers_have_let_go(daemon, folder, wait_until, open_memfds):
+def test_lent_memory_stays_until_the_workers_have_unmapped_it(daemon, folder, wait_until, open_memfds):
     gc.collect()
     before = open_memfds()
     held, answer = threading.Event(), daemon.answers[Goodbye]
@@ -61,7 +61,7 @@ def test_lent_memory_stays_until_the_workers_have_let_go(daemon, folder, wait_un
     wait_until(lambda: open_memfds() == before)
 
 
-def test_a_closed_client_says_nothing(daemon, folder):
+def test_a_closed_client_does_not_warn(daemon, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         client = Client(folder)
@@ -71,7 +71,7 @@ def test_a_closed_client_says_nothing(daemon, folder):
     assert len(daemon.requests(Goodbye)) == 1
 
 
-def test_a_job_under_way_keeps_its_client(daemon, folder, wait_until):
+def test_a_running_job_keeps_its_client_alive(daemon, folder, wait_until):
     daemon.answers[Generate] = lambda request: []
     job = Client(folder).generate("c1", TEXT, height=32, width=32, steps=1)
     gc.collect()
@@ -82,7 +82,7 @@ def test_a_job_under_way_keeps_its_client(daemon, folder, wait_until):
     wait_until(lambda: not connection_threads())
 
 
-def test_a_forgotten_client_and_its_job_are_both_ended(daemon, folder, wait_until):
+def test_a_client_and_its_job_without_references_both_end(daemon, folder, wait_until):
     daemon.answers[Generate] = lambda request: []
     job = Client(folder).generate("c1", TEXT, height=32, width=32, steps=1)
     daemon.wait_for(Generate)
@@ -94,7 +94,7 @@ def test_a_forgotten_client_and_its_job_are_both_ended(daemon, folder, wait_unti
 
 
 def test_the_collector_may_run_while_a_lock_of_ours_is_held(daemon, folder, wait_until):
-    """It runs at any allocation, in whatever thread: a client in a cycle is ended there, and must wait for nothing."""
+    """It runs at any allocation in any thread; finalizing a client in a reference cycle must not block there."""
     client = Client(folder)
     io, lifetime = client._current().connection._io, client._lifetime
     cycle = [client]
@@ -105,23 +105,23 @@ def test_the_collector_may_run_while_a_lock_of_ours_is_held(daemon, folder, wait
         del cycle
         gc.collect()
     assert [warning.category for warning in caught] == [ResourceWarning]
-    io.run_soon(lambda: None)  # what any other use of the connection does: wake its thread
+    io.run_soon(lambda: None)  # wake the thread, as any other use of the connection does
     daemon.wait_for(Goodbye)
     wait_until(lambda: not io.thread.is_alive())
 
 
-def test_a_daemon_that_does_not_answer_holds_nobody_for_ever(daemon, folder, wait_until, monkeypatch):
+def test_a_daemon_that_does_not_answer_blocks_only_until_a_deadline(daemon, folder, wait_until, monkeypatch):
     monkeypatch.setattr("xditd.client.session._FAREWELL_DEADLINE_S", 0.05)
     daemon.answers[Goodbye] = lambda request: []
     client = Client(folder)
     io = client._current().connection._io
-    io.start_beating(0.05)  # the deadline is looked at with each sign of life
+    io.start_beating(0.05)  # the deadline is checked with each beat
     with pytest.warns(ResourceWarning):
         del client
     wait_until(lambda: not io.thread.is_alive())
 
 
-def test_a_client_whose_daemon_is_gone_frees_what_it_held(daemon, folder, open_memfds, wait_until):
+def test_a_client_whose_daemon_has_exited_frees_its_memory(daemon, folder, open_memfds, wait_until):
     gc.collect()
     before = open_memfds()
     client = Client(folder)

@@ -1,4 +1,4 @@
-"""Files that are written: looked at before the work, in one step, and kept elsewhere where that fails."""
+"""Output files: checked before the job, written atomically, and saved elsewhere if that fails."""
 
 import os
 import resource
@@ -13,19 +13,19 @@ from xditd.ipc.errors import BadRequest, OutputFailed
 
 @pytest.fixture
 def no_large_files():
-    """Let files hold 64 KiB at most, as a full disk or a quota does."""
+    """Limit files to 64 KiB, like a full disk or a quota."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_good_place_is_left_as_it_was(tmp_path):
+def test_a_check_changes_nothing(tmp_path):
     assert check_target(tmp_path / "new" / "out.png", 1000) == tmp_path / "new" / "out.png"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_places_that_cannot_hold_a_file_are_refused(tmp_path):
+def test_paths_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "fifo")
     for path, error, says in (
@@ -70,14 +70,14 @@ def test_links_and_modes_stay(tmp_path):
     assert stat.S_IMODE((tmp_path / "real.txt").stat().st_mode) == 0o640
 
 
-def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
+def test_a_name_of_maximal_length_is_written(tmp_path):
     assert write_file(tmp_path / ("x" * 255), b"1").read_bytes() == b"1"
 
 
-def test_what_cannot_be_written_is_kept_and_named(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_is_saved_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(OutputFailed, match=r"Not a directory.*the image is kept as") as caught:
+    with pytest.raises(OutputFailed, match=r"Not a directory.*the image was saved as") as caught:
         write_or_keep(tmp_path / "file" / "out.png", "image", b"pixels")
     (kept,) = map(Path, caught.value.kept)
     assert kept.parent == tmp_path
@@ -87,9 +87,9 @@ def test_what_cannot_be_written_is_kept_and_named(tmp_path, monkeypatch):
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
-def test_where_nothing_has_room_it_is_said(tmp_path, no_large_files, monkeypatch):
+def test_an_error_if_no_folder_has_room(tmp_path, no_large_files, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(OutputFailed, match="no other folder has room for the image either, it is lost") as caught:
+    with pytest.raises(OutputFailed, match="no other folder has room either; the image is lost") as caught:
         write_or_keep(tmp_path / "out.png", "image", bytes(100_000))
     assert caught.value.kept == ()
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Results: a short representation, and files whose faults are typed."""
+"""Results: a short representation, and saving to files."""
 
 import pytest
 
@@ -23,12 +23,12 @@ def test_results_are_shown_in_one_line_without_values():
     assert "not pooled" in repr(TextEncoding(torch.zeros(1, 77, 768), None))
 
 
-def test_an_image_that_is_not_there_is_named():
+def test_a_missing_image_is_an_error():
     with pytest.raises(BadRequest, match="index 1: the batch has 1 images"):
         result().to_pil(1)
 
 
-def test_saving_names_what_is_wrong_and_the_result_stays(tmp_path, monkeypatch):
+def test_saving_can_be_repeated_after_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = result()
     with pytest.raises(BadRequest, match="has no suffix"):

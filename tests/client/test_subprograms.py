@@ -1,4 +1,4 @@
-"""Programs of this installation run as they are, whatever lies in the current folder."""
+"""Programs of this installation import nothing from the current folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOREIGN = ("queue", "socket", "logging", "pickle", "runpy", "torch", "sitecustom
 
 @pytest.fixture
 def foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with modules that say that they were imported."""
+    """A current folder with modules that print when they are imported."""
     for name in FOREIGN:
         (tmp_path / f"{name}.py").write_text(f"print('foreign {name}', flush=True)\n")
     monkeypatch.chdir(tmp_path)
@@ -35,7 +35,7 @@ def test_nothing_is_imported_from_the_current_folder(
     assert done.stdout.startswith("xditd ")
 
 
-def test_arguments_are_the_programs_own(tmp_path: Path) -> None:
+def test_all_arguments_reach_the_program(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import sys; print(sys.argv, __name__)")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for has_safe_path in (True, False):

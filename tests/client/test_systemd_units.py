@@ -1,4 +1,4 @@
-"""Installing the service: what is written where, checked before and after."""
+"""``xditd install-service``: the files that it writes, checks and removes."""
 
 import getpass
 import json
@@ -19,7 +19,7 @@ from xditd.ipc.errors import BadRequest, NotPermitted, Unsupported
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """An environment with an xditd beside its Python."""
+    """An environment with an xditd command in the folder of its Python."""
     folder = tmp_path / "venv" / "bin"
     folder.mkdir(parents=True)
     (folder / "python").symlink_to(sys.executable)
@@ -105,8 +105,8 @@ def test_unit_that_systemd_complains_about_is_not_written(command, home, capsys,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--system"], "belong together"),
-        (["--for", getpass.getuser()], "belong together"),
+        (["--system"], "give both or none"),
+        (["--for", getpass.getuser()], "give both or none"),
         (["--user", "--system", "--for", "x"], "choose one"),
         (["--system", "--for", "no-such-user"], "no such user"),
         (["--check", "--uninstall"], "choose one"),
@@ -140,7 +140,7 @@ def test_root_is_a_user_too():
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_missing_rights_are_named(command):
+def test_missing_permissions_are_named(command):
     with pytest.raises(NotPermitted, match="sudo"):
         write(Service("root", systemd_units.Path("/"), {}).files()[0])
 

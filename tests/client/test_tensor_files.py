@@ -1,4 +1,4 @@
-"""Small safetensors files, checked against the format's own library."""
+"""Small safetensors files, compared with the safetensors library."""
 
 import os
 
@@ -53,14 +53,14 @@ def test_a_file_that_is_overwritten_while_it_is_read_is_no_mixture(tmp_path, mon
         read_tensors(path)
 
 
-def test_a_transposed_tensor_is_written_as_it_looks(tmp_path):
+def test_a_transposed_tensor_is_written_in_logical_order(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3).T
     write_tensors(tmp_path / "t.safetensors", {"t": tensor})
     assert torch.equal(read_tensors(tmp_path / "t.safetensors")["t"], tensor)
 
 
-def test_a_dtype_that_is_not_written_is_named(tmp_path):
-    with pytest.raises(BadRequest, match="ids: dtype int64 is not written"):
+def test_an_unsupported_dtype_is_named(tmp_path):
+    with pytest.raises(BadRequest, match="ids: dtype int64 is not supported"):
         write_tensors(tmp_path / "t.safetensors", {"ids": torch.zeros(1, dtype=torch.int64)})
 
 

@@ -1,4 +1,4 @@
-"""Waiting for a daemon goes on through whatever may pass: only what cannot pass ends it early."""
+"""Waiting for a daemon continues after temporary errors; only permanent ones end it early."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.ipc.status import GroupState
 
 
 def answers(*errors: XditdError) -> Callable[[], Any]:
-    """A daemon that fails in these ways, one after the other, and then answers."""
+    """Status requests that fail with these errors in turn, and then succeed."""
     left = list(errors)
 
     def look() -> Any:
@@ -38,18 +38,18 @@ def test_a_daemon_that_is_silent_for_a_while_is_asked_again(error: type[XditdErr
 
 
 @pytest.mark.parametrize("error", [DaemonUnreachable, DeadlineExceeded, SessionLost])
-def test_a_daemon_that_stays_silent_ends_the_wait_by_its_cause(error: type[XditdError]) -> None:
+def test_a_daemon_that_stays_silent_ends_the_wait_with_its_error(error: type[XditdError]) -> None:
     with pytest.raises(error, match="it was stopped"):
         wait_for(answers(error("it was stopped")), 0.0, workers=False, show=lambda _: None)
 
 
-def test_what_cannot_pass_ends_the_wait_at_once() -> None:
+def test_a_permanent_error_ends_the_wait_at_once() -> None:
     with pytest.raises(NotPermitted):
         wait_for(answers(NotPermitted("another user's")), 30.0, workers=False, show=lambda _: None)
 
 
 def test_a_daemon_that_takes_its_time_to_be_silent_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped daemon holds each look for seconds: that is no standstill of this process, which grants it anew."""
+    """A stopped daemon delays each request by seconds; that time counts, unlike a suspension of this process."""
     monkeypatch.setattr("xditd.ipc.awake_clock.STANDSTILL_S", 0.2)
     looks = []
 

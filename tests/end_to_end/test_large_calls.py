@@ -183,9 +183,9 @@ def test_more_tensors_than_workers_keep(client, scale):
 @pytest.mark.parametrize(
     ("times", "says"),
     [
-        ({7: 1}, "times: key: 7 is of type int, use a text"),
+        ({7: 1}, "times: key: 7 is of type int, use a string"),
         ({str(number): 1 for number in range(300)}, "times: {'0': 1, .* use a whole number above 0"),
-        ([1] * 70_000, r"times\[1021\]: one forward takes 1024 values in all"),
+        ([1] * 70_000, r"times\[1021\]: one forward takes 1024 values in total"),
     ],
     ids=["number as a key", "many keys", "long list"],
 )

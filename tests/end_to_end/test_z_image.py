@@ -100,7 +100,7 @@ def test_options_reach_it_and_others_are_refused(client, loan, relative_error):
         client.generate(loan, conditioning, **given, options={"eta": 1.0}).result()
     with pytest.raises(BadRequest, match="negative_prompt_embeds is missing"):
         client.generate(loan, conditioning, **given, guidance_scale=2.0).result()
-    with pytest.raises(BadRequest, match=r"step_cache: 0\.1 is given, but this transformer has none"):
+    with pytest.raises(BadRequest, match=r"step_cache: 0\.1 is given, but this transformer has no step cache"):
         client.generate(loan, conditioning, **given, step_cache=0.1).result()
     endless = {"prompt_embeds": [torch.full((4, 64), torch.inf)]}
     with pytest.raises(BadRequest, match=r"prompt_embeds\[0\]: some values are not finite"):

@@ -38,7 +38,7 @@ class Loan:
 
 
 @pytest.fixture
-def lender() -> Lender:
+def lender() -> LoanSession:
     return Lender()
 
 

@@ -1,4 +1,4 @@
-"""Demo checkpoints: the same everywhere, sane in value, and no torch until one is made."""
+"""Demo checkpoints: reproducible, with finite values, and without importing torch early."""
 
 from __future__ import annotations
 

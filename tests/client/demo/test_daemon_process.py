@@ -1,4 +1,4 @@
-"""The demo's own daemon, when it does not get far."""
+"""The demo's daemon, when it does not start."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable
 
 
-def test_a_daemon_that_has_ended_is_not_waited_for(tmp_path):
+def test_connect_fails_at_once_if_the_daemon_has_exited(tmp_path):
     daemon = DaemonProcess(tmp_path / "daemon.log", 1, "cpu", ["--workers", "none"])
     says = r"the daemon exited with status 2; .*log ends:\n(.*\n)*.*none"
     with pytest.raises(DaemonUnreachable, match=says):

@@ -1,4 +1,4 @@
-"""The demo's positions of FLUX.1's tokens: kept, and made once for each size."""
+"""Position ids of FLUX.1's tokens: kept tensors, made once for each size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Folders of the demo that cannot be written: a typed error that names place and remedy, and no traceback."""
+"""Folders of the demo that cannot be written: a typed error with the path and the remedy."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from xditd.client.demo.output import writing_to
 from xditd.ipc.errors import Busy, OutputFailed
 
 
-def test_what_the_operating_system_says_is_typed(tmp_path):
+def test_an_oserror_becomes_output_failed(tmp_path):
     no_room = r"^out: No space left on device; make room there.*\(--out\)$"
     with pytest.raises(OutputFailed, match=no_room), writing_to(Path("out"), "--out"):
         Path("/dev/full").write_bytes(b"x" * 100_000)

@@ -1,4 +1,4 @@
-"""What the demo claims: each fault alone fails it, and nothing is claimed that was not seen."""
+"""The demo's report: each single fault makes the demo fail."""
 
 import json
 
@@ -39,10 +39,10 @@ def test_a_good_report_passes_and_is_complete(good, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"parity": 1e-5}, "parity 1e-05 is beyond its bar 1e-06"),
+        ({"parity": 1e-5}, "parity 1e-05 is above its limit 1e-06"),
         ({"parity": float("nan")}, "parity nan"),
         ({"image": "/nowhere/demo.png"}, "was not written"),
-        ({"is_lent_once": False}, "plugged components in again"),
+        ({"is_lent_once": False}, "were plugged again for the second image"),
         ({"outside_connections": ["workers tried 192.0.2.1:443"]}, "192.0.2.1:443"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each state of the machine that a check tells apart, made for real where that is possible."""
+"""Host checks, with the real state of the machine where a test can make it."""
 
 import os
 import resource
@@ -20,12 +20,12 @@ def folder():
         yield Path(path)
 
 
-def test_runtime_folder_as_the_daemon_takes_it(folder):
+def test_runtime_folder_that_the_daemon_can_use(folder):
     assert host.check_runtime_folder(RuntimeDir(folder)).verdict is Verdict.OK
     assert host.check_runtime_folder(RuntimeDir(folder / "new")).verdict is Verdict.OK
 
 
-def test_runtime_folder_that_lets_others_in(folder):
+def test_runtime_folder_with_access_for_others(folder):
     folder.chmod(0o750)
     found = host.check_runtime_folder(RuntimeDir(folder))
     assert found.verdict is Verdict.FAIL
@@ -45,7 +45,7 @@ SPOIL = 'mount -t tmpfs -o mode=700,$2 tmpfs "$1" && { head -c 64k /dev/zero > "
     ("options", "why"), [("ro", "Read-only file system"), ("size=4k,nr_inodes=5", "No space left on device")]
 )
 def test_runtime_folder_that_cannot_be_written(folder, options, why, name):
-    """Root may write whatever modes say, so that only a real try tells."""
+    """Root may write in spite of the mode, so only a real write shows it."""
     word = ["unshare", "-rm", "sh", "-c", SPOIL, "sh", str(folder), options, sys.executable, CHECK, name]
     done = subprocess.run(word, capture_output=True, text=True, timeout=60, check=False)
     if "unshare" in done.stderr or "mount:" in done.stderr:
@@ -62,13 +62,13 @@ def test_nothing_is_left_in_the_runtime_folder(folder):
     assert not list(folder.iterdir())
 
 
-def test_runtime_folder_that_is_none_or_too_long(folder):
+def test_runtime_folder_that_is_a_file_or_too_long(folder):
     (folder / "file").touch()
     assert "not a folder" in host.check_runtime_folder(RuntimeDir(folder / "file")).detail
     assert "at most 107" in host.check_runtime_folder(RuntimeDir(folder / ("x" * 120))).detail
 
 
-def test_runtime_folder_of_somebody_else():
+def test_runtime_folder_of_another_user():
     owner = next(
         path for path in (Path("/proc/1"), Path("/etc")) if path.stat().st_uid != os.getuid() or not os.getuid()
     )
@@ -103,7 +103,7 @@ def test_locked_memory_matters_with_a_gpu():
     assert host.check_locked_memory({"memlock": resource.RLIM_INFINITY}, has_gpu=True).verdict is Verdict.OK
 
 
-def test_limits_are_those_of_the_process_that_is_named():
+def test_limits_of_another_process():
     assert host.limits_of(None) == host.limits_of(os.getpid())
     assert host.limits_of(None)["files"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 

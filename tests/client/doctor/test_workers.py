@@ -1,4 +1,4 @@
-"""Facts of many machines, and what is said about them."""
+"""Findings for the probe facts of different machines."""
 
 import copy
 
@@ -24,10 +24,10 @@ def verdicts(**changes):
     return {each.check: each.verdict for each in found if each.verdict is not Verdict.OK}
 
 
-def test_sound_machine():
+def test_machine_without_faults():
     assert verdicts() == {}
     details = " ".join(each.detail for each in workers.check_workers(SOUND))
-    for words in ("GPU-a", "GPU-b", "128 of 128 GiB", "CUDNN", "all 2 GPUs reach each other", "torch 1.0"):
+    for words in ("GPU-a", "GPU-b", "128 of 128 GiB", "CUDNN", "all 2 GPUs access each other directly", "torch 1.0"):
         assert words in details
 
 
@@ -43,7 +43,7 @@ def test_sound_machine():
         ({"packages": dict.fromkeys(workers.NEEDED, "1")}, {"cuda-bindings": Verdict.FAIL}),
     ],
 )
-def test_what_is_wrong_is_named(changes, expected):
+def test_faults_are_named(changes, expected):
     assert verdicts(**changes) == expected
 
 

@@ -27,6 +27,6 @@ def test_tokens_and_positions_are_those_of_the_pipeline(rows, height, width):
     assert torch.equal(text_positions(7), torch.zeros(7, 3))
 
 
-def test_latents_that_are_not_contiguous_are_folded_too():
+def test_latents_that_are_not_contiguous_are_packed():
     latents = torch.randn(1, 6, 4, 16, generator=torch.Generator().manual_seed(1)).movedim(-1, 1)
     assert torch.equal(pack(latents), pack(latents.contiguous()))

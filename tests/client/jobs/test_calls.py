@@ -1,4 +1,4 @@
-"""Calls: how arguments cross, what the workers keep, and how results come back."""
+"""Calls: how arguments are sent, what the workers keep, and how results are read."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def sent(daemon, number=-1, part=0):
     return daemon.requests(Call)[number].parts[part].arguments
 
 
-def test_the_result_is_the_tree_that_forward_gives(client, daemon):
+def test_the_result_has_the_structure_that_forward_returns(client, daemon):
     (found,) = client.call("c1", {"hidden_states": TOKENS})
     assert torch.equal(found, TOKENS * 2)
     request = daemon.requests(Call)[0]
     assert (request.component_id, request.variant, request.foreseen) == ("c1", "class", {})
 
 
-def test_arguments_cross_as_they_are(client, daemon):
+def test_arguments_are_sent_unchanged(client, daemon):
     client.call(
         "c1",
         {
@@ -95,14 +95,14 @@ def test_arguments_cross_as_they_are(client, daemon):
     assert (request.foreseen, request.variant) == ({"timestep": (1.0, 0.5)}, "float32_time")
 
 
-def test_a_tensor_that_two_parts_use_crosses_once(client, daemon):
+def test_a_tensor_that_two_parts_use_is_sent_once(client, daemon):
     first, second = client.call_parts("c1", [{"hidden_states": TOKENS, "text": TEXT}, {"hidden_states": TOKENS}])
     assert torch.equal(first[0], TOKENS * 2)
     assert torch.equal(second[0], TOKENS * 2)
     assert sent(daemon, part=0)["hidden_states"] == sent(daemon, part=1)["hidden_states"]
 
 
-def test_room_is_offered_for_results_like_the_sample(client, daemon):
+def test_the_block_has_room_for_results_like_the_sample(client, daemon):
     client.call("c1", {"text": TEXT, "hidden_states": TOKENS})
     request = daemon.requests(Call)[-1]
     assert request.out_size_bytes == TOKENS.nbytes
@@ -124,7 +124,7 @@ def test_results_that_did_not_fit_are_read_from_the_workers(client, daemon):
         Called(request_id=request.request_id, results=(ListOf(items=(leaf, 7)),), **answer)
     ]
     tensor, number = client.call("c1", {"hidden_states": TOKENS})
-    arena.tensor(256, "bfloat16", (2, 3)).zero_()  # it is the caller's own
+    arena.tensor(256, "bfloat16", (2, 3)).zero_()  # the result is a copy that the caller owns
     arena.close()
     assert (tensor.tolist(), tensor.dtype, number) == ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], torch.bfloat16, 7)
 
@@ -140,11 +140,11 @@ def test_results_in_a_worker_that_was_killed_since_are_lost_with_it(client, daem
         "timings_ms": {},
     }
     daemon.answers[Call] = lambda request: [Called(request_id=request.request_id, **answer)]
-    with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results has ended"):
+    with pytest.raises(WorkersLost, match=rf"the worker \(pid {provider['pid']}\) that held the results exited"):
         client.call("c1", {"hidden_states": TOKENS})
 
 
-def test_results_that_the_workers_have_let_go_of_are_asked_for_with_room(client, daemon):
+def test_a_call_whose_results_were_dropped_is_run_again_with_room(client, daemon):
     arena = HostArena(3 * 2**20)
     block, provider = arena.block(), identify(os.getpid())
     arena.close()
@@ -165,7 +165,7 @@ def test_results_that_the_workers_have_let_go_of_are_asked_for_with_room(client,
     assert torch.equal(found, TOKENS * 2)
 
 
-def test_what_is_kept_crosses_once_and_then_its_id(client, daemon):
+def test_a_kept_tensor_is_sent_once_and_then_by_id(client, daemon):
     text = client.keep(TEXT)
     for _ in range(3):
         client.call("c1", {"hidden_states": TOKENS, "encoder_hidden_states": text})
@@ -185,7 +185,7 @@ def test_what_is_kept_crosses_once_and_then_its_id(client, daemon):
         lambda kept: [RowsOf([(kept, 1), (kept, 3)])],
     ],
 )
-def test_what_the_workers_lost_is_sent_again_unasked(client, daemon, wrap):
+def test_a_kept_tensor_that_the_workers_lost_is_sent_again(client, daemon, wrap):
     text, other = client.keep(TEXT), client.keep(TEXT + 1)
     parts = [{"hidden_states": TOKENS, "a": wrap(text)}, {"hidden_states": TOKENS, "b": wrap(other)}]
     client.call_parts("c1", parts)
@@ -198,7 +198,7 @@ def test_what_the_workers_lost_is_sent_again_unasked(client, daemon, wrap):
     assert torch.equal(daemon.kept[other.kept_id], TEXT + 1)
 
 
-def test_it_is_sent_again_once_and_not_for_ever(client, daemon):
+def test_a_kept_tensor_is_sent_again_only_once(client, daemon):
     daemon.answers[Call] = lambda request: [
         Failed(request_id=request.request_id, code="unknown_kept", detail="never kept")
     ]
@@ -207,7 +207,7 @@ def test_it_is_sent_again_once_and_not_for_ever(client, daemon):
     assert len(daemon.requests(Call)) == 2
 
 
-def test_the_next_daemon_is_sent_the_tensors(client, daemon):
+def test_kept_tensors_are_sent_to_the_next_daemon(client, daemon):
     arguments = {"hidden_states": TOKENS, "text": client.keep(TEXT)}
     client.call("c1", arguments)
     client._current().connection.close()
@@ -216,7 +216,7 @@ def test_the_next_daemon_is_sent_the_tensors(client, daemon):
     assert [type(sent(daemon, number)["text"]) for number in range(2)] == [InIo, InIo]
 
 
-def test_what_is_kept_is_a_copy(client, daemon):
+def test_a_kept_tensor_is_a_copy(client, daemon):
     mine = TEXT.clone()
     kept = client.keep(mine.transpose(1, 2))
     mine.zero_()
@@ -224,7 +224,7 @@ def test_what_is_kept_is_a_copy(client, daemon):
     assert torch.equal(daemon.kept[kept.kept_id], TEXT.transpose(1, 2))
 
 
-def test_what_is_too_large_to_be_kept_crosses_every_time(client, daemon, monkeypatch):
+def test_a_tensor_too_large_to_be_kept_is_sent_every_time(client, daemon, monkeypatch):
     monkeypatch.setattr(limits, "MAX_KEPT_BYTES", 100)
     kept = client.keep(TEXT)
     assert kept.kept_id is None
@@ -253,23 +253,23 @@ def deep(levels):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"x": object()}, "x: object cannot cross; give a torch tensor, what keep"),
-        ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot cross"),
+        ({"x": object()}, "x: object cannot be sent; give a torch tensor, what keep"),
+        ({"x": [1, {"y": b"z"}]}, r"x\[1\]\.y: bytes cannot be sent"),
         ({"x": float("nan")}, "x: nan is not finite"),
         ({"x": [torch.tensor([0.5, float("inf")])]}, r"x\[0\]: inf is not finite"),
-        ({"x": (2**63,)}, r"x\[0\]: a whole number of 64 bits; one of 63 crosses"),
-        ({7: 1.0}, "arguments: name: 7 is of type int, use a text"),
-        ({"x": [{7: 1.0}]}, r"x\[0\]: key: 7 is of type int, use a text"),
-        ({"x": "y" * 513}, "x: a text of 513 characters, use 512 at most"),
-        ({"x" * 513: 1.0}, "arguments: name: a text of 513 characters, use 512 at most"),
-        ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in all"),
-        ({"x": -(10**5000)}, "x: a whole number of 16610 bits"),
-        ({"x": deep(9)}, "lies deeper than arguments may, 8 levels"),
-        ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot cross"),
-        ([("x", 1)], "arguments: a map by name is needed, not list"),
+        ({"x": (2**63,)}, r"x\[0\]: an integer of 64 bits; use one of at most 63 bits"),
+        ({7: 1.0}, "arguments: name: 7 is of type int, use a string"),
+        ({"x": [{7: 1.0}]}, r"x\[0\]: key: 7 is of type int, use a string"),
+        ({"x": "y" * 513}, "x: a string of 513 characters, use 512 at most"),
+        ({"x" * 513: 1.0}, "arguments: name: a string of 513 characters, use 512 at most"),
+        ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in total"),
+        ({"x": -(10**5000)}, "x: an integer of 16610 bits"),
+        ({"x": deep(9)}, "arguments may be nested 8 levels deep at most"),
+        ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot be sent"),
+        ([("x", 1)], "arguments: a dict by name is needed, not list"),
     ],
 )
-def test_what_cannot_cross_is_refused_by_its_path(client, daemon, arguments, says):
+def test_arguments_that_cannot_be_sent_are_refused_with_their_path(client, daemon, arguments, says):
     with pytest.raises(BadRequest, match=says):
         client.call("c1", arguments)
     assert daemon.requests(Call) == []
@@ -279,23 +279,23 @@ def test_what_cannot_cross_is_refused_by_its_path(client, daemon, arguments, say
     ("refused", "says"),
     [
         (lambda client: client.call_parts("c1", []), "parts: 0 sets of arguments; give from 1 to 64"),
-        (lambda client: client.call_parts("c1", [{"x": 1}, {"y": b""}]), r"parts\[1\]\.y: bytes cannot cross"),
+        (lambda client: client.call_parts("c1", [{"x": 1}, {"y": b""}]), r"parts\[1\]\.y: bytes cannot be sent"),
         (lambda client: client.call("c1", {}, variant="fast"), "variant: 'fast' is not one of 'class', 'float32_time'"),
         (lambda client: client.call("c1", {}, foreseen={"t": [0.5, float("nan")]}), r"foreseen\.t\[1\]: nan is not"),
-        (lambda client: client.call("c1", {}, foreseen={7: [0.5]}), "foreseen: name: 7 is of type int, use a text"),
+        (lambda client: client.call("c1", {}, foreseen={7: [0.5]}), "foreseen: name: 7 is of type int, use a string"),
         (lambda client: client.call("c2", {}), "component c2: a vae where a transformer is needed"),
         (lambda client: client.keep([1.0]), "keep: a torch tensor is needed, not list"),
         (lambda client: RowsOf([]), "rows: 0 tensors; give from 1 to 64"),
         (lambda client: RowsOf([(TEXT, 0)]), "rows: 0 times is not a whole number from 1 to 64"),
     ],
 )
-def test_refuses(client, daemon, refused, says):
+def test_bad_arguments_are_refused(client, daemon, refused, says):
     with pytest.raises(BadRequest, match=says):
         refused(client)
     assert daemon.requests(Call) == []
 
 
-def test_a_dtype_that_does_not_cross_is_named(client):
+def test_a_dtype_that_cannot_be_sent_is_named(client):
     with pytest.raises(
         UnsupportedDtype, match=r"^hidden_states: dtype complex64 cannot cross: convert it to one of bfloat16"
     ):
@@ -305,7 +305,7 @@ def test_a_dtype_that_does_not_cross_is_named(client):
 
 
 def test_predictions_of_flux1_have_the_shape_of_their_latents(client, daemon):
-    """The demo's packer: parts of one text length are one batch, and unpacking undoes packing."""
+    """Prompts of one text length are one batch, and unpacking inverts packing."""
     calls = flux1_calls.Flux1Calls(client, "c1")
     latents = torch.randn(4, 16, 4, 6)
     short = calls.keep(torch.randn(1, 3, 8), torch.randn(1, 4), 1.5)
@@ -320,7 +320,7 @@ def test_predictions_of_flux1_have_the_shape_of_their_latents(client, daemon):
 
 
 @pytest.mark.parametrize(("images", "prompts"), [(1, 2), (3, 2), (2, 0), (0, 1)])
-def test_predictions_of_flux1_refuse_a_batch_that_prompts_cannot_share(client, daemon, images, prompts):
+def test_predictions_of_flux1_refuse_a_batch_that_prompts_do_not_divide(client, daemon, images, prompts):
     calls = flux1_calls.Flux1Calls(client, "c1")
     prompt = calls.keep(torch.randn(1, 3, 8), torch.randn(1, 4))
     with pytest.raises(BadRequest, match=f"prompts: {prompts} for {images} latents"):

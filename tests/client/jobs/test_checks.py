@@ -15,14 +15,14 @@ LATENTS, VAE = FACTS.latents, sample_facts.VAE.vae
 
 
 def given(embeds=EMBEDS, pooled=POOLED, **more):
-    """Check conditioning of FLUX.1's kind."""
+    """Check conditioning as FLUX.1 takes it."""
     return checks.check_conditioning(
         {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, **more}, FACTS.conditioning
     )
 
 
 def lists(texts, **more):
-    """Check conditioning of Z-Image's kind."""
+    """Check conditioning as Z-Image takes it."""
     return checks.check_conditioning({"prompt_embeds": texts, **more}, LISTS.conditioning)
 
 
@@ -58,7 +58,7 @@ def lists(texts, **more):
         (lambda: given(EMBEDS.repeat(65, 1, 1), POOLED.repeat(65, 1)), r"prompt_embeds: batch 65, at most 64; split"),
         (lambda: given(pooled=None), r"conditioning: lacks pooled_prompt_embeds; this transformer takes prompt_embeds"),
         (lambda: given(clip=EMBEDS), r"conditioning: clip is not known here; this transformer takes prompt_embeds"),
-        (lambda: checks.check_conditioning(EMBEDS, FACTS.conditioning), r"a map by name is needed, not Tensor"),
+        (lambda: checks.check_conditioning(EMBEDS, FACTS.conditioning), r"a dict by name is needed, not Tensor"),
         (lambda: lists(EMBEDS), r"prompt_embeds: a list of tensors \(tokens, 8\) is needed, one for each image"),
         (lambda: lists([]), r"prompt_embeds: a list of tensors \(tokens, 8\) is needed"),
         (lambda: lists([EMBEDS[0], EMBEDS]), r"prompt_embeds\[1\]: shape \(1, 5, 8\) instead of \(tokens, 8\)"),
@@ -70,7 +70,10 @@ def lists(texts, **more):
         ),
         (lambda: checks.check_options({"cfg": 1}, LISTS), r"options: cfg=1 is not known; this transformer has none"),
         (lambda: checks.check_options({"shift": "a"}, FACTS), r"options: shift='a' is not a finite number"),
-        (lambda: checks.check_step_cache(0.1, LISTS), r"step_cache: 0\.1 is given, but this transformer has none"),
+        (
+            lambda: checks.check_step_cache(0.1, LISTS),
+            r"step_cache: 0\.1 is given, but this transformer has no step cache",
+        ),
         (lambda: checks.check_noise(torch.zeros(1, 16, 8, 8), 1, 64, 128, LATENTS), r"instead of \(1, 16, 8, 16\)"),
         (lambda: checks.check_noise(torch.zeros(1, 64, 16), 1, 64, 64, LATENTS), r"noise: shape \(1, 64, 16\)"),
         (lambda: checks.check_latents("latents", torch.zeros(1, 4, 8, 8), LATENTS), r"4 channels instead of 16"),
@@ -84,12 +87,12 @@ def lists(texts, **more):
         (lambda: checks.check_image(torch.zeros(1, 4, 64, 64), VAE), r"4 channels instead of 3"),
     ],
 )
-def test_refuses(check, says):
+def test_bad_values_are_refused(check, says):
     with pytest.raises(BadRequest, match=says):
         check()
 
 
-def test_accepts_what_jobs_can_use():
+def test_good_values_are_accepted():
     assert given() == 1
     assert lists([EMBEDS[0], EMBEDS[0, :2]]) == 2
     assert lists([EMBEDS[0]], negative_prompt_embeds=[EMBEDS[0, :1]]) == 1

@@ -1,4 +1,4 @@
-"""Jobs: events, results, cancellation, deadlines, and blocks that are never shared by two."""
+"""Jobs: events, results, cancellation, deadlines, and blocks that no two jobs share."""
 
 import threading
 
@@ -33,7 +33,7 @@ TEXT = {"prompt_embeds": torch.randn(1, 3, 8), "pooled_prompt_embeds": torch.ran
 
 
 class UserInterrupt(BaseException):
-    """Stands for KeyboardInterrupt and for ComfyUI's own interrupt, which is no Exception either."""
+    """Like KeyboardInterrupt and ComfyUI's interrupt, not a subclass of Exception."""
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def step(request, number, total):
 
 @pytest.fixture
 def generates(daemon):
-    """Let the daemon answer with latents that hold the seed, and with a grey image."""
+    """Make the daemon answer with latents filled with the seed, and a grey image."""
 
     def answer(request):
         write(daemon, request.io, request.out_latents, float(request.sampling.seed or 0))
@@ -81,7 +81,7 @@ def generates(daemon):
 
 @pytest.fixture
 def stalls(daemon):
-    """Let the daemon send the first step and then nothing."""
+    """Make the daemon send the first step and then nothing."""
     daemon.answers[Generate] = lambda request: [step(request, 1, request.sampling.steps)]
 
 
@@ -97,12 +97,12 @@ def test_events_then_the_result(client, generates):
     assert {"denoise", "round_trip"} <= set(result.timings_ms)
 
 
-def test_all_events_name_the_queue_too(client, generates):
+def test_events_include_queued(client, generates):
     job = client.generate("c1", TEXT, height=16, width=16, steps=1)
     assert [type(event) for event in job.events()] == [Queued, StepDone]
 
 
-def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, generates):
+def test_inputs_are_sent_unchanged_and_results_have_the_noises_dtype(client, daemon, generates):
     noise = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
     seen = {}
 
@@ -122,23 +122,23 @@ def test_inputs_arrive_as_they_are_and_results_follow_the_noise(client, daemon, 
     assert request.sampling.seed is None
     assert request.out_image is None
     assert job.result().image is None
-    with pytest.raises(BadRequest, match="named no VAE"):
+    with pytest.raises(BadRequest, match="had no VAE"):
         job.result().to_pil()
 
 
-def test_a_drawn_seed_is_handed_back(client, daemon, generates):
+def test_a_drawn_seed_is_in_the_result(client, daemon, generates):
     result = client.generate("c1", TEXT, height=16, width=16, steps=1).result()
     assert result.seed == daemon.requests(Generate)[0].sampling.seed
 
 
-def test_a_step_cache_is_off_unless_asked_for_and_says_what_it_spared(client, daemon, generates):
+def test_the_step_cache_is_off_by_default_and_counts_reused_steps(client, daemon, generates):
     size = {"height": 16, "width": 16, "steps": 4}
     results = [client.generate("c1", TEXT, **size, **more).result() for more in ({}, {"step_cache": 0.08})]
     assert [request.sampling.step_cache_threshold for request in daemon.requests(Generate)] == [0.0, 0.08]
     assert [result.reused_steps for result in results] == [0, 2]
 
 
-def test_images_become_files(client, generates, tmp_path):
+def test_images_are_saved(client, generates, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     result = client.generate("c1", TEXT, vae="c2", height=16, width=32, steps=1, seed=1).result()
     path = result.save(tmp_path / "new" / "out.png")
@@ -186,7 +186,7 @@ def test_an_interrupt_while_waiting_cancels(client, daemon, stalls, monkeypatch)
     assert daemon.wait_for(Cancel).target_request_id == job.request_id
 
 
-def test_a_forgotten_job_is_cancelled(client, daemon, stalls):
+def test_a_job_without_references_is_cancelled(client, daemon, stalls):
     client.generate("c1", TEXT, height=16, width=16, steps=4)
     daemon.wait_for(Cancel)
 
@@ -208,7 +208,7 @@ def test_a_finished_job_is_not_cancelled(client, daemon, generates):
     assert daemon.requests(Cancel) == []
 
 
-def test_failures_are_raised_by_their_class_each_time(client, daemon):
+def test_result_raises_the_same_error_each_time(client, daemon):
     daemon.answers[Generate] = lambda request: [
         Failed(request_id=request.request_id, code="unknown_component", detail="component c9: no such loan")
     ]
@@ -222,7 +222,7 @@ def test_failures_are_raised_by_their_class_each_time(client, daemon):
 def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
     with Client(folder, deadline_s=0.2) as client:
         job = client.generate("c1", TEXT, height=16, width=16, steps=4)
-        with pytest.raises(DeadlineExceeded, match="last heard: step 1 of 4"):
+        with pytest.raises(DeadlineExceeded, match="last event: step 1 of 4"):
             job.result()
         assert daemon.wait_for(Cancel).target_request_id == job.request_id
 
@@ -230,7 +230,7 @@ def test_silence_ends_the_wait_and_the_job(daemon, folder, stalls):
 def test_a_total_deadline_ends_a_job_that_makes_progress(client, daemon):
     daemon.answers[Generate] = lambda request: [step(request, number, 1000) for number in range(1, 4)]
     job = client.generate("c1", TEXT, height=16, width=16, steps=1000, deadline_s=0.2)
-    with pytest.raises(DeadlineExceeded, match="last heard: step 3 of 1000"):
+    with pytest.raises(DeadlineExceeded, match="last event: step 3 of 1000"):
         job.result()
 
 
@@ -244,7 +244,7 @@ def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon,
     daemon.wait_for(Cancel)
     second = client.generate("c1", TEXT, height=16, width=16, steps=1)
     one, two = daemon.wait_for(Generate, 1), daemon.wait_for(Generate, 2)
-    assert one.io.inode != two.io.inode  # the first may still be written to
+    assert one.io.inode != two.io.inode  # workers may still write to the first
     daemon.send(Failed(request_id=first.request_id, code="bad_request", detail="steps: 1 is too few"))
     wait_until(lambda: any(client._pool._idle.values()))
     third = client.generate("c1", TEXT, height=16, width=16, steps=1)
@@ -255,7 +255,7 @@ def test_a_block_returns_to_the_pool_only_when_its_job_has_ended(client, daemon,
 
 @pytest.mark.parametrize("code", ["workers_lost", "lease_lost", "cancelled", "out_of_memory", "internal"])
 def test_a_block_that_lost_workers_may_write_to_is_not_used_again(client, daemon, code):
-    """A job that was cancelled, or lost its loan, may have ended with its group, whose ranks are being killed."""
+    """A cancelled job, or one that lost its loan, may have ended with its group, whose ranks may still run."""
     daemon.answers[Generate] = lambda request: [Failed(request_id=request.request_id, code=code, detail="gone")]
     with pytest.raises(BY_CODE[code]):
         client.generate("c1", TEXT, height=16, width=16, steps=1).result()
@@ -289,7 +289,7 @@ def test_conditioning_may_be_lists_with_a_tensor_for_each_image(client, daemon, 
     assert [leaf.shape for leaf in request.conditioning["prompt_embeds"].items] == [(5, 8), (3, 8)]
 
 
-def test_facts_of_a_component_are_asked_for_once(client, daemon, generates):
+def test_facts_of_a_component_id_are_requested_once(client, daemon, generates):
     for _ in range(2):
         assert client.facts("c1") == sample_facts.TRANSFORMER
         client.generate("c1", TEXT, height=16, width=16, steps=1).result()
@@ -300,7 +300,7 @@ def test_facts_of_a_component_are_asked_for_once(client, daemon, generates):
         client.generate("c2", TEXT, height=16, width=16)
 
 
-def test_the_vae_both_ways(client, daemon):
+def test_decode_and_encode(client, daemon):
     def decode(request):
         write(daemon, request.io, request.out, 0.5)
         return [Decoded(request_id=request.request_id, timings_ms={})]
@@ -346,7 +346,7 @@ def test_latents_of_a_transformer_are_scaled_as_its_facts_say(client, daemon, mo
     assert len(given) == 4
 
 
-def test_threads_run_jobs_side_by_side(client, daemon, generates):
+def test_threads_run_jobs_in_parallel(client, daemon, generates):
     results = {}
 
     def work(seed):

@@ -1,4 +1,4 @@
-"""Encoding text, from the client's side: what is sent, what comes back, and what is refused before it is sent."""
+"""``Client.encode_text``: what is sent, what it returns, and what is refused before it is sent."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_the_states_have_the_width_of_the_lent_encoder(client, daemon):
     assert (request.encoder_id, request.token_ids.dtype, request.out.dtype) == (loan.component_id, "int64", "float32")
 
 
-def test_pooled_is_asked_for_or_not_there(client):
+def test_pooled_is_returned_only_if_requested(client):
     assert client.encode_text(client.lend(CLIP), torch.ones(1, 2, dtype=torch.int32)).pooled is None
 
 
-def test_the_width_of_an_encoder_that_is_named_by_its_id_is_asked_for(client):
+def test_the_facts_of_an_encoder_id_are_requested(client):
     assert client.encode_text("c3", [[1]]).hidden_states.shape == (1, 1, 6)
 
 
@@ -74,6 +74,6 @@ def test_a_component_of_another_kind_is_refused(client):
         (torch.zeros(1, 4, dtype=torch.bool), "dtype bool cannot be used"),
     ],
 )
-def test_refuses(token_ids, says):
+def test_bad_token_ids_are_refused(token_ids, says):
     with pytest.raises(BadRequest, match=says):
         check_token_ids(token_ids)

@@ -49,7 +49,7 @@ def test_a_client_that_nobody_holds_any_more(shared_daemon: Any, client: Any) ->
     forgotten = Client(shared_daemon.runtime.path)
     forgotten.lend(weights())
     assert len(client.status().components) == 1
-    with pytest.warns(ResourceWarning, match="its loans go back"):
+    with pytest.warns(ResourceWarning, match="its loans end now"):
         del forgotten
     client.wait_status(is_idle)
 
