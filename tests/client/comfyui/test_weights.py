@@ -38,7 +38,7 @@ class Loan:
 
 
 @pytest.fixture
-def lender() -> LoanSession:
+def lender() -> Lender:
     return Lender()
 
 
