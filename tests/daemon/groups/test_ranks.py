@@ -92,7 +92,7 @@ def test_a_rank_out_of_step_ends_its_own_group(place: Place) -> None:
         place.read()
         rank.send(report(token, rank=9))
         place.read()
-        assert group.ended == ["a rank is out of step: rank 9 is not in this group"]
+        assert group.ended == ["unexpected report of a rank: rank 9 is not in this group"]
     place.rank().send(b"\xc1")  # nobody's rank
     place.read()
     assert len(place.one.ended) == len(place.two.ended) == 1

@@ -68,7 +68,7 @@ def test_a_flood_of_one_kind_pushes_out_no_other(flood: str) -> None:
 
 def test_kinds_are_read_in_the_order_in_which_they_came() -> None:
     book = LogBuffer(io.StringIO())
-    order = [Category.WARNINGS, Category.LIFE, Category.WORKERS, Category.REQUESTS, Category.LIFE]
+    order = [Category.WARNINGS, Category.DAEMON, Category.WORKERS, Category.REQUESTS, Category.DAEMON]
     for number, shelf in enumerate(order):
         book.add(str(number), shelf)
     assert book.since(0) == (["0", "1", "2", "3", "4"], 5)

@@ -79,7 +79,7 @@ def test_adopted_component_goes_with_the_workers(daemon: Any, memory: Any) -> No
     assert [component.component_id for component in client.status().components] == [kept]
     failed = client.fail(ReturnLoan(request_id="", component_id=gone))
     assert failed.code == "lease_lost"
-    assert "adopted, so it ended with the workers" in failed.detail
+    assert "adopted, so it was lost with the workers" in failed.detail
 
 
 def test_client_that_dies_before_the_copy_takes_its_loan_along(daemon: Any, memory: Any, start_lender: Any) -> None:

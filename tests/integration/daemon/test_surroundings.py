@@ -129,5 +129,5 @@ def test_a_relative_path_in_a_removed_folder(folder: Path) -> None:
     done = subprocess.run([*word, "--runtime-dir", "run"], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "xditd serve: path run: counts from the current folder, which was removed; name it in full, from / on\n"
+        "xditd serve: path run: relative to the current folder, which was removed; use an absolute path\n"
     )

@@ -82,7 +82,7 @@ def test_leader_that_leaves_unasked_is_not_reported_as_a_success(start_daemon: A
     daemon = start_daemon(worker_flags=["--exit-status", "0"], max_restarts=0)
     client = daemon.client()
     status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
-    assert "left without being told to (exit status 0)" in status.group_detail
+    assert "exited without being told to (exit status 0)" in status.group_detail
 
 
 def test_leader_that_is_killed_is_reported_by_the_signal(start_daemon: Any) -> None:
