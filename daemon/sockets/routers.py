@@ -25,7 +25,7 @@ BATCH: Final = 256
 
 _SEND_LIMIT: Final = 256
 _RECEIVE_LIMIT: Final = 32
-"""High-water marks: messages that ZeroMQ keeps for one peer, besides the kernel's buffers. Fewer incoming ones: each may
+"""High-water marks: messages that ZeroMQ keeps for a peer besides the kernel's buffers; fewer incoming ones: each may
 have :data:`xditd.ipc.limits.MAX_MESSAGE_BYTES`."""
 
 MAX_UNSENT: Final = 64
