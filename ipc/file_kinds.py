@@ -1,4 +1,4 @@
-"""Telling people what a file is when it is no safetensors file, or not a whole one: by its first bytes and its name."""
+"""Describe a file that is not a whole safetensors file, by its first bytes and its name, for error messages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from xditd.ipc import limits
 from xditd.ipc.name_lists import listed
 
 START_BYTES: Final = 4_096
-"""How much of a file's start is looked at."""
+"""How much of a file's start is read."""
 LENGTH_BYTES: Final = 8
-"""With which a safetensors file begins: the length of its header."""
+"""A safetensors file begins with the length of its header, of this size."""
 
 _SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
 _AGAIN: Final = "download it again"
@@ -44,7 +44,7 @@ _SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
 
 
 def kind_of(start: bytes, size_bytes: int) -> str | None:
-    """Say what a file with these first bytes is, and what to do; ``None`` where it may be a safetensors file."""
+    """Describe a file with these first bytes, and the remedy; ``None`` if it may be a safetensors file."""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= limits.MAX_SAFETENSORS_HEADER_BYTES:
         return None
     if size_bytes == 0:
@@ -73,13 +73,13 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
 
 
 def _text(start: bytes) -> str | None:
-    """Return the first words of a text; ``None`` where it is none, or too short to be told from a header's length."""
+    """Return the first words of a text; ``None`` if it is not text, or so short that it may be a header's length."""
     if len(start) <= LENGTH_BYTES:
         return None
     try:
         text = start.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < START_BYTES - 4:  # not a letter that was cut in half
+        if error.start < START_BYTES - 4:  # not a character that was cut at the end
             return None
         text = start[: error.start].decode("utf-8")
     if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
@@ -89,7 +89,7 @@ def _text(start: bytes) -> str | None:
 
 
 def shard_of(path: str) -> str | None:
-    """Say that a file is one of several that make a checkpoint, if its name says so, and what to do."""
+    """Describe a file whose name marks it as one shard of a checkpoint, and the remedy; ``None`` for other names."""
     found = _SHARD.search(path)
     if found is None or int(found[2]) < 2:
         return None
@@ -97,7 +97,7 @@ def shard_of(path: str) -> str | None:
 
 
 def folder_kind(path: str) -> str:
-    """Say what a folder is, and which of its files can be lent."""
+    """Describe a folder, and which of its files can be lent."""
     try:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries)
@@ -118,10 +118,7 @@ def folder_kind(path: str) -> str:
 
 
 def kind_of_file(path: str) -> str | None:
-    """Say what a file is that cannot be lent as it is: by its first bytes, or as one of several; ``None`` if it may be.
-
-    What cannot be opened is nobody's concern here.
-    """
+    """Describe a file or folder that cannot be lent; ``None`` if it may be lent, or cannot be opened."""
     if Path(path).is_dir():
         return folder_kind(path)
     try:

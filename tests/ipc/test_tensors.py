@@ -84,7 +84,7 @@ def test_a_sound_manifest_has_no_faults() -> None:
     ("tensors", "fault"),
     [
         ([("a", "uint8", (1,), 0, 0), ("a", "uint8", (1,), 0, 0)], "tensor a is listed twice"),
-        ([("a", "uint8", (1,), 1, 0)], "tensor a lies in block 1 of 1"),
+        ([("a", "uint8", (1,), 1, 0)], "tensor a is in block 1 of 1"),
         ([("a", "uint8", (2, 2), 0, 0, (1,))], "tensor a has 2 dimensions but 1 strides"),
         ([("a", "uint8", (), 0, 0, (1,))], "tensor a has 0 dimensions but 1 strides"),
         ([("a", "float32", (250,), 0, 1)], "tensor a ends at byte 1001 of block 0, which has 1000"),

@@ -53,7 +53,7 @@ def test_a_removed_folder_is_made_again(start_daemon: Any, memory: Any, wait_unt
     client.wait_status(lambda status: status.counters.group_starts == 2 and status.group_state is GroupState.READY)
     daemon.client().ask(Stop(request_id=""), Stopping)
     assert daemon.wait() == 0
-    assert "made again: run, daemon.lock, workers.sock, daemon.sock, metrics.sock" in daemon.log
+    assert "restored: run, daemon.lock, workers.sock, daemon.sock, metrics.sock" in daemon.log
     assert names(daemon.runtime.path) == {"daemon.lock", "fake-starts"}
 
 
@@ -73,7 +73,7 @@ def test_one_removed_file_is_made_again(start_daemon: Any, wait_until: Any) -> N
     daemon.client().status()
     daemon.process.terminate()
     assert daemon.wait() == 0
-    assert "made again: daemon.sock" in daemon.log
+    assert "restored: daemon.sock" in daemon.log
 
 
 def test_a_second_daemon_is_refused_although_the_lock_was_removed(start_daemon: Any) -> None:

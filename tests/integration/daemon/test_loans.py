@@ -79,7 +79,7 @@ def test_manifest_that_contradicts_itself_is_refused(client: Any, memory: Any) -
     failed = client.fail(lend(manifest))
     assert failed.code == "bad_request"
     assert "tensor a is listed twice" in failed.detail
-    assert "tensor b lies in block 7 of 1" in failed.detail
+    assert "tensor b is in block 7 of 1" in failed.detail
 
 
 def test_loan_taken_back_in_mid_job(client: Any, memory: Any) -> None:
