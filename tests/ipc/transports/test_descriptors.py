@@ -70,7 +70,7 @@ def test_a_pipe_without_a_writer_does_not_block(me: ProcessIdentity, tmp_path: P
 
 def test_a_process_with_another_start_time(me: ProcessIdentity) -> None:
     other = ProcessIdentity(pid=me.pid, start_ticks=me.start_ticks + 1)
-    with pytest.raises(ProcessGone, match="pid was used again"):
+    with pytest.raises(ProcessGone, match="pid was reused"):
         open_descriptor(other, 0, is_writable=False, what="x")
 
 
