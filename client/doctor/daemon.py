@@ -61,8 +61,8 @@ def _check_memory(client: Client) -> Finding:
         client.check_memory(deadline_s=CHECK_DEADLINE_S)
     except XditdError as error:
         return fail(
-            "shared memory",
+            "memory check",
             f"{error.code}: {error.detail}",
             "run client and daemon as one user, in one pid namespace, without PrivateUsers= (see docs/operations.md)",
         )
-    return ok("shared memory", "every worker reads what this process wrote")
+    return ok("memory check", "every worker reads what this process wrote")

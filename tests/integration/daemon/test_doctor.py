@@ -18,7 +18,7 @@ def examine(daemon: Any, capsys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
 def test_sound_daemon_passes_with_its_memory_check(shared_daemon: Any, client: Any, capsys: Any) -> None:
     code, found = examine(shared_daemon, capsys)
     assert code == 0
-    assert found["shared memory"]["verdict"] == "ok"
+    assert found["memory check"]["verdict"] == "ok"
     assert found["worker group"]["detail"] == "ready, 2 on cpu"
     assert f"pid {shared_daemon.process.pid}" in found["daemon"]["detail"]
     assert found["runtime folder"]["verdict"] == "ok"
@@ -40,7 +40,7 @@ def test_daemon_without_workers_fails_with_the_reason(start_daemon: Any, capsys:
     code, found = examine(daemon, capsys)
     assert code == 1
     assert "warp: not installed" in found["worker group"]["detail"]
-    assert "shared memory" not in found
+    assert "memory check" not in found
 
 
 def test_no_daemon_is_a_warning_and_open_folder_a_failure(start_daemon: Any, capsys: Any) -> None:
