@@ -1,4 +1,4 @@
-"""Argument trees: in which order they are gone through, how their nodes are called, and how large they may be."""
+"""Argument trees: order and paths of their nodes, and limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's table: what each number of workers gets, why not something else, and what is refused."""
+"""The layout chosen for each number of workers, the reasons, and the errors."""
 
 from __future__ import annotations
 

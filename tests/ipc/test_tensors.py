@@ -1,4 +1,4 @@
-"""Descriptions of lent bytes: sizes as torch counts them, and every fault named."""
+"""Manifests: sizes as torch counts them, and all inconsistencies listed."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_copied_bytes_add_up_by_kind() -> None:
 
 
 def test_copied_bytes_stay_within_what_a_message_carries() -> None:
-    """One client's absurd count must not make the status of all unreadable."""
+    """A huge count of one client must not make the status invalid."""
     most = CopiedBytes(host_to_host=limits.MAX_BYTES)
     assert msgspec.convert(msgspec.to_builtins(most + most), CopiedBytes) == most
 

@@ -79,7 +79,7 @@ def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
     assert not is_same_content(manifest([shm()]), manifest([shm(text=b"y")]))
     assert not is_same_content(manifest([shm()]), manifest([shm()], generation=1))
     assert not is_same_content(manifest([file()]), manifest([file(mtime_ns=2)]))
-    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # whatever mtime was set back to
+    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # even with the mtime set back
 
 
 def test_digests_are_kept_for_as_long_as_the_files_are_the_same() -> None:

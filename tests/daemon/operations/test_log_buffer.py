@@ -160,7 +160,7 @@ def test_letters_that_the_encoding_escapes_hold_nobody_either() -> None:
         written.join(10)
         is_over = not written.is_alive()
         os.set_blocking(read_fd, False)
-        while written.is_alive():  # lets it go in any case
+        while written.is_alive():  # unblocks the writer in any case
             with contextlib.suppress(BlockingIOError):
                 os.read(read_fd, 65536)
         os.close(read_fd)

@@ -30,7 +30,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
 
 @pytest.fixture
 def listen() -> Iterator[Listen]:
-    """Listen on both sockets, and keep what listens until the test ends."""
+    """Listen on both sockets until the test ends."""
     kept: list[socket.socket] = []
 
     def start(folder: RuntimeFolder) -> None:
@@ -99,7 +99,7 @@ def test_second_holder_is_refused_although_the_lock_was_removed(runtime: Runtime
         runtime.lock.unlink()
         with pytest.raises(AlreadyRunning, match=rf"pid {os.getpid()}\) listens there"):
             RuntimeFolder(runtime)
-        assert folder.restore() == [runtime.lock]  # the first one takes its place back
+        assert folder.restore() == [runtime.lock]  # the first one takes the lock again
         with pytest.raises(AlreadyRunning, match="holds it"):
             RuntimeFolder(runtime)
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_mended_is_given_up_once(loop: EventLoop, folder
         watch.check()
     assert not given_up
     path.unlink()
-    watch.check()  # mended: the count begins anew
+    watch.check()  # restored: the count starts again
     assert folder.runtime.lock.exists()
     shutil.rmtree(path)
     path.touch()

@@ -1,4 +1,4 @@
-"""Replies leave together and in their order, and who cannot be reached is noted."""
+"""Replies are sent together and in their order, and unreachable clients are noted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that stands still for a moment must not change what leaves when."""
+    """A slow machine must not change when replies are sent."""
     monkeypatch.setattr(routers, "MAX_UNSENT_S", 60.0)
 
 

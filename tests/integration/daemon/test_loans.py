@@ -1,4 +1,4 @@
-"""Loans: the same bytes once, rewritten bytes anew, nothing half, and back when the owner asks."""
+"""Loans: the same bytes are mapped once, rewritten bytes again, on all ranks or none, and unmapped on return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hello, lend, run, status, return: the way that every job takes."""
+"""The usual sequence of requests: hello, lend, run, status, return."""
 
 from __future__ import annotations
 

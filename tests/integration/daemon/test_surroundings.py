@@ -1,4 +1,4 @@
-"""A daemon in what a parent left behind: signals, streams, a folder with foreign modules that is removed later."""
+"""A daemon with unusual inherited state: signals, closed streams, a current folder with modules that is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker group that cannot start, with the real leader: the true cause in status and log, and no other try."""
+"""A worker group that cannot start, with the real leader: status and log name the cause, and no restart follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
 
 
 def test_missing_package_is_named_and_not_tried_again(start_daemon: Any) -> None:
-    """An interpreter that does not even find the leader."""
+    """An interpreter that does not find the leader's module."""
     status = given_up(start_daemon(command=[sys.executable, "-S", "-I", "-m", "xditd.gpu_workers"]))
     assert "xditd" in status.group_detail
 

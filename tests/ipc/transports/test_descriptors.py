@@ -1,4 +1,4 @@
-"""Another process's descriptors: opened anew, and only if it still is that process and that descriptor."""
+"""Descriptors of another process are opened only if the process and the descriptor are still the same."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_process_of_another_user() -> None:
 
 
 def test_no_descriptor_left_on_this_side(me: ProcessIdentity, no_free_fd: Callable[[], None]) -> None:
-    """That is lack of room here, and no fault of the one who lent."""
+    """That is a lack of memory here, not an error of the client."""
     no_free_fd()
     with pytest.raises(OutOfMemory):
         open_descriptor(me, 0, is_writable=False, what="x")

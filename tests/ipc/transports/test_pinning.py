@@ -1,4 +1,4 @@
-"""Pinned pages: offered once, never a reason to fail, and unpinned before they are unmapped."""
+"""Pinned pages: pinned once, never a cause of failure, and unpinned before they are unmapped."""
 
 from __future__ import annotations
 

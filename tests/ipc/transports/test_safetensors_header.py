@@ -1,4 +1,4 @@
-"""Headers of safetensors files: sound ones as the reference library writes them, and attacks."""
+"""Headers of safetensors files: those that the reference library writes, and hostile ones."""
 
 from __future__ import annotations
 
