@@ -240,16 +240,16 @@ class Internal(XditdError):
     code = "internal"
 
 
-def _leaves(root: type[XditdError]) -> dict[str, type[XditdError]]:
+def _classes_by_code(root: type[XditdError]) -> dict[str, type[XditdError]]:
     found: dict[str, type[XditdError]] = {}
     for cls in root.__subclasses__():
         if "code" in vars(cls):
             found[cls.code] = cls
-        found.update(_leaves(cls))
+        found.update(_classes_by_code(cls))
     return found
 
 
-BY_CODE: dict[str, type[XditdError]] = _leaves(XditdError)
+BY_CODE: dict[str, type[XditdError]] = _classes_by_code(XditdError)
 
 
 def named(what: str, error: RequestError) -> RequestError:

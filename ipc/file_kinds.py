@@ -16,7 +16,7 @@ LENGTH_BYTES: Final = 8
 """A safetensors file begins with the length of its header, of this size."""
 
 _SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
-_AGAIN: Final = "download it again"
+_DOWNLOAD_AGAIN: Final = "download it again"
 _CONVERT: Final = "convert it to safetensors (load it where you trust it, then safetensors.torch.save_file)"
 _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"GGUF", "a GGUF file, whose weights are packed: lend a bfloat16 or float16 safetensors file of the same model"),
@@ -36,7 +36,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"RIFF", "a picture, a sound or a film: lend a safetensors file"),
     (b"\x89PNG", "a picture: lend a safetensors file"),
     (b"\xff\xd8\xff", "a picture: lend a safetensors file"),
-    (b"%PDF", f"a PDF document: {_AGAIN}"),
+    (b"%PDF", f"a PDF document: {_DOWNLOAD_AGAIN}"),
 )
 _SHOWN_CHARS: Final = 60
 _PICKLE: Final = re.compile(rb"\x80[\x02-\x05]")
@@ -48,9 +48,9 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= limits.MAX_SAFETENSORS_HEADER_BYTES:
         return None
     if size_bytes == 0:
-        return f"an empty file: {_AGAIN}"
+        return f"an empty file: {_DOWNLOAD_AGAIN}"
     if not start.strip(b"\0"):
-        return f"a file that begins with zeros, such as an unfinished download: {_AGAIN}"
+        return f"a file that begins with zeros, such as an unfinished download: {_DOWNLOAD_AGAIN}"
     for mark, kind in _KINDS:
         if start.startswith(mark):
             return kind
@@ -59,20 +59,20 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     lower = text[:200].lower()
     if lower.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return f"a web page, such as a login or an error page, and not the file itself: {_AGAIN}"
+        return f"a web page, such as a login or an error page, and not the file itself: {_DOWNLOAD_AGAIN}"
     if text.startswith(b"{"):
         if b'"weight_map"' in text:
             return f"the index of a checkpoint in several files, which holds no weights: {_SHARDS}"
         return "a JSON file, which holds no weights: lend the safetensors file beside it"
     if start[257:262] == b"ustar":
         return "a tar archive: unpack it"
-    said = _text(start)
+    said = _first_words(start)
     if said is not None:
-        return f"a text file that begins {said!r}, such as the error message of a download: {_AGAIN}"
+        return f"a text file that begins {said!r}, such as the error message of a download: {_DOWNLOAD_AGAIN}"
     return None
 
 
-def _text(start: bytes) -> str | None:
+def _first_words(start: bytes) -> str | None:
     """Return the first words of a text; ``None`` if it is not text, or so short that it may be a header's length."""
     if len(start) <= LENGTH_BYTES:
         return None

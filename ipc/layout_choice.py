@@ -150,13 +150,13 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
     if chosen.ring > 1 and "ring" not in asked:
         parts.append(f"ring={chosen.ring} takes the remaining workers")
     if workload.heads % chosen.ulysses:
-        parts.append(_instead(chosen, workload))
+        parts.append(_explain_replacement(chosen, workload))
     elif chosen.ulysses > 1:
         parts.append(f"models whose heads ulysses={chosen.ulysses} does not divide get degrees of their own")
     return "; ".join(parts)
 
 
-def _instead(degrees: Degrees, workload: Workload) -> str:
+def _explain_replacement(degrees: Degrees, workload: Workload) -> str:
     """Name the degrees that a model gets instead when Ulysses does not divide its heads."""
     return (
         f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads (assumed), "
@@ -169,7 +169,7 @@ def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], worklo
     if fault:
         return fault
     if workload.heads % degrees.ulysses:
-        return _instead(degrees, workload)
+        return _explain_replacement(degrees, workload)
     for name, degree in asked.items():
         if degrees.named()[name] != degree:
             return f"{name}={degree} was asked for"

@@ -85,7 +85,9 @@ def _adapter_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     if not adapters:
         return None
     whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
-    return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)
+    return Unsupported(
+        f"a LoRA in {whose} names is no model: {_LORA}; {_format_names(adapters, tensors)}", names=adapters
+    )
 
 
 def _parts_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> RequestError | None:
@@ -93,7 +95,7 @@ def _parts_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> R
     if len(parts) < 2:
         return None
     counts = [f"{part} ({count} tensors)" for part, count in parts.items()]
-    name = _name_of(tensors)
+    name = _describe_model(tensors)
     of = f" of {name}" if name else ""
     which = f" ({one_of(can_run)})" if can_run else ""
     return Unsupported(
@@ -107,25 +109,29 @@ def _model_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> R
         return None
     remedy = f"lend {one_of(can_run)}" if can_run else _LISTED
     names = sorted(tensors)
-    return Unsupported(f"{_name_of(tensors)} cannot be run: {remedy}; {_few(names, tensors)}", names=names)
+    return Unsupported(
+        f"{_describe_model(tensors)} cannot be run: {remedy}; {_format_names(names, tensors)}", names=names
+    )
 
 
 def _packed_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     kind, packed = _packed_in(tensors)
     if not kind:
         return None
-    return UnsupportedDtype(f"{_name_of(tensors)} cannot be run: {_PLAIN}; {_few(packed, tensors)}", names=packed)
+    return UnsupportedDtype(
+        f"{_describe_model(tensors)} cannot be run: {_PLAIN}; {_format_names(packed, tensors)}", names=packed
+    )
 
 
 def _is_weight(name: str) -> bool:
     return not name.endswith(".comfy_quant") and not tells_nothing(split_prefix(name)[1])
 
 
-def _few(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
+def _format_names(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
     return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
 
 
-def _name_of(tensors: Mapping[str, TensorLike]) -> str:
+def _describe_model(tensors: Mapping[str, TensorLike]) -> str:
     """Name the model and the format of packed weights, as far as they are known; empty if neither is."""
     model = _model_of(tensors)
     kind, _ = _packed_in(tensors)
@@ -136,12 +142,12 @@ def _name_of(tensors: Mapping[str, TensorLike]) -> str:
 def _model_of(tensors: Mapping[str, TensorLike]) -> KnownModel | None:
     bare = {split_prefix(name)[1]: each for name, each in tensors.items()}
     for model in MODELS:
-        if all(_any_begins(bare, mark) for mark in model.marks) and _has_side(bare, model.side):
+        if all(_any_starts_with(bare, mark) for mark in model.marks) and _has_side(bare, model.side):
             return model
     return None
 
 
-def _any_begins(names: Iterable[str], mark: str) -> bool:
+def _any_starts_with(names: Iterable[str], mark: str) -> bool:
     return any(name.startswith(mark) for name in names)
 
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-_IN_FRONT: Final = re.compile(
+_PREFIXES: Final = re.compile(
     r"(?:(?:module|model|diffusion_model|transformer|text_encoder(?:_\d)?|text_encoders|clip_l|t5xxl|cond_stage_model"
     r"|vae|first_stage_model)\.)+"
 )
-_ANYWHERE: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPER_SEGMENTS: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _TELLS_NOTHING: Final = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model)$|^loss\.|^logvar$")
 
@@ -26,8 +26,8 @@ def tells_nothing(bare: str) -> bool:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """Split a tensor's name into its prefix and the model's own name."""
-    bare = _ANYWHERE.sub("", name) if "_mod" in name else name
-    found = _IN_FRONT.match(bare)
+    bare = _WRAPPER_SEGMENTS.sub("", name) if "_mod" in name else name
+    found = _PREFIXES.match(bare)
     return (found[0], bare[found.end() :]) if found else ("", bare)
 
 

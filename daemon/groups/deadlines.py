@@ -84,7 +84,7 @@ class LearnedDurations:
             job = command.job
             self._job = kind_of(job)
             self._has_uneven_steps = isinstance(job, Generate) and job.sampling.step_cache_threshold > 0.0
-            return self._enter(Phase.FIRST_STEP if isinstance(job, Generate) else Phase.END)
+            return self._start_phase(Phase.FIRST_STEP if isinstance(job, Generate) else Phase.END)
         if isinstance(command, Prepare):
             self._sizes[command.component_id] = command.manifest.tensor_bytes
         size_bytes = self._sizes.get(getattr(command, "component_id", ""), 0)
@@ -96,33 +96,33 @@ class LearnedDurations:
 
     def step(self, step: int, total_steps: int) -> float:
         """Note that a step is done; returns the seconds until the next report is overdue."""
-        took_s = self._leave()
+        took_s = self._end_phase()
         if step >= total_steps:
-            return self._enter(Phase.END)
-        deadline_s = self._enter(Phase.STEP)
+            return self._start_phase(Phase.END)
+        deadline_s = self._start_phase(Phase.STEP)
         if step == 1 and (self._job, Phase.STEP) not in self._samples:
             # The first step does all that a later one does, and more.
-            deadline_s = self._bounded(took_s)
+            deadline_s = self._clamp(took_s)
         if self._has_uneven_steps:
             # The step cache skips most steps, but may compute any in full, like the first one.
-            deadline_s = self._bounded(statistics.median(self._samples[self._job, Phase.FIRST_STEP]))
+            deadline_s = self._clamp(statistics.median(self._samples[self._job, Phase.FIRST_STEP]))
         return deadline_s
 
     def end(self) -> None:
         """Note that every rank has done the command."""
         if self._phase is not None:
-            self._leave()
+            self._end_phase()
 
     def discard(self) -> None:
         """Note that the command failed or was cancelled: its duration is not a measurement."""
         self._phase = None
 
-    def _enter(self, phase: Phase) -> float:
+    def _start_phase(self, phase: Phase) -> float:
         self._phase, self._since_s = phase, self._now_s()
         samples = self._samples.get((self._job, phase))
-        return self._hang_s if samples is None else self._bounded(statistics.median(samples))
+        return self._hang_s if samples is None else self._clamp(statistics.median(samples))
 
-    def _leave(self) -> float:
+    def _end_phase(self) -> float:
         took_s = self._now_s() - self._since_s
         key = (self._job, self._phase)
         self._samples.setdefault(key, deque(maxlen=_KEPT_SAMPLES)).append(took_s)
@@ -132,7 +132,7 @@ class LearnedDurations:
         self._phase = None
         return took_s
 
-    def _bounded(self, typical_s: float) -> float:
+    def _clamp(self, typical_s: float) -> float:
         return min(self._hang_s, max(self._step_s, FACTOR * typical_s))
 
 

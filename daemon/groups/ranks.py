@@ -203,7 +203,7 @@ class ReportReader:
     def _read(self) -> None:
         for envelope in self._router.receive():
             try:
-                self._pass_on(envelope)
+                self._deliver(envelope)
             except (BadMessage, NotPermitted) as error:
                 for receiver in list(self.receivers.values()):
                     if receiver.has_route(envelope.routing_id):
@@ -212,7 +212,7 @@ class ReportReader:
                 else:
                     logger.warning("ignored a message on the workers' socket peer=%s: %s", envelope.peer, error.detail)
 
-    def _pass_on(self, envelope: Envelope) -> None:
+    def _deliver(self, envelope: Envelope) -> None:
         check_uid(envelope.peer, os.getuid())
         if envelope.payload is None:
             raise BadMessage("a message has more than one frame")

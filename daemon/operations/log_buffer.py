@@ -68,7 +68,7 @@ class LogStream:
     def write_line(self, line: str) -> None:
         text = line + "\n"
         if self._lost:
-            text = f"({self._lost} lines were not written: nobody read them; xditd logs has the last ones)\n{text}"
+            text = f"({self._lost} lines were dropped: the reader was too slow; xditd logs has the last ones)\n{text}"
         # A closed pipe or a full disk must not end the daemon: the lines stay readable from memory.
         with contextlib.suppress(OSError):
             chars = _PIECE_BYTES if text.isascii() else _PIECE_BYTES // _ESCAPED_BYTES

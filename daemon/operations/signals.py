@@ -32,7 +32,7 @@ class Signals:
         # A byte on this pipe wakes the loop from ZeroMQ's poll.
         self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        loop.watch(self._read_fd, self._act)
+        loop.watch(self._read_fd, self._on_wakeup)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive_stop)
         if reload is not None:
@@ -49,7 +49,7 @@ class Signals:
     def _receive_reload(self, *_: object) -> None:
         self._has_reload = True
 
-    def _act(self) -> None:
+    def _on_wakeup(self) -> None:
         os.read(self._read_fd, 64)
         if self._stops:
             self._stop(f"signal {signal.Signals(self._stops[0]).name}")

@@ -102,7 +102,7 @@ class Scheduler:
         is_next = self._is_free and not (self._unmapping or self._mapping or self.queue)
         self.queue.add(job)
         if not is_next:
-            self._tell_position(job, next(place for place, each in enumerate(self) if each is job))
+            self._send_position(job, next(place for place, each in enumerate(self) if each is job))
         self._announce_later(ANNOUNCE_EVERY_S)
 
     def cancel(self, job: Job, why: XditdError) -> None:
@@ -267,7 +267,7 @@ class Scheduler:
         self._announced_s = time.monotonic()
         for ahead, job in enumerate(self):
             if job is not self.running:
-                self._tell_position(job, ahead)
+                self._send_position(job, ahead)
         self._announce_later(ANNOUNCE_EVERY_S)
 
     def _announce_later(self, delay_s: float) -> None:
@@ -279,7 +279,7 @@ class Scheduler:
             timer.cancel()
         self._announce_timer = self._loop.call_later(delay_s, self._announce)
 
-    def _tell_position(self, job: Job, ahead: int) -> None:
+    def _send_position(self, job: Job, ahead: int) -> None:
         group = self._group
         reason = "other requests go first" if group.is_alive else group.detail or f"workers are {group.state.value}"
         self._replies.reply(job.session, Queued(request_id=job.request.request_id, ahead=ahead, reason=reason))

@@ -140,16 +140,16 @@ class ReplySender:
         if self.sessions.find(session.routing_id) is not session:
             self.send_last(session.routing_id, reply)
         elif session.routing_id not in self.unreachable:
-            self._put(session.routing_id, encode(reply), has_session=True)
+            self._queue(session.routing_id, encode(reply), has_session=True)
 
     def answer(self, routing_id: bytes, reply: Reply) -> None:
         """Send to a connection that may have no session."""
         if routing_id not in self.unreachable:
-            self._put(routing_id, encode(reply), has_session=self.sessions.find(routing_id) is not None)
+            self._queue(routing_id, encode(reply), has_session=self.sessions.find(routing_id) is not None)
 
     def send_last(self, routing_id: bytes, reply: Reply) -> None:
         """Send to a connection without a session; whether it arrives does not matter."""
-        self._put(routing_id, encode(reply), has_session=False)
+        self._queue(routing_id, encode(reply), has_session=False)
 
     def flush(self) -> None:
         """Send the replies that wait for the end of the round."""
@@ -167,7 +167,7 @@ class ReplySender:
         self.flush()
         self._router.close(linger_ms)
 
-    def _put(self, routing_id: bytes, payload: bytes, *, has_session: bool) -> None:
+    def _queue(self, routing_id: bytes, payload: bytes, *, has_session: bool) -> None:
         now = time.monotonic()
         if not self._unsent:
             self._unsent_since_s = now

@@ -72,9 +72,9 @@ class Setting:
     @property
     def number(self) -> tuple[type, Any, Any] | None:
         """``int`` or ``float``, and the least and greatest value; ``None`` for other types."""
-        for part in _parts(self.type):
-            if _bare(part) in (int, float):
-                return _bare(part), bound(part, "ge", "gt"), bound(part, "le")
+        for part in _union_members(self.type):
+            if _strip_annotated(part) in (int, float):
+                return _strip_annotated(part), bound(part, "ge", "gt"), bound(part, "le")
         return None
 
     @property
@@ -98,7 +98,7 @@ class Setting:
     @property
     def choices(self) -> tuple[str, ...]:
         """The allowed words, if only certain words are allowed."""
-        return get_args(_bare(self.type)) if get_origin(_bare(self.type)) is Literal else ()
+        return get_args(_strip_annotated(self.type)) if get_origin(_strip_annotated(self.type)) is Literal else ()
 
     def read(self, value: object, source: str) -> Any:
         """Convert the value of a flag, a variable or a file key, which errors call ``source``.
@@ -145,20 +145,20 @@ def _metas(type_: Any) -> list[msgspec.Meta]:
     return [each for each in getattr(type_, "__metadata__", ()) if isinstance(each, msgspec.Meta)]
 
 
-def _bare(type_: Any) -> Any:
+def _strip_annotated(type_: Any) -> Any:
     return get_args(type_)[0] if get_origin(type_) is Annotated else type_
 
 
-def _parts(type_: Any) -> tuple[Any, ...]:
+def _union_members(type_: Any) -> tuple[Any, ...]:
     """Return the members of a union, else the type itself."""
-    bare = _bare(type_)
+    bare = _strip_annotated(type_)
     return get_args(bare) if get_origin(bare) in (Union, UnionType) else (type_,)
 
 
 def _values(type_: Any) -> str:
     words = []
-    for part in _parts(type_):
-        bare = _bare(part)
+    for part in _union_members(type_):
+        bare = _strip_annotated(part)
         low, high = bound(part, "ge", "gt"), bound(part, "le")
         if get_origin(bare) is Literal:
             names = [f'"{name}"' for name in get_args(bare)]

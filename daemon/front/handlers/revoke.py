@@ -1,4 +1,4 @@
-"""``Revoke``: end somebody's lease, or free an adopted component."""
+"""``Revoke``: end any client's lease, or free an adopted component."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from xditd.ipc.status import GroupState
 def test_only_what_may_pass_is_tried_again(
     service: Service, monkeypatch: pytest.MonkeyPatch, number: int, state: GroupState, says: str
 ) -> None:
-    """Replace Popen by one that fails: root has no limits on processes."""
+    """Replace the leader by one that fails to start: root has no limits on processes."""
 
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))

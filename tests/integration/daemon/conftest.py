@@ -257,7 +257,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def start_daemon(folder: Path) -> Iterator[StartDaemon]:
-    """Start daemons in one folder; after the test, all are stopped, and must exit with status 0."""
+    """Start daemons in one folder, and stop them after the test."""
     started: list[DaemonProcess] = []
 
     def start(
