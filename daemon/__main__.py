@@ -1,4 +1,4 @@
-"""``python -m xditd.daemon``: parse, configure logging, build, run, close."""
+"""Entry point of the daemon (``python -m xditd.daemon``): parse, configure logging, build, run, close."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ logger = logging.getLogger("xditd.daemon")
 STOPPED, FAILED, MISUSED = 0, 1, 2
 
 WORKING_FOLDER: Final = "/"
-"""Of the daemon and its workers. A folder that a user was in may be removed, and torch does not load in one that is."""
+"""Of the daemon and its workers. A user may remove the folder in which the daemon was started; torch does not load in a
+removed one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_want_of_descriptors(error):
             logger.error("%s", describe_limit())
             return FAILED
-        logger.exception("a defect ends the daemon; please report it with this log")
+        logger.exception("the daemon ends because of a bug in xditd; please report it with this log")
         return FAILED
     return STOPPED
 
@@ -79,7 +80,7 @@ def serve(
     listener: socket.socket | None,
     read_again: Callable[[], Configuration],
 ) -> None:
-    """Hold the runtime folder and serve from it, on the socket ``listener`` where a service manager made one."""
+    """Lock the runtime folder and serve clients until stopped; ``listener`` is the service manager's socket, if any."""
     with RuntimeFolder(configuration.runtime) as folder:
         adopt_orphans()
         raise_limit()

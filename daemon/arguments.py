@@ -10,14 +10,14 @@ from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
 
 _EPILOG = """\
 Each flag has an environment variable, named in brackets. A flag beats its variable, which beats the file, which beats
-the default. In the file, settings live in the sections [daemon] and [workers]; xditd.toml in xditd/systemd shows all.
+the default. The file has the sections [daemon] and [workers]; the example xditd.toml in xditd/systemd shows every key.
 
-exit status: 0 stopped on request, 1 could not start or go on (the log says why), 2 misuse
+exit status: 0 stopped on request, 1 could not start or go on (see the log), 2 wrong flag, variable or file
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser. Values stay text here: one place checks them, wherever they come from."""
+    """Build the parser. Values stay text: ``build_configuration`` checks them, whatever their source."""
     parser = Parser(
         prog="xditd serve",
         description="Keep xDiT workers warm and serve clients that lend them weights.",

@@ -1,4 +1,4 @@
-"""The daemon's configuration: built once from defaults, a file, the environment and flags."""
+"""Build the daemon's configuration from defaults, a TOML file, the environment and flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.ipc.suggestions import did_you_mean
 
 
 class Configuration(DaemonSettings, frozen=True, kw_only=True):
-    """The daemon's settings with paths made absolute. Built once; a reload builds another one."""
+    """The daemon's settings, with absolute paths. A reload builds another one."""
 
     @property
     def runtime(self) -> RuntimeDir:
@@ -32,7 +32,7 @@ def build_configuration(
 ) -> Configuration:
     """Merge the sources: a flag beats its environment variable, which beats the file, which beats the default.
 
-    Relative paths count from ``folder``, the one in which the daemon was started; without one they are refused.
+    Relative paths are resolved against ``folder``, in which the daemon was started; without it they are refused.
 
     Raises:
         BadRequest: an unknown key, or a value that does not fit; the message names source, value and remedy.
@@ -59,8 +59,8 @@ def build_configuration(
 
 def _absolute(path: str | Path, folder: Path | None) -> Path:
     if folder is None and not os.path.isabs(path):
-        raise BadRequest(f"path {path}: counts from the current folder, which was removed; name it in full, from / on")
-    # Without "..": what it goes through may be removed.
+        raise BadRequest(f"path {path}: relative to the current folder, which was removed; use an absolute path")
+    # Without "..": a folder that the path passes through may be removed later.
     return Path(os.path.normpath(path if folder is None else folder / path))
 
 
@@ -84,7 +84,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _parse_toml(path: Path) -> dict[str, Any]:
-    # Imported here: most daemons run without a file, and start-up time is counted.
+    # Imported here to start faster: most daemons run without a file.
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -1,4 +1,4 @@
-"""Read the configuration again, and apply what can change while the daemon runs."""
+"""Reload the configuration: read it again and apply the settings that can change while the daemon runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from xditd.ipc.settings.daemon import SETTINGS
 logger = logging.getLogger(__name__)
 
 LIVE: Final = tuple(setting.name for setting in SETTINGS if setting.is_reloaded)
-"""Settings that a reload applies. The others shape sockets and worker processes, and need a restart."""
+"""Settings that a reload applies. The others define sockets and worker processes, and need a restart."""
 
 
 def reload(service: Service, read: Callable[[], Configuration]) -> str:
-    """Apply a new configuration; returns what came of it, for the service manager and the log.
-
-    One that cannot be read changes nothing.
-    """
+    """Apply a new configuration; returns a summary for the service manager. An invalid one changes nothing."""
     try:
         new = read()
     except XditdError as error:

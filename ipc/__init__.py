@@ -1,4 +1,4 @@
-"""What every room shares: messages, limits, error codes, addresses, and descriptions of lent bytes.
+"""Code shared by daemon, workers and clients: messages, limits, errors, settings, descriptions of lent bytes.
 
-Nothing here imports torch. The byte transports, which do, live in :mod:`xditd.ipc.transports`.
+Only :mod:`xditd.ipc.transports` imports torch.
 """

@@ -1,4 +1,4 @@
-"""Where the daemon lives: the runtime folder and the sockets in it."""
+"""Addresses: the daemon's runtime folder, its sockets, and the address of its metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 from xditd.ipc.errors import BadRequest
 
 RUNTIME_DIR_VARIABLE = "XDITD_RUNTIME_DIR"
-"""Names the folder for daemon, command line and library alike."""
+"""The runtime folder, for daemon, command line and library."""
 
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` holds 108 bytes with its final NUL (unix(7))."""
@@ -32,7 +32,7 @@ class RuntimeDir:
 
     @property
     def metrics_socket(self) -> Path:
-        """Where metrics are served, if the daemon is told to serve them on a Unix socket."""
+        """Where metrics are served with ``metrics = "unix"``."""
         return self.path / "metrics.sock"
 
     @property
@@ -41,15 +41,11 @@ class RuntimeDir:
 
     @property
     def log(self) -> Path:
-        """Where a daemon that ``xditd demo`` started writes its log."""
+        """The log of a daemon that ``xditd demo`` started."""
         return self.path / "daemon.log"
 
     def check_lengths(self) -> None:
-        """Refuse a folder whose socket paths do not fit into a socket address.
-
-        Raises:
-            BadRequest: a path is longer than 107 bytes.
-        """
+        """Raise ``BadRequest`` if a socket path is longer than a socket address allows (107 bytes)."""
         for socket in (self.client_socket, self.worker_socket):
             length = len(os.fsencode(socket))
             if length > MAX_SOCKET_PATH_BYTES:
@@ -60,24 +56,24 @@ class RuntimeDir:
 
 
 def expand_home(path: str) -> str:
-    """Read a path as a person wrote it: ``~`` and ``~user`` stand for a home folder, where there is such a user."""
+    """Expand ``~`` and ``~user`` in a path that a user wrote."""
     return os.path.expanduser(path)
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The same, as a :class:`~pathlib.Path`. Every path that a person gives passes here, or through `expand_home`."""
+    """Expand ``~`` and return a :class:`~pathlib.Path`. Use this or ``expand_home`` for every path of a user."""
     return Path(expand_home(os.fspath(path)))
 
 
 def endpoint(socket: Path) -> str:
-    """Spell a socket path as ZeroMQ wants it."""
+    """Return ZeroMQ's endpoint of a socket path."""
     return f"ipc://{socket}"
 
 
 def default_runtime_dir() -> RuntimeDir:
-    """``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``, or ``/tmp/xditd-<uid>`` without a session manager.
+    """Return ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``, else ``/tmp/xditd-<uid>``.
 
-    The daemon creates the folder with mode 0700 and refuses one that somebody else owns.
+    The daemon creates the folder with mode 0700 and refuses one that another user owns.
     """
     named = os.environ.get(RUNTIME_DIR_VARIABLE)
     if named:
@@ -93,10 +89,10 @@ METRICS_UNIX: Final = "unix"
 
 
 def parse_metrics_address(text: str) -> str | tuple[str, int]:
-    """Read ``off``, ``unix``, or a loopback address with a port (``127.0.0.1:9464``, ``[::1]:9464``).
+    """Parse ``off``, ``unix``, or a loopback address with a port (``127.0.0.1:9464``, ``[::1]:9464``).
 
     Raises:
-        ValueError: anything else; other machines are never served.
+        ValueError: anything else, also an address that other machines could reach.
     """
     if text in (METRICS_OFF, METRICS_UNIX):
         return text

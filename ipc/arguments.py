@@ -1,7 +1,7 @@
-"""Argument trees: what a model's ``forward`` takes and gives, as it crosses the wire.
+"""Argument trees: the arguments and results of a model's ``forward`` in messages.
 
-A tree is made of numbers, booleans, texts, ``None``, lists, tuples and maps with text keys, and of tensors: each says
-its dtype and shape, and where its values are.
+A tree has numbers, booleans, texts, ``None``, lists, tuples, maps with text keys, and tensors, each with its dtype, its
+shape and the place of its values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Word = Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
 
 
 class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values"):
-    """A small tensor, element by element in row-major order: the host knows them without a wait for any GPU."""
+    """A small tensor whose elements are in the message, in row-major order: no GPU has to be read or waited for."""
 
     dtype: DType
     shape: Shape
@@ -32,7 +32,7 @@ class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values
 class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
     """A contiguous tensor in the I/O block of the job.
 
-    With a ``kept_id`` the workers keep it for the client under this id, in place of what they kept under it before.
+    With a ``kept_id`` the workers keep it for the client under this id, in place of an earlier one.
     """
 
     offset_bytes: Bytes
@@ -46,9 +46,9 @@ class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
 
 
 class Kept(Described, frozen=True, kw_only=True, tag_field="leaf", tag="kept"):
-    """A tensor that the workers keep for this client. Its dtype and device address stay from call to call.
+    """A tensor that the workers keep for this client. Its dtype and device address are the same in every call.
 
-    ``UnknownKept`` answers an id that they do not know, or know no more: the client then sends the tensor again.
+    If the workers do not have it (any more), the job fails with ``UnknownKept``: the client sends the tensor again.
     """
 
     kept_id: Name
@@ -57,14 +57,14 @@ class Kept(Described, frozen=True, kw_only=True, tag_field="leaf", tag="kept"):
 
 
 class Repeated(Described, frozen=True, kw_only=True):
-    """A tensor whose rows are repeated ``times`` times, one after the other."""
+    """A tensor with each row of dimension 0 repeated ``times`` times, as by ``torch.repeat_interleave``."""
 
     tensor: Values | InIo | Kept
     times: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)] = 1
 
 
 class Rows(Described, frozen=True, kw_only=True, tag_field="leaf", tag="rows"):
-    """Tensors joined along dimension 0."""
+    """Tensors concatenated along dimension 0."""
 
     parts: Annotated[tuple[Repeated, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BATCH)]
 
@@ -82,7 +82,7 @@ class TupleOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="tuple
 
 
 class MapOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="map"):
-    """A map from texts to arguments."""
+    """A map from text keys to arguments."""
 
     items: Annotated[dict[Word, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
 
@@ -90,14 +90,14 @@ class MapOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="map"):
 Tensor = Values | InIo | Kept | Rows
 Argument = None | bool | Whole | Finite | Word | Values | InIo | Kept | Rows | ListOf | TupleOf | MapOf
 Arguments = Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
-"""Arguments by name, as a signature has them."""
+"""Arguments by their names in the signature."""
 
 
 def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
-    """Go through a tree from the top, each node with its path: ``cap_feats[1]``.
+    """Yield every node of a tree, from the top, with its path such as ``cap_feats[1]``.
 
     Raises:
-        ValueError: more nodes, or deeper, than the limits allow; it says which.
+        ValueError: the tree has more nodes or levels than the limits allow; the message names the limit.
     """
     count = 0
     pending: list[tuple[str, Argument, int]] = [(name, each, 1) for name, each in reversed(arguments.items())]
@@ -107,7 +107,7 @@ def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
         if count > limits.MAX_ARGUMENTS:
             raise ValueError(f"more than {limits.MAX_ARGUMENTS} arguments in one tree")
         if depth > limits.MAX_ARGUMENT_DEPTH:
-            raise ValueError(f"{path} lies deeper than {limits.MAX_ARGUMENT_DEPTH} levels")
+            raise ValueError(f"{path} is nested deeper than {limits.MAX_ARGUMENT_DEPTH} levels")
         yield path, node
         if isinstance(node, (ListOf, TupleOf)):
             children = [(f"{path}[{number}]", each) for number, each in enumerate(node.items)]
@@ -119,7 +119,7 @@ def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
 
 
 def tensors(arguments: dict[str, Argument]) -> Iterator[tuple[str, Values | InIo | Kept]]:
-    """Find every tensor of a tree, those whose rows are joined too, with its path.
+    """Yield every tensor of a tree, also those inside ``Rows``, with its path.
 
     Raises:
         ValueError: see :func:`walk`.

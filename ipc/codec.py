@@ -1,6 +1,6 @@
-"""MessagePack on the wire, strictly: ``msgpack`` unpacks within limits, ``msgspec`` then builds the struct.
+"""Encode and decode messages (MessagePack): ``msgpack`` unpacks within limits, then ``msgspec`` validates the struct.
 
-Nothing looks at a message before both have passed.
+No other code reads a message before both have accepted it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _MAX_ARRAY_LEN: Final = 65_536
 _MAX_MAP_LEN: Final = limits.MAX_ARGUMENTS
 _QUOTED_CHARS: Final = 1_000
-"""How much of a bad message a refusal repeats: a reply that holds it all could be too long to be read."""
+"""How much of a bad message an error quotes: a reply with all of it could be too long to send."""
 
 
 _SMALL_BYTES: Final = min(limits.MAX_MAPS, limits.MAX_ARRAYS)
-"""A message of so few bytes cannot hold too many maps or arrays: each of them takes one."""
+"""A message up to this size cannot hold too many maps or arrays: each takes a byte."""
 
 
 class _Builder:
-    """Builds the maps and arrays of one message, and counts them.
+    """Build the maps and arrays of one message, and count them.
 
-    An empty map takes one byte on the wire and 64 or more in memory: without the count, 8 MiB of them cost 0.6 GiB and
-    2.4 s. Scalars need no count: the worst of them, short texts, take 20 bytes for each of theirs.
+    An empty map takes one byte on the wire and at least 64 in memory: without a limit, 8 MiB of them took 0.6 GiB and
+    2.4 s. Scalars need no limit: the worst of them, short texts, take 20 bytes in memory for each on the wire.
     """
 
     __slots__ = ("_arrays", "_maps")
@@ -59,7 +59,7 @@ class _Builder:
 
 
 def _map_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Build a map; msgpack alone would keep the last of two equal keys."""
+    """Build a map, and refuse duplicate keys: msgpack would keep the last one."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise BadMessage(f"key {_first_repeated(pairs)!r:.{_QUOTED_CHARS}} appears twice in one map")
@@ -76,16 +76,16 @@ def _first_repeated(pairs: Sequence[tuple[Any, Any]]) -> Any:
 
 
 def _request_id_of(plain: object) -> str | None:
-    """Find whom to answer when a message is refused: an id of the right type and length, and nothing else of it."""
+    """Return the request id of a refused message, if it is valid, so that it can be answered."""
     found = plain.get("request_id") if isinstance(plain, dict) else None
     return found if isinstance(found, str) and 1 <= len(found) <= 64 else None
 
 
 def encode(message: Message) -> bytes:
-    """Encode any message. What this process built needs no second look: msgspec writes structs as they are.
+    """Encode a message. The fields are not validated: msgspec writes structs as they are.
 
     Raises:
-        BadRequest: a text that is not Unicode (a file name of other bytes), or a number beyond 64 bits.
+        BadRequest: a text is not Unicode (such as a file name of other bytes), or a number needs more than 64 bits.
     """
     try:
         return _encoder.encode(message)
@@ -94,7 +94,7 @@ def encode(message: Message) -> bytes:
 
 
 class Decoder(Generic[T]):
-    """Decode one closed union, and nothing else: a reply sent as a request is refused."""
+    """Decode the messages of one closed union; any other, such as a reply sent as a request, is refused."""
 
     def __init__(self, union: Any) -> None:
         self._union = union
@@ -141,9 +141,9 @@ class Decoder(Generic[T]):
         return built
 
     def _kind_of(self, plain: object) -> Any:
-        """Name the one struct that ``op`` stands for, or the union, which refuses what stands for none.
+        """Return the struct that ``op`` names, or the whole union, for which msgspec raises the error.
 
-        msgspec keeps what it knows about a struct, but analyses a union in every call: 34 us instead of 3.
+        msgspec caches its analysis of a struct, but analyses a union in every call: 34 us instead of 3.
         """
         op = plain.get("op") if isinstance(plain, dict) else None
         return self._by_op.get(op, self._union) if isinstance(op, str) else self._union

@@ -1,4 +1,4 @@
-"""A command line that says which flag or variable was likely meant; of the daemon, and of ``xditd``."""
+"""Command line parser of ``xditd`` and the daemon, which suggests the closest flag or variable for an unknown one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from xditd.ipc.suggestions import did_you_mean
 
 
 def known_variables() -> frozenset[str]:
-    """List every environment variable that some part of xditd reads."""
-    # Imported here: a daemon that starts without a variable needs no flags of other verbs.
+    """List every environment variable that xditd reads."""
+    # Imported here to start faster: most daemons start without a variable.
     from xditd.ipc.settings.client import variables
 
     return frozenset({CONFIG_VARIABLE, *(each.variable for each in SETTINGS if each.variable)}) | variables()
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Make a sentence for each variable with our prefix that nothing reads."""
+    """Return a warning for each variable with the prefix ``XDITD_`` that nothing reads."""
     named = sorted(name for name in environ if name.startswith(PREFIX))
     known = known_variables() if named else frozenset()
     return [
@@ -31,7 +31,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, also of a verb, that refuses what it does not know by itself, and names what is close to it."""
+    """An argument parser, also for verbs, that refuses an unknown flag with a suggestion."""
 
     def __init__(self, **options: Any) -> None:
         self.flags: list[str] = []
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse, and end with a misuse error where something is left over."""
+        """Parse, and exit with an error if unknown arguments are left."""
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             hints = (did_you_mean(word.partition("=")[0], self.flags) for word in extra if word.startswith("-"))

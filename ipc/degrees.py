@@ -1,4 +1,4 @@
-"""The degrees of a parallel layout, and how settings name them: ``auto``, or ``ulysses=2,ring=2``."""
+"""Degrees of a parallel layout (ulysses, ring, cfg), and the text form of the ``layout`` setting."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_DEGREE: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """How many ways each thing is split; their product is the number of workers.
+    """Parallel degrees; their product is the number of workers.
 
-    Ranks count in this order, ``ulysses`` fastest: neighbours share the tokens of one image, ring by ring, then come
-    the halves of a batch. It is xfuser's order, too.
+    Ranks are numbered with ``ulysses`` fastest, then ``ring``, then ``cfg``, as in xfuser: neighbouring ranks share the
+    tokens of one image.
     """
 
     ulysses: int = 1
@@ -24,7 +24,7 @@ class Degrees:
 
     @property
     def sequence(self) -> int:
-        """Over how many workers the tokens of one image are split."""
+        """The number of workers that share the tokens of one image."""
         return self.ulysses * self.ring
 
     @property
@@ -32,11 +32,11 @@ class Degrees:
         return self.ulysses * self.ring * self.cfg
 
     def named(self) -> dict[str, int]:
-        """Every degree by its name."""
+        """Return every degree by its name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
-        """As the setting spells it; degrees of 1 are left out, except where all are."""
+        """As in the setting, without degrees of 1; ``ulysses=1`` if all are 1."""
         return ",".join(f"{name}={degree}" for name, degree in self.named().items() if degree > 1) or "ulysses=1"
 
 
@@ -44,10 +44,10 @@ NAMES: Final = tuple(field.name for field in fields(Degrees))
 
 
 def parse_layout(text: str) -> Mapping[str, int]:
-    """Return the degrees that ``text`` names; none for ``auto``. ``choose_layout`` chooses what is not named.
+    """Return the degrees that ``text`` names, none for ``auto``; ``choose_layout`` chooses the others.
 
     Raises:
-        ValueError: a name that is unknown or comes twice, or a degree that is no number from 1 to 1024.
+        ValueError: a name is unknown or repeated, or a degree is not a number from 1 to 1024.
     """
     if text == AUTO:
         return {}
@@ -55,7 +55,7 @@ def parse_layout(text: str) -> Mapping[str, int]:
     for part in text.split(","):
         name, _, degree = (word.strip() for word in part.partition("="))
         if name == "pipefusion":
-            raise ValueError(f"layout {text!r}: PipeFusion is gone, since its results were not exact; use auto")
+            raise ValueError(f"layout {text!r}: PipeFusion was removed, since its results were not exact; use auto")
         if name not in NAMES or name in found:
             raise ValueError(f"layout {text!r}: use auto, or each of {', '.join(NAMES)} at most once")
         if not degree.isdecimal() or not 1 <= int(degree) <= MAX_DEGREE:
@@ -65,5 +65,5 @@ def parse_layout(text: str) -> Mapping[str, int]:
 
 
 def spell(asked: Mapping[str, int]) -> str:
-    """Spell what was asked for, as :func:`parse_layout` reads it."""
+    """Format requested degrees as :func:`parse_layout` reads them."""
     return ",".join(f"{name}={degree}" for name, degree in asked.items()) or AUTO

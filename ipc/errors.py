@@ -1,7 +1,7 @@
-"""Errors that cross process boundaries, one class for each code.
+"""Error classes, one for each error code of the protocol.
 
-A class answers two questions: whose fault was it, and may the caller try again? ``Failed.code`` on
-the wire maps one to one to a class, so a client raises what the daemon or a worker meant.
+The class says who caused the error and whether the caller may retry. ``Failed.code`` in a message maps one to one to a
+class, so a client raises the same error as the daemon or the worker.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import ClassVar
 
 
 class XditdError(Exception):
-    """Root of every error that xditd raises on purpose."""
+    """Base of every error that xditd raises on purpose."""
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
     retry_after_s: float | None = None
-    """When the same request is likely to be served, in seconds from now, where the daemon can tell."""
+    """After how many seconds a retry is likely to succeed, if the daemon knows."""
     names: tuple[str, ...] = ()
-    """All that the message's lists name, each with what is wrong with it; the message shows five of a list."""
+    """All entries of the message's lists, of which the message shows five each."""
 
     def __init__(self, *args: object, names: Iterable[str] = ()) -> None:
         super().__init__(*args)
@@ -33,14 +33,11 @@ class XditdError(Exception):
 
 
 class RequestError(XditdError):
-    """The request is at fault; the same request fails again."""
+    """The request is wrong; the same request fails again."""
 
 
 class BadMessage(RequestError):
-    """Bytes on the socket are not a message of this protocol.
-
-    ``request_id`` is the sender's, where the bytes could be read so far, so that it can be answered.
-    """
+    """Bytes on the socket are not a message of this protocol. ``request_id`` is the sender's, if it could be read."""
 
     code = "bad_message"
     request_id: str | None = None
@@ -65,7 +62,7 @@ class BadCheckpoint(RequestError):
 
 
 class UnknownFamily(RequestError):
-    """No model family recognises the tensor names."""
+    """No model family matches the tensor names."""
 
     code = "unknown_family"
 
@@ -77,7 +74,7 @@ class UnsupportedDtype(RequestError):
 
 
 class Unsupported(RequestError):
-    """A feature, layout or backend exists in the field but not here, or is not installed."""
+    """xditd does not support a feature, layout or backend, or it is not installed."""
 
     code = "unsupported"
 
@@ -89,19 +86,19 @@ class UnknownComponent(RequestError):
 
 
 class UnknownKept(RequestError):
-    """The workers keep no tensor of this id for the client: never sent, pushed out, or lost with them."""
+    """The workers keep no tensor of this id for the client: never sent, evicted, or lost with them."""
 
     code = "unknown_kept"
 
 
 class StaleSource(RequestError):
-    """Lent bytes are not what was described: the file, segment or allocation changed or went away."""
+    """Lent bytes are not what was described: the file, segment or allocation has changed or no longer exists."""
 
     code = "stale_source"
 
 
 class NotFinite(RequestError):
-    """What a component computed is NaN or infinite, from sound inputs: its weights are at fault, or overflow does it.
+    """A component's result is NaN or infinite although its inputs are finite: bad weights, or an overflow.
 
     The message names the component, the result and the step.
     """
@@ -116,40 +113,40 @@ class ForeignGpu(RequestError):
 
 
 class LimitExceeded(RequestError):
-    """The client asks for more than it may have at a time; the message names the limit and the setting behind it."""
+    """The client asks for more than it may have at a time; the message names the limit and its setting."""
 
     code = "limit_exceeded"
 
 
 class NotPermitted(RequestError):
-    """The peer's user may not talk to this daemon."""
+    """The peer's user may not use this daemon."""
 
     code = "not_permitted"
 
 
 class Closed(RequestError):
-    """A client, or what belongs to one, is used after its own program has closed it."""
+    """A client, or an object of it, is used after it was closed."""
 
     code = "closed"
 
 
-# --- Something else went away or ran out: the same request may work later. ----------------------
+# --- Another process ended, or a resource ran out: the same request may work later. --------------
 
 
 class PeerError(XditdError):
-    """The other process went away, or had no room."""
+    """The other process ended, or had no memory or other resource."""
 
     retryable = True
 
 
 class Busy(PeerError):
-    """The queue is full, or this client's share of it. ``retry_after_s`` comes from how long recent requests took."""
+    """The queue is full, or this client's share of it. ``retry_after_s`` is estimated from recent jobs."""
 
     code = "busy"
 
 
 class WorkersLost(PeerError):
-    """The worker group died under the job; the daemon is rebuilding it."""
+    """The worker group ended during the job; the daemon is rebuilding it."""
 
     code = "workers_lost"
 
@@ -162,14 +159,14 @@ class WorkersUnavailable(PeerError):
 
 
 class SessionLost(PeerError):
-    """The daemon has no session for this connection: no hello came, or the session was closed, and its loans ended."""
+    """The daemon has no session for this connection: no ``Hello`` was sent, or the session and its loans were ended."""
 
     code = "session_lost"
     retryable = False
 
 
 class LeaseLost(PeerError):
-    """The owner of a lent component exited or took it back before the job ended."""
+    """The owner of a lent component exited or returned it before the job ended."""
 
     code = "lease_lost"
     retryable = False
@@ -182,19 +179,19 @@ class ProcessGone(PeerError):
 
 
 class OtherRankFailed(PeerError):
-    """This rank is sound, but another one refused: its error is the one to report."""
+    """This rank did not fail, but another one did, whose error is the one to report."""
 
     code = "other_rank_failed"
 
 
 class OutOfMemory(PeerError):
-    """A worker's GPU or host had no room for the job."""
+    """A worker's GPU or host had not enough memory for the job."""
 
     code = "out_of_memory"
 
 
 class StorageError(PeerError):
-    """The runtime folder cannot be written: its file system is full or read-only, or its parent is gone."""
+    """The runtime folder cannot be written: its file system is full or read-only, or its parent does not exist."""
 
     code = "storage"
 
@@ -231,37 +228,37 @@ class Cancelled(XditdError):
 
 
 class OutputFailed(XditdError):
-    """A result could not be written where it was wanted. ``kept`` names the files that hold it instead."""
+    """A result could not be written to the requested path. ``kept`` lists the files that hold it instead."""
 
     code = "output_failed"
     kept: tuple[str, ...] = ()
 
 
 class Internal(XditdError):
-    """A defect of xditd: the message names where; please report it with the log."""
+    """A bug in xditd; please report it with the log."""
 
     code = "internal"
 
 
-def _leaves(root: type[XditdError]) -> dict[str, type[XditdError]]:
+def _classes_by_code(root: type[XditdError]) -> dict[str, type[XditdError]]:
     found: dict[str, type[XditdError]] = {}
     for cls in root.__subclasses__():
         if "code" in vars(cls):
             found[cls.code] = cls
-        found.update(_leaves(cls))
+        found.update(_classes_by_code(cls))
     return found
 
 
-BY_CODE: dict[str, type[XditdError]] = _leaves(XditdError)
+BY_CODE: dict[str, type[XditdError]] = _classes_by_code(XditdError)
 
 
 def named(what: str, error: RequestError) -> RequestError:
-    """Return the same error with what it is about in front of its message."""
+    """Return the same error with ``what`` in front of its message."""
     return type(error)(f"{what}: {error.detail}", names=error.names)
 
 
 def error_for(code: str, detail: str, retry_after_s: float | None = None, names: Iterable[str] = ()) -> XditdError:
-    """Build the error that a ``Failed`` message stands for; an unknown code becomes :class:`Internal`."""
+    """Build the error of a ``Failed`` message; an unknown code becomes :class:`Internal`."""
     cls = BY_CODE.get(code)
     if cls is None:
         return Internal(f"unknown error code {code!r}: {detail}", names=names)

@@ -1,4 +1,4 @@
-"""What the workers know of a lent component, so that clients carry no numbers of any model."""
+"""Facts of a lent component (shapes, arguments, defaults), which workers report to clients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
 
 Guidance = Literal["none", "embedded", "classifier_free"]
-"""What a guidance scale is to a model: nothing, an input of it, or a weight between two predictions."""
+"""How a model uses a guidance scale: not at all, as an input, or to weight two predictions."""
 
 Side = Annotated[int, msgspec.Meta(ge=0)] | Name
-"""A size, or the name of what decides it (``batch``, ``tokens``): equal names in one component are equal sizes."""
+"""A size, or a symbolic name (``batch``, ``tokens``): equal names in one component are equal sizes."""
 
 
 class ArgumentFacts(Described, frozen=True, kw_only=True):
-    """A tensor that a job takes: its name and shape. ``is_list``: a list of such, one for each row of the batch."""
+    """A tensor argument of a job: its name and shape. ``is_list``: a list of them, one for each row of the batch."""
 
     name: Name
     shape: Annotated[tuple[Side, ...], msgspec.Meta(max_length=limits.MAX_RANK)]
@@ -32,7 +32,7 @@ Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
 class LatentScaling(Described, frozen=True, kw_only=True):
-    """How latents in jobs are made of a VAE's ``z``: they are ``(z - shift) * factor``. Both have no unit."""
+    """How latents in jobs are scaled from a VAE's ``z``: ``(z - shift) * factor``. Both have no unit."""
 
     factor: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
     shift: Finite
@@ -45,17 +45,17 @@ class LatentFacts(Described, frozen=True, kw_only=True):
     pixels: Count
     """Pixels on a side for each latent."""
     multiple: Count = 1
-    """Latents on a side come in multiples of it."""
+    """Height and width in latents are multiples of it."""
     scaling: LatentScaling
-    """A transformer's is that of the latents it reads and makes. A VAE's is what its family assumes where a job names
-    no transformer: tensors do not tell it, and VAEs of several models look alike."""
+    """Of a transformer: the scaling of its inputs and outputs. Of a VAE: its family's default, for jobs without a
+    transformer; the tensors do not show it, and VAEs of several models have the same."""
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The shape of the latents of ``batch`` images of so many pixels."""
+        """Return the shape of the latents of ``batch`` images of ``height`` x ``width`` pixels."""
         return batch, self.channels, height // self.pixels, width // self.pixels
 
     def check_vae(self, vae: LatentFacts) -> None:
-        """Check that a VAE's latents are as large as these, a transformer's. How they are scaled may differ.
+        """Check that a VAE's latents have the same shape as this transformer's. The scaling may differ.
 
         Raises:
             BadRequest: another number of channels, or of pixels for each latent.
@@ -69,19 +69,19 @@ class LatentFacts(Described, frozen=True, kw_only=True):
 
 
 class TransformerFacts(Described, frozen=True, kw_only=True):
-    """Of a transformer. ``ulysses`` and ``ring`` are how its sequence is split over the ranks of this group."""
+    """Facts of a transformer. ``ulysses`` and ``ring`` are its degrees in this group."""
 
     heads: Count
     ulysses: Count
     ring: Count
     arguments: Listed
-    """What ``Call`` takes, named as in the class's ``forward``."""
+    """Arguments of ``Call``, named as in the class's ``forward``."""
     variants: Names
-    """Of ``Call`` and ``Generate``; the first one is ``class``."""
+    """Variants of ``Call`` and ``Generate``; the first one is ``class``."""
     conditioning: Listed
-    """What ``Generate`` takes; the first one has a row for each image."""
+    """Arguments of ``Generate``; the first one has a row for each image."""
     options: Names = ()
-    """Of ``Generate``, besides those that every family has."""
+    """Options of ``Generate`` that only this family has."""
     latents: LatentFacts
     guidance: Guidance
     default_guidance_scale: Finite
@@ -90,7 +90,7 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
 
 
 class VaeFacts(Described, frozen=True, kw_only=True):
-    """Of a VAE. Pixels are in [-1, 1]."""
+    """Facts of a VAE. Pixels are in [-1, 1]."""
 
     latents: LatentFacts
     image_channels: Count
@@ -98,7 +98,7 @@ class VaeFacts(Described, frozen=True, kw_only=True):
 
 
 class TextEncoderFacts(Described, frozen=True, kw_only=True):
-    """Of a text encoder: what its states are wide, how many tokens it takes, and whether it has a pooled state."""
+    """Facts of a text encoder: the width of its states, its most tokens, and whether it has a pooled state."""
 
     width: Count
     max_tokens: Count
@@ -106,14 +106,14 @@ class TextEncoderFacts(Described, frozen=True, kw_only=True):
 
 
 class ComponentFacts(Described, frozen=True, kw_only=True):
-    """Of any component; one of the last three is there, that of its ``kind``."""
+    """Facts of any component; of the last three fields, the one of its ``kind`` is set."""
 
     family: Name
     class_name: Name
-    """Of diffusers or transformers."""
+    """The class in diffusers or transformers."""
     kind: ComponentKind
     dtype: DType
-    """Of most elements; what a transformer's tensors are cast to."""
+    """The dtype of most elements, to which a transformer's tensors are cast."""
     bytes_by_dtype: Annotated[dict[DType, Bytes], msgspec.Meta(max_length=16)]
     transformer: TransformerFacts | None = None
     vae: VaeFacts | None = None

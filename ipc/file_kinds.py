@@ -1,4 +1,4 @@
-"""Telling people what a file is when it is no safetensors file, or not a whole one: by its first bytes and its name."""
+"""Describe a file that is not a whole safetensors file, by its first bytes and its name, for error messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from xditd.ipc import limits
 from xditd.ipc.name_lists import listed
 
 START_BYTES: Final = 4_096
-"""How much of a file's start is looked at."""
+"""How much of a file's start is read."""
 LENGTH_BYTES: Final = 8
-"""With which a safetensors file begins: the length of its header."""
+"""A safetensors file begins with the length of its header, of this size."""
 
 _SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
-_AGAIN: Final = "download it again"
+_DOWNLOAD_AGAIN: Final = "download it again"
 _CONVERT: Final = "convert it to safetensors (load it where you trust it, then safetensors.torch.save_file)"
 _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"GGUF", "a GGUF file, whose weights are packed: lend a bfloat16 or float16 safetensors file of the same model"),
@@ -36,7 +36,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"RIFF", "a picture, a sound or a film: lend a safetensors file"),
     (b"\x89PNG", "a picture: lend a safetensors file"),
     (b"\xff\xd8\xff", "a picture: lend a safetensors file"),
-    (b"%PDF", f"a PDF document: {_AGAIN}"),
+    (b"%PDF", f"a PDF document: {_DOWNLOAD_AGAIN}"),
 )
 _SHOWN_CHARS: Final = 60
 _PICKLE: Final = re.compile(rb"\x80[\x02-\x05]")
@@ -44,13 +44,13 @@ _SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
 
 
 def kind_of(start: bytes, size_bytes: int) -> str | None:
-    """Say what a file with these first bytes is, and what to do; ``None`` where it may be a safetensors file."""
+    """Describe a file with these first bytes, and the remedy; ``None`` if it may be a safetensors file."""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= limits.MAX_SAFETENSORS_HEADER_BYTES:
         return None
     if size_bytes == 0:
-        return f"an empty file: {_AGAIN}"
+        return f"an empty file: {_DOWNLOAD_AGAIN}"
     if not start.strip(b"\0"):
-        return f"a file that begins with zeros, such as an unfinished download: {_AGAIN}"
+        return f"a file that begins with zeros, such as an unfinished download: {_DOWNLOAD_AGAIN}"
     for mark, kind in _KINDS:
         if start.startswith(mark):
             return kind
@@ -59,27 +59,27 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     lower = text[:200].lower()
     if lower.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return f"a web page, such as a login or an error page, and not the file itself: {_AGAIN}"
+        return f"a web page, such as a login or an error page, and not the file itself: {_DOWNLOAD_AGAIN}"
     if text.startswith(b"{"):
         if b'"weight_map"' in text:
             return f"the index of a checkpoint in several files, which holds no weights: {_SHARDS}"
         return "a JSON file, which holds no weights: lend the safetensors file beside it"
     if start[257:262] == b"ustar":
         return "a tar archive: unpack it"
-    said = _text(start)
+    said = _first_words(start)
     if said is not None:
-        return f"a text file that begins {said!r}, such as the error message of a download: {_AGAIN}"
+        return f"a text file that begins {said!r}, such as the error message of a download: {_DOWNLOAD_AGAIN}"
     return None
 
 
-def _text(start: bytes) -> str | None:
-    """Return the first words of a text; ``None`` where it is none, or too short to be told from a header's length."""
+def _first_words(start: bytes) -> str | None:
+    """Return the first words of a text; ``None`` if it is not text, or so short that it may be a header's length."""
     if len(start) <= LENGTH_BYTES:
         return None
     try:
         text = start.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < START_BYTES - 4:  # not a letter that was cut in half
+        if error.start < START_BYTES - 4:  # not a character that was cut at the end
             return None
         text = start[: error.start].decode("utf-8")
     if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
@@ -89,7 +89,7 @@ def _text(start: bytes) -> str | None:
 
 
 def shard_of(path: str) -> str | None:
-    """Say that a file is one of several that make a checkpoint, if its name says so, and what to do."""
+    """Describe a file whose name marks it as one shard of a checkpoint, and the remedy; ``None`` for other names."""
     found = _SHARD.search(path)
     if found is None or int(found[2]) < 2:
         return None
@@ -97,7 +97,7 @@ def shard_of(path: str) -> str | None:
 
 
 def folder_kind(path: str) -> str:
-    """Say what a folder is, and which of its files can be lent."""
+    """Describe a folder, and which of its files can be lent."""
     try:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries)
@@ -118,10 +118,7 @@ def folder_kind(path: str) -> str:
 
 
 def kind_of_file(path: str) -> str | None:
-    """Say what a file is that cannot be lent as it is: by its first bytes, or as one of several; ``None`` if it may be.
-
-    What cannot be opened is nobody's concern here.
-    """
+    """Describe a file or folder that cannot be lent; ``None`` if it may be lent, or cannot be opened."""
     if Path(path).is_dir():
         return folder_kind(path)
     try:

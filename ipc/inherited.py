@@ -1,6 +1,6 @@
-"""What a process inherits from whoever started it, brought into a known state.
+"""Reset what a process inherits from its parent: signal handling, standard streams, the current folder, search paths.
 
-Left as they are, because they are the operator's to choose: resource limits, niceness, CPU affinity, control groups.
+Resource limits, niceness, CPU affinity and control groups are left as they are: the operator chooses them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _MAY_BE_IGNORED: Final = frozenset(
 
 
 def reset_signals() -> None:
-    """Block no signal, and ignore none that nobody ignores on purpose.
+    """Unblock all signals, and restore the default of ignored ones, but for those that are ignored on purpose.
 
-    With SIGCHLD ignored the kernel throws the exit statuses of children away, and with SIGTERM blocked nothing but
-    SIGKILL ends a process (signal(7), wait(2)).
+    With SIGCHLD ignored the kernel discards the exit statuses of children, and with SIGTERM blocked only SIGKILL ends
+    a process (signal(7), wait(2)).
     """
     for number in signal.valid_signals() - _MAY_BE_IGNORED:
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -37,9 +37,9 @@ def reset_signals() -> None:
 
 
 def open_streams(*, discard_output: bool = True) -> None:
-    """Open the standard streams that were closed, on ``/dev/null``.
+    """Open closed standard streams on ``/dev/null``.
 
-    Their numbers would go to the next sockets and files otherwise, and what is printed would be written to those.
+    Otherwise the next sockets and files would get their descriptor numbers, and printed text would be written to those.
     Without ``discard_output``, writing to a standard output that was closed still fails.
     """
     for descriptor, (name, mode) in enumerate(_STREAMS):
@@ -54,7 +54,7 @@ def open_streams(*, discard_output: bool = True) -> None:
 
 
 def current_folder() -> Path | None:
-    """The folder from which relative paths count; ``None`` where it has been removed."""
+    """Return the current folder; ``None`` if it has been removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -62,10 +62,9 @@ def current_folder() -> Path | None:
 
 
 def search_path(value: str, folder: Path | None) -> str:
-    """Settle a list of folders such as ``PATH`` for a process that runs in another folder than ``folder``.
+    """Make the entries of a search path such as ``PATH`` absolute, relative to ``folder``.
 
-    Empty entries and ``.`` mean wherever a process happens to be, with code that nobody chose: they are left out. Other
-    relative entries count from ``folder``.
+    Empty entries and ``.`` are left out: they mean the current folder of the process, which may hold foreign code.
     """
     entries = [entry for entry in value.split(os.pathsep) if os.path.normpath(entry) != "."]
     if folder is None:

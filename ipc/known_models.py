@@ -1,8 +1,7 @@
-"""What tensors of checkpoints in the field are called, for telling people what they hold: data, and nothing else.
+"""Tensor names of known models and formats, with which error messages name a checkpoint that cannot be lent.
 
-It says what a thing is, never what can be run: that the workers' families say, from every name and shape. These marks
-are read only for the words of a refusal, so a new family changes nothing here. Names are without prefixes
-(``tensor_names``); a mark matches every name that begins with it.
+Only for error messages: which models can be run, the workers' families decide from every name and shape. Names are
+without prefixes (``tensor_names``); a mark matches every name that begins with it.
 
 Sources: diffusers, ``single_file_utils.CHECKPOINT_KEY_NAMES``; ComfyUI, ``model_detection.py``; the packages that
 write quantised files (bitsandbytes, nunchaku, comfy-kitchen).
@@ -17,9 +16,9 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that is told by marks, all of which some name begins with.
+    """A model that is recognized if tensor names begin with all its ``marks``.
 
-    ``side`` tells relatives with the same names apart: a tensor, a dimension and its size.
+    ``side`` distinguishes models with the same names: a tensor, a dimension and its size.
     """
 
     name: str
@@ -30,7 +29,7 @@ class KnownModel:
 _TO_KEYS: Final = "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
 
 MODELS: Final = (
-    # Relatives of FLUX.1 and what shares its names, before itself.
+    # Models that share names with FLUX.1, before FLUX.1 itself.
     KnownModel("Chroma", ("distilled_guidance_layer.",)),
     KnownModel("FLUX.2", ("double_stream_modulation_img.",)),
     KnownModel("FLUX.2", ("single_stream_modulation.",)),
@@ -108,7 +107,7 @@ MODELS: Final = (
     KnownModel("a language model", ("layers.0.self_attn.q_proj.", "embed_tokens.")),
     KnownModel("a language model", ("language_model.",)),
     KnownModel("text encoders of Stable Diffusion XL", ("conditioner.embedders.",)),
-    # Others that people have beside them.
+    # Other files.
     KnownModel("an upscaler", ("body.0.rdb1.",)),
     KnownModel("an upscaler", ("conv_first.", "upsample.")),
     KnownModel("a textual inversion", ("emb_params",)),
@@ -116,14 +115,14 @@ MODELS: Final = (
 )
 
 LORA_KOHYA: Final = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
-"""How names of adapters begin, in kohya's scripts and their descendants."""
+"""How names of adapters begin, in the format of kohya's scripts."""
 
 LORA_PARTS: Final = re.compile(
     r"(?:[._]lora[._](?:A|B|up|down)(?:\.\w+)?"  # peft names the adapter: lora_A.default.weight
     r"|\.lora_linear_layer\.(?:up|down)\.weight"
     r"|\.(?:lokr|hada)_w[12](?:_[ab])?|\.(?:oft_blocks|dora_scale|diff_b))(?:\.weight)?$"
 )
-"""How names of adapters end, in peft and diffusers and others."""
+"""How names of adapters end, in the formats of peft, diffusers and others."""
 
 PACKED_MARKS: Final = (
     (".quant_state.bitsandbytes__nf4", "NF4 (bitsandbytes)"),
@@ -134,10 +133,10 @@ PACKED_MARKS: Final = (
     (".qzeros", "GPTQ or AWQ"),
     (".weight_scale_2", "NVFP4"),
 )
-"""Ends of names beside packed weights that tell the format, whatever the dtype."""
+"""Name endings beside packed weights that show the format, whatever the dtype."""
 
 SCALES: Final = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
-"""Ends of names beside packed weights of which the dtype tells the format."""
+"""Name endings beside packed weights whose dtype shows the format."""
 
 PACKED_DTYPES: Final = {
     "float8_e4m3fn": "fp8 (float8_e4m3fn)",

@@ -1,8 +1,8 @@
-"""Which degrees a group of workers gets, and why: numbers in, a choice and its reasons out.
+"""Choose the parallel layout (degrees of ulysses, ring and cfg) of a group of workers, with the reasons.
 
-The ranks are fixed when a group starts, before any model is lent: how many halves of a batch, and how many workers that
-share an image's tokens. How these are split between Ulysses and ring is planned for a number of attention heads, and is
-a preference: a component whose heads it does not divide gets degrees of its own (:func:`for_heads`).
+A group starts before any model is lent. Its cfg degree, and so the number of workers that share an image's tokens, is
+then fixed. Their split between Ulysses and ring is a preference, chosen for an assumed number of attention heads: a
+component whose heads it does not divide gets degrees of its own (:func:`for_heads`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.status import LayoutCandidate, LayoutReport
 
 CFG_DEGREES: Final = (1, 2)
-"""Rows of a batch come with a prompt, or with a negative one."""
+"""A batch has rows with the prompt, and rows with the negative prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a layout is planned for: attention heads, and tokens of one row.
+    """The workload that a layout is chosen for: attention heads, and tokens of one row.
 
     The defaults are a transformer of 24 heads and the 4,608 tokens of a 1024x1024 image with its text.
     """
@@ -38,7 +38,7 @@ USUAL: Final = Workload()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to split the work, and why it was not taken; empty for the one that was."""
+    """A possible layout, and why it was not chosen; empty for the chosen one."""
 
     degrees: Degrees
     why_not: str = ""
@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class LayoutChoice:
-    """The layout of a group, the sentence that explains it, and every candidate."""
+    """The chosen layout of a group, the reason, and all candidates."""
 
     degrees: Degrees
     reason: str
@@ -54,10 +54,10 @@ class LayoutChoice:
 
 
 def choose_layout(world_size: int, asked: Mapping[str, int] | None = None, workload: Workload = USUAL) -> LayoutChoice:
-    """Choose degrees whose product is ``world_size``. Those ``asked`` for by name are kept; tokens share the rest.
+    """Choose degrees whose product is ``world_size``; the degrees in ``asked`` are kept.
 
     Raises:
-        Unsupported: what is asked for cannot work; the message names the number at fault and what would do.
+        Unsupported: the degrees asked for cannot work; the message names the number and the remedy.
     """
     asked = asked or {}
     chosen = _choose(world_size, asked, workload)
@@ -75,7 +75,7 @@ def choose_layout(world_size: int, asked: Mapping[str, int] | None = None, workl
 
 
 def report(choice: LayoutChoice, asked: Mapping[str, int]) -> LayoutReport:
-    """Tell a choice as the workers and the daemon do."""
+    """Convert a choice to a message."""
     return LayoutReport(
         asked=spell(asked),
         reason=choice.reason,
@@ -86,9 +86,9 @@ def report(choice: LayoutChoice, asked: Mapping[str, int]) -> LayoutReport:
 
 
 def why_impossible(degrees: Degrees, workload: Workload) -> str:
-    """Say why these degrees cannot work for these heads and tokens; nothing if they can."""
+    """Say why these degrees cannot work for these heads and tokens; empty if they can."""
     if degrees.cfg not in CFG_DEGREES:
-        return f"cfg={degrees.cfg}: rows come with a prompt or with a negative one; use cfg=2 or cfg=1"
+        return f"cfg={degrees.cfg}: a batch has at most two halves, prompt and negative prompt; use cfg=2 or cfg=1"
     scarce = min(workload.text_tokens, workload.image_tokens)
     if degrees.sequence > scarce:
         return (
@@ -99,7 +99,7 @@ def why_impossible(degrees: Degrees, workload: Workload) -> str:
 
 
 def most_ulysses(workers: int, heads: int) -> int:
-    """The largest Ulysses degree that divides both; ring takes what is left of ``workers``."""
+    """Return the largest Ulysses degree that divides both; ring takes the rest of ``workers``."""
     return math.gcd(workers, heads)
 
 
@@ -130,7 +130,7 @@ def _choose(world_size: int, asked: Mapping[str, int], workload: Workload) -> De
 
 
 def _splits(world_size: int) -> Iterator[Degrees]:
-    """Every way to write ``world_size`` as a product of degrees; the most Ulysses first."""
+    """Yield every way to write ``world_size`` as a product of degrees, the largest Ulysses degree first."""
     for cfg in CFG_DEGREES:
         for ring in _divisors(world_size, cfg):
             yield Degrees(world_size // (cfg * ring), ring, cfg)
@@ -146,20 +146,20 @@ def _reason(chosen: Degrees, asked: Mapping[str, int], workload: Workload) -> st
         return "one worker: nothing to split"
     parts = [f"{spell(asked)} as asked"] if asked else []
     if chosen.ulysses > 1 and "ulysses" not in asked:
-        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} attention heads planned for")
+        parts.append(f"ulysses={chosen.ulysses} divides the {workload.heads} attention heads (assumed)")
     if chosen.ring > 1 and "ring" not in asked:
-        parts.append(f"ring={chosen.ring} takes the workers that are left")
+        parts.append(f"ring={chosen.ring} takes the remaining workers")
     if workload.heads % chosen.ulysses:
-        parts.append(_instead(chosen, workload))
+        parts.append(_explain_replacement(chosen, workload))
     elif chosen.ulysses > 1:
         parts.append(f"models whose heads ulysses={chosen.ulysses} does not divide get degrees of their own")
     return "; ".join(parts)
 
 
-def _instead(degrees: Degrees, workload: Workload) -> str:
-    """Tell what a model runs with in place of degrees whose Ulysses its heads do not divide by."""
+def _explain_replacement(degrees: Degrees, workload: Workload) -> str:
+    """Name the degrees that a model gets instead when Ulysses does not divide its heads."""
     return (
-        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads planned for, "
+        f"ulysses={degrees.ulysses} does not divide the {workload.heads} attention heads (assumed), "
         f"which run with {for_heads(degrees, workload.heads)} instead"
     )
 
@@ -169,10 +169,10 @@ def _why_not(degrees: Degrees, chosen: Degrees, asked: Mapping[str, int], worklo
     if fault:
         return fault
     if workload.heads % degrees.ulysses:
-        return _instead(degrees, workload)
+        return _explain_replacement(degrees, workload)
     for name, degree in asked.items():
         if degrees.named()[name] != degree:
             return f"{name}={degree} was asked for"
     if degrees.cfg > chosen.cfg:
-        return "cfg=2 halves the work of jobs with a negative prompt alone; it has to be asked for"
-    return f"the more Ulysses, the better: ring sends keys and values around, and runs plain modules ({chosen})"
+        return "cfg=2 halves only the work of jobs with a negative prompt; ask for it by name"
+    return f"more Ulysses is faster: ring sends keys and values around, and runs unfused modules ({chosen})"

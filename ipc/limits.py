@@ -1,4 +1,4 @@
-"""Bounds on everything that arrives from another process, in one place."""
+"""Limits on everything that arrives from another process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_MESSAGE_BYTES: Final = 4 * 2**20
 
 MAX_MAPS: Final = 32_768
 MAX_ARRAYS: Final = 65_536
-"""Maps and arrays in one message, at any depth: three arrays for a tensor, two maps for a block, and room."""
+"""Maps and arrays in one message, at any depth: three arrays for a tensor, two maps for a block, and some more."""
 
 MAX_TENSORS: Final = 16_384
 """Tensors in one manifest."""
@@ -24,25 +24,25 @@ MAX_NAME_CHARS: Final = 512
 """Characters in a tensor name, a component label or a path."""
 
 MAX_TEXT_CHARS: Final = 64 * 1024
-"""Characters in an error detail, far beyond what ours have: lists in them are cut to a few names."""
+"""Characters in an error detail; those of xditd are far shorter, since lists in them are cut to a few names."""
 
 MAX_ERROR_NAMES: Final = 2_048
 MAX_ERROR_NAME_CHARS: Final = 1_024
 MAX_ERROR_NAMES_CHARS: Final = 256 * 1024
-"""What an error names beside its detail: entries, characters of one, and of all together."""
+"""Names that an error carries beside its detail: entries, characters of one, and of all together."""
 
 MAX_BYTES: Final = 2**46
 """Sizes and offsets (64 TiB)."""
 
 MAX_SIDE_PIXELS: Final = 8_192
-"""Height and width of an image: what the workers take. A refusal names it, in the client and in the workers."""
+"""Height and width of an image, checked in the client and in the workers."""
 
 MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
 MAX_GUIDANCE: Final = 1_000.0
 
 MAX_TEXT_TOKENS: Final = 4_096
-"""Tokens of one text: the attention of a text encoder may keep a number for every pair of them in every head."""
+"""Tokens of one text: a text encoder's attention may store a number for every pair of tokens in every head."""
 
 MAX_PARTS: Final = 64
 """Forwards in one call."""
@@ -52,19 +52,19 @@ MAX_ARGUMENT_DEPTH: Final = 8
 """Of one forward: nodes of its argument tree, and levels."""
 
 MAX_ARGUMENT_VALUES: Final = 4_096
-"""Elements of a tensor that a message itself carries."""
+"""Elements of a tensor inside a message."""
 
 MAX_ARGUMENT_BYTES: Final = 2 * 2**30
-"""What the arguments of one job may take in each worker's memory: what comes with it, and what is joined of it."""
+"""Memory that the arguments of one job may take on each worker, concatenated tensors included."""
 
 MAX_FORESEEN: Final = 64
-"""Arguments of which a call says the values to come."""
+"""Arguments whose values in later calls a call announces."""
 
 MAX_KEPT_TENSORS: Final = 256
-"""Tensors of one client that a worker keeps for later requests, least recently used first out."""
+"""Tensors of one client that a worker keeps for later requests; the least recently used is evicted."""
 
 MAX_KEPT_BYTES: Final = 256 * 2**20
-"""Their bytes, altogether. One prompt of 512 tokens, 4,096 wide, takes 4 MiB in bfloat16."""
+"""Bytes of all of them. One prompt of 512 tokens, 4,096 wide, takes 4 MiB in bfloat16."""
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 """Header of a safetensors file; the format itself allows 100 MB."""
@@ -73,9 +73,9 @@ MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 
 MAX_FUSED_CHECKS: Final = 32
-"""Comparisons of fused kernels with plain modules that ``status`` shows; a new number of tokens makes another one."""
+"""Fast path checks (fused kernels against unmodified modules) in ``status``; there is one for each number of tokens."""
 
 MAX_LAYOUT_CANDIDATES: Final = 64
-"""Ways to split the work of a group; 840 workers have 56, and no other number up to 1024 has more."""
+"""Possible layouts of a group: 840 workers have 56, and no other number up to 1024 has more."""
 
 MAX_LOG_LINES: Final = 2_000

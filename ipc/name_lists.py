@@ -1,7 +1,7 @@
-"""Lists of names in errors: the message shows the first few and the count, the error carries all of them.
+"""Lists of names in error messages: the message shows the first few and the count, the error carries all.
 
-A checkpoint of another format differs in hundreds of tensors. A message that names them all hides what is wrong and
-what to do about it, so every list whose length depends on what was given goes through :func:`listed`.
+A checkpoint of another format differs in hundreds of tensors, which would hide the cause and the remedy. So every list
+whose length depends on the input is formatted by :func:`listed`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _LOG_LINE_CHARS: Final = 1_600
 
 
 def listed(names: Iterable[object], *, joint: str = ", ") -> str:
-    """Join the first names, and say how many more there are: ``a, b, c, d, e and 775 more``."""
+    """Join the first names, and count the others: ``a, b, c, d, e and 775 more``."""
     every = [str(name) for name in names]
     shown = joint.join(_cut(name, _SHOWN_CHARS) for name in every[:SHOWN])
     return f"{shown} and {len(every) - SHOWN} more" if len(every) > SHOWN else shown
 
 
 def in_log_lines(names: Iterable[str]) -> Iterator[str]:
-    """Join all names by commas, in lines that a log keeps whole."""
+    """Join all names by commas, in lines that the log does not cut."""
     line = ""
     for name in names:
         name = _cut(name, limits.MAX_ERROR_NAME_CHARS)
@@ -40,7 +40,7 @@ def in_log_lines(names: Iterable[str]) -> Iterator[str]:
 
 
 def for_message(names: Iterable[str]) -> tuple[str, ...]:
-    """Cut a list to what a ``Failed`` message holds; more than most checkpoints can lack."""
+    """Cut a list to what a ``Failed`` message holds, which is more than most checkpoints have tensors."""
     found: list[str] = []
     room = limits.MAX_ERROR_NAMES_CHARS
     for name in names:

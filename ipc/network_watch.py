@@ -1,9 +1,8 @@
-"""Observe whether this process reaches for other hosts: a claim of "nothing downloaded" needs a witness.
+"""Detect connections of this process to other hosts, as evidence that nothing is downloaded.
 
-Two witnesses, neither complete alone. The audit hook sees every attempt that Python code makes, whatever
-becomes of it, and nothing that C libraries do by themselves. The kernel's socket tables show connections
-of any library, but only those that are open when one looks. Bytes are counted by neither: without an
-attempt there are none, and after one their number is unknown.
+Two methods, neither complete alone. A Python audit hook sees every attempt of Python code, but not of C libraries. The
+kernel's socket tables show connections of any library, but only those that are open when they are read. Neither counts
+bytes: without an attempt there are none.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _LISTENING: Final = 0x0A  # TCP_LISTEN in include/net/tcp_states.h
 
 
 class OutsideConnections:
-    """The addresses beyond loopback that Python code of this process has tried to reach since ``install``.
+    """The addresses beyond loopback to which Python code of this process has tried to connect since ``install``.
 
     Source: Python documentation, "Audit events table".
     """
@@ -33,15 +32,15 @@ class OutsideConnections:
 
     @classmethod
     def install(cls) -> OutsideConnections:
-        """Begin to watch. An audit hook cannot be taken out again: install one, early, in each process."""
+        """Install the audit hook. It cannot be removed: install one, early, in each process."""
         watch = cls()
-        sys.addaudithook(watch._hear)
+        sys.addaudithook(watch._on_event)
         return watch
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _EVENTS:
             return
-        # Called inside every socket call: an exception here would break it.
+        # Called inside every socket call, which an exception here would break.
         family = getattr(arguments[0], "family", None)
         address = arguments[1]
         if family in _INTERNET and isinstance(address, tuple) and len(address) >= 2 and not is_local(address[0]):
@@ -49,7 +48,7 @@ class OutsideConnections:
 
 
 def is_local(host: object) -> bool:
-    """Whether a host, as it is given to ``connect``, is this machine's loopback. Names other than localhost are not."""
+    """Whether a host, as given to ``connect``, is loopback. Of host names, only localhost is."""
     text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else str(host)
     if text in ("", "localhost"):
         return True
@@ -118,7 +117,7 @@ def _rows(pid: int) -> Iterator[tuple[InternetSocket, int]]:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Read ``0100007F:1F90``: 32-bit words as the host stores them, in network order in memory."""
+    """Parse ``0100007F:1F90``: 32-bit words of the host's byte order, in network order in memory."""
     words, _, port = text.partition(":")
     packed = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6

@@ -1,4 +1,4 @@
-"""Running out of descriptors: how it shows, and what to say of it."""
+"""Detect and describe that a process has too many open files (EMFILE)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import resource
 
 
 def is_want_of_descriptors(error: BaseException) -> bool:
-    """Say whether an error means that this process, or the machine, may open no more files.
+    """Whether an error means that this process, or the machine, can open no more files.
 
-    Libraries in C++ pass on no number: gloo raises RuntimeError with the system's words (gloo/transport/tcp/loop.cc).
+    C++ libraries lose the errno: gloo raises RuntimeError with the system's message (gloo/transport/tcp/loop.cc).
     """
     number = getattr(error, "errno", None)
     return number in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error)

@@ -1,4 +1,4 @@
-"""Bases that all messages share, and the version that the first message carries."""
+"""Base classes of all messages, common field types, and the protocol version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from xditd.ipc import limits
 
 PROTOCOL_VERSION: Final = 8
-"""Rises with every change of a message, since unknown fields are refused. Not the package's version."""
+"""Increased with every change of a message, since unknown fields are refused. Not the package's version."""
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 ComponentId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -29,12 +29,12 @@ class Message(msgspec.Struct, tag_field="op", frozen=True, kw_only=True, forbid_
 
 
 class Request(Message, frozen=True, kw_only=True):
-    """What a client asks. Each request has one reply type, or ``Failed``; events may come before it."""
+    """Base of a client's requests. Each has one reply type, or ``Failed``; events may come before the reply."""
 
     request_id: RequestId
 
 
 class Reply(Message, frozen=True, kw_only=True):
-    """What answers the request of the same ``request_id``."""
+    """Base of replies and events, which answer the request of the same ``request_id``."""
 
     request_id: RequestId

@@ -1,8 +1,7 @@
-"""Telling people what they hold when it cannot be lent: one look at names, shapes and dtypes, after all else failed.
+"""Name a checkpoint that cannot be lent, by its tensors' names, shapes and dtypes, for error messages.
 
-Two questions, since only the workers' families know what can be run: :func:`form_error` finds what no family takes in
-any model (an adapter, several parts in one file, packed weights); :func:`unsupported_error` also names the model, for
-those who know that nothing here claims it.
+:func:`form_error` recognizes what no family can run (an adapter, several parts in one file, packed weights).
+:func:`unsupported_error` also names the model, for callers who know that no family matches it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _PARTS: Final = {
     "diffusion_model": "transformer or UNet",
     "transformer": "transformer or UNet",
 }
-"""What a segment of a prefix says of a tensor, in the order in which they count."""
+"""The part of an all-in-one checkpoint, by a segment of a tensor's prefix; the first match counts."""
 
 
 class TensorLike(Protocol):
@@ -54,19 +53,19 @@ class TensorLike(Protocol):
 
 
 def form_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str] = ()) -> RequestError | None:
-    """Name what can be lent of no model: an adapter, several models in one file, packed weights; ``None`` for the rest.
+    """Return the error for an adapter, several models in one file, or packed weights; ``None`` for other tensors.
 
-    ``can_run`` names models in people's words, for the remedy. The message is what it is, the remedy, and the first
-    tensors that tell; ``names`` has all of these.
+    ``can_run`` names models for the remedy. The message names the format, the remedy and the first tensors that show
+    it; ``names`` has all of them.
     """
     return _adapter_error(tensors) or _parts_error(tensors, can_run) or _packed_error(tensors)
 
 
 def unsupported_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str] = ()) -> RequestError | None:
-    """Name what nothing here claims, if it is known: as :func:`form_error`, or by its model.
+    """Return the error for a checkpoint that no family matches: as :func:`form_error`, or with the model's name.
 
-    Only those who looked in vain for their own model ask this: the table holds models that can be run, too. The remedy
-    is to lend one of ``can_run``; without them it says where they are listed.
+    Call it only after the match has failed: the table also has models that can be run. The remedy is to lend one of
+    ``can_run``; without them it says where they are listed.
     """
     return (
         _adapter_error(tensors)
@@ -86,7 +85,9 @@ def _adapter_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     if not adapters:
         return None
     whose = "kohya's" if any(name.startswith(LORA_KOHYA) for name in adapters) else "diffusers'"
-    return Unsupported(f"a LoRA in {whose} names is no model: {_LORA}; {_few(adapters, tensors)}", names=adapters)
+    return Unsupported(
+        f"a LoRA in {whose} names is no model: {_LORA}; {_format_names(adapters, tensors)}", names=adapters
+    )
 
 
 def _parts_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> RequestError | None:
@@ -94,7 +95,7 @@ def _parts_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> R
     if len(parts) < 2:
         return None
     counts = [f"{part} ({count} tensors)" for part, count in parts.items()]
-    name = _name_of(tensors)
+    name = _describe_model(tensors)
     of = f" of {name}" if name else ""
     which = f" ({one_of(can_run)})" if can_run else ""
     return Unsupported(
@@ -108,26 +109,30 @@ def _model_error(tensors: Mapping[str, TensorLike], can_run: Sequence[str]) -> R
         return None
     remedy = f"lend {one_of(can_run)}" if can_run else _LISTED
     names = sorted(tensors)
-    return Unsupported(f"{_name_of(tensors)} cannot be run: {remedy}; {_few(names, tensors)}", names=names)
+    return Unsupported(
+        f"{_describe_model(tensors)} cannot be run: {remedy}; {_format_names(names, tensors)}", names=names
+    )
 
 
 def _packed_error(tensors: Mapping[str, TensorLike]) -> RequestError | None:
     kind, packed = _packed_in(tensors)
     if not kind:
         return None
-    return UnsupportedDtype(f"{_name_of(tensors)} cannot be run: {_PLAIN}; {_few(packed, tensors)}", names=packed)
+    return UnsupportedDtype(
+        f"{_describe_model(tensors)} cannot be run: {_PLAIN}; {_format_names(packed, tensors)}", names=packed
+    )
 
 
 def _is_weight(name: str) -> bool:
     return not name.endswith(".comfy_quant") and not tells_nothing(split_prefix(name)[1])
 
 
-def _few(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
+def _format_names(names: list[str], tensors: Mapping[str, TensorLike]) -> str:
     return f"{len(names)} of {len(tensors)} tensors: {listed(names)}"
 
 
-def _name_of(tensors: Mapping[str, TensorLike]) -> str:
-    """Name the model and the format of packed weights, as far as they are known; empty where neither is."""
+def _describe_model(tensors: Mapping[str, TensorLike]) -> str:
+    """Name the model and the format of packed weights, as far as they are known; empty if neither is."""
     model = _model_of(tensors)
     kind, _ = _packed_in(tensors)
     name = "" if model is None else model.name
@@ -137,12 +142,12 @@ def _name_of(tensors: Mapping[str, TensorLike]) -> str:
 def _model_of(tensors: Mapping[str, TensorLike]) -> KnownModel | None:
     bare = {split_prefix(name)[1]: each for name, each in tensors.items()}
     for model in MODELS:
-        if all(_any_begins(bare, mark) for mark in model.marks) and _has_side(bare, model.side):
+        if all(_any_starts_with(bare, mark) for mark in model.marks) and _has_side(bare, model.side):
             return model
     return None
 
 
-def _any_begins(names: Iterable[str], mark: str) -> bool:
+def _any_starts_with(names: Iterable[str], mark: str) -> bool:
     return any(name.startswith(mark) for name in names)
 
 
@@ -155,7 +160,7 @@ def _has_side(tensors: Mapping[str, TensorLike], side: tuple[str, int, int] | No
 
 
 def _packed_in(tensors: Mapping[str, TensorLike]) -> tuple[str, list[str]]:
-    """Name the format of packed weights, and list them with what tells it; nothing where there are none."""
+    """Name the format of packed weights, and list them with their dtypes; empty if there are none."""
     packed = [
         f"{name} is {each.dtype}" for name, each in tensors.items() if each.dtype in PACKED_DTYPES and _is_weight(name)
     ]
@@ -171,7 +176,7 @@ def _packed_in(tensors: Mapping[str, TensorLike]) -> tuple[str, list[str]]:
 
 
 def _parts_of(tensors: Iterable[str]) -> dict[str, int]:
-    """Count the tensors of each part of an all-in-one checkpoint, told by prefixes."""
+    """Count the tensors of each part of an all-in-one checkpoint, by prefix."""
     counts: Counter[str] = Counter()
     for name in tensors:
         prefix, bare = split_prefix(name)

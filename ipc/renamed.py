@@ -1,4 +1,4 @@
-"""Old names of attributes: they work in this release, with a warning that names the new one (docs/upgrading.md)."""
+"""Deprecated attribute names: they work in this release, with a warning that names the new one (docs/upgrading.md)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Renamed:
-    """An attribute or a method under its old name. ``__set_name__`` takes the old one from the class."""
+    """Descriptor for an attribute or a method under its old name."""
 
     def __init__(self, new: str) -> None:
         self._new = new

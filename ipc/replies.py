@@ -1,4 +1,4 @@
-"""What the daemon may answer: the closed union :data:`AnyReply`. Events come before a request's reply."""
+"""Replies and events of the daemon: the closed union :data:`AnyReply`. Events come before a request's reply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Name, Tie
 
 
 class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
-    """Answers ``Hello``. ``daemon_uid`` and ``daemon_pid`` let a client say whom it talks to."""
+    """Answers ``Hello``."""
 
     protocol_version: Count
     package_version: Name
@@ -24,9 +24,9 @@ class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):
     max_message_bytes: Count = limits.MAX_MESSAGE_BYTES
     """The longest message that this daemon reads."""
     beat_every_s: Seconds = 15.0
-    """How often the client has to send something, a ``Beat`` if nothing else, for its loans to live."""
+    """How often the client has to send a message, a ``Beat`` if no other, to keep its loans."""
     world_size: Count
-    """Workers that the group has, or will have once it is up; 0 while that is not known."""
+    """Workers that the group has, or will have once it is started; 0 while that is not known."""
 
 
 class BeatHeard(Reply, tag="beat_heard", frozen=True, kw_only=True):
@@ -48,8 +48,8 @@ class MemoryChecked(Reply, tag="memory_checked", frozen=True, kw_only=True):
 class Lent(Reply, tag="lent", frozen=True, kw_only=True):
     """Answers ``Lend``: every rank has mapped, verified and plugged the component.
 
-    ``copied`` counts what the workers copied, over all ranks; ``is_reused`` says that these very
-    bytes were lent already and nothing was done. ``timings_ms`` is the slowest rank's, by phase.
+    ``copied`` counts what the workers copied, over all ranks; ``is_reused`` means that the same bytes were lent already
+    and nothing was done. ``timings_ms`` is the slowest rank's, by phase.
     """
 
     component_id: ComponentId
@@ -80,7 +80,7 @@ class Revoked(Reply, tag="revoked", frozen=True, kw_only=True):
 class Generated(Reply, tag="generated", frozen=True, kw_only=True):
     """Answers ``Generate``: the outputs are in the I/O block. Timings are the slowest rank's, by phase.
 
-    ``reused_steps`` says how many steps the step cache spared, counted for each image of the batch.
+    ``reused_steps`` is how many steps the step cache skipped, counted for each image of the batch.
     """
 
     timings_ms: TimingsMs
@@ -90,8 +90,8 @@ class Generated(Reply, tag="generated", frozen=True, kw_only=True):
 class Called(Reply, tag="called", frozen=True, kw_only=True):
     """Answers ``Call``: a tree of tensors for each part, in the job's I/O block.
 
-    They lie in ``block`` instead where that is given: a block of the process ``provider``, which keeps the newest few
-    of each client.
+    They are in ``block`` instead if that is given: a block of the process ``provider``, which keeps the last few for
+    each client.
     """
 
     results: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
@@ -119,7 +119,7 @@ class TextEncoded(Reply, tag="text_encoded", frozen=True, kw_only=True):
 
 
 class CancelNoted(Reply, tag="cancel_noted", frozen=True, kw_only=True):
-    """Answers ``Cancel``, also where that request had ended already: how it ended, its own reply says."""
+    """Answers ``Cancel``, also if that request had ended already; its own reply says how it ended."""
 
 
 class Status(Reply, tag="status", frozen=True, kw_only=True):
@@ -129,7 +129,7 @@ class Status(Reply, tag="status", frozen=True, kw_only=True):
 
 
 class LogLines(Reply, tag="log_lines", frozen=True, kw_only=True):
-    """Answers ``GetLogs``. Ask again with ``next_line`` to go on from here."""
+    """Answers ``GetLogs``. Ask again with ``next_line`` to continue."""
 
     lines: Annotated[tuple[Text, ...], msgspec.Meta(max_length=limits.MAX_LOG_LINES)]
     next_line: Count
@@ -145,13 +145,13 @@ class Failed(Reply, tag="failed", frozen=True, kw_only=True):
     code: Name
     detail: Text
     retry_after_s: Seconds | None = None
-    """When to try again, where that is known."""
+    """When to try again, if that is known."""
     names: ErrorNames = ()
-    """All that the lists in ``detail`` name, of which it shows the first few."""
+    """All entries of the lists in ``detail``, which shows the first few."""
 
 
 class Queued(Reply, tag="queued", frozen=True, kw_only=True):
-    """Event: the request waits; ``ahead`` others go first. ``reason`` says for what it waits."""
+    """Event: the job waits, and ``ahead`` others go first. ``reason`` says what it waits for."""
 
     ahead: Count
     reason: Text

@@ -1,4 +1,4 @@
-"""What a client may ask of the daemon: the closed union :data:`AnyRequest`."""
+"""Requests of a client to the daemon: the closed union :data:`AnyRequest`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=limits.MAX_GUIDANCE)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Role = Literal["transformer", "vae"]
-"""What a component is to a generation."""
+"""The role of a component in a generation."""
 
 
 class Hello(Request, tag="hello", frozen=True, kw_only=True):
-    """Open a session. Nothing else is served before it. Answered by ``Welcome``."""
+    """Open a session; no other request is served before it. Answered by ``Welcome``."""
 
     protocol_version: Count
     package_version: Name
@@ -29,15 +29,15 @@ class Hello(Request, tag="hello", frozen=True, kw_only=True):
 
 
 class Beat(Request, tag="beat", frozen=True, kw_only=True):
-    """A sign of life, sent every ``Welcome.beat_every_s``: a session that is silent ends. Answered by ``BeatHeard``."""
+    """Heartbeat, sent every ``Welcome.beat_every_s``: a silent session is ended. Answered by ``BeatHeard``."""
 
 
 class Goodbye(Request, tag="goodbye", frozen=True, kw_only=True):
-    """Close the session and end its loans. Answered by ``Farewell``; a dead process needs no goodbye."""
+    """Close the session and end its loans, as the exit of the process does. Answered by ``Farewell``."""
 
 
 class CheckMemory(Request, tag="check_memory", frozen=True, kw_only=True):
-    """Ask every worker what it reads in a stretch of the client's I/O block. Answered by ``MemoryChecked``."""
+    """Have every worker hash part of the client's I/O block (memory check). Answered by ``MemoryChecked``."""
 
     io: HostShmBlock
     offset_bytes: Bytes
@@ -45,10 +45,10 @@ class CheckMemory(Request, tag="check_memory", frozen=True, kw_only=True):
 
 
 class Lend(Request, tag="lend", frozen=True, kw_only=True):
-    """Lend a component to the workers until ``ReturnLoan``, ``Goodbye`` or the client's death.
+    """Lend a component to the workers until ``ReturnLoan``, ``Goodbye`` or the client's exit.
 
-    Answered by ``Lent`` once every rank has mapped, verified and plugged it. ``copied`` is what the
-    client itself copied to make the tensors lendable, so that the daemon's totals are honest.
+    Answered by ``Lent`` once every rank has mapped, verified and plugged it. ``copied`` is what the client copied to
+    make the tensors lendable, for the daemon's totals.
     """
 
     manifest: Manifest
@@ -56,24 +56,24 @@ class Lend(Request, tag="lend", frozen=True, kw_only=True):
 
 
 class ReturnLoan(Request, tag="return_loan", frozen=True, kw_only=True):
-    """Take a component back. Answered by ``Returned`` once no worker maps it any more."""
+    """Return a component to its owner. Answered by ``Returned`` once no worker maps it any more."""
 
     component_id: ComponentId
 
 
 class Adopt(Request, tag="adopt", frozen=True, kw_only=True):
-    """Make a loan the workers' own: each copies what it maps of it, once. It then outlives its client.
+    """Have the workers copy a lent component, so that it outlives its client.
 
-    Answered by ``Adopted`` once no worker maps the client's memory any more. ``Revoke`` frees it.
+    Answered by ``Adopted`` once no worker maps the client's memory any more. ``Revoke`` frees the copy.
     """
 
     component_id: ComponentId
 
 
 class Revoke(Request, tag="revoke", frozen=True, kw_only=True):
-    """End a loan, or free an adopted component, whoever lent it. Its jobs fail with ``lease_lost``.
+    """End any client's loan, or free an adopted component. Its jobs fail with ``lease_lost``.
 
-    Answered by ``Revoked`` once no worker maps or holds it.
+    Answered by ``Revoked`` once no worker maps or holds the component.
     """
 
     component_id: ComponentId
@@ -88,10 +88,10 @@ class Part(Described, frozen=True, kw_only=True):
 class Call(Request, tag="call", frozen=True, kw_only=True):
     """Run a transformer's ``forward`` once for each part. Answered by ``Called``.
 
-    Nothing is merged, padded or cast: a part gives what the class gives in the client's own process. Parts are
-    independent, and may run on different ranks. ``foreseen`` are values of an argument in calls to come, in its units:
-    they change no bit. ``variant`` is ``class``, or another one that the component's facts name.
-    ``out`` is where in ``io`` results may be written; longer ones come in a block of the workers'.
+    Nothing is merged, padded or cast: a part returns what the class returns in the client's own process. Parts are
+    independent, and may run on different ranks. ``foreseen`` announces values of an argument in later calls, in its
+    units; it does not change results. ``variant`` is ``class``, or another one of the component's facts. ``out`` is the
+    place for results in ``io``; longer ones are returned in a block of the workers.
     """
 
     component_id: ComponentId
@@ -107,13 +107,13 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
 
 
 class Sampling(Described, frozen=True, kw_only=True):
-    """How a generation runs, in words that all families share.
+    """Sampling parameters of a generation, the same for all families.
 
-    ``sigmas`` has ``steps`` descending values in (0, 1], used verbatim; the final 0 is implied, as in diffusers.
-    Without it, the family's own schedule runs. ``guidance_scale`` is the family's own where it is ``None``.
-    ``options`` are those of the family, by the names of its facts; others are refused.
-    With a ``step_cache_threshold`` above 0, a step whose first block changes the image by less than that, relative to
-    what it did at the last step that was computed, takes over what all other blocks did there: not lossless.
+    ``sigmas`` has ``steps`` descending values in (0, 1], used unchanged; the final 0 is implied, as in diffusers.
+    Without it the family's schedule is used, and without ``guidance_scale`` the family's default. ``options`` are those
+    of the family, named in its facts; others are refused. With a ``step_cache_threshold`` above 0, a step whose first
+    block's residual differs from that of the last computed step by less than this, relative to it, reuses the residual
+    of all other blocks: not lossless.
     """
 
     height: Side
@@ -132,11 +132,11 @@ class Sampling(Described, frozen=True, kw_only=True):
 class Generate(Request, tag="generate", frozen=True, kw_only=True):
     """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
 
-    ``components`` are named by role: a ``transformer``, and a ``vae`` where ``out_image`` is asked for.
-    ``conditioning`` is by name, as the transformer's facts list it. All tensors lie in ``io`` or are kept. Shapes:
-    ``noise`` and ``out_latents`` as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1].
-    Either ``noise`` or the sampling's ``seed`` is given. With ``out_denoised``, shaped as ``out_latents``, the clean
-    latents as predicted at each step are there before its ``StepDone``; the next step overwrites them.
+    ``components`` are named by role: a ``transformer``, and a ``vae`` if ``out_image`` is given. ``conditioning`` has
+    the names of the transformer's facts. All tensors are in ``io`` or are kept. Shapes: ``noise`` and ``out_latents``
+    as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1]. Either ``noise`` or the sampling's
+    ``seed`` is given. ``out_denoised``, shaped as ``out_latents``, receives the predicted clean latents of each step
+    before its ``StepDone``; the next step overwrites them.
     """
 
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
@@ -150,7 +150,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):
-    """Decode ``latents`` (batch, channels, h, w) to ``out``, uncut at [-1, 1]. Answered by ``Decoded``.
+    """Decode ``latents`` (batch, channels, h, w) to ``out``, not clamped to [-1, 1]. Answered by ``Decoded``.
 
     Shapes are those of the component's facts. ``scaling`` is that of ``latents``; without it, that of the facts.
     """
@@ -179,8 +179,8 @@ class Encode(Request, tag="encode", frozen=True, kw_only=True):
 class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     """Encode ``token_ids`` (batch, tokens), int64, to ``out`` (batch, tokens, width). Answered by ``TextEncoded``.
 
-    ``out`` is the last layer after the final norm. ``out_pooled`` (batch, width), of encoders that have one, is its
-    state at the first end-of-text token, not projected. Tokenizers are the client's.
+    ``out`` is the last layer after the final norm. ``out_pooled`` (batch, width), for encoders that have one, is its
+    state at the first end-of-text token, not projected. The client tokenizes.
     """
 
     encoder_id: ComponentId
@@ -214,7 +214,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
 
 
 InferenceRequest = Call | Generate | Decode | Encode | EncodeText
-"""Requests that run on the workers and are queued."""
+"""Requests that run on the workers as queued jobs."""
 
 AnyRequest = (
     Hello

@@ -15,7 +15,7 @@ from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Describe
 
 
 class GroupState(Enum):
-    """Life of a worker group; the table of moves is in :mod:`xditd.daemon.groups.lifecycle`."""
+    """State of a worker group; the transitions are in :mod:`xditd.daemon.groups.lifecycle`."""
 
     STARTING = "starting"
     READY = "ready"
@@ -25,7 +25,7 @@ class GroupState(Enum):
 
 
 class LeaseState(Enum):
-    """Life of a lease; the table of moves is in :mod:`xditd.daemon.loans.leases`."""
+    """State of a lease; the transitions are in :mod:`xditd.daemon.loans.leases`."""
 
     LENDING = "lending"
     LENT = "lent"
@@ -35,7 +35,7 @@ class LeaseState(Enum):
 
 
 class JobState(Enum):
-    """Life of a queued request; the table of moves is in :mod:`xditd.daemon.queue.jobs`."""
+    """State of a job; the transitions are in :mod:`xditd.daemon.queue.jobs`."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -45,7 +45,7 @@ class JobState(Enum):
 
 
 class WorkerStatus(Described, frozen=True, kw_only=True):
-    """One rank. ``memory_bytes`` is what the whole GPU holds in use, by every process; 0 on CPU."""
+    """One rank. ``memory_bytes`` is the memory of its GPU in use by all processes; 0 on CPU."""
 
     rank: Count
     pid: Count
@@ -61,7 +61,7 @@ class ComponentStatus(Described, frozen=True, kw_only=True):
     label: Name
     kind: ComponentKind | None
     facts: ComponentFacts | None
-    """``None`` until the workers know it."""
+    """``None`` until the workers have reported them."""
     state: LeaseState
     tiers: tuple[Tier, ...]
     lent_bytes: Bytes
@@ -93,7 +93,7 @@ class ErrorStatus(Described, frozen=True, kw_only=True):
 
 
 class Counters(Described, frozen=True, kw_only=True):
-    """Since the daemon started, except ``models_*`` and ``plugs``: since the group did."""
+    """Counted since the daemon started, but ``models_*`` and ``plugs`` since the group started."""
 
     group_starts: Count = 0
     jobs_done: Count = 0
@@ -109,14 +109,14 @@ class Counters(Described, frozen=True, kw_only=True):
 
 
 class LayoutCandidate(Described, frozen=True, kw_only=True):
-    """One way to split the work, as the setting spells it, and why it was not taken: empty for the one that was."""
+    """A possible layout, in the setting's format, and why it was not chosen: empty for the chosen one."""
 
     layout: Name
     why_not: Text
 
 
 class LayoutReport(Described, frozen=True, kw_only=True):
-    """The parallel layout of a group: what was asked for, why it became what it is, and what else there was."""
+    """The parallel layout of a group: what was asked for, the reason for the choice, and all candidates."""
 
     asked: Text
     reason: Text
@@ -124,16 +124,16 @@ class LayoutReport(Described, frozen=True, kw_only=True):
 
 
 class FusedCheck(Described, frozen=True, kw_only=True):
-    """Fused kernels, compared with plain modules when a rank first ran them for so many tokens."""
+    """A fast path check: fused kernels compared with unmodified modules, at the first forward of so many tokens."""
 
     kernels: Name
     case: Name
     """The tokens of a forward on that rank."""
     error: RelativeError | None
-    """Relative error of the result; ``None`` where it was not finite."""
+    """Relative error of the result; ``None`` if it was not finite."""
     tolerance: RelativeError
     is_used: bool
-    """Whether they run; else plain modules do. Once refused they are not used for any number of tokens."""
+    """Whether the kernels are used. Once refused, they are not used for any number of tokens."""
 
 
 class DaemonStatus(Described, frozen=True, kw_only=True):
@@ -148,12 +148,12 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     world_size: Count
     parallel: Annotated[dict[str, Count], msgspec.Meta(max_length=16)]
     layout: LayoutReport | None
-    """``None`` until the workers have said how they are laid out."""
+    """``None`` until the workers have reported it."""
     attention_backend: Text
     precision: Text
-    """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is up."""
+    """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is ready."""
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)]
-    """How fused kernels compared with plain modules since the group started, oldest first; bounded."""
+    """Fast path checks since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]
@@ -161,7 +161,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     clients: Count
     counters: Counters
     lent_bytes: Annotated[dict[str, Bytes], msgspec.Meta(max_length=8)]
-    """Bytes of tensors on loan now, by tier."""
+    """Bytes of tensors that are lent now, by tier."""
     last_errors: Annotated[tuple[ErrorStatus, ...], msgspec.Meta(max_length=limits.MAX_LAST_ERRORS)]
     """The last errors, newest first; bounded."""
     last_job_ms: TimingsMs

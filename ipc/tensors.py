@@ -1,9 +1,8 @@
-"""Descriptions of lent bytes: blocks (where bytes are) and tensors (what they mean).
+"""Descriptions of lent bytes: blocks (where bytes are) and tensors (names, dtypes and shapes in a block).
 
-A component (transformer, VAE, text encoder) crosses as a :class:`Manifest`. The bytes never do: a block names a
-device allocation, a sealed shared-memory segment or a file, which a worker opens for itself.
-Descriptors are numbers in the exporting process; which process that is, the daemon takes from the
-socket's peer credentials, never from a message.
+A message describes a component by a :class:`Manifest` and never carries the bytes: a block names a device allocation, a
+sealed shared-memory segment or a file, which each worker opens. Descriptor numbers are those of the exporting process,
+which the daemon takes from the socket's peer credentials, never from a message.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_NAME_CHAR
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Inode = Annotated[int, msgspec.Meta(ge=0)]
-"""All 64 bits, which is what MessagePack carries: overlay file systems put a layer's number into the highest ones."""
+"""All 64 bits, as MessagePack allows: overlay file systems put a layer's number into the highest ones."""
 Nanoseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""Since 1970; files may claim to be older."""
+"""Since 1970; may be negative for files."""
 Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """BLAKE2b-128."""
 Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -41,7 +40,7 @@ DType = Literal[
     "float8_e4m3fn",
     "float8_e5m2",
 ]
-"""torch's own names. What a family can run is the family's business; the wire carries them all."""
+"""torch's names. All can be lent; which of them can be run, each family decides."""
 
 ITEM_BYTES: dict[str, int] = {
     "bool": 1,
@@ -60,10 +59,7 @@ ITEM_BYTES: dict[str, int] = {
 
 
 class ComponentKind(Enum):
-    """What a component is for; a job names one component of each kind that it needs.
-
-    One kind for all text encoders: which one it is the family says, as for transformers.
-    """
+    """The kind of a component; a job names one component of each kind that it needs."""
 
     TRANSFORMER = "transformer"
     VAE = "vae"
@@ -79,11 +75,11 @@ class Tier(Enum):
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything described here: immutable, and unknown fields are refused."""
+    """Base of structs inside messages: immutable, and unknown fields are refused."""
 
 
 class Fingerprint(Described, frozen=True, kw_only=True):
-    """A check that a worker mapped the bytes that the client meant.
+    """A hash of part of a block, with which a worker checks that it mapped the right bytes.
 
     ``digest`` is BLAKE2b-128 of ``length_bytes`` from ``offset_bytes`` of the block: the header of a
     file, or up to 4 KiB of the first lent tensor.
@@ -107,7 +103,7 @@ class CudaIpcBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
 
 
 class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="host_shm"):
-    """A memfd of the exporter, sealed against shrinking, so that no reader can be made to fault."""
+    """A memfd of the exporter, sealed against shrinking, which would cause SIGBUS in readers."""
 
     fd: Descriptor
     inode: Inode
@@ -118,7 +114,7 @@ class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
 class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="file"):
     """A whole safetensors file that the exporter holds open for reading; ``path`` is for people.
 
-    ``mtime_ns`` can be set back by whoever writes to the file, ``ctime_ns`` cannot.
+    A writer can set ``mtime_ns`` back, but not ``ctime_ns``.
     """
 
     fd: Descriptor
@@ -132,7 +128,7 @@ class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="fil
 
 
 class FileDigest(Described, frozen=True, kw_only=True):
-    """The digest of all bytes of a lent file, as they were while its ctime was ``ctime_ns``."""
+    """The digest of all bytes of a lent file, at the time of its ctime ``ctime_ns``."""
 
     block: Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_BLOCKS)]
     """Its number in the manifest."""
@@ -164,7 +160,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     @property
     def span(self) -> int:
-        """The product of all sides but those that are 0: the largest number that counting elements can meet."""
+        """The product of all sides that are not 0: the largest number that occurs when elements are counted."""
         count = 1
         for side in self.shape:
             count *= side or 1
@@ -185,9 +181,9 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class Manifest(Described, frozen=True, kw_only=True):
-    """A component: its blocks, its tensors, and how often its content was rewritten in place.
+    """A component: its blocks, its tensors, and how often its content was rewritten in place (``generation``).
 
-    Without a ``kind`` the workers tell it by the tensors; with one, tensors of another kind are refused.
+    Without a ``kind`` the workers find it from the tensors; with one, tensors of another kind are refused.
     """
 
     kind: ComponentKind | None = None
@@ -215,7 +211,7 @@ class Manifest(Described, frozen=True, kw_only=True):
         return tuple(sorted({tier_of(block) for block in self.blocks}, key=lambda tier: tier.value))
 
     def faults(self) -> list[str]:
-        """What is inconsistent in the description itself, as sentences; empty when it is sound."""
+        """List the inconsistencies of the description, as sentences; empty if it is valid."""
         found: list[str] = []
         seen: set[str] = set()
         for spec in self.tensors:
@@ -223,13 +219,13 @@ class Manifest(Described, frozen=True, kw_only=True):
                 found.append(f"tensor {spec.name} is listed twice")
             seen.add(spec.name)
             if spec.block >= len(self.blocks):
-                found.append(f"tensor {spec.name} lies in block {spec.block} of {len(self.blocks)}")
+                found.append(f"tensor {spec.name} is in block {spec.block} of {len(self.blocks)}")
                 continue
             if spec.stride is not None and len(spec.stride) != len(spec.shape):
                 found.append(f"tensor {spec.name} has {len(spec.shape)} dimensions but {len(spec.stride)} strides")
                 continue
-            if spec.span > limits.MAX_BYTES:  # also where zeros in shape or stride make it fit: torch counts in 64 bits
-                found.append(f"tensor {spec.name} has the shape {list(spec.shape)}, which no memory holds")
+            if spec.span > limits.MAX_BYTES:  # even if zeros in shape or stride make it fit: torch counts in 64 bits
+                found.append(f"tensor {spec.name} has the shape {list(spec.shape)}, which is too large for any memory")
                 continue
             end = spec.offset_bytes + spec.extent_bytes
             size = self.blocks[spec.block].size_bytes
@@ -239,10 +235,7 @@ class Manifest(Described, frozen=True, kw_only=True):
 
 
 class CopiedBytes(Described, frozen=True, kw_only=True):
-    """Bytes that were copied to serve a request, by kind. All zero means that memory is shared.
-
-    Sums stop at what one message can carry.
-    """
+    """Bytes that were copied to serve a request, by kind; all zero if memory is shared. Sums are capped."""
 
     host_to_host: Bytes = 0
     host_to_device: Bytes = 0
@@ -263,7 +256,7 @@ class CopiedBytes(Described, frozen=True, kw_only=True):
 
 
 class IoTensor(Described, frozen=True, kw_only=True):
-    """A contiguous tensor in the I/O block that travels with a job."""
+    """A contiguous tensor in the I/O block of a job."""
 
     offset_bytes: Bytes
     dtype: DType

@@ -1,7 +1,7 @@
-"""Between the daemon and the ranks: the closed unions :data:`AnyCommand` and :data:`AnyReport`.
+"""Messages between the daemon and the ranks: the closed unions :data:`AnyCommand` and :data:`AnyReport`.
 
-Every rank gets the same commands in the same order. ``op_number`` counts commands within one life of
-the group; a report names the command that it answers and the rank that answers.
+Every rank receives the same commands in the same order. ``op_number`` counts commands since the group started; a report
+names the command that it answers and its rank.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, File
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
 
 CONFIGURATION_STATUS: Final = 2
-"""Exit status of a leader, or a rank, for what no restart can cure: a setting, the installation, a limit."""
+"""Exit status of a leader or a rank when a restart cannot help: a wrong setting, installation or limit."""
 
 VERDICT_PREFIX: Final = "worker group: "
-"""Begins the line in which a leader says why the group has ended."""
+"""Begins the line in which a leader prints why the group has ended."""
 
 UNEXPLAINED: Final = "and did not say why"
-"""Ends such a line where the leader does not know; the processes' output may."""
+"""Ends such a line if the leader does not know the cause; the processes' output may show it."""
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """What the daemon tells every rank."""
+    """Base of commands, which the daemon sends to every rank."""
 
     op_number: Count
 
 
 class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
-    """First half of a lend: map, verify and get ready all that may fail. Answered by ``Prepared``.
+    """First phase of a lend: map and verify, so that plugging cannot fail. Answered by ``Prepared``.
 
-    ``exporter`` is the client's process as the socket's credentials name it. ``digests`` are those of
-    :class:`FilesDigested`, when the component is mapped again: for files whose ctime alone has moved since.
+    ``exporter`` is the client's process, from the socket's credentials. ``digests``, from :class:`FilesDigested`, are
+    given when the component is mapped again: for files of which only the ctime has changed since.
     """
 
     component_id: ComponentId
@@ -51,34 +51,31 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
-    """Second half: point the model at the prepared tensors. Sent once every rank is prepared.
-
-    Answered by ``Plugged``.
-    """
+    """Second phase, once every rank is prepared: plug the tensors into the model. Answered by ``Plugged``."""
 
     component_id: ComponentId
 
 
 class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
-    """Forget a component, prepared or plugged, and close what it mapped. Answered by ``Done``."""
+    """Drop a component, prepared or plugged, and unmap its memory. Answered by ``Done``."""
 
     component_id: ComponentId
 
 
 class Keep(Command, tag="keep", frozen=True, kw_only=True):
-    """Copy what is mapped of a plugged component into memory of the rank's own, and unmap. Answered by ``Kept``."""
+    """Copy the mapped memory of a plugged component into the rank's own, and unmap it. Answered by ``Kept``."""
 
     component_id: ComponentId
 
 
 class ForgetClient(Command, tag="forget_client", frozen=True, kw_only=True):
-    """Close the I/O blocks of a client that is gone, and free what it let the workers keep. Answered by ``Done``."""
+    """Close the I/O blocks of a client that has ended, and free its kept tensors. Answered by ``Done``."""
 
     exporter: ProcessIdentity
 
 
 class DigestIo(Command, tag="digest_io", frozen=True, kw_only=True):
-    """Hash a stretch of a client's I/O block. Answered by ``IoDigested``."""
+    """Hash part of a client's I/O block. Answered by ``IoDigested``."""
 
     io: HostShmBlock
     offset_bytes: Bytes
@@ -94,7 +91,7 @@ class Run(Command, tag="run", frozen=True, kw_only=True):
 
 
 class CancelRun(Command, tag="cancel_run", frozen=True, kw_only=True):
-    """Stop the running job ``target_op_number`` at its next step; too late or unknown is no error. Not answered."""
+    """Stop the running job ``target_op_number`` at its next step; ignored if it does not run. Not answered."""
 
     target_op_number: Count
 
@@ -107,14 +104,14 @@ AnyCommand = Prepare | Plug | Keep | Unmap | ForgetClient | DigestIo | Run | Can
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """What a rank tells the daemon. ``group_token`` proves that it belongs to this life of the group."""
+    """Base of reports of a rank to the daemon. ``group_token`` identifies the group since its last start."""
 
     group_token: Annotated[str, msgspec.Meta(min_length=8, max_length=64)]
     rank: Annotated[int, msgspec.Meta(ge=0, le=1023)]
 
 
 class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
-    """The rank is up: libraries imported, process group formed, nothing loaded."""
+    """The rank is ready: libraries imported, process group formed, nothing loaded."""
 
     world_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     pid: Count
@@ -128,7 +125,7 @@ class RankReady(Report, tag="rank_ready", frozen=True, kw_only=True):
 
 
 class FilesDigested(Report, tag="files_digested", frozen=True, kw_only=True):
-    """Files of a plugged component were digested. Sent by rank 0 when it is so; answers nothing."""
+    """Files of a plugged component were digested. Sent by rank 0, and not an answer."""
 
     component_id: ComponentId
     digests: FileDigests
@@ -163,7 +160,7 @@ class IoDigested(Answer, tag="io_digested", frozen=True, kw_only=True):
 
 
 class CallResults(Described, frozen=True, kw_only=True):
-    """What ``Called`` says of results; ``block`` is of the rank's own process."""
+    """The results in ``Called``; ``block`` is one of the rank's own process."""
 
     trees: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
     block: HostShmBlock | None = None
@@ -181,7 +178,7 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
-    """The command failed on this rank. ``is_fatal``: it may be out of step with the others, so the group must end."""
+    """The command failed on this rank. ``is_fatal``: its state may differ from other ranks', so the group must end."""
 
     code: Name
     detail: Text
@@ -191,7 +188,7 @@ class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
 
 
 class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
-    """Progress, and the proof that the loop lives."""
+    """Progress of ``Generate``: a step is done."""
 
     step: Count
     total_steps: Count
@@ -199,7 +196,7 @@ class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
 
 
 class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Counters of one rank since its start, and what is new, sent along with answers."""
+    """Counters of one rank since its start, and new fast path checks, sent with answers."""
 
     loaded: Count = 0
     models_built: Count = 0
@@ -209,7 +206,7 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Connections to other hosts that were attempted; without one, nothing can have been downloaded."""
     memory_bytes: Bytes = 0
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)] = ()
-    """Comparisons since the last tally; nearly always none."""
+    """Fast path checks since the last tally; nearly always none."""
 
 
 AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | IoDigested | Done | RankFailed | StepReached

@@ -1,1 +1,1 @@
-"""What clients ask for: each request to its handler, and the parts that serve it put together."""
+"""Serve client requests: the service, the dispatch of requests, their handlers, and quotas."""

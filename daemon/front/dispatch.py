@@ -1,4 +1,4 @@
-"""From an envelope on the clients' socket to the handler of its request."""
+"""Dispatch each message on the clients' socket to the handler of its request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Service, Session, Any], Reply | None]
 
 HANDLERS: Final[Mapping[type[Request], Handler]] = {
-    requests.Beat: beat.hear,
+    requests.Beat: beat.answer,
     requests.Goodbye: goodbye.close,
     requests.CheckMemory: check_memory.check,
     requests.Lend: lend.lend,
@@ -56,27 +56,29 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.GetLogs: logs.read,
     requests.Stop: stop.stop,
 }
-"""Without two: ``Hello`` makes the session that all others need, and ``GetStatus`` is answered for many at once."""
+"""All but ``Hello``, which opens the session that the others need, and ``GetStatus``, whose answer is shared."""
 
-_QUIET: Final = frozenset({requests.Hello, requests.Goodbye, requests.Beat, requests.GetStatus, requests.GetLogs})
-"""Come with every look at the daemon: at INFO they would push other requests out of the log that ``GetLogs`` shows."""
+_LOGGED_AT_DEBUG: Final = frozenset(
+    {requests.Hello, requests.Goodbye, requests.Beat, requests.GetStatus, requests.GetLogs}
+)
+"""Monitoring sends these all the time: at INFO they would replace other requests in the log that ``GetLogs`` shows."""
 
 UNREADABLE_ID: Final = "?"
-"""Answers a message whose own request id could not be read."""
+"""The request id in the answer to a message whose own id could not be read."""
 
 
 class Dispatcher:
-    """Read the clients' socket; every message gets an answer, or a job that will give it."""
+    """Read the clients' socket. Each message is answered at once, or becomes a job that answers it later."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._own_uid = os.getuid()
-        self._seen: DaemonStatus | None = None
+        self._status: DaemonStatus | None = None
         service.loop.watch_socket(service.client_router.socket, self._read)
 
     def _read(self) -> None:
-        # Nothing but requests happens until this returns, so neighbours that only look share what one of them saw.
-        self._seen = None
+        # The state changes only by the requests of this batch, so successive GetStatus requests share one snapshot.
+        self._status = None
         for envelope in self._service.client_router.receive():
             self._serve(envelope)
 
@@ -96,7 +98,7 @@ class Dispatcher:
                 request_id = error.request_id or request_id
             self._refuse(envelope, request_id, error)
             return
-        level = logging.DEBUG if type(request) in _QUIET else logging.INFO
+        level = logging.DEBUG if type(request) in _LOGGED_AT_DEBUG else logging.INFO
         if reply is None:
             return
         self._service.replies.answer(envelope.routing_id, reply)
@@ -112,7 +114,7 @@ class Dispatcher:
 
     def _handle(self, envelope: Envelope, peer: Credentials, request: Request) -> Reply | None:
         if not isinstance(request, requests.GetStatus):
-            self._seen = None
+            self._status = None
         if isinstance(request, requests.Hello):
             return hello.greet(self._service, envelope.routing_id, envelope.peer, peer, request)
         session = self._service.sessions.find(envelope.routing_id)
@@ -124,8 +126,8 @@ class Dispatcher:
             raise NotPermitted(f"process {peer.pid} uses the session of process {session.process.pid}")
         session.heard_s = self._service.loop.clock.now_s()
         if isinstance(request, requests.GetStatus):
-            self._seen = self._seen or status.describe_daemon(self._service)
-            return Status(request_id=request.request_id, daemon=self._seen)
+            self._status = self._status or status.describe_daemon(self._service)
+            return Status(request_id=request.request_id, daemon=self._status)
         return HANDLERS[type(request)](self._service, session, request)
 
     def _refuse(self, envelope: Envelope, request_id: str, error: XditdError) -> None:

@@ -1,4 +1,4 @@
-"""What one client may ask for at most, so that none can crowd out the others."""
+"""Quotas: limits on what one client may use, so that it cannot exclude the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.ipc.tensors import HostShmBlock, Manifest
 
 @dataclass(frozen=True)
 class Quotas:
-    """Bounds by client, which means by process: many connections do not make it many clients."""
+    """Limits for each client, which is a process, however many connections it opens."""
 
     loans: int
     lent_bytes: int
@@ -32,11 +32,7 @@ class Quotas:
         )
 
     def check_message(self, size_bytes: int) -> None:
-        """Refuse a message before it is decoded.
-
-        Raises:
-            LimitExceeded: it is too long.
-        """
+        """Check the size of a message before it is decoded; raises ``LimitExceeded``."""
         if size_bytes > self.message_bytes:
             raise LimitExceeded(
                 f"message of {size_bytes} bytes: at most {self.message_bytes} are read (message_bytes); lend a "
@@ -44,13 +40,13 @@ class Quotas:
             )
 
     def check_loan(self, leases: Iterable[Lease], jobs: Iterable[Job], manifest: Manifest) -> None:
-        """See that a client with these loans and waiting requests may lend one more.
+        """Check that a client with these leases and jobs may lend one more component.
 
         Raises:
             LimitExceeded: too many loans, or too many bytes.
         """
         found = [lease.lent_bytes for lease in leases]
-        # A lend has a lease, and names it, once its turn has come.
+        # A lend that has begun has a lease already, and names its component.
         waiting = [job.request.manifest for job in jobs if isinstance(job.request, Lend) and not job.component_ids]
         if len(found) + len(waiting) >= self.loans:
             raise LimitExceeded(
@@ -66,11 +62,7 @@ class Quotas:
             )
 
     def check_io(self, jobs: Iterable[Job], block: HostShmBlock) -> None:
-        """See that the I/O blocks of a client's live requests and of one more stay within bounds.
-
-        Raises:
-            LimitExceeded: they hold too many bytes.
-        """
+        """Check the bytes of the I/O blocks of a client's jobs and of one more; raises ``LimitExceeded``."""
         live = (getattr(job.request, "io", None) for job in jobs)
         blocks = {io.inode: io.size_bytes for io in live if isinstance(io, HostShmBlock)}
         blocks[block.inode] = block.size_bytes

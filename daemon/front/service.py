@@ -1,4 +1,4 @@
-"""The daemon's parts put together, and what happens between them: group events, ended sessions, the end of it all."""
+"""The daemon's service: builds its parts and connects them (worker group events, ended sessions, shutdown)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.front.quotas import Quotas
 from xditd.daemon.groups.ranks import ReportReader
 from xditd.daemon.groups.worker_group import WorkerGroup
-from xditd.daemon.loans.lending import Loans
+from xditd.daemon.loans.lending import Lending
 from xditd.daemon.operations.counters import EventCounters
 from xditd.daemon.operations.event_loop import EventLoop
 from xditd.daemon.operations.log_buffer import LogBuffer
@@ -31,25 +31,24 @@ from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReache
 logger = logging.getLogger(__name__)
 
 CANCEL_GRACE_S: Final = 5.0
-"""How long a job that used up its time to drain may take to notice its cancel. Its next step is enough."""
+"""From the cancel of a job that exceeded ``drain_deadline_s`` to the end of its workers. One step is enough."""
 
 SAID_GOODBYE: Final = "it said goodbye"
 PROCESS_EXITED: Final = "its process has exited"
-USUAL_ENDS: Final = (SAID_GOODBYE, PROCESS_EXITED)
-"""Of a session; any other is the daemon's doing."""
+CLIENT_END_REASONS: Final = (SAID_GOODBYE, PROCESS_EXITED)
+"""A session that ends for another reason was ended by the daemon."""
 
 BEATS: Final = 4
-"""Signs of life within the time after which a silent client is given up: some may come late."""
+"""Heartbeats that a client sends within ``client_deadline_s``, so that some may come late."""
 
 _LINGER_MS: Final = 300
-"""For last replies to leave; a client that does not read holds the daemon no longer than this."""
+"""ZMQ_LINGER: how long the daemon waits at its end for clients to read their last replies."""
 
 
 class Service:
-    """Everything that serves requests. Handlers use its parts; it is the group's listener.
+    """Build the daemon's parts, which the handlers use, and handle the worker group's events.
 
-    :meth:`listen` comes first, and :meth:`run` starts the group: hello is answered while the workers import their
-    libraries.
+    Call :meth:`listen` before :meth:`run`, which starts the group: clients are answered while the workers start.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Service:
         self.counters = EventCounters()
         self.started_s = time.monotonic()
         self.failure: XditdError | None = None
-        """Why the daemon ends although nobody told it to."""
+        """The error that ended the daemon, if nobody stopped it."""
         self._is_stopping = False
         self._is_shutting_down = False
         self._folder = folder
@@ -83,12 +82,12 @@ class Service:
         self.group.listener = self
         queue = FairQueue(configuration.queue_limit, configuration.client_queue_limit)
         self.scheduler = Scheduler(self.loop, self.group, self.replies, self.counters, queue)
-        self.loans = Loans(self.group, self.scheduler, self.counters)
+        self.lending = Lending(self.group, self.scheduler, self.counters)
         self._service_manager = service_manager
         self._folder_watch = FolderWatch(self.loop, folder, self.fail)
 
     def listen(self, client_listener: socket.socket | None) -> None:
-        """Open the sockets of the runtime folder; the clients' is ``client_listener`` where a service manager made one.
+        """Open the workers' socket and the clients'; a service manager may have made the latter, ``client_listener``.
 
         Raises:
             AlreadyRunning: another process listens there.
@@ -111,7 +110,7 @@ class Service:
         self.loop.run(self._after_round)
 
     def close(self) -> None:
-        """Close the sockets; workers that are left, after a defect, are killed."""
+        """Close the sockets, and kill workers that still run (only after an unexpected error)."""
         self.group.kill()
         self._worker_router.close(0)
         self.replies.close(_LINGER_MS)
@@ -122,30 +121,30 @@ class Service:
     # --- Sessions ------------------------------------------------------------------------------------
 
     def open_session(self, routing_id: bytes, address: str, peer: Credentials, client_name: str) -> Session:
-        """Open a session that ends with its process at the latest."""
+        """Open a session, which ends when its process exits, if not earlier."""
         session = self.sessions.open(routing_id, address, peer, client_name)
         self.loop.watch(session.pidfd, lambda: self.end_session(session, PROCESS_EXITED))
         return session
 
     def end_session(self, session: Session, why: str, then: Callable[[], None] = lambda: None) -> None:
-        """End a session, its jobs and its leases; ``then`` is called once no worker maps anything of it."""
+        """End a session, its jobs and its leases; ``then`` is called once no worker maps the client's memory."""
         if not self.sessions.close(session):
             return
         lost = LeaseLost(f"the client (pid {session.process.pid}) is gone: {why}")
-        leases = self.loans.leases.of_session(session)
-        # One that only looked, and left, has no line: at INFO those of a monitor would push out all others.
-        level = logging.DEBUG if why in USUAL_ENDS and not leases else logging.INFO
+        leases = self.lending.leases.of_session(session)
+        # DEBUG for a client that only monitored: at INFO its lines would replace all others in the log buffer.
+        level = logging.DEBUG if why in CLIENT_END_REASONS and not leases else logging.INFO
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.scheduler.cancel_all(lost, lambda job: job.session is session)
-        self.loans.end_all(leases, lost, then)
+        self.lending.end_all(leases, lost, then)
         if session.has_io:
             if (other := self.sessions.of_process(session.process)) is not None:
                 other.has_io = True
             else:
-                self.loans.forget(session.process)
+                self.lending.forget(session.process)
 
     def _check_beats(self) -> None:
-        """End the sessions of clients that are there but say nothing: a stopped one must not hold memory for ever."""
+        """End sessions without heartbeats: a client that is stopped (SIGSTOP) must not hold memory for ever."""
         deadline_s = self.configuration.client_deadline_s
         for session in self.sessions:
             silent_s = self.loop.clock.waited_s(session.heard_s)
@@ -161,25 +160,25 @@ class Service:
             if session is not None:
                 self.end_session(session, why)
 
-    # --- What the group tells ------------------------------------------------------------------------
+    # --- Events of the worker group ------------------------------------------------------------------
 
     def group_ready(self) -> None:
-        """Only say so: the round ends with the next task, and mapping again comes first."""
+        """Report the state; the scheduler starts the next task at the end of the round."""
         self._service_manager.status(f"{self.group.expected_world_size} workers ready")
 
     def group_ended(self, error: XditdError) -> None:
         if not self._is_stopping:
             self.counters.note_error("workers", error)
             self._service_manager.status(f"workers lost, to be rebuilt: {error.detail}")
-        self.scheduler.group_ended(_as_seen_by_a_job(error))
-        self.loans.group_ended()
+        self.scheduler.group_ended(_with_retry_advice(error))
+        self.lending.group_ended()
 
     def group_given_up(self, error: WorkersUnavailable) -> None:
         self.counters.note_error("workers", error)
         self._service_manager.status(f"degraded, no workers: {error.detail}")
         self.scheduler.cancel_all(error)
-        lost = LeaseLost(f"the workers are gone for good: {error.detail}")
-        self.loans.end_all(list(self.loans.leases), lost, lambda: None)
+        lost = LeaseLost(f"the workers ended and are not restarted: {error.detail}")
+        self.lending.end_all(list(self.lending.leases), lost, lambda: None)
 
     def answered(self, command: Command, answers: Sequence[Answer]) -> None:
         self.scheduler.answered(command, answers)
@@ -188,9 +187,9 @@ class Service:
         self.scheduler.step_reached(step)
 
     def files_digested(self, report: FilesDigested) -> None:
-        self.loans.leases.note_digests(report.component_id, report.digests)
+        self.lending.leases.note_digests(report.component_id, report.digests)
 
-    # --- Between rounds, and the end -----------------------------------------------------------------
+    # --- After each round of the loop, and shutdown --------------------------------------------------
 
     def _after_round(self) -> None:
         self.scheduler.advance()
@@ -204,20 +203,20 @@ class Service:
             self._shut_down()
 
     def stop(self, why: str) -> None:
-        """Take no new work, let what runs finish within its deadline, shut the workers down, and leave the loop."""
+        """Refuse new jobs, let the running one finish within ``drain_deadline_s``, end the workers, leave the loop."""
         if self._is_stopping:
             return
         self._is_stopping = True
         stopping = DaemonStopping(f"the daemon is shutting down: {why}")
         deadline_s = self.configuration.drain_deadline_s
-        may_run_on = f"; a job may run on for {deadline_s:g} s" if self.scheduler.running is not None else ""
-        logger.info("stopping: %s%s", why, may_run_on)
+        drain = f"; the running job has {deadline_s:g} s to finish" if self.scheduler.running is not None else ""
+        logger.info("stopping: %s%s", why, drain)
         self._service_manager.stopping(f"stopping: {why}")
         self.scheduler.close(stopping)
         self.loop.deadline(deadline_s, lambda: self._end_drain(stopping))
 
     def fail(self, error: XditdError) -> None:
-        """Stop because the daemon cannot go on: like :meth:`stop`, and it ends with this error."""
+        """Stop because of an error, which becomes :attr:`failure`."""
         self.failure = error
         self.stop(error.detail)
 
@@ -231,8 +230,8 @@ class Service:
             self.group.shut_down(self.loop.stop)
 
 
-def _as_seen_by_a_job(error: XditdError) -> XditdError:
-    """Add what its client may do to what happened to the group."""
+def _with_retry_advice(error: XditdError) -> XditdError:
+    """Add to a group's error what the client of a failed job can do."""
     return type(error)(
         f"{error.detail}; the worker group is being rebuilt, and the same request may be sent again"
         if error.retryable

@@ -1,1 +1,1 @@
-"""Worker groups: their processes, their states, and what their ranks are asked and answer."""
+"""The worker group: its processes, its states, its deadlines, and the messages of its ranks."""

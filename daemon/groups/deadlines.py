@@ -1,4 +1,4 @@
-"""How long a worker group may be silent: by what it does, and by how long the same took before."""
+"""Deadlines of worker commands, learned from how long the same kind of job took before."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, StepReached, Unmap
 
 FACTOR: Final = 20
-"""A step may take so many times as long as the median one. Another program on the GPU slows it down by a few times."""
+"""A step may take this many times the median. Another program on the GPU may slow it down by a small factor."""
 
 SLOWEST_BYTES_PER_S: Final = 64 * 2**20
-"""What lent bytes may at least be expected to move at: a file on a slow disk, read for the first time."""
+"""The slowest rate at which lent bytes are read: a file on a slow disk that is not in the page cache."""
 
 _KEPT_SAMPLES: Final = 31
 _KEPT_KINDS: Final = 256
 
 
 class Phase(Enum):
-    """Parts of a job that take their own time. A job without steps is all ``END``."""
+    """Parts of a job, measured separately. A job without steps has only ``END``."""
 
     FIRST_STEP = "first_step"
     STEP = "step"
@@ -36,11 +36,11 @@ class Phase(Enum):
 
 
 class LearnedDurations:
-    """Learn how long each kind of job takes, and say how long to wait for its next sign.
+    """Measure how long each kind of job takes, and compute the deadline of its next report.
 
-    What was never seen may take ``hang_deadline_s``: the first step plugs weights in and compiles. What was seen may
-    take :data:`FACTOR` times the median, at least ``step_deadline_s`` and at most ``hang_deadline_s``. Mapping gets
-    ``lend_deadline_s``, and more for more bytes. ``now_s`` reads the clock by which steps are measured.
+    Without a measurement the deadline is ``hang_deadline_s``: the first step plugs weights and compiles. With one it is
+    :data:`FACTOR` times the median, at least ``step_deadline_s`` and at most ``hang_deadline_s``. Mapping has
+    ``lend_deadline_s``, and more for more bytes. ``now_s`` reads the clock that measures steps.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class LearnedDurations:
         )
 
     def forget(self) -> None:
-        """A new group compiles anew, and has nothing mapped."""
+        """Drop all measurements: a new group compiles again, and has nothing mapped."""
         self._samples.clear()
         self._sizes.clear()
         self._phase = None
 
     def begin(self, command: AnyCommand) -> float:
-        """Note that a command was sent; returns the seconds until its next sign is overdue."""
+        """Note that a command was sent; returns the seconds until its next report is overdue."""
         self._phase = None
         if isinstance(command, Run):
             job = command.job
             self._job = kind_of(job)
             self._has_uneven_steps = isinstance(job, Generate) and job.sampling.step_cache_threshold > 0.0
-            return self._enter(Phase.FIRST_STEP if isinstance(job, Generate) else Phase.END)
+            return self._start_phase(Phase.FIRST_STEP if isinstance(job, Generate) else Phase.END)
         if isinstance(command, Prepare):
             self._sizes[command.component_id] = command.manifest.tensor_bytes
         size_bytes = self._sizes.get(getattr(command, "component_id", ""), 0)
@@ -95,34 +95,34 @@ class LearnedDurations:
         return self._lend_s + size_bytes / SLOWEST_BYTES_PER_S
 
     def step(self, step: int, total_steps: int) -> float:
-        """Note that a step is done; returns the seconds until the next sign is overdue."""
-        took_s = self._leave()
+        """Note that a step is done; returns the seconds until the next report is overdue."""
+        took_s = self._end_phase()
         if step >= total_steps:
-            return self._enter(Phase.END)
-        deadline_s = self._enter(Phase.STEP)
+            return self._start_phase(Phase.END)
+        deadline_s = self._start_phase(Phase.STEP)
         if step == 1 and (self._job, Phase.STEP) not in self._samples:
-            # The first step did all that a later one does, and more.
-            deadline_s = self._bounded(took_s)
+            # The first step does all that a later one does, and more.
+            deadline_s = self._clamp(took_s)
         if self._has_uneven_steps:
-            # Most may be spared, and any may be computed in full, as the first was.
-            deadline_s = self._bounded(statistics.median(self._samples[self._job, Phase.FIRST_STEP]))
+            # The step cache skips most steps, but may compute any in full, like the first one.
+            deadline_s = self._clamp(statistics.median(self._samples[self._job, Phase.FIRST_STEP]))
         return deadline_s
 
     def end(self) -> None:
         """Note that every rank has done the command."""
         if self._phase is not None:
-            self._leave()
+            self._end_phase()
 
     def discard(self) -> None:
-        """Note that the command was refused, failed or was cancelled: the time it took says nothing of the next one."""
+        """Note that the command failed or was cancelled: its duration is not a measurement."""
         self._phase = None
 
-    def _enter(self, phase: Phase) -> float:
+    def _start_phase(self, phase: Phase) -> float:
         self._phase, self._since_s = phase, self._now_s()
         samples = self._samples.get((self._job, phase))
-        return self._hang_s if samples is None else self._bounded(statistics.median(samples))
+        return self._hang_s if samples is None else self._clamp(statistics.median(samples))
 
-    def _leave(self) -> float:
+    def _end_phase(self) -> float:
         took_s = self._now_s() - self._since_s
         key = (self._job, self._phase)
         self._samples.setdefault(key, deque(maxlen=_KEPT_SAMPLES)).append(took_s)
@@ -132,14 +132,14 @@ class LearnedDurations:
         self._phase = None
         return took_s
 
-    def _bounded(self, typical_s: float) -> float:
+    def _clamp(self, typical_s: float) -> float:
         return min(self._hang_s, max(self._step_s, FACTOR * typical_s))
 
 
 def kind_of(job: InferenceRequest) -> Hashable:
-    """What decides how long a job's steps take: components, shapes and sizes, not seeds or the number of steps."""
+    """Return a key of what determines how long a job's steps take: components, shapes and sizes."""
     found: list[Hashable] = [type(job)]
-    for name in job.__struct_fields__:  # msgspec.structs.fields would work out the types anew in every call
+    for name in job.__struct_fields__:  # msgspec.structs.fields would resolve the types again each time
         value = getattr(job, name)
         if isinstance(value, IoTensor):
             found.append((name, value.dtype, value.shape))
@@ -161,9 +161,9 @@ def _shapes(tree: dict[str, Argument]) -> Iterator[Hashable]:
 
 
 class CommandDeadline:
-    """Call ``on_missed(silent_s)`` once the next sign of progress of a command is overdue.
+    """Call ``on_missed(silent_s)`` once the next report of the running command is overdue.
 
-    Each sign earns the time that the next one usually takes. One timer serves all commands.
+    Each report extends the deadline by what :class:`LearnedDurations` allows. One timer serves all commands.
     """
 
     def __init__(self, loop: EventLoop, durations: LearnedDurations, on_missed: Callable[[float], None]) -> None:
@@ -175,7 +175,7 @@ class CommandDeadline:
 
     @property
     def overdue_s(self) -> float:
-        """How long a command has been silent beyond its deadline; 0 while it is within, and between commands."""
+        """How long the running command has exceeded its deadline; 0 before it, and between commands."""
         return self._deadline.overdue_s if self._is_running else 0.0
 
     def begin(self, command: AnyCommand) -> None:
@@ -188,7 +188,7 @@ class CommandDeadline:
             self._deadline.extend(deadline_s)
 
     def cancelled(self) -> None:
-        """The job is to end: further steps earn it no more time."""
+        """The job was cancelled: further steps do not extend its deadline."""
         self._is_cancelled = True
 
     def answered(self, *, is_done: bool) -> None:

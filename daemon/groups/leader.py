@@ -1,4 +1,4 @@
-"""One life of a worker group as processes: the leader, its ranks, and their output."""
+"""The processes of a worker group: start the leader, watch it, and end it with its ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from xditd.ipc.settings.daemon import WORKER_OPTIONS
 logger = logging.getLogger(__name__)
 
 TERM_GRACE_S: Final = 2.0
-"""From SIGTERM to SIGKILL. A group that is ended is broken or idle: there is nothing to finish."""
+"""From SIGTERM to SIGKILL. A group that is ended is broken or idle, so it has nothing to finish."""
 
 _EMPTY_POLL_S: Final = 0.01
 _EMPTY_DEADLINE_S: Final = 10.0
 
 
 def leader_command(configuration: Configuration, token: str) -> list[str]:
-    """Spell the command line of the group's leader."""
+    """Build the command line of the group's leader."""
     return [
         *configuration.worker_command,
         *("--runtime-dir", str(configuration.runtime.path)),
@@ -36,9 +36,9 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
 
 
 class Leader:
-    """Start the leader in a process group of its own, and watch it until no process of that group is left.
+    """Start the leader in a session of its own, and watch it until its process group is empty.
 
-    ``on_gone(exit_status, output)`` is called once: the status is negative for a signal, and the output knows why.
+    ``on_gone(exit_status, output)`` is called once, with a negative status for a signal.
     """
 
     def __init__(
@@ -78,24 +78,24 @@ class Leader:
         """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
         if self._kill_deadline is None and self._process.returncode is None:
             self._kill_deadline = self._loop.deadline(TERM_GRACE_S, self.kill)
-            # Through the descriptor: a pid may have been given to somebody else by now.
+            # By pidfd: the pid may belong to another process by now.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill every process of the group. Safe while the leader is not reaped: its number stays taken."""
+        """Kill every process of the group. Safe until the leader is reaped: its pid cannot be reused before."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _leader_exited(self) -> None:
-        """The leader is a zombie. Kill its ranks while its number cannot be used again, then wait for them."""
+        """The leader is a zombie. Kill its ranks before its pid can be reused, then wait for them."""
         self._loop.unwatch(self._pidfd)
         if self._kill_deadline is not None:
             self._kill_deadline.stop()
         self.kill()
         self._process.wait()
-        self._empty_deadline = self._loop.deadline(_EMPTY_DEADLINE_S, self._ranks_stay)
+        self._empty_deadline = self._loop.deadline(_EMPTY_DEADLINE_S, self._stop_waiting)
         self._wait_until_empty()
 
     def _wait_until_empty(self) -> None:
@@ -104,11 +104,11 @@ class Leader:
         if self._is_empty():
             self._finish()
         else:
-            # A killed rank takes a while to go: the driver frees its memory first.
+            # A killed rank ends only after the driver has freed its memory.
             self._loop.call_later(_EMPTY_POLL_S, self._wait_until_empty)
 
-    def _ranks_stay(self) -> None:
-        logger.error("ranks of leader pid=%d did not go away %.0f s after SIGKILL", self.pid, _EMPTY_DEADLINE_S)
+    def _stop_waiting(self) -> None:
+        logger.error("ranks of leader pid=%d have not ended %.0f s after SIGKILL", self.pid, _EMPTY_DEADLINE_S)
         self._finish()
 
     def _finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The lives of a worker group: which states follow each other, how often it is rebuilt, and who hears of it."""
+"""Lifecycle of a worker group: its state transitions, its restart policy, and the interface of its listener."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ GROUP_NEXT: Final[Mapping[GroupState, Set[GroupState]]] = {
     GroupState.DEAD: {GroupState.STARTING, GroupState.GIVEN_UP},
     GroupState.GIVEN_UP: set(),
 }
-"""Every life ends in DEAD; only there is it decided whether another one follows."""
+"""A group always ends in DEAD, from which it is started again or given up."""
 
 STEADY_S: Final = 600.0
-"""A group that was ready for so long has worked, even if nobody asked it for anything."""
+"""A group that was ready for so long counts as working, even if it served no job."""
 
 _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 30.0
 
 
 class RestartPolicy:
-    """Count lives that ended without a served job; at most ``limit`` rebuilds in a row, each waiting twice as long."""
+    """Allow ``limit`` restarts in a row without a served job, with a delay that doubles each time."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.failures = 0
 
     def note_served(self) -> None:
-        """A job was served: the group works."""
+        """Reset the count: a job was served."""
         self.failures = 0
 
     def note_end(self, ready_for_s: float) -> float | None:
-        """Note the end of a life. Returns the seconds to wait before the next, or ``None`` when there is none."""
+        """Note that the group ended. Returns the seconds until its restart, or ``None`` to give up."""
         if ready_for_s >= STEADY_S:
             self.failures = 0
         self.failures += 1
@@ -47,22 +47,22 @@ class RestartPolicy:
 
 
 class GroupListener(Protocol):
-    """Called from the event loop; nothing here may block."""
+    """Receives the events of a worker group, in the event loop; no method may block."""
 
     def group_ready(self) -> None:
         """Every rank has reported; nothing is mapped."""
 
     def group_ended(self, error: XditdError) -> None:
-        """Nothing can be asked of the group any more, and what it had mapped is gone."""
+        """The group takes no more commands, and has nothing mapped any more."""
 
     def group_given_up(self, error: WorkersUnavailable) -> None:
-        """No further life follows."""
+        """The group is not restarted."""
 
     def answered(self, command: Command, answers: Sequence[Answer]) -> None:
         """Every rank has answered ``command``; the answers are in rank order."""
 
     def step_reached(self, step: StepReached) -> None:
-        """The running job has done another step."""
+        """The running job has finished a step."""
 
     def files_digested(self, report: FilesDigested) -> None:
-        """A rank has read files of a loan."""
+        """A rank has digested files of a component."""

@@ -1,4 +1,4 @@
-"""The ranks of one life of a worker group: who is ready, what was asked, who has answered; and the groups' socket."""
+"""The ranks of a worker group: which are ready, the command in flight, and the reader of their reports."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from xditd.ipc.worker_messages import (
 logger = logging.getLogger(__name__)
 
 CommandMaker = Callable[[int], AnyCommand]
-"""Builds a command from its ``op_number``, which the ranks count."""
+"""Builds a command from its ``op_number``."""
 
 Answers = Sequence[Answer]
 
 
 def first_failure(answers: Answers) -> RankFailed | None:
-    """The failure to report: the lowest rank's, but rather a cause than "another rank refused"."""
+    """Return the lowest rank's failure, or ``None``; ``OtherRankFailed`` only if no rank gave another cause."""
     failures = [answer for answer in answers if isinstance(answer, RankFailed)]
     return min(failures, key=lambda failure: (failure.code == OtherRankFailed.code, failure.rank), default=None)
 
 
 @dataclass
 class InFlight:
-    """The one command that every rank works on."""
+    """The command that all ranks run now."""
 
     command: AnyCommand
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
 class Ranks:
-    """The ranks that share ``token``. Complete once every one of ``world_size`` has reported."""
+    """The ranks of the group that ``token`` names. Complete once all ``world_size`` ranks have reported."""
 
     def __init__(self, router: Router, token: str) -> None:
         self.token = token
@@ -74,7 +74,7 @@ class Ranks:
 
     @property
     def fused_checks(self) -> tuple[FusedCheck, ...]:
-        """How fused kernels compared with plain modules, oldest first; refusals stay longest."""
+        """The fast path checks (fused kernels against unmodified modules), oldest first; refusals are kept longest."""
         return tuple(self._fused_checks.values())
 
     @property
@@ -83,12 +83,12 @@ class Ranks:
 
     @property
     def first(self) -> RankReady | None:
-        """What the lowest rank has reported; ``None`` while none has."""
+        """The report of the lowest rank; ``None`` before any rank has reported."""
         return self.ready[min(self.ready)] if self.ready else None
 
     @property
     def summary(self) -> str:
-        """What a complete group is, for its line in the log."""
+        """Describe a complete group for the log."""
         size, first = self.world_size, self.ready[min(self.ready)]
         degrees = ",".join(f"{name}:{degree}" for name, degree in first.parallel.items() if degree > 1) or "none"
         return (
@@ -98,17 +98,17 @@ class Ranks:
 
     @property
     def what_is_missing(self) -> str:
-        """Say which ranks still owe an answer to which command."""
+        """Name the ranks that have not answered, and the command."""
         if self.in_flight is None:
             return "no command ran"
         missing = sorted(self.ready.keys() - self.in_flight.answers.keys())
         return f"{type(self.in_flight.command).__name__} ran; ranks {missing} have not answered"
 
     def admit(self, routing_id: bytes, ready: RankReady) -> None:
-        """Note that a rank is up.
+        """Add a rank that is ready.
 
         Raises:
-            BadMessage: its rank is taken, or it disagrees with the others about their number.
+            BadMessage: its number is taken, or its world size differs from the others'.
         """
         if ready.rank in self.ready:
             raise BadMessage(f"rank {ready.rank} reported ready twice")
@@ -124,14 +124,14 @@ class Ranks:
         return routing_id in self._routes.values()
 
     def send(self, make: CommandMaker) -> tuple[AnyCommand, bool]:
-        """Send the next command to every rank. Returns it, and whether all of them can be reached."""
+        """Send the next command to every rank. Returns it, and whether it was sent to all."""
         command = make(self._next_op_number)
         self._next_op_number += 1
         self.in_flight = InFlight(command)
         return command, self._send_all(command)
 
     def send_unanswered(self, make: CommandMaker) -> bool:
-        """Send a command that nobody answers, also while another one is in flight."""
+        """Send a command that the ranks do not answer, also while another one is in flight."""
         command = make(self._next_op_number)
         self._next_op_number += 1
         return self._send_all(command)
@@ -140,7 +140,7 @@ class Ranks:
         """Find the command that an answer belongs to.
 
         Raises:
-            BadMessage: it is not, or no longer, in flight.
+            BadMessage: that command is not in flight.
         """
         if self.in_flight is None or answer.op_number != self.in_flight.command.op_number:
             raise BadMessage(f"rank {answer.rank} answered command {answer.op_number}, which is not in flight")
@@ -150,7 +150,7 @@ class Ranks:
         """Note an answer. Returns all of them, in rank order, once every rank has answered.
 
         Raises:
-            BadMessage: the rank answers something else than what is in flight, or answers twice.
+            BadMessage: the command is not in flight, or the rank has answered it.
         """
         in_flight = self.check_in_flight(answer)
         if answer.rank in in_flight.answers:
@@ -159,15 +159,15 @@ class Ranks:
         if isinstance(answer, (Done, Kept, Plugged)):
             self.tallies[answer.rank] = answer.tally
             for check in answer.tally.fused_checks:
-                self._note(answer.rank, check)
+                self._note_check(answer.rank, check)
         if len(in_flight.answers) < self.world_size:
             return None
         answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]
         self.in_flight = None
         return answers
 
-    def _note(self, rank: int, check: FusedCheck) -> None:
-        """Keep rank 0's comparisons, and from any rank those that were refused: others have fewer images to judge."""
+    def _note_check(self, rank: int, check: FusedCheck) -> None:
+        """Keep the checks of rank 0, which compares the most images, and refusals of any rank."""
         key = (check.kernels, check.case)
         if rank != 0 and check.is_used:
             return
@@ -183,7 +183,7 @@ class Ranks:
 
 
 class Receiver(Protocol):
-    """A group as the reader sees it. ``take_report`` raises ``BadMessage`` where a report does not fit."""
+    """A group that receives reports. ``take_report`` raises ``BadMessage`` for an unexpected one."""
 
     def take_report(self, routing_id: bytes, report: Report) -> None: ...
 
@@ -193,7 +193,7 @@ class Receiver(Protocol):
 
 
 class ReportReader:
-    """Read ``router``. :attr:`receivers` are the groups that live now, by their tokens."""
+    """Read the workers' socket and pass each report to its group; :attr:`receivers` are the groups by token."""
 
     def __init__(self, loop: EventLoop, router: Router) -> None:
         self.receivers: dict[str, Receiver] = {}
@@ -203,16 +203,16 @@ class ReportReader:
     def _read(self) -> None:
         for envelope in self._router.receive():
             try:
-                self._pass_on(envelope)
+                self._deliver(envelope)
             except (BadMessage, NotPermitted) as error:
                 for receiver in list(self.receivers.values()):
                     if receiver.has_route(envelope.routing_id):
-                        receiver.end(Internal(f"a rank is out of step: {error.detail}"))
+                        receiver.end(Internal(f"unexpected report of a rank: {error.detail}"))
                         break
                 else:
                     logger.warning("ignored a message on the workers' socket peer=%s: %s", envelope.peer, error.detail)
 
-    def _pass_on(self, envelope: Envelope) -> None:
+    def _deliver(self, envelope: Envelope) -> None:
         check_uid(envelope.peer, os.getuid())
         if envelope.payload is None:
             raise BadMessage("a message has more than one frame")

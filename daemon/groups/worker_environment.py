@@ -1,4 +1,4 @@
-"""The environment of the worker group: what it may inherit, and what it always gets."""
+"""Environment variables of the worker processes: which are inherited, and which are fixed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATHS: Final = frozenset(
         "VIRTUAL_ENV",
     }
 )
-"""Variables that hold a path or a list of paths: the workers run in another folder than the daemon was started in."""
+"""Variables with a path or a list of paths. They are made absolute: the workers run in another folder."""
 
 INHERITED: Final = PATHS | {
     "CC",
@@ -46,42 +46,42 @@ INHERITED: Final = PATHS | {
 INHERITED_PREFIXES: Final = ("LC_", "NVIDIA_", "XDG_")
 
 FIXED: Final[Mapping[str, str]] = {
-    # Nothing is downloaded, ever: weights come from clients.
+    # Nothing is downloaded: weights come from clients.
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "DIFFUSERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Process groups meet on loopback: no listener on another interface.
+    # Process groups connect over loopback only.
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    # NVLink multicast belongs to the whole machine, and virtual machines often refuse it; nothing here gains by it.
+    # NVLink multicast is a resource of the whole machine, virtual machines often refuse it, and it gains nothing here.
     "NCCL_NVLS_ENABLE": "0",
-    # After an error of NCCL the process ends, and no communicator is tidied up first: that itself may hang, and the
-    # daemon rebuilds the whole group anyway. 3 is SkipCleanUp in c10d/ProcessGroupNCCL.hpp, torch's default today.
+    # After an NCCL error the process ends without destroying communicators: that may hang, and the daemon rebuilds the
+    # whole group anyway. 3 is SkipCleanUp in c10d/ProcessGroupNCCL.hpp, torch's default today.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-    # One judge of silence: the daemon, which knows how long a step takes. torch's monitor would also abort a rank that
-    # was stopped and goes on, or whose machine slept, and end the group for another reason than the log gives.
+    # Only the daemon decides that a rank hangs, since it knows how long a step takes. torch's monitor would also abort
+    # a rank that was stopped and continued, or whose machine slept, and the log would name another cause.
     "TORCH_NCCL_ENABLE_MONITORING": "0",
-    # No flight recorder, and no dump of it that a broken rank would wait for and leave in /tmp. (torch warns of the
-    # recorder's older name, TORCH_NCCL_TRACE_BUFFER_SIZE, in every rank.)
+    # No flight recorder: a broken rank would wait for its dump and leave it in /tmp. (torch warns of its older name,
+    # TORCH_NCCL_TRACE_BUFFER_SIZE, in every rank.)
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_FR_BUFFER_SIZE": "0",
-    # Lent memory cannot be opened under cudaMallocAsync. torch reads the second name from 2.9 on.
+    # CUDA IPC does not work with cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
     "PYTORCH_ALLOC_CONF": "backend:native",
-    # Nothing is imported from the folder in which a process runs. Before Python 3.11 this has no effect; the group runs
-    # in /, where only root can leave a module.
+    # No imports from the current folder. Before Python 3.11 this has no effect, but the workers run in /, where only
+    # root can write.
     "PYTHONSAFEPATH": "1",
-    # A line of the log should arrive when it is written, also from a rank that is about to die.
+    # Log lines arrive at once, also from a rank that is about to end.
     "PYTHONUNBUFFERED": "1",
 }
 
 
 def worker_environment(inherited: Mapping[str, str], folder: Path | None) -> dict[str, str]:
-    """Choose what the group's leader gets: an allow-list, so that nothing is inherited by accident.
+    """Build the leader's environment from an allow-list and :data:`FIXED`.
 
-    Relative paths in it count from ``folder``, the one in which the daemon was started; without one they are left out.
+    Relative paths are resolved against ``folder``, in which the daemon was started; without it they are left out.
     """
     chosen = {
         name: value for name, value in inherited.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)

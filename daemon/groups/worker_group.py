@@ -1,4 +1,4 @@
-"""One worker group: a state machine over its lives, each of which is a leader process with its ranks."""
+"""The worker group: starts its processes, sends commands to its ranks, ends it on faults and restarts it."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from xditd.ipc.worker_messages import (
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S: Final = 5.0
-"""From Shutdown to SIGTERM: unmapping takes well under a second."""
+"""From the ``Shutdown`` command to SIGTERM: unmapping takes well under a second."""
 
-_MAY_PASS: Final = (errno.EAGAIN, errno.ENOMEM)
-"""Why a process could not be started now, and may be later; anything else stays as it is."""
+_TRANSIENT_ERRORS: Final = (errno.EAGAIN, errno.ENOMEM)
+"""Errors of fork and exec after which another try may succeed."""
 
 
 class WorkerGroup:
-    """Own a group's processes, and what is asked of its ranks: one command at a time.
+    """Own the processes of a worker group, and send commands to its ranks, one at a time.
 
-    ``name`` is what log lines call it. ``ready`` means that every rank has answered, not that its process exists. A
-    life ends as a whole: a dead leader, a rank that is out of step, a missed deadline. ``listener`` is set once, before
-    :meth:`start`. Groups share ``reader`` and ``router``, the workers' socket, and nothing else.
+    READY means that every rank has reported, not that its process exists. All processes of the group end together:
+    after a rank's death, an unexpected report or a missed deadline. ``name`` is for log lines. ``listener`` is set
+    once, before :meth:`start`. Groups share only ``reader`` and ``router``, the workers' socket.
     """
 
     listener: GroupListener
@@ -90,28 +90,28 @@ class WorkerGroup:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the ranks may have something mapped, and can be asked to unmap it."""
+        """Whether the ranks take commands, so that what they have mapped has to be unmapped."""
         return self.state in (GroupState.READY, GroupState.BUSY)
 
     @property
     def expected_world_size(self) -> int:
-        """How many ranks there are, or will be; 0 while nobody knows."""
+        """How many ranks there are, or will be; 0 while that is not known."""
         if self.ranks is not None and self.ranks.world_size:
             return self.ranks.world_size
         return self._configuration.workers if isinstance(self._configuration.workers, int) else 0
 
     @property
     def overdue_s(self) -> float:
-        """How long the group has been silent beyond the deadline that ends it."""
+        """How long the running command has exceeded its deadline."""
         return self._deadline.overdue_s
 
     @property
     def outside_connections(self) -> int:
-        """Connections to other hosts that its ranks have attempted, in all lives."""
+        """Connections to other hosts that its ranks have attempted, over all restarts."""
         return self._outside_connections_before + (self.ranks.outside_connections if self.ranks is not None else 0)
 
     def start(self) -> None:
-        """Begin a life."""
+        """Start the leader, and with it the ranks."""
         self.state = move(GROUP_NEXT, self.state, GroupState.STARTING)
         self.detail = "workers are starting" if self.starts == 0 else f"workers are being rebuilt: {self.detail}"
         self.starts += 1
@@ -125,13 +125,13 @@ class WorkerGroup:
         try:
             self._leader = Leader(self._loop, self._log_buffer, command, self._environment, self._leader_gone)
         except OSError as error:
-            self._could_not_start(command[0], error)
+            self._start_failed(command[0], error)
             return
         self._start_deadline.extend(self._configuration.start_deadline_s)
         logger.info("%s starting leader_pid=%d start=%d", self.name, self._leader.pid, self.starts)
 
     def send(self, make: CommandMaker) -> None:
-        """Send the next command to every rank; the listener gets the answers, or the end of the group."""
+        """Send the next command to every rank; the listener receives the answers, or the end of the group."""
         ranks = self._live_ranks()
         self.state = move(GROUP_NEXT, self.state, GroupState.BUSY)
         command, is_sent = ranks.send(make)
@@ -140,7 +140,7 @@ class WorkerGroup:
             self.end(WorkersLost("a rank does not read its commands, or has closed its connection"))
 
     def cancel_run(self) -> None:
-        """Ask the ranks to stop the job that they run, if they run one."""
+        """Tell the ranks to stop the running job, if there is one."""
         ranks = self.ranks
         if ranks is not None and ranks.in_flight is not None and isinstance(ranks.in_flight.command, Run):
             target = ranks.in_flight.command.op_number
@@ -148,7 +148,7 @@ class WorkerGroup:
             self._deadline.cancelled()
 
     def end(self, error: XditdError) -> None:
-        """End this life because of ``error``; another one follows within the bounds."""
+        """End the group's processes because of ``error``; it restarts as the restart policy allows."""
         if self.state in (GroupState.DEAD, GroupState.GIVEN_UP):
             return
         self._is_ended_by_us = True
@@ -157,7 +157,7 @@ class WorkerGroup:
             self._leader.terminate()
 
     def shut_down(self, on_stopped: Callback) -> None:
-        """End the group for good, in order if it can; ``on_stopped`` is called once its processes are gone."""
+        """End the group without a restart; ``on_stopped`` is called once its processes have ended."""
         self._on_stopped = on_stopped
         if self._restart_timer is not None:
             self._restart_timer.cancel()
@@ -171,7 +171,7 @@ class WorkerGroup:
             self.end(WorkersLost("the daemon is stopping"))
 
     def kill(self) -> None:
-        """Kill the group's processes now, for a daemon that is about to exit without waiting."""
+        """Kill the group's processes now; for a daemon that exits without waiting."""
         if self._leader is not None:
             self._leader.kill()
 
@@ -181,10 +181,10 @@ class WorkerGroup:
         return self.ranks is not None and self.ranks.has_route(routing_id)
 
     def take_report(self, routing_id: bytes, report: Report) -> None:
-        """Act on a report of this life.
+        """Handle a report of a rank.
 
         Raises:
-            BadMessage: it does not fit what the ranks were asked, or did not come from the rank that it names.
+            BadMessage: no such report is expected, or it did not come from the rank that it names.
         """
         ranks = self._live_ranks()
         if isinstance(report, RankReady):
@@ -216,7 +216,7 @@ class WorkerGroup:
                 self.restarts.note_served()
             self.listener.answered(in_flight.command, answers)
 
-    # --- Moves
+    # --- State transitions
 
     def _mark_ready(self, ranks: Ranks) -> None:
         self._start_deadline.stop()
@@ -245,9 +245,9 @@ class WorkerGroup:
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
             self._mark_dead(WorkersLost(why))
         elif self._on_stopped is None and output.has_cause and status == 1:
-            # We ended the group, for what its ranks reported; which of them was lost first, only the leader knows.
-            self.detail = f"{self.detail}; {output.verdict}"
-            logger.error("%s had ended: %s", self.name, output.verdict)
+            # The daemon ended the group because of a rank's report; only the leader knows which rank was lost first.
+            self.detail = f"{self.detail}; {output.cause}"
+            logger.error("%s had ended: %s", self.name, output.cause)
         if self._on_stopped is not None:
             self._on_stopped()
         elif output.is_final(status) and not self._is_ended_by_us:
@@ -255,11 +255,11 @@ class WorkerGroup:
         else:
             self._restart_later()
 
-    def _could_not_start(self, program: str, error: OSError) -> None:
+    def _start_failed(self, program: str, error: OSError) -> None:
         self._mark_dead(WorkersLost(f"worker command {program}: {error.strerror}"))
         if is_want_of_descriptors(error):
             self._give_up(describe_limit())
-        elif error.errno in _MAY_PASS:
+        elif error.errno in _TRANSIENT_ERRORS:
             self._restart_later()
         else:
             self._give_up(f"worker command {program}: {error.strerror}; correct [workers] command")
@@ -285,10 +285,10 @@ class WorkerGroup:
     def _start_overdue(self) -> None:
         ready = len(self.ranks.ready) if self.ranks is not None else 0
         waited_s = self._configuration.start_deadline_s
-        said = self._leader.last_output if self._leader is not None else ""
+        last = self._leader.last_output if self._leader is not None else ""
         self.end(
             WorkersLost(
-                f"only {ready} ranks reported within {waited_s:g} s of the start; their last line: {said or 'none'}; "
+                f"only {ready} ranks reported within {waited_s:g} s of the start; their last line: {last or 'none'}; "
                 "if they were only slow, raise start_deadline_s"
             )
         )
@@ -298,5 +298,5 @@ class WorkerGroup:
 
     def _live_ranks(self) -> Ranks:
         if self.ranks is None:
-            raise Internal(f"the worker group is {self.state.value}: nothing can be asked of it")
+            raise Internal(f"the worker group is {self.state.value}: it takes no commands")
         return self.ranks

@@ -1,4 +1,4 @@
-"""What the worker processes print: one pipe, line by line into the log."""
+"""Output of the worker processes: copied from their pipe to the log, and searched for why they ended."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from xditd.ipc.worker_messages import CONFIGURATION_STATUS, UNEXPLAINED, VERDICT
 _READ_BYTES: Final = 64 * 1024
 _TRACEBACK: Final = "Traceback (most recent call last):"
 _FINAL_STATUSES: Final = (CONFIGURATION_STATUS, 126, 127)
-"""126 and 127 are a shell's for a program that it cannot run, or find."""
+"""126 and 127 are a shell's, for a program that it cannot run or cannot find."""
 _NO_MODULE: Final = "No module named"
-"""How ``python -m`` ends where the leader itself is not installed."""
+"""In the last line of ``python -m`` when the leader's package is not installed."""
 
 
 class WorkerOutput:
-    """Read ``descriptor`` (and own it) until :meth:`close`, and keep what tells why the processes ended."""
+    """Read ``descriptor``, which it owns, until :meth:`close`, and keep the lines that explain the processes' end."""
 
     def __init__(self, loop: EventLoop, log_buffer: LogBuffer, descriptor: int) -> None:
         self._loop = loop
@@ -27,39 +27,39 @@ class WorkerOutput:
         self._descriptor = descriptor
         self._partial = b""
         self._is_in_traceback = False
-        self.verdict = ""
-        """What the leader says of the group's end."""
+        self.cause = ""
+        """Why the group ended, as the leader printed it."""
         self.last_error = ""
-        """The last line of the last traceback: the error that a process did not handle."""
+        """The last line of the last traceback."""
         self.last_line = ""
         """The last line that was not empty."""
         os.set_blocking(descriptor, False)
         loop.watch(descriptor, self._on_readable)
 
     def explain(self, status: int) -> str:
-        """Say why the group has ended by itself: in the leader's words, else by how it ended and what came last."""
-        if self.verdict:
-            is_known = UNEXPLAINED not in self.verdict or not self.last_error
-            return self.verdict if is_known else f"{self.verdict}; last error: {self.last_error}"
+        """Say why the group ended: the leader's own line, else its exit status and the last line of output."""
+        if self.cause:
+            is_known = UNEXPLAINED not in self.cause or not self.last_error
+            return self.cause if is_known else f"{self.cause}; last error: {self.last_error}"
         if status == CONFIGURATION_STATUS and self.last_line:
-            return self.last_line  # what argparse says, or another program in the leader's place
+            return self.last_line  # of argparse, or of another program in the leader's place
         if status == 0:
-            return "the group's leader left without being told to (exit status 0)"
-        # An error that was handled earlier is not what killed it.
+            return "the group's leader exited without being told to (exit status 0)"
+        # After a signal, an earlier traceback is not the cause.
         last = (self.last_error if status > 0 else "") or self.last_line or "no output"
         return f"the group's leader {describe_exit(status)}: {last}"
 
     @property
     def has_cause(self) -> bool:
-        """Whether the leader has said what ended a rank."""
-        return bool(self.verdict) and UNEXPLAINED not in self.verdict
+        """Whether the leader has named the cause of a rank's end."""
+        return bool(self.cause) and UNEXPLAINED not in self.cause
 
     def is_final(self, status: int) -> bool:
-        """Say whether no restart can help: the leader, a shell or the interpreter said so."""
-        return status in _FINAL_STATUSES or (status == 1 and not self.verdict and _NO_MODULE in self.last_line)
+        """Whether a restart would fail the same way: wrong configuration, or the program cannot be run."""
+        return status in _FINAL_STATUSES or (status == 1 and not self.cause and _NO_MODULE in self.last_line)
 
     def close(self) -> None:
-        """Read what the pipe still holds, and close it: the reason for an exit comes last."""
+        """Read the rest of the pipe, which has the cause of an exit, and close it."""
         while self._read_some():
             pass
         self._keep(self._partial)
@@ -71,7 +71,7 @@ class WorkerOutput:
             self._loop.unwatch(self._descriptor)
 
     def _read_some(self) -> bytes | None:
-        """Read one piece; ``None`` when there is nothing now, empty when there will be nothing any more."""
+        """Read one piece; ``None`` when the pipe is empty, ``b""`` at its end."""
         try:
             piece = os.read(self._descriptor, _READ_BYTES)
         except BlockingIOError:
@@ -90,7 +90,7 @@ class WorkerOutput:
             return
         self.last_line = text
         if text.startswith(VERDICT_PREFIX):
-            self.verdict = text.removeprefix(VERDICT_PREFIX)
+            self.cause = text.removeprefix(VERDICT_PREFIX)
         if text.startswith(_TRACEBACK):
             self._is_in_traceback = True
         elif self._is_in_traceback and not text[0].isspace():

@@ -1,1 +1,1 @@
-"""Components that clients lend: who owns each and until when, and when workers map and unmap it."""
+"""Leases of lent components, and the commands with which the workers map and unmap them."""

@@ -1,4 +1,4 @@
-"""Leases: which component is lent by whom, and what state each lease is in. Nothing here sends a message."""
+"""Leases: which client lends which component, and the state of each lease. This module sends no messages."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ LEASE_NEXT: Final[Mapping[LeaseState, Set[LeaseState]]] = {
     LeaseState.RETURNING: {LeaseState.ENDED},
     LeaseState.ENDED: set(),
 }
-"""LENT goes back to LENDING when its bytes were rewritten, or when a rebuilt group has to map them again.
-ADOPTED has no way back: the client's memory is not mapped any more."""
+"""LENT goes back to LENDING when the client has rewritten the bytes, or when a rebuilt group has to map them again.
+ADOPTED never does: the client's memory is not mapped any more."""
 
-_REMEMBERED: Final = 256
-"""Leases that ended against their owners' will, and why."""
+_MAX_LOST: Final = 256
+"""How many of the leases that their owner did not end are remembered, each with the reason."""
 
 
 @dataclass(eq=False)
 class Lease:
-    """Who lends a component, and until when; what is lent (the loan) is what ``manifest`` describes.
+    """The daemon's record of a lent component: its owner, its state, and the memory that ``manifest`` describes.
 
-    ``holds`` counts lends of the same bytes: each needs its own return.
+    ``holds`` counts the lends of the same bytes; each needs its own return.
     """
 
     component_id: str
@@ -45,32 +45,32 @@ class Lease:
     state: LeaseState = LeaseState.LENDING
     holds: int = 1
     facts: ComponentFacts | None = None
-    """What the workers know of it, from the first time that they have prepared it."""
+    """From the workers, once they have prepared it."""
     client_copied: CopiedBytes = field(default_factory=CopiedBytes)
-    """What the client copied to make its tensors lendable."""
+    """Bytes that the client copied to make its tensors lendable."""
     worker_copied: CopiedBytes = field(default_factory=CopiedBytes)
     is_model_reused: bool = False
     lend_ms: TimingsMs = field(default_factory=dict)
     digests: tuple[FileDigest, ...] = ()
-    """What the workers found in its files: those of a rebuilt group compare with it."""
+    """Of its files, from the workers; those of a rebuilt group compare with them."""
     deaths: int = 0
-    """How many groups have died while they mapped it again."""
+    """How many groups have ended while they mapped it again."""
     on_ended: list[Callable[[], None]] = field(default_factory=list)
     lost: LeaseLost | None = None
-    """Why it ended, where that was not its owner's wish: told to those who name it later."""
+    """Why it ended, if its owner did not end it: the error of later requests that name it."""
     lent_bytes: int = field(init=False)
-    """Of all its tensors: added up once, for there may be thousands. Another offer of the same place has the same."""
-    _counted: tuple[Manifest, dict[str, int]] | None = field(default=None, init=False, repr=False)
+    """Bytes of all its tensors, summed once: there may be thousands. Each manifest of the same memory has as many."""
+    _bytes_by_tier: tuple[Manifest, dict[str, int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.lent_bytes = self.manifest.tensor_bytes
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """Bytes on loan by the tier's name. Kept: a checkpoint has a thousand tensors, and status is asked often."""
-        if self._counted is None or self._counted[0] is not self.manifest:
-            self._counted = self.manifest, self.manifest.bytes_by_tier
-        return self._counted[1]
+        """Lent bytes by the tier's name. Cached: a checkpoint has a thousand tensors, and status is asked often."""
+        if self._bytes_by_tier is None or self._bytes_by_tier[0] is not self.manifest:
+            self._bytes_by_tier = self.manifest, self.manifest.bytes_by_tier
+        return self._bytes_by_tier[1]
 
     @property
     def is_live(self) -> bool:
@@ -78,23 +78,23 @@ class Lease:
 
     @property
     def is_usable(self) -> bool:
-        """Whether every worker has it plugged or can plug it."""
+        """Whether every worker has the component mapped."""
         return self.state in (LeaseState.LENT, LeaseState.ADOPTED)
 
     @property
     def known_facts(self) -> ComponentFacts:
-        """What the workers know of a component that is, or was, lent."""
+        """The facts of a component that the workers have prepared."""
         if self.facts is None:
-            raise Internal(f"component {self.component_id}: lent, but no worker has said what it is")
+            raise Internal(f"component {self.component_id}: lent, but no worker has reported its facts")
         return self.facts
 
-    def offer(self, manifest: Manifest) -> None:
-        """Take another description of the same place; forget what was found in files that have changed since."""
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest by another one of the same memory; drop digests of files that have changed."""
         self.manifest = manifest
         self.note_digests(self.digests)
 
     def note_digests(self, digests: tuple[FileDigest, ...]) -> None:
-        """Keep what was found in files, as far as it is of those that are on loan now."""
+        """Keep the digests of files that are lent now, in their present state."""
         blocks = self.manifest.blocks
         self.digests = tuple(
             found
@@ -109,7 +109,7 @@ class Lease:
 
     @property
     def kind(self) -> ComponentKind | None:
-        """As its client said, or as the workers found; ``None`` until they have."""
+        """From the workers' facts, else from the client's manifest; ``None`` if neither names it."""
         return self.manifest.kind if self.facts is None else self.facts.kind
 
     def status(self) -> ComponentStatus:
@@ -140,7 +140,7 @@ class LeaseTable:
         return iter(list(self._by_id.values()))
 
     def add(self, session: Session, manifest: Manifest) -> Lease:
-        # The random part keeps an id of an earlier daemon from naming somebody else's component in this one.
+        # The random part: an id of an earlier daemon must not name another component of this one.
         what = "component" if manifest.kind is None else manifest.kind.value
         component_id = f"{what}-{next(self._numbers)}-{os.urandom(3).hex()}"
         lease = self._by_id[component_id] = Lease(component_id, session, manifest)
@@ -150,19 +150,19 @@ class LeaseTable:
         """Find a lease whose component jobs may use.
 
         Raises:
-            LeaseLost: it ended against its owner's will.
+            LeaseLost: it ended, but its owner did not end it.
             UnknownComponent: never lent, returned, or its owner is gone.
         """
         lease = self.find(component_id)
         if not lease.is_live:
-            raise lease.lost or UnknownComponent(f"component {component_id}: its owner takes it back; lend it again")
+            raise lease.lost or UnknownComponent(f"component {component_id}: its owner returned it; lend it again")
         return lease
 
     def find(self, component_id: str) -> Lease:
-        """Find a lease, also one whose component workers still have to unmap.
+        """Find a lease, also one whose component the workers still have to unmap.
 
         Raises:
-            LeaseLost: it ended against its owner's will.
+            LeaseLost: it ended, but its owner did not end it.
             UnknownComponent: never lent, or returned.
         """
         lease = self._by_id.get(component_id)
@@ -176,39 +176,39 @@ class LeaseTable:
         )
 
     def of_session(self, session: Session) -> list[Lease]:
-        """The leases that end with a session; what was adopted does not."""
+        """Return the leases that end with a session: all but the adopted ones."""
         return [lease for lease in self if lease.session is session and lease.state is not LeaseState.ADOPTED]
 
     def of_process(self, process: ProcessIdentity) -> list[Lease]:
-        """The leases of a client over all its sessions; what was adopted is not its own any more."""
+        """Return the leases of a client over all its sessions, without the adopted ones."""
         return [lease for lease in self if lease.session.process == process and lease.state is not LeaseState.ADOPTED]
 
     def end(self, lease: Lease) -> None:
-        """Drop a lease whose component nobody maps any more, and tell those who waited for that."""
+        """Remove a lease whose component no worker maps any more, and call its ``on_ended`` callbacks."""
         lease.move(LeaseState.ENDED)
         del self._by_id[lease.component_id]
         if lease.lost is not None:
             self._lost[lease.component_id] = lease.lost.detail
-            while len(self._lost) > _REMEMBERED:
+            while len(self._lost) > _MAX_LOST:
                 self._lost.popitem(last=False)
         for callback in lease.on_ended:
             callback()
 
     def note_digests(self, component_id: str, digests: tuple[FileDigest, ...]) -> None:
-        """Keep what the workers found in a component's files, if it is still lent."""
+        """Keep the digests of a component's files, if it is still lent."""
         lease = self._by_id.get(component_id)
         if lease is not None:
             lease.note_digests(digests)
 
-    def same_place(self, session: Session, manifest: Manifest) -> Lease | None:
-        """Find this session's live lease of the same memory, whatever was written to it since.
+    def find_same_memory(self, session: Session, manifest: Manifest) -> Lease | None:
+        """Find this session's live lease of the same memory, even if its bytes have changed since.
 
         Raises:
-            StaleSource: ``manifest`` is of an older generation than what is lent.
+            StaleSource: ``manifest`` is of an older generation than the lease.
         """
-        place = _place(manifest)
+        memory = _memory(manifest)
         for lease in self.of_session(session):
-            if not lease.is_live or lease.manifest.kind is not manifest.kind or _place(lease.manifest) != place:
+            if not lease.is_live or lease.manifest.kind is not manifest.kind or _memory(lease.manifest) != memory:
                 continue
             if manifest.generation < lease.manifest.generation:
                 raise StaleSource(
@@ -220,16 +220,16 @@ class LeaseTable:
 
 
 def is_same_content(old: Manifest, new: Manifest) -> bool:
-    """Whether two manifests of one place also promise the same bytes."""
+    """Whether two manifests of the same memory describe the same bytes."""
     return old.generation == new.generation and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
 
 
-def _place(manifest: Manifest) -> Hashable:
-    return tuple(_block_place(block) for block in manifest.blocks), manifest.tensors
+def _memory(manifest: Manifest) -> Hashable:
+    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors
 
 
-def _block_place(block: Block) -> Hashable:
-    """Where a block is, without what was in it when it was described."""
+def _block_memory(block: Block) -> Hashable:
+    """Identify a block's memory, whatever its content."""
     if isinstance(block, CudaIpcBlock):
         return block.device_uuid, block.handle, block.size_bytes
     if isinstance(block, FileBlock):
@@ -238,5 +238,5 @@ def _block_place(block: Block) -> Hashable:
 
 
 def _content(block: Block) -> Hashable:
-    """What was in a block when it was described. Descriptor numbers differ where a file was opened twice."""
+    """Identify a block's content. Descriptor numbers are left out: they differ if a file was opened twice."""
     return block.fingerprint, (block.mtime_ns, block.ctime_ns) if isinstance(block, FileBlock) else None

@@ -1,4 +1,4 @@
-"""Loans, and what workers do with them: map them, map them again after a rebuild, keep a copy, unmap them."""
+"""Lending: have the workers map, map again after a restart, copy (adopt) and unmap lent components."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from xditd.ipc.worker_messages import Done, ForgetClient, Keep, Kept, Plug, Plug
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 2
-"""Groups that may die while they map one loan again; after that it is held to be the cause, and its lease ends."""
+"""Groups that may end while they map one component again; then it is taken as the cause, and its lease ends."""
 
 Callback = Callable[[], None]
 
 
-class Loans:
-    """Own the leases, and give ``scheduler`` what has to be mapped or unmapped for them, which goes before any job."""
+class Lending:
+    """Own the leases, and give ``scheduler`` the mapping and unmapping tasks for them, which go before any job."""
 
     def __init__(self, group: WorkerGroup, scheduler: Scheduler, counters: EventCounters) -> None:
         self.leases = LeaseTable()
@@ -44,34 +44,34 @@ class Loans:
     # --- Lending -------------------------------------------------------------------------------------
 
     def reuse(self, session: Session, request: Lend) -> Lent | None:
-        """Answer a lend of bytes that are lent already; ``None`` where there is something to do.
+        """Return the reply to a lend of bytes that are lent already; ``None`` if they have to be mapped.
 
         Raises:
-            StaleSource: of an older generation than what is lent.
+            StaleSource: the manifest is of an older generation than the lease.
         """
-        lease = self.leases.same_place(session, request.manifest)
+        lease = self.leases.find_same_memory(session, request.manifest)
         if lease is None or lease.state is not LeaseState.LENT or not is_same_content(lease.manifest, request.manifest):
             return None
         lease.holds += 1
-        # The newest descriptors: the earlier offer's may be closed by the time a rebuilt group needs them.
-        lease.offer(request.manifest)
+        # The newest descriptors: the client may have closed the earlier ones when a rebuilt group needs them.
+        lease.replace_manifest(request.manifest)
         return _lent(request, lease, is_reused=True)
 
     def lend(self, job: Job, request: Lend) -> Script[Lent]:
-        """The script of a lend. When it does not come to its end, there is no lease."""
+        """The script of a lend. If it fails, the lease is ended."""
         started_s = time.monotonic()
         reused = self.reuse(job.session, request)
         if reused is not None:
             return reused
-        rewritten = self.leases.same_place(job.session, request.manifest)
+        rewritten = self.leases.find_same_memory(job.session, request.manifest)
         lease = rewritten or self.leases.add(job.session, request.manifest)
         job.component_ids = (lease.component_id,)
         try:
             if rewritten is not None:
-                # What the workers made of the old content goes before the new one is prepared.
+                # The workers drop what they made from the old content first.
                 lease.move(LeaseState.LENDING)
                 lease.holds += 1
-                lease.offer(request.manifest)
+                lease.replace_manifest(request.manifest)
                 yield from _unmap(lease)
             yield from _map(lease, job)
             lease.client_copied += request.copied
@@ -87,16 +87,16 @@ class Loans:
     # --- Adopting ------------------------------------------------------------------------------------
 
     def adopt(self, job: Job, lease: Lease) -> Script[Adopted]:
-        """The script that makes a lent component the workers' own."""
+        """The script of an adopt: the workers copy a lent component and unmap the client's memory."""
         component_id = lease.component_id
         if lease.state is not LeaseState.LENT:
-            raise LeaseLost(f"component {component_id}: {lease.state.value} when the turn to adopt it came")
+            raise LeaseLost(f"component {component_id}: {lease.state.value} when its adoption started; lend it again")
         kept = expect((yield lambda number: Keep(op_number=number, component_id=component_id)), Kept)
         if lease.state is not LeaseState.LENT:
-            raise lease.lost or LeaseLost(f"component {component_id}: taken back while it was being adopted")
-        if job.ending is not None:
-            yield from self._disown(lease)
-            raise job.ending
+            raise lease.lost or LeaseLost(f"component {component_id}: returned while it was being adopted")
+        if job.cancel_error is not None:
+            yield from self._undo_adoption(lease)
+            raise job.cancel_error
         lease.move(LeaseState.ADOPTED)
         copied = sum((answer.copied for answer in kept), CopiedBytes())
         lease.worker_copied += copied
@@ -104,8 +104,8 @@ class Loans:
         timings_ms = slowest_ms([answer.timings_ms for answer in kept])
         return Adopted(request_id=job.request.request_id, copied=copied, timings_ms=timings_ms)
 
-    def _disown(self, lease: Lease) -> Script[None]:
-        """Map the client's memory again: who asked for the copy does not want it any more."""
+    def _undo_adoption(self, lease: Lease) -> Script[None]:
+        """Map the client's memory again, because the adoption was cancelled."""
         lease.move(LeaseState.LENDING)
         try:
             yield from _map(lease, None)
@@ -144,11 +144,11 @@ class Loans:
             self.end(lease, why, partial(ended, lease))
 
     def forget(self, process: ProcessIdentity) -> None:
-        """Let the workers close the I/O blocks of a client that is gone."""
+        """Have the workers close the I/O blocks of a client that has ended."""
         self._unmap_first(_forget(process), lambda: None)
 
     def _unmap_first(self, script: Script[None], done: Callback) -> None:
-        """Have memory unmapped. A group that ends has done it: what it had mapped is gone with its processes."""
+        """Have memory unmapped. If the group has ended, nothing is mapped any more."""
         if self._group.is_alive:
             self._scheduler.unmap_first(Task(script, on_done=lambda _: done(), on_failed=lambda _: done()))
         else:
@@ -161,26 +161,29 @@ class Loans:
     # --- Rebuilt groups --------------------------------------------------------------------------------
 
     def group_ended(self) -> None:
-        """Queue the mapping of what is lent, and end what was adopted: it is gone. The scheduler hears of it first."""
+        """Queue the mapping of lent components, and end adopted ones, whose copies are lost.
+
+        Called after ``Scheduler.group_ended``, which drops the tasks of the old group.
+        """
         for lease in self.leases:
             if lease.state is LeaseState.LENT:
                 lease.move(LeaseState.LENDING)
             elif lease.state is LeaseState.ADOPTED:
                 gone = LeaseLost(
-                    f"component {lease.component_id}: adopted, so it ended with the workers; lend it again"
+                    f"component {lease.component_id}: adopted, so it was lost with the workers; lend it again"
                 )
                 logger.warning("adopted component lost component_id=%s", lease.component_id)
                 self.end(lease, gone, lambda: None)
         for lease in self.leases:
             if lease.state is LeaseState.LENDING:
-                failed = partial(self._not_mapped_again, lease)
+                failed = partial(self._map_again_failed, lease)
                 self._scheduler.map_first(Task(_map_again(lease), on_done=lambda _: None, on_failed=failed))
 
-    def _not_mapped_again(self, lease: Lease, error: XditdError) -> None:
+    def _map_again_failed(self, lease: Lease, error: XditdError) -> None:
         if lease.state is not LeaseState.LENDING:
-            return  # taken back meanwhile: the unmapping that follows ends it
+            return  # returned meanwhile: the unmapping that follows ends it
         if not self._group.is_alive and lease.deaths < MAX_DEATHS:
-            return  # the group died of something else, or of this: the next life will tell
+            return  # the cause may be another one: the next group tries again
         logger.error("loan ended component_id=%s: could not be mapped again: %s", lease.component_id, error.detail)
         why = LeaseLost(f"component {lease.component_id}: the rebuilt workers could not map it: {error.detail}")
         lease.lost = why
@@ -189,8 +192,8 @@ class Loans:
 
 
 def _map_again(lease: Lease) -> Script[None]:
-    if lease.state is LeaseState.LENDING:  # else it was taken back before its turn
-        lease.deaths += 1  # undone when the group survives it
+    if lease.state is LeaseState.LENDING:  # else it was returned before its turn
+        lease.deaths += 1  # reset below if the group survives
         yield from _map(lease, None)
         lease.deaths = 0
         lease.move(LeaseState.LENT)
@@ -198,7 +201,7 @@ def _map_again(lease: Lease) -> Script[None]:
 
 
 def _map(lease: Lease, job: Job | None) -> Script[None]:
-    """Two phases: no rank plugs in before every rank is prepared. Whoever refuses, all unmap."""
+    """Prepare on all ranks, then plug on all ranks. If one fails, all unmap."""
     exporter = lease.session.process
     component_id, manifest, digests = lease.component_id, lease.manifest, lease.digests
 
@@ -209,9 +212,9 @@ def _map(lease: Lease, job: Job | None) -> Script[None]:
 
     try:
         prepared = expect((yield prepare), Prepared)
-        _check_wanted(lease, job)
+        _check_not_cancelled(lease, job)
         plugged = expect((yield lambda number: Plug(op_number=number, component_id=component_id)), Plugged)
-        _check_wanted(lease, job)
+        _check_not_cancelled(lease, job)
     except XditdError:
         yield from _unmap(lease)
         raise
@@ -232,12 +235,12 @@ def _forget(process: ProcessIdentity) -> Script[None]:
     expect((yield lambda number: ForgetClient(op_number=number, exporter=process)), Done)
 
 
-def _check_wanted(lease: Lease, job: Job | None) -> None:
-    """Stop between two commands when the owner went away, or changed its mind."""
-    if job is not None and job.ending is not None:
-        raise job.ending
+def _check_not_cancelled(lease: Lease, job: Job | None) -> None:
+    """Raise if the owner has exited, cancelled the lend or returned the component."""
+    if job is not None and job.cancel_error is not None:
+        raise job.cancel_error
     if lease.state is not LeaseState.LENDING:
-        raise LeaseLost(f"component {lease.component_id}: taken back while it was being mapped")
+        raise LeaseLost(f"component {lease.component_id}: returned while it was being mapped")
 
 
 def _lent(request: Lend, lease: Lease, *, is_reused: bool) -> Lent:
@@ -275,7 +278,7 @@ def _log_lent(lease: Lease, request: Lend) -> None:
 
 
 def describe_copied(copied: CopiedBytes) -> str:
-    """Spell what was copied, by kind; ``none`` when memory is shared."""
+    """Format what was copied, by kind; ``none`` when memory is shared."""
     kinds = {
         "host_to_host": copied.host_to_host,
         "host_to_device": copied.host_to_device,

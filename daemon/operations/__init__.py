@@ -1,1 +1,1 @@
-"""What every long-lived process needs: an event loop, logs, counters, a runtime folder, a service manager."""
+"""Parts that do not depend on xDiT: event loop, log buffer, metrics, runtime folder, signals, systemd."""

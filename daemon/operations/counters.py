@@ -1,6 +1,6 @@
-"""What the daemon has done, counted once, as it happens: for metrics and for ``xditd status``.
+"""Event counters and histograms of the daemon, for metrics and for ``xditd status``.
 
-Every table here is bounded: its keys are operations, error codes and kinds, which this project names itself.
+Every table is bounded: its keys are names of this project (operations, error codes, kinds), never clients' values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DETAIL_CHARS: Final = 500
 
 
 class Histogram:
-    """Counts by upper bound, the last of which is endless, and the sum of what was counted."""
+    """Counts by upper bound, the last of which is infinite, and the sum of all values."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -37,13 +37,13 @@ class Histogram:
         self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Upper bounds, as text, each with how many values it holds: what Prometheus calls buckets."""
+        """Return Prometheus buckets: upper bounds as text, each with the count of values up to it."""
         bounds = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 
 
 class EventCounters:
-    """Counted since the daemon started."""
+    """Counters of events since the daemon started."""
 
     def __init__(self) -> None:
         self.jobs: Counter[tuple[str, str]] = Counter()
@@ -53,24 +53,24 @@ class EventCounters:
         self.steps = Histogram(STEP_BOUNDS_S)
         self.errors: Counter[str] = Counter()
         self.lent_bytes: Counter[str] = Counter()
-        """By tier, every lend that was not a repetition."""
+        """By tier. A repeated lend of the same bytes is not counted."""
         self.copied_bytes: Counter[str] = Counter()
         self._last_errors: deque[tuple[float, str, str, str]] = deque(maxlen=limits.MAX_LAST_ERRORS)
         self._last_step_s = 0.0
 
     def job_ended(self, op: str, error: XditdError | None, waited_s: float, ran_s: float) -> None:
-        """Count a request that needed the workers."""
+        """Count a job."""
         outcome = "done" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
         self.jobs[op, outcome] += 1
         self.waited.setdefault(op, Histogram(JOB_BOUNDS_S)).add(waited_s)
         if error is None:
-            # Those that end early would make a slow machine look fast.
+            # Only complete jobs: failed ones end early and would make a slow machine look fast.
             self.ran.setdefault(op, Histogram(JOB_BOUNDS_S)).add(ran_s)
         elif outcome == "failed":
             self.note_error(op, error)
 
     def outcomes(self, ops: Set[str]) -> dict[str, int]:
-        """How many requests of these operations were done, failed or cancelled."""
+        """Count the jobs of these operations that were done, failed or cancelled."""
         found = {"done": 0, "failed": 0, "cancelled": 0}
         for (op, outcome), count in self.jobs.items():
             if op in ops:
@@ -78,18 +78,18 @@ class EventCounters:
         return found
 
     def step_reached(self, step: StepReached) -> None:
-        """Take one step's share of a report, which counts the time since the first step began."""
+        """Count one step: the time since the previous report, each of which counts from the start of the first step."""
         before_s = 0.0 if step.step <= 1 else self._last_step_s
         self._last_step_s = step.elapsed_s
         self.steps.add(max(0.0, step.elapsed_s - before_s))
 
     def lent(self, lent_bytes: dict[str, int], copied: CopiedBytes) -> None:
-        """Count what a lend shared, by tier, and what client and workers copied for it, by kind."""
+        """Count the bytes that a lend shared, by tier, and those that client and workers copied, by kind."""
         self.lent_bytes.update(lent_bytes)
         self.copied_bytes.update({kind: getattr(copied, kind) for kind in COPY_KINDS})
 
     def note_error(self, where: str, error: XditdError) -> None:
-        """Count an error and keep it among the last. ``where`` is an operation, or ``workers``."""
+        """Count an error and keep it as the last one. ``where`` is an operation, or ``workers``."""
         self.errors[error.code] += 1
         self._last_errors.append((time.monotonic(), where, error.code, error.detail[:MAX_DETAIL_CHARS]))
 

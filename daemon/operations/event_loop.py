@@ -1,4 +1,4 @@
-"""One thread, one loop: ZeroMQ sockets, file descriptors and timers."""
+"""Single-threaded event loop: ZeroMQ sockets, file descriptors, timers and deadlines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Callback = Callable[[], None]
 
 
 class Timer:
-    """A callback that is due at ``due_s`` of the monotonic clock, unless it is cancelled before."""
+    """A callback at ``due_s`` of the monotonic clock, unless it is cancelled before."""
 
     def __init__(self, due_s: float, callback: Callback) -> None:
         self.due_s = due_s
@@ -32,10 +32,10 @@ class Timer:
 
 
 class Deadline:
-    """Call ``on_missed`` once somebody has had ``allowed_s`` without :meth:`extend` or :meth:`stop`.
+    """Call ``on_missed`` when ``allowed_s`` have passed without :meth:`extend` or :meth:`stop`.
 
-    A loop that stood still itself grants all of the time again: it cannot tell what others would have done. One timer
-    follows all extensions: there may be hundreds a second, and each would leave its own behind for minutes.
+    If the loop itself stood still, the whole time starts again: it cannot know what other processes would have done.
+    One timer serves all extensions: there may be hundreds a second, and a timer of each would stay for minutes.
     """
 
     def __init__(self, loop: EventLoop, on_missed: Callback) -> None:
@@ -47,16 +47,16 @@ class Deadline:
 
     @property
     def waited_s(self) -> float:
-        """How long others had since the last extension."""
+        """Seconds since the last extension."""
         return self._loop.clock.waited_s(self._since_s)
 
     @property
     def overdue_s(self) -> float:
-        """By how much the deadline is missed; 0 before that, and once it is stopped."""
+        """Seconds by which the deadline is missed; 0 before it, and once it is stopped."""
         return 0.0 if self._timer is None else max(0.0, self.waited_s - self._allowed_s)
 
     def extend(self, allowed_s: float) -> Deadline:
-        """Let it be missed ``allowed_s`` from now; returns the deadline."""
+        """Set the deadline to ``allowed_s`` from now; returns ``self``."""
         self._since_s, self._allowed_s = self._loop.clock.now_s(), allowed_s
         if self._timer is not None and self._timer.due_s > time.monotonic() + allowed_s:
             self.stop()
@@ -65,7 +65,7 @@ class Deadline:
         return self
 
     def stop(self) -> None:
-        """What was waited for has happened, or is not waited for any more."""
+        """Stop waiting: ``on_missed`` is not called."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -80,13 +80,13 @@ class Deadline:
 
 
 class EventLoop:
-    """Call back for what is readable and what is due; after each round call ``after_round``.
+    """Call the callbacks of readable sockets and descriptors and of due timers, then ``after_round``.
 
-    ``clock`` is the one by which the daemon judges others. Timers go by the monotonic clock: what is to be done by this
-    process itself is overdue after a standstill, and done at once.
+    ``clock`` measures how long other processes have been silent. Timers use the monotonic clock: after a standstill
+    they are overdue, and run at once.
 
-    Plain descriptors sit in one epoll set, which ZeroMQ polls as a single descriptor: a round costs
-    the same with one client process to watch as with a hundred.
+    Plain descriptors are in one epoll set, which ZeroMQ polls as a single descriptor: a round takes as long with a
+    hundred client processes as with one.
     """
 
     def __init__(self) -> None:
@@ -101,12 +101,12 @@ class EventLoop:
         self._poller.register(self._epoll.fileno(), zmq.POLLIN)
 
     def watch_socket(self, socket: zmq.Socket[bytes], callback: Callback) -> None:
-        """Call back while a message waits; a callback that leaves some behind is called again."""
+        """Call back while messages wait; a callback that does not read all of them is called again."""
         self._sockets[socket] = callback
         self._poller.register(socket, zmq.POLLIN)
 
     def watch(self, descriptor: int, callback: Callback, *, writable: bool = False) -> None:
-        """Call back while the descriptor is readable or at its end, or, if that is asked, ``writable`` or broken."""
+        """Call back while the descriptor is readable or at its end; with ``writable``, while writable or broken."""
         self._descriptors[descriptor] = callback
         self._epoll.register(descriptor, select.EPOLLOUT if writable else select.EPOLLIN)
 
@@ -116,13 +116,13 @@ class EventLoop:
             self._epoll.unregister(descriptor)
 
     def call_later(self, delay_s: float, callback: Callback) -> Timer:
-        """Call back after ``delay_s``. What others have to do in time is a :meth:`deadline`."""
+        """Call back after ``delay_s``. To wait for another process, use :meth:`deadline`."""
         timer = Timer(time.monotonic() + delay_s, callback)
         heapq.heappush(self._timers, (timer.due_s, next(self._numbers), timer))
         return timer
 
     def deadline(self, allowed_s: float, on_missed: Callback) -> Deadline:
-        """Begin to wait for somebody else, who gets ``allowed_s``."""
+        """Start a deadline for another process."""
         return Deadline(self, on_missed).extend(allowed_s)
 
     def run(self, after_round: Callback) -> None:
@@ -130,7 +130,7 @@ class EventLoop:
         self._is_running = True
         self.clock.now_s()
         while self._is_running:
-            ready: dict[Any, int] = dict(self._poller.poll(self._patience_ms()))
+            ready: dict[Any, int] = dict(self._poller.poll(self._poll_timeout_ms()))
             self._notice_standstill()
             self._call_descriptors(self._epoll.fileno() in ready)
             for socket, callback in self._sockets.items():
@@ -146,12 +146,12 @@ class EventLoop:
     def close(self) -> None:
         self._epoll.close()
 
-    def _patience_ms(self) -> int:
+    def _poll_timeout_ms(self) -> int:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        patience_s = min(TICK_S, self._timers[0][0] - time.monotonic()) if self._timers else TICK_S
-        # Rounded up: waking a fraction of a millisecond early would spin until the timer is due.
-        return max(0, math.ceil(patience_s * 1000))
+        timeout_s = min(TICK_S, self._timers[0][0] - time.monotonic()) if self._timers else TICK_S
+        # Rounded up: a poll that ends a fraction of a millisecond early would spin until the timer is due.
+        return max(0, math.ceil(timeout_s * 1000))
 
     def _notice_standstill(self) -> None:
         before_s = self.clock.stood_still_s
@@ -159,7 +159,7 @@ class EventLoop:
         stood_still_s = self.clock.stood_still_s - before_s
         if stood_still_s > 0:
             logger.warning(
-                "the daemon's loop stood still for %.1f s (stopped, frozen or starved); every deadline starts anew",
+                "the daemon's loop stood still for %.1f s (stopped, frozen or starved); every deadline starts again",
                 stood_still_s,
             )
 
@@ -168,7 +168,7 @@ class EventLoop:
             return
         ready = [(descriptor, self._descriptors.get(descriptor)) for descriptor, _ in self._epoll.poll(0)]
         for descriptor, callback in ready:
-            # An earlier callback of this round may have closed the descriptor, and its number may be in use again.
+            # An earlier callback of this round may have closed the descriptor, and its number may have been reused.
             if callback is not None and self._descriptors.get(descriptor) is callback:
                 callback()
 

@@ -1,4 +1,4 @@
-"""The log: standard error, which is never waited for, and the last lines in memory for ``xditd logs``."""
+"""The log: written to standard error without blocking, with the last lines kept in memory for ``xditd logs``."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from xditd.ipc.worker_messages import VERDICT_PREFIX
 
 MAX_LINE_CHARS: Final = 2_000
 MAX_ANSWER_CHARS: Final = 256 * 1024
-"""In one ``LogLines``. A client that asks without reading can make us hold only so many of them."""
+"""In one ``LogLines`` reply: what a client that asks without reading can make the daemon hold, for each request."""
 
 
 class Category(Enum):
-    """What a line is about. None pushes out lines of another; the value is how many are kept."""
+    """Categories of log lines, kept apart so that none replaces another; the value is how many lines are kept."""
 
-    LIFE = 200
-    """The daemon's own: listening, workers starting, ready, given up, stopping."""
+    DAEMON = 200
+    """The daemon's states: listening, workers starting, ready, given up, stopping."""
     WARNINGS = 400
     REQUESTS = 900
-    """What clients ask, and all else at INFO and below."""
+    """Requests of clients, and everything else at INFO and below."""
     WORKERS = 500
-    """What the workers write, warnings and errors apart."""
+    """Output of the workers, but for warnings and errors."""
 
 
 assert sum(category.value for category in Category) == limits.MAX_LOG_LINES
 
-_LIFE: Final = frozenset(
+_DAEMON_LOGGERS: Final = frozenset(
     {"xditd.daemon", "xditd.daemon.front.service", "xditd.daemon.groups.worker_group", "xditd.daemon.reload"}
 )
 """Loggers that write a few lines in a day."""
 
 _WORKER_WARNINGS: Final = ("WARNING ", "ERROR ", "CRITICAL ", VERDICT_PREFIX)
-"""How lines of the leader and of ranks begin that are more than news."""
+"""How warnings and errors of the leader and the ranks begin."""
 
 _PIECE_BYTES: Final = 4_000
-"""A pipe that is writable at all takes 4,096 without waiting (pipe(7), PIPE_BUF)."""
+"""A writable pipe takes 4,096 bytes without blocking (pipe(7), PIPE_BUF)."""
 
 _ESCAPED_BYTES: Final = 10
-"""Of one letter that the stream's encoding lacks (``\\U0001f600``); ASCII is in every encoding."""
+"""Bytes of a character that the stream's encoding lacks, as it is escaped (``\\U0001f600``)."""
 
 _TIME: Final = "%Y-%m-%d %H:%M:%S"
 
 
 class LogStream:
-    """Write lines to ``stream``. One that takes nothing loses lines, and is told how many when it takes some again.
+    """Write lines to ``stream`` without blocking. Lines that it does not take are dropped and counted in its next line.
 
-    A terminal that is held (Ctrl-S) or a pager that is stopped would hold the daemon, and with it every client.
+    A terminal in Ctrl-S or a stopped pager would otherwise block the daemon, and with it every client.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lost = 0
         self._poll: select.poll | None = None
-        with contextlib.suppress(OSError, ValueError):  # no descriptor: memory
+        with contextlib.suppress(OSError, ValueError):  # a stream in memory has no descriptor
             descriptor = stream.fileno()
             self._poll = select.poll()
             self._poll.register(descriptor, select.POLLOUT)
@@ -68,8 +68,8 @@ class LogStream:
     def write_line(self, line: str) -> None:
         text = line + "\n"
         if self._lost:
-            text = f"({self._lost} lines were not written: nobody read them; xditd logs has the last ones)\n{text}"
-        # A closed pipe at the other end, or a full disk, is no reason to end: the lines stay readable from memory.
+            text = f"({self._lost} lines were dropped: the reader was too slow; xditd logs has the last ones)\n{text}"
+        # A closed pipe or a full disk must not end the daemon: the lines stay readable from memory.
         with contextlib.suppress(OSError):
             chars = _PIECE_BYTES if text.isascii() else _PIECE_BYTES // _ESCAPED_BYTES
             for start in range(0, len(text), chars):
@@ -82,9 +82,9 @@ class LogStream:
 
 
 class LogBuffer:
-    """Write lines to ``stream``, standard error by default, and keep the last of each :class:`Category`.
+    """Write lines to ``stream``, standard error by default, and keep the last ones of each :class:`Category`.
 
-    They are numbered from 0 in the order in which they came.
+    Lines are numbered from 0, in the order in which they were added.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -99,7 +99,7 @@ class LogBuffer:
             self.next_line += 1
 
     def add_output(self, line: str) -> None:
-        """Add what a worker has written, with the time: not every line there comes from a logger."""
+        """Add a line of a worker's output, with the time: not every such line comes from a logger."""
         now_s = time.time()
         stamp = f"{time.strftime(_TIME, time.localtime(now_s))},{int(now_s * 1000) % 1000:03d}"
         self.add(f"{stamp} {line}", Category.WARNINGS if line.startswith(_WORKER_WARNINGS) else Category.WORKERS)
@@ -117,7 +117,7 @@ class LogBuffer:
 
 
 class OneLineFormatter(logging.Formatter):
-    """Keep a message on one line: names that clients choose must not forge lines of the log."""
+    """Escape line breaks: a name that a client chose must not forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
@@ -133,8 +133,8 @@ class LogBufferHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        category = Category.WARNINGS if is_warning else Category.LIFE if record.name in _LIFE else Category.REQUESTS
-        self._log_buffer.add(self.format(record), category)
+        info = Category.DAEMON if record.name in _DAEMON_LOGGERS else Category.REQUESTS
+        self._log_buffer.add(self.format(record), Category.WARNINGS if is_warning else info)
 
 
 def configure_logging(level: str) -> LogBuffer:
@@ -147,7 +147,7 @@ def configure_logging(level: str) -> LogBuffer:
 
 
 def human_bytes(count: int) -> str:
-    """Spell a number of bytes for people: ``22.17 GiB``, ``7.3 MiB``, ``512 B``."""
+    """Format a number of bytes for people: ``22.17 GiB``, ``7.3 MiB``, ``512 B``."""
     if count >= 2**30:
         return f"{count / 2**30:.2f} GiB"
     if count >= 2**20:

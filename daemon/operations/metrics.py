@@ -1,7 +1,7 @@
-"""The daemon's metrics in Prometheus's text format: what each is called, and where its value comes from.
+"""The daemon's metrics in Prometheus's text format: names, labels, help texts and sources of the values.
 
-Values are read when somebody asks, from the state and the counters that ``xditd status`` shows too: a custom collector
-in the words of ``prometheus_client``, whose own counters would be a second place to count in.
+A custom collector of ``prometheus_client`` reads the values on each scrape, from the state and the counters that
+``xditd status`` shows too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from xditd.ipc.status import DaemonStatus, GroupState, JobState, LeaseState
 from xditd.ipc.tensors import Tier
 
 Values = Mapping[tuple[str, ...] | str, float]
-"""By the labels' values; one label's without a tuple."""
+"""Values by label values; those of a single label are not in a tuple."""
 
 
 def write_metrics(status: DaemonStatus, counters: EventCounters, group_failures: int) -> str:
-    """Write every metric. Names, labels and paths of clients stay out of it.
+    """Return all metrics as text; none of them contains a client's names, labels or paths.
 
-    ``group_failures`` is how many groups in a row have ended without a served job.
+    ``group_failures`` counts the groups in a row that ended without a served job.
     """
     return generate_latest(_Collected(status, counters, group_failures)).decode()
 
@@ -40,7 +40,7 @@ class _Collected(Collector):
         status = self._status
         versions = (status.package_version, str(status.protocol_version))
         yield _gauge("xditd_info", "Versions of the daemon.", {versions: 1}, "version", "protocol")
-        yield _gauge("xditd_uptime_seconds", "Since the daemon started.", status.uptime_s)
+        yield _gauge("xditd_uptime_seconds", "Seconds since the daemon started.", status.uptime_s)
         yield from self._group()
         yield from self._jobs()
         yield from self._loans()
@@ -50,16 +50,20 @@ class _Collected(Collector):
         starts = status.counters.group_starts
         yield _gauge(
             "xditd_group_state",
-            "1 for the state that the worker group is in.",
+            "1 for the worker group's present state, 0 for the others.",
             {state.value: state is status.group_state for state in GroupState},
             "state",
         )
         yield _counter("xditd_group_starts_total", "Worker groups started.", starts)
-        yield _counter("xditd_group_restarts_total", "Worker groups rebuilt.", max(0, starts - 1))
-        yield _gauge("xditd_group_failures_in_a_row", "Groups that ended without a served job.", self._group_failures)
+        yield _counter("xditd_group_restarts_total", "Worker groups restarted.", max(0, starts - 1))
+        yield _gauge(
+            "xditd_group_failures_in_a_row",
+            "Worker groups in a row that ended without a served job.",
+            self._group_failures,
+        )
         yield _gauge(
             "xditd_gpu_memory_used_bytes",
-            "In use on the whole GPU, by every process, after the rank's last command.",
+            "GPU memory in use by all processes, after the rank's last command.",
             {(str(each.rank), each.device, each.device_uuid): each.memory_bytes for each in workers},
             *("rank", "device", "uuid"),
         )
@@ -71,26 +75,26 @@ class _Collected(Collector):
         )
         yield _gauge(
             "xditd_fused_error_ratio",
-            "Relative error of fused kernels against plain modules, by the tokens of a forward on a rank; "
+            "Relative error of fused kernels against unmodified modules, by tokens of a forward on a rank; "
             "NaN: not finite.",
             {(each.kernels, each.case): math.nan if each.error is None else each.error for each in checks},
             *("kernels", "tokens"),
         )
         yield _gauge(
             "xditd_fused_tolerance_ratio",
-            "The error up to which fused kernels are used.",
+            "Largest relative error with which fused kernels are used.",
             {(each.kernels, each.case): each.tolerance for each in checks},
             *("kernels", "tokens"),
         )
         yield _gauge(
             "xditd_fused_in_use",
-            "1 where fused kernels are used, 0 where they were refused and plain modules run.",
+            "1 if fused kernels are used, 0 if they were refused and the unmodified modules run.",
             {(each.kernels, each.case): each.is_used for each in checks},
             *("kernels", "tokens"),
         )
         yield _counter(
             "xditd_outside_connections_total",
-            "Connections to other hosts that workers attempted; has to be 0.",
+            "Connections to other hosts that workers attempted; must be 0.",
             status.counters.outside_connections,
         )
 
@@ -98,31 +102,31 @@ class _Collected(Collector):
         status, counters = self._status, self._counters
         states = Counter(job.state for job in status.jobs)
         yield _gauge("xditd_clients", "Open sessions.", status.clients)
-        yield _gauge("xditd_queue_length", "Requests that wait.", states[JobState.QUEUED])
-        yield _gauge("xditd_queue_limit", "Requests that may wait.", status.queue_limit)
+        yield _gauge("xditd_queue_length", "Jobs that wait.", states[JobState.QUEUED])
+        yield _gauge("xditd_queue_limit", "Jobs that may wait.", status.queue_limit)
         yield _gauge(
             "xditd_jobs",
-            "Requests at the scheduler, by state.",
+            "Jobs that wait or run, by state.",
             {each.value: states[each] for each in (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)},
             "state",
         )
         yield _counter(
             "xditd_jobs_total",
-            "Requests that needed the workers, by operation and outcome.",
+            "Jobs that ended, by operation and outcome.",
             dict(sorted(counters.jobs.items())),
             *("op", "outcome"),
         )
-        yield _histogram("xditd_job_wait_seconds", "From arrival to the turn.", _by_op(counters.waited), "op")
+        yield _histogram("xditd_job_wait_seconds", "Time that jobs waited in the queue.", _by_op(counters.waited), "op")
         yield _histogram(
             "xditd_job_duration_seconds",
-            "From the turn to the result, of requests that were served.",
+            "Time that jobs ran, of those that succeeded.",
             _by_op(counters.ran),
             "op",
         )
-        yield _histogram("xditd_step_seconds", "One denoising step, as rank 0 reports it.", {(): counters.steps})
+        yield _histogram("xditd_step_seconds", "Time of a denoising step, from rank 0.", {(): counters.steps})
         yield _counter(
             "xditd_errors_total",
-            "Failed requests and lost worker groups, by error code.",
+            "Failed jobs and lost worker groups, by error code.",
             dict(sorted(counters.errors.items())),
             "code",
         )
@@ -132,25 +136,25 @@ class _Collected(Collector):
         states = Counter(each.state for each in status.components)
         yield _gauge(
             "xditd_leases",
-            "Components on loan, by state.",
+            "Leases of lent components, by state.",
             {state.value: states[state] for state in LeaseState if state is not LeaseState.ENDED},
             "state",
         )
         yield _gauge(
             "xditd_lent_bytes",
-            "Bytes of tensors on loan now, by tier.",
+            "Bytes of tensors that are lent now, by tier.",
             {tier.value: status.lent_bytes.get(tier.value, 0) for tier in Tier},
             "tier",
         )
         yield _counter(
             "xditd_lent_bytes_total",
-            "Bytes of tensors lent, by tier, repetitions aside.",
+            "Bytes of tensors lent so far, by tier, without repeated lends of the same bytes.",
             {tier.value: counters.lent_bytes[tier.value] for tier in Tier},
             "tier",
         )
         yield _counter(
             "xditd_copied_bytes_total",
-            "Bytes that client and workers copied to serve lends, by kind.",
+            "Bytes that clients and workers copied to lend, by kind.",
             {kind: counters.copied_bytes[kind] for kind in COPY_KINDS},
             "kind",
         )

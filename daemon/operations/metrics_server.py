@@ -1,4 +1,4 @@
-"""Serve metrics over HTTP from the daemon's one loop: small answers, few connections, nobody waited for.
+"""Minimal HTTP server for metrics in the daemon's event loop; it never blocks.
 
 Source: RFC 1945 (HTTP/1.0). One request a connection, which is what a scraper needs.
 """
@@ -18,47 +18,47 @@ from xditd.ipc.errors import AlreadyRunning, BadRequest
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""What ``prometheus_client.exposition.generate_latest`` writes, which is only imported where metrics are served."""
+"""The format of ``prometheus_client.exposition.generate_latest``."""
 
 MAX_CONNECTIONS: Final = 16
 MAX_REQUEST_BYTES: Final = 8 * 1024
 DEADLINE_S: Final = 5.0
-"""From connection to the last byte; a slower reader is dropped."""
+"""From connection to the last byte; a slower scraper is disconnected."""
 
 
-class _Reader:
-    """One connection: what it asked so far, and what is left of its answer."""
+class _Scraper:
+    """One connection: the request so far, and the rest of the answer."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
         self.deadline = deadline
-        self.asked = b""
+        self.request = b""
         self.answer = b""
 
 
 class MetricsServer:
-    """Answer ``GET /metrics`` with what ``write`` returns, to whoever connects to the socket of :meth:`listen`."""
+    """Answer ``GET /metrics`` with what ``write`` returns."""
 
     def __init__(self, loop: EventLoop, write: Callable[[], str]) -> None:
         self._loop = loop
         self._write = write
-        self._readers: dict[int, _Reader] = {}
+        self._scrapers: dict[int, _Scraper] = {}
         self._listener: socket.socket | None = None
 
     def listen(self, listener: socket.socket) -> None:
-        """Take connections from this socket, which is ours from now on, and not from an earlier one any more."""
+        """Accept connections on this socket, which the server then owns, in place of an earlier one."""
         self._stop_listening()
         self._listener = listener
         self._loop.watch(listener.fileno(), self._accept)
 
     def close(self) -> None:
-        for fd in list(self._readers):
+        for fd in list(self._scrapers):
             self._drop(fd)
         self._stop_listening()
 
     @property
     def address(self) -> str:
-        """Where metrics are served, for the log and for people."""
+        """Where metrics are served, for the log."""
         assert self._listener is not None
         if self._listener.family == socket.AF_UNIX:
             return f"unix:{self._listener.getsockname()}"
@@ -74,48 +74,48 @@ class MetricsServer:
         assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it went away again, or no descriptor is free: a scraper tries again
+        except OSError:  # the scraper has disconnected, or no descriptor is free: it tries again
             return
-        if len(self._readers) >= MAX_CONNECTIONS:
+        if len(self._scrapers) >= MAX_CONNECTIONS:
             connection.close()
             return
         connection.setblocking(False)
         fd = connection.fileno()
-        self._readers[fd] = _Reader(connection, self._loop.deadline(DEADLINE_S, lambda: self._drop(fd)))
+        self._scrapers[fd] = _Scraper(connection, self._loop.deadline(DEADLINE_S, lambda: self._drop(fd)))
         self._loop.watch(fd, lambda: self._read(fd))
 
     def _read(self, fd: int) -> None:
-        reader = self._readers[fd]
+        scraper = self._scrapers[fd]
         try:
-            part = reader.connection.recv(MAX_REQUEST_BYTES)
+            part = scraper.connection.recv(MAX_REQUEST_BYTES)
         except BlockingIOError:
             return
         except OSError:
             self._drop(fd)
             return
-        reader.asked += part
-        is_complete = b"\r\n\r\n" in reader.asked or b"\n\n" in reader.asked
-        if not part or len(reader.asked) > MAX_REQUEST_BYTES:
+        scraper.request += part
+        is_complete = b"\r\n\r\n" in scraper.request or b"\n\n" in scraper.request
+        if not part or len(scraper.request) > MAX_REQUEST_BYTES:
             self._drop(fd)
         elif is_complete:
-            reader.answer = self._respond(reader.asked)
+            scraper.answer = self._respond(scraper.request)
             self._loop.unwatch(fd)
             self._loop.watch(fd, lambda: self._send(fd), writable=True)
             self._send(fd)
 
     def _send(self, fd: int) -> None:
-        reader = self._readers[fd]
+        scraper = self._scrapers[fd]
         try:
-            reader.answer = reader.answer[reader.connection.send(reader.answer) :]
+            scraper.answer = scraper.answer[scraper.connection.send(scraper.answer) :]
         except BlockingIOError:
             return
         except OSError:
-            reader.answer = b""
-        if not reader.answer:
+            scraper.answer = b""
+        if not scraper.answer:
             self._drop(fd)
 
-    def _respond(self, asked: bytes) -> bytes:
-        words = asked.split(b"\r\n", 1)[0].split()
+    def _respond(self, request: bytes) -> bytes:
+        words = request.split(b"\r\n", 1)[0].split()
         method, path = words[:2] if len(words) >= 2 else (b"", b"")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed", "only GET\n", with_body=True)
@@ -124,14 +124,14 @@ class MetricsServer:
         return _response("200 OK", self._write(), with_body=method == b"GET")
 
     def _drop(self, fd: int) -> None:
-        reader = self._readers.pop(fd, None)
-        if reader is not None:
-            reader.deadline.stop()
+        scraper = self._scrapers.pop(fd, None)
+        if scraper is not None:
+            scraper.deadline.stop()
             self._loop.unwatch(fd)
-            # Without this, bytes that were sent and not yet read could be thrown away with the connection.
+            # Without this, bytes that were sent and not yet read could be lost with the connection.
             with contextlib.suppress(OSError):
-                reader.connection.shutdown(socket.SHUT_WR)
-            reader.connection.close()
+                scraper.connection.shutdown(socket.SHUT_WR)
+            scraper.connection.close()
 
 
 def _response(status: str, body: str, *, with_body: bool) -> bytes:

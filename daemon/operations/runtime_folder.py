@@ -1,7 +1,7 @@
-"""The runtime folder: private, held by one daemon at a time, and made again when another program has removed it.
+"""The runtime folder: private, locked by one daemon, and restored when another program has removed files.
 
-Programs that tidy up remove files from ``/tmp`` and ``/run/user`` while they are in use. What is held here is known by
-its inode, so that :meth:`RuntimeFolder.restore` sees what is missing, and nothing that another process made is removed.
+Cleanup programs remove files from ``/tmp`` and ``/run/user`` while they are in use. Files are recognized by their
+inode, so :meth:`RuntimeFolder.restore` finds what is missing, and no file of another process is removed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, XditdErro
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 1.0
-MOST_FAILURES: Final = 3
-"""Looks in a row at which mending fails, until the daemon ends: another process may be removing the folder just now."""
+CHECK_EVERY_S: Final = 1.0
+MAX_FAILURES: Final = 3
+"""Failed restores in a row after which the daemon ends: another process may be removing the folder just now."""
 
 Serve = Callable[[socket.socket], None]
-"""Takes a listening socket over, beside those that it has: connections that exist stay."""
+"""Takes over a listening socket, in addition to earlier ones: existing connections stay."""
 
 
 class HeldFile:
-    """The file (or folder, or socket) that lies at ``path`` now, known again by its inode.
+    """The file, folder or socket that is at ``path`` now, recognized later by its inode.
 
-    A descriptor holds the inode, so that its number is not given to another file while this object lives. One of the
-    file that is open already may be given, and belongs to this object then.
+    An open descriptor keeps the inode number from being reused. The object owns it, also a ``descriptor`` that is
+    given.
 
     Raises:
-        OSError: nothing lies there, or no descriptor is free.
+        OSError: nothing is there, or no descriptor is free.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -47,14 +47,14 @@ class HeldFile:
         self._fd = os.open(path, flags) if descriptor is None else descriptor
 
     def is_in_place(self) -> bool:
-        """Whether the same file is still at the path, and no other."""
+        """Whether the same file is still at the path."""
         try:
             return os.path.samestat(os.fstat(self._fd), self.path.lstat())
         except OSError:
             return False
 
     def remove(self) -> None:
-        """Remove the file, if it is still the one at the path: what another process put there is not ours."""
+        """Remove the file if it is still the one at the path, not another process's."""
         if self.is_in_place():
             self.path.unlink(missing_ok=True)
 
@@ -63,13 +63,13 @@ class HeldFile:
 
 
 class RuntimeFolder:
-    """Hold a runtime folder from entry to exit of a ``with`` block.
+    """Create and lock a runtime folder, until the exit of a ``with`` block.
 
     Raises:
-        AlreadyRunning: another daemon holds it.
+        AlreadyRunning: another daemon has locked it.
         BadRequest: the path is not a folder, or is too long for a socket.
-        NotPermitted: somebody else owns it, or may enter it.
-        StorageError: it cannot be made or written.
+        NotPermitted: another user owns it, or may enter it.
+        StorageError: it cannot be created or written.
     """
 
     def __init__(self, runtime: RuntimeDir) -> None:
@@ -77,7 +77,7 @@ class RuntimeFolder:
         self.runtime = runtime
         self._sockets: dict[Path, tuple[HeldFile, Serve]] = {}
         self._awaited: HeldFile | None = None
-        # For everything that is made in the folder, by the workers too, which inherit it.
+        # For every file in the folder, also those of the workers, which inherit it.
         os.umask(0o077)
         _make_private(runtime.path)
         try:
@@ -90,11 +90,11 @@ class RuntimeFolder:
             self._folder.close()
             raise
         try:
-            # Whoever removed the lock of a live daemon, for us to take, did not end that daemon. This socket is its own
-            # in every case; the clients' may be a service manager's.
+            # A free lock does not prove that no daemon runs: its lock file may have been removed. The workers' socket
+            # proves it; the clients' may be a service manager's.
             remove_stale(runtime.worker_socket)
         except BaseException:
-            self._let_go()
+            self._close_files()
             raise
 
     def __enter__(self) -> RuntimeFolder:
@@ -103,21 +103,19 @@ class RuntimeFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the sockets, then let go of the lock; the lock file stays, since a successor may hold it already."""
+        """Remove the sockets, then release the lock. The lock file stays: the next daemon may hold it already."""
         for held, _ in self._sockets.values():
             held.remove()
             held.close()
-        self._let_go()
+        self._close_files()
 
     def listen(self, path: Path, serve: Serve) -> None:
-        """Listen at ``path`` for as long as the folder is held: ``serve`` gets the listening socket.
-
-        It gets another one whenever the file had to be made again.
+        """Listen at ``path`` while the folder is held: ``serve`` receives the socket, and another after each restore.
 
         Raises:
             AlreadyRunning: a process listens there.
-            BadRequest: something else lies there.
-            StorageError: nothing can be made there.
+            BadRequest: another kind of file is there.
+            StorageError: the socket cannot be created.
         """
         listener = listen_at(path)
         try:
@@ -132,17 +130,17 @@ class RuntimeFolder:
         serve(listener)
 
     def await_clients_at(self, path: Path) -> None:
-        """Rely on the socket at ``path``, on which a service manager listens: it is not ours to make or to remove."""
+        """Watch the socket at ``path``, which a service manager made: the daemon neither creates nor removes it."""
         self._awaited = HeldFile(path)
 
     def restore(self) -> list[Path]:
-        """Make again what is missing of folder, lock and sockets; returns their paths.
+        """Create what is missing of folder, lock and sockets; returns their paths.
 
         Raises:
-            AlreadyRunning: another daemon holds the folder by now.
-            BadRequest: something else has taken its place, or it is not ours to make.
-            NotPermitted: somebody else owns the folder by now, or may enter it.
-            StorageError: it cannot be made.
+            AlreadyRunning: another daemon has locked the folder.
+            BadRequest: another kind of file is in its place, or the service manager's socket is missing.
+            NotPermitted: another user owns the folder, or may enter it.
+            StorageError: it cannot be created.
         """
         try:
             return self._restore()
@@ -153,9 +151,8 @@ class RuntimeFolder:
         made: list[Path] = []
         if self._awaited is not None and not self._awaited.is_in_place():
             raise BadRequest(
-                f"socket {self._awaited.path}: it was removed, and with it the way of clients to this daemon; the "
-                "service manager made it, and makes it again when the socket unit is restarted "
-                "(systemctl --user restart xditd.socket)"
+                f"socket {self._awaited.path}: it was removed, so no client can connect; the service manager made it: "
+                "restart the socket unit (systemctl --user restart xditd.socket)"
             )
         if not self._folder.is_in_place():
             _make_private(self.runtime.path)
@@ -174,14 +171,14 @@ class RuntimeFolder:
                 made.append(path)
         return made
 
-    def _let_go(self) -> None:
+    def _close_files(self) -> None:
         for held in (self._folder, self._lock, self._awaited):
             if held is not None:
                 held.close()
 
 
 class FolderWatch:
-    """Look at ``folder`` every :data:`LOOK_EVERY_S`; ``give_up`` is called once, with why it cannot be mended."""
+    """Restore ``folder`` every :data:`CHECK_EVERY_S`; ``give_up`` is called once, with the error, if that fails."""
 
     def __init__(self, loop: EventLoop, folder: RuntimeFolder, give_up: Callable[[XditdError], None]) -> None:
         self._loop = loop
@@ -190,24 +187,22 @@ class FolderWatch:
         self._failures = 0
 
     def begin(self) -> None:
-        self._loop.call_later(LOOK_EVERY_S, self.look)
+        self._loop.call_later(CHECK_EVERY_S, self.check)
 
-    def look(self) -> None:
+    def check(self) -> None:
         try:
             made = self._folder.restore()
         except XditdError as error:
             self._failures += 1
-            if self._failures == MOST_FAILURES:
+            if self._failures == MAX_FAILURES:
                 self._give_up(error)
                 return
-            logger.warning("runtime folder was harmed and is not mended yet: %s", error.detail)
+            logger.warning("runtime folder was damaged and is not restored yet: %s", error.detail)
         else:
             self._failures = 0
             if made:
-                logger.warning(
-                    "runtime folder was harmed by another program; made again: %s",
-                    ", ".join(path.name for path in made),
-                )
+                names = ", ".join(path.name for path in made)
+                logger.warning("runtime folder was damaged by another program; restored: %s", names)
         self.begin()
 
 
@@ -230,7 +225,7 @@ def _make_private(path: Path) -> None:
 
 
 def _take_lock(path: Path) -> HeldFile:
-    """Lock the file at ``path``, which is made if it is not there, until what is returned is closed."""
+    """Create the file at ``path`` if needed, and lock it until the returned object is closed."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -240,7 +235,7 @@ def _take_lock(path: Path) -> HeldFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock = HeldFile(path, descriptor)
             if not lock.is_in_place():
-                lock.close()  # it was removed in between, and a lock on it keeps nobody out
+                lock.close()  # the file was removed in between, so this lock excludes nobody
                 continue
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -1,7 +1,6 @@
-"""Tell the service manager how the daemon is: systemd's notify protocol (``sd_notify``), in its few lines.
+"""Notify systemd of the daemon's state (``sd_notify``) and keep its watchdog informed.
 
-A library for this (``sdnotify``, ``systemd-python``) would be one more thing in the client's environment, for one
-datagram; the protocol is frozen.
+Without a library (``sdnotify``, ``systemd-python``): the protocol is one datagram, and stable.
 
 Source: sd_notify(3), "Standalone Implementations" and "Well-Known Assignments"; sd_watchdog_enabled(3).
 """
@@ -22,21 +21,17 @@ from xditd.ipc.errors import BadRequest
 logger = logging.getLogger(__name__)
 
 OVERDUE_GRACE_S: Final = 30.0
-"""What the daemon gets, beyond a deadline of its own, to end a group that has gone silent."""
+"""How long the daemon has to end a worker group that missed its deadline."""
 
 
 class ServiceManager:
-    """Send the daemon's state to ``NOTIFY_SOCKET``; without one, every call does nothing.
+    """Send the daemon's state to ``NOTIFY_SOCKET``; without that variable, every method does nothing.
 
-    ``watchdog_s`` is how often the manager wants to hear from us before it ends the daemon, 0 where it does not.
+    ``watchdog_s`` is the watchdog's timeout (``WATCHDOG_USEC``), 0 without one.
     """
 
     def __init__(self, environ: Mapping[str, str], pid: int) -> None:
-        """Read the manager's variables.
-
-        Raises:
-            BadRequest: a variable does not hold what the protocol says.
-        """
+        """Read the service manager's variables; raises ``BadRequest`` for a malformed one."""
         self._address = _address(environ.get("NOTIFY_SOCKET", ""))
         self.watchdog_s = _watchdog_s(environ, pid) if self._address else 0.0
         self._is_withheld = False
@@ -49,22 +44,22 @@ class ServiceManager:
         return self._socket is not None
 
     def begin(self, loop: EventLoop, status: str, overdue_s: Callable[[], float]) -> None:
-        """Say that the daemon is ready once ``loop`` turns, and keep the watchdog informed from then on.
+        """Report the daemon as ready once ``loop`` runs, and send the watchdog's keep-alive from a timer of the loop.
 
-        A timer of the loop sends the keep-alive, so one that does not turn sends none. Nor is one sent while a worker
-        group is silent long after its deadline (``overdue_s``): the daemon should have ended it, and has not.
+        No keep-alive is sent while a worker group has exceeded its deadline by far (``overdue_s``): the daemon should
+        have ended it.
         """
         loop.call_later(0, lambda: self.ready(status))
         if self.watchdog_s:
             self._keep_alive(loop, overdue_s)
 
     def reload(self, apply: Callable[[], str]) -> None:
-        """Announce, ``apply``, and announce the end with what it returned."""
+        """Notify of a reload, run ``apply``, and notify of its end with the text that it returns."""
         self.reloading()
         self.ready(apply())
 
     def ready(self, status: str) -> None:
-        """The clients' socket answers. Also ends :meth:`reloading`."""
+        """Notify that clients are served; also ends :meth:`reloading`."""
         self._send("READY=1", f"STATUS={_one_line(status)}")
 
     def status(self, status: str) -> None:
@@ -74,7 +69,7 @@ class ServiceManager:
         self._send("WATCHDOG=1")
 
     def reloading(self) -> None:
-        """The configuration is read again, from now on until :meth:`ready`."""
+        """Notify that the configuration is being reloaded, until :meth:`ready`."""
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now_us}")
 
@@ -102,14 +97,14 @@ class ServiceManager:
         loop.call_later(self.watchdog_s / 2, lambda: self._keep_alive(loop, overdue_s))
 
     def _send(self, *assignments: str) -> None:
-        # A manager that is being restarted, or whose queue is full, is no reason to wait or to end: it asks again.
+        # Do not wait or fail if the service manager is being restarted or its queue is full.
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.sendto("\n".join(assignments).encode(), self._address)
 
 
 def _address(text: str) -> str:
-    """Spell the address for ``sendto``: a path, or an abstract name, which systemd writes with ``@`` in front."""
+    """Convert ``NOTIFY_SOCKET`` to an address for ``sendto``: a path, or an abstract name (``@`` in systemd)."""
     if text.startswith("@"):
         return "\0" + text[1:]
     if text and not text.startswith("/"):
@@ -128,12 +123,12 @@ def _watchdog_s(environ: Mapping[str, str], pid: int) -> float:
 
 
 def _one_line(text: str) -> str:
-    """A newline would begin another assignment."""
+    """Join lines: a newline would begin another assignment."""
     return " ".join(text.split())[:1000]
 
 
 def service_manager_of_this_process() -> ServiceManager:
-    """Take the variables out of the environment, so that no child of ours can speak in our name."""
+    """Read this process's variables and remove them from the environment, so that no child notifies in its name."""
     manager = ServiceManager(os.environ, os.getpid())
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         os.environ.pop(name, None)

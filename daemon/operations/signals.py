@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT stop the daemon, a second one ends it at once; SIGHUP reloads the configuration."""
+"""Signal handlers: SIGTERM and SIGINT stop the daemon, a second one kills it; SIGHUP reloads the configuration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from xditd.daemon.operations.event_loop import EventLoop
 
 
 class Signals:
-    """Handle this process's signals. ``stop`` gets the reason; ``kill`` ends the workers at once.
+    """Install the signal handlers. ``stop`` receives the reason; ``kill`` kills the workers.
 
-    ``reload`` is ``None`` where no service manager is: SIGHUP then means that the terminal is gone, and stops the
-    daemon unless it was started to ignore that (``nohup``).
+    ``reload`` is ``None`` without a service manager: SIGHUP then means that the terminal was closed, and stops the
+    daemon unless it is ignored (``nohup``).
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class Signals:
         self._reload = reload
         self._stops: list[int] = []
         self._has_reload = False
-        # The loop sleeps in ZeroMQ's poll: a byte on this pipe wakes it.
+        # A byte on this pipe wakes the loop from ZeroMQ's poll.
         self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        loop.watch(self._read_fd, self._act)
+        loop.watch(self._read_fd, self._on_wakeup)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive_stop)
         if reload is not None:
             signal.signal(signal.SIGHUP, self._receive_reload)
-        elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1): the terminal may go
+        elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup(1)
             signal.signal(signal.SIGHUP, self._receive_stop)
 
     def _receive_stop(self, number: int, _: FrameType | None) -> None:
@@ -49,7 +49,7 @@ class Signals:
     def _receive_reload(self, *_: object) -> None:
         self._has_reload = True
 
-    def _act(self) -> None:
+    def _on_wakeup(self) -> None:
         os.read(self._read_fd, 64)
         if self._stops:
             self._stop(f"signal {signal.Signals(self._stops[0]).name}")

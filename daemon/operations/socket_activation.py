@@ -1,6 +1,6 @@
-"""The clients' socket, handed over by a service manager that has been listening in the daemon's place.
+"""Socket activation: take over the clients' socket, on which systemd has been listening.
 
-Source: sd_listen_fds(3): ``LISTEN_PID`` names the process that is meant, ``LISTEN_FDS`` counts descriptors from 3 on.
+Source: sd_listen_fds(3): ``LISTEN_PID`` is the receiving process, ``LISTEN_FDS`` the number of descriptors from 3 on.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FIRST_FD: Final = 3
 def take_listener(
     environ: MutableMapping[str, str], pid: int, path: Path, first_fd: int = FIRST_FD
 ) -> socket.socket | None:
-    """Take the listening socket of ``path`` over; ``None`` where this daemon has to bind by itself.
+    """Take over the listening socket of ``path``; ``None`` if none was passed to this process.
 
-    The variables are removed from ``environ``: workers must not believe that they are meant. The caller owns the
-    socket, which does not block and is closed on exec.
+    The variables are removed from ``environ``, so that workers do not read them. The caller owns the socket, which is
+    non-blocking and closed on exec.
 
     Raises:
-        BadRequest: other than one listening Unix socket was handed over, or one of another path, or its file is gone.
+        BadRequest: not exactly one listening Unix socket of this path was passed, or its file was removed.
     """
     count = environ.pop("LISTEN_FDS", "")
     meant_for = environ.pop("LISTEN_PID", "")
@@ -55,8 +55,8 @@ def take_listener(
             f"socket {path}: the service manager listens on it, but its file was removed, so that no client finds it; "
             "restart the socket unit (systemctl --user restart xditd.socket)"
         )
-    # Clients ask the kernel who listens, and watch that process. It answers with whoever called listen(2) last
-    # (unix_listen() in net/unix/af_unix.c), which was the manager so far.
+    # Clients ask the kernel which process listens, and watch it. The answer is the last process that called listen(2)
+    # (unix_listen() in net/unix/af_unix.c): until now, the service manager.
     listener.listen(BACKLOG)
     listener.setblocking(False)
     listener.set_inheritable(False)

@@ -1,7 +1,7 @@
-"""Unix sockets at paths of the runtime folder: bound here, so that nobody removes a file that is not ours.
+"""Create and remove Unix sockets of the runtime folder, without removing files of other processes.
 
-ZeroMQ would unlink whatever lies at the path before it binds, and again when it closes (libzmq 4.3.5,
-``ipc_listener.cpp``). A descriptor that listens already is left alone by it.
+ZeroMQ would unlink any file at the path when it binds and when it closes (libzmq 4.3.5, ``ipc_listener.cpp``); with a
+descriptor that listens already it does not.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BACKLOG: Final = 128
 
 
 def listen_at(path: Path) -> socket.socket:
-    """Return a socket that listens at ``path`` (mode 0600), does not block and is closed on exec.
+    """Return a non-blocking socket that listens at ``path`` (mode 0600) and is closed on exec.
 
     Raises:
         AlreadyRunning: a process listens there.
-        BadRequest: something else lies there.
-        StorageError: nothing can be made there; the message says what helps.
+        BadRequest: another kind of file is there.
+        StorageError: the socket cannot be created.
     """
     remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -40,7 +40,7 @@ def listen_at(path: Path) -> socket.socket:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the socket that a dead daemon left at ``path``.
+    """Remove the socket that an earlier daemon left at ``path``, if any.
 
     Raises:
         AlreadyRunning: a process listens on it.
@@ -49,7 +49,7 @@ def remove_stale(path: Path) -> None:
     """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise BadRequest(f"socket {path}: another kind of file lies there; remove it or choose another folder")
+            raise BadRequest(f"socket {path}: another kind of file is there; remove it or choose another folder")
         pid = who_listens(path)
         if pid is not None:
             raise AlreadyRunning(
@@ -64,11 +64,11 @@ def remove_stale(path: Path) -> None:
 
 
 def who_listens(path: Path) -> int | None:
-    """Return the pid of the process that listens at ``path``, 0 where it is not visible; ``None`` if there is none."""
+    """Return the pid of the process that listens at ``path``, 0 if it is not visible; ``None`` if there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(os.fspath(path))
-        except BlockingIOError:  # so many wait that there is no room for one more: somebody listens
+        except BlockingIOError:  # the backlog is full, so a process listens
             return 0
         except OSError:
             return None
@@ -77,8 +77,8 @@ def who_listens(path: Path) -> int | None:
 
 
 def storage_error(what: str, error: OSError) -> StorageError:
-    """Say that ``what`` cannot be made in the runtime folder, and what helps."""
+    """Build the error for ``what`` that cannot be created in the runtime folder, with its remedy."""
     elsewhere = "choose another runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{what}: {error.strerror}; make room there (df and df -i show it), or {elsewhere}")
+        return StorageError(f"{what}: {error.strerror}; free disk space or inodes (see df, df -i), or {elsewhere}")
     return StorageError(f"{what}: {error.strerror}; {elsewhere}")

@@ -1,4 +1,4 @@
-"""Moves between states: each kind of lifetime has a table of those that are allowed, and one function checks it."""
+"""State transitions: one function that checks a move against a table of allowed ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ S = TypeVar("S", bound=Enum)
 
 
 def move(table: Mapping[S, Set[S]], now: S, to: S) -> S:
-    """Return ``to`` when the table allows the move from ``now``.
-
-    Raises:
-        Internal: the table has no such move.
-    """
+    """Return ``to`` if the table allows the move from ``now``, else raise ``Internal``."""
     if to not in table[now]:
         raise Internal(f"{type(now).__name__} may not move from {now.value} to {to.value}")
     return to

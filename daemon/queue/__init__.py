@@ -1,1 +1,1 @@
-"""Who goes next on the workers, and what becomes of each job."""
+"""The job queue: jobs, fair queueing among clients, and the scheduler that runs jobs on the workers."""

@@ -1,4 +1,4 @@
-"""Scripts of commands for a worker group, and what all ranks' answers to a command amount to."""
+"""Scripts: generators that send commands to the worker group and receive all ranks' answers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 A = TypeVar("A", bound=Answer)
 
 MAX_PHASES: Final = 60
-"""A message carries 64 timings; some are our own."""
+"""A reply carries at most 64 timings, some of which the daemon adds."""
 
 Script = Generator[CommandMaker, Answers, T]
-"""Yields a command, receives every rank's answer, returns the result. Where a rank refuses a command, its error is
-raised at the ``yield``; where the group is lost, the script is closed, so ``finally`` runs but may not yield."""
+"""Yields a command, receives every rank's answer, returns the result. If a rank refuses a command, its error is raised
+at the ``yield``; if the group ends, the script is closed, so ``finally`` runs but may not yield."""
 
 
 @dataclass
 class Task(Generic[T]):
-    """A script, and whom to tell how it ended: exactly one of the two is called."""
+    """A script and its callbacks, exactly one of which is called at its end."""
 
     script: Script[T]
     on_done: Callable[[T], None]
@@ -32,11 +32,7 @@ class Task(Generic[T]):
 
 
 def expect(answers: Answers, kind: type[A]) -> list[A]:
-    """Check that every rank gave the answer that the command asks for.
-
-    Raises:
-        Internal: a rank answered with another message.
-    """
+    """Check that every rank answered with a message of this kind; raises ``Internal``."""
     found = [answer for answer in answers if isinstance(answer, kind)]
     if len(found) != len(answers):
         names = listed(type(answer).__name__ for answer in answers)
@@ -45,7 +41,7 @@ def expect(answers: Answers, kind: type[A]) -> list[A]:
 
 
 def slowest_ms(timings: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Merge the ranks' timings: by phase, the one that all had to wait for."""
+    """Merge the ranks' timings: the slowest rank's in each phase."""
     merged: dict[str, float] = {}
     for rank in timings:
         for phase, took_ms in rank.items():

@@ -1,4 +1,4 @@
-"""Jobs that wait: a bounded queue, in which clients take turns."""
+"""Fair queue: a bounded queue of jobs that serves clients in turn (round robin)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from xditd.ipc.errors import Busy
 from xditd.ipc.processes import ProcessIdentity
 
 FIRST_GUESS_S: Final = 1.0
-"""How long a job is taken to keep the workers before any has been seen."""
+"""Assumed duration of a job before any has been measured."""
 
 LEARNING: Final = 0.2
-"""Weight of the latest job in what is held to be typical."""
+"""Weight of the latest job in the moving average of durations."""
 
 MIN_RETRY_S: Final = 0.05
 MAX_RETRY_S: Final = 60.0
 
 
 class FairQueue:
-    """At most ``limit`` jobs in all, and ``client_limit`` of one process.
+    """A queue of at most ``limit`` jobs, and ``client_limit`` of one process.
 
-    Processes take turns, the sessions of one process take turns, and within one session the older job goes first. By
-    process first: a program that opens many connections has one turn, like the others.
+    Processes take turns, the sessions of a process take turns, and within a session the older job goes first. So a
+    program with many connections has one turn, like the others.
     """
 
     def __init__(self, limit: int, client_limit: int) -> None:
@@ -39,8 +39,8 @@ class FairQueue:
         return self._count
 
     def __iter__(self) -> Iterator[Job]:
-        """Every job, in the order in which they will go if nothing else comes."""
-        # A copy, to be used up.
+        """Yield every job, in the order in which they will run if no other is added."""
+        # A copy, which the loop empties.
         processes = deque(deque(map(deque, sessions.values())) for sessions in self._processes.values())
         while processes:
             sessions = processes.popleft()
@@ -52,25 +52,25 @@ class FairQueue:
                 processes.append(sessions)
 
     def of_process(self, process: ProcessIdentity) -> list[Job]:
-        """One client's jobs, session by session."""
+        """Return one client's jobs, session by session."""
         return [job for jobs in self._processes.get(process, {}).values() for job in jobs]
 
     def note_duration(self, ran_s: float) -> None:
-        """Learn how long a job keeps the workers."""
+        """Update the moving average of job durations."""
         self._typical_s += LEARNING * (ran_s - self._typical_s)
 
     def add(self, job: Job) -> None:
-        """Let a job wait for its turn.
+        """Add a job.
 
         Raises:
-            Busy: as many jobs as may wait do so already, of all clients or of this one. Says when to come back.
+            Busy: the queue, or this client's share of it, is full; ``retry_after_s`` says when to try again.
         """
         if self._count >= self.limit:
-            # A place is free again with the next job that ends.
+            # A place is free when the next job ends.
             raise _busy(f"{self._count} requests wait already (queue_limit {self.limit})", self._typical_s)
         own = len(self.of_process(job.session.process))
         if own >= self.client_limit:
-            # With each of this client's turns, which come once in a round.
+            # A place is free after this client's next turn, one round of all clients away.
             raise _busy(
                 f"{own} requests of this client wait already (client_queue_limit {self.client_limit})",
                 self._typical_s * len(self._processes),
@@ -80,7 +80,7 @@ class FairQueue:
         self._count += 1
 
     def take(self) -> Job | None:
-        """Remove and return what goes next; its process and its session go to the back of their rows."""
+        """Remove and return the next job; its process and its session go to the end of their queues."""
         if not self._processes:
             return None
         process, sessions = self._processes.popitem(last=False)
@@ -94,7 +94,7 @@ class FairQueue:
         return job
 
     def remove(self, job: Job) -> None:
-        """Remove one that waits; its client keeps its place for the others."""
+        """Remove a queued job; its client keeps its turn for the others."""
         sessions = self._processes[job.session.process]
         jobs = sessions[job.session]
         jobs.remove(job)

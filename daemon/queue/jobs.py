@@ -1,4 +1,4 @@
-"""A job: one request of a client that needs the workers."""
+"""Jobs: client requests that run on the workers, and their states."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ JOB_NEXT: Final[Mapping[JobState, Set[JobState]]] = {
     JobState.DONE: set(),
     JobState.FAILED: set(),
 }
-"""A job whose cancel was noted never ends as DONE, even where the workers finished first."""
+"""A cancelled job never ends as DONE, even if the workers finished it first."""
 
 
 @dataclass(eq=False)
 class Job:
-    """``write_script`` is called when its turn comes."""
+    """One request in the queue or on the workers; ``write_script`` is called when it starts to run."""
 
     session: Session
     request: Request
     write_script: Callable[[Job], Script[Reply]]
     component_ids: tuple[str, ...] = ()
     state: JobState = JobState.QUEUED
-    ending: XditdError | None = None
-    """Why it was cancelled, from then on."""
+    cancel_error: XditdError | None = None
+    """Why it was cancelled; ``None`` before that."""
     step: int = 0
     total_steps: int = 0
     queued_s: float = field(default_factory=time.monotonic)
@@ -69,5 +69,5 @@ class Job:
 
 
 def op_of(request: Request | type[Request]) -> str:
-    """What a request is called in logs, counters and metrics."""
+    """Return a request's name in logs, counters and metrics."""
     return str(request.__struct_config__.tag)

@@ -1,7 +1,7 @@
-"""What a worker group does next: tasks of loans first, then clients' jobs in turn, one command at a time.
+"""The scheduler: runs mapping tasks of leases first, then clients' jobs in turn, one command at a time.
 
-A job is taken in by :meth:`Scheduler.submit`, waits in a fair queue, runs as a script of commands, and is answered,
-counted and logged when it ends, however that comes.
+:meth:`Scheduler.submit` puts a job into the fair queue. It runs as a script of commands, and is answered, counted and
+logged when it ends.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from xditd.ipc.worker_messages import Command, ForgetClient, StepReached, Unmap
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_EVERY_S: Final = 5.0
-"""How often waiting clients hear where they are, so that silence means something."""
+"""How often waiting clients are told their position, so that they can detect a daemon that hangs."""
 
 ANNOUNCE_PAUSE_S: Final = 0.1
-"""From one announcement to the next. Without it a thousand short jobs a second would tell each of the many that wait a
-thousand times, and one that reads slowly would be taken for one that does not read."""
+"""Least time between announcements. With a thousand short jobs a second, every waiting client would get a thousand, and
+one that reads slowly would count as unreachable."""
 
 
 class Scheduler:
-    """Own the jobs and the tasks of ``group``. Iterating gives the running job, then the others in turn."""
+    """Own the jobs and tasks of ``group``. Iteration yields the running job, then the others in their order."""
 
     def __init__(
         self, loop: EventLoop, group: WorkerGroup, replies: ReplySender, counters: EventCounters, queue: FairQueue
@@ -66,11 +66,11 @@ class Scheduler:
 
     @property
     def has_task(self) -> bool:
-        """Whether something was begun and has not ended."""
+        """Whether a task or a job runs."""
         return self._task is not None
 
     def of_process(self, process: ProcessIdentity) -> list[Job]:
-        """One client's jobs, over all its connections."""
+        """Return one client's jobs, over all its sessions."""
         found = self.queue.of_process(process)
         if self.running is not None and self.running.session.process == process:
             found.append(self.running)
@@ -85,13 +85,13 @@ class Scheduler:
     # --- Jobs
 
     def submit(self, job: Job) -> None:
-        """Let a job wait for its turn, whether workers are up yet or not; its client hears so unless the turn is now.
+        """Queue a job, also while the workers start; its client is told its position unless it can run at once.
 
         Raises:
             BadRequest: its request id is in use.
             Busy: the queue is full.
-            DaemonStopping: no new work is taken.
-            WorkersUnavailable: there will be no workers.
+            DaemonStopping: the daemon takes no more jobs.
+            WorkersUnavailable: the workers were given up.
         """
         if self._is_closed:
             raise DaemonStopping("the daemon is shutting down; send the request to the next one")
@@ -102,41 +102,41 @@ class Scheduler:
         is_next = self._is_free and not (self._unmapping or self._mapping or self.queue)
         self.queue.add(job)
         if not is_next:
-            self._tell_position(job, next(place for place, each in enumerate(self) if each is job))
+            self._send_position(job, next(place for place, each in enumerate(self) if each is job))
         self._announce_later(ANNOUNCE_EVERY_S)
 
     def cancel(self, job: Job, why: XditdError) -> None:
-        """End a job with ``why``: now if it waits, else as soon as the workers have let go of its memory."""
+        """End a job with ``why``: now if it is queued, else as soon as the workers have stopped it."""
         if job.state is JobState.QUEUED:
             self._end(job, None, why)
-        elif job.ending is None:
-            job.ending = why
+        elif job.cancel_error is None:
+            job.cancel_error = why
             job.move(JobState.CANCELLING)
             self._group.cancel_run()
 
-    def cancel_all(self, why: XditdError, are_meant: Callable[[Job], bool] = lambda _: True) -> None:
-        """End those jobs that ``are_meant``."""
+    def cancel_all(self, why: XditdError, matches: Callable[[Job], bool] = lambda _: True) -> None:
+        """Cancel the jobs for which ``matches`` is true."""
         for job in self:
-            if are_meant(job):
+            if matches(job):
                 self.cancel(job, why)
 
     def close(self, why: DaemonStopping) -> None:
-        """Take no more jobs, and end those that wait."""
+        """Refuse further jobs, and end those that wait."""
         self._is_closed = True
         self.cancel_all(why, lambda job: job is not self.running)
 
     # --- Tasks
 
     def map_first(self, task: Task[None]) -> None:
-        """Run a task of a loan before any job."""
+        """Run a mapping task before any job."""
         self._mapping.append(task)
 
     def unmap_first(self, task: Task[None]) -> None:
-        """Run a task before any other: somebody waits to have memory back."""
+        """Run an unmapping task before any other: a client waits to free its memory."""
         self._unmapping.append(task)
 
     def advance(self) -> None:
-        """Start what can be started. The event loop calls this after each round, and nobody else does."""
+        """Start the next task or job if the workers are idle; called after each round of the event loop."""
         while self._is_free:
             tasks = self._unmapping or self._mapping
             task = tasks.popleft() if tasks else self._next_job()
@@ -146,7 +146,7 @@ class Scheduler:
             self._resume(task, next)
 
     def answered(self, command: Command, answers: Answers) -> None:
-        """Hand all ranks' answers to the script that waits for them."""
+        """Pass all ranks' answers to the script that waits for them."""
         task = self._task
         if task is None:
             raise Internal(f"{type(command).__name__} was answered, but no task waits")
@@ -154,7 +154,7 @@ class Scheduler:
         if failure is None:
             self._resume(task, lambda script: script.send(answers))
         elif isinstance(command, (Unmap, ForgetClient)):
-            # The rank holds memory that its owner is about to free: only the end of its process returns it.
+            # The rank still maps memory that its owner is about to free: only the end of the rank unmaps it.
             self._group.end(Internal(f"rank {failure.rank} could not unmap: {failure.detail}"))
         else:
             error = error_for(failure.code, failure.detail, names=failure.names)
@@ -174,7 +174,7 @@ class Scheduler:
             self._replies.reply(job.session, event)
 
     def group_ended(self, error: XditdError) -> None:
-        """End the task that waits for answers which never come, and those of loans: nothing is mapped any more."""
+        """Fail the running task and all mapping tasks: the workers, and what they had mapped, are gone."""
         tasks = [*([self._task] if self._task is not None else []), *self._unmapping, *self._mapping]
         self._task = None
         self._unmapping.clear()
@@ -214,20 +214,21 @@ class Scheduler:
             on_failed=lambda error: self._end(job, None, error),
         )
 
-    # --- How jobs end
+    # --- The end of a job
 
     def log_ended(self) -> None:
-        """Write the lines of the jobs that have ended. Called once their replies have left, which need not wait for it.
+        """Log the jobs that have ended.
 
-        That is in the same round of the loop: who has read a reply finds its line in the log.
+        Called after their replies were sent, which need not wait for it, but in the same round of the loop: a client
+        that has read its reply finds the line in the log.
         """
         unlogged, self._unlogged = self._unlogged, []
         for line in unlogged:
             logger.info("request %s op=%s request_id=%s client_pid=%d waited_ms=%.1f ran_ms=%.1f", *line)
 
     def _end(self, job: Job, reply: Reply | None, error: XditdError | None) -> None:
-        """Answer a job and count it; its line follows in :meth:`log_ended`."""
-        error = job.ending or error
+        """Answer a job and count it; :meth:`log_ended` logs it."""
+        error = job.cancel_error or error
         waited_s, ran_s = job.waited_s, job.ran_s
         if job is self.running:
             self.running = None
@@ -250,10 +251,10 @@ class Scheduler:
             (outcome, job.op, job.request.request_id, job.session.process.pid, waited_s * 1000, ran_s * 1000)
         )
 
-    # --- What waiting clients hear
+    # --- Queue positions for waiting clients
 
     def _announce_move(self) -> None:
-        """Those who wait have moved up: tell them, but not too often."""
+        """Announce that the queue has moved, at most every :data:`ANNOUNCE_PAUSE_S`."""
         pause_s = self._announced_s + ANNOUNCE_PAUSE_S - time.monotonic()
         if pause_s <= 0:
             self._announce()
@@ -266,11 +267,11 @@ class Scheduler:
         self._announced_s = time.monotonic()
         for ahead, job in enumerate(self):
             if job is not self.running:
-                self._tell_position(job, ahead)
+                self._send_position(job, ahead)
         self._announce_later(ANNOUNCE_EVERY_S)
 
     def _announce_later(self, delay_s: float) -> None:
-        """Announce in ``delay_s`` at the latest."""
+        """Announce within ``delay_s``."""
         timer = self._announce_timer
         if timer is not None and timer.callback is not None:
             if timer.due_s <= time.monotonic() + delay_s:
@@ -278,7 +279,7 @@ class Scheduler:
             timer.cancel()
         self._announce_timer = self._loop.call_later(delay_s, self._announce)
 
-    def _tell_position(self, job: Job, ahead: int) -> None:
+    def _send_position(self, job: Job, ahead: int) -> None:
         group = self._group
         reason = "other requests go first" if group.is_alive else group.detail or f"workers are {group.state.value}"
         self._replies.reply(job.session, Queued(request_id=job.request.request_id, ahead=ahead, reason=reason))

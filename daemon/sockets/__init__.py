@@ -1,1 +1,1 @@
-"""The sockets to clients and ranks: who is at the other end, and how messages leave."""
+"""The ZeroMQ sockets to clients and ranks: peer credentials, client sessions, sending replies."""

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, as the kernel says."""
+"""Credentials of a Unix socket's peer (SO_PEERCRED), and the check of its user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xditd.ipc.errors import NotPermitted
 
 @dataclass(frozen=True)
 class Credentials:
-    """User, group and process of a peer."""
+    """User, group and process id of a peer."""
 
     uid: int
     gid: int
@@ -19,7 +19,7 @@ class Credentials:
 
 @lru_cache(maxsize=1024)
 def parse_credentials(address: str) -> Credentials:
-    """Read libzmq's peer address, ``localhost:<uid>:<gid>:<pid>`` on ``ipc://``.
+    """Parse libzmq's peer address, ``localhost:<uid>:<gid>:<pid>`` on ``ipc://``.
 
     Raises:
         NotPermitted: the address names no process.
@@ -30,11 +30,11 @@ def parse_credentials(address: str) -> Credentials:
         _, uid, gid, pid = address.split(":")
         return Credentials(uid=int(uid), gid=int(gid), pid=int(pid))
     except ValueError:
-        raise NotPermitted(f"peer {address!r}: no process can be named; connect through the Unix socket") from None
+        raise NotPermitted(f"peer {address!r}: has no process id; connect through the Unix socket") from None
 
 
 def check_uid(address: str, own_uid: int) -> Credentials:
-    """Admit the daemon's own user only.
+    """Check that a peer runs as the daemon's own user.
 
     Raises:
         NotPermitted: another user, or a process that this pid namespace cannot see.

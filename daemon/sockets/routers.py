@@ -1,4 +1,4 @@
-"""The two ROUTER sockets: bounded, never blocking, and aware of who sends; and the replies that clients get."""
+"""ZeroMQ ROUTER sockets that never block and know each sender's process, and the sender of replies to clients."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Failed
 
 BATCH: Final = 256
-"""Messages read from one socket before the others get their turn."""
+"""Messages read from one socket before the loop serves the others."""
 
 _SEND_LIMIT: Final = 256
 _RECEIVE_LIMIT: Final = 32
-"""Messages that ZeroMQ keeps for one peer, on top of what the kernel's socket buffers hold. Incoming ones may have
-:data:`xditd.ipc.limits.MAX_MESSAGE_BYTES` each, so there are fewer of them."""
+"""High-water marks: messages that ZeroMQ keeps for a peer besides the kernel's buffers; fewer incoming ones: each may
+have :data:`xditd.ipc.limits.MAX_MESSAGE_BYTES`."""
 
-MOST_UNSENT: Final = 64
-MOST_UNSENT_BYTES: Final = 256 * 1024
-MOST_UNSENT_S: Final = 0.002
-"""Replies that wait for the end of a round, at most. A round may serve 256 requests, and the worst that somebody can
-send takes several milliseconds to be refused: nobody else's answer should wait for many of them."""
+MAX_UNSENT: Final = 64
+MAX_UNSENT_BYTES: Final = 256 * 1024
+MAX_UNSENT_S: Final = 0.002
+"""Limits of the replies that wait for the end of a round. A round may serve 256 requests, and a hostile one may take
+several milliseconds to refuse: the reply to another client must not wait for many of them."""
 
 # Plain numbers: combining zmq's enumerations costs several microseconds a message.
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 
 _send: Final = zmq.backend.Socket.send
-"""Without the layer above it, which looks for what only draft socket types have."""
+"""The low-level method: ``zmq.Socket.send`` also handles draft socket types, which costs time."""
 
 
 class Delivery(Enum):
-    """What became of a message."""
+    """The outcome of sending a message."""
 
     SENT = "sent"
     NO_ROOM = "no_room"
-    """The peer does not read, and as many messages as we keep for it wait already."""
+    """The peer does not read, and its queue is full."""
     GONE = "gone"
     """The peer's connection is closed."""
 
 
 class Envelope(NamedTuple):
-    """One message as it arrived. ``peer`` is libzmq's ``localhost:<uid>:<gid>:<pid>``, "" where it is not known."""
+    """A received message. ``peer`` is libzmq's ``localhost:<uid>:<gid>:<pid>``, "" if it is not known."""
 
     routing_id: bytes
     peer: str
@@ -62,7 +62,7 @@ class Envelope(NamedTuple):
 
 
 class Router:
-    """A ROUTER for ``path`` of the runtime folder, which only its owner may enter; it serves after :meth:`listen`."""
+    """A ROUTER socket for ``path`` of the runtime folder; it accepts connections after :meth:`listen`."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
         self._endpoint = endpoint(path)
@@ -73,24 +73,24 @@ class Router:
         self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
 
     def listen(self, listener: socket.socket) -> None:
-        """Take connections from a socket that listens at the path, too; ZeroMQ owns its descriptor from then on.
+        """Also accept connections on a socket that listens at the path; ZeroMQ then owns its descriptor.
 
-        Earlier listeners are kept: ZeroMQ ends every connection that came through one together with it.
+        Earlier listeners stay open: ZeroMQ closes a listener's connections together with it.
         """
-        # ZeroMQ then neither binds nor unlinks the path, at no time (libzmq 4.3.5, ipc_listener.cpp).
+        # With USE_FD, ZeroMQ neither binds nor unlinks the path (libzmq 4.3.5, ipc_listener.cpp).
         self.socket.setsockopt(zmq.USE_FD, listener.detach())
         self.socket.bind(self._endpoint)
 
     def receive(self) -> Iterator[Envelope]:
-        """Yield what has arrived, at most :data:`BATCH` messages."""
+        """Yield the messages that have arrived, at most :data:`BATCH`."""
         receive = self.socket.recv
         for _ in range(BATCH):
             try:
                 routing_id = receive(_NOBLOCK)
             except zmq.Again:
                 return
-            # The frame itself for the payload: it alone knows the peer. ZeroMQ hands over whole messages, so the
-            # frames that follow are there.
+            # The payload as a zmq.Frame, which knows the peer. ZeroMQ delivers whole messages, so the next frames are
+            # there.
             frame: zmq.Frame = receive(_NOBLOCK, False)
             payload: bytes | None = frame.bytes
             while frame.more:
@@ -102,9 +102,9 @@ class Router:
             yield Envelope(routing_id, peer, payload)
 
     def send(self, routing_id: bytes, payload: bytes) -> Delivery:
-        """Send without ever waiting."""
+        """Send without blocking."""
         try:
-            # Where there is no room or no peer, the first frame is refused, so no message is cut in half.
+            # If the queue is full or the peer is gone, the first frame is refused, so no half message is sent.
             _send(self.socket, routing_id, _NOBLOCK_MORE)
             _send(self.socket, payload, _NOBLOCK)
         except zmq.Again:
@@ -120,12 +120,11 @@ class Router:
 
 
 class ReplySender:
-    """Send replies. A client that does not read, or is disconnected, lands in :attr:`unreachable` to be closed later.
+    """Send replies. Sessions whose client does not read, or is disconnected, go into :attr:`unreachable`.
 
-    Later, because a reply may be sent while a list of jobs or leases is being walked, which closing a session changes.
-
-    Replies of one round of the loop leave together, in their order, by :meth:`flush`. Sent one by one, each of them
-    wakes ZeroMQ's thread, which has fallen asleep since the one before, and that took as long as the rest of a request.
+    The service closes those sessions after the round: closing one changes the jobs and leases that a caller may iterate
+    over. Replies of one round of the loop are sent together, in their order, by :meth:`flush`: sent one by one, each
+    wakes ZeroMQ's thread again, which took as long as the rest of a request.
     """
 
     def __init__(self, router: Router, sessions: Sessions) -> None:
@@ -137,23 +136,23 @@ class ReplySender:
         self._unsent_since_s = 0.0
 
     def reply(self, session: Session, reply: Reply) -> None:
-        """Send to a session. One that said goodbye still gets the ends of its requests, if it is there to read them."""
+        """Send to a session. A closed one still receives the ends of its jobs, while its connection exists."""
         if self.sessions.find(session.routing_id) is not session:
             self.send_last(session.routing_id, reply)
         elif session.routing_id not in self.unreachable:
-            self._put(session.routing_id, encode(reply), has_session=True)
+            self._queue(session.routing_id, encode(reply), has_session=True)
 
     def answer(self, routing_id: bytes, reply: Reply) -> None:
         """Send to a connection that may have no session."""
         if routing_id not in self.unreachable:
-            self._put(routing_id, encode(reply), has_session=self.sessions.find(routing_id) is not None)
+            self._queue(routing_id, encode(reply), has_session=self.sessions.find(routing_id) is not None)
 
     def send_last(self, routing_id: bytes, reply: Reply) -> None:
-        """Send to a connection without a session, whether it arrives or not."""
-        self._put(routing_id, encode(reply), has_session=False)
+        """Send to a connection without a session; whether it arrives does not matter."""
+        self._queue(routing_id, encode(reply), has_session=False)
 
     def flush(self) -> None:
-        """Send what waits for the end of the round."""
+        """Send the replies that wait for the end of the round."""
         unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
         for routing_id, payload, has_session in unsent:
             if routing_id in self.unreachable:
@@ -168,22 +167,22 @@ class ReplySender:
         self.flush()
         self._router.close(linger_ms)
 
-    def _put(self, routing_id: bytes, payload: bytes, *, has_session: bool) -> None:
+    def _queue(self, routing_id: bytes, payload: bytes, *, has_session: bool) -> None:
         now = time.monotonic()
         if not self._unsent:
             self._unsent_since_s = now
         self._unsent.append((routing_id, payload, has_session))
         self._unsent_bytes += len(payload)
         if (
-            len(self._unsent) >= MOST_UNSENT
-            or self._unsent_bytes >= MOST_UNSENT_BYTES
-            or now - self._unsent_since_s >= MOST_UNSENT_S
+            len(self._unsent) >= MAX_UNSENT
+            or self._unsent_bytes >= MAX_UNSENT_BYTES
+            or now - self._unsent_since_s >= MAX_UNSENT_S
         ):
             self.flush()
 
 
 def failed(request_id: str, error: XditdError) -> Failed:
-    """Say an error in a message."""
+    """Convert an error to a ``Failed`` reply."""
     return Failed(
         request_id=request_id,
         code=error.code,

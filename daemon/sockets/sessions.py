@@ -1,4 +1,4 @@
-"""Client sessions: one for each connection that said hello, tied to the process behind it."""
+"""Client sessions: one for each connection that sent ``Hello``, tied to the client's process by a pidfd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.ipc.processes import ProcessIdentity, identify
 
 @dataclass(eq=False)
 class Session:
-    """``address`` is the peer's address as the socket gives it; every message of the session carries the same."""
+    """A client's session. ``address`` is libzmq's peer address, the same for every message of the session."""
 
     routing_id: bytes
     address: str
@@ -22,13 +22,13 @@ class Session:
     pidfd: int
     client_name: str
     heard_s: float = 0.0
-    """When its client last said something, by the loop's clock."""
+    """When its client last sent a message, by the loop's clock."""
     has_io: bool = False
-    """Whether workers may keep something for its process; passed on if others of the process are open when it ends."""
+    """Whether workers may have I/O blocks of its process mapped; passed on to another session of the process."""
 
 
 class Sessions:
-    """Open and close sessions. ``on_exit`` hears of a session whose process has exited."""
+    """Open, find and close sessions."""
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
@@ -44,10 +44,10 @@ class Sessions:
         return self._by_route.get(routing_id)
 
     def open(self, routing_id: bytes, address: str, peer: Credentials, client_name: str) -> Session:
-        """Open a session and take hold of its process.
+        """Open a session, with a pidfd of its process.
 
         Raises:
-            Busy: the daemon may open no more descriptors.
+            Busy: the daemon has no free descriptor.
             ProcessGone: the process has exited already.
         """
         try:
@@ -55,7 +55,7 @@ class Sessions:
         except ProcessLookupError:
             raise ProcessGone(f"process {peer.pid} has exited") from None
         except OSError as error:
-            raise Busy(f"no more clients can be watched: {error.strerror}; raise the limit on open files") from error
+            raise Busy(f"no descriptor for one more client: {error.strerror}; raise the limit on open files") from error
         try:
             session = Session(routing_id, address, identify(peer.pid), pidfd, client_name, self._loop.clock.now_s())
         except ProcessGone:
@@ -65,7 +65,7 @@ class Sessions:
         return session
 
     def close(self, session: Session) -> bool:
-        """Forget a session; false when that was done before."""
+        """Close a session; false if it was closed before."""
         if self._by_route.pop(session.routing_id, None) is None:
             return False
         self._loop.unwatch(session.pidfd)

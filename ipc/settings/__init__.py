@@ -1,5 +1,5 @@
-"""Settings: every default, bound, unit, help text, flag and environment variable, in one place.
+"""Settings: every default, bound, unit, help text, flag and environment variable.
 
-``daemon`` holds the daemon's settings and the options of the workers, ``client`` the flags of the other verbs,
-``setting`` what parsers, readers of files and documents derive from their fields.
+``daemon`` has the settings of the daemon and the workers, ``client`` the flags of the other verbs, ``setting`` reads
+flag, variable, file key and checks from a field's annotations.
 """

@@ -1,4 +1,4 @@
-"""Flags of every verb of ``xditd`` but ``serve``, one struct a verb. ``daemon`` holds those of ``serve``."""
+"""Flags of every verb of ``xditd`` but ``serve``, whose flags are in ``daemon``: one struct for each verb."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xditd.ipc.settings.daemon import Device, LogLevel
 from xditd.ipc.settings.setting import about, settings_of
 
 DEMO_SIDE_MULTIPLE: Final = 16
-"""Of pixels on a side: what the demo's FLUX.1 checkpoint takes."""
+"""Height and width in pixels of the demo's images are multiples of it."""
 
 _Seconds = Annotated[int, Meta(ge=1, le=86_400)]
 _Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -22,36 +22,36 @@ _RUNTIME_DIR: Final = about(
     "folder of the daemon's sockets (default: $XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>)", kind="path"
 )
 _JSON: Final = about("print JSON on stdout, for programs")
-_LOG_LEVEL: Final = about("debug, info, warning or error: what is logged on stderr", metavar="LEVEL")
+_LOG_LEVEL: Final = about("lowest level that is logged on stderr: debug, info, warning or error", metavar="LEVEL")
 
 
 class JsonFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """Of ``comfyui``, and of every other verb."""
+    """Flags of ``comfyui``, and of every other verb."""
 
     json: Annotated[bool, _JSON] = False
 
 
 class DaemonFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """Of every verb that speaks with a daemon."""
+    """Flags of every verb that connects to a daemon."""
 
     runtime_dir: Annotated[str | None, _RUNTIME_DIR] = None
     json: Annotated[bool, _JSON] = False
 
 
 class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``generate``."""
+    """Flags of ``generate``."""
 
     log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
     transformer: Annotated[str | None, about("transformer checkpoint, one safetensors file", kind="path")] = None
     vae: Annotated[
-        str | None, about("VAE checkpoint; without it only latents are made, for --save-latents", kind="path")
+        str | None, about("VAE checkpoint; without it only latents are computed (--save-latents)", kind="path")
     ] = None
     embeds: Annotated[str | None, about("safetensors file with the text embeddings", kind="path")] = None
-    random_embeds: Annotated[_Seed | None, about("draw the embeddings instead", metavar="SEED")] = None
+    random_embeds: Annotated[_Seed | None, about("use random embeddings instead", metavar="SEED")] = None
     text_tokens: Annotated[int, Meta(ge=1, le=65_536), about("text tokens of --random-embeds", metavar="COUNT")] = 512
     size: Annotated[str, about("image size in pixels", kind="size")] = "1024x1024"
     steps: Annotated[_Steps | None, about("denoising steps (default: the model's own)", metavar="COUNT")] = None
-    seed: Annotated[_Seed | None, about("seed of the noise; drawn and reported without it", metavar="SEED")] = None
+    seed: Annotated[_Seed | None, about("seed of the noise (default: random, and reported)", metavar="SEED")] = None
     guidance: Annotated[
         Annotated[float, Meta(ge=0, le=limits.MAX_GUIDANCE)] | None,
         about("guidance scale (default: the model's own)", metavar="SCALE"),
@@ -59,13 +59,13 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     step_cache: Annotated[
         float,
         Meta(ge=0, le=1),
-        about("spare steps whose first block changes less than this, as 0.08; not lossless", metavar="SHARE"),
+        about("skip steps whose first block changes less than this, such as 0.08; not lossless", metavar="SHARE"),
     ] = 0.0
     option: Annotated[
         str | None,
         about(
-            "an option of the model's family, such as Z-Image's shift=3, cfg_normalization=1 or cfg_truncation=0.8; "
-            "may be repeated; the variable takes several between commas",
+            "an option of the model family, such as Z-Image's shift=3, cfg_normalization=1 or cfg_truncation=0.8; "
+            "may be repeated; the variable takes several, separated by commas",
             kind="named values",
             variable="XDITD_OPTIONS",
         ),
@@ -73,29 +73,27 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     device: Annotated[
         str | None,
         about(
-            "load the weights there first (cuda, cuda:1), to lend them by CUDA IPC",
+            "load the weights to this device first (cuda, cuda:1), to lend them by CUDA IPC",
             variable="XDITD_LEND_DEVICE",
             metavar="DEVICE",
         ),
     ] = None
-    out: Annotated[str, about("image file; of several images, out-0.png and so on", kind="path", short="-o")] = (
+    out: Annotated[str, about("image file; several images become out-0.png and so on", kind="path", short="-o")] = (
         "out.png"
     )
-    save_latents: Annotated[str | None, about("write the latents to a safetensors file, too", kind="path")] = None
+    save_latents: Annotated[str | None, about("also write the latents to a safetensors file", kind="path")] = None
 
 
 class DemoFlags(JsonFlags, frozen=True, kw_only=True):
-    """Of ``demo``."""
+    """Flags of ``demo``."""
 
     log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
     out: Annotated[
-        str, about("folder for what the demo leaves", kind="path", metavar="DIR", variable="XDITD_DEMO_OUT")
+        str, about("folder for the demo's output files", kind="path", metavar="DIR", variable="XDITD_DEMO_OUT")
     ] = "out"
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=2)] | None,
-        about(
-            "worker processes (default: 2, or 1 where there is one GPU)", metavar="COUNT", variable="XDITD_DEMO_WORKERS"
-        ),
+        about("worker processes (default: 2, or 1 with one GPU)", metavar="COUNT", variable="XDITD_DEMO_WORKERS"),
     ] = None
     device: Annotated[Device, about("auto (GPUs if there are any), cuda or cpu", metavar="KIND")] = "auto"
     size: Annotated[
@@ -112,80 +110,80 @@ class DemoFlags(JsonFlags, frozen=True, kw_only=True):
 
 
 class WaitFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``wait``."""
+    """Flags of ``wait``."""
 
     target: Annotated[
         Literal["workers", "daemon"],
         about(
-            "workers, or the daemon alone, which answers while they start",
+            "what to wait for: workers, or only the daemon, which answers while the workers start",
             flag="--for",
             variable="XDITD_WAIT_FOR",
             metavar="WHAT",
         ),
     ] = "workers"
-    wait_s: Annotated[int, Meta(ge=0, le=86_400), about("how long to wait at most", metavar="SECONDS")] = 150
+    wait_s: Annotated[int, Meta(ge=0, le=86_400), about("longest wait", metavar="SECONDS")] = 150
 
 
 class StopFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``stop``."""
+    """Flags of ``stop``."""
 
     deadline_s: Annotated[
-        _Seconds, about("how long to wait for its end", metavar="SECONDS", variable="XDITD_STOP_DEADLINE_S")
+        _Seconds, about("longest wait until the daemon has ended", metavar="SECONDS", variable="XDITD_STOP_DEADLINE_S")
     ] = 30
 
 
 class AdoptFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``adopt``."""
+    """Flags of ``adopt``."""
 
     deadline_s: Annotated[
-        _Seconds, about("how long to wait for it", metavar="SECONDS", variable="XDITD_ADOPT_DEADLINE_S")
+        _Seconds, about("longest wait until the copy is made", metavar="SECONDS", variable="XDITD_ADOPT_DEADLINE_S")
     ] = 300
 
 
 class RevokeFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``revoke``."""
+    """Flags of ``revoke``."""
 
     deadline_s: Annotated[
-        _Seconds, about("how long to wait for it", metavar="SECONDS", variable="XDITD_REVOKE_DEADLINE_S")
+        _Seconds, about("longest wait until it is unmapped", metavar="SECONDS", variable="XDITD_REVOKE_DEADLINE_S")
     ] = 300
 
 
 class StatusFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``status``."""
+    """Flags of ``status``."""
 
     check: Annotated[
-        bool, about("exit with 1, and say why on stderr, if no workers are ready: starting, lost or given up")
+        bool, about("exit with 1, with the reason on stderr, if no workers are ready: starting, lost or given up")
     ] = False
 
 
 class LogsFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``logs``."""
+    """Flags of ``logs``."""
 
-    follow: Annotated[bool, about("go on with new lines as they come", short="-f")] = False
+    follow: Annotated[bool, about("keep printing new lines", short="-f")] = False
     lines: Annotated[
         Annotated[int, Meta(ge=0, le=1_000_000)] | None,
-        about("show at most this many of the lines kept (default: all)", short="-n", metavar="COUNT"),
+        about("show only the last lines (default: all that the daemon keeps)", short="-n", metavar="COUNT"),
     ] = None
 
 
 class DoctorFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Of ``doctor``."""
+    """Flags of ``doctor``."""
 
-    quick: Annotated[bool, about("leave out GPUs, libraries and attention: no torch, no waiting")] = False
+    quick: Annotated[bool, about("skip the checks that import torch: GPUs, libraries and attention")] = False
 
 
 class InstallFlags(JsonFlags, frozen=True, kw_only=True):
-    """Of ``install-service``."""
+    """Flags of ``install-service``."""
 
-    user: Annotated[bool, about("a service of your own (default)", variable="XDITD_INSTALL_USER")] = False
-    system: Annotated[bool, about("a system service; needs --for", variable="XDITD_INSTALL_SYSTEM")] = False
+    user: Annotated[bool, about("install a user service (default)", variable="XDITD_INSTALL_USER")] = False
+    system: Annotated[bool, about("install a system service; needs --for", variable="XDITD_INSTALL_SYSTEM")] = False
     check: Annotated[
         bool, about("write nothing; exit 1 if a file is missing or differs", variable="XDITD_INSTALL_CHECK")
     ] = False
     uninstall: Annotated[bool, about("remove the files", variable="XDITD_INSTALL_UNINSTALL")] = False
     dry_run: Annotated[bool, about("write nothing; print the files", variable="XDITD_INSTALL_DRY_RUN")] = False
     owner: Annotated[
-        str | None, about("whom the system service serves", flag="--for", variable="XDITD_INSTALL_FOR", metavar="USER")
+        str | None, about("user of the system service", flag="--for", variable="XDITD_INSTALL_FOR", metavar="USER")
     ] = None
 
 

@@ -1,4 +1,4 @@
-"""The daemon's settings, and the options that it hands to the workers."""
+"""The daemon's settings, and the options that it passes to the workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.ipc.degrees import AUTO, parse_layout
 from xditd.ipc.settings.setting import about, settings_of
 
 CONFIG_VARIABLE: Final = "XDITD_CONFIG"
-"""Names the daemon's file."""
+"""The path of the daemon's TOML file."""
 
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
@@ -33,9 +33,11 @@ _Word = Annotated[str, Meta(min_length=1)]
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What daemon and workers are both told. ``layout`` is "auto" or degrees, as ``xditd.ipc.degrees`` spells them."""
+    """Settings of both daemon and workers. ``layout`` is "auto" or degrees in the format of ``xditd.ipc.degrees``."""
 
-    log_level: Annotated[LogLevel, _daemon("debug, info, warning or error", metavar="LEVEL", reload=True)] = "info"
+    log_level: Annotated[
+        LogLevel, _daemon("lowest level that is logged: debug, info, warning or error", metavar="LEVEL", reload=True)
+    ] = "info"
     workers: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=1024)],
         _workers("worker processes, one for each GPU; auto: all GPUs, or 2 on CPU", key="count"),
@@ -44,8 +46,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     layout: Annotated[
         _Name,
         _workers(
-            "how workers share a job: degrees of ulysses, ring and cfg; auto: as much ulysses as possible, then ring. "
-            "A model whose attention heads ulysses does not divide gets degrees of its own",
+            "parallel degrees ulysses, ring and cfg of a job; auto: the largest possible ulysses, then ring. A model "
+            "whose number of attention heads is not a multiple of ulysses gets its own degrees",
             values='"auto", or degrees that multiply to the number of workers, such as "ulysses=2,ring=2,cfg=2"',
             check=parse_layout,
         ),
@@ -58,50 +60,51 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "auto"
     kernels: Annotated[
-        Kernels, _workers("how transformers run; auto: fused kernels on GPUs, checked against plain modules")
+        Kernels, _workers("fused kernels, or diffusers' modules (plain); auto: fused on GPUs, if they pass their check")
     ] = "auto"
     precision: Annotated[
         Precision,
         _workers(
-            "of a transformer's matrix products; fp8 is faster, not lossless, and keeps a copy of half the weights"
+            "precision of a transformer's matrix products; fp8 is faster, not lossless, and keeps an fp8 copy of the "
+            "weights (half their size)"
         ),
     ] = "bf16"
 
 
 class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):
-    """Everything that the daemon is told."""
+    """All settings of the daemon."""
 
     runtime_dir: Annotated[
         _Name,
         _daemon(
-            "private folder of the sockets and the lock; made with mode 0700",
+            "private folder of the sockets and the lock; created with mode 0700",
             values="the path of a folder",
             default="$XDG_RUNTIME_DIR/xditd, or /tmp/xditd-<uid>",
         ),
     ] = msgspec.field(default_factory=lambda: str(default_runtime_dir().path))
-    queue_limit: Annotated[_Count, _daemon("requests that may wait; one more is refused as busy", reload=True)] = 512
+    queue_limit: Annotated[_Count, _daemon("jobs that may wait; one more is refused as busy", reload=True)] = 512
     client_queue_limit: Annotated[
-        _Count, _daemon("requests of one client that may wait; one more is refused as busy", reload=True)
+        _Count, _daemon("jobs of one client that may wait; one more is refused as busy", reload=True)
     ] = 64
     client_loan_limit: Annotated[_Count, _daemon("components that one client may have on loan", reload=True)] = 64
     client_lent_bytes: Annotated[_Bytes, _daemon("bytes that one client may have on loan", reload=True)] = 2**40
     client_io_bytes: Annotated[
-        _Bytes, _daemon("bytes of the I/O blocks that the requests of one client may use at a time", reload=True)
+        _Bytes, _daemon("bytes of the I/O blocks that the jobs of one client may use at a time", reload=True)
     ] = 16 * 2**30
     message_bytes: Annotated[
         int,
         Meta(ge=4096, le=limits.MAX_MESSAGE_BYTES),
-        _daemon("bytes of the longest message that is read; a manifest takes about 100 for each tensor", reload=True),
+        _daemon("bytes of the longest message that is read; a lend takes about 100 for each tensor", reload=True),
     ] = limits.MAX_MESSAGE_BYTES
     client_deadline_s: Annotated[
         _Seconds,
         _daemon(
-            "seconds without a sign of life from a client until its loans end; it sends one four times as often",
+            "seconds without a message from a client until its loans end; clients send four heartbeats in that time",
             reload=True,
         ),
     ] = 60.0
     drain_deadline_s: Annotated[
-        _Seconds, _daemon("seconds that a running job may go on when the daemon is told to stop", reload=True)
+        _Seconds, _daemon("seconds that a running job has to finish when the daemon stops", reload=True)
     ] = 20.0
     metrics: Annotated[
         _Name,
@@ -111,17 +114,13 @@ class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):
             check=parse_metrics_address,
         ),
     ] = "off"
-    start_deadline_s: Annotated[_Seconds, _workers("seconds from starting the group until every worker answers")] = (
-        120.0
-    )
+    start_deadline_s: Annotated[_Seconds, _workers("seconds from the start of the workers until all are ready")] = 120.0
     hang_deadline_s: Annotated[
         _Seconds,
-        _workers(
-            "seconds without progress of a job until its workers are ended and rebuilt, whatever was measured before"
-        ),
+        _workers("seconds without progress of a job until the workers are restarted, whatever was measured before"),
     ] = 300.0
     step_deadline_s: Annotated[
-        _Seconds, _workers("the same once steps were measured: 20 times the median one, and at least so many seconds")
+        _Seconds, _workers("the same once steps were measured: 20 times the median step, but at least so many seconds")
     ] = 10.0
     lend_deadline_s: Annotated[
         _Seconds, _workers("seconds to map, plug or unmap a component, and one more for each 64 MiB of it")
@@ -129,13 +128,13 @@ class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):
     max_restarts: Annotated[
         int,
         Meta(ge=0, le=1000),
-        _workers("rebuilds in a row without a served job before the daemon gives up", reload=True),
+        _workers("restarts of the workers in a row without a served job, after which the daemon gives up", reload=True),
     ] = 5
     worker_command: Annotated[
         tuple[_Word, ...],
         Meta(min_length=1),
         _workers(
-            "how the leader of the workers is started, its own flags apart",
+            "command that starts the leader of the workers, without its flags",
             key="command",
             flag="",
             variable="",

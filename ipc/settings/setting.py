@@ -1,4 +1,4 @@
-"""What flags, variables, file entries and documents derive from a field of a settings struct."""
+"""A setting: its flag, environment variable, file key, bounds and help, read from a field of a settings struct."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from xditd.ipc.errors import BadRequest
 from xditd.ipc.suggestions import did_you_mean
 
 PREFIX: Final = "XDITD_"
-"""With it begin all our environment variables."""
+"""All environment variables of xditd begin with it."""
 
 
 def about(help: str, **more: Any) -> msgspec.Meta:
-    """Describe a field: its help text, and whatever of the following differs from what its name and type say.
+    """Describe a field: its help text, and those of the following that differ from what its name and type imply.
 
-    ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" where it has none. ``short``: the flag
-    of one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible
-    by ``multiple``) or "named values". ``values``: what is accepted, in words, where the type does not say it.
-    ``check`` raises ``ValueError`` for what the type does not tell. ``default``: the default in words. ``reload``:
-    whether a reload applies it.
+    ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" if it has none. ``short``: the flag of
+    one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible by
+    ``multiple``) or "named values". ``values``: the allowed values in words. ``check`` raises ``ValueError`` for values
+    that the type allows but the setting does not. ``default``: the default in words. ``reload``: a reload applies it.
     """
     return msgspec.Meta(description=help, extra=more)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a settings struct. Empty texts: it has no such flag, variable, or place in the file."""
+    """One field of a settings struct. ``flag``, ``variable`` and ``section`` are empty if it has none."""
 
     name: str
     type: Any
@@ -62,7 +61,7 @@ class Setting:
 
     @property
     def kind(self) -> str:
-        """What a text means, where its type does not say it: a path, a size, named values."""
+        """The meaning of a text: "path", "size", "named values", or empty."""
         return str(self.more.get("kind", ""))
 
     @property
@@ -72,10 +71,10 @@ class Setting:
 
     @property
     def number(self) -> tuple[type, Any, Any] | None:
-        """The kind of number that is accepted, and its least and greatest value; ``None`` where it is none."""
-        for part in _parts(self.type):
-            if _bare(part) in (int, float):
-                return _bare(part), bound(part, "ge", "gt"), bound(part, "le")
+        """``int`` or ``float``, and the least and greatest value; ``None`` for other types."""
+        for part in _union_members(self.type):
+            if _strip_annotated(part) in (int, float):
+                return _strip_annotated(part), bound(part, "ge", "gt"), bound(part, "le")
         return None
 
     @property
@@ -84,7 +83,7 @@ class Setting:
 
     @property
     def shown_default(self) -> str:
-        """The default as help and documents show it; empty where there is none."""
+        """The default for help and documents; empty if there is none."""
         if "default" in self.more:
             return str(self.more["default"])
         if isinstance(self.default, float):
@@ -93,19 +92,19 @@ class Setting:
 
     @property
     def values(self) -> str:
-        """What is accepted, in words: the remedy that a refusal names."""
+        """The allowed values in words, for documents and error messages."""
         return str(self.more.get("values") or _values(self.type))
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are accepted; none where others are, too."""
-        return get_args(_bare(self.type)) if get_origin(_bare(self.type)) is Literal else ()
+        """The allowed words, if only certain words are allowed."""
+        return get_args(_strip_annotated(self.type)) if get_origin(_strip_annotated(self.type)) is Literal else ()
 
     def read(self, value: object, source: str) -> Any:
-        """Convert what a flag, a variable or the file says; ``source`` is what an error calls it.
+        """Convert the value of a flag, a variable or a file key, which errors call ``source``.
 
         Raises:
-            BadRequest: the value does not fit; the message names source, value and remedy.
+            BadRequest: the value is invalid; the message names source, value and remedy.
         """
         try:
             found = msgspec.convert(self._number(value), type=self.type)
@@ -116,7 +115,7 @@ class Setting:
         return found
 
     def _number(self, value: object) -> object:
-        """Convert text to a number, where a number is wanted and it is one."""
+        """Convert text to a number if the setting takes one and the text is one."""
         if isinstance(value, str) and self.number is not None:
             with contextlib.suppress(ValueError):
                 return self.number[0](value)
@@ -124,7 +123,7 @@ class Setting:
 
 
 def settings_of(struct: type[msgspec.Struct]) -> tuple[Setting, ...]:
-    """List what a struct's fields describe, in their order."""
+    """List the settings of a struct, in the order of its fields."""
     found = []
     for field in msgspec.structs.fields(struct):
         meta = _metas(field.type)[-1]
@@ -146,20 +145,20 @@ def _metas(type_: Any) -> list[msgspec.Meta]:
     return [each for each in getattr(type_, "__metadata__", ()) if isinstance(each, msgspec.Meta)]
 
 
-def _bare(type_: Any) -> Any:
+def _strip_annotated(type_: Any) -> Any:
     return get_args(type_)[0] if get_origin(type_) is Annotated else type_
 
 
-def _parts(type_: Any) -> tuple[Any, ...]:
-    """The members of a union, else the type itself."""
-    bare = _bare(type_)
+def _union_members(type_: Any) -> tuple[Any, ...]:
+    """Return the members of a union, else the type itself."""
+    bare = _strip_annotated(type_)
     return get_args(bare) if get_origin(bare) in (Union, UnionType) else (type_,)
 
 
 def _values(type_: Any) -> str:
     words = []
-    for part in _parts(type_):
-        bare = _bare(part)
+    for part in _union_members(type_):
+        bare = _strip_annotated(part)
         low, high = bound(part, "ge", "gt"), bound(part, "le")
         if get_origin(bare) is Literal:
             names = [f'"{name}"' for name in get_args(bare)]

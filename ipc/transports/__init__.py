@@ -1,5 +1,4 @@
-"""The byte transports that clients and workers share: CUDA IPC, sealed shared memory, open files.
+"""Transports of tensor bytes between clients and workers: CUDA IPC, sealed shared memory, open files.
 
-Only this package of :mod:`xditd.ipc` may import torch and cuda-bindings, and it does so when a
-transport is used, not when it is imported.
+Only this package of :mod:`xditd.ipc` may import torch and cuda-bindings, inside functions.
 """

@@ -1,8 +1,8 @@
-"""Device memory by CUDA IPC handle: arenas of our own, and torch's segments lent as they are.
+"""Share device memory by CUDA IPC handle: allocations of xditd, and torch's own segments without a copy.
 
-Legacy IPC handles (``cudaIpcGetMemHandle``) name a whole ``cudaMalloc`` allocation. torch's own
-``_share_cuda_`` adds reference counters that leak when a consumer is killed, and refuses to work
-under ``cudaMallocAsync``; a raw allocation exports in such a process all the same.
+Legacy IPC handles (``cudaIpcGetMemHandle``) name a whole ``cudaMalloc`` allocation. torch's ``_share_cuda_`` is not
+used: its reference counters leak when a consumer is killed, and it does not work under ``cudaMallocAsync``, where a raw
+allocation can be exported.
 
 Source: CUDA Runtime API, "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"; CUDA Driver API,
 "cuMemGetAddressRange".
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NotExportable(Unsupported):
-    """Device memory that has no IPC handle: torch's cudaMallocAsync pool or expandable segments."""
+    """Device memory without an IPC handle: torch's cudaMallocAsync pool or expandable segments."""
 
 
 def _runtime() -> Any:
@@ -41,7 +41,7 @@ def _driver() -> Any:
 
 
 def _call(what: str, result: tuple[Any, ...]) -> Any:
-    """Unpack a cuda-bindings result; raise for anything but success."""
+    """Unpack a cuda-bindings result; raise if the call failed."""
     status, *values = result
     if int(status) != 0:
         if status.name == "cudaErrorMemoryAllocation":
@@ -51,14 +51,14 @@ def _call(what: str, result: tuple[Any, ...]) -> Any:
 
 
 def device_uuid(index: int) -> str:
-    """Name a GPU by UUID: ordinals differ between processes."""
+    """Return a GPU's UUID, since ordinals differ between processes."""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 class _DeviceBytes:
-    """Raw device memory in the shape that torch accepts without copying.
+    """Raw device memory as an object that torch wraps without copying.
 
     Source: Numba documentation, "CUDA Array Interface (Version 3)".
     """
@@ -81,8 +81,8 @@ def _wrap(pointer: int, size_bytes: int, index: int) -> torch.Tensor:
 class DeviceArena:
     """One raw ``cudaMalloc`` allocation outside torch's allocator, viewed as torch tensors.
 
-    Its size is a multiple of 2 MiB, so nothing else lies in the pages that a handle exposes. The
-    arena owns the memory: keep it until every loan of it has been returned, then :meth:`close` it.
+    Its size is a multiple of 2 MiB, so the pages that a handle exposes contain nothing else. The arena owns the memory:
+    keep it until every loan of it has been returned, then :meth:`close` it.
     """
 
     def __init__(self, size_bytes: int, index: int) -> None:
@@ -96,7 +96,7 @@ class DeviceArena:
         self.bytes = _wrap(self._pointer, self.size_bytes, index)
 
     def tensor(self, offset_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """View part of the arena, contiguous."""
+        """Return a contiguous tensor that views part of the arena."""
         count = 1
         for side in shape:
             count *= side
@@ -104,11 +104,11 @@ class DeviceArena:
         return flat.view(dtype).view(shape)
 
     def block(self, sample_offset_bytes: int = 0) -> CudaIpcBlock:
-        """Describe the arena to other processes, with a fingerprint of its content as it is now."""
+        """Describe the arena to other processes, with a fingerprint of its present content."""
         return export_allocation(self._pointer, self.bytes, self.index, sample_offset_bytes)
 
     def close(self) -> None:
-        """Free the memory. Every view must be gone, and every loan returned."""
+        """Free the memory. Drop every view and return every loan before."""
         if self._pointer:
             import torch
 
@@ -125,7 +125,7 @@ def export_allocation(
     """Describe a whole device allocation that starts at ``base``.
 
     Raises:
-        NotExportable: CUDA gives no handle for it.
+        NotExportable: CUDA has no IPC handle for it.
     """
     import torch
 
@@ -133,7 +133,7 @@ def export_allocation(
     with torch.cuda.device(index):
         status, handle = runtime.cudaIpcGetMemHandle(base)
         if int(status) != 0:
-            runtime.cudaGetLastError()  # or the failure would surface in torch's next call
+            runtime.cudaGetLastError()  # else torch's next call would raise this error
             raise NotExportable(f"device memory at GPU {index}: {status.name}")
         return CudaIpcBlock(
             device_uuid=device_uuid(index),
@@ -144,7 +144,7 @@ def export_allocation(
 
 
 def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Base address and size of the allocation that a CUDA tensor lies in.
+    """Return base address and size of the allocation that contains a CUDA tensor.
 
     Raises:
         NotExportable: the driver knows no such allocation.
@@ -152,7 +152,7 @@ def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
     import torch
 
     driver = _driver()
-    with torch.cuda.device(tensor.device):  # the driver knows the allocations of the current GPU's context alone
+    with torch.cuda.device(tensor.device):  # the driver finds only allocations of the current context
         status, base, size = driver.cuMemGetAddressRange(tensor.untyped_storage().data_ptr())
     if int(status) != 0:
         raise NotExportable(f"device memory of a tensor of shape {tuple(tensor.shape)}: {status.name}")
@@ -160,12 +160,12 @@ def segment_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def wrap_segment(base: int, size_bytes: int, index: int) -> torch.Tensor:
-    """View a whole allocation of this process as 1-D uint8; whoever allocated it owns it."""
+    """View a whole allocation of this process as 1-D uint8, without owning it."""
     return _wrap(base, size_bytes, index)
 
 
 class CudaMapping:
-    """Another process's device allocation, opened in this one. One process can open a handle once."""
+    """Another process's device allocation, opened in this process, which can open a handle only once."""
 
     def __init__(self, block: CudaIpcBlock, index: int) -> None:
         import torch
@@ -179,7 +179,7 @@ class CudaMapping:
             torch.cuda.current_stream()  # creates the primary context into which the handle is opened
             status, pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
             if int(status) != 0:
-                runtime.cudaGetLastError()  # or the failure would surface in torch's next call
+                runtime.cudaGetLastError()  # else torch's next call would raise this error
                 raise StaleSource(
                     f"CUDA IPC handle of {block.size_bytes} bytes on {block.device_uuid}: {status.name}; its owner has "
                     "exited or freed it, or cannot share memory with this process (containers need --ipc=host); "
@@ -188,7 +188,7 @@ class CudaMapping:
         self._pointer = int(pointer)
 
     def check_size(self) -> None:
-        """Compare the mapped allocation with the size that was lent.
+        """Check that the mapped allocation has the size that was lent.
 
         Raises:
             StaleSource: the allocation is smaller, so views would reach beyond it.
@@ -204,14 +204,13 @@ class CudaMapping:
             )
 
     def bytes_tensor(self) -> torch.Tensor:
-        """View everything as 1-D uint8 on the GPU. Drop every view before :meth:`close`."""
+        """View the whole mapping as 1-D uint8 on the GPU. Drop every view before :meth:`close`."""
         return _wrap(self._pointer, self.size_bytes, self._index)
 
     def copy_to(self, target: torch.Tensor, offset_bytes: int) -> None:
-        """Fill ``target`` (1-D uint8 on this GPU) with the bytes from an offset on, on the current stream, unawaited.
+        """Copy bytes from an offset on to ``target`` (1-D uint8 on this GPU), asynchronously on the current stream.
 
-        By address, so that torch need not know whose GPU the mapped memory is on: that may be another one than
-        this process's own, with no context there.
+        By address, because the mapped memory may be on another GPU, on which torch has no context in this process.
         """
         import torch
 
@@ -231,7 +230,7 @@ class CudaMapping:
             )
 
     def close(self) -> None:
-        """Close the handle, after the kernels that read it."""
+        """Wait for the kernels that read the mapping, and close the handle."""
         if self._pointer:
             import torch
 

@@ -1,4 +1,4 @@
-"""Files lent by open descriptor: workers map the very file that the client holds, page cache and all."""
+"""Lend files by open descriptor: workers map the same file as the client, and share its page cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LentFile:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise OutOfMemory(f"{path}: {error.strerror} in this process") from error
@@ -47,10 +47,10 @@ class LentFile:
         return self._opened.device, self._opened.inode
 
     def check_unchanged(self) -> None:
-        """Check that what was read since the file was opened is what it still holds.
+        """Check that the file has not changed since it was opened.
 
         Raises:
-            StaleSource: it was rewritten, grown, truncated or renamed meanwhile.
+            StaleSource: it was rewritten, extended, truncated or renamed.
         """
         found = FileState.of_stat(os.fstat(self.fd))
         if found != self._opened:
@@ -60,10 +60,10 @@ class LentFile:
             )
 
     def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
-        """Describe the file; ``header_bytes`` from its start are fingerprinted.
+        """Describe the file, with a fingerprint of ``header_bytes`` from its start.
 
         Raises:
-            StaleSource: it is not what was opened any more.
+            StaleSource: it has changed since it was opened.
         """
         found = self._opened
         sample = os.pread(self.fd, header_bytes, 0)
@@ -86,9 +86,9 @@ class LentFile:
 
 
 class FileMapping(HostMapping):
-    """A lent file, mapped read-only; :meth:`check_unchanged` tells whether it is still what was lent.
+    """A lent file, mapped read-only.
 
-    ``state`` is that in which it was found to hold the bytes that were lent; ``digest`` is theirs, where it is known.
+    ``state`` is one in which the file had the bytes that were lent; ``digest`` is their digest, if it is known.
     """
 
     def __init__(self, fd: int, block: FileBlock, state: FileState, digest: bytes | None) -> None:
@@ -100,15 +100,15 @@ class FileMapping(HostMapping):
         super().__init__(fd, block.size_bytes, is_writable=False)
 
     def begin_digest(self) -> None:
-        """Let a thread digest the file, so that a change of its ctime alone can be told from a write afterwards."""
+        """Digest the file in a thread, so that later a change of only its ctime can be distinguished from a write."""
         if self._digest is None and self._thread is None:
             try:
                 self._thread = DigestThread(self._fd, self._state, self._path)
-            except (OSError, RuntimeError) as error:  # no descriptor or no thread is left: the loan is good without
+            except (OSError, RuntimeError) as error:  # no descriptor or thread is available; the digest is optional
                 logger.warning("file not digested path=%s: %s", self._path, error)
 
     def await_small_digest(self) -> None:
-        """Wait until a small file is digested. What is larger is digested while others work."""
+        """Wait for the digest of a small file. Larger ones are digested in the background."""
         if self._thread is not None and self._state.size_bytes <= SMALL_BYTES:
             self._thread.wait()
 
@@ -119,24 +119,24 @@ class FileMapping(HostMapping):
 
     @property
     def digest(self) -> bytes | None:
-        """The digest of the bytes that were lent; ``None`` before it is known."""
+        """The digest of the bytes that were lent; ``None`` until it is known."""
         if self._digest is None and self._thread is not None:
             self._digest = self._thread.found
         return self._digest
 
     def check_unchanged(self) -> None:
-        """Compare the file with the one that was lent. Call before and after reading.
+        """Check that the file is the one that was lent. Call before and after reading.
 
-        Where its ctime alone has moved, as after chmod, a rename or a new hard link, the bytes decide, if their digest
-        was known by then. They are read once for each such change.
+        If only its ctime has changed, as after chmod, a rename or a new hard link, its bytes are read once and compared
+        by their digest, if that is known.
 
         Raises:
-            StaleSource: it was rewritten, truncated, or is another file; or nobody can tell.
+            StaleSource: it was rewritten or truncated, or is another file; or its ctime changed before it was digested.
         """
-        self._state = _recognise(self._fd, self._path, self._state, self.digest)
+        self._state = _check_state(self._fd, self._path, self._state, self.digest)
 
     def stretch(self, offset_bytes: int, size_bytes: int) -> FileStretch:
-        """Name part of the file for an upload, which reads it; valid until :meth:`close`."""
+        """Describe part of the file for an upload, which reads it; valid until :meth:`close`."""
         return FileStretch(self._fd, offset_bytes, size_bytes, self._path)
 
     def close(self) -> None:
@@ -148,11 +148,11 @@ class FileMapping(HostMapping):
             self._fd = -1
 
 
-def _recognise(fd: int, path: str, known: FileState, digest: bytes | None) -> FileState:
-    """Check that a file holds what it held in a known state; return the state that it is in.
+def _check_state(fd: int, path: str, known: FileState, digest: bytes | None) -> FileState:
+    """Check that a file has the same bytes as in a known state; return its present state.
 
     Raises:
-        StaleSource: more than its ctime has moved, or that alone, and the bytes are not those of ``digest``.
+        StaleSource: more than its ctime has changed, or the bytes do not have this ``digest``.
     """
     found = FileState.of_stat(os.fstat(fd))
     if found == known:
@@ -160,12 +160,12 @@ def _recognise(fd: int, path: str, known: FileState, digest: bytes | None) -> Fi
     if found._replace(ctime_ns=known.ctime_ns) != known:
         raise _changed(path, known.differences(found))
     if digest is None:
-        raise _changed(path, "ctime, before its bytes were digested, so nothing tells whether they changed")
+        raise _changed(path, "ctime, before its bytes were digested, so it is not known whether they changed")
     found = FileState.of_stat(settled_stat(fd))
-    # The states around the reading are one, so that no write fell into it.
+    # The state is the same before and after reading, so no write happened in between.
     if digest_file(fd, found.size_bytes) != digest or FileState.of_stat(os.fstat(fd)) != found:
         raise _changed(path, "ctime and bytes")
-    logger.info("file accepted path=%s: its ctime has moved, its bytes have not changed", path)
+    logger.info("file accepted path=%s: its ctime has changed, its bytes have not", path)
     return found
 
 
@@ -174,16 +174,16 @@ def _changed(path: str, what: str) -> StaleSource:
 
 
 def map_file(block: FileBlock, exporter: ProcessIdentity, digest: bytes | None = None) -> FileMapping:
-    """Map another process's open file read-only; the fingerprint is the caller's to check.
+    """Map another process's open file read-only; the caller checks the fingerprint.
 
-    ``digest`` is that of the bytes that were lent, if an earlier mapping got to know it.
+    ``digest`` is that of the bytes that were lent, if an earlier mapping has computed it.
 
     Raises:
         ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the file has changed.
     """
     fd = open_descriptor(exporter, block.fd, is_writable=False, what=block.path)
     try:
-        state = _recognise(fd, block.path, FileState.of_block(block), digest)
+        state = _check_state(fd, block.path, FileState.of_block(block), digest)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise StaleSource(f"{block.path}: not a regular file")
         return FileMapping(fd, block, state, digest)

@@ -1,4 +1,4 @@
-"""Whether a file is still what it was: by its inode, size and times, and by its bytes where those leave it open."""
+"""Detect changes of a file by inode, size and times, and by a digest of its bytes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from xditd.ipc.tensors import FileBlock
 logger = logging.getLogger(__name__)
 
 SMALL_BYTES: Final = 64 * 2**20
-"""A file up to this size is digested in less time than anyone needs to rename it after the lend."""
+"""A file up to this size is digested faster than anybody can rename it after the lend."""
 
 _PIECE_BYTES: Final = 2 * 2**20
 # linux/time.h; the time module has no name for it. Source: clock_getres(2).
 _CLOCK_REALTIME_COARSE: Final = 5
 _TICK_NS: Final = 10_000_000
-"""Of the clock that stamps files, at most (CONFIG_HZ=100)."""
+"""The longest tick of the clock that stamps files (CONFIG_HZ=100)."""
 
 
 class FileState(NamedTuple):
-    """What tells one content of a file from another without reading it.
+    """The state of a file, which changes with its content.
 
-    Only ``ctime_ns`` is out of the writer's hands: sync and restore tools set ``mtime_ns`` back. It also moves without
-    a write, with every change of mode, owner, name or number of links.
+    A writer cannot set ``ctime_ns``; sync and restore tools do set ``mtime_ns``. ``ctime_ns`` also changes without a
+    write, with mode, owner, name or number of links.
     """
 
     device: int
@@ -46,16 +46,16 @@ class FileState(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def differences(self, other: FileState) -> str:
-        """The names of what differs, for people."""
+        """Return the names of the fields that differ, for messages."""
         fields = ("device", "inode", "size", "mtime", "ctime")
         return ", ".join(name for name, old, new in zip(fields, self, other, strict=True) if old != new)
 
 
 def settled_stat(fd: int) -> os.stat_result:
-    """Look at an open file once every later change must show in its ctime.
+    """Return the stat of an open file at a time after which every change must alter its ctime.
 
-    The kernel stamps changes with a clock that ticks every 1 to 10 ms: a second one within the tick of the first could
-    leave the stamp as it is. So a file that has just changed is looked at again when the clock has moved on.
+    The kernel stamps changes with a clock that ticks every 1 to 10 ms: two changes within a tick have the same stamp.
+    So the stat of a file that has just changed is read again after the next tick.
 
     Source: Linux, kernel/time/timekeeping.c, "ktime_get_coarse_real_ts64"; fs/inode.c, "current_time".
     """
@@ -63,16 +63,17 @@ def settled_stat(fd: int) -> os.stat_result:
     while True:
         found = os.fstat(fd)
         age_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) - found.st_ctime_ns
-        # A server's clock may be far ahead of this machine's: no wait would end then.
+        # A file server's clock may be far ahead of this machine's; a wait would not end then.
         if age_ns > 0 or age_ns < -_TICK_NS or time.monotonic_ns() > waited_until:
             return found
         time.sleep(1e-3)
 
 
 def digest_file(fd: int, size_bytes: int, stop: threading.Event | None = None) -> bytes | None:
-    """BLAKE2b-128 of an open file, read and not mapped: a file that is cut short must not end the process.
+    """Return the BLAKE2b-128 of an open file; ``None`` if it is truncated, cannot be read, or ``stop`` is set.
 
-    ``None`` when it ends before ``size_bytes``, cannot be read, or ``stop`` was set. Other threads run meanwhile.
+    The file is read, not mapped: reading a mapping of a truncated file would end the process (SIGBUS). The GIL is
+    released while reading and hashing.
     """
     digest = blake2b(digest_size=16)
     room = memoryview(bytearray(min(_PIECE_BYTES, max(size_bytes, 1))))
@@ -92,12 +93,12 @@ def digest_file(fd: int, size_bytes: int, stop: threading.Event | None = None) -
 
 
 class DigestThread:
-    """A thread that digests an open file of a known state, once, without being in anybody's way.
+    """A background thread that digests an open file of a known state once.
 
-    It reads through a descriptor of its own, which it closes: nobody waits for it, who may have to wait long.
+    It reads through its own descriptor and closes it, so that nobody has to wait for the thread.
 
     Raises:
-        OSError, RuntimeError: no descriptor or no thread is to be had.
+        OSError, RuntimeError: no descriptor or no thread is available.
     """
 
     def __init__(self, fd: int, state: FileState, path: str) -> None:
@@ -115,23 +116,20 @@ class DigestThread:
 
     @property
     def found(self) -> bytes | None:
-        """The digest of the bytes that the file had in the given state; ``None`` before it is known."""
+        """The digest of the bytes that the file had in the given state; ``None`` until it is known."""
         return self._found
 
     @property
     def is_over(self) -> bool:
-        """Whether :attr:`found` stays what it is."""
+        """Whether the thread has ended, so that :attr:`found` is final."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait for the end of the reading."""
+        """Wait for the digest."""
         self._thread.join()
 
     def stop(self) -> None:
-        """Have the reading end at its next piece.
-
-        Does not wait for that: on a busy machine, what gets only idle time took up to 13 s to notice.
-        """
+        """Stop at the next piece. Does not wait: on a busy machine, the idle-priority thread took up to 13 s to end."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -143,11 +141,11 @@ class DigestThread:
     def _digest(self) -> None:
         started = time.perf_counter()
         if self._state.size_bytes > SMALL_BYTES:
-            # Jobs go before this: it gets what they leave of the cores.
+            # Jobs have priority: the thread uses only idle cores.
             with contextlib.suppress(OSError):  # a sandbox may forbid it
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         found = digest_file(self._fd, self._state.size_bytes, self._stop)
-        # Whatever was written since the state was read has moved the ctime.
+        # A write since the state was read would have changed the ctime.
         if found is not None and FileState.of_stat(os.fstat(self._fd)) == self._state:
             self._found = found
             logger.debug("file digested path=%s digest_s=%.2f", self._path, time.perf_counter() - started)

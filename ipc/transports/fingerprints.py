@@ -1,4 +1,4 @@
-"""Fingerprints of blocks: the check that a worker mapped the bytes that the client meant."""
+"""Fingerprints of blocks: hashes with which a worker checks that it mapped the client's bytes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SAMPLE_BYTES: Final = 4096
 
 
 def digest_bytes(sample: bytes | memoryview) -> bytes:
-    """BLAKE2b-128."""
+    """Return the BLAKE2b-128 of bytes."""
     return blake2b(sample, digest_size=16).digest()
 
 
 def sample_bytes(block: torch.Tensor, offset_bytes: int, length_bytes: int) -> bytes:
-    """Read a stretch of a block (1-D uint8, host or device). A device read waits for the current stream."""
+    """Read part of a block (1-D uint8, host or device). A device read waits for the current stream."""
     sample = block.narrow(0, offset_bytes, length_bytes).cpu().contiguous()
-    # Not through numpy: torch works without it, and the client does not depend on it.
+    # Not with numpy, on which torch and the client do not depend.
     return ctypes.string_at(sample.data_ptr(), length_bytes)
 
 
 def take_fingerprint(block: torch.Tensor, offset_bytes: int = 0, length_bytes: int = SAMPLE_BYTES) -> Fingerprint:
-    """Fingerprint up to 4 KiB of a block from ``offset_bytes``."""
+    """Return a fingerprint of up to 4 KiB of a block from ``offset_bytes``."""
     length = min(length_bytes, SAMPLE_BYTES, block.numel() - offset_bytes)
     digest = digest_bytes(sample_bytes(block, offset_bytes, length))
     return Fingerprint(offset_bytes=offset_bytes, length_bytes=length, digest=digest)
@@ -38,7 +38,7 @@ def check_fingerprint(block: torch.Tensor, expected: Fingerprint, what: str) -> 
     """Compare a mapped block with the client's fingerprint.
 
     Raises:
-        StaleSource: the bytes differ, or the block is too short to hold the sample.
+        StaleSource: the bytes differ, or the block is shorter than the sample.
     """
     end = expected.offset_bytes + expected.length_bytes
     if end > block.numel():

@@ -1,7 +1,7 @@
-"""Host memory shared through sealed memfds: tensors that no file holds, and the I/O of jobs.
+"""Share host memory through sealed memfds: tensors that are not in a file, and the inputs and outputs of jobs.
 
-A memfd has no name, so nothing stays in /dev/shm when its owner is killed; its pages live until the
-last process unmaps them. Seals keep its size, so a reader cannot be made to fault by a truncation.
+A memfd has no name, so nothing stays in /dev/shm when its owner is killed; its pages exist until the last process
+unmaps them. Seals fix its size, so a truncation cannot cause SIGBUS in readers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _SEALS: Final = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 class HostArena:
     """A sealed memfd, mapped for reading and writing in the process that made it.
 
-    The arena owns the memory: keep it until every loan of it has been returned. Views from
-    :meth:`tensor` and :meth:`view` must be gone before :meth:`close`.
+    The arena owns the memory: keep it until every loan of it has been returned. Drop all views from :meth:`tensor` and
+    :meth:`view` before :meth:`close`.
     """
 
     def __init__(self, size_bytes: int, name: str = "xditd") -> None:
@@ -46,7 +46,7 @@ class HostArena:
             self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise OutOfMemory(f"shared memory of {self.size_bytes} bytes: {error.strerror}") from error
-        # A forgotten arena must not keep its pages: the descriptor goes with it, the mapping with the last view.
+        # If the arena is not closed, the descriptor is closed with the object, and the mapping with the last view.
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         try:
             os.ftruncate(self._fd, self.size_bytes)
@@ -60,13 +60,13 @@ class HostArena:
         self._is_pin_tried = False
 
     def pin(self, index: int) -> None:
-        """Pin the arena for copies to and from the GPUs of this process, which uses GPU ``index``, if it can be had."""
+        """Pin the arena, if possible, for copies to and from the GPUs of this process, which uses GPU ``index``."""
         if not self._is_pin_tried:
             self._is_pin_tried = True
             self._unpin = pin(self, self.tensor(0, "uint8", (1,)).data_ptr(), self.size_bytes, index)
 
     def block(self, sample_offset_bytes: int = 0) -> HostShmBlock:
-        """Describe the arena to other processes, with a fingerprint of its content as it is now."""
+        """Describe the arena to other processes, with a fingerprint of its present content."""
         end = min(sample_offset_bytes + SAMPLE_BYTES, self.size_bytes)
         sample = self._mapping[sample_offset_bytes:end]
         return HostShmBlock(
@@ -79,7 +79,7 @@ class HostArena:
         )
 
     def tensor(self, offset_bytes: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """View part of the arena as a writable CPU tensor."""
+        """Return a writable CPU tensor that views part of the arena."""
         import torch
 
         count = 1
@@ -87,13 +87,13 @@ class HostArena:
             count *= side
         if count == 0:
             return torch.empty(shape, dtype=torch_dtype(dtype))
-        # torch keeps what it is given, but no lock on its buffer: an mmap could be closed under a tensor. A memoryview
-        # holds that lock for as long as torch keeps it.
+        # torch does not lock the buffer of an mmap, which could then be closed under a tensor. A memoryview locks it
+        # for as long as torch references the memoryview.
         flat = torch.frombuffer(memoryview(self._mapping), dtype=torch_dtype(dtype), count=count, offset=offset_bytes)
         return flat.view(shape)
 
     def view(self, offset_bytes: int, size_bytes: int) -> memoryview:
-        """View part of the arena as writable bytes."""
+        """Return a writable memoryview of part of the arena."""
         return memoryview(self._mapping)[offset_bytes : offset_bytes + size_bytes]
 
     def close(self) -> None:
@@ -116,27 +116,27 @@ class HostArena:
 
 
 class HostMapping:
-    """Another process's bytes, mapped into this one: a memfd or a file."""
+    """A memfd or file of another process, mapped into this one."""
 
     def __init__(self, fd: int, size_bytes: int, *, is_writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         self.size_bytes = size_bytes
         found = os.fstat(fd)
         self.identity = found.st_dev, found.st_ino
-        """Device and inode: another file has other ones for as long as this one is mapped."""
+        """Device and inode, which no other file can have while this one is mapped."""
         self._mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
         self._unpin: weakref.finalize[Any, Any] | None = None
 
     def pin(self, index: int) -> None:
-        """Pin the mapping for copies to and from GPU ``index``, if that can be had. Call it once."""
+        """Pin the mapping for copies to and from GPU ``index``, if possible. Call it once."""
         self._unpin = pin(self, self.bytes_tensor().data_ptr(), self.size_bytes, index)
 
     def bytes_tensor(self) -> torch.Tensor:
-        """View everything as 1-D uint8. Writing to a read-only mapping would be a segmentation fault."""
+        """View the whole mapping as 1-D uint8. Writing to a read-only mapping would be a segmentation fault."""
         import torch
 
         with warnings.catch_warnings():
-            # torch warns that it cannot mark tensors read-only; weights are never written to here.
+            # torch warns that tensors cannot be read-only; weights are never written to here.
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
             return torch.frombuffer(memoryview(self._mapping), dtype=torch.uint8)  # see HostArena.tensor
 
@@ -155,11 +155,11 @@ class HostMapping:
 
 
 def map_shm(block: HostShmBlock, exporter: ProcessIdentity, *, is_writable: bool = False) -> HostMapping:
-    """Map another process's sealed memfd; the fingerprint is the caller's to check.
+    """Map another process's sealed memfd; the caller checks the fingerprint.
 
     Raises:
-        ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the descriptor is not
-            the sealed segment that was described.
+        ProcessGone, StaleSource, NotPermitted, OutOfMemory: as :func:`open_descriptor`, or the descriptor is not the
+            sealed memfd that was described.
     """
     what = f"shared memory of process {exporter.pid} (descriptor {block.fd})"
     fd = open_descriptor(exporter, block.fd, is_writable=is_writable, what=what)

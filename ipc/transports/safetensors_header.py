@@ -1,7 +1,6 @@
-"""Reading the header of a safetensors file: where each tensor's bytes lie.
+"""Read the header of a safetensors file: name, dtype, shape and offset of each tensor.
 
-The safetensors package gives tensors, not offsets, and lending needs offsets. Nothing of the file
-beyond the header is read.
+The safetensors package returns tensors, but lending needs offsets. Only the header of the file is read.
 
 Source: safetensors README, "Format".
 """
@@ -48,7 +47,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """``length_bytes`` counts the 8 bytes of the length itself too: tensor data starts there."""
+    """The header of a file. ``length_bytes`` includes the 8 bytes of the length itself: tensor data starts there."""
 
     length_bytes: int
     tensors: tuple[StoredTensor, ...]
@@ -58,8 +57,8 @@ def read_header(fd: int, path: str) -> Header:
     """Read and check the header of an open safetensors file.
 
     Raises:
-        BadCheckpoint: not safetensors, truncated, or offsets that overlap, leave gaps or lie
-            outside the file; the message names the file and the tensor.
+        BadCheckpoint: not safetensors, truncated, or offsets that overlap, leave gaps or are outside the file; the
+            message names the file and the tensor.
     """
     file_bytes = os.fstat(fd).st_size
     prefix = os.pread(fd, 8, 0)
@@ -129,7 +128,7 @@ def _stored(name: str, entry: Any, data_start: int, path: str) -> StoredTensor:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell half of a surrogate pair, which no message carries."""
+    """JSON can contain half of a surrogate pair, which no message can carry."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -138,11 +137,11 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_coverage(tensors: tuple[StoredTensor, ...], data_start: int, file_bytes: int, path: str) -> None:
-    """The format allows no overlap and no hole: each byte of data belongs to one tensor."""
+    """Check that each byte of data belongs to one tensor: the format allows no overlaps and no gaps."""
     end = data_start
     for stored in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
         if stored.offset_bytes != end:
-            how = "overlaps the tensor before it" if stored.offset_bytes < end else "leaves a hole before it"
+            how = "overlaps the tensor before it" if stored.offset_bytes < end else "leaves a gap before it"
             raise BadCheckpoint(f"{path}: tensor {stored.name!r} starts at byte {stored.offset_bytes} and {how}")
         end += stored.size_bytes
     if end != file_bytes:

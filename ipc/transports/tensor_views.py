@@ -1,4 +1,4 @@
-"""How tensors lie in a block: dtypes by name, alignment, and views into raw bytes."""
+"""Tensors as views of a block's bytes: dtype names, alignment, offsets."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT_BYTES: Final = 256
-"""Where tensors start in blocks that we lay out; what ``cudaMalloc`` guarantees."""
+"""Alignment of tensors in xditd's own blocks, as ``cudaMalloc`` guarantees."""
 
 VIEW_ALIGNMENT_BYTES: Final = 64
-"""Least alignment at which lent host memory is viewed, as torch's CPU allocator gives.
+"""Least alignment at which lent host memory is viewed: that of torch's CPU allocator.
 
-A slice of a file that starts elsewhere is copied: vectorised kernels split loops by address, and
-8-byte alignment was seen to change results in the last bits.
+A tensor of a file with less alignment is copied: vectorized kernels split loops by address, and 8-byte alignment was
+seen to change results in the last bits.
 """
 
 ALLOCATION_BYTES: Final = 2 * 2**20
-"""Granularity of arenas: CUDA IPC exposes whole 2 MiB pages, so nothing else may share them."""
+"""Granularity of arenas: CUDA IPC exposes whole 2 MiB pages, which must contain nothing else."""
 
 
 def align(offset_bytes: int, to_bytes: int = ALIGNMENT_BYTES) -> int:
-    """Round an offset up."""
+    """Round an offset up to a multiple of ``to_bytes``."""
     return -(-offset_bytes // to_bytes) * to_bytes
 
 
 def place(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
-    """Lay tensors of these sizes out one after the other; return their offsets and the total."""
+    """Place tensors of these sizes one after the other, aligned; return their offsets and the total size."""
     offsets = []
     end = 0
     for size in sizes_bytes:
@@ -43,7 +43,7 @@ def place(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Translate a dtype's name to torch's object."""
+    """Return torch's dtype of this name."""
     import torch
 
     dtype = getattr(torch, name, None)
@@ -53,24 +53,24 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype, what: str = "") -> DType:
-    """Translate torch's dtype to its name on the wire; ``what`` is the tensor that a refusal names.
+    """Return the name of torch's dtype in messages; errors name the tensor ``what``.
 
     Raises:
-        UnsupportedDtype: the wire does not carry it (complex, quantised, packed).
+        UnsupportedDtype: it cannot be sent (complex, quantized, packed).
     """
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
         raise UnsupportedDtype(
-            f"{what + ': ' if what else ''}dtype {name} cannot cross: convert it to one of "
+            f"{what + ': ' if what else ''}dtype {name} cannot be sent: convert it to one of "
             f"{', '.join(sorted(ITEM_BYTES))}"
         )
     return name  # type: ignore[return-value]  # membership was checked against the Literal's own table
 
 
 class BlockViews:
-    """Tensors as views of one block's bytes (1-D uint8). Nothing is copied; the block keeps the memory.
+    """Create tensors that view one block's bytes (1-D uint8), which the block owns, without copying.
 
-    One ``as_strided`` a tensor: a large transformer has 780 of them, and lending it should take milliseconds.
+    One ``as_strided`` for each tensor: a large transformer has 780, and a lend takes milliseconds.
     """
 
     def __init__(self, block: torch.Tensor) -> None:
@@ -78,13 +78,13 @@ class BlockViews:
         self._typed: dict[str, torch.Tensor] = {}
 
     def view(self, spec: TensorSpec, offset_bytes: int | None = None) -> torch.Tensor:
-        """View one tensor at its offset, or at another one. The caller has checked that it lies inside the block.
+        """View one tensor at its offset, or at ``offset_bytes``. The caller has checked that it is inside the block.
 
         Raises:
-            BadRequest: it starts between two elements, or has a shape that torch cannot count in.
+            BadRequest: its offset is not a multiple of its element size, or its shape overflows torch's counts.
         """
         if spec.span > limits.MAX_BYTES:
-            raise BadRequest(f"tensor {spec.name} has the shape {list(spec.shape)}, which no memory holds")
+            raise BadRequest(f"tensor {spec.name} has the shape {list(spec.shape)}, which is too large for any memory")
         start = spec.offset_bytes if offset_bytes is None else offset_bytes
         item = ITEM_BYTES[spec.dtype]
         if start % item:

@@ -1,8 +1,8 @@
-"""Host memory onto a GPU at the speed of the bus.
+"""Upload host memory or files to a GPU through pinned buffers, at the speed of the bus.
 
-torch copies pageable memory through one thread. Here several threads fill pinned buffers, from which the GPU fetches:
-by copying memory, or by reading a file. Reading spares the page faults of a mapping, and finds a file that was cut
-short, where a mapping of it would end the process (SIGBUS). The buffers are all the memory that is used.
+torch copies pageable memory with one thread. Here several threads fill pinned buffers, from which the GPU copies: with
+bytes of memory, or of a file that is read. Reading avoids the page faults of a mapping, and raises for a truncated
+file, where a mapping would end the process (SIGBUS). No other memory is used.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES: Final = 2 * 2**20
-"""What a core's cache holds, so that bytes cross the host's memory once, and not three times."""
-_MOST_THREADS: Final = 10
-_BUFFERS_A_THREAD: Final = 2
-"""One is filled while the GPU fetches the other. torch keeps their memory for the next upload, 40 MiB at most."""
+"""Fits into a core's cache, so that bytes pass the host's memory bus once instead of three times."""
+_MAX_THREADS: Final = 10
+_BUFFERS_PER_THREAD: Final = 2
+"""One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 40 MiB."""
 
 _REPORT_EVERY_S: Final = 5.0
 
 
 class FileStretch(NamedTuple):
-    """Bytes of an open file that are to be uploaded; ``path`` is for people."""
+    """A range of bytes in an open file, to be uploaded; ``path`` is for messages."""
 
     fd: int
     offset_bytes: int
@@ -44,7 +44,7 @@ class FileStretch(NamedTuple):
 
 
 def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether the bytes of ``source``, as they lie on the host, are those that ``target`` on a GPU should hold."""
+    """Whether the bytes of ``source`` on the host can be copied unchanged to ``target`` on a GPU."""
     return (
         source.device.type == "cpu"
         and target.device.type == "cuda"
@@ -58,10 +58,10 @@ def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
 
 
 def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
-    """Fill ``room`` from a file; other threads run meanwhile.
+    """Fill ``room`` from a file; the GIL is released while reading.
 
     Raises:
-        StaleSource: the file ends before, or cannot be read.
+        StaleSource: the file is truncated, or cannot be read.
     """
     while True:
         try:
@@ -72,110 +72,110 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
             return
         offset_bytes += count
         if not count:
-            raise StaleSource(f"{path}: ends at byte {offset_bytes} since it was lent; lend it again")
+            raise StaleSource(f"{path}: truncated to {offset_bytes} bytes since it was lent; lend it again")
         room = room[count:]
 
 
 def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Generator[int, None, None]:
     """Copy each source into its target; all targets are on one GPU.
 
-    Pairs of tensors pass :func:`can_upload`; the target of a stretch of a file is contiguous and has as many bytes.
-    Yields the number of each pair, in order, as soon as work that is then issued on the current stream sees the
-    target filled. Later pairs are copied meanwhile. When the iterator ends, or is closed, no copy is under way.
+    Pairs of tensors pass :func:`can_upload`; the target of a file range is contiguous and has as many bytes. Yields the
+    number of each pair, in order, once work that is then queued on the current stream runs after its copy. Later pairs
+    are copied meanwhile. When the iterator ends or is closed, no copy is running.
 
     Raises:
-        StaleSource: a file ends before its stretch does, or cannot be read.
+        StaleSource: a file is truncated, or cannot be read.
     """
     if not pairs:
         return
-    for source, target in pairs:  # threads read the sources by address: device memory is no source
+    for source, target in pairs:  # threads read the sources by address, so device memory cannot be one
         if isinstance(source, FileStretch):
             assert target.is_cuda
             assert target.is_contiguous()
             assert target.nbytes == source.nbytes
         else:
             assert can_upload(source, target)
-    crew = _Crew(pairs)
+    threads = _UploadThreads(pairs)
     try:
-        crew.start()
+        threads.start()
         for number in range(len(pairs)):
-            crew.wait_for(number)
+            threads.wait_for(number)
             yield number
     finally:
-        crew.stop()
+        threads.stop()
 
 
 class _Piece(NamedTuple):
-    """What is copied through a buffer at once: bytes of pair ``number``."""
+    """Bytes of pair ``number`` that are copied through a buffer at once."""
 
     number: int
     source: FileStretch | int
-    """Of a file, or an address of the host."""
+    """A file range, or a host address."""
     at: int
-    """Where in the file's stretch."""
+    """Offset in the source."""
     target: int
-    """An address of the GPU."""
+    """A device address."""
     nbytes: int
 
 
-class _Crew:
-    """The threads of an upload. Each takes the next piece, whoever is done with one.
+class _UploadThreads:
+    """The threads of an upload. Each takes the next piece when it is done with one.
 
-    They meet in single steps of the interpreter (``next`` of a counter): no lock is held, and nobody is woken, for a
-    piece. Where waking is slow, as in virtual machines, threads would wait for Python most of the time.
+    They synchronize by atomic operations of the interpreter (``next`` of a counter), without a lock or a wake-up for
+    each piece: where wake-ups are slow, as in virtual machines, threads would wait for the GIL most of the time.
     """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> None:
         import torch
 
         self._device = pairs[0][1].device
-        self._pieces = list(_cut(pairs))
+        self._pieces = list(_split(pairs))
         self._counts = Counter(piece.number for piece in self._pieces)
         self._turns = count()
         self._taken = 0
         self._copied = [count(1) for _ in pairs]
         self._ready = {number for number in range(len(pairs)) if not self._counts[number]}
-        self._told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        """Numbers of pairs that are filled, and ``None`` from each thread at its end."""
+        self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        """Numbers of pairs that are copied, and ``None`` from each thread at its end."""
         self._buffers: list[_Buffer] = []
-        """Of all threads: the GPU may still fetch from those of one that has ended."""
+        """Of all threads: the GPU may still copy from those of a thread that has ended."""
         self._is_over = False
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets
-        self._size = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
+        self._size = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
         self._pool = ThreadPoolExecutor(self._size, "xditd-upload")
         self._running: list[Future[None]] = []
 
     def start(self) -> None:
-        """Begin. Once this was called, and if it failed too, :meth:`stop` must be."""
+        """Start the threads. Call :meth:`stop` afterwards, even if this fails."""
         self._running += [self._pool.submit(self._run) for _ in range(self._size)]
 
     def wait_for(self, number: int) -> None:
-        """Wait until work that is then issued on the current stream sees this pair's target filled."""
+        """Make work that is queued on the current stream from now on run after this pair's copy."""
         import torch
 
         while number not in self._ready:
             try:
-                told = self._told.get(timeout=_REPORT_EVERY_S)
+                event = self._events.get(timeout=_REPORT_EVERY_S)
             except queue.Empty:
                 done, of = (sum(piece.nbytes for piece in self._pieces[:end]) for end in (self._taken, None))
                 logger.info("uploading done_gib=%.1f of_gib=%.1f", done / 2**30, of / 2**30)
                 continue
-            if told is None:
-                self._raise_fault()
+            if event is None:
+                self._raise_failure()
             else:
-                self._ready.add(told)
+                self._ready.add(event)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def stop(self) -> None:
-        """Take no further piece, and wait for those that are under way."""
+        """Start no further piece, and wait for the running copies."""
         self._is_over = True
         self._pool.shutdown()
         self._stream.synchronize()
         self._buffers.clear()
 
-    def _raise_fault(self) -> None:
-        """Raise what ended a thread, now that one has come to its end; all others are at their last piece."""
+    def _raise_failure(self) -> None:
+        """Raise a thread's exception, if any. Called when a thread has ended; the others end after their piece."""
         for thread in self._running:
             thread.result()
 
@@ -184,25 +184,25 @@ class _Crew:
 
         buffers: deque[_Buffer] = deque()
         try:
-            # A fresh thread is on the first GPU, and would open a context there.
+            # A new thread's device is the first GPU, on which it would create a context.
             torch.cuda.set_device(self._device)
             while not self._is_over and (turn := next(self._turns)) < len(self._pieces):
                 self._taken = turn
-                if len(buffers) < _BUFFERS_A_THREAD:
+                if len(buffers) < _BUFFERS_PER_THREAD:
                     buffers.append(_Buffer(self._stream))
                     self._buffers.append(buffers[-1])
-                buffers.rotate()  # the one that the GPU has had longest
-                buffers[0].carry(self._pieces[turn])
+                buffers.rotate()  # to the least recently used one
+                buffers[0].upload(self._pieces[turn])
                 number = self._pieces[turn].number
                 if next(self._copied[number]) == self._counts[number]:
-                    self._told.put(number)
-        finally:  # nothing is left to take, or all has failed
+                    self._events.put(number)
+        finally:  # no piece is left, or a copy has failed
             self._is_over = True
-            self._told.put(None)
+            self._events.put(None)
 
 
 class _Buffer:
-    """Pinned memory of a thread, and the moment when the GPU has fetched what was last in it."""
+    """Pinned memory of a thread, and the CUDA event after the last copy from it."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         import torch
@@ -211,16 +211,16 @@ class _Buffer:
         self._address = self._memory.data_ptr()
         self._room = memoryview((ctypes.c_ubyte * _PIECE_BYTES).from_address(self._address)).cast("B")
         self._stream = stream.cuda_stream
-        self._fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._fetched.record(stream)  # makes it, and the GPU's context the current one of this thread
-        self._event = self._fetched.cuda_event
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(stream)  # creates the event, and makes the GPU's context current in this thread
+        self._event = self._copied.cuda_event
         self._driver = _driver()
 
-    def carry(self, piece: _Piece) -> None:
-        """Fill the buffer once it is free, and let the GPU fetch from it."""
+    def upload(self, piece: _Piece) -> None:
+        """Fill the buffer once it is free, and start the copy to the GPU."""
         _, source, at, target, nbytes = piece
         driver = self._driver
-        if driver.query(self._event):  # seldom: there are two of them
+        if driver.query(self._event):  # seldom: a thread has two buffers
             _check("cuEventSynchronize", driver.wait(self._event))
         if isinstance(source, FileStretch):
             room = self._room if nbytes == _PIECE_BYTES else self._room[:nbytes]
@@ -232,10 +232,10 @@ class _Buffer:
 
 
 class _Driver(NamedTuple):
-    """The calls that every piece takes.
+    """The CUDA driver's functions that each piece calls.
 
-    Those that return at once keep Python's lock: torch's own, and cuda-bindings', give it away each time, and a thread
-    waits longer to have it back than the call takes.
+    Those that return at once keep the GIL. torch and cuda-bindings release it in each call, and then a thread waits
+    longer to acquire it again than the call takes.
 
     Source: CUDA Driver API, "cuMemcpyHtoDAsync", "cuEventRecord", "cuEventQuery", "cuEventSynchronize".
     """
@@ -253,12 +253,12 @@ def _check(what: str, status: int) -> None:
 
 @cache
 def _driver() -> _Driver:
-    keeping, giving = ctypes.PyDLL("libcuda.so.1"), ctypes.CDLL("libcuda.so.1")
+    with_gil, without_gil = ctypes.PyDLL("libcuda.so.1"), ctypes.CDLL("libcuda.so.1")
     copy, record, query, wait = (
-        keeping.cuMemcpyHtoDAsync_v2,
-        keeping.cuEventRecord,
-        keeping.cuEventQuery,
-        giving.cuEventSynchronize,
+        with_gil.cuMemcpyHtoDAsync_v2,
+        with_gil.cuEventRecord,
+        with_gil.cuEventQuery,
+        without_gil.cuEventSynchronize,
     )
     copy.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     record.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
@@ -266,7 +266,7 @@ def _driver() -> _Driver:
     return _Driver(copy, record, query, wait)
 
 
-def _cut(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Iterator[_Piece]:
+def _split(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Iterator[_Piece]:
     for number, (source, target) in enumerate(pairs):
         first = source if isinstance(source, FileStretch) else source.data_ptr()
         for at in range(0, source.nbytes, _PIECE_BYTES):

@@ -361,7 +361,7 @@ def freed() -> torch.Tensor:
         (
             {"decoder.x": torch.ones(3, dtype=torch.complex64)},
             UnsupportedDtype,
-            "tensor decoder.x: dtype complex64 cannot cross: convert it",
+            "tensor decoder.x: dtype complex64 cannot be sent: convert it",
         ),
         ({"decoder.x": torch.ones(3, 3).to_sparse()}, BadRequest, "decoder.x"),
         ({"decoder.x": 3}, BadRequest, "decoder.x"),

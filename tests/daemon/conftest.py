@@ -1,4 +1,4 @@
-"""What the tests of the daemon's modules share."""
+"""Fixtures for the tests of the daemon's modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xditd.daemon.operations.service_manager import ServiceManager
 
 @pytest.fixture(autouse=True)
 def _umask() -> Iterator[None]:
-    """A runtime folder sets the mask of the whole process: tests that come later start from a known one."""
+    """Reset the umask, which a runtime folder sets for the whole process, for later tests."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -26,8 +26,8 @@ def _umask() -> Iterator[None]:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """A service that listens nowhere, in a runtime folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # a socket's path may not be long
+    """A service without sockets, in its own runtime folder."""
+    with tempfile.TemporaryDirectory(prefix="xditd-") as name:  # the path of a socket must be short
         configuration = Configuration(runtime_dir=str(Path(name) / "run"))
         with RuntimeFolder(configuration.runtime) as folder:
             service = Service(configuration, folder, {}, LogBuffer(), ServiceManager({}, os.getpid()))

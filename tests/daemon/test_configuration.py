@@ -99,7 +99,7 @@ def test_relative_paths_count_from_the_folder_in_which_the_daemon_was_started(tm
     assert configuration.runtime.path == tmp_path / "run"
     assert configuration.worker_command == (str(tmp_path / "python"), "-m", "./x")  # a program, not its arguments
     assert build_configuration({"runtime_dir": "r"}, {}, tmp_path).runtime.path == tmp_path / "r"
-    with pytest.raises(BadRequest, match=r"path my.toml: .*name it in full"):
+    with pytest.raises(BadRequest, match=r"path my.toml: .*use an absolute path"):
         build_configuration({"config": "my.toml"}, {})  # the folder was removed
 
 

@@ -1,6 +1,6 @@
-"""A worker group without GPU and torch: real processes, the real command loop, and faults on request.
+"""Fake workers without GPU and torch: real processes, the real command loop, and faults on request.
 
-Started in place of ``python -m xditd.gpu_workers``, with the same flags. What it maps are real descriptors of the
+Started in place of ``python -m xditd.gpu_workers``, with the same flags. They map real descriptors of the
 client's process, opened through /proc as the real workers do. A job's ``seed`` names a fault from :class:`Fault`.
 """
 
@@ -42,31 +42,31 @@ from xditd.ipc.worker_messages import CallResults, DigestIo, Prepare, RankTally,
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
 DEADLY_LABEL = "deadly"
-"""Labels of components with a fault of their own."""
+"""Component labels that cause a fault."""
 
 
 class Fault(enum.IntEnum):
-    """Seeds that make a job go wrong."""
+    """Seeds that cause a fault in a job."""
 
     CRASH = 901
     """The last rank kills itself at the first step."""
     HANG = 902
-    """No rank says anything any more."""
+    """No rank reports anything any more."""
     REFUSE = 903
-    """Every rank refuses, in step."""
+    """Every rank refuses the job."""
     FATAL = 904
-    """Rank 0 says that it is out of step."""
+    """Rank 0 fails with ``is_fatal``."""
     INEXACT = 906
-    """Fused kernels were compared with plain modules, and refused."""
+    """The fast path check refuses the fused kernels."""
     DEAF = 905
-    """Steps go on for ever, and no cancel is heard."""
+    """Steps continue for ever, and a cancel is ignored."""
 
 
 LATENTS = LatentFacts(channels=4, pixels=8, scaling=LatentScaling(factor=1.0, shift=0.0))
 
 
 def facts_of(kind: ComponentKind) -> ComponentFacts:
-    """What these workers know of any component of a kind."""
+    """The facts that these workers report for each kind of component."""
     of_kind: dict[ComponentKind, dict[str, object]] = {
         ComponentKind.TRANSFORMER: {
             "transformer": TransformerFacts(
@@ -97,7 +97,7 @@ def die_with_parent(parent: int) -> None:
 
 
 class FakeExecutor:
-    """What a rank does here in place of ``gpu_workers.process.torch_executor``. The loop around it is the real one."""
+    """Replaces ``gpu_workers.process.torch_executor``; the command loop is the real one."""
 
     idle_wait_s = None
 
@@ -119,7 +119,7 @@ class FakeExecutor:
         self.plugged: set[str] = set()
         self.known: set[str] = set()
         self.clients: set[ProcessIdentity] = set()
-        """Those whose jobs ran, until they are forgotten."""
+        """Clients whose jobs ran, until ``ForgetClient``."""
         self.plugs = 0
         self.checks: list[FusedCheck] = []
 
@@ -252,7 +252,7 @@ def count_start(runtime_dir: str) -> int:
 
 
 def lead(options: argparse.Namespace) -> int:
-    """Start the ranks, and end with the first of them."""
+    """Start the ranks, and exit when the first of them ends."""
     die_with_parent(os.getppid())
     options.starts = count_start(options.runtime_dir)
     print(f"fake leader start={options.starts} ranks={options.world_size}", flush=True)
@@ -262,7 +262,7 @@ def lead(options: argparse.Namespace) -> int:
     if options.never_ready:
         signal.pause()
     time.sleep(options.late_s)
-    # Outside of the try block: its clean-up is the leader's, and a rank leaves through here.
+    # Outside of the try block, whose clean-up is only for the leader: a rank exits here.
     ranks = [start_rank(options, rank) for rank in range(options.world_size)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

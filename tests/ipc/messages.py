@@ -1,4 +1,4 @@
-"""One sound instance of every message, built from the annotations, and a way to spoil them."""
+"""One valid instance of every message, built from the annotations, and invalid variants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def classes(union: Any) -> list[type[msgspec.Struct]]:
 
 
 def sample(annotation: Any) -> Any:
-    """A sound value of an annotated type, the same each time; optional things are present."""
+    """Return a valid value of an annotated type, always the same; optional fields are set."""
     origin = get_origin(annotation)
     if origin is typing.Annotated:
         inner, *metas = get_args(annotation)

@@ -1,10 +1,10 @@
 """Write ``data/protocol_<version>.json``: the bytes of one message of each class, as this version encodes them.
 
-Run it once, when ``PROTOCOL_VERSION`` has risen, and commit what it writes:
+Run it once after an increase of ``PROTOCOL_VERSION``, and commit the file:
 
     python tests/ipc/record_protocol.py
 
-The values are those of ``messages.py``. A file that exists is a promise to those who speak that version, so it is
+The values are those of ``messages.py``. An existing file fixes that version of the protocol, so it is
 not written again.
 """
 

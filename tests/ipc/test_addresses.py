@@ -1,4 +1,4 @@
-"""Where the sockets lie, and folders that are too long for one."""
+"""Paths of the sockets, and folders whose socket paths are too long."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from xditd.ipc.awake_clock import STANDSTILL_S, TICK_S, AwakeClock
 
 
 class Monotonic:
-    """The monotonic clock, in the hands of the test."""
+    """A monotonic clock that the test sets."""
 
     now_s = 1000.0
 

@@ -1,4 +1,4 @@
-"""What passes the codec, and what it refuses: only sound messages of the right union, and no other exception."""
+"""The codec accepts only valid messages of its union, and raises only ``BadMessage``."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def test_a_refusal_of_long_text_still_fits_into_a_reply(messages: ModuleType) ->
 
 
 def test_the_largest_manifest_fits() -> None:
-    """Limits that contradict each other would refuse what they promise."""
+    """The limits must not contradict each other."""
     names = [
         f"model.diffusion_model.single_blocks.{number}.modulation.lin.weight" for number in range(limits.MAX_TENSORS)
     ]
@@ -360,7 +360,7 @@ def _manifest(tensors: tuple[TensorSpec, ...]) -> dict[str, Any]:
 
 
 def test_what_cannot_be_encoded_is_a_bad_request() -> None:
-    """A file name that is no Unicode, or a huge number, reaches the codec from a caller's hands."""
+    """A caller may pass a file name that is not Unicode, or a huge number."""
     hello = Hello(request_id="r1", protocol_version=1, package_version="1", client_name="caf\udce9")
     with pytest.raises(BadRequest, match="Hello"):
         codec.encode(hello)

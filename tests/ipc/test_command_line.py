@@ -1,4 +1,4 @@
-"""Flags and variables that are slightly wrong."""
+"""Suggestions for misspelt flags and variables."""
 
 import argparse
 import re

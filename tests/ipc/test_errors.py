@@ -1,4 +1,4 @@
-"""Codes and classes correspond one to one, and an error arrives as what it was."""
+"""Error codes and classes correspond one to one, and errors keep class and detail across processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that people try to lend are named, with what to do, by the client and by the reader of headers."""
+"""Files and folders that cannot be lent are described with the remedy, in the client and by the header reader."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_file_is_named_by_its_first_bytes_whatever_it_is_called(tmp_path: Path
 
 @pytest.mark.parametrize("length", [2, 0x280, 0x0380, 0x8B1F, 30 * 2**20])
 def test_no_sound_start_is_taken_for_another_format(length: int) -> None:
-    """The length of a header can spell the first bytes of a pickle or of gzip."""
+    """The length of a header can have the same bytes as the start of a pickle or gzip file."""
     assert kind_of(length.to_bytes(8, "little") + b'{"a":', 8 + length) is None
 
 

@@ -1,4 +1,4 @@
-"""What a parent left behind, in processes that were really started so."""
+"""Reset of inherited signals, streams and folders, in real child processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's table: what each number of workers gets, why not something else, and what is refused."""
+"""The layout chosen for each number of workers, the reasons, and the errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_split_is_listed_once_and_all_but_the_chosen_one_with_a_reason(wor
     [
         (4, "ulysses=3", Workload(), "layout ulysses=3 with 4 workers: these degrees make 3; use --workers 3"),
         (4, "ulysses=2,ring=1", Workload(), "these degrees make 2; use --workers 2, or degrees that make 4"),
-        (6, "cfg=3", Workload(), "cfg=3: rows come with a prompt or with a negative one; use cfg=2"),
+        (6, "cfg=3", Workload(), "cfg=3: a batch has at most two halves, prompt and negative prompt; use cfg=2"),
         (8, "auto", Workload(image_tokens=4), "512 text and 4 image tokens are too few to split over 8 workers"),
         (8, "ring=4", Workload(text_tokens=7), "7 text and 4096 image tokens are too few .* use at most 7"),
     ],
@@ -78,14 +78,14 @@ def test_what_cannot_work_is_refused_by_number(workers: int, asked: str, workloa
             4,
             "ulysses=4",
             Workload(heads=6),
-            "ulysses=4 as asked; ulysses=4 does not divide the 6 attention heads planned for, "
+            "ulysses=4 as asked; ulysses=4 does not divide the 6 attention heads (assumed), "
             "which run with ulysses=2,ring=2 instead",
         ),
         (
             5,
             "ulysses=5",
             Workload(),
-            "ulysses=5 as asked; ulysses=5 does not divide the 24 attention heads planned for, "
+            "ulysses=5 as asked; ulysses=5 does not divide the 24 attention heads (assumed), "
             "which run with ring=5 instead",
         ),
     ],
@@ -128,10 +128,10 @@ def test_the_most_candidates_fit_a_message() -> None:
 def test_reasons_name_what_decides() -> None:
     reasons = {str(candidate.degrees): candidate.why_not for candidate in choose_layout(16).candidates}
     assert reasons["ulysses=16"] == (
-        "ulysses=16 does not divide the 24 attention heads planned for, which run with ulysses=8,ring=2 instead"
+        "ulysses=16 does not divide the 24 attention heads (assumed), which run with ulysses=8,ring=2 instead"
     )
-    assert "the more Ulysses, the better" in reasons["ulysses=4,ring=4"]
-    assert "has to be asked for" in reasons["ulysses=8,cfg=2"]
+    assert "more Ulysses is faster" in reasons["ulysses=4,ring=4"]
+    assert "ask for it by name" in reasons["ulysses=8,cfg=2"]
     asked = {str(candidate.degrees): candidate.why_not for candidate in choose_layout(4, {"ring": 2}).candidates}
     assert asked["ulysses=4"] == "ring=2 was asked for"
 

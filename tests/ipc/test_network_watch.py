@@ -1,4 +1,4 @@
-"""Watching for connections to other hosts: what leaves is noticed, what stays is not."""
+"""Connections to other hosts are detected, local ones are not."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Who a process is: numbers that come around again, children that nobody reaped, descriptors that ran out."""
+"""Process identity: reused pids, zombies, and a process without free descriptors."""
 
 from __future__ import annotations
 

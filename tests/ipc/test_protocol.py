@@ -1,4 +1,4 @@
-"""The protocol as it was recorded: a change of a message that forgets to raise its version fails here."""
+"""Recorded messages: a change of a message without an increase of the protocol version fails here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_record_knows_no_message_that_is_gone(recorded: dict[str, dict[str, 
         assert set(recorded[name]) == {cls.__struct_config__.tag for cls in messages.classes(union)}, REMEDY
 
 
-# One message of each union spelled out, bytes and struct: these two know nothing of the builder above.
+# One message of each union, bytes and struct, written out without the builder above.
 SPELLED_OUT: list[tuple[str, Any, bytes]] = [
     (
         "reply",

@@ -1,4 +1,4 @@
-"""What people hold is told by names, shapes and dtypes, and what can be lent is never taken for something else."""
+"""Checkpoints that cannot be lent are named by names, shapes and dtypes; lendable ones are never refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What wrappers put around the names of tensors is left out, and nothing else."""
+"""Prefixes that wrappers add to tensor names are removed, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptions of lent bytes: sizes as torch counts them, and every fault named."""
+"""Manifests: sizes as torch counts them, and all inconsistencies listed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_sound_manifest_has_no_faults() -> None:
     ("tensors", "fault"),
     [
         ([("a", "uint8", (1,), 0, 0), ("a", "uint8", (1,), 0, 0)], "tensor a is listed twice"),
-        ([("a", "uint8", (1,), 1, 0)], "tensor a lies in block 1 of 1"),
+        ([("a", "uint8", (1,), 1, 0)], "tensor a is in block 1 of 1"),
         ([("a", "uint8", (2, 2), 0, 0, (1,))], "tensor a has 2 dimensions but 1 strides"),
         ([("a", "uint8", (), 0, 0, (1,))], "tensor a has 0 dimensions but 1 strides"),
         ([("a", "float32", (250,), 0, 1)], "tensor a ends at byte 1001 of block 0, which has 1000"),
@@ -127,7 +127,7 @@ def test_copied_bytes_add_up_by_kind() -> None:
 
 
 def test_copied_bytes_stay_within_what_a_message_carries() -> None:
-    """One client's absurd count must not make the status of all unreadable."""
+    """A huge count of one client must not make the status invalid."""
     most = CopiedBytes(host_to_host=limits.MAX_BYTES)
     assert msgspec.convert(msgspec.to_builtins(most + most), CopiedBytes) == most
 

@@ -1,4 +1,4 @@
-"""``Adopt``: make a loan the workers' own."""
+"""``Adopt``: have the workers keep a copy of a lent component."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from xditd.ipc.tensors import CopiedBytes
 
 
 def adopt(service: Service, session: Session, request: Adopt) -> Adopted | None:
-    """Let the workers copy the component in turn; one that was adopted before stays as it is.
+    """Queue the copy of a component; one that is adopted already is answered at once.
 
     Raises:
         Busy: the queue is full.
         LeaseLost, UnknownComponent: it is not on loan.
     """
-    lease = service.loans.leases.live(request.component_id)
+    lease = service.lending.leases.live(request.component_id)
     if lease.state is LeaseState.ADOPTED:
         return Adopted(request_id=request.request_id, copied=CopiedBytes(), timings_ms={})
-    service.scheduler.submit(Job(session, request, lambda job: service.loans.adopt(job, lease), (lease.component_id,)))
+    service.scheduler.submit(
+        Job(session, request, lambda job: service.lending.adopt(job, lease), (lease.component_id,))
+    )
     return None

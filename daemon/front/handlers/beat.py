@@ -1,4 +1,4 @@
-"""``Beat``: a sign of life."""
+"""``Beat``: a heartbeat."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from xditd.ipc.replies import BeatHeard
 from xditd.ipc.requests import Beat
 
 
-def hear(_: Service, __: Session, request: Beat) -> BeatHeard:
-    """Answer; that something came was noted already."""
+def answer(_: Service, __: Session, request: Beat) -> BeatHeard:
+    """Only answer: the dispatcher has noted the time already, as for every request."""
     return BeatHeard(request_id=request.request_id)

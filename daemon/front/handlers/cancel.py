@@ -1,4 +1,4 @@
-"""``Cancel``: end an earlier request of the same session."""
+"""``Cancel``: cancel an earlier request of the same session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xditd.ipc.requests import Cancel
 
 
 def cancel(service: Service, session: Session, request: Cancel) -> CancelNoted:
-    """Note the cancel; the target answers for itself, at once when it waits, else when the workers have stopped."""
+    """Cancel the job and answer. The cancelled request fails with its own reply: now if queued, else when it ends."""
     job = service.scheduler.find(session, request.target_request_id)
     if job is not None:
         service.scheduler.cancel(job, Cancelled(f"request {request.target_request_id} was cancelled by its client"))

@@ -1,4 +1,4 @@
-"""``CheckMemory``: show that workers and client see the same memory."""
+"""``CheckMemory``: every rank hashes part of the client's shared memory, which the client compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from xditd.ipc.worker_messages import DigestIo, IoDigested
 
 
 def check(service: Service, session: Session, request: CheckMemory) -> None:
-    """Let every rank hash what it reads."""
+    """Queue the memory check.
+
+    Raises:
+        BadRequest: it reaches beyond the I/O block.
+        Busy: the queue is full.
+        LimitExceeded: the client's I/O blocks are larger than one client's may be.
+    """
     end = request.offset_bytes + request.length_bytes
     if end > request.io.size_bytes:
         raise BadRequest(f"memory check ends at byte {end} of an I/O block of {request.io.size_bytes}")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def greet(service: Service, routing_id: bytes, address: str, peer: Credentials, request: Hello) -> Welcome:
-    """Open a session for a connection; a second hello on it is answered and changes nothing.
+    """Open a session for a connection. A second hello on it changes nothing.
 
     Raises:
         Busy: too many clients.

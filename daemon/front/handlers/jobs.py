@@ -1,4 +1,4 @@
-"""``Call``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: the work that runs on lent components."""
+"""``Call``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded]
 
 
 def run(service: Service, session: Session, request: InferenceRequest) -> None:
-    """Queue the work.
+    """Check a request and queue its job.
 
     Raises:
         BadRequest: a component is of the wrong kind, a tensor lies outside the I/O block, or an argument tree is beyond
@@ -43,8 +43,8 @@ def run(service: Service, session: Session, request: InferenceRequest) -> None:
 
     def work(_: Job) -> Script[Reply]:
         for component_id in component_ids:
-            if not service.loans.leases.live(component_id).is_usable:
-                raise LeaseLost(f"component {component_id}: no longer mapped when the job's turn came")
+            if not service.lending.leases.live(component_id).is_usable:
+                raise LeaseLost(f"component {component_id}: no longer mapped when the job started")
         done = expect((yield lambda number: Run(op_number=number, job=request, exporter=session.process)), Done)
         return _reply(request, done)
 
@@ -52,7 +52,7 @@ def run(service: Service, session: Session, request: InferenceRequest) -> None:
 
 
 def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
-    """Read the answers of all ranks, rank 0's first: it alone has the results of a call, and steps are spared alike."""
+    """Build the reply from all ranks' answers. Only rank 0 has a call's results; ``reused_steps`` is equal on all."""
     request_id = request.request_id
     timings_ms = slowest_ms([answer.timings_ms for answer in done])
     if isinstance(request, Generate):
@@ -60,7 +60,7 @@ def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
     if isinstance(request, Call):
         found = done[0].results
         if found is None:
-            raise Internal(f"rank 0 ran call {request_id}, but did not say where its results are")
+            raise Internal(f"rank 0 ran call {request_id}, but its answer has no results")
         return Called(
             request_id=request_id,
             results=found.trees,
@@ -74,7 +74,7 @@ def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
 def _check_components(service: Service, request: InferenceRequest) -> tuple[str, ...]:
     wanted = _components_of(request)
     for component_id, kind in wanted:
-        found = service.loans.leases.live(component_id).kind
+        found = service.lending.leases.live(component_id).kind
         if found is not kind:
             what = "not mapped yet, and" if found is None else f"a {found.value} where"
             raise BadRequest(f"component {component_id}: {what} a {kind.value} is needed")
@@ -82,12 +82,12 @@ def _check_components(service: Service, request: InferenceRequest) -> tuple[str,
 
 
 def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]:
-    """Find the components that a job names, each with the kind that its place asks for."""
+    """List the components that a job names, each with the kind that the job needs."""
     if isinstance(request, Call):
         return [(request.component_id, ComponentKind.TRANSFORMER)]
     if isinstance(request, Generate):
         if "transformer" not in request.components:
-            raise BadRequest("components: no transformer is named, and none can be left out")
+            raise BadRequest("components: a transformer is required; name one")
         return [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER)]
@@ -95,9 +95,9 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
 
 
 def _check_tensors(request: InferenceRequest) -> None:
-    """Refuse, before any rank hears of it, what lies outside the I/O block and what no tensor can be made of."""
+    """Refuse tensors that lie outside the I/O block, or whose values do not match their shape."""
     size_bytes = request.io.size_bytes
-    # Not msgspec.structs.fields: it works out the types anew in every call, which took 0.3 ms of every step.
+    # Not msgspec.structs.fields: it resolves the types again each time, which took 0.3 ms of every step.
     for name in request.__struct_fields__:
         value = getattr(request, name)
         if isinstance(value, IoTensor):

@@ -1,4 +1,4 @@
-"""``Lend``: take a component on loan."""
+"""``Lend``: map a client's component in the workers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from xditd.ipc.requests import Lend
 
 
 def lend(service: Service, session: Session, request: Lend) -> Lent | None:
-    """Answer at once when these very bytes are on loan, else let the workers map them in turn.
+    """Answer at once if the same bytes are lent already, else queue the mapping.
 
     Raises:
-        BadRequest: a manifest that describes nothing that can be mapped.
+        BadRequest: the manifest is inconsistent.
         Busy: the queue is full.
         LimitExceeded: the client has lent as much as one client may.
     """
     faults = request.manifest.faults()
     if faults:
         raise BadRequest(f"manifest of {request.manifest.label}: {listed(faults, joint='; ')}", names=faults)
-    reused = service.loans.reuse(session, request)
+    reused = service.lending.reuse(session, request)
     if reused is None:
         process = session.process
-        leases, jobs = service.loans.leases.of_process(process), service.scheduler.of_process(process)
-        rewritten = service.loans.leases.same_place(session, request.manifest)
+        leases, jobs = service.lending.leases.of_process(process), service.scheduler.of_process(process)
+        rewritten = service.lending.leases.find_same_memory(session, request.manifest)
         service.quotas.check_loan([lease for lease in leases if lease is not rewritten], jobs, request.manifest)
-        service.scheduler.submit(Job(session, request, lambda job: service.loans.lend(job, request)))
+        service.scheduler.submit(Job(session, request, lambda job: service.lending.lend(job, request)))
     return reused

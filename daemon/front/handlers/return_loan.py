@@ -11,16 +11,16 @@ from xditd.ipc.status import LeaseState
 
 
 def take_back(service: Service, session: Session, request: ReturnLoan) -> Returned | None:
-    """Count one return; the last one ends the lease, and is answered once no worker maps the loan."""
-    lease = service.loans.leases.find(request.component_id)
+    """Count one return. The last one ends the lease, and is answered once no worker maps the component."""
+    lease = service.lending.leases.find(request.component_id)
     if lease.session.process != session.process:
         owner = lease.session.process.pid
-        raise NotPermitted(f"component {request.component_id}: lent by process {owner}; only its owner takes it back")
+        raise NotPermitted(f"component {request.component_id}: lent by process {owner}, which alone may return it")
     returned = Returned(request_id=request.request_id)
     lease.holds -= 1
-    # Of an adopted component the workers map nothing that is its owner's.
+    # The workers map none of the owner's memory once a component is adopted.
     if lease.holds > 0 or lease.state is LeaseState.ADOPTED:
         return returned
     why = LeaseLost(f"component {request.component_id}: its owner took it back; lend it again")
-    service.loans.end(lease, why, lambda: service.replies.reply(session, returned), is_returned=True)
+    service.lending.end(lease, why, lambda: service.replies.reply(session, returned), is_returned=True)
     return None

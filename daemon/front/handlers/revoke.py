@@ -1,4 +1,4 @@
-"""``Revoke``: end somebody's lease, or free an adopted component."""
+"""``Revoke``: end any client's lease, or free an adopted component."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def revoke(service: Service, session: Session, request: Revoke) -> None:
-    """End the lease at once; the answer follows when no worker maps the loan.
+    """End the lease at once; the answer follows when no worker maps the component.
 
     Raises:
         LeaseLost, UnknownComponent: it is not on loan.
     """
-    lease = service.loans.leases.find(request.component_id)
+    lease = service.lending.leases.find(request.component_id)
     why = LeaseLost(f"component {request.component_id}: revoked by process {session.process.pid}; lend it again")
     logger.info("loan revoked component_id=%s by_pid=%d", lease.component_id, session.process.pid)
     revoked = Revoked(request_id=request.request_id)
-    service.loans.end(lease, why, lambda: service.replies.reply(session, revoked))
+    service.lending.end(lease, why, lambda: service.replies.reply(session, revoked))

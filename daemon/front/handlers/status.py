@@ -1,4 +1,4 @@
-"""``GetStatus``: the daemon's state, complete, at one moment."""
+"""``GetStatus``: a snapshot of the daemon's whole state."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
 _INFERENCE_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, InferenceRequest))
-"""What the counters of jobs count; lends and memory checks only share the queue."""
+"""The operations that ``jobs_done``, ``jobs_failed`` and ``jobs_cancelled`` count: not lends or memory checks."""
 
 
 def describe_daemon(service: Service) -> DaemonStatus:
-    """Gather the state from the objects that have it."""
+    """Collect the daemon's state."""
     group, ranks = service.group, service.group.ranks
     first = ranks.first if ranks is not None else None
-    leases = list(service.loans.leases)
+    leases = list(service.lending.leases)
     lent_bytes: dict[str, int] = {}
     for lease in leases:
         for tier, count in lease.bytes_by_tier.items():
@@ -74,7 +74,7 @@ def _workers(group: WorkerGroup) -> tuple[WorkerStatus, ...]:
 
 
 def _counters(service: Service) -> Counters:
-    """Models are counted by rank 0, whose work all ranks repeat; connections to other hosts by any of them."""
+    """Models are counted on rank 0, since all ranks build the same; outside connections are summed over the ranks."""
     group, outcomes = service.group, service.counters.outcomes(_INFERENCE_OPS)
     first = group.ranks.tallies.get(0, RankTally()) if group.ranks is not None else RankTally()
     return Counters(

@@ -9,6 +9,6 @@ from xditd.ipc.requests import Stop
 
 
 def stop(service: Service, session: Session, request: Stop) -> None:
-    """Answer first: what waits fails right after."""
+    """Answer, then stop: queued jobs fail."""
     service.replies.reply(session, Stopping(request_id=request.request_id))
     service.stop(f"client process {session.process.pid} asked for it")

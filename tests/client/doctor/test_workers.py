@@ -50,7 +50,7 @@ def test_faults_are_named(changes, expected):
 def test_the_layout_for_these_gpus_is_explained():
     (finding,) = [each for each in workers.check_workers(SOUND) if each.check == "layout for 2 workers"]
     assert finding.detail == (
-        "ulysses=2: ulysses=2 divides the 24 attention heads planned for; "
+        "ulysses=2: ulysses=2 divides the 24 attention heads (assumed); "
         "models whose heads ulysses=2 does not divide get degrees of their own (asked for: auto)"
     )
     assert [note.split(":")[0] for note in finding.notes] == ["not ring=2", "not cfg=2"]

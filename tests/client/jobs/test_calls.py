@@ -297,10 +297,10 @@ def test_bad_arguments_are_refused(client, daemon, refused, says):
 
 def test_a_dtype_that_cannot_be_sent_is_named(client):
     with pytest.raises(
-        UnsupportedDtype, match=r"^hidden_states: dtype complex64 cannot cross: convert it to one of bfloat16"
+        UnsupportedDtype, match=r"^hidden_states: dtype complex64 cannot be sent: convert it to one of bfloat16"
     ):
         client.call("c1", {"hidden_states": torch.zeros(99, dtype=torch.complex64)})
-    with pytest.raises(UnsupportedDtype, match=r"^keep: dtype complex64 cannot cross"):
+    with pytest.raises(UnsupportedDtype, match=r"^keep: dtype complex64 cannot be sent"):
         client.keep(torch.zeros(1, dtype=torch.complex64))
 
 

@@ -45,7 +45,7 @@ def test_loans_are_counted_with_the_lends_that_wait() -> None:
     quotas(loans=3).check_loan([lease()], [waiting], manifest())
     with pytest.raises(LimitExceeded, match=r"2 loans already \(client_loan_limit 2\); return one"):
         quotas(loans=2).check_loan([lease()], [waiting], manifest())
-    waiting.component_ids = ("c1",)  # its turn has come: now it is the lease that counts
+    waiting.component_ids = ("c1",)  # it runs: now its lease is counted
     quotas(loans=2).check_loan([lease()], [waiting], manifest())
 
 

@@ -31,7 +31,7 @@ GENERATE = Generate(
 
 
 def sampled(**changes: Any) -> Generate:
-    """The same generation, sampled in another way."""
+    """The same generation with other sampling parameters."""
     return msgspec.structs.replace(GENERATE, sampling=msgspec.structs.replace(GENERATE.sampling, **changes))
 
 
@@ -97,7 +97,7 @@ def test_steps_that_a_cache_spares_do_not_hurry_those_that_are_computed(run: Cal
     cached = sampled(step_cache_threshold=0.1)
     run(3.0, 0.01, 1.0, cached)
     assert run(3.0, 0.01, 1.0, cached)[1:4] == [FACTOR * 3.0] * 3
-    assert run(1.0, 1.0, 1.0)[0] == HANG_S  # steps without a cache are another kind
+    assert run(1.0, 1.0, 1.0)[0] == HANG_S  # a job without the step cache is another kind
 
 
 def test_kind_does_not_depend_on_what_costs_nothing() -> None:
@@ -165,7 +165,7 @@ GENERATION = Run(op_number=1, job=GENERATE, exporter=EXPORTER)
 
 
 class Bench:
-    """A deadline of so many seconds for each sign of a command, and what came of it."""
+    """A command deadline of so many seconds, and the missed ones."""
 
     def __init__(self) -> None:
         self.loop = EventLoop()

@@ -1,4 +1,4 @@
-"""Two groups share the workers' socket, and each hears its own ranks alone."""
+"""The reader of the workers' socket passes each report to the group of its token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xditd.ipc.worker_messages import RankFailed, Report
 
 
 class Group:
-    """Notes what it is told; refuses reports of rank 9."""
+    """Records reports; refuses those of rank 9."""
 
     def __init__(self) -> None:
         self.routes: set[bytes] = set()
@@ -61,7 +61,7 @@ class Place:
         return socket
 
     def read(self) -> None:
-        """Let the loop turn until what was sent has been read."""
+        """Run the loop until the sent messages have been read."""
         self.loop.call_later(10.0, self.loop.stop)  # the deadline
         self.loop.run(self.loop.stop)
 
@@ -92,8 +92,8 @@ def test_a_rank_out_of_step_ends_its_own_group(place: Place) -> None:
         place.read()
         rank.send(report(token, rank=9))
         place.read()
-        assert group.ended == ["a rank is out of step: rank 9 is not in this group"]
-    place.rank().send(b"\xc1")  # nobody's rank
+        assert group.ended == ["unexpected report of a rank: rank 9 is not in this group"]
+    place.rank().send(b"\xc1")  # of no group
     place.read()
     assert len(place.one.ended) == len(place.two.ended) == 1
 

@@ -30,7 +30,7 @@ def test_fixed_values_win() -> None:
 
 
 def test_what_a_parent_framework_sets_does_not_reach_the_workers() -> None:
-    """torchrun sets these for its own ranks: theirs are not ours, and one thread is for as many ranks as cores."""
+    """torchrun sets these for its own ranks; its single thread for each rank would be wrong here."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     names += ("MASTER_ADDR", "MASTER_PORT", "CUDA_MODULE_LOADING", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT")
     assert not worker_environment(dict.fromkeys(names, "1"), None).keys() & set(names)

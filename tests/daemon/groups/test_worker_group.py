@@ -1,4 +1,4 @@
-"""Starting the group's leader when the system does not let us."""
+"""Starts of the group's leader that fail with a system error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xditd.ipc.status import GroupState
 def test_only_what_may_pass_is_tried_again(
     service: Service, monkeypatch: pytest.MonkeyPatch, number: int, state: GroupState, says: str
 ) -> None:
-    """The system's answers are put in place of the real ones: root is not held to limits on processes."""
+    """Replace the leader by one that fails to start: root has no limits on processes."""
 
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))

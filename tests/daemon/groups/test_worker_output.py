@@ -56,7 +56,7 @@ INFO rank0 something else
 @pytest.mark.parametrize(
     ("written", "status", "why"),
     [
-        (b"", 0, "the group's leader left without being told to (exit status 0)"),
+        (b"", 0, "the group's leader exited without being told to (exit status 0)"),
         (b"noise\n", 3, "the group's leader exited with status 3: noise"),
         (b"", -11, "the group's leader was killed by SIGSEGV: no output"),
         (b"", -99, "the group's leader was killed by signal 99: no output"),

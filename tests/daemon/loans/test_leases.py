@@ -45,12 +45,12 @@ def manifest(
     return Manifest(kind=ComponentKind(kind), label="m", blocks=tuple(blocks), tensors=tensors, generation=generation)
 
 
-def test_same_place_is_found_for_its_owner_only() -> None:
+def test_same_memory_is_found_for_its_owner_only() -> None:
     table = LeaseTable()
     lease = table.add(OWNER, manifest([shm()]))
-    assert table.same_place(OWNER, manifest([shm()])) is lease
-    assert table.same_place(OWNER, manifest([shm()], generation=1)) is lease
-    assert table.same_place(STRANGER, manifest([shm()])) is None
+    assert table.find_same_memory(OWNER, manifest([shm()])) is lease
+    assert table.find_same_memory(OWNER, manifest([shm()], generation=1)) is lease
+    assert table.find_same_memory(STRANGER, manifest([shm()])) is None
 
 
 def test_other_memory_kind_or_tensors_are_another_component() -> None:
@@ -63,14 +63,14 @@ def test_other_memory_kind_or_tensors_are_another_component() -> None:
         manifest([shm(), shm(inode=2)]),
         manifest([file()]),
     ):
-        assert table.same_place(OWNER, other) is None
+        assert table.find_same_memory(OWNER, other) is None
 
 
 def test_older_generation_is_refused() -> None:
     table = LeaseTable()
     lease = table.add(OWNER, manifest([shm()], generation=3))
     with pytest.raises(StaleSource, match=f"generation 2 was offered, but {lease.component_id} has generation 3"):
-        table.same_place(OWNER, manifest([shm()], generation=2))
+        table.find_same_memory(OWNER, manifest([shm()], generation=2))
 
 
 def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
@@ -79,7 +79,7 @@ def test_content_is_the_same_whatever_descriptor_leads_to_it() -> None:
     assert not is_same_content(manifest([shm()]), manifest([shm(text=b"y")]))
     assert not is_same_content(manifest([shm()]), manifest([shm()], generation=1))
     assert not is_same_content(manifest([file()]), manifest([file(mtime_ns=2)]))
-    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # whatever mtime was set back to
+    assert not is_same_content(manifest([file()]), manifest([file(ctime_ns=2)]))  # even with the mtime set back
 
 
 def test_digests_are_kept_for_as_long_as_the_files_are_the_same() -> None:
@@ -95,9 +95,9 @@ def test_digests_are_kept_for_as_long_as_the_files_are_the_same() -> None:
     assert lease.digests == ()
     table.note_digests(lease.component_id, (*others, found))
     assert lease.digests == (found,)
-    lease.offer(manifest([shm(), file(ctime_ns=5, fd=9)]))
+    lease.replace_manifest(manifest([shm(), file(ctime_ns=5, fd=9)]))
     assert lease.digests == (found,)
-    lease.offer(manifest([shm(), file(ctime_ns=6)]))
+    lease.replace_manifest(manifest([shm(), file(ctime_ns=6)]))
     assert lease.digests == ()
 
 
@@ -107,9 +107,9 @@ def test_cuda_blocks_are_told_apart_by_gpu_and_handle() -> None:
 
     table = LeaseTable()
     lease = table.add(OWNER, manifest([cuda("GPU-1", b"h")]))
-    assert table.same_place(OWNER, manifest([cuda("GPU-1", b"h")])) is lease
-    assert table.same_place(OWNER, manifest([cuda("GPU-2", b"h")])) is None
-    assert table.same_place(OWNER, manifest([cuda("GPU-1", b"i")])) is None
+    assert table.find_same_memory(OWNER, manifest([cuda("GPU-1", b"h")])) is lease
+    assert table.find_same_memory(OWNER, manifest([cuda("GPU-2", b"h")])) is None
+    assert table.find_same_memory(OWNER, manifest([cuda("GPU-1", b"i")])) is None
 
 
 def test_ended_leases_are_unknown_and_their_waiters_told() -> None:
@@ -121,7 +121,7 @@ def test_ended_leases_are_unknown_and_their_waiters_told() -> None:
     lease.move(LeaseState.RETURNING)
     with pytest.raises(UnknownComponent, match=lease.component_id):
         table.live(lease.component_id)
-    assert table.same_place(OWNER, manifest([shm()])) is None
+    assert table.find_same_memory(OWNER, manifest([shm()])) is None
     table.end(lease)
     assert told == ["ended"]
     assert list(table) == []

@@ -106,7 +106,7 @@ def test_socket_callback_that_leaves_messages_is_called_again(loop: EventLoop) -
 
 @pytest.fixture
 def stand_still(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let the monotonic clock be so much further than it was, as after SIGSTOP and SIGCONT."""
+    """Advance the monotonic clock by so many seconds, as after SIGSTOP and SIGCONT."""
     jumps: list[float] = []
     jumping = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(jumps))
     monkeypatch.setattr(awake_clock, "time", jumping)
@@ -161,7 +161,7 @@ def test_standstill_between_waking_and_judging_counts_too(
 
 
 def test_timers_go_on_through_a_standstill(loop: EventLoop, stand_still: Callable[[float], None]) -> None:
-    """What the daemon itself has to do, such as to feed the watchdog, is done at once."""
+    """The daemon's own timers, such as the watchdog's keep-alive, run at once."""
     ran: list[float] = []
     began = time.monotonic()
     loop.call_later(0.02, lambda: stand_still(15.0))

@@ -68,7 +68,7 @@ def test_a_flood_of_one_kind_pushes_out_no_other(flood: str) -> None:
 
 def test_kinds_are_read_in_the_order_in_which_they_came() -> None:
     book = LogBuffer(io.StringIO())
-    order = [Category.WARNINGS, Category.LIFE, Category.WORKERS, Category.REQUESTS, Category.LIFE]
+    order = [Category.WARNINGS, Category.DAEMON, Category.WORKERS, Category.REQUESTS, Category.DAEMON]
     for number, shelf in enumerate(order):
         book.add(str(number), shelf)
     assert book.since(0) == (["0", "1", "2", "3", "4"], 5)
@@ -144,7 +144,7 @@ def test_a_pipe_that_nobody_reads_loses_lines_and_says_so() -> None:
         taken = len(os.read(read_fd, 65536)) // 201
         stream.write_line("after")
         assert reader.readline() == (
-            f"({100 - taken} lines were not written: nobody read them; xditd logs has the last ones)\n"
+            f"({100 - taken} lines were dropped: the reader was too slow; xditd logs has the last ones)\n"
         )
         assert reader.readline() == "after\n"
         stream.write_line("\N{SNOWMAN}" * 10_000)  # longer than the pipe: what fits
@@ -160,7 +160,7 @@ def test_letters_that_the_encoding_escapes_hold_nobody_either() -> None:
         written.join(10)
         is_over = not written.is_alive()
         os.set_blocking(read_fd, False)
-        while written.is_alive():  # lets it go in any case
+        while written.is_alive():  # unblocks the writer in any case
             with contextlib.suppress(BlockingIOError):
                 os.read(read_fd, 65536)
         os.close(read_fd)

@@ -14,7 +14,7 @@ import pytest
 
 from xditd.daemon.operations import runtime_folder
 from xditd.daemon.operations.event_loop import EventLoop
-from xditd.daemon.operations.runtime_folder import MOST_FAILURES, FolderWatch, RuntimeFolder
+from xditd.daemon.operations.runtime_folder import MAX_FAILURES, FolderWatch, RuntimeFolder
 from xditd.daemon.operations.socket_files import listen_at, who_listens
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, StorageError, XditdError
@@ -30,7 +30,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
 
 @pytest.fixture
 def listen() -> Iterator[Listen]:
-    """Listen on both sockets, and keep what listens until the test ends."""
+    """Listen on both sockets until the test ends."""
     kept: list[socket.socket] = []
 
     def start(folder: RuntimeFolder) -> None:
@@ -99,7 +99,7 @@ def test_second_holder_is_refused_although_the_lock_was_removed(runtime: Runtime
         runtime.lock.unlink()
         with pytest.raises(AlreadyRunning, match=rf"pid {os.getpid()}\) listens there"):
             RuntimeFolder(runtime)
-        assert folder.restore() == [runtime.lock]  # the first one takes its place back
+        assert folder.restore() == [runtime.lock]  # the first one takes the lock again
         with pytest.raises(AlreadyRunning, match="holds it"):
             RuntimeFolder(runtime)
 
@@ -155,7 +155,7 @@ def test_a_service_managers_socket_is_not_made_again(runtime: RuntimeDir) -> Non
         folder.await_clients_at(runtime.client_socket)
         assert folder.restore() == []
         runtime.client_socket.unlink()
-        with pytest.raises(BadRequest, match="socket unit is restarted"):
+        with pytest.raises(BadRequest, match="restart the socket unit"):
             folder.restore()
         assert not runtime.client_socket.exists()
 
@@ -215,7 +215,7 @@ def test_path_that_no_socket_address_holds_is_refused() -> None:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[EventLoop]:
-    monkeypatch.setattr(runtime_folder, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(runtime_folder, "CHECK_EVERY_S", 0.001)
     loop = EventLoop()
     yield loop
     loop.close()
@@ -233,16 +233,16 @@ def test_a_folder_that_cannot_be_mended_is_given_up_once(loop: EventLoop, folder
     path = folder.runtime.path
     shutil.rmtree(path)
     path.touch()
-    for _ in range(MOST_FAILURES - 1):
-        watch.look()
+    for _ in range(MAX_FAILURES - 1):
+        watch.check()
     assert not given_up
     path.unlink()
-    watch.look()  # mended: the count begins anew
+    watch.check()  # restored: the count starts again
     assert folder.runtime.lock.exists()
     shutil.rmtree(path)
     path.touch()
-    for _ in range(MOST_FAILURES):
-        watch.look()
+    for _ in range(MAX_FAILURES):
+        watch.check()
     assert [error.code for error in given_up] == ["bad_request"]
 
 
@@ -256,4 +256,4 @@ def test_it_looks_again_and_again_and_says_what_it_did(
         loop.run(lambda: loop.stop() if folder.runtime.lock.exists() else None)
         assert folder.runtime.lock.exists()
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert said == ["runtime folder was harmed by another program; made again: daemon.lock"] * 2
+    assert said == ["runtime folder was damaged by another program; restored: daemon.lock"] * 2

@@ -15,7 +15,7 @@ from xditd.ipc.errors import BadRequest
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, str]]:
-    """What a service manager binds, and how it spells it."""
+    """An address that a service manager binds, and its text in NOTIFY_SOCKET."""
     with (
         tempfile.TemporaryDirectory(prefix="xditd-") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound,
@@ -38,7 +38,7 @@ def test_words_of_the_protocol(manager: tuple[socket.socket, str]) -> None:
     notifier.stopping("bye")
     assert bound.recv(4096) == b"STOPPING=1\nSTATUS=bye"
     notifier.close()
-    notifier.alive()  # nobody to tell
+    notifier.alive()  # no service manager
 
 
 def test_manager_that_is_gone_or_does_not_read_is_not_waited_for() -> None:
@@ -80,7 +80,7 @@ def test_variables_that_make_no_sense_are_refused(variables: dict[str, str]) -> 
 
 
 def heard(bound: socket.socket, overdue_s: float, messages: int) -> list[bytes]:
-    """Run a loop with a watchdog until so many messages have come, or half a second has passed."""
+    """Run a loop with a watchdog until so many messages were received, or for half a second."""
     loop = EventLoop()
     found: list[bytes] = []
     bound.setblocking(False)

@@ -43,7 +43,7 @@ def test_listener_serves_zeromq_and_keeps_its_path(path: Path) -> None:
     listener = take_listener(environ, 7, path, fd)
     assert listener is not None
     assert listener.fileno() == fd
-    assert environ == {}  # a worker must not think that it is meant
+    assert environ == {}  # a worker must not read them
     assert not os.get_inheritable(fd)
     assert not os.get_blocking(fd)
     context = zmq.Context()

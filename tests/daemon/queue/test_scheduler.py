@@ -30,7 +30,7 @@ from xditd.ipc.worker_messages import Done, Plug, RankFailed, RankTally, Unmap
 
 
 class RecordingGroup:
-    """Takes the place of a worker group: notes what is sent, answers when the test says so."""
+    """A fake worker group: records commands, and answers when the test says so."""
 
     def __init__(self) -> None:
         self.state = GroupState.READY
@@ -59,7 +59,7 @@ class RecordingGroup:
 
 
 class Bench:
-    """A scheduler with a group that does nothing and clients that only listen."""
+    """A scheduler with a fake group and clients that record their replies."""
 
     def __init__(self, *scripts: Script[Any]) -> None:
         self.group = RecordingGroup()

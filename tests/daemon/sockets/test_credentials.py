@@ -23,5 +23,5 @@ def test_process_of_another_pid_namespace_is_refused_with_the_remedy() -> None:
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "localhost:1:2", "localhost:a:b:c", "localhost:1:2:3:4"])
 def test_address_without_credentials_is_refused(address: str) -> None:
-    with pytest.raises(NotPermitted, match="no process can be named"):
+    with pytest.raises(NotPermitted, match="has no process id"):
         check_uid(address, 1000)

@@ -1,4 +1,4 @@
-"""Replies leave together and in their order, and who cannot be reached is noted."""
+"""Replies are sent together and in their order, and unreachable clients are noted."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that stands still for a moment must not change what leaves when."""
-    monkeypatch.setattr(routers, "MOST_UNSENT_S", 60.0)
+    """A slow machine must not change when replies are sent."""
+    monkeypatch.setattr(routers, "MAX_UNSENT_S", 60.0)
 
 
 @pytest.mark.usefixtures("no_hurry")
@@ -78,18 +78,18 @@ def test_replies_leave_in_their_order_at_the_end_of_the_round(place: Place) -> N
 
 @pytest.mark.usefixtures("no_hurry")
 def test_a_long_round_does_not_keep_them_all(place: Place) -> None:
-    for number in range(routers.MOST_UNSENT + 1):
+    for number in range(routers.MAX_UNSENT + 1):
         place.sender.reply(place.session, Farewell(request_id=str(number)))
-    assert place.received() == [str(number) for number in range(routers.MOST_UNSENT)]
+    assert place.received() == [str(number) for number in range(routers.MAX_UNSENT)]
     place.sender.flush()
     long = LogLines(request_id="long", lines=tuple("x" * 4000 for _ in range(100)), next_line=100)
-    assert len(long.lines) * 4000 > routers.MOST_UNSENT_BYTES
+    assert len(long.lines) * 4000 > routers.MAX_UNSENT_BYTES
     place.sender.reply(place.session, long)
-    assert place.received() == [str(routers.MOST_UNSENT), "long"]
+    assert place.received() == [str(routers.MAX_UNSENT), "long"]
 
 
 def test_a_slow_round_does_not_keep_them_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "MOST_UNSENT_S", 0.0)
+    monkeypatch.setattr(routers, "MAX_UNSENT_S", 0.0)
     place.sender.reply(place.session, Farewell(request_id="1"))
     assert place.received() == ["1"]
 

@@ -1,4 +1,4 @@
-"""A real daemon in a temporary folder, a fake worker group, and a client that says exactly what a test wants."""
+"""Fixtures: a real daemon in a temporary folder, fake workers, and a raw client that sends any message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 FAKE_WORKERS = HERE.parent / "fake_workers.py"
 LENDING_CLIENT = HERE / "lending_client.py"
 DEADLINE_S = 60.0
-"""How long anything may take on a busy machine; waiting ends as soon as the condition holds."""
+"""Deadline of every wait, for a busy machine; a wait ends as soon as its condition holds."""
 R = TypeVar("R", bound=Reply)
 
 
@@ -80,7 +80,7 @@ class Memory:
         )
 
     def call(self, component_id: str, *results: Argument, **more: Any) -> Call:
-        """A call whose parts the fake workers answer with what is given here."""
+        """A call whose arguments the fake workers return as results."""
         parts = tuple(Part(arguments={"result": result}) for result in results)
         room = {"out_offset_bytes": 0, "out_size_bytes": self.block.size_bytes}
         return Call(request_id="", component_id=component_id, io=self.block, parts=parts, **room | more)
@@ -90,7 +90,7 @@ class Memory:
 
 
 class RawClient:
-    """A DEALER and the wire codec, nothing that helps."""
+    """A client of only a DEALER socket and the codec."""
 
     numbers = itertools.count(1)
 
@@ -112,7 +112,7 @@ class RawClient:
         return Hello(request_id="", protocol_version=protocol_version, package_version=__version__, client_name="test")
 
     def send(self, request: Request) -> str:
-        """Send with a fresh request id, which is returned."""
+        """Send with a new request id, which is returned."""
         request_id = f"r{next(self.numbers)}"
         fields = {name: getattr(request, name) for name in request.__struct_fields__}
         self.socket.send(encode(type(request)(**{**fields, "request_id": request_id})))
@@ -218,7 +218,7 @@ class DaemonProcess:
         return client
 
     def ready_client(self) -> RawClient:
-        """Connect once the workers are up; a group that is given up for good ends the wait at once."""
+        """Connect once the workers are ready; raises at once if the group is given up."""
         client = self.client()
         status = client.wait_status(lambda status: status.group_state in {GroupState.READY, GroupState.GIVEN_UP})
         assert status.group_state is GroupState.READY, self.log
@@ -244,7 +244,7 @@ StartDaemon = Callable[..., DaemonProcess]
 
 
 def make_folder() -> Path:
-    # Not tmp_path: with a long test name its sockets would not fit into a socket address.
+    # Not tmp_path: with a long test name, socket paths would be too long.
     return Path(tempfile.mkdtemp(prefix="xditd-"))
 
 
@@ -257,7 +257,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def start_daemon(folder: Path) -> Iterator[StartDaemon]:
-    """Start daemons in one folder; all have ended, in order, after the test."""
+    """Start daemons in one folder, and stop them after the test."""
     started: list[DaemonProcess] = []
 
     def start(
@@ -276,11 +276,11 @@ def start_daemon(folder: Path) -> Iterator[StartDaemon]:
 
 @pytest.fixture(scope="session")
 def shared_daemon() -> Iterator[DaemonProcess]:
-    """One daemon for all tests that leave it and its workers as they were."""
+    """One daemon for all tests that do not change it or its workers."""
     path = make_folder()
     daemon = DaemonProcess(path, settings={}, worker_flags=[], flags=["--queue-limit", "3"])
     try:
-        # Once for all: without workers, each of these tests would wait for them until its deadline.
+        # Checked here: without workers, each of these tests would wait until its deadline.
         daemon.ready_client().close()
         yield daemon
     finally:
@@ -290,16 +290,16 @@ def shared_daemon() -> Iterator[DaemonProcess]:
 
 @pytest.fixture
 def client(shared_daemon: DaemonProcess) -> Iterator[RawClient]:
-    """A client of the shared daemon, which finds it with the workers up, and leaves nothing on loan."""
+    """A client of the shared daemon, whose workers are ready and have nothing mapped before and after."""
     client = shared_daemon.ready_client()
     yield client
     client.ask(Goodbye(request_id=""), Farewell)
-    # A killed client's loan, and what the workers keep for it, may still be on their way out.
+    # The workers may still be unmapping the loan of a killed client.
     watching = shared_daemon.client()
     status = watching.wait_status(
         lambda status: not status.components and not status.jobs and status.group_state is GroupState.READY
     )
-    for each in (client, watching):  # the daemon's descriptors are counted, and these would be of all tests before
+    for each in (client, watching):  # some tests count the daemon's descriptors, also those of earlier tests
         each.close()
         shared_daemon.clients.remove(each)
     assert status.counters.group_starts == 1
@@ -314,7 +314,7 @@ def memory() -> Iterator[Memory]:
 
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
-    """The module of the fake workers, for the names of its faults."""
+    """The module of the fake workers, with the names of its faults."""
     spec = importlib.util.spec_from_file_location("fake_workers", FAKE_WORKERS)
     assert spec is not None
     assert spec.loader is not None

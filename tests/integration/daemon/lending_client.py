@@ -1,4 +1,4 @@
-"""A client process to be killed: it lends a memfd, maybe starts a job that does not end, and waits."""
+"""A client process that tests kill: it lends a memfd, starts an endless job if asked to, and waits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What systemd does for a socket unit, for a test: listen, and start the service when somebody connects.
+"""A fake systemd for socket activation: listen, and start the service when a client connects.
 
     python socket_manager.py SOCKET COMMAND...
 
-Named ``systemd``, as clients expect of a process that listens in the daemon's place.
+Named ``systemd``, since clients check the name of the listening process.
 """
 
 from __future__ import annotations

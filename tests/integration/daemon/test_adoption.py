@@ -1,4 +1,4 @@
-"""Loans that operators end, and loans that become the workers' own: raced against jobs, clients and groups that end."""
+"""Revoked and adopted components, at the same time as jobs, exits of clients and restarts of the group."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_adopted_component_goes_with_the_workers(daemon: Any, memory: Any) -> No
     assert [component.component_id for component in client.status().components] == [kept]
     failed = client.fail(ReturnLoan(request_id="", component_id=gone))
     assert failed.code == "lease_lost"
-    assert "adopted, so it ended with the workers" in failed.detail
+    assert "adopted, so it was lost with the workers" in failed.detail
 
 
 def test_client_that_dies_before_the_copy_takes_its_loan_along(daemon: Any, memory: Any, start_lender: Any) -> None:
@@ -119,7 +119,7 @@ def test_revoked_loan_ends_its_jobs_and_its_owner_hears_why(daemon: Any, memory:
     owner.wait_event(running, StepDone)
     waiting = owner.send(memory.generate(component_id))
     twice = [operator.send(revoke(component_id)) for _ in range(2)]
-    operator.status()  # answered after both were taken: the owner's own word comes too late
+    operator.status()  # answered after the adoption: the owner's return came too late
     returning = owner.send(ReturnLoan(request_id="", component_id=component_id))
     for request_id in (running, waiting):
         assert owner.wait(request_id).code == "lease_lost"

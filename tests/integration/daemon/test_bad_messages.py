@@ -1,4 +1,4 @@
-"""Whatever arrives on the socket: a typed answer where one is possible, and the next client is served."""
+"""Malformed messages are answered with a typed error if possible, and the next client is served."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_garbage_is_refused_and_the_next_request_served(client: Any, shared_daem
     stranger.socket.send(GARBAGE[name])
     failed = stranger.receive()
     assert failed.code == "bad_message"
-    # Whoever sent a readable id is answered under it: a client with a bad value does not wait for its deadline.
+    # A readable request id is in the answer, so that the client does not wait until its deadline.
     assert failed.request_id == ("mine" if b"mine" in GARBAGE[name] else "?")
     client.status()
 

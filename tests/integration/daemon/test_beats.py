@@ -1,4 +1,4 @@
-"""Clients that are there but say nothing."""
+"""Heartbeats: sessions of silent clients are ended."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_silent_client_loses_its_loan_and_the_log_says_so(start_daemon: Any, mem
     assert "no sign of life for" in failed.detail
     assert "client_deadline_s 1.5" in daemon.log
     assert [worker.loaded for worker in client.status().workers] == [0, 0]
-    # The tests' own client is alive for the daemon because it asks.
+    # The test's own client sends requests, which count as heartbeats.
     client.ask(memory.generate(client.lend(memory.manifest()).component_id), Generated)
 
 

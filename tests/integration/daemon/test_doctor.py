@@ -1,4 +1,4 @@
-"""The doctor, asked about a real daemon."""
+"""``xditd doctor`` with a real daemon."""
 
 from __future__ import annotations
 

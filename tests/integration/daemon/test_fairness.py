@@ -1,4 +1,4 @@
-"""A hundred clients at once: each is served in its turn; who asks for too much hears so, typed."""
+"""A hundred clients at once: they take turns, and requests beyond a quota fail with a typed error."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_hundred_clients_are_served_in_turns(start_daemon: Any, memory: Any) -> 
     assert all(served[socket] == JOBS for socket in others)
     waits = [waited_s[socket] for socket in others]
     assert max(waits) <= 2 * min(waits), (min(waits), max(waits))
-    # Sixty jobs that were there first put nobody off by sixty jobs: they took their turns, and the rest came last.
+    # Sixty earlier jobs of one client did not delay the others by sixty jobs: clients took turns.
     assert last_s[greedy] >= max(last_s[socket] for socket in others)
     for socket in sockets:
         socket.close()
@@ -107,7 +107,7 @@ def test_limits_of_one_client_are_typed_refusals(
         failed = client.wait("?")
     else:
         failed = client.fail(Lend(request_id="", manifest=memory.manifest(generation=0, kind="vae")))
-        assert client.lend(memory.manifest()).is_reused  # lending the same again takes nothing more
+        assert client.lend(memory.manifest()).is_reused  # lending the same bytes again does not count
     assert failed.code == "limit_exceeded"
     assert detail in failed.detail
     assert [component.component_id for component in client.status().components] == [first.component_id]

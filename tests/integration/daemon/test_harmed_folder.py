@@ -1,4 +1,4 @@
-"""What tidying programs do to the runtime folder of a running daemon: mended in seconds, or an end that says why."""
+"""A runtime folder from which another program removes files is restored, or the daemon ends with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xditd.ipc.status import GroupState
 
 FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
 MENDED_S = 10.0
-"""On a busy machine; the daemon looks every second."""
+"""For a busy machine; the daemon checks every second."""
 
 
 def names(folder: Path) -> set[str]:
@@ -29,7 +29,7 @@ def names(folder: Path) -> set[str]:
 
 
 def remove(folder: Path) -> None:
-    """In one step: the daemon may look at any time."""
+    """Replace in one step: the daemon may check at any time."""
     folder.rename(folder.with_name("removed"))
     shutil.rmtree(folder.with_name("removed"))
 
@@ -43,17 +43,17 @@ def test_a_removed_folder_is_made_again(start_daemon: Any, memory: Any, wait_unt
     remove(daemon.runtime.path)
     everything = {"daemon.sock", "workers.sock", "metrics.sock", "daemon.lock"}
     wait_until(lambda: names(daemon.runtime.path) >= everything, MENDED_S)
-    assert isinstance(client.wait(running), Generated)  # connections that exist stay
+    assert isinstance(client.wait(running), Generated)  # existing connections stay
     assert daemon.client().status().pid == daemon.process.pid
     with socket.socket(socket.AF_UNIX) as scraper:
         scraper.connect(str(daemon.runtime.metrics_socket))
         scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert scraper.recv(8) == b"HTTP/1.0"
-    os.kill(client.status().workers[0].pid, signal.SIGKILL)  # a rebuild finds its way, too
+    os.kill(client.status().workers[0].pid, signal.SIGKILL)  # rebuilt workers can connect, too
     client.wait_status(lambda status: status.counters.group_starts == 2 and status.group_state is GroupState.READY)
     daemon.client().ask(Stop(request_id=""), Stopping)
     assert daemon.wait() == 0
-    assert "made again: run, daemon.lock, workers.sock, daemon.sock, metrics.sock" in daemon.log
+    assert "restored: run, daemon.lock, workers.sock, daemon.sock, metrics.sock" in daemon.log
     assert names(daemon.runtime.path) == {"daemon.lock", "fake-starts"}
 
 
@@ -73,7 +73,7 @@ def test_one_removed_file_is_made_again(start_daemon: Any, wait_until: Any) -> N
     daemon.client().status()
     daemon.process.terminate()
     assert daemon.wait() == 0
-    assert "made again: daemon.sock" in daemon.log
+    assert "restored: daemon.sock" in daemon.log
 
 
 def test_a_second_daemon_is_refused_although_the_lock_was_removed(start_daemon: Any) -> None:
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_again_ends_the_daemon(start_daemon: Any) -
 
 @pytest.fixture
 def activated(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon on a socket that was made for it, as systemd starts one."""
+    """A daemon with socket activation."""
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
     (folder / "xditd.toml").write_text(f"[workers]\ncommand = {json.dumps([sys.executable, str(FAKE_WORKERS)])}\n")
@@ -137,7 +137,7 @@ def activated(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_service_managers_socket_that_is_gone_ends_the_daemon(activated: Any, folder: Path, wait_until: Any) -> None:
-    """Only the manager can make it again: the daemon ends, and says so."""
+    """Only the service manager can restore the socket: the daemon ends with that message."""
     wait_until(lambda: "workers.sock" in names(folder / "run"))
     (folder / "run" / "daemon.sock").unlink()
     assert activated.wait(20) == 1

@@ -1,4 +1,4 @@
-"""The Python library and a real daemon: one that is killed and started again, and a client that nobody holds."""
+"""The Python library with a real daemon that is killed and started again, and garbage-collected clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_idle(status: DaemonStatus) -> bool:
 
 
 def test_a_loan_of_a_daemon_that_was_killed(start_daemon: Any, wait_until: Any) -> None:
-    """Where no daemon runs, that is the error; where another one runs, it does not know the loan."""
+    """Without a daemon, the error says so; another daemon does not know the loan."""
     first = start_daemon()
     first.ready_client()
     with Client(first.runtime.path) as client:

@@ -1,4 +1,4 @@
-"""Loans: the same bytes once, rewritten bytes anew, nothing half, and back when the owner asks."""
+"""Loans: the same bytes are mapped once, rewritten bytes again, on all ranks or none, and unmapped on return."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_manifest_that_contradicts_itself_is_refused(client: Any, memory: Any) -
     failed = client.fail(lend(manifest))
     assert failed.code == "bad_request"
     assert "tensor a is listed twice" in failed.detail
-    assert "tensor b lies in block 7 of 1" in failed.detail
+    assert "tensor b is in block 7 of 1" in failed.detail
 
 
 def test_loan_taken_back_in_mid_job(client: Any, memory: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hello, lend, run, status, return: the way that every job takes."""
+"""The usual sequence of requests: hello, lend, run, status, return."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def nested(levels: int) -> Argument:
             "parts[0].result[0].rows[0] ends at byte 4800",
         ),
         (Values(dtype="float32", shape=(2, 2), values=(0.5,)), "parts[0].result: 1 values for the shape [2, 2]"),
-        (nested(9), "parts[0].result[0][0][0][0][0][0][0][0] lies deeper than 8 levels"),
+        (nested(9), "parts[0].result[0][0][0][0][0][0][0][0] is nested deeper than 8 levels"),
         (ListOf(items=(ListOf(items=(1,) * 1000),) * 2), "parts[0].more than 1024 arguments in one tree"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_job_needs_its_components_and_room_for_its_results(client: Any, memory
     transformer, vae = client.lend(memory.manifest()), client.lend(memory.manifest(kind="vae"))
     job = memory.generate(transformer.component_id)
     for components, says in (
-        ({}, "components: no transformer is named"),
+        ({}, "components: a transformer is required"),
         ({"transformer": vae.component_id}, "a vae where a transformer is needed"),
         ({"transformer": transformer.component_id, "vae": transformer.component_id}, "where a vae is needed"),
     ):

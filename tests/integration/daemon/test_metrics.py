@@ -49,7 +49,7 @@ def test_metrics_tell_what_happened(start_daemon: Any, memory: Any) -> None:
     lent = client.lend(memory.manifest())
     client.ask(memory.generate(lent.component_id, steps=4), Generated)
     client.fail(memory.generate(lent.component_id, seed=903))
-    of_first_group = scrape(path)  # what is told of fused kernels ends with the group
+    of_first_group = scrape(path)  # checks of fused kernels are dropped with the group
     os.kill(client.status().workers[1].pid, signal.SIGKILL)
     status = client.wait_status(lambda found: found.counters.group_starts == 2 and found.group_state.value == "ready")
     found = scrape(path)

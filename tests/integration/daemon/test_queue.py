@@ -1,4 +1,4 @@
-"""One bounded queue: order, positions, cancel at every stage."""
+"""The job queue: order, positions, and cancel at every stage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_position_is_told_and_moves_up(client: Any, memory: Any) -> None:
         told = [event for event in client.events if isinstance(event, Queued) and event.request_id == third]
         return [(event.ahead, event.reason) for event in told]
 
-    client.wait_status(lambda _: len(positions()) > 1)  # told soon, but not with every move
+    client.wait_status(lambda _: len(positions()) > 1)  # announced soon, but not after every job
     cancel(client, second)
     client.wait(third)
     assert positions() == [(2, "other requests go first"), (1, "other requests go first")]
@@ -79,7 +79,7 @@ def test_cancel_of_a_lend_at_every_stage(client: Any, memory: Any) -> None:
     assert client.wait(waiting).code == "cancelled"
     cancel(client, running)
     client.wait(running)
-    # Between prepare and plug: a rank that stands still keeps the lend there until the cancel was noted.
+    # Between prepare and plug: a stopped rank keeps the lend there until the cancel was noted.
     pid = client.status().workers[1].pid
     os.kill(pid, signal.SIGSTOP)
     mapping = client.send(Lend(request_id="", manifest=memory.manifest(kind="vae")))

@@ -1,4 +1,4 @@
-"""The daemon under a service manager: what it says on the notify socket, and a socket that was made for it."""
+"""The daemon under a service manager: notify messages, watchdog, reload and socket activation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEADLINE_S = 15.0
 
 
 class Manager:
-    """A notify socket, and everything that was said on it."""
+    """A notify socket, and all messages received on it."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -32,7 +32,7 @@ class Manager:
         self.heard: list[dict[str, str]] = []
 
     def wait(self, condition: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-        """Wait for a message; what was heard before is not looked at again."""
+        """Wait for a message that is later than those already returned."""
         end_s = time.monotonic() + DEADLINE_S
         while True:
             self.socket.settimeout(max(0.001, end_s - time.monotonic()))
@@ -45,7 +45,7 @@ class Manager:
                 return said
 
     def is_silent(self, seconds: float) -> bool:
-        """Drop what waits, then say whether nothing comes for so long."""
+        """Drop waiting messages, then return whether none is received for so long."""
         self.socket.settimeout(0.001)
         while True:
             try:
@@ -135,7 +135,7 @@ def test_hangup_of_a_terminal_stops_a_daemon_without_a_manager(start_daemon: Any
 
 
 def test_socket_activation(folder: Path) -> None:
-    """The first client starts the daemon; another one starts the next; the path stays throughout."""
+    """A client starts the daemon; after its end another client starts the next; the path stays."""
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
     (folder / "xditd.toml").write_text(f"[workers]\ncommand = {json.dumps([sys.executable, str(FAKE_WORKERS)])}\n")

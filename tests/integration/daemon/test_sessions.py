@@ -1,4 +1,4 @@
-"""Who may talk, and what the end of a client ends."""
+"""Sessions: who may open one, and what ends with it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_client_that_stops_reading_is_dropped_and_holds_nobody(client: Any, shar
 
 
 def test_a_thousand_connections_do_not_use_up_the_descriptors(start_daemon: Any) -> None:
-    """libzmq ends its process when it finds none for a new connection; the usual soft limit is 1,024."""
+    """libzmq aborts the process without a free descriptor for a connection; the usual soft limit is 1,024."""
     daemon = start_daemon(before=["prlimit", "--nofile=64:4096", "--"])
     client = daemon.ready_client()
     strangers = []
@@ -153,7 +153,7 @@ def test_clients_that_only_look_leave_no_line_in_the_log(start_daemon: Any) -> N
 
 
 def test_no_descriptor_for_a_session_is_a_typed_busy(start_daemon: Any, wait_until: Any) -> None:
-    """The connection is there already; what the session lacks is the descriptor that tells when its process ends."""
+    """The connection exists already, but there is no descriptor for the pidfd of its process."""
     daemon = start_daemon()
     daemon.ready_client()
     pid = daemon.process.pid

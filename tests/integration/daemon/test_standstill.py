@@ -1,4 +1,4 @@
-"""A daemon that stood still, alone or with all its processes: it blames nobody, and loses nothing."""
+"""A daemon that was stopped (SIGSTOP), alone or with its workers and clients, ends no session and no worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAUSE_S = 2.5
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     found = [pid]
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -35,7 +35,7 @@ def is_stopped(pid: int) -> bool:
 
 @pytest.fixture
 def stop_for_a_while(wait_until: Callable[..., None]) -> Iterator[Callable[[list[int]], None]]:
-    """Stop processes, and let them go on once every deadline would have passed."""
+    """Stop processes, and continue them once every deadline would have passed."""
     stopped: list[int] = []
 
     def stop(pids: list[int]) -> None:
@@ -88,7 +88,7 @@ def test_rank_that_hangs_after_a_pause_is_ended_at_its_deadline(
     assert isinstance(failed, Failed)
     assert failed.code == "workers_lost"
     assert "no report for" in failed.detail
-    assert time.monotonic() - began > DEADLINE_S / 2  # a fresh deadline, and then its end
+    assert time.monotonic() - began > DEADLINE_S / 2  # a new deadline, which is then missed
 
 
 def test_pause_while_workers_start_is_not_their_fault(

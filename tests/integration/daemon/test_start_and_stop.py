@@ -1,4 +1,4 @@
-"""One daemon a folder, in a folder that is its own; and an end that leaves nothing behind."""
+"""Start and stop: one daemon for each private folder, and no processes or files after its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A daemon in what a parent left behind: signals, streams, a folder with foreign modules that is removed later."""
+"""A daemon with unusual inherited state: signals, closed streams, a current folder with modules that is removed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_log_that_nobody_reads(start_daemon: Any, folder: Path) -> None:
     with open(reader, encoding="utf-8") as pager:
         assert "daemon" in pager.readline()
         daemon.process.send_signal(signal.SIGTERM)
-        assert any("lines were not written" in line for line in pager)
+        assert any("lines were dropped" in line for line in pager)
     assert daemon.wait() == 0
 
 
@@ -129,5 +129,5 @@ def test_a_relative_path_in_a_removed_folder(folder: Path) -> None:
     done = subprocess.run([*word, "--runtime-dir", "run"], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "xditd serve: path run: counts from the current folder, which was removed; name it in full, from / on\n"
+        "xditd serve: path run: relative to the current folder, which was removed; use an absolute path\n"
     )

@@ -47,7 +47,7 @@ def test_client_says_what_it_waited_for(start_daemon: Any) -> None:
 def test_verb_waits_for_a_daemon_that_comes_later(folder: Path, start_daemon: Any) -> None:
     waiting = wait_verb(folder, "--json")
     assert waiting.stderr is not None
-    first = waiting.stderr.readline()  # it waits already, and nobody is there
+    first = waiting.stderr.readline()  # it waits already, and no daemon runs
     assert "no such socket" in first
     daemon = start_daemon()
     out, err = waiting.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Workers that die, hang, refuse or never start: typed ends, bounded restarts, loans mapped again."""
+"""Workers that die, hang, refuse or never start: typed errors, limited restarts, components mapped again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_stopped_ranks_are_ended_at_the_deadline(start_daemon: Any, memory: Any)
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_stops_in_mid_job_is_noticed_by_the_measured_pace(start_daemon: Any, memory: Any, rank: int) -> None:
-    # Nothing but the measured steps can end this within the test's patience.
+    # Only the learned step deadline can end this within the test's deadline.
     client = start_daemon(step_deadline_s=0.4, hang_deadline_s=120).ready_client()
     lent = client.lend(memory.manifest())
     client.ask(memory.generate(lent.component_id, steps=3), Generated)
@@ -226,7 +226,7 @@ def test_served_jobs_clear_the_count_of_restarts(start_daemon: Any, memory: Any,
 
 
 def test_refused_job_does_not_clear_the_count_of_restarts(start_daemon: Any, memory: Any, fake: Any) -> None:
-    # As a call that kills every group: each rebuilt one first refuses it, for what the lost group had kept.
+    # A call that kills every group: each rebuilt one first refuses it, because the kept tensors were lost.
     client = start_daemon(max_restarts=1).ready_client()
     lent = client.lend(memory.manifest())
     for fault, code in (("CRASH", "workers_lost"), ("REFUSE", "bad_request"), ("CRASH", "workers_lost")):

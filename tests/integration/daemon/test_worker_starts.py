@@ -1,4 +1,4 @@
-"""A worker group that cannot start, with the real leader: the true cause in status and log, and no other try."""
+"""A worker group that cannot start, with the real leader: status and log name the cause, and no restart follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
 
 
 def test_missing_package_is_named_and_not_tried_again(start_daemon: Any) -> None:
-    """An interpreter that does not even find the leader."""
+    """An interpreter that does not find the leader's module."""
     status = given_up(start_daemon(command=[sys.executable, "-S", "-I", "-m", "xditd.gpu_workers"]))
     assert "xditd" in status.group_detail
 
@@ -82,7 +82,7 @@ def test_leader_that_leaves_unasked_is_not_reported_as_a_success(start_daemon: A
     daemon = start_daemon(worker_flags=["--exit-status", "0"], max_restarts=0)
     client = daemon.client()
     status = client.wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
-    assert "left without being told to (exit status 0)" in status.group_detail
+    assert "exited without being told to (exit status 0)" in status.group_detail
 
 
 def test_leader_that_is_killed_is_reported_by_the_signal(start_daemon: Any) -> None:

@@ -1,4 +1,4 @@
-"""Each default is written once, and everything that shows it is made from there."""
+"""Each default is written once; flags, help and documents are derived from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a field of a settings struct says of itself."""
+"""Properties of a setting, read from its field."""
 
 from __future__ import annotations
 

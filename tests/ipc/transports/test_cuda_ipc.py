@@ -1,4 +1,4 @@
-"""Device memory between processes by CUDA IPC handle. Needs a GPU, and cuda-bindings."""
+"""Device memory shared by CUDA IPC handle. Needs a GPU and cuda-bindings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VAE = ComponentKind.VAE
 
 
 def used_bytes() -> int:
-    """What the whole GPU holds in use, by every process."""
+    """Memory of the GPU in use by all processes."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info(0)
     return total - free

@@ -1,4 +1,4 @@
-"""Another process's descriptors: opened anew, and only if it still is that process and that descriptor."""
+"""Descriptors of another process are opened only if the process and the descriptor are still the same."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_pipe_without_a_writer_does_not_block(me: ProcessIdentity, tmp_path: P
 
 def test_a_process_with_another_start_time(me: ProcessIdentity) -> None:
     other = ProcessIdentity(pid=me.pid, start_ticks=me.start_ticks + 1)
-    with pytest.raises(ProcessGone, match="pid was used again"):
+    with pytest.raises(ProcessGone, match="pid was reused"):
         open_descriptor(other, 0, is_writable=False, what="x")
 
 
@@ -125,7 +125,7 @@ def test_a_process_of_another_user() -> None:
 
 
 def test_no_descriptor_left_on_this_side(me: ProcessIdentity, no_free_fd: Callable[[], None]) -> None:
-    """That is lack of room here, and no fault of the one who lent."""
+    """That is a lack of memory here, not an error of the client."""
     no_free_fd()
     with pytest.raises(OutOfMemory):
         open_descriptor(me, 0, is_writable=False, what="x")

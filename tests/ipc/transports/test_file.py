@@ -1,4 +1,4 @@
-"""Files by descriptor: the very file that was lent, and only while it stays as it was."""
+"""Files lent by descriptor are used only while they are unchanged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_processs_file(path: Path, spawn_other: Callable[[], Any]) -> No
 def test_a_file_that_was_replaced_under_its_name_is_still_the_lent_one(
     lent: LentFile, path: Path, me: ProcessIdentity
 ) -> None:
-    """The descriptor decides, not the name: a download that replaces the file does not touch a loan."""
+    """The descriptor counts, not the name: a download that replaces the file does not change the loan."""
     block = lent.block()
     mapping = map_file(block, me)
     mapping.begin_digest()
@@ -90,7 +90,7 @@ def test_a_file_that_was_replaced_under_its_name_is_still_the_lent_one(
 
 
 def overwrite(path: Path, old: os.stat_result) -> None:
-    """Put other bytes in place, as many, and set the mtime back, as sync and restore tools do."""
+    """Write as many other bytes in place, and set the mtime back, as sync and restore tools do."""
     damage_in_place(path)
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (old.st_size, old.st_mtime_ns)

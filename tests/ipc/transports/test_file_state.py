@@ -1,4 +1,4 @@
-"""What a file was, and whether it still is: states that no later write can share, and digests nobody waits for."""
+"""File states, which every later write changes, and digests computed in the background."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_write_after_a_settled_look_moves_the_ctime(path: Path, fd: int) -
 
 
 def test_a_clock_that_is_far_ahead_is_not_waited_for(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file server's: its files may seem to come from the future."""
+    """A file server's clock may be ahead, so that its files have times in the future."""
     monkeypatch.setattr(file_state.time, "clock_gettime_ns", lambda clock: 0)
     monkeypatch.setattr(file_state.time, "sleep", lambda s: pytest.fail("it waits"))
     settled_stat(fd)

@@ -1,4 +1,4 @@
-"""Samples of blocks: equal for equal bytes, different otherwise, and never beyond a block's end."""
+"""Fingerprints: equal for equal bytes, different otherwise, and never beyond a block's end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sealed shared memory: the same bytes in two processes, nothing else mapped for it, and all of it back."""
+"""Sealed shared memory: the same bytes in two processes, without a copy, and freed afterwards."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_closing_twice_closes_nothing_of_anybody_else(me: ProcessIdentity, open_
     mapping.close()
     arena.close()
     for fd in fds:
-        os.close(fd)  # raises if it was closed behind our back
+        os.close(fd)  # raises if the descriptor was closed by mistake
 
 
 def test_a_hundred_cycles_leave_nothing(me: ProcessIdentity, open_fds: Callable[[], int]) -> None:

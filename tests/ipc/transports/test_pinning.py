@@ -1,4 +1,4 @@
-"""Pinned pages: offered once, never a reason to fail, and unpinned before they are unmapped."""
+"""Pinned pages: pinned once, never a cause of failure, and unpinned before they are unmapped."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_driver_that_is_not_there_is_no_error(
 
 
 def test_large_blocks_stay_pageable(driver: FakeDriver) -> None:
-    arena = HostArena(pinning.MOST_BYTES + 1)
+    arena = HostArena(pinning.MAX_BYTES + 1)
     arena.pin(0)
     assert not driver.calls
     arena.close()

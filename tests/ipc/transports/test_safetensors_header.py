@@ -1,4 +1,4 @@
-"""Headers of safetensors files: sound ones as the reference library writes them, and attacks."""
+"""Headers of safetensors files: those that the reference library writes, and hostile ones."""
 
 from __future__ import annotations
 
@@ -151,12 +151,12 @@ def test_other_formats_are_refused(path: Path, read: Read) -> None:
         ({"a": U8 | {"data_offsets": [4, 0]}}, "data_offsets [4, 0]"),
         ({"a": U8 | {"data_offsets": [-4, 0]}}, "data_offsets [-4, 0]"),
         ({"a": U8 | {"data_offsets": [2**64 - 4, 2**64]}}, "data_offsets"),
-        ({"a": U8 | {"data_offsets": [2**45, 2**45 + 4]}}, "leaves a hole"),
-        ({"a": U8 | {"data_offsets": [1, 5]}}, "leaves a hole before it"),
+        ({"a": U8 | {"data_offsets": [2**45, 2**45 + 4]}}, "leaves a gap"),
+        ({"a": U8 | {"data_offsets": [1, 5]}}, "leaves a gap before it"),
         ({"a": U8, "b": U8}, "overlaps the tensor before it"),
         ({"a": U8, "b": U8 | {"data_offsets": [3, 7]}}, "overlaps the tensor before it"),
         ({"a": U8, "b": U8 | {"data_offsets": [4, 8]}}, "the file is truncated"),
-        ({"a": U8, "b": U8 | {"data_offsets": [5, 9]}}, "leaves a hole before it"),
+        ({"a": U8, "b": U8 | {"data_offsets": [5, 9]}}, "leaves a gap before it"),
         ({"": U8}, "name"),
         ({"n" * (limits.MAX_NAME_CHARS + 1): U8}, "name"),
         ({"lone surrogate \ud800": U8}, "name"),

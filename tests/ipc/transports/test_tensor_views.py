@@ -1,4 +1,4 @@
-"""Views of raw bytes are what torch would slice, and descriptions that no view can follow are refused."""
+"""Views of raw bytes equal torch's slices, and descriptions without a valid view are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory onto a GPU through pinned buffers: every byte arrives, in stream order; nothing is read afterwards."""
+"""Uploads through pinned buffers: every byte is copied, in stream order, and no source is read afterwards."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_an_iterator_that_is_left_early_reads_no_more():
 
 @gpu
 def test_one_upload_after_another_and_two_at_a_time(whole):
-    """Their buffers are the same memory, and none is given away while the GPU still fetches from it."""
+    """They use the same buffers, and no buffer is reused while the GPU still copies from it."""
     size = 3 * MIB + 1
     starts = [chance % (len(whole) - size) for chance in range(0, 10**9, 10**9 // 64)]
     targets = [torch.zeros(size, dtype=torch.uint8, device="cuda:0") for _ in starts]
@@ -199,7 +199,7 @@ def test_reading_beyond_the_end_is_an_error_and_not_zeros(tmp_path: Path):
     path = tmp_path / "x"
     path.write_bytes(bytes(1000))
     room = torch.full((600,), 7, dtype=torch.uint8)
-    with path.open("rb") as file, pytest.raises(StaleSource, match="x: ends at byte 1000"):
+    with path.open("rb") as file, pytest.raises(StaleSource, match="x: truncated to 1000 bytes"):
         read_into(view(room), file.fileno(), 500, "x")
     assert room[500:].tolist() == [7] * 100
 
