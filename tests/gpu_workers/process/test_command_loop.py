@@ -13,7 +13,7 @@ import zmq
 
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
-from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
+from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadRequest, Internal, XditdError
@@ -87,7 +87,7 @@ class Noting:
     def digest_io(self, command: Any) -> bytes:
         raise AssertionError("not asked for here")
 
-    def run(self, command: Any, contact: JobContact) -> Finished:
+    def run(self, command: Any, job_channel: JobChannel) -> Finished:
         raise AssertionError("not asked for here")
 
     def tally(self) -> RankTally:
