@@ -27,7 +27,7 @@ class CopyRange(NamedTuple):
     nbytes: int
 
 
-def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]:
+def join_ranges(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]:
     """Join tensors that follow each other in their block and in the copy, where each has its offset.
 
     A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
@@ -50,7 +50,7 @@ def split(whole: range, parts: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(edges)]
 
 
-def cut(ranges: Sequence[CopyRange], share: range) -> list[CopyRange]:
+def clip_ranges(ranges: Sequence[CopyRange], share: range) -> list[CopyRange]:
     """Return what of the ranges lies in a share of the copy; those that cross its edges are cut."""
     found: list[CopyRange] = []
     for block, start, to, nbytes in ranges:

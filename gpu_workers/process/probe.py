@@ -1,7 +1,7 @@
 """``python -m xditd.gpu_workers.process.probe``: print this machine's GPUs, packages and attention backends as JSON.
 
-``xditd doctor`` runs it in a process of its own, since it imports torch and makes a CUDA context: a driver that hangs or
-crashes ends this process alone.
+``xditd doctor`` runs it in a process of its own, since it imports torch and makes a CUDA context: if the driver hangs
+or crashes, only this process ends.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class OpenBlock:
 
 
 class OpenBlocks:
-    """The blocks that this rank has mapped, with a use count: components may share a block, and a CUDA handle opens once."""
+    """The blocks that this rank has mapped, with use counts: components may share one, and a CUDA handle opens once."""
 
     def __init__(self, device: torch.device, device_uuid: str) -> None:
         self._device = device

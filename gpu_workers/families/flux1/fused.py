@@ -220,7 +220,7 @@ class FusedFlux1:
             for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
                 products.mlp(half, stream.up, stream.down, out)
             normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
-            if number == 0 and cache is not None and cache.is_enough(x[at:]):
+            if number == 0 and cache is not None and cache.try_reuse(x[at:]):
                 return x[at:]
         for number, block in enumerate(single):
             products.multiply(normed, block.qkv, qkv)

@@ -26,7 +26,7 @@ def told(rank: OneRank) -> Callable[[State], ComponentFacts]:
 
     def lend(state: State) -> ComponentFacts:
         rank.lend("c", state)
-        facts = rank.components._live["c"].facts
+        facts = rank.components._plugged["c"].facts
         crossed = msgspec.convert(msgspec.to_builtins(facts), ComponentFacts)
         assert crossed == facts
         return crossed

@@ -20,7 +20,7 @@ def component() -> Component:
     match = SimpleNamespace(dtype=torch.float16, family=Flux1())
     return cast(
         Component,
-        SimpleNamespace(component_id="c7", manifest=manifest, plan=match),
+        SimpleNamespace(component_id="c7", manifest=manifest, match=match),
     )
 
 
