@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MEASURE_EVERY_S: Final = 1.0
 
-SWEEP_EVERY_S: Final = 0.5
+UNMAP_CLOSED_EVERY_S: Final = 0.5
 """An idle rank unmaps an I/O block at most this long after its client has closed it."""
 
 
@@ -62,10 +62,10 @@ class TorchExecutor:
 
     @property
     def idle_wait_s(self) -> float | None:
-        return SWEEP_EVERY_S if len(self._io) or self._components.files.has_unreported else None
+        return UNMAP_CLOSED_EVERY_S if len(self._io) or self._components.files.has_unreported else None
 
     def while_idle(self) -> None:
-        self._io.sweep()
+        self._io.unmap_closed()
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         return self._components.files.take_digests()

@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
-from xditd.gpu_workers.jobs.generate import Loop, wanted_of
+from xditd.gpu_workers.jobs.generate import Loop, to_wanted
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
@@ -52,7 +52,7 @@ def generate_from(
     """
     operations: Any = model.operations
     facts = operations.facts(model.config, model.layout)
-    wanted = wanted_of(Sampling(variant=variant, **sampling), noise.shape[0], facts)
+    wanted = to_wanted(Sampling(variant=variant, **sampling), noise.shape[0], facts)
     operations.recipe.check(model.config, wanted)
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)

@@ -178,7 +178,7 @@ def test_the_first_step_whose_latents_are_not_finite_is_named(
     component = SimpleNamespace(
         component_id="c1",
         manifest=SimpleNamespace(label="some"),
-        plan=SimpleNamespace(dtype=torch.bfloat16, family=model.family),
+        match=SimpleNamespace(dtype=torch.bfloat16, family=model.family),
     )
 
     def break_weights(done: int, _: int) -> None:
