@@ -145,7 +145,7 @@ def _send_rows(x_ptr, bases_ptr, rank, rows_a_rank, WIDTH: tl.constexpr, RANKS: 
 
 
 @triton.jit(do_not_specialize=["round_number"])
-def _meet(bases_ptr, rank, round_number, RANKS: tl.constexpr):
+def _barrier(bases_ptr, rank, round_number, RANKS: tl.constexpr):
     # A store of an earlier kernel is performed when that kernel has ended; release and acquire order it across GPUs.
     for peer in tl.static_range(RANKS):
         flags = tl.load(bases_ptr + peer).to(tl.pointer_type(tl.int64))
@@ -319,12 +319,12 @@ def send_rows(x: torch.Tensor, *, bases: torch.Tensor, rank: int, rows_a_rank: i
     )
 
 
-def meet(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
+def barrier(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
     """Wait, on the GPU, until every rank has come here for the ``round_number``-th time.
 
     ``bases`` are the addresses of every rank's flags: one 64-bit integer for each rank, zero at first.
     """
-    _meet[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
+    _barrier[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
 
 
 def multiply_vectors(weights: torch.Tensor, biases: torch.Tensor, vectors: torch.Tensor, rows: int) -> torch.Tensor:

@@ -53,6 +53,6 @@ def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, pr
         )
         triton_kernels.send_rows(x[:, : hidden // ranks].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
         flags = torch.ones(ranks, dtype=torch.int64, device=device)
-        triton_kernels.meet(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
+        triton_kernels.barrier(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
     torch.cuda.synchronize(device)
     return time.perf_counter() - started

@@ -341,7 +341,7 @@ class Components:
             share = self.gpu_copies.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
             tensors, copies = own.tensors, [own.buffer]
             size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
-        with self.gpu_copies.delivering(manifest.blocks, sources, received, clock.mark):
+        with self.gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
             for spec in specs:
                 if spec.name not in tensors:

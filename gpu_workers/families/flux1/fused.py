@@ -250,11 +250,11 @@ class FusedFlux1:
         triton_kernels.norm_and_rotate(
             qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows
         )
-        self._exchange.meet()
+        self._exchange.barrier()
         query, key, value = buffers.heads.view(3, ranks * rows, heads // ranks, triton_kernels.HEAD_SIZE)
         attended = self._dot(query, key[:valid], value[:valid]).reshape(ranks * rows, -1)
         triton_kernels.send_rows(attended, bases=buffers.tokens_bases, rank=rank, rows_a_rank=rows)
-        self._exchange.meet()
+        self._exchange.barrier()
         return buffers.tokens
 
     def _dot(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_parts_merge_to_the_whole(cut: int) -> None:
 def test_a_ring_chooses_a_kernel_that_tells_its_log_sum_exp() -> None:
     assert ring.choose_backend("auto", CPU) == "SDPA"
     assert ring.choose_backend("sdpa", CPU) == "SDPA"
-    with pytest.raises(Unsupported, match="'SDPA_MATH' with ring attention: tells no log-sum-exp; use SDPA"):
+    with pytest.raises(Unsupported, match="'SDPA_MATH' with ring attention: returns no log-sum-exp; use SDPA"):
         ring.choose_backend("SDPA_MATH", CPU)
 
 

@@ -252,7 +252,7 @@ def exchange_of_two() -> dict[str, float]:
         )  # fmt: skip
     for buffer in flags:
         buffer.fill_(7)
-    triton_kernels.meet(bases=bases(flags), rank=0, round_number=7)
+    triton_kernels.barrier(bases=bases(flags), rank=0, round_number=7)
     for rank in range(ranks):
         triton_kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
     for rank in range(ranks):
