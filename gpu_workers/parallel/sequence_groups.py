@@ -1,8 +1,8 @@
 """The process groups of Ulysses and ring attention: made once for each pair of degrees, switched between forwards.
 
-The product of both degrees, the number of ranks that share an image's tokens, is fixed when the group starts. Each model
-has its own pair, since the Ulysses degree must divide its attention heads. xfuser makes the groups of one pair, and
-keeps them in its own and yunchang's variables, which every attention layer reads. This module sets those variables.
+The product of both degrees, the number of ranks that share an image's tokens, is fixed when the group starts. Each
+model has its own pair, since the Ulysses degree must divide its attention heads. xfuser makes the groups of one pair,
+and keeps them in its own and yunchang's variables, which every attention layer reads. This module sets those variables.
 
 Ranks are ordered as in yunchang (``set_seq_parallel_pg``): Ulysses groups are neighbours, rings have a stride.
 """

@@ -11,7 +11,7 @@ from xditd.gpu_workers.models.step_cache import StepCache
 
 
 class CachedBlocks(torch.nn.Module):
-    """One block that runs all of a transformer's, with a step cache after the first.
+    """A block that runs all blocks of a transformer, with a step cache after the first.
 
     Arguments and results are those of diffusers' double block.
     """
@@ -42,4 +42,4 @@ class CachedBlocks(torch.nn.Module):
         for number in images:
             if can_reuse[number]:
                 results[number] = image[number] + self._cache.reuse(number)
-        return text, torch.stack(results)  # nothing reads the text behind the last block
+        return text, torch.stack(results)  # nothing reads the text after the last block

@@ -144,12 +144,12 @@ def steps_at_once(lent: Any) -> dict[str, bool]:
     given = job(3, 16, 32, 2)
     alone = generate(lent, **given, steps=5, is_foreseen=False)
     found = {}
-    usual = modulations.AHEAD
+    usual = modulations.MAX_VECTORS
     for label, ahead in (("all", usual), ("two", 4)):
-        modulations.AHEAD = ahead
+        modulations.MAX_VECTORS = ahead
         pooled = given["pooled"].clone()  # so that nothing is kept of it
         found[label] = torch.equal(generate(lent, **{**given, "pooled": pooled}, steps=5), alone)
-    modulations.AHEAD = usual
+    modulations.MAX_VECTORS = usual
     return found
 
 
