@@ -1,4 +1,4 @@
-"""Argument trees on their way in: every kind of leaf, what is kept, and what is refused by name."""
+"""Reading argument trees: every kind of leaf, kept tensors, and refusals by name."""
 
 from __future__ import annotations
 

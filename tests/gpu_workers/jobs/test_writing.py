@@ -1,4 +1,4 @@
-"""Results on their way out: trees of tensors into the client's block, or into one of our own if they are larger."""
+"""Writing results: trees of tensors into the client's block, or into one of our own if they are larger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients are told of a component: the family's facts of its kind, the class, and the bytes."""
+"""The facts of a component: those of its kind, the class, and the bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Skeletons: built once, plugged without a copy, emptied again, and right after a swap."""
+"""The model cache: models are built once, plugged without a copy, unplugged, and correct after a swap."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_unplugging_lets_go_of_lent_memory(cache: ModelCache, describe: Describe
     assert not any(ref() for ref in watched)
 
 
-def test_a_second_checkpoint_reuses_the_skeleton_and_a_swap_is_right(cache: ModelCache, describe: Describer) -> None:
+def test_a_second_checkpoint_reuses_the_model_and_a_swap_is_correct(cache: ModelCache, describe: Describer) -> None:
     states = [flux1_state_dict(seed, **SMALL) for seed in (0, 1)]
     matches = [cache.match(describe(state)) for state in states]
     assert matches[0].model is matches[1].model

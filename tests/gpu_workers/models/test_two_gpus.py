@@ -1,4 +1,4 @@
-"""Two NCCL ranks: the arena of one GPU reaches the other, and both make what plain diffusers makes."""
+"""Two NCCL ranks: the arena of one GPU is copied to the other, and both agree with plain diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank uploads what: every byte once, wherever shares are cut."""
+"""The partition of uploads: every byte once, wherever shares end."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def checkpoint(seed: int) -> list[TensorSpec]:
     return specs
 
 
-def test_neighbours_in_block_and_copy_travel_together() -> None:
+def test_neighbours_in_block_and_buffer_are_joined() -> None:
     specs = [spec("a", 0, 8, 256), spec("b", 0, 264, 512), spec("c", 0, 776, 3), spec("d", 0, 779, 256)]
     assert join_ranges(specs, [0, 256, 768, 1024]) == [(0, 8, 0, 771), (0, 779, 1024, 256)]
 
 
-def test_gaps_overlaps_and_other_blocks_part_them() -> None:
+def test_gaps_overlaps_and_other_blocks_are_not_joined() -> None:
     specs = [spec("a", 0, 0, 256), spec("b", 0, 255, 256), spec("c", 0, 600, 256), spec("d", 1, 856, 256)]
     assert join_ranges(specs, [0, 256, 512, 768]) == [
         (0, 0, 0, 256),
@@ -53,7 +53,7 @@ def test_gaps_overlaps_and_other_blocks_part_them() -> None:
     ]
 
 
-def test_nothing_is_a_stretch_too() -> None:
+def test_empty_tensors_make_an_empty_range() -> None:
     assert join_ranges([spec("a", 0, 0, 0), spec("b", 0, 0, 256)], [0, 0]) == [(0, 0, 0, 256)]
     assert join_ranges([], []) == []
 
@@ -97,7 +97,7 @@ def test_ranks_upload_every_byte_once(blocks: list[torch.Tensor], seed: int, ran
     assert int(times.sum(dtype=torch.int64)) == sum(one.extent_bytes for one in specs)  # and nothing in between
 
 
-def test_a_stretch_is_cut_where_a_share_ends() -> None:
+def test_a_range_is_clipped_where_a_share_ends() -> None:
     ranges = [CopyRange(0, 8, 0, 100), CopyRange(1, 50, 256, 1000), CopyRange(1, 2000, 1280, 5)]
     assert clip_ranges(ranges, range(300)) == [(0, 8, 0, 100), (1, 50, 256, 44)]
     assert clip_ranges(ranges, range(300, 1256)) == [(1, 94, 300, 956)]

@@ -140,7 +140,7 @@ def test_float32_weights_avoid_kernels_for_half_precision() -> None:
 
 
 @pytest.mark.usefixtures("layout")
-def test_no_group_of_a_rank_judges_by_a_time_of_its_own() -> None:
+def test_no_group_of_a_rank_has_a_timeout_of_its_own() -> None:
     groups = list(distributed_c10d._world.pg_map)
     assert len(groups) > 1  # xfuser's, too
     timeouts = {group._get_backend(CPU).options._timeout for group in groups}
