@@ -30,7 +30,7 @@ def check_schedule(steps: int, sigmas: Sequence[float] | None) -> None:
     if wrong:
         raise BadRequest(f"sigma {wrong[0]}: every sigma lies above 0 and at most at 1")
     if any(later >= earlier for earlier, later in pairwise(sigmas)):
-        raise BadRequest("sigmas do not fall from step to step")
+        raise BadRequest("sigmas do not decrease from step to step; give them in decreasing order")
 
 
 def check_sides(height: int, width: int, multiple: int) -> None:

@@ -165,7 +165,7 @@ class GpuCopies:
             at = buffer.data_ptr() - base + share.start
             mine = export_allocation(base, whole, self._device.index, at)
         except XditdError as error:  # the other rank waits for the exchange
-            logger.warning("uploads cannot be copied from here reason=%s", error.detail)
+            logger.warning("no peer copy from this rank, uploads are broadcast reason=%s", error.detail)
         both = gather_bytes(msgspec.msgpack.encode(mine), _MAX_BLOCK_BYTES, self._ranks)
         return msgspec.msgpack.decode(both[1 - self._rank], type=CudaIpcBlock | None)
 

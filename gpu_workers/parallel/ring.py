@@ -136,7 +136,7 @@ def _probe(backend: str, device: torch.device) -> str:
     query, key, value = drawn.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         if device.type == "cpu" and backend != "SDPA":
-            return "runs on GPUs alone"
+            return "runs on GPUs only"
         run = with_log_sum_exp(backend, device)
         whole = run(query, key, value)[0].float()
         parts = [run(query, key[:, :, part], value[:, :, part]) for part in (slice(cut), slice(cut, None))]

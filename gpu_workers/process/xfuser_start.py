@@ -193,9 +193,9 @@ def _start_fused(
     if degrees.ring > 1:
         if is_asked:
             raise Unsupported(
-                f"{asked} with layout {degrees}: fused kernels attend without a ring; use ring=1 or {instead}"
+                f"{asked} with layout {degrees}: fused kernels have no ring attention; use ring=1 or {instead}"
             )
-        logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
+        logger.warning("fused kernels are off: they have no ring attention, and the layout is %s", degrees)
         return None
     from xditd.gpu_workers.kernels import warm_up
     from xditd.gpu_workers.kernels.products import check_eight_bits
@@ -203,8 +203,8 @@ def _start_fused(
 
     if not exchange.is_possible(degrees.world_size):
         if is_asked:
-            raise Unsupported(f"{asked} needs GPUs that reach each other's memory, and these do not; use {instead}")
-        logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
+            raise Unsupported(f"{asked} needs peer access between the GPUs, which these do not have; use {instead}")
+        logger.warning("fused kernels are off: the GPUs have no peer access to each other")
         return None
     chosen = attention.for_fused(requested_attention, attention_backend, device)
     if precision == "fp8":

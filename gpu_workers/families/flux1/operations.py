@@ -146,7 +146,7 @@ def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:
         instead = "kernels auto" if is_lossless else "precision bf16"
         raise Unsupported(
             f"flux1: {asked} with {heads} attention heads on {degrees.world_size} workers, which need the layout "
-            f"{degrees}: fused kernels attend without a ring; start the daemon with {instead}, or with --workers "
+            f"{degrees}: fused kernels have no ring attention; start the daemon with {instead}, or with --workers "
             f"{degrees.cfg * degrees.ulysses}"
         )
-    logger.info("plain blocks run: fused ones attend without a ring heads=%d layout=%s", heads, degrees)
+    logger.info("plain blocks run: fused ones have no ring attention heads=%d layout=%s", heads, degrees)

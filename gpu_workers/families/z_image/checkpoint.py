@@ -156,7 +156,7 @@ def _refuse_grouped(shapes: Mapping[str, Shape], blocks: list[str], hidden: int,
     rows = vote("z_image", "rows of keys", shapes, keys, heads)
     if rows < heads:
         raise Unsupported(
-            f"z_image: attention.{source} has {rows} rows, not {heads}: heads that share keys are not supported; "
+            f"z_image: attention.{source} has {rows} rows, not {heads}: grouped-query attention is not supported; "
             f"{_PLAIN}"
         )
 

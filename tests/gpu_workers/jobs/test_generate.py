@@ -306,7 +306,7 @@ def test_a_vae_and_an_image_come_together(lent: OneRank, messages: ModuleType, d
         (2, (1.0, 0.0), "sigma 0.0: every sigma lies above 0 and at most at 1"),
         (2, (1.5, 0.5), "sigma 1.5"),
         (2, (NAN, 0.5), "sigma nan"),
-        (2, (0.5, 0.5), "sigmas do not fall"),
+        (2, (0.5, 0.5), "sigmas do not decrease"),
     ],
     ids=str,
 )
