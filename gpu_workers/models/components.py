@@ -1,7 +1,5 @@
 """The lent components of one rank: map, verify, plug and unmap them.
 
-Where the bytes of a block come from:
-
 | block | on its own GPU | on another rank's GPU | on the CPU |
 |---|---|---|---|
 | ``cuda_ipc`` | mapped | one peer copy | refused |
@@ -70,13 +68,11 @@ class Component:
 
     @property
     def transformer_facts(self) -> TransformerFacts:
-        """For a component that :meth:`Components.get` returned as a transformer."""
         assert self.facts.transformer is not None
         return self.facts.transformer
 
     @property
     def vae_facts(self) -> VaeFacts:
-        """For a component that :meth:`Components.get` returned as a VAE."""
         assert self.facts.vae is not None
         return self.facts.vae
 
