@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Lead a group to its end; returns the exit status. A line on stderr says why it is not 0."""
+    """Run a worker group until it ends; return the exit status. If it is not 0, a line on stderr says why."""
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()
-        # Imported here: they import torch, and where that is missing somebody has to say so.
+        # Imported here, since they import torch: if torch is missing, the handler below reports it.
         from xditd.gpu_workers.process.leader import lead
         from xditd.gpu_workers.process.options import parse
 
@@ -27,7 +27,7 @@ def main() -> int:
         return lead(options)
     except Exception as error:
         if not isinstance(error, XditdError):
-            logger.exception("the leader cannot go on")
+            logger.exception("the leader failed")
         why, is_final = explain(error)
         print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
         return CONFIGURATION_STATUS if is_final else 1

@@ -35,7 +35,7 @@ PARITY_STEPS = 12
 CATEGORIES = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vectors", "gemv")),
     ("attention", ("sdpa", "flash", "fmha", "cudnn_generated")),
-    ("communication", ("nccl", "_meet", "_send_rows")),
+    ("communication", ("nccl", "_barrier", "_send_rows")),
 )
 
 

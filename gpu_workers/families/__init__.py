@@ -1,1 +1,1 @@
-"""Model families, a folder each: what only one kind of checkpoint knows. No family imports another."""
+"""Model families: the code for one kind of checkpoint each. No family imports another."""

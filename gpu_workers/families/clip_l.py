@@ -1,10 +1,9 @@
 """CLIP-L's text model (``clip_l.safetensors``), in the names of transformers and ComfyUI.
 
-Names begin with ``text_model.``, or do not: transformers has left it out since 5.6. Everything but the activation is
-read from shapes; OpenCLIP's larger models have another one, so they are refused by their widths.
+The prefix ``text_model.`` is optional: transformers has no such prefix since 5.6. Everything but the activation is read
+from shapes; OpenCLIP's larger models have another activation, so their widths are refused.
 
-``text_projection`` and the vision tower compare texts with images. FLUX.1 takes the pooled state as it is, so they are
-skipped.
+``text_projection`` and the vision tower are skipped: FLUX.1 takes the pooled state without a projection.
 
 Source: transformers, ``CLIPTextModel``; openai/clip-vit-large-patch14, ``config.json``.
 """
@@ -39,7 +38,7 @@ _POSITIONS = "embeddings.position_embedding.weight"
 
 @dataclass(frozen=True, slots=True)
 class ClipLConfig:
-    """The shape of a CLIP text model; ``max_tokens`` is how many positions it knows."""
+    """The sizes of a CLIP text model; ``max_tokens`` is the number of its positions."""
 
     vocabulary: int
     max_tokens: int
@@ -49,12 +48,12 @@ class ClipLConfig:
 
     @property
     def end_of_text(self) -> int:
-        """The token whose state is the pooled one. Files with more tokens than CLIP's have theirs after it."""
+        """The token whose state is the pooled one. Files with a larger vocabulary add tokens after it."""
         return min(self.vocabulary, VOCABULARY) - 1
 
 
 class ClipL:
-    """CLIP-L: see the module's docstring."""
+    """The family of CLIP-L: see the module's docstring."""
 
     name = "clip_l"
     title = "CLIP-L (clip_l.safetensors)"
@@ -64,7 +63,7 @@ class ClipL:
     fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
-        # Other encoders have layers of the same names without the old prefix; those of texts alone embed tokens.
+        # Image encoders have layers of the same names without the prefix, but no token embedding.
         return any(map(_OLD_LAYER.match, names)) or (_TOKENS in names and any(map(_LAYER.match, names)))
 
     def canonical(self, name: str) -> str:
@@ -129,14 +128,14 @@ class ClipLOperations:
                 pad_token_id=config.end_of_text,
             )
         )
-        model = getattr(model, "text_model", model)  # transformers 4 keeps it one level deeper
-        # A buffer that is in no file: it was made on the meta device, and a job would read nothing from it.
+        model = getattr(model, "text_model", model)  # one level deeper in transformers 4
+        # No file has this buffer, and on the meta device it has no values.
         model.embeddings.position_ids = torch.arange(config.max_tokens, device="cpu").expand((1, -1))
         compute_in_float32([*model.encoder.layers, model.final_layer_norm], model.embeddings)
         return cast(torch.nn.Module, model)
 
     def fuse(self, *_: object) -> None:
-        """There is no faster forward."""
+        """There are no fused kernels."""
 
     def facts(self, config: ClipLConfig) -> TextEncoderFacts:
         return TextEncoderFacts(width=config.width, max_tokens=config.max_tokens, has_pooled=True)

@@ -1,8 +1,8 @@
 """The encoder of T5 v1.1 (``t5xxl_fp16.safetensors``), in the names of transformers and ComfyUI.
 
-The token embedding is ``shared.weight``; ``encoder.embed_tokens.weight`` is the same tensor again, which many files
-hold twice. A decoder that comes along is not read. Everything is read from shapes but the distances over which
-positions are told apart: 32 buckets up to 128 tokens, in every T5.
+The token embedding is ``shared.weight``; many files hold it again as ``encoder.embed_tokens.weight``. A decoder in the
+file is not read. Everything is read from shapes but the buckets of relative positions: 32 up to a distance of 128
+tokens in every T5.
 
 Source: transformers, ``T5EncoderModel``; google/t5-v1_1-xxl, ``config.json``.
 """
@@ -39,7 +39,7 @@ _BIAS = "relative_attention_bias.weight"
 
 @dataclass(frozen=True, slots=True)
 class T5Config:
-    """The shape of a T5 encoder; ``inner`` is the width of its feed-forward layers."""
+    """The sizes of a T5 encoder; ``inner`` is the width of its feed-forward layers."""
 
     vocabulary: int
     width: int
@@ -49,12 +49,12 @@ class T5Config:
 
     @property
     def max_tokens(self) -> int:
-        """Positions are relative, so what bounds a text is the memory of its attention."""
+        """Positions are relative, so only the memory of attention limits a text."""
         return limits.MAX_TEXT_TOKENS
 
 
 class T5:
-    """T5 v1.1: see the module's docstring."""
+    """The family of T5 v1.1: see the module's docstring."""
 
     name = "t5"
     title = "the encoder of T5 v1.1 (t5xxl_fp16.safetensors)"
@@ -135,7 +135,7 @@ class T5Operations:
         return cast(torch.nn.Module, model)
 
     def fuse(self, *_: object) -> None:
-        """There is no faster forward."""
+        """There are no fused kernels."""
 
     def facts(self, config: T5Config) -> TextEncoderFacts:
         return TextEncoderFacts(width=config.width, max_tokens=config.max_tokens, has_pooled=False)

@@ -1,1 +1,1 @@
-"""What a rank does with one job: its inputs and outputs, progress and cancel."""
+"""Running one job on a rank: inputs, outputs, progress and cancellation."""

@@ -1,4 +1,4 @@
-"""``Call``: a transformer's forward, once for each part, as its class has it."""
+"""The ``Call`` job: a transformer's forward, once for each part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xditd.ipc.requests import Call
 
 @torch.inference_mode()
 def run(job: Call, context: JobContext) -> Finished:
-    """Run the forwards; rank 0 writes what they give. Ranks meet in none of it but the forwards themselves."""
+    """Run the forwards; rank 0 writes the results. After the checks, only the forwards have collectives."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         transformer = context.components.get(job.component_id, "transformer")
@@ -29,8 +29,8 @@ def run(job: Call, context: JobContext) -> Finished:
         clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
         taken = {each.name for each in transformer.transformer_facts.arguments}
-        if strange := sorted(set(job.foreseen) - taken):
-            raise BadRequest(f"foreseen: {listed(strange)} is no argument; there are {', '.join(sorted(taken))}")
+        if unknown := sorted(set(job.foreseen) - taken):
+            raise BadRequest(f"foreseen: {listed(unknown)} is no argument; it takes {', '.join(sorted(taken))}")
         io = context.open_io()
         reader = context.reader(io)
         parts = []
@@ -53,7 +53,7 @@ def run(job: Call, context: JobContext) -> Finished:
     trees = [operations.tree(rows) for rows in results]
     finite = FiniteCheck()
     for tree, inputs in zip(trees, parts, strict=True):
-        name = f"result{_moment(inputs)}"
+        name = f"result{_format_timestep(inputs)}"
         for tensor in leaves(tree):
             finite.note(name, tensor)
     finite.fetch()
@@ -67,17 +67,13 @@ def run(job: Call, context: JobContext) -> Finished:
 
 
 def check_variant(variant: str, facts: TransformerFacts) -> None:
-    """Refuse a variant that the family does not have.
-
-    Raises:
-        BadRequest: names those that it has.
-    """
+    """Raise ``BadRequest`` if the family does not have this variant."""
     if variant not in facts.variants:
         raise BadRequest(f"variant {variant!r}: use one of {', '.join(facts.variants)}")
 
 
-def _moment(inputs: Inputs) -> str:
-    """Say when a forward is, by the values that the host knows: `` at timestep 0.7``."""
+def _format_timestep(inputs: Inputs) -> str:
+    """Return the timestep of a forward for an error message, `` at timestep 0.7``, if the host knows it."""
     for name, values in inputs.known.items():
         if values:
             least, most = min(values), max(values)

@@ -1,4 +1,4 @@
-"""What a job works with: this rank's components and device, its client, and its client's tensors."""
+"""The context of a job: components, device, client, and the client's tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xditd.ipc.transports.host_shm import HostArena
 
 @dataclass(frozen=True, eq=False)
 class JobContext:
-    """What one job works with. ``provide`` gets a block of this process for results that do not fit the client's."""
+    """The context of one job. ``provide`` makes a block of this process for results that do not fit the client's."""
 
     components: Components
     device: torch.device
@@ -34,11 +34,11 @@ class JobContext:
         return ArgumentReader(io, self.device, self.kept, self.client)
 
     def check_finite(self, finite: FiniteCheck, component: Component, *into: torch.dtype) -> None:
-        """Refuse results that are not finite.
+        """Check that results are finite.
 
         Raises:
-            StaleSource: because the component's weights were changed.
-            NotFinite: they were not.
+            StaleSource: they are not, and the component's weights have changed.
+            NotFinite: they are not, with unchanged weights.
         """
         fault = finite.fault(component, *into)
         if fault is not None:
@@ -47,14 +47,14 @@ class JobContext:
 
 
 class PhaseClock(Clock):
-    """Times the phases of a job, with the work that they leave to the GPU."""
+    """Times the phases of a job, including their work on the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
     def end_phase(self, phase: str, *, waits: bool = True) -> None:
-        """Note the milliseconds since the last phase. Without ``waits`` the GPU's work counts to a later one."""
+        """Store the milliseconds since the last phase. Without ``waits`` pending GPU work counts to a later phase."""
         if waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.mark(phase)

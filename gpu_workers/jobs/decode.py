@@ -1,4 +1,4 @@
-"""``Decode``: images from latents; and the decode that ends a ``Generate``."""
+"""The ``Decode`` job, latents to images; ``Generate`` decodes by the same functions."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def run(job: Decode, context: JobContext) -> Finished:
         latents = io.read("latents", job.latents, context.device)
         scaling = job.scaling or vae.vae_facts.latents.scaling
     clock.end_phase("inputs")
-    image = decode_by_all(vae, latents, scaling)
+    image = decode_on_all_ranks(vae, latents, scaling)
     with raise_on_all_ranks():
         if context.is_leader:
-            io.write("out", job.out, decoded(context, vae, latents, scaling, image, job.out))
+            io.write("out", job.out, finish_decode(context, vae, latents, scaling, image, job.out))
             clock.end_phase("decode")
     return Finished(clock.marks_ms)
 
 
-def decode_by_all(vae: Component, latents: torch.Tensor, scaling: LatentScaling) -> torch.Tensor | None:
-    """Decode on all ranks, or leave a small image to rank 0, which does it sooner alone.
+def decode_on_all_ranks(vae: Component, latents: torch.Tensor, scaling: LatentScaling) -> torch.Tensor | None:
+    """Decode on all ranks; return ``None`` for a small image, which rank 0 decodes faster alone.
 
-    Not inside ``raise_on_all_ranks``: there are many collectives in it, and a rank that runs out of memory reaches no
-    later one. The rank then ends, and the group with it, as in a step.
+    Do not call it inside ``raise_on_all_ranks``: it has many collectives, and a rank that runs out of memory reaches
+    none of the later ones. That rank ends, and the group with it, as in a step.
     """
     model = vae.match.model
     operations = model.operations_for("vae")
@@ -46,7 +46,7 @@ def decode_by_all(vae: Component, latents: torch.Tensor, scaling: LatentScaling)
     return operations.decode(model, latents, scaling, is_shared=True)
 
 
-def decoded(
+def finish_decode(
     context: JobContext,
     vae: Component,
     latents: torch.Tensor,
@@ -54,7 +54,7 @@ def decoded(
     image: torch.Tensor | None,
     into: IoTensor,
 ) -> torch.Tensor:
-    """Return the image that all ranks have decoded, or decode it on this one, and check it, not cut off yet."""
+    """Return ``image``, or decode it on this rank if it is ``None``; check it. Values are not clamped."""
     if image is None:
         with using_all_cores(context.device):
             model = vae.match.model

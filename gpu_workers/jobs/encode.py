@@ -1,4 +1,4 @@
-"""``Encode``: latents from images, on rank 0."""
+"""The ``Encode`` job: images to latents, on rank 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: Encode, context: JobContext) -> Finished:
-    """Encode an image, in the order of channels in which it comes, and write the latents."""
+    """Encode an image, channels first or last, and write the latents."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         vae = context.components.get(job.vae_id, "vae")
@@ -20,7 +20,7 @@ def run(job: Encode, context: JobContext) -> Finished:
         io = context.open_io()
         image = io.read("image", job.image, context.device)
         if image.ndim == 4 and image.shape[-1] == facts.image_channels:
-            image = image.movedim(-1, 1)  # computed in the layout in which it came
+            image = image.movedim(-1, 1)  # a view: the memory format stays
         if context.is_leader:
             clock.end_phase("inputs")
             with using_all_cores(context.device):

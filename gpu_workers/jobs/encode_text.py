@@ -1,4 +1,4 @@
-"""``EncodeText``: hidden states of token ids, on rank 0, in float32 whatever the weights are."""
+"""The ``EncodeText`` job: token ids to hidden states, on rank 0, in float32 whatever the weights' dtype."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: EncodeText, context: JobContext) -> Finished:
-    """Encode token ids, and write hidden states: the last layer after the final norm, and the pooled one if asked for.
+    """Encode token ids; write the hidden states after the final norm, and the pooled state if asked for.
 
-    Every token is attended to, padding too, as far as the encoder looks. Pooled is the state at the first end-of-text
-    token, or at token 0 where there is none; not projected.
+    No padding is masked. The pooled state is that of the first end-of-text token, or of token 0 if there is none; it is
+    not projected.
     """
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
@@ -40,7 +40,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             with using_all_cores(context.device):
                 hidden, pooled = operations.encode(match.model, token_ids, pooled=job.out_pooled is not None)
             finite = FiniteCheck()
-            finite.note("hidden states", hidden)  # pooled ones are some of them
+            finite.note("hidden states", hidden)  # the pooled state is one of them
             finite.fetch()
             clock.end_phase("encode_text")
             places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
@@ -54,10 +54,10 @@ def run(job: EncodeText, context: JobContext) -> Finished:
 
 
 def check_token_ids(token_ids: torch.Tensor, name: str, max_tokens: int, vocabulary: int) -> None:
-    """Check token ids against the encoder that shall read them.
+    """Check token ids against the encoder.
 
     Raises:
-        BadRequest: names the tensor, or the token and its place, and what would do.
+        BadRequest: names the tensor, or the token and its position, and what is accepted.
     """
     if token_ids.dtype != torch.int64:
         raise BadRequest(f"token_ids: dtype is {token_ids.dtype}, use torch.int64")

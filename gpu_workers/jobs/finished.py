@@ -1,4 +1,4 @@
-"""What a job came to, apart from what it wrote into the client's I/O block."""
+"""The result of a job, besides the tensors in the client's I/O block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xditd.ipc.worker_messages import CallResults
 
 
 class Finished(NamedTuple):
-    """Milliseconds by phase; how many steps a cache spared, counted for each image; what a call gave, on rank 0."""
+    """Milliseconds by phase; steps that the step cache reused, counted for each image; results of a call, on rank 0."""
 
     timings_ms: dict[str, float]
     reused_steps: int = 0

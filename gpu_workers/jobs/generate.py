@@ -1,4 +1,4 @@
-"""``Generate``: the denoising loop, one for all families, and the decode that may end it."""
+"""The ``Generate`` job: the denoising loop of all families, and an optional decode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from xditd.gpu_workers.jobs.call import check_variant
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
-from xditd.gpu_workers.jobs.decode import decode_by_all, decoded
+from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.reading import check_names
@@ -36,11 +36,11 @@ OnDenoised = Callable[[torch.Tensor], None]
 
 
 def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
-    """Denoise on every rank, decode if asked to, and write on rank 0."""
+    """Denoise on every rank, decode if asked for, and write the results on rank 0."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
-        transformer = _component(job, context, "transformer")
-        vae = _component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
+        transformer = _get_component(job, context, "transformer")
+        vae = _get_component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
         latent_facts = transformer.transformer_facts.latents
         if vae is not None:
             latent_facts.check_vae(vae.vae_facts.latents)
@@ -55,16 +55,16 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
-    latents = loop.run(finite, progress.step, _previews_of(job, context, io))
+    latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
     finite.fetch()
     clock.end_phase("steps")
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_by_all(vae, latents, latent_facts.scaling)
+    image = None if vae is None else decode_on_all_ranks(vae, latents, latent_facts.scaling)
     with raise_on_all_ranks():
         if context.is_leader and vae is not None and job.out_image is not None:
-            image = decoded(context, vae, latents, latent_facts.scaling, image, job.out_image)
+            image = finish_decode(context, vae, latents, latent_facts.scaling, image, job.out_image)
             io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
             clock.end_phase("decode")
         if context.is_leader:
@@ -76,7 +76,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
 
 @dataclass(eq=False)
 class Loop:
-    """The steps of one generation: everything is checked, and on the device."""
+    """The denoising loop of one generation, its inputs checked and on the device."""
 
     model: CachedModel
     operations: TransformerOperations[Any]
@@ -88,23 +88,23 @@ class Loop:
 
     @classmethod
     def prepare(cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo) -> Loop:
-        """Read and check all that a client gives, before any rank steps.
+        """Read and check all inputs before the first step.
 
         Raises:
-            BadRequest: sizes, shapes, steps, sigmas, options, or values that are not finite.
-            Unsupported: too few tokens for the group, or a step cache that the family does not have.
+            BadRequest: wrong sizes, shapes, steps, sigmas or options, or values that are not finite.
+            Unsupported: too few tokens for the group, or the family has no step cache.
         """
         model = transformer.match.model
         operations = model.operations_for("transformer")
         facts, sampling = transformer.transformer_facts, job.sampling
         check_variant(sampling.variant, facts)
         check_names(job.conditioning, facts.conditioning, "conditioning")
-        if strange := sorted(set(sampling.options) - set(facts.options)):
+        if unknown := sorted(set(sampling.options) - set(facts.options)):
             taken = f"it takes {', '.join(facts.options)}" if facts.options else "it takes none"
-            raise BadRequest(f"options: {listed(strange)} cannot be given to {transformer.match.family.name}; {taken}")
+            raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
         if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
             raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
-        wanted = wanted_of(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts)
+        wanted = to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts)
         operations.recipe.check(transformer.match.config, wanted)
         shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
         io.check("out_latents", job.out_latents, shape)
@@ -137,9 +137,9 @@ class Loop:
     ) -> torch.Tensor:
         """Denoise, and return the latents, (batch, channels, height, width), in the dtype of the steps.
 
-        ``on_step(done, total)`` runs on the host after each step was issued, which on a GPU is before it has finished;
-        if it raises, the job fails with that error. ``on_denoised`` runs before it, with the clean latents as predicted
-        at that step, in float32. All ranks give one, or none. ``finite`` notes the latents after every step.
+        ``on_step(done, total)`` runs on the host after each step was launched, on a GPU before it has finished; if it
+        raises, the job fails with that error. ``on_denoised`` runs before ``on_step`` with the step's prediction of the
+        clean latents, in float32; all ranks give it, or none. ``finite`` gets the latents after every step.
         """
         started, scheduler = self.started, self.started.scheduler
         latents = started.latents
@@ -156,11 +156,11 @@ class Loop:
         return started.unpacked(latents)
 
 
-def wanted_of(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
-    """Check the numbers of a generation, and fill in what its client left to the family.
+def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
+    """Check the numbers of a generation, and fill in the family's defaults.
 
     Raises:
-        BadRequest: names the field, its value and what would do.
+        BadRequest: names the field, its value and what is accepted.
     """
     check_batch("out_latents", batch)
     check_sides(sampling.height, sampling.width, facts.latents.pixels * facts.latents.multiple)
@@ -187,18 +187,18 @@ def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
 
 
-def _component(job: Generate, context: JobContext, role: str) -> Component:
+def _get_component(job: Generate, context: JobContext, role: str) -> Component:
     component_id = job.components.get(cast(Any, role))
     if component_id is None:
         raise BadRequest(f"components: a {role} is missing; name one by its id")
     return context.components.get(component_id, role)
 
 
-def _previews_of(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised | None:
-    """What writes each step's prediction of the clean latents, where the client wants to see them.
+def _preview_writer(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised | None:
+    """Return a function that writes each step's preview, or ``None`` if the client wants none.
 
-    It waits for the step, so the host does not run ahead of the GPU as it does without. Every rank gets one, since
-    all have to know; rank 0's alone writes.
+    Writing waits for the step, so the host no longer runs ahead of the GPU. Every rank gets a function; only rank 0's
+    writes.
     """
     where = job.out_denoised
     if where is None:
@@ -207,9 +207,9 @@ def _previews_of(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised |
 
 
 class Progress:
-    """What a job does between steps: agree whether to go on, keep the host close to the GPU, tell rank 0's listener.
+    """Progress and cancellation of a job: all ranks stop at the same step.
 
-    ``is_cancelled`` and ``tell`` are used on rank 0 alone.
+    ``is_cancelled`` and ``report_step`` are called on rank 0 alone.
     """
 
     def __init__(
@@ -217,24 +217,24 @@ class Progress:
         is_leader: bool,
         device: torch.device,
         is_cancelled: Callable[[], bool],
-        tell: Callable[[int, int, float], None],
+        report_step: Callable[[int, int, float], None],
     ) -> None:
         self._is_leader = is_leader
         self._is_cancelled = is_cancelled
-        self._tell = tell
+        self._report_step = report_step
         self._events = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
         self._started = time.perf_counter()
         self.first_step_ms = 0.0
 
     def step(self, done: int, total: int) -> None:
-        """Call after each step was issued.
+        """Call after each step was launched.
 
         Raises:
             Cancelled: on every rank at the same step.
         """
         if self._events:
-            # Wait for the step before this one: the host then runs at most one step ahead, so that progress and
-            # cancel are true to the GPU, and the GPU never waits for the host.
+            # Wait for the previous step: the host runs at most one step ahead, so that progress and cancellation
+            # follow the GPU, and the GPU never waits for the host.
             self._events[done % 2].record()
             if done > 1:
                 self._events[(done - 1) % 2].synchronize()
@@ -242,6 +242,6 @@ class Progress:
         if done == 1:
             self.first_step_ms = elapsed_s * 1e3
         if self._is_leader:
-            self._tell(done, total, elapsed_s)
+            self._report_step(done, total, elapsed_s)
         if broadcast_stop(self._is_leader and self._is_cancelled()):
             raise Cancelled(f"cancelled after step {done} of {total}")

@@ -1,4 +1,4 @@
-"""The inputs and outputs of jobs: tensors in a shared block of the client's."""
+"""Read and write the tensors of jobs in shared memory (the client's I/O block)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from xditd.ipc.transports.host_shm import HostArena, HostMapping, map_shm
 from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _MAX_MAPPED: Final = 16
-"""I/O blocks that stay mapped between jobs, least recently used first out; a client reuses few."""
+"""How many I/O blocks stay mapped between jobs; the least recently used is unmapped first."""
 
-PROVIDED: Final = 4
-"""Blocks of results that stay for each client, newest first: it maps one as soon as it hears of it."""
+PROVIDED_PER_CLIENT: Final = 4
+"""How many blocks of results stay for each client; the oldest is freed first. A client maps a block at once."""
 
 
 class JobIo:
-    """The clients' I/O blocks that this rank has mapped for reading and writing."""
+    """The I/O blocks of all clients that this rank has mapped, and the blocks of results that it has made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,7 +35,7 @@ class JobIo:
         return len(self._mapped)
 
     def open(self, block: HostShmBlock, exporter: ProcessIdentity) -> OpenIo:
-        """Map a client's I/O block, or find it mapped.
+        """Return a client's I/O block, mapped now or by an earlier job.
 
         Raises:
             ProcessGone, StaleSource, NotPermitted: see :func:`map_shm`.
@@ -53,32 +53,31 @@ class JobIo:
         return OpenIo(mapped.mapping)
 
     def provide(self, client: ProcessIdentity, size_bytes: int) -> HostArena:
-        """Make a block of this process for results of a client; the newest :data:`PROVIDED` of each stay.
+        """Make a block of this process for a client's results; its newest :data:`PROVIDED_PER_CLIENT` stay.
 
         Raises:
-            OutOfMemory: there is no room.
+            OutOfMemory: there is no memory.
         """
         arena = HostArena(size_bytes, name="xditd-results")
         if self._device.type == "cuda":
             arena.pin(self._device.index)
         blocks = self._provided.setdefault(client, deque())
         blocks.append(arena)
-        while len(blocks) > PROVIDED:
+        while len(blocks) > PROVIDED_PER_CLIENT:
             blocks.popleft().close()
         return arena
 
-    def sweep(self) -> None:
-        """Unmap every block that its client has closed, as it does after a job of which it cannot be sure.
+    def unmap_closed(self) -> None:
+        """Unmap every block whose client has closed its descriptor.
 
-        Nobody tells: the client's descriptor does, so that a client's thread, session or error path that ends in
-        another way leaves nothing behind either.
+        No message announces that, so that nothing leaks however a client's thread or session ends.
         """
         for key, mapped in list(self._mapped.items()):
-            if not _is_open(key[0], mapped.fd, mapped.mapping.identity):
+            if not _has_descriptor(key[0], mapped.fd, mapped.mapping.identity):
                 self._mapped.pop(key).mapping.close()
 
     def forget(self, exporter: ProcessIdentity) -> None:
-        """Unmap every block of a client that is gone, and free those that were provided for it."""
+        """Unmap the I/O blocks of a client that has exited, and free the blocks of its results."""
         for key in [key for key in self._mapped if key[0] == exporter]:
             self._mapped.pop(key).mapping.close()
         for arena in self._provided.pop(exporter, ()):
@@ -95,19 +94,19 @@ class JobIo:
 class _Mapped:
     mapping: HostMapping
     fd: int
-    """The block's descriptor in its client, by the latest job."""
+    """The block's descriptor in the client, from the latest job."""
 
 
-def _is_open(exporter: ProcessIdentity, fd: int, identity: tuple[int, int]) -> bool:
+def _has_descriptor(exporter: ProcessIdentity, fd: int, identity: tuple[int, int]) -> bool:
     try:
         found = os.stat(f"/proc/{exporter.pid}/fd/{fd}")
         return (found.st_dev, found.st_ino) == identity
     except OSError:
-        return False  # closed, or not ours to look at any more: then it could not be mapped again either
+        return False  # closed, or no longer readable: then it could not be mapped again, either
 
 
 class OpenIo:
-    """One job's block. Holds no views between calls, so that it can be unmapped."""
+    """The I/O block of one job. Holds no views, so that it can be unmapped."""
 
     def __init__(self, mapping: HostMapping) -> None:
         self._mapping = mapping
@@ -115,36 +114,36 @@ class OpenIo:
     def read(
         self, name: str, described: IoTensor, device: torch.device | None = None, *, waits: bool = True
     ) -> torch.Tensor:
-        """Copy an input out, to ``device`` or on the host, so that nothing the client writes later changes the job.
+        """Copy an input to ``device`` (or on the host), so that later writes of the client change nothing.
 
-        Without ``waits`` the copy may still be under way: the caller waits for the device before the job goes on.
+        Without ``waits`` the copy is asynchronous, and the caller has to wait for the device before the job goes on.
 
         Raises:
-            BadRequest: it does not lie inside the block.
+            BadRequest: it is not inside the block.
         """
-        view = self._view(name, described)  # not converted on the way: that would happen on the host
+        view = self._view(name, described)  # not converted here: torch would do that on the host
         return view.clone() if device is None else view.to(device, copy=True, non_blocking=not waits)
 
     def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
-        """Copy a result into its place, converted to the dtype that the client asked for.
+        """Copy a result into its place, converted to the client's dtype.
 
         Raises:
-            BadRequest: the place has another shape, or does not lie inside the block.
+            BadRequest: the place has another shape, or is not inside the block.
         """
         if tuple(value.shape) != described.shape:
             raise BadRequest(
                 f"{name}: the place for it is {list(described.shape)}, but the result is {list(value.shape)}"
             )
         view = self._view(name, described)
-        # What lies on a GPU is converted there: torch would copy it first, by way of memory that is not pinned, and
-        # convert it on the host (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
+        # Convert on the GPU: else torch copies first, through memory that is not pinned, and converts on the host
+        # (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
         view.copy_(value.to(view.dtype) if value.is_cuda else value)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
-        """Check an output's place before the work is done.
+        """Check the place of an output before the job runs.
 
         Raises:
-            BadRequest: wrong shape, or outside the block.
+            BadRequest: it has another shape, or is not inside the block.
         """
         if described.shape != shape:
             raise BadRequest(
@@ -153,10 +152,10 @@ class OpenIo:
         self._view(name, described)
 
     def digest(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Hash a stretch of the block.
+        """Hash a range of the block.
 
         Raises:
-            BadRequest: it does not lie inside the block.
+            BadRequest: it is not inside the block.
         """
         if offset_bytes + length_bytes > self._mapping.size_bytes:
             raise BadRequest(f"memory check ends at byte {offset_bytes + length_bytes} of {self._mapping.size_bytes}")

@@ -1,4 +1,4 @@
-"""Tensors that clients sent once and name from then on, on this rank's device."""
+"""Kept tensors: clients send them once, then refer to them by id. They stay on this rank's device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from xditd.ipc.processes import ProcessIdentity
 
 
 class KeptTensors:
-    """What each client may name, bounded by count and bytes; least recently used first out.
+    """An LRU cache of tensors for each client, bounded by count and bytes.
 
-    A tensor stays as it was sent, at one address. Every rank gets the same jobs in the same order, so all keep the
-    same.
+    A tensor keeps its values and its address. All ranks keep the same, since they get the same jobs in the same order.
     """
 
     def __init__(self, max_count: int = limits.MAX_KEPT_TENSORS, max_bytes: int = limits.MAX_KEPT_BYTES) -> None:
@@ -27,10 +26,10 @@ class KeptTensors:
         return sum(map(len, self._by_client.values()))
 
     def find(self, client: ProcessIdentity, kept_id: str) -> torch.Tensor:
-        """Return what a client sent under this id. Nobody writes to it.
+        """Return a client's tensor by id. Do not write to it.
 
         Raises:
-            UnknownKept: never sent, or pushed out.
+            UnknownKept: it was never sent, or was evicted.
         """
         kept = self._by_client.get(client, OrderedDict())
         found = kept.get(kept_id)
@@ -40,16 +39,16 @@ class KeptTensors:
         return found
 
     def keep(self, client: ProcessIdentity, kept_id: str, tensor: torch.Tensor) -> None:
-        """Keep a tensor, in place of an older one of its id; one that is larger than the bound is not kept."""
+        """Keep a tensor in place of an older one of the same id, unless it exceeds the byte limit."""
         kept = self._by_client.setdefault(client, OrderedDict())
         kept.pop(kept_id, None)
         if tensor.nbytes > self._max_bytes:
-            return  # and nothing else goes for it
+            return  # and nothing is evicted for it
         kept[kept_id] = tensor
         total = sum(each.nbytes for each in kept.values())
         while len(kept) > self._max_count or total > self._max_bytes:
             total -= kept.popitem(last=False)[1].nbytes
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Free what a client that is gone had sent."""
+        """Free the tensors of a client that has exited."""
         self._by_client.pop(client, None)

@@ -1,4 +1,4 @@
-"""Argument trees on their way in: from a message and an I/O block to what a forward is given."""
+"""Read argument trees: from a message and an I/O block to the inputs of a forward."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ class ArgumentReader:
         self._kept = kept
         self._client = client
         self._taken_bytes = 0
-        self._arrived: dict[str, torch.Tensor] = {}
-        """By path: what came with this job, and was not looked at yet."""
+        self._unchecked: dict[str, torch.Tensor] = {}
+        """By path: the tensors of this job that were not checked yet."""
         self._to_keep: dict[str, torch.Tensor] = {}
 
     def read(self, arguments: Mapping[str, Argument], where: str = "") -> Inputs:
-        """Read every argument as it is: tensors go to the device, in the dtype and shape that they came in.
+        """Read every argument: tensors are copied to the device in their own dtype and shape.
 
-        ``where`` goes before their names in errors. Call :meth:`finish` once all are read.
+        ``where`` is put before names in errors. Call :meth:`finish` when all are read.
 
         Raises:
-            BadRequest: a tensor lies outside the I/O block, or its values are not as many as its shape says.
-            LimitExceeded: all of this job's take more than :data:`~xditd.ipc.limits.MAX_ARGUMENT_BYTES`.
-            UnknownKept: a tensor is kept no more.
+            BadRequest: a tensor is outside the I/O block, or the number of its values does not fit its shape.
+            LimitExceeded: the job's arguments take more than :data:`~xditd.ipc.limits.MAX_ARGUMENT_BYTES`.
+            UnknownKept: a kept tensor was evicted.
         """
         found = {name: self._value(where + name, node) for name, node in arguments.items()}
-        known = {name: _known(found[name]) for name, node in arguments.items() if isinstance(node, Values)}
+        known = {name: _host_values(found[name]) for name, node in arguments.items() if isinstance(node, Values)}
         for name in known:
             found[name] = self._on_device(found[name])
         return Inputs(found, known)
 
     def finish(self) -> None:
-        """Check what has arrived, with one wait for the device, and keep of it what shall be kept.
+        """Check that all tensors are finite, with one wait for the device, and keep those with an id.
 
         Raises:
-            BadRequest: values that are not finite, by the argument's name.
+            BadRequest: names an argument with other values.
         """
-        check_finite({path: tensor for path, tensor in self._arrived.items() if tensor.is_floating_point()})
+        check_finite({path: tensor for path, tensor in self._unchecked.items() if tensor.is_floating_point()})
         for kept_id, tensor in self._to_keep.items():
             self._kept.keep(self._client, kept_id, tensor)
 
     def _value(self, path: str, node: Argument) -> Any:
         if isinstance(node, Values):
-            return _tensor_of(path, node)
+            return _build_tensor(path, node)
         if isinstance(node, (InIo, Kept, Rows)):
             return self._tensor(path, node)
         if isinstance(node, ListOf):
@@ -74,25 +74,25 @@ class ArgumentReader:
         return node
 
     def _nested(self, path: str, node: Argument) -> Any:
-        """A value below the top: of it the host is not told what it knows."""
+        """Read a nested value, which does not go into ``Inputs.known``."""
         found = self._value(path, node)
         return self._on_device(found) if isinstance(node, Values) else found
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a few numbers to the device, without a wait: the driver has them when this returns."""
+        """Copy a few numbers to the device without a wait: the driver has its own copy when this returns."""
         return tensor.to(self._device, non_blocking=True)
 
     def _tensor(self, path: str, node: Tensor) -> torch.Tensor:
         if isinstance(node, Values):
-            return self._on_device(_tensor_of(path, node))
+            return self._on_device(_build_tensor(path, node))
         if isinstance(node, Kept):
             found = self._kept.find(self._client, node.kept_id)
             if tuple(found.shape) != node.shape or found.dtype != torch_dtype(node.dtype):
-                raise UnknownKept(f"{path}: kept tensor {node.kept_id} is another one by now; send it again")
+                raise UnknownKept(f"{path}: kept tensor {node.kept_id} has another shape or dtype; send it again")
             return found
         if isinstance(node, InIo):
-            self._take(path, node.place.size_bytes)
-            found = self._arrived[path] = self._io.read(path, node.place, self._device, waits=False)
+            self._count_bytes(path, node.place.size_bytes)
+            found = self._unchecked[path] = self._io.read(path, node.place, self._device, waits=False)
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
             return found
@@ -102,18 +102,18 @@ class ArgumentReader:
             if found.ndim == 0:
                 raise BadRequest(f"{path}.rows[{number}]: a tensor without dimensions has no rows; give it one")
             if found.shape[0] > 1 and part.times > 1:
-                self._take(path, found.nbytes * part.times)
-            rows.append(_repeated(found, part.times))
+                self._count_bytes(path, found.nbytes * part.times)
+            rows.append(_repeat_rows(found, part.times))
         if len(rows) == 1:
             return rows[0]
         if len({(row.shape[1:], row.dtype) for row in rows}) > 1:
             shapes = listed(f"{list(row.shape)} {row.dtype}" for row in rows)
             raise BadRequest(f"{path}: rows of different shapes or dtypes cannot be joined: {shapes}")
-        self._take(path, sum(row.nbytes for row in rows))
+        self._count_bytes(path, sum(row.nbytes for row in rows))
         return torch.cat(rows)
 
-    def _take(self, path: str, size_bytes: int) -> None:
-        """Count memory that an argument is about to take, on every rank alike."""
+    def _count_bytes(self, path: str, size_bytes: int) -> None:
+        """Add to the bytes that the job's arguments take; all ranks count the same."""
         self._taken_bytes += size_bytes
         if self._taken_bytes > limits.MAX_ARGUMENT_BYTES:
             raise LimitExceeded(
@@ -123,20 +123,20 @@ class ArgumentReader:
 
 
 def check_names(given: Collection[str], facts: Collection[ArgumentFacts], what: str) -> None:
-    """Refuse arguments that are not taken, and missing ones.
+    """Check that no argument is unknown or missing.
 
     Raises:
-        BadRequest: names them, and what is taken.
+        BadRequest: names them, and the accepted ones.
     """
     taken = {each.name for each in facts}
     needed = {each.name for each in facts if each.is_needed}
-    if strange := sorted(set(given) - taken):
-        raise BadRequest(f"{what}: {listed(strange)} cannot be given; it takes {', '.join(sorted(taken))}")
+    if unknown := sorted(set(given) - taken):
+        raise BadRequest(f"{what}: {listed(unknown)} cannot be given; it takes {', '.join(sorted(taken))}")
     if missing := sorted(needed - set(given)):
         raise BadRequest(f"{what}: {listed(missing)} is missing; it takes {', '.join(sorted(taken))}")
 
 
-def _tensor_of(path: str, node: Values) -> torch.Tensor:
+def _build_tensor(path: str, node: Values) -> torch.Tensor:
     if len(node.values) != math.prod(node.shape):
         raise BadRequest(f"{path}: {len(node.values)} values for the shape {list(node.shape)}")
     try:
@@ -150,13 +150,13 @@ def _tensor_of(path: str, node: Values) -> torch.Tensor:
     return found
 
 
-def _known(tensor: torch.Tensor) -> tuple[float, ...]:
-    """The values of a tensor on the host, rounded to its dtype: equal ones are then equal, however they came."""
+def _host_values(tensor: torch.Tensor) -> tuple[float, ...]:
+    """Return the values of a host tensor, rounded to its dtype, so that equal tensors give equal values."""
     return tuple(tensor.reshape(-1).tolist())
 
 
-def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """Each row ``times`` times; a view where there is one row."""
+def _repeat_rows(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat each row ``times`` times; a view if there is one row."""
     if times == 1:
         return tensor
     return tensor.expand(times, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)

@@ -1,4 +1,4 @@
-"""Which function runs a job on one rank."""
+"""Run each kind of job on one rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class JobRunner:
         self._kept = KeptTensors()
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Free what is kept for a client that is gone."""
+        """Free the kept tensors of a client that has exited."""
         self._kept.forget(client)
 
     def run(
@@ -40,13 +40,13 @@ class JobRunner:
         progress: Progress,
         client: ProcessIdentity,
     ) -> Finished:
-        """Run a client's job and return what is to be said of it.
+        """Run a client's job.
 
         Raises:
-            RequestError: on every rank alike, before any step.
-            OtherRankFailed, OutOfMemory, PeerError: inputs could not be had; on every rank.
+            RequestError: on every rank, before any step.
+            OtherRankFailed, OutOfMemory, PeerError: inputs could not be read; on every rank.
             Cancelled: on every rank at the same step.
-            NotFinite: a result is, on rank 0 or on every rank, once no rank waits for another any more.
+            NotFinite: a result is not finite; on rank 0 or on every rank, after the last collective.
         """
         started = time.perf_counter()
         context = JobContext(self._components, self._device, self._is_leader, client, self._kept, open_io, provide)

@@ -1,4 +1,4 @@
-"""Results of calls on their way out: trees of tensors into an I/O block."""
+"""Write the results of calls: trees of tensors into an I/O block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xditd.ipc.worker_messages import CallResults
 
 
 def leaves(tree: Any) -> Iterator[torch.Tensor]:
-    """Find every tensor of a result."""
+    """Yield every tensor of a tree."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, dict):
@@ -35,7 +35,7 @@ Put = Callable[[IoTensor, torch.Tensor], None]
 
 
 class ResultWriter:
-    """Writes trees into the client's room of ``size_bytes``, or into a block of this process where they are larger."""
+    """Writes trees into ``size_bytes`` of the client's block, or into a block of this process if they are larger."""
 
     def __init__(self, io: OpenIo, offset_bytes: int, size_bytes: int, provide: Callable[[int], HostArena]) -> None:
         self._io = io
@@ -44,11 +44,11 @@ class ResultWriter:
         self._provide = provide
 
     def write(self, trees: Sequence[Any]) -> CallResults:
-        """Copy every tensor out, each to an aligned place, and describe the trees.
+        """Copy every tensor to an aligned place, and return the description of the trees.
 
         Raises:
-            OutOfMemory: there is no room for a block of this process.
-            Unsupported, UnsupportedDtype: the class gives something that no message can describe.
+            OutOfMemory: there is no memory for a block of this process.
+            Unsupported, UnsupportedDtype: a result has a type or dtype that messages do not have.
         """
         tensors = [tensor for tree in trees for tensor in leaves(tree)]
         offsets, total = place([tensor.nbytes for tensor in tensors])
@@ -60,7 +60,7 @@ class ResultWriter:
             for tensor, offset in zip(tensors, offsets, strict=True)
         )
         put = self._put_into_io if arena is None else partial(_put_into_arena, arena)
-        described = tuple(_described(tree, places, put) for tree in trees)
+        described = tuple(_write_tree(tree, places, put) for tree in trees)
         if arena is None:
             return CallResults(trees=described)
         return CallResults(trees=described, block=arena.block(), provider=identify(os.getpid()))
@@ -73,17 +73,17 @@ def _put_into_arena(arena: HostArena, where: IoTensor, tensor: torch.Tensor) -> 
     arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor)
 
 
-def _described(tree: Any, places: Iterator[InIo], put: Put) -> Argument:
+def _write_tree(tree: Any, places: Iterator[InIo], put: Put) -> Argument:
     if isinstance(tree, torch.Tensor):
         leaf = next(places)
         put(leaf.place, tree)
         return leaf
     if isinstance(tree, tuple):
-        return TupleOf(items=tuple(_described(each, places, put) for each in tree))
+        return TupleOf(items=tuple(_write_tree(each, places, put) for each in tree))
     if isinstance(tree, list):
-        return ListOf(items=tuple(_described(each, places, put) for each in tree))
+        return ListOf(items=tuple(_write_tree(each, places, put) for each in tree))
     if isinstance(tree, dict):
-        return MapOf(items={str(key): _described(each, places, put) for key, each in tree.items()})
+        return MapOf(items={str(key): _write_tree(each, places, put) for key, each in tree.items()})
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     raise Unsupported(f"result: a {type(tree).__name__} cannot be sent; tensors, lists, tuples and maps can")

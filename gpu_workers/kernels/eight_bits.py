@@ -1,6 +1,6 @@
-"""Rows of a matrix in eight bits (e4m3), a scale for each row, and the kernel that makes them.
+"""Quantise the rows of a matrix to eight bits (e4m3), with a scale for each row.
 
-What each row's largest number needs is known once the row is: one program reads a row once, and writes half of it.
+One program reads a row once, finds its largest number, and writes the rounded row.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import triton.language as tl
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
-"""The largest number of that format."""
+"""The largest number of e4m3."""
 TINY = 1e-30
-"""What the largest number of a row counts for at least: a row of zeros has a scale, too."""
+"""Lower bound of a row's largest number, so that a row of zeros has a scale, too."""
 
-# Triton's interpreter, for machines without a GPU, takes 10 ms for a program, however little that does.
+# Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _ROWS_A_PROGRAM = 256 if triton.knobs.runtime.interpret else 1
 _MANY_COLUMNS = 4096
 _SCALE_ALIGNMENT = 4
-"""In scales: products read them from addresses that are multiples of 16 bytes."""
+"""In scales: ``torch._scaled_mm`` needs addresses that are multiples of 16 bytes."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,7 +80,7 @@ class Quantised(NamedTuple):
         )
 
     def padded(self, rows: int) -> Quantised:
-        """Return a copy with rows of zeros behind these, ``rows`` in all."""
+        """Return a copy that is padded with rows of zeros to ``rows``."""
         whole = Quantised.empty(rows, self.values.shape[1], self.values.device)
         for part, given in zip(whole, self, strict=True):
             part.zero_()[: len(given)] = given

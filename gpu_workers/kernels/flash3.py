@@ -1,9 +1,9 @@
-"""FlashAttention 3 without its backward pass, from the package ``fa3-fwd``; the last round of tiles is split.
+"""FlashAttention 3 (forward only, package ``fa3-fwd``), with the last wave of tiles split by keys.
 
-A multiprocessor works on one tile at a time: 128 queries of one head, with all keys. Tiles seldom come out even, and a
-last round that has few of them takes as long as any other: 12 heads of 4,608 tokens are 3.27 rounds on an H200, and
-take the time of four. Those few are split by their keys, so that three multiprocessors share each of them, and what
-they found is added up, in float32 and always in the same order.
+A multiprocessor (SM) works on one tile at a time: 128 queries of one head, with all keys. A last wave of few tiles
+takes as long as a full one: 12 heads of 4,608 tokens are 3.27 waves on an H200, and take the time of four. The tiles of
+such a wave are split by their keys over three SMs each, and the partial results are added in float32, always in the
+same order.
 
 Source: "FlashAttention-3" (Shah et al., 2024), and "Flash-Decoding" (Dao et al., 2023) for the split by keys.
 """
@@ -19,13 +19,13 @@ import torch
 
 TILE_TOKENS: Final = 128
 PARTS: Final = 3
-"""More of them cost more to add up than they save: seven and eleven took longer on an H100."""
+"""SMs for each split tile; seven and eleven took longer on an H100, since their results have to be added."""
 FEWEST_KEYS: Final = 4096
-"""With fewer keys a round is so short that a second launch takes as long."""
+"""With fewer keys a wave is as short as the second launch."""
 
 
 class Division(NamedTuple):
-    """Queries of each head, from the first, that fill whole rounds; those after them are for the split one."""
+    """How many queries of each head are in full waves, and how many, after those, in the split wave."""
 
     whole: int
     split: int
@@ -36,9 +36,9 @@ def is_installed() -> bool:
 
 
 def divide(heads: int, queries: int, keys: int, processors: int) -> Division:
-    """Divide the queries of ``heads`` (of all images) so that a last round with few tiles is split.
+    """Divide the queries of ``heads`` (of all images) between full waves and a split one.
 
-    Where splitting it would take longer, all of them are ``whole``.
+    If a split would take longer, all queries are ``whole``.
     """
     tiles = -(-queries // TILE_TOKENS)
     whole = heads * tiles // processors * processors // heads
@@ -49,12 +49,12 @@ def divide(heads: int, queries: int, keys: int, processors: int) -> Division:
 
 
 def forward() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the function: (batch, heads, tokens, 128) of queries, keys and values in, the same of queries out.
+    """Return the attention function; query, key, value and result are (batch, heads, tokens, 128).
 
     Raises:
         ImportError: the package is missing, or was built for another torch.
     """
-    # Its function for Python also serves training, and takes the host three times as long as the operator below it.
+    # Its Python function supports training, and takes the host three times as long as the operator itself.
     import_module("fa3_fwd_interface")
     attend = torch.ops.fa3_fwd.fwd
 

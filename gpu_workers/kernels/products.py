@@ -1,7 +1,7 @@
 """The matrix products of a block, in the checkpoint's own dtype or in eight bits.
 
-What is multiplied goes from one product to the next as *rows*: a tensor (rows, width) or, in eight bits, ``Quantised``.
-What comes out of a product has the checkpoint's dtype either way, and so has all that lies between two.
+Inputs of products are *rows*: a tensor (rows, width) or, in eight bits, ``Quantised``. Results, and everything between
+two products, have the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from xditd.ipc.errors import Unsupported
 EIGHT = "fp8"
 ADA = (8, 9)
 _FEWEST_ROWS = 64
-"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits, with a scale for each, where sums are long (12,288
-numbers and more). Such rows get company, which costs nothing: a product reads its weights, whatever their number."""
+"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits with row scales, for sums of 12,288 numbers and more. So
+fewer rows are padded, which costs no time: reading the weights takes longer."""
 
 RowsT = TypeVar("RowsT")
 LinearT = TypeVar("LinearT")
 
 TOLERANCE = 0.02
-"""Relative error of one forward. In bfloat16 at full size, sums in another order cost 1.5e-2, in code that torch
-compiles just as in fused kernels (``benchmarks/run.py step_time``); what is wrong costs 0.1 and more."""
+"""Relative error of one forward. In bfloat16 at full size, sums in another order give 1.5e-2, with torch.compile as
+with fused kernels (``benchmarks/run.py step_time``); a defect gives 0.1 and more."""
 
 EIGHT_BIT_TOLERANCE = 0.1
-"""The same where products are in eight bits. In a transformer of 57 blocks that cost 0.056 to 0.060 (rounding
-emulated in float32, width 256, random weights), and one projection that was zeroed 0.09 to 0.17: only gross faults are
-seen here. Tests hold each kind of product to 1e-6 of what its rounded numbers give."""
+"""The same for products in eight bits. In a transformer of 57 blocks they gave 0.056 to 0.060 (rounding emulated in
+float32, width 256, random weights), one zeroed projection 0.09 to 0.17: this check finds gross faults alone. Tests
+compare each kind of product with a float32 product of the rounded numbers, to 1e-6."""
 
 
 class Products(Protocol[RowsT, LinearT]):
-    """How one checkpoint's projections are held and multiplied. ``out`` and results are in the checkpoint's dtype."""
+    """The projections of one checkpoint and their products. ``out`` and results are in the checkpoint's dtype."""
 
     label: str
-    """What the log calls blocks that run on these products."""
+    """Name of these products in logs."""
     tolerance: float
-    """How far from plain modules one forward may be, relative, and still be right."""
+    """Largest relative error of one forward against plain modules."""
 
     def reserve(self) -> int:
-        """Get memory for the weights that :meth:`hold` makes; return its bytes, 0 where it makes none."""
+        """Allocate memory for weights that :meth:`load` converts; return its bytes, 0 if there are none."""
 
-    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+    def load(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Use the weights of this checkpoint until :meth:`release` or the next call."""
 
     def release(self) -> None:
-        """Let go of the checkpoint, and of memory that was reserved."""
+        """Drop the checkpoint, and free the reserved memory."""
 
     def linear(self, name: str, rows: slice = slice(None)) -> LinearT:
         """Return the projection of this name, or some of its outputs."""
@@ -59,7 +59,7 @@ class Products(Protocol[RowsT, LinearT]):
         """Return the rows of text and those of images."""
 
     def modulate(self, x: torch.Tensor, **given: Any) -> RowsT:
-        """Do what ``triton_kernels.add_and_modulate`` does, for a product to take."""
+        """Do what ``triton_kernels.add_and_modulate`` does, and return rows for a product."""
 
     def take(self, x: torch.Tensor) -> RowsT:
         """Make rows of a contiguous tensor."""
@@ -84,10 +84,10 @@ class Linear(NamedTuple):
 
 
 class SixteenBit:
-    """Products of the lent weights themselves: lossless. (float32 on the CPU, where tests run them.)
+    """Products of the lent weights themselves: lossless. (float32 on the CPU, in tests.)
 
-    Two products with GELU in the epilogue of one beat a whole one with GELU apart: what is between is not written and
-    read once more, and under full load power is what limits.
+    Two products with GELU in the epilogue of one are faster than a single product with a GELU kernel: the intermediate
+    is not written and read once more, and under full load power is the limit.
     """
 
     label = "fused"
@@ -99,7 +99,7 @@ class SixteenBit:
     def reserve(self) -> int:
         return 0
 
-    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+    def load(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         self._checkpoint = checkpoint
 
     def release(self) -> None:
@@ -147,9 +147,9 @@ class EightBitLinear(NamedTuple):
 
 
 class EightBit:
-    """Products in e4m3, a scale for each token and for each output, sums in more bits: not lossless.
+    """Products in e4m3 with a scale for each token and each output, summed in more bits: not lossless.
 
-    The weights are a copy of this worker's own, half as large, made from what was lent by each :meth:`hold`.
+    The weights are this worker's own copy, half as large as the lent ones, which each :meth:`load` makes.
     ``shapes`` are the projections by name, as (out, in).
     """
 
@@ -164,10 +164,10 @@ class EightBit:
         self._weights: dict[str, Quantised] = {}
 
     def reserve(self) -> int:
-        """Get memory for the weights in eight bits: one piece for all of them, and one for their scales.
+        """Allocate one buffer for all weights in eight bits, and one for their scales.
 
         Raises:
-            torch.OutOfMemoryError: the GPU has no room beside what was lent.
+            torch.OutOfMemoryError: the GPU has too little memory.
         """
         if self._memory is None:
             values = sum(rows * columns for rows, columns in self._shapes.values())
@@ -176,29 +176,29 @@ class EightBit:
                 torch.empty(values, dtype=DTYPE, device=self._device),
                 torch.empty(scales, dtype=torch.float32, device=self._device),
             )
-            self._weights = dict(self._deal(self._memory))
+            self._weights = dict(self._split_memory(self._memory))
         return sum(part.nbytes for part in self._memory)
 
-    def hold(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
-        """Round the weights of this checkpoint; when it returns they are not read any more, but for their biases."""
+    def load(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+        """Quantise the weights of this checkpoint. Afterwards only its biases are read."""
         self.reserve()
         self._checkpoint = checkpoint
         for name, weight in self._weights.items():
             quantise(checkpoint[f"{name}.weight"], out=weight)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the lender may change or take back what is still being read
+            torch.cuda.synchronize(self._device)  # the client may change the weights after this returns
 
     def release(self) -> None:
         self._checkpoint = {}
         if self._memory is not None:
             self._memory, self._weights = None, {}
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # torch would keep gigabytes that others on this GPU may be waiting for
+                torch.cuda.empty_cache()  # else torch keeps the memory from other programs
 
     def linear(self, name: str, rows: slice = slice(None)) -> EightBitLinear:
-        held = self._weights[name]
+        weight = self._weights[name]
         bias = self._checkpoint[f"{name}.bias"]
-        return EightBitLinear(held.values[rows].t(), held.scales[rows].unsqueeze(0), bias[rows])
+        return EightBitLinear(weight.values[rows].t(), weight.scales[rows].unsqueeze(0), bias[rows])
 
     def halves(self, rows: Quantised, text_rows: int) -> tuple[Quantised, Quantised]:
         return rows.halves(text_rows)
@@ -220,7 +220,7 @@ class EightBit:
     ) -> None:
         _multiply(quantise(attended, gelu_of=_multiply(rows, up)), second, out)
 
-    def _deal(self, memory: Quantised) -> Iterator[tuple[str, Quantised]]:
+    def _split_memory(self, memory: Quantised) -> Iterator[tuple[str, Quantised]]:
         value = scale = 0
         for name, (rows, columns) in self._shapes.items():
             values = memory.values[value : value + rows * columns].view(rows, columns)
@@ -232,7 +232,7 @@ def check_eight_bits(device: torch.device) -> None:
     """Multiply a few rows in eight bits.
 
     Raises:
-        Unsupported: the GPU or this torch has no such products; the message says so.
+        Unsupported: the GPU or this torch has no such products.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA:
         raise Unsupported(f"precision 'fp8' needs GPUs of compute capability 8.9 or later, not {device}; use bf16")

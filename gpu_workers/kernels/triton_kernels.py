@@ -1,11 +1,11 @@
-"""The Triton kernels between the matrix products of a transformer block of one or two streams.
+"""Triton kernels between the matrix products of a transformer block with one or two streams.
 
 Eager diffusers runs about ten element-wise kernels between two matrix products, each of which reads and writes every
-token. Here there is one. All compute in float32 and round wherever diffusers does, which costs nothing here, so that
-results differ from its own by the order of a few sums alone.
+token; here it is one kernel. All compute in float32 and round wherever diffusers does, so that results differ by the
+order of a few sums alone.
 
-Rows are tokens, text first; ``text_rows`` says where images begin, as the two streams of a double block have their own
-modulation and norms. Tensors that go in are contiguous but for a stride between rows.
+Rows are tokens, text first; images begin at ``text_rows``, since the two streams of a double block have their own
+modulation and norms. Inputs are contiguous but for a stride between rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOAT16_MAX = 65504.0
 _MAX_HEADS_A_PROGRAM = 8
 # Tried on an H200: 36 pairs of rows and columns, with 2, 4 and 8 warps; these read at 3.8 TB/s, others at 0.7 to 3.7.
 _MAX_COLUMNS_A_LOAD = 256
-# Triton's interpreter, for machines without a GPU, takes 10 ms for a program, however little that does.
+# Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _ROWS_A_PROGRAM = 256 if triton.knobs.runtime.interpret else 2
 
 
@@ -145,8 +145,8 @@ def _send_rows(x_ptr, bases_ptr, rank, rows_a_rank, WIDTH: tl.constexpr, RANKS: 
 
 
 @triton.jit(do_not_specialize=["round_number"])
-def _meet(bases_ptr, rank, round_number, RANKS: tl.constexpr):
-    # A store of an earlier kernel is performed when that kernel has ended; release and acquire order it across GPUs.
+def _barrier(bases_ptr, rank, round_number, RANKS: tl.constexpr):
+    # Stores of earlier kernels are done when those have ended; release and acquire order them across GPUs.
     for peer in tl.static_range(RANKS):
         flags = tl.load(bases_ptr + peer).to(tl.pointer_type(tl.int64))
         tl.atomic_xchg(flags + rank, round_number.to(tl.int64), sem="release", scope="sys")
@@ -174,8 +174,7 @@ def _multiply_vectors(
     weight = tl.load(weights_ptr + matrix).to(tl.pointer_type(kind))
     bias = tl.load(biases_ptr + matrix).to(tl.pointer_type(kind))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # The rows of weights stay in the SM's own cache from one vector to the next. Each vector's sums are those that it
-    # would get alone, to the bit.
+    # The rows of weights stay in the SM's cache from one vector to the next. Each vector gets the same bits as alone.
     for number in range(vectors):
         vector_ptr = vectors_ptr + number * WIDTH
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -189,7 +188,7 @@ def _multiply_vectors(
 
 
 Vectors = tuple[torch.Tensor, int]
-"""Modulation of one block, (streams, chunks * width) or (chunks * width,), and where the wanted chunk begins."""
+"""Modulation of one block, (streams, chunks * width) or (chunks * width,), and the offset of a chunk in it."""
 
 
 def add_and_modulate(
@@ -202,8 +201,8 @@ def add_and_modulate(
 ) -> torch.Tensor:
     """Do ``x += gate * added`` in place, and return ``layer_norm(x) * (1 + scale) + shift``.
 
-    Both halves are optional: without ``gate`` nothing is added, without ``shift`` the sum itself, ``x``, comes back.
-    ``x`` and ``added`` are (rows, width) and contiguous. ``scale`` is the chunk behind ``shift``.
+    Both are optional: without ``gate`` nothing is added, without ``shift`` the sum ``x`` is returned. ``x`` and
+    ``added`` are (rows, width) and contiguous. ``scale`` is the chunk after ``shift``.
     """
     out = x if shift is None else torch.empty_like(x)
     _launch_add_and_modulate(x, text_rows, added, gate, shift, out, None)
@@ -218,7 +217,7 @@ def add_and_modulate_to_eight_bits(
     gate: Vectors | None = None,
     shift: Vectors,
 ) -> Quantised:
-    """Do the same, and return what is modulated in eight bits, a scale for each row; ``x`` keeps its dtype."""
+    """Do the same, and return the modulated rows in eight bits, with a scale for each; ``x`` keeps its dtype."""
     rows, width = x.shape
     out = Quantised.empty(rows, width, x.device)
     _launch_add_and_modulate(x, text_rows, added, gate, shift, out.values, out.scales)
@@ -272,11 +271,11 @@ def norm_and_rotate(
     first_row: int = 0,
     all_rows: int = 0,
 ) -> None:
-    """Norm and rotate queries and keys of ``qkv``, (rows, at least 3 * heads * 128), in place, or into other memory.
+    """Norm and rotate queries and keys of ``qkv``, (rows, at least 3 * heads * 128), in place or into buffers.
 
     ``norms`` are the weights for queries and keys of text, then of images; ``angles`` cosines and sines, (rows, 64) in
-    float32. With ``bases``, addresses of one (3, ``all_rows``, heads of a rank, 128) buffer for each rank, nothing
-    changes here: queries, keys and values of each rank's heads go to that rank, to its rows from ``first_row`` on.
+    float32. With ``bases``, addresses of one (3, ``all_rows``, heads of a rank, 128) buffer for each rank, ``qkv`` does
+    not change: queries, keys and values of each rank's heads go to its buffer, to the rows from ``first_row`` on.
     """
     ranks = 1 if bases is None else len(bases)
     group = _MAX_HEADS_A_PROGRAM
@@ -302,7 +301,7 @@ def norm_and_rotate(
 
 
 def send_rows(x: torch.Tensor, *, bases: torch.Tensor, rank: int, rows_a_rank: int) -> None:
-    """Give every rank its rows of ``x``, (ranks * ``rows_a_rank``, width), as the ``rank``-th columns of its buffer.
+    """Store each rank's rows of ``x``, (ranks * ``rows_a_rank``, width), into the ``rank``-th columns of its buffer.
 
     ``bases`` are the addresses of one (``rows_a_rank``, ranks * width) buffer for each rank. ``x`` is contiguous.
     """
@@ -319,20 +318,20 @@ def send_rows(x: torch.Tensor, *, bases: torch.Tensor, rank: int, rows_a_rank: i
     )
 
 
-def meet(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
-    """Wait, on the GPU, until every rank has come here for the ``round_number``-th time.
+def barrier(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
+    """Wait, on the GPU, until every rank has called this for the ``round_number``-th time.
 
     ``bases`` are the addresses of every rank's flags: one 64-bit integer for each rank, zero at first.
     """
-    _meet[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
+    _barrier[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
 
 
 def multiply_vectors(weights: torch.Tensor, biases: torch.Tensor, vectors: torch.Tensor, rows: int) -> torch.Tensor:
     """Multiply many matrices with each of some vectors, all in one kernel: (vectors, matrices, ``rows``).
 
     ``vectors`` are (vectors, width) and contiguous, ``weights`` and ``biases`` the addresses, as int64 on the GPU, of
-    (``rows``, width) and (``rows``,) tensors of their dtype. For a few vectors, reading the weights once is all that it
-    costs: as many products by cuBLAS took twice as long for one.
+    (``rows``, width) and (``rows``,) tensors of their dtype. For a few vectors it takes the time of reading the weights
+    once; separate products by cuBLAS took twice as long for one vector.
     """
     count, width = vectors.shape
     columns = _MAX_COLUMNS_A_LOAD

@@ -1,4 +1,4 @@
-"""Compile the fused kernels when a group starts, so that no job waits for it; Triton keeps them on disk."""
+"""Compile the fused kernels when a group starts, so that no job waits for it; Triton caches them on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROWS = 16
 def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, precision: str) -> float:
     """Run every kernel once on a few rows of ``hidden`` channels, in bfloat16; return the seconds it took.
 
-    ``ranks`` share the tokens of an image, and this is the ``rank``-th of them.
+    ``ranks`` ranks share the tokens of an image; this one is number ``rank``.
     """
     started = time.perf_counter()
     heads = hidden // triton_kernels.HEAD_SIZE
@@ -34,8 +34,8 @@ def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, pr
         modulate(x, text_rows=1, added=x, gate=(block, 2 * hidden), shift=(block, 3 * hidden))
     if is_eight:
         inner = some(_ROWS, 4 * hidden)
-        quantise(x)  # attention, and weights as wide
-        quantise(inner)  # weights alone are
+        quantise(x)  # attention output, and weights of its width
+        quantise(inner)  # weights of the other widths
         quantise(some(_ROWS, 5 * hidden))
         quantise(gelu_of=inner)
         quantise(x, gelu_of=inner)
@@ -45,7 +45,7 @@ def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, pr
     triton_kernels.multiply_vectors(weights, biases, x[:1], _ROWS)
     triton_kernels.norm_and_rotate(qkv, heads=heads, norms=norms, angles=angles, text_rows=1)
     if ranks > 1:
-        # Every rank's buffer is this rank's own here: it holds what all ranks would get together.
+        # All addresses are of one buffer of this rank, which is large enough for the rows of all ranks.
         buffer = some(3 * _ROWS, hidden)
         own = torch.tensor([buffer.data_ptr()] * ranks, device=device)
         triton_kernels.norm_and_rotate(
@@ -53,6 +53,6 @@ def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, pr
         )
         triton_kernels.send_rows(x[:, : hidden // ranks].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
         flags = torch.ones(ranks, dtype=torch.int64, device=device)
-        triton_kernels.meet(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
+        triton_kernels.barrier(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
     torch.cuda.synchronize(device)
     return time.perf_counter() - started

@@ -1,1 +1,1 @@
-"""What all families share: the registry, checkpoints as views of parameters, models, components, checks."""
+"""The engine of all model families: registry, checkpoint matching, model cache, lent components, checks."""

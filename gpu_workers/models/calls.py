@@ -1,4 +1,4 @@
-"""Running forwards of a transformer: rows are shared out between halves of the group, results are whole everywhere."""
+"""Run forwards of a transformer, their rows split over the two halves of a group (CFG parallel)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from xditd.gpu_workers.parallel.row_partition import gather_flat, halves, own_ro
 def run_parts(
     model: CachedModel, operations: TransformerOperations[Any], parts: Sequence[Inputs], options: CallOptions
 ) -> list[RowResults]:
-    """Run independent forwards that were checked, and return the rows of each, on every rank, in the weights' dtype.
+    """Run independent, checked forwards; return the rows of each, on every rank, in the weights' dtype.
 
-    Halves of a group share all rows out between them, so that a prompt and a negative one of another length run at the
-    same time. With fewer rows than halves, every half does the same work.
+    The halves of a group split the rows of all forwards, so that prompts and negative prompts of other lengths run at
+    the same time. With fewer rows than halves, each half runs all of them.
     """
     component_layouts.use(model.layout)
     shapes = [operations.rows(part) for part in parts]
@@ -37,18 +37,18 @@ def run_parts(
             is_whole = share.stop - share.start == len(rows)
             done += operations.run(model, part if is_whole else operations.take_rows(part, share), options)
         start += len(rows)
-    return _regrouped(_gathered(done, [shape for rows in shapes for shape in rows]), shapes)
+    return _group_by_part(_gather_rows(done, [shape for rows in shapes for shape in rows]), shapes)
 
 
-def _gathered(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
-    """Put every half's rows together; as one flat tensor, since rows may differ in shape."""
+def _gather_rows(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
+    """Gather the rows of both halves, as one flat tensor, since rows may differ in shape."""
     per_half = [[math.prod(shape) for shape in shapes[rows_of_half(len(shapes), half)]] for half in range(halves())]
     gathered = gather_flat(torch.cat([row.reshape(-1) for row in mine]), max(map(sum, per_half)))
     flat = [row for half, sizes in zip(gathered, per_half, strict=True) for row in half[: sum(sizes)].split(sizes)]
     return [row.view(shape) for row, shape in zip(flat, shapes, strict=True)]
 
 
-def _regrouped(rows: list[torch.Tensor], shapes: Sequence[Sequence[Shape]]) -> list[RowResults]:
+def _group_by_part(rows: list[torch.Tensor], shapes: Sequence[Sequence[Shape]]) -> list[RowResults]:
     found: list[RowResults] = []
     for part in shapes:
         found.append(rows[: len(part)])

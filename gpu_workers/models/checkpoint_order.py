@@ -1,6 +1,6 @@
-"""Modules of diffusers that read a tensor in the order in which checkpoints store it, for every family that needs one.
+"""Modules of diffusers that read a tensor in the order of the checkpoint.
 
-diffusers' converters reorder such tensors, which copies them. What is read as it was lent needs no copy.
+diffusers' converters reorder such tensors, which copies them; these modules need no copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 
 
 class CheckpointOrderNorm(AdaLayerNormContinuous):
-    """Modulation by a projection of the conditioning, which checkpoints store as shift first, then scale.
+    """``AdaLayerNormContinuous`` for checkpoints whose projection gives shift first, then scale.
 
     diffusers reads scale first, and its converters swap both halves (``single_file_utils.py``, ``swap_scale_shift``).
     """

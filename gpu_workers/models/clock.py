@@ -1,4 +1,4 @@
-"""A clock for work in phases."""
+"""A clock that times the phases of a task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """Milliseconds by phase; each mark ends the phase that the last one began."""
+    """Milliseconds by phase; each mark ends a phase and begins the next."""
 
     def __init__(self, marks_ms: dict[str, float] | None = None) -> None:
         self.marks_ms: dict[str, float] = {} if marks_ms is None else marks_ms

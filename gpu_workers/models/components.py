@@ -1,11 +1,11 @@
-"""Lent components on one rank: mapped, verified, bound to a model, and let go of again.
+"""The lent components of one rank: map, verify, plug and unmap them.
 
 | block | on its own GPU | on another rank's GPU | on the CPU |
 |---|---|---|---|
 | ``cuda_ipc`` | mapped | one peer copy | refused |
-| ``host_shm``, ``file`` | a share of one upload | the same | mapped; slices that start off 64 bytes copied |
+| ``host_shm``, ``file`` | a share of one upload | the same | mapped; unaligned slices (64 bytes) are copied |
 
-What other ranks upload of host memory comes from their GPUs by a peer copy; small components every rank uploads whole.
+Each rank uploads a share of host memory and gets the others' shares by peer copy. It uploads small components whole.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.file_watch import FileWatch, check_opened, fault_of
+from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
-from xditd.gpu_workers.parallel.upload_partition import CopyRange, cut, join
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
     BadRequest,
@@ -68,13 +68,11 @@ class Component:
 
     @property
     def transformer_facts(self) -> TransformerFacts:
-        """Those of a component that was got as a transformer."""
         assert self.facts.transformer is not None
         return self.facts.transformer
 
     @property
     def vae_facts(self) -> VaeFacts:
-        """Those of a component that was got as a VAE."""
         assert self.facts.vae is not None
         return self.facts.vae
 
@@ -83,8 +81,8 @@ class Component:
         return self.match.model.owner == self.component_id
 
 
-class _Own(NamedTuple):
-    """Tensors in a buffer of this rank, and what of the lent blocks belongs where in it."""
+class _OwnBuffer(NamedTuple):
+    """A buffer of this rank, the tensors in it, and which bytes of the lent blocks fill it."""
 
     tensors: dict[str, torch.Tensor]
     buffer: torch.Tensor
@@ -104,10 +102,10 @@ class Components:
         self._rank = layout.rank
         self._peer_uuids = peer_uuids
         self._prepared: dict[str, Component] = {}
-        self._live: dict[str, Component] = {}
+        self._plugged: dict[str, Component] = {}
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._plugged)
 
     def prepare(
         self,
@@ -116,30 +114,30 @@ class Components:
         exporter: ProcessIdentity,
         digests: Sequence[FileDigest] = (),
     ) -> Component:
-        """Do everything about a lend that may fail: check, map, verify, copy where it must be, bind.
+        """Do all parts of a lend that may fail: check, map, verify, copy where needed, bind.
 
-        ``digests`` are those that :meth:`FileWatch.take_digests` returned in an earlier group. Nothing that runs is
-        touched; :meth:`plug` follows once every rank is prepared. All ranks fail together.
+        ``digests`` are those that :meth:`FileWatch.take_digests` returned in an earlier group. Other components are not
+        changed; :meth:`plug` follows when every rank is prepared. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
-            ForeignGpu, ProcessGone, StaleSource, NotPermitted, OutOfMemory: the bytes cannot be had.
-            OtherRankFailed: this rank could, another could not.
+            ForeignGpu, ProcessGone, StaleSource, NotPermitted, OutOfMemory: the bytes cannot be read.
+            OtherRankFailed: another rank failed.
         """
         opened: list[OpenBlock | None] = []
         try:
             known = {found.block: found.digest for found in digests}
             component = self._assemble(component_id, manifest, exporter, opened, known)
         except BaseException as error:
-            # The frames that failed still hold views of the blocks, and a block with views cannot be unmapped.
+            # The traceback's frames hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
-            stale = fault_of(opened) if isinstance(error, OtherRankFailed) else None
+            stale = stale_file_error(opened) if isinstance(error, OtherRankFailed) else None
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
             self.models.release_idle()
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # a copy that was begun: torch would keep it, gigabytes that others may need
+                torch.cuda.empty_cache()  # else torch keeps the memory of an unfinished copy, maybe gigabytes
             if stale is not None:
                 raise stale from error
             raise
@@ -147,29 +145,29 @@ class Components:
         return component
 
     def plug(self, component_id: str) -> Component:
-        """Put a prepared component to work; it replaces an older generation under the same id."""
+        """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""
         component = self._prepared.pop(component_id, None)
         if component is None:
             raise Internal(f"component {component_id} was not prepared")
         clock = Clock(component.timings_ms)
-        older = self._live.pop(component_id, None)
-        self._live[component_id] = component
+        older = self._plugged.pop(component_id, None)
+        self._plugged[component_id] = component
         self._plug(component)
         clock.mark("plug")
         if older is not None:
-            self._let_go(older)
-        self.files.note_plugged(component_id, component.manifest, component.opened)
+            self._free(older)
+        self.files.add_plugged(component_id, component.manifest, component.opened)
         return component
 
     def get(self, component_id: str, kind: str) -> Component:
-        """Find a component and make sure that its weights are the ones plugged in.
+        """Return a component, with its weights plugged into its model.
 
         Raises:
             UnknownComponent: nothing is lent under this id.
             BadRequest: it is of another kind.
             StaleSource: its file has changed.
         """
-        component = self._live.get(component_id)
+        component = self._plugged.get(component_id)
         if component is None:
             raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
         if component.match.family.kind != kind:
@@ -180,27 +178,27 @@ class Components:
         return component
 
     def check_unchanged(self, component: Component) -> None:
-        """Check that what the ranks compute with is what was lent. Call before a job, and before its results are used.
+        """Check that the weights are still those that were lent. Call before a job, and before its results are used.
 
         Raises:
-            StaleSource: on rank 0: a file whose own pages are the weights was rewritten, truncated or grown.
+            StaleSource: on rank 0: a mapped file was rewritten, truncated or grown.
         """
         self.files.check(component.opened)
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
-        """Copy what is mapped of a component into memory of this rank's own, and unmap it. All ranks fail together.
+        """Copy the mapped tensors of a component into this rank's own memory, and unmap them. All ranks fail together.
 
-        Returns what was copied, and the milliseconds by phase.
+        Returns the bytes that were copied, and the milliseconds by phase.
 
         Raises:
             UnknownComponent: nothing is lent under this id.
             StaleSource: its file has changed.
-            OutOfMemory: no room for the copy; everything stays as it was.
-            OtherRankFailed: this rank could, another could not.
+            OutOfMemory: there is no memory for the copy; nothing changes.
+            OtherRankFailed: another rank failed.
         """
         clock = Clock()
         with raise_on_all_ranks():
-            component = self._live.get(component_id)
+            component = self._plugged.get(component_id)
             if component is None:
                 raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
             sources = [_NOTHING if block is None else block.bytes for block in component.opened]
@@ -210,10 +208,10 @@ class Components:
                 if spec.name in component.tensors and _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
             self.check_unchanged(component)
-            own = self._lay_out(specs)
+            own = self._allocate(specs)
             if own is not None:
-                nowhere = [None] * len(sources)  # in no file: what is mapped is copied
-                deque(self._copy(own, sources, nowhere, [range(own.buffer.numel())]), maxlen=0)
+                no_files = [None] * len(sources)  # copy from the mappings
+                deque(self._copy(own, sources, no_files, [range(own.buffer.numel())]), maxlen=0)
             self.check_unchanged(component)
         clock.mark("copy")
         is_loaded = component.is_loaded
@@ -232,20 +230,20 @@ class Components:
         return CopiedBytes(device_to_device=size) if is_cuda else CopiedBytes(host_to_host=size), clock.marks_ms
 
     def unmap(self, component_id: str) -> None:
-        """Forget a component, prepared or plugged; unknown is no error, so that an undo can be sent to every rank."""
-        for where in (self._prepared, self._live):
+        """Remove a component, prepared or plugged. An unknown id is no error: every rank can get the same undo."""
+        for where in (self._prepared, self._plugged):
             component = where.pop(component_id, None)
             if component is not None:
                 if component.is_loaded:
                     component.match.model.unplug()
-                self._let_go(component)
+                self._free(component)
                 self.models.release_idle()
-        if not self._live and not self._prepared and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what jobs worked in, gigabytes after a VAE: there are none until a new loan
+        if not self._plugged and not self._prepared and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the working memory of jobs, gigabytes after a VAE
 
     def close(self) -> None:
         """Forget every component."""
-        for component_id in [*self._prepared, *self._live]:
+        for component_id in [*self._prepared, *self._plugged]:
             self.unmap(component_id)
 
     def _plug(self, component: Component) -> None:
@@ -253,12 +251,12 @@ class Components:
         match.model.plug(component.bindings, component.component_id, match.by_canonical_name(component.tensors))
         self.plugs += 1
 
-    def _let_go(self, component: Component) -> None:
+    def _free(self, component: Component) -> None:
         component.bindings.clear()
         component.tensors.clear()
         if component.copies and self._device.type == "cuda":
             component.copies.clear()
-            torch.cuda.empty_cache()  # torch would keep gigabytes that other programs on this GPU may be waiting for
+            torch.cuda.empty_cache()  # else torch keeps the memory from other programs
         component.copies.clear()
         self._release(component)
 
@@ -287,10 +285,10 @@ class Components:
             for number, block in enumerate(manifest.blocks):
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
-        self.files.begin(opened)  # the rest of the lend goes on meanwhile
-        tensors, bindings, copies, copied = self._gather(manifest, match, opened, clock)
-        self.files.await_small(opened)
-        # What plugging makes of the weights is a copy too, if a smaller one.
+        self.files.begin_digests(opened)  # in the background
+        tensors, bindings, copies, copied = self._load_tensors(manifest, match, opened, clock)
+        self.files.wait_for_small_digests(opened)
+        # The memory that a plug fills (fp8 weights) counts as copied, too.
         facts, copied = match.facts(manifest), copied + CopiedBytes(device_to_device=reserved)
         return Component(
             component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
@@ -305,19 +303,19 @@ class Components:
         return match
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
-        """Map a block, or leave it to be received from the rank on whose GPU it lies."""
+        """Map a block; return ``None`` if another rank maps it and sends its bytes."""
         if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._peer_uuids:
             known = listed(uuid for uuid in self._peer_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
-    def _gather(
+    def _load_tensors(
         self, manifest: Manifest, match: CheckpointMatch, opened: list[OpenBlock | None], clock: Clock
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
-        """Get every tensor onto this rank's device: as a view where it can be one, else as one copy; and bind them.
+        """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
 
-        Of bytes of the host that several GPUs need, each rank uploads its share. Every rank lists the same tensors as
-        ``apart`` then, and lays them out in the same way: on a GPU it is the tier that says which are copied.
+        On GPUs each rank uploads a share of the host memory. All ranks then copy the same tensors (``apart``), at the
+        same offsets: which ones depends on the kind of the block alone.
         """
         is_cuda = self._device.type == "cuda"
         received: dict[int, torch.Tensor] = {}
@@ -329,17 +327,17 @@ class Components:
             read = set(match.sources.values())
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
-            own = self._lay_out(apart)
+            own = self._allocate(apart)
             if own is None:
-                check_opened(opened)
+                check_files_unchanged(opened)
         tensors: dict[str, torch.Tensor] = {}
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
             share = self.gpu_copies.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
             tensors, copies = own.tensors, [own.buffer]
-            size = sum(each.nbytes for each in cut(own.ranges, share))
-        with self.gpu_copies.delivering(manifest.blocks, sources, received, clock.mark):
+            size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
+        with self.gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark):
             views = [BlockViews(source) for source in sources]
             for spec in specs:
                 if spec.name not in tensors:
@@ -357,8 +355,8 @@ class Components:
             return not source.is_cuda
         return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
 
-    def _lay_out(self, specs: list[TensorSpec]) -> _Own | None:
-        """Get a buffer of this rank for these tensors, each aligned; ``None`` is for none."""
+    def _allocate(self, specs: list[TensorSpec]) -> _OwnBuffer | None:
+        """Allocate a buffer for these tensors, each aligned; ``None`` if there are none."""
         if not specs:
             return None
         specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
@@ -366,20 +364,20 @@ class Components:
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
         views = BlockViews(buffer)
         tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
-        return _Own(tensors, buffer, join(specs, offsets))
+        return _OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
 
     def _copy(
-        self, own: _Own, sources: list[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
+        self, own: _OwnBuffer, sources: list[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
     ) -> Generator[None, None, None]:
-        """Copy what of each part of a buffer comes from these sources, and yield after it, in stream order.
+        """Fill ``parts`` of a buffer from ``sources``, and yield after each, in stream order.
 
-        Files among ``opened`` are read, not looked at; at the end they are checked for changes.
+        Files among ``opened`` are read by ``pread``, not through their mappings, and checked for changes at the end.
         """
         uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
         counts = []
         for part in parts:
             before = len(uploads)
-            for number, start, to, size in cut(own.ranges, part):
+            for number, start, to, size in clip_ranges(own.ranges, part):
                 source, target = sources[number].narrow(0, start, size), own.buffer.narrow(0, to, size)
                 block = opened[number]
                 if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
@@ -393,7 +391,7 @@ class Components:
             for count in counts:
                 deque(islice(uploaded, count), maxlen=0)
                 yield
-        check_opened(opened)  # nothing reads them any more
+        check_files_unchanged(opened)  # all reads are done
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

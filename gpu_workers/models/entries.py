@@ -1,9 +1,8 @@
-"""A checkpoint as a list of tensors, and the module parameters that each of them fills.
+"""The description of a checkpoint: its tensors, and the module parameters that each of them fills.
 
-A family describes a checkpoint as a list of :class:`Entry`: one source tensor, its shape, and the
-module parameters that it fills, one below the other along its first dimension. From that list follow
-the key map (:class:`Slice`: every parameter is a *view* of one source) and the proof that it is a
-bijection: each source element used once, each parameter filled once (``resolution.py``).
+A family lists an :class:`Entry` for each tensor: its shape, and the parameters that its rows fill, in order. From them
+``resolution.py`` makes the key map, where every parameter is a *view* of one tensor (:class:`Slice`), and proves that
+each element is used once and each parameter filled once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""What can be run as it is lent. Eight-bit weights need scales, which files keep in no agreed place."""
+"""The dtypes of weights that can be lent. Eight-bit weights need scales, for which files have no standard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One source tensor under its canonical name, and the ``(parameter, rows)`` that share its first dimension.
+    """One source tensor under its canonical name, and the ``(parameter, rows)`` that split its first dimension.
 
-    ``view`` is the shape of the only parameter, where the same numbers are seen in another one: a 1x1 convolution that
-    is a linear layer, or six vectors that are rows of a matrix.
+    ``view`` is the shape of the only parameter, where that differs: a 1x1 convolution as a linear layer, or six vectors
+    as the rows of a matrix.
     """
 
     source: str
@@ -51,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A parameter as a view: rows ``start`` to ``stop`` of ``source``, seen as ``shape`` where that differs."""
+    """A parameter as a view: rows ``start`` to ``stop`` of ``source``, viewed as ``shape`` unless that is ``None``."""
 
     source: str
     start: int
@@ -60,7 +59,7 @@ class Slice:
 
 
 def tensor_entry(source: str, shape: Shape, *targets: str, rows: tuple[int, ...] = ()) -> Entry:
-    """Describe a tensor that fills ``targets`` in this order, with equal parts or with so many ``rows`` each.
+    """Describe a tensor whose rows fill ``targets`` in order, with equal parts or with ``rows`` each.
 
     Without targets it fills the parameter of its own name.
     """
@@ -69,6 +68,6 @@ def tensor_entry(source: str, shape: Shape, *targets: str, rows: tuple[int, ...]
 
 
 def layer_entries(source: str, shape: Shape, *targets: str, rows: tuple[int, ...] = ()) -> Iterator[Entry]:
-    """Describe the weight, of this shape, and the bias of a layer: as :func:`tensor_entry`, by names of layers."""
+    """Describe the weight (of ``shape``) and the bias of a layer, as :func:`tensor_entry` does, by layer names."""
     for part, part_shape in (("weight", shape), ("bias", shape[:1])):
         yield tensor_entry(f"{source}.{part}", part_shape, *(f"{target}.{part}" for target in targets), rows=rows)

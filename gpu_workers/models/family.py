@@ -1,4 +1,4 @@
-"""What a model family says of its checkpoints; :mod:`~xditd.gpu_workers.models.operations` is what it does with one."""
+"""The ``Family`` protocol: how a model family recognises and describes its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ ConfigT = TypeVar("ConfigT", bound=Hashable)
 
 
 class Family(Protocol[ConfigT]):
-    """What a family says of its checkpoints, and what it can do with one (``operations``)."""
+    """How a family recognises and describes its checkpoints; ``operations`` runs them."""
 
     @property
     def name(self) -> str:
-        """As it appears in logs, status and errors."""
+        """Its name in logs, status and errors."""
 
     @property
     def title(self) -> str:
-        """What of it can be run, in people's words, with a file that fits: ``FLUX.1 dev (flux1-dev.safetensors)``."""
+        """The supported models for people, with an example of a file: ``FLUX.1 dev (flux1-dev.safetensors)``."""
 
     @property
     def kind(self) -> Kind:
-        """What a component of this family is for."""
+        """The kind of its components."""
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """Canonical names that files hold in place of, or as a copy beside, another one: copy to original."""
+        """Canonical names of tied tensors, from copy to original: files hold either, or both."""
 
     @property
     def ignored(self) -> re.Pattern[str] | None:
-        """Canonical names of tensors that no job reads, of any dtype, besides what ``tells_nothing`` in any model."""
+        """Canonical names of tensors that no job reads, of any dtype, besides those of ``tells_nothing``."""
 
     @property
     def fused_widths(self) -> tuple[int, ...]:
-        """Hidden sizes whose fused kernels are compiled when a group starts; others compile at their first step."""
+        """Hidden sizes whose fused kernels are compiled when a group starts; others compile at the first step."""
 
     def claims(self, names: Collection[str]) -> bool:
-        """Say whether these names, without a prefix, are a checkpoint of this family, complete or not."""
+        """Return whether these names, without a prefix, are of this family, complete or not."""
 
     def canonical(self, name: str) -> str:
-        """Return the one spelling of a tensor name that has no prefix."""
+        """Return the canonical spelling of a tensor name without a prefix."""
 
     def configure(self, shapes: Mapping[str, Shape]) -> ConfigT:
         """Infer the configuration, a frozen dataclass, from canonical names and shapes alone.
 
         Raises:
-            BadCheckpoint: a dimension can be read nowhere, or has an impossible value.
+            BadCheckpoint: a dimension cannot be read, or has an impossible value.
             Unsupported: a known variant of the family that is not implemented.
         """
 
     def entries(self, config: ConfigT, names: Collection[str]) -> Iterator[Entry]:
         """List every tensor that a checkpoint of this configuration holds.
 
-        ``names`` are the canonical names of one: a family whose files come in several layouts lists that one's.
+        ``names`` are the canonical names of one: a family with several namings lists the tensors of that one.
         """
 
     def heads(self, config: ConfigT) -> int:
-        """Count the attention heads that its sequence is split by; 0 where one rank runs it whole."""
+        """Return the number of attention heads for sequence parallelism; 0 if each rank runs the whole model."""
 
     @property
     def operations(self) -> Operations[ConfigT]:
-        """What jobs do with its components: those of its ``kind``, imported when the first one is lent."""
+        """The operations of its ``kind``, imported when the first component is lent."""

@@ -1,4 +1,4 @@
-"""Correct before fast: the first result of a fast path is compared with the plain one; a wrong one is never used."""
+"""The fast path check: compare the first result of fused kernels with that of the unmodified modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class FastPathCheck:
-    """Judges one fast path. Beyond the tolerance the plain path is used from then on; log and ``status`` say so."""
+    """Checks one fast path. If its error exceeds the tolerance, only the plain path is used from then on."""
 
     def __init__(self, what: str, tolerance: float) -> None:
         self._what = what
@@ -27,10 +27,10 @@ class FastPathCheck:
         self.is_refused = False
 
     def run(self, case: Hashable, fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return what ``fast`` gives, if it agreed with ``plain`` when this ``case`` first ran; else ``plain``'s.
+        """Return the result of ``fast`` if it agreed with ``plain`` when this ``case`` first ran, else ``plain``'s.
 
-        All ranks that share an image run the same case, and what one of them refuses all do. Where ``plain`` gives NaN
-        or infinity, that is returned, and the case is judged when it runs next.
+        All ranks that share an image run the same case, and refuse together. If ``plain`` gives NaN or infinity, that
+        is returned, and the case is checked when it runs next.
         """
         if self.is_refused:
             return plain()
@@ -39,7 +39,7 @@ class FastPathCheck:
             return result
         expected = plain()
         if not agree(bool(expected.isfinite().all()), RankSet.SEQUENCE):
-            # The weights are at fault, and the next ones may be sound: there is nothing to judge the path by.
+            # The weights are at fault, not the fast path: check again with the next ones.
             return expected
         error = float((result.float() - expected.float()).norm() / expected.float().norm())
         # Not "error > tolerance": a NaN must be refused, too.
@@ -53,13 +53,13 @@ class FastPathCheck:
         return result
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out the verdicts that are new since the last call, or changed by a refusal."""
+        """Return the checks that are new since the last call, or changed by a refusal."""
         checks, self._checks = self._checks, {}
         return tuple(checks.values())[-limits.MAX_FUSED_CHECKS :]
 
     def _note(self, case: Hashable, error: float) -> None:
-        judged = {**self._passed, case: error} if self.is_refused else {case: error}
-        for each, found in judged.items():
+        checked = {**self._passed, case: error} if self.is_refused else {case: error}
+        for each, found in checked.items():
             self._checks[str(each)] = FusedCheck(
                 kernels=self._what,
                 case=str(each)[: limits.MAX_NAME_CHARS],

@@ -1,7 +1,7 @@
-"""Rank 0's watch over the lent files that CPU ranks compute with: are they still what was lent?
+"""Detect changes of lent files that CPU ranks have mapped.
 
-All ranks map the same files, so one looks for all, and ``raise_on_all_ranks`` tells the others. On a GPU there is
-nothing to watch: what came from files was copied, and checked around the copy, when it was lent.
+All ranks map the same files, so rank 0 checks for all, and ``raise_on_all_ranks`` passes its error on. GPU ranks copy a
+file, and check it before and after, when it is lent: nothing is left to check later.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from xditd.ipc.tensors import FileBlock, FileDigest, Manifest
 from xditd.ipc.transports.file import FileMapping
 
 Opened = Sequence[OpenBlock | None]
-"""The blocks of a component, in the manifest's order; ``None`` is one that another rank has mapped."""
+"""The blocks of a component, in the manifest's order; ``None``: another rank has mapped it."""
 
 
 class _Unreported(NamedTuple):
     manifest: Manifest
     opened: Opened
     numbers: set[int]
-    """Of the files whose digests the daemon does not know yet."""
+    """Numbers of the file blocks whose digests the daemon does not have yet."""
 
 
 class FileWatch:
-    """Digests files while others work, checks them, and has the digests told to the daemon for a later group."""
+    """Hashes files in the background, checks them, and collects the digests for the daemon."""
 
     def __init__(self, layout: ParallelLayout) -> None:
         self._is_on = layout.rank == 0 and layout.device.type != "cuda"
@@ -35,49 +35,49 @@ class FileWatch:
 
     @property
     def has_unreported(self) -> bool:
-        """Whether :meth:`take_digests` will have something to return."""
+        """Whether :meth:`take_digests` will return more."""
         return bool(self._unreported)
 
-    def begin(self, opened: Opened) -> None:
-        """Begin to digest what was mapped; it goes on while others work."""
+    def begin_digests(self, opened: Opened) -> None:
+        """Begin to hash the mapped files in the background."""
         if self._is_on:
-            for file in _files_of(opened).values():
+            for file in _file_mappings(opened).values():
                 file.begin_digest()
 
-    def await_small(self, opened: Opened) -> None:
-        """Wait for the digests of small files: they may be renamed as soon as the lend has returned."""
+    def wait_for_small_digests(self, opened: Opened) -> None:
+        """Wait for the digests of small files: clients may rename them as soon as the lend has returned."""
         if self._is_on:
-            for file in _files_of(opened).values():
+            for file in _file_mappings(opened).values():
                 file.await_small_digest()
 
     def check(self, opened: Opened) -> None:
-        """Check that files are what was lent, on rank 0 of ranks on the CPU.
+        """Check that the files are unchanged, on rank 0 of CPU ranks.
 
         Raises:
             StaleSource: one was rewritten, truncated or grown.
         """
         if self._is_on:
-            check_opened(opened)
+            check_files_unchanged(opened)
 
-    def note_plugged(self, component_id: str, manifest: Manifest, opened: Opened) -> None:
-        """Note that the daemon is to be told the digests of a component's files."""
-        numbers = set(_files_of(opened))
+    def add_plugged(self, component_id: str, manifest: Manifest, opened: Opened) -> None:
+        """Report the digests of this component's files with the next :meth:`take_digests`."""
+        numbers = set(_file_mappings(opened))
         if self._is_on and numbers:
             self._unreported[component_id] = _Unreported(manifest, opened, numbers)
 
     def forget(self, component_id: str) -> None:
-        """Note that a component's blocks are about to be released."""
+        """Remove a component, before its blocks are released."""
         self._unreported.pop(component_id, None)
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
-        """Return what has become known since the last call, by component."""
+        """Return the digests that were finished since the last call, by component id."""
         taken: dict[str, tuple[FileDigest, ...]] = {}
         for component_id, (manifest, opened, numbers) in list(self._unreported.items()):
-            files = _files_of(opened)
-            over = {number for number in numbers if not files[number].is_digesting}
-            if not over:
+            files = _file_mappings(opened)
+            finished = {number for number in numbers if not files[number].is_digesting}
+            if not finished:
                 continue
-            numbers -= over
+            numbers -= finished
             if not numbers:
                 del self._unreported[component_id]
             found = []
@@ -90,18 +90,14 @@ class FileWatch:
         return taken
 
 
-def check_opened(opened: Opened) -> None:
-    """Check that every file among these blocks is what was lent.
-
-    Raises:
-        StaleSource: one is not.
-    """
+def check_files_unchanged(opened: Opened) -> None:
+    """Raise ``StaleSource`` if a file among these blocks has changed since it was lent."""
     for block in opened:
         if block is not None:
             block.check_unchanged()
 
 
-def _files_of(opened: Opened) -> dict[int, FileMapping]:
+def _file_mappings(opened: Opened) -> dict[int, FileMapping]:
     return {
         number: block.mapping
         for number, block in enumerate(opened)
@@ -109,14 +105,13 @@ def _files_of(opened: Opened) -> dict[int, FileMapping]:
     }
 
 
-def fault_of(opened: Opened) -> StaleSource | None:
-    """What is wrong with a component's files, if anything is.
+def stale_file_error(opened: Opened) -> StaleSource | None:
+    """Return the error if a file among these blocks has changed, also after this rank has read its share.
 
-    A file that has changed under one rank's share has changed for all, also for those whose share was read before: each
-    says so itself, and not that another rank does.
+    So each rank names the file, instead of raising that another rank failed.
     """
     try:
-        check_opened(opened)
+        check_files_unchanged(opened)
     except StaleSource as error:
         return error
     return None

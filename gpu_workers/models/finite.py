@@ -1,4 +1,4 @@
-"""Whether tensors are finite, in one kernel each, with one wait for the device."""
+"""Check that tensors are finite: one kernel for each, one wait for the device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from xditd.ipc.errors import BadRequest
 
 
 def magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value, a float32 number on the device: NaN or infinite if any value is.
+    """Return the largest absolute value, as float32 on the device; NaN or infinite if any value is.
 
-    One kernel, for any dtype and memory format, that writes nothing as large as the tensor.
+    One kernel for any dtype and memory format, without a temporary tensor.
     """
     return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse values that are not finite: one wait for the device that all tensors are on.
+    """Check that all values are finite, with one wait for the device.
 
     Raises:
-        BadRequest: names the first tensor that has some.
+        BadRequest: names the first tensor that has other values.
     """
     if not tensors:
         return

@@ -1,4 +1,4 @@
-"""What a job's numbers and tensors must be before anything is launched: each fault is refused by name and value."""
+"""Checks of a job's numbers and tensors before it runs; errors name the field and its value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_schedule(steps: int, sigmas: Sequence[float] | None) -> None:
     """Check the steps of a generation.
 
     Raises:
-        BadRequest: names the field, its value and what would do.
+        BadRequest: names the field, its value and what is accepted.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise BadRequest(f"steps {steps}: use 1 to {MAX_STEPS}")
@@ -30,18 +30,18 @@ def check_schedule(steps: int, sigmas: Sequence[float] | None) -> None:
     if wrong:
         raise BadRequest(f"sigma {wrong[0]}: every sigma lies above 0 and at most at 1")
     if any(later >= earlier for earlier, later in pairwise(sigmas)):
-        raise BadRequest("sigmas do not fall from step to step")
+        raise BadRequest("sigmas do not decrease from step to step; give them in decreasing order")
 
 
 def check_sides(height: int, width: int, multiple: int) -> None:
-    """Raise ``BadRequest`` if a side in pixels is no multiple, or beyond the limit."""
+    """Raise ``BadRequest`` if a side in pixels is not a multiple of ``multiple``, or beyond the limit."""
     for name, side in (("height", height), ("width", width)):
         if not 0 < side <= MAX_SIDE_PIXELS or side % multiple:
             raise BadRequest(f"{name} {side}: use a multiple of {multiple} up to {MAX_SIDE_PIXELS} pixels")
 
 
 def check_shape(name: str, tensor: object, shape: Sequence[int | None]) -> None:
-    """Raise ``BadRequest`` if ``tensor`` is none, or has another shape; ``None`` is any size above 0."""
+    """Raise ``BadRequest`` if ``tensor`` is no tensor of this shape; ``None`` is any size above 0."""
     if not isinstance(tensor, torch.Tensor):
         raise BadRequest(f"{name}: {type(tensor).__name__} where a tensor is needed, {_shape_text(shape)}")
     found = tuple(tensor.shape)
@@ -52,16 +52,16 @@ def check_shape(name: str, tensor: object, shape: Sequence[int | None]) -> None:
 
 
 def check_batch(name: str, batch: int) -> None:
-    """Raise ``BadRequest`` if there are no images, or too many for one job."""
+    """Raise ``BadRequest`` if there are no rows, or too many for one job."""
     if not 1 <= batch <= MAX_BATCH:
         raise BadRequest(f"{name}: a batch of {batch}, use 1 to {MAX_BATCH}")
 
 
 def check_tensor(name: str, tensor: object, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
-    """Check an argument of a forward, which is not cast: shape, and dtype (``None``: any floating one).
+    """Check the shape and dtype of an argument, which is not cast; ``None`` is any floating dtype.
 
     Raises:
-        BadRequest: names the argument, what it is, and what would do.
+        BadRequest: names the argument, its shape or dtype, and what is accepted.
     """
     check_shape(name, tensor, shape)
     assert isinstance(tensor, torch.Tensor)
@@ -69,21 +69,21 @@ def check_tensor(name: str, tensor: object, shape: Sequence[int | None], dtype: 
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use {_name(dtype)}, that of the weights")
     if not tensor.is_floating_point():
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use a floating dtype")
-    if tensor.itemsize == 1:  # torch computes nothing in eight bits: the forward would end in the middle
+    if tensor.itemsize == 1:  # torch cannot compute in eight bits: the forward would fail
         raise BadRequest(f"{name}: dtype is {_name(tensor.dtype)}, use float32, or a floating dtype of 16 bits")
 
 
 def check_output(name: str, dtype: str) -> None:
-    """Raise ``BadRequest`` if results would lose their fractions or their range in ``dtype``, one of the wire's."""
+    """Raise ``BadRequest`` if ``dtype``, a name of the protocol, cannot hold results: integers and eight bits."""
     if dtype not in ("float16", "bfloat16", "float32", "float64"):
         raise BadRequest(f"{name}: dtype is {dtype}, use float32, or a floating dtype of 16 bits")
 
 
 def check_known(name: str, known: Mapping[str, Sequence[float]], low: float, high: float, remedy: str) -> None:
-    """Check the values of an argument where the host knows them.
+    """Check the values of an argument if the host knows them.
 
     Raises:
-        BadRequest: one lies outside ``low`` to ``high``; says which, and the ``remedy``.
+        BadRequest: one lies outside ``low`` to ``high``; names it and the ``remedy``.
     """
     for value in known.get(name, ()):
         if not low <= value <= high:
@@ -91,10 +91,7 @@ def check_known(name: str, known: Mapping[str, Sequence[float]], low: float, hig
 
 
 def prepare(model: Model[Any], **tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Move tensors to the model's device and dtype, and refuse values that are not finite there.
-
-    All verdicts are read together: one wait for the GPU, before the model is launched.
-    """
+    """Move tensors to the model's device and dtype, and check that they are finite there, with one wait for the GPU."""
     moved: list[torch.Tensor] = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

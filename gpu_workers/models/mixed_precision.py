@@ -1,8 +1,8 @@
-"""Checkpoints of several dtypes: float32 norms in a bfloat16 model, or any other tensor that was kept wider.
+"""Run checkpoints of several dtypes, such as float32 norms in a bfloat16 model.
 
-Weights stay as they were lent. A layer that has one of another dtype computes in the widest of its weights and its
-input, and returns its input's dtype. torch does the same for norms with float32 weights on the CPU, and refuses most
-other mixtures; where it has a way of its own, that one is taken, for the same bits as in the owner's process.
+Lent weights stay as they are. A layer with a weight of another dtype computes in the widest dtype of its weights and
+input, and returns its input's dtype. Norms with float32 weights on the CPU are left to torch, which does the same, for
+the same bits as in the client's process; it refuses most other mixtures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the dtype that holds all values of these, at least float32 where two halves differ."""
+    """Return the dtype that holds all values of these: float32 for float16 with bfloat16."""
     return reduce(torch.promote_types, dtypes)
 
 
 def compute_in_widest(module: torch.nn.Module, exceptions: Mapping[str, torch.dtype], device: torch.device) -> None:
-    """Make every layer of ``module`` that has one of these parameters compute in the widest dtype of all it has.
+    """Make every layer of ``module`` with one of these parameters compute in the widest dtype of its parameters.
 
     For inference in one thread. Layers take their input as their first argument, by position.
     """
@@ -29,13 +29,13 @@ def compute_in_widest(module: torch.nn.Module, exceptions: Mapping[str, torch.dt
         layer = module.get_submodule(path)
         if device.type == "cpu" and isinstance(layer, torch.nn.GroupNorm) and _is_all_float32(layer, path, exceptions):
             continue
-        hooks = _Widened()
+        hooks = _WideParameters()
         layer.register_forward_pre_hook(hooks.enter)
         layer.register_forward_hook(hooks.leave, always_call=True)
 
 
 def convolve(x: torch.Tensor, convolution: torch.nn.Conv2d, padding: tuple[int, int]) -> torch.Tensor:
-    """Convolve with a layer's weights and other padding, in its widest dtype, as the layer itself does."""
+    """Convolve with a layer's weights and this padding, in its widest dtype, as the layer itself does."""
     weight, bias = convolution.weight, convolution.bias
     assert bias is not None
     if weight.dtype == bias.dtype == x.dtype:
@@ -48,24 +48,24 @@ def _is_all_float32(layer: torch.nn.Module, path: str, exceptions: Mapping[str, 
     return all(exceptions.get(f"{path}.{name}") == torch.float32 for name, _ in layer.named_parameters(recurse=False))
 
 
-class _Widened:
-    """One layer: wider copies in the places of its narrower parameters, while it runs."""
+class _WideParameters:
+    """Hooks that replace the narrower parameters of a layer by wider copies while it runs."""
 
     def __init__(self) -> None:
-        self._given: torch.dtype | None = None
-        self._lent: dict[str, torch.nn.Parameter] = {}
+        self._input_dtype: torch.dtype | None = None
+        self._originals: dict[str, torch.nn.Parameter] = {}
 
     def enter(self, layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = arguments
         own = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
         wide = widest([x.dtype, *(parameter.dtype for parameter in own.values())])
-        self._given = x.dtype
-        self._lent = {name: parameter for name, parameter in own.items() if parameter.dtype != wide}
-        for name, parameter in self._lent.items():
+        self._input_dtype = x.dtype
+        self._originals = {name: parameter for name, parameter in own.items() if parameter.dtype != wide}
+        for name, parameter in self._originals.items():
             layer._parameters[name] = torch.nn.Parameter(parameter.to(wide), requires_grad=False)
         return (x.to(wide), *others)
 
     def leave(self, layer: torch.nn.Module, _: Any, result: torch.Tensor | None) -> torch.Tensor | None:
-        layer._parameters.update(self._lent)
-        self._lent = {}
-        return None if result is None or self._given is None else result.to(self._given)
+        layer._parameters.update(self._originals)
+        self._originals = {}
+        return None if result is None or self._input_dtype is None else result.to(self._input_dtype)

@@ -1,8 +1,7 @@
-"""Empty models, built once for each architecture and pointed at lent weights without a copy.
+"""The model cache: modules on the meta device, built once for each architecture, that run lent weights without a copy.
 
-A model is a module on the meta device. Plugging points its parameters at tensors that somebody else owns;
-unplugging points them at nothing again, so that the memory can be unmapped. A second checkpoint of the
-same architecture, such as a fine-tune, reuses the module and whatever was compiled for it.
+Plugging assigns lent tensors as a model's parameters; unplugging restores the meta parameters, so that the memory can
+be unmapped. Another checkpoint of the same architecture, such as a fine-tune, reuses the module and compiled kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.gpu_workers.models.registry import detect, families, left_out, operations_of, titles
+from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -45,9 +44,9 @@ Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
 
 
 class CachedModel:
-    """One empty model. ``owner`` is whatever name its present weights were plugged in under.
+    """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
-    ``layout`` is its own: the group's, with the degrees that its heads allow and a kernel for its dtype.
+    ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class CachedModel:
         self.owner: str | None = None
         self.operations = operations
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
-        # Where each parameter lives: the dictionaries outlive every parameter that is put into them.
+        # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
         for path, submodule in module.named_modules():
@@ -86,25 +85,25 @@ class CachedModel:
     @overload
     def operations_for(self, kind: Literal["text_encoder"]) -> TextEncoderOperations[Any]: ...
     def operations_for(self, kind: Kind) -> Any:
-        """Return what the family does with a component of its kind; ``registry.operations_of`` has found it whole."""
+        """Return the family's operations, typed by kind; ``registry.operations_of`` has checked them."""
         assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"
         return self.operations
 
     @property
     def attention_backend(self) -> str:
-        """xDiT's name for what its plain modules attend with."""
+        """xDiT's name of the attention backend of its plain modules."""
         return self.layout.attention_backend
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out how the fast path compared with plain modules since the last call."""
+        """Return the fast path checks since the last call."""
         return () if self._fast is None else self._fast.take_checks()
 
     def reserve(self) -> int:
-        """Get what memory a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
         return 0 if self._fast is None else self._fast.reserve()
 
     def release(self) -> None:
-        """Free what was reserved, if nothing is plugged in."""
+        """Free the reserved memory if nothing is plugged."""
         if self._fast is not None and self.owner is None:
             self._fast.unplug()
 
@@ -114,10 +113,10 @@ class CachedModel:
         owner: str = "",
         checkpoint: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Point every parameter at the tensor bound to it, and hold these until :meth:`unplug` or the next plug.
+        """Assign ``bindings`` as the parameters, and hold them until :meth:`unplug` or the next plug.
 
-        ``checkpoint`` are the same bytes by canonical name, for the family's fast path; without them it stays idle.
-        Parameters are assigned where they live: ``load_state_dict(assign=True)`` takes ten times as long.
+        ``checkpoint`` are the same tensors by canonical name, for the fast path, which is idle without them.
+        ``load_state_dict(assign=True)`` takes ten times as long.
         """
         if bindings.keys() != self._slots.keys():
             differing = sorted(bindings.keys() ^ self._slots.keys())
@@ -129,7 +128,7 @@ class CachedModel:
         self.owner = owner
 
     def unplug(self) -> None:
-        """Point every parameter at nothing; this model then holds no reference to lent memory."""
+        """Restore the meta parameters; the model then holds no reference to lent memory."""
         for target, (parameters, name) in self._slots.items():
             parameters[name] = self._empty[target]
         if self._fast is not None:
@@ -139,7 +138,7 @@ class CachedModel:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMatch:
-    """How the tensors of one checkpoint layout become the parameters of a model."""
+    """A checkpoint matched to a family and a model: which tensors are which parameters."""
 
     model: CachedModel
     family: Family[Any]
@@ -150,7 +149,7 @@ class CheckpointMatch:
     is_reused: bool
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return a view of ``tensors`` for every parameter; nothing is copied. The views keep the memory mapped."""
+        """Return each parameter as a view of ``tensors``, without a copy. The views keep the memory mapped."""
         bindings: dict[str, torch.Tensor] = {}
         for target, part in self.key_map.items():
             tensor = tensors[part.source]
@@ -160,11 +159,11 @@ class CheckpointMatch:
         return bindings
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors that the family uses, as the checkpoint has them, under the family's own names."""
+        """Return the tensors that the family uses, by canonical name."""
         return {canonical: tensors[given] for canonical, given in self.sources.items()}
 
     def facts(self, manifest: Manifest) -> ComponentFacts:
-        """What clients are told of the component: the family's facts of its kind, the class, and the bytes."""
+        """Return the facts that clients get of a component."""
         model, kind = self.model, self.family.kind
         transformer = vae = text_encoder = None
         if kind == "transformer":
@@ -191,7 +190,7 @@ class CheckpointMatch:
 class ModelCache:
     """The models of this process, by family, configuration and dtypes. ``layout`` is the group's.
 
-    Every rank makes the same calls in the same order: a model may need process groups that were not made yet.
+    Every rank makes the same calls in the same order, since a model may need new process groups.
     """
 
     def __init__(self, layout: ParallelLayout) -> None:
@@ -203,19 +202,19 @@ class ModelCache:
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out what all models have to say."""
+        """Return the fast path checks of all models since the last call."""
         found = [check for model in self._models.values() for check in model.take_checks()]
         return tuple(found[-limits.MAX_FUSED_CHECKS :])
 
     def release_idle(self) -> None:
-        """Free what was reserved for models that nothing is plugged into."""
+        """Free the reserved memory of all models without plugged weights."""
         for model in self._models.values():
             model.release()
 
     def match(self, tensors: Mapping[str, TensorInfo], kind: Kind | None = None) -> CheckpointMatch:
-        """Find the family of these tensors, check every one of them, and get its model built or reused.
+        """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
-        With a ``kind``, tensors of other components in the same file are left alone.
+        With a ``kind``, tensors of other components in the same file are skipped.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
@@ -253,9 +252,9 @@ class ModelCache:
         )
 
     def _choose_layout(self, family: Family[Any], config: Hashable, dtype: torch.dtype) -> ParallelLayout:
-        """Choose once for all models of as many heads: ranks meet there, also those whose model could be built.
+        """Choose the layout once for each number of heads and dtype, since all ranks have to take part in the choice.
 
-        A model may be missing on one rank alone, whose GPU was full.
+        A model is no such key: one rank alone may lack it, because its GPU was full.
         """
         key = (family.heads(config), dtype)
         found = self._layouts.get(key)
@@ -267,20 +266,20 @@ class ModelCache:
         family, config, dtype = resolution.family, resolution.config, resolution.dtype
         operations = operations_of(family)
         layout = self._choose_layout(family, config, dtype)
-        # Drawing first weights costs two thirds of the time to build a module, on the meta device too.
+        # Weight initialisation takes two thirds of the time to build a module, on the meta device too.
         from diffusers.models.modeling_utils import no_init_weights
 
         with torch.device("meta"), no_init_weights():
             module = operations.build(config).eval().requires_grad_(False)
-        # nn.Module's own `to`: diffusers' warns of modules to be kept in float32, of which these have none.
+        # nn.Module's own `to`: diffusers' warns of modules to keep in float32, which do not apply.
         torch.nn.Module.to(module, dtype)
         for submodule in module.modules():
             for name, buffer in submodule._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     submodule._buffers[name] = buffer.to(self.layout.device)
-        stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-        if stranded:
-            raise Internal(f"{family.name}: buffers without values after building: {listed(stranded)}", names=stranded)
+        unfilled = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+        if unfilled:
+            raise Internal(f"{family.name}: buffers without values after building: {listed(unfilled)}", names=unfilled)
         exceptions = _exceptions(resolution)
         compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
@@ -289,10 +288,10 @@ class ModelCache:
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution:
-    """Fit a checkpoint to its family; of a file with several components, that of the ``kind``.
+    """Match a checkpoint to its family; in a file with several components, that of the ``kind``.
 
-    What no family claims is named, if it is known. What one claims and does not fit is that family's to explain, unless
-    it is of a form that none takes.
+    If no family claims it, the error names the model, if known. If the claiming family refuses it, the error is that
+    family's, unless the file is in a form that no family takes (an adapter, packed weights).
     """
     try:
         family = detect(tensors.keys(), kind)
@@ -300,7 +299,7 @@ def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution
         known = unsupported_error(tensors, titles())
         if known is None:
             raise
-        raise type(known)(known.detail + left_out(), names=known.names) from error
+        raise type(known)(known.detail + load_faults_note(), names=known.names) from error
     others = [] if kind is None else [each for each in families() if each is not family]
     try:
         return resolve(family, tensors, others)
@@ -312,19 +311,19 @@ def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution
 
 
 def _without_others(tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]]) -> dict[str, TensorInfo]:
-    """Leave out what other families claim, under prefixes of its own."""
+    """Return the tensors without those that other families claim under their own prefixes."""
     groups = by_prefix(tensors)
     kept = [group for group in groups.values() if not any(other.claims(group) for other in others)]
     return {name: tensors[name] for group in kept for spelled in group.values() for name in spelled}
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:
-    """Parameters that need care beside those of the main dtype: none of a text encoder, which computes in float32."""
+    """Return the parameters of another dtype than the main one; none for text encoders, which compute in float32."""
     return {} if resolution.family.kind == "text_encoder" else resolution.exceptions
 
 
 def class_of(module: object) -> str:
-    """Name the class of diffusers or transformers that a module is, or is derived from."""
+    """Return the name of a module's class, or of its base class, in diffusers or transformers."""
     for kind in type(module).__mro__:
         package = kind.__module__.partition(".")[0]
         if package in ("diffusers", "transformers"):

@@ -1,4 +1,4 @@
-"""What jobs do with the components of a family, and what the engine gives to it: protocols and their arguments."""
+"""The protocols by which jobs run the components of a family: transformers, VAEs, text encoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xditd.ipc.status import FusedCheck
 
 RowResults = torch.Tensor | list[torch.Tensor]
-"""A result for each row of a forward: along the first dimension of a tensor, or in a list where shapes may differ."""
+"""The result of a forward by row: the first dimension of a tensor, or a list if shapes may differ."""
 
 ConfigT_co = TypeVar("ConfigT_co", bound=Hashable, covariant=True)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=Hashable, contravariant=True)
@@ -25,9 +25,9 @@ ConfigT_contra = TypeVar("ConfigT_contra", bound=Hashable, contravariant=True)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """The arguments of one forward: tensors are on the model's device, in the dtypes and shapes that were given.
+    """The arguments of one forward: tensors are on the model's device, in the client's dtypes and shapes.
 
-    ``known`` are the values of those arguments that the host knows, in row-major order: what came as values.
+    ``known`` are the values, in row-major order, of those arguments that the client sent as numbers.
     """
 
     arguments: Mapping[str, Any]
@@ -36,9 +36,9 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallOptions:
-    """How forwards run, besides their arguments.
+    """Options of forwards, besides their arguments.
 
-    ``foreseen`` are values of arguments in forwards to come, as they will be given; they change no bit of a result.
+    ``foreseen`` are the values of arguments in later forwards, for work ahead of time; they change no bit of a result.
     """
 
     variant: str = "class"
@@ -48,10 +48,10 @@ class CallOptions:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a generation shall make, as its client asked for it. ``batch`` is that of the conditioning.
+    """The settings of a generation, as the client gave them. ``batch`` is that of the conditioning.
 
-    ``sigmas`` are used as they are, without the final 0; without them the family's own schedule runs.
-    ``options`` are by the names of the facts.
+    ``sigmas`` are used as they are, without the final 0; ``None`` is the family's own schedule. ``options`` have the
+    names of the facts.
     """
 
     batch: int
@@ -65,10 +65,10 @@ class Wanted:
 
 
 class Operations(Protocol[ConfigT_contra]):
-    """What every family does with a component; one of the three below says the rest."""
+    """The operations that all kinds have; each of the three protocols below adds its own."""
 
     def build(self, config: ConfigT_contra) -> torch.nn.Module:
-        """Build the module. The caller makes it a meta module and sets the dtype."""
+        """Build the module. The caller sets the meta device and the dtype."""
 
     def fuse(
         self,
@@ -78,47 +78,46 @@ class Operations(Protocol[ConfigT_contra]):
         dtype: torch.dtype,
         exceptions: Mapping[str, torch.dtype],
     ) -> FastPath | None:
-        """Give ``module`` a faster forward on the checkpoint's own tensors, or return ``None`` where there is none.
+        """Give ``module`` a faster forward that reads the checkpoint's tensors; return ``None`` if there is none.
 
         ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``.
 
         Raises:
-            Unsupported: kernels or a precision that were asked for by name cannot be had in this layout, or from
-                weights of these dtypes.
+            Unsupported: the kernels or the precision of the settings cannot run in this layout, or with weights of
+                these dtypes.
         """
 
 
 class TransformerOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
-    """How ``Call`` and ``Generate`` run a transformer."""
+    """The operations of a transformer, for ``Call`` and ``Generate``."""
 
     def facts(self, config: ConfigT_contra, layout: ParallelLayout) -> TransformerFacts:
-        """Say what clients need to know."""
+        """Return the facts that clients need."""
 
     def check(self, model: Model[ConfigT_contra], inputs: Inputs) -> None:
         """Check the arguments of one forward, on every rank alike, before any of it runs.
 
-        Their names are those of the facts, and what is needed is there. Floating tensors are finite, or are being
-        found so. Whatever does not fit the configuration or the ranks is refused by name.
+        The engine has checked the names and that no needed one is missing; it checks that floating tensors are finite.
 
         Raises:
-            BadRequest: a shape, a dtype, a value that the host knows.
+            BadRequest: a wrong shape, dtype, or value that the host knows; names the argument.
             Unsupported: too few tokens for the ranks.
         """
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
-        """Return the shape of each row of a forward's result. Halves of a group share rows out between them."""
+        """Return the shape of each row of a forward's result. The halves of a group split the rows."""
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        """Return the forward of some of the rows alone, as views."""
+        """Return the inputs of these rows alone, as views."""
 
     def run(self, model: Model[ConfigT_contra], inputs: Inputs, options: CallOptions) -> RowResults:
-        """Run one forward, and return its rows: whole on every rank that shares them, in the dtype of the weights.
+        """Run one forward, and return its rows, in the dtype of the weights.
 
-        The ranks of a sequence run it together. Tensors are on the model's device and as they were given.
+        The ranks of a sequence run it together, and each returns whole rows.
         """
 
     def tree(self, rows: RowResults) -> Any:
-        """Return the result of a forward as its class has it: what ``forward(..., return_dict=False)`` returns."""
+        """Return what ``forward(..., return_dict=False)`` of the diffusers class returns."""
 
     @property
     def recipe(self) -> Recipe[ConfigT_contra]:
@@ -126,21 +125,21 @@ class TransformerOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
 
 
 class Recipe(Protocol[ConfigT_contra]):
-    """How a family makes latents of noise. The loop over the steps is the engine's (``jobs/generate.py``)."""
+    """How a family samples latents from noise. The loop over the steps is in ``jobs/generate.py``."""
 
     def check(self, config: ConfigT_contra, wanted: Wanted) -> None:
-        """Check what needs no tensor.
+        """Check the settings that need no tensor.
 
         Raises:
-            BadRequest: a size, an option, a number; by name, with what would do.
+            BadRequest: a wrong size, option or number; names it and what is accepted.
         """
 
     def start(
         self, model: Model[ConfigT_contra], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
     ) -> DenoisingRun:
-        """Check conditioning and noise, and make ready to step.
+        """Check conditioning and noise, and prepare the steps.
 
-        ``conditioning`` is by the names of the facts, on the model's device, in the dtypes that were given. ``noise``
+        ``conditioning`` has the names of the facts, on the model's device, in the client's dtypes. ``noise``
         is (batch, channels, height / pixels, width / pixels), finite, in :meth:`noise_dtype`.
 
         Raises:
@@ -148,11 +147,11 @@ class Recipe(Protocol[ConfigT_contra]):
         """
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
-        """Return the dtype of noise for weights of ``dtype``: drawn in it, as the family's own pipeline does."""
+        """Return the dtype in which the family's own pipeline draws noise, for weights of ``dtype``."""
 
 
 class DenoisingRun(Protocol):
-    """One generation under way: everything in its steps that hangs on the family."""
+    """One running generation: the parts of its steps that depend on the family."""
 
     @property
     def scheduler(self) -> Any:
@@ -160,100 +159,100 @@ class DenoisingRun(Protocol):
 
     @property
     def latents(self) -> torch.Tensor:
-        """What the first step starts from, in the shape and dtype in which steps are made."""
+        """The first latents, in the shape and dtype of the steps."""
 
     @property
     def foreseen(self) -> Mapping[str, tuple[float, ...]]:
-        """Values of arguments in all steps, where the host knows them; as in ``Call``."""
+        """The values of arguments in all steps, if the host knows them; as in ``CallOptions``."""
 
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
-        """Return the forwards of one step: one, or several that are independent."""
+        """Return the inputs of the independent forwards of one step."""
 
     def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
-        """Combine the rows of each part to what the scheduler steps by, shaped as ``latents``, in their dtype.
+        """Combine the rows of all parts into the scheduler's ``model_output``, in shape and dtype of ``latents``.
 
-        ``latents - sigma * predicted`` is what the step takes the clean latents for.
+        ``latents - sigma * predicted`` is the prediction of the clean latents at this step.
         """
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents between two steps as (batch, channels, height, width)."""
+        """Return latents of a step as (batch, channels, height, width)."""
 
 
 class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
-    """How ``Decode``, ``Encode`` and ``Generate`` run a VAE."""
+    """The operations of a VAE, for ``Decode``, ``Encode`` and ``Generate``."""
 
     def facts(self, config: ConfigT_contra) -> VaeFacts:
-        """Say what clients need to know."""
+        """Return the facts that clients need."""
 
     def shares(self, model: Model[ConfigT_contra], latents: torch.Tensor) -> bool:
-        """Say whether all ranks decode these latents together; else one does it sooner alone."""
+        """Return whether all ranks decode these latents together; ``False`` if rank 0 alone is faster."""
 
     def decode(
         self, model: Model[ConfigT_contra], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
     ) -> torch.Tensor:
-        """Decode (batch, channels, h, w) to images (batch, 3, height, width), not cut off at [-1, 1].
+        """Decode (batch, channels, h, w) to images (batch, 3, height, width), not clamped to [-1, 1].
 
         ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
 
         Raises:
-            BadRequest: shape, or values that are not finite.
+            BadRequest: a wrong shape, or values that are not finite.
         """
 
     def encode(self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
         """Encode images (batch, 3, height, width) in [-1, 1] to ``(mode - shift) * factor`` of the posterior's mode.
 
         Raises:
-            BadRequest: shape, values that are not finite, or a checkpoint without an encoder.
+            BadRequest: a wrong shape, values that are not finite, or a checkpoint without an encoder.
         """
 
 
 class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
-    """How ``EncodeText`` runs a text encoder."""
+    """The operations of a text encoder, for ``EncodeText``."""
 
     def facts(self, config: ConfigT_contra) -> TextEncoderFacts:
-        """Say what clients need to know."""
+        """Return the facts that clients need."""
 
     def vocabulary(self, config: ConfigT_contra) -> int:
-        """How many tokens it knows."""
+        """Return the size of the vocabulary."""
 
     def encode(
         self, model: Model[ConfigT_contra], token_ids: torch.Tensor, *, pooled: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode token ids (batch, tokens), checked, to hidden states (batch, tokens, width), and pooled ones."""
+        """Encode checked token ids (batch, tokens) to hidden states (batch, tokens, width), and the pooled state."""
 
 
 class Model(Protocol[ConfigT_co]):
-    """A plugged model, as a family sees it: the model that the engine holds."""
+    """A model with plugged weights, as a family sees it."""
 
     @property
     def config(self) -> ConfigT_co:
-        """What ``Family.configure`` returned."""
+        """The configuration that ``Family.configure`` returned."""
 
     @property
     def module(self) -> torch.nn.Module:
-        """What ``Family.build`` returned, with parameters."""
+        """The module that ``Operations.build`` returned, with parameters."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of most weights."""
+        """The dtype of most weights."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the weights."""
 
     @property
     def layout(self) -> ParallelLayout:
-        """How the ranks share its work."""
+        """The parallel degrees and the attention backend of this component."""
 
 
 class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out how it compared with the plain forward, each comparison once."""
+        """Return the fast path checks since the last call."""
 
     def reserve(self) -> int:
-        """Get the memory that :meth:`plug` fills with what it makes of a checkpoint; return its bytes, mostly 0."""
+        """Allocate the memory that :meth:`plug` fills with converted weights; return its bytes, mostly 0."""
 
     def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors until :meth:`unplug` or the next plug."""

@@ -1,9 +1,9 @@
-"""The model families that can be recognised and run: a list of our own, then those of other packages.
+"""The registry of model families: our own, then those of other packages.
 
-Ours are imported when the first checkpoint comes, others when one comes that none of ours claims. A package offers a
-family by an entry point of the group ``xditd.families`` that names a class, which is called without arguments and gives
-a :class:`~xditd.gpu_workers.models.family.Family`. What it says of files is looked at when it is found, what it can do
-with a component when the first one of it is lent: only then may xfuser and diffusers be imported.
+Ours are imported with the first checkpoint, others with the first that none of ours claims. A package registers a
+family by an entry point of the group ``xditd.families``: a class, called without arguments, that follows
+:class:`~xditd.gpu_workers.models.family.Family`. Its members are checked when it is loaded, its operations when the
+first component is lent: only these may import xfuser and diffusers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
 )
-"""Module and class of each of ours, in the order in which they are asked whether a checkpoint is theirs."""
+"""Module and class of each of our families, in the order of :func:`detect`."""
 
 ENTRY_POINTS: Final = "xditd.families"
-"""The group of entry points by which other packages offer theirs. All ranks ask them in the order of their names."""
+"""The group of entry points of other packages' families. All ranks load them in the order of their names."""
 
 OPERATIONS: Final[dict[Kind, type]] = {
     "transformer": TransformerOperations,
@@ -52,61 +52,61 @@ OPERATIONS: Final[dict[Kind, type]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
-    """Families of other packages, and for each that cannot be used, what it is and why."""
+class OtherFamilies:
+    """The families of other packages, and a message for each that cannot be used."""
 
     families: tuple[Family[Any], ...]
     faults: tuple[str, ...]
 
 
 def families() -> tuple[Family[Any], ...]:
-    """All of them, imported with the first call: ours first, in the order in which they are asked."""
+    """Return all families in the order of :func:`detect`, ours first; the first call imports them."""
     return own_families() + other_families().families
 
 
 @cache
 def own_families() -> tuple[Family[Any], ...]:
-    """Ours."""
+    """Return our own families."""
     return tuple(getattr(import_module(module), name)() for module, name in FAMILIES)
 
 
 @cache
-def other_families() -> Others:
-    """Those of installed packages. One that cannot be used is logged and left out, whatever is wrong with it."""
+def other_families() -> OtherFamilies:
+    """Return the families of installed packages. One that cannot be loaded is logged and left out."""
     found: list[Family[Any]] = []
     faults: list[str] = []
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
         try:
             found.append(_load(entry, {family.name for family in (*own_families(), *found)}))
-        except (Exception, SystemExit) as error:  # another package's code: whatever it raises, it breaks no other lend
+        except (Exception, SystemExit) as error:  # any error of another package's code
             package = "a package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
             faults.append(f"{entry.name} of {package} ({type(error).__name__}: {error})")
             logger.error(
                 "family of another package cannot be used: entry_point=%s value=%s package=%s",
                 entry.name, entry.value, package, exc_info=error,
             )  # fmt: skip
-    return Others(tuple(found), tuple(faults))
+    return OtherFamilies(tuple(found), tuple(faults))
 
 
 def titles() -> tuple[str, ...]:
-    """What can be run, in people's words."""
+    """Return the titles of all families, for error messages."""
     return tuple(family.title for family in families())
 
 
-def left_out() -> str:
-    """The end of a message about what no family claims: the ones that were not asked, and why; mostly empty."""
+def load_faults_note() -> str:
+    """Return the end of an error message: which families could not be loaded, and why; mostly empty."""
     faults = other_families().faults
     return f"; not asked, since they could not be loaded: {listed(faults, joint='; ')}" if faults else ""
 
 
 def detect(names: Collection[str], kind: Kind | None = None) -> Family[Any]:
-    """Return the family to which a checkpoint with these tensor names belongs; with a ``kind``, one of that kind.
+    """Return the family of a checkpoint with these tensor names; with a ``kind``, one of that kind.
 
     Raises:
         UnknownFamily: none claims the names; the message shows some of them, what can be run, and which families could
             not be loaded.
         BadRequest: a family of another kind claims them.
-        Unsupported: tensors under one prefix are of one family, and those under another of a second one of the kind.
+        Unsupported: two families of the kind claim tensors, under two prefixes.
     """
     groups = by_prefix(names)
 
@@ -126,16 +126,17 @@ def detect(names: Collection[str], kind: Kind | None = None) -> Family[Any]:
         other = detect(names)
         raise BadRequest(f"lent as {kind}, but its tensors are those of {other.name}, a {other.kind}")
     raise UnknownFamily(
-        f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}{left_out()}",
+        f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}"
+        f"{load_faults_note()}",
         names=sorted(names),
     )
 
 
 def operations_of(family: Family[Any]) -> Operations[Any]:
-    """Return what jobs do with components of a family; the first time, this imports what they need.
+    """Return the operations of a family; the first call imports them.
 
     Raises:
-        Unsupported: it lacks members of the protocol of its kind; names them.
+        Unsupported: members of the protocol of its kind are missing; names them.
     """
     operations = family.operations
     protocol = OPERATIONS[family.kind]
@@ -152,11 +153,11 @@ def operations_of(family: Family[Any]) -> Operations[Any]:
 
 
 def _load(entry: EntryPoint, taken: Collection[str]) -> Family[Any]:
-    """Import what an entry point names, and look whether it is a family.
+    """Import a family by its entry point, and check its members.
 
     Raises:
         TypeError: it lacks members of the protocol.
-        ValueError: another family has its name, or there is nothing of its kind.
+        ValueError: another family has its name, or its kind is unknown.
         Exception: whatever its package raises.
     """
     family: Family[Any] = entry.load()()
@@ -171,13 +172,13 @@ def _load(entry: EntryPoint, taken: Collection[str]) -> Family[Any]:
 
 
 def _missing(given: object, protocol: type) -> list[str]:
-    """Name the members of a protocol that an object lacks. Its class is asked first: no property runs that is there."""
+    """Return the members of a protocol that an object lacks. Looks at the class first, so that no property runs."""
     return [member for member in _members(protocol) if not hasattr(type(given), member) and not hasattr(given, member)]
 
 
 @cache
 def _members(protocol: type) -> tuple[str, ...]:
-    """The public members of a protocol."""
+    """Return the public members of a protocol."""
     protocols = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
     members = {name for base in protocols for name in (*vars(base), *vars(base).get("__annotations__", ()))}
     return tuple(sorted(name for name in members if not name.startswith("_")))

@@ -1,4 +1,4 @@
-"""The check that a checkpoint fits its family exactly, and the key map that follows from it."""
+"""Match the tensors of a checkpoint to a family: check every name and shape, and make the key map."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from xditd.ipc.tensor_names import by_prefix, tells_nothing
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """A checkpoint that was found to fit: its family, configuration, dtype, and key map by given names.
+    """The result of a match: family, configuration, dtype, and key map by the checkpoint's own names.
 
-    ``dtype`` is that of most weights, by elements; ``exceptions`` are the parameters of another one. ``sources`` are
-    the given names by canonical name, and ``skipped`` the given names of tensors that tell nothing.
+    ``dtype`` is that of most elements; ``exceptions`` are the parameters of another one. ``sources`` are the
+    checkpoint's names by canonical name, and ``skipped`` its names that no job reads.
     """
 
     family: Family[Any]
@@ -35,7 +35,7 @@ class Resolution:
 
 
 def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the dtype of most elements: what a model of mixed dtypes computes in between its exceptions.
+    """Return the dtype of most elements, in which a model of mixed dtypes computes.
 
     Raises:
         UnsupportedDtype: some tensor has a dtype that cannot be run.
@@ -54,17 +54,17 @@ def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.
 
 
 def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]] = ()) -> Resolution:
-    """Fit a checkpoint to a family: configuration, key map, and the check of every name and shape.
+    """Match a checkpoint to a family: read its configuration, check every name and shape, and make the key map.
 
-    All tensors but those that tell nothing have the same prefix. What one of ``others`` claims under another prefix is
-    of another component in the same file, and skipped.
+    All tensors that jobs read have the same prefix. Tensors under another prefix that one of ``others`` claims are of
+    another component in the same file, and skipped.
 
     Raises:
         BadCheckpoint: missing, unexpected and wrongly shaped tensors.
         Unsupported: a variant of the family that is not implemented.
         UnsupportedDtype: see :func:`main_dtype`.
     """
-    given, skipped, unexpected = _sort(family, tensors, others)
+    given, skipped, unexpected = _sort_names(family, tensors, others)
     for copy, original in family.tied.items():
         if copy in given:
             name = given.pop(copy)
@@ -85,7 +85,7 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Coll
             missing.append(prefix + entry.source)
             continue
         shape = tensors[found].shape
-        if not _are_alike(shape, entry.shape):
+        if not _differ_by_ones_alone(shape, entry.shape):
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
         key_map.update(_slices(entry, found, shape))
@@ -100,10 +100,10 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Coll
 
 
 def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:
-    """Prove the other half of the bijection against the module that was really built.
+    """Check that the entries of a family fill every parameter of its module exactly once.
 
     Raises:
-        Internal: our own map leaves a parameter empty, fills it twice, or gives it another shape.
+        Internal: they leave a parameter empty, fill it twice, or give it another shape.
     """
     faults: list[str] = []
     unfilled = dict(parameters)
@@ -113,7 +113,7 @@ def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Map
         if entry.view is not None and (len(entry.targets) > 1 or math.prod(entry.view) != math.prod(entry.shape)):
             faults.append(f"{entry.source} cannot be seen as {list(entry.view)}")
         for target, rows in entry.targets:
-            shape, seen = unfilled.pop(target, None), _seen(entry, rows)
+            shape, seen = unfilled.pop(target, None), _parameter_shape(entry, rows)
             if shape is None:
                 faults.append(f"{target} is filled twice or does not exist")
             elif shape != seen:
@@ -125,10 +125,10 @@ def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Map
         )
 
 
-def _sort(
+def _sort_names(
     family: Family[Any], names: Collection[str], others: Collection[Family[Any]]
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """Sort names into those of the model, by canonical name, those that tell nothing, and those that belong nowhere."""
+    """Sort names into those of the model (by canonical name), those to skip, and unexpected ones."""
     groups = by_prefix(names)
     claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
     own = max(claimed, key=lambda prefix: len(groups[prefix]), default="")
@@ -154,8 +154,8 @@ def _sort(
     return given, skipped, unexpected
 
 
-def _are_alike(shape: Shape, expected: Shape) -> bool:
-    """Whether shapes differ by trailing ones at most: linear layers and convolutions of 1x1 hold the same numbers."""
+def _differ_by_ones_alone(shape: Shape, expected: Shape) -> bool:
+    """Return whether shapes differ by trailing ones at most, as those of linear layers and 1x1 convolutions."""
     shorter, longer = sorted((shape, expected), key=len)
     return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
 
@@ -163,18 +163,18 @@ def _are_alike(shape: Shape, expected: Shape) -> bool:
 def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
     start = 0
     for target, rows in entry.targets:
-        seen = _seen(entry, rows)
+        seen = _parameter_shape(entry, rows)
         yield target, Slice(source, start, start + rows, seen if seen != (rows, *given[1:]) else None)
         start += rows
 
 
-def _seen(entry: Entry, rows: int) -> Shape:
-    """The shape of a parameter that is so many rows of a source."""
+def _parameter_shape(entry: Entry, rows: int) -> Shape:
+    """Return the shape of a parameter that has this number of rows of a source tensor."""
     return (rows, *entry.shape[1:]) if entry.view is None else entry.view
 
 
 def _common_prefix(given: Mapping[str, str]) -> str:
-    """The prefix that most given names carry, to spell missing names as this file would."""
+    """Return the prefix of most names, to spell missing names as this file does."""
     prefixes = Counter(name[: -len(canonical)] for canonical, name in given.items() if name.endswith(canonical))
     return prefixes.most_common(1)[0][0] if prefixes else ""
 

@@ -1,8 +1,7 @@
-"""What a job's results must be before they are handed over: finite.
+"""Check that the results of a job are finite.
 
-Inputs are checked when they come in (``job_checks``), but a weight that is not a number, or half precision that
-overflows, makes a sound job's results useless. Each result costs one reduction on the device, and all are read at once,
-when the host waits for the job anyway.
+Finite inputs (``job_checks``) give other results if a weight is NaN, or if float16 overflows. Each result costs one
+reduction on the device; the host reads all of them at once, when it waits for the job anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from xditd.ipc.errors import NotFinite
 
 
 class FiniteCheck:
-    """Finds the first of a component's results that is not finite: note all in order, :meth:`fetch`, then check."""
+    """Finds the first result that is not finite: :meth:`note` all in order, :meth:`fetch`, then :meth:`fault`."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -26,22 +25,22 @@ class FiniteCheck:
         self._arrived: torch.cuda.Event | None = None
 
     def note(self, name: str, result: torch.Tensor) -> None:
-        """Note a result; the host does not wait for it."""
+        """Add a result; the host does not wait for it."""
         self._names.append(name)
         self._magnitudes.append(magnitude(result))
 
     def fetch(self) -> None:
-        """Start to copy what was found to the host, behind the work issued so far, without waiting for it."""
-        # To memory that torch pins: a copy that is not waited for needs that.
+        """Start to copy the reductions to the host, in stream order, without waiting."""
+        # torch pins the target memory, which an asynchronous copy needs.
         self._read = torch.stack(self._magnitudes).to("cpu", non_blocking=True)
         if self._magnitudes[0].is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def fault(self, component: Component, *into: torch.dtype) -> NotFinite | None:
-        """Wait for the copy, and return the fault of the first result that is not finite, or ``None``.
+        """Wait for the copy; return the error for the first result that is not finite, or ``None``.
 
-        ``into`` are the dtypes that the last result noted is about to be converted to.
+        ``into`` are the dtypes to which the last result will be converted.
         """
         if self._read is None:
             self.fetch()
@@ -52,7 +51,7 @@ class FiniteCheck:
             if not math.isfinite(found):
                 return _fault(component, name, "")
         for dtype in into:
-            # The largest value becomes infinite exactly if any does.
+            # If any value overflows, the largest one does.
             if not self._read[-1].to(dtype).isfinite():
                 return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}")
         return None

@@ -1,4 +1,4 @@
-"""Reading the sizes of a model from the shapes of a checkpoint's tensors. Errors begin with the family's name."""
+"""Read the sizes of a model from the shapes of a checkpoint's tensors. Errors begin with the family's name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xditd.ipc.errors import BadCheckpoint
 
 
 def count_blocks(family: str, shapes: Mapping[str, Shape], blocks: str, limit: int) -> int:
-    """Count the blocks whose tensors are named ``<blocks>.<number>.``; one more than the highest number.
+    """Count the blocks whose tensors are named ``<blocks>.<number>.``: the highest number plus one.
 
     Raises:
         BadCheckpoint: there are more than ``limit``.
@@ -23,7 +23,7 @@ def count_blocks(family: str, shapes: Mapping[str, Shape], blocks: str, limit: i
 
 
 def matrix(family: str, shapes: Mapping[str, Shape], name: str) -> tuple[int, int]:
-    """Return rows and columns of the only tensor that shows them.
+    """Return rows and columns of a tensor.
 
     Raises:
         BadCheckpoint: it is missing, or no matrix.
@@ -42,10 +42,10 @@ def vote(
     candidates: Iterable[tuple[str, int]],
     default: int | None = None,
 ) -> int:
-    """Return the size that most of ``candidates`` have: names of tensors, each with a dimension.
+    """Return the most common size among ``candidates``: names of tensors, each with a dimension.
 
-    One misshapen tensor among them is then named by the check of all shapes, and does not bend what others are
-    compared with. ``default`` is returned where no candidate has a size.
+    So one misshapen tensor does not decide the size, and the check of all shapes names it. ``default`` is returned if
+    no candidate has a size.
 
     Raises:
         BadCheckpoint: no candidate has a size, and there is no default.

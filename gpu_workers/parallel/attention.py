@@ -1,7 +1,7 @@
-"""Which attention kernel runs: xDiT's backends by name, tried out when the group starts.
+"""Choose an attention backend of xDiT, and try it when the group starts.
 
-xfuser registers every backend whether its package is installed or not, and a missing one fails at the
-first step of the first job. So the one that is chosen runs once, on a few tokens, at start.
+xfuser registers every backend, installed or not, and a missing one fails at the first step of the first job. So the
+chosen one runs once at start, on a few tokens.
 """
 
 from __future__ import annotations
@@ -26,29 +26,28 @@ AUTO = "auto"
 LOSSLESS = ("CUDNN", "FLASH_4", "FLASH_3", "FLASH", "SDPA_FLASH", "SDPA_EFFICIENT", "SDPA", "SDPA_MATH")
 TAKES_FLOAT32 = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT"})
 FLASH_3_FORWARD = "FLASH_3_FORWARD"
-"""That of :mod:`flash3`: ours, not one of xDiT's names."""
+"""The backend of :mod:`flash3`; xDiT has no such name."""
 HOPPER = 9
 HEAD_SIZE = 128
 PROBE_TOKENS = 32
-# What a backend raises when its package, kernel or GPU generation is missing: a name that was never
-# imported, a dispatcher without a kernel, a check of the device.
+# The errors of backends whose package, kernel or GPU generation is missing.
 PROBE_FAULTS = (RuntimeError, NameError, ImportError, AttributeError, TypeError, ValueError, AssertionError)
 
 
 def requested(backend: str, device: torch.device) -> str | None:
-    """Return the name to ask xDiT for; ``None`` leaves the choice to it.
+    """Return the name to give to xDiT; ``None``: xDiT chooses.
 
     Raises:
         Unsupported: the named backend is unknown or does not run here.
     """
     if backend.lower() != AUTO:
         return check(backend, device)
-    # xDiT chooses by what torch was built with, which on a CPU can be a kernel for GPUs.
+    # With a torch built for CUDA, xDiT chooses a GPU kernel on a CPU, too.
     return "SDPA" if device.type == "cpu" else None
 
 
 def check(backend: str, device: torch.device) -> str:
-    """Return xDiT's spelling of this backend's name, having run it once on ``device``.
+    """Run a backend once on ``device``; return xDiT's spelling of its name.
 
     Raises:
         Unsupported: unknown, or it does not run here; the message lists the lossless ones that do.
@@ -57,24 +56,24 @@ def check(backend: str, device: torch.device) -> str:
 
     found = AttentionBackendType.__members__.get(backend.upper())
     if found is None:
-        raise Unsupported(f"attention backend {backend!r} is unknown; those that run here: {_working(device)}")
+        raise Unsupported(f"attention backend {backend!r} is unknown; those that run here: {_list_working(device)}")
     fault = _probe(found, device)
     if fault is not None:
         raise Unsupported(
-            f"attention backend {backend!r} does not run here ({fault}); those that do: {_working(device)}"
+            f"attention backend {backend!r} does not run here ({fault}); those that do: {_list_working(device)}"
         )
     return str(found.name)
 
 
 def for_dtype(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Return the backend for weights of ``dtype``: most kernels on GPUs take half precision only, SDPA takes all."""
+    """Return the backend for weights of ``dtype``: most GPU kernels take half precision only, SDPA takes all."""
     if dtype == torch.float32 and device.type == "cuda" and backend not in TAKES_FLOAT32:
         return "SDPA"
     return backend
 
 
 def use(backend: str) -> None:
-    """Make ``backend`` the one that xDiT's attention layers of this process run from now on."""
+    """Set the backend of xDiT's attention layers in this process."""
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.core.distributed.runtime_state import get_runtime_state
 
@@ -82,10 +81,10 @@ def use(backend: str) -> None:
 
 
 def for_fused(requested: str, chosen: str, device: torch.device) -> str:
-    """Return what fused transformers attend with: FlashAttention 3 where it runs and nobody asked for another one.
+    """Return the backend of fused transformers: FlashAttention 3 if it runs and the setting is ``auto``.
 
-    On Hopper GPUs it is the fastest of the lossless ones: 713 TFLOP/s for 24 heads of 4,608 tokens, cuDNN's 669
-    (``benchmarks/run.py step_time --attention``). xDiT knows it by a package that has no wheels.
+    It is the fastest lossless one on Hopper GPUs: 713 TFLOP/s for 24 heads of 4,608 tokens, cuDNN's 669
+    (``benchmarks/run.py step_time --attention``). xDiT supports it by a package without wheels.
     """
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
     if requested.lower() == AUTO and is_hopper and flash3.is_installed():
@@ -100,7 +99,7 @@ def for_fused(requested: str, chosen: str, device: torch.device) -> str:
 
 
 def function(backend: str) -> Callable[..., torch.Tensor]:
-    """Return the function for this backend: (batch, heads, tokens, head size) three times in, once out."""
+    """Return the function of a backend: query, key, value and result are (batch, heads, tokens, head size)."""
     if backend == FLASH_3_FORWARD:
         return flash3.forward()
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
@@ -130,11 +129,11 @@ def _probe(backend: AttentionBackendType, device: torch.device) -> str | None:
 
 
 def working(device: torch.device) -> list[str]:
-    """Name the lossless backends that run on ``device``, each tried once; the fastest come first."""
+    """Return the lossless backends that run on ``device``, each tried once, fastest first."""
     from xfuser.core.distributed.attention_backend import AttentionBackendType
 
     return [name for name in LOSSLESS if _probe(AttentionBackendType[name], device) is None]
 
 
-def _working(device: torch.device) -> str:
+def _list_working(device: torch.device) -> str:
     return ", ".join(working(device))

@@ -15,14 +15,14 @@ from xditd.ipc.errors import Unsupported
 
 
 def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) -> ParallelLayout:
-    """Return the layout for a component of ``heads`` attention heads in ``dtype``, with its process groups made.
+    """Return the layout of a component with ``heads`` attention heads in ``dtype``, and make its process groups.
 
-    ``layout`` is the group's. ``heads`` is 0 for a component whose tokens are not split. Every rank calls this at the
-    same point.
+    ``layout`` is the group's. ``heads`` is 0 for a component without sequence parallelism. Every rank calls this at
+    the same point.
 
     Raises:
-        Unsupported: the heads need a ring, and the attention backend that was asked for cannot attend in one.
-        OtherRankFailed: it can on this rank, on another it cannot.
+        Unsupported: the heads need a ring, for which the configured attention backend does not work.
+        OtherRankFailed: it works on this rank, but not on another.
     """
     degrees = layout_choice.for_heads(layout.degrees, heads) if heads else layout.degrees
     backend = layout.attention_backend
@@ -37,7 +37,7 @@ def choose(layout: ParallelLayout, family: str, heads: int, dtype: torch.dtype) 
 
 
 def use(layout: ParallelLayout) -> None:
-    """Make a component's layout the one that attention of this process runs in. Call it before every forward."""
+    """Set the backend and process groups of this process's attention. Call before every forward."""
     attention.use(layout.attention_backend)
     sequence_groups.use(layout.degrees)
 

@@ -1,9 +1,8 @@
-"""Ulysses without all-to-alls: kernels store heads and tokens straight into the memory of the rank that needs them.
+"""Ulysses without all-to-alls: kernels store heads and tokens directly into the memory of the rank that needs them.
 
-Each rank owns one arena, which those that share its image's tokens open by CUDA IPC; handles cross over gloo as plain
-bytes. NVLink multicast is not used. Two meetings a layer make it safe with one set of buffers: whoever has passed the
-second meeting of a layer knows that all attention of that layer has read its input, and whoever has passed the first
-one that all projections of the layer before have read theirs.
+Each rank owns one arena, which the other ranks of its sequence open by CUDA IPC; gloo carries the handles as bytes.
+NVLink multicast is not used. With two barriers per layer one set of buffers is enough: after the second, all attention
+of the layer has read its input; after the first, all projections of the layer before have.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _ALIGNMENT = 256
 
 
 class Exchange:
-    """The shared buffers of a sequence-parallel ``group``; each of its ranks makes the same calls in the same order."""
+    """The shared buffers of a sequence-parallel ``group``, whose ranks make the same calls in the same order."""
 
     def __init__(self, layout: ParallelLayout, group: dist.ProcessGroup) -> None:
         self._layout = layout
@@ -37,7 +36,7 @@ class Exchange:
         self._capacity = (0, 0)
 
     def reserve(self, rows_a_rank: int, width: int, dtype: torch.dtype) -> Buffers:
-        """Return buffers for ``rows_a_rank`` tokens of ``width`` numbers on every rank, larger ones if need be.
+        """Return buffers for ``rows_a_rank`` tokens of ``width`` numbers on every rank; reallocate them if too small.
 
         They are valid until the next call.
         """
@@ -51,10 +50,10 @@ class Exchange:
         tokens = self._arena.tensor(FLAGS_BYTES + self._capacity[0], dtype, (rows_a_rank, width))
         return Buffers(heads, tokens, self._addresses[1], self._addresses[2])
 
-    def meet(self) -> None:
-        """Order what was stored before on any rank ahead of what is loaded after on every rank."""
+    def barrier(self) -> None:
+        """Wait, on the GPU, for all ranks: later loads see the earlier stores of every rank."""
         self._rounds += 1
-        triton_kernels.meet(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
+        triton_kernels.barrier(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
 
     def close(self) -> None:
         """Unmap the other ranks' buffers, then free this rank's own."""
@@ -63,7 +62,7 @@ class Exchange:
             if mapping is not None:
                 mapping.close()
         self._mappings = []
-        agree(True, RankSet.SEQUENCE)  # nobody frees what another rank still has mapped
+        agree(True, RankSet.SEQUENCE)  # free memory only when no rank has it mapped
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -94,13 +93,13 @@ class Exchange:
         )
         self._capacity = (heads_bytes, tokens_bytes)
         torch.cuda.synchronize(index)
-        agree(True, RankSet.SEQUENCE)  # every rank's flags are zero before anybody raises one
+        agree(True, RankSet.SEQUENCE)  # all flags are zero before a rank sets one
 
 
 class Buffers(NamedTuple):
-    """Where one rank receives: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width).
+    """The receive buffers of one rank: ``heads`` (3, all rows, own heads * 128), ``tokens`` (own rows, width).
 
-    ``heads_bases`` and ``tokens_bases`` are the addresses of every rank's.
+    ``heads_bases`` and ``tokens_bases`` are the addresses of the buffers of all ranks.
     """
 
     heads: torch.Tensor
@@ -110,7 +109,7 @@ class Buffers(NamedTuple):
 
 
 def is_possible(world_size: int) -> bool:
-    """Say whether every GPU of the group, one for each rank in order, can reach every other one's memory directly."""
+    """Return whether all GPUs of the group (GPU N for rank N) have peer access to each other."""
     pairs = ((one, other) for one in range(world_size) for other in range(world_size) if one != other)
     return world_size <= torch.cuda.device_count() and all(
         torch.cuda.can_device_access_peer(one, other) for one, other in pairs

@@ -1,4 +1,4 @@
-"""How one model is split over the ranks of a group, and where this rank stands in it."""
+"""The parallel layout of a group or of one component, as one rank sees it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from xditd.ipc.settings.daemon import WORKER_DEFAULTS
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """The split of this process's group, or that of one component in it (:mod:`component_layouts`).
+    """The layout of this process's group, or of one component in it (:mod:`component_layouts`).
 
-    All have the same ranks, of which ``degrees.sequence`` share the tokens of an image; how these are split between
-    Ulysses and ring is each component's own. Ranks count as :class:`Degrees` says: sequence groups are neighbours.
-    ``attention_backend`` is xDiT's name for what ``auto`` or the configuration came to; ``fused_attention`` what fused
-    transformers attend with, ``None`` where transformers run plain. ``precision`` is that of their products: ``bf16``
-    for the weights as they were lent, or ``fp8``. ``requested_attention`` and ``requested_kernels`` are the operator's
-    words, ``auto`` where the choice was left to us.
+    All components run on the same ranks, of which ``degrees.sequence`` share the tokens of an image; each has its own
+    Ulysses and ring degrees. :class:`Degrees` says how ranks are numbered. ``attention_backend`` is xDiT's name of the
+    chosen backend; ``fused_attention`` is that of fused transformers, ``None`` if they run plain modules. ``precision``
+    is that of matrix products: ``bf16`` for the lent weights themselves, or ``fp8``. ``requested_attention`` and
+    ``requested_kernels`` are the settings, which may be ``auto``.
     """
 
     rank: int

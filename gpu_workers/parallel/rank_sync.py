@@ -1,8 +1,8 @@
-"""How ranks agree before any of them enters a collective: errors on all of them, flags, small numbers, GPUs.
+"""Synchronise ranks: raise an error on all of them, agree on flags, exchange small values.
 
-Every rank of those that agree must call the same function at the same point. Flags go through a page of memory that the
-ranks share, not by a collective: for a flag gloo wakes four threads one after the other, which takes 1 ms of every step
-in virtual machines. Where a rank is gone, the others wait here until the leader ends the group.
+All ranks of a set must call the same function at the same point. Flags go through a page of shared memory, not a
+collective: gloo wakes four threads in turn for a flag, which takes 1 ms of every step in virtual machines. If a rank
+has died, the others wait here until the leader ends the group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
 _VALUE_BITS: Final = 8
 _WORD_BYTES: Final = 8
 _SPIN_S: Final = 200e-6
-"""Ranks come to a meeting within a fraction of a millisecond of each other, or one of them has work to do first."""
+"""Ranks mostly arrive within a fraction of a millisecond of each other."""
 _LONGEST_PAUSE_S: Final = 1e-3
 
 _UUID_BYTES: Final = 64
@@ -32,24 +32,24 @@ _LENGTH_BYTES: Final = 4
 
 
 class _Page:
-    """Two words for each rank, used in turns: the number of the round, and what the rank said in it.
+    """Shared memory with two words for each rank, used in turn: the number of the round, and the rank's value.
 
-    A rank enters the round after next, and overwrites its word, once all others have entered the next one. By then they
-    have read it. Words are written and read whole, so that no order of two writes matters.
+    A rank overwrites a word two rounds later, when all others have entered the round between, and so have read it.
+    Words are written and read whole, so the order of writes does not matter.
     """
 
     def __init__(self, store: dist.Store, key: str, rank: int, ranks: int) -> None:
         self._rank, self._ranks, self._round = rank, ranks, 0
         size = 2 * ranks * _WORD_BYTES
         if rank == 0:
-            # Memory without a name in any folder: a file could be removed before everyone has opened it.
+            # A memfd: a file in a folder could be removed before all ranks have opened it.
             page = os.memfd_create("xditd-rank-sync", os.MFD_CLOEXEC)
             os.ftruncate(page, size)
             store.set(key, f"/proc/{os.getpid()}/fd/{page}")
         else:
             page = os.open(store.get(key), os.O_RDWR | os.O_CLOEXEC)
         self._words = memoryview(mmap.mmap(page, size)).cast("q")
-        _barrier()  # everyone has it
+        _barrier()  # all ranks have opened it
         os.close(page)
 
     def exchange(self, value: int) -> list[int]:
@@ -62,13 +62,13 @@ class _Page:
         began_s = time.perf_counter()
         while (word := self._words[at]) >> _VALUE_BITS != self._round:
             waited_s = time.perf_counter() - began_s
-            if waited_s > _SPIN_S:  # an eighth of the wait so far: short waits stay short, long ones cost nothing
+            if waited_s > _SPIN_S:  # sleep an eighth of the wait so far
                 time.sleep(min(waited_s / 8, _LONGEST_PAUSE_S))
         return word & ((1 << _VALUE_BITS) - 1)
 
 
 class RankSet(Enum):
-    """Which ranks agree with each other."""
+    """A set of ranks that agree with each other."""
 
     GROUP = "all ranks"
     SEQUENCE = "the ranks that share the tokens of an image"
@@ -80,8 +80,8 @@ _pages: dict[RankSet, _Page] = {}
 def share_page(store: dist.Store, key: str, rank: int, ranks: int, members: RankSet = RankSet.GROUP) -> None:
     """Share a page of memory with the other ranks of a set.
 
-    They find it through ``store`` under ``key``, which is new and the same for all of a set; ``rank`` counts within
-    it. All ranks of the process group call this at the same point, each for its own set.
+    ``key`` is its key in ``store``, new and the same on all ranks of the set; ``rank`` counts within the set. All ranks
+    of the process group call this at the same point, each for its own set.
     """
     _pages.pop(members, None)
     if ranks > 1:
@@ -95,9 +95,9 @@ def agree(ok: bool, among: RankSet = RankSet.GROUP) -> bool:
 
 
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the sum of a gloo group's ``values``, a few numbers on the CPU, with the same bits on every rank.
+    """Return the sum of ``values`` (a few numbers on the CPU) over a gloo group, with the same bits on every rank.
 
-    Every rank adds the same numbers in the same order, which an all-reduce does not promise.
+    All ranks add in the same order, which an all-reduce does not guarantee.
     """
     ranks = dist.get_world_size(group)
     if ranks == 1:
@@ -114,14 +114,14 @@ def broadcast_stop(flag: bool) -> bool:
 
 
 def gather_uuids(device_uuid: str, world_size: int) -> tuple[str, ...]:
-    """Tell every rank the GPU of every other; empty names on the CPU."""
+    """Return the GPU UUID of every rank; empty on the CPU."""
     return tuple(name.decode() for name in gather_bytes(device_uuid.encode(), _UUID_BYTES, world_size))
 
 
-def gather_bytes(mine: bytes, most_bytes: int, world_size: int) -> list[bytes]:
-    """Tell every rank what each one has to say, at most ``most_bytes``, which all name alike."""
-    assert len(mine) <= most_bytes
-    padded = len(mine).to_bytes(_LENGTH_BYTES, "big") + mine.ljust(most_bytes, b"\0")
+def gather_bytes(mine: bytes, max_bytes: int, world_size: int) -> list[bytes]:
+    """Return every rank's bytes, at most ``max_bytes`` each, which is the same on all ranks."""
+    assert len(mine) <= max_bytes
+    padded = len(mine).to_bytes(_LENGTH_BYTES, "big") + mine.ljust(max_bytes, b"\0")
     everyone = [torch.zeros(len(padded), dtype=torch.uint8) for _ in range(world_size)]
     dist.all_gather(everyone, torch.tensor(list(padded), dtype=torch.uint8))
     rows = [bytes(row.tolist()) for row in everyone]
@@ -130,16 +130,16 @@ def gather_bytes(mine: bytes, most_bytes: int, world_size: int) -> list[bytes]:
 
 @contextmanager
 def raise_on_all_ranks(among: RankSet = RankSet.GROUP) -> Iterator[None]:
-    """Run a block that may fail; where it fails on one rank of ``among``, raise on all of them.
+    """Run a block; if it fails on one rank of ``among``, raise on all of them.
 
-    An error of this rank is raised here once the others know; where another rank failed, this one raises
-    ``OtherRankFailed``. So no rank goes on to a collective that another one will not enter.
+    A rank that failed raises its own error, the others raise ``OtherRankFailed``. So no rank enters a collective that
+    another one never enters.
     """
     fault: XditdError | None = None
     try:
         yield
     except torch.OutOfMemoryError as error:
-        # It stays behind the other one as its context, and the frames that failed hold views of what is to be unmapped.
+        # It stays as the context of the next error, and its frames hold views of memory that must be unmapped.
         traceback.clear_frames(error.__traceback__)
         fault = OutOfMemory(f"the GPU has no room: {error}".split("\n")[0])
     except XditdError as error:
@@ -153,10 +153,10 @@ def raise_on_all_ranks(among: RankSet = RankSet.GROUP) -> Iterator[None]:
 
 @contextmanager
 def using_all_cores(device: torch.device) -> Iterator[None]:
-    """Run a block on rank 0 alone, while the other ranks wait: on the CPU it takes their cores too.
+    """Use all cores for a block that rank 0 runs alone while the other ranks wait.
 
-    The result is then that of one process, too: with fewer threads sums are split elsewhere, and the encoder of a
-    VAE gave latents that differed by 1.9e-6.
+    The bits are then those of one process: with fewer threads sums are split differently, and the latents of a VAE's
+    encoder differed by 1.9e-6.
     """
     if device.type != "cpu":
         yield
@@ -170,5 +170,5 @@ def using_all_cores(device: torch.device) -> Iterator[None]:
 
 
 def _barrier() -> None:
-    """Wait for all ranks. dist.barrier() would go through NCCL."""
+    """Wait for all ranks. dist.barrier() would use NCCL."""
     dist.all_reduce(torch.zeros(1))

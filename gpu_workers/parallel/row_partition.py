@@ -1,7 +1,7 @@
-"""How the rows of a batch are partitioned over the halves of a group, and how their results are put together again.
+"""Partition the rows of a batch over the two halves of a group (CFG parallel), and gather their results.
 
-A client that samples with a negative prompt sends a row for each prompt in one request. A single row is not split: both
-halves of the group do the same work, and each has the result.
+A client that uses a negative prompt sends a row for each prompt in one request. A single row is not split: both halves
+run it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xditd.gpu_workers.parallel.token_partition import pad_rows
 
 
 def partition_rows(rows: int, halves: int, half: int) -> slice:
-    """Return the rows that one half works on. The first gets one more where they do not divide."""
+    """Return the rows that one half works on. The first half gets one more if their number is odd."""
     if rows < halves:
         return slice(0, rows)
     each = -(-rows // halves)
@@ -26,7 +26,7 @@ def partition_rows(rows: int, halves: int, half: int) -> slice:
 
 
 def halves() -> int:
-    """How many halves this group has: 2, or 1 where it is whole."""
+    """Return the CFG degree: 2, or 1 if rows are not split."""
     return int(get_classifier_free_guidance_world_size())
 
 
@@ -41,13 +41,13 @@ def own_rows(rows: int) -> slice:
 
 
 def gather_flat(mine: torch.Tensor, longest: int) -> torch.Tensor:
-    """Give every rank what each half has, (halves, longest); all_gather wants equal lengths, so less travels padded."""
+    """Gather the tensors of all halves, (halves, longest), padded, since all_gather needs equal lengths."""
     gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(mine, longest - mine.shape[0], dim=0), dim=0)
     return gathered.view(halves(), longest)
 
 
 def add_halves(count: int, rows: int) -> int:
-    """Return what every half counted among its own of ``rows``, in all."""
+    """Return the sum of the counts of all halves, if they split ``rows``."""
     if rows < get_classifier_free_guidance_world_size():
         return count
     return int(sum_over_ranks(torch.tensor(count), get_cfg_group().cpu_group))

@@ -1,7 +1,7 @@
-"""Attention over a sequence whose tokens lie on several ranks: Ulysses, a ring, or both, as the present layout says.
+"""Attention over a sequence that ranks share: Ulysses, ring, or both, by the layout in use.
 
-Exact for every number of tokens: each rank brings equally many, and what is padding lies at the very end of the last
-rank's, where keys and values are cut off.
+Exact for every number of tokens: each rank has equally many, with all padding at the end of the last rank's, where keys
+and values are cut off.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def attend(
 ) -> torch.Tensor:
     """Attend from this rank's tokens to those of every rank in its sequence group.
 
-    All are (batch, heads, tokens, head size), the same on every rank. ``valid`` is how many tokens of all ranks count,
-    from the first rank's first on; without it all do. ``layer`` is the attention module, for xfuser's settings of it.
-    Every rank makes the same calls in the same order.
+    All are (batch, heads, tokens, head size), of the same shape on every rank. Of the tokens of all ranks, in order,
+    the first ``valid`` count; without it all do. ``layer`` is the attention module, for xfuser's settings of it. Every
+    rank makes the same calls in the same order.
     """
     if get_ring_parallel_world_size() == 1:
         return USP(

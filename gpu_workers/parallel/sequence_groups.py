@@ -1,11 +1,10 @@
-"""The process groups in which xfuser's attention shares tokens: made once for each shape, exchanged between forwards.
+"""The process groups of Ulysses and ring attention: made once for each pair of degrees, switched between forwards.
 
-A shape is how many ranks exchange heads (Ulysses) and how many pass keys and values on (ring). Their product, the ranks
-that share one image's tokens, is fixed when the group starts; the shape is each model's own, since its attention heads
-have to divide by the Ulysses degree. xfuser makes the groups of one shape. It keeps them in variables of its own and of
-yunchang's, where every attention layer finds them: those variables are set here.
+The product of both degrees, the number of ranks that share an image's tokens, is fixed when the group starts. Each
+model has its own pair, since the Ulysses degree must divide its attention heads. xfuser makes the groups of one pair,
+and keeps them in its own and yunchang's variables, which every attention layer reads. This module sets those variables.
 
-Ranks are laid out as yunchang does (``set_seq_parallel_pg``): Ulysses groups are neighbours, rings step over them.
+Ranks are ordered as in yunchang (``set_seq_parallel_pg``): Ulysses groups are neighbours, rings have a stride.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from xditd.ipc.degrees import Degrees
 
 
 class _Split(NamedTuple):
-    """How the ranks that share tokens form groups: of ``size`` ranks each, which are ``stride`` ranks apart."""
+    """Groups of ``size`` ranks each, ``stride`` ranks apart."""
 
     stride: int
     size: int
 
 
 class _SequenceGroups:
-    """The groups of this process that have been made, those of other ranks being theirs."""
+    """The groups that this rank is in."""
 
     def __init__(self, degrees: Degrees, timeout: timedelta) -> None:
         from xfuser.core.distributed import get_sp_group
@@ -59,7 +58,7 @@ class _SequenceGroups:
         PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
 
     def _new_group(self, split: _Split) -> dist.ProcessGroup:
-        """Make the groups of all ranks, as torch wants it: every rank makes every group, also those it is not in."""
+        """Make the groups of all ranks; torch needs every rank to make every group, also those it is not in."""
         own: dist.ProcessGroup | None = None
         for ranks in _members(split, self._sequence, self._world_size):
             group = dist.new_group(ranks, timeout=self._timeout)
@@ -75,24 +74,24 @@ _groups: _SequenceGroups | None = None
 def start(degrees: Degrees, timeout: timedelta) -> None:
     """Take over the groups that xfuser has made for ``degrees``. Call once, after xfuser's start.
 
-    Ranks wait for each other up to ``timeout`` in the groups that are made later, and while they make them.
+    ``timeout`` is that of making further groups, and of collectives in them.
     """
     global _groups
     _groups = _SequenceGroups(degrees, timeout)
 
 
 def make(degrees: Degrees) -> None:
-    """Make the groups of a shape that are missing. Every rank of the process group calls this at the same point.
+    """Make the missing groups for ``degrees``. Every rank of the process group calls this at the same point.
 
-    ``degrees`` share tokens between as many ranks as those of the start did.
+    ``degrees.sequence`` is the same as at the start.
     """
     _started().make(degrees)
 
 
 def use(degrees: Degrees) -> None:
-    """Make this, a shape that was made, the one that attention of this process runs in from now on.
+    """Switch this process's attention to the groups of ``degrees``, made before.
 
-    Call it before every forward: it costs a comparison where nothing changes.
+    Call it before every forward: without a change it costs one comparison.
     """
     _started().use(degrees)
 
@@ -107,7 +106,7 @@ def _ulysses(degrees: Degrees) -> _Split:
 
 
 def _ring(degrees: Degrees) -> _Split:
-    # A rank alone, whatever the stride: one group serves every shape without a ring, or without Ulysses.
+    # A group of one rank has no stride, so that it equals the group of one for Ulysses.
     return _Split(degrees.ulysses if degrees.ring > 1 else 1, degrees.ring)
 
 

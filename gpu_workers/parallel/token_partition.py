@@ -1,7 +1,7 @@
-"""How the tokens of text and image, or of one sequence, are partitioned over ranks, and gathered again.
+"""Partition the tokens of text and image, or of one sequence, over ranks, and gather them.
 
-Keys are gathered rank by rank, [text 0, image 0, text 1, image 1, ...]; attention does not depend on the order of
-its keys but for rounding. What is padded lies at the very end of the last rank, where it can be cut off.
+Keys are gathered by rank, [text 0, image 0, text 1, image 1, ...]; their order changes attention only by rounding. All
+padding is at the end of the last rank's tokens, where it can be cut off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xditd.ipc.errors import Unsupported
 
 @dataclass(frozen=True, slots=True)
 class RankTokens:
-    """One rank's tokens: ranges of the whole text and image, and the padding behind its image tokens."""
+    """One rank's tokens: ranges of the whole text and image, and the padding after its image tokens."""
 
     text: slice
     image: slice
@@ -28,10 +28,10 @@ class RankTokens:
 
 
 def partition_tokens(text: int, image: int, ranks: int) -> tuple[RankTokens, ...]:
-    """Partition ``text`` and ``image`` tokens so that each gets equally many in total, padding included.
+    """Partition ``text`` and ``image`` tokens so that each rank gets equally many in total, with padding.
 
     Raises:
-        Unsupported: fewer text or image tokens than ranks, or too few to leave the padding to the last rank alone.
+        Unsupported: fewer text or image tokens than ranks, or more padding than the last rank can have.
     """
     each = -(-(text + image) // ranks)
     padding = each * ranks - text - image
@@ -54,7 +54,7 @@ def partition_tokens(text: int, image: int, ranks: int) -> tuple[RankTokens, ...
 
 @dataclass(frozen=True, slots=True)
 class RankRange:
-    """One rank's tokens of one sequence, and the padding behind them."""
+    """One rank's tokens of one sequence, and the padding after them."""
 
     tokens: slice
     padding: int
@@ -65,10 +65,10 @@ class RankRange:
 
 
 def partition_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[RankRange, ...]:
-    """Partition the tokens of one sequence, equally many for each rank; the last one has what padding that takes.
+    """Partition the tokens of one sequence, equally many for each rank; the last rank has all padding.
 
     Raises:
-        Unsupported: the last rank would have none.
+        Unsupported: the last rank would have no token.
     """
     each = -(-tokens // ranks)
     if each * (ranks - 1) >= tokens:
@@ -80,7 +80,7 @@ def partition_evenly(tokens: int, ranks: int, what: str = "tokens") -> tuple[Ran
 
 
 def gather_evenly(own: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Put every rank's (batch, tokens, ...) of :func:`partition_evenly` together, padding included, on every rank."""
+    """Gather every rank's padded (batch, tokens, ...) of :func:`partition_evenly`; return the first ``tokens``."""
     return get_sp_group().all_gather(own, dim=1)[:, :tokens]
 
 
@@ -93,7 +93,7 @@ def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
 
 
 def gather(sample: torch.Tensor, partition: tuple[RankTokens, ...]) -> torch.Tensor:
-    """Put every rank's image tokens together; all_gather wants equal lengths, so shorter ones travel padded."""
+    """Gather every rank's image tokens; all_gather needs equal lengths, so shorter ones are padded."""
     if len(partition) == 1:
         return sample
     longest = max(part.image_tokens + part.padding for part in partition)

@@ -1,7 +1,6 @@
-"""Which rank uploads what of a buffer that all ranks fill with the same bytes of the host: numbers alone, no copies.
+"""Partition the upload of host memory over ranks: which rank uploads which bytes of a buffer.
 
-Every rank lays the same tensors out in the same way, since all have the same manifest. So all agree on the shares
-without asking.
+All ranks compute the same shares, since all have the same manifest and the same offsets.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align
 
 SHARED_FROM_BYTES: Final = 64 * 2**20
-"""A smaller buffer every rank uploads whole: that takes a few milliseconds, and so does opening and closing the
-memory of another rank."""
+"""Every rank uploads a smaller buffer whole: opening and closing another rank's memory takes as many milliseconds."""
 
 
 class CopyRange(NamedTuple):
-    """Bytes of block number ``block`` from ``start``, which belong at ``to`` in the copy."""
+    """Bytes of block number ``block`` from ``start``, copied to byte ``to`` of the buffer."""
 
     block: int
     start: int
@@ -27,10 +25,10 @@ class CopyRange(NamedTuple):
     nbytes: int
 
 
-def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]:
-    """Join tensors that follow each other in their block and in the copy, where each has its offset.
+def join_ranges(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]:
+    """Join tensors that are adjacent in their block and in the buffer (at ``offsets``) into one range.
 
-    A checkpoint has hundreds of small tensors, and one copy for each would cost more than their bytes.
+    A checkpoint has hundreds of small tensors, and a copy for each would be slow.
     """
     found: list[CopyRange] = []
     for spec, offset in zip(specs, offsets, strict=True):
@@ -44,14 +42,14 @@ def join(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> list[CopyRange]
 
 
 def split(whole: range, parts: int) -> list[range]:
-    """Split bytes of a buffer into parts, in order, of whole allocations; the last ones may be shorter, or empty."""
+    """Split a range of bytes into ``parts`` of whole allocation units; the last ones may be shorter, or empty."""
     part = align(-(-len(whole) // parts), ALLOCATION_BYTES)
     edges = [min(whole.start + number * part, whole.stop) for number in range(parts + 1)]
     return [range(start, end) for start, end in pairwise(edges)]
 
 
-def cut(ranges: Sequence[CopyRange], share: range) -> list[CopyRange]:
-    """Return what of the ranges lies in a share of the copy; those that cross its edges are cut."""
+def clip_ranges(ranges: Sequence[CopyRange], share: range) -> list[CopyRange]:
+    """Return the parts of ``ranges`` that lie in ``share``, a range of the buffer."""
     found: list[CopyRange] = []
     for block, start, to, nbytes in ranges:
         first, end = max(to, share.start), min(to + nbytes, share.stop)

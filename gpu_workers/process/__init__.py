@@ -1,1 +1,1 @@
-"""What starts and ends processes: the leader, its ranks, and the loop in which a rank does what the daemon says."""
+"""The processes of a worker group: the leader, its ranks, and the loop in which a rank runs the daemon's commands."""

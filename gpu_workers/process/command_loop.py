@@ -1,4 +1,4 @@
-"""The loop in which a rank does what the daemon says, one command after the other, until it is told to stop."""
+"""The command loop of a rank: receive a command from the daemon, run it, send a report, until ``Shutdown``."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 class DaemonChannel:
-    """Commands in, reports out. Used by the rank's one thread only."""
+    """The rank's socket to the daemon: receives commands, sends reports. For one thread."""
 
     def __init__(self, runtime_dir: RuntimeDir) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 1_000)  # a last report may still leave; a dead daemon must not hold us
+        self._socket.setsockopt(zmq.LINGER, 1_000)  # time to send the last report, if the daemon still runs
         self._socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
         self._socket.connect(endpoint(runtime_dir.worker_socket))
         self._waiting: deque[AnyCommand] = deque()
@@ -56,7 +56,7 @@ class DaemonChannel:
     def receive(self, wait_s: float | None = None) -> AnyCommand | None:
         """Wait for the next command, ``None`` after ``wait_s`` without one.
 
-        Without ``wait_s`` there is no deadline: the kernel ends this process with the daemon.
+        Without ``wait_s`` there is no deadline: if the daemon dies, the kernel kills this process.
         """
         if self._waiting:
             return self._waiting.popleft()
@@ -65,9 +65,9 @@ class DaemonChannel:
         return command_decoder.decode(self._socket.recv())
 
     def is_cancelled(self, op_number: int, wait_s: float = 0.0) -> bool:
-        """Whether the running command was cancelled by now, or is within ``wait_s``, which ends with any command.
+        """Return whether the running command was cancelled. Wait up to ``wait_s`` for a next command.
 
-        Other commands stay for :meth:`receive`.
+        Other commands are queued for :meth:`receive`.
         """
         if wait_s:
             self._socket.poll(round(wait_s * 1e3))
@@ -84,7 +84,7 @@ class DaemonChannel:
 
 
 class CommandLoop:
-    """Commands of the daemon to an executor, and what comes of them back as reports.
+    """Passes the daemon's commands to an executor, and sends its results to the daemon as reports.
 
     ``group_token`` proves that reports belong to this group.
     """
@@ -96,16 +96,16 @@ class CommandLoop:
         self._rank = executor.facts.rank
 
     def serve(self) -> None:
-        """Say that the rank is ready, then answer commands until ``Shutdown``.
+        """Report that the rank is ready, then run commands until ``Shutdown``.
 
-        A fault that may leave this rank out of step with the others is reported as fatal and ends the process; the
-        leader then ends the group, and the daemon builds a new one.
+        After an error that may leave this rank in another state than the others, report it as fatal and end the
+        process: the leader then ends the group, and the daemon starts a new one.
         """
         executor = self._executor
         facts = executor.facts._asdict()
         self._channel.send(RankReady(group_token=self._token, pid=os.getpid(), **facts))
         while True:
-            self._tell_digests()
+            self._send_digests()
             command = self._channel.receive(executor.idle_wait_s)
             executor.while_idle()
             if command is None:
@@ -115,16 +115,16 @@ class CommandLoop:
             if isinstance(command, CancelRun):
                 continue  # its job has ended already
             try:
-                self._answer(command)
+                self._handle(command)
                 executor.after_answer()
-            except Exception as error:  # noqa: BLE001 - the outermost loop of a process; the executor says what it is
-                self._fail(command, error)
+            except Exception as error:  # noqa: BLE001 - the outermost loop of the process
+                self._report_failure(command, error)
         executor.close()
         self._channel.close()
 
-    def _answer(self, command: AnyCommand) -> None:
+    def _handle(self, command: AnyCommand) -> None:
         executor, channel = self._executor, self._channel
-        common = self._common(command)
+        common = self._common_fields(command)
         if isinstance(command, Prepare):
             channel.send(Prepared(**common, **executor.prepare(command)._asdict()))
         elif isinstance(command, Plug):
@@ -142,21 +142,21 @@ class CommandLoop:
         elif isinstance(command, DigestIo):
             channel.send(IoDigested(**common, digest=executor.digest_io(command)))
         elif isinstance(command, Run):
-            finished = executor.run(command, _Contact(channel, common))
+            finished = executor.run(command, _JobChannel(channel, common))
             channel.send(Done(**common, **finished._asdict(), tally=executor.tally()))
         else:
             raise Internal(f"no rank handles {type(command).__name__}")
 
-    def _common(self, command: AnyCommand) -> dict[str, Any]:
+    def _common_fields(self, command: AnyCommand) -> dict[str, Any]:
         return {"group_token": self._token, "rank": self._rank, "op_number": command.op_number}
 
-    def _tell_digests(self) -> None:
+    def _send_digests(self) -> None:
         for component_id, digests in self._executor.take_digests().items():
             self._channel.send(
                 FilesDigested(group_token=self._token, rank=self._rank, component_id=component_id, digests=digests)
             )
 
-    def _fail(self, command: AnyCommand, raised: Exception) -> None:
+    def _report_failure(self, command: AnyCommand, raised: Exception) -> None:
         error, is_fatal = self._executor.explain(raised)
         name = type(command).__name__
         if error is not raised and isinstance(error, Internal):
@@ -170,9 +170,9 @@ class CommandLoop:
                     logger.info("refused, all of the names: %s", line)
         self._channel.send(
             RankFailed(
-                **self._common(command),
+                **self._common_fields(command),
                 code=error.code,
-                detail=error.detail[: limits.MAX_TEXT_CHARS],  # a longer one would be refused, and nobody answered
+                detail=error.detail[: limits.MAX_TEXT_CHARS],  # the daemon refuses longer text
                 is_fatal=is_fatal,
                 names=for_message(error.names),
             )
@@ -182,15 +182,15 @@ class CommandLoop:
             sys.exit(1)
 
 
-class _Contact:
-    """A running job's line to the daemon: see ``executor.JobContact``."""
+class _JobChannel:
+    """See :class:`~xditd.gpu_workers.process.executor.JobChannel`."""
 
     def __init__(self, channel: DaemonChannel, common: dict[str, Any]) -> None:
         self._channel = channel
-        self._common = common
+        self._common_fields = common
 
     def is_cancelled(self, wait_s: float = 0.0) -> bool:
-        return self._channel.is_cancelled(self._common["op_number"], wait_s)
+        return self._channel.is_cancelled(self._common_fields["op_number"], wait_s)
 
-    def tell(self, step: int, total_steps: int, elapsed_s: float) -> None:
-        self._channel.send(StepReached(**self._common, step=step, total_steps=total_steps, elapsed_s=elapsed_s))
+    def report_step(self, step: int, total_steps: int, elapsed_s: float) -> None:
+        self._channel.send(StepReached(**self._common_fields, step=step, total_steps=total_steps, elapsed_s=elapsed_s))

@@ -1,4 +1,4 @@
-"""What a rank can do, without a word on how it is asked: the command loop owns messages, an executor the work."""
+"""The protocol between the command loop, which handles messages, and the executor, which does a rank's work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TimingsMs = dict[str, float]
 
 
 class RankFacts(NamedTuple):
-    """What a rank is, for as long as it lives; the fields are those of ``RankReady``."""
+    """The facts of a rank that never change; the fields are those of ``RankReady``."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class RankFacts(NamedTuple):
 
 
 class PreparedFacts(NamedTuple):
-    """What preparing a component came to."""
+    """The result of preparing a component."""
 
     facts: ComponentFacts
     copied: CopiedBytes
@@ -40,72 +40,72 @@ class PreparedFacts(NamedTuple):
     timings_ms: TimingsMs
 
 
-class JobContact(Protocol):
-    """A running job's line to the daemon."""
+class JobChannel(Protocol):
+    """The channel of a running job to the daemon: cancellation in, progress out."""
 
     def is_cancelled(self, wait_s: float = 0.0) -> bool:
-        """Whether the job was cancelled by now, or is within ``wait_s``."""
+        """Return whether the job was cancelled; wait for it up to ``wait_s``."""
 
-    def tell(self, step: int, total_steps: int, elapsed_s: float) -> None:
-        """Report a step. Of all ranks, the first one does."""
+    def report_step(self, step: int, total_steps: int, elapsed_s: float) -> None:
+        """Report a finished step. Only rank 0 calls this."""
 
 
 class Executor(Protocol):
-    """The work of one rank. Every rank of a group gets the same calls in the same order, and one at a time.
+    """The work of one rank. Every rank of a group gets the same calls in the same order, one at a time.
 
-    What a call raises is answered as :meth:`explain` says; all other errors are the executor's own defects.
+    The command loop passes every error that a method raises to :meth:`explain`, and reports the result.
     """
 
     @property
     def facts(self) -> RankFacts:
-        """What this rank is."""
+        """The facts of this rank."""
 
     @property
     def idle_wait_s(self) -> float | None:
-        """How long the loop may wait for a command before :meth:`while_idle`; ``None``: for ever."""
+        """The longest wait for a command before the next :meth:`while_idle`; ``None``: no limit."""
 
     def while_idle(self) -> None:
-        """Do what is due between two commands. Called at least every ``idle_wait_s``."""
+        """Do periodic work between two commands. Called at least every ``idle_wait_s``."""
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
-        """Hand out digests of lent files by component id, each once: ranks of a rebuilt group compare with them."""
+        """Return new digests of lent files by component id, each once: a restarted group checks files against them."""
 
     def prepare(self, command: Prepare) -> PreparedFacts:
-        """Do everything about a lend that may fail. Nothing that runs is touched."""
+        """Do all parts of a lend that may fail. Running components are not changed."""
 
     def plug(self, component_id: str) -> TimingsMs:
-        """Put a prepared component to work."""
+        """Assign the tensors of a prepared component as its model's parameters."""
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
-        """Copy a component into memory of this rank's own, and unmap what its client lent."""
+        """Copy a component into this rank's own memory, and unmap the client's."""
 
     def unmap(self, component_id: str) -> None:
-        """Forget a component. Unknown is no error, so that an undo can be sent to every rank."""
+        """Remove a component. An unknown id is no error, so that every rank can get the same undo command."""
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Free what is kept for a client that is gone."""
+        """Free all memory that is held for a client that has exited."""
 
     def digest_io(self, command: DigestIo) -> bytes:
-        """Digest a stretch of a client's I/O block, as this rank reads it."""
+        """Hash a range of a client's I/O block, as this rank reads it: part of the memory check."""
 
-    def run(self, command: Run, contact: JobContact) -> Finished:
-        """Run a job to its end.
+    def run(self, command: Run, job_channel: JobChannel) -> Finished:
+        """Run a job.
 
         Raises:
             Cancelled: on every rank at the same step.
         """
 
     def tally(self) -> RankTally:
-        """Count what this rank holds and has done, for the answer that is about to leave."""
+        """Return this rank's counters for the next report."""
 
     def after_answer(self) -> None:
-        """Do what no client should wait for, once an answer has left."""
+        """Do work that no client should wait for, after a report was sent."""
 
     def explain(self, error: Exception) -> tuple[XditdError, bool]:
-        """Say what an error is to the client, and whether it may leave this rank out of step with the others.
+        """Return the error to report for ``error``, and whether it is fatal.
 
-        A rank that is out of step ends, and the group with it.
+        It is fatal if this rank may now be in another state than the others: the rank ends, and the group with it.
         """
 
     def close(self) -> None:
-        """Let go of everything; the process is about to exit."""
+        """Free everything before the process exits."""

@@ -32,28 +32,28 @@ def lead(options: Options) -> int:
     """Run the group until it ends; return the exit status.
 
     Raises:
-        RequestError: the configuration cannot work, on this machine or at all; a restart would not help.
-        WorkersLost: a rank has ended by a fault.
+        RequestError: the configuration cannot work here; a restart would not help.
+        WorkersLost: a rank has failed.
     """
     die_with_parent(os.getppid())
     devices = choose_devices(options)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
-    logger.info("layout planned workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    signal.signal(signal.SIGTERM, _leave)
+    logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     return _run(options, choice, devices)
 
 
-def _leave(number: int, _: object) -> None:
-    """Unwind through ``_run``, which kills the ranks before the leader exits."""
+def _on_sigterm(number: int, _: object) -> None:
+    """Raise through ``_run``, which kills the ranks before the leader exits."""
     raise Terminated(number)
 
 
 class Terminated(BaseException):
-    """A signal asks the leader to end the group; of no ``except Exception``'s business."""
+    """A signal told the leader to end the group. No ``except Exception`` catches it."""
 
 
 def choose_devices(options: Options) -> list[str]:
-    """Decide which device each rank gets.
+    """Choose the device of each rank.
 
     Raises:
         BadRequest: more workers than GPUs.
@@ -74,8 +74,8 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
     error_pipes: list[Connection] = []
-    # Where the ranks find each other: memory of this process. A file in a folder could be removed before they have met,
-    # and NCCL comes back to it whenever a job needs a communicator for the first time.
+    # The file of torch's FileStore, in this process's memory: a file in a folder could be removed while it is needed,
+    # and NCCL reads it whenever it makes another communicator.
     store = os.memfd_create("xditd-store", os.MFD_CLOEXEC)
     store_path = f"/proc/{os.getpid()}/fd/{store}"
     try:
@@ -90,15 +90,15 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
             error_pipe.close()
             ranks.append(process)
             error_pipes.append(reader)
-        _watch(ranks, error_pipes)
+        _wait_for_ranks(ranks, error_pipes)
     except Terminated as ending:
-        # The daemon often hears first of a lost rank from those who waited for it, and ends the group: only here is
-        # known which one it was. Where the daemon just wants the group to end, nobody reads this.
-        lost = _first_loss(ranks, error_pipes)
+        # When a rank dies, the ranks that wait for it often report first, and the daemon then sends SIGTERM: only the
+        # leader knows which rank died. If the daemon just stops the group, it does not read this line.
+        lost = _find_failure(ranks, error_pipes)
         number = int(ending.args[0])
         why = lost.detail if lost else f"{signal.Signals(number).name} told the leader to end the group"
         print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
-        return 1 if lost else 128 + number  # as a shell reports a program that a signal ended
+        return 1 if lost else 128 + number  # the status by which a shell reports a signal
     finally:
         for process in ranks:
             process.kill()  # SIGKILL: a rank may be stopped, or stuck in a collective
@@ -108,40 +108,40 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
     return 0
 
 
-def _watch(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> None:
-    """Wait for all ranks to leave in peace.
+def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> None:
+    """Wait until all ranks have exited with status 0.
 
     Raises:
-        BadRequest: a rank has said why it cannot start, and no restart helps.
-        WorkersLost: a rank has ended otherwise.
+        BadRequest: a rank cannot start, and a restart would not help.
+        WorkersLost: a rank has failed otherwise.
     """
     alive = {process.sentinel: process for process in ranks}
     while alive:
         for sentinel in wait(list(alive)):
             alive.pop(cast(int, sentinel)).join()
-        lost = _first_loss(ranks, error_pipes)
+        lost = _find_failure(ranks, error_pipes)
         if lost is not None:
             raise lost
 
 
-def _first_loss(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> XditdError | None:
-    """Say of the first rank that has ended on its own, by a fault, what ended it: a cause before its consequences."""
+def _find_failure(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> XditdError | None:
+    """Return the error of the rank that failed first, or ``None``."""
     found: list[tuple[bool, XditdError]] = []
     for number, process in enumerate(ranks):
         if not process.exitcode:
             continue
-        said = _reason_in(error_pipes[number])
+        said = _read_reason(error_pipes[number])
         if process.exitcode == CONFIGURATION_STATUS and said:
             return BadRequest(said)
         how = f"rank {number} {describe_exit(process.exitcode)}"
         is_killed = process.exitcode < 0
         why = f"{how}: {said}" if said else how if is_killed else f"{how} {UNEXPLAINED}"
         found.append((not is_killed, WorkersLost(why)))
-    # A rank that was killed makes the others fail, and never the other way round.
+    # A rank that a signal killed makes the others fail, never the reverse.
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
-def _reason_in(pipe: Connection) -> str:
+def _read_reason(pipe: Connection) -> str:
     with contextlib.suppress(EOFError, OSError):
         if pipe.poll():
             return pipe.recv_bytes(maxlength=start_faults.MAX_DETAIL_BYTES).decode()

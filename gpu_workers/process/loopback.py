@@ -1,4 +1,4 @@
-"""The loopback interface, on which alone the ranks of a group meet."""
+"""Check of the loopback interface, the only one that the ranks of a group use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _REQUEST: Final = struct.Struct("16sH14x")
 
 
 def check_loopback() -> None:
-    """See that the interface is up; in a network namespace of one's own it is not, until somebody sees to it.
+    """Check that the interface is up; in a new network namespace it is down at first.
 
     Raises:
-        Unsupported: it is down, or not there. gloo would give an error that names neither.
+        Unsupported: it is down or missing. gloo's own error would not say so.
 
     Source: netdevice(7), SIOCGIFFLAGS.
     """
@@ -28,10 +28,10 @@ def check_loopback() -> None:
             answer = fcntl.ioctl(probe, _SIOCGIFFLAGS, _REQUEST.pack(LOOPBACK.encode(), 0))
         except OSError as error:
             raise Unsupported(
-                f"network interface {LOOPBACK}: {error.strerror}; the workers meet on it alone"
+                f"network interface {LOOPBACK}: {error.strerror}; the workers connect on it alone"
             ) from error
     if not _REQUEST.unpack(answer)[1] & _IFF_UP:
         raise Unsupported(
-            f"network interface {LOOPBACK}: it is down, and the workers meet on it alone; bring it up "
+            f"network interface {LOOPBACK}: it is down, and the workers connect on it alone; bring it up "
             f"(ip link set {LOOPBACK} up), then restart the daemon"
         )

@@ -1,4 +1,4 @@
-"""What the daemon tells a worker group on its command line."""
+"""The command line that the daemon starts a worker group with."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from xditd.ipc.settings.daemon import WORKER_OPTIONS, WorkerOptions
 
 
 class Options(WorkerOptions, frozen=True, kw_only=True):
-    """The options of the workers, and which daemon they report to."""
+    """The options of the workers, the daemon's folder and the group's token."""
 
     runtime_dir: RuntimeDir
     group_token: str
 
     @property
     def degrees(self) -> Mapping[str, int]:
-        """The degrees of ``layout`` that are asked for by name."""
+        """The degrees that the option ``layout`` names."""
         return parse_layout(self.layout)
 
 
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """Parse the command line; misuse exits with status 2."""
     parser = Parser(
         prog="python -m xditd.gpu_workers",
-        description="Lead a group of xDiT workers, one process for each GPU.",
+        description="Run a group of xDiT workers, one process for each GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("--runtime-dir", type=Path, required=True, help="the daemon's private folder")

@@ -1,7 +1,7 @@
-"""``python -m xditd.gpu_workers.process.probe``: what this machine offers a worker group, as a line of JSON on stdout.
+"""``python -m xditd.gpu_workers.process.probe``: print this machine's GPUs, packages and attention backends as JSON.
 
-``xditd doctor`` runs it in a process of its own: only here is torch imported and a CUDA context made, and a driver that
-hangs or faults takes nobody with it.
+``xditd doctor`` runs it in a process of its own, since it imports torch and makes a CUDA context: if the driver hangs
+or crashes, only this process ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGES: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "sa
 
 
 def main() -> int:
-    # Libraries print what they like while they are imported: stdout is for the answer alone.
+    # Libraries print while they are imported, so the answer goes to a copy of stdout and their output to stderr.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.disable(logging.WARNING)
@@ -38,7 +38,7 @@ def _packages() -> dict[str, str]:
 
 
 def _torch_facts() -> dict[str, Any]:
-    """GPUs, which of them reach each other directly, and what the driver says; ``error`` where torch cannot tell."""
+    """Return the GPUs, the pairs with peer access, and the CUDA version; ``error`` is why torch cannot tell."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -68,7 +68,7 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _attention_facts() -> dict[str, Any]:
-    """Names of the attention backends that run here, each tried on a few tokens."""
+    """Return the names of the attention backends that run here, each tried on a few tokens."""
     try:
         import torch
 

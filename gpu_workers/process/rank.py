@@ -1,4 +1,4 @@
-"""One rank: starts xDiT, then does what the daemon says until it is told to stop."""
+"""Entry point of one rank: start xDiT, then run the daemon's commands until ``Shutdown``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def main(
     leader_pid: int,
     store_path: str,
 ) -> None:
-    """Run one rank to its end. ``error_pipe`` takes the reason when it cannot start.
+    """Run one rank. If it cannot start, it writes the reason to ``error_pipe``.
 
-    The ranks find each other through ``store_path``, an empty file of the leader's.
+    ``store_path`` is the file of torch's FileStore, empty and made by the leader.
     """
     die_with_parent(leader_pid)
     logging.basicConfig(
@@ -44,7 +44,7 @@ def main(
     outside = OutsideConnections.install()
     _quiet_libraries()
     where = torch.device(device)
-    # On a GPU the host only copies small tensors, and waking sixteen threads for that was seen to take 10 ms.
+    # With GPUs the host only copies small tensors, and waking sixteen threads for that took up to 10 ms.
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // choice.degrees.world_size) if where.type == "cpu" else 1)
     try:
@@ -58,7 +58,7 @@ def main(
             options.kernels,
             options.precision,
         )
-        # Imported here: it imports xfuser's dependants, which the start has to come before.
+        # Imported here: its modules import xfuser, which works only after start().
         from xditd.gpu_workers.process.torch_executor import TorchExecutor
 
         executor = TorchExecutor(layout, report(choice, options.degrees), outside)
@@ -73,6 +73,6 @@ def main(
 
 
 def _quiet_libraries() -> None:
-    """Keep warnings about things that are never used here out of the operator's log."""
+    """Hide warnings of libraries about features that are not used here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that xfuser calls

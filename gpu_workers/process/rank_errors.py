@@ -1,4 +1,4 @@
-"""What a rank makes of errors that are not ours: whose fault it is, and whether the rank is still in step."""
+"""Recognise errors of torch and gloo: out of memory, and the end of a peer rank."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def out_of_memory(error: BaseException) -> OutOfMemory:
     )
 
 
-def is_want_of_host_memory(error: Exception) -> bool:
-    """torch's allocator for CPUs has no error class of its own.
+def is_host_out_of_memory(error: Exception) -> bool:
+    """Return whether the host is out of memory; torch's allocator for CPUs has no error class of its own.
 
     Source: c10/core/impl/alloc_cpu.cpp, "DefaultCPUAllocator: can't allocate memory".
     """
@@ -23,9 +23,9 @@ def is_want_of_host_memory(error: Exception) -> bool:
 
 
 def is_peer_rank_failure(error: Exception) -> bool:
-    """Say whether a collective failed because another process ended; gloo has no error class for that.
+    """Return whether a collective failed because another rank ended; gloo has no error class for that.
 
-    Source: gloo/transport/tcp/pair.cc, "Connection closed by peer"; a reset is the same, with data under way.
+    Source: gloo/transport/tcp/pair.cc, "Connection closed by peer"; a reset happens if data was on its way.
     """
     if isinstance(error, torch.distributed.DistNetworkError):
         return True

@@ -1,4 +1,4 @@
-"""Why a worker cannot start: said in one line, with what would mend it, and whether another try can help."""
+"""Explain why a worker cannot start: the reason and the remedy, and whether a restart can help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_DETAIL_BYTES = 65_536
 
 
 def explain(error: Exception) -> tuple[str, bool]:
-    """Return the reason, and whether it is one that no restart cures: a setting, the installation, or a limit."""
+    """Return the reason, and whether it is final: a restart does not help against a setting or a limit."""
     if isinstance(error, RequestError):
         return error.detail, True
     if is_want_of_descriptors(error):

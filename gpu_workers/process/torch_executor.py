@@ -1,4 +1,4 @@
-"""The executor of a real rank: components, I/O blocks and jobs on one device."""
+"""The executor that runs torch: components, I/O blocks and jobs on one device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
-from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts, TimingsMs
-from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure, is_want_of_host_memory, out_of_memory
+from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
+from xditd.gpu_workers.process.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 MEASURE_EVERY_S: Final = 1.0
 
-SWEEP_EVERY_S: Final = 0.5
-"""How long an idle rank keeps an I/O block mapped that its client has closed, at most."""
+UNMAP_CLOSED_EVERY_S: Final = 0.5
+"""An idle rank unmaps an I/O block at most this long after its client has closed it."""
 
 
 class TorchExecutor:
-    """A started rank and everything it holds. See :class:`~xditd.gpu_workers.process.executor.Executor`."""
+    """See :class:`~xditd.gpu_workers.process.executor.Executor`."""
 
     def __init__(self, layout: ParallelLayout, layout_report: LayoutReport, outside: OutsideConnections) -> None:
         is_cuda = layout.device.type == "cuda"
@@ -62,10 +62,10 @@ class TorchExecutor:
 
     @property
     def idle_wait_s(self) -> float | None:
-        return SWEEP_EVERY_S if len(self._io) or self._components.files.has_unreported else None
+        return UNMAP_CLOSED_EVERY_S if len(self._io) or self._components.files.has_unreported else None
 
     def while_idle(self) -> None:
-        self._io.sweep()
+        self._io.unmap_closed()
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         return self._components.files.take_digests()
@@ -97,8 +97,10 @@ class TorchExecutor:
     def digest_io(self, command: DigestIo) -> bytes:
         return self._io.open(command.io, command.exporter).digest(command.offset_bytes, command.length_bytes)
 
-    def run(self, command: Run, contact: JobContact) -> Finished:
-        progress = Progress(self.facts.rank == 0, self._layout.device, contact.is_cancelled, contact.tell)
+    def run(self, command: Run, job_channel: JobChannel) -> Finished:
+        progress = Progress(
+            self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
+        )
         job, exporter = command.job, command.exporter
         return self._jobs.run(
             job,
@@ -121,7 +123,7 @@ class TorchExecutor:
         )
 
     def after_answer(self) -> None:
-        """Look at the GPU's memory in use, for the next tally."""
+        """Measure the GPU's memory in use for the next tally."""
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)
@@ -129,17 +131,17 @@ class TorchExecutor:
 
     def explain(self, error: Exception) -> tuple[XditdError, bool]:
         if isinstance(error, XditdError):
-            # Requests are refused on all ranks alike before the first collective, cancels are agreed, and what
-            # differs between ranks passes raise_on_all_ranks. Only a defect of ours can leave the ranks apart.
+            # All ranks refuse a request alike before the first collective, stop at the same step, and share other
+            # errors by raise_on_all_ranks. So only a defect of ours leaves ranks in different states.
             return error, isinstance(error, Internal)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             return out_of_memory(error), self._layout.world_size > 1
-        if is_want_of_host_memory(error):
+        if is_host_out_of_memory(error):
             return out_of_memory(error), self._layout.world_size > 1
         if is_peer_rank_failure(error):
-            # A killed process closes its connections before its GPU is tidied up and the leader hears of its end, so
-            # that those who wait for it in a collective are often the first to know.
+            # The kernel closes a killed process's connections before the leader sees its exit, so the ranks that wait
+            # for it in a collective often see the failure first.
             return WorkersLost(f"another rank is gone: {error}".split("\n")[0]), True
         return Internal(f"rank {self.facts.rank}: {type(error).__name__}: {error}"), True
 

@@ -1,4 +1,4 @@
-"""The four things that xfuser 0.7 needs before it runs on a CPU.
+"""Patch xfuser 0.7 so that it runs on a CPU, in four places.
 
 xfuser expects a GPU: on a CPU machine two functions of ``xfuser.envs`` raise while it is imported, its table
 of packages says that yunchang (the Ulysses groups) is missing, and the group that USP communicates in is
@@ -18,7 +18,7 @@ ENVS = "xfuser.envs"
 
 
 class _PatchingLoader(Loader):
-    """Runs a module's own loader, then makes ``xfuser.envs`` answer for a CPU machine."""
+    """Runs a module's own loader, then patches ``xfuser.envs`` for a CPU machine."""
 
     def __init__(self, inner: Loader) -> None:
         self._inner = inner
@@ -28,12 +28,12 @@ class _PatchingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        # A torch built for CUDA makes xfuser believe in a GPU, whether there is one or it is to be used or not.
+        # xfuser expects a GPU wherever torch was built for CUDA.
         module._is_cuda = lambda: False  # type: ignore[attr-defined]
         # 1 and 2: both raise "No Accelerators available" otherwise. None stands for "no CUDA", as on Apple machines.
         module.get_device_version = lambda: None  # type: ignore[attr-defined]
         module.get_torch_distributed_backend = lambda: "gloo"  # type: ignore[attr-defined]
-        # 3: xfuser looks for yunchang only where it sees a GPU, and then refuses every Ulysses degree above 1.
+        # 3: xfuser looks for yunchang only where it sees a GPU, and without it refuses every Ulysses degree above 1.
         import yunchang  # noqa: F401 - proves that the answer below is true
 
         module.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
@@ -55,7 +55,7 @@ class _EnvsFinder(MetaPathFinder):
 def importable() -> Iterator[None]:
     """Make ``import xfuser`` work on a CPU machine inside the ``with`` block, the first time that it is imported.
 
-    A hook is needed because modules copy those answers into constants while the package is being imported.
+    It takes an import hook, because xfuser's modules copy these values into constants while they are imported.
     """
     finder = _EnvsFinder()
     sys.meta_path.insert(0, finder)

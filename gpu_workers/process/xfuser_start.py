@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "lo"
 GROUP_TIMEOUT = timedelta(days=7)
-"""How long ranks wait for each other, at start and in a collective: the daemon alone judges who is late. gloo, NCCL and
-the store count the time in which all ranks stood still (SIGSTOP, a frozen container), and would end a sound group."""
+"""How long ranks wait for each other, at start and in a collective: only the daemon has deadlines. gloo, NCCL and the
+store count time in which all ranks were stopped (SIGSTOP, a frozen container), and would end a healthy group."""
 
 
 def start(
@@ -44,12 +44,12 @@ def start(
     kernels: str = "plain",
     precision: str = WORKER_DEFAULTS.precision,
 ) -> ParallelLayout:
-    """Join the process group at ``store_path`` and start xDiT in it; afterwards models can be built.
+    """Join the process group at ``store_path`` and start xDiT in it. Models can be built afterwards.
 
     Call once per process. ``store_path`` is a file that does not exist yet or is empty, and that only this user can
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; without them ``choose_layout`` chooses.
-    Components whose attention heads these do not fit get others (``component_layouts``).
-    ``kernels`` is ``plain``, ``fused``, or ``auto`` for fused where it is possible.
+    A component whose attention heads do not fit them gets others (``component_layouts``).
+    ``kernels`` is ``plain``, ``fused``, or ``auto``: fused where possible.
     ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
 
     Raises:
@@ -73,11 +73,11 @@ def start(
     fused_attention = _start_fused(rank, degrees, device, attention_backend, backend, kernels, precision)
     _set_timeouts()
     clock.mark("kernels")
-    # The libraries are 430,000 objects that live as long as the process. Without this every full collection walks
-    # them, which takes 0.2 s and can fall into the middle of a lend.
+    # The libraries' 430,000 objects live as long as the process. Without this every full collection visits them, which
+    # takes 0.2 s and may happen during a lend.
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # else triton's bindings report at exit all that was not freed as leaked
+    atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     clock.mark("freeze")
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
@@ -95,14 +95,14 @@ def stop() -> None:
 def _import_xfuser(device: torch.device) -> None:
     with xfuser_cpu.importable() if device.type == "cpu" else contextlib.nullcontext():
         importlib.import_module("xfuser")
-    # xfuser writes its log at DEBUG to stdout, which belongs to data.
+    # xfuser logs at DEBUG to stdout.
     xfuser_logging = importlib.import_module("xfuser.logger")
     xfuser_logging._default_handler.setStream(sys.stderr)
     xfuser_logging._default_handler.setLevel(logging.ERROR)
 
 
 def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> dist.Store:
-    # Nothing listens beyond loopback. The parent sets these too; a rank started by hand must not be more open.
+    # Listen on loopback only. The parent sets these too, but not for a rank that is started by hand.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     store = dist.FileStore(store_path, world_size)
@@ -142,7 +142,7 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
         backend=collectives,
     )
     sequence_groups.start(degrees, GROUP_TIMEOUT)
-    # A ring is ours (ring.py), and so is the choice of its kernel; xfuser would refuse some that its own cannot take.
+    # The ring is our own (ring.py) and takes more backends than xfuser's, so xfuser gets a neutral name here.
     wanted = ring.choose_backend(attention_backend, device) if degrees.ring > 1 else None
     config, _ = xFuserArgs(
         use_cfg_parallel=degrees.cfg > 1,
@@ -152,7 +152,7 @@ def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_bac
     ).create_config()
     try:
         runtime_state.initialize_runtime_state(_nominal_pipeline(degrees.ulysses), config)
-    except RuntimeError as error:  # how xfuser refuses a backend together with a layout
+    except RuntimeError as error:  # xfuser refuses this backend in this layout
         raise Unsupported(f"attention backend {attention_backend!r}: {error}") from error
     state = runtime_state.get_runtime_state()
     # The attention of single blocks reads this, and uses it with xfuser's PipeFusion alone. set_input_parameters would
@@ -175,7 +175,7 @@ def _start_fused(
     kernels: str,
     precision: str,
 ) -> str | None:
-    """Choose what fused transformers attend with, and compile their kernels; ``None``: run plain modules.
+    """Choose the attention of fused transformers and compile their kernels; ``None``: run plain modules.
 
     Raises:
         Unsupported: fused kernels, or products in eight bits, were asked for by name and do not run here.
@@ -193,9 +193,9 @@ def _start_fused(
     if degrees.ring > 1:
         if is_asked:
             raise Unsupported(
-                f"{asked} with layout {degrees}: fused kernels attend without a ring; use ring=1 or {instead}"
+                f"{asked} with layout {degrees}: fused kernels have no ring attention; use ring=1 or {instead}"
             )
-        logger.warning("fused kernels are off: they attend without a ring, and the layout is %s", degrees)
+        logger.warning("fused kernels are off: they have no ring attention, and the layout is %s", degrees)
         return None
     from xditd.gpu_workers.kernels import warm_up
     from xditd.gpu_workers.kernels.products import check_eight_bits
@@ -203,8 +203,8 @@ def _start_fused(
 
     if not exchange.is_possible(degrees.world_size):
         if is_asked:
-            raise Unsupported(f"{asked} needs GPUs that reach each other's memory, and these do not; use {instead}")
-        logger.warning("fused kernels are off: the GPUs do not reach each other's memory")
+            raise Unsupported(f"{asked} needs peer access between the GPUs, which these do not have; use {instead}")
+        logger.warning("fused kernels are off: the GPUs have no peer access to each other")
         return None
     chosen = attention.for_fused(requested_attention, attention_backend, device)
     if precision == "fp8":
@@ -218,11 +218,10 @@ def _start_fused(
 
 
 def _nominal_pipeline(heads: int) -> SimpleNamespace:
-    """What xDiT's runtime state reads of a pipeline, with numbers of no model.
+    """Return a stand-in for the pipeline that xDiT's runtime state reads.
 
-    The state is one per process and is made once, before any model is lent. What it takes from a pipeline
-    (patch size, widths) serves its PipeFusion alone; what is used here are the degrees and the backend. ``heads`` is
-    what it divides by the Ulysses degree.
+    The state is made once per process, before any model is lent. It needs patch size and widths for PipeFusion alone,
+    which is not used here. It divides ``heads`` by the Ulysses degree.
     """
     config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=1, in_channels=1, patch_size=1)
     return SimpleNamespace(transformer=SimpleNamespace(config=config))

@@ -1,1 +1,1 @@
-"""The memory that lent weights lie in, as this rank maps it."""
+"""Mapping of lent memory into a rank."""

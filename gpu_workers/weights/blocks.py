@@ -1,4 +1,4 @@
-"""Lent blocks, opened: the bytes of other processes as 1-D uint8 tensors, each opened once."""
+"""Map lent blocks: the memory of other processes as 1-D uint8 tensors, each mapped once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OpenBlock:
 
 
 class OpenBlocks:
-    """All blocks that this rank has mapped, counted: two components may lie in one, and a CUDA handle opens once."""
+    """The blocks that this rank has mapped, with use counts: components may share one, and a CUDA handle opens once."""
 
     def __init__(self, device: torch.device, device_uuid: str) -> None:
         self._device = device
@@ -47,14 +47,14 @@ class OpenBlocks:
         return len(self._open)
 
     def is_local(self, block: Block) -> bool:
-        """Whether this rank can map the block: host memory always, device memory on its own GPU."""
+        """Return whether this rank can map the block: any host memory, device memory of its own GPU."""
         return not isinstance(block, CudaIpcBlock) or block.device_uuid == self._device_uuid
 
     def acquire(self, block: Block, exporter: ProcessIdentity, digest: bytes | None = None) -> OpenBlock:
-        """Map a block, or count one more user of it, after checking that it holds what was lent.
+        """Map a block, or count another user of it, and check that it holds the bytes that were lent.
 
-        ``digest`` is that of a file's bytes, where it is known. Pair every call with :meth:`release`; views of
-        ``bytes`` must be gone by then.
+        ``digest`` is that of a file's bytes, if known. Pair every call with :meth:`release`, and drop all views of
+        ``bytes`` before.
 
         Raises:
             ForeignGpu: device memory of a GPU that is not this rank's.
@@ -66,7 +66,7 @@ class OpenBlocks:
         found = self._open.get(key)
         if found is None:
             found = self._map(key, block, exporter, digest)
-        elif found.bytes.numel() != block.size_bytes:  # tensors were checked against the size in the description
+        elif found.bytes.numel() != block.size_bytes:  # tensors were checked against the described size
             raise StaleSource(
                 f"{_name(block, exporter)}: {found.bytes.numel()} bytes are mapped, but {block.size_bytes} were lent; "
                 "lend it again"
@@ -75,9 +75,8 @@ class OpenBlocks:
             check_fingerprint(found.bytes, block.fingerprint, _name(block, exporter))
         except BaseException as error:
             if not found.users:
-                traceback.clear_frames(
-                    error.__traceback__
-                )  # they hold views, and a block with views cannot be unmapped
+                # The frames hold views, and a block with views cannot be unmapped.
+                traceback.clear_frames(error.__traceback__)
                 self._close(found)
             raise
         self._open[key] = found
@@ -85,7 +84,7 @@ class OpenBlocks:
         return found
 
     def release(self, opened: OpenBlock) -> None:
-        """Count one user less; the last one unmaps the block.
+        """Drop one use; the last release unmaps the block.
 
         Raises:
             Internal: a view of the block is still alive, or it was not open.

@@ -14,7 +14,7 @@ import torch
 
 from xditd.client import BadRequest, Client, Loan, OutOfMemory, RowsOf
 from xditd.client.jobs import runner
-from xditd.gpu_workers.jobs.job_io import PROVIDED
+from xditd.gpu_workers.jobs.job_io import PROVIDED_PER_CLIENT
 from xditd.ipc import limits
 
 pytestmark = pytest.mark.slow
@@ -71,12 +71,12 @@ def segments(client: Client, processes: Any) -> list[set[str]]:
 
 def test_results_larger_than_the_sample_are_right_and_what_held_them_is_bounded(client, daemon, scale, processes):
     before = segments(client, processes)
-    for number in range(3 * PROVIDED):
+    for number in range(3 * PROVIDED_PER_CLIENT):
         given = part(number, times=40)
         (found,) = client.call(scale, given)
         assert torch.equal(found, expected(**given))
     grown = [now - then for now, then in zip(segments(client, processes), before, strict=True)]
-    assert [len(each) for each in grown] == [PROVIDED, 0]
+    assert [len(each) for each in grown] == [PROVIDED_PER_CLIENT, 0]
     given = part(99)
     (found,) = client.call(scale, given)  # one that fits needs none of it
     assert torch.equal(found, expected(**given))
@@ -108,16 +108,16 @@ def test_results_that_were_pushed_out_before_they_were_read_are_asked_for_again(
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(client.call, scale, part(0, times=40))
         assert answered.wait(60)
-        for number in range(1, PROVIDED + 1):
+        for number in range(1, PROVIDED_PER_CLIENT + 1):
             given = part(number, times=40)
             assert torch.equal(client.call(scale, given)[0], expected(**given))
         others_are_done.set()
         assert torch.equal(late.result(60)[0], expected(**part(0, times=40)))
-    assert client.status().counters.jobs_done == done + PROVIDED + 2
+    assert client.status().counters.jobs_done == done + PROVIDED_PER_CLIENT + 2
 
 
 def test_results_of_many_threads_are_their_own(client, scale):
-    threads = 4 * PROVIDED
+    threads = 4 * PROVIDED_PER_CLIENT
     together = Barrier(threads)
 
     def ask(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""One rank in this process for the tests of the model side: importing xfuser is what costs, so it is shared."""
+"""One shared rank in this process for tests of models, since importing xfuser is slow."""
 
 from __future__ import annotations
 

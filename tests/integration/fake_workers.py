@@ -19,7 +19,7 @@ from pathlib import Path
 
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
-from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
+from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.degrees import parse_layout
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Cancelled, Internal, StaleSource, XditdError
@@ -172,7 +172,7 @@ class FakeExecutor:
         content = read(command.exporter, command.io.fd, command.offset_bytes, command.length_bytes)
         return hashlib.blake2b(content, digest_size=16).digest()
 
-    def run(self, command: Run, contact: JobContact) -> Finished:
+    def run(self, command: Run, job_channel: JobChannel) -> Finished:
         finished = Finished({"steps": 2.0 + self.facts.rank}, 0)
         job = command.job
         self.clients.add(command.exporter)
@@ -204,11 +204,11 @@ class FakeExecutor:
         step = 0
         while step < steps:
             is_deaf = seed == Fault.DEAF
-            if contact.is_cancelled(self.options.step_s) and not is_deaf:
+            if job_channel.is_cancelled(self.options.step_s) and not is_deaf:
                 raise Cancelled("stopped between two steps")
             step += not is_deaf
             if self.facts.rank == 0:
-                contact.tell(step, steps, 0.1)
+                job_channel.report_step(step, steps, 0.1)
         return finished
 
     def tally(self) -> RankTally:

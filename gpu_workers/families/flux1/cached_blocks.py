@@ -11,7 +11,7 @@ from xditd.gpu_workers.models.step_cache import StepCache
 
 
 class CachedBlocks(torch.nn.Module):
-    """One block that runs all of a transformer's, with a step cache after the first.
+    """A block that runs all blocks of a transformer, with a step cache after the first.
 
     Arguments and results are those of diffusers' double block.
     """
@@ -29,9 +29,9 @@ class CachedBlocks(torch.nn.Module):
             hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb, **others
         )
         images = range(image.shape[0])
-        verdicts = self._cache.decide(images, image - hidden_states)
+        can_reuse = self._cache.decide(images, image - hidden_states)
         results = list(image.unbind(0))
-        rows = [number for number in images if not verdicts[number]]
+        rows = [number for number in images if not can_reuse[number]]
         if rows:
             done_text, done = text[rows], image[rows]
             for block in self._others:
@@ -40,6 +40,6 @@ class CachedBlocks(torch.nn.Module):
                 self._cache.keep(number, result - image[number])
                 results[number] = result
         for number in images:
-            if verdicts[number]:
+            if can_reuse[number]:
                 results[number] = image[number] + self._cache.reuse(number)
-        return text, torch.stack(results)  # nothing reads the text behind the last block
+        return text, torch.stack(results)  # nothing reads the text after the last block

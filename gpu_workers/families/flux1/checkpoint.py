@@ -1,7 +1,7 @@
-"""FLUX.1 transformer, dev and schnell, in the checkpoint layout of Black Forest Labs and ComfyUI.
+"""The FLUX.1 transformer, dev and schnell, in the naming of Black Forest Labs and ComfyUI.
 
-Query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). dev and schnell differ in one
-thing that tensors show: dev has ``guidance_in``. Everything else is read from shapes.
+Names of query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). Only dev has
+``guidance_in``. Everything else is read from shapes.
 
 Source: diffusers, ``convert_flux_transformer_checkpoint_to_diffusers``; a test compares every element.
 """
@@ -34,7 +34,7 @@ MAX_BLOCKS = 256
 
 _NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
 _MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
-# Close relatives that share the marks: FLUX.2, FLUX.3, Chroma, HunyuanVideo, ControlNets.
+# Prefixes of other models whose names match _MARKS: FLUX.2, FLUX.3, Chroma, HunyuanVideo, ControlNets.
 _FOREIGN = (
     "double_stream_modulation_img.",
     "early_stream_modulations.",
@@ -45,7 +45,7 @@ _FOREIGN = (
 
 
 class Flux1:
-    """FLUX.1: see the module's docstring."""
+    """The family of FLUX.1: see the module's docstring."""
 
     name = "flux1"
     title = "FLUX.1 dev or schnell (flux1-dev.safetensors)"
@@ -102,8 +102,8 @@ class Flux1:
             yield from _double_block(f"double_blocks.{i}", h, f"transformer_blocks.{i}")
         for i in range(config.single_blocks):
             yield from _single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
-        # Checkpoints order this projection (shift, scale) and diffusers (scale, shift). Nothing moves:
-        # the module's norm_out chunks in checkpoint order (models/checkpoint_order.py).
+        # Checkpoints order this projection (shift, scale), diffusers (scale, shift). The module's norm_out reads it in
+        # checkpoint order (models/checkpoint_order.py), so nothing is copied.
         yield from layer_entries("final_layer.adaLN_modulation.1", (2 * h, h), "norm_out.linear")
         yield from layer_entries("final_layer.linear", (PACKED_CHANNELS, h), "proj_out")
 
@@ -112,7 +112,7 @@ class Flux1:
 
     @property
     def operations(self) -> Flux1Operations:
-        # xfuser asks for the GPU and for the process group when it is imported and built: never before both are up.
+        # xfuser needs the GPU and the process group when it is imported, so not at the top of this module.
         from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
         return Flux1Operations()

@@ -1,4 +1,4 @@
-"""The shape of a FLUX.1 transformer, and what all of them have in common."""
+"""The sizes of a FLUX.1 transformer, and the constants of all of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 HEAD_SIZE = 128
 HIDDEN = 3072
-"""Of the released models; others run, too."""
+"""Of the released models; other sizes run, too."""
 MLP_RATIO = 4
 MODULATIONS_DOUBLE = 6
 MODULATIONS_SINGLE = 3
 LATENT_CHANNELS = 16
 PATCH = 2
 PIXELS_PER_LATENT = 8
-"""On a side: what its VAE makes of one."""
+"""Pixels per latent on each side, by its VAE."""
 PACKED_CHANNELS = LATENT_CHANNELS * PATCH * PATCH
 TIMESTEP_CHANNELS = 256
 
@@ -32,10 +32,10 @@ SCHNELL_SCHEDULER: Mapping[str, object] = {**DEV_SCHEDULER, "shift": 1.0, "use_d
 
 @dataclass(frozen=True, slots=True)
 class Flux1Config:
-    """The shape of a FLUX.1 transformer.
+    """The sizes of a FLUX.1 transformer.
 
-    A timestep is a sigma in [0, 1]; the model multiplies it by 1000 itself. Guidance is the distilled
-    guidance scale (3.5 is usual), an input of the model and not classifier-free guidance.
+    A timestep is a sigma in [0, 1]; the model multiplies it by 1000. Guidance is the distilled guidance scale (usually
+    3.5), an input of the model, not classifier-free guidance.
     """
 
     hidden: int

@@ -1,4 +1,4 @@
-"""What clients are told of a FLUX.1 transformer."""
+"""The facts of a FLUX.1 transformer that clients get."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 FLOAT32_TIME: Final = "float32_time"
-"""The variant of ComfyUI: see :mod:`~xditd.gpu_workers.families.flux1.timesteps`."""
+"""ComfyUI's variant: see :mod:`~xditd.gpu_workers.families.flux1.timesteps`."""
 
 VARIANTS: Final = ("class", FLOAT32_TIME)
 LATENTS: Final = LatentFacts(
@@ -27,7 +27,7 @@ LATENTS: Final = LatentFacts(
 
 
 def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
-    """Say what ``Call`` and ``Generate`` take, and how the heads are shared out."""
+    """Return the arguments of ``Call`` and ``Generate``, and the parallel degrees."""
     return TransformerFacts(
         heads=config.heads,
         ulysses=layout.degrees.ulysses,
@@ -39,7 +39,7 @@ def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
             ArgumentFacts(name="timestep", shape=("rows",)),
             ArgumentFacts(name="img_ids", shape=("image_tokens", 3)),
             ArgumentFacts(name="txt_ids", shape=("text_tokens", 3)),
-            # diffusers' pipeline gives one to every model, and schnell's does not read it.
+            # diffusers' pipeline gives it to every model; schnell does not read it.
             ArgumentFacts(name="guidance", shape=("rows",), is_needed=config.has_guidance),
         ),
         variants=VARIANTS,

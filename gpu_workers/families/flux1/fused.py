@@ -1,12 +1,11 @@
-"""FLUX.1's blocks on a checkpoint's own tensors: ``qkv`` and ``linear1`` whole, a kernel between two products.
+"""Fused FLUX.1 blocks on the checkpoint's own tensors (``qkv``, ``linear1``), with one kernel between two products.
 
-Same mathematics as ``sequence_parallel.SequenceParallelFlux1``, whose small parts (embedders, last norm) it uses, and
-which stays the judge: ``FastPathCheck`` compares the two. Products are in the checkpoint's dtype or in eight bits
-(``products``), and nothing else here knows which. Where several ranks share the tokens, queries, keys and
-values go straight to the rank that attends with their head (``exchange``).
+They compute the same as ``sequence_parallel.SequenceParallelFlux1``, whose embedders and last norm they use, and with
+which ``FastPathCheck`` compares them. Matrix products are in the checkpoint's dtype or in eight bits (``products``).
+If several ranks share the tokens, queries, keys and values go directly to the rank of their head (``exchange``).
 
-A step of 1024x1024 pixels is about 500 launches instead of 5,000, so that the host stays ahead of the GPU without CUDA
-graphs, nothing is compiled for a size, and another checkpoint of the same architecture costs nothing.
+A step of 1024x1024 pixels takes about 500 launches instead of 5,000, so the host stays ahead of the GPU without CUDA
+graphs. Nothing is compiled for a size or for another checkpoint of the same architecture.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ PLAIN_CALL = CallOptions()
 
 
 class Stream(NamedTuple):
-    """The weights of text or of images in a double block. Projections are as ``Products.linear`` gives them."""
+    """The weights of text or of images in a double block. Projections are results of ``Products.linear``."""
 
     qkv: Any
     query_norm: torch.Tensor
@@ -69,10 +68,7 @@ class Blocks(NamedTuple):
 
 
 class FusedFlux1:
-    """The fast forward of one model. ``plug`` and ``unplug`` follow the model's own.
-
-    ``check`` judges its results for whoever calls it.
-    """
+    """The fused forward of one model. The model calls ``plug`` and ``unplug``; callers compare results by ``check``."""
 
     def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
         self._config = config
@@ -94,21 +90,21 @@ class FusedFlux1:
         return bool(self._checkpoint)
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
-        """Hand out what the check has found since the last call."""
+        """Return the fast path checks since the last call."""
         return self.check.take_checks()
 
     def reserve(self) -> int:
-        """Get the memory of its own that :meth:`plug` will fill; return its bytes.
+        """Allocate the memory that :meth:`plug` will fill; return its bytes.
 
         Raises:
-            torch.OutOfMemoryError: there is no room.
+            torch.OutOfMemoryError: the GPU has too little memory.
         """
         return self._products.reserve()
 
     def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors, by canonical name, until :meth:`unplug` or the next plug.
 
-        Kernels go by addresses, so tensors with gaps leave this path idle, and plain modules run.
+        Kernels read addresses, so with tensors that are not contiguous plain modules run instead.
         """
         apart = [name for name, tensor in checkpoint.items() if not tensor.is_contiguous()]
         if apart:
@@ -116,7 +112,7 @@ class FusedFlux1:
         self._checkpoint = {} if apart else checkpoint
         self._blocks = None
         if self._checkpoint:
-            self._products.hold(self._checkpoint)
+            self._products.load(self._checkpoint)
         else:
             self._products.release()
 
@@ -142,8 +138,8 @@ class FusedFlux1:
     ) -> torch.Tensor:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
 
-        With ``times`` what hangs on the timestep alone is made for those to come, too. The step cache of ``options``
-        spares what it can of blocks behind the first; their variant says how the timestep is rounded.
+        With ``times``, modulations of later timesteps are computed ahead. The variant of ``options`` says how the
+        timestep is rounded.
         """
         if self._blocks is None:
             self._blocks = self._bind(self._checkpoint)
@@ -172,7 +168,7 @@ class FusedFlux1:
         return gather(tokens, shares)
 
     def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: RankTokens) -> Angles:
-        """Cosines and sines, (rows, 64), of this rank's tokens, kept while the same tensors are given."""
+        """Return cosines and sines, (rows, 64), of this rank's tokens; cached for the same id tensors."""
         kept = self._rotated
         if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:
             ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
@@ -220,7 +216,7 @@ class FusedFlux1:
             for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
                 products.mlp(half, stream.up, stream.down, out)
             normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
-            if number == 0 and cache is not None and cache.is_enough(x[at:]):
+            if number == 0 and cache is not None and cache.try_reuse(x[at:]):
                 return x[at:]
         for number, block in enumerate(single):
             products.multiply(normed, block.qkv, qkv)
@@ -238,7 +234,7 @@ class FusedFlux1:
     def _attend(
         self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
     ) -> torch.Tensor:
-        """Attend from this rank's tokens to everybody's ``valid`` ones; (rows, hidden)."""
+        """Attend from this rank's tokens to the ``valid`` tokens of all ranks; (rows, hidden)."""
         heads, rows, width = self._config.heads, qkv.shape[0], self._config.hidden
         given: dict[str, Any] = {"heads": heads, "norms": norms, "angles": angles, "text_rows": text_rows}
         if self._exchange is None:
@@ -250,11 +246,11 @@ class FusedFlux1:
         triton_kernels.norm_and_rotate(
             qkv, **given, bases=buffers.heads_bases, first_row=rank * rows, all_rows=ranks * rows
         )
-        self._exchange.meet()
+        self._exchange.barrier()
         query, key, value = buffers.heads.view(3, ranks * rows, heads // ranks, triton_kernels.HEAD_SIZE)
         attended = self._dot(query, key[:valid], value[:valid]).reshape(ranks * rows, -1)
         triton_kernels.send_rows(attended, bases=buffers.tokens_bases, rank=rank, rows_a_rank=rows)
-        self._exchange.meet()
+        self._exchange.barrier()
         return buffers.tokens
 
     def _dot(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -307,9 +303,9 @@ class FusedFlux1:
 
 
 def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
-    """Name the projections of all blocks, each with its outputs and inputs.
+    """Return the shapes (out, in) of the projections of all blocks, by name.
 
-    Not those of modulations, which one kernel multiplies with a single vector, nor the few outside of blocks.
+    Without those of modulations, which have a kernel of their own, and the few outside of blocks.
     """
     width = config.hidden
     found: dict[str, tuple[int, int]] = {}

@@ -1,7 +1,7 @@
-"""What the timestep, guidance and pooled text do to each block: made for many timesteps at once, where they are known.
+"""Modulations (shift, scale, gate) of FLUX.1's blocks, for many timesteps at once if these are known.
 
-Their weights are more than a quarter of the model. One kernel reads them once, for as many vectors as there are, and a
-vector gets the same bits alone and among others.
+Their weights are more than a quarter of the model. One kernel reads them once for all vectors, with the same bits for a
+vector alone and among others.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from xditd.gpu_workers.families.flux1.timesteps import embed_time
 from xditd.gpu_workers.kernels import triton_kernels
 
-AHEAD: Final = 32
-"""Vectors that become modulations at once: 2 MB each at FLUX.1's size."""
+MAX_VECTORS: Final = 32
+"""Most vectors of one kernel launch; the modulations of each take 2 MB at FLUX.1's size."""
 
 _KEPT_RUNS: Final = 2
-"""Of single forwards: a prompt's, and a negative one's of another length."""
+"""For the forwards of a prompt and of a negative prompt of another length."""
 
 
 class Times(NamedTuple):
-    """When a forward is, the same for all its rows, and when others are to come: sigmas as the model takes them."""
+    """The sigma of a forward, the same for all its rows, and the sigmas of all forwards, as the model takes them."""
 
     now: float
     guidance: float | None
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 class Modulations(NamedTuple):
-    """What the timestep, guidance and pooled text come to, for some vectors (one for each sample of each step).
+    """Modulations for some vectors, one for each sample of each step.
 
     ``conditioning`` is (vectors, hidden), ``double`` (vectors, blocks, 2, 6 * hidden) for text and image, ``single``
     (vectors, blocks, 3 * hidden).
@@ -47,18 +47,18 @@ class Modulations(NamedTuple):
 
 
 Addresses = tuple[torch.Tensor, torch.Tensor]
-"""Of weights and of biases, one for each block (or stream of one), as int64 on the GPU."""
+"""Addresses of weights and of biases, one for each block (or stream of one), as int64 on the GPU."""
 
 Embed = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-"""Embeds the sigmas of some steps, each (samples,), with what else there is to embed; (steps * samples, hidden)."""
+"""Embeds the sigmas of some steps, each (samples,), with guidance and pooled text; (steps * samples, hidden)."""
 
 
 @dataclass(frozen=True)
-class _Run:
+class _CachedRun:
     """Modulations of some sigmas, for the same guidance, pooled text and rounding."""
 
     pooled: torch.Tensor
-    """Kept, so that nothing else comes to lie at its address."""
+    """Referenced so that no other tensor gets its address."""
     guidance: float | None
     variant: str
     sigmas: tuple[float, ...]
@@ -75,18 +75,18 @@ class _Run:
 
 
 class Modulator:
-    """Makes the modulations of one model's forwards; ``embed`` is its ``time_text_embed``."""
+    """Computes and caches the modulations of one model; ``embed`` is its ``time_text_embed``."""
 
     def __init__(self, embed: Any, width: int) -> None:
         self._embed = embed
         self._width = width
         self._double: Addresses | None = None
         self._single: Addresses | None = None
-        self._runs: list[_Run] = []
+        self._runs: list[_CachedRun] = []
 
     @property
     def kept(self) -> int:
-        """How many vectors' modulations are kept."""
+        """How many vectors' modulations are cached."""
         return sum(len(run.made.single) for run in self._runs)
 
     def plug(self, double: Addresses, single: Addresses) -> None:
@@ -95,7 +95,7 @@ class Modulator:
         self._double, self._single = double, single
 
     def unplug(self) -> None:
-        """Forget the weights, and what was made of them."""
+        """Drop the addresses and the cache."""
         self._double = self._single = None
         self._runs.clear()
 
@@ -108,34 +108,34 @@ class Modulator:
         variant: str,
         times: Times | None = None,
     ) -> Modulations:
-        """Modulations of one forward, a row for each sample.
+        """Return the modulations of one forward, a row for each sample.
 
-        With ``times`` those of the sigmas that are to come are made, too, and kept for the next forwards.
+        With ``times``, those of later sigmas are computed, too, and cached for the next forwards.
         """
 
         def embed(sigmas: Sequence[torch.Tensor]) -> torch.Tensor:
-            # One step after the other: embedders would round a batch in another way.
+            # One step at a time: embedders round a batch differently.
             return torch.cat([embed_time(self._embed, each, guidance, pooled, dtype, variant) for each in sigmas])
 
         if times is not None:
-            return self._of_run(times, embed, timestep, pooled, variant)
+            return self._of_schedule(times, embed, timestep, pooled, variant)
         return self._make(embed([timestep]))
 
-    def _of_run(
+    def _of_schedule(
         self, times: Times, embed: Embed, timestep: torch.Tensor, pooled: torch.Tensor, variant: str
     ) -> Modulations:
         samples, key = pooled.shape[0], (pooled, times.guidance, variant)
         run = next((each for each in self._runs if each.is_for(*key)), None)
         if run is None or times.now not in run.sigmas:
-            # The first of a run alone: embedding many timesteps takes the host a while, and the GPU has nothing yet.
-            # And what no schedule foresaw.
+            # One sigma alone at the first step, since the GPU would wait while the host embeds many; also for a sigma
+            # that is not in the schedule.
             is_first = run is None or times.now not in times.sigmas
-            sigmas = (times.now,) if is_first else _window(times, max(1, AHEAD // samples))
+            sigmas = (times.now,) if is_first else _window(times, max(1, MAX_VECTORS // samples))
             given = [timestep if sigma == times.now else torch.full_like(timestep, sigma) for sigma in sigmas]
             made = self._make(embed(given))
             if run is not None and is_first:
                 return made
-            run = _Run(*key, sigmas, made)
+            run = _CachedRun(*key, sigmas, made)
         self._runs = [run, *(each for each in self._runs if not each.is_for(*key))][:_KEPT_RUNS]
         return run.made.rows(run.sigmas.index(times.now) * samples, samples)
 
@@ -149,7 +149,7 @@ class Modulator:
 
 
 def _window(times: Times, most: int) -> tuple[float, ...]:
-    """Return all that are to come, if they are few enough; else those from now on. Nothing is computed at sigma 0."""
+    """Return all sigmas of the schedule, or ``most`` from now on. No step is computed at sigma 0."""
     sigmas: Sequence[float] = list(dict.fromkeys(sigma for sigma in times.sigmas if sigma > 0.0 or times.now == 0.0))
     if len(sigmas) > most:
         sigmas = sigmas[sigmas.index(times.now) :][:most]

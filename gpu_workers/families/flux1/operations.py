@@ -1,4 +1,4 @@
-"""What jobs do with a FLUX.1 transformer."""
+"""Build, check and run a FLUX.1 transformer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xditd.ipc.facts import TransformerFacts
 logger = logging.getLogger(__name__)
 
 OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
-"""Arguments without a row for each image."""
+"""Arguments that all rows share."""
 
 
 class Flux1Operations:
@@ -111,7 +111,7 @@ class Flux1Operations:
     def run(self, model: Model[Flux1Config], inputs: Inputs, options: CallOptions) -> RowResults:
         arguments = dict(inputs.arguments)
         if not model.config.has_guidance:
-            arguments.pop("guidance", None)  # which the class does not read then
+            arguments.pop("guidance", None)  # the class does not read it
         module = cast(SequenceParallelFlux1, model.module)
         return module.forward_rows(**arguments, times=_times(inputs, options), options=options)
 
@@ -120,7 +120,7 @@ class Flux1Operations:
 
 
 def _times(inputs: Inputs, options: CallOptions) -> Times | None:
-    """When these rows are and others are to come, if the client says so and the rows are alike."""
+    """Return the sigmas of this and later forwards, if the client gave them and all rows have the same."""
     foreseen = options.foreseen.get("timestep")
     moments = set(inputs.known.get("timestep", ()))
     scales = set(inputs.known.get("guidance", ()))
@@ -128,16 +128,16 @@ def _times(inputs: Inputs, options: CallOptions) -> Times | None:
         return None
     if inputs.arguments.get("guidance") is not None and not scales:
         return None
-    # Equal ones are then equal, however the client came by them.
+    # Rounded as the timestep is, so that equal sigmas compare equal.
     rounded = torch.tensor(foreseen, dtype=inputs.arguments["timestep"].dtype).tolist()
     return Times(moments.pop(), scales.pop() if scales else None, tuple(rounded))
 
 
 def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:
-    """Log that plain blocks run, since fused ones attend without a ring.
+    """Log that plain blocks run, since fused ones have no ring attention.
 
     Raises:
-        Unsupported: fused ones, or products in eight bits, were asked for by name.
+        Unsupported: the settings ask for fused blocks, or for products in eight bits.
     """
     degrees = layout.degrees
     is_lossless = layout.precision == "bf16"
@@ -146,7 +146,7 @@ def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:
         instead = "kernels auto" if is_lossless else "precision bf16"
         raise Unsupported(
             f"flux1: {asked} with {heads} attention heads on {degrees.world_size} workers, which need the layout "
-            f"{degrees}: fused kernels attend without a ring; start the daemon with {instead}, or with --workers "
+            f"{degrees}: fused kernels have no ring attention; start the daemon with {instead}, or with --workers "
             f"{degrees.cfg * degrees.ulysses}"
         )
-    logger.info("plain blocks run: fused ones attend without a ring heads=%d layout=%s", heads, degrees)
+    logger.info("plain blocks run: fused ones have no ring attention heads=%d layout=%s", heads, degrees)

@@ -1,4 +1,4 @@
-"""How FLUX.1 makes latents of noise, as diffusers' ``FluxPipeline`` does it: schedule, arguments, packing.
+"""Sampling with FLUX.1 as diffusers' ``FluxPipeline`` does it: schedule, arguments, packing.
 
 Source: diffusers, ``pipelines/flux/pipeline_flux.py``; a test compares the bits.
 """
@@ -25,7 +25,7 @@ class Flux1Recipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux1Config, wanted: Wanted) -> None:
-        """There is nothing beyond what every family has."""
+        """There are no settings beyond those of every family."""
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return time_dtype(dtype, variant)
@@ -42,7 +42,7 @@ class Flux1Recipe:
         embeds, pooled = prepare(model, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
         latents = cast(torch.Tensor, FluxPipeline._pack_latents(noise.contiguous(), *noise.shape))
         scheduler = _scheduled(config, wanted, latents.shape[1], model.device)
-        # As the pipeline gives them to the model; read by the host once, before there is work to wait for.
+        # As the pipeline gives them to the model. The host reads them here, before it would wait for GPU work.
         timesteps = scheduler.timesteps.to(latents.dtype) / SCALE
         guidance = torch.full([1], wanted.guidance_scale, device=model.device, dtype=torch.float32)
         fixed = {
@@ -71,10 +71,10 @@ class Flux1Run:
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor
     timesteps: torch.Tensor
-    """What the model takes at each step, (steps,)."""
+    """The model's timestep at each step, (steps,)."""
     foreseen: Mapping[str, tuple[float, ...]]
     fixed: Mapping[str, Any]
-    """Arguments that are the same in every step."""
+    """Arguments that do not change between steps."""
     known: Mapping[str, tuple[float, ...]]
     dtype: torch.dtype
     """Of the weights."""
@@ -92,7 +92,7 @@ class Flux1Run:
 
     def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
         (result,) = rows
-        # Latents that stay in float32 are stepped in float32.
+        # Float32 latents are stepped in float32.
         return (result if isinstance(result, torch.Tensor) else torch.stack(result)).to(latents.dtype)
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:

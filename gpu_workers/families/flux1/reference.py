@@ -1,7 +1,7 @@
-"""Plain diffusers in one process: what every result here is compared with.
+"""Reference results of FLUX.1 by plain diffusers in one process, to compare ours with.
 
-Nothing of the worker side is used: checkpoints go through diffusers' own converters and the result through its own
-pipeline, so that a mistake in our key map, models or pipelines cannot hide in both. No network is used.
+Only diffusers' own converters and pipeline are used, so that a mistake in our key map, models or recipes shows. No
+network is used.
 
     python -m xditd.gpu_workers.families.flux1.reference --transformer F --vae F --inputs IN --out OUT \
         --height 512 --width 512 --steps 4 --guidance 3.5
@@ -23,7 +23,7 @@ import torch
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-# diffusers' converter splits linear1 as if every transformer were FLUX.1's full width.
+# diffusers' converter splits linear1 at the released models' width.
 CONVERTER_HIDDEN = 3072
 MLP_RATIO = 4
 HEAD_SIZE = 128
@@ -60,15 +60,15 @@ def transformer_from(state: State, *, dtype: torch.dtype | None = None) -> FluxT
             pooled_projection_dim=converted["time_text_embed.text_embedder.linear_1.weight"].shape[1],
             guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in converted,
         )
-    return _filled(module, converted, dtype)
+    return _load(module, converted, dtype)
 
 
 def convert_transformer(state: State) -> State:
     """Rename checkpoint tensors with diffusers' own converter.
 
-    That converter knows one spelling of the norms (``.scale``) and one width. Other widths are fitted around it:
-    the parts of ``linear1`` (query, key, value, MLP) are widened with zero rows to the sizes that it splits at, and
-    what it split off is narrowed again. The values pass through untouched.
+    The converter takes one spelling of the norms (``.scale``) and one width. For other widths, the parts of ``linear1``
+    (query, key, value, MLP) are padded with zero rows to the sizes at which it splits, and narrowed afterwards. No
+    value changes.
     """
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
@@ -83,7 +83,7 @@ def convert_transformer(state: State) -> State:
     for name, tensor in bare.items():
         if ".linear1." in name and hidden != CONVERTER_HIDDEN:
             parts = torch.split(tensor, [hidden, hidden, hidden, hidden * MLP_RATIO])
-            bare[name] = torch.cat([_with_rows(part, rows) for part, rows in zip(parts, widths, strict=True)])
+            bare[name] = torch.cat([_pad_with_rows(part, rows) for part, rows in zip(parts, widths, strict=True)])
     converted = cast(State, convert_flux_transformer_checkpoint_to_diffusers(bare))
     for name, tensor in converted.items():
         if name.startswith("single_transformer_blocks.") and any(
@@ -114,7 +114,7 @@ def vae_from(state: State, *, dtype: torch.dtype | None = None) -> AutoencoderKL
     }
     with torch.device("meta"):
         module = AutoencoderKL(**config)
-    return _filled(module, convert_ldm_vae_checkpoint(bare, config), dtype)
+    return _load(module, convert_ldm_vae_checkpoint(bare, config), dtype)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def reference_encode(vae: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest expected magnitude: the parity figure of all checks."""
+    """Return the largest difference over the largest expected magnitude."""
     difference = (result.double().cpu() - expected.double().cpu()).abs().max()
     return float(difference / expected.double().abs().max().cpu())
 
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read(path: Path) -> State:
-    """Read a file into memory of torch's own.
+    """Read a file into memory that torch has allocated.
 
     Tensors in a mapped file start at multiples of 8 bytes, at which some CPU kernels add in another order: the last
     bits would depend on how long the file's header is.
@@ -246,11 +246,11 @@ def _count(names: State, prefix: str) -> int:
     return len(numbers)
 
 
-def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+def _pad_with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
 
 
-def _filled(module: Any, state: State, dtype: torch.dtype | None) -> Any:
+def _load(module: Any, state: State, dtype: torch.dtype | None) -> Any:
     module.load_state_dict(state, strict=True, assign=True)
     return (module if dtype is None else module.to(dtype)).eval().requires_grad_(False)
 

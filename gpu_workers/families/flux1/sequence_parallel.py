@@ -1,11 +1,10 @@
-"""The FLUX.1 transformer for xDiT's Ulysses and for rings, exact for every number of tokens.
+"""The FLUX.1 transformer with xDiT's Ulysses and with ring attention, exact for every number of tokens.
 
-xfuser 0.7's own wrapper is right only when text and image tokens both divide by the degree; otherwise it calls
-a helper by a name that does not exist (image), or lets every rank count the whole text in attention (2e-3 off, in
-silence). Here uneven counts are dealt out so that the *totals* of all ranks are equal, which is all that the
-all-to-all needs: the streams are worked per token, and attention runs over all tokens of all ranks. If even the
-total does not divide, the last rank's image stream is padded at its end. That is the very end of the gathered
-sequence, where keys and values are trimmed before attention, so that no token attends to padding.
+xfuser 0.7's own wrapper is correct only if the degree divides both text and image tokens: otherwise it calls a helper
+that does not exist (image), or counts the whole text on every rank (text; an error of 2e-3 without a message). Here
+each rank gets the same *total* of text and image tokens, which is all that the all-to-all needs. If the degree does not
+divide the total, the last rank's image tokens are padded: they are the end of the gathered sequence, where keys and
+values are trimmed before attention, so that no token attends to padding.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class TokenCounts(NamedTuple):
-    """How many tokens one rank works on in a forward: what decides how its sums are split."""
+    """The token counts of a forward: the case of the fast path check."""
 
     text: int
     image: int
@@ -47,10 +46,10 @@ class TokenCounts(NamedTuple):
 
 
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
-    """xfuser's attention, with keys and values behind ``valid_kv_len`` of the gathered sequence dropped.
+    """xfuser's attention, without keys and values after ``valid_kv_len`` of the gathered sequence.
 
-    The operations are those of its base class, which has no argument for that length; a ring is ours, since xfuser's
-    takes no parts of unequal lengths.
+    The operations are those of its base class, which has no such argument. The ring is our own, since xfuser's takes
+    only parts of equal length.
     """
 
     def __call__(
@@ -84,16 +83,15 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
-        # Contiguous as in diffusers, for the same bits with a batch; for a single sample it copies nothing.
+        # Contiguous as in diffusers, for the same bits with a batch; a single sample is not copied.
         image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
         return image_out, attn.to_add_out(out[:, :text].contiguous())
 
 
 class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
-    """FLUX.1 whose forward takes and returns whole rows on every rank, and works on this rank's tokens of them.
+    """FLUX.1 whose forward takes and returns whole rows on every rank, and computes this rank's tokens.
 
-    ``fused``, where it is set and plugged, does the same faster. Its check compares it with the plain forward for
-    each number of tokens, once.
+    ``fused``, if set and plugged, computes the same faster; its check compares it once for each number of tokens.
     """
 
     fused: FusedFlux1 | None = None
@@ -113,15 +111,17 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         options: CallOptions,
         **others: Any,
     ) -> torch.Tensor:
-        """Predict for rows that this rank's half works on; whole on each of its ranks, in the weights' dtype.
+        """Predict the rows of this rank's half; each rank returns them whole, in the weights' dtype.
 
-        Arguments are those of diffusers' class. With ``times`` the host knows when this forward is, and others are.
+        Arguments are those of diffusers' class. ``times`` are the sigmas of this and later forwards, if known.
         """
         cache = options.step_cache
 
         def plain(cache: StepCache | None) -> torch.Tensor:
             with self._with_step_cache(cache):
-                return cast(torch.Tensor, self._plain(hidden_states, encoder_hidden_states, options.variant, **others))
+                return cast(
+                    torch.Tensor, self._forward_plain(hidden_states, encoder_hidden_states, options.variant, **others)
+                )
 
         fused = self.fused
         if fused is None or not fused.is_loaded or fused.check.is_refused:
@@ -133,7 +133,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
             lambda: plain(None),
         )
         if fused.check.is_refused and cache is not None:
-            cache.forget()  # what wrong blocks did is not used
+            cache.forget()  # drop residuals of the refused blocks
         return sample
 
     @contextmanager
@@ -151,7 +151,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         finally:
             module.transformer_blocks, module.single_transformer_blocks = double, single
 
-    def _plain(
+    def _forward_plain(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
@@ -166,7 +166,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         shares = partition_tokens(text, image, get_sequence_parallel_world_size())
         own = shares[get_sequence_parallel_rank()]
         valid = {"valid_kv_len": text + image} if shares[-1].padding else {}
-        with self._embedding(timestep, hidden_states.dtype, variant):
+        with self._unrounded_timestep(timestep, hidden_states.dtype, variant):
             sample = FluxTransformer2DModel.forward(
                 self,
                 pad_rows(hidden_states[:, own.image], own.padding, dim=1),
@@ -181,8 +181,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         return gather(sample, shares)
 
     @contextmanager
-    def _embedding(self, timestep: torch.Tensor, dtype: torch.dtype, variant: str) -> Iterator[None]:
-        """Keep diffusers' forward, which has no switch for it, from rounding the timestep if the variant does not."""
+    def _unrounded_timestep(self, timestep: torch.Tensor, dtype: torch.dtype, variant: str) -> Iterator[None]:
+        """Keep diffusers' forward from rounding the timestep, if the variant does not round it."""
         if time_dtype(dtype, variant) == dtype:
             yield
             return

@@ -1,7 +1,7 @@
-"""A timestep on its way into a FLUX.1 transformer: what is rounded to the weights' dtype, and when.
+"""The rounding of FLUX.1's timesteps to the weights' dtype, in two variants.
 
-diffusers rounds it before it is multiplied by 1000, so that in bfloat16 many steps of a schedule share a few values.
-ComfyUI keeps it in float32 until its sines and cosines are known. Guidance is rounded first in both.
+diffusers rounds a timestep before it multiplies by 1000, so that in bfloat16 several steps have the same value. ComfyUI
+computes sines and cosines in float32. Both round guidance before they multiply.
 
 Source: diffusers, ``FluxTransformer2DModel.forward``; ComfyUI, ``BaseModel._apply_model`` and ``timestep_embedding``.
 """
@@ -15,16 +15,16 @@ import torch
 from xditd.gpu_workers.families.flux1.facts import FLOAT32_TIME
 
 SCALE = 1000
-"""From a sigma in [0, 1] to what is embedded."""
+"""The factor from a sigma in [0, 1] to the embedded value."""
 
 
 def time_dtype(dtype: torch.dtype, variant: str) -> torch.dtype:
-    """Return the dtype in which a model with weights of ``dtype`` takes timesteps, and latents between steps."""
+    """Return the dtype of timesteps, and of latents between steps, for weights of ``dtype``."""
     return torch.float32 if variant == FLOAT32_TIME else dtype
 
 
 def scaled_time(timestep: torch.Tensor, dtype: torch.dtype, variant: str) -> torch.Tensor:
-    """Return what is embedded of sigmas, (rows,), for a model with weights of ``dtype``."""
+    """Scale sigmas, (rows,), to the values that are embedded, for weights of ``dtype``."""
     return timestep.to(time_dtype(dtype, variant)) * SCALE
 
 
@@ -36,7 +36,7 @@ def embed_time(
     dtype: torch.dtype,
     variant: str,
 ) -> torch.Tensor:
-    """Return what modulates the blocks for each row, (rows, hidden); ``embed`` is diffusers' ``time_text_embed``."""
+    """Return the conditioning of each row, (rows, hidden); ``embed`` is diffusers' ``time_text_embed``."""
     scaled = scaled_time(timestep, dtype, variant)
     if guidance is None:
         return embed(scaled, pooled)

@@ -1,8 +1,8 @@
-"""The VAE of FLUX.1 and of what looks like it (``ae.safetensors``), in ldm checkpoint names, whole or decoder only.
+"""The VAE of FLUX.1 (``ae.safetensors``) and VAEs of the same structure, in ldm naming, whole or decoder only.
 
-Widths, depth and the mid attention are read from shapes. Two things are not in the tensors: the 32 groups of the norms,
-and the scaling of latents. SD3's VAE has the same structure and names with another scaling, and is of this family: the
-transformer's facts say how its latents are scaled. FLUX.1's scaling is used where a job names no transformer.
+Widths, depth and the mid attention are read from shapes. The tensors do not show the 32 groups of the norms and the
+scaling of latents. SD3's VAE has the same structure and names with another scaling, and is of this family: the
+transformer's facts give the scaling of its latents. Without a transformer, jobs use FLUX.1's.
 
 Source: diffusers, ``convert_ldm_vae_checkpoint``; a test compares every element.
 """
@@ -37,7 +37,7 @@ _MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder
 
 
 class FluxVae:
-    """FLUX.1's VAE: see the module's docstring."""
+    """The family of FLUX.1's VAE: see the module's docstring."""
 
     name = "flux_vae"
     title = "the VAE of FLUX.1 (ae.safetensors)"

@@ -1,4 +1,4 @@
-"""The shape of FLUX.1's VAE, and what all of them have in common."""
+"""The sizes of FLUX.1's VAE, and the constants of all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from xditd.ipc.facts import LatentScaling
 
 SCALING: Final = LatentScaling(factor=0.3611, shift=0.1159)
-"""FLUX.1's, and so Z-Image's: assumed where a job does not say whose latents they are."""
+"""Of FLUX.1 and Z-Image: the default of jobs without a scaling."""
 
 LATENT_CHANNELS = 16
 IMAGE_CHANNELS = 3
@@ -19,7 +19,7 @@ PIXELS_PER_LATENT = 2 ** (LEVELS - 1)
 
 @dataclass(frozen=True, slots=True)
 class FluxVaeConfig:
-    """The shape of a VAE; ``channels`` from the full resolution down, ``residuals`` per level of the encoder."""
+    """The sizes of a VAE: ``channels`` from the full resolution down, ``residuals`` per level of the encoder."""
 
     channels: tuple[int, ...]
     residuals: int

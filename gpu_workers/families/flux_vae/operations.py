@@ -1,6 +1,6 @@
-"""What jobs do with FLUX.1's VAE.
+"""Build FLUX.1's VAE, decode and encode.
 
-Latents in jobs are scaled as transformers take them: (batch, 16, height / 8, width / 8).
+Latents are (batch, 16, height / 8, width / 8), scaled as transformers take them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FluxVaeOperations:
         return cast(torch.nn.Module, module)
 
     def fuse(self, *_: object) -> None:
-        """There is no faster forward."""
+        """There are no fused kernels."""
 
     def facts(self, config: FluxVaeConfig) -> VaeFacts:
         return VaeFacts(

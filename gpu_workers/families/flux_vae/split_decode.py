@@ -1,10 +1,8 @@
-"""One VAE decode over all ranks: each computes a band of rows, exactly as if it had computed the whole picture.
+"""Split a VAE decode over all ranks: each computes a band of rows, with the result of a whole decode.
 
-Convolutions need one row of each neighbour's, norms the moments of all rows, and the attention in the middle the keys
-and values of all rows. Nothing is blended or approximated: in float32 a split picture differs from a whole one by the
-order of sums. Works on diffusers' decoder as ``checkpoint.py`` builds it, on its own parameters.
-
-DistVAE, which xDiT uses, was looked at: docs/decisions/0008.
+Convolutions need one row of each neighbour, norms the moments of all rows, and the mid attention the keys and values of
+all rows. Nothing is blended or approximated: in float32 the image differs by the order of sums alone. It runs
+diffusers' decoder with its own parameters. Why not DistVAE, which xDiT uses: docs/decisions/0008.
 """
 
 from __future__ import annotations
@@ -19,50 +17,50 @@ import torch.nn.functional as F
 from xditd.gpu_workers.models.mixed_precision import convolve
 
 LEAST_AREA = 64 * 64
-"""Latent pixels from which a split pays, 512 x 512 in the image; a smaller decode is mostly launches and meetings."""
+"""Fewest latent pixels of a split, 512 x 512 in the image: a smaller decode is mostly launches and collectives."""
 
 MOST_AREA_A_RANK = 256 * 256
-"""Latent pixels of one band, 2048 x 2048 in the image: with 256 channels a billion numbers, and torch's kernels for
-channels-last norms and upsampling count in 32 bits."""
+"""Most latent pixels of a band, 2048 x 2048 in the image: with 256 channels a billion numbers, and torch's
+channels-last norms and upsampling have 32-bit indices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """Who computes which rows. Every rank makes the same calls in the same order."""
+    """The partition of rows over ranks. Every rank makes the same calls in the same order."""
 
     rank: int
     ranks: int
     group: dist.ProcessGroup | None = None
 
     def fit(self, height: int, width: int) -> bool:
-        """Whether a latent of this size is worth splitting, and can be."""
+        """Return whether a latent of this size can be split, and is large enough to be."""
         is_worth_it = self.ranks > 1 and height * width >= LEAST_AREA
         return is_worth_it and height >= self.ranks and self.shares(height)[0] * width <= MOST_AREA_A_RANK
 
     def shares(self, rows: int) -> list[int]:
-        """Rows of each rank, in order: as even as can be, the larger ones first."""
+        """Return the number of rows of each rank, as even as possible, larger ones first."""
         least, more = divmod(rows, self.ranks)
         return [least + (rank < more) for rank in range(self.ranks)]
 
     def exchange(self, mine: torch.Tensor) -> torch.Tensor:
-        """Return what every rank gave, stacked by rank; all give the same shape."""
+        """Gather a tensor of the same shape from every rank, stacked by rank."""
         everyone = mine.new_empty((self.ranks, *mine.shape))
-        # As bytes: gloo knows fewer dtypes than there are weights.
+        # As bytes, since gloo does not take every dtype.
         parts = [part.view(-1).view(torch.uint8) for part in everyone]
         dist.all_gather(parts, mine.contiguous().view(-1).view(torch.uint8), group=self.group)
         return everyone
 
 
 def whole_group() -> Bands:
-    """All ranks, by the communicator that the transformer's steps have connected already, where that holds them all."""
-    from xfuser.core.distributed import get_sp_group  # which can be imported once xDiT is started
+    """Return bands for all ranks; reuse the sequence group's communicator if that has all ranks."""
+    from xfuser.core.distributed import get_sp_group  # importable only after xfuser_start
 
     ranks, steps = dist.get_world_size(), get_sp_group()
     return Bands(dist.get_rank(), ranks, steps.device_group if steps.world_size == ranks else None)
 
 
 class SplitDecoder:
-    """The decoder for pictures of one size. ``rows`` are the latent rows of each rank."""
+    """The split decoder for images of one height."""
 
     def __init__(self, decoder: Any, bands: Bands, height: int) -> None:
         self._decoder = decoder
@@ -76,7 +74,7 @@ class SplitDecoder:
         decoder, mine = self._decoder, self._bands.rank
         above = sum(self._rows[:mine])
         # Every rank has all latents, so the first convolution needs no exchange. On GPUs convolutions run in
-        # channels-last, and would transpose whatever comes in another order, back and forth.
+        # channels-last, and would transpose other memory formats each time.
         padded = F.pad(latents, (0, 0, 1, 1))[:, :, above : above + self._rows[mine] + 2]
         if latents.is_cuda:
             padded = padded.contiguous(memory_format=torch.channels_last)
@@ -92,42 +90,42 @@ class SplitDecoder:
                 x = self._residual(x, residual)
             for upsampler in block.upsamplers or ():
                 x = self._upsample(x, upsampler)
-        x = _convolve(self._activated(x, decoder.conv_norm_out), decoder.conv_out)
-        return self._joined(x.movedim(2, 0)).movedim(0, 2).contiguous()
+        x = _convolve(self._norm_and_activate(x, decoder.conv_norm_out), decoder.conv_out)
+        return self._gather_rows(x.movedim(2, 0)).movedim(0, 2).contiguous()
 
     def _residual(self, x: torch.Tensor, block: Any) -> torch.Tensor:
-        inner = _convolve(self._activated(x, block.norm1), block.conv1)
-        inner = _convolve(self._activated(inner, block.norm2), block.conv2)
+        inner = _convolve(self._norm_and_activate(x, block.norm1), block.conv1)
+        inner = _convolve(self._norm_and_activate(inner, block.norm2), block.conv2)
         return inner.add_(x if block.conv_shortcut is None else block.conv_shortcut(x))
 
     def _upsample(self, x: torch.Tensor, upsampler: Any) -> torch.Tensor:
-        padded = _room_for(x)
+        padded = _empty_with_edges(x)
         padded[:, :, 1:-1] = x
-        self._meet(padded)
+        self._fill_neighbour_rows(padded)
         # A neighbour's row becomes two, of which the convolution sees one.
         return _convolve(F.interpolate(padded, scale_factor=2.0, mode="nearest")[:, :, 1:-1], upsampler.conv)
 
     def _attend(self, x: torch.Tensor, block: Any) -> torch.Tensor:
-        """Own rows ask, all rows answer."""
+        """Attend from this rank's rows to all rows."""
         rows, columns = x.shape[2:]
-        tokens = self._normed(x, block.group_norm).movedim(1, -1).flatten(1, 2)
+        tokens = self._group_norm(x, block.group_norm).movedim(1, -1).flatten(1, 2)
         own = torch.stack([block.to_k(tokens), block.to_v(tokens)]).unflatten(2, (rows, columns))
-        keys, values = self._joined(own.movedim(2, 0)).movedim(0, 2).flatten(2, 3)[:, :, None]
+        keys, values = self._gather_rows(own.movedim(2, 0)).movedim(0, 2).flatten(2, 3)[:, :, None]
         found = F.scaled_dot_product_attention(block.to_q(tokens)[:, None], keys, values)[:, 0]
         return block.to_out[0](found).unflatten(1, (rows, columns)).movedim(-1, 1).add_(x)
 
-    def _activated(self, x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
-        """Normalise, apply SiLU, and put the neighbours' rows around, ready for a convolution."""
-        padded = _room_for(x)
-        torch.ops.aten.silu.out(self._normed(x, norm), out=padded[:, :, 1:-1])
-        self._meet(padded)
+    def _norm_and_activate(self, x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+        """Normalise, apply SiLU, and add the neighbours' rows for a convolution."""
+        padded = _empty_with_edges(x)
+        torch.ops.aten.silu.out(self._group_norm(x, norm), out=padded[:, :, 1:-1])
+        self._fill_neighbour_rows(padded)
         return padded
 
-    def _normed(self, x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+    def _group_norm(self, x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
         """Group norm by the moments of all rows.
 
-        By ``batch_norm`` with moments that are given, which is the same formula for one sample: it computes in
-        float32 and takes either memory format. ``group_norm`` would take its moments from the band alone.
+        ``group_norm`` would use the moments of the band alone. ``batch_norm`` with given moments is the same formula
+        for one sample, computes in float32 and takes either memory format.
         """
         mean, variance = self._moments(x, norm.num_groups)
         width = x.shape[1] // norm.num_groups
@@ -141,23 +139,23 @@ class SplitDecoder:
         )
 
     def _moments(self, x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance, (groups,) float32 each, of one sample over the rows of all ranks.
+        """Return mean and variance, (groups,) float32 each, of one sample over the rows of all ranks.
 
         Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances".
         """
-        parts = self._bands.exchange(torch.stack(_moments_of(x[0], groups)))
+        parts = self._bands.exchange(torch.stack(_local_moments(x[0], groups)))
         mean = (parts[:, 0] * self._weights).sum(0)
         return mean, ((parts[:, 1] + (parts[:, 0] - mean).square()) * self._weights).sum(0)
 
-    def _meet(self, padded: torch.Tensor) -> None:
-        """Fill the first and the last row from the neighbours; beyond the picture there is nothing."""
+    def _fill_neighbour_rows(self, padded: torch.Tensor) -> None:
+        """Fill the first and the last row from the neighbours, or with zeros at the edge of the image."""
         edges = self._bands.exchange(torch.stack([padded[:, :, 1], padded[:, :, -2]]))
         mine = self._bands.rank
         padded[:, :, 0] = edges[mine - 1, 1] if mine > 0 else 0
         padded[:, :, -1] = edges[mine + 1, 0] if mine + 1 < self._bands.ranks else 0
 
-    def _joined(self, rows: torch.Tensor) -> torch.Tensor:
-        """Put every rank's rows, the first dimension, together; shares of unequal length travel padded."""
+    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gather every rank's rows (the first dimension), padded, since all_gather needs equal lengths."""
         scale = rows.shape[0] // self._rows[self._bands.rank]
         longest = rows.new_empty((max(self._rows) * scale, *rows.shape[1:]))
         longest[: rows.shape[0]] = rows
@@ -165,21 +163,21 @@ class SplitDecoder:
         return torch.cat([part[: count * scale] for part, count in zip(everyone, self._rows, strict=True)])
 
 
-def _moments_of(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance, (groups,) float32 each, of (channels, rows, columns)."""
+def _local_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance, (groups,) float32 each, of (channels, rows, columns)."""
     if x.dtype == torch.float32:
         variance, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 2, 3), correction=0)
         return mean, variance
-    # Sums that widen as they read: a float32 copy of the largest activation would take a gigabyte. By channel first,
-    # which is how memory lies. What a difference of squares loses is far below what half precision has lost before.
+    # Reductions that convert as they read: a float32 copy of the largest activation would take a gigabyte. By channel
+    # first, in the order of memory. The error of this difference of squares is far below that of half precision.
     mean = x.mean(dim=(1, 2), dtype=torch.float32).unflatten(0, (groups, -1)).mean(1)
     lengths = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
     square = lengths.square().unflatten(0, (groups, -1)).sum(1) / (x.numel() // groups)
     return mean, (square - mean.square()).clamp_(min=0)
 
 
-def _room_for(x: torch.Tensor) -> torch.Tensor:
-    """Memory for ``x`` and a row on either side, in the same memory format."""
+def _empty_with_edges(x: torch.Tensor) -> torch.Tensor:
+    """Allocate memory for ``x`` with one more row above and below, in the same memory format."""
     shape = (*x.shape[:2], x.shape[2] + 2, x.shape[3])
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.empty(
@@ -191,5 +189,5 @@ def _room_for(x: torch.Tensor) -> torch.Tensor:
 
 
 def _convolve(padded: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
-    """A 3x3 convolution of rows that bring their neighbours along."""
+    """Apply a 3x3 convolution to rows that include their neighbours."""
     return convolve(padded, conv, padding=(0, 1))

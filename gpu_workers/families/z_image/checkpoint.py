@@ -1,6 +1,6 @@
-"""Z-Image's checkpoints, in the layout of ComfyUI's files and in diffusers'.
+"""Z-Image's checkpoints, in the naming of ComfyUI's files and in that of diffusers.
 
-They differ in names, and in query, key and value: one tensor in ComfyUI's (``attention.qkv``), three in diffusers'.
+Query, key and value are one tensor in ComfyUI's files (``attention.qkv``), three in diffusers'.
 Everything is read from shapes but the axes of the rotary embedding, which follow from the head size of the released
 models; others are refused.
 
@@ -41,12 +41,12 @@ _VARIANTS: Final = {
     "control_": "ControlNets of Z-Image",
     "clip_text_pooled_proj.": "relatives of Z-Image with pooled text",
 }
-"""What names that only a variant has begin with, and the variant."""
+"""Prefixes of names that only a variant has, and the variant."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """How files of one kind spell what differs between them."""
+class _Naming:
+    """The names that differ between ComfyUI's files and diffusers'."""
 
     patches: str
     final: str
@@ -56,18 +56,18 @@ class _Layout:
     is_fused: bool
 
 
-_COMFYUI: Final = _Layout("x_embedder", "final_layer", "q_norm", "k_norm", "out", is_fused=True)
-_DIFFUSERS: Final = _Layout("all_x_embedder.2-1", "all_final_layer.2-1", "norm_q", "norm_k", "to_out.0", is_fused=False)
+_COMFYUI: Final = _Naming("x_embedder", "final_layer", "q_norm", "k_norm", "out", is_fused=True)
+_DIFFUSERS: Final = _Naming("all_x_embedder.2-1", "all_final_layer.2-1", "norm_q", "norm_k", "to_out.0", is_fused=False)
 
 
 class ZImage:
-    """Z-Image: see the module's docstring."""
+    """The family of Z-Image: see the module's docstring."""
 
     name = "z_image"
     title = "Z-Image Turbo or Base (z_image_turbo_bf16.safetensors)"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
-    # A norm of the released files that no model of the family has ever run.
+    # A norm in the released files that the model does not have.
     ignored: re.Pattern[str] | None = re.compile(r"^norm_final\.")
     fused_widths: tuple[int, ...] = ()
 
@@ -82,7 +82,7 @@ class ZImage:
             found = sorted(name for name in shapes if name.startswith(start))
             if found:
                 raise Unsupported(f"z_image: {variant} are not supported: {_PLAIN}; it has {found[0]}", names=found)
-        layout = _layout(shapes)
+        naming = _naming(shapes)
         layers = count_blocks(self.name, shapes, "layers", MAX_BLOCKS)
         refiners = max(
             count_blocks(self.name, shapes, kind, MAX_BLOCKS) for kind in ("noise_refiner", "context_refiner")
@@ -92,19 +92,19 @@ class ZImage:
         blocks = [
             f"{kind}.{i}" for kind, count in (("layers", layers), ("noise_refiner", refiners)) for i in range(count)
         ]
-        wide = [layout.patches, "cap_embedder.1", *(f"{block}.attention.{layout.projection}" for block in blocks)]
+        wide = [naming.patches, "cap_embedder.1", *(f"{block}.attention.{naming.projection}" for block in blocks)]
         hidden = vote(self.name, "hidden size", shapes, [(f"{layer}.weight", 0) for layer in wide])
-        norms = [(f"{block}.attention.{layout.query_norm}.weight", 0) for block in blocks]
+        norms = [(f"{block}.attention.{naming.query_norm}.weight", 0) for block in blocks]
         head = vote(self.name, "head size", shapes, norms)
         if head != HEAD_SIZE or hidden % HEAD_SIZE:
             raise Unsupported(
                 f"z_image: {hidden} channels in heads of {head}: the axes of its rotary embedding are known for "
                 f"heads of {HEAD_SIZE} alone; {_PLAIN}"
             )
-        _refuse_grouped(shapes, blocks, hidden, layout)
-        patch = vote(self.name, "patch channels", shapes, [(f"{layout.patches}.weight", 1)], PATCH_CHANNELS)
+        _refuse_grouped(shapes, blocks, hidden, naming)
+        patch = vote(self.name, "patch channels", shapes, [(f"{naming.patches}.weight", 1)], PATCH_CHANNELS)
         if patch != PATCH_CHANNELS:
-            raise Unsupported(f"z_image: {layout.patches} takes {patch} channels, not {PATCH_CHANNELS}: {_PLAIN}")
+            raise Unsupported(f"z_image: {naming.patches} takes {patch} channels, not {PATCH_CHANNELS}: {_PLAIN}")
         return ZImageConfig(
             hidden=hidden,
             layers=layers,
@@ -113,9 +113,9 @@ class ZImage:
         )
 
     def entries(self, config: ZImageConfig, names: Collection[str]) -> Iterator[Entry]:
-        layout = _layout(names)
+        naming = _naming(names)
         h, time = config.hidden, config.time_channels
-        yield from layer_entries(layout.patches, (h, PATCH_CHANNELS), _DIFFUSERS.patches)
+        yield from layer_entries(naming.patches, (h, PATCH_CHANNELS), _DIFFUSERS.patches)
         yield from layer_entries("t_embedder.mlp.0", (TIME_HIDDEN, TIMESTEP_CHANNELS))
         yield from layer_entries("t_embedder.mlp.2", (time, TIME_HIDDEN))
         yield tensor_entry("cap_embedder.0.weight", (config.text_channels,))
@@ -128,10 +128,10 @@ class ZImage:
             ("layers", config.layers),
         ):
             for i in range(count):
-                yield from _block(f"{kind}.{i}", config, layout, is_modulated=kind != "context_refiner")
-        yield from layer_entries(f"{layout.final}.linear", (PATCH_CHANNELS, h), f"{_DIFFUSERS.final}.linear")
+                yield from _block(f"{kind}.{i}", config, naming, is_modulated=kind != "context_refiner")
+        yield from layer_entries(f"{naming.final}.linear", (PATCH_CHANNELS, h), f"{_DIFFUSERS.final}.linear")
         yield from layer_entries(
-            f"{layout.final}.adaLN_modulation.1", (h, time), f"{_DIFFUSERS.final}.adaLN_modulation.1"
+            f"{naming.final}.adaLN_modulation.1", (h, time), f"{_DIFFUSERS.final}.adaLN_modulation.1"
         )
 
     def heads(self, config: ZImageConfig) -> int:
@@ -139,39 +139,39 @@ class ZImage:
 
     @cached_property
     def operations(self) -> ZImageOperations:
-        # diffusers and xfuser are not imported before the first one is lent.
+        # Imports diffusers and xfuser, so not at the top of this module.
         from xditd.gpu_workers.families.z_image.operations import ZImageOperations
 
         return ZImageOperations()
 
 
-def _layout(names: Collection[str]) -> _Layout:
+def _naming(names: Collection[str]) -> _Naming:
     return _COMFYUI if any(name.endswith(FUSED) for name in names) else _DIFFUSERS
 
 
-def _refuse_grouped(shapes: Mapping[str, Shape], blocks: list[str], hidden: int, layout: _Layout) -> None:
-    """Refuse keys of fewer heads than queries: most blocks have them, so that it is no single misshapen tensor."""
-    source, heads = ("qkv", 3 * hidden) if layout.is_fused else ("to_k", hidden)
+def _refuse_grouped(shapes: Mapping[str, Shape], blocks: list[str], hidden: int, naming: _Naming) -> None:
+    """Raise ``Unsupported`` if most blocks have fewer key heads than query heads."""
+    source, heads = ("qkv", 3 * hidden) if naming.is_fused else ("to_k", hidden)
     keys = [(f"{block}.attention.{source}.weight", 0) for block in blocks]
     rows = vote("z_image", "rows of keys", shapes, keys, heads)
     if rows < heads:
         raise Unsupported(
-            f"z_image: attention.{source} has {rows} rows, not {heads}: heads that share keys are not supported; "
+            f"z_image: attention.{source} has {rows} rows, not {heads}: grouped-query attention is not supported; "
             f"{_PLAIN}"
         )
 
 
-def _block(source: str, config: ZImageConfig, layout: _Layout, *, is_modulated: bool) -> Iterator[Entry]:
+def _block(source: str, config: ZImageConfig, naming: _Naming, *, is_modulated: bool) -> Iterator[Entry]:
     h, attention = config.hidden, f"{source}.attention"
     parts = [f"{attention}.{part}.weight" for part in ("to_q", "to_k", "to_v")]
-    if layout.is_fused:
+    if naming.is_fused:
         yield tensor_entry(f"{attention}.qkv.weight", (3 * h, h), *parts)
     else:
         yield from (tensor_entry(part, (h, h)) for part in parts)
     for name, target, shape in (
-        (layout.query_norm, _DIFFUSERS.query_norm, (HEAD_SIZE,)),
-        (layout.key_norm, _DIFFUSERS.key_norm, (HEAD_SIZE,)),
-        (layout.projection, _DIFFUSERS.projection, (h, h)),
+        (naming.query_norm, _DIFFUSERS.query_norm, (HEAD_SIZE,)),
+        (naming.key_norm, _DIFFUSERS.key_norm, (HEAD_SIZE,)),
+        (naming.projection, _DIFFUSERS.projection, (h, h)),
     ):
         yield tensor_entry(f"{attention}.{name}.weight", shape, f"{attention}.{target}.weight")
     yield tensor_entry(f"{source}.feed_forward.w1.weight", (config.mlp, h))

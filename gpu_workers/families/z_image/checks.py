@@ -1,4 +1,4 @@
-"""What the arguments of a Z-Image transformer must be before it runs."""
+"""Checks of the arguments of a Z-Image transformer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xditd.ipc.errors import BadRequest
 
 
 def check_list(name: str, rows: Any, count: int | None = None) -> None:
-    """Raise ``BadRequest`` if these are no rows, each a tensor of its own, or not ``count`` of them."""
+    """Raise ``BadRequest`` unless ``rows`` is a list of ``count`` items (``None``: any number up to the limit)."""
     if not isinstance(rows, (list, tuple)):
         raise BadRequest(f"{name}: {type(rows).__name__} where a list is needed, with a tensor for each row")
     check_batch(name, len(rows))
@@ -34,14 +34,14 @@ def check_texts(name: str, texts: Sequence[torch.Tensor], config: ZImageConfig) 
     """Raise ``BadRequest`` if a text is not (tokens, channels), has too many tokens, or a dtype that no layer takes."""
     for row, text in enumerate(texts):
         check_tensor(f"{name}[{row}]", text, (None, config.text_channels))
-        if text.dtype == torch.float64:  # the class's norm leaves it so, and layers of float32 do not take it
+        if text.dtype == torch.float64:  # the class's norm keeps it, and float32 layers refuse it
             raise BadRequest(f"{name}[{row}]: dtype is float64, use float32, or a floating dtype of 16 bits")
         if len(text) > MAX_TEXT_TOKENS:
             raise BadRequest(f"{name}[{row}]: {len(text)} tokens, use {MAX_TEXT_TOKENS} at most")
 
 
 def check_image(name: str, image: Any, dtype: torch.dtype) -> None:
-    """Raise ``BadRequest`` if this is not (16, 1, height, width) in ``dtype``, of sides that have positions."""
+    """Raise ``BadRequest`` if ``image`` is not (16, 1, height, width) in ``dtype``, with sides that can be embedded."""
     check_tensor(name, image, (LATENT_CHANNELS, 1, None, None), dtype)
     most = AXES_LENGTHS[1] * PATCH
     if any(side % PATCH or side > most for side in image.shape[2:]):

@@ -1,7 +1,7 @@
-"""The shape of a Z-Image transformer, and what all of them have in common.
+"""The sizes of a Z-Image transformer, and the constants of all of them.
 
-Numbers that no tensor shows are those of the released models. Sources: diffusers, ``transformer_z_image.py``, and the
-``config.json`` and ``scheduler_config.json`` beside the weights of Z-Image-Turbo and Z-Image.
+Numbers that are not in the tensors are those of the released models. Sources: diffusers, ``transformer_z_image.py``,
+and the ``config.json`` and ``scheduler_config.json`` beside the weights of Z-Image-Turbo and Z-Image.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ TIME_SCALE = 1000.0
 PATCH = 2
 LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
-"""On a side: what its VAE, FLUX.1's, makes of one."""
+"""Pixels per latent on each side, by its VAE, which is FLUX.1's."""
 PATCH_CHANNELS = LATENT_CHANNELS * PATCH * PATCH
 TOKENS_MULTIPLE = 32
-"""Text and image are padded to multiples of it, each with a token of its own that is attended to."""
+"""Text and image are padded to multiples of it with learned tokens, which are attended to."""
 TIMESTEP_CHANNELS = 256
 TIME_HIDDEN = 1024
 MAX_TIME_CHANNELS = 256
 MAX_TEXT_TOKENS = AXES_LENGTHS[0] - TOKENS_MULTIPLE
-"""The image lies behind the padded text on the first axis."""
+"""On the first axis the image comes after the padded text."""
 
 TURBO_SHIFT = 3.0
 BASE_SHIFT = 6.0
-"""Of the schedule, in the released scheduler configurations; neither shifts by the size of the image."""
+"""The schedule shifts of the released scheduler configurations; neither depends on the size of the image."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZImageConfig:
-    """The shape of a Z-Image transformer: blocks of text and of image alone (``refiners`` each), then of both.
+    """The sizes of a Z-Image transformer: ``refiners`` blocks each for text and for image, then ``layers`` for both.
 
-    Nothing in it tells Turbo from Base: they differ in the values of their weights, and in how they are sampled.
+    Turbo and Base have the same sizes; they differ in the values of their weights and in sampling.
     """
 
     hidden: int
@@ -61,5 +61,5 @@ class ZImageConfig:
 
 
 def padded(tokens: int) -> int:
-    """Return how many tokens a text or an image of ``tokens`` takes in a sequence."""
+    """Return the padded number of tokens of a text or an image."""
     return tokens + -tokens % TOKENS_MULTIPLE

@@ -1,4 +1,4 @@
-"""What clients need to know of a Z-Image transformer."""
+"""The facts of a Z-Image transformer that clients get."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CFG_NORMALIZATION: Final = "cfg_normalization"
 CFG_TRUNCATION: Final = "cfg_truncation"
 
 COMFYUI: Final = "comfyui"
-"""The variant with ComfyUI's arithmetic: time in a generation is 1 - sigma, the pipeline's (1000 - 1000 sigma) / 1000;
-norms of queries and keys have the epsilon of float32, the class's have 1e-5."""
+"""The variant with ComfyUI's arithmetic: time is 1 - sigma (in diffusers (1000 - 1000 sigma) / 1000), and the epsilon
+of query and key norms is that of float32 (in diffusers 1e-5)."""
 
 
 def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> TransformerFacts:
-    """Say what ``Call`` and ``Generate`` take. Defaults are Turbo's: its tensors look like Base's."""
+    """Return the arguments of ``Call`` and ``Generate``. Defaults are Turbo's, which cannot be told from Base."""
     return TransformerFacts(
         heads=config.heads,
         ulysses=layout.degrees.ulysses,

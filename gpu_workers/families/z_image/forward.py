@@ -1,9 +1,9 @@
-"""Z-Image's transformer on one rank or on several, which share the tokens of its image and of its text.
+"""Z-Image's transformer with sequence parallelism.
 
-On one rank the class's own forward runs, unchanged. On several, each works on an even stretch of the image and one of
-the text, and attends to everybody's. Text is refined by every rank as a whole: two blocks over a few hundred tokens
-take less than the exchanges would. Rows of other lengths run apart from each other, where the class pads them and masks
-the padding: no row sees another one's tokens in either way.
+On one rank diffusers' own forward runs. On several, each computes an even part of the image tokens and of the text
+tokens, and attends to those of all ranks. Every rank refines the whole text: for two blocks over a few hundred tokens
+that takes less time than collectives. Rows of different lengths run one after the other; diffusers' class pads and
+masks them, which is equivalent.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ EMBEDDER = f"{PATCH}-1"
 
 
 class SharedKeys(NamedTuple):
-    """Stands in place of an attention mask: keys are on all ranks, and the first ``valid`` of them count."""
+    """Given as the attention mask: keys are on all ranks, and the first ``valid`` of them count."""
 
     valid: int
 
 
 class _Sequence(NamedTuple):
-    """A stretch of one sequence: features (rows, tokens, hidden), and what rotates them."""
+    """Part of a sequence: features (rows, tokens, hidden) and their rotary embedding."""
 
     features: torch.Tensor
     rotation: torch.Tensor
@@ -42,7 +42,7 @@ class _Sequence(NamedTuple):
 
 
 class SplitAttnProcessor(ZSingleStreamAttnProcessor):
-    """The class's attention, or, where its mask is :class:`SharedKeys`, attention over the tokens of all ranks."""
+    """The class's attention; with :class:`SharedKeys` as the mask, attention over the tokens of all ranks."""
 
     def __call__(
         self,
@@ -70,13 +70,13 @@ class SplitAttnProcessor(ZSingleStreamAttnProcessor):
 
 
 def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels as the class does: in float32, as complex numbers."""
+    """Apply the rotary embedding as the class does: in float32, as complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(3).type_as(x)
 
 
 class SequenceParallelZImage(ZImageTransformer2DModel):
-    """Z-Image with a forward for ranks that share a sequence, :meth:`forward_shared`, beside the class's own."""
+    """Z-Image with sequence parallelism (:meth:`forward_shared`) besides the class's own forward."""
 
     _variant = "class"
 
@@ -85,8 +85,8 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
         for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
             block.attention.set_processor(SplitAttnProcessor())
 
-    def follow(self, variant: str) -> None:
-        """Compute as ``variant`` says from now on; it costs a comparison where nothing changes."""
+    def set_variant(self, variant: str) -> None:
+        """Switch the module to ``variant``; without a change it costs one comparison."""
         if variant == self._variant:
             return
         self._variant = variant
@@ -97,7 +97,7 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
     def forward_shared(
         self, x: Sequence[torch.Tensor], t: torch.Tensor, cap_feats: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Do what the class's forward does, together with the other ranks of the sequence; each returns all rows.
+        """Run the class's forward on all ranks of the sequence together; each returns all rows.
 
         Rows of equal lengths run as one batch, in an order that is the same on every rank.
         """
@@ -107,28 +107,28 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
             alike[lengths].append(row)
         results: dict[int, torch.Tensor] = {}
         for rows in alike.values():
-            # Not by a list of indices: the host would wait to copy it to a GPU.
+            # Not by a list of indices, which the host would copy to the GPU and wait for.
             times = t if len(rows) == len(x) else torch.stack([t[row] for row in rows])
-            done = self._forward_alike([x[row] for row in rows], times, [cap_feats[row] for row in rows])
+            done = self._forward_equal_lengths([x[row] for row in rows], times, [cap_feats[row] for row in rows])
             results.update(zip(rows, done, strict=True))
         return [results[row] for row in range(len(x))]
 
-    def _forward_alike(
+    def _forward_equal_lengths(
         self, x: list[torch.Tensor], t: torch.Tensor, cap_feats: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         time = self.t_embedder(t * self.t_scale).type_as(x[0])
-        images, texts, sizes, image_ids, text_ids, image_fills, text_fills = self.patchify_and_embed(
+        images, texts, sizes, image_ids, text_ids, image_is_padding, text_is_padding = self.patchify_and_embed(
             x, cap_feats, PATCH, 1
         )
-        own_image, own_text = self._own(len(images[0])), self._own(len(texts[0]))
+        own_image, own_text = self._own_range(len(images[0])), self._own_range(len(texts[0]))
 
         image = self._embed(
             self.all_x_embedder[EMBEDDER],
             self.x_pad_token,
-            *([each[own_image.tokens] for each in parts] for parts in (images, image_ids, image_fills)),
+            *([each[own_image.tokens] for each in parts] for parts in (images, image_ids, image_is_padding)),
         )
         image = self._refine_image(image.padded(own_image.padding), len(images[0]), time, own_image)
-        text = self._embed(self.cap_embedder, self.cap_pad_token, texts, text_ids, text_fills)
+        text = self._embed(self.cap_embedder, self.cap_pad_token, texts, text_ids, text_is_padding)
         for block in self.context_refiner:
             text = text._replace(features=block(text.features, None, text.rotation))
 
@@ -144,7 +144,7 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
         whole = gather_evenly(pad_rows(features, own_image.padding, dim=1), len(images[0]))
         return cast(list[torch.Tensor], self.unpatchify(list(whole.unbind()), sizes, PATCH, 1))
 
-    def _own(self, tokens: int) -> RankRange:
+    def _own_range(self, tokens: int) -> RankRange:
         return partition_evenly(tokens, get_sequence_parallel_world_size())[get_sequence_parallel_rank()]
 
     def _embed(
@@ -153,12 +153,12 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
         pad_token: torch.Tensor,
         features: list[torch.Tensor],
         positions: list[torch.Tensor],
-        fills: list[torch.Tensor],
+        is_padding: list[torch.Tensor],
     ) -> _Sequence:
-        """Embed equally many tokens of each row; where ``fills`` is true, put the learned padding in their place."""
+        """Embed equally many tokens of each row; where ``is_padding`` is true, use the learned padding token."""
         rows = len(features)
-        embedded = torch.where(torch.cat(fills).unsqueeze(-1), pad_token, embedder(torch.cat(features)))
-        # The class counts positions of a text's padding twice, and cuts them off.
+        embedded = torch.where(torch.cat(is_padding).unsqueeze(-1), pad_token, embedder(torch.cat(features)))
+        # patchify_and_embed gives positions of a text's padding twice; the class, too, cuts them off.
         rotation = self.rope_embedder(
             torch.cat([ids[: len(each)] for ids, each in zip(positions, features, strict=True)])
         )

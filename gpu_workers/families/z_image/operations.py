@@ -1,4 +1,4 @@
-"""How a Z-Image transformer is built, checked and run."""
+"""Build, check and run a Z-Image transformer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ZImageOperations:
         dtype: torch.dtype,
         exceptions: Mapping[str, torch.dtype],
     ) -> None:
-        """Refuse what was asked for by name and is not there; there are no fused kernels for Z-Image."""
+        """Raise ``Unsupported`` if the settings ask for fused kernels or fp8, which Z-Image does not have."""
         if layout.precision != "bf16":
             raise Unsupported(
                 f"z_image: precision {layout.precision!r}: Z-Image has no products in eight bits; start the daemon "
@@ -76,7 +76,7 @@ class ZImageOperations:
             raise Unsupported("z_image: kernels 'fused': Z-Image has none; start the daemon with kernels auto")
         wide = [f"{name} is {exceptions[name]}" for name in PAD_TOKENS if name in exceptions]
         if wide:
-            # The class joins them with tokens in the dtype of the other weights, and its layers take one dtype.
+            # The class mixes them with tokens in the main dtype, and its layers take one dtype.
             raise Unsupported(f"z_image: {wide[0]} and most weights are {dtype}: lend it as {dtype}", names=wide)
 
     def facts(self, config: ZImageConfig, layout: ParallelLayout) -> TransformerFacts:
@@ -103,7 +103,7 @@ class ZImageOperations:
 
     def run(self, model: Model[ZImageConfig], inputs: Inputs, options: CallOptions) -> RowResults:
         module = cast(SequenceParallelZImage, model.module)
-        module.follow(options.variant)
+        module.set_variant(options.variant)
         x, t, texts = (inputs.arguments[name] for name in ("x", "t", "cap_feats"))
         if model.layout.degrees.sequence == 1 and model.layout.requested_attention.lower() == AUTO:
             return cast(list[torch.Tensor], module(list(x), t, list(texts), return_dict=False)[0])

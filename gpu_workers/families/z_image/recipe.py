@@ -1,11 +1,11 @@
-"""How ``Generate`` samples with Z-Image, as diffusers' ``ZImagePipeline`` does, to the same bits.
+"""Sampling with Z-Image as diffusers' ``ZImagePipeline`` does it, with the same bits.
 
-Latents are float32 between steps, and rounded for the transformer. Its time runs from noise, 0, to image, 1, and its
-prediction points from noise to image: the scheduler gets it negated. With a guidance scale above 0, one forward of
-twice the rows predicts for the prompts and for the negative ones: ``pos + scale * (pos - neg)``.
+Latents are float32 between steps, and rounded for the transformer. Its time runs from 0 (noise) to 1 (image), and its
+prediction points from noise to image, so the scheduler gets it negated. With a guidance scale above 0, one forward of
+twice the rows predicts prompts and negative prompts: ``pos + scale * (pos - neg)``.
 
-Turbo and Base look the same to whoever reads their tensors. Turbo runs without guidance on a schedule shifted by 3,
-Base with guidance on one shifted by 6: so the guidance scale chooses, and the option ``shift`` overrides it.
+The tensors of Turbo and Base have the same names and shapes. Turbo runs without guidance and with a schedule shift of
+3, Base with guidance and a shift of 6: so the guidance scale decides the shift, unless the option ``shift`` is given.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class ZImageRun:
     prompts: tuple[torch.Tensor, ...]
     negatives: tuple[torch.Tensor, ...]
     times: torch.Tensor
-    """What the transformer takes at each step, (steps,)."""
+    """The transformer's time at each step, (steps,)."""
     scales: tuple[float, ...]
-    """Of guidance at each step; 0 in those that run without."""
+    """The guidance scale at each step; 0: no guidance."""
     normalization: float
-    """The norm of a guided prediction over that of its prompt's, at most; 0 for no such bound."""
+    """The largest norm of a guided prediction, relative to that of its prompt's; 0: no limit."""
     dtype: torch.dtype
     """Of the weights."""
     foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -133,12 +133,12 @@ class ZImageRun:
             return guided
         most = torch.linalg.vector_norm(positive) * self.normalization
         norm = torch.linalg.vector_norm(guided)
-        # As the pipeline, which asks the device and waits for its answer: times 1 changes no bit.
+        # The pipeline compares on the host, which waits for the GPU; a factor of 1 changes no bit.
         return guided * torch.where(norm > most, most / norm, 1.0)
 
 
 def _scheduled(wanted: Wanted, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """Set the timesteps: of the pipeline's schedule, shifted, or of given sigmas as they are."""
+    """Set the timesteps: the pipeline's schedule with its shift, or given sigmas without one."""
     if wanted.sigmas is not None:
         shift, sigmas = 1.0, list(wanted.sigmas)
     else:
@@ -151,6 +151,6 @@ def _scheduled(wanted: Wanted, device: torch.device) -> FlowMatchEulerDiscreteSc
 
 
 def _scales(wanted: Wanted, times: Sequence[float]) -> tuple[float, ...]:
-    """Return the guidance scale of each step: 0 where time has passed the truncation, if that is 1 or less."""
+    """Return the guidance scale of each step: 0 after the truncation time, if that is 1 or less."""
     truncation = wanted.options.get(CFG_TRUNCATION, 1.0)
     return tuple(0.0 if time > truncation and truncation <= 1 else wanted.guidance_scale for time in times)

@@ -1,4 +1,4 @@
-"""CLIP-L and T5: recognition, configuration, names that are copies or that nothing reads, and refusals."""
+"""CLIP-L and T5: recognition, configuration, tied and ignored names, and refusals."""
 
 from __future__ import annotations
 

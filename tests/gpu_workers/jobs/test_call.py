@@ -167,7 +167,7 @@ def test_values_that_are_not_finite_are_refused_by_part_and_name(lent: OneRank, 
 def test_what_is_foreseen_of_no_argument_is_refused(lent: OneRank, messages: ModuleType) -> None:
     room = lent.room()
     job = messages.call(room, messages.forward(room), foreseen={"timesteps": (0.5,)})
-    with pytest.raises(BadRequest, match=r"foreseen: timesteps is no argument; there are .*, timestep, "):
+    with pytest.raises(BadRequest, match=r"foreseen: timesteps is no argument; it takes .*, timestep, "):
         lent.run(job)
 
 

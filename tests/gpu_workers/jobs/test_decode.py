@@ -1,4 +1,4 @@
-"""Decoding and encoding jobs: what is written, in which layout, and what is refused.
+"""Decoding and encoding jobs: what is written, in which memory format, and what is refused.
 
 That the numbers are those of diffusers is in ``families/flux_vae/test_operations.py``.
 """

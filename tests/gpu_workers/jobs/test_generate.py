@@ -306,32 +306,32 @@ def test_a_vae_and_an_image_come_together(lent: OneRank, messages: ModuleType, d
         (2, (1.0, 0.0), "sigma 0.0: every sigma lies above 0 and at most at 1"),
         (2, (1.5, 0.5), "sigma 1.5"),
         (2, (NAN, 0.5), "sigma nan"),
-        (2, (0.5, 0.5), "sigmas do not fall"),
+        (2, (0.5, 0.5), "sigmas do not decrease"),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("layout")
 def test_bad_schedules_name_the_value(transformer: Any, steps: int, sigmas: tuple[float, ...], message: str) -> None:
-    from xditd.gpu_workers.jobs.generate import wanted_of
+    from xditd.gpu_workers.jobs.generate import to_wanted
 
     facts = transformer.operations.facts(transformer.config, transformer.layout)
     with pytest.raises(BadRequest, match=message):
-        wanted_of(Sampling(height=64, width=64, steps=steps, sigmas=sigmas), 1, facts)
+        to_wanted(Sampling(height=64, width=64, steps=steps, sigmas=sigmas), 1, facts)
 
 
 @pytest.mark.usefixtures("layout")
 def test_what_a_client_leaves_out_is_filled_in(transformer: Any) -> None:
-    from xditd.gpu_workers.jobs.generate import wanted_of
+    from xditd.gpu_workers.jobs.generate import to_wanted
 
     facts = msgspec.structs.replace(
         transformer.operations.facts(transformer.config, transformer.layout), default_guidance_scale=4.25
     )
     told = Sampling(height=64, width=80, steps=3, options={"shift": 2.0})
-    wanted = wanted_of(told, 2, facts)
+    wanted = to_wanted(told, 2, facts)
     assert (wanted.batch, wanted.height, wanted.width, wanted.steps) == (2, 64, 80, 3)
     assert (wanted.guidance_scale, wanted.sigmas, wanted.variant) == (4.25, None, "class")
     assert wanted.options == {"shift": 2.0}
-    assert wanted_of(msgspec.structs.replace(told, guidance_scale=0.0), 2, facts).guidance_scale == 0.0
+    assert to_wanted(msgspec.structs.replace(told, guidance_scale=0.0), 2, facts).guidance_scale == 0.0
 
 
 def test_latents_that_are_not_finite_are_refused_by_step(rank: OneRank, messages: ModuleType) -> None:

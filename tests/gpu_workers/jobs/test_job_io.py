@@ -184,7 +184,7 @@ def test_blocks_that_their_client_closed_are_swept(io: JobIo, me: ProcessIdentit
     kept, closed, replaced = HostArena(1), HostArena(1), HostArena(1)
     for arena in (kept, closed, replaced):
         io.open(arena.block(), me)
-    io.sweep()
+    io.unmap_closed()
     assert len(io) == 3
     before = open_fds()
     number = replaced.block().fd
@@ -192,7 +192,7 @@ def test_blocks_that_their_client_closed_are_swept(io: JobIo, me: ProcessIdentit
     other = HostArena(1)
     assert other.block().fd == number
     closed.close()
-    io.sweep()
+    io.unmap_closed()
     assert len(io) == 1
     assert open_fds() == before - 2 - 2  # the arena's two and the mapping's two
     other.close()
@@ -203,10 +203,10 @@ def test_blocks_of_a_dead_client_are_swept(io: JobIo, spawn_other: Callable[[], 
     other = spawn_other()
     owner = msgspec.convert(other.identity, ProcessIdentity)
     io.open(msgspec.convert(other.ask("export", size_bytes=10), HostShmBlock), owner)
-    io.sweep()
+    io.unmap_closed()
     assert len(io) == 1
     other.kill()
-    io.sweep()
+    io.unmap_closed()
     assert len(io) == 0
 
 
@@ -216,8 +216,8 @@ def test_the_same_inode_number_of_another_file_system_is_another_file(
     """Inodes are numbered within each: what stands at the client's descriptor by now may bear the block's number."""
     fd = os.open(tmp_path, os.O_RDONLY)
     found = os.fstat(fd)
-    assert job_io._is_open(me, fd, (found.st_dev, found.st_ino))
-    assert not job_io._is_open(me, fd, (found.st_dev + 1, found.st_ino))
+    assert job_io._has_descriptor(me, fd, (found.st_dev, found.st_ino))
+    assert not job_io._has_descriptor(me, fd, (found.st_dev + 1, found.st_ino))
     os.close(fd)
     block = arena.block()
     shared = os.fstat(block.fd)

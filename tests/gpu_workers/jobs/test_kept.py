@@ -1,4 +1,4 @@
-"""What workers keep of a client's tensors: found by client and id, bounded, and gone with the client."""
+"""Kept tensors: found by client and id, bounded, and freed with the client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argument trees on their way in: every kind of leaf, what is kept, and what is refused by name."""
+"""Reading argument trees: every kind of leaf, kept tensors, and refusals by name."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_another_tensor_under_the_same_id_is_not_taken_for_it(jobs: Jobs, leaf: 
     jobs.read(jobs.put(torch.ones(2), "k1"))
     jobs.read(jobs.put(torch.zeros(3), "k1"))
     assert jobs.read(kept("k1", 3)).tolist() == [0, 0, 0]
-    with pytest.raises(UnknownKept, match="x: kept tensor k1 is another one by now; send it again"):
+    with pytest.raises(UnknownKept, match="x: kept tensor k1 has another shape or dtype; send it again"):
         jobs.read(leaf)
 
 

@@ -1,4 +1,4 @@
-"""Jobs on one rank, and files that change under them: no result of a job is given out unchecked."""
+"""Jobs on one rank, and files that change meanwhile: no result is returned unchecked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results on their way out: trees of tensors into the client's block, or into one of our own if they are larger."""
+"""Writing results: trees of tensors into the client's block, or into one of our own if they are larger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xditd.gpu_workers.jobs.job_io import PROVIDED, JobIo
+from xditd.gpu_workers.jobs.job_io import PROVIDED_PER_CLIENT, JobIo
 from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
 from xditd.ipc.arguments import Argument, InIo, ListOf, MapOf, TupleOf
 from xditd.ipc.errors import BadRequest, Unsupported, UnsupportedDtype
@@ -140,9 +140,9 @@ def test_the_newest_blocks_of_each_client_stay_and_are_freed_with_it(
 ) -> None:
     outputs.write(torch.zeros(1))
     before = open_fds()
-    made = [outputs.write(torch.full((4,), float(n)), size_bytes=0) for n in range(PROVIDED + 2)]
+    made = [outputs.write(torch.full((4,), float(n)), size_bytes=0) for n in range(PROVIDED_PER_CLIENT + 2)]
     outputs.write(torch.zeros(4), size_bytes=0, client=BOB)
-    assert open_fds() - before == 2 * (PROVIDED + 1)  # each arena has two
+    assert open_fds() - before == 2 * (PROVIDED_PER_CLIENT + 1)  # each arena has two
     for number, results in list(enumerate(made))[2:]:
         assert outputs.read(results, results.trees[0]).tolist() == [number] * 4
     outputs.io.forget(ALICE)

@@ -1,4 +1,4 @@
-"""A program, not a test: share the rows of calls out over two halves, on gloo ranks, and write what each rank got.
+"""A program, not a test: split the rows of calls over two halves of gloo ranks, and write what each rank got.
 
     python calling_ranks.py OUT_FOLDER
 

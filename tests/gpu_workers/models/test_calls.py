@@ -1,4 +1,4 @@
-"""The rows of a call over the halves of a group: each is run once, and every rank has all of them in the end."""
+"""The rows of a call are split over the halves of a group: each runs once, and every rank gets all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients are told of a component: the family's facts of its kind, the class, and the bytes."""
+"""The facts of a component: those of its kind, the class, and the bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def told(rank: OneRank) -> Callable[[State], ComponentFacts]:
 
     def lend(state: State) -> ComponentFacts:
         rank.lend("c", state)
-        facts = rank.components._live["c"].facts
+        facts = rank.components._plugged["c"].facts
         crossed = msgspec.convert(msgspec.to_builtins(facts), ComponentFacts)
         assert crossed == facts
         return crossed

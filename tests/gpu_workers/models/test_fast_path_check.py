@@ -1,4 +1,4 @@
-"""A fast path is used once it has agreed with the plain one, for each case, and never again after it has not."""
+"""The fast path check: a fast path is used for a case once it agreed with the plain one, and never after a failure."""
 
 from __future__ import annotations
 

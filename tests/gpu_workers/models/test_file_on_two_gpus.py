@@ -90,6 +90,6 @@ def test_memory_and_files_come_back(made, way, attempt):
 def test_no_context_is_opened_on_the_other_ranks_gpu(made):
     """A context takes some 500 MiB there, where memory is short."""
     if not made.facts[0]["is direct"]:
-        pytest.skip("the GPUs do not reach each other's memory")
+        pytest.skip("the GPUs have no peer access to each other")
     for facts in made.facts:
         assert facts["chosen, whole: taken"] < facts["chosen, whole: bytes"] + KEPT_BYTES

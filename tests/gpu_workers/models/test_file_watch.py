@@ -1,4 +1,4 @@
-"""Two gloo ranks and files that change under them: what fails on one fails on both, and each says why."""
+"""Two gloo ranks and files that change: what fails on one rank fails on both, and each names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a job's numbers and tensors: a fault names the thing, its value, and what would do."""
+"""Checks of a job's numbers and tensors: an error names the field, its value, and what is accepted."""
 
 from __future__ import annotations
 

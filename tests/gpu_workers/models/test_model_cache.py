@@ -1,4 +1,4 @@
-"""Skeletons: built once, plugged without a copy, emptied again, and right after a swap."""
+"""The model cache: models are built once, plugged without a copy, unplugged, and correct after a swap."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ def test_unplugging_lets_go_of_lent_memory(cache: ModelCache, describe: Describe
     assert not any(ref() for ref in watched)
 
 
-def test_a_second_checkpoint_reuses_the_skeleton_and_a_swap_is_right(cache: ModelCache, describe: Describer) -> None:
+def test_a_second_checkpoint_reuses_the_model_and_a_swap_is_correct(cache: ModelCache, describe: Describer) -> None:
     states = [flux1_state_dict(seed, **SMALL) for seed in (0, 1)]
-    plans = [cache.match(describe(state)) for state in states]
-    assert plans[0].model is plans[1].model
-    assert [match.is_reused for match in plans] == [False, True]
+    matches = [cache.match(describe(state)) for state in states]
+    assert matches[0].model is matches[1].model
+    assert [match.is_reused for match in matches] == [False, True]
     assert (cache.built, cache.reused) == (1, 1)
-    bindings = [match.bind(state) for match, state in zip(plans, states, strict=True)]
+    bindings = [match.bind(state) for match, state in zip(matches, states, strict=True)]
     results = []
     for number in (0, 1, 0):
-        plans[number].model.plug(bindings[number])
-        results.append(prediction(plans[number]))
+        matches[number].model.plug(bindings[number])
+        results.append(prediction(matches[number]))
     assert torch.equal(results[0], results[2])
     assert not torch.allclose(results[0], results[1], rtol=0.1)
     fresh = ModelCache(cache.layout).match(describe(states[1]))

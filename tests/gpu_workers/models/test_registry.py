@@ -1,4 +1,4 @@
-"""Families of other packages: found by their entry points, asked after our own, and harmless where they are broken."""
+"""Families of other packages: found by entry points, asked after our own, and left out if they are broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are spared: those that are alike, for each image of a batch, and never by what is not a number."""
+"""The step cache: steps with small changes are reused, for each image of a batch, and never after NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two NCCL ranks: the arena of one GPU reaches the other, and both make what plain diffusers makes."""
+"""Two NCCL ranks: the arena of one GPU is copied to the other, and both agree with plain diffusers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_both_ranks_hold_the_bytes_that_were_lent_and_give_their_memory_back(mad
 def test_a_peer_copy_opens_no_context_on_the_lenders_gpu(made):
     """A context takes some 500 MiB there, where memory is short."""
     if not made.facts[0]["is direct"]:
-        pytest.skip("the GPUs do not reach each other's memory")
+        pytest.skip("the GPUs have no peer access to each other")
     assert made.facts[0]["chosen: taken"] < 64 * MIB
     assert made.facts[1]["chosen: taken"] < made.facts[1]["peer"] + 64 * MIB
 

@@ -1,4 +1,4 @@
-"""A program, not a test: lend an arena on one GPU to two NCCL ranks and write what they made of it.
+"""A program, not a test: lend an arena on one GPU to two NCCL ranks and write their results.
 
     python two_gpus.py OUT_FOLDER FIRST_DEVICE SECOND_DEVICE
 

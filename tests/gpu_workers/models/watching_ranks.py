@@ -1,4 +1,4 @@
-"""A program, not a test: two gloo ranks map lent files that change, and write what each of them said.
+"""A program, not a test: two gloo ranks map lent files that change, and write the error of each.
 
     python watching_ranks.py OUT_FOLDER
 

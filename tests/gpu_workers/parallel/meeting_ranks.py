@@ -1,4 +1,4 @@
-"""A program, not a test: four gloo ranks agree, all and in pairs, each late by turns, and print what went wrong.
+"""A program, not a test: four gloo ranks agree, all and in pairs, each late in turn, and print the faults.
 
 python meeting_ranks.py FOLDER
 """
@@ -36,7 +36,7 @@ def run_rank(rank: int, folder: str) -> None:
         said = [draw.random() < 0.7 for _ in range(RANKS)]
         if rank_sync.agree(said[rank]) != all(said):
             wrong.append(f"round {number}: agree")
-        # Pairs go their own ways between what all agree on: the second one has twice as much to talk about.
+        # Between exchanges of all ranks, the second pair exchanges twice as often as the first.
         for _ in range(1 + pair):
             if rank_sync.agree(said[rank], rank_sync.RankSet.SEQUENCE) != all(said[pair * PAIR : (pair + 1) * PAIR]):
                 wrong.append(f"round {number}: agree in pairs")

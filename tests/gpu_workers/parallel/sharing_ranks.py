@@ -1,4 +1,4 @@
-"""A program, not a test: gloo ranks share what they uploaded of a buffer, and print what went wrong.
+"""A program, not a test: gloo ranks exchange their shares of a buffer, and print the faults.
 
     python sharing_ranks.py FOLDER RANKS
 
@@ -120,7 +120,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         return phases
 
     def fail(fault: str, kind: type[XditdError]) -> None:
-        """On one rank, then on another: the one says what, the others that it was not theirs."""
+        """Fail on one rank, then on another: it raises its error, the others ``OtherRankFailed``."""
         for faulty in range(ranks):
             try:
                 share(fault, fault, faulty)

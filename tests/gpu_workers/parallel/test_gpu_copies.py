@@ -1,4 +1,4 @@
-"""Ranks give each other what they uploaded; what fails on one of them ends alike on all, with nothing left open."""
+"""Ranks exchange their uploaded shares; a failure on one ends on all alike, with nothing left open."""
 
 from __future__ import annotations
 

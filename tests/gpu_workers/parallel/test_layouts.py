@@ -114,7 +114,7 @@ def test_a_step_cache_spares_the_same_steps_of_every_row(computed: Any, layout: 
 
 
 @pytest.mark.usefixtures("layout")
-def test_rows_are_dealt_once() -> None:
+def test_rows_are_partitioned_once() -> None:
     from xditd.gpu_workers.parallel.row_partition import partition_rows
 
     assert [partition_rows(1, 2, half) for half in (0, 1)] == [slice(0, 1), slice(0, 1)]  # both do the one row
@@ -124,7 +124,7 @@ def test_rows_are_dealt_once() -> None:
         assert dealt == list(range(rows))
 
 
-def test_where_a_rank_stands() -> None:
+def test_the_place_of_a_rank_in_its_layout() -> None:
     degrees = Degrees(ulysses=2, ring=2, cfg=2)
     placed = [ParallelLayout(rank, degrees, CPU, "SDPA") for rank in range(8)]
     assert [layout.sequence_rank for layout in placed] == [0, 1, 2, 3] * 2
@@ -144,10 +144,10 @@ def test_parts_merge_to_the_whole(cut: int) -> None:
 
 
 @pytest.mark.usefixtures("layout")
-def test_a_ring_chooses_a_kernel_that_tells_its_log_sum_exp() -> None:
+def test_a_ring_chooses_a_kernel_that_returns_its_log_sum_exp() -> None:
     assert ring.choose_backend("auto", CPU) == "SDPA"
     assert ring.choose_backend("sdpa", CPU) == "SDPA"
-    with pytest.raises(Unsupported, match="'SDPA_MATH' with ring attention: tells no log-sum-exp; use SDPA"):
+    with pytest.raises(Unsupported, match="'SDPA_MATH' with ring attention: returns no log-sum-exp; use SDPA"):
         ring.choose_backend("SDPA_MATH", CPU)
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are late by turns agree; an error in a block leaves it typed, and holding nothing."""
+"""Ranks that are late in turn agree; errors of a block are typed, and hold no views."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_rank_learns_the_same(tmp_path):
 
 
 class _Mapping:
-    """Stands for a mapped block that somebody will unmap once nobody looks at it."""
+    """Stands for a mapped block, which must have no references when it is unmapped."""
 
 
 def _fail(mapping: _Mapping) -> None:
@@ -38,9 +38,9 @@ def _use(seen: list[weakref.ref[_Mapping]]) -> None:
         _fail(mapping)
 
 
-def test_want_of_memory_is_typed_and_holds_nothing() -> None:
+def test_out_of_memory_is_typed_and_holds_nothing() -> None:
     seen: list[weakref.ref[_Mapping]] = []
     with pytest.raises(OutOfMemory, match=r"the GPU has no room: no room beside _Mapping$") as caught:
         _use(seen)
-    traceback.clear_frames(caught.value.__traceback__)  # as those do who then unmap
+    traceback.clear_frames(caught.value.__traceback__)  # as callers do before they unmap
     assert seen[0]() is None

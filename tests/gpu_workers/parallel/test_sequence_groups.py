@@ -134,7 +134,7 @@ def test_groups_are_made_once(computed: Any, layout: str, made: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", mixed_heads.GROUPS)
-def test_no_group_judges_by_a_time_of_its_own(computed: Any, layout: str) -> None:
+def test_no_group_has_a_timeout_of_its_own(computed: Any, layout: str) -> None:
     for _, facts in computed[layout]:
         assert facts["timeouts"] == [str(GROUP_TIMEOUT)]
 
@@ -150,7 +150,7 @@ def test_no_group_judges_by_a_time_of_its_own(computed: Any, layout: str) -> Non
         (1, 1, 2, 4, [[0], [1], [2], [3]]),
     ],
 )
-def test_who_is_in_a_group_with_whom(
+def test_the_ranks_of_each_group(
     stride: int, size: int, sequence: int, world_size: int, members: list[list[int]]
 ) -> None:
     split = sequence_groups._Split(stride, size)
@@ -158,7 +158,7 @@ def test_who_is_in_a_group_with_whom(
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ulysses=ulysses, ring=12 // ulysses) for ulysses in (1, 2, 3, 4, 6, 12)])
-def test_ranks_are_laid_out_as_yunchang_does(degrees: Degrees, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_ordered_as_in_yunchang(degrees: Degrees, monkeypatch: pytest.MonkeyPatch) -> None:
     from yunchang import globals as yunchang
 
     theirs: list[list[int]] = []
@@ -173,7 +173,7 @@ def test_ranks_are_laid_out_as_yunchang_does(degrees: Degrees, monkeypatch: pyte
     assert sorted(ours) == sorted(theirs)
 
 
-def test_the_shape_in_use_stays_as_it_is(layout: ParallelLayout) -> None:
+def test_the_degrees_in_use_do_not_change(layout: ParallelLayout) -> None:
     from xfuser.core.distributed import get_sp_group
 
     before = vars(get_sp_group()).copy()

@@ -1,4 +1,4 @@
-"""How the tokens of one sequence are dealt; those of text and image are FLUX.1's (``test_sequence_parallel.py``)."""
+"""Partition of the tokens of one sequence; those of text and image are FLUX.1's (``test_sequence_parallel.py``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("layout")
 
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(32, 1), (32, 2), (32, 3), (64, 3), (96, 5), (4096, 6), (7, 7)])
-def test_every_token_is_dealt_once_and_each_rank_has_as_many(tokens: int, ranks: int) -> None:
+def test_every_token_has_one_rank_and_each_rank_as_many(tokens: int, ranks: int) -> None:
     from xditd.gpu_workers.parallel.token_partition import partition_evenly
 
     shares = partition_evenly(tokens, ranks)

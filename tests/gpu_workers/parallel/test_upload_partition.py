@@ -1,4 +1,4 @@
-"""Which rank uploads what: every byte once, wherever shares are cut."""
+"""The partition of uploads: every byte once, wherever shares end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xditd.gpu_workers.parallel.upload_partition import CopyRange, cut, join, split
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges, split
 from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, place
 
@@ -38,14 +38,14 @@ def checkpoint(seed: int) -> list[TensorSpec]:
     return specs
 
 
-def test_neighbours_in_block_and_copy_travel_together() -> None:
+def test_neighbours_in_block_and_buffer_are_joined() -> None:
     specs = [spec("a", 0, 8, 256), spec("b", 0, 264, 512), spec("c", 0, 776, 3), spec("d", 0, 779, 256)]
-    assert join(specs, [0, 256, 768, 1024]) == [(0, 8, 0, 771), (0, 779, 1024, 256)]
+    assert join_ranges(specs, [0, 256, 768, 1024]) == [(0, 8, 0, 771), (0, 779, 1024, 256)]
 
 
-def test_gaps_overlaps_and_other_blocks_part_them() -> None:
+def test_gaps_overlaps_and_other_blocks_are_not_joined() -> None:
     specs = [spec("a", 0, 0, 256), spec("b", 0, 255, 256), spec("c", 0, 600, 256), spec("d", 1, 856, 256)]
-    assert join(specs, [0, 256, 512, 768]) == [
+    assert join_ranges(specs, [0, 256, 512, 768]) == [
         (0, 0, 0, 256),
         (0, 255, 256, 256),
         (0, 600, 512, 256),
@@ -53,9 +53,9 @@ def test_gaps_overlaps_and_other_blocks_part_them() -> None:
     ]
 
 
-def test_nothing_is_a_stretch_too() -> None:
-    assert join([spec("a", 0, 0, 0), spec("b", 0, 0, 256)], [0, 0]) == [(0, 0, 0, 256)]
-    assert join([], []) == []
+def test_empty_tensors_make_an_empty_range() -> None:
+    assert join_ranges([spec("a", 0, 0, 0), spec("b", 0, 0, 256)], [0, 0]) == [(0, 0, 0, 256)]
+    assert join_ranges([], []) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -86,7 +86,7 @@ def test_ranks_upload_every_byte_once(blocks: list[torch.Tensor], seed: int, ran
     offsets, total = place([one.extent_bytes for one in specs])
     copy, times = torch.zeros(total, dtype=torch.uint8), torch.zeros(total, dtype=torch.uint8)
     for share in split(range(total), ranks):
-        for block, start, to, nbytes in cut(join(specs, offsets), share):
+        for block, start, to, nbytes in clip_ranges(join_ranges(specs, offsets), share):
             assert share.start <= to < to + nbytes <= share.stop
             copy[to : to + nbytes] = blocks[block][start : start + nbytes]
             times[to : to + nbytes] += 1
@@ -97,9 +97,9 @@ def test_ranks_upload_every_byte_once(blocks: list[torch.Tensor], seed: int, ran
     assert int(times.sum(dtype=torch.int64)) == sum(one.extent_bytes for one in specs)  # and nothing in between
 
 
-def test_a_stretch_is_cut_where_a_share_ends() -> None:
+def test_a_range_is_clipped_where_a_share_ends() -> None:
     ranges = [CopyRange(0, 8, 0, 100), CopyRange(1, 50, 256, 1000), CopyRange(1, 2000, 1280, 5)]
-    assert cut(ranges, range(300)) == [(0, 8, 0, 100), (1, 50, 256, 44)]
-    assert cut(ranges, range(300, 1256)) == [(1, 94, 300, 956)]
-    assert cut(ranges, range(1256, 1285)) == [(1, 2000, 1280, 5)]
-    assert cut(ranges, range(110, 256)) == []
+    assert clip_ranges(ranges, range(300)) == [(0, 8, 0, 100), (1, 50, 256, 44)]
+    assert clip_ranges(ranges, range(300, 1256)) == [(1, 94, 300, 956)]
+    assert clip_ranges(ranges, range(1256, 1285)) == [(1, 2000, 1280, 5)]
+    assert clip_ranges(ranges, range(110, 256)) == []

@@ -1,4 +1,4 @@
-"""A program, not a test: of two gloo ranks one ends while the other waits for it, and that one prints its verdict.
+"""A program, not a test: one of two gloo ranks ends while the other waits; that one prints whether it recognised it.
 
 python lost_rank.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""The command loop over a real socket, with an executor that only notes what it was asked."""
+"""The command loop over a real socket, with an executor that only records its calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zmq
 
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
-from xditd.gpu_workers.process.executor import JobContact, PreparedFacts, RankFacts
+from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadRequest, Internal, XditdError
@@ -42,7 +42,7 @@ TOKEN = "token-of-a-group"
 CLIENT = ProcessIdentity(pid=1, start_ticks=2)
 
 
-class Noting:
+class RecordingExecutor:
     """Notes its calls; ``failure`` is raised by the next one."""
 
     idle_wait_s = 0.05
@@ -54,14 +54,14 @@ class Noting:
         self.failure: Exception | None = None
         self.digests: dict[str, tuple[FileDigest, ...]] = {}
 
-    def _note(self, *call: Any) -> None:
+    def _record(self, *call: Any) -> None:
         self.calls.append(call)
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
     def while_idle(self) -> None:
-        """Nothing is due."""
+        """There is no periodic work."""
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         digests, self.digests = self.digests, {}
@@ -71,23 +71,23 @@ class Noting:
         raise AssertionError("not asked for here")
 
     def plug(self, component_id: str) -> dict[str, float]:
-        self._note("plug", component_id)
+        self._record("plug", component_id)
         return {"plug": 1.0}
 
     def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
-        self._note("keep", component_id)
+        self._record("keep", component_id)
         return CopiedBytes(host_to_host=7), {"copy": 2.0}
 
     def unmap(self, component_id: str) -> None:
-        self._note("unmap", component_id)
+        self._record("unmap", component_id)
 
     def forget(self, client: ProcessIdentity) -> None:
-        self._note("forget", client)
+        self._record("forget", client)
 
     def digest_io(self, command: Any) -> bytes:
         raise AssertionError("not asked for here")
 
-    def run(self, command: Any, contact: JobContact) -> Finished:
+    def run(self, command: Any, job_channel: JobChannel) -> Finished:
         raise AssertionError("not asked for here")
 
     def tally(self) -> RankTally:
@@ -104,12 +104,12 @@ class Noting:
 
 
 @pytest.fixture
-def executor() -> Noting:
-    return Noting()
+def executor() -> RecordingExecutor:
+    return RecordingExecutor()
 
 
 @pytest.fixture
-def loop(executor: Noting, tmp_path: Path) -> Iterator[SimpleNamespace]:
+def loop(executor: RecordingExecutor, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """Start the loop in a thread, and be its daemon: ``send`` a command, ``receive`` a report, or ``ask`` for one."""
     runtime = RuntimeDir(tmp_path)
     context = zmq.Context()
@@ -151,7 +151,7 @@ def loop(executor: Noting, tmp_path: Path) -> Iterator[SimpleNamespace]:
     context.term()
 
 
-def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor: Noting) -> None:
+def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
     plugged = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(plugged, Plugged)
     assert (plugged.op_number, plugged.timings_ms, plugged.tally) == (1, {"plug": 1.0}, executor.tally())
@@ -164,7 +164,7 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     assert asked == [("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
 
 
-def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: Noting) -> None:
+def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
     executor.failure = BadRequest("no such component", names=("a", "b"))
     failed = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(failed, RankFailed)
@@ -173,7 +173,7 @@ def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace
     assert isinstance(loop.ask(Plug(op_number=2, component_id="c1")), Plugged)
 
 
-def test_what_may_leave_the_rank_out_of_step_ends_it(loop: SimpleNamespace, executor: Noting) -> None:
+def test_a_fatal_error_ends_the_rank(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
     executor.failure = ZeroDivisionError("by zero")
     failed = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(failed, RankFailed)
@@ -182,7 +182,7 @@ def test_what_may_leave_the_rank_out_of_step_ends_it(loop: SimpleNamespace, exec
     assert loop.ended == [1]
 
 
-def test_a_cancel_that_comes_late_is_no_command(loop: SimpleNamespace, executor: Noting) -> None:
+def test_a_late_cancel_is_ignored(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
     loop.send(CancelRun(op_number=1, target_op_number=1))
     done = loop.ask(Unmap(op_number=2, component_id="c1"))
     assert isinstance(done, Done)
@@ -190,7 +190,7 @@ def test_a_cancel_that_comes_late_is_no_command(loop: SimpleNamespace, executor:
     assert [call for call in executor.calls if call != "after_answer"] == [("unmap", "c1")]
 
 
-def test_digests_are_told_while_the_rank_is_idle(loop: SimpleNamespace, executor: Noting) -> None:
+def test_digests_are_sent_while_the_rank_is_idle(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
     digest = FileDigest(block=0, ctime_ns=5, digest=bytes(16))
     executor.digests = {"c1": (digest,)}
     told = loop.receive()

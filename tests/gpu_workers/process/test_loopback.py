@@ -1,4 +1,4 @@
-"""The interface on which the ranks meet."""
+"""The check of the loopback interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank makes of errors that are not ours."""
+"""Errors of torch and gloo are recognised."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure, is_want_of_host_memory, out_of_memory
+from xditd.gpu_workers.process.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 
 
-def test_want_of_host_memory_is_told_from_other_errors() -> None:
+def test_host_out_of_memory_is_told_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert is_want_of_host_memory(caught.value)
+    assert is_host_out_of_memory(caught.value)
     assert "memory" in out_of_memory(caught.value).detail
-    assert is_want_of_host_memory(MemoryError())
-    assert not is_want_of_host_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_host_out_of_memory(MemoryError())
+    assert not is_host_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Why a worker cannot start, in one line, and whether another try can help."""
+"""Why a worker cannot start, in one line, and whether a restart can help."""
 
 from __future__ import annotations
 

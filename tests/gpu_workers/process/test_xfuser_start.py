@@ -111,7 +111,7 @@ def test_plain_blocks_run_where_heads_need_a_ring(layout: ParallelLayout, caplog
     config = Flux1Config(384, 1, 1, 4096, 768, True)
     ring = dataclasses.replace(layout, degrees=Degrees(ring=2), fused_attention="CUDNN")
     assert Flux1().operations.fuse(config, torch.nn.Module(), ring, torch.bfloat16, {}) is None
-    assert caplog.messages == ["plain blocks run: fused ones attend without a ring heads=3 layout=ring=2"]
+    assert caplog.messages == ["plain blocks run: fused ones have no ring attention heads=3 layout=ring=2"]
 
 
 def test_an_unknown_attention_backend_lists_those_that_run() -> None:
@@ -140,7 +140,7 @@ def test_float32_weights_avoid_kernels_for_half_precision() -> None:
 
 
 @pytest.mark.usefixtures("layout")
-def test_no_group_of_a_rank_judges_by_a_time_of_its_own() -> None:
+def test_no_group_of_a_rank_has_a_timeout_of_its_own() -> None:
     groups = list(distributed_c10d._world.pg_map)
     assert len(groups) > 1  # xfuser's, too
     timeouts = {group._get_backend(CPU).options._timeout for group in groups}

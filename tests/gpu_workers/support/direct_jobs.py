@@ -1,4 +1,4 @@
-"""For tests and programs beside them: what jobs do with plugged models, without a daemon, messages or I/O blocks.
+"""For tests and their programs: run jobs on plugged models, without a daemon, messages or I/O blocks.
 
 FLUX.1's forward takes packed latents; :func:`denoise` packs and unpacks them as diffusers' pipeline does. Import this
 once the group is started: until then there is no xfuser to import.
@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
-from xditd.gpu_workers.jobs.generate import Loop, wanted_of
+from xditd.gpu_workers.jobs.generate import Loop, to_wanted
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
@@ -25,7 +25,7 @@ from xditd.ipc.requests import Sampling
 
 
 def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel:
-    """CheckpointMatch a checkpoint, and plug its tensors into the model that comes of it."""
+    """Match a checkpoint, and plug its tensors into its model."""
     match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     match.model.plug(match.bind(state))
     return match.model
@@ -52,7 +52,7 @@ def generate_from(
     """
     operations: Any = model.operations
     facts = operations.facts(model.config, model.layout)
-    wanted = wanted_of(Sampling(variant=variant, **sampling), noise.shape[0], facts)
+    wanted = to_wanted(Sampling(variant=variant, **sampling), noise.shape[0], facts)
     operations.recipe.check(model.config, wanted)
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
@@ -143,7 +143,7 @@ def denoise_parts(model: CachedModel, parts: Sequence[Mapping[str, Any]], **opti
 def decode(
     model: CachedModel, latents: torch.Tensor, *, scaling: LatentScaling | None = None, is_shared: bool = False
 ) -> torch.Tensor:
-    """Decode, not cut off at [-1, 1]: on this rank alone, or, however small the image, each rank its band of it.
+    """Decode, not clamped to [-1, 1]: on this rank alone, or split over the ranks, however small the image.
 
     Without ``scaling``, here and in :func:`encode`, it is that of the VAE's facts.
     """

@@ -1,4 +1,4 @@
-"""For tests: one rank in this process that runs whole jobs, as messages ask for them, on a client's I/O blocks.
+"""For tests: one rank in this process that runs whole jobs from messages, with a client's I/O blocks.
 
 Import this once the group is started: until then there is no xfuser to import.
 """
@@ -73,7 +73,7 @@ class OneRank:
         self.io = JobIo(CPU)
         self.runner = JobRunner(self.components, 0, CPU)
         self.steps: list[tuple[int, int]] = []
-        """What rank 0's listener heard of the latest job: steps done, and steps in all."""
+        """The reported steps of the latest job: steps done, and steps in all."""
         self._pool = IoPool()
         self._rooms: list[Room] = []
         self._offers: list[Offer] = []

@@ -1,4 +1,4 @@
-"""Blocks that a rank has mapped: each once, counted, verified, and given back even when something fails."""
+"""Blocks that a rank has mapped: each once, counted, verified, and unmapped even when something fails."""
 
 from __future__ import annotations
 

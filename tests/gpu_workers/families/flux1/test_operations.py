@@ -1,4 +1,4 @@
-"""FLUX.1's forward as ``Call`` runs it: what is refused, some rows alone, and what is foreseen."""
+"""FLUX.1's forward as ``Call`` runs it: refusals, some rows alone, and foreseen timesteps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference itself: files in, plain diffusers, files out; and its fit around a converter of one width."""
+"""The reference itself: files in, plain diffusers, files out; other widths than the converter's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture that several ranks decode together is the one that a rank decodes alone."""
+"""An image that several ranks decode together equals that of one rank."""
 
 from __future__ import annotations
 

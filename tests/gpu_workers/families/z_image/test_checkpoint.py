@@ -142,7 +142,7 @@ def test_a_lost_block_is_missing() -> None:
         ({"dec_net.cond_embed.weight": (256, 256)}, "in pixel space"),
         ({"control_layers.0.before_proj.weight": (256, 256)}, "ControlNets of Z-Image"),
         ({"clip_text_pooled_proj.0.weight": (1024,)}, "relatives of Z-Image with pooled text"),
-        ({f"{kind}.attention.qkv.weight": (512, 256) for kind in ("layers.0", "layers.1")}, "heads that share keys"),
+        ({f"{kind}.attention.qkv.weight": (512, 256) for kind in ("layers.0", "layers.1")}, "grouped-query attention"),
         (
             {f"{kind}.attention.q_norm.weight": (64,) for kind in ("layers.0", "layers.1", "noise_refiner.0")},
             "256 channels in heads of 64",

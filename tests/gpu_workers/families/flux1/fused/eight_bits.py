@@ -108,7 +108,7 @@ def products() -> dict[str, float]:
     checkpoint = {f"{name}.weight": random(*shape) for name, shape in shapes.items()}
     checkpoint |= {f"{name}.bias": random(shape[0]) for name, shape in shapes.items()}
     eight = EightBit(shapes, torch.device("cpu"))
-    eight.hold(checkpoint)
+    eight.load(checkpoint)
     up, down, second = (eight.linear(name) for name in shapes)
     x, attended = random(7, 128), random(7, 128)
 

@@ -1,4 +1,4 @@
-"""What the programs of this folder give to a job: the same in every process."""
+"""Job inputs for the programs of this folder, the same in every process."""
 
 from __future__ import annotations
 

@@ -144,12 +144,12 @@ def steps_at_once(lent: Any) -> dict[str, bool]:
     given = job(3, 16, 32, 2)
     alone = generate(lent, **given, steps=5, is_foreseen=False)
     found = {}
-    usual = modulations.AHEAD
+    usual = modulations.MAX_VECTORS
     for label, ahead in (("all", usual), ("two", 4)):
-        modulations.AHEAD = ahead
+        modulations.MAX_VECTORS = ahead
         pooled = given["pooled"].clone()  # so that nothing is kept of it
         found[label] = torch.equal(generate(lent, **{**given, "pooled": pooled}, steps=5), alone)
-    modulations.AHEAD = usual
+    modulations.MAX_VECTORS = usual
     return found
 
 
@@ -252,7 +252,7 @@ def exchange_of_two() -> dict[str, float]:
         )  # fmt: skip
     for buffer in flags:
         buffer.fill_(7)
-    triton_kernels.meet(bases=bases(flags), rank=0, round_number=7)
+    triton_kernels.barrier(bases=bases(flags), rank=0, round_number=7)
     for rank in range(ranks):
         triton_kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
     for rank in range(ranks):

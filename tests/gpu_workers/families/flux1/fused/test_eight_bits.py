@@ -1,4 +1,4 @@
-"""Products in eight bits on the CPU, in Triton's interpreter: what is rounded, by how much, and what becomes of it."""
+"""Products in eight bits in Triton's interpreter on the CPU: rounding, scales and errors."""
 
 from __future__ import annotations
 

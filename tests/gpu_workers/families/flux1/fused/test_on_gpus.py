@@ -1,4 +1,4 @@
-"""Fused blocks on real GPUs: no farther from float32 than plain modules are, and refused when they are wrong."""
+"""Fused blocks on GPUs: as near to float32 as plain modules, and refused if they are wrong."""
 
 from __future__ import annotations
 
