@@ -173,6 +173,9 @@ class Service:
         self.scheduler.group_ended(_with_retry_advice(error))
         self.lending.group_ended()
 
+    def processes_ended(self) -> None:
+        self.scheduler.processes_ended()
+
     def group_given_up(self, error: WorkersUnavailable) -> None:
         self.counters.note_error("workers", error)
         self._service_manager.status(f"degraded, no workers: {error.detail}")

@@ -53,7 +53,10 @@ class GroupListener(Protocol):
         """Every rank has reported; nothing is mapped."""
 
     def group_ended(self, error: XditdError) -> None:
-        """The group takes no more commands, and has nothing mapped any more."""
+        """The group takes no more commands. Its processes may still have memory mapped."""
+
+    def processes_ended(self) -> None:
+        """No process of the ended group is left, so nothing is mapped."""
 
     def group_given_up(self, error: WorkersUnavailable) -> None:
         """The group is not restarted."""

@@ -94,6 +94,11 @@ class WorkerGroup:
         return self.state in (GroupState.READY, GroupState.BUSY)
 
     @property
+    def has_processes(self) -> bool:
+        """Whether a process of the group is left, which may have memory mapped although the group has ended."""
+        return self._leader is not None
+
+    @property
     def expected_world_size(self) -> int:
         """How many ranks there are, or will be; 0 while that is not known."""
         if self.ranks is not None and self.ranks.world_size:
@@ -248,6 +253,7 @@ class WorkerGroup:
             # The daemon ended the group because of a rank's report; only the leader knows which rank was lost first.
             self.detail = f"{self.detail}; {output.cause}"
             logger.error("%s had ended: %s", self.name, output.cause)
+        self.listener.processes_ended()
         if self._on_stopped is not None:
             self._on_stopped()
         elif output.is_final(status) and not self._is_ended_by_us:

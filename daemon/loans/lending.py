@@ -148,12 +148,10 @@ class Lending:
         self._unmap_first(_forget(process), lambda: None)
 
     def _unmap_first(self, script: Script[None], done: Callback) -> None:
-        """Have memory unmapped. If the group has ended, nothing is mapped any more."""
-        if self._group.is_alive:
-            self._scheduler.unmap_first(Task(script, on_done=lambda _: done(), on_failed=lambda _: done()))
-        else:
-            script.close()
-            done()
+        """Have memory unmapped; ``done`` is called too if the group ends instead."""
+        self._scheduler.unmap_first(
+            Task(script, on_done=lambda _: done(), on_failed=lambda _: done(), frees_memory=True)
+        )
 
     def _cancel_users(self, lease: Lease, why: LeaseLost) -> None:
         self._scheduler.cancel_all(why, lambda job: lease.component_id in job.component_ids)

@@ -29,6 +29,8 @@ class Task(Generic[T]):
     script: Script[T]
     on_done: Callable[[T], None]
     on_failed: Callable[[XditdError], None]
+    frees_memory: bool = False
+    """Whether a client frees memory once it fails; if the group ends, it fails after the group's processes ended."""
 
 
 def expect(answers: Answers, kind: type[A]) -> list[A]:

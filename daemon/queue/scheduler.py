@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 from xditd.daemon.groups.ranks import Answers, CommandMaker, first_failure
@@ -22,11 +23,19 @@ from xditd.daemon.queue.fair_queue import FairQueue
 from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.routers import ReplySender, failed
 from xditd.daemon.sockets.sessions import Session
-from xditd.ipc.errors import BadRequest, DaemonStopping, Internal, WorkersUnavailable, XditdError, error_for
+from xditd.ipc.errors import (
+    BadRequest,
+    DaemonStopping,
+    Internal,
+    WorkersLost,
+    WorkersUnavailable,
+    XditdError,
+    error_for,
+)
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Reply, TimingsMs
 from xditd.ipc.replies import Queued, StepDone
-from xditd.ipc.requests import InferenceRequest
+from xditd.ipc.requests import InferenceRequest, Lend
 from xditd.ipc.status import GroupState, JobState
 from xditd.ipc.worker_messages import Command, ForgetClient, StepReached, Unmap
 
@@ -57,6 +66,7 @@ class Scheduler:
         self._task: Task[Any] | None = None
         self._unmapping: deque[Task[None]] = deque()
         self._mapping: deque[Task[None]] = deque()
+        self._unreported: list[Callable[[], None]] = []
         self._announce_timer: Timer | None = None
         self._announced_s = -math.inf
         self._unlogged: list[tuple[object, ...]] = []
@@ -132,8 +142,14 @@ class Scheduler:
         self._mapping.append(task)
 
     def unmap_first(self, task: Task[None]) -> None:
-        """Run an unmapping task before any other: a client waits to free its memory."""
-        self._unmapping.append(task)
+        """Run an unmapping task before any other: a client waits to free its memory.
+
+        If the group has ended, the task fails once the processes of the group have: nothing is mapped any more.
+        """
+        if self._group.is_alive:
+            self._unmapping.append(task)
+        else:
+            self._fail(task, WorkersLost(self._group.detail))
 
     def advance(self) -> None:
         """Start the next task or job if the workers are idle; called after each round of the event loop."""
@@ -174,13 +190,25 @@ class Scheduler:
             self._replies.reply(job.session, event)
 
     def group_ended(self, error: XditdError) -> None:
-        """Fail the running task and all mapping tasks: the workers, and what they had mapped, are gone."""
+        """Fail the running task and all mapping and unmapping tasks."""
         tasks = [*([self._task] if self._task is not None else []), *self._unmapping, *self._mapping]
         self._task = None
         self._unmapping.clear()
         self._mapping.clear()
         for task in tasks:
-            task.script.close()
+            self._fail(task, error)
+
+    def processes_ended(self) -> None:
+        """Report the failures that had to wait until no process of the group maps anything."""
+        unreported, self._unreported = self._unreported, []
+        for report in unreported:
+            report()
+
+    def _fail(self, task: Task[Any], error: XditdError) -> None:
+        task.script.close()
+        if task.frees_memory and self._group.has_processes:
+            self._unreported.append(partial(task.on_failed, error))
+        else:
             task.on_failed(error)
 
     @property
@@ -212,6 +240,7 @@ class Scheduler:
             job.write_script(job),
             on_done=lambda reply: self._end(job, reply, None),
             on_failed=lambda error: self._end(job, None, error),
+            frees_memory=isinstance(job.request, Lend),
         )
 
     # --- The end of a job

@@ -68,7 +68,7 @@ def test_metrics_tell_what_happened(start_daemon: Any, memory: Any) -> None:
     assert status.last_errors[0].where == "workers"
     assert status.lent_bytes == {"host_shm": 64}
     text = OPERATIONS.read_text()
-    table = text[text.index("| metric | labels |") : text.index("The daemon answers from its one loop")]
+    table = text[text.index("| metric | labels |") : text.index("The daemon's event loop answers")]
     documented = set(re.findall(r"`(xditd_[a-z_]+)`", table))
     assert documented == {re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name) for name in {**of_first_group, **found}}
     daemon.process.send_signal(signal.SIGTERM)

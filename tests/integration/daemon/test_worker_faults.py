@@ -141,6 +141,44 @@ def test_rank_that_cannot_unmap_is_ended(start_daemon: Any, memory: Any, fake: A
     client.ask(memory.generate(other.component_id), Generated)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists that is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def stop_leader(client: Any) -> list[int]:
+    """Stop the leader, so that an ended group's processes stay until the daemon kills them; returns the ranks' pids."""
+    pids = [worker.pid for worker in client.status().workers]
+    os.kill(int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGSTOP)
+    return pids
+
+
+def test_return_waits_for_the_processes_of_an_ended_group(start_daemon: Any, memory: Any, fake: Any) -> None:
+    client = start_daemon(hang_deadline_s=0.5).ready_client()
+    first, second = client.lend(memory.manifest()), client.lend(memory.manifest(kind="vae"))
+    ranks = stop_leader(client)
+    running = client.send(memory.generate(first.component_id, seed=int(fake.Fault.HANG)))
+    client.wait_status(lambda status: status.group_state is GroupState.BUSY)
+    queued = client.send(ReturnLoan(request_id="", component_id=second.component_id))
+    assert client.wait(running).code == "workers_lost"
+    late = client.send(ReturnLoan(request_id="", component_id=first.component_id))
+    for request_id in (queued, late):
+        assert isinstance(client.wait(request_id), Returned)
+        assert not any(map(is_running, ranks))
+
+
+def test_lost_lend_fails_after_the_processes_of_its_group_ended(start_daemon: Any, memory: Any, fake: Any) -> None:
+    """The client frees the memory then."""
+    client = start_daemon(lend_deadline_s=0.3).ready_client()
+    ranks = stop_leader(client)
+    failed = client.fail(Lend(request_id="", manifest=memory.manifest(label=f"{fake.DEADLY_LABEL} now")))
+    assert failed.code == "workers_lost"
+    assert not any(map(is_running, ranks))
+
+
 def test_loan_whose_memory_is_gone_ends_at_the_rebuild(start_daemon: Any, memory: Any) -> None:
     client = start_daemon().ready_client()
     kept = client.lend(memory.manifest())
