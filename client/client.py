@@ -36,17 +36,18 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes
 if TYPE_CHECKING:
     import torch
 
-SILENCE_DEADLINE_S: Final = 300.0
-"""Default for lends and jobs: the longest time without progress. Starting workers, loading 22 GiB from a cold disk and
-compiling on the first step all take well below it."""
+SILENCE_DEADLINE_S: Final = 600.0
+"""Default for lends and jobs: the longest time without progress. It is longer than the default of the daemon's
+``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
 class Client:
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
-    ``deadline_s`` is the longest time that a lend or a job may make no progress; each method can also bound its total
-    time. ``wait_s`` is how long to wait for a daemon that is being started, and for its workers, to be ready.
+    ``deadline_s`` is the longest time that a lend or a job may make no progress, to which a lend adds 1 s for each
+    64 MiB; set it above the daemon's ``hang_deadline_s``. ``deadline_s`` of a method bounds the total time. ``wait_s``
+    is how long to wait for a daemon that is being started, and for its workers, to be ready.
     Safe to use from several threads, not across ``fork``. When the daemon exits, waiting methods raise
     :class:`DaemonUnreachable` within a second; the next method connects to the new daemon, where components have
     to be lent again. Leaving a ``with`` block, or ``close()``, ends all loans; using the client after that raises

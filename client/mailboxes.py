@@ -85,13 +85,15 @@ class Mailbox:
             with contextlib.suppress(Empty):
                 return self._record_event(self._items.get(timeout=min(TICK_S, max(0.0, rest_s))))
             if rest_s <= 0:
-                raise self._deadline_error(began_s)
+                raise self._deadline_error(began_s, timeouts)
 
-    def _deadline_error(self, began_s: float) -> DeadlineExceeded:
+    def _deadline_error(self, began_s: float, timeouts: Timeouts) -> DeadlineExceeded:
         now_s = self._clock.now_s()
+        is_total = timeouts.total_s is not None and now_s - self._started_s >= timeouts.total_s
+        limit = "the call's" if is_total else "the client's"
         return DeadlineExceeded(
             f"{self.purpose}: no answer from the daemon for {now_s - began_s:.1f} s, {now_s - self._started_s:.1f} s "
-            f"after the request; {self._last_event}; see xditd status, or raise deadline_s"
+            f"after the request; {self._last_event}; see xditd status, or raise {limit} deadline_s"
         )
 
     def _record_event(self, item: Ending) -> AnyReply:

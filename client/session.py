@@ -16,6 +16,7 @@ from xditd.client.discovery import close_quietly, find_daemon
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Timeouts
+from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
     Closed,
@@ -115,9 +116,8 @@ class Session:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
         from xditd.client.lending import describe
 
-        timeouts = Timeouts(self._silence_s, deadline_s)
         started = time.perf_counter()
-        self._check_memory(timeouts)
+        self._check_memory(Timeouts(self._silence_s, deadline_s))
         memory_check_ms = (time.perf_counter() - started) * 1e3
         offer = describe(source, kind=kind, label=label, device=device, generation=generation)
         manifest = offer.manifest
@@ -128,7 +128,9 @@ class Session:
         )  # fmt: skip
         for note in offer.tier_notes:
             logger.info("lending label=%s %s", manifest.label, note)
-        lent = self._send_lend(offer, timeouts)
+        silence_s = self._silence_s + manifest.tensor_bytes / limits.SLOWEST_BYTES_PER_S  # as the daemon allows
+        rest_s = None if deadline_s is None else max(0.0, deadline_s - (time.perf_counter() - started))
+        lent = self._send_lend(offer, Timeouts(silence_s, rest_s))
         timings = {**lent.timings_ms, **offer.timings_ms}
         if memory_check_ms > 1.0:
             timings["memory_check"] = memory_check_ms

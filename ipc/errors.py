@@ -166,7 +166,7 @@ class SessionLost(PeerError):
 
 
 class LeaseLost(PeerError):
-    """The owner of a lent component exited or returned it before the job ended."""
+    """A lent component ended before its job: returned, revoked, its owner exited, or lost with the workers."""
 
     code = "lease_lost"
     retryable = False

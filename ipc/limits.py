@@ -79,3 +79,6 @@ MAX_LAYOUT_CANDIDATES: Final = 64
 """Possible layouts of a group: 840 workers have 56, and no other number up to 1024 has more."""
 
 MAX_LOG_LINES: Final = 2_000
+
+SLOWEST_BYTES_PER_S: Final = 64 * 2**20
+"""The slowest rate at which lent bytes are read: a file on a slow disk that is not in the page cache."""

@@ -62,8 +62,8 @@ class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
     component_id: ComponentId
 
 
-class Keep(Command, tag="keep", frozen=True, kw_only=True):
-    """Copy the mapped memory of a plugged component into the rank's own, and unmap it. Answered by ``Kept``."""
+class CopyComponent(Command, tag="copy_component", frozen=True, kw_only=True):
+    """Copy a plugged component into the rank's own memory, and unmap the client's. Answered by ``ComponentCopied``."""
 
     component_id: ComponentId
 
@@ -100,7 +100,7 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
     """Unmap everything and exit. Not answered; the leader's exit is the answer."""
 
 
-AnyCommand = Prepare | Plug | Keep | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
+AnyCommand = Prepare | Plug | CopyComponent | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -149,7 +149,7 @@ class Plugged(Answer, tag="plugged", frozen=True, kw_only=True):
     tally: RankTally
 
 
-class Kept(Answer, tag="kept", frozen=True, kw_only=True):
+class ComponentCopied(Answer, tag="component_copied", frozen=True, kw_only=True):
     copied: CopiedBytes
     timings_ms: TimingsMs
     tally: RankTally
@@ -209,4 +209,6 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Fast path checks since the last tally; nearly always none."""
 
 
-AnyReport = RankReady | FilesDigested | Prepared | Plugged | Kept | IoDigested | Done | RankFailed | StepReached
+AnyReport = (
+    RankReady | FilesDigested | Prepared | Plugged | ComponentCopied | IoDigested | Done | RankFailed | StepReached
+)

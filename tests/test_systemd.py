@@ -39,8 +39,9 @@ def test_example_shows_the_defaults(tmp_path: Path) -> None:
 
 def test_example_shows_every_setting_and_its_variable() -> None:
     for setting in SETTINGS:
-        assert re.search(rf"^# {setting.key} = ", EXAMPLE, flags=re.MULTILINE), setting.key
-        assert re.search(rf"\b{setting.variable}\b", EXAMPLE), setting.variable
+        remedy = f"systemd/xditd.toml: explain {setting.key}, with {setting.variable}"
+        assert re.search(rf"^# {setting.key} = ", EXAMPLE, flags=re.MULTILINE), remedy
+        assert re.search(rf"\b{setting.variable}\b", EXAMPLE), remedy
 
 
 def unit(name: str) -> dict[str, dict[str, list[str]]]:

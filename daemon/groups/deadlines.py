@@ -10,7 +10,7 @@ from typing import Final
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.operations.event_loop import Deadline, EventLoop
-from xditd.ipc import arguments
+from xditd.ipc import arguments, limits
 from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.requests import Call, Generate, InferenceRequest
@@ -19,9 +19,6 @@ from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, StepReache
 
 FACTOR: Final = 20
 """A step may take this many times the median. Another program on the GPU may slow it down by a small factor."""
-
-SLOWEST_BYTES_PER_S: Final = 64 * 2**20
-"""The slowest rate at which lent bytes are read: a file on a slow disk that is not in the page cache."""
 
 _KEPT_SAMPLES: Final = 31
 _KEPT_KINDS: Final = 256
@@ -92,7 +89,7 @@ class LearnedDurations:
             self._sizes.pop(command.component_id, None)
         elif isinstance(command, Plug):
             size_bytes = 0  # nothing is read
-        return self._lend_s + size_bytes / SLOWEST_BYTES_PER_S
+        return self._lend_s + size_bytes / limits.SLOWEST_BYTES_PER_S
 
     def step(self, step: int, total_steps: int) -> float:
         """Note that a step is done; returns the seconds until the next report is overdue."""

@@ -18,8 +18,8 @@ from xditd.ipc.status import FusedCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
+    ComponentCopied,
     Done,
-    Kept,
     Plugged,
     RankFailed,
     RankReady,
@@ -156,7 +156,7 @@ class Ranks:
         if answer.rank in in_flight.answers:
             raise BadMessage(f"rank {answer.rank} answered command {answer.op_number} twice")
         in_flight.answers[answer.rank] = answer
-        if isinstance(answer, (Done, Kept, Plugged)):
+        if isinstance(answer, (Done, ComponentCopied, Plugged)):
             self.tallies[answer.rank] = answer.tally
             for check in answer.tally.fused_checks:
                 self._note_check(answer.rank, check)
@@ -167,7 +167,7 @@ class Ranks:
         return answers
 
     def _note_check(self, rank: int, check: FusedCheck) -> None:
-        """Keep the checks of rank 0, which compares the most images, and refusals of any rank."""
+        """CopyComponent the checks of rank 0, which compares the most images, and refusals of any rank."""
         key = (check.kernels, check.case)
         if rank != 0 and check.is_used:
             return

@@ -22,7 +22,17 @@ from xditd.ipc.replies import Adopted, Lent
 from xditd.ipc.requests import Lend
 from xditd.ipc.status import LeaseState
 from xditd.ipc.tensors import CopiedBytes, Tier
-from xditd.ipc.worker_messages import Done, ForgetClient, Keep, Kept, Plug, Plugged, Prepare, Prepared, Unmap
+from xditd.ipc.worker_messages import (
+    ComponentCopied,
+    CopyComponent,
+    Done,
+    ForgetClient,
+    Plug,
+    Plugged,
+    Prepare,
+    Prepared,
+    Unmap,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +101,9 @@ class Lending:
         component_id = lease.component_id
         if lease.state is not LeaseState.LENT:
             raise LeaseLost(f"component {component_id}: {lease.state.value} when its adoption started; lend it again")
-        kept = expect((yield lambda number: Keep(op_number=number, component_id=component_id)), Kept)
+        kept = expect(
+            (yield lambda number: CopyComponent(op_number=number, component_id=component_id)), ComponentCopied
+        )
         if lease.state is not LeaseState.LENT:
             raise lease.lost or LeaseLost(f"component {component_id}: returned while it was being adopted")
         if job.cancel_error is not None:

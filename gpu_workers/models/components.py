@@ -185,7 +185,7 @@ class Components:
         """
         self.files.check(component.opened)
 
-    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+    def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy the mapped tensors of a component into this rank's own memory, and unmap them. All ranks fail together.
 
         Returns the bytes that were copied, and the milliseconds by phase.

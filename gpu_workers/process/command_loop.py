@@ -20,13 +20,13 @@ from xditd.ipc.worker_messages import (
     AnyCommand,
     AnyReport,
     CancelRun,
+    ComponentCopied,
+    CopyComponent,
     DigestIo,
     Done,
     FilesDigested,
     ForgetClient,
     IoDigested,
-    Keep,
-    Kept,
     Plug,
     Plugged,
     Prepare,
@@ -130,9 +130,9 @@ class CommandLoop:
         elif isinstance(command, Plug):
             timings_ms = executor.plug(command.component_id)
             channel.send(Plugged(**common, timings_ms=timings_ms, tally=executor.tally()))
-        elif isinstance(command, Keep):
-            copied, timings_ms = executor.keep(command.component_id)
-            channel.send(Kept(**common, copied=copied, timings_ms=timings_ms, tally=executor.tally()))
+        elif isinstance(command, CopyComponent):
+            copied, timings_ms = executor.copy_component(command.component_id)
+            channel.send(ComponentCopied(**common, copied=copied, timings_ms=timings_ms, tally=executor.tally()))
         elif isinstance(command, Unmap):
             executor.unmap(command.component_id)
             channel.send(Done(**common, timings_ms={}, tally=executor.tally()))

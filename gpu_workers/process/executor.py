@@ -76,7 +76,7 @@ class Executor(Protocol):
     def plug(self, component_id: str) -> TimingsMs:
         """Assign the tensors of a prepared component as its model's parameters."""
 
-    def keep(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
+    def copy_component(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
         """Copy a component into this rank's own memory, and unmap the client's."""
 
     def unmap(self, component_id: str) -> None:

@@ -84,8 +84,8 @@ class TorchExecutor:
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms
 
-    def keep(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
-        return self._components.keep(component_id)
+    def copy_component(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
+        return self._components.copy_component(component_id)
 
     def unmap(self, component_id: str) -> None:
         self._components.unmap(component_id)

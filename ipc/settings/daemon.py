@@ -120,10 +120,12 @@ class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):
         _workers("seconds without progress of a job until the workers are restarted, whatever was measured before"),
     ] = 300.0
     step_deadline_s: Annotated[
-        _Seconds, _workers("the same once steps were measured: 20 times the median step, but at least so many seconds")
+        _Seconds,
+        _workers("the same for steps and jobs that were measured: 20 times the median, but at least so many seconds"),
     ] = 10.0
     lend_deadline_s: Annotated[
-        _Seconds, _workers("seconds to map, plug or unmap a component, and one more for each 64 MiB of it")
+        _Seconds,
+        _workers("seconds to map, copy or unmap a component, and one more for each 64 MiB of it; also to plug it"),
     ] = 60.0
     max_restarts: Annotated[
         int,

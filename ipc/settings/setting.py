@@ -166,5 +166,6 @@ def _values(type_: Any) -> str:
         elif bare is int:
             words.append(f"a whole number from {low} to {high}")
         elif bare is float:
-            words.append(f"seconds above {low:g}, at most {high:g}")
+            is_open = bound(part, "gt") is not None
+            words.append(f"seconds above {low:g}, at most {high:g}" if is_open else f"seconds from {low:g} to {high:g}")
     return " or ".join(words)

@@ -157,7 +157,7 @@ class FakeExecutor:
         self.plugs += 1
         return {"plug": 0.5}
 
-    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+    def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         return CopiedBytes(host_to_host=64), {"copy": 1.0}
 
     def unmap(self, component_id: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from xditd.daemon.groups.deadlines import FACTOR, SLOWEST_BYTES_PER_S, CommandDeadline, LearnedDurations, kind_of
+from xditd.daemon.groups.deadlines import FACTOR, CommandDeadline, LearnedDurations, kind_of
 from xditd.daemon.operations.event_loop import EventLoop
+from xditd.ipc import limits
 from xditd.ipc.arguments import InIo, Kept
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Decode, Generate, Part, Sampling
@@ -145,7 +146,7 @@ def test_a_job_that_was_refused_or_cancelled_says_nothing_of_the_next_one(
 
 
 def test_mapping_is_given_time_by_its_bytes(subject: LearnedDurations) -> None:
-    count = 10 * SLOWEST_BYTES_PER_S // 4
+    count = 10 * limits.SLOWEST_BYTES_PER_S // 4
     manifest = Manifest(
         kind=ComponentKind.VAE,
         label="large",

@@ -119,7 +119,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
             change_and_get(lambda: os.link(path, path.with_suffix(".link"))),
             change_and_get(lambda: path.chmod(0o600)),
             change_and_get(lambda: overwrite(path)),
-            said(lambda: components.keep("used")),
+            said(lambda: components.copy_component("used")),
         ]
         facts["used: digests"] = {
             name: [found.digest.hex() for found in digests] for name, digests in components.files.take_digests().items()

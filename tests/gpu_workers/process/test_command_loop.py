@@ -24,11 +24,11 @@ from xditd.ipc.worker_messages import (
     AnyReport,
     CancelRun,
     Command,
+    ComponentCopied,
+    CopyComponent,
     Done,
     FilesDigested,
     ForgetClient,
-    Keep,
-    Kept,
     Plug,
     Plugged,
     RankFailed,
@@ -74,7 +74,7 @@ class RecordingExecutor:
         self._record("plug", component_id)
         return {"plug": 1.0}
 
-    def keep(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
+    def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         self._record("keep", component_id)
         return CopiedBytes(host_to_host=7), {"copy": 2.0}
 
@@ -155,8 +155,8 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     plugged = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(plugged, Plugged)
     assert (plugged.op_number, plugged.timings_ms, plugged.tally) == (1, {"plug": 1.0}, executor.tally())
-    kept = loop.ask(Keep(op_number=2, component_id="c1"))
-    assert isinstance(kept, Kept)
+    kept = loop.ask(CopyComponent(op_number=2, component_id="c1"))
+    assert isinstance(kept, ComponentCopied)
     assert kept.copied == CopiedBytes(host_to_host=7)
     assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
     assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)

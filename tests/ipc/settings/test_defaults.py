@@ -37,7 +37,8 @@ def test_every_verb_has_a_struct() -> None:
 
 
 def test_the_document_is_what_the_structs_say() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == markdown()
+    remedy = "run: python -m xditd.ipc.settings.document > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == markdown(), remedy
 
 
 def test_the_workers_read_what_the_daemon_hands_them() -> None:

@@ -21,6 +21,7 @@ class Oven(msgspec.Struct, frozen=True, kw_only=True):
     """An example."""
 
     heat_s: Annotated[float, Meta(gt=0, le=60), about("how long", section="oven", reload=True)] = 2.0
+    pause_s: Annotated[float, Meta(ge=1, le=60), about("between two trays")] = 5.0
     trays: Annotated[
         Literal["all"] | Annotated[int, Meta(ge=1, le=8)], about("how many", section="oven", key="count")
     ] = "all"
@@ -29,7 +30,7 @@ class Oven(msgspec.Struct, frozen=True, kw_only=True):
     note: Annotated[str | None, about("any text", flag="", variable="")] = None
 
 
-HEAT, TRAYS, MODE, RACKS, NOTE = settings_of(Oven)
+HEAT, PAUSE, TRAYS, MODE, RACKS, NOTE = settings_of(Oven)
 
 
 def test_names_follow_from_the_field() -> None:
@@ -42,8 +43,9 @@ def test_names_follow_from_the_field() -> None:
 
 
 def test_accepted_values_in_words() -> None:
-    assert [each.values for each in (HEAT, TRAYS, MODE, RACKS)] == [
+    assert [each.values for each in (HEAT, PAUSE, TRAYS, MODE, RACKS)] == [
         "seconds above 0, at most 60",
+        "seconds from 1 to 60",
         '"all" or a whole number from 1 to 8',
         'one of "fan", "grill"',
         "an even number",
@@ -55,6 +57,7 @@ def test_accepted_values_in_words() -> None:
     [
         (HEAT, "1e1", 10.0),
         (HEAT, 3, 3.0),
+        (PAUSE, "1", 1.0),
         (TRAYS, "all", "all"),
         (TRAYS, " 3 ", 3),
         (TRAYS, 3, 3),
@@ -68,7 +71,7 @@ def test_text_and_values_of_a_file_are_read(setting, value, expected) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        (HEAT, "nan"), (HEAT, float("nan")), (HEAT, "inf"), (HEAT, 0), (HEAT, True), (HEAT, ""),
+        (HEAT, "nan"), (HEAT, float("nan")), (HEAT, "inf"), (HEAT, 0), (HEAT, True), (HEAT, ""), (PAUSE, 0.9),
         (TRAYS, 2.0), (TRAYS, "9"), (TRAYS, True), (TRAYS, [1]), (MODE, 1), (RACKS, 3), (RACKS, -2), (NOTE, 3),
         (TRAYS, "9" * 5000),
     ],
