@@ -150,7 +150,7 @@ def test_a_file_that_was_cut_short_ends_the_upload(whole, tmp_path: Path):
     with path.open("rb") as file:
         stretch = FileStretch(file.fileno(), 0, len(whole), "x")
         os.truncate(path, 50 * MIB)
-        with pytest.raises(StaleSource, match=f"x: ends at byte {50 * MIB}"):
+        with pytest.raises(StaleSource, match=f"x: truncated to {50 * MIB} bytes"):
             list(upload([(stretch, target)]))
     assert list(upload([(whole, target)])) == [0]  # buffers and threads are as they were
     assert torch.equal(target.cpu(), whole)
