@@ -31,7 +31,7 @@ def test_adopted_state_dict_outlives_its_client_with_the_same_bits(daemon, files
         (component,) = other.status().components
         assert (component.state, component.owner_pid) == (LeaseState.ADOPTED, 0)
         assert torch.equal(run(other, component.component_id, inputs), expected)
-        # Another checkpoint of the same architecture takes the skeleton, and gives it back.
+        # Another checkpoint of the same architecture uses the cached model, which returns to this one after.
         with other.lend(files.tuned) as tuned:
             assert not torch.equal(run(other, tuned, inputs), expected)
             assert torch.equal(run(other, component.component_id, inputs), expected)

@@ -18,10 +18,10 @@ if [ "${1:-}" != --inside ]; then
     # A cgroup of its own: that systemd sees, and could kill, only what is in it.
     cgroup="$unified/xditd-sandbox-$$"
     mkdir "$cgroup"
-    touch "$work/canary"
+    touch "$work/witness"
     cleanup() {
         find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null || true
-        rm -f "$work/canary" "$work/status" && rmdir "$work/root" "$work" 2>/dev/null || true
+        rm -f "$work/witness" "$work/status" && rmdir "$work/root" "$work" 2>/dev/null || true
     }
     trap cleanup EXIT
     mkdir "$work/root"
@@ -31,7 +31,7 @@ if [ "${1:-}" != --inside ]; then
         exec unshare --pid --fork --kill-child --mount --ipc --uts --net --cgroup \
             "$(realpath "$0")" --inside "$work" "$(realpath "$(dirname "$0")/../..")" "$@"
     ) || status=$?
-    [ -e "$work/canary" ] || { echo 'sandbox.sh: the canary is gone: the sandbox leaks' >&2; exit 1; }
+    [ -e "$work/witness" ] || { echo 'sandbox.sh: the witness file is gone: the sandbox leaks' >&2; exit 1; }
     exit "$status"
 fi
 
@@ -65,8 +65,8 @@ mkdir -p old
 pivot_root . old
 cd /
 umount -l /old
-# The canary lies under /run: this removes the overlay's view of it. The caller looks whether the real one is still there.
-[ -e "$work/canary" ] && rm "$work/canary"
+# The witness file lies under /run: this removes the overlay's view of it. The caller looks whether the real one is still there.
+[ -e "$work/witness" ] && rm "$work/witness"
 if grep -qvE ' - (overlay|proc|sysfs|cgroup2|tmpfs|devpts) ' /proc/self/mountinfo; then
     echo 'sandbox.sh: a mount of the machine is left inside:' >&2
     grep -vE ' - (overlay|proc|sysfs|cgroup2|tmpfs|devpts) ' /proc/self/mountinfo >&2
