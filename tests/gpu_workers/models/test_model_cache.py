@@ -186,8 +186,8 @@ def test_a_ring_that_the_attention_asked_for_cannot_do_builds_nothing(
     with pytest.raises(Unsupported) as refused:
         two.match(describe(flux1_state_dict(0, **SMALL)))
     assert refused.value.detail == (
-        "flux1: 1 attention heads need the layout ring=2, and attention backend 'SDPA_MATH' with ring attention: returns "
-        "no log-sum-exp; use SDPA; or start the daemon with --workers 1"
+        "flux1: 1 attention heads need the layout ring=2, and attention backend 'SDPA_MATH' with ring attention: "
+        "returns no log-sum-exp; use SDPA; or start the daemon with --workers 1"
     )
     assert two.built == 0
 
