@@ -27,8 +27,14 @@ def test_one_rank_that_cannot_open_what_is_lent(client, files, make_inputs, run,
 
 
 @pytest.mark.slow
-def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
-    """The host's memory stands for a GPU's: one rank may not take what the job needs, and the other one could."""
+def test_one_rank_without_memory(start_daemon, files, make_inputs, run, seed_bits, start_script):
+    """The host's memory stands for a GPU's: one rank may not take what the job needs, and the other one could.
+
+    The workers are new: memory that earlier jobs gave back would be room enough.
+    """
+    daemon = start_daemon(2)
+    daemon.wait_ready()
+    client = daemon.connect()
     child = start_script(
         """
         import sys, torch
@@ -51,8 +57,7 @@ def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
     pid = client.status().workers[1].pid
     with open(f"/proc/{pid}/statm", encoding="utf-8") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    # Half of it: what earlier jobs gave back must not make room for this one.
-    before = resource.prlimit(pid, resource.RLIMIT_AS, (used // 2, resource.RLIM_INFINITY))
+    before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
     child.stdin.write("again\n")
     child.stdin.flush()
     outcome = child.stdout.readline()
@@ -60,7 +65,9 @@ def test_one_rank_without_memory(daemon, client, files, good_job, start_script):
         resource.prlimit(pid, resource.RLIMIT_AS, before)
     assert outcome == "out_of_memory\n"
     child.kill()
-    good_job()
+    with client, client.lend(files.transformer) as loan:
+        assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
+    daemon.stop()
 
 
 def test_a_client_without_memory(daemon, good_job, start_script):
