@@ -94,9 +94,9 @@ class WorkerGroup:
         return self.state in (GroupState.READY, GroupState.BUSY)
 
     @property
-    def has_processes(self) -> bool:
-        """Whether a process of the group is left, which may have memory mapped although the group has ended."""
-        return self._leader is not None
+    def is_ending(self) -> bool:
+        """Whether the group has ended, but processes of it are left, which may have memory mapped."""
+        return self.state is GroupState.DEAD and self._leader is not None
 
     @property
     def expected_world_size(self) -> int:

@@ -144,7 +144,8 @@ class Scheduler:
     def unmap_first(self, task: Task[None]) -> None:
         """Run an unmapping task before any other: a client waits to free its memory.
 
-        If the group has ended, the task fails once the processes of the group have: nothing is mapped any more.
+        Unless the group is alive the task fails, since nothing is mapped: at once, or once the processes of an ended
+        group are gone.
         """
         if self._group.is_alive:
             self._unmapping.append(task)
@@ -206,7 +207,7 @@ class Scheduler:
 
     def _fail(self, task: Task[Any], error: XditdError) -> None:
         task.script.close()
-        if task.frees_memory and self._group.has_processes:
+        if task.frees_memory and self._group.is_ending:
             self._unreported.append(partial(task.on_failed, error))
         else:
             task.on_failed(error)

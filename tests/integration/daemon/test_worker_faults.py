@@ -170,6 +170,17 @@ def test_return_waits_for_the_processes_of_an_ended_group(start_daemon: Any, mem
         assert not any(map(is_running, ranks))
 
 
+def test_return_while_the_group_starts_again_is_answered_at_once(start_daemon: Any, memory: Any) -> None:
+    """The new processes have nothing mapped yet."""
+    client = start_daemon(worker_flags=["--late-s", "1"]).ready_client()
+    lent = client.lend(memory.manifest())
+    os.kill(client.status().workers[1].pid, signal.SIGKILL)
+    client.wait_status(lambda status: status.group_state is GroupState.STARTING and status.counters.group_starts == 2)
+    client.ask(ReturnLoan(request_id="", component_id=lent.component_id), Returned)
+    assert client.status().group_state is GroupState.STARTING
+    assert client.status().components == ()
+
+
 def test_lost_lend_fails_after_the_processes_of_its_group_ended(start_daemon: Any, memory: Any, fake: Any) -> None:
     """The client frees the memory then."""
     client = start_daemon(lend_deadline_s=0.3).ready_client()
