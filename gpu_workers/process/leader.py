@@ -39,17 +39,7 @@ def lead(options: Options) -> int:
     devices = choose_devices(options)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    signal.signal(signal.SIGTERM, _on_sigterm)
     return _run(options, choice, devices)
-
-
-def _on_sigterm(number: int, _: object) -> None:
-    """Raise through ``_run``, which kills the ranks before the leader exits."""
-    raise Terminated(number)
-
-
-class Terminated(BaseException):
-    """A signal told the leader to end the group. No ``except Exception`` catches it."""
 
 
 def choose_devices(options: Options) -> list[str]:
@@ -71,6 +61,7 @@ def choose_devices(options: Options) -> list[str]:
 
 
 def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
+    sigterm = _watch_sigterm()
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[SpawnProcess] = []
     error_pipes: list[Connection] = []
@@ -90,26 +81,31 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
             error_pipe.close()
             ranks.append(process)
             error_pipes.append(reader)
-        _wait_for_ranks(ranks, error_pipes)
-    except Terminated as ending:
-        # When a rank dies, the ranks that wait for it often report first, and the daemon then sends SIGTERM: only the
-        # leader knows which rank died. If the daemon just stops the group, it does not read this line.
-        lost = _find_failure(ranks, error_pipes)
-        number = int(ending.args[0])
-        why = lost.detail if lost else f"{signal.Signals(number).name} told the leader to end the group"
-        print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
-        return 1 if lost else 128 + number  # the status by which a shell reports a signal
+        is_terminated = _wait_for_ranks(ranks, error_pipes, sigterm)
     finally:
         for process in ranks:
             process.kill()  # SIGKILL: a rank may be stopped, or stuck in a collective
         for process in ranks:
             process.join()
         os.close(store)
+    if is_terminated:
+        print(f"{VERDICT_PREFIX}SIGTERM told the leader to end the group", file=sys.stderr, flush=True)
+        return 128 + signal.SIGTERM  # the status by which a shell reports a signal
     return 0
 
 
-def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> None:
-    """Wait until all ranks have exited with status 0.
+def _watch_sigterm() -> int:
+    """Return a descriptor that is readable after SIGTERM.
+
+    A handler that raises would lose the error of a rank if the signal came while the leader ends the others.
+    """
+    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os.write(writable, b"."))
+    return readable
+
+
+def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection], sigterm: int) -> bool:
+    """Wait until all ranks have exited with status 0, or SIGTERM has come; return whether it has.
 
     Raises:
         BadRequest: a rank cannot start, and a restart would not help.
@@ -117,11 +113,18 @@ def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection]) ->
     """
     alive = {process.sentinel: process for process in ranks}
     while alive:
-        for sentinel in wait(list(alive)):
-            alive.pop(cast(int, sentinel)).join()
+        ready = cast(list[int], wait([*alive, sigterm]))
+        for sentinel in ready:
+            if sentinel in alive:
+                alive.pop(sentinel).join()
+        # Before SIGTERM is obeyed: when a rank dies, the ranks that wait for it often report first, and the daemon
+        # then ends the group, but only the leader knows which rank died.
         lost = _find_failure(ranks, error_pipes)
         if lost is not None:
             raise lost
+        if sigterm in ready:
+            return True
+    return False
 
 
 def _find_failure(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> XditdError | None:

@@ -1,0 +1,59 @@
+"""The leader waits for its ranks, and says which of them was lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
+
+import pytest
+import torch.multiprocessing
+
+from xditd.gpu_workers.process import leader
+from xditd.ipc.errors import WorkersLost
+
+Wait = Callable[[], bool]
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[SpawnProcess]]:
+    """Two processes that wait."""
+    spawn = torch.multiprocessing.get_context("spawn")
+    started = [spawn.Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2)]
+    for process in started:
+        process.start()
+    yield started
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def wait(ranks: list[SpawnProcess]) -> Iterator[Wait]:
+    """Wait for the ranks as the leader does."""
+    pipes = [torch.multiprocessing.Pipe(duplex=False) for _ in ranks]
+    before = signal.getsignal(signal.SIGTERM)
+    sigterm = leader._watch_sigterm()
+    yield lambda: leader._wait_for_ranks(ranks, [reader for reader, _ in pipes], sigterm)
+    signal.signal(signal.SIGTERM, before)
+    os.close(sigterm)
+    for each in (pipe for pair in pipes for pipe in pair):
+        each.close()
+
+
+def test_sigterm_ends_the_wait(wait: Wait) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert wait() is True
+
+
+def test_a_killed_rank_is_named_although_the_daemon_has_ended_the_group(ranks: list[SpawnProcess], wait: Wait) -> None:
+    """The daemon often hears first of the loss, from another rank."""
+    ranks[1].kill()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert connection.wait([ranks[1].sentinel], timeout=30)
+    with pytest.raises(WorkersLost, match="rank 1 was killed by SIGKILL"):
+        wait()
