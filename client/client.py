@@ -96,6 +96,7 @@ class Client:
         label: str | None = None,
         device: str | None = None,
         generation: int = 0,
+        as_class: bool = False,
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
@@ -104,6 +105,9 @@ class Client:
         determine it. ``device`` (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared
         is not copied; ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once;
         after writing to it, increase ``generation``.
+
+        A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
+        its own class does, with :meth:`call`; with ``as_class`` every module does.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -118,6 +122,7 @@ class Client:
             device=device,
             generation=generation,
             deadline_s=deadline_s,
+            as_class=as_class,
         )
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
@@ -233,6 +238,7 @@ class Client:
         component: Loan | str,
         arguments: Mapping[str, Any],
         *,
+        method: str = "forward",
         foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
         variant: str = "class",
         deadline_s: float | None = None,
@@ -249,17 +255,24 @@ class Client:
         compute at once for all of them what depends on them alone, with the same bits. ``variant``: as in
         :meth:`generate`.
 
+        A module that runs as its class takes any argument of its class, also objects of diffusers such as KV caches,
+        and returns what its method returns, in the same classes. ``method`` is another one than ``forward``: a VAE's
+        ``decode`` or ``encode``.
+
         Raises:
             BadRequest: an argument that cannot be sent, or that the class does not take.
             LeaseLost: the loan has ended.
         """
-        return self.call_parts(component, [arguments], foreseen=foreseen, variant=variant, deadline_s=deadline_s)[0]
+        return self.call_parts(
+            component, [arguments], method=method, foreseen=foreseen, variant=variant, deadline_s=deadline_s
+        )[0]
 
     def call_parts(
         self,
         component: Loan | str,
         parts: Sequence[Mapping[str, Any]],
         *,
+        method: str = "forward",
         foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
         variant: str = "class",
         deadline_s: float | None = None,
@@ -269,8 +282,15 @@ class Client:
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once.
         """
-        named = self._component(component, ComponentKind.TRANSFORMER)
-        return self._runner.call(named, parts, foreseen, variant, deadline_s)
+        if self.facts(component).kind is not ComponentKind.MODULE:
+            if method != "forward":
+                raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
+            named = self._component(component, ComponentKind.TRANSFORMER)
+            return self._runner.call(named, parts, foreseen, variant, deadline_s)
+        if foreseen or variant != "class":
+            raise BadRequest("foreseen and variant: a module that runs as its class has none; leave them out")
+        named = self._component(component, ComponentKind.MODULE)
+        return self._runner.call_class(named, parts, method=method, numerics=None, device=None, deadline_s=deadline_s)
 
     def encode_text(
         self,

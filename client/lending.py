@@ -16,20 +16,21 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, state_of
+from xditd.client.module_lending import describe_module, is_described
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.file_kinds import shard_of
 from xditd.ipc.name_lists import in_log_lines
 from xditd.ipc.recognition import form_error
-from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, TensorSpec
+from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, ModuleDescription, TensorSpec
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.safetensors_header import read_header
@@ -109,12 +110,16 @@ def describe(
     label: str | None = None,
     device: str | None = None,
     generation: int = 0,
+    as_class: bool = False,
+    replaced: Collection[str] = (),
 ) -> Offer:
     """Prepare a component to be lent.
 
     ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file.
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
-    determine it from the tensors. Increase ``generation`` after writing to memory that is already lent.
+    determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
+    diffusers or transformers is described too; with ``as_class`` the workers run it as its class does, in any case.
+    ``replaced`` are attributes of the module that are left out of the description.
 
     Raises:
         BadCheckpoint: the file is not a valid safetensors file.
@@ -125,17 +130,29 @@ def describe(
         OutOfMemory: too little free memory for an arena.
     """
     memory = _LentMemory()
+    module: ModuleDescription | None = None
     started = time.perf_counter()
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
             path = expand_home(os.fsdecode(source))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
             specs = _describe_file(path, label, device, memory)
+        elif kind is None and (as_class or is_described(source)):
+            label = label or type(source).__name__
+            module, tensors = describe_module(
+                cast("torch.nn.Module", source), label, replaced=replaced, allows_family=not as_class
+            )
+            specs = _describe_tensors(state_of(tensors), device, memory)
         else:
             label = label or "state_dict"
             specs = _describe_tensors(state_of(source), device, memory)
         manifest = Manifest(
-            kind=kind, label=label, blocks=tuple(memory.blocks), tensors=tuple(specs), generation=generation
+            kind=kind,
+            module=module,
+            label=label,
+            blocks=tuple(memory.blocks),
+            tensors=tuple(specs),
+            generation=generation,
         )
         check_manifest(manifest)
     except BaseException as error:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -112,6 +112,8 @@ class Session:
         device: str | None,
         generation: int,
         deadline_s: float | None,
+        as_class: bool = False,
+        replaced: Collection[str] = (),
     ) -> Loan:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
         from xditd.client.lending import describe
@@ -119,7 +121,9 @@ class Session:
         started = time.perf_counter()
         self._check_memory(Timeouts(self._silence_s, deadline_s))
         memory_check_ms = (time.perf_counter() - started) * 1e3
-        offer = describe(source, kind=kind, label=label, device=device, generation=generation)
+        offer = describe(
+            source, kind=kind, label=label, device=device, generation=generation, as_class=as_class, replaced=replaced
+        )
         manifest = offer.manifest
         logger.info(
             "%s label=%s tensors=%d bytes=%d; loading is deferred to the workers, "

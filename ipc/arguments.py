@@ -1,13 +1,13 @@
-"""Argument trees: the arguments and results of a model's ``forward`` in messages.
+"""Argument trees: the arguments and results of a model's ``forward``, and the attributes of modules, in messages.
 
-A tree has numbers, booleans, texts, ``None``, lists, tuples, maps with text keys, and tensors, each with its dtype, its
-shape and the place of its values.
+A tree has numbers, booleans, texts, ``None``, lists, tuples, maps, objects of diffusers and transformers, and tensors,
+each with its dtype, its shape and the place of its values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -26,19 +26,25 @@ class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values
 
     dtype: DType
     shape: Shape
+    on_host: bool = False
+    """Whether the tensor stays on the CPU, for a module on a GPU."""
     values: Annotated[tuple[bool | Whole | Finite, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENT_VALUES)]
 
 
 class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
     """A contiguous tensor in the I/O block of the job.
 
-    With a ``kept_id`` the workers keep it for the client under this id, in place of an earlier one.
+    With a ``kept_id`` the workers keep it for the client under this id, in place of an earlier one. With an ``order``
+    the tensor is ``permute(order)`` of what is in the block: its memory has another order of dimensions than its shape.
     """
 
     offset_bytes: Bytes
     dtype: DType
     shape: Shape
     kept_id: Name | None = None
+    order: tuple[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_RANK)], ...] | None = None
+    on_host: bool = False
+    """Whether the tensor stays on the CPU, for a module on a GPU."""
 
     @property
     def place(self) -> IoTensor:
@@ -87,10 +93,104 @@ class MapOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="map"):
     items: Annotated[dict[Word, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
 
 
+class PairsOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="pairs"):
+    """A map whose keys are not all texts, as pairs of a key and a value."""
+
+    items: Annotated[tuple[tuple[Argument, Argument], ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class SetOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="set"):
+    """A set of plain values, sorted by their texts."""
+
+    items: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float"):
+    """A number that is not finite, such as the fill value of a mask."""
+
+    value: Literal["inf", "-inf", "nan"]
+
+
+class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
+    """A dtype of torch (``torch.bfloat16``), a submodule (``submodule:path``), or a member of an enumeration
+    (``module:Class.MEMBER``)."""
+
+    name: Name
+
+
+class ObjectOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="object"):
+    """An object with its attributes, such as a KV cache or an attention processor.
+
+    ``class_name`` is ``module:Class``. Workers make objects only of the packages in
+    :data:`~xditd.ipc.module_state.PACKAGES`.
+    """
+
+    class_name: Name
+    attributes: Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class OutputOf(Described, frozen=True, kw_only=True, tag_field="leaf", tag="output"):
+    """A result: an output class of diffusers or transformers, and those of its fields that are set."""
+
+    class_name: Name
+    items: Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+
+
+class Held(Described, frozen=True, kw_only=True, tag_field="leaf", tag="held"):
+    """A tensor that a forward made for an object (a KV cache), and that stays in the workers until it is released.
+
+    In the state of an argument after a call, an empty ``held_id`` is the tensor that the client has there already.
+    """
+
+    held_id: Annotated[str, msgspec.Meta(max_length=64)]
+    dtype: DType
+    shape: Shape
+
+
+class LentTensor(Described, frozen=True, kw_only=True, tag_field="leaf", tag="lent"):
+    """A tensor among a module's attributes, by its name in the manifest.
+
+    ``on_host``: it stays on the CPU, whatever the device of the parameters.
+    """
+
+    name: Name
+    on_host: bool = False
+
+
+class Opaque(Described, frozen=True, kw_only=True, tag_field="leaf", tag="opaque"):
+    """An attribute that cannot be sent, by what it is: workers refuse it unless their own module has the same."""
+
+    text: Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
+
+
 Tensor = Values | InIo | Kept | Rows
-Argument = None | bool | Whole | Finite | Word | Values | InIo | Kept | Rows | ListOf | TupleOf | MapOf
+Argument = (
+    None
+    | bool
+    | Whole
+    | Finite
+    | Word
+    | Values
+    | InIo
+    | Kept
+    | Rows
+    | ListOf
+    | TupleOf
+    | MapOf
+    | PairsOf
+    | SetOf
+    | Special
+    | Named
+    | ObjectOf
+    | OutputOf
+    | Held
+    | LentTensor
+    | Opaque
+)
 Arguments = Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
 """Arguments by their names in the signature."""
+ChangedArguments = Annotated[tuple[Arguments, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
+"""For each part of a call, the arguments that the forward may have changed."""
 
 
 def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
@@ -109,13 +209,24 @@ def walk(arguments: dict[str, Argument]) -> Iterator[tuple[str, Argument]]:
         if depth > limits.MAX_ARGUMENT_DEPTH:
             raise ValueError(f"{path} is nested deeper than {limits.MAX_ARGUMENT_DEPTH} levels")
         yield path, node
-        if isinstance(node, (ListOf, TupleOf)):
-            children = [(f"{path}[{number}]", each) for number, each in enumerate(node.items)]
-        elif isinstance(node, MapOf):
-            children = [(f"{path}.{key}", each) for key, each in node.items.items()]
-        else:
-            continue
-        pending += [(name, each, depth + 1) for name, each in reversed(children)]
+        pending += [(name, each, depth + 1) for name, each in reversed(list(children(path, node)))]
+
+
+def children(path: str, node: Argument) -> Iterator[tuple[str, Argument]]:
+    """Yield what a node holds, each with its path."""
+    if isinstance(node, (ListOf, TupleOf, SetOf)):
+        yield from ((f"{path}[{number}]", each) for number, each in enumerate(node.items))
+    elif isinstance(node, (MapOf, OutputOf)):
+        yield from ((f"{path}.{key}", each) for key, each in node.items.items())
+    elif isinstance(node, ObjectOf):
+        yield from ((f"{path}.{key}", each) for key, each in node.attributes.items())
+    elif isinstance(node, PairsOf):
+        yield from ((f"{path}[{key!r}]", each) for key, each in node.items)
+
+
+def holds(node: Argument, kind: type) -> bool:
+    """Return whether a tree has a node of this kind."""
+    return isinstance(node, kind) or any(holds(each, kind) for _, each in children("", node))
 
 
 def tensors(arguments: dict[str, Argument]) -> Iterator[tuple[str, Values | InIo | Kept]]:

@@ -122,7 +122,7 @@ class Decoder(Generic[T]):
                 object_pairs_hook=build_map,
                 list_hook=build_array,
                 max_str_len=limits.MAX_TEXT_CHARS * 4,
-                max_bin_len=4096,
+                max_bin_len=limits.MAX_MODULE_STATE_BYTES,
                 max_array_len=_MAX_ARRAY_LEN,
                 max_map_len=_MAX_MAP_LEN,
                 max_ext_len=0,

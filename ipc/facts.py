@@ -105,8 +105,27 @@ class TextEncoderFacts(Described, frozen=True, kw_only=True):
     has_pooled: bool
 
 
+class MethodFacts(Described, frozen=True, kw_only=True):
+    """A method of a module: the names of its arguments, and of those without a default.
+
+    ``takes_others``: it has ``**kwargs``.
+    """
+
+    arguments: Names
+    needed: Names
+    takes_others: bool = False
+
+
+class ModuleFacts(Described, frozen=True, kw_only=True):
+    """Facts of a module that runs as its class does. ``methods`` are those that ``Call`` can run."""
+
+    methods: Annotated[dict[Name, MethodFacts], msgspec.Meta(max_length=16)]
+    layout: Literal["rows"] = "rows"
+    """How several ranks run it: ``rows``, the parts of a call and the rows of a batch on different ranks."""
+
+
 class ComponentFacts(Described, frozen=True, kw_only=True):
-    """Facts of any component; of the last three fields, the one of its ``kind`` is set."""
+    """Facts of any component; of the last four fields, the one of its ``kind`` is set."""
 
     family: Name
     class_name: Name
@@ -118,3 +137,4 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     transformer: TransformerFacts | None = None
     vae: VaeFacts | None = None
     text_encoder: TextEncoderFacts | None = None
+    module: ModuleFacts | None = None

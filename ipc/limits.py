@@ -17,6 +17,10 @@ MAX_TENSORS: Final = 16_384
 MAX_BLOCKS: Final = 4_096
 """Blocks in one manifest (torch's own allocator gives a transformer of 12 billion parameters about 300)."""
 
+MAX_MODULE_STATE_BYTES: Final = 2**20
+MAX_PLAIN_MODULE_STATE_BYTES: Final = 32 * 2**20
+"""The attributes of a module's submodules, compressed and plain. Those of FLUX.1 take 12 KiB and 0.5 MiB."""
+
 MAX_RANK: Final = 8
 """Dimensions of one tensor."""
 
@@ -48,7 +52,7 @@ MAX_PARTS: Final = 64
 """Forwards in one call."""
 
 MAX_ARGUMENTS: Final = 1_024
-MAX_ARGUMENT_DEPTH: Final = 8
+MAX_ARGUMENT_DEPTH: Final = 12
 """Of one forward: nodes of its argument tree, and levels."""
 
 MAX_ARGUMENT_VALUES: Final = 4_096

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.arguments import Argument
+from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Reply, Seconds, Text, TimingsMs
@@ -95,8 +95,16 @@ class Called(Reply, tag="called", frozen=True, kw_only=True):
     """
 
     results: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
+    changed: ChangedArguments = ()
+    """For each part, the arguments that hold objects, as they are after the forward; empty if no part has any."""
     block: HostShmBlock | None = None
     provider: ProcessIdentity | None = None
+    timings_ms: TimingsMs
+
+
+class HeldRead(Reply, tag="held_read", frozen=True, kw_only=True):
+    """Answers ``ReadHeld``."""
+
     timings_ms: TimingsMs
 
 
@@ -178,6 +186,7 @@ AnyReply = (
     | Revoked
     | Generated
     | Called
+    | HeldRead
     | Decoded
     | Encoded
     | TextEncoded

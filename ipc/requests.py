@@ -16,6 +16,8 @@ Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=limits.MAX_GUIDANCE)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+HeldId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+HeldIds = Annotated[tuple[HeldId, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
 Role = Literal["transformer", "vae"]
 """The role of a component in a generation."""
 
@@ -85,6 +87,30 @@ class Part(Described, frozen=True, kw_only=True):
     arguments: Arguments
 
 
+class Numerics(Described, frozen=True, kw_only=True):
+    """The caller's settings of torch and diffusers that change the bits of a forward. Workers set them for one call."""
+
+    autocast: Literal["float16", "bfloat16", "float32"] | None = None
+    """The dtype of ``torch.autocast`` on the module's device, if it is enabled."""
+    default_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    convolutions_in_tf32: bool = True
+    reductions_in_half: bool = True
+    """Whether products in bfloat16 and float16 may be summed in that dtype."""
+    attention_kernels: Annotated[
+        tuple[Literal["flash", "memory_efficient", "math", "cudnn"], ...], msgspec.Meta(max_length=4)
+    ] = (
+        "flash",
+        "memory_efficient",
+        "math",
+        "cudnn",
+    )
+    """The kernels that torch's ``scaled_dot_product_attention`` may choose from."""
+    is_deterministic: bool = False
+    attention_backend: Name = "native"
+    """diffusers' name of the attention backend in use."""
+
+
 class Call(Request, tag="call", frozen=True, kw_only=True):
     """Run a transformer's ``forward`` once for each part. Answered by ``Called``.
 
@@ -102,8 +128,21 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
         msgspec.Meta(max_length=limits.MAX_FORESEEN),
     ] = msgspec.field(default_factory=dict)
     variant: Name = "class"
+    method: Name = "forward"
+    """Another method than ``forward``, such as a VAE's ``decode``; modules that run as their class have them."""
+    numerics: Numerics | None = None
+    """For modules that run as their class; without it, torch's defaults."""
     out_offset_bytes: Bytes
     out_size_bytes: Bytes
+
+
+class ReadHeld(Request, tag="read_held", frozen=True, kw_only=True):
+    """Copy tensors that the workers hold into ``io``, each to its place. Answered by ``HeldRead``."""
+
+    io: HostShmBlock
+    places: Annotated[dict[HeldId, IoTensor], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+    released: HeldIds = ()
+    """Tensors to free, after the copies."""
 
 
 class Sampling(Described, frozen=True, kw_only=True):
@@ -213,7 +252,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-InferenceRequest = Call | Generate | Decode | Encode | EncodeText
+InferenceRequest = Call | ReadHeld | Generate | Decode | Encode | EncodeText
 """Requests that run on the workers as queued jobs."""
 
 AnyRequest = (
@@ -226,6 +265,7 @@ AnyRequest = (
     | Adopt
     | Revoke
     | Call
+    | ReadHeld
     | Generate
     | Decode
     | Encode

@@ -39,6 +39,8 @@ DType = Literal[
     "float64",
     "float8_e4m3fn",
     "float8_e5m2",
+    "complex64",
+    "complex128",
 ]
 """torch's names. All can be lent; which of them can be run, each family decides."""
 
@@ -55,6 +57,8 @@ ITEM_BYTES: dict[str, int] = {
     "float64": 8,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "complex64": 8,
+    "complex128": 16,
 }
 
 
@@ -64,6 +68,8 @@ class ComponentKind(Enum):
     TRANSFORMER = "transformer"
     VAE = "vae"
     TEXT_ENCODER = "text_encoder"
+    MODULE = "module"
+    """A module of diffusers or transformers, run as its own class does."""
 
 
 class Tier(Enum):
@@ -180,13 +186,30 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=False)) + 1) * item
 
 
+class ModuleDescription(Described, frozen=True, kw_only=True):
+    """A module to be run as its own class does.
+
+    ``class_name`` is ``package.Class``, such as ``diffusers.FluxTransformer2DModel``; ``config`` is the JSON of its
+    configuration. ``state`` is the compressed JSON of a :class:`~xditd.ipc.module_state.ModuleState`, the attributes of
+    all submodules; without it the module is as the class makes it.
+    """
+
+    class_name: Name
+    config: Annotated[str, msgspec.Meta(max_length=limits.MAX_TEXT_CHARS)]
+    state: Annotated[bytes, msgspec.Meta(max_length=limits.MAX_MODULE_STATE_BYTES)] = b""
+    allows_family: bool = False
+    """Whether a family may run it, if it is as its class makes it."""
+
+
 class Manifest(Described, frozen=True, kw_only=True):
     """A component: its blocks, its tensors, and how often its content was rewritten in place (``generation``).
 
-    Without a ``kind`` the workers find it from the tensors; with one, tensors of another kind are refused.
+    Without a ``kind`` the workers find it from the tensors; with one, tensors of another kind are refused. With a
+    ``module``, the tensors have the names of that module's parameters, buffers and attributes, and no family is asked.
     """
 
     kind: ComponentKind | None = None
+    module: ModuleDescription | None = None
     label: Name
     blocks: Annotated[tuple[Block, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BLOCKS)]
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.arguments import Argument
+from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
@@ -163,6 +163,7 @@ class CallResults(Described, frozen=True, kw_only=True):
     """The results in ``Called``; ``block`` is one of the rank's own process."""
 
     trees: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]
+    changed: ChangedArguments = ()
     block: HostShmBlock | None = None
     provider: ProcessIdentity | None = None
 

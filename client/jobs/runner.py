@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,16 +17,25 @@ from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest, Internal, StaleSource, UnknownKept, WorkersLost, XditdError
+from xditd.ipc.errors import BadRequest, Internal, LeaseLost, StaleSource, UnknownKept, WorkersLost, XditdError
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Generated
+from xditd.ipc.replies import Called, Generated, HeldRead
+from xditd.ipc.requests import Numerics
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
     import torch
 
+    from xditd.client.jobs.held_tensors import HeldStore
     from xditd.ipc.processes import ProcessIdentity
+
+
+Read = Callable[["IoTensor", "torch.device"], "torch.Tensor"]
+
+
+def _read_trees(called: Called, job: CallRequest, read: Read) -> list[Any]:
+    return [read_results(tree, device, read) for tree, device in zip(called.results, job.devices, strict=True)]
 
 
 class Runner:
@@ -33,6 +45,8 @@ class Runner:
         self._pool = pool
         self._current = current
         self._silence_s = silence_s
+        self._lock = threading.Lock()
+        self._stores: weakref.WeakKeyDictionary[Session, HeldStore] = weakref.WeakKeyDictionary()
 
     def start(self, job: JobRequest, block: IoBlock, deadline_s: float | None) -> PendingJob:
         """Send a job whose inputs are in ``block``, without waiting. The job gives the block back to the pool."""
@@ -98,34 +112,107 @@ class Runner:
             kept.note_kept_by(session)
         return results
 
+    def call_class(
+        self,
+        component: Component,
+        parts: Sequence[Mapping[str, Any]],
+        *,
+        method: str,
+        numerics: Numerics | None,
+        device: torch.device | None,
+        deadline_s: float | None,
+        while_running: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Run a method of a module that runs as its class. Objects among the arguments have their new state at the end.
+
+        ``while_running`` is called when the request is sent. If it raises, the job is cancelled, and no object changes.
+        """
+        from xditd.client.jobs.class_calls import class_call_request
+
+        session = self._current()
+        request = partial(class_call_request, component, parts, method, numerics, device)
+        read = partial(self._read_class_results, self._held_store(session), parts)
+        try:
+            make = partial(request, lambda kept: kept.is_kept_by(session))
+            sent, results = self._run_call(make, deadline_s, read=read, while_running=while_running)
+        except UnknownKept:
+            sent, results = self._run_call(partial(request, lambda _: False), deadline_s, read=read)
+        for kept in sent:
+            kept.note_kept_by(session)
+        return results
+
+    def _read_class_results(
+        self, store: HeldStore, parts: Sequence[Mapping[str, Any]], called: Called, job: CallRequest, read: Read
+    ) -> list[Any]:
+        from xditd.client.jobs.class_results import ClassResultReader
+
+        readers = [ClassResultReader(read, device, store) for device in job.devices]
+        results = [reader.value(tree) for reader, tree in zip(readers, called.results, strict=True)]
+        for reader, part, changed in zip(readers, parts, called.changed, strict=False):
+            for name, node in changed.items():
+                reader.update(node, part[name])
+        return results
+
+    def _held_store(self, session: Session) -> HeldStore:
+        """Return the store of the tensors that the workers hold for a session."""
+        from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
+
+        def read(tensor: HeldTensor) -> torch.Tensor:
+            from xditd.client.jobs.class_calls import read_held_request
+
+            if session.is_lost:
+                raise LeaseLost(
+                    f"{tensor!r}: its workers have ended; start the pipeline's call again, with a new cache"
+                )
+            return self.run(read_held_request(tensor.held.held_id, tensor), HeldRead, None)["value"]
+
+        def release(held_ids: tuple[str, ...]) -> None:
+            from xditd.client.jobs.class_calls import release_request
+
+            with contextlib.suppress(XditdError):  # if the session has ended, the daemon has freed them
+                if not session.is_lost:
+                    self.run(release_request(held_ids), HeldRead, None)
+
+        with self._lock:
+            store = self._stores.get(session)
+            if store is None:
+                store = self._stores[session] = HeldStore(read, release)
+                weakref.finalize(session, store.close).atexit = False
+            return store
+
     def _run_call(
-        self, make_request: Callable[[int], CallRequest], deadline_s: float | None, room_bytes: int = 0
+        self,
+        make_request: Callable[[int], CallRequest],
+        deadline_s: float | None,
+        room_bytes: int = 0,
+        *,
+        read: Callable[[Called, CallRequest, Read], list[Any]] = _read_trees,
+        while_running: Callable[[], None] | None = None,
     ) -> tuple[Sequence[KeptTensor], list[Any]]:
         """Run a call with ``room_bytes`` or more for results; returns the tensors that were kept, and the results."""
         job = make_request(room_bytes)
         block = job.fill(self._pool)
         with self.start(job, block, deadline_s) as pending:
+            if while_running is not None:
+                while_running()
             called = pending.wait(Called)
             if len(called.results) != len(job.devices):
                 raise Internal(f"a call of {len(job.devices)} parts was answered with {len(called.results)} results")
             if called.block is None:
-                wanted = zip(called.results, job.devices, strict=True)
-                return job.kept, [read_results(tree, device, block.read) for tree, device in wanted]
+                return job.kept, read(called, job, block.read)
         if called.provider is None:
             raise Internal("the results of a call are in a block of a worker, but no worker is named")
         try:
-            return job.kept, _read_from(called.block, called.provider, called, job.devices)
+            return job.kept, _read_from(called.block, called.provider, partial(read, called, job))
         except StaleSource:
             if room_bytes:
                 raise
             # The workers keep only a few such blocks for this process, and calls of other threads have replaced this
             # one. Run again with enough room in the client's own block.
-            return self._run_call(make_request, deadline_s, called.block.size_bytes)
+            return self._run_call(make_request, deadline_s, called.block.size_bytes, read=read)
 
 
-def _read_from(
-    block: HostShmBlock, provider: ProcessIdentity, called: Called, devices: Sequence[torch.device]
-) -> list[Any]:
+def _read_from(block: HostShmBlock, provider: ProcessIdentity, read_all: Callable[[Read], list[Any]]) -> list[Any]:
     """Copy results out of a worker's block, which it keeps until a few later calls of this process have replaced it.
 
     Raises:
@@ -150,6 +237,6 @@ def _read_from(
             stored = mapping.bytes_tensor()[place.offset_bytes : place.offset_bytes + place.size_bytes]
             return stored.to(device, copy=True).view(torch_dtype(place.dtype)).view(place.shape)
 
-        return [read_results(tree, device, read) for tree, device in zip(called.results, devices, strict=True)]
+        return read_all(read)
     finally:
         mapping.close()

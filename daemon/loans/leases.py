@@ -220,12 +220,17 @@ class LeaseTable:
 
 
 def is_same_content(old: Manifest, new: Manifest) -> bool:
-    """Whether two manifests of the same memory describe the same bytes."""
-    return old.generation == new.generation and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
+    """Whether two manifests of the same memory describe the same bytes, and the same module."""
+    return (
+        old.generation == new.generation
+        and old.module == new.module
+        and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
+    )
 
 
 def _memory(manifest: Manifest) -> Hashable:
-    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors
+    module = None if manifest.module is None else (manifest.module.class_name, manifest.module.config)
+    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, module
 
 
 def _block_memory(block: Block) -> Hashable:

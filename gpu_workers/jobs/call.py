@@ -24,10 +24,11 @@ def run(job: Call, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         transformer = context.components.get(job.component_id, "transformer")
-        model = transformer.match.model
+        model = transformer.model
         operations = model.operations_for("transformer")
         clock.end_phase("plug", waits=False)
         check_variant(job.variant, transformer.transformer_facts)
+        _check_family(job)
         taken = {each.name for each in transformer.transformer_facts.arguments}
         if unknown := sorted(set(job.foreseen) - taken):
             raise BadRequest(f"foreseen: {listed(unknown)} is no argument; it takes {', '.join(sorted(taken))}")
@@ -79,3 +80,11 @@ def _format_timestep(inputs: Inputs) -> str:
             least, most = min(values), max(values)
             return f" at {name} {most:g}" if least == most else f" at {name} {most:g} to {least:g}"
     return ""
+
+
+def _check_family(job: Call) -> None:
+    """Raise ``BadRequest`` for what only a module that runs as its own class takes."""
+    if job.method != "forward" or job.numerics is not None:
+        raise BadRequest(
+            f"method {job.method!r} and numerics are for modules that run as their class: lend the module itself"
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.reading import ArgumentReader
@@ -27,6 +28,7 @@ class JobContext:
     """Rank 0 alone writes outputs, encodes, and decodes small images."""
     client: ProcessIdentity
     kept: KeptTensors
+    held: HeldTensors
     open_io: Callable[[], OpenIo]
     provide: Callable[[int], HostArena]
 

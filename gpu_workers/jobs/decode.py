@@ -39,7 +39,7 @@ def decode_on_all_ranks(vae: Component, latents: torch.Tensor, scaling: LatentSc
     Do not call it inside ``raise_on_all_ranks``: it has many collectives, and a rank that runs out of memory reaches
     none of the later ones. That rank ends, and the group with it, as in a step.
     """
-    model = vae.match.model
+    model = vae.model
     operations = model.operations_for("vae")
     if not operations.shares(model, latents):
         return None
@@ -57,7 +57,7 @@ def finish_decode(
     """Return ``image``, or decode it on this rank if it is ``None``; check it. Values are not clamped."""
     if image is None:
         with using_all_cores(context.device):
-            model = vae.match.model
+            model = vae.model
             image = model.operations_for("vae").decode(model, latents, scaling, is_shared=False)
     finite = FiniteCheck()
     finite.note("image", image)

@@ -15,7 +15,7 @@ def run(job: Encode, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         vae = context.components.get(job.vae_id, "vae")
-        facts, model = vae.vae_facts, vae.match.model
+        facts, model = vae.vae_facts, vae.model
         clock.end_phase("plug")
         io = context.open_io()
         image = io.read("image", job.image, context.device)

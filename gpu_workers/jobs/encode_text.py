@@ -24,7 +24,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
     with raise_on_all_ranks():
         encoder = context.components.get(job.encoder_id, "text_encoder")
         match = encoder.match
-        operations = match.model.operations_for("text_encoder")
+        operations = encoder.model.operations_for("text_encoder")
         facts, name = operations.facts(match.config), match.family.name
         clock.end_phase("plug")
         io = context.open_io()
@@ -38,7 +38,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
         if context.is_leader:
             clock.end_phase("inputs")
             with using_all_cores(context.device):
-                hidden, pooled = operations.encode(match.model, token_ids, pooled=job.out_pooled is not None)
+                hidden, pooled = operations.encode(encoder.model, token_ids, pooled=job.out_pooled is not None)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # the pooled state is one of them
             finite.fetch()

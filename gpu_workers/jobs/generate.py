@@ -94,7 +94,7 @@ class Loop:
             BadRequest: wrong sizes, shapes, steps, sigmas or options, or values that are not finite.
             Unsupported: too few tokens for the group, or the family has no step cache.
         """
-        model = transformer.match.model
+        model = transformer.model
         operations = model.operations_for("transformer")
         facts, sampling = transformer.transformer_facts, job.sampling
         check_variant(sampling.variant, facts)

@@ -8,12 +8,28 @@ from typing import Any
 
 import torch
 
+from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
+from xditd.gpu_workers.models.class_building import make_object, make_plain
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.ipc import limits
-from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Rows, Tensor, TupleOf, Values
+from xditd.ipc.arguments import (
+    Argument,
+    Held,
+    InIo,
+    Kept,
+    ListOf,
+    MapOf,
+    ObjectOf,
+    PairsOf,
+    Rows,
+    SetOf,
+    Tensor,
+    TupleOf,
+    Values,
+)
 from xditd.ipc.errors import BadRequest, LimitExceeded, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.name_lists import listed
@@ -22,10 +38,22 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 class ArgumentReader:
-    """Reads the arguments of one job, for one client, to one device."""
+    """Reads the arguments of one job, for one client, to one device.
 
-    def __init__(self, io: OpenIo, device: torch.device, kept: KeptTensors, client: ProcessIdentity) -> None:
+    With ``held``, also those that only modules run as their class take: objects, numbers that are not finite, and the
+    tensors that the workers hold.
+    """
+
+    def __init__(
+        self,
+        io: OpenIo,
+        device: torch.device,
+        kept: KeptTensors,
+        client: ProcessIdentity,
+        held: HeldTensors | None = None,
+    ) -> None:
         self._io = io
+        self._held = held
         self._device = device
         self._kept = kept
         self._client = client
@@ -47,7 +75,9 @@ class ArgumentReader:
         found = {name: self._value(where + name, node) for name, node in arguments.items()}
         known = {name: _host_values(found[name]) for name, node in arguments.items() if isinstance(node, Values)}
         for name in known:
-            found[name] = self._on_device(found[name])
+            node = arguments[name]
+            if not (isinstance(node, Values) and node.on_host):
+                found[name] = self._on_device(found[name])
         return Inputs(found, known)
 
     def finish(self) -> None:
@@ -56,7 +86,10 @@ class ArgumentReader:
         Raises:
             BadRequest: names an argument with other values.
         """
-        check_finite({path: tensor for path, tensor in self._unchecked.items() if tensor.is_floating_point()})
+        if self._held is None:  # a module that runs as its class takes what the class takes, such as masks with -inf
+            check_finite({path: tensor for path, tensor in self._unchecked.items() if tensor.is_floating_point()})
+        elif self._unchecked and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the client may write to its block again
         for kept_id, tensor in self._to_keep.items():
             self._kept.keep(self._client, kept_id, tensor)
 
@@ -71,12 +104,32 @@ class ArgumentReader:
             return tuple(self._nested(f"{path}[{number}]", each) for number, each in enumerate(node.items))
         if isinstance(node, MapOf):
             return {key: self._nested(f"{path}.{key}", each) for key, each in node.items.items()}
-        return node
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        return self._class_value(path, node)
+
+    def _class_value(self, path: str, node: Argument) -> Any:
+        """Read a value that only a module run as its class takes."""
+        if self._held is None:
+            raise BadRequest(
+                f"{path}: a {type(node).__name__} cannot be given to this model; give tensors, numbers and texts"
+            )
+        if isinstance(node, Held):
+            return self._held.find(self._client, node.held_id, path)
+        if isinstance(node, PairsOf):
+            pairs = [(self._nested(path, key), key, value) for key, value in node.items]
+            return {key: self._nested(f"{path}[{described!r}]", value) for key, described, value in pairs}
+        if isinstance(node, SetOf):
+            return {self._nested(path, each) for each in node.items}
+        if isinstance(node, ObjectOf):
+            found = {name: self._nested(f"{path}.{name}", each) for name, each in node.attributes.items()}
+            return make_object(node.class_name, found)
+        return make_plain(node)
 
     def _nested(self, path: str, node: Argument) -> Any:
         """Read a nested value, which does not go into ``Inputs.known``."""
         found = self._value(path, node)
-        return self._on_device(found) if isinstance(node, Values) else found
+        return self._on_device(found) if isinstance(node, Values) and not node.on_host else found
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a few numbers to the device without a wait: the driver has its own copy when this returns."""
@@ -84,7 +137,8 @@ class ArgumentReader:
 
     def _tensor(self, path: str, node: Tensor) -> torch.Tensor:
         if isinstance(node, Values):
-            return self._on_device(_build_tensor(path, node))
+            found = _build_tensor(path, node)
+            return found if node.on_host else self._on_device(found)
         if isinstance(node, Kept):
             found = self._kept.find(self._client, node.kept_id)
             if tuple(found.shape) != node.shape or found.dtype != torch_dtype(node.dtype):
@@ -92,7 +146,12 @@ class ArgumentReader:
             return found
         if isinstance(node, InIo):
             self._count_bytes(path, node.place.size_bytes)
-            found = self._unchecked[path] = self._io.read(path, node.place, self._device, waits=False)
+            device = torch.device("cpu") if node.on_host else self._device
+            found = self._unchecked[path] = self._io.read(path, node.place, device, waits=False)
+            if node.order is not None:
+                if sorted(node.order) != list(range(found.ndim)):
+                    raise BadRequest(f"{path}: order {list(node.order)} is no order of its {found.ndim} dimensions")
+                found = found.permute(node.order)
             if node.kept_id is not None:
                 self._to_keep[node.kept_id] = found
             return found

@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.gpu_workers.jobs import call, decode, encode, encode_text, generate
+from xditd.gpu_workers.jobs import call, call_module, decode, encode, encode_text, generate, read_held
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generate import Progress
+from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.components import Components
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest
+from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest, ReadHeld
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -27,10 +28,12 @@ class JobRunner:
         self._is_leader = rank == 0
         self._device = device
         self._kept = KeptTensors()
+        self._held = HeldTensors()
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Free the kept tensors of a client that has exited."""
+        """Free the kept and held tensors of a client that has exited."""
         self._kept.forget(client)
+        self._held.forget(client)
 
     def run(
         self,
@@ -49,9 +52,14 @@ class JobRunner:
             NotFinite: a result is not finite; on rank 0 or on every rank, after the last collective.
         """
         started = time.perf_counter()
-        context = JobContext(self._components, self._device, self._is_leader, client, self._kept, open_io, provide)
+        context = JobContext(
+            self._components, self._device, self._is_leader, client, self._kept, self._held, open_io, provide
+        )
         if isinstance(job, Call):
-            finished = call.run(job, context)
+            is_module = self._components.has_module(job.component_id)
+            finished = call_module.run(job, context) if is_module else call.run(job, context)
+        elif isinstance(job, ReadHeld):
+            finished = read_held.run(job, context)
         elif isinstance(job, Generate):
             finished = generate.run(job, context, progress)
         elif isinstance(job, Decode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,9 @@ def leaves(tree: Any) -> Iterator[torch.Tensor]:
 
 
 Put = Callable[[IoTensor, torch.Tensor], None]
+Write = Callable[[torch.Tensor], Argument]
+"""Copy a tensor to its place, and return its description."""
+Describe = Callable[[Any, Write], Argument]
 
 
 class ResultWriter:
@@ -43,27 +46,41 @@ class ResultWriter:
         self._end = offset_bytes + size_bytes
         self._provide = provide
 
-    def write(self, trees: Sequence[Any]) -> CallResults:
+    def write(
+        self, trees: Sequence[Any], describe: Describe | None = None, changed: Sequence[Mapping[str, Any]] = ()
+    ) -> CallResults:
         """Copy every tensor to an aligned place, and return the description of the trees.
+
+        ``describe`` describes a tree (default: :func:`describe_tree`), and calls its second argument for each tensor
+        that is to be copied, in the same order every time. ``changed`` are the arguments of each part that the forwards
+        may have changed.
 
         Raises:
             OutOfMemory: there is no memory for a block of this process.
             Unsupported, UnsupportedDtype: a result has a type or dtype that messages do not have.
         """
-        tensors = [tensor for tree in trees for tensor in leaves(tree)]
+        describe = describe or describe_tree
+        tensors: list[torch.Tensor] = []
+        for tree in (*trees, *(value for each in changed for value in each.values())):
+            describe(tree, tensors.append)
         offsets, total = place([tensor.nbytes for tensor in tensors])
         fits = self._start + total <= self._end
         arena = None if fits else self._provide(total)
         first = self._start if fits else 0
-        places = iter(
-            InIo(offset_bytes=first + offset, dtype=dtype_name(tensor.dtype, "result"), shape=tuple(tensor.shape))
-            for tensor, offset in zip(tensors, offsets, strict=True)
-        )
+        places = iter(offsets)
         put = self._put_into_io if arena is None else partial(_put_into_arena, arena)
-        described = tuple(_write_tree(tree, places, put) for tree in trees)
+
+        def write(tensor: torch.Tensor) -> Argument:
+            dtype, shape = dtype_name(tensor.dtype, "result"), tuple(tensor.shape)
+            leaf = InIo(offset_bytes=first + next(places), dtype=dtype, shape=shape)
+            put(leaf.place, tensor)
+            return leaf
+
+        described = tuple(describe(tree, write) for tree in trees)
+        arguments = tuple({name: describe(value, write) for name, value in each.items()} for each in changed)
         if arena is None:
-            return CallResults(trees=described)
-        return CallResults(trees=described, block=arena.block(), provider=identify(os.getpid()))
+            return CallResults(trees=described, changed=arguments)
+        return CallResults(trees=described, changed=arguments, block=arena.block(), provider=identify(os.getpid()))
 
     def _put_into_io(self, where: IoTensor, tensor: torch.Tensor) -> None:
         self._io.write("result", where, tensor)
@@ -73,17 +90,16 @@ def _put_into_arena(arena: HostArena, where: IoTensor, tensor: torch.Tensor) -> 
     arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor)
 
 
-def _write_tree(tree: Any, places: Iterator[InIo], put: Put) -> Argument:
+def describe_tree(tree: Any, write: Write) -> Argument:
+    """Describe lists, tuples and maps of tensors and plain values."""
     if isinstance(tree, torch.Tensor):
-        leaf = next(places)
-        put(leaf.place, tree)
-        return leaf
+        return write(tree)
     if isinstance(tree, tuple):
-        return TupleOf(items=tuple(_write_tree(each, places, put) for each in tree))
+        return TupleOf(items=tuple(describe_tree(each, write) for each in tree))
     if isinstance(tree, list):
-        return ListOf(items=tuple(_write_tree(each, places, put) for each in tree))
+        return ListOf(items=tuple(describe_tree(each, write) for each in tree))
     if isinstance(tree, dict):
-        return MapOf(items={str(key): _write_tree(each, places, put) for key, each in tree.items()})
+        return MapOf(items={str(key): describe_tree(each, write) for key, each in tree.items()})
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     raise Unsupported(f"result: a {type(tree).__name__} cannot be sent; tensors, lists, tuples and maps can")

@@ -21,28 +21,32 @@ from typing import NamedTuple
 
 import torch
 
+from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
+    BadCheckpoint,
     BadRequest,
     ForeignGpu,
     Internal,
     OtherRankFailed,
     RequestError,
     UnknownComponent,
+    UnknownFamily,
+    Unsupported,
     named,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.tensors import Block, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
+from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
 from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews, place
 from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
@@ -55,7 +59,7 @@ class Component:
     """One lent component. ``bindings`` are views of ``opened`` blocks or of ``copies``, which this rank owns."""
 
     component_id: str
-    match: CheckpointMatch
+    match: CheckpointMatch | ModuleMatch
     bindings: dict[str, torch.Tensor]
     manifest: Manifest
     facts: ComponentFacts
@@ -65,6 +69,18 @@ class Component:
     copies: list[torch.Tensor]
     copied: CopiedBytes
     timings_ms: dict[str, float]
+
+    @property
+    def model(self) -> CachedModel:
+        """The model of a component with a family."""
+        assert isinstance(self.match, CheckpointMatch)
+        return self.match.model
+
+    @property
+    def class_model(self) -> ClassModel:
+        """The model of a component that runs as its own class."""
+        assert isinstance(self.match, ModuleMatch)
+        return self.match.model
 
     @property
     def transformer_facts(self) -> TransformerFacts:
@@ -94,6 +110,7 @@ class Components:
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
         self.models = ModelCache(layout)
+        self.class_models = ClassModels(layout)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.files = FileWatch(layout)
@@ -176,6 +193,11 @@ class Components:
         if not component.is_loaded:
             self._plug(component)
         return component
+
+    def has_module(self, component_id: str) -> bool:
+        """Return whether a component runs as its own class, with no family."""
+        component = self._plugged.get(component_id)
+        return component is not None and component.facts.kind is ComponentKind.MODULE
 
     def check_unchanged(self, component: Component) -> None:
         """Check that the weights are still those that were lent. Call before a job, and before its results are used.
@@ -294,13 +316,27 @@ class Components:
             component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
         )
 
-    def _match(self, manifest: Manifest) -> CheckpointMatch:
+    def _match(self, manifest: Manifest) -> CheckpointMatch | ModuleMatch:
         try:
             tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
-            match = self.models.match(tensors, None if manifest.kind is None else manifest.kind.value)
+            if manifest.module is not None:
+                match = self.class_models.match(manifest.module, tensors, manifest.label)
+                return self._match_family(match, tensors) if manifest.module.allows_family else match
+            if manifest.kind is ComponentKind.MODULE:
+                raise BadRequest("a module is lent without the description of its class; lend the module itself")
+            return self.models.match(tensors, None if manifest.kind is None else manifest.kind.value)
         except RequestError as error:
             raise named(manifest.label, error) from error
-        return match
+
+    def _match_family(self, match: ModuleMatch, tensors: Mapping[str, TensorInfo]) -> CheckpointMatch | ModuleMatch:
+        """Return the match of a family that runs this module, if it is as its class makes it; else ``match``."""
+        if not match.model.is_as_made:
+            return match
+        saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
+        try:
+            return self.models.match(saved)
+        except (UnknownFamily, Unsupported, BadCheckpoint):
+            return match
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block; return ``None`` if another rank maps it and sends its bytes."""
@@ -310,7 +346,7 @@ class Components:
         return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
     def _load_tensors(
-        self, manifest: Manifest, match: CheckpointMatch, opened: list[OpenBlock | None], clock: Clock
+        self, manifest: Manifest, match: CheckpointMatch | ModuleMatch, opened: list[OpenBlock | None], clock: Clock
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
 

@@ -111,11 +111,11 @@ class TorchExecutor:
         )
 
     def tally(self) -> RankTally:
-        models = self._components.models
+        models, class_models = self._components.models, self._components.class_models
         return RankTally(
             loaded=len(self._components),
-            models_built=models.built,
-            models_reused=models.reused,
+            models_built=models.built + class_models.built,
+            models_reused=models.reused + class_models.reused,
             plugs=self._components.plugs,
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,

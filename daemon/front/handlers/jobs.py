@@ -1,4 +1,4 @@
-"""``Call``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
+"""``Call``, ``ReadHeld``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from xditd.ipc import arguments
 from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest
+from xditd.ipc.replies import Called, Decoded, Encoded, Generated, HeldRead, TextEncoded
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, ReadHeld
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
-_REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded]]] = {
+_REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded | HeldRead]]] = {
     Decode: Decoded,
     Encode: Encoded,
     EncodeText: TextEncoded,
+    ReadHeld: HeldRead,
 }
 
 
@@ -64,6 +65,7 @@ def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
         return Called(
             request_id=request_id,
             results=found.trees,
+            changed=found.changed,
             block=found.block,
             provider=found.provider,
             timings_ms=timings_ms,
@@ -75,7 +77,7 @@ def _check_components(service: Service, request: InferenceRequest) -> tuple[str,
     wanted = _components_of(request)
     for component_id, kind in wanted:
         found = service.lending.leases.live(component_id).kind
-        if found is not kind:
+        if found is not kind and not (isinstance(request, Call) and found is ComponentKind.MODULE):
             what = "not mapped yet, and" if found is None else f"a {found.value} where"
             raise BadRequest(f"component {component_id}: {what} a {kind.value} is needed")
     return tuple(component_id for component_id, _ in wanted)
@@ -91,6 +93,8 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
         return [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER)]
+    if isinstance(request, ReadHeld):
+        return []
     return [(request.vae_id, ComponentKind.VAE)]
 
 
@@ -102,6 +106,9 @@ def _check_tensors(request: InferenceRequest) -> None:
         value = getattr(request, name)
         if isinstance(value, IoTensor):
             _check_end(name, value.offset_bytes + value.size_bytes, size_bytes)
+    if isinstance(request, ReadHeld):
+        for held_id, place in request.places.items():
+            _check_end(held_id, place.offset_bytes + place.size_bytes, size_bytes)
     if isinstance(request, Call):
         _check_end("out", request.out_offset_bytes + request.out_size_bytes, size_bytes)
     try:

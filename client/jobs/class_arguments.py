@@ -1,0 +1,108 @@
+"""Convert the arguments of modules that run as their class: any value that it takes, also objects of diffusers."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from xditd.client.jobs.arguments import ArgumentWriter
+from xditd.client.jobs.held_tensors import HeldTensor
+from xditd.ipc import limits
+from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
+from xditd.ipc.transports.tensor_views import dtype_name
+
+
+class ClassArgumentWriter(ArgumentWriter):
+    """Converts what :class:`ArgumentWriter` does, and besides numbers that are not finite, sets, maps with any keys,
+    dtypes, enumerations, and objects of diffusers and transformers.
+
+    Tensors keep the order of their dimensions in memory, since some kernels round differently in another order. For a
+    module on a GPU, CPU tensors are marked, and stay on the CPU. Set ``is_on_gpu`` before :meth:`write`.
+    """
+
+    is_on_gpu = False
+
+    def _write(self, path: str, value: Any, depth: int) -> Argument:
+        if isinstance(value, HeldTensor):
+            return value.held
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            return self._pairs(path, value, depth)
+        if isinstance(value, float) and not math.isfinite(value):
+            return describe_constant(value)
+        if isinstance(value, (set, frozenset)):
+            return SetOf(items=tuple(self._write(path, each, depth + 1) for each in sorted(value, key=repr)))
+        if isinstance(value, (torch.dtype, enum.Enum)):
+            return self._constant(path, value)
+        if not isinstance(value, (torch.Tensor, torch.nn.Module)) and is_describable(value):
+            return self._object(path, value, depth)
+        return super()._write(path, value, depth)
+
+    def _constant(self, path: str, value: object) -> Argument:
+        found = describe_constant(value)
+        if isinstance(found, Opaque):
+            raise BadRequest(f"{path}: {found.text} cannot be sent to the workers")
+        return found
+
+    def _pairs(self, path: str, value: Mapping[Any, Any], depth: int) -> PairsOf:
+        self._check_depth(path, depth)
+        return PairsOf(
+            items=tuple(
+                (self._constant(f"{path}: key", key), self._write(f"{path}[{key!r}]", each, depth + 1))
+                for key, each in value.items()
+            )
+        )
+
+    def _object(self, path: str, value: object, depth: int) -> ObjectOf:
+        self._check_depth(path, depth)
+        self._count += 1
+        attributes = {name: self._write(f"{path}.{name}", each, depth + 1) for name, each in vars(value).items()}
+        return ObjectOf(class_name=class_name(type(value)), attributes=attributes)
+
+    def _check_depth(self, path: str, depth: int) -> None:
+        if depth >= limits.MAX_ARGUMENT_DEPTH:
+            raise BadRequest(f"{path}: arguments may be nested {limits.MAX_ARGUMENT_DEPTH} levels deep at most")
+
+    def _write_tensor(self, path: str, value: Any) -> Values | InIo | Kept | Held:  # type: ignore[override]
+        if isinstance(value, HeldTensor):
+            return value.held
+        if not isinstance(value, torch.Tensor):
+            return super()._write_tensor(path, value)
+        if value.requires_grad and torch.is_grad_enabled():
+            raise BadRequest(f"{path}: it requires a gradient, and workers compute none: call under torch.no_grad()")
+        on_host = self.is_on_gpu and value.device.type == "cpu"
+        if value.device.type == "cpu" and value.numel() <= self._max_values and not value.is_complex():
+            values = value.detach().flatten().tolist()
+            if all(map(math.isfinite, values)):
+                self._note_device(value.device)
+                dtype = dtype_name(value.dtype, path)
+                return Values(dtype=dtype, shape=tuple(value.shape), values=tuple(values), on_host=on_host)
+        self._note_device(value.device)
+        dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
+        order = _memory_order(value)
+        place = self._place(value if order is None else value.permute(_inverse(order)))
+        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, order=order, on_host=on_host)
+
+
+def _memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the ``order`` of :class:`~xditd.ipc.arguments.InIo`; ``None`` if memory is in the order of the shape.
+
+    A tensor with gaps or repeated elements (expanded) is sent in the order of its shape.
+    """
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return None
+    strides = tensor.stride()
+    in_memory = sorted(range(tensor.ndim), key=lambda dimension: (-strides[dimension], dimension))
+    return _inverse(tuple(in_memory)) if tensor.permute(in_memory).is_contiguous() else None
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    found = [0] * len(order)
+    for position, dimension in enumerate(order):
+        found[dimension] = position
+    return tuple(found)

@@ -1,0 +1,144 @@
+"""Read the results of modules that run as their class, and bring the new state of arguments back to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
+from xditd.ipc.arguments import (
+    Argument,
+    Held,
+    InIo,
+    ListOf,
+    MapOf,
+    Named,
+    ObjectOf,
+    Opaque,
+    OutputOf,
+    PairsOf,
+    SetOf,
+    Special,
+    TupleOf,
+)
+from xditd.ipc.errors import Internal, Unsupported
+from xditd.ipc.module_state import PACKAGES
+from xditd.ipc.tensors import IoTensor
+from xditd.ipc.transports.tensor_views import torch_dtype
+
+
+class NotReturned:
+    """A part of a result that stays in the workers: any use of it raises ``Unsupported``."""
+
+    def __init__(self, what: str) -> None:
+        object.__setattr__(self, "_what", what)
+
+    def __getattr__(self, name: str) -> Any:
+        what = object.__getattribute__(self, "_what")
+        raise Unsupported(f"{name} of a result: the {what} was not sent by the workers; leave it out of the call")
+
+    def __repr__(self) -> str:
+        return f"<NotReturned {object.__getattribute__(self, '_what')}>"
+
+
+class ClassResultReader:
+    """Reads the results of one call. ``read`` copies a tensor out of the block with the results."""
+
+    def __init__(
+        self, read: Callable[[IoTensor, torch.device], torch.Tensor], device: torch.device, store: HeldStore
+    ) -> None:
+        self._read = read
+        self._device = device
+        self._store = store
+
+    def value(self, node: Argument) -> Any:
+        """Return a result, in the caller's own classes.
+
+        Raises:
+            Unsupported: a class that is not installed here.
+        """
+        if isinstance(node, InIo):
+            return self._read(node.place, self._device)
+        if isinstance(node, Held):
+            return HeldTensor(node, self._store, self._device)
+        if isinstance(node, OutputOf):
+            return find_class(node.class_name)(**{key: self.value(each) for key, each in node.items.items()})
+        if isinstance(node, ObjectOf):
+            kind = find_class(node.class_name)
+            made: Any = object.__new__(kind)
+            vars(made).update({key: self.value(each) for key, each in node.attributes.items()})
+            return made
+        if isinstance(node, (ListOf, TupleOf, SetOf)):
+            items = [self.value(each) for each in node.items]
+            return items if isinstance(node, ListOf) else tuple(items) if isinstance(node, TupleOf) else set(items)
+        if isinstance(node, MapOf):
+            return {key: self.value(each) for key, each in node.items.items()}
+        if isinstance(node, PairsOf):
+            return {self.value(key): self.value(each) for key, each in node.items}
+        return _plain(node)
+
+    def update(self, node: Argument, current: Any) -> Any:
+        """Return the state of an argument, in the caller's own objects, lists and maps where they are the same."""
+        if isinstance(node, Held) and isinstance(current, HeldTensor) and current.held.held_id == node.held_id:
+            return current
+        if isinstance(node, ObjectOf) and hasattr(current, "__dict__"):
+            attributes = vars(current)
+            found = {key: self.update(each, attributes.get(key)) for key, each in node.attributes.items()}
+            attributes.clear()
+            attributes.update(found)
+            return current
+        if isinstance(node, ListOf) and isinstance(current, list):
+            padded = [*current, *[None] * len(node.items)]
+            current[:] = [self.update(each, old) for each, old in zip(node.items, padded, strict=False)]
+            return current
+        if isinstance(node, MapOf) and isinstance(current, dict):
+            return _replace(current, {key: self.update(each, current.get(key)) for key, each in node.items.items()})
+        if isinstance(node, PairsOf) and isinstance(current, dict):
+            keys = [self.value(key) for key, _ in node.items]
+            pairs = zip(keys, node.items, strict=True)
+            return _replace(current, {key: self.update(each, current.get(key)) for key, (_, each) in pairs})
+        if isinstance(node, TupleOf) and isinstance(current, tuple) and len(current) == len(node.items):
+            return tuple(self.update(each, old) for each, old in zip(node.items, current, strict=True))
+        return self.value(node)
+
+
+def find_class(name: str) -> type:
+    """Return a class by ``module:Class``, of the packages whose classes can be in results.
+
+    Raises:
+        Unsupported: it is not installed in this process.
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(module) if module.partition(".")[0] in PACKAGES else None
+        for each in path.split("."):
+            found = getattr(found, each)
+    except (ImportError, AttributeError) as error:
+        raise Unsupported(f"result of the class {name}: it is not installed in this process: {error}") from error
+    if not isinstance(found, type):
+        raise Unsupported(f"result of the class {name}: this is no class")
+    return found
+
+
+def _replace(current: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
+    current.clear()
+    current.update(items)
+    return current
+
+
+def _plain(node: Argument) -> Any:
+    if isinstance(node, Special):
+        return float(node.value)
+    if isinstance(node, Opaque):
+        return NotReturned(node.text)
+    if isinstance(node, Named):
+        if ":" not in node.name:
+            return torch_dtype(node.name.removeprefix("torch."))
+        path, _, member = node.name.rpartition(".")
+        return getattr(find_class(path), member)
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise Internal(f"the workers answered a call with {type(node).__name__}, which no client can read")

@@ -1,0 +1,62 @@
+"""Describe a module of diffusers or transformers, so that the workers run it as its own class does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.ipc import limits, module_state
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.tensors import ModuleDescription
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES: Final = ("diffusers", "transformers")
+
+
+def is_described(source: object) -> bool:
+    """Return whether a module's class and configuration tell the workers how to make it."""
+    return type(source).__module__.partition(".")[0] in _PACKAGES and hasattr(source, "config")
+
+
+def describe_module(
+    module: torch.nn.Module, label: str, *, replaced: Collection[str] = (), allows_family: bool = False
+) -> tuple[ModuleDescription, dict[str, torch.Tensor]]:
+    """Return the description of a module, and all of its tensors by name.
+
+    The tensors are the module's own: parameters, buffers, and tensors among the attributes of its submodules.
+    ``replaced`` are attributes of the module itself that are left out. With ``allows_family``, workers may run it as
+    its family does, if one of theirs has a faster way and the module is as its class makes it.
+
+    Raises:
+        BadRequest: not a model of diffusers or transformers, or a configuration or state that is too large to send.
+    """
+    if not is_described(module):
+        raise BadRequest(
+            f"{label}: {type(module).__module__}.{type(module).__qualname__} is no model class of "
+            f"{' or '.join(_PACKAGES)}: workers cannot make it"
+        )
+    from xditd.ipc.transports.module_walk import class_name, walk_module
+
+    state, tensors = walk_module(module, replaced)
+    config = _config_of(module)
+    if len(config) > limits.MAX_TEXT_CHARS:
+        raise BadRequest(f"{label}: its configuration takes {len(config)} characters, at most {limits.MAX_TEXT_CHARS}")
+    described = ModuleDescription(
+        class_name=class_name(type(module)),
+        config=config,
+        state=module_state.encode(state, label),
+        allows_family=allows_family,
+    )
+    return described, tensors
+
+
+def _config_of(module: Any) -> str:
+    if hasattr(module, "to_json_string"):  # diffusers
+        return str(module.to_json_string())
+    config = module.config
+    found = json.loads(config.to_json_string(use_diff=False))
+    found["attn_implementation"] = getattr(config, "_attn_implementation", None)
+    return json.dumps(found)

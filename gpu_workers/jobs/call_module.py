@@ -1,0 +1,253 @@
+"""The ``Call`` job on a module that runs as its class does: any arguments and results, also KV caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
+from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.held import HeldTensors
+from xditd.gpu_workers.jobs.numerics import use_numerics
+from xditd.gpu_workers.jobs.reading import ArgumentReader
+from xditd.gpu_workers.jobs.writing import ResultWriter, Write
+from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.ipc.arguments import (
+    Argument,
+    Held,
+    ListOf,
+    MapOf,
+    ObjectOf,
+    Opaque,
+    OutputOf,
+    PairsOf,
+    TupleOf,
+    holds,
+)
+from xditd.ipc.errors import BadRequest, Unsupported, XditdError
+from xditd.ipc.name_lists import listed
+from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.requests import Call, Numerics
+from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
+from xditd.ipc.transports.tensor_views import dtype_name
+
+_CACHE = "cache"
+"""In the names of arguments and classes whose contents stay in the workers between calls."""
+
+
+@torch.no_grad()  # not inference_mode, whose tensors do not count the writes to them
+def run(job: Call, context: JobContext) -> Finished:
+    """Run a method of the module once for each part; rank 0 writes the results."""
+    clock = PhaseClock(context.device)
+    with raise_on_all_ranks():
+        component = context.components.get(job.component_id, "module")
+        clock.end_phase("plug", waits=False)
+        _check_job(job, component)
+        io = context.open_io()
+        reader = ArgumentReader(io, context.device, context.kept, context.client, context.held)
+        parts = [
+            reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments
+            for number, part in enumerate(job.parts)
+        ]
+        reader.finish()
+    clock.end_phase("inputs", waits=False)
+    with raise_on_all_ranks():
+        describer = _Describer(context.held, context.client, job, parts)
+        written = _WrittenTensors(parts)
+        with use_numerics(job.numerics or Numerics(), context.device):
+            results = [_run_part(component, job.method, part) for part in parts]
+        stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
+        written.check(stateful, f"{component.class_model.class_name}.{job.method}")
+    clock.end_phase("forward")
+    with raise_on_all_ranks():
+        if not context.is_leader:
+            for tree in (*results, *(value for each in stateful for value in each.values())):
+                describer.describe(tree, lambda _: None)  # holds what rank 0 holds
+            return Finished(clock.marks_ms)
+        _check_finite(context, component, results, describer)
+        context.components.check_unchanged(component)
+        writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide)
+        described = writer.write(results, describer.describe, stateful)
+    clock.end_phase("outputs", waits=False)
+    return Finished(clock.marks_ms, results=described)
+
+
+def _check_job(job: Call, component: Component) -> None:
+    """Check what the signature shows.
+
+    Raises:
+        BadRequest: a method or an argument that the class does not have; the error names what it has.
+    """
+    assert component.facts.module is not None
+    methods, name = component.facts.module.methods, component.class_model.class_name
+    if job.variant != "class" or job.foreseen:
+        raise BadRequest(f"{name} runs as its class does: leave out variant and foreseen")
+    method = methods.get(job.method)
+    if method is None:
+        raise BadRequest(f"method {job.method!r}: {name} has {', '.join(methods)}")
+    for number, part in enumerate(job.parts):
+        where = f"parts[{number}]: " if len(job.parts) > 1 else ""
+        if missing := sorted(set(method.needed) - part.arguments.keys()):
+            raise BadRequest(
+                f"{where}{listed(missing)} is missing; {name}.{job.method} takes {listed(method.arguments)}"
+            )
+        unknown = sorted(part.arguments.keys() - set(method.arguments))
+        if unknown and not method.takes_others:
+            raise BadRequest(f"{where}{listed(unknown)}: {name}.{job.method} takes {', '.join(method.arguments)}")
+
+
+def _check_finite(context: JobContext, component: Component, results: Sequence[Any], describer: _Describer) -> None:
+    finite = FiniteCheck()
+    found: list[torch.Tensor] = []
+    for result in results:
+        describer.describe(result, found.append)
+    for number, tensor in enumerate(found):
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            finite.note(f"result {number}", torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    finite.fetch()
+    context.check_finite(finite, component)
+
+
+def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -> Any:
+    model = component.class_model
+    call = model.module if method == "forward" else getattr(model.module, method)
+    try:
+        return call(**arguments)
+    except (torch.OutOfMemoryError, XditdError):
+        raise
+    except Exception as error:  # whatever the class raises for arguments that do not fit it
+        if "CUDA error" in str(error):
+            raise  # the process cannot use its GPU any more
+        what = f"{type(error).__name__}: {error!s:.1000}"
+        raise BadRequest(
+            f"{component.manifest.label}: {model.class_name}.{method} refused its arguments: {what}"
+        ) from error
+
+
+class _WrittenTensors:
+    """Finds the arguments that a forward has written to: the client's own tensors would not change."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        self._versions = [
+            {name: [(tensor, tensor._version) for tensor in _tensors(value)] for name, value in part.items()}
+            for part in parts
+        ]
+
+    def check(self, stateful: Sequence[Mapping[str, Any]], what: str) -> None:
+        """Raise ``Unsupported`` if an argument was written to whose state does not go back to the client."""
+        for number, part in enumerate(self._versions):
+            for name, versions in part.items():
+                if name not in stateful[number] and any(tensor._version != version for tensor, version in versions):
+                    raise Unsupported(
+                        f"{what} wrote to its argument {name}, which in workers changes a copy: give it a new tensor "
+                        "that is not used again, and run this model in your own process"
+                    )
+
+
+def _stateful(described: Mapping[str, Argument], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments whose state goes back to the client: objects, and caches of any type."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None
+        and not isinstance(value, (bool, int, float, str))
+        and (holds(described[name], ObjectOf) or (_CACHE in name.lower() and not isinstance(value, torch.Tensor)))
+    }
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for each in value.values() for tensor in _tensors(each)]
+    if isinstance(value, (list, tuple, set)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    if is_describable(value):
+        return _tensors(vars(value))
+    return []
+
+
+class _Describer:
+    """Describes results and the state of arguments.
+
+    Tensors of caches stay in the workers: each is held under an id, which all ranks give alike. Make it before the
+    forwards run: it notes the ids of those that the client sent.
+    """
+
+    def __init__(
+        self, held: HeldTensors, client: ProcessIdentity, job: Call, parts: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._held = held
+        self._client = client
+        self._leaves: dict[int, tuple[Held, torch.Tensor]] = {}
+        for described, part in zip(job.parts, parts, strict=True):
+            for name, node in described.arguments.items():
+                self._note(node, part[name])
+
+    def _note(self, node: Argument, value: Any) -> None:
+        """Remember which tensors of the arguments are held, and under which ids."""
+        if isinstance(node, Held):
+            self._leaves[id(value)] = node, value
+        elif isinstance(node, ObjectOf):
+            for key, each in node.attributes.items():
+                self._note(each, vars(value)[key])
+        elif isinstance(node, (ListOf, TupleOf)):
+            for each, inner in zip(node.items, value, strict=True):
+                self._note(each, inner)
+        elif isinstance(node, MapOf):
+            for key, each in node.items.items():
+                self._note(each, value[key])
+        elif isinstance(node, PairsOf):
+            for (_, each), inner in zip(node.items, value.values(), strict=True):
+                self._note(each, inner)
+
+    def describe(self, value: Any, write: Write) -> Argument:
+        """Describe a result, or an argument after the forward."""
+        return self._describe(value, write, is_cache=False)
+
+    def _describe(self, value: Any, write: Write, *, is_cache: bool) -> Argument:
+        if isinstance(value, torch.Tensor):
+            return self._hold(value) if is_cache else write(value)
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+            return describe_constant(value)
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return TupleOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
+        if isinstance(value, list):
+            return ListOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
+        if isinstance(value, Mapping):
+            return self._map(value, write, is_cache=is_cache)
+        if is_describable(value):
+            name = class_name(type(value))
+            is_cache = is_cache or _CACHE in name.lower()
+            attributes = {key: self._describe(each, write, is_cache=is_cache) for key, each in vars(value).items()}
+            return ObjectOf(class_name=name, attributes=attributes)
+        return Opaque(text=class_name(type(value)))
+
+    def _map(self, value: Mapping[Any, Any], write: Write, *, is_cache: bool) -> Argument:
+        if is_dataclass(value):  # the output classes of diffusers and transformers
+            items = {str(key): self._describe(each, write, is_cache=is_cache) for key, each in value.items()}
+            return OutputOf(class_name=class_name(type(value)), items=items)
+        if all(isinstance(key, str) for key in value):
+            return MapOf(items={key: self._describe(each, write, is_cache=is_cache) for key, each in value.items()})
+        return PairsOf(
+            items=tuple(
+                (describe_constant(key), self._describe(each, write, is_cache=is_cache)) for key, each in value.items()
+            )
+        )
+
+    def _hold(self, tensor: torch.Tensor) -> Held:
+        known = self._leaves.get(id(tensor))
+        if known is not None:
+            return known[0]
+        leaf = Held(
+            held_id=self._held.hold(self._client, tensor),
+            dtype=dtype_name(tensor.dtype, "cache"),
+            shape=tuple(tensor.shape),
+        )
+        self._leaves[id(tensor)] = leaf, tensor
+        return leaf

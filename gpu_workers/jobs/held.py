@@ -1,0 +1,55 @@
+"""Held tensors: made by forwards for objects of a client, such as KV caches, and named by id until it releases them.
+
+Every rank holds the same ones under the same ids, since all run the calls that have such objects, in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from xditd.ipc.errors import LeaseLost
+from xditd.ipc.processes import ProcessIdentity
+
+
+class HeldTensors:
+    """The held tensors of all clients, on this rank's device."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._by_client: dict[ProcessIdentity, dict[str, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    def hold(self, client: ProcessIdentity, tensor: torch.Tensor) -> str:
+        """Hold a tensor; return its new id."""
+        held_id = f"h{next(self._numbers)}"
+        self._by_client.setdefault(client, {})[held_id] = tensor
+        return held_id
+
+    def find(self, client: ProcessIdentity, held_id: str, path: str) -> torch.Tensor:
+        """Return a client's tensor.
+
+        Raises:
+            LeaseLost: it was released, or was lost with workers that have ended since.
+        """
+        found = self._by_client.get(client, {}).get(held_id)
+        if found is None:
+            raise LeaseLost(
+                f"{path}: its contents ({held_id}) were in workers that have ended, or were released; "
+                "start the pipeline's call again, with a new cache"
+            )
+        return found
+
+    def release(self, client: ProcessIdentity, held_ids: Iterable[str]) -> None:
+        """Free tensors. An unknown id is no error: its worker may have ended."""
+        mine = self._by_client.get(client, {})
+        for held_id in held_ids:
+            mine.pop(held_id, None)
+
+    def forget(self, client: ProcessIdentity) -> None:
+        """Free the tensors of a client that has exited."""
+        self._by_client.pop(client, None)

@@ -1,0 +1,240 @@
+"""Describe a module of torch: the class and the attributes of each submodule, and all of its tensors by name.
+
+A client describes the module that it lends; a worker describes the one that it has built, and compares.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, Final
+
+import torch
+
+from xditd.ipc import limits
+from xditd.ipc.arguments import (
+    Argument,
+    LentTensor,
+    ListOf,
+    MapOf,
+    Named,
+    ObjectOf,
+    Opaque,
+    PairsOf,
+    SetOf,
+    Special,
+    TupleOf,
+)
+from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
+
+HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_OWN: Final = frozenset(vars(torch.nn.Module()))
+"""The attributes of every module: parameters, buffers, submodules and hooks are described apart."""
+
+_IGNORED: Final = frozenset(
+    {
+        "_internal_dict",  # the configuration of diffusers, which is sent apart
+        "peft_config",  # the layers that PEFT has put in are described themselves
+        "_hf_peft_config_loaded",
+        "gradient_checkpointing",  # of training alone
+        "_gradient_checkpointing_func",
+    }
+)
+
+_MAX_DEPTH: Final = 8
+
+
+def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tuple[ModuleState, dict[str, torch.Tensor]]:
+    """Return the state of a module, and its tensors by name, in the order of the submodules.
+
+    ``replaced`` are attributes of ``module`` itself that are left out. The tensors are the module's own, not copies.
+    Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
+    tensors in attributes.
+    """
+    return _Walk(module, replaced).run()
+
+
+def class_name(kind: type) -> str:
+    """Return ``module:Class``."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+class _Walk:
+    def __init__(self, module: torch.nn.Module, replaced: Collection[str]) -> None:
+        self._module = module
+        self._replaced = replaced
+        self._paths = {id(each): path for path, each in module.named_modules()}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._parents: set[int] = set()
+
+    def run(self) -> tuple[ModuleState, dict[str, torch.Tensor]]:
+        submodules = {path: self._submodule(path, each) for path, each in self._module.named_modules()}
+        same = {
+            path: self._paths[id(each)]
+            for path, each in self._module.named_modules(remove_duplicate=False)
+            if self._paths[id(each)] != path
+        }
+        return ModuleState(submodules=submodules, same=same), self._tensors
+
+    def _submodule(self, path: str, module: torch.nn.Module) -> SubmoduleState:
+        start = f"{path}." if path else ""
+        parameters = self._filled(start, module._parameters)
+        buffers = self._filled(start, module._buffers)
+        attributes: dict[str, Argument] = {}
+        for name in HOOKS:
+            # Those of the module itself run in the caller's process.
+            if path and (hooks := getattr(module, name)):
+                attributes[name] = ListOf(items=tuple(Opaque(text=_text_of(hook)) for hook in hooks.values()))
+        if module.training:
+            attributes["training"] = True
+        for name, value in vars(module).items():
+            if name in _OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
+                continue
+            attributes[name] = self._value(f"{start}{name}", value, 0)
+        return SubmoduleState(
+            class_name=class_name(type(module)),
+            parameters=parameters,
+            buffers=buffers,
+            not_saved=tuple(sorted(module._non_persistent_buffers_set & set(buffers))),
+            empty_parameters=_empty(module._parameters),
+            empty_buffers=_empty(module._buffers),
+            empty_modules=_empty(module._modules),
+            attributes=attributes,
+        )
+
+    def _filled(self, start: str, tensors: Mapping[str, torch.Tensor | None]) -> tuple[str, ...]:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self._tensors[start + name] = tensor
+        return tuple(name for name, tensor in tensors.items() if tensor is not None)
+
+    def _value(self, path: str, value: Any, depth: int) -> Argument:
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, enum.Enum)):
+            return describe_constant(value)
+        if isinstance(value, torch.Tensor):
+            self._tensors[path] = value
+            return LentTensor(name=path, on_host=value.device.type == "cpu")
+        if isinstance(value, torch.nn.Module):
+            found = self._paths.get(id(value))
+            return (
+                Opaque(text=f"{_text_of(value)} outside the module")
+                if found is None
+                else Named(name=f"submodule:{found}")
+            )
+        if depth == _MAX_DEPTH or id(value) in self._parents:
+            return Opaque(text=_text_of(value))
+        self._parents.add(id(value))
+        try:
+            return self._nested(path, value, depth + 1)
+        finally:
+            self._parents.discard(id(value))
+
+    def _nested(self, path: str, value: Any, depth: int) -> Argument:
+        if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > limits.MAX_ARGUMENTS:
+            return Opaque(text=f"{type(value).__name__} {_digest(repr(value))}")
+        if isinstance(value, (list, tuple)):
+            items = tuple(self._value(f"{path}[{number}]", each, depth) for number, each in enumerate(value))
+            return ListOf(items=items) if isinstance(value, list) else TupleOf(items=items)
+        if isinstance(value, (set, frozenset)):
+            return SetOf(items=tuple(self._value(path, each, depth) for each in sorted(value, key=repr)))
+        if isinstance(value, dict):
+            if all(isinstance(key, str) and len(key) <= limits.MAX_NAME_CHARS for key in value):
+                return MapOf(items={key: self._value(f"{path}.{key}", each, depth) for key, each in value.items()})
+            return PairsOf(
+                items=tuple(
+                    (self._value(path, key, depth), self._value(f"{path}[{key!r}]", each, depth))
+                    for key, each in value.items()
+                )
+            )
+        if is_describable(value):
+            return ObjectOf(
+                class_name=class_name(type(value)),
+                attributes={name: self._value(f"{path}.{name}", each, depth) for name, each in vars(value).items()},
+            )
+        return Opaque(text=_text_of(value))
+
+
+def is_describable(value: object) -> bool:
+    """Return whether an object is all in its ``__dict__``, and of a package whose objects workers can make."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] not in PACKAGES or isinstance(
+        value, (type, FunctionType, BuiltinFunctionType)
+    ):
+        return False
+    return hasattr(value, "__dict__") and kind.__reduce_ex__ is object.__reduce_ex__ and not _is_config(value)
+
+
+def _is_config(value: object) -> bool:
+    """Whether this is a configuration of transformers, which all submodules share, and which is sent apart."""
+    return any(each.__name__ in ("PretrainedConfig", "PreTrainedConfig") for each in type(value).__mro__)
+
+
+def _is_idle(name: str, value: object) -> bool:
+    """Whether an attribute changes no forward: a registry of hooks of diffusers without hooks."""
+    return name == "_diffusers_hook" and not getattr(value, "hooks", True)
+
+
+def describe_constant(value: Any) -> Argument:
+    """Describe a number, a text, ``None``, a dtype, or a member of an enumeration."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, torch.dtype):
+        return Named(name=str(value))
+    if isinstance(value, enum.Enum):
+        is_known = type(value).__module__.partition(".")[0] in PACKAGES
+        return Named(name=f"{class_name(type(value))}.{value.name}") if is_known else Opaque(text=_text_of(value))
+    if isinstance(value, str):
+        return value if len(value) <= limits.MAX_NAME_CHARS else Opaque(text=f"text {_digest(value)}")
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**63 else Opaque(text=f"{value:#x}"[: limits.MAX_NAME_CHARS])
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, float):
+        return Special(value="nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
+    return Opaque(text=_text_of(value))
+
+
+def method_signature(method: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a method, also of one that diffusers' ``apply_forward_hook`` has wrapped.
+
+    That wrapper takes anything, and does not name the function that it wraps.
+    """
+    found = inspect.signature(method)
+    if all(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in list(found.parameters.values())[1:]):
+        inner = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+        functions = [each for each in inner if isinstance(each, FunctionType)]
+        if len(functions) == 1:
+            return method_signature(functions[0])
+    return found
+
+
+def _empty(registered: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(name for name, value in registered.items() if value is None)
+
+
+def _text_of(value: object) -> str:
+    """Return what a value is: the same text for the same function or the same class of object in any process."""
+    return "".join(_text_parts(value))[: limits.MAX_NAME_CHARS]
+
+
+def _text_parts(value: object) -> Iterator[str]:
+    if isinstance(value, functools.partial):
+        yield f"partial of {_text_of(value.func)} with {value.args!r} {value.keywords!r}"
+    elif isinstance(value, MethodType):
+        yield f"method {_text_of(value.__func__)} of a {class_name(type(value.__self__))}"
+    elif isinstance(value, type):
+        yield f"class {class_name(value)}"
+    elif hasattr(value, "__qualname__") and callable(value):
+        yield f"function {getattr(value, '__module__', None)}:{value.__qualname__}"
+    else:
+        yield f"{class_name(type(value))} object"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
