@@ -138,7 +138,7 @@ def _cosmos_transfer(random: Random) -> dict[str, Any]:
     return {
         "hidden_states": random.normal(2, 4, 3, 8, 8),
         "timestep": (1 - _cosmos_condition()) * 0.5,
-        "encoder_hidden_states": (random.normal(2, 7, 24), torch.zeros(2, 3, 6)),
+        "encoder_hidden_states": (random.normal(2, 7, 24), random.normal(2, 3, 6)),
         "block_controlnet_hidden_states": [random.normal(2, 48, 32)],
         "condition_mask": _cosmos_condition().expand(-1, -1, -1, 8, 8),
         "padding_mask": torch.zeros(1, 1, 64, 64),
