@@ -29,17 +29,28 @@ class ClassEntry:
     """A class of diffusers: the configuration of a tiny model, and the arguments of one ``forward``.
 
     ``arguments`` are those that the class's own pipeline gives, in its types, with every optional one of which the
-    pipeline makes use. Its keys are names in the signature.
+    pipeline makes use. Its keys are names in the signature. A further entry of the same class, for arguments or a
+    configuration that exclude those of the first, has a ``variant``. ``prepare`` is what the pipeline, or the model of
+    which this is a part, does to the model before the first call, such as setting attention processors.
     """
 
     name: str
     config: Mapping[str, Any]
     arguments: Callable[[Random], dict[str, Any]]
+    variant: str = ""
+    prepare: Callable[[Any], None] | None = None
+
+    @property
+    def key(self) -> str:
+        """The entry's name in tests, such as ``Flux2Transformer2DModel-kv_cached``."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def build(self, seed: int = 0) -> torch.nn.Module:
         """Build the model in float32, with results of order 1."""
         torch.manual_seed(seed)  # classes that fill parameters without torch.nn.init
         model = getattr(diffusers, self.name).from_config(dict(self.config))
+        if self.prepare is not None:
+            self.prepare(model)
         fill(model, seed)
         return model.eval().requires_grad_(False)
 
@@ -52,5 +63,8 @@ def fill(model: torch.nn.Module, seed: int) -> None:
         if parameter.ndim < 2:
             values = values * 0.1 + (1.0 if name.endswith("weight") else 0.0)
         else:
-            values = values / parameter[0].numel() ** 0.5
+            owner = model.get_submodule(name.rpartition(".")[0])
+            # The layers of Wan-Animate's motion encoder multiply their weights by it at each call.
+            scale = getattr(owner, "scale", None)
+            values = values / parameter[0].numel() ** 0.5 / (scale if isinstance(scale, float) else 1.0)
         parameter.data.copy_(values)
