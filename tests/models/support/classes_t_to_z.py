@@ -72,6 +72,30 @@ def _wan_animate_2(random: Random) -> dict[str, object]:
     }
 
 
+def _wan_animate_2_cached(random: Random) -> dict[str, object]:
+    """A step: one frame for the image of the person, and two of the video, against the reference in the cache.
+
+    The class compiles its attention mask in the first call, which takes seconds to a minute.
+    """
+    cache = WanAnimate2KVCache(2)
+    for layer in cache.layer_caches:
+        layer.store(random.normal(1, 12, 2, 16), random.normal(1, 12, 2, 16))
+    return {
+        "hidden_states": [random.normal(4, 3, 4, 6)],
+        "timestep": torch.tensor([700]),
+        "encoder_hidden_states": [random.normal(5, 24)],
+        "encoder_hidden_states_image": random.normal(1, 6, 1280),
+        "condition_latents": [random.normal(8, 3, 4, 6)],
+        "kv_cache": cache,
+        "kv_cache_mode": "cached",
+        "seq_len": 18,
+        "reference_grid_sizes": torch.tensor([[2, 2, 3]]),
+        "origin_len": 5,
+        "origin_area": [32, 48],
+        "is_uncondtion": False,
+    }
+
+
 def _wan_animate(random: Random) -> dict[str, object]:
     """Five frames of a video: two frames of latents, before which stands the reference's."""
     return {
@@ -150,6 +174,17 @@ def _z_image_omni(random: Random) -> dict[str, object]:
     }
 
 
+_WAN_ANIMATE_2 = {
+    "text_len": 8,
+    "in_dim": 12,
+    "dim": 32,
+    "ffn_dim": 48,
+    "freq_dim": 32,
+    "text_dim": 24,
+    "out_dim": 4,
+    "num_heads": 2,
+    "num_layers": 2,
+}
 _Z_IMAGE = {
     "in_channels": 4,
     "dim": 32,
@@ -219,21 +254,8 @@ ENTRIES = (
         },
         _transformer_temporal,
     ),
-    ClassEntry(
-        "WanAnimate2Transformer3DModel",
-        {
-            "text_len": 8,
-            "in_dim": 12,
-            "dim": 32,
-            "ffn_dim": 48,
-            "freq_dim": 32,
-            "text_dim": 24,
-            "out_dim": 4,
-            "num_heads": 2,
-            "num_layers": 2,
-        },
-        _wan_animate_2,
-    ),
+    ClassEntry("WanAnimate2Transformer3DModel", _WAN_ANIMATE_2, _wan_animate_2),
+    ClassEntry("WanAnimate2Transformer3DModel", _WAN_ANIMATE_2, _wan_animate_2_cached, "kv_cached"),
     ClassEntry(
         "WanAnimateTransformer3DModel",
         {
