@@ -63,5 +63,8 @@ def fill(model: torch.nn.Module, seed: int) -> None:
         if parameter.ndim < 2:
             values = values * 0.1 + (1.0 if name.endswith("weight") else 0.0)
         else:
-            values = values / parameter[0].numel() ** 0.5
+            owner = model.get_submodule(name.rpartition(".")[0])
+            # The layers of Wan-Animate's motion encoder multiply their weights by it at each call.
+            scale = getattr(owner, "scale", None)
+            values = values / parameter[0].numel() ** 0.5 / (scale if isinstance(scale, float) else 1.0)
         parameter.data.copy_(values)
