@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
 
 import pytest
 import torch
 from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
+from running_daemon import RunningDaemon, until
 
-from xditd.client import Client, DaemonStatus, DaemonUnreachable, Loan
+from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Prompt
-from xditd.ipc.status import GroupState
-
-DEADLINE_S = 120.0
-T = TypeVar("T")
 
 
 @dataclass
@@ -43,60 +35,6 @@ class Inputs:
     def prompt(self) -> Prompt:
         """As the demo's calls take it, sent along."""
         return Prompt(self.prompt_embeds, self.pooled_prompt_embeds)
-
-
-class RunningDaemon:
-    """A daemon that this test session started, with its log."""
-
-    def __init__(self, folder: Path, workers: int, device: str, flags: Sequence[str], before: Sequence[str]) -> None:
-        self.runtime_dir = folder / "run"
-        self.log = folder / "daemon.log"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("XDITD_")}
-        command = [*before, sys.executable, "-m", "xditd.daemon", "--runtime-dir", str(self.runtime_dir)]
-        command += ["--workers", str(workers), "--device", device, *flags]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, stderr=log, env=environment)
-
-    def connect(self) -> Client:
-        return until(self._try_connect, "the daemon to answer", self.log)
-
-    def _try_connect(self) -> Client | None:
-        assert self.process.poll() is None, self.log.read_text()[-4000:]
-        try:
-            return Client(self.runtime_dir, name="test")
-        except DaemonUnreachable:
-            return None
-
-    def status(self) -> DaemonStatus:
-        with self.connect() as client:
-            return client.status()
-
-    def wait_ready(self) -> DaemonStatus:
-        """Wait until the group has answered and nothing runs."""
-
-        def ready() -> DaemonStatus | None:
-            status = self.status()
-            return status if status.group_state is GroupState.READY else None
-
-        return until(ready, "the workers to be ready", self.log)
-
-    def log_text(self) -> str:
-        return self.log.read_text()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-
-def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> T:
-    """Wait for a condition, with a deadline."""
-    ends = time.monotonic() + DEADLINE_S
-    while (found := probe()) is None or found is False:
-        if time.monotonic() > ends:
-            tail = log.read_text()[-4000:] if log else ""
-            pytest.fail(f"waited {DEADLINE_S} s for {what}\n{tail}")
-        time.sleep(0.02)  # between two looks; what is waited for is the condition above
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -129,29 +67,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     checkpoints.write_flux1(found.tuned, seed=2)
     checkpoints.write_flux_vae(found.vae, seed=3)
     return found
-
-
-@pytest.fixture(scope="session")
-def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningDaemon]]:
-    running: list[RunningDaemon] = []
-
-    def start(
-        workers: int,
-        device: str = "cpu",
-        *,
-        flags: Sequence[str] = (),
-        before: Sequence[str] = (),
-        folder: Path | None = None,
-    ) -> RunningDaemon:
-        """``before`` goes in front of the command; ``folder`` is that of an earlier daemon."""
-        daemon = RunningDaemon(folder or tmp_path_factory.mktemp("d"), workers, device, flags, before)
-        running.append(daemon)
-        return daemon
-
-    yield start
-    for daemon in running:
-        if daemon.process.poll() is None:
-            daemon.stop()
 
 
 @pytest.fixture(scope="session")
