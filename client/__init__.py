@@ -52,6 +52,7 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
     from xditd.client.arenas import Arena
+    from xditd.client.diffusers.accelerate import accelerate
 
 __all__ = [
     "AlreadyRunning",
@@ -100,11 +101,16 @@ __all__ = [
     "WorkersLost",
     "WorkersUnavailable",
     "XditdError",
+    "accelerate",
 ]
 
 
 def __getattr__(name: str) -> object:
     # Imported on first use, so that a program that only asks for the status does not import the transports.
+    if name == "accelerate":
+        from xditd.client.diffusers.accelerate import accelerate
+
+        return accelerate
     if name == "Arena":
         from xditd.client.arenas import Arena
 

@@ -71,6 +71,7 @@ class Client:
     ) -> None:
         check_seconds("deadline_s", deadline_s)
         runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
+        self.deadline_s = deadline_s
         self._pool = IoPool()
         self._lifetime = Lifetime(runtime, name, self._pool, deadline_s)
         self._current = self._lifetime.current

@@ -102,8 +102,8 @@ class Called(Reply, tag="called", frozen=True, kw_only=True):
     timings_ms: TimingsMs
 
 
-class HeldRead(Reply, tag="held_read", frozen=True, kw_only=True):
-    """Answers ``ReadHeld``."""
+class TensorsRead(Reply, tag="tensors_read", frozen=True, kw_only=True):
+    """Answers ``ReadTensors``."""
 
     timings_ms: TimingsMs
 
@@ -186,7 +186,7 @@ AnyReply = (
     | Revoked
     | Generated
     | Called
-    | HeldRead
+    | TensorsRead
     | Decoded
     | Encoded
     | TextEncoded

@@ -136,13 +136,17 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
     out_size_bytes: Bytes
 
 
-class ReadHeld(Request, tag="read_held", frozen=True, kw_only=True):
-    """Copy tensors that the workers hold into ``io``, each to its place. Answered by ``HeldRead``."""
+class ReadTensors(Request, tag="read_tensors", frozen=True, kw_only=True):
+    """Copy tensors that the workers hold into ``io``, each to its place. Answered by ``TensorsRead``.
 
+    They are held tensors by id or, with a ``component_id``, those of that component by name.
+    """
+
+    component_id: ComponentId | None = None
     io: HostShmBlock
-    places: Annotated[dict[HeldId, IoTensor], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+    places: Annotated[dict[Name, IoTensor], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
     released: HeldIds = ()
-    """Tensors to free, after the copies."""
+    """Held tensors to free, after the copies."""
 
 
 class Sampling(Described, frozen=True, kw_only=True):
@@ -252,7 +256,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-InferenceRequest = Call | ReadHeld | Generate | Decode | Encode | EncodeText
+InferenceRequest = Call | ReadTensors | Generate | Decode | Encode | EncodeText
 """Requests that run on the workers as queued jobs."""
 
 AnyRequest = (
@@ -265,7 +269,7 @@ AnyRequest = (
     | Adopt
     | Revoke
     | Call
-    | ReadHeld
+    | ReadTensors
     | Generate
     | Decode
     | Encode

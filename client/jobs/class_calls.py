@@ -13,7 +13,7 @@ from xditd.client.jobs.class_arguments import ClassArgumentWriter
 from xditd.client.jobs.job_requests import CallRequest, Component, JobRequest
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Call, Numerics, Part, ReadHeld
+from xditd.ipc.requests import Call, Numerics, Part, ReadTensors
 from xditd.ipc.tensors import ITEM_BYTES, HostShmBlock
 
 
@@ -63,13 +63,13 @@ def class_call_request(
     return CallRequest(places, writer.inputs, {}, devices[0], write, devices, writer.kept)
 
 
-def read_held_request(held_id: str, tensor: torch.Tensor) -> JobRequest:
-    """Build the request to copy a held tensor to ``value``."""
+def read_tensor_request(name: str, tensor: torch.Tensor, component_id: str | None = None) -> JobRequest:
+    """Build the request to copy a tensor to ``value``: a held one by id, or one of a component by name."""
     places = IoPlaces()
     out = places.add_output(tensor.dtype, tuple(tensor.shape))
 
-    def write(request_id: str, io: HostShmBlock) -> ReadHeld:
-        return ReadHeld(request_id=request_id, io=io, places={held_id: out})
+    def write(request_id: str, io: HostShmBlock) -> ReadTensors:
+        return ReadTensors(request_id=request_id, component_id=component_id, io=io, places={name: out})
 
     return JobRequest(places, [], {"value": out}, tensor.device, write)
 
@@ -77,7 +77,7 @@ def read_held_request(held_id: str, tensor: torch.Tensor) -> JobRequest:
 def release_request(held_ids: tuple[str, ...]) -> JobRequest:
     """Build the request to free held tensors."""
 
-    def write(request_id: str, io: HostShmBlock) -> ReadHeld:
-        return ReadHeld(request_id=request_id, io=io, places={}, released=held_ids)
+    def write(request_id: str, io: HostShmBlock) -> ReadTensors:
+        return ReadTensors(request_id=request_id, io=io, places={}, released=held_ids)
 
     return JobRequest(IoPlaces(), [], {}, torch.device("cpu"), write)

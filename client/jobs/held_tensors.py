@@ -33,7 +33,7 @@ class HeldTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Held, store: HeldStore, device: torch.device) -> HeldTensor:
-        made: HeldTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: HeldTensor = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, dtype=torch_dtype(held.dtype), device=device
         )
         made.held, made.store = held, store
@@ -44,7 +44,9 @@ class HeldTensor(torch.Tensor):
         pass  # all is done in __new__, as for every tensor subclass
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(HeldTensor, HeldTensor.read, (args, kwargs or {}))

@@ -20,7 +20,7 @@ from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost, StaleSource, UnknownKept, WorkersLost, XditdError
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Generated, HeldRead
+from xditd.ipc.replies import Called, Generated, TensorsRead
 from xditd.ipc.requests import Numerics
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
@@ -141,6 +141,12 @@ class Runner:
             kept.note_kept_by(session)
         return results
 
+    def read_tensor(self, component_id: str, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor of a component from the workers, with the dtype, shape and device of ``like``."""
+        from xditd.client.jobs.class_calls import read_tensor_request
+
+        return self.run(read_tensor_request(name, like, component_id), TensorsRead, None)["value"]
+
     def _read_class_results(
         self, store: HeldStore, parts: Sequence[Mapping[str, Any]], called: Called, job: CallRequest, read: Read
     ) -> list[Any]:
@@ -158,20 +164,20 @@ class Runner:
         from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
 
         def read(tensor: HeldTensor) -> torch.Tensor:
-            from xditd.client.jobs.class_calls import read_held_request
+            from xditd.client.jobs.class_calls import read_tensor_request
 
             if session.is_lost:
                 raise LeaseLost(
                     f"{tensor!r}: its workers have ended; start the pipeline's call again, with a new cache"
                 )
-            return self.run(read_held_request(tensor.held.held_id, tensor), HeldRead, None)["value"]
+            return self.run(read_tensor_request(tensor.held.held_id, tensor), TensorsRead, None)["value"]
 
         def release(held_ids: tuple[str, ...]) -> None:
             from xditd.client.jobs.class_calls import release_request
 
             with contextlib.suppress(XditdError):  # if the session has ended, the daemon has freed them
                 if not session.is_lost:
-                    self.run(release_request(held_ids), HeldRead, None)
+                    self.run(release_request(held_ids), TensorsRead, None)
 
         with self._lock:
             store = self._stores.get(session)

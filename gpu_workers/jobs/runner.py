@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.gpu_workers.jobs import call, call_module, decode, encode, encode_text, generate, read_held
+from xditd.gpu_workers.jobs import call, call_module, decode, encode, encode_text, generate, read_tensors
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generate import Progress
@@ -16,7 +16,7 @@ from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.components import Components
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest, ReadHeld
+from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest, ReadTensors
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -58,8 +58,8 @@ class JobRunner:
         if isinstance(job, Call):
             is_module = self._components.has_module(job.component_id)
             finished = call_module.run(job, context) if is_module else call.run(job, context)
-        elif isinstance(job, ReadHeld):
-            finished = read_held.run(job, context)
+        elif isinstance(job, ReadTensors):
+            finished = read_tensors.run(job, context)
         elif isinstance(job, Generate):
             finished = generate.run(job, context, progress)
         elif isinstance(job, Decode):

@@ -1,4 +1,4 @@
-"""``Call``, ``ReadHeld``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
+"""``Call``, ``ReadTensors``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from xditd.ipc import arguments
 from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Decoded, Encoded, Generated, HeldRead, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, ReadHeld
+from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TensorsRead, TextEncoded
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, ReadTensors
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
-_REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded | HeldRead]]] = {
+_REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded | TensorsRead]]] = {
     Decode: Decoded,
     Encode: Encoded,
     EncodeText: TextEncoded,
-    ReadHeld: HeldRead,
+    ReadTensors: TensorsRead,
 }
 
 
@@ -93,8 +93,8 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
         return [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER)]
-    if isinstance(request, ReadHeld):
-        return []
+    if isinstance(request, ReadTensors):
+        return [] if request.component_id is None else [(request.component_id, ComponentKind.MODULE)]
     return [(request.vae_id, ComponentKind.VAE)]
 
 
@@ -106,7 +106,7 @@ def _check_tensors(request: InferenceRequest) -> None:
         value = getattr(request, name)
         if isinstance(value, IoTensor):
             _check_end(name, value.offset_bytes + value.size_bytes, size_bytes)
-    if isinstance(request, ReadHeld):
+    if isinstance(request, ReadTensors):
         for held_id, place in request.places.items():
             _check_end(held_id, place.offset_bytes + place.size_bytes, size_bytes)
     if isinstance(request, Call):

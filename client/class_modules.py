@@ -1,0 +1,62 @@
+"""Lend modules to be run as their class, and call them, for ``accelerate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from xditd.client.client import Client
+from xditd.client.jobs.job_requests import Component
+from xditd.client.loans import Loan
+from xditd.ipc.requests import Numerics
+
+
+def lend_module(
+    client: Client, module: torch.nn.Module, *, label: str, generation: int, replaced: Collection[str]
+) -> Loan:
+    """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself."""
+    return client._current().lend(
+        module,
+        kind=None,
+        label=label,
+        device=None,
+        generation=generation,
+        deadline_s=None,
+        as_class=True,
+        replaced=replaced,
+    )
+
+
+def call_module(
+    client: Client,
+    loan: Loan,
+    arguments: Mapping[str, Any],
+    *,
+    method: str,
+    numerics: Numerics,
+    device: torch.device,
+    while_running: Callable[[], None],
+) -> Any:
+    """Run a method of a lent module with the caller's numerics; results are on ``device``.
+
+    ``while_running`` is called when the request is sent. If it raises, the job is cancelled, and no object among the
+    arguments changes.
+    """
+    loan.check()
+    return client._runner.call_class(
+        Component(loan.component_id, loan.facts),
+        [arguments],
+        method=method,
+        numerics=numerics,
+        device=device,
+        deadline_s=None,
+        while_running=while_running,
+    )[0]
+
+
+def read_tensors(client: Client, loan: Loan, into: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors of a component from the workers, by name, into new memory of the tensors ``into``."""
+    for name, tensor in into.items():
+        tensor.data = client._runner.read_tensor(loan.component_id, name, tensor)

@@ -1,0 +1,158 @@
+"""``accelerate``: run the models of a diffusers pipeline on the daemon's workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from xditd.ipc.errors import BadRequest, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.client.client import Client
+    from xditd.client.diffusers.stand_in import StandIn
+
+DENOISERS: Final = ("transformer", "transformer_2", "transformer_ref", "unet")
+"""The components that run in the workers unless others are named: those that run in every step."""
+
+WAIT_S: Final = 120.0
+"""How long ``accelerate`` waits for a daemon that is being started, and for its workers."""
+
+
+def accelerate(
+    pipe: Any,
+    *,
+    components: Sequence[str] | None = None,
+    keep: Literal["client", "daemon"] = "client",
+    client: Client | None = None,
+    runtime_dir: str | os.PathLike[str] | None = None,
+    wait_s: float = WAIT_S,
+) -> Accelerated:
+    """Run models of ``pipe`` on the daemon's workers, until the returned object is closed or its ``with`` block ends.
+
+    ``pipe`` is any pipeline of diffusers, modular ones too, or one module. ``components`` are names of its models:
+    ``transformer``, ``transformer_2``, ``transformer_ref``, ``unet`` (default: those of them that it has),
+    ``controlnet``, ``vae``, ``text_encoder`` and so on. Their weights are lent, not copied, as far as
+    :meth:`Client.lend` can. Everything else of the pipeline works as before. A model that changes is lent again: LoRA
+    layers, IP adapters, attention processors, written weights.
+
+    With ``keep="daemon"`` the workers copy the weights, and this process frees its own until the block ends; the models
+    can then not be changed, moved or saved.
+
+    Without a ``client``, one is made for ``runtime_dir`` and closed at the end; it waits up to ``wait_s`` for workers.
+
+    Raises:
+        BadRequest: the pipeline has no such component, or it is no model.
+        Unsupported: a model is changed in a way that workers cannot follow; names the change and the remedy.
+        DaemonUnreachable: no daemon answered.
+    """
+    if keep not in ("client", "daemon"):
+        raise BadRequest(f"keep: {keep!r}; use 'client' or 'daemon'")
+    # Imported here: torch and diffusers take seconds.
+    import diffusers  # noqa: F401
+    import torch
+
+    from xditd.client.client import Client
+    from xditd.client.diffusers.stand_in import StandIn
+
+    modules = _modules_of(pipe, components, torch.nn.Module)
+    own = Client(runtime_dir, name="diffusers", wait_s=wait_s) if client is None else client
+    accelerated = Accelerated(own, owns_client=client is None)
+    try:
+        for name, module in modules.items():
+            accelerated.add(StandIn(own, module, name, keeps_weights=keep == "client"))
+    except BaseException:
+        accelerated.close()
+        raise
+    return accelerated
+
+
+class Accelerated:
+    """Models of a pipeline that run in the workers. ``close()``, or the end of its block, gives them back."""
+
+    def __init__(self, client: Client, *, owns_client: bool) -> None:
+        self.client = client
+        self._owns_client = owns_client
+        self._stand_ins: dict[str, StandIn] = {}
+        self._is_closed = False
+
+    def add(self, stand_in: StandIn) -> None:
+        stand_in.install()
+        self._stand_ins[stand_in.name] = stand_in
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the models that run in the workers."""
+        return tuple(self._stand_ins)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many calls of each model ran in the workers."""
+        return {name: each.calls for name, each in self._stand_ins.items()}
+
+    def close(self) -> None:
+        """Give every model back as it was, and end its loan. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            for each in self._stand_ins.values():
+                each.remove()
+        finally:
+            if self._owns_client:
+                self.client.close()
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else f"{len(self._stand_ins)} models: {', '.join(self._stand_ins)}"
+        return f"<Accelerated {state}>"
+
+
+def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict[str, Any]:
+    """Return the models of a pipeline by name; those of a list of models (several ControlNets) one by one."""
+    if isinstance(pipe, kind):
+        return _split_lists({type(pipe).__name__: pipe})
+    if isinstance(components, str):
+        raise BadRequest(f"components: {components!r} is one text; give a tuple of names, ({components!r},)")
+    if components is None:
+        found = {name: getattr(pipe, name, None) for name in DENOISERS}
+        modules = {name: each for name, each in found.items() if isinstance(each, kind)}
+        if not modules:
+            raise BadRequest(
+                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: name its models with components="
+            )
+        return _split_lists(modules)
+    modules = {}
+    for name in components:
+        each = getattr(pipe, name, None)
+        if not isinstance(each, kind):
+            known = sorted(key for key, value in vars(pipe).items() if isinstance(value, kind))
+            what = "None" if each is None else f"a {type(each).__name__}"
+            raise BadRequest(
+                f"components: {name} of {type(pipe).__name__} is {what}, no model; it has {', '.join(known)}"
+            )
+        modules[name] = each
+    return _split_lists(modules)
+
+
+def _split_lists(modules: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        if type(module).__name__ == "OptimizedModule":
+            raise Unsupported(
+                f"{name}: it is compiled by torch.compile(): accelerate the module that it wraps (_orig_mod)"
+            )
+        nets = getattr(module, "nets", None)
+        if nets is None:
+            found[name] = module
+        else:
+            found.update({f"{name}.nets.{number}": each for number, each in enumerate(nets)})
+    return found

@@ -1,0 +1,56 @@
+"""The settings of torch and diffusers in this process that change the bits of a forward."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from diffusers.models import attention_dispatch
+
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.requests import Numerics
+
+_Kernel = Literal["flash", "memory_efficient", "math", "cudnn"]
+
+
+def current_numerics(device: torch.device) -> Numerics:
+    """Return the settings for forwards on a device.
+
+    Raises:
+        Unsupported: a setting that the workers cannot follow; names it.
+    """
+    products = torch.backends.cuda.matmul
+    if products.allow_bf16_reduced_precision_reduction != products.allow_fp16_reduced_precision_reduction:
+        raise Unsupported(
+            "torch.backends.cuda.matmul: reduced precision reduction is allowed for one of bfloat16 and float16 alone; "
+            "allow it for both or for neither"
+        )
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        raise Unsupported("torch has global forward hooks, which workers cannot run: remove them")
+    enabled: dict[_Kernel, bool] = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        "memory_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+        "math": torch.backends.cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+    }
+    backend, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    return Numerics(
+        autocast=_autocast(device.type),
+        default_dtype=cast(Literal["float32"], _name(torch.get_default_dtype())),
+        matmul_precision=cast(Literal["highest"], torch.get_float32_matmul_precision()),
+        convolutions_in_tf32=torch.backends.cudnn.allow_tf32,
+        reductions_in_half=products.allow_bf16_reduced_precision_reduction,
+        attention_kernels=tuple(name for name, is_enabled in enabled.items() if is_enabled),
+        is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        attention_backend=backend.value,
+    )
+
+
+def _autocast(device_type: str) -> Literal["float16", "bfloat16", "float32"] | None:
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return cast(Literal["bfloat16"], _name(torch.get_autocast_dtype(device_type)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
