@@ -80,11 +80,10 @@ def kl_vae(latent_channels: int, *, halvings: int = 1, **config: Any) -> Autoenc
     )
 
 
-def flux_vae(latent_channels: int) -> AutoencoderKL:
+def flux_vae(latent_channels: int, halvings: int = 1) -> AutoencoderKL:
     """Return a VAE with the shift and the scale of FLUX.1, which SD3 and others use too."""
-    return kl_vae(
-        latent_channels, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035
-    )
+    config = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5035}
+    return kl_vae(latent_channels, halvings=halvings, **config)
 
 
 def wan_vae(z_dim: int) -> AutoencoderKLWan:
