@@ -61,9 +61,9 @@ class ImageProcessor(Qwen3VLProcessor):
 
 
 def qwen3_vl_processor() -> ImageProcessor:
-    """Return a processor that gives the text encoder a token for 16 by 16 pixels, as the VAE of Qwen-Image 2.1 does."""
+    """Return a processor that gives the text encoder a token for 32 by 32 pixels: Qwen-Image 2.1 asks for that."""
     image_processor = Qwen2VLImageProcessor(
-        min_pixels=256, max_pixels=4096, patch_size=8, temporal_patch_size=2, merge_size=2
+        min_pixels=1024, max_pixels=4096, patch_size=16, temporal_patch_size=2, merge_size=2
     )
     return ImageProcessor(image_processor, qwen_tokenizer(), chat_template=CHAT_TEMPLATE)
 
@@ -86,7 +86,7 @@ def qwen3_vl_text_encoder(hidden_size: int) -> Qwen3VLForConditionalGeneration:
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_heads": 2,
-            "patch_size": 8,
+            "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "out_hidden_size": hidden_size,
