@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import audio_and_unet_pipelines
 import flux_pipelines
 import image_pipelines
 import kv_cache_pipelines
+import video_pipelines
 from pipeline_entry import PipelineEntry
 
 PIPELINES: dict[str, PipelineEntry] = {
     entry.name: entry
-    for group in (flux_pipelines.ENTRIES, image_pipelines.ENTRIES, kv_cache_pipelines.ENTRIES)
+    for group in (
+        flux_pipelines.ENTRIES,
+        image_pipelines.ENTRIES,
+        kv_cache_pipelines.ENTRIES,
+        video_pipelines.ENTRIES,
+        audio_and_unet_pipelines.ENTRIES,
+    )
     for entry in group
 }
