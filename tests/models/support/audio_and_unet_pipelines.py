@@ -80,7 +80,7 @@ def run_stable_audio(pipe: Any) -> list[torch.Tensor]:
         audio_end_in_s=6.0,
         guidance_scale=4.0,
         num_inference_steps=3,
-        initial_audio_waveforms=embeddings(2, 24, seed=9),
+        initial_audio_waveforms=embeddings(1, 2, 24, seed=9),
         initial_audio_sampling_rate=4,
         generator=generator(),
     ).audios
