@@ -6,6 +6,7 @@ import audio_and_unet_pipelines
 import flux_pipelines
 import image_pipelines
 import kv_cache_pipelines
+import modular_pipelines
 import video_pipelines
 from pipeline_entry import PipelineEntry
 
@@ -17,6 +18,7 @@ PIPELINES: dict[str, PipelineEntry] = {
         kv_cache_pipelines.ENTRIES,
         video_pipelines.ENTRIES,
         audio_and_unet_pipelines.ENTRIES,
+        modular_pipelines.ENTRIES,
     )
     for entry in group
 }
