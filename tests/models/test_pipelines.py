@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import get_args
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -36,12 +37,30 @@ def test_pipeline_is_deterministic_and_finite(entry: PipelineEntry) -> None:
 
 
 @pytest.mark.parametrize("entry", PIPELINES.values(), ids=PIPELINES)
-def test_components_are_modules_with_weights(entry: PipelineEntry) -> None:
+def test_run_uses_each_component(entry: PipelineEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = entry.build()
+    called = set()
     for name in entry.components:
-        weights = list(getattr(pipe, name).parameters())
-        assert weights
-        assert all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+        component = getattr(pipe, name)
+        assert all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in component.parameters())
+        for method in ("forward", "encode", "decode"):
+            if hasattr(component, method):
+                record_calls(monkeypatch, component, method, lambda name=name: called.add(name))
+    entry.run(pipe)
+    assert called == set(entry.components)
+
+
+def record_calls(
+    monkeypatch: pytest.MonkeyPatch, component: torch.nn.Module, method: str, record: Callable[[], None]
+) -> None:
+    original = getattr(component, method)
+
+    @functools.wraps(original)
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        record()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(component, method, recording)
 
 
 def test_each_feature_has_a_pipeline() -> None:
