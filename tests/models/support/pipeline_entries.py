@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import audio_and_unet_pipelines
+import customized_pipelines
 import flux_pipelines
 import image_pipelines
 import kv_cache_pipelines
@@ -19,6 +20,7 @@ PIPELINES: dict[str, PipelineEntry] = {
         video_pipelines.ENTRIES,
         audio_and_unet_pipelines.ENTRIES,
         modular_pipelines.ENTRIES,
+        customized_pipelines.ENTRIES,
     )
     for entry in group
 }

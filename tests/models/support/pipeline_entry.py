@@ -33,6 +33,8 @@ Feature = Literal[
     "several-images",
     "from-pipe",
     "to",
+    "step-cache",
+    "changed-model",
 ]
 
 Pipeline = DiffusionPipeline | ModularPipeline
