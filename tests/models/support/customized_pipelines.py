@@ -15,19 +15,17 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     WanPipeline,
-    WanVACEPipeline,
-    WanVACETransformer3DModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from flux_pipelines import CONFIG, flux, flux_call, run_plain
-from image_pipelines import sd3_call, sd3_parts
 from modular_pipelines import modular_pipeline
 from pipeline_entry import PipelineEntry
 from pipeline_parts import embeddings, generator, image, seeded, tensors
-from video_pipelines import run_wan, wan_call, wan_parts
+from qwen_and_sd3_pipelines import sd3_call, sd3_parts
+from wan_pipelines import run_wan, wan_call, wan_parts
 
 TRANSFORMER_AND_VAE = ("transformer", "vae")
 UNET_COMPONENTS = ("text_encoder", "unet", "vae")
@@ -187,50 +185,6 @@ def run_unet_ip_adapter(pipe: Any) -> list[torch.Tensor]:
     return tensors(pipe(**arguments).images)
 
 
-def build_wan_lora() -> WanPipeline:
-    pipe = WanPipeline(**wan_parts())
-    random = Random(35)
-    weights = {}
-    for block in range(2):
-        for projection in ("attn1.to_q", "attn2.to_k"):
-            layer = f"transformer.blocks.{block}.{projection}"
-            weights[f"{layer}.lora_A.weight"] = random.normal(2, 24) / 24**0.5
-            weights[f"{layer}.lora_B.weight"] = random.normal(24, 2) / 2**0.5
-    pipe.load_lora_weights(weights, adapter_name="motion")
-    return pipe
-
-
-def run_wan_lora(pipe: Any) -> list[torch.Tensor]:
-    return tensors(pipe(**wan_call(attention_kwargs={"scale": 0.7})).frames)
-
-
-def build_wan_vace() -> WanVACEPipeline:
-    transformer = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-        vace_layers=[0],
-        vace_in_channels=96,
-    )
-    return WanVACEPipeline(**wan_parts(transformer=seeded(transformer)))
-
-
-def run_wan_vace(pipe: Any) -> list[torch.Tensor]:
-    """Continue a video and look like a reference, whose frames lead those of the result."""
-    arguments = wan_call(
-        video=[image(32, 16, seed) for seed in range(5)],
-        mask=[image(32, 16, 20 + seed).convert("L") for seed in range(5)],
-        reference_images=[image(32, 16, seed=8)],
-        conditioning_scale=0.7,
-    )
-    return tensors(pipe(**arguments).frames)
-
-
 ADAPTERS = (
     PipelineEntry(
         "flux-two-controlnets",
@@ -243,8 +197,6 @@ ADAPTERS = (
     PipelineEntry(
         "stable-diffusion-ip-adapter", "ip-adapter", build_unet_ip_adapter, run_unet_ip_adapter, UNET_COMPONENTS
     ),
-    PipelineEntry("wan-lora", "lora", build_wan_lora, run_wan_lora, TRANSFORMER_AND_VAE),
-    PipelineEntry("wan-vace", "edit", build_wan_vace, run_wan_vace, TRANSFORMER_AND_VAE),
 )
 
 

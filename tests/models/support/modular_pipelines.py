@@ -23,10 +23,10 @@ from diffusers import (
 from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference
 from diffusers.modular_pipelines.minimax_h3.modular_pipeline import MINIMAX_H3_TEXT_TAG
 from flux_pipelines import flux_call, flux_transformer
-from image_pipelines import qwen_vae
 from kv_cache_pipelines import flux2_vae
 from pipeline_entry import PipelineEntry
 from pipeline_parts import embeddings, flux_vae, generator, image, seeded, tensors
+from qwen_and_sd3_pipelines import qwen_vae
 
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines that make videos: from text, from images, with two transformers, and with sound."""
+"""Tiny pipelines that make videos, some with sound: those of other families than Wan."""
 
 from __future__ import annotations
 
@@ -22,154 +22,16 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
 )
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from pipeline_entry import PipelineEntry
-from pipeline_parts import PROMPT, embeddings, generator, image, seeded, t5_text_encoder, tensors, tokenizer, wan_vae
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from pipeline_parts import embeddings, generator, image, seeded, tensors
+from wan_pipelines import wan_call
 
 TRANSFORMER_AND_VAE = ("transformer", "vae")
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
 WITHOUT_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
-
-
-# ---- Wan ----
-
-
-def wan_transformer(in_channels: int = 16, seed: int = 0, **config: Any) -> WanTransformer3DModel:
-    return seeded(
-        WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=in_channels,
-            out_channels=16,
-            text_dim=32,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-            **config,
-        ),
-        seed,
-    )
-
-
-def wan_parts(**changes: Any) -> dict[str, Any]:
-    return {
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        "transformer": wan_transformer(),
-        "vae": wan_vae(16),
-        **WITHOUT_TEXT_ENCODER,
-        **changes,
-    }
-
-
-def wan_call(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments of a call for 5 frames of 16 by 32 pixels."""
-    return {
-        "prompt_embeds": embeddings(1, 7, 32),
-        "negative_prompt_embeds": embeddings(1, 7, 32, seed=4),
-        "guidance_scale": 4.0,
-        "height": 16,
-        "width": 32,
-        "num_frames": 5,
-        "generator": generator(),
-        **STEPS,
-        **arguments,
-    }
-
-
-def run_wan(pipe: Any) -> list[torch.Tensor]:
-    return tensors(pipe(**wan_call()).frames)
-
-
-def build_wan_with_text_encoder() -> WanPipeline:
-    return WanPipeline(**wan_parts(text_encoder=t5_text_encoder(32), tokenizer=tokenizer()))
-
-
-def run_wan_prompt(pipe: Any) -> list[torch.Tensor]:
-    prompts = {"prompt": PROMPT, "prompt_embeds": None, "negative_prompt_embeds": None}
-    return tensors(pipe(**wan_call(**prompts, max_sequence_length=8)).frames)
-
-
-def build_wan_22() -> WanPipeline:
-    """Return Wan 2.2, of whose transformers the first works on noise above the boundary."""
-    return WanPipeline(**wan_parts(transformer_2=wan_transformer(seed=1)), boundary_ratio=0.9)
-
-
-def run_wan_22(pipe: Any) -> list[torch.Tensor]:
-    return tensors(pipe(**wan_call(guidance_scale_2=3.0, num_inference_steps=3)).frames)
-
-
-def build_wan_tiled() -> WanPipeline:
-    pipe = WanPipeline(**wan_parts())
-    pipe.vae.enable_tiling(
-        tile_sample_min_height=16, tile_sample_min_width=16, tile_sample_stride_height=8, tile_sample_stride_width=8
-    )
-    return pipe
-
-
-def run_wan_tiled(pipe: Any) -> list[torch.Tensor]:
-    return tensors(pipe(**wan_call(height=32)).frames)
-
-
-def build_wan_image_to_video() -> WanImageToVideoPipeline:
-    """Return the pipeline of Wan 2.1, whose transformer reads an image's embedding beside its latents."""
-    config = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    return WanImageToVideoPipeline(
-        image_encoder=seeded(CLIPVisionModel(config)),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        **wan_parts(transformer=wan_transformer(in_channels=36, image_dim=8, added_kv_proj_dim=24)),
-    )
-
-
-def run_wan_image_to_video(pipe: Any) -> list[torch.Tensor]:
-    return tensors(pipe(**wan_call(image=image(32, 16))).frames)
-
-
-def build_wan_22_image_to_video() -> WanImageToVideoPipeline:
-    """Return the pipeline of Wan 2.2, without an image encoder and with two transformers."""
-    transformers = {f"transformer{suffix}": wan_transformer(36, seed) for seed, suffix in enumerate(("", "_2"))}
-    return WanImageToVideoPipeline(**wan_parts(**transformers), boundary_ratio=0.9)
-
-
-def run_wan_22_image_to_video(pipe: Any) -> list[torch.Tensor]:
-    arguments = wan_call(image=image(32, 16), last_image=image(32, 16, seed=8), num_inference_steps=3)
-    return tensors(pipe(**arguments).frames)
-
-
-WAN_ENTRIES = (
-    PipelineEntry("wan", "text-to-video", lambda: WanPipeline(**wan_parts()), run_wan, TRANSFORMER_AND_VAE),
-    PipelineEntry(
-        "wan-prompt",
-        "text-encoder",
-        build_wan_with_text_encoder,
-        run_wan_prompt,
-        ("text_encoder", "transformer", "vae"),
-    ),
-    PipelineEntry("wan-22", "two-transformers", build_wan_22, run_wan_22, ("transformer", "transformer_2", "vae")),
-    PipelineEntry("wan-tiled-vae", "tiled-vae", build_wan_tiled, run_wan_tiled, TRANSFORMER_AND_VAE),
-    PipelineEntry(
-        "wan-image-to-video",
-        "image-to-video",
-        build_wan_image_to_video,
-        run_wan_image_to_video,
-        ("image_encoder", "transformer", "vae"),
-    ),
-    PipelineEntry(
-        "wan-22-image-to-video",
-        "image-to-video",
-        build_wan_22_image_to_video,
-        run_wan_22_image_to_video,
-        ("transformer", "transformer_2", "vae"),
-    ),
-)
 
 
 # ---- CogVideoX ----
@@ -416,7 +278,6 @@ def run_ltx2(pipe: Any) -> list[torch.Tensor]:
 
 
 ENTRIES = (
-    *WAN_ENTRIES,
     PipelineEntry("cogvideox", "text-to-video", build_cogvideox, run_cogvideox, TRANSFORMER_AND_VAE),
     PipelineEntry("hunyuan-video", "text-to-video", build_hunyuan_video, run_hunyuan_video, TRANSFORMER_AND_VAE),
     PipelineEntry("ltx", "text-to-video", lambda: LTXPipeline(**ltx_parts()), run_ltx, TRANSFORMER_AND_VAE),
