@@ -112,8 +112,8 @@ class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float
 
 
 class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
-    """A dtype of torch (``torch.bfloat16``), a submodule (``submodule:path``), or a member of an enumeration
-    (``module:Class.MEMBER``)."""
+    """A dtype of torch (``torch.bfloat16``), a type of device (``device:cuda``), a submodule (``submodule:path``), or a
+    member of an enumeration (``module:Class.MEMBER``)."""
 
     name: Name
 
@@ -148,13 +148,9 @@ class Held(Described, frozen=True, kw_only=True, tag_field="leaf", tag="held"):
 
 
 class LentTensor(Described, frozen=True, kw_only=True, tag_field="leaf", tag="lent"):
-    """A tensor among a module's attributes, by its name in the manifest.
-
-    ``on_host``: it stays on the CPU, whatever the device of the parameters.
-    """
+    """A tensor among a module's attributes, by its name in the manifest."""
 
     name: Name
-    on_host: bool = False
 
 
 class Opaque(Described, frozen=True, kw_only=True, tag_field="leaf", tag="opaque"):

@@ -19,6 +19,11 @@ from xditd.ipc.tensors import Described, Name
 PACKAGES: Final = ("diffusers", "transformers", "peft", "torch")
 """The packages of whose classes workers make modules and objects."""
 
+GENERATOR: Final = "torch:Generator"
+DEVICE: Final = "device"
+STATE: Final = "state"
+"""A random number generator among the arguments of a call: its class and attributes, a device type and a tensor."""
+
 Path = Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
 
@@ -38,6 +43,8 @@ class SubmoduleState(Described, frozen=True, kw_only=True, omit_defaults=True):
     empty_parameters: Names = ()
     empty_buffers: Names = ()
     empty_modules: Names = ()
+    on_host: Names = ()
+    """Attributes with tensors on the CPU: they stay there, whatever the device of the parameters."""
     attributes: Annotated[dict[Name, Argument], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)] = msgspec.field(
         default_factory=dict
     )

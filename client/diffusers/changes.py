@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,14 +28,17 @@ class Snapshot:
     def __init__(self, module: torch.nn.Module, replaced: Collection[str]) -> None:
         self._module = module
         self._replaced = replaced
+        self._config = _config_of(module)
         self._state, self._contents = self._take()
 
     def changes(self) -> list[str]:
         """Return the names of what has changed since, at most a few."""
         state, contents = self._take()
-        if state == self._state and contents == self._contents:
+        config = _config_of(self._module)
+        if state == self._state and contents == self._contents and config == self._config:
             return []
-        found = [
+        found = [f"config.{name}" for name in {**self._config, **config} if self._config.get(name) != config.get(name)]
+        found += [
             path or type(self._module).__name__
             for path in {**self._state.submodules, **state.submodules}
             if self._state.submodules.get(path) != state.submodules.get(path)
@@ -46,6 +49,12 @@ class Snapshot:
     def _take(self) -> tuple[ModuleState, dict[str, _Content]]:
         state, tensors = walk_module(self._module, self._replaced)
         return state, {name: _content(tensor) for name, tensor in tensors.items()}
+
+
+def _config_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the configuration, which adapters change too."""
+    config: Any = module.config
+    return dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
 
 
 def _content(tensor: torch.Tensor) -> _Content:

@@ -14,8 +14,9 @@ from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.module_state import DEVICE, GENERATOR, STATE
 from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
-from xditd.ipc.transports.tensor_views import dtype_name
+from xditd.ipc.transports.tensor_views import dtype_name, inverse_order, memory_order
 
 
 class ClassArgumentWriter(ArgumentWriter):
@@ -35,13 +36,23 @@ class ClassArgumentWriter(ArgumentWriter):
             return self._pairs(path, value, depth)
         if isinstance(value, float) and not math.isfinite(value):
             return describe_constant(value)
+        if isinstance(value, torch.Generator):
+            return self._generator(path, value)
         if isinstance(value, (set, frozenset)):
             return SetOf(items=tuple(self._write(path, each, depth + 1) for each in sorted(value, key=repr)))
-        if isinstance(value, (torch.dtype, enum.Enum)):
+        if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
             return self._constant(path, value)
         if not isinstance(value, (torch.Tensor, torch.nn.Module)) and is_describable(value):
             return self._object(path, value, depth)
         return super()._write(path, value, depth)
+
+    def _generator(self, path: str, generator: torch.Generator) -> ObjectOf:
+        """Describe a random number generator by its state, which comes back with the results."""
+        attributes: dict[str, Argument] = {
+            DEVICE: generator.device.type,
+            STATE: self._write_tensor(f"{path}.state", generator.get_state()),
+        }
+        return ObjectOf(class_name=GENERATOR, attributes=attributes)
 
     def _constant(self, path: str, value: object) -> Argument:
         found = describe_constant(value)
@@ -84,25 +95,7 @@ class ClassArgumentWriter(ArgumentWriter):
                 return Values(dtype=dtype, shape=tuple(value.shape), values=tuple(values), on_host=on_host)
         self._note_device(value.device)
         dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
-        order = _memory_order(value)
-        place = self._place(value if order is None else value.permute(_inverse(order)))
+        in_memory = memory_order(value)
+        place = self._place(value if in_memory is None else value.permute(in_memory))
+        order = None if in_memory is None else inverse_order(in_memory)
         return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, order=order, on_host=on_host)
-
-
-def _memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the ``order`` of :class:`~xditd.ipc.arguments.InIo`; ``None`` if memory is in the order of the shape.
-
-    A tensor with gaps or repeated elements (expanded) is sent in the order of its shape.
-    """
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return None
-    strides = tensor.stride()
-    in_memory = sorted(range(tensor.ndim), key=lambda dimension: (-strides[dimension], dimension))
-    return _inverse(tuple(in_memory)) if tensor.permute(in_memory).is_contiguous() else None
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    found = [0] * len(order)
-    for position, dimension in enumerate(order):
-        found[dimension] = position
-    return tuple(found)

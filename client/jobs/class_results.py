@@ -25,7 +25,7 @@ from xditd.ipc.arguments import (
     TupleOf,
 )
 from xditd.ipc.errors import Internal, Unsupported
-from xditd.ipc.module_state import PACKAGES
+from xditd.ipc.module_state import PACKAGES, STATE
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.tensor_views import torch_dtype
 
@@ -61,7 +61,8 @@ class ClassResultReader:
             Unsupported: a class that is not installed here.
         """
         if isinstance(node, InIo):
-            return self._read(node.place, self._device)
+            found = self._read(node.place, self._device)
+            return found if node.order is None else found.permute(node.order)
         if isinstance(node, Held):
             return HeldTensor(node, self._store, self._device)
         if isinstance(node, OutputOf):
@@ -83,6 +84,9 @@ class ClassResultReader:
     def update(self, node: Argument, current: Any) -> Any:
         """Return the state of an argument, in the caller's own objects, lists and maps where they are the same."""
         if isinstance(node, Held) and isinstance(current, HeldTensor) and current.held.held_id == node.held_id:
+            return current
+        if isinstance(node, ObjectOf) and isinstance(current, torch.Generator):
+            current.set_state(self.value(node.attributes[STATE]).cpu())
             return current
         if isinstance(node, ObjectOf) and hasattr(current, "__dict__"):
             attributes = vars(current)
@@ -135,6 +139,8 @@ def _plain(node: Argument) -> Any:
     if isinstance(node, Opaque):
         return NotReturned(node.text)
     if isinstance(node, Named):
+        if node.name.startswith("device:"):
+            return torch.device(node.name.removeprefix("device:"))
         if ":" not in node.name:
             return torch_dtype(node.name.removeprefix("torch."))
         path, _, member = node.name.rpartition(".")

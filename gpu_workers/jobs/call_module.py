@@ -30,6 +30,7 @@ from xditd.ipc.arguments import (
     holds,
 )
 from xditd.ipc.errors import BadRequest, Unsupported, XditdError
+from xditd.ipc.module_state import DEVICE, GENERATOR, STATE
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Numerics
@@ -194,7 +195,7 @@ class _Describer:
         if isinstance(node, Held):
             self._leaves[id(value)] = node, value
         elif isinstance(node, ObjectOf):
-            for key, each in node.attributes.items():
+            for key, each in node.attributes.items() if node.class_name != GENERATOR else ():
                 self._note(each, vars(value)[key])
         elif isinstance(node, (ListOf, TupleOf)):
             for each, inner in zip(node.items, value, strict=True):
@@ -213,7 +214,7 @@ class _Describer:
     def _describe(self, value: Any, write: Write, *, is_cache: bool) -> Argument:
         if isinstance(value, torch.Tensor):
             return self._hold(value) if is_cache else write(value)
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
             return describe_constant(value)
         if isinstance(value, tuple) and not hasattr(value, "_fields"):
             return TupleOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
@@ -221,6 +222,9 @@ class _Describer:
             return ListOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
         if isinstance(value, Mapping):
             return self._map(value, write, is_cache=is_cache)
+        if isinstance(value, torch.Generator):
+            attributes: dict[str, Argument] = {DEVICE: value.device.type, STATE: write(value.get_state())}
+            return ObjectOf(class_name=GENERATOR, attributes=attributes)
         if is_describable(value):
             name = class_name(type(value))
             is_cache = is_cache or _CACHE in name.lower()

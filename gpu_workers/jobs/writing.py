@@ -15,7 +15,7 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.processes import identify
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.host_shm import HostArena
-from xditd.ipc.transports.tensor_views import align, dtype_name, place
+from xditd.ipc.transports.tensor_views import align, dtype_name, inverse_order, memory_order, place
 from xditd.ipc.worker_messages import CallResults
 
 
@@ -53,12 +53,13 @@ class ResultWriter:
 
         ``describe`` describes a tree (default: :func:`describe_tree`), and calls its second argument for each tensor
         that is to be copied, in the same order every time. ``changed`` are the arguments of each part that the forwards
-        may have changed.
+        may have changed. With ``describe``, results keep the order of their dimensions in memory.
 
         Raises:
             OutOfMemory: there is no memory for a block of this process.
             Unsupported, UnsupportedDtype: a result has a type or dtype that messages do not have.
         """
+        keeps_order = describe is not None
         describe = describe or describe_tree
         tensors: list[torch.Tensor] = []
         for tree in (*trees, *(value for each in changed for value in each.values())):
@@ -71,9 +72,15 @@ class ResultWriter:
         put = self._put_into_io if arena is None else partial(_put_into_arena, arena)
 
         def write(tensor: torch.Tensor) -> Argument:
-            dtype, shape = dtype_name(tensor.dtype, "result"), tuple(tensor.shape)
-            leaf = InIo(offset_bytes=first + next(places), dtype=dtype, shape=shape)
-            put(leaf.place, tensor)
+            in_memory = memory_order(tensor) if keeps_order else None
+            stored = tensor if in_memory is None else tensor.permute(in_memory)
+            leaf = InIo(
+                offset_bytes=first + next(places),
+                dtype=dtype_name(tensor.dtype, "result"),
+                shape=tuple(stored.shape),
+                order=None if in_memory is None else inverse_order(in_memory),
+            )
+            put(leaf.place, stored)
             return leaf
 
         described = tuple(describe(tree, write) for tree in trees)

@@ -31,12 +31,13 @@ from xditd.ipc.arguments import (
     holds,
 )
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
+from xditd.ipc.module_state import DEVICE, GENERATOR, PACKAGES, STATE, ModuleState, SubmoduleState
 from xditd.ipc.tensors import ModuleDescription
-from xditd.ipc.transports.module_walk import HOOKS, class_name, walk_module
+from xditd.ipc.transports.module_walk import CONFIG, HOOKS, class_name, walk_module
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 _SUBMODULE: Final = "submodule:"
+_DEVICE: Final = "device:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
 
@@ -106,7 +107,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
         Unsupported: the state has classes, functions or objects that workers cannot make; the error names them.
     """
     found, _ = walk_module(module)
-    if found == state:
+    if _comparable(found) == _comparable(state):
         return True
     _set_submodules(module, state)
     found, _ = walk_module(module)
@@ -182,11 +183,15 @@ def _set_attributes(
     for name in found.keys() - wanted.keys():
         vars(module).pop(name, None)
     for name, value in wanted.items():
-        if name not in HOOKS and found.get(name) != value and not holds(value, Opaque):
-            vars(module)[name] = make_value(value, top, {})
+        if name in HOOKS or found.get(name, _ABSENT) == value or holds(value, Opaque):
+            continue
+        if name == CONFIG:
+            vars(vars(module)[CONFIG]).update(make_value(value, top, {}, on_host=False))
+        else:
+            vars(module)[name] = make_value(value, top, {}, on_host=False)
 
 
-def make_value(node: Argument, top: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
+def make_value(node: Argument, top: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, on_host: bool) -> Any:
     """Make the value of an attribute of a submodule of ``top``; a tensor that is not in ``tensors`` is on meta.
 
     Raises:
@@ -198,19 +203,23 @@ def make_value(node: Argument, top: torch.nn.Module, tensors: Mapping[str, torch
         if tensor is None:
             return torch.empty(0, device="meta")
         # A copy: forwards keep views of such tables in caches of their own, and lent memory with views stays mapped.
-        return tensor.to("cpu" if node.on_host else tensor.device, copy=True)
+        return tensor.to("cpu" if on_host else tensor.device, copy=True)
     if isinstance(node, (ListOf, TupleOf, SetOf)):
-        items = [make_value(each, top, tensors) for each in node.items]
+        items = [make_value(each, top, tensors, on_host=on_host) for each in node.items]
         return items if isinstance(node, ListOf) else tuple(items) if isinstance(node, TupleOf) else set(items)
     if isinstance(node, MapOf):
-        return {key: make_value(each, top, tensors) for key, each in node.items.items()}
+        return {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.items.items()}
     if isinstance(node, PairsOf):
-        return {make_value(key, top, tensors): make_value(each, top, tensors) for key, each in node.items}
+        return {
+            make_value(key, top, tensors, on_host=on_host): make_value(each, top, tensors, on_host=on_host)
+            for key, each in node.items
+        }
     if isinstance(node, Named) and node.name.startswith(_SUBMODULE):
         return top.get_submodule(node.name.removeprefix(_SUBMODULE))
     if isinstance(node, ObjectOf):
         return make_object(
-            node.class_name, {key: make_value(each, top, tensors) for key, each in node.attributes.items()}
+            node.class_name,
+            {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.attributes.items()},
         )
     return make_plain(node)
 
@@ -237,6 +246,8 @@ def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
     Raises:
         Unsupported: the class is not installed here, or its objects have more than attributes.
     """
+    if name == GENERATOR:
+        return _make_generator(attributes)
     kind = find_class(name)
     if issubclass(kind, (torch.nn.Module, torch.Tensor)) or kind.__reduce_ex__ is not object.__reduce_ex__:
         raise Unsupported(f"class {name}: its objects cannot be made from attributes")
@@ -245,7 +256,26 @@ def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
     return made
 
 
+def _make_generator(attributes: Mapping[str, Any]) -> torch.Generator:
+    """Make a random number generator in a given state.
+
+    Raises:
+        BadRequest: no valid state, or that of a generator of a GPU for workers without one.
+    """
+    device, state = attributes.get(DEVICE), attributes.get(STATE)
+    try:
+        generator = torch.Generator(device)
+        generator.set_state(state.cpu() if isinstance(state, torch.Tensor) else torch.empty(0))
+    except (RuntimeError, TypeError) as error:
+        raise BadRequest(
+            f"generator: workers cannot make one for {device!r} in the given state: {error!s:.200}"
+        ) from error
+    return generator
+
+
 def _named(name: str) -> Any:
+    if name.startswith(_DEVICE):
+        return torch.device(name.removeprefix(_DEVICE))
     if ":" not in name:
         return torch_dtype(name.removeprefix("torch."))
     path, _, member = name.rpartition(".")
@@ -271,7 +301,8 @@ def set_tensors(module: torch.nn.Module, state: ModuleState, tensors: Mapping[st
         for name, value in wanted.attributes.items():
             lent = list(_lent_names(value))
             if lent and all(each in tensors for each in lent):
-                vars(submodule)[name] = make_value(value, module, tensors)
+                on_host = name in wanted.on_host
+                vars(submodule)[name] = make_value(value, module, tensors, on_host=on_host)
 
 
 def tensor_names(state: ModuleState) -> Iterator[str]:
@@ -290,6 +321,15 @@ def _lent_names(node: Argument) -> Iterator[str]:
         yield from _lent_names(each)
 
 
+def _comparable(state: ModuleState) -> ModuleState:
+    """Leave out where tensors are: those of a module without weights are on meta."""
+    submodules = {
+        path: msgspec.structs.replace(each, on_host=()) if each.on_host else each
+        for path, each in state.submodules.items()
+    }
+    return ModuleState(submodules=submodules, same=state.same)
+
+
 def _differences(wanted: ModuleState, found: ModuleState) -> Iterator[str]:
     """Say how a client's module differs from the one that workers can make."""
     for path, theirs in wanted.submodules.items():
@@ -301,7 +341,9 @@ def _differences(wanted: ModuleState, found: ModuleState) -> Iterator[str]:
         for name in sorted({*theirs.attributes, *mine.attributes}):
             if theirs.attributes.get(name, _ABSENT) != mine.attributes.get(name, _ABSENT):
                 yield f"{name} of {where} is {_shown(theirs.attributes, name)}, here {_shown(mine.attributes, name)}"
-        if msgspec.structs.replace(theirs, attributes={}) != msgspec.structs.replace(mine, attributes={}):
+        if msgspec.structs.replace(theirs, attributes={}, on_host=()) != msgspec.structs.replace(
+            mine, attributes={}, on_host=()
+        ):
             yield f"{where} has other parameters, buffers or submodules"
     yield from (f"{path} is not in it" for path in found.submodules.keys() - wanted.submodules.keys())
     if wanted.same != found.same:

@@ -37,9 +37,12 @@ HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 _OWN: Final = frozenset(vars(torch.nn.Module()))
 """The attributes of every module: parameters, buffers, submodules and hooks are described apart."""
 
+CONFIG: Final = "_internal_dict"
+"""The configuration of diffusers, which is sent apart. Adapters set attributes of it, which differ from its items."""
+
 _IGNORED: Final = frozenset(
     {
-        "_internal_dict",  # the configuration of diffusers, which is sent apart
+        CONFIG,
         "peft_config",  # the layers that PEFT has put in are described themselves
         "_hf_peft_config_loaded",
         "gradient_checkpointing",  # of training alone
@@ -72,6 +75,7 @@ class _Walk:
         self._paths = {id(each): path for path, each in module.named_modules()}
         self._tensors: dict[str, torch.Tensor] = {}
         self._parents: set[int] = set()
+        self._has_host_tensor = False
 
     def run(self) -> tuple[ModuleState, dict[str, torch.Tensor]]:
         submodules = {path: self._submodule(path, each) for path, each in self._module.named_modules()}
@@ -87,16 +91,24 @@ class _Walk:
         parameters = self._filled(start, module._parameters)
         buffers = self._filled(start, module._buffers)
         attributes: dict[str, Argument] = {}
+        on_host: list[str] = []
         for name in HOOKS:
             # Those of the module itself run in the caller's process.
             if path and (hooks := getattr(module, name)):
                 attributes[name] = ListOf(items=tuple(Opaque(text=_text_of(hook)) for hook in hooks.values()))
         if module.training:
             attributes["training"] = True
+        if changed := _changed_settings(vars(module).get(CONFIG)):
+            attributes[CONFIG] = MapOf(
+                items={key: self._value(f"{start}{CONFIG}.{key}", changed[key], 0) for key in changed}
+            )
         for name, value in vars(module).items():
             if name in _OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
                 continue
+            self._has_host_tensor = False
             attributes[name] = self._value(f"{start}{name}", value, 0)
+            if self._has_host_tensor:
+                on_host.append(name)
         return SubmoduleState(
             class_name=class_name(type(module)),
             parameters=parameters,
@@ -105,6 +117,7 @@ class _Walk:
             empty_parameters=_empty(module._parameters),
             empty_buffers=_empty(module._buffers),
             empty_modules=_empty(module._modules),
+            on_host=tuple(on_host),
             attributes=attributes,
         )
 
@@ -115,11 +128,12 @@ class _Walk:
         return tuple(name for name, tensor in tensors.items() if tensor is not None)
 
     def _value(self, path: str, value: Any, depth: int) -> Argument:
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, enum.Enum)):
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, enum.Enum)):
             return describe_constant(value)
         if isinstance(value, torch.Tensor):
             self._tensors[path] = value
-            return LentTensor(name=path, on_host=value.device.type == "cpu")
+            self._has_host_tensor |= value.device.type == "cpu"
+            return LentTensor(name=path)
         if isinstance(value, torch.nn.Module):
             found = self._paths.get(id(value))
             return (
@@ -175,17 +189,26 @@ def _is_config(value: object) -> bool:
     return any(each.__name__ in ("PretrainedConfig", "PreTrainedConfig") for each in type(value).__mro__)
 
 
+def _changed_settings(config: object) -> dict[str, Any]:
+    """Return the attributes of a configuration of diffusers that differ from its items."""
+    if not isinstance(config, dict):
+        return {}
+    return {key: value for key, value in vars(config).items() if key in config and config[key] != value}
+
+
 def _is_idle(name: str, value: object) -> bool:
     """Whether an attribute changes no forward: a registry of hooks of diffusers without hooks."""
     return name == "_diffusers_hook" and not getattr(value, "hooks", True)
 
 
 def describe_constant(value: Any) -> Argument:
-    """Describe a number, a text, ``None``, a dtype, or a member of an enumeration."""
+    """Describe a number, a text, ``None``, a dtype, a device, or a member of an enumeration."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, torch.dtype):
         return Named(name=str(value))
+    if isinstance(value, torch.device):
+        return Named(name=f"device:{value.type}")
     if isinstance(value, enum.Enum):
         is_known = type(value).__module__.partition(".")[0] in PACKAGES
         return Named(name=f"{class_name(type(value))}.{value.name}") if is_known else Opaque(text=_text_of(value))
@@ -225,7 +248,8 @@ def _text_of(value: object) -> str:
 
 def _text_parts(value: object) -> Iterator[str]:
     if isinstance(value, functools.partial):
-        yield f"partial of {_text_of(value.func)} with {value.args!r} {value.keywords!r}"
+        given = [*value.args, *(each for pair in sorted(value.keywords.items()) for each in pair)]
+        yield f"partial of {_text_of(value.func)} with {', '.join(map(_argument_text, given))}"
     elif isinstance(value, MethodType):
         yield f"method {_text_of(value.__func__)} of a {class_name(type(value.__self__))}"
     elif isinstance(value, type):
@@ -234,6 +258,11 @@ def _text_parts(value: object) -> Iterator[str]:
         yield f"function {getattr(value, '__module__', None)}:{value.__qualname__}"
     else:
         yield f"{class_name(type(value))} object"
+
+
+def _argument_text(value: object) -> str:
+    is_plain = value is None or isinstance(value, (bool, int, float, str))
+    return f"{value!r:.100}" if is_plain else _text_of(value)
 
 
 def _digest(text: str) -> str:

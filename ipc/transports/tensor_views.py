@@ -104,3 +104,26 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
         strides.append(step)
         step *= side
     return strides[::-1]
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions of a tensor from the outermost to the innermost in memory; ``None`` if in order.
+
+    Some kernels round differently for another order, such as channels last. A tensor with repeated elements (expanded)
+    counts as in order.
+    """
+    if tensor.is_contiguous() or any(
+        not step and side > 1 for side, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        return None
+    steps = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda dimension: (-steps[dimension], dimension)))
+    return None if order == tuple(range(tensor.ndim)) else order
+
+
+def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
+    """Return the permutation that undoes ``tensor.permute(order)``."""
+    found = [0] * len(order)
+    for position, dimension in enumerate(order):
+        found[dimension] = position
+    return tuple(found)
