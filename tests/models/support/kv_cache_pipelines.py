@@ -20,11 +20,8 @@ from diffusers import (
     QwenImage21Transformer2DModel,
 )
 from pipeline_entry import PipelineEntry
-from pipeline_parts import NEGATIVE_PROMPT, PROMPT, embeddings, generator, image, seeded, tensors
+from pipeline_parts import NEGATIVE_PROMPT, PROMPT, TRANSFORMER_AND_VAE, embeddings, generator, image, seeded, tensors
 from qwen3_vl_parts import qwen3_vl_processor, qwen3_vl_text_encoder
-
-TRANSFORMER_AND_VAE = ("transformer", "vae")
-
 
 # ---- FLUX.2 ----
 
