@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from audio_and_unet_pipelines import TEXT_SIZE, run_stable_diffusion, stable_diffusion_call, stable_diffusion_parts
 from class_entry import Random
 from diffusers import (
     FirstBlockCacheConfig,
@@ -23,11 +22,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from flux_pipelines import CONFIG, flux, flux_call, run_plain
 from modular_pipelines import modular_pipeline
 from pipeline_entry import PipelineEntry
-from pipeline_parts import embeddings, generator, image, seeded, tensors
+from pipeline_parts import TRANSFORMER_AND_VAE, embeddings, generator, image, seeded, tensors
 from qwen_and_sd3_pipelines import sd3_call, sd3_parts
+from stable_diffusion_pipelines import TEXT_SIZE, run_stable_diffusion, stable_diffusion_call, stable_diffusion_parts
 from wan_pipelines import run_wan, wan_call, wan_parts
 
-TRANSFORMER_AND_VAE = ("transformer", "vae")
 UNET_COMPONENTS = ("text_encoder", "unet", "vae")
 
 

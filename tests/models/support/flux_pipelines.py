@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, Flux
 from pipeline_entry import Feature, PipelineEntry
 from pipeline_parts import (
     PROMPT,
+    TRANSFORMER_AND_VAE,
     clip_text_encoder,
     embeddings,
     flux_vae,
@@ -278,7 +279,7 @@ def run_tiled(pipe: Any) -> list[torch.Tensor]:
     return run_image_to_image(pipe)
 
 
-PLAIN = PipelineEntry("flux", "text-to-image", flux, run_plain, ("transformer", "vae"))
+PLAIN = PipelineEntry("flux", "text-to-image", flux, run_plain, TRANSFORMER_AND_VAE)
 
 
 def variant(name: str, feature: Feature, run: Any, **changes: Any) -> PipelineEntry:

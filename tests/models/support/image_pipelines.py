@@ -18,10 +18,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from pipeline_entry import PipelineEntry
-from pipeline_parts import embeddings, flux_vae, generator, kl_vae, seeded, tensors
-
-STEPS = {"num_inference_steps": 2, "output_type": "pt"}
-TRANSFORMER_AND_VAE = ("transformer", "vae")
+from pipeline_parts import STEPS, TRANSFORMER_AND_VAE, embeddings, flux_vae, generator, kl_vae, seeded, tensors
 
 
 def build_z_image() -> ZImagePipeline:
@@ -101,22 +98,27 @@ def build_sana() -> SanaPipeline:
     )
 
 
-def run_with_masks(pipe: Any) -> list[torch.Tensor]:
-    """Call a pipeline that takes the masks of its prompts: Sana and Lumina 2."""
-    only_sana = {"use_resolution_binning": False, "negative_prompt": None} if isinstance(pipe, SanaPipeline) else {}
-    images = pipe(
-        prompt_embeds=embeddings(1, 7, 8),
-        prompt_attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
-        negative_prompt_embeds=embeddings(1, 7, 8, seed=4),
-        negative_prompt_attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0, 0]]),
-        guidance_scale=4.0,
-        height=32,
-        width=32,
-        generator=generator(),
-        **only_sana,
+def masked_prompts() -> dict[str, Any]:
+    """Return the arguments of a call with embeddings and masks of padded prompts."""
+    return {
+        "prompt_embeds": embeddings(1, 7, 8),
+        "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
+        "negative_prompt_embeds": embeddings(1, 7, 8, seed=4),
+        "negative_prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0]]),
+        "guidance_scale": 4.0,
+        "height": 32,
+        "width": 32,
+        "generator": generator(),
         **STEPS,
-    ).images
-    return tensors(images)
+    }
+
+
+def run_sana(pipe: Any) -> list[torch.Tensor]:
+    return tensors(pipe(**masked_prompts(), negative_prompt=None, use_resolution_binning=False).images)
+
+
+def run_lumina2(pipe: Any) -> list[torch.Tensor]:
+    return tensors(pipe(**masked_prompts()).images)
 
 
 def build_lumina2() -> Lumina2Pipeline:
@@ -180,7 +182,7 @@ def run_chroma(pipe: Any) -> list[torch.Tensor]:
 
 ENTRIES = (
     PipelineEntry("z-image", "text-to-image", build_z_image, run_z_image, TRANSFORMER_AND_VAE),
-    PipelineEntry("sana", "text-to-image", build_sana, run_with_masks, TRANSFORMER_AND_VAE),
-    PipelineEntry("lumina2", "text-to-image", build_lumina2, run_with_masks, TRANSFORMER_AND_VAE),
+    PipelineEntry("sana", "text-to-image", build_sana, run_sana, TRANSFORMER_AND_VAE),
+    PipelineEntry("lumina2", "text-to-image", build_lumina2, run_lumina2, TRANSFORMER_AND_VAE),
     PipelineEntry("chroma", "text-to-image", build_chroma, run_chroma, TRANSFORMER_AND_VAE),
 )

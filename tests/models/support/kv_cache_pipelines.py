@@ -20,11 +20,8 @@ from diffusers import (
     QwenImage21Transformer2DModel,
 )
 from pipeline_entry import PipelineEntry
-from pipeline_parts import NEGATIVE_PROMPT, PROMPT, embeddings, generator, image, seeded, tensors
+from pipeline_parts import NEGATIVE_PROMPT, PROMPT, TRANSFORMER_AND_VAE, embeddings, generator, image, seeded, tensors
 from qwen3_vl_parts import qwen3_vl_processor, qwen3_vl_text_encoder
-
-TRANSFORMER_AND_VAE = ("transformer", "vae")
-
 
 # ---- FLUX.2 ----
 
@@ -92,6 +89,27 @@ def run_flux2_references(pipe: Any) -> list[torch.Tensor]:
 def run_flux2_guided(pipe: Any) -> list[torch.Tensor]:
     arguments = flux2_call(negative_prompt_embeds=embeddings(1, 5, 16, seed=4), guidance_scale=3.0)
     return tensors(pipe(**arguments).images)
+
+
+def build_flux2_with_text_encoder() -> Flux2Pipeline:
+    """Return FLUX.2 with Qwen3-VL in the place of Mistral 3: both generate text, and take messages of a chat.
+
+    A quarter of its tokens end a text, so that it writes a few words alone.
+    """
+    pipe = flux2()
+    text_encoder = qwen3_vl_text_encoder(16)
+    text_encoder.generation_config.eos_token_id = list(range(0, 288, 4))
+    text_encoder.generation_config.pad_token_id = 256
+    pipe.register_modules(text_encoder=text_encoder, tokenizer=qwen3_vl_processor())
+    return pipe
+
+
+def run_flux2_upsampled_prompt(pipe: Any) -> list[torch.Tensor]:
+    """Let the text encoder write a longer prompt, which it samples by PyTorch's own generator."""
+    arguments = flux2_call(prompt=PROMPT, prompt_embeds=None, caption_upsample_temperature=0.5, guidance_scale=4.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors(pipe(**arguments, max_sequence_length=512, text_encoder_out_layers=(1,)).images)
 
 
 # ---- Qwen-Image 2.1 ----
@@ -220,6 +238,13 @@ def run_glm_image_edit(pipe: Any) -> list[torch.Tensor]:
 ENTRIES = (
     PipelineEntry("flux2", "text-to-image", flux2, run_flux2, TRANSFORMER_AND_VAE),
     PipelineEntry("flux2-references", "edit", flux2, run_flux2_references, TRANSFORMER_AND_VAE),
+    PipelineEntry(
+        "flux2-upsampled-prompt",
+        "text-encoder",
+        build_flux2_with_text_encoder,
+        run_flux2_upsampled_prompt,
+        ("text_encoder", "transformer", "vae"),
+    ),
     PipelineEntry(
         "flux2-klein",
         "text-to-image",

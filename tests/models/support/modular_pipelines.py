@@ -25,10 +25,8 @@ from diffusers.modular_pipelines.minimax_h3.modular_pipeline import MINIMAX_H3_T
 from flux_pipelines import flux_call, flux_transformer
 from kv_cache_pipelines import flux2_vae
 from pipeline_entry import PipelineEntry
-from pipeline_parts import embeddings, flux_vae, generator, image, seeded, tensors
+from pipeline_parts import STEPS, TRANSFORMER_AND_VAE, embeddings, flux_vae, generator, image, seeded, tensors
 from qwen_and_sd3_pipelines import qwen_vae
-
-STEPS = {"num_inference_steps": 2, "output_type": "pt"}
 
 
 def modular_pipeline(blocks_class: str, without: tuple[str, ...] = ("text_encoder",), **components: Any) -> Any:
@@ -242,9 +240,9 @@ def run_minimax_h3_reference(pipe: Any) -> list[torch.Tensor]:
 MINIMAX_H3_DECODERS = ("vae", "audio_vae")
 
 ENTRIES = (
-    PipelineEntry("modular-flux", "modular", build_flux, run_flux, ("transformer", "vae")),
+    PipelineEntry("modular-flux", "modular", build_flux, run_flux, TRANSFORMER_AND_VAE),
     PipelineEntry("modular-anima", "modular", build_anima, run_anima, ("text_conditioner", "transformer", "vae")),
-    PipelineEntry("modular-flux3", "modular", build_flux3, run_flux3, ("transformer", "vae")),
+    PipelineEntry("modular-flux3", "modular", build_flux3, run_flux3, TRANSFORMER_AND_VAE),
     PipelineEntry(
         "minimax-h3", "video-with-sound", build_minimax_h3, run_minimax_h3, ("transformer", *MINIMAX_H3_DECODERS)
     ),

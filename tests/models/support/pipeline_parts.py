@@ -15,6 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 PROMPT = "a red bird over a lake"
 NEGATIVE_PROMPT = "a blurred bird"
+STEPS = {"num_inference_steps": 2, "output_type": "pt"}
+TRANSFORMER_AND_VAE = ("transformer", "vae")
+WITHOUT_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
 
 
 def seeded(model: torch.nn.Module, seed: int = 0) -> Any:

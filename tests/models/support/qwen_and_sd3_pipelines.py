@@ -23,11 +23,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from pipeline_entry import PipelineEntry
-from pipeline_parts import embeddings, flux_vae, generator, image, mask, seeded, tensors
-
-STEPS = {"num_inference_steps": 2, "output_type": "pt"}
-TRANSFORMER_AND_VAE = ("transformer", "vae")
-
+from pipeline_parts import STEPS, TRANSFORMER_AND_VAE, embeddings, flux_vae, generator, image, mask, seeded, tensors
 
 # ---- Qwen-Image ----
 

@@ -26,13 +26,17 @@ from diffusers import (
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from pipeline_entry import PipelineEntry
-from pipeline_parts import embeddings, generator, image, seeded, tensors
+from pipeline_parts import (
+    STEPS,
+    TRANSFORMER_AND_VAE,
+    WITHOUT_TEXT_ENCODER,
+    embeddings,
+    generator,
+    image,
+    seeded,
+    tensors,
+)
 from wan_pipelines import wan_call
-
-TRANSFORMER_AND_VAE = ("transformer", "vae")
-STEPS = {"num_inference_steps": 2, "output_type": "pt"}
-WITHOUT_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
-
 
 # ---- CogVideoX ----
 

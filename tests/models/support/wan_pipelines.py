@@ -15,12 +15,21 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from pipeline_entry import PipelineEntry
-from pipeline_parts import PROMPT, embeddings, generator, image, seeded, t5_text_encoder, tensors, tokenizer, wan_vae
+from pipeline_parts import (
+    PROMPT,
+    STEPS,
+    TRANSFORMER_AND_VAE,
+    WITHOUT_TEXT_ENCODER,
+    embeddings,
+    generator,
+    image,
+    seeded,
+    t5_text_encoder,
+    tensors,
+    tokenizer,
+    wan_vae,
+)
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-TRANSFORMER_AND_VAE = ("transformer", "vae")
-STEPS = {"num_inference_steps": 2, "output_type": "pt"}
-WITHOUT_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
 
 
 def wan_transformer(in_channels: int = 16, seed: int = 0, **config: Any) -> WanTransformer3DModel:

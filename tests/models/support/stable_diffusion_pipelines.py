@@ -1,4 +1,4 @@
-"""Tiny pipelines that make sound, and those of Stable Diffusion, whose denoiser is a U-Net."""
+"""Tiny pipelines of Stable Diffusion, SDXL and Stable Video Diffusion, whose denoiser is a U-Net."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderOobleck,
+    AutoencoderKLTemporalDecoder,
     ControlNetModel,
     DDIMScheduler,
-    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableAudioDiTModel,
-    StableAudioPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
     UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
 )
-from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from pipeline_entry import PipelineEntry
 from pipeline_parts import (
     NEGATIVE_PROMPT,
@@ -30,64 +29,10 @@ from pipeline_parts import (
     image,
     kl_vae,
     seeded,
-    t5_text_encoder,
     tensors,
     tokenizer,
 )
-
-# ---- Stable Audio ----
-
-
-def build_stable_audio() -> StableAudioPipeline:
-    transformer = StableAudioDiTModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=4,
-        num_key_value_attention_heads=2,
-        cross_attention_dim=8,
-        cross_attention_input_dim=8,
-        global_states_input_dim=16,
-        time_proj_dim=8,
-    )
-    vae = AutoencoderOobleck(
-        encoder_hidden_size=6,
-        downsampling_ratios=[1, 2],
-        decoder_channels=3,
-        decoder_input_channels=3,
-        audio_channels=2,
-        channel_multiples=[2, 4],
-        sampling_rate=4,
-    )
-    projection = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=8, min_value=0, max_value=32)
-    return StableAudioPipeline(
-        scheduler=EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0),
-        transformer=seeded(transformer),
-        vae=seeded(vae),
-        projection_model=seeded(projection),
-        text_encoder=t5_text_encoder(16),
-        tokenizer=tokenizer(max_length=8),
-    )
-
-
-def run_stable_audio(pipe: Any) -> list[torch.Tensor]:
-    """Return the waves that start from given ones."""
-    audios = pipe(
-        prompt=PROMPT,
-        negative_prompt=NEGATIVE_PROMPT,
-        audio_end_in_s=6.0,
-        guidance_scale=4.0,
-        num_inference_steps=3,
-        initial_audio_waveforms=embeddings(1, 2, 24, seed=9),
-        initial_audio_sampling_rate=4,
-        generator=generator(),
-    ).audios
-    return tensors(audios)
-
-
-# ---- Stable Diffusion ----
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 TEXT_SIZE = 8
 WITHOUT_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -194,16 +139,82 @@ def run_stable_diffusion_xl(pipe: Any) -> list[torch.Tensor]:
     return tensors(pipe(**arguments).images)
 
 
+def build_perturbed_attention() -> StableDiffusionPAGPipeline:
+    """Return a pipeline that sets attention processors of its own at the start of a call, and puts back the former."""
+    return StableDiffusionPAGPipeline(**stable_diffusion_parts(), pag_applied_layers=["mid"])
+
+
+def run_perturbed_attention(pipe: Any) -> list[torch.Tensor]:
+    return tensors(pipe(**stable_diffusion_call(pag_scale=2.0, height=16, width=24)).images)
+
+
+def run_half_precision_xl(pipe: Any) -> list[torch.Tensor]:
+    """Call the pipeline in float16, in which it turns the VAE to float32 for the time of the decoding."""
+    pipe.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    results = run_stable_diffusion_xl(pipe)
+    assert pipe.vae.dtype == torch.float16
+    return results
+
+
+def build_stable_video_diffusion() -> StableVideoDiffusionPipeline:
+    """Return the pipeline, which looks for ``num_frames`` in the signature of the VAE's ``forward``."""
+    denoiser = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=4,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    config = CLIPVisionConfig(
+        hidden_size=8,
+        projection_dim=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,  # the pipeline resizes its image to that
+        patch_size=112,
+    )
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        sigma_min=0.002,
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    return StableVideoDiffusionPipeline(
+        scheduler=scheduler,
+        unet=seeded(denoiser),
+        vae=seeded(vae),
+        image_encoder=seeded(CLIPVisionModelWithProjection(config)),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}),
+    )
+
+
+def run_stable_video_diffusion(pipe: Any) -> list[torch.Tensor]:
+    frames = pipe(
+        image=image(24, 16),
+        height=16,
+        width=24,
+        num_frames=3,
+        decode_chunk_size=2,
+        num_inference_steps=2,
+        generator=generator(),
+        output_type="pt",
+    ).frames
+    return tensors(frames)
+
+
 STABLE_DIFFUSION_COMPONENTS = ("text_encoder", "unet", "vae")
 
 ENTRIES = (
-    PipelineEntry(
-        "stable-audio",
-        "audio",
-        build_stable_audio,
-        run_stable_audio,
-        ("text_encoder", "projection_model", "transformer", "vae"),
-    ),
     PipelineEntry(
         "stable-diffusion",
         "unet",
@@ -226,4 +237,21 @@ ENTRIES = (
         ("text_encoder", "unet", "controlnet", "vae"),
     ),
     PipelineEntry("stable-diffusion-xl", "unet", build_stable_diffusion_xl, run_stable_diffusion_xl, ("unet", "vae")),
+    PipelineEntry(
+        "stable-diffusion-perturbed-attention",
+        "changed-model",
+        build_perturbed_attention,
+        run_perturbed_attention,
+        STABLE_DIFFUSION_COMPONENTS,
+    ),
+    PipelineEntry(
+        "stable-diffusion-xl-half-precision", "to", build_stable_diffusion_xl, run_half_precision_xl, ("unet", "vae")
+    ),
+    PipelineEntry(
+        "stable-video-diffusion",
+        "unet",
+        build_stable_video_diffusion,
+        run_stable_video_diffusion,
+        ("image_encoder", "unet", "vae"),
+    ),
 )
