@@ -118,7 +118,8 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise Unsupported(
             f"{label}: workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. "
-            "Undo these changes of the module, and lend it again",
+            "Undo these changes (remove the hooks, disable_cache(), use attention processors of diffusers), and lend "
+            "it again",
             names=differing,
         )
     return False

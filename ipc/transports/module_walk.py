@@ -105,6 +105,9 @@ class _Walk:
         for name, value in vars(module).items():
             if name in _OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
                 continue
+            if name == "_diffusers_hook":
+                attributes[name] = Opaque(text=f"hooks of diffusers, {', '.join(map(str, value.hooks))}")
+                continue
             self._has_host_tensor = False
             attributes[name] = self._value(f"{start}{name}", value, 0)
             if self._has_host_tensor:

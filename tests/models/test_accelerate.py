@@ -1,0 +1,100 @@
+"""Pipelines of diffusers whose models run in the workers give what they give in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pipeline_entries import PIPELINES
+from pipeline_entry import PipelineEntry
+from running_daemon import RunningDaemon
+
+from xditd.client import Unsupported, accelerate
+
+REFUSED = {
+    "flux-own-attention": "processor of transformer_blocks.0.attn is a customized_pipelines:HalvedAttention object",
+    "flux-forward-hook": "_forward_hooks of transformer_blocks.0 is function customized_pipelines:",
+    "flux-first-block-cache": "hooks of diffusers, fbc_",
+    "modular-wan-skip-layer-guidance": "hooks of diffusers, SkipLayerGuidance",
+}
+"""Pipelines whose model is changed by functions or classes that workers cannot have, and how they are refused."""
+
+LOCAL = {name: ("text_encoder",) for name in ("qwen-image-21", "qwen-image-21-edit", "qwen-image-21-uncached")}
+"""Models that stay in this process: these pipelines hook into their text encoder during the call."""
+
+_first = {entry.feature: entry.name for entry in reversed(PIPELINES.values())}
+
+
+def entries(*, most_are_long: bool) -> list[object]:
+    """Return the pipelines; the first of each feature is tested in every run."""
+    return [
+        pytest.param(entry, id=name, marks=pytest.mark.long if most_are_long and _first[entry.feature] != name else ())
+        for name, entry in PIPELINES.items()
+    ]
+
+
+@pytest.fixture
+def use_threads() -> Iterator[object]:
+    """Set the number of threads of this process: sums over another number may differ in their last bits."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+def run_both(
+    entry: PipelineEntry, daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the results of this process, and those with models in the workers, which have not run here."""
+    expected = entry.run(entry.build())
+    pipe = entry.build()
+    names = [name for name in entry.components if name not in LOCAL.get(entry.name, ())]
+    before = {name: set(vars(getattr(pipe, name))) for name in names}
+    with daemon.connect() as client, accelerate(pipe, components=names, client=client) as fast:
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(type(getattr(pipe, name)), "forward", _must_not_run)
+            found = entry.run(pipe)
+        # A model may be a list of models.
+        assert all(fast.calls.values()), fast.calls
+    for name in names:
+        left = set(vars(getattr(pipe, name))) - before[name]
+        assert not left & {"forward", "encode", "decode"}
+    return found, expected
+
+
+def _must_not_run(*_: object, **__: object) -> None:
+    pytest.fail("a model ran in this process")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", entries(most_are_long=True))
+def test_one_worker_gives_the_same_bits(
+    entry: PipelineEntry, one_worker: RunningDaemon, use_threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_threads(len(os.sched_getaffinity(0)))
+    if entry.name in REFUSED:
+        with pytest.raises((Unsupported, ValueError), match=REFUSED[entry.name]):
+            run_both(entry, one_worker, monkeypatch)
+        return
+    found, expected = run_both(entry, one_worker, monkeypatch)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", entries(most_are_long=True))
+def test_two_workers_give_the_same_to_1e_6(
+    entry: PipelineEntry, two_workers: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if entry.name in REFUSED:
+        pytest.skip("refused, as the test with one worker shows")
+    found, expected = run_both(entry, two_workers, monkeypatch)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-6)
+        assert error <= (1e-6 if ours.dtype == torch.float32 else 1e-2)
