@@ -191,6 +191,9 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
     workers = {worker.pid for worker in client.status().workers}
     before = worker_bytes(workers)
     began = time.perf_counter()
+    with accelerate(model, client=client):  # builds the class in the worker
+        first_lend_ms = (time.perf_counter() - began) * 1e3
+    began = time.perf_counter()
     with accelerate(model, client=client):
         lend_ms = (time.perf_counter() - began) * 1e3
         lent = worker_bytes(workers) - before
@@ -208,6 +211,7 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
         "here_ms": round(statistics.median(here_ms), 1),
         "call_ms": round(statistics.median(there_ms), 1),
         "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
+        "first_lend_ms": round(first_lend_ms, 1),
         "lend_ms": round(lend_ms, 1),
         "weights_gib": round(sum(each.nbytes for each in model.parameters()) / GIB, 2),
         "worker_took_gib": round(lent / GIB, 2),
