@@ -34,7 +34,7 @@ from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 
 HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_OWN: Final = frozenset(vars(torch.nn.Module()))
+OWN: Final = frozenset(vars(torch.nn.Module()))
 """The attributes of every module: parameters, buffers, submodules and hooks are described apart."""
 
 _IGNORED: Final = frozenset(
@@ -94,7 +94,7 @@ class _Walk:
         if module.training:
             attributes["training"] = True
         for name, value in vars(module).items():
-            if name in _OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
+            if name in OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
                 continue
             attributes[name] = self._value(f"{start}{name}", value, 0)
         return SubmoduleState(
