@@ -224,6 +224,15 @@ def children(path: str, node: Argument) -> Iterator[tuple[str, Argument]]:
         yield from ((f"{path}[{key!r}]", each) for key, each in node.items)
 
 
+def depth_of(node: Argument) -> int:
+    """Return the number of levels of a tree. It may be deeper than Python's stack."""
+    depth, level = 0, [node]
+    while level:
+        depth += 1
+        level = [inner for each in level for _, inner in children("", each)]
+    return depth
+
+
 def holds(node: Argument, kind: type) -> bool:
     """Return whether a tree has a node of this kind."""
     return isinstance(node, kind) or any(holds(each, kind) for _, each in children("", node))
