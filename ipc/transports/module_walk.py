@@ -30,6 +30,7 @@ from xditd.ipc.arguments import (
     Special,
     TupleOf,
 )
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 
 HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +57,9 @@ def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tupl
     ``replaced`` are attributes of ``module`` itself that are left out. The tensors are the module's own, not copies.
     Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
     tensors in attributes.
+
+    Raises:
+        BadRequest: an attribute too large or too deeply nested to be described; the error has its path.
     """
     return _Walk(module, replaced).run()
 
@@ -127,8 +131,10 @@ class _Walk:
                 if found is None
                 else Named(name=f"submodule:{found}")
             )
-        if depth == _MAX_DEPTH or id(value) in self._parents:
-            return Opaque(text=_text_of(value))
+        if id(value) in self._parents:
+            return Opaque(text=f"{_text_of(value)} that holds itself")
+        if depth == _MAX_DEPTH:
+            raise BadRequest(f"{path}: attributes that are nested deeper than {_MAX_DEPTH} levels cannot be described")
         self._parents.add(id(value))
         try:
             return self._nested(path, value, depth + 1)
@@ -137,6 +143,8 @@ class _Walk:
 
     def _nested(self, path: str, value: Any, depth: int) -> Argument:
         if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > limits.MAX_ARGUMENTS:
+            if not _is_plain(value):
+                raise BadRequest(f"{path}: {len(value)} items with tensors or objects among them cannot be described")
             return Opaque(text=f"{type(value).__name__} {_digest(repr(value))}")
         if isinstance(value, (list, tuple)):
             items = tuple(self._value(f"{path}[{number}]", each, depth) for number, each in enumerate(value))
@@ -234,7 +242,23 @@ def _text_parts(value: object) -> Iterator[str]:
         yield f"function {getattr(value, '__module__', None)}:{value.__qualname__}"
     else:
         yield f"{class_name(type(value))} object"
+        if hasattr(value, "tobytes") and hasattr(value, "shape"):  # an array of numpy
+            yield f" {value.dtype} {value.shape} {_digest(value.tobytes())}"
+        elif not _is_config(value):
+            # Two objects of one class are not the same if their numbers and texts are not.
+            plain = {name: each for name, each in getattr(value, "__dict__", {}).items() if _is_plain(each)}
+            yield f" with {_digest(repr(plain))}" if plain else ""
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+def _is_plain(value: object) -> bool:
+    """Return whether the text of a value says all of it: numbers, texts, and containers of them."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)
+
+
+def _digest(content: str | bytes) -> str:
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
