@@ -112,8 +112,8 @@ class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float
 
 
 class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
-    """A dtype of torch (``torch.bfloat16``), a submodule (``submodule:path``), or a member of an enumeration
-    (``module:Class.MEMBER``)."""
+    """A dtype of torch (``torch.bfloat16``), a kind of device (``device:cuda``), a submodule (``submodule:path``), or a
+    member of an enumeration (``module:Class.MEMBER``)."""
 
     name: Name
 

@@ -39,6 +39,7 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 _SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
+_DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
 _HERE: Final = "the workers"
 
 
@@ -54,6 +55,8 @@ def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
         config = json.loads(described.config)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{label}: its configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):  # diffusers would take a text for the name of a repository
+        raise BadRequest(f"{label}: its configuration is a {type(config).__name__}, not an object")
     _check_attention(config, label)
     # Both packages take a second or more to import.
     from accelerate import init_empty_weights
@@ -288,6 +291,8 @@ def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
 def _named(name: str) -> Any:
     if ":" not in name:
         return torch_dtype(name.removeprefix("torch."))
+    if name in _DEVICES:
+        return torch.device(_DEVICES[name])
     path, _, member = name.rpartition(".")
     kind = find_class(path, _HERE)
     if not issubclass(kind, enum.Enum) or member not in kind.__members__:

@@ -119,7 +119,7 @@ class _Walk:
         return tuple(name for name, tensor in tensors.items() if tensor is not None)
 
     def _value(self, path: str, value: Any, depth: int) -> Argument:
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, enum.Enum)):
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, enum.Enum)):
             return describe_constant(value)
         if isinstance(value, torch.Tensor):
             self._tensors[path] = value
@@ -189,11 +189,13 @@ def _is_idle(name: str, value: object) -> bool:
 
 
 def describe_constant(value: Any) -> Argument:
-    """Describe a number, a text, ``None``, a dtype, or a member of an enumeration."""
+    """Describe a number, a text, ``None``, a dtype, a device, or a member of an enumeration."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, torch.dtype):
         return Named(name=str(value))
+    if isinstance(value, torch.device):
+        return Named(name=f"device:{value.type}")  # each process numbers its GPUs in its own way
     if isinstance(value, enum.Enum):
         is_known = type(value).__module__.partition(".")[0] in PACKAGES
         return Named(name=f"{class_name(type(value))}.{value.name}") if is_known else Opaque(text=_text_of(value))

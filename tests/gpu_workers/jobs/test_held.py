@@ -49,10 +49,15 @@ def test_those_of_a_client_go_with_it() -> None:
 def test_a_job_that_fails_holds_nothing_and_the_next_ids_are_those_of_a_rank_without_it() -> None:
     held = HeldTensors()
     first = held.hold(ALICE, torch.zeros(1))
-    with pytest.raises(ZeroDivisionError), held.undone_on_error(ALICE):
-        held.hold(ALICE, torch.zeros(1))
-        held.hold(ALICE, torch.zeros(1))
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with held.undone_on_error(ALICE):
+            held.hold(ALICE, torch.zeros(1))
+            held.hold(ALICE, torch.zeros(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert len(held) == 1
     held.find(ALICE, first, "")
     with held.undone_on_error(ALICE):
