@@ -33,7 +33,7 @@ class HeldTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Held, store: HeldStore, device: torch.device) -> HeldTensor:
-        made: HeldTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: HeldTensor = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, dtype=torch_dtype(held.dtype), device=device
         )
         made.held, made.store = held, store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -125,6 +126,7 @@ def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -
     except Exception as error:  # whatever the class raises for arguments that do not fit it
         if "CUDA error" in str(error):
             raise  # the process cannot use its GPU any more
+        traceback.clear_frames(error.__traceback__)  # they hold views of lent memory, which could not be unmapped
         what = f"{type(error).__name__}: {error!s:.1000}"
         raise BadRequest(
             f"{component.manifest.label}: {model.class_name}.{method} refused its arguments: {what}"

@@ -233,7 +233,7 @@ def _text_of(value: object) -> str:
     return "".join(_text_parts(value))[: limits.MAX_NAME_CHARS]
 
 
-def _text_parts(value: object) -> Iterator[str]:
+def _text_parts(value: Any) -> Iterator[str]:
     if isinstance(value, functools.partial):
         yield f"partial of {_text_of(value.func)} with {value.args!r} {value.keywords!r}"
     elif isinstance(value, MethodType):
