@@ -27,7 +27,7 @@ from xditd.gpu_workers.models.row_checks import (
     difference,
 )
 from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
-from xditd.gpu_workers.parallel.row_gather import Piece, Share, Transfer, assign, connect
+from xditd.gpu_workers.parallel.row_gather import Piece, Share, Transfer, assign, connect, pieces_of
 from xditd.gpu_workers.parallel.row_trees import (
     Node,
     batch_of,
@@ -122,10 +122,10 @@ class ModuleRows:
         checks.count(key)
         if not agree(snapshot.is_same):
             return whole  # a table that is made once, or a state: the next call of this case shows which
-        rows = _share_of(batch, self._ranks, self._rank)
+        pieces = pieces_of(batch, self._ranks)
         found, why = Difference(0.0, self._tolerance), ""
-        if batch > 1 and rows:
-            found, why = self._compare(copied, whole, structure, rows)
+        if batch > 1 and self._rank < len(pieces):
+            found, why = self._compare(copied, whole, structure, pieces[self._rank])
             if not snapshot.is_same or snapshot.has_drawn:
                 found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
@@ -241,12 +241,6 @@ class ModuleRows:
 def _structure(case: Case) -> Node:
     assert case.result is not None
     return case.result
-
-
-def _share_of(batch: int, ranks: int, rank: int) -> range:
-    """Return the rows of one part that a rank checks; none if there are fewer rows than ranks."""
-    (*mine,) = (piece.rows for piece in assign([Share(0, batch, True)], ranks) if piece.rank == rank)
-    return mine[0] if mine else range(0)
 
 
 def _is_finite(tree: Any) -> bool:

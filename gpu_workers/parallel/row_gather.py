@@ -27,28 +27,38 @@ class Share(NamedTuple):
     can_split: bool
 
 
+def pieces_of(rows: int, ranks: int) -> list[range]:
+    """Return the rows that each rank runs of one part that is split.
+
+    They are always the same ones: those of a batch of videos may be frames, of which any other number would be wrong.
+    """
+    each = max(-(-rows // ranks), 1)
+    return [range(start, min(start + each, rows)) for start in range(0, rows, each)]
+
+
 def assign(shares: Sequence[Share], ranks: int) -> list[Piece]:
-    """Share parts over ranks so that each has as equal a number of rows as can be; pieces are in the order of rows."""
+    """Share parts over ranks, in the order of rows: whole parts, or pieces if the longest rank then has fewer rows."""
+    whole, whole_rows = _distribute([(share.part, range(share.rows)) for share in shares], ranks)
+    split, split_rows = _distribute(
+        [
+            (share.part, rows)
+            for share in shares
+            for rows in (pieces_of(share.rows, ranks) if share.can_split else [range(share.rows)])
+        ],
+        ranks,
+    )
+    return split if split_rows < whole_rows else whole
+
+
+def _distribute(pieces: Sequence[tuple[int, range]], ranks: int) -> tuple[list[Piece], int]:
+    """Give each piece, longest first, to the rank with the fewest rows; return also the most rows of a rank."""
     loads = [0] * ranks
-    pieces: list[Piece] = []
-    for share in sorted((each for each in shares if not each.can_split), key=lambda each: -each.rows):
+    found = []
+    for part, rows in sorted(pieces, key=lambda each: -len(each[1])):
         rank = loads.index(min(loads))
-        loads[rank] += share.rows
-        pieces.append(Piece(share.part, range(share.rows), rank))
-    most = -(-sum(share.rows for share in shares) // ranks)
-    rank = 0
-    for share in shares:
-        start = 0
-        while share.can_split and start < share.rows:
-            room = most - loads[rank]
-            if room <= 0:
-                rank += 1
-                continue
-            stop = min(start + room, share.rows)
-            loads[rank] += stop - start
-            pieces.append(Piece(share.part, range(start, stop), rank))
-            start = stop
-    return sorted(pieces, key=lambda each: (each.part, each.rows.start))
+        loads[rank] += len(rows)
+        found.append(Piece(part, rows, rank))
+    return sorted(found, key=lambda each: (each.part, each.rows.start)), max(loads)
 
 
 class Transfer:

@@ -4,7 +4,7 @@ Nothing says which tensors of a class have a row for each image, so this is a ru
 
 - The batch is dimension 0 of the first tensor among the arguments, or the length of the first list of tensors.
 - A tensor whose dimension 0 has that size has a row for each image.
-- A list of that length has an item for each image, if it holds tensors, and none of them has rows itself.
+- A list of that length has an item for each image, if it holds lists, or tensors that do not all have rows themselves.
 - Everything else belongs to all images.
 
 Whether it holds for a call is checked (:mod:`xditd.gpu_workers.models.row_checks`).
@@ -163,8 +163,9 @@ def _has_rows(tensor: torch.Tensor, batch: int) -> bool:
 def _is_list_of_rows(value: Any, batch: int) -> bool:
     if batch == 0 or not isinstance(value, list) or len(value) != batch:
         return False
-    tensors = list(tensors_of(value))
-    return bool(tensors) and not any(_has_rows(each, batch) for each in tensors)
+    if tensors := list(tensors_of(value)):
+        return not all(_has_rows(each, batch) for each in tensors)
+    return all(isinstance(each, list) for each in value)
 
 
 def _children(value: Any) -> tuple[tuple[str, ...] | None, list[Any]] | None:
