@@ -178,7 +178,7 @@ class ModuleRows:
             return None
         return max((Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone), key=_ratio)
 
-    def _report(self, batch: int, found: Difference | None, why: str) -> RowCheck | None:
+    def _report(self, batch: int, found: Difference | None, why: str) -> RowCheck:
         error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
         return RowCheck(
             class_name=self._model.class_name,
@@ -245,7 +245,7 @@ def _structure(case: Case) -> Node:
 
 def _is_finite(tree: Any) -> bool:
     return all(
-        bool(magnitude(each).isfinite())
+        bool(magnitude(torch.view_as_real(each) if each.is_complex() else each).isfinite())
         for each in tensors_of(tree)
         if each.numel() and (each.is_floating_point() or each.is_complex())
     )

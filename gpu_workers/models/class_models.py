@@ -53,7 +53,7 @@ class ClassModel:
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self._move_buffers()
-        self.row_checks = RowChecks()
+        self.row_checks = RowChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""
         self._made = {path: (dict(vars(each)), dict(each._buffers)) for path, each in self.module.named_modules()}
 

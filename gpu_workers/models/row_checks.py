@@ -94,9 +94,10 @@ def _add(value: Any, batch: int, tensors: list[Hashable], values: list[Hashable]
 
 
 class RowChecks:
-    """The verdicts on the calls of one module. All ranks note the same ones in the same order."""
+    """The verdicts on the calls of one module. All ranks note the same ones in the same order, and one reports them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reports: bool) -> None:
+        self._reports = reports
         self._cases: dict[Hashable, Case] = {}
         self._checked: dict[Hashable, int] = {}
         self._new: list[RowCheck] = []
@@ -122,7 +123,7 @@ class RowChecks:
         self._cases[key] = case
         while len(self._cases) > MAX_CASES:
             del self._cases[next(iter(self._cases))]
-        if check is not None:
+        if check is not None and self._reports:
             self._new = [*self._new, check][-limits.MAX_ROW_CHECKS :]
             logger.info(
                 "rows checked class=%s method=%s batch=%d error=%s tolerance=%g used=%s %s",

@@ -120,7 +120,7 @@ class TorchExecutor:
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
-            row_checks=class_models.take_row_checks() if self.facts.rank == 0 else (),
+            row_checks=class_models.take_row_checks(),
         )
 
     def after_answer(self) -> None:
