@@ -64,11 +64,13 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("entry", [each for key, each in ENTRIES.items() if key not in WRITES_ITS_CACHE_TENSORS])
+@pytest.mark.parametrize(
+    "entry", [each for key, each in ENTRIES.items() if key not in WRITES_ITS_CACHE_TENSORS], ids=lambda each: each.key
+)
 def test_every_class_by_rows(client: Client, entry: ClassEntry) -> None:
     model = entry.build()
-    expected = model(**entry.arguments(Random(1)))
     loan = client.lend(model, as_class=True)
+    expected = model(**entry.arguments(Random(1)))
     errors = [error(client.call(loan, entry.arguments(Random(1))), expected) for _ in range(3)]
     loan.return_()
     assert max(errors) <= TOLERANCE, errors
