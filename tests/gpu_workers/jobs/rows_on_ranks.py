@@ -1,18 +1,19 @@
-"""A program, not a test: gloo ranks run calls of modules by rows, and compare them with the modules themselves.
+"""A program, not a test: ranks run calls of modules by rows, and compare them with the modules themselves.
 
-python rows_on_ranks.py FOLDER RANKS
+python rows_on_ranks.py FOLDER RANKS DEVICE, where DEVICE is cpu or cuda
 """
 
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.models.row_checks import RowChecks
@@ -20,14 +21,22 @@ from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
 
-CPU = torch.device("cpu")
+
+@dataclass
+class Output(OrderedDict[str, Any]):
+    """An output class as diffusers has them, whose import takes seconds."""
+
+    sample: Any
+
+    def __post_init__(self) -> None:
+        self["sample"] = self.sample
 
 
 class Ranks:
     """One rank, with a module whose forwards are counted."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
+        self.rank, self.ranks, self.device = rank, ranks, device
         self.calls = 0
         self.module: Any = None
         self.model: Any = None
@@ -37,11 +46,11 @@ class Ranks:
         if not isinstance(module, torch.nn.Module):
             function, module = module, torch.nn.Identity()
             module.forward = function  # type: ignore[method-assign]
-        self.module = module.eval()
+        self.module = module.eval().to(self.device)
         self.model = SimpleNamespace(
             module=module,
             layout=SimpleNamespace(rank=self.rank, world_size=self.ranks),
-            device=CPU,
+            device=self.device,
             class_name="Tested",
             row_checks=RowChecks(reports=self.rank == 0),
         )
@@ -68,7 +77,7 @@ class Ranks:
 
     def count_all(self) -> int:
         """Return the forwards of all ranks in the last call."""
-        counted = torch.tensor(self.calls)
+        counted = torch.tensor(self.calls, device="cpu")
         dist.all_reduce(counted)
         return int(counted)
 
@@ -85,7 +94,9 @@ def check_same(found: Any, expected: Any) -> None:
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(
+        torch.get_default_device()
+    )
 
 
 def parts_and_rows(on: Ranks) -> None:
@@ -104,8 +115,8 @@ def parts_and_rows(on: Ranks) -> None:
 
 def all_kinds_of_results(on: Ranks) -> None:
     def kinds(x: torch.Tensor, texts: list[torch.Tensor], table: torch.Tensor) -> Any:
-        options = (x > 0, x.bfloat16(), torch.complex(x, x), table, torch.tensor(3.0), None, "text", 4)
-        return Transformer2DModelOutput(sample=([each * 2 for each in texts], {"x": x.long(), "more": options}))
+        options = (x > 0, x.bfloat16(), torch.complex(x, x), table, torch.tensor(3.0, device="cpu"), None, "text", 4)
+        return Output(sample=([each * 2 for each in texts], {"x": x.long(), "more": options}))
 
     on.use(kinds)
     texts = [numbers(5, 2), numbers(3, 2), numbers(4, 2)]
@@ -224,11 +235,15 @@ def refused_rows_that_are_right_together(on: Ranks) -> None:
     on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
 
 
-def run_rank(rank: int, folder: str, ranks: int) -> None:
+def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     rank_sync.share_page(store, "flags", rank, ranks)
     for scenario in (
         parts_and_rows,
@@ -239,11 +254,11 @@ def run_rank(rank: int, folder: str, ranks: int) -> None:
         errors_on_one_rank,
         refused_rows_that_are_right_together,
     ):
-        with torch.no_grad():
-            scenario(Ranks(rank, ranks))
+        with torch.no_grad(), device:
+            scenario(Ranks(rank, ranks, device))
         print(f"rank {rank}: {scenario.__name__}\n", end="", flush=True)  # one write: ranks share the pipe
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (sys.argv[1], int(sys.argv[2])), nprocs=int(sys.argv[2]))
+    torch.multiprocessing.spawn(run_rank, (sys.argv[1], int(sys.argv[2]), sys.argv[3]), nprocs=int(sys.argv[2]))

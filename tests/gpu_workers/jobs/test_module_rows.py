@@ -19,10 +19,12 @@ SCENARIOS = 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_parts_and_rows(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "device"), [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=pytest.mark.multigpu)]
+)
+def test_ranks_share_parts_and_rows(tmp_path: Path, ranks: int, device: str) -> None:
     program = Path(__file__).with_name("rows_on_ranks.py")
-    command = [sys.executable, str(program), str(tmp_path), str(ranks)]
+    command = [sys.executable, str(program), str(tmp_path), str(ranks), device]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == ranks * SCENARIOS
