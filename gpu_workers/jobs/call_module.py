@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.held import HeldTensors
+from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.jobs.writing import ResultWriter, Write
@@ -45,7 +48,7 @@ _CACHE = "cache"
 
 @torch.no_grad()  # not inference_mode, whose tensors do not count the writes to them
 def run(job: Call, context: JobContext) -> Finished:
-    """Run a method of the module once for each part; rank 0 writes the results."""
+    """Run a method of the module once for each part, on different ranks where possible; rank 0 writes the results."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         component = context.components.get(job.component_id, "module")
@@ -59,12 +62,21 @@ def run(job: Call, context: JobContext) -> Finished:
         ]
         reader.finish()
     clock.end_phase("inputs", waits=False)
+    numerics = job.numerics or Numerics()
+    with ExitStack() as settings:
+        with raise_on_all_ranks():
+            describer = _Describer(context.held, context.client, job, parts)
+            written = _WrittenTensors(parts)
+            stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
+            settings.enter_context(use_numerics(numerics, context.device))
+        rows = ModuleRows(component.class_model, job.method, numerics, partial(_run_part, component, job.method))
+        results = rows.run(
+            [
+                ModulePart(part, bool(changed) or any(holds(node, Held) for node in described.arguments.values()))
+                for part, changed, described in zip(parts, stateful, job.parts, strict=True)
+            ]
+        )
     with raise_on_all_ranks():
-        describer = _Describer(context.held, context.client, job, parts)
-        written = _WrittenTensors(parts)
-        with use_numerics(job.numerics or Numerics(), context.device):
-            results = [_run_part(component, job.method, part) for part in parts]
-        stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
         written.check(stateful, f"{component.class_model.class_name}.{job.method}")
     clock.end_phase("forward")
     with raise_on_all_ranks():

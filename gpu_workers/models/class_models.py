@@ -12,14 +12,15 @@ import torch
 
 from xditd.gpu_workers.models.class_building import apply_state, build_module, set_tensors, tensor_names
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.row_checks import RowChecks
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc import module_state
+from xditd.ipc import limits, module_state
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.facts import ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.name_lists import listed
-from xditd.ipc.status import FusedCheck
+from xditd.ipc.status import FusedCheck, RowCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
@@ -53,6 +54,8 @@ class ClassModel:
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self._move_buffers()
+        self.row_checks = RowChecks(reports=layout.rank == 0)
+        """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
 
     def check(self, tensors: Mapping[str, TensorInfo], label: str) -> None:
@@ -183,6 +186,11 @@ class ClassModels:
         self._models: dict[ModuleDescription, ClassModel] = {}
         self.built = 0
         self.reused = 0
+
+    def take_row_checks(self) -> tuple[RowCheck, ...]:
+        """Return the checks of rows since the last call."""
+        found = [check for model in self._models.values() for check in model.row_checks.take_checks()]
+        return tuple(found[-limits.MAX_ROW_CHECKS :])
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.

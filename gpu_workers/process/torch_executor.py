@@ -122,6 +122,7 @@ class TorchExecutor:
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
+            row_checks=class_models.take_row_checks(),
         )
 
     def after_answer(self) -> None:
