@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from xditd.client.jobs.arguments import ArgumentWriter
 from xditd.client.jobs.held_tensors import HeldTensor
@@ -85,8 +86,8 @@ class ClassArgumentWriter(ArgumentWriter):
         self._note_device(value.device)
         dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
         order = _memory_order(value)
-        place = self._place(value if order is None else value.permute(_inverse(order)))
-        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, order=order, on_host=on_host)
+        leaf = self._place(value if order is None else value.permute(_inverse(order)))
+        return leaf if order is None and not on_host else replace(leaf, order=order, on_host=on_host)
 
 
 def _memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -26,7 +26,6 @@ from xditd.ipc.arguments import (
 )
 from xditd.ipc.errors import Internal, Unsupported
 from xditd.ipc.module_state import PACKAGES
-from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 
@@ -48,7 +47,7 @@ class ClassResultReader:
     """Reads the results of one call. ``read`` copies a tensor out of the block with the results."""
 
     def __init__(
-        self, read: Callable[[IoTensor, torch.device], torch.Tensor], device: torch.device, store: HeldStore
+        self, read: Callable[[InIo, torch.device], torch.Tensor], device: torch.device, store: HeldStore
     ) -> None:
         self._read = read
         self._device = device
@@ -61,7 +60,7 @@ class ClassResultReader:
             Unsupported: a class that is not installed here.
         """
         if isinstance(node, InIo):
-            return self._read(node.place, self._device)
+            return self._read(node, self._device)
         if isinstance(node, Held):
             return HeldTensor(node, self._store, self._device)
         if isinstance(node, OutputOf):
