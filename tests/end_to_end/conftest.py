@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
-from running_daemon import RunningDaemon, until
+from running_daemon import RunningDaemon, start_daemon, until  # noqa: F401 (a fixture)
 
 from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
