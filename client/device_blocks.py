@@ -90,6 +90,12 @@ class DevicePool:
         self._lock = threading.Lock()
         self._is_closed = False
 
+    @property
+    def idle_bytes(self) -> int:
+        """The size of the blocks that wait for the next call."""
+        with self._lock:
+            return sum(each.size_bytes for idle in self._idle.values() for each in idle)
+
     def borrow(self, size_bytes: int, index: int) -> DeviceBlock | None:
         """Take a block of at least ``size_bytes`` on a GPU; ``None`` if it has no room, or cannot be shared."""
         with self._lock:

@@ -70,10 +70,9 @@ def inputs(device: str, batch: int) -> dict[str, Any]:
     }
 
 
-def measure(given: argparse.Namespace, workers: int) -> dict[str, dict[str, list[float]]]:
+def measure(given: argparse.Namespace, workers: int, mib: int) -> dict[str, dict[str, list[float]]]:
     """Return the milliseconds of each call, by what is large and by the way."""
     device = "cuda:0" if given.device == "cuda" else "cpu"
-    mib = 8 if given.small else given.mib
     batch = max(1, mib * MIB // (LAYERS * TOKENS * WIDTH * 2))
     plain = inputs(device, batch)
     shape = (batch, TOKENS, WIDTH)
@@ -91,7 +90,10 @@ def measure(given: argparse.Namespace, workers: int) -> dict[str, dict[str, list
                 "arguments": partial(client.call, transformer, with_residuals),
                 "results": partial(client.call, controlnet, with_image),
             }
-            return time_both_ways(calls, given.repeats, device)
+            found = time_both_ways(calls, given.repeats, device)
+            if given.device == "cuda" and client._pool.devices.idle_bytes < mib * MIB:
+                raise SystemExit("device_io: the calls went through host memory; the client's log says why")
+            return found
         finally:
             daemon.stop(client)
 
@@ -114,11 +116,12 @@ def time_both_ways(
 
 def run(given: argparse.Namespace, report: Report) -> None:
     need_gpus("device_io", max(given.ranks), given.device)
-    report.add(mib=given.mib, groups=[])
+    mib = 8 if given.small else given.mib
+    report.add(mib=mib, groups=[])
     for workers in given.ranks:
-        found = measure(given, workers)
+        found = measure(given, workers, mib)
         report.add(groups=[*report.found["groups"], {"workers": workers, "ms": found}])
-        rows = [("", "device memory", "host memory")]
+        rows = [("", "device memory" if given.device == "cuda" else "host memory, dry run", "host memory")]
         for what, ways in found.items():
             rows.append((what, *(f"{statistics.median(ways[way]):.1f} ms" for way in ("device", "host"))))
-        print_table(f"{workers} worker(s), a call with residuals of {given.mib} MiB, bfloat16", rows)
+        print_table(f"{workers} worker(s), a call with residuals of {mib} MiB, bfloat16", rows)

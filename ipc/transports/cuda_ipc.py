@@ -45,6 +45,7 @@ def _call(what: str, result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
         if status.name == "cudaErrorMemoryAllocation":
+            _runtime().cudaGetLastError()  # else torch's next call would raise this error
             raise OutOfMemory(f"{what}: {status.name}; free GPU memory or lend from another device")
         raise Internal(f"{what}: {status.name}")
     return values[0] if values else None
