@@ -12,11 +12,10 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.io_places import FINGERPRINTED_BYTES
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, OutOfMemory, Unsupported
 from xditd.ipc.tensors import CudaIpcBlock, IoTensor
-from xditd.ipc.transports.cuda_ipc import DeviceArena
-from xditd.ipc.transports.fingerprints import SAMPLE_BYTES
 from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align, torch_dtype
 
 if TYPE_CHECKING:
@@ -41,11 +40,13 @@ class DeviceBlock:
         """
         import torch
 
+        from xditd.ipc.transports.cuda_ipc import DeviceArena
+
         self.index = index
         self._arena = DeviceArena(size_bytes, index)
         try:
-            tag = torch.frombuffer(bytearray(os.urandom(SAMPLE_BYTES)), dtype=torch.uint8)
-            self._arena.bytes[:SAMPLE_BYTES].copy_(tag)
+            tag = torch.frombuffer(bytearray(os.urandom(FINGERPRINTED_BYTES)), dtype=torch.uint8)
+            self._arena.bytes[:FINGERPRINTED_BYTES].copy_(tag)
             self.description: CudaIpcBlock = self._arena.block()
         except BaseException:
             self._arena.close()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xditd.ipc import limits
 from xditd.ipc.tensors import DType, IoTensor
-from xditd.ipc.transports.fingerprints import SAMPLE_BYTES
 from xditd.ipc.transports.tensor_views import align, dtype_name
 
 if TYPE_CHECKING:
     import torch
+
+FINGERPRINTED_BYTES: Final = 4096
+"""What a worker verifies of a block. Not imported, since few programs that import this need hashlib."""
 
 
 class IoPlaces:
@@ -25,7 +27,7 @@ class IoPlaces:
 
     @property
     def size_bytes(self) -> int:
-        return max(self._end, SAMPLE_BYTES)
+        return max(self._end, FINGERPRINTED_BYTES)
 
     def add_input(self, tensor: torch.Tensor) -> IoTensor:
         """Reserve room for an input of this dtype and shape. All inputs come before the first output."""
@@ -49,7 +51,7 @@ class IoPlaces:
         if not self._has_outputs:
             # A worker verifies the first bytes of a block when it maps it. A faster rank that already writes its
             # outputs must not change them.
-            self._end = max(self._end, SAMPLE_BYTES)
+            self._end = max(self._end, FINGERPRINTED_BYTES)
             self._has_outputs = True
 
     def _reserve(self, dtype: DType, shape: tuple[int, ...]) -> IoTensor:
@@ -66,7 +68,7 @@ class DevicePlaces(IoPlaces):
     """
 
     def __init__(self) -> None:
-        super().__init__(SAMPLE_BYTES)
+        super().__init__(FINGERPRINTED_BYTES)
         self.index: int | None = None
 
     def takes(self, tensor: torch.Tensor) -> bool:
