@@ -58,8 +58,9 @@ def _within(inner: Any, meta: msgspec.Meta) -> Any:
     return sample(inner)
 
 
-def floats(annotation: Any, path: str, seen: frozenset[Any] = frozenset()) -> typing.Iterator[tuple[str, Any]]:
-    """Every float below an annotation, with the ``Meta`` that bounds it, or ``None``."""
+def floats(annotation: Any, path: str, seen: set[Any] | None = None) -> typing.Iterator[tuple[str, Any]]:
+    """Every float below an annotation, with the ``Meta`` that bounds it, or ``None``. Each struct is looked at once."""
+    seen = set() if seen is None else seen
     origin = get_origin(annotation)
     if annotation is float:
         yield path, None
@@ -73,5 +74,6 @@ def floats(annotation: Any, path: str, seen: frozenset[Any] = frozenset()) -> ty
         for arm in get_args(annotation):
             yield from floats(arm, path, seen)
     elif isinstance(annotation, type) and issubclass(annotation, msgspec.Struct) and annotation not in seen:
+        seen.add(annotation)
         for name, hint in get_type_hints(annotation, include_extras=True).items():
-            yield from floats(hint, f"{path}.{name}", seen | {annotation})
+            yield from floats(hint, f"{path}.{name}", seen)

@@ -128,7 +128,7 @@ def test_floats_in_arguments_are_finite(messages: ModuleType, value: float) -> N
         {"items": []},
         {"leaf": "io", "dtype": "float32", "shape": [1]},
         {"leaf": "io", "offset_bytes": -1, "dtype": "float32", "shape": [1]},
-        {"leaf": "io", "offset_bytes": 0, "dtype": "complex64", "shape": [1]},
+        {"leaf": "io", "offset_bytes": 0, "dtype": "complex32", "shape": [1]},
         {"leaf": "kept", "kept_id": "", "dtype": "float32", "shape": [1]},
         {"leaf": "rows", "parts": []},
         {"leaf": "values", "dtype": "float32", "shape": [1], "values": [0.0] * (limits.MAX_ARGUMENT_VALUES + 1)},

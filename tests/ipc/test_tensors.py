@@ -148,7 +148,7 @@ def test_io_tensors_are_contiguous() -> None:
         ("offset_bytes", 2**46 + 1),
         ("block", -1),
         ("block", limits.MAX_BLOCKS),
-        ("dtype", "complex64"),
+        ("dtype", "complex32"),
         ("dtype", "__class__"),
         ("name", ""),
         ("name", "n" * 513),

@@ -22,7 +22,7 @@ def test_dtypes_by_name(name: str) -> None:
     assert torch_dtype(name).itemsize == ITEM_BYTES[name]
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fnuz, torch.qint8])
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.uint16, torch.float8_e4m3fnuz, torch.qint8])
 def test_dtypes_that_do_not_cross(dtype: torch.dtype) -> None:
     with pytest.raises(UnsupportedDtype, match=str(dtype).removeprefix("torch.")):
         dtype_name(dtype)
