@@ -37,6 +37,7 @@ class Content(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     samples: bytes
+    kind: type
 
 
 def content_of(tensor: torch.Tensor) -> Content:
@@ -49,6 +50,7 @@ def content_of(tensor: torch.Tensor) -> Content:
         tensor.shape,
         tensor.stride(),
         _sample(_sampled_addresses(tensor)),
+        type(tensor),
     )
 
 
