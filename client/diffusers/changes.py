@@ -16,6 +16,9 @@ from xditd.ipc.transports.module_walk import walk_module
 _CODE: Final = (FunctionType, BuiltinFunctionType, staticmethod, classmethod, property)
 _PLAIN: Final = (bool, int, float, str, type(None))
 
+_WRITTEN_BY_DIFFUSERS: Final = ("_class_name", "_diffusers_version")
+"""Items that appear in a configuration when it is first written as JSON, as for a loan."""
+
 
 class Snapshot:
     """The state of a module at one moment. ``replaced`` are attributes of the module itself that do not count.
@@ -76,4 +79,5 @@ class Snapshot:
 def _config_of(module: torch.nn.Module) -> dict[str, Any]:
     """Return the configuration, which adapters change too."""
     config: Any = module.config
-    return dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+    found = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+    return {name: value for name, value in found.items() if name not in _WRITTEN_BY_DIFFUSERS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any, Final
 
@@ -43,6 +44,7 @@ class Placeholders:
             # Not a number: nothing that computes with it in this process gives a plausible result.
             value = math.nan if parameter.is_floating_point() or parameter.is_complex() else 0
             parameter.data = parameter.data.new_full((), value).expand(parameter.shape)
+        _return_free_memory()
         self._guard(
             "the weights are in the daemon (keep='daemon'), and this process has only placeholders; leave the "
             "accelerate block first"
@@ -91,3 +93,10 @@ class Placeholders:
             raise Unsupported(f"{start}{text}")
 
         return refuse
+
+
+def _return_free_memory() -> None:
+    """Return the host's memory to the system: glibc keeps what was allocated in pieces below 32 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -31,7 +31,7 @@ from xditd.ipc.transports.module_walk import is_describable
 logger = logging.getLogger(__name__)
 
 METHODS: Final = ("forward", "encode", "decode")
-_ATTEMPTS: Final = 3
+_ATTEMPTS: Final = 4
 
 
 class _Lent(NamedTuple):
@@ -139,11 +139,13 @@ class StandIn:
         device = _device_of(self.module)
         numerics = current_numerics(device)
         lent = self._lent
+        is_current = True
         for attempt in range(_ATTEMPTS):
             changes: list[str] = []
             try:
-                if lent is None or not lent.loan.is_live:
+                if lent is None or not lent.loan.is_live or not is_current:
                     lent = self._lend(lent)
+                    is_current = True
                 result = call_module(
                     self.client,
                     lent.loan,
@@ -154,14 +156,15 @@ class StandIn:
                     while_running=functools.partial(_check_unchanged, lent.snapshot, changes),
                 )
             except _Changed:
-                lent = self._follow(lent, changes)
+                self._note_change(changes)
+                is_current = False
             except (LeaseLost, DaemonUnreachable, WorkersLost) as error:
                 # A call changes nothing but its objects, and those only at its end: it may run again.
                 if attempt == _ATTEMPTS - 1 or self._placeholders is not None or _holds_tensors(arguments):
                     raise
-                logger.warning("component %s is lent again: %s", self.name, error.detail)
+                logger.warning("component %s is called again: %s", self.name, error.detail)
                 self.client.wait_ready(self._wait_s)
-                lent = self._lend(lent)
+                is_current = not isinstance(error, LeaseLost)
             else:
                 with self._changed:
                     self.calls += 1
@@ -188,15 +191,13 @@ class StandIn:
                 before.loan.return_()
             return self._lent
 
-    def _follow(self, lent: _Lent, changes: list[str]) -> _Lent:
-        """Lend the module as it is now."""
+    def _note_change(self, changes: list[str]) -> None:
         if self._placeholders is not None:
             raise Unsupported(
                 f"{self.name}: {', '.join(changes[:3])} changed, but its weights are in the daemon alone: use "
                 "keep='client' for modules that change"
             )
         logger.info("component %s has changed, and is lent again: %s", self.name, ", ".join(changes[:3]))
-        return self._lend(lent)
 
     def _check_gradients(self) -> None:
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
