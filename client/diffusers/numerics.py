@@ -30,7 +30,7 @@ def current_numerics(device: torch.device) -> Numerics:
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         raise Unsupported("torch has global forward hooks, which workers cannot run: remove them")
     # The mode of torch.set_default_device() counts: it moves the tensors that forwards make.
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
     if modes:
         raise Unsupported(
             f"{type(modes[0]).__module__}.{type(modes[0]).__qualname__} is active in this process, and changes the "

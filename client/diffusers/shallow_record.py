@@ -167,7 +167,7 @@ class ShallowRecord:
             return
         if isinstance(value, torch.Tensor):
             self._known.add(id(value))
-            storage = StorageWeakRef(value.untyped_storage())
+            storage = StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
             self._tensors.append(
                 _Tensor(value, content_of(value), value.is_inference(), _sampled_addresses(value), storage)
             )

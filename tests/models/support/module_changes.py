@@ -107,7 +107,7 @@ def to_float(pipe: Any) -> None:
 
 
 def run_in_dtype(pipe: Any) -> list[torch.Tensor]:
-    call = flux_call()
+    call = flux_call(output_type="latent")  # the VAE keeps its dtype
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         call[name] = call[name].to(pipe.transformer.dtype)
     return [pipe(**call).images]
@@ -154,7 +154,7 @@ def load_ip_adapter(pipe: Any) -> None:
 
 
 def run_with_or_without_adapter(pipe: Any) -> list[torch.Tensor]:
-    return run_plain(pipe) if pipe.transformer.encoder_hid_proj is None else run_ip_adapter(pipe)
+    return run_plain(pipe) if getattr(pipe.transformer, "encoder_hid_proj", None) is None else run_ip_adapter(pipe)
 
 
 def add_lora(pipe: Any) -> None:
@@ -163,6 +163,12 @@ def add_lora(pipe: Any) -> None:
 
 def add_second_lora(pipe: Any) -> None:
     pipe.load_lora_weights(lora_weights(seed=32, rank=4), adapter_name="subject")
+
+
+def build_fused_and_loaded() -> Any:
+    pipe = build_lora()
+    pipe.fuse_lora(lora_scale=0.7)
+    return pipe
 
 
 def skyreels() -> Any:
@@ -214,8 +220,9 @@ FOLLOWED = (
         lambda pipe: pipe.fuse_lora(adapter_names=["style"], lora_scale=0.5),
         lambda pipe: pipe.unfuse_lora(),
         lambda pipe: pipe.fuse_lora(lora_scale=0.7),
-        lambda pipe: pipe.unload_lora_weights(),
-    ), build=build_lora, run=run_plain),
+    ), build=build_lora),
+    Followed("LoRA unloaded that was fused", (lambda pipe: pipe.unload_lora_weights(),), build=build_fused_and_loaded,
+             has_effect=False),
     Followed("LoRA with a scale in the call", (lambda pipe: pipe.set_adapters(["subject"]),), build=build_lora,
              run=run_lora),
     Followed("attention backend", (lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
