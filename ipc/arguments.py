@@ -32,7 +32,7 @@ class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values
 
 
 class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
-    """A contiguous tensor in the I/O block of the job.
+    """A contiguous tensor in the I/O block of the job, or with ``in_device_io`` in its block of device memory.
 
     With a ``kept_id`` the workers keep it for the client under this id, in place of an earlier one. With an ``order``
     the tensor is ``permute(order)`` of what is in the block: its memory has another order of dimensions than its shape.
@@ -45,6 +45,7 @@ class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
     order: tuple[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_RANK)], ...] | None = None
     on_host: bool = False
     """Whether the tensor stays on the CPU, for a module on a GPU."""
+    in_device_io: bool = False
 
     @property
     def place(self) -> IoTensor:
@@ -112,7 +113,7 @@ class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float
 
 
 class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
-    """A dtype of torch (``torch.bfloat16``), a type of device (``device:cuda``), a submodule (``submodule:path``), or a
+    """A dtype of torch (``torch.bfloat16``), a kind of device (``device:cuda``), a submodule (``submodule:path``), or a
     member of an enumeration (``module:Class.MEMBER``)."""
 
     name: Name
@@ -218,6 +219,15 @@ def children(path: str, node: Argument) -> Iterator[tuple[str, Argument]]:
         yield from ((f"{path}.{key}", each) for key, each in node.attributes.items())
     elif isinstance(node, PairsOf):
         yield from ((f"{path}[{key!r}]", each) for key, each in node.items)
+
+
+def depth_of(node: Argument) -> int:
+    """Return the number of levels of a tree. It may be deeper than Python's stack."""
+    depth, level = 0, [node]
+    while level:
+        depth += 1
+        level = [inner for each in level for _, inner in children("", each)]
+    return depth
 
 
 def holds(node: Argument, kind: type) -> bool:

@@ -15,10 +15,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from xditd.ipc.module_state import PACKAGES
-from xditd.ipc.transports.module_walk import HOOKS
+from xditd.ipc.transports.module_walk import HOOKS, OWN
 
 _REGISTRIES: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS)
-_OWN: Final = frozenset(vars(torch.nn.Module()))
 _SAMPLE_BYTES: Final = 16
 
 
@@ -112,7 +111,7 @@ class ShallowRecord:
             for name in _REGISTRIES:
                 self._note(attributes[name])
             for name, value in attributes.items():
-                if not (name in _OWN or (each is module and name in replaced)):
+                if not (name in OWN or (each is module and name in replaced)):
                     self._note(value)
         for each in namespaces:
             self._note_map(vars(each))
