@@ -21,7 +21,7 @@ from xditd.client.diffusers.code_origin import check_code
 from xditd.client.diffusers.numerics import current_numerics
 from xditd.client.diffusers.placeholders import GUARDED, Placeholders
 from xditd.client.diffusers.replaced_method import ReplacedMethod, check_not_replaced
-from xditd.client.diffusers.submodule_checks import check_submodules
+from xditd.client.diffusers.tensor_checks import check_tensors
 from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.client.loans import Loan
 from xditd.client.module_lending import is_described
@@ -179,7 +179,7 @@ class StandIn:
             if before is not None and self._placeholders is not None:
                 before.loan.check()
                 raise LeaseLost(self._placeholders.lost_text("its loan has ended"))
-            check_submodules(self.module, self.name)
+            check_tensors(self.module, self.name)
             snapshot = Snapshot(self.module, self._replaced)
             check_code(snapshot.namespaces, self.name)
             loan = lend_module(

@@ -397,6 +397,6 @@ REFUSED = (
     Refused("offloading of submodules", offload_submodules, "_hf_hook"),
     Refused("offloading of the module", offload_module, "_hf_hook"),
     Refused("group offloading", group_offload, "hooks of diffusers, group_offloading"),
-    Refused("dropout", train_with_dropout, "is in training mode"),
+    Refused("dropout", train_with_dropout, "draws random numbers"),
     Refused("mode of torch", function_mode, "DeviceContext is active"),
 )  # fmt: skip
