@@ -42,7 +42,11 @@ def accelerate(
     layers, IP adapters, attention processors, written weights.
 
     With ``keep="daemon"`` the workers copy the weights, and this process frees its own until the block ends; the models
-    can then not be changed, moved or saved.
+    can then not be changed, moved or saved. If the workers end before the block does, the weights are lost: the end of
+    the block raises ``LeaseLost``, and the models refuse all use until they are loaded again.
+
+    If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` for new ones, and
+    runs again. What a KV cache had in them is lost, however: such a call raises ``LeaseLost``.
 
     Without a ``client``, one is made for ``runtime_dir`` and closed at the end; it waits up to ``wait_s`` for workers.
 

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-from collections.abc import Iterator
 
 import diffusers
 import pytest
 import torch
+from fault_parts import same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
-from module_changes import FOLLOWED, REFUSED, Followed, Refused, hook_block, write_parameter
+from followed_changes import FOLLOWED, Followed, write_parameter
+from refused_changes import REFUSED, Refused, hook_block
 
 from xditd.client import Client, Unsupported, XditdError, accelerate
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_the_worker() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(threads)
-
-
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 
 @pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case.name)

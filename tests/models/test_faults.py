@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import signal
 import subprocess
@@ -16,24 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from flux_pipelines import flux, flux_call, flux_transformer, lora_weights, run_plain
+from fault_parts import embedded_call, fail, restart, same
+from flux_pipelines import flux, flux_call, flux_transformer, run_plain
 from pipeline_entries import PIPELINES
-from pipeline_parts import embeddings, seeded
 from running_daemon import RunningDaemon, until
 
 from xditd.client import Client, Closed, DaemonUnreachable, LeaseLost, OutOfMemory, Unsupported, accelerate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 SUPPORT = Path(__file__).parent / "support"
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_the_worker() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -54,10 +44,6 @@ def start_script() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         child.communicate()
 
 
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
-
-
 def run_with(pipe: Any, on_step: Callable[[int], object]) -> list[torch.Tensor]:
     """Run the pipeline of ``run_plain``; ``on_step`` is called between the transformer's calls."""
 
@@ -66,11 +52,6 @@ def run_with(pipe: Any, on_step: Callable[[int], object]) -> list[torch.Tensor]:
         return values
 
     return [pipe(**flux_call(callback_on_step_end=callback)).images]
-
-
-def rss_bytes() -> int:
-    with open("/proc/self/statm", encoding="utf-8") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- Clients ----
@@ -155,19 +136,6 @@ def test_threads_on_one_pipeline_and_on_two(client: Client) -> None:
         assert same(each, expected) or same(each, [result])
 
 
-def embedded_call() -> dict[str, Any]:
-    return {
-        "hidden_states": embeddings(1, 24, 16),
-        "encoder_hidden_states": embeddings(1, 7, 32),
-        "pooled_projections": embeddings(1, 32, seed=3),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
-        "img_ids": torch.zeros(24, 3),
-        "txt_ids": torch.zeros(7, 3),
-        "return_dict": False,
-    }
-
-
 @torch.no_grad()
 def test_block_left_while_a_call_runs(client: Client) -> None:
     """The block waits for the call, whose result is that of the workers."""
@@ -238,10 +206,6 @@ def test_error_while_a_call_runs(client: Client, error: type[BaseException], mon
         assert same(entry.run(pipe), expected)
 
 
-def fail(error: type[BaseException]) -> list[str]:
-    raise error
-
-
 def test_client_closed_inside_the_block(one_worker: RunningDaemon) -> None:
     pipe = flux()
     client = one_worker.connect()
@@ -296,24 +260,6 @@ def test_fork(one_worker: RunningDaemon, start_script) -> None:
 
 
 # ---- Daemons and workers ----
-
-
-@pytest.fixture
-def own_daemon(start_daemon) -> Iterator[RunningDaemon]:
-    daemon = start_daemon(1)
-    daemon.wait_ready()
-    yield daemon
-    if daemon.process.poll() is None:
-        daemon.stop()
-
-
-def restart(daemon: RunningDaemon, start_daemon, *, force: bool) -> RunningDaemon:
-    if force:
-        daemon.process.send_signal(signal.SIGKILL)
-        daemon.process.wait(timeout=30)
-    else:
-        daemon.stop()
-    return start_daemon(1, folder=daemon.runtime_dir.parent)
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["stopped", "killed"])
@@ -415,126 +361,3 @@ def test_cache_whose_workers_were_rebuilt(own_daemon: RunningDaemon) -> None:
         hook.remove()
         assert vars(pipe.transformer)["forward"] is forward
         assert same(entry.run(pipe), expected)
-
-
-# ---- Weights that the daemon keeps ----
-
-
-def big_transformer() -> Any:
-    """Return a model of about 200 MB."""
-    from diffusers import FluxTransformer2DModel
-
-    return seeded(
-        FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=128,
-            num_attention_heads=8,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(32, 48, 48),
-            guidance_embeds=True,
-        )
-    )
-
-
-@torch.no_grad()
-def test_weights_are_freed_and_come_back(client: Client) -> None:
-    transformer = big_transformer()
-    size = sum(each.nbytes for each in transformer.parameters())
-    assert size > 180 << 20
-    before = {name: each.clone() for name, each in transformer.state_dict().items()}
-    expected = transformer(**embedded_call())[0]
-    gc.collect()
-    full = rss_bytes()
-    with accelerate(transformer, client=client, keep="daemon"):
-        gc.collect()
-        assert full - rss_bytes() > 0.9 * size
-        for name, each in transformer.named_parameters():
-            assert (each.shape, each.dtype, each.device) == (before[name].shape, torch.float32, torch.device("cpu"))
-            assert each.untyped_storage().nbytes() == 4
-            assert each.isnan().all()
-        assert (transformer.dtype, transformer.device) == (torch.float32, torch.device("cpu"))
-        assert torch.equal(transformer(**embedded_call())[0], expected)
-    for name, each in transformer.state_dict().items():
-        assert torch.equal(each, before[name])
-        assert each.is_contiguous()
-    assert torch.equal(transformer(**embedded_call())[0], expected)
-    assert not client.status().components
-
-
-@pytest.mark.parametrize(
-    ("name", "use"),
-    [
-        ("state_dict", lambda pipe: pipe.transformer.state_dict()),
-        ("load_state_dict", lambda pipe: pipe.transformer.load_state_dict({})),
-        ("save_pretrained", lambda pipe: pipe.save_pretrained("/nonexistent/never-written")),
-        ("to", lambda pipe: pipe.to(torch.bfloat16)),
-        ("to", lambda pipe: pipe.transformer.to("cpu")),
-        ("half", lambda pipe: pipe.transformer.half()),
-        ("_apply", lambda pipe: torch.nn.ModuleList([pipe.transformer]).bfloat16()),
-        ("__deepcopy__", lambda pipe: __import__("copy").deepcopy(pipe.transformer)),
-    ],
-)
-def test_use_of_kept_weights_is_refused(client: Client, name: str, use: Callable[[Any], object], tmp_path) -> None:
-    pipe = flux()
-    with accelerate(pipe, client=client, keep="daemon"):
-        with contextlib.chdir(tmp_path), pytest.raises(Unsupported, match=rf"transformer\.{name}: the weights are in"):
-            use(pipe)
-        assert same(run_plain(pipe), run_plain(flux()))
-    pipe.to(torch.bfloat16)
-    pipe.transformer.state_dict()
-
-
-def test_change_of_a_kept_module_is_refused(client: Client) -> None:
-    pipe = flux()
-    with accelerate(pipe, client=client, keep="daemon"):
-        with pytest.raises(Unsupported, match="the weights are in the daemon"):
-            pipe.load_lora_weights(lora_weights(seed=31, rank=2), adapter_name="style")
-        norm = pipe.transformer.norm_out.norm
-        before, norm.eps = norm.eps, 0.5
-        with pytest.raises(Unsupported, match=r"norm_out.norm changed.* use keep='client'"):
-            run_plain(pipe)
-        norm.eps = before
-        assert same(run_plain(pipe), run_plain(flux()))
-
-
-def test_kept_weights_outlive_a_closed_client(one_worker: RunningDaemon) -> None:
-    pipe = flux()
-    client = one_worker.connect()
-    with accelerate(pipe, client=client, keep="daemon"):
-        client.close()
-    assert same(run_plain(pipe), run_plain(flux()))
-    assert not one_worker.status().components
-
-
-def test_kept_weights_of_a_daemon_that_was_lost(own_daemon: RunningDaemon, start_daemon) -> None:
-    pipe = flux()
-    with own_daemon.connect() as client:
-        fast = accelerate(pipe, client=client, keep="daemon", wait_s=60)
-        assert same(run_plain(pipe), run_plain(flux()))
-        other = restart(own_daemon, start_daemon, force=True)
-        other.wait_ready()
-        with pytest.raises(LeaseLost):
-            run_plain(pipe)
-        with pytest.raises(LeaseLost, match=r"transformer: its weights were in the daemon alone .* load the model"):
-            fast.close()
-    # Nothing computes with placeholders, or saves them.
-    for use in (run_plain, lambda pipe: pipe.transformer.state_dict(), lambda pipe: pipe.to(torch.bfloat16)):
-        with pytest.raises(Unsupported, match="its weights were in the daemon alone"):
-            use(pipe)
-    other.stop()
-
-
-def test_weights_stay_if_the_daemon_has_no_room(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = flux()
-    from xditd.client.loans import Loan
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loan, "adopt", lambda _: fail(OutOfMemory))
-        with pytest.raises(OutOfMemory):
-            accelerate(pipe, client=client, keep="daemon")
-    assert not client.status().components
-    assert same(run_plain(pipe), run_plain(flux()))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from flux_pipelines import flux
-from module_changes import FOLLOWED, REFUSED, Followed, Refused, block_of
+from followed_changes import FOLLOWED, Followed, block_of
+from refused_changes import REFUSED, Refused
 
 from xditd.client.diffusers.changes import Snapshot
 from xditd.client.diffusers.stand_in import METHODS
