@@ -60,3 +60,8 @@ def read_tensors(client: Client, loan: Loan, into: Mapping[str, torch.Tensor]) -
     """Copy tensors of a component from the workers, by name, into new memory of the tensors ``into``."""
     for name, tensor in into.items():
         tensor.data = client._runner.read_tensor(loan.component_id, name, tensor)
+
+
+def connect_again(client: Client) -> Client:
+    """Return a new client of the same daemon, for weights that outlive ``client``."""
+    return Client(client._lifetime.runtime.path, name="diffusers")

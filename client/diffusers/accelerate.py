@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest, Unsupported, XditdError
 
 if TYPE_CHECKING:
     from xditd.client.client import Client
     from xditd.client.diffusers.stand_in import StandIn
+
+logger = logging.getLogger(__name__)
 
 DENOISERS: Final = ("transformer", "transformer_2", "transformer_ref", "unet")
 """The components that run in the workers unless others are named: those that run in every step."""
@@ -38,7 +42,11 @@ def accelerate(
     layers, IP adapters, attention processors, written weights.
 
     With ``keep="daemon"`` the workers copy the weights, and this process frees its own until the block ends; the models
-    can then not be changed, moved or saved.
+    can then not be changed, moved or saved. If the workers end before the block does, the weights are lost: the end of
+    the block raises ``LeaseLost``, and the models refuse all use until they are loaded again.
+
+    If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` for new ones, and
+    runs again. What a KV cache had in them is lost, however: such a call raises ``LeaseLost``.
 
     Without a ``client``, one is made for ``runtime_dir`` and closed at the end; it waits up to ``wait_s`` for workers.
 
@@ -61,7 +69,7 @@ def accelerate(
     accelerated = Accelerated(own, owns_client=client is None)
     try:
         for name, module in modules.items():
-            accelerated.add(StandIn(own, module, name, keeps_weights=keep == "client"))
+            accelerated.add(StandIn(own, module, name, keeps_weights=keep == "client", wait_s=wait_s))
     except BaseException:
         accelerated.close()
         raise
@@ -76,6 +84,7 @@ class Accelerated:
         self._owns_client = owns_client
         self._stand_ins: dict[str, StandIn] = {}
         self._is_closed = False
+        self._pid = os.getpid()
 
     def add(self, stand_in: StandIn) -> None:
         stand_in.install()
@@ -92,15 +101,20 @@ class Accelerated:
         return {name: each.calls for name, each in self._stand_ins.items()}
 
     def close(self) -> None:
-        """Give every model back as it was, and end its loan. May be called twice."""
+        """Give every model back as it was, when its running calls have ended, and end its loan. May be called twice.
+
+        Raises:
+            LeaseLost: with ``keep="daemon"``, weights were lost with the workers; names the models.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         try:
-            for each in self._stand_ins.values():
-                each.remove()
+            with contextlib.ExitStack() as stack:  # each of them, also if one fails
+                for each in self._stand_ins.values():
+                    stack.callback(each.remove)
         finally:
-            if self._owns_client:
+            if self._owns_client and os.getpid() == self._pid:
                 self.client.close()
 
     def __enter__(self) -> Accelerated:
@@ -109,7 +123,12 @@ class Accelerated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except XditdError as failed:
+            if error is None:
+                raise
+            logger.warning("block left by another error, and not all models were given back: %s", failed.detail)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else f"{len(self._stand_ins)} models: {', '.join(self._stand_ins)}"
@@ -151,8 +170,7 @@ def _split_lists(modules: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: it is compiled by torch.compile(): accelerate the module that it wraps (_orig_mod)"
             )
         nets = getattr(module, "nets", None)
-        if nets is None:
-            found[name] = module
-        else:
-            found.update({f"{name}.nets.{number}": each for number, each in enumerate(nets)})
+        parts = {name: module} if nets is None else {f"{name}.nets.{number}": each for number, each in enumerate(nets)}
+        # The same model under two names is lent once.
+        found.update({key: each for key, each in parts.items() if all(each is not other for other in found.values())})
     return found

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Final
 
 import torch
 
+from xditd.client.diffusers.code_origin import namespaces_of
+from xditd.client.diffusers.shallow_record import Content, ShallowRecord, content_of
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.transports.module_walk import walk_module
 
+_CODE: Final = (FunctionType, BuiltinFunctionType, staticmethod, classmethod, property)
+_PLAIN: Final = (bool, int, float, str, type(None))
 
-class _Content(NamedTuple):
-    """What changes when a tensor is replaced or written to. Writes through ``.data`` are not counted by torch."""
-
-    address: int
-    version: int
-    dtype: torch.dtype
-    device: torch.device
-    shape: torch.Size
-    stride: tuple[int, ...]
+_WRITTEN_BY_DIFFUSERS: Final = ("_class_name", "_diffusers_version")
+"""Items that appear in a configuration when it is first written as JSON, as for a loan."""
 
 
 class Snapshot:
-    """The state of a module at one moment. ``replaced`` are attributes of the module itself that do not count."""
+    """The state of a module at one moment. ``replaced`` are attributes of the module itself that do not count.
+
+    Not found are writes through ``.data`` to GPU memory, and those to few elements in host memory.
+    """
 
     def __init__(self, module: torch.nn.Module, replaced: Collection[str]) -> None:
         self._module = module
         self._replaced = replaced
+        self.namespaces = namespaces_of(module)
+        # Made first: a change during the walk is then found.
+        self._record = self._take_record()
+        self._code = self._take_code()
         self._config = _config_of(module)
         self._state, self._contents = self._take()
 
     def changes(self) -> list[str]:
-        """Return the names of what has changed since, at most a few."""
+        """Return the names of what has changed since."""
+        return [] if self._record.is_same() else self.described_changes()
+
+    def described_changes(self) -> list[str]:
+        """Return the names of what has changed since, by a complete description of the module."""
+        record = self._take_record()
         state, contents = self._take()
         config = _config_of(self._module)
-        if state == self._state and contents == self._contents and config == self._config:
+        code = self._take_code()
+        if (state, contents, config, code) == (self._state, self._contents, self._config, self._code):
+            self._record = record  # other objects of the same values
             return []
         found = [f"config.{name}" for name in {**self._config, **config} if self._config.get(name) != config.get(name)]
         found += [
@@ -44,19 +56,28 @@ class Snapshot:
             if self._state.submodules.get(path) != state.submodules.get(path)
         ]
         found += [name for name in {**self._contents, **contents} if self._contents.get(name) != contents.get(name)]
+        found += [name for name in {**self._code, **code} if self._code.get(name) != code.get(name)]
         return found or ["the sharing of submodules"]
 
-    def _take(self) -> tuple[ModuleState, dict[str, _Content]]:
+    def _take_record(self) -> ShallowRecord:
+        return ShallowRecord(self._module, self._replaced, self.namespaces)
+
+    def _take(self) -> tuple[ModuleState, dict[str, Content]]:
         state, tensors = walk_module(self._module, self._replaced)
-        return state, {name: _content(tensor) for name, tensor in tensors.items()}
+        return state, {name: content_of(tensor) for name, tensor in tensors.items()}
+
+    def _take_code(self) -> dict[str, object]:
+        """Return the functions of all classes and their modules, and the plain values of the classes."""
+        return {
+            f"{namespace.__name__}.{name}": value
+            for namespace in self.namespaces
+            for name, value in vars(namespace).items()
+            if isinstance(value, _CODE) or (isinstance(namespace, type) and isinstance(value, _PLAIN))
+        }
 
 
 def _config_of(module: torch.nn.Module) -> dict[str, Any]:
     """Return the configuration, which adapters change too."""
     config: Any = module.config
-    return dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
-
-
-def _content(tensor: torch.Tensor) -> _Content:
-    version = 0 if tensor.is_inference() else tensor._version
-    return _Content(tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+    found = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+    return {name: value for name, value in found.items() if name not in _WRITTEN_BY_DIFFUSERS}

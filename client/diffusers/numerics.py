@@ -6,6 +6,8 @@ from typing import Literal, cast
 
 import torch
 from diffusers.models import attention_dispatch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.requests import Numerics
@@ -27,6 +29,13 @@ def current_numerics(device: torch.device) -> Numerics:
         )
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         raise Unsupported("torch has global forward hooks, which workers cannot run: remove them")
+    # The mode of torch.set_default_device() counts: it moves the tensors that forwards make.
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    if modes:
+        raise Unsupported(
+            f"{type(modes[0]).__module__}.{type(modes[0]).__qualname__} is active in this process, and changes the "
+            "operations of forwards: leave its block, or reset torch.set_default_device(None), for this call"
+        )
     enabled: dict[_Kernel, bool] = {
         "flash": torch.backends.cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
         "memory_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import ctypes
+import math
+from typing import Any, Final
 
 import torch
 
-from xditd.client.class_modules import read_tensors
+from xditd.client.class_modules import connect_again, read_tensors
 from xditd.client.client import Client
 from xditd.client.loans import Loan
-from xditd.ipc.errors import Unsupported
+from xditd.ipc.errors import LeaseLost, Unsupported, XditdError
+
+GUARDED: Final = (
+    "state_dict",
+    "load_state_dict",
+    "save_pretrained",
+    "to",
+    "cpu",
+    "cuda",
+    "half",
+    "float",
+    "double",
+    "bfloat16",
+    "_apply",
+    "__deepcopy__",
+)
+"""Methods that would read, write or move the weights."""
 
 
 class Placeholders:
@@ -19,28 +36,67 @@ class Placeholders:
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         self._module = module
         self._name = name
-        self._guarded: list[str] = []
+        self._installed: dict[str, Any] = {}
 
-    def install(self, guarded: Sequence[str]) -> None:
-        """Free the parameters' memory; the methods ``guarded`` then raise ``Unsupported``."""
+    def install(self) -> None:
+        """Free the parameters' memory; their methods then raise ``Unsupported``."""
         for parameter in self._module.parameters():
-            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
-        for method in guarded:
-            if hasattr(self._module, method):
-                self._guarded.append(method)
-                vars(self._module)[method] = self._refuse(method)
+            # Not a number: nothing that computes with it in this process gives a plausible result.
+            value = math.nan if parameter.is_floating_point() or parameter.is_complex() else 0
+            parameter.data = parameter.data.new_full((), value).expand(parameter.shape)
+        _return_free_memory()
+        self._guard(
+            "the weights are in the daemon (keep='daemon'), and this process has only placeholders; leave the "
+            "accelerate block first"
+        )
 
     def remove(self, client: Client, loan: Loan) -> None:
-        """Read the weights back from the daemon."""
-        for method in self._guarded:
-            vars(self._module).pop(method, None)
-        read_tensors(client, loan, dict(self._module.named_parameters()))
+        """Read the weights back, and free the daemon's.
 
-    def _refuse(self, method: str) -> Any:
+        Raises:
+            LeaseLost: they were lost with its workers. The module refuses its methods from then on.
+        """
+        try:
+            if loan.is_live:
+                self._read(client, loan)
+            else:
+                # The client was closed, or its session has ended: the daemon may have the weights still.
+                with connect_again(client) as other:
+                    self._read(other, loan)
+        except XditdError as error:
+            text = self.lost_text(error.detail)
+            self._guard(text, "forward", "encode", "decode")
+            raise LeaseLost(text) from error
+
+    def lost_text(self, reason: str) -> str:
+        return (
+            f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {reason}; load the "
+            "model from its files again"
+        )
+
+    def _read(self, client: Client, loan: Loan) -> None:
+        read_tensors(client, loan, dict(self._module.named_parameters()))
+        for name, installed in self._installed.items():
+            if vars(self._module).get(name) is installed:
+                del vars(self._module)[name]
+        client.revoke(loan)
+
+    def _guard(self, text: str, *more: str) -> None:
+        for name in (*GUARDED, *more):
+            if name == "__deepcopy__" or hasattr(type(self._module), name):
+                self._installed[name] = vars(self._module)[name] = self._refuse(name, text)
+
+    def _refuse(self, method: str, text: str) -> Any:
+        start = "" if text.startswith(self._name) else f"{self._name}.{method}: "
+
         def refuse(*_args: Any, **_kwargs: Any) -> Any:
-            raise Unsupported(
-                f"{self._name}.{method}: the weights are in the daemon (keep='daemon'), and this process has only "
-                "placeholders; leave the accelerate block first"
-            )
+            raise Unsupported(f"{start}{text}")
 
         return refuse
+
+
+def _return_free_memory() -> None:
+    """Return the host's memory to the system: glibc keeps what was allocated in pieces below 32 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

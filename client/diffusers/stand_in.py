@@ -7,166 +7,197 @@ the pipeline finds what it expects.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-from collections.abc import Callable
-from typing import Any, Final
+import os
+import threading
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from xditd.client.class_modules import call_module, lend_module
 from xditd.client.client import Client
 from xditd.client.diffusers.changes import Snapshot
+from xditd.client.diffusers.code_origin import check_code
 from xditd.client.diffusers.numerics import current_numerics
-from xditd.client.diffusers.placeholders import Placeholders
+from xditd.client.diffusers.placeholders import GUARDED, Placeholders
+from xditd.client.diffusers.replaced_method import ReplacedMethod, check_not_replaced
+from xditd.client.diffusers.tensor_checks import check_tensors
 from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.client.loans import Loan
+from xditd.client.module_lending import is_described
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost
-from xditd.ipc.transports.module_walk import method_signature
+from xditd.ipc.transports.module_walk import is_describable
 
 logger = logging.getLogger(__name__)
 
 METHODS: Final = ("forward", "encode", "decode")
-_GUARDED: Final = (
-    "state_dict",
-    "save_pretrained",
-    "to",
-    "cpu",
-    "cuda",
-    "half",
-    "float",
-    "double",
-    "bfloat16",
-    "_apply",
-)
+_ATTEMPTS: Final = 4
+
+
+class _Lent(NamedTuple):
+    """A loan, and the state of the module that it has."""
+
+    loan: Loan
+    snapshot: Snapshot
 
 
 class StandIn:
     """A module of a pipeline, lent to the workers while it is installed.
 
     ``calls`` counts the calls that ran in the workers. Safe to use from several threads, as far as the module is.
+    ``wait_s`` is how long a call waits for a daemon that is started again.
     """
 
-    def __init__(self, client: Client, module: torch.nn.Module, name: str, *, keeps_weights: bool) -> None:
+    def __init__(
+        self, client: Client, module: torch.nn.Module, name: str, *, keeps_weights: bool, wait_s: float
+    ) -> None:
         self.client = client
         self.module = module
         self.name = name
         self.calls = 0
         self.lends = 0
-        self._methods = tuple(each for each in METHODS if callable(getattr(type(module), each, None)))
-        self._signatures = {each: method_signature(getattr(type(module), each)) for each in self._methods}
-        self._replaced = frozenset({*self._methods, *(() if keeps_weights else _GUARDED)})
-        self._loan: Loan | None = None
-        self._snapshot: Snapshot | None = None
-        self._placeholders: Placeholders | None = None
-        self._keeps_weights = keeps_weights
+        self._wait_s = wait_s
+        self._pid = os.getpid()
+        self._placeholders = None if keeps_weights else Placeholders(module, name)
+        names = tuple(each for each in METHODS if callable(getattr(type(module), each, None)))
+        self._replaced = frozenset({*names, *(() if keeps_weights else GUARDED)})
+        self._methods = {each: ReplacedMethod(module, each, self._call) for each in names}
+        self._lent: _Lent | None = None
+        self._is_removed = False
+        self._running = 0
+        self._changed = threading.Condition()
+        """Guards the fields; notified when a call ends."""
+        self._lending = threading.Lock()
 
     def install(self) -> None:
         """Lend the module, and replace its methods.
 
         Raises:
+            BadRequest: no model of diffusers or transformers.
             Unsupported: the module is changed in a way that workers cannot follow; names it and the remedy.
         """
-        taken = [each for each in self._replaced if each in vars(self.module)]
-        if taken:
-            raise Unsupported(
-                f"{self.name}: its {taken[0]} was replaced before, by {_owner_of(vars(self.module)[taken[0]])}: "
-                "offloading and caches of other libraries cannot run in the workers; remove them first "
-                "(pipe.remove_all_hooks(), module.disable_cache())"
+        if not is_described(self.module):
+            raise BadRequest(
+                f"{self.name}: {type(self.module).__module__}.{type(self.module).__qualname__} is no model of "
+                "diffusers or transformers, and runs in this process only: leave it out of components"
             )
-        self._lend()
-        if not self._keeps_weights:
-            assert self._loan is not None
-            self._loan.adopt()
-            self._placeholders = Placeholders(self.module, self.name)
-            self._placeholders.install(_GUARDED)
-            self._snapshot = Snapshot(self.module, self._replaced)
-        for method in self._methods:
-            vars(self.module)[method] = self._make(method)
+        for name in self._replaced:
+            check_not_replaced(self.module, name, self.name)
+        lent = self._lend(None)
+        if self._placeholders is not None:
+            try:
+                lent.loan.adopt()
+            except BaseException:
+                self._lent = None
+                lent.loan.return_()
+                raise
+            self._placeholders.install()
+            self._lent = _Lent(lent.loan, Snapshot(self.module, self._replaced))
+        for method in self._methods.values():
+            method.install()
 
     def remove(self) -> None:
-        """Give the module back as it was, and end its loan."""
-        for method in self._methods:
-            vars(self.module).pop(method, None)
-        if self._placeholders is not None and self._loan is not None:
-            self._placeholders.remove(self.client, self._loan)
-            self.client.revoke(self._loan)
-        elif self._loan is not None and self._loan.is_live:
-            self._loan.return_()
-        self._loan = self._snapshot = self._placeholders = None
+        """Give the module back as it was, when its running calls have ended, and end its loan.
 
-    def _make(self, method: str) -> Callable[..., Any]:
-        original = getattr(self.module, method)
+        Raises:
+            LeaseLost: its weights were in the daemon alone, and were lost with its workers.
+        """
+        with self._changed:
+            self._is_removed = True
+            if os.getpid() == self._pid:
+                self._changed.wait_for(lambda: not self._running)
+        for method in self._methods.values():
+            method.remove()
+        lent, self._lent = self._lent, None
+        if lent is None or os.getpid() != self._pid:
+            return  # a forked process has a copy of the loan, which the other one ends
+        if self._placeholders is not None:
+            self._placeholders.remove(self.client, lent.loan)
+        elif lent.loan.is_live:
+            lent.loan.return_()
 
-        @functools.wraps(original)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self._call(method, args, kwargs)
+    def _call(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if os.getpid() != self._pid:
+            raise Unsupported(
+                f"{self.name}: process {self._pid} lent it, and this process is a fork of it: fork before accelerate()"
+            )
+        with self._changed:
+            is_removed = self._is_removed
+            self._running += not is_removed
+        if is_removed:  # someone has kept the method
+            return method.original(*args, **kwargs)
+        try:
+            return self._run(method, args, kwargs)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
-        # Pipelines look at the signature to see which arguments a model takes.
-        run.__signature__ = _without_self(self._signatures[method])  # type: ignore[attr-defined]
-        return run
-
-    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = _bind(self._signatures[method], self.module, args, kwargs)
+    def _run(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = method.bind(args, kwargs)
         self._check_gradients()
         device = _device_of(self.module)
         numerics = current_numerics(device)
-        for is_last in (False, False, True):
-            if self._loan is None or not self._loan.is_live:
-                self._lend()
-            assert self._loan is not None
+        lent = self._lent
+        is_current = True
+        for attempt in range(_ATTEMPTS):
             changes: list[str] = []
             try:
+                if lent is None or not lent.loan.is_live or not is_current:
+                    lent = self._lend(lent)
+                    is_current = True
                 result = call_module(
                     self.client,
-                    self._loan,
+                    lent.loan,
                     arguments,
-                    method=method,
+                    method=method.name,
                     numerics=numerics,
                     device=device,
-                    while_running=functools.partial(self._check_unchanged, changes),
+                    while_running=functools.partial(_check_unchanged, lent.snapshot, changes),
                 )
             except _Changed:
-                self._follow(changes)
+                self._note_change(changes)
+                is_current = False
             except (LeaseLost, DaemonUnreachable, WorkersLost) as error:
                 # A call changes nothing but its objects, and those only at its end: it may run again.
-                if is_last or self._placeholders is not None or _holds_tensors(arguments):
+                if attempt == _ATTEMPTS - 1 or self._placeholders is not None or _holds_tensors(arguments):
                     raise
-                logger.warning("component %s is lent again: %s", self.name, error.detail)
-                self._wait_for_daemon()
+                logger.warning("component %s is called again: %s", self.name, error.detail)
+                self.client.wait_ready(self._wait_s)
+                is_current = not isinstance(error, LeaseLost)
             else:
-                self.calls += 1
+                with self._changed:
+                    self.calls += 1
                 return result
         raise Unsupported(f"{self.name}: the module changes during each of its calls; leave it out of components")
 
-    def _lend(self) -> None:
-        before = self._loan
-        self._snapshot = Snapshot(self.module, self._replaced)
-        self._loan = lend_module(
-            self.client, self.module, label=self.name, generation=self.lends, replaced=self._replaced
-        )
-        self.lends += 1
-        if before is not None and before.is_live and before.component_id != self._loan.component_id:
-            before.return_()
+    def _lend(self, before: _Lent | None) -> _Lent:
+        """Lend the module as it is now, unless another thread has done so since ``before``."""
+        with self._lending:
+            if self._lent is not None and self._lent is not before:
+                return self._lent
+            if before is not None and self._placeholders is not None:
+                before.loan.check()
+                raise LeaseLost(self._placeholders.lost_text("its loan has ended"))
+            check_tensors(self.module, self.name)
+            snapshot = Snapshot(self.module, self._replaced)
+            check_code(snapshot.namespaces, self.name)
+            loan = lend_module(
+                self.client, self.module, label=self.name, generation=self.lends, replaced=self._replaced
+            )
+            self.lends += 1
+            self._lent = _Lent(loan, snapshot)
+            if before is not None and before.loan.is_live and before.loan.component_id != loan.component_id:
+                before.loan.return_()
+            return self._lent
 
-    def _check_unchanged(self, found: list[str]) -> None:
-        assert self._snapshot is not None
-        found += self._snapshot.changes()
-        if found:
-            raise _Changed
-
-    def _follow(self, changes: list[str]) -> None:
-        """Lend the module as it is now."""
+    def _note_change(self, changes: list[str]) -> None:
         if self._placeholders is not None:
             raise Unsupported(
                 f"{self.name}: {', '.join(changes[:3])} changed, but its weights are in the daemon alone: use "
                 "keep='client' for modules that change"
             )
         logger.info("component %s has changed, and is lent again: %s", self.name, ", ".join(changes[:3]))
-        self._lend()
-
-    def _wait_for_daemon(self) -> None:
-        self.client.wait_ready(self.client.deadline_s)
 
     def _check_gradients(self) -> None:
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
@@ -180,25 +211,10 @@ class _Changed(Exception):
     """The module is no longer what was lent."""
 
 
-def _bind(
-    signature: inspect.Signature, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments by name; raises ``TypeError`` as the method itself does."""
-    bound = signature.bind(module, *args, **kwargs)
-    found: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise BadRequest(f"{type(module).__name__}: arguments without names (*{name}) cannot be sent; name them")
-        else:
-            found[name] = value
-    return found
-
-
-def _without_self(signature: inspect.Signature) -> inspect.Signature:
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _check_unchanged(snapshot: Snapshot, found: list[str]) -> None:
+    found += snapshot.changes()
+    if found:
+        raise _Changed
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
@@ -214,8 +230,4 @@ def _holds_tensors(value: Any) -> bool:
         return any(map(_holds_tensors, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_tensors, value))
-    return hasattr(value, "__dict__") and any(map(_holds_tensors, vars(value).values()))
-
-
-def _owner_of(function: Any) -> str:
-    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return is_describable(value) and any(map(_holds_tensors, vars(value).values()))

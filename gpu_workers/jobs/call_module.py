@@ -34,7 +34,7 @@ from xditd.ipc.arguments import (
     TupleOf,
     holds,
 )
-from xditd.ipc.errors import BadRequest, Unsupported, XditdError
+from xditd.ipc.errors import BadRequest, OutOfMemory, Unsupported, XditdError
 from xditd.ipc.module_state import DEVICE, GENERATOR, STATE
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
@@ -139,6 +139,12 @@ def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -
     except (torch.OutOfMemoryError, XditdError):
         raise
     except Exception as error:  # whatever the class raises for arguments that do not fit it
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no class for the host's
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            raise OutOfMemory(
+                f"{component.manifest.label}: no room in the worker's memory: {str(error).splitlines()[0]:.300}; use a "
+                "smaller size or batch, or free memory there"
+            ) from None
         if "CUDA error" in str(error):
             raise  # the process cannot use its GPU any more
         traceback.clear_frames(error.__traceback__)  # they hold views of lent memory, which could not be unmapped

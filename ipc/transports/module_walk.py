@@ -107,7 +107,9 @@ class _Walk:
                 items={key: self._value(f"{start}{CONFIG}.{key}", changed[key], 0) for key in changed}
             )
         for name, value in vars(module).items():
-            if name in OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
+            if name in OWN or name in _IGNORED or (not path and name in self._replaced):
+                continue
+            if _is_idle(module, name, value):
                 continue
             if name == "_diffusers_hook":
                 attributes[name] = Opaque(text=f"hooks of diffusers, {', '.join(map(str, value.hooks))}")
@@ -207,9 +209,18 @@ def _changed_settings(config: object) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key in config and config[key] != value}
 
 
-def _is_idle(name: str, value: object) -> bool:
-    """Whether an attribute changes no forward: a registry of hooks of diffusers without hooks."""
-    return name == "_diffusers_hook" and not getattr(value, "hooks", True)
+def _is_idle(module: torch.nn.Module, name: str, value: object) -> bool:
+    """Whether an attribute changes no forward, as it is where hooks of diffusers were removed."""
+    return (name == "_diffusers_hook" and not getattr(value, "hooks", True)) or is_own_method(module, name, value)
+
+
+def is_own_method(module: torch.nn.Module, name: str, value: object) -> bool:
+    """Return whether an attribute of a module is the method of its class."""
+    return (
+        isinstance(value, MethodType)
+        and value.__self__ is module
+        and value.__func__ is getattr(type(module), name, None)
+    )
 
 
 def describe_constant(value: Any) -> Argument:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from running_daemon import RunningDaemon, start_daemon
 
 from xditd.client import Client
@@ -30,3 +32,21 @@ def two_workers(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
 def client(one_worker: RunningDaemon) -> Iterator[Client]:
     with one_worker.connect() as connected:
         yield connected
+
+
+@pytest.fixture
+def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
+    daemon = start_daemon(1)
+    daemon.wait_ready()
+    yield daemon
+    if daemon.process.poll() is None:
+        daemon.stop()
+
+
+@pytest.fixture
+def as_many_threads_as_the_worker() -> Iterator[None]:
+    """Sums over another number of threads may differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,102 @@
+"""Find functions of torch, diffusers and transformers that this process has replaced: workers run the original ones."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, Final
+
+import torch
+
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.module_state import PACKAGES
+
+_ALSO_USED: Final = ("torch.nn.functional", "diffusers.models.attention_dispatch")
+"""Modules whose functions forwards call by name."""
+
+_BUILTIN: Final = ("scaled_dot_product_attention", "linear", "gelu")
+"""Functions of ``torch.nn.functional`` that are compiled, and that other libraries replace with their own."""
+
+
+def namespaces_of(module: torch.nn.Module) -> list[type | ModuleType]:
+    """Return the classes of a module, of its submodules and of the objects in them, and the modules that define them.
+
+    Those of other packages are left out: workers have none of them.
+    """
+    kinds = {type(each) for each in module.modules()}
+    for each in module.modules():
+        kinds.update(type(value) for value in vars(each).values())
+    classes = {each: None for kind in sorted(kinds, key=repr) for each in kind.__mro__ if _is_known(each.__module__)}
+    names = {each.__module__: None for each in classes if each.__module__.partition(".")[0] != "torch"}
+    modules = [sys.modules[name] for name in names if name in sys.modules]
+    return [*classes, *modules, *map(import_module, _ALSO_USED)]
+
+
+def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
+    """Check that all functions are those of the installed packages.
+
+    Raises:
+        Unsupported: a function was replaced in this process, which workers do not know; names it.
+    """
+    for namespace in namespaces:
+        where = (
+            f"{namespace.__module__}.{namespace.__qualname__}" if isinstance(namespace, type) else namespace.__name__
+        )
+        for name, value in vars(namespace).items():
+            for function in _functions_of(value):
+                if not _is_original(namespace, name, function):
+                    raise Unsupported(
+                        f"{label}: {where}.{name} was replaced by {function.__module__}.{function.__qualname__} in "
+                        "this process, which workers cannot run: restore it, or leave this model out of components"
+                    )
+    for name in _BUILTIN:
+        found = getattr(torch.nn.functional, name)
+        if not isinstance(found, BuiltinFunctionType):
+            raise Unsupported(
+                f"{label}: torch.nn.functional.{name} was replaced by a {type(found).__name__} in this process, which "
+                "workers cannot run: restore it, or leave this model out of components"
+            )
+
+
+def _functions_of(value: Any) -> Iterator[FunctionType]:
+    """Yield the functions in an attribute of a class or a module, and those that their decorators wrap."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    while isinstance(value, FunctionType):
+        yield value
+        value = vars(value).get("__wrapped__")
+
+
+def _is_original(namespace: type | ModuleType, name: str, function: FunctionType) -> bool:
+    is_forward = isinstance(namespace, type) and name in ("forward", "__call__")
+    # Other methods have decorators of further packages that are installed.
+    if not _is_installed(function.__code__.co_filename, in_packages=is_forward):
+        return False
+    # A forward of another class is in an installed file too.
+    return not is_forward or "<locals>" in function.__qualname__ or function.__module__ == namespace.__module__
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in PACKAGES
+
+
+@cache
+def _is_installed(file: str, *, in_packages: bool) -> bool:
+    """Whether a file belongs to one of the packages or to Python itself; else, to anything that is installed."""
+    folders = _folders() if in_packages else (*_folders(), *(str(Path(each).parent) for each in _folders()))
+    return file.startswith("<") or any(file.startswith(f"{folder}{os.sep}") for folder in folders)
+
+
+@cache
+def _folders() -> tuple[str, ...]:
+    packages = (sys.modules[name] for name in PACKAGES if name in sys.modules)
+    folders = [str(Path(each.__file__).parent) for each in packages if each.__file__ is not None]
+    return (*folders, sysconfig.get_path("stdlib"))

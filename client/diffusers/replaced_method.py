@@ -1,0 +1,96 @@
+"""``ReplacedMethod``: what stands on a module in place of one of its methods while the workers run it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.transports.module_walk import is_own_method, method_signature
+
+
+class ReplacedMethod:
+    """Calls ``run`` with the arguments by name. ``original`` is the method as the module had it.
+
+    Pipelines read its signature to see which arguments a model takes. A deep copy of the module gets the method of its
+    class, and so runs in this process.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, name: str, run: Callable[[ReplacedMethod, tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        self.name = name
+        self.before: Any = vars(module).get(name)
+        """What the module had in place of its class's method, or ``None``."""
+        self.original: Callable[..., Any] = getattr(module, name)
+        self._module = module
+        self._run = run
+        functools.update_wrapper(self, self.original)
+        self._signature = method_signature(getattr(type(module), name))
+        self.__signature__ = self._signature.replace(parameters=list(self._signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self, args, kwargs)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name; raises ``TypeError`` as the method itself does."""
+        bound = self._signature.bind(self._module, *args, **kwargs)
+        found: dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                found.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                raise Unsupported(
+                    f"{type(self._module).__name__}.{self.name}: arguments without names (*{name}) cannot be sent; "
+                    "name them"
+                )
+            else:
+                found[name] = value
+        return found
+
+    def install(self) -> None:
+        vars(self._module)[self.name] = self
+
+    def remove(self) -> None:
+        """Restore what the module had, unless another library has replaced the method since."""
+        if vars(self._module).get(self.name) is self:
+            del vars(self._module)[self.name]
+            if self.before is not None:
+                vars(self._module)[self.name] = self.before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self._module))
+        if copy is None:
+            raise Unsupported(f"{type(self._module).__name__}.{self.name}: copy the module, not its method")
+        return types.MethodType(getattr(type(self._module), self.name), copy)
+
+    def __reduce__(self) -> NoReturn:
+        raise Unsupported(
+            f"{type(self._module).__name__}: it runs in the workers and cannot be pickled; leave the accelerate block "
+            "first, or save its state_dict()"
+        )
+
+
+def check_not_replaced(module: torch.nn.Module, name: str, label: str) -> None:
+    """Check that a method is that of the class.
+
+    Raises:
+        Unsupported: it was replaced; says by what, and the remedy.
+    """
+    found = vars(module).get(name)
+    if found is None or is_own_method(module, name, found):
+        return
+    if isinstance(found, ReplacedMethod):
+        raise Unsupported(f"{label}: it is accelerated already; close that block first")
+    owner = found.func if isinstance(found, functools.partial) else found
+    text = f"{getattr(owner, '__module__', None)}.{getattr(owner, '__qualname__', type(owner).__name__)}"
+    raise Unsupported(
+        f"{label}: its {name} was replaced before, by {text}: offloading and caches of other libraries cannot run in "
+        "the workers; remove them first (pipe.remove_all_hooks(), module.disable_cache())"
+    )

@@ -1,0 +1,27 @@
+"""Refuse tensors that are more than their memory."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from xditd.ipc.errors import Unsupported
+
+_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_tensors(module: torch.nn.Module, label: str) -> None:
+    """Check the parameters and buffers of all submodules.
+
+    Raises:
+        Unsupported: a tensor of a subclass, as quantised weights are; names it and the remedy.
+    """
+    for path, each in module.named_modules():
+        where = f"{label}.{path}" if path else label
+        for name, tensor in (*each._parameters.items(), *each._buffers.items()):
+            if tensor is not None and type(tensor) not in _PLAIN:
+                raise Unsupported(
+                    f"{where}.{name} is a {type(tensor).__module__}.{type(tensor).__qualname__}: workers take plain "
+                    "tensors only; dequantise the module first (module.dequantize()), or load it without quantisation"
+                )

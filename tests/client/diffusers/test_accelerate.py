@@ -1,0 +1,36 @@
+"""What ``accelerate`` refuses before it needs a daemon."""
+
+from __future__ import annotations
+
+import pytest
+from flux_pipelines import flux
+
+from xditd.client import BadRequest, DaemonUnreachable, accelerate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"keep": "workers"}, "keep: 'workers'; use 'client' or 'daemon'"),
+        ({"components": "transformer"}, r"give a tuple of names, \('transformer',\)"),
+        ({"components": ("transformer", "scheduler")}, "scheduler of FluxPipeline is a FlowMatchEuler"),
+        ({"components": ("text_encoder",)}, "text_encoder of FluxPipeline is None, no model; it has transformer, vae"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, text, tmp_path) -> None:
+    with pytest.raises(BadRequest, match=text):
+        accelerate(flux(), runtime_dir=tmp_path, **arguments)
+
+
+def test_pipeline_without_a_denoiser_is_refused(tmp_path) -> None:
+    pipe = flux()
+    pipe.transformer = None
+    with pytest.raises(BadRequest, match="FluxPipeline has none of transformer"):
+        accelerate(pipe, runtime_dir=tmp_path)
+
+
+def test_no_daemon_changes_nothing(tmp_path) -> None:
+    pipe = flux()
+    with pytest.raises(DaemonUnreachable):
+        accelerate(pipe, runtime_dir=tmp_path, wait_s=0.1)
+    assert "forward" not in vars(pipe.transformer)

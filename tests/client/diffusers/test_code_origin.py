@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from class_entries import ENTRIES
+from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from flux_pipelines import flux_transformer
+
+from xditd.client import Unsupported
+from xditd.client.diffusers.code_origin import check_code, namespaces_of
+
+_first_of_each_class = {entry.name: entry for entry in reversed(ENTRIES.values())}
+
+
+@pytest.mark.parametrize("entry", _first_of_each_class.values(), ids=_first_of_each_class)
+def test_classes_as_installed_are_accepted(entry: Any) -> None:
+    check_code(namespaces_of(entry.build()), entry.name)
+
+
+def own(*_: Any, **__: Any) -> None:
+    """A function of the test's."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "replacement", "text"),
+    [
+        (FluxTransformerBlock, "forward", own, "FluxTransformerBlock.forward was replaced by .*own"),
+        (FluxAttnProcessor, "__call__", own, "FluxAttnProcessor.__call__ was replaced"),
+        (torch.nn.Linear, "forward", own, "Linear.forward was replaced"),
+        (torch.nn.Module, "_call_impl", own, "Module._call_impl was replaced"),
+        (FluxTransformerBlock, "forward", torch.nn.ReLU.forward, "forward was replaced by .*ReLU.forward"),
+        (FluxTransformerBlock, "forward", torch.no_grad()(own), "forward was replaced by .*own"),
+        (FluxSingleTransformerBlock, "more", property(own), "more was replaced"),
+        (transformer_flux, "_get_qkv_projections", own, "_get_qkv_projections was replaced"),
+        (torch.nn.functional, "layer_norm", own, "layer_norm was replaced"),
+        (torch.nn.functional, "scaled_dot_product_attention", own, "scaled_dot_product_attention was replaced"),
+        (torch.nn.functional, "scaled_dot_product_attention", type("Own", (), {})(), "replaced by a Own"),
+    ],
+)
+def test_replaced_function_is_named(
+    owner: Any, name: str, replacement: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = flux_transformer()
+    check_code(namespaces_of(model), "transformer")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, replacement, raising=False)
+        with pytest.raises(Unsupported, match=f"^transformer: .*{text}"):
+            check_code(namespaces_of(model), "transformer")
+    check_code(namespaces_of(model), "transformer")

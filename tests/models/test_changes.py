@@ -1,0 +1,150 @@
+"""Changes of a lent module are followed, with the bits of this process, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import diffusers
+import pytest
+import torch
+from fault_parts import same
+from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
+from followed_changes import FOLLOWED, Followed, write_parameter
+from refused_changes import REFUSED, Refused, hook_block
+
+from xditd.client import Client, Unsupported, XditdError, accelerate
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+
+
+@pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case.name)
+def test_change_is_followed(client: Client, case: Followed) -> None:
+    here, there = case.build(), case.build()
+    with accelerate(there, components=case.components, client=client) as fast:
+        before = case.run(here)
+        assert same(case.run(there), before)
+        for number, change in enumerate(case.changes):
+            change(here)
+            change(there)
+            expected = case.run(here)
+            calls = dict(fast.calls)
+            found = case.run(there)
+            assert same(found, expected), number
+            assert all(fast.calls[name] > calls[name] for name in case.components)
+            if case.has_effect:
+                assert not same(expected, before), number
+                before = expected
+    assert "forward" not in vars(there.transformer)
+    # This process has the module as it was changed.
+    assert same(case.run(there), expected)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_change_is_refused_until_it_is_undone(client: Client, case: Refused) -> None:
+    pipe = flux()
+    expected = run_plain(flux())
+    with accelerate(pipe, client=client) as fast:
+        assert same(run_plain(pipe), expected)
+        calls = fast.calls["transformer"]
+        undo = case.change(pipe)
+        try:
+            for _ in range(2):  # also when the same state is seen again
+                with pytest.raises(XditdError, match=case.text):
+                    run_plain(pipe)
+        finally:
+            undo()
+        assert fast.calls["transformer"] == calls
+        assert same(run_plain(pipe), expected)
+        assert fast.calls["transformer"] > calls
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_changed_module_is_refused_at_once(client: Client, case: Refused) -> None:
+    pipe = flux()
+    expected = run_plain(flux())
+    undo = case.change(pipe)
+    try:
+        with pytest.raises(XditdError), accelerate(pipe, client=client):
+            run_plain(pipe)
+    finally:
+        undo()
+    with accelerate(pipe, client=client):
+        assert same(run_plain(pipe), expected)
+
+
+def test_compiled_module_is_refused(client: Client) -> None:
+    pipe = flux()
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(Unsupported, match="_compiled_call_impl"), accelerate(pipe, client=client):
+        run_plain(pipe)
+    pipe = flux()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(Unsupported, match=r"compiled by torch.compile.*_orig_mod"):
+        accelerate(pipe, client=client)
+
+
+def test_refused_change_of_a_changed_module_is_refused_again(client: Client) -> None:
+    """A change that is refused does not hide one that would be followed."""
+    pipe, other = flux(), flux()
+    with accelerate(pipe, client=client):
+        run_plain(pipe)
+        undo = hook_block(pipe)
+        write_parameter(pipe)
+        for _ in range(2):
+            with pytest.raises(Unsupported, match="_forward_hooks"):
+                run_plain(pipe)
+        undo()
+        write_parameter(other)
+        assert same(run_plain(pipe), run_plain(other))
+
+
+def test_deep_copy_runs_in_this_process(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client) as fast:
+        run_plain(pipe)
+        calls = fast.calls["transformer"]
+        other = flux()
+        other.transformer = copy.deepcopy(pipe.transformer)
+        write_parameter(other)
+        expected = flux()
+        write_parameter(expected)
+        assert same(run_plain(other), run_plain(expected))
+        assert fast.calls["transformer"] == calls
+        with pytest.raises(Unsupported, match="cannot be pickled"):
+            pickle.dumps(pipe.transformer)
+
+
+def test_another_pipeline_with_the_same_module(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client) as fast:
+        other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+        with pytest.raises(Unsupported, match="accelerated already"):
+            accelerate(other, client=client)
+        calls = fast.calls["transformer"]
+        assert same(run_image_to_image(other), run_image_to_image(flux("FluxImg2ImgPipeline")))
+        assert fast.calls["transformer"] > calls
+
+
+def test_module_is_lent_once_under_two_names(client: Client) -> None:
+    pipe = flux()
+    pipe.transformer_2 = pipe.transformer
+    with accelerate(pipe, client=client) as fast:
+        assert fast.components == ("transformer",)
+
+
+def test_module_without_changes_is_lent_once(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client) as fast:
+        run_plain(pipe)
+        run_plain(pipe)
+        assert fast._stand_ins["transformer"].lends == 1
+
+
+def test_forward_that_was_kept_runs_here_after_the_block(client: Client) -> None:
+    transformer = flux_transformer()
+    with accelerate(transformer, client=client, components=None):
+        kept = transformer.forward
+    pipe = flux(transformer=transformer)
+    transformer.forward = kept
+    assert same(run_plain(pipe), run_plain(flux()))
