@@ -8,16 +8,13 @@ import importlib.util
 import subprocess
 import sys
 import wave
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
-from running_daemon import RunningDaemon, start_daemon
-
-__all__ = ["start_daemon"]
+from running_daemon import RunningDaemon
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -40,13 +37,6 @@ TINY = {
     "accelerate_wan22_two_transformers": "wan22",
     "accelerate_ltx2_with_sound": "ltx2",
 }
-
-
-@pytest.fixture(scope="session")
-def one_worker(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    started = start_daemon(1)
-    started.wait_ready()
-    return started
 
 
 def test_each_example_of_accelerate_is_run() -> None:
