@@ -50,6 +50,8 @@ CONTROL_DEADLINE_S: Final = 10.0
 _NEVER_MS: Final = 10**9
 _FLUSH_MS: Final = 250
 _LAST_REPLY_MS: Final = 100
+_SEND_WAIT_S: Final = 0.02
+_SEND_POLL_S: Final = 50e-6
 
 
 class _IoThread:
@@ -91,6 +93,12 @@ class _IoThread:
             self._mailboxes[mailbox.request_id] = mailbox
             self._outgoing.append(payload)
             os.eventfd_write(self._wake_fd, 1)
+
+    def wait_sent(self) -> None:
+        """Wait until all messages are handed to ZeroMQ, at most :data:`_SEND_WAIT_S`."""
+        ends_s = time.monotonic() + _SEND_WAIT_S
+        while self._outgoing and time.monotonic() < ends_s:
+            time.sleep(_SEND_POLL_S)  # lets the connection's thread run: it needs the interpreter's lock
 
     def start_beating(self, every_s: float) -> None:
         """Send a ``Beat`` whenever nothing else was sent for ``every_s``: the daemon ends silent sessions."""
@@ -321,6 +329,14 @@ class Connection:
             XditdError: the error that the daemon answered, or :class:`DeadlineExceeded`.
         """
         return self.submit(request).wait(reply_type, Timeouts(silence_s=deadline_s, total_s=deadline_s))
+
+    def wait_sent(self) -> None:
+        """Wait until what was submitted is sent, for callers that compute in Python next.
+
+        The connection's thread would have to wait for the interpreter, 5 ms at a time
+        (``sys.getswitchinterval``).
+        """
+        self._io.wait_sent()
 
     def wait_lost(self, deadline_s: float) -> bool:
         """Wait until the daemon has exited; returns whether it has."""

@@ -66,6 +66,10 @@ class PendingJob:
         """Wait for the reply, dropping events."""
         return self._mailbox.wait(reply_type, self._timeouts)
 
+    def wait_sent(self) -> None:
+        """Wait until the request is sent; see :meth:`Connection.wait_sent`."""
+        self._connection.wait_sent()
+
     def cancel(self) -> None:
         """Ask the daemon to stop the job at its next step, without waiting. No error if the job has ended."""
         with self._lock:

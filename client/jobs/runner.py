@@ -200,6 +200,7 @@ class Runner:
         block = job.fill(self._pool)
         with self.start(job, block, deadline_s) as pending:
             if while_running is not None:
+                pending.wait_sent()
                 while_running()
             called = pending.wait(Called)
             if len(called.results) != len(job.devices):

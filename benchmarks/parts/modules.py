@@ -1,0 +1,236 @@
+"""Time calls of diffusers' own transformers through ``accelerate``, beside the same class in this process.
+
+    python benchmarks/run.py modules                                   # five models of full size
+    python benchmarks/run.py modules --models flux1 wan --json FILE
+    python benchmarks/run.py modules --device cpu --small
+
+Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
+turns. Prints the medians of one call in ms and their ratio, the time to lend, the memory that the worker takes, and
+whether the results have the same bits.
+
+Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import gpu_memory_by_process
+from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, synchronize
+
+from xditd.client import Client, accelerate
+from xditd.client.demo.daemon_process import DaemonProcess
+
+Arguments = dict[str, Any]
+SEED = 0
+
+
+class Subjects:
+    """The models: for each a class with its configuration, and the arguments of one forward."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, small: bool) -> None:
+        self.device, self.dtype, self.small = device, dtype, small
+        self.grid = 4 if small else 64  # tokens on a side of an image of 1024 pixels
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+    def times(self, value: float) -> torch.Tensor:
+        return torch.tensor([value], device=self.device, dtype=self.dtype)
+
+    def ids(self, axes: int) -> torch.Tensor:
+        """Positions of the image's tokens, (tokens, axes): zeros, row, column, zeros."""
+        tokens = torch.arange(self.grid**2, device=self.device)
+        found = torch.zeros(len(tokens), axes, device=self.device)
+        found[:, 1], found[:, 2] = tokens // self.grid, tokens % self.grid
+        return found
+
+    def flux1(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
+        config: Arguments = {"guidance_embeds": True}
+        if self.small:
+            config |= {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+        text = config.get("joint_attention_dim", 4096)
+        tokens = 16 if self.small else 512
+        return (
+            "FluxTransformer2DModel",
+            config,
+            lambda: {
+                "hidden_states": self.random(1, self.grid**2, 64),
+                "encoder_hidden_states": self.random(1, tokens, text),
+                "pooled_projections": self.random(1, 768),
+                "timestep": self.times(0.5),
+                "img_ids": self.ids(3),
+                "txt_ids": torch.zeros(tokens, 3, device=self.device),
+                "guidance": self.times(3.5),
+            },
+        )
+
+    def qwen_image(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
+        config = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64} if self.small else {}
+        return (
+            "QwenImageTransformer2DModel",
+            config,
+            lambda: {
+                "hidden_states": self.random(1, self.grid**2, 64),
+                "encoder_hidden_states": self.random(1, 256, config.get("joint_attention_dim", 3584)),
+                "timestep": self.times(0.5),
+                "img_shapes": [[(1, self.grid, self.grid)]],
+            },
+        )
+
+    def flux2(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
+        config: Arguments = {}
+        if self.small:
+            config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+        tokens = 16 if self.small else 512
+        return (
+            "Flux2Transformer2DModel",
+            config,
+            lambda: {
+                "hidden_states": self.random(1, self.grid**2, 128),
+                "encoder_hidden_states": self.random(1, tokens, config.get("joint_attention_dim", 15360)),
+                "timestep": self.times(0.5),
+                "img_ids": self.ids(4)[None],
+                "txt_ids": torch.zeros(1, tokens, 4, device=self.device),
+                "guidance": self.times(3.5),
+            },
+        )
+
+    def z_image(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
+        config = {"dim": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64} if self.small else {}
+        return (
+            "ZImageTransformer2DModel",
+            config,
+            lambda: {
+                "x": [self.random(16, 1, 2 * self.grid, 2 * self.grid)],
+                "t": self.times(0.5),
+                "cap_feats": [self.random(32 if self.small else 256, config.get("cap_feat_dim", 2560))],
+            },
+        )
+
+    def wan(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
+        config = {"num_layers": 2, "num_attention_heads": 2, "text_dim": 64, "ffn_dim": 256} if self.small else {}
+        frames, height, width = (3, 8, 8) if self.small else (21, 60, 104)
+        return (
+            "WanTransformer3DModel",
+            config,
+            lambda: {
+                "hidden_states": self.random(1, 16, frames, height, width),
+                "timestep": torch.tensor([500], device=self.device),
+                "encoder_hidden_states": self.random(1, 16 if self.small else 512, config.get("text_dim", 4096)),
+            },
+        )
+
+
+MODELS = ("flux1", "qwen_image", "z_image", "wan", "flux2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--calls", type=int, default=9, help="timed calls of each, in turns; 3 of wan")
+    add_ranks(parser)
+    add_device(parser)
+
+
+def run(given: argparse.Namespace, report: Report) -> int:
+    with tempfile.TemporaryDirectory(prefix="xditd-modules-") as folder:
+        for ranks in given.ranks:
+            need_gpus("modules", ranks, given.device)
+            daemon = DaemonProcess(Path(folder, f"daemon{ranks}.log"), ranks, given.device)
+            client = None
+            try:
+                client = daemon.connect()
+                client.wait_ready(300.0)
+                found = {}
+                for name in given.models:
+                    found[name] = measure(name, given, client)
+                    report.add(**{f"{name}, {ranks} workers": found[name]})
+                rows = [(name, *map(str, each.values())) for name, each in found.items()]
+                print_table(f"{ranks} workers", [("model", *next(iter(found.values()))), *rows])
+            finally:
+                daemon.stop(client)
+    return 0
+
+
+def build(class_name: str, config: Arguments, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Build a model with random weights on the device; tables that are no parameters have their values."""
+    import diffusers
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = getattr(diffusers, class_name)(**config)
+    torch.manual_seed(SEED)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(0.0, 0.02)
+                module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, Any]:
+    """Time calls of one model here and in the workers, in turns."""
+    device = torch.device(given.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    class_name, config, make = getattr(Subjects(device, dtype, small=given.small), name)()
+    model = build(class_name, config, device, dtype)
+    arguments = make()
+    here_ms, there_ms = [], []
+    workers = {worker.pid for worker in client.status().workers}
+    before = worker_bytes(workers)
+    began = time.perf_counter()
+    with accelerate(model, client=client):  # builds the class in the worker
+        first_lend_ms = (time.perf_counter() - began) * 1e3
+    began = time.perf_counter()
+    with accelerate(model, client=client):
+        lend_ms = (time.perf_counter() - began) * 1e3
+        lent = worker_bytes(workers) - before
+        for number in range(2 + (min(given.calls, 3) if name == "wan" else given.calls)):
+            results = []
+            for call, into in ((type(model).forward, here_ms), (type(model).__call__, there_ms)):
+                synchronize(device)
+                began = time.perf_counter()
+                results.append(call(model, **arguments))
+                synchronize(device)
+                if number >= 2:  # kernels are chosen in the first calls
+                    into.append((time.perf_counter() - began) * 1e3)
+    here, there = (first_tensor(result).float() for result in results)
+    found = {
+        "here_ms": round(statistics.median(here_ms), 1),
+        "call_ms": round(statistics.median(there_ms), 1),
+        "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
+        "first_lend_ms": round(first_lend_ms, 1),
+        "lend_ms": round(lend_ms, 1),
+        "weights_gib": round(sum(each.nbytes for each in model.parameters()) / GIB, 2),
+        "worker_took_gib": round(lent / GIB, 2),
+        "same_bits": torch.equal(here, there),
+        "error": float((there - here).norm() / here.norm()),
+    }
+    del model, arguments, results
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def worker_bytes(pids: set[int]) -> int:
+    """Return the GPU memory of the workers, without what they map of other processes."""
+    return sum(size for pid, size in gpu_memory_by_process().items() if pid in pids)
+
+
+def first_tensor(result: Any) -> torch.Tensor:
+    """Return the first tensor of a forward's result."""
+    while not isinstance(result, torch.Tensor):
+        result = next(iter(result.values())) if hasattr(result, "values") else result[0]
+    return result
