@@ -112,7 +112,7 @@ class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float
 
 
 class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
-    """A dtype of torch (``torch.bfloat16``), a type of device (``device:cuda``), a submodule (``submodule:path``), or a
+    """A dtype of torch (``torch.bfloat16``), a kind of device (``device:cuda``), a submodule (``submodule:path``), or a
     member of an enumeration (``module:Class.MEMBER``)."""
 
     name: Name
@@ -218,6 +218,15 @@ def children(path: str, node: Argument) -> Iterator[tuple[str, Argument]]:
         yield from ((f"{path}.{key}", each) for key, each in node.attributes.items())
     elif isinstance(node, PairsOf):
         yield from ((f"{path}[{key!r}]", each) for key, each in node.items)
+
+
+def depth_of(node: Argument) -> int:
+    """Return the number of levels of a tree. It may be deeper than Python's stack."""
+    depth, level = 0, [node]
+    while level:
+        depth += 1
+        level = [inner for each in level for _, inner in children("", each)]
+    return depth
 
 
 def holds(node: Argument, kind: type) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.arguments import Argument
+from xditd.ipc.arguments import Argument, depth_of
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import Described, Name
 
@@ -94,6 +94,11 @@ def decode(packed: bytes, label: str) -> ModuleState:
             raise BadRequest(
                 f"{label}: the state of the module takes more than {limits.MAX_PLAIN_MODULE_STATE_BYTES} bytes"
             )
-        return _decoder.decode(plain)
+        state = _decoder.decode(plain)
+        for path, submodule in state.submodules.items():
+            for name, value in submodule.attributes.items():
+                if depth_of(value) > limits.MAX_ARGUMENT_DEPTH:
+                    raise BadRequest(f"{label}: attribute {name} of {path or 'the module'} is nested too deeply")
+        return state
     except (zlib.error, msgspec.DecodeError, RecursionError) as error:
         raise BadRequest(f"{label}: the state of the module cannot be read: {error!s:.300}") from error

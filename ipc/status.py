@@ -136,6 +136,21 @@ class FusedCheck(Described, frozen=True, kw_only=True):
     """Whether the kernels are used. Once refused, they are not used for any number of tokens."""
 
 
+class RowCheck(Described, frozen=True, kw_only=True):
+    """A check of a module that runs as its class: the rows of a batch run apart, compared with the whole batch."""
+
+    class_name: Name
+    method: Name
+    batch: Count
+    error: RelativeError | None
+    """Relative error of the result; ``None`` if rows could not be compared."""
+    tolerance: RelativeError
+    is_used: bool
+    """Whether different ranks run the rows of such calls. If not, every rank runs all of them."""
+    detail: Text = ""
+    """Why rows were refused."""
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -154,6 +169,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is ready."""
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)]
     """Fast path checks since the group started, oldest first; bounded."""
+    row_checks: Annotated[tuple[RowCheck, ...], msgspec.Meta(max_length=limits.MAX_ROW_CHECKS)] = ()
+    """Checks of rows since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

@@ -10,6 +10,7 @@ import msgspec
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import StatusFlags
 from xditd.ipc.status import DaemonStatus
 
@@ -69,6 +70,13 @@ def describe(found: DaemonStatus) -> str:
             for each in found.fused_checks
         ]  # fmt: skip
         lines += ["", table(("FUSED KERNELS", "TOKENS", "ERROR", "AT MOST", "VERDICT"), checks)]
+    if found.row_checks:
+        verdicts = [
+            (each.class_name, each.method, each.batch, "-" if each.error is None else f"{each.error:.2e}",
+             f"{each.tolerance:g}", "in use" if each.is_used else f"refused: {_shortened(each.detail)}")
+            for each in found.row_checks
+        ]  # fmt: skip
+        lines += ["", table(("ROWS OF", "METHOD", "BATCH", "ERROR", "AT MOST", "VERDICT"), verdicts)]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",
@@ -81,10 +89,10 @@ def describe(found: DaemonStatus) -> str:
             (each.component_id, each.label, "-" if each.kind is None else each.kind.value,
              "-" if each.facts is None else each.facts.family, each.state.value,
              "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), copied_text(each.copied),
-             each.owner_pid)
+             _layout_text(each.facts), each.owner_pid)
             for each in found.components
         ]  # fmt: skip
-        headers = ("COMPONENT", "LABEL", "KIND", "FAMILY", "STATE", "TIER", "BYTES", "COPIED", "OWNER")
+        headers = ("COMPONENT", "LABEL", "KIND", "FAMILY", "STATE", "TIER", "BYTES", "COPIED", "LAYOUT", "OWNER")
         lines += ["", table(headers, components)]
     else:
         lines += ["", "no component is lent"]
@@ -114,6 +122,17 @@ def describe(found: DaemonStatus) -> str:
         ]
         lines += ["", table(("AGO", "LAST ERRORS", "CODE", "DETAIL"), errors)]
     return "\n".join(lines)
+
+
+def _layout_text(facts: ComponentFacts | None) -> str:
+    """Format how several ranks run a component; what has no layout of its own runs in the group's."""
+    if facts is None:
+        return "-"
+    if facts.module is not None:
+        return facts.module.layout
+    if facts.transformer is not None:
+        return f"ulysses={facts.transformer.ulysses},ring={facts.transformer.ring}"
+    return "-"
 
 
 def _by_tier(found: DaemonStatus) -> str:

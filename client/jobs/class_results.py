@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -25,9 +24,12 @@ from xditd.ipc.arguments import (
     TupleOf,
 )
 from xditd.ipc.errors import Internal, Unsupported
-from xditd.ipc.module_state import PACKAGES, STATE
+from xditd.ipc.module_state import STATE
 from xditd.ipc.tensors import IoTensor
+from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.tensor_views import torch_dtype
+
+_HERE: Final = "this process"
 
 
 class NotReturned:
@@ -66,9 +68,9 @@ class ClassResultReader:
         if isinstance(node, Held):
             return HeldTensor(node, self._store, self._device)
         if isinstance(node, OutputOf):
-            return find_class(node.class_name)(**{key: self.value(each) for key, each in node.items.items()})
+            return find_class(node.class_name, _HERE)(**{key: self.value(each) for key, each in node.items.items()})
         if isinstance(node, ObjectOf):
-            kind = find_class(node.class_name)
+            kind = find_class(node.class_name, _HERE)
             made: Any = object.__new__(kind)
             vars(made).update({key: self.value(each) for key, each in node.attributes.items()})
             return made
@@ -109,24 +111,6 @@ class ClassResultReader:
         return self.value(node)
 
 
-def find_class(name: str) -> type:
-    """Return a class by ``module:Class``, of the packages whose classes can be in results.
-
-    Raises:
-        Unsupported: it is not installed in this process.
-    """
-    module, _, path = name.partition(":")
-    try:
-        found: Any = import_module(module) if module.partition(".")[0] in PACKAGES else None
-        for each in path.split("."):
-            found = getattr(found, each)
-    except (ImportError, AttributeError) as error:
-        raise Unsupported(f"result of the class {name}: it is not installed in this process: {error}") from error
-    if not isinstance(found, type):
-        raise Unsupported(f"result of the class {name}: this is no class")
-    return found
-
-
 def _replace(current: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
     current.clear()
     current.update(items)
@@ -144,7 +128,7 @@ def _plain(node: Argument) -> Any:
         if ":" not in node.name:
             return torch_dtype(node.name.removeprefix("torch."))
         path, _, member = node.name.rpartition(".")
-        return getattr(find_class(path), member)
+        return getattr(find_class(path, _HERE), member)
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise Internal(f"the workers answered a call with {type(node).__name__}, which no client can read")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +14,13 @@ import torch
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.held import HeldTensors
+from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.jobs.writing import ResultWriter, Write
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc.arguments import (
     Argument,
@@ -43,7 +48,7 @@ _CACHE = "cache"
 
 @torch.no_grad()  # not inference_mode, whose tensors do not count the writes to them
 def run(job: Call, context: JobContext) -> Finished:
-    """Run a method of the module once for each part; rank 0 writes the results."""
+    """Run a method of the module once for each part, on different ranks where possible; rank 0 writes the results."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
         component = context.components.get(job.component_id, "module")
@@ -57,12 +62,21 @@ def run(job: Call, context: JobContext) -> Finished:
         ]
         reader.finish()
     clock.end_phase("inputs", waits=False)
+    numerics = job.numerics or Numerics()
+    with ExitStack() as settings:
+        with raise_on_all_ranks():
+            describer = _Describer(context.held, context.client, job, parts)
+            written = _WrittenTensors(parts)
+            stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
+            settings.enter_context(use_numerics(numerics, context.device))
+        rows = ModuleRows(component.class_model, job.method, numerics, partial(_run_part, component, job.method))
+        results = rows.run(
+            [
+                ModulePart(part, bool(changed) or any(holds(node, Held) for node in described.arguments.values()))
+                for part, changed, described in zip(parts, stateful, job.parts, strict=True)
+            ]
+        )
     with raise_on_all_ranks():
-        describer = _Describer(context.held, context.client, job, parts)
-        written = _WrittenTensors(parts)
-        with use_numerics(job.numerics or Numerics(), context.device):
-            results = [_run_part(component, job.method, part) for part in parts]
-        stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
         written.check(stateful, f"{component.class_model.class_name}.{job.method}")
     clock.end_phase("forward")
     with raise_on_all_ranks():
@@ -117,36 +131,55 @@ def _check_finite(context: JobContext, component: Component, results: Sequence[A
 def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -> Any:
     model = component.class_model
     call = model.module if method == "forward" else getattr(model.module, method)
+    before = _random_states(model.device)
     try:
-        return call(**arguments)
+        result = call(**arguments)
     except (torch.OutOfMemoryError, XditdError):
         raise
     except Exception as error:  # whatever the class raises for arguments that do not fit it
         if "CUDA error" in str(error):
             raise  # the process cannot use its GPU any more
+        traceback.clear_frames(error.__traceback__)  # they hold views of lent memory, which could not be unmapped
         what = f"{type(error).__name__}: {error!s:.1000}"
         raise BadRequest(
             f"{component.manifest.label}: {model.class_name}.{method} refused its arguments: {what}"
         ) from error
+    if not all(map(torch.equal, before, _random_states(model.device))):
+        raise Unsupported(
+            f"{component.manifest.label}: {model.class_name}.{method} draws random numbers, and those of workers are "
+            "not yours: call eval() if it trains (dropout), or run it in your own process"
+        )
+    return result
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of torch's own generators: a forward that draws from them gives other results in each call."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 class _WrittenTensors:
     """Finds the arguments that a forward has written to: the client's own tensors would not change."""
 
     def __init__(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        self._versions = [
-            {name: [(tensor, tensor._version) for tensor in _tensors(value)] for name, value in part.items()}
+        self._before = [
+            {
+                name: (Snapshot([value]), [(tensor, tensor._version) for tensor in _tensors(value)])
+                for name, value in part.items()
+            }
             for part in parts
         ]
 
     def check(self, stateful: Sequence[Mapping[str, Any]], what: str) -> None:
         """Raise ``Unsupported`` if an argument was written to whose state does not go back to the client."""
-        for number, part in enumerate(self._versions):
-            for name, versions in part.items():
-                if name not in stateful[number] and any(tensor._version != version for tensor, version in versions):
+        for number, part in enumerate(self._before):
+            for name, (contents, versions) in part.items():
+                if name in stateful[number]:
+                    continue
+                if not contents.is_current() or any(tensor._version != version for tensor, version in versions):
                     raise Unsupported(
-                        f"{what} wrote to its argument {name}, which in workers changes a copy: give it a new tensor "
-                        "that is not used again, and run this model in your own process"
+                        f"{what} wrote to its argument {name}, which in workers changes a copy: "
+                        "run this model in your own process"
                     )
 
 

@@ -5,8 +5,8 @@ Every rank holds the same ones under the same ids, since all run the calls that 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,10 +15,12 @@ from xditd.ipc.processes import ProcessIdentity
 
 
 class HeldTensors:
-    """The held tensors of all clients, on this rank's device."""
+    """The held tensors of all clients, on this rank's device. ``group`` is in their ids: those of an ended group of
+    workers must not name tensors of the next one."""
 
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
+    def __init__(self, group: str = "") -> None:
+        self._group = group
+        self._count = 0
         self._by_client: dict[ProcessIdentity, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -26,7 +28,8 @@ class HeldTensors:
 
     def hold(self, client: ProcessIdentity, tensor: torch.Tensor) -> str:
         """Hold a tensor; return its new id."""
-        held_id = f"h{next(self._numbers)}"
+        self._count += 1
+        held_id = self._id(self._count)
         self._by_client.setdefault(client, {})[held_id] = tensor
         return held_id
 
@@ -44,6 +47,17 @@ class HeldTensors:
             )
         return found
 
+    @contextmanager
+    def undone_on_error(self, client: ProcessIdentity) -> Iterator[None]:
+        """Free what a job has held if it fails. Ranks that fail at different points then count alike again."""
+        before = self._count
+        try:
+            yield
+        except BaseException:
+            self.release(client, map(self._id, range(before + 1, self._count + 1)))
+            self._count = before
+            raise
+
     def release(self, client: ProcessIdentity, held_ids: Iterable[str]) -> None:
         """Free tensors. An unknown id is no error: its worker may have ended."""
         mine = self._by_client.get(client, {})
@@ -53,3 +67,6 @@ class HeldTensors:
     def forget(self, client: ProcessIdentity) -> None:
         """Free the tensors of a client that has exited."""
         self._by_client.pop(client, None)
+
+    def _id(self, number: int) -> str:
+        return f"h{number}{self._group}"

@@ -11,7 +11,7 @@ import torch
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
-from xditd.gpu_workers.models.class_building import make_object, make_plain
+from xditd.gpu_workers.models.class_building import make_key, make_object, make_plain
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.ipc import limits
@@ -117,10 +117,9 @@ class ArgumentReader:
         if isinstance(node, Held):
             return self._held.find(self._client, node.held_id, path)
         if isinstance(node, PairsOf):
-            pairs = [(self._nested(path, key), key, value) for key, value in node.items]
-            return {key: self._nested(f"{path}[{described!r}]", value) for key, described, value in pairs}
+            return {make_key(key): self._nested(f"{path}[{key!r:.100}]", value) for key, value in node.items}
         if isinstance(node, SetOf):
-            return {self._nested(path, each) for each in node.items}
+            return {make_key(each) for each in node.items}
         if isinstance(node, ObjectOf):
             found = {name: self._nested(f"{path}.{name}", each) for name, each in node.attributes.items()}
             return make_object(node.class_name, found)

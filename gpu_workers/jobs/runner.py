@@ -21,14 +21,14 @@ from xditd.ipc.transports.host_shm import HostArena
 
 
 class JobRunner:
-    """Runs jobs on this rank's components."""
+    """Runs jobs on this rank's components. ``group`` is a text that no earlier group of workers had."""
 
-    def __init__(self, components: Components, rank: int, device: torch.device) -> None:
+    def __init__(self, components: Components, rank: int, device: torch.device, group: str = "") -> None:
         self._components = components
         self._is_leader = rank == 0
         self._device = device
         self._kept = KeptTensors()
-        self._held = HeldTensors()
+        self._held = HeldTensors(group)
 
     def forget(self, client: ProcessIdentity) -> None:
         """Free the kept and held tensors of a client that has exited."""
@@ -56,8 +56,9 @@ class JobRunner:
             self._components, self._device, self._is_leader, client, self._kept, self._held, open_io, provide
         )
         if isinstance(job, Call):
-            is_module = self._components.has_module(job.component_id)
-            finished = call_module.run(job, context) if is_module else call.run(job, context)
+            with self._held.undone_on_error(client):
+                is_module = self._components.has_module(job.component_id)
+                finished = call_module.run(job, context) if is_module else call.run(job, context)
         elif isinstance(job, ReadTensors):
             finished = read_tensors.run(job, context)
         elif isinstance(job, Generate):

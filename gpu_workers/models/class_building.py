@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import Any, Final
 
 import msgspec
@@ -30,39 +29,18 @@ from xditd.ipc.arguments import (
     children,
     holds,
 )
-from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.module_state import DEVICE, GENERATOR, PACKAGES, STATE, ModuleState, SubmoduleState
+from xditd.ipc.errors import BadRequest, Unsupported, XditdError
+from xditd.ipc.module_state import DEVICE, GENERATOR, STATE, ModuleState, SubmoduleState
 from xditd.ipc.tensors import ModuleDescription
-from xditd.ipc.transports.module_walk import CONFIG, HOOKS, class_name, walk_module
+from xditd.ipc.transports.module_classes import find_class
+from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, walk_module
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 _SUBMODULE: Final = "submodule:"
-_DEVICE: Final = "device:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
-
-
-def find_class(name: str) -> type:
-    """Return a class by ``module:Class``.
-
-    Raises:
-        Unsupported: it is of another package than those of ``PACKAGES``, or is not installed here.
-    """
-    module, _, path = name.partition(":")
-    package = module.partition(".")[0]
-    if package not in PACKAGES:
-        raise Unsupported(f"class {name}: workers run classes of {', '.join(PACKAGES)} only; {package} is none of them")
-    found: Any = None
-    try:
-        found = import_module(module)
-        for each in path.split("."):
-            found = getattr(found, each)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        version = getattr(import_module(package), "__version__", "")
-        raise Unsupported(f"class {name}: {package} {version} of the workers has no such class: {error}") from error
-    if not isinstance(found, type):
-        raise Unsupported(f"class {name}: this is a {type(found).__name__}, not a class")
-    return found
+_DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
+_HERE: Final = "the workers"
 
 
 def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
@@ -72,11 +50,14 @@ def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
         Unsupported: not a model class of diffusers or transformers, or one that is not installed here.
         BadRequest: a configuration that the class refuses.
     """
-    kind = find_class(described.class_name)
+    kind = find_class(described.class_name, _HERE)
     try:
         config = json.loads(described.config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{label}: its configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):  # diffusers would take a text for the name of a repository
+        raise BadRequest(f"{label}: its configuration is a {type(config).__name__}, not an object")
+    _check_attention(config, label)
     # Both packages take a second or more to import.
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin, no_init_weights
@@ -86,16 +67,32 @@ def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
         with init_empty_weights(include_buffers=False), no_init_weights():
             if issubclass(kind, ModelMixin):
                 module: Any = kind.from_config(config)  # type: ignore[attr-defined]
-            elif hasattr(kind, "config_class") and kind.config_class is not None:
-                module = kind(kind.config_class.from_dict(config))
+            elif issubclass(kind, torch.nn.Module) and getattr(kind, "config_class", None) is not None:
+                module = kind(kind.config_class.from_dict(config))  # type: ignore[attr-defined]
             else:
                 raise Unsupported(f"{label}: {described.class_name} is no model class of diffusers or transformers")
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except XditdError:
+        raise
+    except Exception as error:  # whatever the class raises
         raise BadRequest(
             f"{label}: {kind.__name__} cannot be made from its configuration: {type(error).__name__}: {error}"
         ) from error
     built: torch.nn.Module = module.eval().requires_grad_(False)
     return built
+
+
+def _check_attention(config: Any, label: str) -> None:
+    """Refuse attention code from a hub: transformers would load and run it when the module is made."""
+    pending = [config]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, dict):
+            for key, value in each.items():
+                if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
+                    raise Unsupported(f"{label}: workers load no attention code from a hub, as {key} {value!r} needs")
+            pending += each.values()
+        elif isinstance(each, list):
+            pending += each
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool:
@@ -105,11 +102,13 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
 
     Raises:
         Unsupported: the state has classes, functions or objects that workers cannot make; the error names them.
+        BadRequest: not the state of any module.
     """
     found, _ = walk_module(module)
     if _comparable(found) == _comparable(state):
         return True
     _set_submodules(module, state)
+    _check_paths(module, state, label)
     found, _ = walk_module(module)
     for path, submodule in module.named_modules():
         _set_attributes(module, submodule, state.submodules[path].attributes, found.submodules[path].attributes)
@@ -123,6 +122,25 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
             names=differing,
         )
     return False
+
+
+def _check_paths(module: torch.nn.Module, state: ModuleState, label: str) -> None:
+    """Check that the module has the paths of the state, and no more: others, or one of a cycle, cannot be walked.
+
+    Raises:
+        BadRequest: it has not; the error names a path.
+    """
+    left = {*state.submodules, *state.same}
+    pending = [("", module)]
+    while pending:
+        path, each = pending.pop()
+        if path not in left:
+            raise BadRequest(f"{label}: the state of the module does not describe its submodule {path[:200]!r}")
+        left.remove(path)
+        start = f"{path}." if path else ""
+        pending += [(start + name, child) for name, child in each._modules.items() if child is not None]
+    if left:
+        raise BadRequest(f"{label}: the state of the module has a submodule {min(left)[:200]!r} without its parent")
 
 
 def _set_submodules(module: torch.nn.Module, state: ModuleState) -> None:
@@ -149,12 +167,13 @@ def _set_submodules(module: torch.nn.Module, state: ModuleState) -> None:
 
 def _bare_module(wanted: SubmoduleState) -> torch.nn.Module:
     """Make a module without its constructor, whose arguments are not known: the state has all that it sets."""
-    kind = find_class(wanted.class_name)
+    kind = find_class(wanted.class_name, _HERE)
     if not issubclass(kind, torch.nn.Module):
         raise Unsupported(f"class {wanted.class_name}: this is no module")
-    module = kind.__new__(kind)
+    module: torch.nn.Module = object.__new__(kind)
     torch.nn.Module.__init__(module)
-    return module.eval()
+    vars(module)["training"] = False  # not eval(), which a class may define in its own way
+    return module
 
 
 def _register_tensors(module: torch.nn.Module, wanted: SubmoduleState) -> None:
@@ -184,6 +203,8 @@ def _set_attributes(
     for name in found.keys() - wanted.keys():
         vars(module).pop(name, None)
     for name, value in wanted.items():
+        if name in OWN and name not in HOOKS and (name, value) != ("training", True):
+            raise BadRequest(f"attribute {name}: every module has its own")
         if name in HOOKS or found.get(name, _ABSENT) == value or holds(value, Opaque):
             continue
         if name == CONFIG:
@@ -205,24 +226,35 @@ def make_value(node: Argument, top: torch.nn.Module, tensors: Mapping[str, torch
             return torch.empty(0, device="meta")
         # A copy: forwards keep views of such tables in caches of their own, and lent memory with views stays mapped.
         return tensor.to("cpu" if on_host else tensor.device, copy=True)
-    if isinstance(node, (ListOf, TupleOf, SetOf)):
+    if isinstance(node, (ListOf, TupleOf)):
         items = [make_value(each, top, tensors, on_host=on_host) for each in node.items]
-        return items if isinstance(node, ListOf) else tuple(items) if isinstance(node, TupleOf) else set(items)
+        return items if isinstance(node, ListOf) else tuple(items)
+    if isinstance(node, SetOf):
+        return {make_key(each) for each in node.items}
     if isinstance(node, MapOf):
         return {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.items.items()}
     if isinstance(node, PairsOf):
-        return {
-            make_value(key, top, tensors, on_host=on_host): make_value(each, top, tensors, on_host=on_host)
-            for key, each in node.items
-        }
+        return {make_key(key): make_value(each, top, tensors, on_host=on_host) for key, each in node.items}
     if isinstance(node, Named) and node.name.startswith(_SUBMODULE):
-        return top.get_submodule(node.name.removeprefix(_SUBMODULE))
+        try:
+            return top.get_submodule(node.name.removeprefix(_SUBMODULE))
+        except AttributeError as error:
+            raise BadRequest(f"{node.name}: the module has none of this path") from error
     if isinstance(node, ObjectOf):
         return make_object(
             node.class_name,
             {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.attributes.items()},
         )
     return make_plain(node)
+
+
+def make_key(node: Argument) -> Any:
+    """Make a key of a map or a member of a set: a plain value, or a tuple of them.
+
+    Raises:
+        Unsupported, BadRequest: as for :func:`make_plain`.
+    """
+    return tuple(map(make_key, node.items)) if isinstance(node, TupleOf) else make_plain(node)
 
 
 def make_plain(node: Argument) -> Any:
@@ -249,11 +281,18 @@ def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
     """
     if name == GENERATOR:
         return _make_generator(attributes)
-    kind = find_class(name)
-    if issubclass(kind, (torch.nn.Module, torch.Tensor)) or kind.__reduce_ex__ is not object.__reduce_ex__:
+    kind = find_class(name, _HERE)
+    if (
+        issubclass(kind, (torch.nn.Module, torch.Tensor, type))
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or hasattr(kind, "__del__")
+    ):
         raise Unsupported(f"class {name}: its objects cannot be made from attributes")
-    made = object.__new__(kind)
-    vars(made).update(attributes)
+    try:
+        made = object.__new__(kind)
+        vars(made).update(attributes)
+    except TypeError as error:  # an abstract class, one in C, or one without a __dict__
+        raise Unsupported(f"class {name}: its objects cannot be made from attributes: {error}") from error
     return made
 
 
@@ -275,12 +314,12 @@ def _make_generator(attributes: Mapping[str, Any]) -> torch.Generator:
 
 
 def _named(name: str) -> Any:
-    if name.startswith(_DEVICE):
-        return torch.device(name.removeprefix(_DEVICE))
     if ":" not in name:
         return torch_dtype(name.removeprefix("torch."))
+    if name in _DEVICES:
+        return torch.device(_DEVICES[name])
     path, _, member = name.rpartition(".")
-    kind = find_class(path)
+    kind = find_class(path, _HERE)
     if not issubclass(kind, enum.Enum) or member not in kind.__members__:
         raise Unsupported(f"{name}: this is no member of an enumeration")
     return kind[member]

@@ -12,13 +12,15 @@ import torch
 
 from xditd.gpu_workers.models.class_building import apply_state, build_module, set_tensors, tensor_names
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.row_checks import RowChecks
+from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc import module_state
+from xditd.ipc import limits, module_state
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.facts import ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.name_lists import listed
-from xditd.ipc.status import FusedCheck
+from xditd.ipc.status import FusedCheck, RowCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
@@ -52,7 +54,9 @@ class ClassModel:
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self._move_buffers()
-        self._made = {path: (dict(vars(each)), dict(each._buffers)) for path, each in self.module.named_modules()}
+        self.row_checks = RowChecks(reports=layout.rank == 0)
+        """Verdicts on calls, which stay when other weights are plugged."""
+        self._without_weights = Snapshot(map(vars, self.module.modules()))
 
     def check(self, tensors: Mapping[str, TensorInfo], label: str) -> None:
         """Check that a manifest lends what the module needs, and nothing else.
@@ -106,24 +110,14 @@ class ClassModel:
         checkpoint: Mapping[str, torch.Tensor] | None = None,  # noqa: ARG002  # that of models with a fast path
     ) -> None:
         """Give the module these tensors, and hold them until :meth:`unplug` or the next plug."""
-        self.unplug()
+        if self.owner is not None:
+            self.unplug()
+        self.owner = owner  # first, so that a plug that fails is undone by the next one
         set_tensors(self.module, self.state, bindings)
-        self.owner = owner
 
     def unplug(self) -> None:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
-        for path, submodule in self.module.named_modules():
-            attributes = vars(submodule)
-            made, buffers = self._made[path]
-            for name in [name for name in attributes if name not in made]:
-                del attributes[name]
-            attributes.update(made)
-            submodule._buffers.clear()
-            submodule._buffers.update(buffers)
-            start = f"{path}." if path else ""
-            for name, parameter in submodule._parameters.items():
-                if parameter is not None:
-                    submodule._parameters[name] = self._empty[start + name]
+        self._without_weights.restore()
         self.owner = None
 
     def _move_buffers(self) -> None:
@@ -192,6 +186,11 @@ class ClassModels:
         self._models: dict[ModuleDescription, ClassModel] = {}
         self.built = 0
         self.reused = 0
+
+    def take_row_checks(self) -> tuple[RowCheck, ...]:
+        """Return the checks of rows since the last call."""
+        found = [check for model in self._models.values() for check in model.row_checks.take_checks()]
+        return tuple(found[-limits.MAX_ROW_CHECKS :])
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.

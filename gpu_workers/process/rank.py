@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -61,7 +62,8 @@ def main(
         # Imported here: its modules import xfuser, which works only after start().
         from xditd.gpu_workers.process.torch_executor import TorchExecutor
 
-        executor = TorchExecutor(layout, report(choice, options.degrees), outside)
+        group = hashlib.blake2b(options.group_token.encode(), digest_size=8).hexdigest()  # the token itself is secret
+        executor = TorchExecutor(layout, report(choice, options.degrees), outside, group)
     except Exception as error:
         if not isinstance(error, RequestError):
             logger.exception("rank cannot start rank=%d", rank)

@@ -37,7 +37,9 @@ UNMAP_CLOSED_EVERY_S: Final = 0.5
 class TorchExecutor:
     """See :class:`~xditd.gpu_workers.process.executor.Executor`."""
 
-    def __init__(self, layout: ParallelLayout, layout_report: LayoutReport, outside: OutsideConnections) -> None:
+    def __init__(
+        self, layout: ParallelLayout, layout_report: LayoutReport, outside: OutsideConnections, group: str
+    ) -> None:
         is_cuda = layout.device.type == "cuda"
         uuid = device_uuid(layout.device.index) if is_cuda else ""
         self.facts = RankFacts(
@@ -55,7 +57,7 @@ class TorchExecutor:
         self._outside = outside
         self._components = Components(layout, uuid, gather_uuids(uuid, layout.world_size))
         self._io = JobIo(layout.device)
-        self._jobs = JobRunner(self._components, layout.rank, layout.device)
+        self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
         self.after_answer()
@@ -120,6 +122,7 @@ class TorchExecutor:
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
+            row_checks=class_models.take_row_checks(),
         )
 
     def after_answer(self) -> None:

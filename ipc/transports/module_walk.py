@@ -30,11 +30,12 @@ from xditd.ipc.arguments import (
     Special,
     TupleOf,
 )
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 
 HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_OWN: Final = frozenset(vars(torch.nn.Module()))
+OWN: Final = frozenset(vars(torch.nn.Module()))
 """The attributes of every module: parameters, buffers, submodules and hooks are described apart."""
 
 CONFIG: Final = "_internal_dict"
@@ -59,6 +60,9 @@ def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tupl
     ``replaced`` are attributes of ``module`` itself that are left out. The tensors are the module's own, not copies.
     Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
     tensors in attributes.
+
+    Raises:
+        BadRequest: an attribute too large or too deeply nested to be described; the error has its path.
     """
     return _Walk(module, replaced).run()
 
@@ -103,7 +107,7 @@ class _Walk:
                 items={key: self._value(f"{start}{CONFIG}.{key}", changed[key], 0) for key in changed}
             )
         for name, value in vars(module).items():
-            if name in _OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
+            if name in OWN or name in _IGNORED or (not path and name in self._replaced) or _is_idle(name, value):
                 continue
             if name == "_diffusers_hook":
                 attributes[name] = Opaque(text=f"hooks of diffusers, {', '.join(map(str, value.hooks))}")
@@ -144,8 +148,10 @@ class _Walk:
                 if found is None
                 else Named(name=f"submodule:{found}")
             )
-        if depth == _MAX_DEPTH or id(value) in self._parents:
-            return Opaque(text=_text_of(value))
+        if id(value) in self._parents:
+            return Opaque(text=f"{_text_of(value)} that holds itself")
+        if depth == _MAX_DEPTH:
+            raise BadRequest(f"{path}: attributes that are nested deeper than {_MAX_DEPTH} levels cannot be described")
         self._parents.add(id(value))
         try:
             return self._nested(path, value, depth + 1)
@@ -154,6 +160,8 @@ class _Walk:
 
     def _nested(self, path: str, value: Any, depth: int) -> Argument:
         if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > limits.MAX_ARGUMENTS:
+            if not _is_plain(value):
+                raise BadRequest(f"{path}: {len(value)} items with tensors or objects among them cannot be described")
             return Opaque(text=f"{type(value).__name__} {_digest(repr(value))}")
         if isinstance(value, (list, tuple)):
             items = tuple(self._value(f"{path}[{number}]", each, depth) for number, each in enumerate(value))
@@ -211,7 +219,7 @@ def describe_constant(value: Any) -> Argument:
     if isinstance(value, torch.dtype):
         return Named(name=str(value))
     if isinstance(value, torch.device):
-        return Named(name=f"device:{value.type}")
+        return Named(name=f"device:{value.type}")  # each process numbers its GPUs in its own way
     if isinstance(value, enum.Enum):
         is_known = type(value).__module__.partition(".")[0] in PACKAGES
         return Named(name=f"{class_name(type(value))}.{value.name}") if is_known else Opaque(text=_text_of(value))
@@ -249,7 +257,7 @@ def _text_of(value: object) -> str:
     return "".join(_text_parts(value))[: limits.MAX_NAME_CHARS]
 
 
-def _text_parts(value: object) -> Iterator[str]:
+def _text_parts(value: Any) -> Iterator[str]:
     if isinstance(value, functools.partial):
         given = [*value.args, *(each for pair in sorted(value.keywords.items()) for each in pair)]
         yield f"partial of {_text_of(value.func)} with {', '.join(map(_argument_text, given))}"
@@ -261,6 +269,12 @@ def _text_parts(value: object) -> Iterator[str]:
         yield f"function {getattr(value, '__module__', None)}:{value.__qualname__}"
     else:
         yield f"{class_name(type(value))} object"
+        if hasattr(value, "tobytes") and hasattr(value, "shape"):  # an array of numpy
+            yield f" {value.dtype} {value.shape} {_digest(value.tobytes())}"
+        elif not _is_config(value):
+            # Two objects of one class are not the same if their numbers and texts are not.
+            plain = {name: each for name, each in getattr(value, "__dict__", {}).items() if _is_plain(each)}
+            yield f" with {_digest(repr(plain))}" if plain else ""
 
 
 def _argument_text(value: object) -> str:
@@ -268,5 +282,15 @@ def _argument_text(value: object) -> str:
     return f"{value!r:.100}" if is_plain else _text_of(value)
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+def _is_plain(value: object) -> bool:
+    """Return whether the text of a value says all of it: numbers, texts, and containers of them."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)
+
+
+def _digest(content: str | bytes) -> str:
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -110,7 +110,7 @@ def test_an_arena_without_references_is_freed(open_fds: Callable[[], int]) -> No
 @pytest.mark.parametrize(
     ("shapes", "error"),
     [
-        ({"a": (torch.complex64, (2,))}, UnsupportedDtype),
+        ({"a": (torch.complex32, (2,))}, UnsupportedDtype),
         ({"a": (torch.float32, (2,)), "b": (torch.float32, (-1, 3))}, BadRequest),
         ({"a": (torch.float32, (-2, -2))}, BadRequest),
         ({"a": (torch.float32, (2**40, 2**20))}, OutOfMemory),

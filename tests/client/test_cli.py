@@ -12,6 +12,7 @@ import sample_facts
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
 from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
+from xditd.ipc.facts import ComponentFacts, ModuleFacts
 from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.replies import LogLines, Status, Stopping
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
@@ -25,6 +26,7 @@ from xditd.ipc.status import (
     JobState,
     JobStatus,
     LeaseState,
+    RowCheck,
     WorkerStatus,
 )
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
@@ -140,6 +142,26 @@ def test_status_shows_how_fused_kernels_compared_with_plain_modules(daemon, fold
     main(["status", "--runtime-dir", str(folder), "--json"])
     checks = json.loads(capsys.readouterr().out)["fused_checks"]
     assert [(check["error"], check["is_used"]) for check in checks] == [(0.007, True), (None, False)]
+
+
+def test_status_shows_how_modules_run_by_rows(daemon, folder, capsys):
+    used = RowCheck(class_name="WanModel", method="forward", batch=2, error=3e-7, tolerance=1e-5, is_used=True)
+    refused = RowCheck(
+        class_name="HiDream", method="forward", batch=2, error=None, tolerance=1e-5, is_used=False, detail="why"
+    )
+    module = ComponentFacts(
+        family="WanModel", class_name="WanModel", kind=ComponentKind.MODULE, dtype="float32", bytes_by_dtype={},
+        module=ModuleFacts(methods={}),
+    )  # fmt: skip
+    component = msgspec.structs.replace(STATUS.components[0], kind=ComponentKind.MODULE, facts=module)
+    status = msgspec.structs.replace(STATUS, row_checks=(used, refused), components=(*STATUS.components, component))
+    daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
+    main(["status", "--runtime-dir", str(folder)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "WanModel forward 2 3.00e-07 1e-05 in use" in lines
+    assert "HiDream forward 2 - 1e-05 refused: why" in lines
+    layouts = [line.split()[-2] for line in lines if line.startswith("transformer-1")]
+    assert layouts == ["ulysses=2,ring=1", "rows"]
 
 
 def has_group(daemon, *states):

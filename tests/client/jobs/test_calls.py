@@ -264,7 +264,7 @@ def deep(levels):
         ({"x" * 513: 1.0}, "arguments: name: a string of 513 characters, use 512 at most"),
         ({"x": [0] * 1024}, r"x\[1023\]: one forward takes 1024 values in total"),
         ({"x": -(10**5000)}, "x: an integer of 16610 bits"),
-        ({"x": deep(9)}, "arguments may be nested 8 levels deep at most"),
+        ({"x": deep(13)}, "arguments may be nested 12 levels deep at most"),
         ({"x": RowsOf([("text", 1)])}, r"x\.rows\[0\]: str cannot be sent"),
         ([("x", 1)], "arguments: a dict by name is needed, not list"),
     ],
@@ -297,11 +297,11 @@ def test_bad_arguments_are_refused(client, daemon, refused, says):
 
 def test_a_dtype_that_cannot_be_sent_is_named(client):
     with pytest.raises(
-        UnsupportedDtype, match=r"^hidden_states: dtype complex64 cannot be sent: convert it to one of bfloat16"
+        UnsupportedDtype, match=r"^hidden_states: dtype complex32 cannot be sent: convert it to one of bfloat16"
     ):
-        client.call("c1", {"hidden_states": torch.zeros(99, dtype=torch.complex64)})
-    with pytest.raises(UnsupportedDtype, match=r"^keep: dtype complex64 cannot be sent"):
-        client.keep(torch.zeros(1, dtype=torch.complex64))
+        client.call("c1", {"hidden_states": torch.zeros(99, dtype=torch.complex32)})
+    with pytest.raises(UnsupportedDtype, match=r"^keep: dtype complex32 cannot be sent"):
+        client.keep(torch.zeros(1, dtype=torch.complex32))
 
 
 def test_predictions_of_flux1_have_the_shape_of_their_latents(client, daemon):

@@ -1,0 +1,255 @@
+"""Run the parts of a call of a module, and the rows of a part, on different ranks ("by rows").
+
+Parts with objects or caches run on every rank, since all ranks hold the same ones. So do the first call of each case,
+which is checked, and those that the check has refused. The results of all others are sent to rank 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from xditd.gpu_workers.models.class_models import ClassModel
+from xditd.gpu_workers.models.finite import magnitude
+from xditd.gpu_workers.models.row_checks import (
+    TOLERANCE,
+    TOLERANCE_OF_HALVES,
+    Case,
+    CaseKey,
+    Difference,
+    ModuleSnapshot,
+    difference,
+)
+from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
+from xditd.gpu_workers.parallel.row_gather import Piece, Share, Transfer, assign, connect, pieces_of
+from xditd.gpu_workers.parallel.row_trees import (
+    Node,
+    batch_of,
+    build,
+    copy_tree,
+    join,
+    leaves_of,
+    structure_of,
+    structure_of_rows,
+    take_rows,
+    tensors_of,
+)
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.protocol import MAX_RELATIVE_ERROR
+from xditd.ipc.requests import Numerics
+from xditd.ipc.status import RowCheck
+
+Call = Callable[[Mapping[str, Any]], Any]
+_REFUSED: Final = object()
+
+_DIFFERENCE: Final = struct.Struct("dd")
+_DIGEST_BYTES: Final = 16
+
+
+@dataclass(frozen=True)
+class ModulePart:
+    """One forward. ``stays_alike``: every rank has to run it, since it changes objects that all ranks hold."""
+
+    arguments: Mapping[str, Any]
+    stays_alike: bool
+
+
+class ModuleRows:
+    """Runs the parts of one call: ``method`` of ``model``, by ``call``. All ranks make the same calls."""
+
+    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Call) -> None:
+        self._model = model
+        self._method = method
+        self._numerics = numerics
+        self._call = call
+        self._rank = model.layout.rank
+        self._ranks = model.layout.world_size
+
+    def run(self, parts: Sequence[ModulePart]) -> list[Any]:
+        """Return the result of each part on rank 0; on other ranks ``None`` for those that not all have run.
+
+        All ranks fail together.
+
+        Raises:
+            BadRequest: the class refused the arguments.
+            OutOfMemory, OtherRankFailed: see ``raise_on_all_ranks``.
+        """
+        if self._ranks == 1:
+            with raise_on_all_ranks():
+                return [self._call(part.arguments) for part in parts]
+        results: list[Any] = [None] * len(parts)
+        with raise_on_all_ranks():
+            keys = [self._key(part.arguments) for part in parts]
+        shared: dict[int, Case] = {}
+        for number, part in enumerate(parts):
+            case = Case(None) if part.stays_alike else self._model.row_checks.find(keys[number])
+            if case is None:
+                results[number] = self._check(part.arguments, keys[number])
+            elif case.result is None:
+                with raise_on_all_ranks():
+                    results[number] = self._call(part.arguments)
+            else:
+                shared[number] = case
+        for number, result in self._run_shared(parts, keys, shared).items():
+            results[number] = result
+        return results
+
+    def _key(self, arguments: Mapping[str, Any]) -> CaseKey:
+        return CaseKey.of(self._method, self._numerics, arguments, batch_of(arguments))
+
+    def _check(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
+        """Run a call of a new case whole on every rank, then by rows; note whether the results agree."""
+        checks, batch = self._model.row_checks, batch_of(arguments)
+        copied = copy_tree(arguments)  # a forward may change its lists and maps
+        snapshot = ModuleSnapshot(self._model.module, self._model.device)
+        with raise_on_all_ranks():
+            whole = self._call(arguments)
+        structure = structure_of(whole, batch)
+        has_drawn = snapshot.has_drawn or any(each.training for each in self._model.module.modules())
+        if not agree(structure is not None and not has_drawn):
+            why = "its forward draws random numbers" if has_drawn else "its result holds objects"
+            checks.note(key, Case(None), self._report(batch, None, why))
+            return whole
+        assert structure is not None
+        if not agree(_is_finite(whole)):
+            return whole  # the weights are at fault: check again with the next ones
+        checks.count(key)
+        if not agree(snapshot.is_same):
+            return whole  # a table that is made once, or a state: the next call of this case shows which
+        pieces = pieces_of(batch, self._ranks)
+        found, why = Difference(0.0, self._tolerance), ""
+        if batch > 1 and self._rank < len(pieces):
+            found, why = self._compare(copied, whole, structure, pieces[self._rank])
+            if not snapshot.is_same or snapshot.has_drawn:
+                found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
+        worst = self._worst(found, structure)
+        connect(self._model.device)
+        if worst is None:
+            checks.note(key, Case(None), self._report(batch, None, "ranks have results of other structures"))
+        elif batch < 2:
+            checks.note(key, Case(structure))
+        else:
+            is_used = worst.ratio <= 1.0
+            why = "" if is_used else why or "rows that run apart give other results"
+            checks.note(key, Case(structure, batch if is_used else 0), self._report(batch, worst, why))
+        return whole
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE_OF_HALVES if self._in_halves else TOLERANCE
+
+    @property
+    def _in_halves(self) -> bool:
+        halves = (torch.bfloat16, torch.float16)
+        is_cast = self._numerics.autocast is not None and self._numerics.autocast != "float32"
+        return is_cast or any(each.dtype in halves for each in self._model.module.parameters())
+
+    def _compare(
+        self, arguments: Mapping[str, Any], whole: Any, structure: Node, rows: range
+    ) -> tuple[Difference, str]:
+        """Run some rows, and compare them with those of the whole; return the difference, and what is wrong."""
+        batch = batch_of(arguments)
+        unknown = Difference(math.inf, self._tolerance)
+        try:
+            piece = self._call(take_rows(arguments, batch, slice(rows.start, rows.stop)))
+            if structure_of(piece, 0) != structure_of_rows(structure, rows):
+                return unknown, "a result has other dimensions or values for some rows alone"
+            expected = tensors_of(take_rows(whole, batch, slice(rows.start, rows.stop)))
+            in_halves = self._in_halves
+            found = [difference(a, b, in_halves=in_halves) for a, b in zip(tensors_of(piece), expected, strict=True)]
+        except torch.OutOfMemoryError:
+            return unknown, "no room to check them"
+        except BadRequest as error:
+            return unknown, error.detail
+        return max(found, key=lambda each: each.ratio, default=Difference(0.0, self._tolerance)), ""
+
+    def _worst(self, mine: Difference, structure: Node) -> Difference | None:
+        """Return the largest difference of all ranks; ``None`` if their whole results have other structures."""
+        digest = hashlib.blake2b(repr(structure).encode(), digest_size=_DIGEST_BYTES).digest()
+        said = _DIFFERENCE.pack(*mine) + digest
+        everyone = gather_bytes(said, len(said), self._ranks)
+        if any(each[_DIFFERENCE.size :] != digest for each in everyone):
+            return None
+        return max((Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone), key=_ratio)
+
+    def _report(self, batch: int, found: Difference | None, why: str) -> RowCheck:
+        error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
+        return RowCheck(
+            class_name=self._model.class_name,
+            method=self._method,
+            batch=batch,
+            error=error,
+            tolerance=self._tolerance if found is None else found.tolerance,
+            is_used=not why,
+            detail=why[:1000],
+        )
+
+    def _run_shared(
+        self, parts: Sequence[ModulePart], keys: Sequence[CaseKey], cases: Mapping[int, Case]
+    ) -> dict[int, Any]:
+        """Run parts on different ranks. If one gives something else than before, all ranks run it whole."""
+        if not cases:
+            return {}
+        pieces = assign(
+            [
+                Share(number, max(batch_of(parts[number].arguments), 1), case.batch > 1)
+                for number, case in cases.items()
+            ],
+            self._ranks,
+        )
+        nodes = {piece: structure_of_rows(_structure(cases[piece.part]), piece.rows) for piece in pieces}
+        with raise_on_all_ranks():
+            mine = {piece: self._run_piece(piece, parts[piece.part]) for piece in pieces if piece.rank == self._rank}
+        misfits = {piece.part for piece, found in mine.items() if structure_of(found, 0) != nodes[piece]}
+        wrong = [] if agree(not misfits) else [number for number in cases if not agree(number not in misfits)]
+        results: dict[int, Any] = {}
+        for number in wrong:
+            why = "a later call had a result of another structure, or its rows were refused"
+            self._model.row_checks.note(keys[number], Case(None), self._report(cases[number].batch, None, why))
+            with raise_on_all_ranks():
+                results[number] = self._call(parts[number].arguments)
+        pieces = [piece for piece in pieces if piece.part not in wrong]
+        with raise_on_all_ranks():
+            transfer = Transfer(self._rank, self._model.device)
+            for piece in pieces:
+                transfer.add(piece, leaves_of(nodes[piece]), tensors_of(mine.get(piece)))
+        transfer.run()
+        with raise_on_all_ranks():
+            if self._rank == 0:
+                for number in cases.keys() - set(wrong):
+                    found = [build(nodes[each], iter(transfer.tensors[each])) for each in pieces if each.part == number]
+                    results[number] = join(_structure(cases[number]), found)
+        return results
+
+    def _run_piece(self, piece: Piece, part: ModulePart) -> Any:
+        """Return the result of some rows, :data:`_REFUSED` if the class refuses them, but maybe not all rows."""
+        batch = batch_of(part.arguments)
+        if len(piece.rows) >= batch:
+            return self._call(copy_tree(part.arguments))
+        try:
+            return self._call(take_rows(part.arguments, batch, slice(piece.rows.start, piece.rows.stop)))
+        except BadRequest:
+            return _REFUSED
+
+
+def _structure(case: Case) -> Node:
+    assert case.result is not None
+    return case.result
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(
+        bool(magnitude(torch.view_as_real(each) if each.is_complex() else each).isfinite())
+        for each in tensors_of(tree)
+        if each.numel() and (each.is_floating_point() or each.is_complex())
+    )
+
+
+def _ratio(found: Difference) -> float:
+    return found.ratio

@@ -1,0 +1,236 @@
+"""What is known of the calls of one module: which ranks may run them, and whether their rows may be run apart.
+
+The first call of each case is run whole on every rank, then by rows, and the results are compared. A case is a method
+with the structure of its arguments; other weights do not change the verdict.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from xditd.gpu_workers.parallel.row_trees import Node
+from xditd.ipc import limits
+from xditd.ipc.status import RowCheck
+from xditd.ipc.transports.module_walk import is_describable
+
+logger = logging.getLogger(__name__)
+
+MAX_CASES: Final = 256
+"""Cases that a module remembers; the one that was used longest ago is forgotten first."""
+
+MAX_CHECKS: Final = 8
+"""Checks of one method with the same tensors. Callers that pass a new number each time would be checked each time:
+after that many, all ranks run their calls."""
+
+TOLERANCE: Final = 1e-5
+"""Of results in float32 and float64: the largest difference, relative to the largest value."""
+
+TOLERANCE_OF_HALVES: Final = 2e-2
+"""Of results in bfloat16 and float16: the norm of the difference, relative to that of the result."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The verdict on a case: the structure of its result, ``None`` if every rank has to run such calls."""
+
+    result: Node | None
+    batch: int = 0
+    """The rows that different ranks may run; 0 if they may not."""
+
+
+@dataclass(frozen=True)
+class CaseKey:
+    """A method with the numerics of its caller, the tensors of its arguments, and their other values."""
+
+    tensors: Hashable
+    values: Hashable
+
+    @classmethod
+    def of(cls, method: str, numerics: Hashable, arguments: Mapping[str, Any], batch: int) -> CaseKey:
+        """Return the key of a call.
+
+        Tensors whose rows are all equal are told from others: taking some of them as rows shows no difference, even if
+        they are none.
+        """
+        tensors: list[Hashable] = []
+        values: list[Hashable] = []
+        alike: list[torch.Tensor] = []
+        _add(arguments, batch, tensors, values, alike)
+        return cls((method, numerics, tuple(tensors), tuple(_read(alike))), tuple(values))
+
+
+def _read(flags: list[torch.Tensor]) -> Iterator[bool]:
+    """Read flags with one wait for each device."""
+    for device in sorted({each.device for each in flags}, key=str):
+        yield from torch.stack([each for each in flags if each.device == device]).tolist()
+
+
+def _add(value: Any, batch: int, tensors: list[Hashable], values: list[Hashable], alike: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        tensors.append((tuple(value.shape), value.dtype, value.device.type))
+        values.append("tensor")
+        if batch > 1 and value.ndim and value.shape[0] == batch:
+            same = value.view(torch.uint8) if value.is_floating_point() and value.itemsize == 1 else value
+            alike.append((same[1:] == same[:1]).all())
+    elif isinstance(value, Mapping):
+        values.append((type(value), len(value)))
+        for key, each in value.items():
+            values.append(repr(key))
+            _add(each, batch, tensors, values, alike)
+    elif isinstance(value, (list, tuple)):
+        values.append((type(value), len(value)))
+        for each in value:
+            _add(each, batch, tensors, values, alike)
+    elif isinstance(value, (set, frozenset)):
+        values.append((type(value), tuple(sorted(map(repr, value)))))
+    else:
+        values.append(repr(value))
+
+
+class RowChecks:
+    """The verdicts on the calls of one module. All ranks note the same ones in the same order, and one reports them."""
+
+    def __init__(self, *, reports: bool) -> None:
+        self._reports = reports
+        self._cases: dict[Hashable, Case] = {}
+        self._checked: dict[Hashable, int] = {}
+        self._new: list[RowCheck] = []
+
+    def find(self, key: CaseKey) -> Case | None:
+        """Return the verdict on a case, ``None`` if it is to be checked."""
+        case = self._cases.pop(key, None)
+        if case is not None:
+            self._cases[key] = case
+        elif self._checked.get(key.tensors, 0) >= MAX_CHECKS:
+            return Case(None)
+        return case
+
+    def count(self, key: CaseKey) -> None:
+        """Count a check, whether or not it gave a verdict."""
+        self._checked[key.tensors] = self._checked.pop(key.tensors, 0) + 1
+        while len(self._checked) > MAX_CASES:
+            del self._checked[next(iter(self._checked))]
+
+    def note(self, key: CaseKey, case: Case, check: RowCheck | None = None) -> None:
+        """Note a verdict, and what is to be reported of it."""
+        self._cases.pop(key, None)
+        self._cases[key] = case
+        while len(self._cases) > MAX_CASES:
+            del self._cases[next(iter(self._cases))]
+        if check is not None and self._reports:
+            self._new = [*self._new, check][-limits.MAX_ROW_CHECKS :]
+            logger.info(
+                "rows checked class=%s method=%s batch=%d error=%s tolerance=%g used=%s %s",
+                check.class_name, check.method, check.batch, check.error, check.tolerance, check.is_used, check.detail,
+            )  # fmt: skip
+
+    def take_checks(self) -> tuple[RowCheck, ...]:
+        """Return the checks since the last call."""
+        checks, self._new = self._new, []
+        return tuple(checks)
+
+
+class Difference(NamedTuple):
+    """The relative error of a result, and the most that it may be."""
+
+    error: float
+    tolerance: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.tolerance
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) -> Difference:
+    """Compare a result of some rows with the same rows of the whole.
+
+    ``in_halves``: it was computed in bfloat16 or float16, whatever its own dtype.
+    """
+    is_half = in_halves or expected.dtype in (torch.bfloat16, torch.float16)
+    tolerance = TOLERANCE_OF_HALVES if is_half else TOLERANCE
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return Difference(0.0 if torch.equal(found, expected) else math.inf, tolerance)
+    if expected.numel() == 0:
+        return Difference(0.0, tolerance)
+    # Complex numbers stay complex: abs and norm give their magnitudes.
+    wide = expected.dtype if expected.itemsize >= torch.float32.itemsize else torch.float32
+    by, size = found.to(wide) - expected.to(wide), expected.to(wide)
+    error, size = (by.norm(), size.norm()) if is_half else (by.abs().max(), size.abs().max())
+    if float(error) == 0.0:
+        return Difference(0.0, tolerance)
+    relative = float(error) / float(size) if float(size) else math.inf
+    return Difference(relative if math.isfinite(relative) else math.inf, tolerance)
+
+
+class ModuleSnapshot:
+    """What a forward could change in a module: attributes, buffers, and the tensors and lists in them.
+
+    Draws from torch's generators are noticed, too.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+        self._leaves = list(_leaves_of(module))
+        self._random = self._random_state()
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the module is as it was."""
+        now = list(_leaves_of(self._module))
+        return len(now) == len(self._leaves) and all(
+            _is_same(before, after) for before, after in zip(self._leaves, now, strict=True)
+        )
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether random numbers were drawn since."""
+        return any(
+            not torch.equal(before, after) for before, after in zip(self._random, self._random_state(), strict=True)
+        )
+
+    def _random_state(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
+
+
+_MAX_DEPTH: Final = 6
+
+
+def _leaves_of(module: torch.nn.Module) -> list[Any]:
+    found: list[Any] = []
+    for each in module.modules():
+        _add_leaves(vars(each), found, 0)
+    return found
+
+
+def _add_leaves(value: Any, found: list[Any], depth: int) -> None:
+    if isinstance(value, torch.Tensor):
+        found += (value, value._version)
+    elif isinstance(value, torch.nn.Module) or depth > _MAX_DEPTH:
+        found.append(value)  # submodules are visited by themselves
+    elif isinstance(value, Mapping):
+        found.append(len(value))
+        for key, each in value.items():
+            found.append(repr(key))
+            _add_leaves(each, found, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        found.append(len(value))
+        for each in value:
+            _add_leaves(each, found, depth + 1)
+    elif is_describable(value):
+        _add_leaves(vars(value), found, depth + 1)
+    else:
+        found.append(value)
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    return type(before) is type(after) and isinstance(before, (bool, int, float, str)) and before == after

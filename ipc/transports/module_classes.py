@@ -1,0 +1,69 @@
+"""Find the classes that messages name: those of which modules, and the objects in modules and arguments, are made."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.module_state import PACKAGES
+
+_PLACES: Final = (
+    "diffusers",
+    "diffusers.configuration_utils",
+    "diffusers.hooks.",
+    "diffusers.models.",
+    "diffusers.utils.",
+    "peft.tuners.",
+    "peft.utils.",
+    "torch.nn.modules.",
+    "torch.nn.parameter",
+    "torch.nn.utils.parametrizations",
+    "torch.nn.utils.parametrize",
+    "transformers",
+    "transformers.activations",
+    "transformers.cache_utils",
+    "transformers.modeling_",
+    "transformers.models.",
+    "transformers.pytorch_utils",
+    "transformers.utils.",
+)
+"""The modules whose classes can be named; with ``.`` or ``_`` at the end, all that start so.
+
+The packages have scripts too, whose import changes settings of the process.
+"""
+
+
+def find_class(name: str, where: str) -> type:
+    """Return a class by ``module:Class``. ``where`` says in errors whose packages these are.
+
+    Raises:
+        Unsupported: no class of these packages' models, or one that is not installed here.
+    """
+    module, _, path = name.partition(":")
+    package = module.partition(".")[0]
+    if not _is_place(module):
+        raise Unsupported(f"class {name}: only classes of the models of {', '.join(PACKAGES)} can be used")
+    try:
+        found: Any = import_module(module)
+        for each in path.split("."):
+            found = getattr(found, each)
+            if not isinstance(found, type):
+                raise Unsupported(f"class {name}: {each} is a {type(found).__name__}, not a class")
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever the import of a module raises
+        version = getattr(import_module(package), "__version__", "")
+        raise Unsupported(
+            f"class {name}: {package} {version} of {where} has no such class: {type(error).__name__}: {error}"
+        ) from error
+    if not _is_place(found.__module__):  # imported there from elsewhere
+        raise Unsupported(f"class {name}: it is one of {found.__module__}, whose classes cannot be used")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_place(module: str) -> bool:
+    is_script = module.rpartition(".")[2].startswith(("convert_", "__"))
+    return not is_script and any(
+        module.startswith(place) if place.endswith((".", "_")) else module == place for place in _PLACES
+    )

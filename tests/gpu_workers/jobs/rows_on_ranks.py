@@ -1,0 +1,264 @@
+"""A program, not a test: ranks run calls of modules by rows, and compare them with the modules themselves.
+
+python rows_on_ranks.py FOLDER RANKS DEVICE, where DEVICE is cpu or cuda
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.models.row_checks import RowChecks
+from xditd.gpu_workers.parallel.row_trees import tensors_of
+from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
+from xditd.ipc.requests import Numerics
+
+
+@dataclass
+class Output(OrderedDict[str, Any]):
+    """An output class as diffusers has them, whose import takes seconds."""
+
+    sample: Any
+
+    def __post_init__(self) -> None:
+        self["sample"] = self.sample
+
+
+class Ranks:
+    """One rank, with a module whose forwards are counted."""
+
+    def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
+        self.rank, self.ranks, self.device = rank, ranks, device
+        self.calls = 0
+        self.module: Any = None
+        self.model: Any = None
+
+    def use(self, module: torch.nn.Module | Callable[..., Any]) -> None:
+        """Lend a module, or a function as its forward."""
+        if not isinstance(module, torch.nn.Module):
+            function, module = module, torch.nn.Identity()
+            module.forward = function  # type: ignore[method-assign]
+        self.module = module.eval().to(self.device)
+        self.model = SimpleNamespace(
+            module=module,
+            layout=SimpleNamespace(rank=self.rank, world_size=self.ranks),
+            device=self.device,
+            class_name="Tested",
+            row_checks=RowChecks(reports=self.rank == 0),
+        )
+
+    def run(self, *parts: dict[str, Any], stays_alike: bool = False) -> list[Any]:
+        self.calls = 0
+
+        def call(arguments: Mapping[str, Any]) -> Any:
+            self.calls += 1
+            return self.module(**arguments)
+
+        rows = ModuleRows(self.model, "forward", Numerics(), call)
+        return rows.run([ModulePart(part, stays_alike) for part in parts])
+
+    def run_checked(self, *parts: dict[str, Any], calls: int | None = None, **options: Any) -> None:
+        """Run parts twice, first checked, then shared; rank 0 has what the module gives by itself."""
+        for _ in range(2):
+            found = self.run(*parts, **options)
+            if self.rank == 0:
+                for part, mine in zip(parts, found, strict=True):
+                    check_same(mine, self.module(**part))
+        if calls is not None:
+            assert self.count_all() == calls, f"{self.count_all()} forwards, not {calls}"
+
+    def count_all(self) -> int:
+        """Return the forwards of all ranks in the last call."""
+        counted = torch.tensor(self.calls, device="cpu")
+        dist.all_reduce(counted)
+        return int(counted)
+
+    def last_check(self) -> Any:
+        return (self.model.row_checks.take_checks() or (None,))[-1]
+
+
+def check_same(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected), f"{type(found)} instead of {type(expected)}"
+    pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
+    for mine, its in pairs:
+        assert (mine.shape, mine.dtype) == (its.shape, its.dtype)
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-6)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(
+        torch.get_default_device()
+    )
+
+
+def parts_and_rows(on: Ranks) -> None:
+    torch.manual_seed(0)
+    on.use(torch.nn.Linear(4, 3))
+    on.run_checked({"input": numbers(1, 4)}, calls=1)
+    on.run_checked(*({"input": numbers(1, 4, seed=seed)} for seed in range(5)), calls=5)
+    on.run_checked({"input": numbers(2, 4)}, calls=2)
+    if on.rank == 0:
+        check = on.last_check()
+        assert (check.class_name, check.method, check.batch, check.is_used) == ("Tested", "forward", 2, True)
+        assert check.error < check.tolerance == 1e-5
+    on.run_checked({"input": numbers(7, 4)}, calls=min(on.ranks, 7))
+    on.run_checked({"input": numbers(2, 4)}, {"input": numbers(3, 5, 4)}, {"input": torch.empty(0, 4)})
+
+
+def all_kinds_of_results(on: Ranks) -> None:
+    def kinds(x: torch.Tensor, texts: list[torch.Tensor], table: torch.Tensor) -> Any:
+        options = (x > 0, x.bfloat16(), torch.complex(x, x), table, torch.tensor(3.0, device="cpu"), None, "text", 4)
+        return Output(sample=([each * 2 for each in texts], {"x": x.long(), "more": options}))
+
+    on.use(kinds)
+    texts = [numbers(5, 2), numbers(3, 2), numbers(4, 2)]
+    on.run_checked({"x": numbers(3, 2), "texts": texts, "table": numbers(6, 2)}, calls=-(-3 // -(-3 // on.ranks)))
+
+
+def what_cannot_be_split(on: Ranks) -> None:
+    everyone = on.ranks
+    on.use(lambda x: x - x.mean(0))
+    on.run_checked({"x": numbers(4, 2)}, calls=1)
+    if on.rank == 0:
+        assert not on.last_check().is_used
+    on.use(lambda x: x.transpose(0, 1))
+    on.run_checked({"x": numbers(4, 2)}, calls=1)
+
+    def objects(x: torch.Tensor) -> Any:
+        return SimpleNamespace(x=x)
+
+    on.use(objects)
+    on.run({"x": numbers(2, 2)})
+    on.run({"x": numbers(2, 2)})
+    assert on.count_all() == everyone
+    on.use(lambda x: x + torch.rand(()) * 0)
+    on.run_checked({"x": numbers(2, 2)}, calls=everyone)
+    on.use(lambda x: x * 2)
+    on.module.training = True
+    on.run_checked({"x": numbers(2, 2)}, calls=everyone)
+    on.use(lambda x: x * 2)
+    on.run_checked({"x": numbers(2, 2)}, calls=everyone, stays_alike=True)
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return x * self.count
+
+    on.use(Counting())
+    for number in range(12):
+        found = on.run({"x": torch.ones(2, 2)})[0]
+        assert found.tolist() == [[number + 1] * 2] * 2, "all ranks have run all calls, once each"
+
+
+def a_table_that_is_made_once(on: Ranks) -> None:
+    class Table(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "table"):
+                self.table = torch.ones(2)
+            return x + self.table
+
+    on.use(Table())
+    for _ in range(3):
+        on.run({"x": numbers(on.ranks, 2)})
+    assert on.count_all() == on.ranks, "by rows"
+
+
+def a_later_call_that_does_not_fit(on: Ranks) -> None:
+    def trimmed(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return x[:, : int(lengths.max())]
+
+    on.use(trimmed)
+    x = numbers(on.ranks, 4)
+    alike = torch.full((on.ranks,), 4)
+    on.run_checked({"x": x, "lengths": alike}, calls=on.ranks)
+    for last in (3, 2):
+        found = on.run({"x": x, "lengths": torch.full((on.ranks,), last)})
+        assert on.rank != 0 or found[0].tolist() == x[:, :last].tolist()
+    assert on.count_all() == on.ranks, "whole on every rank, after the refusal"
+    if on.rank == 0:
+        assert "structure" in on.last_check().detail
+
+
+def errors_on_one_rank(on: Ranks) -> None:
+    failing: list[Exception] = []
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if failing and on.rank == 1:
+            raise failing[0]
+        return x * 2
+
+    def meets(*parts: dict[str, Any]) -> Exception | None:
+        try:
+            on.run(*parts)
+        except (BadRequest, OutOfMemory, OtherRankFailed) as error:
+            return error
+        return None
+
+    one, rows = {"x": numbers(1, 2)}, {"x": numbers(on.ranks, 2)}
+    for parts in ([one] * on.ranks, [rows]):
+        for is_known in (False, True):
+            if not is_known:
+                on.use(fails)
+            for error in (BadRequest("the class refused"), torch.OutOfMemoryError("no room")):
+                failing.append(error)
+                met = meets(*parts)
+                failing.clear()
+                mine = BadRequest if isinstance(error, BadRequest) else OutOfMemory
+                expected = mine if on.rank == 1 else OtherRankFailed
+                assert type(met) is expected, f"{met!r} of {len(parts)} parts, known: {is_known}"
+            on.run_checked(*parts)
+
+
+def refused_rows_that_are_right_together(on: Ranks) -> None:
+    strict: list[bool] = []
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if strict and x.shape[0] < on.ranks:
+            raise BadRequest("too few rows")
+        return x * 2
+
+    on.use(fails)
+    on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
+    strict.append(True)
+    on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
+
+
+def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
+    from xditd.gpu_workers.parallel import rank_sync
+
+    store = dist.FileStore(f"{folder}/store", ranks)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    rank_sync.share_page(store, "flags", rank, ranks)
+    for scenario in (
+        parts_and_rows,
+        all_kinds_of_results,
+        what_cannot_be_split,
+        a_table_that_is_made_once,
+        a_later_call_that_does_not_fit,
+        errors_on_one_rank,
+        refused_rows_that_are_right_together,
+    ):
+        with torch.no_grad(), device:
+            scenario(Ranks(rank, ranks, device))
+        print(f"rank {rank}: {scenario.__name__}\n", end="", flush=True)  # one write: ranks share the pipe
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_rank, (sys.argv[1], int(sys.argv[2]), sys.argv[3]), nprocs=int(sys.argv[2]))
