@@ -7,68 +7,31 @@ outputs after them; both are copied, so that a block can be used for the next jo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from xditd.ipc.tensors import DType, HostShmBlock, IoTensor
-from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES, align, dtype_name
+from xditd.client.device_blocks import DeviceBlock, DevicePool
+from xditd.ipc.arguments import InIo
+from xditd.ipc.errors import Internal
+from xditd.ipc.tensors import HostShmBlock, IoTensor
+from xditd.ipc.transports.tensor_views import ALLOCATION_BYTES
 
 if TYPE_CHECKING:
     import torch
 
     from xditd.ipc.transports.host_shm import HostArena
 
-_FINGERPRINTED_BYTES: Final = 4096
 _IDLE_BLOCKS_OF_A_SIZE: Final = 4
 
 
-class IoPlaces:
-    """Offsets of a job's tensors in its block: inputs first, outputs after them, each at a multiple of 256 bytes."""
-
-    def __init__(self) -> None:
-        self._end = 0
-        self._has_outputs = False
-
-    @property
-    def size_bytes(self) -> int:
-        return max(self._end, _FINGERPRINTED_BYTES)
-
-    def add_input(self, tensor: torch.Tensor) -> IoTensor:
-        """Reserve room for an input of this dtype and shape. All inputs come before the first output."""
-        if self._has_outputs:
-            raise ValueError("inputs come before outputs")
-        return self._reserve(dtype_name(tensor.dtype), tuple(tensor.shape))
-
-    def add_output(self, dtype: torch.dtype, shape: tuple[int, ...]) -> IoTensor:
-        """Reserve room for an output."""
-        self._begin_outputs()
-        return self._reserve(dtype_name(dtype), shape)
-
-    def add_room(self, size_bytes: int) -> int:
-        """Reserve room for outputs whose offsets the workers choose; returns the offset of the room."""
-        self._begin_outputs()
-        offset = align(self._end)
-        self._end = offset + size_bytes
-        return offset
-
-    def _begin_outputs(self) -> None:
-        if not self._has_outputs:
-            # A worker verifies the first bytes of a block when it maps it. A faster rank that already writes its
-            # outputs must not change them.
-            self._end = max(self._end, _FINGERPRINTED_BYTES)
-            self._has_outputs = True
-
-    def _reserve(self, dtype: DType, shape: tuple[int, ...]) -> IoTensor:
-        offset = align(self._end)
-        spec = IoTensor(offset_bytes=offset, dtype=dtype, shape=shape)
-        self._end = offset + spec.size_bytes
-        return spec
-
-
 class IoBlock:
-    """The block of one job."""
+    """The block of one job, and the block of device memory of a call with large tensors on a GPU."""
 
     def __init__(self, arena: HostArena) -> None:
         self.arena = arena
+        self.device: DeviceBlock | None = None
+        self.dropped: list[DeviceBlock] = []
+        """Blocks of device memory that the job's workers unmap."""
 
     def write(self, spec: IoTensor, tensor: torch.Tensor) -> None:
         """Copy a tensor, also from a GPU, into the block; the copy is complete on return."""
@@ -91,6 +54,14 @@ class IoBlock:
         _copy_bytes(copy, view)
         return copy
 
+    def read_result(self, leaf: InIo, device: torch.device) -> torch.Tensor:
+        """Copy a result of a call out of the block or the block of device memory, to memory that the caller owns."""
+        if not leaf.in_device_io:
+            return self.read(leaf.place, device)
+        if self.device is None:
+            raise Internal("a result of a call is in device memory, but the request gave no room there")
+        return self.device.read(leaf.place, device)
+
     def describe(self) -> HostShmBlock:
         """Describe the block for a message. Call it after the inputs are written: it computes the fingerprint."""
         return self.arena.block()
@@ -110,6 +81,7 @@ class IoPool:
     """Idle blocks by size, powers of two. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self.devices = DevicePool()
         self._idle: dict[int, list[HostArena]] = {}
         self._lock = threading.Lock()
         self._is_closed = False
@@ -127,6 +99,7 @@ class IoPool:
 
     def give_back(self, block: IoBlock) -> None:
         """Put a block back for the next job. No worker may still write to it."""
+        self._leave_device(block, self.devices.give_back)
         with self._lock:
             idle = self._idle.setdefault(block.arena.size_bytes, [])
             if not self._is_closed and len(idle) < _IDLE_BLOCKS_OF_A_SIZE:
@@ -136,10 +109,19 @@ class IoPool:
 
     def drop(self, block: IoBlock) -> None:
         """Unmap a block that a worker may still write to. Workers notice that it is closed, and unmap it too."""
+        self._leave_device(block, self.devices.retire)
         block.arena.close()
 
+    def _leave_device(self, block: IoBlock, leave: Callable[[DeviceBlock], None]) -> None:
+        device, block.device = block.device, None
+        if device is not None:
+            leave(device)
+        while block.dropped:  # the workers may not have unmapped them: the next call asks again
+            self.devices.retire(block.dropped.pop())
+
     def close(self) -> None:
-        """Unmap the idle blocks; blocks in use are unmapped when they are given back."""
+        """Free the idle blocks; blocks in use are freed when they are given back. No worker may map device memory."""
+        self.devices.close()
         with self._lock:
             self._is_closed = True
             arenas = [arena for idle in self._idle.values() for arena in idle]

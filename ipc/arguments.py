@@ -32,7 +32,7 @@ class Values(Described, frozen=True, kw_only=True, tag_field="leaf", tag="values
 
 
 class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
-    """A contiguous tensor in the I/O block of the job.
+    """A contiguous tensor in the I/O block of the job, or with ``in_device_io`` in its block of device memory.
 
     With a ``kept_id`` the workers keep it for the client under this id, in place of an earlier one. With an ``order``
     the tensor is ``permute(order)`` of what is in the block: its memory has another order of dimensions than its shape.
@@ -45,6 +45,7 @@ class InIo(Described, frozen=True, kw_only=True, tag_field="leaf", tag="io"):
     order: tuple[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_RANK)], ...] | None = None
     on_host: bool = False
     """Whether the tensor stays on the CPU, for a module on a GPU."""
+    in_device_io: bool = False
 
     @property
     def place(self) -> IoTensor:

@@ -61,6 +61,13 @@ MAX_ARGUMENT_VALUES: Final = 4_096
 MAX_ARGUMENT_BYTES: Final = 2 * 2**30
 """Memory that the arguments of one job may take on each worker, concatenated tensors included."""
 
+DEVICE_IO_FROM_BYTES: Final = 2**20
+"""Tensors of a call that are on a GPU and at least this large stay on it, in a block of device memory. The workers read
+smaller ones from host memory without a copy between two GPUs."""
+
+MAX_DROPPED_BLOCKS: Final = 64
+"""Blocks of device memory that one call asks the workers to unmap."""
+
 MAX_FORESEEN: Final = 64
 """Arguments whose values in later calls a call announces."""
 

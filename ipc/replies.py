@@ -91,7 +91,7 @@ class Called(Reply, tag="called", frozen=True, kw_only=True):
     """Answers ``Call``: a tree of tensors for each part, in the job's I/O block.
 
     They are in ``block`` instead if that is given: a block of the process ``provider``, which keeps the last few for
-    each client.
+    each client. Large ones may be in the job's block of device memory, as each says.
     """
 
     results: Annotated[tuple[Argument, ...], msgspec.Meta(max_length=limits.MAX_PARTS)]

@@ -10,7 +10,18 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Arguments, Finite, Whole
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.protocol import ComponentId, Request, RequestId
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, HostShmBlock, IoTensor, Manifest, Name
+from xditd.ipc.tensors import (
+    Bytes,
+    CopiedBytes,
+    Count,
+    CudaIpcBlock,
+    Described,
+    Digest,
+    HostShmBlock,
+    IoTensor,
+    Manifest,
+    Name,
+)
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -118,6 +129,11 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
     independent, and may run on different ranks. ``foreseen`` announces values of an argument in later calls, in its
     units; it does not change results. ``variant`` is ``class``, or another one of the component's facts. ``out`` is the
     place for results in ``io``; longer ones are returned in a block of the workers.
+
+    ``device_io`` is a block of the client's device memory for large tensors. ``device_out`` is the place in it for
+    results of at least :data:`~xditd.ipc.limits.DEVICE_IO_FROM_BYTES` each, if rank 0 can write to that GPU. Its
+    fingerprint is of bytes that never change and differ for each block: workers keep it mapped, and unmap those whose
+    digests are in ``dropped_device_io`` before the forward.
     """
 
     component_id: ComponentId
@@ -134,6 +150,10 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
     """For modules that run as their class; without it, torch's defaults."""
     out_offset_bytes: Bytes
     out_size_bytes: Bytes
+    device_io: CudaIpcBlock | None = None
+    device_out_offset_bytes: Bytes = 0
+    device_out_size_bytes: Bytes = 0
+    dropped_device_io: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=limits.MAX_DROPPED_BLOCKS)] = ()
 
 
 class ReadTensors(Request, tag="read_tensors", frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.io_blocks import IoPlaces
+from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.tensor_text import tensor_text
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
@@ -106,7 +106,8 @@ class ArgumentWriter:
     """Converts the arguments of a job for its request, and reserves room in its block for the tensors among them.
 
     A tensor that is given twice is sent once. Kept tensors for which ``is_kept`` returns true are sent by id. CPU
-    tensors of at most ``max_values`` elements are sent in the message.
+    tensors of at most ``max_values`` elements are sent in the message. Large tensors on a GPU get room in
+    ``device_places``, if that is given.
     """
 
     def __init__(
@@ -115,9 +116,12 @@ class ArgumentWriter:
         is_kept: Callable[[KeptTensor], bool] = lambda _: False,
         *,
         max_values: int = MAX_VALUES,
+        device_places: DevicePlaces | None = None,
     ) -> None:
         self.inputs: list[tuple[IoTensor, torch.Tensor]] = []
         """The tensors to write to the block, with their places."""
+        self.device_inputs: list[tuple[IoTensor, torch.Tensor]] = []
+        """The same for the block of device memory."""
         self.kept: list[KeptTensor] = []
         """The tensors that the workers keep when the job is done."""
         self.device: torch.device | None = None
@@ -128,7 +132,8 @@ class ArgumentWriter:
         self._io_places = io_places
         self._is_kept = is_kept
         self._max_values = max_values
-        self._places: dict[int, IoTensor] = {}
+        self._device_places = device_places
+        self._places: dict[int, InIo] = {}
         self._count = 0
 
     def write(self, arguments: Mapping[str, Any], where: str = "") -> dict[str, Argument]:
@@ -191,8 +196,7 @@ class ArgumentWriter:
                 for number in values:
                     _finite(path, number)
             return Values(dtype=dtype, shape=tuple(value.shape), values=tuple(values))
-        place = self._place(value)
-        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape)
+        return self._place(value)
 
     def _write_kept(self, kept: KeptTensor) -> InIo | Kept:
         if kept.kept_id is not None and self._is_kept(kept):
@@ -201,12 +205,17 @@ class ArgumentWriter:
         place = self._place(kept.tensor)
         return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, kept_id=kept.kept_id)
 
-    def _place(self, tensor: torch.Tensor) -> IoTensor:
-        place = self._places.get(id(tensor))
-        if place is None:
-            place = self._places[id(tensor)] = self._io_places.add_input(tensor)
-            self.inputs.append((place, tensor))
-        return place
+    def _place(self, tensor: torch.Tensor) -> InIo:
+        leaf = self._places.get(id(tensor))
+        if leaf is None:
+            on_device = self._device_places is not None and self._device_places.takes(tensor)
+            places = self._device_places if on_device and self._device_places is not None else self._io_places
+            place = places.add_input(tensor)
+            (self.device_inputs if on_device else self.inputs).append((place, tensor))
+            leaf = self._places[id(tensor)] = InIo(
+                offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, in_device_io=on_device
+            )
+        return leaf
 
     def _note_device(self, device: torch.device) -> None:
         if self.device is None:
@@ -227,10 +236,10 @@ def result_room(value: Any, item_bytes: int) -> int:
     return 0
 
 
-def read_results(tree: Argument, device: torch.device, read: Callable[[IoTensor, torch.device], torch.Tensor]) -> Any:
+def read_results(tree: Argument, device: torch.device, read: Callable[[InIo, torch.device], torch.Tensor]) -> Any:
     """Convert the results of a forward to tensors on ``device``, in the same tuples, lists and dicts."""
     if isinstance(tree, InIo):
-        return read(tree.place, device)
+        return read(tree, device)
     if isinstance(tree, (ListOf, TupleOf)):
         items = [read_results(each, device, read) for each in tree.items]
         return items if isinstance(tree, ListOf) else tuple(items)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from xditd.client.jobs.arguments import ArgumentWriter
 from xditd.client.jobs.held_tensors import HeldTensor
@@ -96,6 +97,6 @@ class ClassArgumentWriter(ArgumentWriter):
         self._note_device(value.device)
         dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
         in_memory = memory_order(value)
-        place = self._place(value if in_memory is None else value.permute(in_memory))
+        leaf = self._place(value if in_memory is None else value.permute(in_memory))
         order = None if in_memory is None else inverse_order(in_memory)
-        return InIo(offset_bytes=place.offset_bytes, dtype=place.dtype, shape=place.shape, order=order, on_host=on_host)
+        return leaf if order is None and not on_host else replace(leaf, order=order, on_host=on_host)

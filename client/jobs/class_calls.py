@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from xditd.client.io_blocks import IoPlaces
+from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.jobs.arguments import KeptTensor, result_room
 from xditd.client.jobs.class_arguments import ClassArgumentWriter
-from xditd.client.jobs.job_requests import CallRequest, Component, JobRequest
+from xditd.client.jobs.device_use import Room
+from xditd.client.jobs.job_requests import CallRequest, Component, JobRequest, room_for_results
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Call, Numerics, Part, ReadTensors
@@ -24,7 +25,7 @@ def class_call_request(
     numerics: Numerics | None,
     device: torch.device | None,
     is_kept: Callable[[KeptTensor], bool],
-    room_bytes: int = 0,
+    room: Room,
 ) -> CallRequest:
     """Build a request for one call of ``method`` for each of ``parts``.
 
@@ -32,8 +33,8 @@ def class_call_request(
     """
     if not 1 <= len(parts) <= limits.MAX_PARTS:
         raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
-    places = IoPlaces()
-    writer = ClassArgumentWriter(places, is_kept)
+    places, device_places = IoPlaces(), DevicePlaces()
+    writer = ClassArgumentWriter(places, is_kept, device_places=device_places if room.is_on_device else None)
     writer.is_on_gpu = device is not None and device.type == "cuda"
     written: list[Part] = []
     devices: list[torch.device] = []
@@ -45,8 +46,10 @@ def class_call_request(
     item_bytes = ITEM_BYTES[component.facts.dtype]
     # Most results have the shape of the first argument. If they are larger, workers answer with a block of their own.
     samples = [next(iter(arguments.values()), None) for arguments in parts]
-    out_size_bytes = max(room_bytes, sum(result_room(sample, item_bytes) for sample in samples))
-    out_offset_bytes = places.add_room(out_size_bytes)
+    guess_bytes = sum(result_room(sample, item_bytes) for sample in samples)
+    at, size_bytes, device_at, device_size_bytes = room_for_results(
+        places, device_places, room, guess_bytes, devices[0]
+    )
 
     def write(request_id: str, io: HostShmBlock) -> Call:
         return Call(
@@ -56,11 +59,24 @@ def class_call_request(
             parts=tuple(written),
             method=method,
             numerics=numerics,
-            out_offset_bytes=out_offset_bytes,
-            out_size_bytes=out_size_bytes,
+            out_offset_bytes=at,
+            out_size_bytes=size_bytes,
+            device_out_offset_bytes=device_at,
+            device_out_size_bytes=device_size_bytes,
         )
 
-    return CallRequest(places, writer.inputs, {}, devices[0], write, devices, writer.kept)
+    return CallRequest(
+        places,
+        writer.inputs,
+        {},
+        devices[0],
+        write,
+        devices,
+        writer.kept,
+        device_places,
+        writer.device_inputs,
+        device_size_bytes,
+    )
 
 
 def read_tensor_request(name: str, tensor: torch.Tensor, component_id: str | None = None) -> JobRequest:

@@ -25,7 +25,6 @@ from xditd.ipc.arguments import (
 )
 from xditd.ipc.errors import Internal, Unsupported
 from xditd.ipc.module_state import STATE
-from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.tensor_views import torch_dtype
 
@@ -50,7 +49,7 @@ class ClassResultReader:
     """Reads the results of one call. ``read`` copies a tensor out of the block with the results."""
 
     def __init__(
-        self, read: Callable[[IoTensor, torch.device], torch.Tensor], device: torch.device, store: HeldStore
+        self, read: Callable[[InIo, torch.device], torch.Tensor], device: torch.device, store: HeldStore
     ) -> None:
         self._read = read
         self._device = device
@@ -63,7 +62,7 @@ class ClassResultReader:
             Unsupported: a class that is not installed here.
         """
         if isinstance(node, InIo):
-            found = self._read(node.place, self._device)
+            found = self._read(node, self._device)
             return found if node.order is None else found.permute(node.order)
         if isinstance(node, Held):
             return HeldTensor(node, self._store, self._device)

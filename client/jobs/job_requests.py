@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
+from xditd.client.io_blocks import IoBlock, IoPool
+from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, result_room
+from xditd.client.jobs.device_use import Room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
@@ -17,6 +19,8 @@ from xditd.ipc.tensors import ITEM_BYTES, ComponentKind, HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from xditd.client.device_blocks import DeviceBlock
 
 F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts)
 
@@ -82,6 +86,51 @@ class CallRequest(JobRequest):
     devices: Sequence[torch.device]
     kept: Sequence[KeptTensor]
     """Tensors that the workers keep when the call is done."""
+    device_places: DevicePlaces
+    """Places in a block of device memory, which the call needs if they have a GPU."""
+    device_inputs: Sequence[tuple[IoTensor, torch.Tensor]]
+    device_room_bytes: int
+    """Room for large results in that block."""
+
+    def fill_all(self, pool: IoPool) -> IoBlock | None:
+        """Take blocks from the pool and copy the inputs into them; ``None`` if there is no room on the GPU."""
+        device: DeviceBlock | None = None
+        if self.device_places.index is not None:
+            device = pool.devices.borrow(self.device_places.size_bytes, self.device_places.index)
+            if device is None:
+                return None
+        try:
+            if device is not None:
+                for spec, tensor in self.device_inputs:
+                    device.write(spec, tensor)
+            block = self.fill(pool)  # while the GPU copies
+        except BaseException:
+            if device is not None:
+                pool.devices.give_back(device)
+            raise
+        block.device, block.dropped = device, pool.devices.take_retired()
+        try:
+            if device is not None:
+                device.wait()
+        except BaseException:
+            pool.give_back(block)
+            raise
+        return block
+
+
+def room_for_results(
+    places: IoPlaces, device_places: DevicePlaces, room: Room, guess_bytes: int, device: torch.device
+) -> tuple[int, int, int, int]:
+    """Reserve room for results: offset and size in the block, then in the block of device memory.
+
+    ``guess_bytes`` is a guess, ``device`` that of the results. If more is needed, workers answer with their own block.
+    """
+    large_bytes = guess_bytes if room.device_bytes is None else room.device_bytes
+    if large_bytes >= limits.DEVICE_IO_FROM_BYTES and room.is_on_device and device_places.reserves_on(device):
+        host_bytes = max(room.host_bytes, limits.DEVICE_IO_FROM_BYTES)  # for small ones
+        return places.add_room(host_bytes), host_bytes, device_places.add_room(large_bytes), large_bytes
+    host_bytes = max(room.host_bytes, guess_bytes)
+    return places.add_room(host_bytes), host_bytes, 0, 0
 
 
 def call_request(
@@ -90,9 +139,9 @@ def call_request(
     foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
     variant: str,
     is_kept: Callable[[KeptTensor], bool],
-    room_bytes: int = 0,
+    room: Room,
 ) -> CallRequest:
-    """Build a request for one forward for each of ``parts``, with at least ``room_bytes`` for results.
+    """Build a request for one forward for each of ``parts``, with ``room`` for results.
 
     Kept tensors for which ``is_kept`` returns true are sent by id.
     """
@@ -105,8 +154,8 @@ def call_request(
         check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
-    places = IoPlaces()
-    writer = ArgumentWriter(places, is_kept)
+    places, device_places = IoPlaces(), DevicePlaces()
+    writer = ArgumentWriter(places, is_kept, device_places=device_places if room.is_on_device else None)
     written: list[Part] = []
     devices: list[torch.device] = []
     for number, arguments in enumerate(parts):
@@ -118,8 +167,10 @@ def call_request(
     # class returns more, the workers answer with a block of their own.
     sample = facts.arguments[0].name if facts.arguments else ""
     item_bytes = ITEM_BYTES[component.facts.dtype]
-    out_size_bytes = max(room_bytes, sum(result_room(arguments.get(sample), item_bytes) for arguments in parts))
-    out_offset_bytes = places.add_room(out_size_bytes)
+    guess_bytes = sum(result_room(arguments.get(sample), item_bytes) for arguments in parts)
+    at, size_bytes, device_at, device_size_bytes = room_for_results(
+        places, device_places, room, guess_bytes, devices[0]
+    )
 
     def write(request_id: str, io: HostShmBlock) -> Call:
         return Call(
@@ -129,11 +180,24 @@ def call_request(
             parts=tuple(written),
             foreseen=checked_foreseen,
             variant=checked_variant,
-            out_offset_bytes=out_offset_bytes,
-            out_size_bytes=out_size_bytes,
+            out_offset_bytes=at,
+            out_size_bytes=size_bytes,
+            device_out_offset_bytes=device_at,
+            device_out_size_bytes=device_size_bytes,
         )
 
-    return CallRequest(places, writer.inputs, {}, devices[0], write, devices, writer.kept)
+    return CallRequest(
+        places,
+        writer.inputs,
+        {},
+        devices[0],
+        write,
+        devices,
+        writer.kept,
+        device_places,
+        writer.device_inputs,
+        device_size_bytes,
+    )
 
 
 def generate_request(

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.jobs.arguments import KeptTensor, read_results
+from xditd.client.jobs.device_use import DeviceUse, Key, Room
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest, Internal, LeaseLost, StaleSource, UnknownKept, WorkersLost, XditdError
+from xditd.ipc.arguments import InIo
+from xditd.ipc.errors import (
+    BadRequest,
+    ForeignGpu,
+    Internal,
+    LeaseLost,
+    StaleSource,
+    UnknownKept,
+    WorkersLost,
+    XditdError,
+)
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Generated, TensorsRead
-from xditd.ipc.requests import Numerics
-from xditd.ipc.tensors import HostShmBlock, IoTensor
+from xditd.ipc.requests import Call, InferenceRequest, Numerics
+from xditd.ipc.tensors import HostShmBlock
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +44,9 @@ if TYPE_CHECKING:
     from xditd.client.jobs.held_tensors import HeldStore
     from xditd.ipc.processes import ProcessIdentity
 
+logger = logging.getLogger(__name__)
 
-Read = Callable[["IoTensor", "torch.device"], "torch.Tensor"]
+Read = Callable[["InIo", "torch.device"], "torch.Tensor"]
 
 
 def _read_trees(called: Called, job: CallRequest, read: Read) -> list[Any]:
@@ -45,6 +60,7 @@ class Runner:
         self._pool = pool
         self._current = current
         self._silence_s = silence_s
+        self._device_use = DeviceUse()
         self._lock = threading.Lock()
         self._stores: weakref.WeakKeyDictionary[Session, HeldStore] = weakref.WeakKeyDictionary()
 
@@ -52,7 +68,7 @@ class Runner:
         """Send a job whose inputs are in ``block``, without waiting. The job gives the block back to the pool."""
         try:
             connection = self._current().connection
-            request = job.write(connection.next_request_id(), block.describe())
+            request = _with_device_io(job.write(connection.next_request_id(), block.describe()), block)
         except BaseException:
             self._pool.give_back(block)
             raise
@@ -103,11 +119,13 @@ class Runner:
         """Run a call. Kept tensors are sent by id, and sent again if the workers no longer have them."""
         session = self._current()
         request = partial(call_request, component, parts, foreseen, variant)
+        key = component.component_id, "forward"
         try:
-            sent, results = self._run_call(partial(request, lambda kept: kept.is_kept_by(session)), deadline_s)
+            make = partial(request, lambda kept: kept.is_kept_by(session))
+            sent, results = self._run_call(session, key, make, deadline_s)
         except UnknownKept:
             # Dropped for newer kept tensors, or lost with workers that were killed.
-            sent, results = self._run_call(partial(request, lambda _: False), deadline_s)
+            sent, results = self._run_call(session, key, partial(request, lambda _: False), deadline_s)
         for kept in sent:
             kept.note_kept_by(session)
         return results
@@ -132,11 +150,13 @@ class Runner:
         session = self._current()
         request = partial(class_call_request, component, parts, method, numerics, device)
         read = partial(self._read_class_results, self._held_store(session), parts)
+        key = component.component_id, method
         try:
             make = partial(request, lambda kept: kept.is_kept_by(session))
-            sent, results = self._run_call(make, deadline_s, read=read, while_running=while_running)
+            sent, results = self._run_call(session, key, make, deadline_s, read=read, while_running=while_running)
         except UnknownKept:
-            sent, results = self._run_call(partial(request, lambda _: False), deadline_s, read=read)
+            make = partial(request, lambda _: False)
+            sent, results = self._run_call(session, key, make, deadline_s, read=read)
         for kept in sent:
             kept.note_kept_by(session)
         return results
@@ -188,39 +208,112 @@ class Runner:
 
     def _run_call(
         self,
-        make_request: Callable[[int], CallRequest],
+        session: Session,
+        key: Key,
+        make_request: Callable[[Room], CallRequest],
         deadline_s: float | None,
-        room_bytes: int = 0,
         *,
         read: Callable[[Called, CallRequest, Read], list[Any]] = _read_trees,
         while_running: Callable[[], None] | None = None,
     ) -> tuple[Sequence[KeptTensor], list[Any]]:
-        """Run a call with ``room_bytes`` or more for results; returns the tensors that were kept, and the results."""
-        job = make_request(room_bytes)
-        block = job.fill(self._pool)
+        """Run a call; returns the tensors that were kept, and the results.
+
+        If the workers cannot map this process's device memory, it is run again through host memory.
+        """
+        room = self._device_use.room(session, key)
+        job = make_request(room)
+        block = job.fill_all(self._pool)
+        if block is None:
+            room = Room()
+            job = make_request(room)
+            block = job.fill(self._pool)
+        uses_device = block.device is not None
+        try:
+            return self._run_filled(key, make_request, room, job, block, deadline_s, read, while_running)
+        except (ForeignGpu, StaleSource) as error:
+            if not uses_device:
+                raise
+            found = self._run_on_host(key, make_request, Room(), deadline_s, read)
+            # Only now: a stale source can also be that of the weights, and then this call fails, too.
+            self._device_use.refuse(session)
+            logger.info("calls go through host memory daemon_pid=%d reason=%s", session.daemon_pid, error.detail)
+            return found
+
+    def _run_on_host(
+        self,
+        key: Key,
+        make_request: Callable[[Room], CallRequest],
+        room: Room,
+        deadline_s: float | None,
+        read: Callable[[Called, CallRequest, Read], list[Any]],
+    ) -> tuple[Sequence[KeptTensor], list[Any]]:
+        job = make_request(room)
+        return self._run_filled(key, make_request, room, job, job.fill(self._pool), deadline_s, read, None)
+
+    def _run_filled(
+        self,
+        key: Key,
+        make_request: Callable[[Room], CallRequest],
+        room: Room,
+        job: CallRequest,
+        block: IoBlock,
+        deadline_s: float | None,
+        read: Callable[[Called, CallRequest, Read], list[Any]],
+        while_running: Callable[[], None] | None,
+    ) -> tuple[Sequence[KeptTensor], list[Any]]:
+        """Run a call whose inputs are in ``block``, and read its results."""
         with self.start(job, block, deadline_s) as pending:
             if while_running is not None:
                 pending.wait_sent()
                 while_running()
             called = pending.wait(Called)
+            while block.dropped:  # the workers have unmapped them
+                block.dropped.pop().close()
             if len(called.results) != len(job.devices):
                 raise Internal(f"a call of {len(job.devices)} parts was answered with {len(called.results)} results")
-            if called.block is None:
-                return job.kept, read(called, job, block.read)
-        if called.provider is None:
-            raise Internal("the results of a call are in a block of a worker, but no worker is named")
+            if room.is_on_device:
+                self._device_use.note_results(key, called, job.device_room_bytes)
+            try:
+                return job.kept, self._read(called, job, block, read)
+            except StaleSource:
+                if room.host_bytes or called.block is None:
+                    raise
+        # The workers keep only a few blocks for this process's results, and calls of other threads have replaced this
+        # one. Run again with enough room in the client's own block.
+        return self._run_on_host(key, make_request, Room(called.block.size_bytes), deadline_s, read)
+
+    def _read(
+        self, called: Called, job: CallRequest, block: IoBlock, read: Callable[[Called, CallRequest, Read], list[Any]]
+    ) -> list[Any]:
+        """Read the results out of the client's blocks, and out of a worker's if the reply names one."""
         try:
-            return job.kept, _read_from(called.block, called.provider, partial(read, called, job))
-        except StaleSource:
-            if room_bytes:
-                raise
-            # The workers keep only a few such blocks for this process, and calls of other threads have replaced this
-            # one. Run again with enough room in the client's own block.
-            return self._run_call(make_request, deadline_s, called.block.size_bytes, read=read)
+            if called.block is None:
+                return read(called, job, block.read_result)
+            if called.provider is None:
+                raise Internal("the results of a call are in a block of a worker, but no worker is named")
+            return _read_from(called.block, called.provider, block, partial(read, called, job))
+        finally:
+            if block.device is not None:
+                block.device.wait()  # the next call may write to it
 
 
-def _read_from(block: HostShmBlock, provider: ProcessIdentity, read_all: Callable[[Read], list[Any]]) -> list[Any]:
-    """Copy results out of a worker's block, which it keeps until a few later calls of this process have replaced it.
+def _with_device_io(request: InferenceRequest, block: IoBlock) -> InferenceRequest:
+    """Describe the block of device memory in a call, and those that its workers are to unmap."""
+    if not isinstance(request, Call) or (block.device is None and not block.dropped):
+        return request
+    return replace(
+        request,
+        device_io=None if block.device is None else block.device.description,
+        dropped_device_io=tuple(each.description.fingerprint.digest for each in block.dropped),
+    )
+
+
+def _read_from(
+    block: HostShmBlock, provider: ProcessIdentity, own: IoBlock, read_all: Callable[[Read], list[Any]]
+) -> list[Any]:
+    """Copy results out of a worker's block, and those in device memory out of ``own``.
+
+    The worker keeps its block until a few later calls of this process have replaced it.
 
     Raises:
         StaleSource: the block was replaced.
@@ -240,7 +333,10 @@ def _read_from(block: HostShmBlock, provider: ProcessIdentity, read_all: Callabl
         ) from error
     try:
 
-        def read(place: IoTensor, device: torch.device) -> torch.Tensor:
+        def read(leaf: InIo, device: torch.device) -> torch.Tensor:
+            if leaf.in_device_io:
+                return own.read_result(leaf, device)
+            place = leaf.place
             stored = mapping.bytes_tensor()[place.offset_bytes : place.offset_bytes + place.size_bytes]
             return stored.to(device, copy=True).view(torch_dtype(place.dtype)).view(place.shape)
 

@@ -10,7 +10,7 @@ from xditd.daemon.loans.leases import Lease
 from xditd.daemon.queue.jobs import Job
 from xditd.ipc.errors import LimitExceeded
 from xditd.ipc.requests import Lend
-from xditd.ipc.tensors import HostShmBlock, Manifest
+from xditd.ipc.tensors import CudaIpcBlock, HostShmBlock, Manifest
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,26 @@ class Quotas:
                 f"client_lent_bytes {self.lent_bytes}; return a loan first, or have the operator raise it"
             )
 
-    def check_io(self, jobs: Iterable[Job], block: HostShmBlock) -> None:
-        """Check the bytes of the I/O blocks of a client's jobs and of one more; raises ``LimitExceeded``."""
-        live = (getattr(job.request, "io", None) for job in jobs)
-        blocks = {io.inode: io.size_bytes for io in live if isinstance(io, HostShmBlock)}
-        blocks[block.inode] = block.size_bytes
+    def check_io(self, jobs: Iterable[Job], block: HostShmBlock, device_block: CudaIpcBlock | None = None) -> None:
+        """Check the bytes of the I/O blocks of a client's jobs and of one more; raises ``LimitExceeded``.
+
+        Blocks of device memory count, too.
+        """
+        blocks: dict[int | bytes, int] = {}
+        for job in jobs:
+            for io in (getattr(job.request, "io", None), getattr(job.request, "device_io", None)):
+                if isinstance(io, (HostShmBlock, CudaIpcBlock)):
+                    blocks[_identity(io)] = io.size_bytes
+        for io in (block, device_block):
+            if io is not None:
+                blocks[_identity(io)] = io.size_bytes
         if sum(blocks.values()) > self.io_bytes:
             raise LimitExceeded(
                 f"I/O blocks of {sum(blocks.values())} bytes in {len(blocks)} blocks: a client's requests may use at "
                 f"most {self.io_bytes} at a time (client_io_bytes); wait for a result, ask for smaller batches, or "
                 "have the operator raise it"
             )
+
+
+def _identity(block: HostShmBlock | CudaIpcBlock) -> int | bytes:
+    return block.inode if isinstance(block, HostShmBlock) else block.fingerprint.digest

@@ -136,12 +136,18 @@ class Service:
         level = logging.DEBUG if why in CLIENT_END_REASONS and not leases else logging.INFO
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
         self.scheduler.cancel_all(lost, lambda job: job.session is session)
+        other = self.sessions.of_process(session.process)
+        if other is not None:
+            other.has_io = other.has_io or session.has_io
+            other.has_device_io = other.has_device_io or session.has_device_io
+        forgets = session.has_io and other is None
+        if forgets and session.has_device_io:
+            # The process frees its device memory next, which no worker may map then. Host memory may be freed before.
+            self.lending.end_all(leases, lost, lambda: self.lending.forget(session.process, then))
+            return
         self.lending.end_all(leases, lost, then)
-        if session.has_io:
-            if (other := self.sessions.of_process(session.process)) is not None:
-                other.has_io = True
-            else:
-                self.lending.forget(session.process)
+        if forgets:
+            self.lending.forget(session.process, lambda: None)
 
     def _check_beats(self) -> None:
         """End sessions without heartbeats: a client that is stopped (SIGSTOP) must not hold memory for ever."""

@@ -155,9 +155,9 @@ class Lending:
         for lease in leases:
             self.end(lease, why, partial(ended, lease))
 
-    def forget(self, process: ProcessIdentity) -> None:
-        """Have the workers close the I/O blocks of a client that has ended."""
-        self._unmap_first(_forget(process), lambda: None)
+    def forget(self, process: ProcessIdentity, then: Callback) -> None:
+        """Have the workers close the I/O blocks of a client that has ended, and then call ``then``."""
+        self._unmap_first(_forget(process), then)
 
     def _unmap_first(self, script: Script[None], done: Callback) -> None:
         """Have memory unmapped; ``done`` is called too if the group ends instead."""

@@ -25,6 +25,8 @@ class Session:
     """When its client last sent a message, by the loop's clock."""
     has_io: bool = False
     """Whether workers may have I/O blocks of its process mapped; passed on to another session of the process."""
+    has_device_io: bool = False
+    """Whether device memory is among them."""
 
 
 class Sessions:

@@ -7,7 +7,7 @@ import torch
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.reading import check_names
-from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
+from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, leaves
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
@@ -22,6 +22,7 @@ from xditd.ipc.requests import Call
 def run(job: Call, context: JobContext) -> Finished:
     """Run the forwards; rank 0 writes the results. After the checks, only the forwards have collectives."""
     clock = PhaseClock(context.device)
+    device_io = context.open_device_io(job)
     with raise_on_all_ranks():
         transformer = context.components.get(job.component_id, "transformer")
         model = transformer.model
@@ -33,7 +34,7 @@ def run(job: Call, context: JobContext) -> Finished:
         if unknown := sorted(set(job.foreseen) - taken):
             raise BadRequest(f"foreseen: {listed(unknown)} is no argument; it takes {', '.join(sorted(taken))}")
         io = context.open_io()
-        reader = context.reader(io)
+        reader = context.reader(io, device_io)
         parts = []
         for number, part in enumerate(job.parts):
             where = f"parts[{number}]." if len(job.parts) > 1 else ""
@@ -61,7 +62,7 @@ def run(job: Call, context: JobContext) -> Finished:
     clock.end_phase("forward")
     context.check_finite(finite, transformer)
     context.components.check_unchanged(transformer)
-    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide)
+    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
     described = writer.write(trees)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)

@@ -17,7 +17,7 @@ from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.reading import ArgumentReader
-from xditd.gpu_workers.jobs.writing import ResultWriter, Write
+from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, Write
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.snapshots import Snapshot
@@ -50,12 +50,13 @@ _CACHE = "cache"
 def run(job: Call, context: JobContext) -> Finished:
     """Run a method of the module once for each part, on different ranks where possible; rank 0 writes the results."""
     clock = PhaseClock(context.device)
+    device_io = context.open_device_io(job)
     with raise_on_all_ranks():
         component = context.components.get(job.component_id, "module")
         clock.end_phase("plug", waits=False)
         _check_job(job, component)
         io = context.open_io()
-        reader = ArgumentReader(io, context.device, context.kept, context.client, context.held)
+        reader = ArgumentReader(io, context.device, context.kept, context.client, context.held, device_io)
         parts = [
             reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments
             for number, part in enumerate(job.parts)
@@ -86,7 +87,8 @@ def run(job: Call, context: JobContext) -> Finished:
             return Finished(clock.marks_ms)
         _check_finite(context, component, results, describer)
         context.components.check_unchanged(component)
-        writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide)
+        room = DeviceRoom.of(job, device_io)
+        writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, room)
         described = writer.write(results, describer.describe, stateful)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)

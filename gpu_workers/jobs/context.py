@@ -14,7 +14,10 @@ from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.components import Component, Components
 from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.parallel.client_blocks import ClientBlocks, OpenClientBlock
+from xditd.ipc.arguments import InIo, tensors
 from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.requests import Call
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -31,9 +34,27 @@ class JobContext:
     held: HeldTensors
     open_io: Callable[[], OpenIo]
     provide: Callable[[int], HostArena]
+    client_blocks: ClientBlocks
 
-    def reader(self, io: OpenIo) -> ArgumentReader:
-        return ArgumentReader(io, self.device, self.kept, self.client)
+    def reader(self, io: OpenIo, device_io: OpenClientBlock | None = None) -> ArgumentReader:
+        return ArgumentReader(io, self.device, self.kept, self.client, device_io=device_io)
+
+    def open_device_io(self, job: Call) -> OpenClientBlock | None:
+        """Return the block of device memory of a call, if it has one, and unmap those that the client drops.
+
+        All ranks call this together, outside of :func:`raise_on_all_ranks`.
+
+        Raises:
+            ForeignGpu, StaleSource, BadRequest, OtherRankFailed, OutOfMemory: see :meth:`ClientBlocks.open`.
+        """
+        self.client_blocks.unmap(self.client, job.dropped_device_io)
+        if job.device_io is None:
+            return None
+        leaves = (leaf for part in job.parts for _, leaf in tensors(part.arguments))
+        ends = [
+            leaf.offset_bytes + leaf.place.size_bytes for leaf in leaves if isinstance(leaf, InIo) and leaf.in_device_io
+        ]
+        return self.client_blocks.open(job.device_io, self.client, max(ends, default=0))
 
     def check_finite(self, finite: FiniteCheck, component: Component, *into: torch.dtype) -> None:
         """Check that results are finite.

@@ -14,6 +14,7 @@ from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.class_building import make_key, make_object, make_plain
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
+from xditd.gpu_workers.parallel.client_blocks import OpenClientBlock
 from xditd.ipc import limits
 from xditd.ipc.arguments import (
     Argument,
@@ -51,9 +52,11 @@ class ArgumentReader:
         kept: KeptTensors,
         client: ProcessIdentity,
         held: HeldTensors | None = None,
+        device_io: OpenClientBlock | None = None,
     ) -> None:
         self._io = io
         self._held = held
+        self._device_io = device_io
         self._device = device
         self._kept = kept
         self._client = client
@@ -68,7 +71,7 @@ class ArgumentReader:
         ``where`` is put before names in errors. Call :meth:`finish` when all are read.
 
         Raises:
-            BadRequest: a tensor is outside the I/O block, or the number of its values does not fit its shape.
+            BadRequest: a tensor is outside its block, or the number of its values does not fit its shape.
             LimitExceeded: the job's arguments take more than :data:`~xditd.ipc.limits.MAX_ARGUMENT_BYTES`.
             UnknownKept: a kept tensor was evicted.
         """
@@ -90,6 +93,8 @@ class ArgumentReader:
             check_finite({path: tensor for path, tensor in self._unchecked.items() if tensor.is_floating_point()})
         elif self._unchecked and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # the client may write to its block again
+        if self._device_io is not None:
+            self._device_io.drop_inputs()
         for kept_id, tensor in self._to_keep.items():
             self._kept.keep(self._client, kept_id, tensor)
 
@@ -145,8 +150,7 @@ class ArgumentReader:
             return found
         if isinstance(node, InIo):
             self._count_bytes(path, node.place.size_bytes)
-            device = torch.device("cpu") if node.on_host else self._device
-            found = self._unchecked[path] = self._io.read(path, node.place, device, waits=False)
+            found = self._unchecked[path] = self._read(path, node)
             if node.order is not None:
                 if sorted(node.order) != list(range(found.ndim)):
                     raise BadRequest(f"{path}: order {list(node.order)} is no order of its {found.ndim} dimensions")
@@ -169,6 +173,16 @@ class ArgumentReader:
             raise BadRequest(f"{path}: rows of different shapes or dtypes cannot be joined: {shapes}")
         self._count_bytes(path, sum(row.nbytes for row in rows))
         return torch.cat(rows)
+
+    def _read(self, path: str, node: InIo) -> torch.Tensor:
+        if not node.in_device_io:
+            device = torch.device("cpu") if node.on_host else self._device
+            return self._io.read(path, node.place, device, waits=False)
+        if self._device_io is None:
+            raise BadRequest(f"{path}: is in device memory, but the request describes no block of it (device_io)")
+        if node.on_host or node.kept_id is not None:
+            raise BadRequest(f"{path}: a tensor that is kept or stays on the host is sent in the I/O block")
+        return self._device_io.read(path, node.place)
 
     def _count_bytes(self, path: str, size_bytes: int) -> None:
         """Add to the bytes that the job's arguments take; all ranks count the same."""

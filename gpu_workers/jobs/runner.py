@@ -15,6 +15,7 @@ from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.models.components import Components
+from xditd.gpu_workers.parallel.client_blocks import ClientBlocks
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest, ReadTensors
 from xditd.ipc.transports.host_shm import HostArena
@@ -29,11 +30,17 @@ class JobRunner:
         self._device = device
         self._kept = KeptTensors()
         self._held = HeldTensors(group)
+        self._client_blocks = ClientBlocks(components.gpu_copies)
 
     def forget(self, client: ProcessIdentity) -> None:
-        """Free the kept and held tensors of a client that has exited."""
+        """Free the kept and held tensors of a client that has exited, and unmap its device memory."""
         self._kept.forget(client)
         self._held.forget(client)
+        self._client_blocks.forget(client)
+
+    def close(self) -> None:
+        """Unmap the device memory of all clients."""
+        self._client_blocks.close()
 
     def run(
         self,
@@ -53,7 +60,15 @@ class JobRunner:
         """
         started = time.perf_counter()
         context = JobContext(
-            self._components, self._device, self._is_leader, client, self._kept, self._held, open_io, provide
+            self._components,
+            self._device,
+            self._is_leader,
+            client,
+            self._kept,
+            self._held,
+            open_io,
+            provide,
+            self._client_blocks,
         )
         if isinstance(job, Call):
             with self._held.undone_on_error(client):

@@ -55,10 +55,10 @@ class GpuCopies:
     """Copies between the GPUs of a group. Every rank makes the same calls in the same order."""
 
     def __init__(self, layout: ParallelLayout, peer_uuids: tuple[str, ...]) -> None:
-        self._device = layout.device
-        self._rank = layout.rank
-        self._ranks = layout.world_size
-        self._peer_uuids = peer_uuids
+        self.device = layout.device
+        self.rank = layout.rank
+        self.ranks = layout.world_size
+        self.peer_uuids = peer_uuids
         self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and exchange.is_possible(2)
         """Whether ranks try peer copies; if one fails, they broadcast."""
 
@@ -79,15 +79,15 @@ class GpuCopies:
         latter are ``missing``, too, by number of block. Every rank has opened and checked the blocks of its own GPU.
         """
         wanted = {number: block for number, block in enumerate(blocks) if isinstance(block, CudaIpcBlock)}
-        if self._ranks == 1 or not wanted:
+        if self.ranks == 1 or not wanted:
             yield
             return
         with ExitStack() as opened:
             if not (self.is_direct and self._copy_from_lender(wanted, missing, opened, mark)):
                 for number, block in wanted.items():
-                    dist.broadcast(sources[number], src=self._peer_uuids.index(block.device_uuid))
+                    dist.broadcast(sources[number], src=self.peer_uuids.index(block.device_uuid))
             yield
-            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            torch.cuda.synchronize(self.device)  # "prepared" means that the bytes are here
             mark("peer_copy")
 
     def fill(self, buffer: torch.Tensor, upload: Upload, mark: Callable[[str], None]) -> range:
@@ -103,19 +103,19 @@ class GpuCopies:
             StaleSource and others: errors of ``upload``.
         """
         size_bytes = buffer.numel()
-        if self._device.type != "cuda" or self._ranks == 1 or size_bytes < SHARED_FROM_BYTES:
+        if self.device.type != "cuda" or self.ranks == 1 or size_bytes < SHARED_FROM_BYTES:
             with raise_on_all_ranks(), closing(upload([range(size_bytes)])) as uploaded:
                 deque(uploaded, maxlen=0)
             mark("copy")
             return range(size_bytes)
-        shares = split(range(size_bytes), self._ranks)
+        shares = split(range(size_bytes), self.ranks)
         if not self._upload_and_exchange(buffer, shares, upload, mark):
             for rank, share in enumerate(shares):
                 if share:  # NCCL's first collective takes time and memory
                     dist.broadcast(buffer.narrow(0, share.start, len(share)), src=rank)
-            torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+            torch.cuda.synchronize(self.device)  # "prepared" means that the bytes are here
             mark("peer_copy")
-        return shares[self._rank]
+        return shares[self.rank]
 
     def _upload_and_exchange(
         self, buffer: torch.Tensor, shares: Sequence[range], upload: Upload, mark: Callable[[str], None]
@@ -126,8 +126,8 @@ class GpuCopies:
         after every operation that may fail on one alone, so that both leave at the same point.
         """
         count = _PARTS if self.is_direct else 1
-        mine = split(shares[self._rank], count)
-        theirs = split(shares[1 - self._rank], count) if self.is_direct else []
+        mine = split(shares[self.rank], count)
+        theirs = split(shares[1 - self.rank], count) if self.is_direct else []
         peer: _PeerPart | None = None
         with raise_on_all_ranks(), ExitStack() as opened:
             uploaded = opened.enter_context(closing(upload(mine)))
@@ -136,11 +136,11 @@ class GpuCopies:
                     if peer is not None:
                         peer.fetch(theirs[number - 1], buffer)
                     next(uploaded)
-                    torch.cuda.current_stream(self._device).synchronize()
+                    torch.cuda.current_stream(self.device).synchronize()
                 if number == 0 and self.is_direct:
                     opened.callback(mark, "peer_close")
-                    block = self._exchange_blocks(buffer, shares[self._rank])
-                    peer = self._open_peer(block, shares[1 - self._rank], buffer, opened)
+                    block = self._exchange_blocks(buffer, shares[self.rank])
+                    peer = self._open_peer(block, shares[1 - self.rank], buffer, opened)
                     if not agree(peer is not None):
                         peer = None
             with raise_on_all_ranks():
@@ -148,7 +148,7 @@ class GpuCopies:
                 mark("copy")
                 if peer is not None:
                     peer.fetch(theirs[-1], buffer)
-                    torch.cuda.synchronize(self._device)
+                    torch.cuda.synchronize(self.device)
                     mark("peer_copy")
         return peer is not None
 
@@ -161,13 +161,13 @@ class GpuCopies:
         mine: CudaIpcBlock | None = None
         try:
             base, size = segment_of(buffer)  # torch's allocator may have put the buffer into a larger allocation
-            whole = wrap_segment(base, size, self._device.index)
+            whole = wrap_segment(base, size, self.device.index)
             at = buffer.data_ptr() - base + share.start
-            mine = export_allocation(base, whole, self._device.index, at)
+            mine = export_allocation(base, whole, self.device.index, at)
         except XditdError as error:  # the other rank waits for the exchange
             logger.warning("no peer copy from this rank, uploads are broadcast reason=%s", error.detail)
-        both = gather_bytes(msgspec.msgpack.encode(mine), _MAX_BLOCK_BYTES, self._ranks)
-        return msgspec.msgpack.decode(both[1 - self._rank], type=CudaIpcBlock | None)
+        both = gather_bytes(msgspec.msgpack.encode(mine), _MAX_BLOCK_BYTES, self.ranks)
+        return msgspec.msgpack.decode(both[1 - self.rank], type=CudaIpcBlock | None)
 
     def _open_peer(
         self, block: CudaIpcBlock | None, share: range, buffer: torch.Tensor, opened: ExitStack
@@ -177,7 +177,7 @@ class GpuCopies:
             return None
         try:
             sample = block.fingerprint
-            mapping = CudaMapping(block, self._device.index)
+            mapping = CudaMapping(block, self.device.index)
             opened.callback(mapping.close)
             peer = _PeerPart(mapping, share, sample.offset_bytes)
             peer.fetch(share[: sample.length_bytes], buffer)
@@ -225,7 +225,7 @@ class GpuCopies:
             for number, target in missing.items():
                 block = blocks[number]
                 # The current GPU is this rank's own, so that no CUDA context is made on the client's.
-                mapping = mappings[number] = CudaMapping(block, self._device.index)
+                mapping = mappings[number] = CudaMapping(block, self.device.index)
                 opened.callback(mapping.close)
                 sample = block.fingerprint
                 mapping.copy_to(target.narrow(0, sample.offset_bytes, sample.length_bytes), sample.offset_bytes)

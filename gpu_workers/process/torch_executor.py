@@ -150,4 +150,5 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._components.close()
+        self._jobs.close()
         self._io.close()

@@ -45,6 +45,7 @@ def _call(what: str, result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
         if status.name == "cudaErrorMemoryAllocation":
+            _runtime().cudaGetLastError()  # else torch's next call would raise this error
             raise OutOfMemory(f"{what}: {status.name}; free GPU memory or lend from another device")
         raise Internal(f"{what}: {status.name}")
     return values[0] if values else None
@@ -212,17 +213,29 @@ class CudaMapping:
 
         By address, because the mapped memory may be on another GPU, on which torch has no context in this process.
         """
-        import torch
-
         length_bytes = target.numel()
         assert offset_bytes + length_bytes <= self.size_bytes
+        self._copy(target.data_ptr(), self._pointer + offset_bytes, length_bytes)
+
+    def copy_from(self, source: torch.Tensor, offset_bytes: int) -> None:
+        """Copy ``source`` (1-D uint8 on this GPU) to an offset, asynchronously on the current stream.
+
+        By address, as :meth:`copy_to`.
+        """
+        length_bytes = source.numel()
+        assert offset_bytes + length_bytes <= self.size_bytes
+        self._copy(self._pointer + offset_bytes, source.data_ptr(), length_bytes)
+
+    def _copy(self, target: int, source: int, length_bytes: int) -> None:
+        import torch
+
         runtime = _runtime()
         with torch.cuda.device(self._index):
             _call(
                 f"cudaMemcpyAsync of {length_bytes} bytes",
                 runtime.cudaMemcpyAsync(
-                    target.data_ptr(),
-                    self._pointer + offset_bytes,
+                    target,
+                    source,
                     length_bytes,
                     runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
                     torch.cuda.current_stream().cuda_stream,

@@ -4,7 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client.io_blocks import IoPlaces, IoPool  # noqa: E402
+from xditd.client.io_blocks import IoPool  # noqa: E402
+from xditd.client.io_places import IoPlaces  # noqa: E402
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
-from running_daemon import RunningDaemon, until
+from running_daemon import RunningDaemon, start_daemon, until
 
 from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Prompt
+
+__all__ = ["start_daemon"]
 
 
 @dataclass

@@ -39,8 +39,10 @@ def run(service: Service, session: Session, request: InferenceRequest) -> None:
     """
     component_ids = _check_components(service, request)
     _check_tensors(request)
-    service.quotas.check_io(service.scheduler.of_process(session.process), request.io)
+    device_io = request.device_io if isinstance(request, Call) else None
+    service.quotas.check_io(service.scheduler.of_process(session.process), request.io, device_io)
     session.has_io = True
+    session.has_device_io = session.has_device_io or device_io is not None
 
     def work(_: Job) -> Script[Reply]:
         for component_id in component_ids:
@@ -111,10 +113,13 @@ def _check_tensors(request: InferenceRequest) -> None:
             _check_end(held_id, place.offset_bytes + place.size_bytes, size_bytes)
     if isinstance(request, Call):
         _check_end("out", request.out_offset_bytes + request.out_size_bytes, size_bytes)
+        _check_device_end("device_out", request.device_out_offset_bytes + request.device_out_size_bytes, request)
     try:
         for where, tree in _trees_of(request):
             for path, tensor in arguments.tensors(tree):
-                if isinstance(tensor, InIo):
+                if isinstance(tensor, InIo) and tensor.in_device_io:
+                    _check_device_end(f"{where}{path}", tensor.offset_bytes + tensor.place.size_bytes, request)
+                elif isinstance(tensor, InIo):
                     _check_end(f"{where}{path}", tensor.offset_bytes + tensor.place.size_bytes, size_bytes)
                 elif isinstance(tensor, Values) and len(tensor.values) != math.prod(tensor.shape):
                     raise BadRequest(f"{where}{path}: {len(tensor.values)} values for the shape {list(tensor.shape)}")
@@ -133,3 +138,12 @@ def _trees_of(request: InferenceRequest) -> Iterator[tuple[str, dict[str, argume
 def _check_end(name: str, end_bytes: int, size_bytes: int) -> None:
     if end_bytes > size_bytes:
         raise BadRequest(f"{name} ends at byte {end_bytes} of an I/O block of {size_bytes}")
+
+
+def _check_device_end(name: str, end_bytes: int, request: InferenceRequest) -> None:
+    block = request.device_io if isinstance(request, Call) else None
+    if block is None:
+        if end_bytes:
+            raise BadRequest(f"{name} is in device memory, but the request describes no block of it (device_io)")
+    elif end_bytes > block.size_bytes:
+        raise BadRequest(f"{name} ends at byte {end_bytes} of a block of device memory of {block.size_bytes}")

@@ -11,8 +11,8 @@ from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import LimitExceeded
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import CheckMemory, Lend
-from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
+from xditd.ipc.requests import Call, CheckMemory, Lend, Part
+from xditd.ipc.tensors import ComponentKind, CudaIpcBlock, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 OWNER = Session(b"", "", ProcessIdentity(pid=1, start_ticks=0), -1, "test")
 TENSOR_BYTES = 64
@@ -36,7 +36,7 @@ def lease() -> Lease:
     return Lease("c1", OWNER, manifest())
 
 
-def job(request: Lend | CheckMemory) -> Job:
+def job(request: Lend | CheckMemory | Call) -> Job:
     return Job(OWNER, request, lambda _: iter(()))  # type: ignore[arg-type, return-value]
 
 
@@ -62,6 +62,30 @@ def test_io_blocks_count_once_each() -> None:
     quotas(io_bytes=4096).check_io([check(1), check(1)], block(1))
     with pytest.raises(LimitExceeded, match=r"8192 bytes in 2 blocks: .* 8191 at a time"):
         quotas(io_bytes=8191).check_io([check(1)], block(2))
+
+
+def test_blocks_of_device_memory_count_with_the_io_blocks() -> None:
+    def device_block(number: int) -> CudaIpcBlock:
+        fingerprint = Fingerprint(length_bytes=4096, digest=bytes([number] * 16))
+        return CudaIpcBlock(device_uuid="GPU-1", handle=bytes(64), size_bytes=8192, fingerprint=fingerprint)
+
+    def call(number: int) -> Job:
+        parts = (Part(arguments={}),)
+        return job(
+            Call(
+                request_id="1",
+                component_id="c1",
+                io=block(1),
+                parts=parts,
+                out_offset_bytes=0,
+                out_size_bytes=0,
+                device_io=device_block(number),
+            )
+        )
+
+    quotas(io_bytes=12288).check_io([call(1)], block(1), device_block(1))
+    with pytest.raises(LimitExceeded, match=r"20480 bytes in 3 blocks"):
+        quotas(io_bytes=20479).check_io([call(1)], block(1), device_block(2))
 
 
 def test_message_size() -> None:

@@ -290,3 +290,9 @@ def test_names_that_are_not_taken_are_refused_with_those_that_are() -> None:
 def test_names_that_are_missing_are_said() -> None:
     with pytest.raises(BadRequest, match=r"arguments: timestep is missing; it takes guidance, hidden_states, timestep"):
         check_names({"hidden_states"}, FACTS, "arguments")
+
+
+def test_a_tensor_in_device_memory_needs_a_block_of_it(jobs: Jobs) -> None:
+    leaf = InIo(offset_bytes=4096, dtype="float32", shape=(2,), in_device_io=True)
+    with pytest.raises(BadRequest, match=r"x\[0\]: is in device memory, but the request describes no block of it"):
+        jobs.read(ListOf(items=(leaf,)))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from xditd.client.io_blocks import IoBlock, IoPlaces, IoPool
+from xditd.client.io_blocks import IoBlock, IoPool
+from xditd.client.io_places import IoPlaces
 from xditd.client.lending import Offer, describe
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generate import Progress
