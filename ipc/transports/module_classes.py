@@ -53,7 +53,10 @@ def find_class(name: str, where: str) -> type:
     except Unsupported:
         raise
     except Exception as error:  # whatever the import of a module raises
-        version = getattr(import_module(package), "__version__", "")
+        try:
+            version = getattr(import_module(package), "__version__", "")
+        except ImportError:
+            raise Unsupported(f"class {name}: {package} is not installed in {where}: pip install {package}") from error
         raise Unsupported(
             f"class {name}: {package} {version} of {where} has no such class: {type(error).__name__}: {error}"
         ) from error

@@ -52,6 +52,12 @@ def test_all_others_are_refused(name: str, why: str) -> None:
     assert str(caught.value).startswith(f"class {name}: ")
 
 
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not there
+    with pytest.raises(Unsupported, match="peft is not installed in the workers: pip install peft"):
+        find_class("peft.tuners.lora.missing:Linear", "the workers")
+
+
 def test_a_refused_module_is_not_imported() -> None:
     name = "torch.utils.bottleneck"
     sys.modules.pop(name, None)
