@@ -13,6 +13,7 @@ _PLACES: Final = (
     "diffusers.configuration_utils",
     "diffusers.hooks.",
     "diffusers.models.",
+    "diffusers.pipelines.",
     "diffusers.utils.",
     "peft.tuners.",
     "peft.utils.",

@@ -18,6 +18,7 @@ from xditd.ipc.transports.module_classes import find_class
         ("diffusers.models.attention_processor:AttnProcessor2_0", "AttnProcessor2_0"),
         ("transformers.cache_utils:DynamicCache", "DynamicCache"),
         ("transformers.modeling_outputs:BaseModelOutput", "BaseModelOutput"),
+        ("diffusers.pipelines.ltx2.connectors:LTX2TextConnectors", "LTX2TextConnectors"),
         ("peft.tuners.lora.layer:Linear", "Linear"),
     ],
 )
