@@ -24,6 +24,7 @@ _PLACES: Final = (
     "transformers",
     "transformers.activations",
     "transformers.cache_utils",
+    "transformers.generation.configuration_utils",
     "transformers.modeling_",
     "transformers.models.",
     "transformers.pytorch_utils",

@@ -19,6 +19,7 @@ from xditd.ipc.transports.module_classes import find_class
         ("transformers.cache_utils:DynamicCache", "DynamicCache"),
         ("transformers.modeling_outputs:BaseModelOutput", "BaseModelOutput"),
         ("diffusers.pipelines.ltx2.connectors:LTX2TextConnectors", "LTX2TextConnectors"),
+        ("transformers.generation.configuration_utils:GenerationConfig", "GenerationConfig"),
         ("peft.tuners.lora.layer:Linear", "Linear"),
     ],
 )
