@@ -13,6 +13,7 @@ _PLACES: Final = (
     "diffusers.configuration_utils",
     "diffusers.hooks.",
     "diffusers.models.",
+    "diffusers.pipelines.",
     "diffusers.utils.",
     "peft.tuners.",
     "peft.utils.",
@@ -23,6 +24,7 @@ _PLACES: Final = (
     "transformers",
     "transformers.activations",
     "transformers.cache_utils",
+    "transformers.generation.configuration_utils",
     "transformers.modeling_",
     "transformers.models.",
     "transformers.pytorch_utils",
@@ -53,7 +55,10 @@ def find_class(name: str, where: str) -> type:
     except Unsupported:
         raise
     except Exception as error:  # whatever the import of a module raises
-        version = getattr(import_module(package), "__version__", "")
+        try:
+            version = getattr(import_module(package), "__version__", "")
+        except ImportError:
+            raise Unsupported(f"class {name}: {package} is not installed in {where}: pip install {package}") from error
         raise Unsupported(
             f"class {name}: {package} {version} of {where} has no such class: {type(error).__name__}: {error}"
         ) from error

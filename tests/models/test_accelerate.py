@@ -11,20 +11,10 @@ import pytest
 import torch
 from pipeline_entries import PIPELINES
 from pipeline_entry import PipelineEntry
+from refusals import LOCAL_MODELS, REFUSED_PIPELINES
 from running_daemon import RunningDaemon
 
 from xditd.client import Unsupported, accelerate
-
-REFUSED = {
-    "flux-own-attention": "processor of transformer_blocks.0.attn is a customized_pipelines:HalvedAttention object",
-    "flux-forward-hook": "_forward_hooks of transformer_blocks.0 is function customized_pipelines:",
-    "flux-first-block-cache": "hooks of diffusers, fbc_",
-    "modular-wan-skip-layer-guidance": "hooks of diffusers, SkipLayerGuidance",
-}
-"""Pipelines whose model is changed by functions or classes that workers cannot have, and how they are refused."""
-
-LOCAL = {name: ("text_encoder",) for name in ("qwen-image-21", "qwen-image-21-edit", "qwen-image-21-uncached")}
-"""Models that stay in this process: these pipelines hook into their text encoder during the call."""
 
 _first = {entry.feature: entry.name for entry in reversed(PIPELINES.values())}
 
@@ -51,7 +41,7 @@ def run_both(
     """Return the results of this process, and those with models in the workers, which have not run here."""
     expected = entry.run(entry.build())
     pipe = entry.build()
-    names = [name for name in entry.components if name not in LOCAL.get(entry.name, ())]
+    names = [name for name in entry.components if name not in LOCAL_MODELS.get(entry.name, ())]
     before = {name: set(vars(getattr(pipe, name))) for name in names}
     with daemon.connect() as client, accelerate(pipe, components=names, client=client) as fast:
         with monkeypatch.context() as patch:
@@ -95,8 +85,8 @@ def test_one_worker_gives_the_same_bits(
     entry: PipelineEntry, one_worker: RunningDaemon, use_threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_threads(len(os.sched_getaffinity(0)))
-    if entry.name in REFUSED:
-        with pytest.raises((Unsupported, ValueError), match=REFUSED[entry.name]):
+    if entry.name in REFUSED_PIPELINES:
+        with pytest.raises((Unsupported, ValueError), match=REFUSED_PIPELINES[entry.name].says):
             run_both(entry, one_worker, monkeypatch)
         return
     found, expected = run_both(entry, one_worker, monkeypatch)
@@ -111,7 +101,7 @@ def test_one_worker_gives_the_same_bits(
 def test_two_workers_give_the_same_to_1e_6(
     entry: PipelineEntry, two_workers: RunningDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if entry.name in REFUSED:
+    if entry.name in REFUSED_PIPELINES:
         pytest.skip("refused, as the test with one worker shows")
     found, expected = run_both(entry, two_workers, monkeypatch)
     assert len(found) == len(expected)

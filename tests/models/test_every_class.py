@@ -13,13 +13,9 @@ import torch
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
 from diffusers import ModelMixin
+from refusals import REFUSED_CALLS
 
 from xditd.client import BadRequest, Client
-
-REFUSED = {
-    "AnyFlowFARTransformer3DModel-kv_write": "attention_mask.mask_mod: function cannot be sent",
-}
-"""Calls that no message can carry, and how they are refused: an argument holds a function (a flex ``BlockMask``)."""
 
 LONG = {"WanAnimate2Transformer3DModel-kv_cached"}
 """Compiles its attention for a minute."""
@@ -60,8 +56,8 @@ def test_one_worker_gives_the_bits_of_the_class(client: Client, entry: ClassEntr
     model = entry.build()
     ours, theirs = entry.arguments(Random(1)), entry.arguments(Random(1))
     with client.lend(model, as_class=True) as loan:
-        if entry.key in REFUSED:
-            with pytest.raises(BadRequest, match=REFUSED[entry.key]):
+        if entry.key in REFUSED_CALLS:
+            with pytest.raises(BadRequest, match=REFUSED_CALLS[entry.key].says):
                 client.call(loan, ours)
             return
         found = client.call(loan, ours)

@@ -18,6 +18,8 @@ from xditd.ipc.transports.module_classes import find_class
         ("diffusers.models.attention_processor:AttnProcessor2_0", "AttnProcessor2_0"),
         ("transformers.cache_utils:DynamicCache", "DynamicCache"),
         ("transformers.modeling_outputs:BaseModelOutput", "BaseModelOutput"),
+        ("diffusers.pipelines.ltx2.connectors:LTX2TextConnectors", "LTX2TextConnectors"),
+        ("transformers.generation.configuration_utils:GenerationConfig", "GenerationConfig"),
         ("peft.tuners.lora.layer:Linear", "Linear"),
     ],
 )
@@ -50,6 +52,12 @@ def test_all_others_are_refused(name: str, why: str) -> None:
     with pytest.raises(Unsupported, match=why) as caught:
         find_class(name, "the workers")
     assert str(caught.value).startswith(f"class {name}: ")
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not there
+    with pytest.raises(Unsupported, match="peft is not installed in the workers: pip install peft"):
+        find_class("peft.tuners.lora.missing:Linear", "the workers")
 
 
 def test_a_refused_module_is_not_imported() -> None:
