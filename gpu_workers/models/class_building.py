@@ -64,37 +64,75 @@ def find_class(name: str) -> type:
     return found
 
 
-def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
+def find_model_class(name: str, label: str) -> type[torch.nn.Module]:
+    """Return a model class of diffusers or transformers.
+
+    Raises:
+        Unsupported: it is none, or is not installed here.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    kind = find_class(name)
+    if not issubclass(kind, torch.nn.Module) or not (
+        issubclass(kind, ModelMixin) or getattr(kind, "config_class", None) is not None
+    ):
+        raise Unsupported(f"{label}: {name} is no model class of diffusers or transformers")
+    return kind
+
+
+def build_module(described: ModuleDescription, label: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """Build a module as its class makes it, in eval mode, with parameters on the meta device.
+
+    With a ``dtype`` it is as ``from_pretrained(torch_dtype=dtype)`` makes it, with that as torch's default meanwhile.
 
     Raises:
         Unsupported: not a model class of diffusers or transformers, or one that is not installed here.
         BadRequest: a configuration that the class refuses.
     """
-    kind = find_class(described.class_name)
+    kind: Any = find_model_class(described.class_name, label)
     try:
         config = json.loads(described.config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{label}: its configuration is not JSON: {error}") from error
     # Both packages take a second or more to import.
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 
+    default = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype or default)
         # Weight initialisation takes two thirds of the time to build a module.
         with init_empty_weights(include_buffers=False), no_init_weights():
             if issubclass(kind, ModelMixin):
-                module: Any = kind.from_config(config)  # type: ignore[attr-defined]
-            elif hasattr(kind, "config_class") and kind.config_class is not None:
-                module = kind(kind.config_class.from_dict(config))
+                module: Any = kind.from_config(config)
             else:
-                raise Unsupported(f"{label}: {described.class_name} is no model class of diffusers or transformers")
+                module = kind(_transformers_config(kind.config_class, config, dtype, label))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise BadRequest(
             f"{label}: {kind.__name__} cannot be made from its configuration: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        torch.set_default_dtype(default)
     built: torch.nn.Module = module.eval().requires_grad_(False)
     return built
+
+
+def _transformers_config(kind: Any, config: dict[str, Any], dtype: torch.dtype | None, label: str) -> Any:
+    """Make a configuration, for a ``dtype`` in which its parts are built.
+
+    Raises:
+        Unsupported: it is of another type of model, whose values the class would ignore.
+    """
+    given = config.get("model_type")
+    if dtype is not None and given is not None and given != kind.model_type:
+        raise Unsupported(
+            f"{label}: its configuration is of model_type {given!r:.100}, its class is of {kind.model_type}"
+        )
+    made = kind.from_dict(config)
+    for each in (made, *(getattr(made, key, None) for key in made.sub_configs)):
+        if dtype is not None and each is not None:
+            each.dtype = dtype
+    return made
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool:
