@@ -42,6 +42,8 @@ _IGNORED: Final = frozenset(
         "_internal_dict",  # the configuration of diffusers, which is sent apart
         "peft_config",  # the layers that PEFT has put in are described themselves
         "_hf_peft_config_loaded",
+        "name_or_path",  # where transformers has loaded it from
+        "_weight_conversions",  # with which transformers saves it
         "gradient_checkpointing",  # of training alone
         "_gradient_checkpointing_func",
     }
@@ -176,8 +178,8 @@ def _is_config(value: object) -> bool:
 
 
 def _is_idle(name: str, value: object) -> bool:
-    """Whether an attribute changes no forward: a registry of hooks of diffusers without hooks."""
-    return name == "_diffusers_hook" and not getattr(value, "hooks", True)
+    """Whether an attribute changes no forward: a registry of hooks of diffusers without hooks; kernels that are off."""
+    return (name == "_diffusers_hook" and not getattr(value, "hooks", True)) or (name == "_use_kernels" and not value)
 
 
 def describe_constant(value: Any) -> Argument:
