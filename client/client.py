@@ -98,17 +98,21 @@ class Client:
         device: str | None = None,
         generation: int = 0,
         as_class: bool = False,
+        variant: str | None = None,
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
 
-        ``source`` is a state dict, a path to a safetensors file, or a module. Without ``kind``, the tensor names
-        determine it. ``device`` (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared
-        is not copied; ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once;
-        after writing to it, increase ``generation``.
+        ``source`` is a state dict, a module, or a path: of a safetensors file, of the index of a checkpoint in several
+        files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
+        (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
+        (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
+        ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,
+        increase ``generation``.
 
         A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
-        its own class does, with :meth:`call`; with ``as_class`` every module does.
+        its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
+        ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -124,6 +128,7 @@ class Client:
             generation=generation,
             deadline_s=deadline_s,
             as_class=as_class,
+            variant=variant,
         )
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:

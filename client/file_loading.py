@@ -1,8 +1,9 @@
-"""Load a safetensors file into an arena from the page cache, without a copy of the whole file on the host."""
+"""Load safetensors files into an arena from the page cache, without a copy of the whole files on the host."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xditd.client.arenas import Arena
@@ -14,23 +15,29 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_into_arena(lent: LentFile, header: Header, device: str) -> Arena:
-    """Copy every tensor of an open file to an arena on ``device``; the caller closes the arena.
+def load_into_arena(files: Sequence[LentFile], headers: Sequence[Header], device: str) -> Arena:
+    """Copy every tensor of open files to one arena on ``device``; the caller closes the arena.
 
     Raises:
         OutOfMemory: the device has too little free memory.
-        StaleSource: the file changed while it was read.
+        StaleSource: a file changed while it was read.
     """
     from xditd.ipc.transports.host_shm import HostMapping
 
-    mapping = HostMapping(lent.fd, os.fstat(lent.fd).st_size, is_writable=False)
-    arena = Arena.copy_of(_stored_tensors(mapping.bytes_tensor(), header), device)
+    mappings = [HostMapping(lent.fd, os.fstat(lent.fd).st_size, is_writable=False) for lent in files]
+    stored: dict[str, torch.Tensor] = {}
+    for mapping, header in zip(mappings, headers, strict=True):
+        stored.update(_stored_tensors(mapping.bytes_tensor(), header))
+    arena = Arena.copy_of(stored, device)
+    stored.clear()  # a mapping with views cannot be closed
     try:
-        lent.check_unchanged()
+        for lent in files:
+            lent.check_unchanged()
     except BaseException:
         arena.close()
         raise
-    mapping.close()
+    for mapping in mappings:
+        mapping.close()
     return arena
 
 

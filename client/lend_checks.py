@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.model_folders import ModelFiles
 from xditd.ipc import limits
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadCheckpoint, BadRequest
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Manifest
+from xditd.ipc.transports.safetensors_header import Header
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +51,34 @@ def check_manifest(manifest: Manifest) -> None:
         )
     if not _is_name(manifest.label):
         raise BadRequest(f"label {manifest.label!r:.200}: 1 to {limits.MAX_NAME_CHARS} Unicode characters are needed")
+
+
+def check_shards(files: ModelFiles, headers: Sequence[Header]) -> None:
+    """Check that the files of a model have the tensors of its index, each once.
+
+    Raises:
+        BadCheckpoint: a shard lacks a tensor that the index says it has, or two shards have the same tensor.
+    """
+    shard_of: dict[str, str] = {}
+    for path, header in zip(files.paths, headers, strict=True):
+        shard = Path(path).name
+        for stored in header.tensors:
+            other = shard_of.setdefault(stored.name, shard)
+            if other != shard:
+                raise BadCheckpoint(
+                    f"{files.index}: tensor {stored.name} is in two shards, {other} and {shard}: download them again"
+                )
+    if len(shard_of) > limits.MAX_TENSORS:
+        raise BadCheckpoint(
+            f"{files.index}: shards of {len(shard_of)} tensors; at most {limits.MAX_TENSORS} can be lent"
+        )
+    absent = [f"{name} of {shard}" for name, shard in (files.weight_map or {}).items() if shard_of.get(name) != shard]
+    if absent:
+        raise BadCheckpoint(
+            f"{files.index}: its shards lack {len(absent)} tensors that it lists: {listed(absent)}; "
+            "download the index and its shards again, of one revision",
+            names=absent,
+        )
 
 
 def _check_name(name: object) -> None:

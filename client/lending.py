@@ -7,7 +7,7 @@
 | on the CPU, in an :class:`~xditd.client.arenas.Arena` | ``host_shm`` | nothing |
 | on the CPU, an unwritten slice of a mapped file | ``file`` | nothing |
 | on the CPU, anything else | ``host_shm``, an arena | once, on the host |
-| a path | ``file``; with ``device``, ``cuda_ipc`` after one load | nothing; once, to that GPU |
+| a path, of one or more files | ``file``; with ``device``, ``cuda_ipc`` after one load | nothing; once, to that GPU |
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
-from xditd.client.lend_checks import check_manifest, state_of
+from xditd.client.lend_checks import check_manifest, check_shards, state_of
+from xditd.client.model_folders import ModelFiles, find_model, label_of
 from xditd.client.module_lending import describe_module, is_described
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
-from xditd.ipc.file_kinds import shard_of
-from xditd.ipc.name_lists import in_log_lines
+from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.recognition import form_error
 from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, ModuleDescription, TensorSpec
 from xditd.ipc.transports import cuda_ipc
@@ -112,19 +111,21 @@ def describe(
     generation: int = 0,
     as_class: bool = False,
     replaced: Collection[str] = (),
+    variant: str | None = None,
 ) -> Offer:
     """Prepare a component to be lent.
 
-    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file.
+    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file, of an index of
+    several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
-    diffusers or transformers is described too; with ``as_class`` the workers run it as its class does, in any case.
-    ``replaced`` are attributes of the module that are left out of the description.
+    diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
+    its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
 
     Raises:
-        BadCheckpoint: the file is not a valid safetensors file.
-        StaleSource: the file changed while it was read.
-        BadRequest: a tensor has no memory that can be shared.
+        BadCheckpoint: a file is not a valid safetensors file, or the files of a folder or an index are not complete.
+        StaleSource: a file changed while it was read.
+        BadRequest: a tensor has no memory that can be shared, or ``variant`` is given for what is no folder.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.
@@ -135,8 +136,12 @@ def describe(
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
             path = expand_home(os.fsdecode(source))
-            label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")  # names need not be Unicode
-            specs = _describe_file(path, label, device, memory)
+            label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
+            files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
+            module = files.description
+            specs = _describe_files(files, label, device, memory)
+        elif variant is not None:
+            raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
         elif kind is None and (as_class or is_described(source)):
             label = label or type(source).__name__
             module, tensors = describe_module(
@@ -165,22 +170,25 @@ def describe(
     return Offer(manifest, memory.copied, {"describe": (time.perf_counter() - started) * 1e3}, memory)
 
 
-def _describe_file(path: str, label: str, device: str | None, memory: _LentMemory) -> list[TensorSpec]:
-    shard = shard_of(path)
-    if shard is not None:
-        raise BadCheckpoint(f"{path}: this is {shard}")
-    lent = memory.open_file(path)
-    header = read_header(lent.fd, path)
+def _describe_files(files: ModelFiles, label: str, device: str | None, memory: _LentMemory) -> list[TensorSpec]:
+    opened = [memory.open_file(path) for path in files.paths]
+    headers = [read_header(lent.fd, lent.path) for lent in opened]
+    check_shards(files, headers)
     if device is not None:
-        known = form_error({stored.name: stored for stored in header.tensors})
-        if known is not None:  # before loading: the workers would fail only after it
-            raise named(label, known)
-        arena = memory.own_arena(load_into_arena(lent, header, device))
+        if files.description is None:
+            known = form_error({stored.name: stored for header in headers for stored in header.tensors})
+            if known is not None:  # before loading: the workers would fail only after it
+                raise named(label, known)
+        arena = memory.own_arena(load_into_arena(opened, headers, device))
         memory.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
         return _describe_tensors(arena.tensors, None, memory)
-    number = memory.block_number(("file", path), lambda: lent.block(header.length_bytes))
-    memory.notes.append(f"file tier: workers map {path}; nothing is read into this process")
-    return [TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes) for s in header.tensors]
+    specs = []
+    for lent, header in zip(opened, headers, strict=True):
+        length = header.length_bytes
+        number = memory.block_number(("file", lent.path), lambda lent=lent, length=length: lent.block(length))  # type: ignore[misc]
+        specs += [TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes) for s in header.tensors]
+    memory.notes.append(f"file tier: workers map {listed(files.paths)}; nothing is read into this process")
+    return specs
 
 
 def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, memory: _LentMemory) -> list[TensorSpec]:

@@ -114,6 +114,7 @@ class Session:
         deadline_s: float | None,
         as_class: bool = False,
         replaced: Collection[str] = (),
+        variant: str | None = None,
     ) -> Loan:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
         from xditd.client.lending import describe
@@ -122,7 +123,14 @@ class Session:
         self._check_memory(Timeouts(self._silence_s, deadline_s))
         memory_check_ms = (time.perf_counter() - started) * 1e3
         offer = describe(
-            source, kind=kind, label=label, device=device, generation=generation, as_class=as_class, replaced=replaced
+            source,
+            kind=kind,
+            label=label,
+            device=device,
+            generation=generation,
+            as_class=as_class,
+            replaced=replaced,
+            variant=variant,
         )
         manifest = offer.manifest
         logger.info(

@@ -15,7 +15,8 @@ START_BYTES: Final = 4_096
 LENGTH_BYTES: Final = 8
 """A safetensors file begins with the length of its header, of this size."""
 
-_SHARDS: Final = "load every one with safetensors.torch.load_file into one dict, and lend that; it stays where it is"
+INDEX: Final = "NAME.safetensors.index.json"
+_SHARDS: Final = f"lend its index ({INDEX}), or the folder if it has a config.json; nothing is copied"
 _DOWNLOAD_AGAIN: Final = "download it again"
 _CONVERT: Final = "convert it to safetensors (load it where you trust it, then safetensors.torch.save_file)"
 _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
@@ -40,7 +41,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
 )
 _SHOWN_CHARS: Final = 60
 _PICKLE: Final = re.compile(rb"\x80[\x02-\x05]")
-_SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z]+$")
+_SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})(?:\.[A-Za-z0-9_]+)?\.[a-z]+$")
 
 
 def kind_of(start: bytes, size_bytes: int) -> str | None:
@@ -62,8 +63,8 @@ def kind_of(start: bytes, size_bytes: int) -> str | None:
         return f"a web page, such as a login or an error page, and not the file itself: {_DOWNLOAD_AGAIN}"
     if text.startswith(b"{"):
         if b'"weight_map"' in text:
-            return f"the index of a checkpoint in several files, which holds no weights: {_SHARDS}"
-        return "a JSON file, which holds no weights: lend the safetensors file beside it"
+            return f"the index of a checkpoint in several files under another name than {INDEX}: rename it"
+        return "a JSON file, which holds no weights: lend its folder, or the safetensors file beside it"
     if start[257:262] == b"ustar":
         return "a tar archive: unpack it"
     said = _first_words(start)
@@ -97,24 +98,33 @@ def shard_of(path: str) -> str | None:
 
 
 def folder_kind(path: str) -> str:
-    """Describe a folder, and which of its files can be lent."""
+    """Describe a folder that cannot be lent, and what of it can be lent."""
     try:
         with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries)
+            found = sorted(entries, key=lambda entry: entry.name)
     except OSError:
-        names = []
+        found = []
+    names = [entry.name for entry in found]
     files = [name for name in names if name.endswith(".safetensors")]
     if "model_index.json" in names:
         what = "a folder of a diffusers pipeline"
+        components = [entry.name for entry in found if Path(entry.path, "config.json").is_file()]
+        if components:
+            return f"{what}: lend the folders of its components one at a time: {listed(components)}"
     elif "config.json" in names:
         what = "a folder of a model"
     else:
-        what = "a folder"
+        what = "a folder without a config.json"
+    indexes = [name for name in names if ".safetensors.index." in name]
+    if indexes:
+        return f"{what} with a checkpoint in several files: lend its index: {listed(indexes)}"
     if not files:
-        return f"{what}, and not a file: lend one safetensors file at a time"
+        others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+        has = f", and it has {listed(others)}: {_CONVERT}" if others else ""
+        return f"{what} without safetensors files, which are all that can be lent{has}"
     if len(files) > 1 and all(shard_of(name) for name in files):
-        return f"{what} with a checkpoint in {len(files)} files: {_SHARDS}"
-    return f"{what}, and not a file: lend one of its files: {listed(files)}"
+        return f"{what} with a checkpoint in {len(files)} files, but without its index ({INDEX}): download that too"
+    return f"{what}, and it is not known which of its files to lend: lend one of them: {listed(files)}"
 
 
 def kind_of_file(path: str) -> str | None:

@@ -1,19 +1,19 @@
-"""Build the module that a client describes: by its class from its configuration, then changed to the client's state.
+"""Change a module to the state that a client describes, and give it the lent tensors.
 
-Parameters are on the meta device; buffers and all other tensors have values. The result is described again and
-compared, so that a module that would compute anything else than the client's is refused by name.
+The changed module is described again and compared, so that one that would compute anything else than the client's is
+refused by name.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
 import torch
 
+from xditd.gpu_workers.models.configured_classes import HERE
 from xditd.ipc.arguments import (
     Argument,
     LentTensor,
@@ -29,9 +29,8 @@ from xditd.ipc.arguments import (
     children,
     holds,
 )
-from xditd.ipc.errors import BadRequest, Unsupported, XditdError
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import DEVICE, GENERATOR, STATE, ModuleState, SubmoduleState
-from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, walk_module
 from xditd.ipc.transports.tensor_views import torch_dtype
@@ -40,59 +39,6 @@ _SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
 _DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
-_HERE: Final = "the workers"
-
-
-def build_module(described: ModuleDescription, label: str) -> torch.nn.Module:
-    """Build a module as its class makes it, in eval mode, with parameters on the meta device.
-
-    Raises:
-        Unsupported: not a model class of diffusers or transformers, or one that is not installed here.
-        BadRequest: a configuration that the class refuses.
-    """
-    kind = find_class(described.class_name, _HERE)
-    try:
-        config = json.loads(described.config)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{label}: its configuration is not JSON: {error}") from error
-    if not isinstance(config, dict):  # diffusers would take a text for the name of a repository
-        raise BadRequest(f"{label}: its configuration is a {type(config).__name__}, not an object")
-    _check_attention(config, label)
-    # Both packages take a second or more to import.
-    from accelerate import init_empty_weights
-    from diffusers.models.modeling_utils import ModelMixin, no_init_weights
-
-    try:
-        # Weight initialisation takes two thirds of the time to build a module.
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            if issubclass(kind, ModelMixin):
-                module: Any = kind.from_config(config)  # type: ignore[attr-defined]
-            elif issubclass(kind, torch.nn.Module) and getattr(kind, "config_class", None) is not None:
-                module = kind(kind.config_class.from_dict(config))  # type: ignore[attr-defined]
-            else:
-                raise Unsupported(f"{label}: {described.class_name} is no model class of diffusers or transformers")
-    except XditdError:
-        raise
-    except Exception as error:  # whatever the class raises
-        raise BadRequest(
-            f"{label}: {kind.__name__} cannot be made from its configuration: {type(error).__name__}: {error}"
-        ) from error
-    built: torch.nn.Module = module.eval().requires_grad_(False)
-    return built
-
-
-def _check_attention(config: Any, label: str) -> None:
-    """Refuse attention code from a hub: transformers would load and run it when the module is made."""
-    pending = [config]
-    while pending:
-        each = pending.pop()
-        if isinstance(each, dict):
-            for key, value in each.items():
-                if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
-                    raise Unsupported(f"{label}: workers load no attention code from a hub, as {key} {value!r} needs")
-            pending += each.values()
-        elif isinstance(each, list):
-            pending += each
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool:
@@ -167,7 +113,7 @@ def _set_submodules(module: torch.nn.Module, state: ModuleState) -> None:
 
 def _bare_module(wanted: SubmoduleState) -> torch.nn.Module:
     """Make a module without its constructor, whose arguments are not known: the state has all that it sets."""
-    kind = find_class(wanted.class_name, _HERE)
+    kind = find_class(wanted.class_name, HERE)
     if not issubclass(kind, torch.nn.Module):
         raise Unsupported(f"class {wanted.class_name}: this is no module")
     module: torch.nn.Module = object.__new__(kind)
@@ -281,7 +227,7 @@ def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
     """
     if name == GENERATOR:
         return _make_generator(attributes)
-    kind = find_class(name, _HERE)
+    kind = find_class(name, HERE)
     if (
         issubclass(kind, (torch.nn.Module, torch.Tensor, type))
         or kind.__reduce_ex__ is not object.__reduce_ex__
@@ -319,7 +265,7 @@ def _named(name: str) -> Any:
     if name in _DEVICES:
         return torch.device(_DEVICES[name])
     path, _, member = name.rpartition(".")
-    kind = find_class(path, _HERE)
+    kind = find_class(path, HERE)
     if not issubclass(kind, enum.Enum) or member not in kind.__members__:
         raise Unsupported(f"{name}: this is no member of an enumeration")
     return kind[member]

@@ -5,21 +5,28 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 
-from xditd.gpu_workers.models.class_building import apply_state, build_module, set_tensors, tensor_names
+from xditd.gpu_workers.models.class_building import apply_state, set_tensors, tensor_names
+from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.pretrained import (
+    LoadPlan,
+    check_fit,
+    converted_names,
+    finish_buffers,
+    main_dtype,
+    plan_load,
+)
 from xditd.gpu_workers.models.row_checks import RowChecks
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
-from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.facts import ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
-from xditd.ipc.name_lists import listed
 from xditd.ipc.status import FusedCheck, RowCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
@@ -28,27 +35,43 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 METHODS: Final = ("forward", "encode", "decode")
 """The methods that ``Call`` can run, where a class has them."""
 
+_Key = tuple[ModuleDescription, torch.dtype | None, frozenset[tuple[str, TensorInfo]] | None]
+
 MAX_MODELS: Final = 16
 """Modules that stay without weights; each change of an attribute makes another one."""
 
 
 class ClassModel:
-    """A module without weights of its own. ``owner`` is the component id of the plugged weights, or ``None``."""
+    """A module without weights of its own. ``owner`` is the component id of the plugged weights, or ``None``.
 
-    def __init__(self, described: ModuleDescription, label: str, layout: ParallelLayout) -> None:
+    With a ``state`` in the description, the client lends every tensor of a module, also those that the class makes
+    itself. Without it, the tensors are those of a ``checkpoint`` that ``from_pretrained`` would load in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        described: ModuleDescription,
+        label: str,
+        layout: ParallelLayout,
+        dtype: torch.dtype | None = None,
+        checkpoint: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         self.layout = layout
         self.device = layout.device
         self.owner: str | None = None
-        self.module = build_module(described, label)
+        self.module = build_module(described, label, dtype)
         self.class_name = type(self.module).__name__
-        self._is_complete = bool(described.state)
-        """Whether the client lends every tensor, also those that the class makes itself."""
+        self.plan: LoadPlan | None = None
+        """Which tensors of a checkpoint it gets; ``None`` with a state."""
         self.state: ModuleState
-        if self._is_complete:
+        if checkpoint is None or dtype is None:
             self.state = module_state.decode(described.state, label)
             self.is_as_made = apply_state(self.module, self.state, label)
         else:
             self.is_as_made = True
+            self.plan = plan_load(self.module, checkpoint, dtype, label)
+            if hasattr(self.module, "initialize_weights"):
+                finish_buffers(self.module)
             self.state, _ = walk_module(self.module)
         self.saved_names = frozenset(self.module.state_dict())
         """The names of the tensors that a checkpoint of this module holds."""
@@ -59,25 +82,19 @@ class ClassModel:
         self._without_weights = Snapshot(map(vars, self.module.modules()))
 
     def check(self, tensors: Mapping[str, TensorInfo], label: str) -> None:
-        """Check that a manifest lends what the module needs, and nothing else.
+        """Check that a manifest lends all tensors of the state, and nothing else.
 
         Raises:
             BadCheckpoint: missing, unexpected and wrongly shaped tensors.
         """
-        needed = set(tensor_names(self.state)) if self._is_complete else self.saved_names
-        missing, unexpected = sorted(needed - tensors.keys()), sorted(tensors.keys() - needed)
+        needed = set(tensor_names(self.state))
         misshapen = [
             f"{name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}"
             for name, parameter in self._empty.items()
             if name in tensors and parameter.numel() and tuple(parameter.shape) != tensors[name].shape
         ]
-        lists = {"missing": missing, "unexpected": unexpected, "wrongly shaped": misshapen}
-        if any(lists.values()):
-            parts = [f"{len(names)} {what}: {listed(names)}" for what, names in lists.items() if names]
-            raise BadCheckpoint(
-                f"{label}: the tensors do not fit {self.class_name}: {'; '.join(parts)}",
-                names=[f"{what}: {name}" for what, names in lists.items() for name in names],
-            )
+        lists = {"missing": needed - tensors.keys(), "unexpected": tensors.keys() - needed, "wrongly shaped": misshapen}
+        check_fit(lists, self.class_name, label)
 
     def methods(self) -> dict[str, MethodFacts]:
         """Return the methods that can be called, with their arguments."""
@@ -141,24 +158,39 @@ class _Kind:
 
 @dataclass(frozen=True)
 class ModuleMatch:
-    """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`."""
+    """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
+
+    ``sources`` are the names in the manifest of the module's tensors. ``converted`` are those whose dtype
+    ``from_pretrained`` changes, with the memory that :meth:`reserve` allocates for them.
+    """
 
     model: ClassModel
     dtype: torch.dtype
-    names: frozenset[str]
+    sources: Mapping[str, str]
     is_reused: bool
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the tensors whose dtype ``from_pretrained`` changes."""
     config: None = None
+    _converted: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def family(self) -> _Kind:
         return _Kind(self.model.class_name)
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        return {name: name for name in self.names}
+    def reserve(self) -> int:
+        """Allocate the memory of tensors in another dtype, so that :meth:`bind` cannot fail; return its bytes."""
+        plan = self.model.plan
+        if plan is not None:
+            for name, shape in self.shapes.items():
+                self._converted[name] = torch.empty(shape, dtype=plan.dtypes[name], device=self.model.device)
+        return sum(each.nbytes for each in self._converted.values())
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(tensors)
+        """Return the module's tensors by name: views of ``tensors``, and converted copies."""
+        found = {name: tensors[source] for name, source in self.sources.items()}
+        for name, converted in self._converted.items():
+            found[name] = converted.copy_(found[name])
+        return found
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(tensors)
@@ -179,11 +211,11 @@ class ModuleMatch:
 
 
 class ClassModels:
-    """The modules of this process, by their descriptions."""
+    """The modules of this process, by their descriptions, and by the checkpoint's names and dtype without a state."""
 
     def __init__(self, layout: ParallelLayout) -> None:
         self._layout = layout
-        self._models: dict[ModuleDescription, ClassModel] = {}
+        self._models: dict[_Key, ClassModel] = {}
         self.built = 0
         self.reused = 0
 
@@ -196,23 +228,43 @@ class ClassModels:
         """Build or reuse the module of a manifest, and check its tensors.
 
         Raises:
-            Unsupported: see ``class_building.build_module`` and ``apply_state``.
+            Unsupported: see ``configured_classes.build_module`` and ``apply_state``, and ``pretrained.plan_load``.
+            UnsupportedDtype: a dtype in which no class computes.
             BadRequest: a configuration or a state that cannot be read.
-            BadCheckpoint: see :meth:`ClassModel.check`.
+            BadCheckpoint: the tensors do not fit the class.
         """
-        model = self._models.get(described)
+        if described.state:
+            return self._match_module(described, tensors, label)
+        dtype = main_dtype(find_model_class(described.class_name, label), tensors, label)
+        key = (described, dtype, frozenset(tensors.items()))
+        model = self._models.get(key)
+        is_reused = model is not None
+        if model is None:
+            model = ClassModel(described, label, self._layout, dtype, tensors)
+        self._keep(key, model, is_reused=is_reused)
+        assert model.plan is not None
+        shapes = {name: tensors[model.plan.sources[name]].shape for name in converted_names(model.plan, tensors)}
+        return ModuleMatch(model, dtype, model.plan.sources, is_reused, shapes)
+
+    def _match_module(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str) -> ModuleMatch:
+        model = self._models.get((described, None, None))
         is_reused = model is not None
         if model is None:
             model = ClassModel(described, label, self._layout)
         model.check(tensors, label)
-        self.built += not is_reused
-        self.reused += is_reused
-        self._models.pop(described, None)
-        self._models[described] = model  # the last one is the one that was used last
-        for each in [each for each, idle in self._models.items() if idle.owner is None and idle is not model]:
-            if len(self._models) > MAX_MODELS:
-                del self._models[each]
+        self._keep((described, None, None), model, is_reused=is_reused)
         elements: Counter[str] = Counter()
         for info in tensors.values():
             elements[info.dtype] += math.prod(info.shape)
-        return ModuleMatch(model, torch_dtype(elements.most_common(1)[0][0]), frozenset(tensors), is_reused)
+        main = torch_dtype(elements.most_common(1)[0][0])
+        return ModuleMatch(model, main, {name: name for name in tensors}, is_reused)
+
+    def _keep(self, key: _Key, model: ClassModel, *, is_reused: bool) -> None:
+        """Keep a module for the next manifest like this one, and drop those that were not used for longest."""
+        self.built += not is_reused
+        self.reused += is_reused
+        self._models.pop(key, None)
+        self._models[key] = model  # the last one is the one that was used last
+        for each in [each for each, idle in self._models.items() if idle.owner is None and idle is not model]:
+            if len(self._models) > MAX_MODELS:
+                del self._models[each]

@@ -46,7 +46,16 @@ from xditd.ipc.errors import (
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest, Manifest, TensorSpec
+from xditd.ipc.tensors import (
+    Block,
+    ComponentKind,
+    CopiedBytes,
+    CudaIpcBlock,
+    FileDigest,
+    Manifest,
+    ModuleDescription,
+    TensorSpec,
+)
 from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews, place
 from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
@@ -302,7 +311,7 @@ class Components:
             if faults := manifest.faults():
                 raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
             match = self._match(manifest)
-            reserved = match.model.reserve()
+            reserved = match.reserve()
             clock.mark("match")
             for number, block in enumerate(manifest.blocks):
                 opened.append(self._open(block, exporter, digests.get(number)))
@@ -311,7 +320,12 @@ class Components:
         tensors, bindings, copies, copied = self._load_tensors(manifest, match, opened, clock)
         self.files.wait_for_small_digests(opened)
         # The memory that a plug fills (fp8 weights) counts as copied, too.
-        facts, copied = match.facts(manifest), copied + CopiedBytes(device_to_device=reserved)
+        filled = (
+            CopiedBytes(device_to_device=reserved)
+            if self._device.type == "cuda"
+            else CopiedBytes(host_to_host=reserved)
+        )
+        facts, copied = match.facts(manifest), copied + filled
         return Component(
             component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
         )
@@ -320,23 +334,34 @@ class Components:
         try:
             tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
             if manifest.module is not None:
-                match = self.class_models.match(manifest.module, tensors, manifest.label)
-                return self._match_family(match, tensors) if manifest.module.allows_family else match
+                return self._match_class(manifest.module, tensors, manifest.label)
             if manifest.kind is ComponentKind.MODULE:
                 raise BadRequest("a module is lent without the description of its class; lend the module itself")
             return self.models.match(tensors, None if manifest.kind is None else manifest.kind.value)
         except RequestError as error:
             raise named(manifest.label, error) from error
 
-    def _match_family(self, match: ModuleMatch, tensors: Mapping[str, TensorInfo]) -> CheckpointMatch | ModuleMatch:
-        """Return the match of a family that runs this module, if it is as its class makes it; else ``match``."""
-        if not match.model.is_as_made:
+    def _match_class(
+        self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str
+    ) -> CheckpointMatch | ModuleMatch:
+        """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
+
+        What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
+        """
+        if not described.state:
+            family = self._match_family(tensors) if described.allows_family else None
+            return family or self.class_models.match(described, tensors, label)
+        match = self.class_models.match(described, tensors, label)
+        if not described.allows_family or not match.model.is_as_made:
             return match
         saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
+        return self._match_family(saved) or match
+
+    def _match_family(self, tensors: Mapping[str, TensorInfo]) -> CheckpointMatch | None:
         try:
-            return self.models.match(saved)
+            return self.models.match(tensors)
         except (UnknownFamily, Unsupported, BadCheckpoint):
-            return match
+            return None
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block; return ``None`` if another rank maps it and sends its bytes."""
@@ -378,7 +403,7 @@ class Components:
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
-            bindings = match.bind(tensors)
+        bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
         if not is_cuda:
             return tensors, bindings, copies, CopiedBytes(host_to_host=size)

@@ -148,6 +148,10 @@ class CheckpointMatch:
     sources: Mapping[str, str]
     is_reused: bool
 
+    def reserve(self) -> int:
+        """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        return self.model.reserve()
+
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return each parameter as a view of ``tensors``, without a copy. The views keep the memory mapped."""
         bindings: dict[str, torch.Tensor] = {}

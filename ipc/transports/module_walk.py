@@ -46,6 +46,8 @@ _IGNORED: Final = frozenset(
         CONFIG,
         "peft_config",  # the layers that PEFT has put in are described themselves
         "_hf_peft_config_loaded",
+        "name_or_path",  # where transformers has loaded it from
+        "_weight_conversions",  # with which transformers saves it
         "gradient_checkpointing",  # of training alone
         "_gradient_checkpointing_func",
     }
@@ -210,8 +212,9 @@ def _changed_settings(config: object) -> dict[str, Any]:
 
 
 def _is_idle(module: torch.nn.Module, name: str, value: object) -> bool:
-    """Whether an attribute changes no forward, as it is where hooks of diffusers were removed."""
-    return (name == "_diffusers_hook" and not getattr(value, "hooks", True)) or is_own_method(module, name, value)
+    """Whether an attribute changes no forward: what removed hooks of diffusers leave, and kernels that are off."""
+    is_off = (name == "_diffusers_hook" and not getattr(value, "hooks", True)) or (name == "_use_kernels" and not value)
+    return is_off or is_own_method(module, name, value)
 
 
 def is_own_method(module: torch.nn.Module, name: str, value: object) -> bool:

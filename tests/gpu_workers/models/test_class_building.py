@@ -12,7 +12,8 @@ import torch
 from diffusers.models import attention_processor
 
 from xditd.client.module_lending import describe_module
-from xditd.gpu_workers.models.class_building import apply_state, build_module, make_object, make_value, set_tensors
+from xditd.gpu_workers.models.class_building import apply_state, make_object, make_value, set_tensors
+from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.ipc import module_state
 from xditd.ipc.arguments import Argument, ListOf, MapOf, Named, ObjectOf, PairsOf, SetOf, TupleOf, Values
 from xditd.ipc.errors import BadRequest, Unsupported
