@@ -13,6 +13,7 @@ Nothing outside the folder is read, but symbolic links are followed, as the cach
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,11 +65,11 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
         Unsupported: a configuration that names no class, or quantised weights.
     """
     where = Path(path)
-    is_folder = where.is_dir()
+    is_folder = os.path.isdir(path)  # an empty path is no folder; Path makes it the current one
     if variant is not None and not is_folder:
         raise BadRequest(f"{path}: variant {variant!r} selects one of the files of a folder, and this is none")
     if is_folder:
-        if not (where / CONFIG).is_file():
+        if not os.path.isfile(where / CONFIG):
             raise BadCheckpoint(f"{path}: this is {folder_kind(path)}")
         weights = _weights_in(where, variant)
     else:
@@ -80,10 +81,10 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
     else:
         if shard := shard_of(str(weights)):
             raise BadCheckpoint(f"{path}: this is {shard}")
-        weight_map, paths, index = None, (str(weights),), None
+        weight_map, paths, index = None, (str(weights) if is_folder else path,), None
     config = weights.parent / CONFIG
     is_alone = not is_folder and index is None
-    has_config = has_class and config.is_file() and (not is_alone or _WEIGHTS.fullmatch(weights.name) is not None)
+    has_config = has_class and os.path.isfile(config) and (not is_alone or _WEIGHTS.fullmatch(weights.name) is not None)
     if as_class and not has_config:
         raise BadRequest(f"{path}: to run as its class, it needs the class's {CONFIG} beside it, and there is none")
     description = None
@@ -100,7 +101,7 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
 def label_of(path: str) -> str:
     """Return the label of a component that is lent by a path: the folder's name, or that of the file."""
     where = Path(path)
-    if where.is_dir():
+    if os.path.isdir(path):
         return where.resolve().name or "model"
     if _INDEX_END.search(where.name):
         return where.resolve().parent.name or "model"
@@ -155,7 +156,7 @@ def _shards(index: Path, weight_map: Mapping[str, str]) -> tuple[str, ...]:
             )
     if len(names) > limits.MAX_BLOCKS:
         raise BadCheckpoint(f"{index}: it names {len(names)} shards; at most {limits.MAX_BLOCKS} can be lent")
-    missing = [name for name in names if not _exists(index.parent / name)]
+    missing = [name for name in names if not os.path.exists(index.parent / name)]
     if missing:
         raise BadCheckpoint(
             f"{index}: {len(missing)} of its {len(names)} shards are not beside it: {listed(missing)}; "
@@ -163,10 +164,3 @@ def _shards(index: Path, weight_map: Mapping[str, str]) -> tuple[str, ...]:
             names=missing,
         )
     return tuple(str(index.parent / name) for name in names)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or half of a surrogate pair
-        return False

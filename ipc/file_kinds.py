@@ -108,7 +108,7 @@ def folder_kind(path: str) -> str:
     files = [name for name in names if name.endswith(".safetensors")]
     if "model_index.json" in names:
         what = "a folder of a diffusers pipeline"
-        components = [entry.name for entry in found if Path(entry.path, "config.json").is_file()]
+        components = [entry.name for entry in found if os.path.isfile(os.path.join(entry.path, "config.json"))]
         if components:
             return f"{what}: lend the folders of its components one at a time: {listed(components)}"
     elif "config.json" in names:
@@ -121,7 +121,7 @@ def folder_kind(path: str) -> str:
     if not files:
         others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
         has = f", and it has {listed(others)}: {_CONVERT}" if others else ""
-        return f"{what} without safetensors files, which are all that can be lent{has}"
+        return f"{what}, and it has no safetensors files, which are all that can be lent{has}"
     if len(files) > 1 and all(shard_of(name) for name in files):
         return f"{what} with a checkpoint in {len(files)} files, but without its index ({INDEX}): download that too"
     return f"{what}, and it is not known which of its files to lend: lend one of them: {listed(files)}"

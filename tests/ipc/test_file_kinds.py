@@ -94,6 +94,7 @@ def test_no_sound_start_is_taken_for_another_format(length: int) -> None:
     [
         ("diffusion_pytorch_model-00001-of-00003.safetensors", "file 1 of the 3"),
         ("/x/model-00002-of-00002.safetensors", "file 2 of the 2"),
+        ("diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "file 1 of the 2"),
         ("model-00001-of-00001.safetensors", None),
         ("model.safetensors", None),
         ("a-00001-of-00002/model.safetensors", None),
@@ -107,16 +108,21 @@ def test_one_of_several_files_is_told_by_its_name(name: str, says: str | None) -
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["model_index.json", "flux1-dev.safetensors", "ae.safetensors"], "pipeline, and not a file: lend one of its"),
-        (["model_index.json"], "a folder of a diffusers pipeline, and not a file: lend one safetensors file"),
+        (["model_index.json", "flux1-dev.safetensors", "ae.safetensors"], "pipeline, and it is not known which of its"),
+        (["model_index.json"], "a folder of a diffusers pipeline, and it has no safetensors files"),
+        (["model_index.json", "vae/config.json", "transformer/config.json", "scheduler/scheduler_config.json"],
+         "a folder of a diffusers pipeline: lend the folders of its components one at a time: transformer, vae"),
         (["config.json", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], "a checkpoint in 2 files"),
-        (["config.json", "model.safetensors"], "a folder of a model, and not a file: lend one of its files: model"),
-        ([], "a folder, and not a file"),
+        (["m-00001-of-00002.safetensors", "m.safetensors.index.json"], "lend its index: m.safetensors.index.json"),
+        (["config.json", "other.safetensors"], "a folder of a model, and it is not known which of its files to lend: "),
+        (["config.json", "pytorch_model.bin"], "it has pytorch_model.bin: convert it to safetensors"),
+        ([], "a folder without a config.json, and it has no safetensors files"),
         ([f"{number}.safetensors" for number in range(9)], "4.safetensors and 4 more"),
     ],
 )  # fmt: skip
 def test_a_folder_is_named_with_what_can_be_lent_of_it(tmp_path: Path, files: list[str], says: str) -> None:
     for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert says in folder_kind(str(tmp_path))
     with pytest.raises(BadCheckpoint, match="this is a folder"):

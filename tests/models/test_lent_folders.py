@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -38,7 +39,18 @@ CASES = (
     "ZImageTransformer2DModel",  # tables in attributes
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NOT_RUN = {("SanaWMTransformer3DModel", "bfloat16")}
+"""On the CPU the class refuses cameras in bfloat16, and its other arguments beside cameras in float32."""
 SHARD = "20KB"
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_the_worker() -> Iterator[None]:
+    """Sums over another number of threads may differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(threads)
 
 
 def saved(entry: ClassEntry, folder: Path, dtype: torch.dtype, **how: Any) -> torch.nn.Module:
@@ -85,8 +97,9 @@ def assert_same_bits(client: Client, loan: Loan, model: Any, arguments: Mapping[
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize(
+    ("key", "dtype"), [(key, dtype) for key in CASES for dtype in DTYPES if (key, dtype) not in NOT_RUN]
+)
 @pytest.mark.slow
 def test_a_saved_model_gives_the_bits_of_from_pretrained(client: Client, tmp_path: Path, key: str, dtype: str):
     """In float32 as one file, in bfloat16 as many, as the folder and by the index."""
@@ -254,9 +267,9 @@ class TestRefusals:
         ("name", "says"),
         [
             ("NoSuchTransformer", "has no such class"),
-            ("DDIMScheduler", "no model class"),
+            ("DDIMScheduler", "whose classes cannot be used"),
             ("FluxPipeline", "no model class"),
-            ("utils", "this is a module, not a class"),
+            ("utils", "utils is a module, not a class"),
         ],
     )
     def test_classes_that_are_none(self, client: Client, folder: Path, name: str, says: str):
