@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,15 +87,33 @@ def test_other_files_are_named_before_anything_is_sent(client, tmp_path: Path, n
 
 
 def test_a_checkpoint_in_several_files_is_lent_as_one(client, state, tmp_path, make_inputs, run, diffusers_run):
-    """What the refusal of one of them says to do."""
-    names = sorted(state)
+    """By its index, without a configuration: a family knows it by its tensors."""
+    names, weight_map = sorted(state), {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
-        save_file({name: state[name] for name in part}, tmp_path / f"model-0000{number}-of-00002.safetensors")
-    shards = [load_file(path) for path in sorted(tmp_path.iterdir())]
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+        weight_map.update(dict.fromkeys(part, shard))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     inputs = make_inputs()
-    loan = client.lend(shards[0] | shards[1])
+    loan = client.lend(index)
+    assert loan.family == "flux1"
     assert [tier.value for tier in loan.tiers] == ["file"]
     assert reference.relative_error(run(client, loan, inputs), diffusers_run(inputs)) < 1e-5
+
+
+def test_a_folder_of_diffusers_runs_as_its_family_or_as_its_class(client, state, tmp_path, make_inputs, run):
+    reference.transformer_from(state).save_pretrained(tmp_path, max_shard_size="8MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    inputs = make_inputs()
+    loan = client.lend(tmp_path)
+    assert (loan.family, loan.kind) == ("flux1", ComponentKind.TRANSFORMER)
+    assert torch.equal(run(client, loan, inputs), run(client, client.lend(state), inputs))
+    assert client.lend(tmp_path, kind="transformer").family == "flux1"
+    as_class = client.lend(tmp_path, as_class=True)
+    assert (as_class.family, as_class.kind) == ("FluxTransformer2DModel", ComponentKind.MODULE)
+    with pytest.raises(BadCheckpoint):
+        client.lend(tmp_path, kind="vae")
 
 
 def test_a_compiled_training_checkpoint_of_two_dtypes_is_what_diffusers_makes_of_it(
