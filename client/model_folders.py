@@ -64,7 +64,7 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
         Unsupported: a configuration that names no class, or quantised weights.
     """
     where = Path(path)
-    is_folder = where.is_dir()
+    is_folder = path != "" and where.is_dir()  # an empty path is the working folder for pathlib
     if variant is not None and not is_folder:
         raise BadRequest(f"{path}: variant {variant!r} selects one of the files of a folder, and this is none")
     if is_folder:
@@ -80,7 +80,7 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
     else:
         if shard := shard_of(str(weights)):
             raise BadCheckpoint(f"{path}: this is {shard}")
-        weight_map, paths, index = None, (str(weights),), None
+        weight_map, paths, index = None, (str(weights) if is_folder else path,), None
     config = weights.parent / CONFIG
     is_alone = not is_folder and index is None
     has_config = has_class and config.is_file() and (not is_alone or _WEIGHTS.fullmatch(weights.name) is not None)

@@ -107,11 +107,11 @@ def test_one_of_several_files_is_told_by_its_name(name: str, says: str | None) -
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["model_index.json", "flux1-dev.safetensors", "ae.safetensors"], "pipeline, and not a file: lend one of its"),
-        (["model_index.json"], "a folder of a diffusers pipeline, and not a file: lend one safetensors file"),
+        (["model_index.json", "flux1-dev.safetensors", "ae.safetensors"], "of its files to lend: lend one of them: ae"),
+        (["model_index.json"], "a folder of a diffusers pipeline without safetensors files"),
         (["config.json", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], "a checkpoint in 2 files"),
-        (["config.json", "model.safetensors"], "a folder of a model, and not a file: lend one of its files: model"),
-        ([], "a folder, and not a file"),
+        (["config.json", "model.safetensors"], "of a model, and it is not known which of its files to lend"),
+        ([], "a folder without a config.json and without safetensors files"),
         ([f"{number}.safetensors" for number in range(9)], "4.safetensors and 4 more"),
     ],
 )  # fmt: skip

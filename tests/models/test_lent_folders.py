@@ -85,8 +85,11 @@ def assert_same_bits(client: Client, loan: Loan, model: Any, arguments: Mapping[
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("key", CASES)
+# The products of SanaWM in torch have no bfloat16 on the CPU.
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [(key, dtype) for key in CASES for dtype in DTYPES if (key, dtype) != ("SanaWMTransformer3DModel", "bfloat16")],
+)
 @pytest.mark.slow
 def test_a_saved_model_gives_the_bits_of_from_pretrained(client: Client, tmp_path: Path, key: str, dtype: str):
     """In float32 as one file, in bfloat16 as many, as the folder and by the index."""
@@ -254,9 +257,9 @@ class TestRefusals:
         ("name", "says"),
         [
             ("NoSuchTransformer", "has no such class"),
-            ("DDIMScheduler", "no model class"),
+            ("DDIMScheduler", "whose classes cannot be used"),
             ("FluxPipeline", "no model class"),
-            ("utils", "this is a module, not a class"),
+            ("utils", "is a module, not a class"),
         ],
     )
     def test_classes_that_are_none(self, client: Client, folder: Path, name: str, says: str):
