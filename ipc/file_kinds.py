@@ -121,7 +121,8 @@ def folder_kind(path: str) -> str:
     if not files:
         others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
         has = f", and it has {listed(others)}: {_CONVERT}" if others else ""
-        return f"{what}, and it has no safetensors files, which are all that can be lent{has}"
+        joint = " and" if what.endswith("config.json") else ""
+        return f"{what}{joint} without safetensors files, which are all that can be lent{has}"
     if len(files) > 1 and all(shard_of(name) for name in files):
         return f"{what} with a checkpoint in {len(files)} files, but without its index ({INDEX}): download that too"
     return f"{what}, and it is not known which of its files to lend: lend one of them: {listed(files)}"

@@ -109,14 +109,14 @@ def test_one_of_several_files_is_told_by_its_name(name: str, says: str | None) -
     ("files", "says"),
     [
         (["model_index.json", "flux1-dev.safetensors", "ae.safetensors"], "pipeline, and it is not known which of its"),
-        (["model_index.json"], "a folder of a diffusers pipeline, and it has no safetensors files"),
+        (["model_index.json"], "a folder of a diffusers pipeline without safetensors files"),
         (["model_index.json", "vae/config.json", "transformer/config.json", "scheduler/scheduler_config.json"],
          "a folder of a diffusers pipeline: lend the folders of its components one at a time: transformer, vae"),
         (["config.json", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], "a checkpoint in 2 files"),
         (["m-00001-of-00002.safetensors", "m.safetensors.index.json"], "lend its index: m.safetensors.index.json"),
         (["config.json", "other.safetensors"], "a folder of a model, and it is not known which of its files to lend: "),
         (["config.json", "pytorch_model.bin"], "it has pytorch_model.bin: convert it to safetensors"),
-        ([], "a folder without a config.json, and it has no safetensors files"),
+        ([], "a folder without a config.json and without safetensors files"),
         ([f"{number}.safetensors" for number in range(9)], "4.safetensors and 4 more"),
     ],
 )  # fmt: skip

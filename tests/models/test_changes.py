@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import diffusers
 import pytest
@@ -112,7 +112,7 @@ def test_deep_copy_runs_in_this_process(client: Client) -> None:
         assert same(run_plain(other), run_plain(expected))
         assert fast.calls["transformer"] == calls
         with pytest.raises(Unsupported, match="cannot be pickled"):
-            pickle.dumps(pipe.transformer)
+            ForkingPickler.dumps(pipe.transformer)
 
 
 def test_another_pipeline_with_the_same_module(client: Client) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -61,7 +61,7 @@ def test_pickling_is_refused() -> None:
     module = flux_transformer()
     replaced(module)
     with pytest.raises(Unsupported, match="runs in the workers and cannot be pickled"):
-        pickle.dumps(module)
+        ForkingPickler.dumps(module)
 
 
 @pytest.mark.parametrize(

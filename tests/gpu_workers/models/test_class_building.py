@@ -315,7 +315,7 @@ def test_values_are_made_as_they_were() -> None:
             ),
         }
     )
-    found = make_value(node, top, {})
+    found = make_value(node, top, {}, on_host=False)
     assert found["pairs"] == {(1, None): torch.float16}
     assert found["set"] == {1, "a"}
     assert found["part"] is top[0]
