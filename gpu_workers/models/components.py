@@ -23,8 +23,8 @@ import torch
 
 from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
+from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -32,16 +32,11 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
-    BadCheckpoint,
     BadRequest,
     ForeignGpu,
     Internal,
     OtherRankFailed,
-    RequestError,
     UnknownComponent,
-    UnknownFamily,
-    Unsupported,
-    named,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
@@ -53,7 +48,6 @@ from xditd.ipc.tensors import (
     CudaIpcBlock,
     FileDigest,
     Manifest,
-    ModuleDescription,
     TensorSpec,
 )
 from xditd.ipc.transports.file import FileMapping
@@ -310,7 +304,7 @@ class Components:
         with raise_on_all_ranks():
             if faults := manifest.faults():
                 raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
-            match = self._match(manifest)
+            match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
             for number, block in enumerate(manifest.blocks):
@@ -329,39 +323,6 @@ class Components:
         return Component(
             component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
         )
-
-    def _match(self, manifest: Manifest) -> CheckpointMatch | ModuleMatch:
-        try:
-            tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
-            if manifest.module is not None:
-                return self._match_class(manifest.module, tensors, manifest.label)
-            if manifest.kind is ComponentKind.MODULE:
-                raise BadRequest("a module is lent without the description of its class; lend the module itself")
-            return self.models.match(tensors, None if manifest.kind is None else manifest.kind.value)
-        except RequestError as error:
-            raise named(manifest.label, error) from error
-
-    def _match_class(
-        self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str
-    ) -> CheckpointMatch | ModuleMatch:
-        """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
-
-        What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
-        """
-        if not described.state:
-            family = self._match_family(tensors) if described.allows_family else None
-            return family or self.class_models.match(described, tensors, label)
-        match = self.class_models.match(described, tensors, label)
-        if not described.allows_family or not match.model.is_as_made:
-            return match
-        saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
-        return self._match_family(saved) or match
-
-    def _match_family(self, tensors: Mapping[str, TensorInfo]) -> CheckpointMatch | None:
-        try:
-            return self.models.match(tensors)
-        except (UnknownFamily, Unsupported, BadCheckpoint):
-            return None
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
         """Map a block; return ``None`` if another rank maps it and sends its bytes."""
