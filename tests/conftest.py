@@ -36,6 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), found {gpu_count()}"))
 
 
+@pytest.fixture(autouse=True)
+def same_attention_backend() -> Iterator[None]:
+    """Restore the attention backend of diffusers: a model's ``set_attention_backend`` sets it for the whole process."""
+
+    def registry() -> Any:
+        module = sys.modules.get("diffusers.models.attention_dispatch")
+        return None if module is None else module._AttentionBackendRegistry
+
+    before = registry()
+    active = None if before is None else before._active_backend
+    yield
+    after = registry()
+    if after is not None and before is not None:
+        after._active_backend = active
+    elif after is not None:
+        after._active_backend = sys.modules["diffusers.models.attention_dispatch"].AttentionBackendName.NATIVE
+
+
 class OtherProcess:
     """A process that runs ``other_process.py``: ``ask`` it to share, map, read and write memory."""
 

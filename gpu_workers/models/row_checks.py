@@ -28,7 +28,7 @@ MAX_CHECKS: Final = 8
 """Checks of one method with the same tensors. Callers that pass a new number each time would be checked each time:
 after that many, all ranks run their calls."""
 
-TOLERANCE: Final = 1e-5
+TOLERANCE: Final = 2e-7
 """Of results in float32 and float64: the largest difference, relative to the largest value."""
 
 TOLERANCE_OF_HALVES: Final = 2e-2

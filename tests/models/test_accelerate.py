@@ -99,8 +99,9 @@ def test_one_worker_gives_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", entries(most_are_long=True))
 def test_two_workers_give_the_same_to_1e_6(
-    entry: PipelineEntry, two_workers: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+    entry: PipelineEntry, two_workers: RunningDaemon, use_threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_threads(max(1, len(os.sched_getaffinity(0)) // 2))  # as each worker has
     if entry.name in REFUSED_PIPELINES:
         pytest.skip("refused, as the test with one worker shows")
     found, expected = run_both(entry, two_workers, monkeypatch)
