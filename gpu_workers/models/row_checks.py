@@ -28,8 +28,9 @@ MAX_CHECKS: Final = 8
 """Checks of one method with the same tensors. Callers that pass a new number each time would be checked each time:
 after that many, all ranks run their calls."""
 
-TOLERANCE: Final = 2e-7
-"""Of results in float32 and float64: the largest difference, relative to the largest value."""
+TOLERANCE: Final = 1e-6
+"""Of results in float32 and float64: the largest difference, relative to the largest value. Another number of rows in
+one product changes the last bits: 2e-7 to 8e-7 for tiny models of most classes."""
 
 TOLERANCE_OF_HALVES: Final = 2e-2
 """Of results in bfloat16 and float16: the norm of the difference, relative to that of the result."""

@@ -21,7 +21,7 @@ from running_daemon import RunningDaemon, until
 
 from xditd.client import Client, Closed, DaemonUnreachable, LeaseLost, OutOfMemory, Unsupported, accelerate
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 SUPPORT = Path(__file__).parent / "support"
 

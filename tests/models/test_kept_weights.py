@@ -20,7 +20,7 @@ from running_daemon import RunningDaemon
 from xditd.client import Client, LeaseLost, OutOfMemory, Unsupported, accelerate
 from xditd.client.loans import Loan
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 
 def rss_bytes() -> int:

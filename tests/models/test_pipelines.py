@@ -21,7 +21,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("entry", PIPELINES.values(), ids=PIPELINES)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=name, marks=() if number % 8 == 0 else pytest.mark.long)
+        for number, (name, entry) in enumerate(PIPELINES.items())
+    ],
+)
 def test_pipeline_is_deterministic_and_finite(entry: PipelineEntry) -> None:
     pipe, other = entry.build(), entry.build()
     first = entry.run(pipe)
