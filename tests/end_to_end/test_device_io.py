@@ -162,7 +162,8 @@ def test_memory_returns_when_blocks_are_replaced_and_when_the_client_closes(daem
     with daemon.connect() as client, client.lend(module, as_class=True) as loan:
         for batch in (8, 16, 32, BATCH, BATCH):
             call(client, loan, batch)
-        assert free - free_bytes(0) < (512 + 256) * MIB  # one block; the smaller ones are freed
+        # One block: the smaller ones are freed. The workers' allocator keeps its working memory while a loan lasts.
+        assert sum(each.size_bytes for each in idle(client, 0)) < (512 + 256) * MIB
         assert client._pool.devices._retired == []
     assert free - free_bytes(0) < 64 * MIB
 
@@ -195,10 +196,10 @@ def test_a_killed_client_leaves_no_memory_mapped(
 
     run_and_kill()
     with daemon.connect() as client:
-        wait_until(lambda: not client.status().components)
+        wait_until(lambda: not client.status().components, "the loan to end")
     free = free_bytes(0)
     run_and_kill()
-    wait_until(lambda: free - free_bytes(0) < 64 * MIB)
+    wait_until(lambda: free - free_bytes(0) < 64 * MIB, "the memory to return")
 
 
 @pytest.mark.gpu
@@ -206,7 +207,7 @@ def test_a_killed_client_leaves_no_memory_mapped(
     ("changed", "error"),
     [
         ({"handle": bytes(range(64))}, StaleSource),
-        ({"size_bytes": 2**40}, StaleSource),
+        ({"size_bytes": 8 * 2**30}, StaleSource),
         ({"size_bytes": 64 * 1024}, BadRequest),
     ],
     ids=["handle", "longer", "tensors outside"],
