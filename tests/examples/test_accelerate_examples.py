@@ -65,6 +65,7 @@ def test_an_example_runs_with_tiny_weights(name: str, one_worker: RunningDaemon,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITES)
 def test_an_example_loads_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
