@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, InIo, ListOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.replies import Called, Decoded, Generated, LogLines, MemoryChecked, Returned, StepDone
@@ -108,7 +109,10 @@ def nested(levels: int) -> Argument:
             "parts[0].result[0].rows[0] ends at byte 4800",
         ),
         (Values(dtype="float32", shape=(2, 2), values=(0.5,)), "parts[0].result: 1 values for the shape [2, 2]"),
-        (nested(9), "parts[0].result[0][0][0][0][0][0][0][0] is nested deeper than 8 levels"),
+        (
+            nested(limits.MAX_ARGUMENT_DEPTH + 1),
+            f"parts[0].result{'[0]' * limits.MAX_ARGUMENT_DEPTH} is nested deeper than {limits.MAX_ARGUMENT_DEPTH} levels",
+        ),
         (ListOf(items=(ListOf(items=(1,) * 1000),) * 2), "parts[0].more than 1024 arguments in one tree"),
     ],
 )
