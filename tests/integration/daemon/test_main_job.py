@@ -111,7 +111,7 @@ def nested(levels: int) -> Argument:
         (Values(dtype="float32", shape=(2, 2), values=(0.5,)), "parts[0].result: 1 values for the shape [2, 2]"),
         (
             nested(limits.MAX_ARGUMENT_DEPTH + 1),
-            f"parts[0].result{'[0]' * limits.MAX_ARGUMENT_DEPTH} is nested deeper than {limits.MAX_ARGUMENT_DEPTH} levels",
+            f"parts[0].result{'[0]' * limits.MAX_ARGUMENT_DEPTH} is nested deeper than",
         ),
         (ListOf(items=(ListOf(items=(1,) * 1000),) * 2), "parts[0].more than 1024 arguments in one tree"),
     ],
