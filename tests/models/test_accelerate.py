@@ -19,7 +19,7 @@ from xditd.client import Unsupported, accelerate
 _first = {entry.feature: entry.name for entry in reversed(PIPELINES.values())}
 
 
-QUICK_ON_TWO = ("text-to-image", "controlnet", "kv-cache", "lora", "two-transformers", "unet")
+QUICK_ON_TWO = ("text-to-image", "kv-cache", "unet")
 """Features of the pipelines that two workers run in every test run; the others are tested with the long tests."""
 
 

@@ -59,6 +59,7 @@ def test_change_is_refused_until_it_is_undone(client: Client, case: Refused) -> 
         assert fast.calls["transformer"] > calls
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
 def test_changed_module_is_refused_at_once(client: Client, case: Refused) -> None:
     pipe = flux()

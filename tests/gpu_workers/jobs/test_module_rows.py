@@ -20,7 +20,8 @@ SCENARIOS = 7
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "device"), [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=pytest.mark.multigpu)]
+    ("ranks", "device"),
+    [(2, "cpu"), pytest.param(3, "cpu", marks=pytest.mark.long), pytest.param(2, "cuda", marks=pytest.mark.multigpu)],
 )
 def test_ranks_share_parts_and_rows(tmp_path: Path, ranks: int, device: str) -> None:
     program = Path(__file__).with_name("rows_on_ranks.py")
