@@ -21,13 +21,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
+some = pytest.mark.parametrize(
     "entry",
     [
         pytest.param(entry, id=name, marks=() if number % 8 == 0 else pytest.mark.long)
         for number, (name, entry) in enumerate(PIPELINES.items())
     ],
 )
+"""Every eighth pipeline in each test run, the others with the long tests."""
+
+
+@some
 def test_pipeline_is_deterministic_and_finite(entry: PipelineEntry) -> None:
     pipe, other = entry.build(), entry.build()
     first = entry.run(pipe)
@@ -42,7 +46,7 @@ def test_pipeline_is_deterministic_and_finite(entry: PipelineEntry) -> None:
             assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("entry", PIPELINES.values(), ids=PIPELINES)
+@some
 def test_run_uses_each_component(entry: PipelineEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = entry.build()
     called = set()

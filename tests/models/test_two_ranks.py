@@ -22,7 +22,7 @@ WRITES_ITS_CACHE_TENSORS = {"WanAnimate2Transformer3DModel-kv_cached", "AnyFlowF
 
 TOLERANCE = 1e-6
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
