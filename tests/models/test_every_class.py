@@ -18,7 +18,7 @@ from refusals import REFUSED_CALLS
 from xditd.client import BadRequest, Client
 
 LONG = {"WanAnimate2Transformer3DModel-kv_cached"}
-"""Compiles its attention for a minute."""
+"""Compiles its attention for a minute. Of the others, every third is tested in each test run."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,10 @@ def test_every_class_has_an_entry() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(entry, marks=pytest.mark.long if key in LONG else (), id=key) for key, entry in ENTRIES.items()],
+    [
+        pytest.param(entry, marks=pytest.mark.long if key in LONG or number % 3 else (), id=key)
+        for number, (key, entry) in enumerate(ENTRIES.items())
+    ],
 )
 @torch.no_grad()
 def test_one_worker_gives_the_bits_of_the_class(client: Client, entry: ClassEntry) -> None:

@@ -46,10 +46,11 @@ def test_position_is_told_and_moves_up(client: Any, memory: Any) -> None:
         told = [event for event in client.events if isinstance(event, Queued) and event.request_id == third]
         return [(event.ahead, event.reason) for event in told]
 
-    client.wait_status(lambda _: len(positions()) > 1)  # announced soon, but not after every job
+    # Announced soon, but not after every job; once more at the old position if the first job takes time to end.
+    client.wait_status(lambda _: positions()[-1:] == [(1, "other requests go first")])
     cancel(client, second)
     client.wait(third)
-    assert positions() == [(2, "other requests go first"), (1, "other requests go first")]
+    assert list(dict.fromkeys(positions())) == [(2, "other requests go first"), (1, "other requests go first")]
 
 
 def test_cancel_of_a_queued_job_ends_it_at_once(client: Any, memory: Any) -> None:
