@@ -145,29 +145,66 @@ def call_request(
 
     Kept tensors for which ``is_kept`` returns true are sent by id.
     """
-    import torch
-
     facts = component.transformer
-    if not 1 <= len(parts) <= limits.MAX_PARTS:
-        raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
+    check_parts(parts)
     for name in foreseen or ():
         check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
     checked_variant = checks.check_variant(variant, facts)
     places, device_places = IoPlaces(), DevicePlaces()
     writer = ArgumentWriter(places, is_kept, device_places=device_places if room.is_on_device else None)
+    # A transformer returns a tensor with the shape of its first argument, the sample.
+    sample = facts.arguments[0].name if facts.arguments else ""
+
+    def sample_of(arguments: Mapping[str, Any]) -> Any:
+        return arguments.get(sample)
+
+    return write_call(
+        component,
+        parts,
+        writer,
+        (places, device_places),
+        room,
+        sample_of,
+        foreseen=checked_foreseen,
+        variant=checked_variant,
+    )
+
+
+def check_parts(parts: Sequence[object]) -> None:
+    """Raise ``BadRequest`` unless a call may have as many parts."""
+    if not 1 <= len(parts) <= limits.MAX_PARTS:
+        raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
+
+
+def write_call(
+    component: Component,
+    parts: Sequence[Mapping[str, Any]],
+    writer: ArgumentWriter,
+    into: tuple[IoPlaces, DevicePlaces],
+    room: Room,
+    sample_of: Callable[[Mapping[str, Any]], Any],
+    *,
+    device: torch.device | None = None,
+    **fields: Any,
+) -> CallRequest:
+    """Write the arguments of all parts, and build the request. ``fields`` are further fields of ``Call``.
+
+    ``sample_of`` returns the argument of a part whose shape its results will probably have; ``device`` is that of the
+    results, without it the device of each part's first tensor.
+    """
+    import torch
+
+    places, device_places = into
     written: list[Part] = []
     devices: list[torch.device] = []
     for number, arguments in enumerate(parts):
         if not isinstance(arguments, Mapping):
             raise BadRequest(f"arguments: a dict by name is needed, not {type(arguments).__name__}")
         written.append(Part(arguments=writer.write(arguments, f"parts[{number}]." if len(parts) > 1 else "")))
-        devices.append(writer.device or torch.device("cpu"))
-    # A transformer returns a tensor with the shape of its first argument, the sample, so there is room for that. If a
-    # class returns more, the workers answer with a block of their own.
-    sample = facts.arguments[0].name if facts.arguments else ""
+        devices.append(device or writer.device or torch.device("cpu"))
     item_bytes = ITEM_BYTES[component.facts.dtype]
-    guess_bytes = sum(result_room(arguments.get(sample), item_bytes) for arguments in parts)
+    guess_bytes = sum(result_room(sample_of(arguments), item_bytes) for arguments in parts)
     at, size_bytes, device_at, device_size_bytes = room_for_results(
         places, device_places, room, guess_bytes, devices[0]
     )
@@ -178,12 +215,11 @@ def call_request(
             component_id=component.component_id,
             io=io,
             parts=tuple(written),
-            foreseen=checked_foreseen,
-            variant=checked_variant,
             out_offset_bytes=at,
             out_size_bytes=size_bytes,
             device_out_offset_bytes=device_at,
             device_out_size_bytes=device_size_bytes,
+            **fields,
         )
 
     return CallRequest(

@@ -116,19 +116,9 @@ class Runner:
         variant: str,
         deadline_s: float | None,
     ) -> list[Any]:
-        """Run a call. Kept tensors are sent by id, and sent again if the workers no longer have them."""
-        session = self._current()
+        """Run a call of a family's transformer."""
         request = partial(call_request, component, parts, foreseen, variant)
-        key = component.component_id, "forward"
-        try:
-            make = partial(request, lambda kept: kept.is_kept_by(session))
-            sent, results = self._run_call(session, key, make, deadline_s)
-        except UnknownKept:
-            # Dropped for newer kept tensors, or lost with workers that were killed.
-            sent, results = self._run_call(session, key, partial(request, lambda _: False), deadline_s)
-        for kept in sent:
-            kept.note_kept_by(session)
-        return results
+        return self._call(self._current(), (component.component_id, "forward"), request, deadline_s)
 
     def call_class(
         self,
@@ -151,15 +141,7 @@ class Runner:
         request = partial(class_call_request, component, parts, method, numerics, device)
         read = partial(self._read_class_results, self._held_store(session), parts)
         key = component.component_id, method
-        try:
-            make = partial(request, lambda kept: kept.is_kept_by(session))
-            sent, results = self._run_call(session, key, make, deadline_s, read=read, while_running=while_running)
-        except UnknownKept:
-            make = partial(request, lambda _: False)
-            sent, results = self._run_call(session, key, make, deadline_s, read=read)
-        for kept in sent:
-            kept.note_kept_by(session)
-        return results
+        return self._call(session, key, request, deadline_s, read=read, while_running=while_running)
 
     def read_tensor(self, component_id: str, name: str, like: torch.Tensor) -> torch.Tensor:
         """Copy a tensor of a component from the workers, with the dtype, shape and device of ``like``."""
@@ -206,6 +188,27 @@ class Runner:
                 weakref.finalize(session, store.close).atexit = False
             return store
 
+    def _call(
+        self,
+        session: Session,
+        key: Key,
+        request: Callable[[Callable[[KeptTensor], bool], Room], CallRequest],
+        deadline_s: float | None,
+        *,
+        read: Callable[[Called, CallRequest, Read], list[Any]] = _read_trees,
+        while_running: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Run a call. Kept tensors are sent by id, and sent again if the workers no longer have them."""
+        run = partial(self._run_call, session, key, read=read, while_running=while_running)
+        try:
+            sent, results = run(partial(request, lambda kept: kept.is_kept_by(session)), deadline_s)
+        except UnknownKept:
+            # Dropped for newer kept tensors, or lost with workers that were killed.
+            sent, results = run(partial(request, lambda _: False), deadline_s)
+        for kept in sent:
+            kept.note_kept_by(session)
+        return results
+
     def _run_call(
         self,
         session: Session,
@@ -213,8 +216,8 @@ class Runner:
         make_request: Callable[[Room], CallRequest],
         deadline_s: float | None,
         *,
-        read: Callable[[Called, CallRequest, Read], list[Any]] = _read_trees,
-        while_running: Callable[[], None] | None = None,
+        read: Callable[[Called, CallRequest, Read], list[Any]],
+        while_running: Callable[[], None] | None,
     ) -> tuple[Sequence[KeptTensor], list[Any]]:
         """Run a call; returns the tensors that were kept, and the results.
 
