@@ -25,8 +25,7 @@ from xditd.ipc.arguments import (
 )
 from xditd.ipc.errors import Internal, Unsupported
 from xditd.ipc.module_state import STATE
-from xditd.ipc.transports.module_classes import find_class
-from xditd.ipc.transports.tensor_views import torch_dtype
+from xditd.ipc.transports.module_classes import find_class, find_named
 
 _HERE: Final = "this process"
 
@@ -122,12 +121,7 @@ def _plain(node: Argument) -> Any:
     if isinstance(node, Opaque):
         return NotReturned(node.text)
     if isinstance(node, Named):
-        if node.name.startswith("device:"):
-            return torch.device(node.name.removeprefix("device:"))
-        if ":" not in node.name:
-            return torch_dtype(node.name.removeprefix("torch."))
-        path, _, member = node.name.rpartition(".")
-        return getattr(find_class(path, _HERE), member)
+        return find_named(node.name, _HERE)
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise Internal(f"the workers answered a call with {type(node).__name__}, which no client can read")

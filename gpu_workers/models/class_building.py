@@ -6,7 +6,6 @@ refused by name.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -31,14 +30,12 @@ from xditd.ipc.arguments import (
 )
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import DEVICE, GENERATOR, STATE, ModuleState, SubmoduleState
-from xditd.ipc.transports.module_classes import find_class
+from xditd.ipc.transports.module_classes import find_class, find_named
 from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, walk_module
-from xditd.ipc.transports.tensor_views import torch_dtype
 
 _SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
-_DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool:
@@ -213,7 +210,7 @@ def make_plain(node: Argument) -> Any:
     if isinstance(node, Special):
         return float(node.value)
     if isinstance(node, Named):
-        return _named(node.name)
+        return find_named(node.name, HERE)
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise BadRequest(f"a {type(node).__name__} has no value here")
@@ -257,18 +254,6 @@ def _make_generator(attributes: Mapping[str, Any]) -> torch.Generator:
             f"generator: workers cannot make one for {device!r} in the given state: {error!s:.200}"
         ) from error
     return generator
-
-
-def _named(name: str) -> Any:
-    if ":" not in name:
-        return torch_dtype(name.removeprefix("torch."))
-    if name in _DEVICES:
-        return torch.device(_DEVICES[name])
-    path, _, member = name.rpartition(".")
-    kind = find_class(path, HERE)
-    if not issubclass(kind, enum.Enum) or member not in kind.__members__:
-        raise Unsupported(f"{name}: this is no member of an enumeration")
-    return kind[member]
 
 
 def set_tensors(module: torch.nn.Module, state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 from importlib import import_module
 from typing import Any, Final
 
+import torch
+
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.module_state import PACKAGES
+from xditd.ipc.transports.tensor_views import torch_dtype
+
+_DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
 
 _PLACES: Final = (
     "diffusers",
@@ -72,3 +78,21 @@ def _is_place(module: str) -> bool:
     return not is_script and any(
         module.startswith(place) if place.endswith((".", "_")) else module == place for place in _PLACES
     )
+
+
+def find_named(name: str, where: str) -> Any:
+    """Return what :class:`~xditd.ipc.arguments.Named` names, but for a submodule: a dtype, a device, or a member of an
+    enumeration.
+
+    Raises:
+        Unsupported: it is none of these, or is not installed in ``where``.
+    """
+    if ":" not in name:
+        return torch_dtype(name.removeprefix("torch."))
+    if name in _DEVICES:
+        return torch.device(_DEVICES[name])
+    path, _, member = name.rpartition(".")
+    kind = find_class(path, where)
+    if not issubclass(kind, enum.Enum) or member not in kind.__members__:
+        raise Unsupported(f"{name}: this is no member of an enumeration")
+    return kind[member]
