@@ -37,9 +37,10 @@ class AwakeClock:
         """Read the clock."""
         read_s = time.monotonic()
         gap_s = read_s - self._read_s
-        self._read_s = read_s
         if gap_s > STANDSTILL_S:
             self._skip_gap(gap_s, read_s)
+        # Only now: a thread that no longer sees the gap here must find it excluded.
+        self._read_s = read_s
         return read_s - self.stood_still_s
 
     def count_gap(self) -> None:

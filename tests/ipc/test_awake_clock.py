@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from xditd.ipc import awake_clock
@@ -74,6 +76,27 @@ def test_threads_that_see_one_standstill_count_it_once(real: Monotonic) -> None:
     clock.now_s()
     clock._read_s = before_s  # another thread had read this before the first one wrote
     clock.now_s()
+    assert clock.stood_still_s == pytest.approx(30.0)
+
+
+def test_a_thread_that_reads_while_another_excludes_a_standstill_waits_for_it(real: Monotonic) -> None:
+    """The moment between a thread's look at the gap and its exclusion: the second thread counts no gap either."""
+    clock = AwakeClock()
+    began_s = clock.now_s()
+    real.now_s += 30.0
+    waited_s: list[float] = []
+    second = threading.Thread(target=lambda: waited_s.append(clock.waited_s(began_s)))
+    exclude = clock._skip_gap
+
+    def exclude_late(gap_s: float, read_s: float) -> None:
+        clock._skip_gap = exclude
+        second.start()
+        second.join(timeout=10)
+        exclude(gap_s, read_s)
+
+    clock._skip_gap = exclude_late
+    assert clock.waited_s(began_s) == 0.0
+    assert waited_s == [0.0]
     assert clock.stood_still_s == pytest.approx(30.0)
 
 
