@@ -53,11 +53,14 @@ class SubmoduleState(Described, frozen=True, kw_only=True, omit_defaults=True):
 class ModuleState(Described, frozen=True, kw_only=True):
     """All submodules by path, parents first; the path of the module itself is empty.
 
-    ``same`` are the paths at which a submodule is registered again, and where it is registered first.
+    ``same`` are the paths at which a submodule is registered again, and where it is registered first. ``versions`` are
+    those of the packages whose classes they are, and of torch, in the process that describes: another version of a
+    class may compute something else.
     """
 
     submodules: Annotated[dict[Path, SubmoduleState], msgspec.Meta(max_length=limits.MAX_TENSORS)]
     same: Annotated[dict[Path, Path], msgspec.Meta(max_length=limits.MAX_TENSORS)] = msgspec.field(default_factory=dict)
+    versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=len(PACKAGES))] = msgspec.field(default_factory=dict)
 
 
 _decoder = msgspec.json.Decoder(ModuleState, strict=True)
@@ -81,7 +84,7 @@ def encode(state: ModuleState, label: str) -> bytes:
     return packed
 
 
-def decode(packed: bytes, label: str) -> ModuleState:
+def decode(packed: bytes) -> ModuleState:
     """Decode a state.
 
     Raises:
@@ -91,14 +94,12 @@ def decode(packed: bytes, label: str) -> ModuleState:
     try:
         plain = unpacker.decompress(packed, limits.MAX_PLAIN_MODULE_STATE_BYTES)
         if not unpacker.eof:
-            raise BadRequest(
-                f"{label}: the state of the module takes more than {limits.MAX_PLAIN_MODULE_STATE_BYTES} bytes"
-            )
+            raise BadRequest(f"the state of the module takes more than {limits.MAX_PLAIN_MODULE_STATE_BYTES} bytes")
         state = _decoder.decode(plain)
         for path, submodule in state.submodules.items():
             for name, value in submodule.attributes.items():
                 if depth_of(value) > limits.MAX_ARGUMENT_DEPTH:
-                    raise BadRequest(f"{label}: attribute {name} of {path or 'the module'} is nested too deeply")
+                    raise BadRequest(f"attribute {name} of {path or 'the module'} is nested too deeply")
         return state
     except (zlib.error, msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"{label}: the state of the module cannot be read: {error!s:.300}") from error
+        raise BadRequest(f"the state of the module cannot be read: {error!s:.300}") from error

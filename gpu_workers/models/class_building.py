@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any, Final
 
 import msgspec
@@ -29,16 +30,16 @@ from xditd.ipc.arguments import (
     holds,
 )
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.module_state import DEVICE, GENERATOR, STATE, ModuleState, SubmoduleState
+from xditd.ipc.module_state import DEVICE, GENERATOR, PACKAGES, STATE, ModuleState, SubmoduleState
 from xditd.ipc.transports.module_classes import find_class, find_named
-from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, walk_module
+from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, version_of, walk_module
 
 _SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
 
 
-def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool:
+def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
     """Change a module to a client's state; return whether it was in that state already.
 
     Attributes with lent tensors get them by :func:`set_tensors`.
@@ -51,7 +52,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
     if _comparable(found) == _comparable(state):
         return True
     _set_submodules(module, state)
-    _check_paths(module, state, label)
+    _check_paths(module, state)
     found, _ = walk_module(module)
     for path, submodule in module.named_modules():
         _set_attributes(module, submodule, state.submodules[path].attributes, found.submodules[path].attributes)
@@ -59,7 +60,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
     if differing := list(_differences(state, found)):
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise Unsupported(
-            f"{label}: workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. "
+            f"workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. "
             "Undo these changes (remove the hooks, disable_cache(), use attention processors of diffusers), and lend "
             "it again",
             names=differing,
@@ -67,7 +68,36 @@ def apply_state(module: torch.nn.Module, state: ModuleState, label: str) -> bool
     return False
 
 
-def _check_paths(module: torch.nn.Module, state: ModuleState, label: str) -> None:
+def check_versions(theirs: Mapping[str, str]) -> None:
+    """Check that the packages of a client's module have the same versions here.
+
+    Raises:
+        Unsupported: one has another version, or is not installed here; names each, and both versions.
+    """
+    differing = []
+    for package, version in theirs.items():
+        here = _version_here(package)
+        if here != version:
+            differing.append(f"{package} is {version} in your process and {here or 'not installed'} in {HERE}")
+    if differing:
+        raise Unsupported(
+            f"{'; '.join(differing)}: another version may compute something else. Install the same versions on "
+            "both sides; a family's model may also be lent as its file or its state dict",
+            names=differing,
+        )
+
+
+def _version_here(package: str) -> str | None:
+    if package not in PACKAGES:
+        raise Unsupported(f"package {package!r}: only classes of {', '.join(PACKAGES)} can be used")
+    try:
+        import_module(package)
+    except ImportError:
+        return None
+    return version_of(package)
+
+
+def _check_paths(module: torch.nn.Module, state: ModuleState) -> None:
     """Check that the module has the paths of the state, and no more: others, or one of a cycle, cannot be walked.
 
     Raises:
@@ -78,12 +108,12 @@ def _check_paths(module: torch.nn.Module, state: ModuleState, label: str) -> Non
     while pending:
         path, each = pending.pop()
         if path not in left:
-            raise BadRequest(f"{label}: the state of the module does not describe its submodule {path[:200]!r}")
+            raise BadRequest(f"the state of the module does not describe its submodule {path[:200]!r}")
         left.remove(path)
         start = f"{path}." if path else ""
         pending += [(start + name, child) for name, child in each._modules.items() if child is not None]
     if left:
-        raise BadRequest(f"{label}: the state of the module has a submodule {min(left)[:200]!r} without its parent")
+        raise BadRequest(f"the state of the module has a submodule {min(left)[:200]!r} without its parent")
 
 
 def _set_submodules(module: torch.nn.Module, state: ModuleState) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from xditd.gpu_workers.models.class_building import apply_state, set_tensors, tensor_names
+from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.pretrained import (
@@ -51,7 +51,6 @@ class ClassModel:
     def __init__(
         self,
         described: ModuleDescription,
-        label: str,
         layout: ParallelLayout,
         dtype: torch.dtype | None = None,
         checkpoint: Mapping[str, TensorInfo] | None = None,
@@ -59,20 +58,22 @@ class ClassModel:
         self.layout = layout
         self.device = layout.device
         self.owner: str | None = None
-        self.module = build_module(described, label, dtype)
-        self.class_name = type(self.module).__name__
         self.plan: LoadPlan | None = None
         """Which tensors of a checkpoint it gets; ``None`` with a state."""
         self.state: ModuleState
         if checkpoint is None or dtype is None:
-            self.state = module_state.decode(described.state, label)
-            self.is_as_made = apply_state(self.module, self.state, label)
+            self.state = module_state.decode(described.state)
+            check_versions(self.state.versions)
+            self.module = build_module(described)
+            self.is_as_made = apply_state(self.module, self.state)
         else:
+            self.module = build_module(described, dtype)
             self.is_as_made = True
-            self.plan = plan_load(self.module, checkpoint, dtype, label)
+            self.plan = plan_load(self.module, checkpoint, dtype)
             if hasattr(self.module, "initialize_weights"):
                 finish_buffers(self.module)
             self.state, _ = walk_module(self.module)
+        self.class_name = type(self.module).__name__
         self.saved_names = frozenset(self.module.state_dict())
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
@@ -81,7 +82,7 @@ class ClassModel:
         """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
 
-    def check(self, tensors: Mapping[str, TensorInfo], label: str) -> None:
+    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that a manifest lends all tensors of the state, and nothing else.
 
         Raises:
@@ -94,7 +95,7 @@ class ClassModel:
             if name in tensors and parameter.numel() and tuple(parameter.shape) != tensors[name].shape
         ]
         lists = {"missing": needed - tensors.keys(), "unexpected": tensors.keys() - needed, "wrongly shaped": misshapen}
-        check_fit(lists, self.class_name, label)
+        check_fit(lists, self.class_name)
 
     def methods(self) -> dict[str, MethodFacts]:
         """Return the methods that can be called, with their arguments."""
@@ -224,7 +225,7 @@ class ClassModels:
         found = [check for model in self._models.values() for check in model.row_checks.take_checks()]
         return tuple(found[-limits.MAX_ROW_CHECKS :])
 
-    def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str) -> ModuleMatch:
+    def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.
 
         Raises:
@@ -234,24 +235,24 @@ class ClassModels:
             BadCheckpoint: the tensors do not fit the class.
         """
         if described.state:
-            return self._match_module(described, tensors, label)
-        dtype = main_dtype(find_model_class(described.class_name, label), tensors, label)
+            return self._match_module(described, tensors)
+        dtype = main_dtype(find_model_class(described.class_name), tensors)
         key = (described, dtype, frozenset(tensors.items()))
         model = self._models.get(key)
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, label, self._layout, dtype, tensors)
+            model = ClassModel(described, self._layout, dtype, tensors)
         self._keep(key, model, is_reused=is_reused)
         assert model.plan is not None
         shapes = {name: tensors[model.plan.sources[name]].shape for name in converted_names(model.plan, tensors)}
         return ModuleMatch(model, dtype, model.plan.sources, is_reused, shapes)
 
-    def _match_module(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo], label: str) -> ModuleMatch:
+    def _match_module(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         model = self._models.get((described, None, None))
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, label, self._layout)
-        model.check(tensors, label)
+            model = ClassModel(described, self._layout)
+        model.check(tensors)
         self._keep((described, None, None), model, is_reused=is_reused)
         elements: Counter[str] = Counter()
         for info in tensors.values():

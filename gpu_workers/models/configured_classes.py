@@ -18,7 +18,7 @@ HERE: Final = "the workers"
 """Where classes are looked for, in errors."""
 
 
-def find_model_class(name: str, label: str) -> type[torch.nn.Module]:
+def find_model_class(name: str) -> type[torch.nn.Module]:
     """Return a model class of diffusers or transformers.
 
     Raises:
@@ -30,11 +30,11 @@ def find_model_class(name: str, label: str) -> type[torch.nn.Module]:
     if not issubclass(kind, torch.nn.Module) or not (
         issubclass(kind, ModelMixin) or getattr(kind, "config_class", None) is not None
     ):
-        raise Unsupported(f"{label}: {name} is no model class of diffusers or transformers")
+        raise Unsupported(f"{name} is no model class of diffusers or transformers")
     return kind
 
 
-def build_module(described: ModuleDescription, label: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def build_module(described: ModuleDescription, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """Build a module as its class makes it, in eval mode, with parameters on the meta device.
 
     With a ``dtype`` it is as ``from_pretrained(torch_dtype=dtype)`` makes it, with that as torch's default meanwhile.
@@ -43,14 +43,14 @@ def build_module(described: ModuleDescription, label: str, dtype: torch.dtype | 
         Unsupported: not a model class of diffusers or transformers, or one that is not installed here.
         BadRequest: a configuration that the class refuses.
     """
-    kind: Any = find_model_class(described.class_name, label)
+    kind: Any = find_model_class(described.class_name)
     try:
         config = json.loads(described.config)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{label}: its configuration is not JSON: {error}") from error
+        raise BadRequest(f"its configuration is not JSON: {error}") from error
     if not isinstance(config, dict):  # diffusers would take a text for the name of a repository
-        raise BadRequest(f"{label}: its configuration is a {type(config).__name__}, not an object")
-    _check_attention(config, label)
+        raise BadRequest(f"its configuration is a {type(config).__name__}, not an object")
+    _check_attention(config)
     # Both packages take a second or more to import.
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin, no_init_weights
@@ -63,12 +63,12 @@ def build_module(described: ModuleDescription, label: str, dtype: torch.dtype | 
             if issubclass(kind, ModelMixin):
                 module: Any = kind.from_config(config)
             else:
-                module = kind(_transformers_config(kind.config_class, config, dtype, label))
+                module = kind(_transformers_config(kind.config_class, config, dtype))
     except XditdError:
         raise
     except Exception as error:  # whatever the class raises
         raise BadRequest(
-            f"{label}: {kind.__name__} cannot be made from its configuration: {type(error).__name__}: {error}"
+            f"{kind.__name__} cannot be made from its configuration: {type(error).__name__}: {error}"
         ) from error
     finally:
         torch.set_default_dtype(default)
@@ -76,7 +76,7 @@ def build_module(described: ModuleDescription, label: str, dtype: torch.dtype | 
     return built
 
 
-def _check_attention(config: Any, label: str) -> None:
+def _check_attention(config: Any) -> None:
     """Refuse attention code from a hub: transformers would load and run it when the module is made."""
     pending = [config]
     while pending:
@@ -84,13 +84,13 @@ def _check_attention(config: Any, label: str) -> None:
         if isinstance(each, dict):
             for key, value in each.items():
                 if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
-                    raise Unsupported(f"{label}: workers load no attention code from a hub, as {key} {value!r} needs")
+                    raise Unsupported(f"workers load no attention code from a hub, as {key} {value!r} needs")
             pending += each.values()
         elif isinstance(each, list):
             pending += each
 
 
-def _transformers_config(kind: Any, config: dict[str, Any], dtype: torch.dtype | None, label: str) -> Any:
+def _transformers_config(kind: Any, config: dict[str, Any], dtype: torch.dtype | None) -> Any:
     """Make a configuration, for a ``dtype`` in which its parts are built.
 
     Raises:
@@ -98,9 +98,7 @@ def _transformers_config(kind: Any, config: dict[str, Any], dtype: torch.dtype |
     """
     given = config.get("model_type")
     if dtype is not None and given is not None and given != kind.model_type:
-        raise Unsupported(
-            f"{label}: its configuration is of model_type {given!r:.100}, its class is of {kind.model_type}"
-        )
+        raise Unsupported(f"its configuration is of model_type {given!r:.100}, its class is of {kind.model_type}")
     made = kind.from_dict(config)
     for each in (made, *(getattr(made, key, None) for key in made.sub_configs)):
         if dtype is not None and each is not None:

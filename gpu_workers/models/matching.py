@@ -21,7 +21,7 @@ def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassMo
     try:
         tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
         if manifest.module is not None:
-            return _match_class(manifest.module, tensors, manifest.label, models, class_models)
+            return _match_class(manifest.module, tensors, models, class_models)
         if manifest.kind is ComponentKind.MODULE:
             raise BadRequest("a module is lent without the description of its class; lend the module itself")
         return models.match(tensors, None if manifest.kind is None else manifest.kind.value)
@@ -32,7 +32,6 @@ def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassMo
 def _match_class(
     described: ModuleDescription,
     tensors: Mapping[str, TensorInfo],
-    label: str,
     models: ModelCache,
     class_models: ClassModels,
 ) -> CheckpointMatch | ModuleMatch:
@@ -42,8 +41,8 @@ def _match_class(
     """
     if not described.state:
         family = _match_family(tensors, models) if described.allows_family else None
-        return family or class_models.match(described, tensors, label)
-    match = class_models.match(described, tensors, label)
+        return family or class_models.match(described, tensors)
+    match = class_models.match(described, tensors)
     if not described.allows_family or not match.model.is_as_made:
         return match
     saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}

@@ -39,7 +39,7 @@ class LoadPlan:
     dtypes: Mapping[str, torch.dtype]
 
 
-def main_dtype(kind: type, tensors: Mapping[str, TensorInfo], label: str) -> torch.dtype:
+def main_dtype(kind: type, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """Return the ``torch_dtype`` with which to load a checkpoint: that of most elements.
 
     Those that the class keeps in float32 are not counted, if there are others.
@@ -60,13 +60,13 @@ def main_dtype(kind: type, tensors: Mapping[str, TensorInfo], label: str) -> tor
     main = counted.most_common(1)[0][0]
     if main not in _MAIN_DTYPES:
         raise UnsupportedDtype(
-            f"{label}: most of its weights are {main}, in which {kind.__name__} does not compute: lend a checkpoint in "
+            f"most of its weights are {main}, in which {kind.__name__} does not compute: lend a checkpoint in "
             f"{', '.join(_MAIN_DTYPES[:3])}"
         )
     return torch_dtype(main)
 
 
-def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: torch.dtype, label: str) -> LoadPlan:
+def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: torch.dtype) -> LoadPlan:
     """Plan which tensors of a checkpoint ``module`` gets. The module may change as its class changes it when it loads.
 
     Raises:
@@ -80,7 +80,7 @@ def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: 
         module._fix_state_dict_keys_on_load(sources)
         ignored = list(module._keys_to_ignore_on_load_unexpected or ())
     else:
-        sources = _renamed(module, tensors, label)
+        sources = _renamed(module, tensors)
         ignored = _ignored_names(module)
     held = module.state_dict(keep_vars=True)
     unexpected = [
@@ -96,11 +96,11 @@ def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: 
         for name, source in sources.items()
         if tuple(held[name].shape) != tensors[source].shape
     ]
-    check_fit({"missing": missing, "unexpected": unexpected, "wrongly shaped": misshapen}, type(module).__name__, label)
+    check_fit({"missing": missing, "unexpected": unexpected, "wrongly shaped": misshapen}, type(module).__name__)
     return LoadPlan(sources, _loaded_dtypes(module, held, sources, tensors, main))
 
 
-def check_fit(faults: Mapping[str, Collection[str]], class_name: str, label: str) -> None:
+def check_fit(faults: Mapping[str, Collection[str]], class_name: str) -> None:
     """Refuse tensors that do not fit a class: lists of them, by what is wrong with them.
 
     Raises:
@@ -109,7 +109,7 @@ def check_fit(faults: Mapping[str, Collection[str]], class_name: str, label: str
     parts = [f"{len(names)} {what}: {listed(sorted(names))}" for what, names in faults.items() if names]
     if parts:
         raise BadCheckpoint(
-            f"{label}: the tensors do not fit {class_name}: {'; '.join(parts)}",
+            f"the tensors do not fit {class_name}: {'; '.join(parts)}",
             names=[f"{what}: {name}" for what, names in faults.items() for name in sorted(names)],
         )
 
@@ -130,7 +130,7 @@ def converted_names(plan: LoadPlan, tensors: Mapping[str, TensorInfo]) -> list[s
     return [name for name, at in plan.sources.items() if dtype_name(plan.dtypes[name]) != tensors[at].dtype]
 
 
-def _renamed(module: Any, names: Iterable[str], label: str) -> dict[str, str]:
+def _renamed(module: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the names of a checkpoint's tensors by the names that transformers gives them.
 
     Raises:
@@ -143,7 +143,7 @@ def _renamed(module: Any, names: Iterable[str], label: str) -> dict[str, str]:
         from transformers import __version__
 
         raise Unsupported(
-            f"{label}: the workers' transformers {__version__} cannot say how {type(module).__name__} is loaded, 5 or "
+            f"the workers' transformers {__version__} cannot say how {type(module).__name__} is loaded, 5 or "
             "later can: load the model with from_pretrained, and lend the module"
         ) from error
     transforms = get_model_conversion_mapping(module)
@@ -157,11 +157,11 @@ def _renamed(module: Any, names: Iterable[str], label: str) -> dict[str, str]:
             name, conversion = rename_source_key(given, [], [], prefix, held)
         if conversion is not None and name in held:
             raise Unsupported(
-                f"{label}: {type(module).__name__} is not loaded as it is stored: its class converts {given} to "
+                f"{type(module).__name__} is not loaded as it is stored: its class converts {given} to "
                 f"{name}: load the model with from_pretrained, and lend the module"
             )
         if name in found:
-            raise BadCheckpoint(f"{label}: {found[name]} and {given} are both {name} of {type(module).__name__}")
+            raise BadCheckpoint(f"{found[name]} and {given} are both {name} of {type(module).__name__}")
         found[name] = given
     return found
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Final
@@ -69,6 +70,11 @@ def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tupl
     return _Walk(module, replaced).run()
 
 
+def version_of(package: str) -> str:
+    """Return the version of an imported package, without its build: 2.13.0 of 2.13.0+cu130."""
+    return str(getattr(sys.modules[package], "__version__", "unknown")).partition("+")[0]
+
+
 def class_name(kind: type) -> str:
     """Return ``module:Class``."""
     return f"{kind.__module__}:{kind.__qualname__}"
@@ -90,7 +96,9 @@ class _Walk:
             for path, each in self._module.named_modules(remove_duplicate=False)
             if self._paths[id(each)] != path
         }
-        return ModuleState(submodules=submodules, same=same), self._tensors
+        packages = {each.class_name.partition(".")[0] for each in submodules.values()}.intersection(PACKAGES)
+        versions = {each: version_of(each) for each in sorted({"torch", *packages})}
+        return ModuleState(submodules=submodules, same=same, versions=versions), self._tensors
 
     def _submodule(self, path: str, module: torch.nn.Module) -> SubmoduleState:
         start = f"{path}." if path else ""

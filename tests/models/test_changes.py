@@ -149,3 +149,9 @@ def test_forward_that_was_kept_runs_here_after_the_block(client: Client) -> None
     pipe = flux(transformer=transformer)
     transformer.forward = kept
     assert same(run_plain(pipe), run_plain(flux()))
+
+
+def test_module_of_another_version_of_diffusers_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers, "__version__", "0.1.0")
+    with pytest.raises(Unsupported, match=r"^transformer: diffusers is 0\.1\.0 in your process and 0\.\d+"):
+        accelerate(flux(), client=client)

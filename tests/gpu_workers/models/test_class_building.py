@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from diffusers.models import attention_processor
 
 from xditd.client.module_lending import describe_module
-from xditd.gpu_workers.models.class_building import apply_state, make_object, make_value, set_tensors
+from xditd.gpu_workers.models.class_building import apply_state, check_versions, make_object, make_value, set_tensors
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.ipc import module_state
 from xditd.ipc.arguments import Argument, ListOf, MapOf, Named, ObjectOf, PairsOf, SetOf, TupleOf, Values
@@ -39,9 +40,9 @@ def made_from(module: torch.nn.Module, **changes: Any) -> tuple[Any, bool]:
     """Send a module's description, and build, change and fill what a worker makes of it."""
     described, tensors = describe_module(module, "unet")
     described = msgspec.structs.replace(described, **changes)
-    built = build_module(described, "unet")
-    state = module_state.decode(described.state, "unet")
-    is_as_made = apply_state(built, state, "unet")
+    built = build_module(described)
+    state = module_state.decode(described.state)
+    is_as_made = apply_state(built, state)
     set_tensors(built, state, tensors)
     return built, is_as_made
 
@@ -255,8 +256,36 @@ HOSTILE: dict[str, tuple[ModuleState, type[Exception], str]] = {
 def test_hostile_states_are_refused(name: str) -> None:
     state, kind, message = HOSTILE[name]
     with pytest.raises(kind) as caught:
-        apply_state(torch.nn.Linear(1, 1).eval(), state, "m")
+        apply_state(torch.nn.Linear(1, 1).eval(), state)
     assert message in str(caught.value)
+
+
+def test_a_state_has_the_versions_of_the_packages_of_its_classes() -> None:
+    unet = make_unet()
+    described, _ = describe_module(unet, "unet")
+    versions = module_state.decode(described.state).versions
+    assert versions == {"diffusers": diffusers.__version__, "torch": torch.__version__.partition("+")[0]}
+    check_versions(versions)
+
+
+def test_lora_layers_bring_the_version_of_peft() -> None:
+    unet = make_unet()
+    inject_lora(unet)
+    described, _ = describe_module(unet, "unet")
+    assert set(module_state.decode(described.state).versions) == {"diffusers", "peft", "torch"}
+
+
+def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported) as caught:
+        check_versions({"torch": torch.__version__.partition("+")[0], "diffusers": "0.1.0"})
+    here = diffusers.__version__
+    assert f"diffusers is 0.1.0 in your process and {here} in the workers" in caught.value.detail
+    assert "torch" not in caught.value.detail
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(Unsupported, match=r"peft is 0\.1\.0 in your process and not installed in the workers"):
+        check_versions({"peft": "0.1.0"})
+    with pytest.raises(Unsupported, match="package 'antigravity': only classes of"):
+        check_versions({"antigravity": "1"})
 
 
 @pytest.mark.parametrize("name", ["__class__", "__dict__", "__init__", "forward"])
@@ -274,7 +303,6 @@ def test_an_attribute_of_a_special_name_is_no_more_than_an_attribute(name: str) 
                 )
             }
         ),
-        "m",
     )
     assert type(module) is torch.nn.Linear
     assert vars(module)[name] == "text"
@@ -284,7 +312,7 @@ def test_very_many_submodules_are_no_fault() -> None:
     """A state holds so many at most; a forward does not use what the class does not know."""
     state = many()
     linear = torch.nn.Linear(1, 1).eval()
-    assert not apply_state(linear, state, "m")
+    assert not apply_state(linear, state)
     assert len(linear._modules) == 16_000
 
 
@@ -326,8 +354,8 @@ def test_values_are_made_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("class_name", "config", "kind", "message"),
     [
-        ("diffusers:AutoencoderKL", "{", BadRequest, "m: its configuration is not JSON"),
-        ("diffusers:AutoencoderKL", "[" * 60_000, BadRequest, "m: its configuration is not JSON"),
+        ("diffusers:AutoencoderKL", "{", BadRequest, "its configuration is not JSON"),
+        ("diffusers:AutoencoderKL", "[" * 60_000, BadRequest, "its configuration is not JSON"),
         ("diffusers:AutoencoderKL", "5", BadRequest, "its configuration is a int, not an object"),
         ("diffusers:AutoencoderKL", '"someone/model"', BadRequest, "its configuration is a str, not an object"),
         ("diffusers:AutoencoderKL", '{"down_block_types": 5}', BadRequest, "AutoencoderKL cannot be made"),
@@ -347,5 +375,5 @@ def test_descriptions_that_make_no_module_are_refused(
     class_name: str, config: str, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        build_module(ModuleDescription(class_name=class_name, config=config), "m")
+        build_module(ModuleDescription(class_name=class_name, config=config))
     assert message in str(caught.value)

@@ -34,7 +34,7 @@ def match(models: ClassModels, kind: type, folder: Path, state: State) -> Module
         class_name=f"{kind.__module__.partition('.')[0]}:{kind.__name__}",
         config=(folder / "config.json").read_text(),
     )
-    return models.match(described, {name: TensorInfo.of(tensor) for name, tensor in state.items()}, "model")
+    return models.match(described, {name: TensorInfo.of(tensor) for name, tensor in state.items()})
 
 
 def assert_as_loaded(models: ClassModels, kind: Any, folder: Path, dtype: torch.dtype) -> ModuleMatch:
@@ -201,9 +201,9 @@ def test_the_same_names_and_dtypes_reuse_a_module(models: ClassModels, tmp_path:
 def test_the_main_dtype_is_that_of_most_elements_that_are_not_kept(dtypes: dict[str, str], expected: torch.dtype):
     sizes = {"norm1.weight": (100,), "a.ids": (1_000,)}
     tensors = {name: TensorInfo(dtype, sizes.get(name, (10,))) for name, dtype in dtypes.items()}
-    assert main_dtype(diffusers.WanTransformer3DModel, tensors, "model") == expected
+    assert main_dtype(diffusers.WanTransformer3DModel, tensors) == expected
 
 
 def test_no_class_computes_in_8_bits():
-    with pytest.raises(UnsupportedDtype, match="model: most of its weights are float8_e5m2"):
-        main_dtype(diffusers.WanTransformer3DModel, {"a": TensorInfo("float8_e5m2", (9,))}, "model")
+    with pytest.raises(UnsupportedDtype, match="most of its weights are float8_e5m2"):
+        main_dtype(diffusers.WanTransformer3DModel, {"a": TensorInfo("float8_e5m2", (9,))})
