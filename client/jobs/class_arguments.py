@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from xditd.client.jobs.arguments import ArgumentWriter
-from xditd.client.jobs.held_tensors import HeldTensor
+from xditd.client.jobs.held_tensors import HeldTensor, HeldView
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
 from xditd.ipc.errors import BadRequest
@@ -83,6 +83,8 @@ class ClassArgumentWriter(ArgumentWriter):
     def _write_tensor(self, path: str, value: Any) -> Values | InIo | Kept | Held:  # type: ignore[override]
         if isinstance(value, HeldTensor):
             return value.held
+        if isinstance(value, HeldView):
+            value = value.read()
         if not isinstance(value, torch.Tensor):
             return super()._write_tensor(path, value)
         if value.requires_grad and torch.is_grad_enabled():

@@ -16,16 +16,65 @@ import torch
 
 from xditd.ipc import limits
 from xditd.ipc.arguments import Held
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 RELEASE_AFTER_S: Final = 0.05
 """Tensors of one object are dropped one after the other: they are released together."""
 
 
-class HeldTensor(torch.Tensor):
+class ReadOnlyTensor(torch.Tensor):
+    """A tensor whose values this process may not change, because those in the workers would stay.
+
+    Any operation on it runs on a copy of the values, and views of it can only be read either.
+    """
+
+    what: str
+
+    def read(self) -> torch.Tensor:
+        """Return the values as a tensor of this process."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        from torch.utils._pytree import tree_map_only
+
+        kwargs = kwargs or {}
+        schema = function._schema
+        for number, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                _check_written(args[number] if number < len(args) else kwargs.get(argument.name), schema.name)
+        args, kwargs = tree_map_only(ReadOnlyTensor, lambda each: each.read(), (args, kwargs))
+        result = function(*args, **kwargs)
+        if any(each.alias_info is not None for each in schema.returns):
+            return tree_map_only(torch.Tensor, HeldView, result)
+        return result
+
+    # These read the memory of a tensor, which one of a subclass like this does not have.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.read().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.read().tolist()
+
+
+def _check_written(given: Any, what: str) -> None:
+    for each in given if isinstance(given, (list, tuple)) else [given]:
+        if isinstance(each, ReadOnlyTensor):
+            raise Unsupported(
+                f"{what}: it would change a copy of {each.what}, whose values are in the workers: clone it before "
+                "you write to it, or leave the model out of components"
+            )
+
+
+class HeldTensor(ReadOnlyTensor):
     """A tensor whose values are in the workers.
 
-    As an argument of a call it costs nothing. Any operation on it in this process first copies its values here.
+    As an argument of a call it costs nothing. Any operation on it in this process first copies its values here; one
+    that writes to it or to a view of it is refused (``Unsupported``).
     """
 
     held: Held
@@ -37,20 +86,12 @@ class HeldTensor(torch.Tensor):
             cls, held.shape, dtype=torch_dtype(held.dtype), device=device
         )
         made.held, made.store = held, store
+        made.what = f"tensor {held.held_id} of a cache"
         weakref.finalize(made, store.note_dropped, held.held_id).atexit = False
         return made
 
     def __init__(self, held: Held, store: HeldStore, device: torch.device) -> None:
         pass  # all is done in __new__, as for every tensor subclass
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        from torch.utils._pytree import tree_map_only
-
-        args, kwargs = tree_map_only(HeldTensor, HeldTensor.read, (args, kwargs or {}))
-        return function(*args, **kwargs)
 
     def read(self) -> torch.Tensor:
         """Copy the values to this process.
@@ -62,6 +103,30 @@ class HeldTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<HeldTensor {self.held.held_id} {list(self.shape)} {self.held.dtype}, in the workers>"
+
+
+class HeldView(ReadOnlyTensor):
+    """A view of the values of a held tensor, copied to this process."""
+
+    copied: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> HeldView:
+        made: HeldView = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device
+        )
+        made.copied = values
+        made.what = "a tensor of a cache"
+        return made
+
+    def __init__(self, values: torch.Tensor) -> None:
+        pass
+
+    def read(self) -> torch.Tensor:
+        return self.copied
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.copied)
 
 
 class HeldStore:
