@@ -14,7 +14,7 @@ from xditd.ipc.name_lists import listed
 PROBE_DEADLINE_S: Final = 180.0
 """Importing xfuser takes most of the time: seconds on a warm disk, a minute on a cold or busy one."""
 
-NEEDED: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "safetensors")
+NEEDED: Final = ("torch", "xfuser", "diffusers", "transformers", "accelerate", "triton", "safetensors")
 _GIB: Final = 2**30
 
 
@@ -52,7 +52,12 @@ def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
                 "pip install 'xditd[workers]' (a client alone does not need them)",
             )
         ]
-    found = [ok("workers' libraries", ", ".join(f"{name} {packages[name]}" for name in NEEDED))]
+    found = [
+        ok(
+            "workers' libraries",
+            ", ".join(f"{name} {packages[name]}" for name in (*NEEDED, "peft") if name in packages),
+        )
+    ]
     found += _check_gpus(facts)
     found.append(_check_attention(facts))
     found.append(describe_default_layout(len(facts["gpus"])))

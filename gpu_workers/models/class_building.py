@@ -6,7 +6,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Final
 
@@ -38,6 +38,15 @@ _SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
 
+_REMEDIES: Final = {
+    "_compiled_call_impl": "accelerate the model before it is compiled",
+    "_hf_hook": "remove offloading by pipe.remove_all_hooks()",
+    "_diffusers_hook": "turn caching and offloading off (disable_cache(), pipe.remove_all_hooks())",
+    **dict.fromkeys(HOOKS, "remove the hooks"),
+    "processor": "use attention processors of diffusers",
+}
+"""What to do, by the names of attributes that workers cannot make."""
+
 
 def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
     """Change a module to a client's state; return whether it was in that state already.
@@ -60,12 +69,16 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
     if differing := list(_differences(state, found)):
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise Unsupported(
-            f"workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. "
-            "Undo these changes (remove the hooks, disable_cache(), use attention processors of diffusers), and lend "
-            "it again",
+            f"workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. " + _remedy(differing),
             names=differing,
         )
     return False
+
+
+def _remedy(differing: Sequence[str]) -> str:
+    text = " ".join(differing)
+    found = list(dict.fromkeys(remedy for name, remedy in _REMEDIES.items() if name in text)) or ["undo these changes"]
+    return f"{'; '.join(found).capitalize()}, and lend it again"
 
 
 def check_versions(theirs: Mapping[str, str]) -> None:

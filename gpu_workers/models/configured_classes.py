@@ -5,11 +5,16 @@ Parameters are on the meta device; buffers and all other tensors have values.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported, XditdError
 from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_classes import find_class
@@ -59,7 +64,7 @@ def build_module(described: ModuleDescription, dtype: torch.dtype | None = None)
     try:
         torch.set_default_dtype(dtype or default)
         # Weight initialisation takes two thirds of the time to build a module.
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights(), _limited_parameters():
             if issubclass(kind, ModelMixin):
                 module: Any = kind.from_config(config)
             else:
@@ -74,6 +79,26 @@ def build_module(described: ModuleDescription, dtype: torch.dtype | None = None)
         torch.set_default_dtype(default)
     built: torch.nn.Module = module.eval().requires_grad_(False)
     return built
+
+
+@contextmanager
+def _limited_parameters() -> Iterator[None]:
+    """Refuse a module with more parameters than a manifest may lend: a number of layers in a configuration has no end.
+
+    Raises:
+        BadRequest: it has more than :data:`~xditd.ipc.limits.MAX_TENSORS`.
+    """
+    count = itertools.count(1)
+
+    def check(*_: object) -> None:
+        if next(count) > limits.MAX_TENSORS:
+            raise BadRequest(f"its configuration makes more than {limits.MAX_TENSORS} parameters")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_attention(config: Any) -> None:

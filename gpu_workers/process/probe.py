@@ -15,7 +15,17 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-PACKAGES: Final = ("torch", "xfuser", "diffusers", "transformers", "triton", "safetensors", "cuda-bindings")
+PACKAGES: Final = (
+    "torch",
+    "xfuser",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "triton",
+    "safetensors",
+    "cuda-bindings",
+)
 
 
 def main() -> int:

@@ -351,6 +351,9 @@ def test_values_are_made_as_they_were() -> None:
     assert found["object"].x == ()
 
 
+MANY_LAYERS = '{"num_layers": 1000000000, "attention_head_dim": 8, "num_attention_heads": 1}'
+
+
 @pytest.mark.parametrize(
     ("class_name", "config", "kind", "message"),
     [
@@ -359,6 +362,7 @@ def test_values_are_made_as_they_were() -> None:
         ("diffusers:AutoencoderKL", "5", BadRequest, "its configuration is a int, not an object"),
         ("diffusers:AutoencoderKL", '"someone/model"', BadRequest, "its configuration is a str, not an object"),
         ("diffusers:AutoencoderKL", '{"down_block_types": 5}', BadRequest, "AutoencoderKL cannot be made"),
+        ("diffusers:FluxTransformer2DModel", MANY_LAYERS, BadRequest, "makes more than 16384 parameters"),
         ("diffusers:DDIMScheduler", "{}", Unsupported, "whose classes cannot be used"),
         (LINEAR, "{}", Unsupported, "is no model class of diffusers or transformers"),
         ("transformers:CLIPTextConfig", "{}", Unsupported, "is no model class of diffusers or transformers"),
