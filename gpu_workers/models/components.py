@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 
@@ -26,10 +23,11 @@ from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
-from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges
+from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
     BadRequest,
@@ -50,9 +48,7 @@ from xditd.ipc.tensors import (
     Manifest,
     TensorSpec,
 )
-from xditd.ipc.transports.file import FileMapping
-from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews, place
-from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
+from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -98,14 +94,6 @@ class Component:
     @property
     def is_loaded(self) -> bool:
         return self.match.model.owner == self.component_id
-
-
-class _OwnBuffer(NamedTuple):
-    """A buffer of this rank, the tensors in it, and which bytes of the lent blocks fill it."""
-
-    tensors: dict[str, torch.Tensor]
-    buffer: torch.Tensor
-    ranges: list[CopyRange]
 
 
 class Components:
@@ -233,10 +221,10 @@ class Components:
                 if spec.name in component.tensors and _shares_storage(component.tensors[spec.name], sources[spec.block])
             ]
             self.check_unchanged(component)
-            own = self._allocate(specs)
+            own = OwnBuffer.allocate(specs, self._device)
             if own is not None:
                 no_files = [None] * len(sources)  # copy from the mappings
-                deque(self._copy(own, sources, no_files, [range(own.buffer.numel())]), maxlen=0)
+                deque(own.fill(sources, no_files, [range(own.buffer.numel())]), maxlen=0)
             self.check_unchanged(component)
         clock.mark("copy")
         is_loaded = component.is_loaded
@@ -349,14 +337,14 @@ class Components:
             read = set(match.sources.values())
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
-            own = self._allocate(apart)
+            own = OwnBuffer.allocate(apart, self._device)
             if own is None:
                 check_files_unchanged(opened)
         tensors: dict[str, torch.Tensor] = {}
         copies: list[torch.Tensor] = []
         size = 0
         if own is not None:
-            share = self.gpu_copies.fill(own.buffer, partial(self._copy, own, sources, opened), clock.mark)
+            share = self.gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
             tensors, copies = own.tensors, [own.buffer]
             size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
         with self.gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark):
@@ -376,44 +364,6 @@ class Components:
         if self._device.type == "cuda":
             return not source.is_cuda
         return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
-
-    def _allocate(self, specs: list[TensorSpec]) -> _OwnBuffer | None:
-        """Allocate a buffer for these tensors, each aligned; ``None`` if there are none."""
-        if not specs:
-            return None
-        specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
-        offsets, total = place([spec.extent_bytes for spec in specs])
-        buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
-        views = BlockViews(buffer)
-        tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
-        return _OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
-
-    def _copy(
-        self, own: _OwnBuffer, sources: list[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
-    ) -> Generator[None, None, None]:
-        """Fill ``parts`` of a buffer from ``sources``, and yield after each, in stream order.
-
-        Files among ``opened`` are read by ``pread``, not through their mappings, and checked for changes at the end.
-        """
-        uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
-        counts = []
-        for part in parts:
-            before = len(uploads)
-            for number, start, to, size in clip_ranges(own.ranges, part):
-                source, target = sources[number].narrow(0, start, size), own.buffer.narrow(0, to, size)
-                block = opened[number]
-                if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
-                    uploads.append((block.mapping.stretch(start, size), target))
-                elif can_upload(source, target):
-                    uploads.append((source, target))
-                else:
-                    target.copy_(source)
-            counts.append(len(uploads) - before)
-        with closing(upload(uploads)) as uploaded:
-            for count in counts:
-                deque(islice(uploaded, count), maxlen=0)
-                yield
-        check_files_unchanged(opened)  # all reads are done
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

@@ -38,6 +38,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
     torch.set_num_threads(1)
     layout = xfuser_start.start(rank, ranks, f"{folder}/store", torch.device("cpu"))
     from xditd.gpu_workers.models.components import Components
+    from xditd.gpu_workers.models.own_buffer import OwnBuffer
     from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks
 
     components = Components(layout, "", ("",) * ranks)
@@ -75,7 +76,7 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
 
     def copied_on_the_first_rank_before(case: str, change: Callable[[], None]) -> None:
         """The first rank has read and checked the file, and waits for the other one to come as far."""
-        copy = components._copy
+        copy = OwnBuffer.fill
 
         def copy_first(*given: Any) -> Generator[None, None, None]:
             yield from copy(*given)
@@ -89,9 +90,9 @@ def run_rank(rank: int, ranks: int, folder: str, prepares: dict[str, bytes]) -> 
             change()
             yield from copy(*given)
 
-        components._copy = copy_last if rank else copy_first
+        OwnBuffer.fill = copy_last if rank else copy_first
         note(case)
-        components._copy = copy
+        OwnBuffer.fill = copy
 
     def fail() -> None:
         raise OutOfMemory("no room")

@@ -1,0 +1,66 @@
+"""A rank's own copy of lent tensors: those that it cannot map, or that it keeps when their loan ends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from xditd.gpu_workers.models.file_watch import check_files_unchanged
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges, join_ranges
+from xditd.gpu_workers.weights.blocks import OpenBlock
+from xditd.ipc.tensors import TensorSpec
+from xditd.ipc.transports.file import FileMapping
+from xditd.ipc.transports.tensor_views import BlockViews, place
+from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
+
+
+class OwnBuffer(NamedTuple):
+    """A buffer of this rank, the tensors in it, and which bytes of the lent blocks fill it."""
+
+    tensors: dict[str, torch.Tensor]
+    buffer: torch.Tensor
+    ranges: list[CopyRange]
+
+    @staticmethod
+    def allocate(specs: list[TensorSpec], device: torch.device) -> OwnBuffer | None:
+        """Allocate a buffer for these tensors, each aligned; ``None`` if there are none."""
+        if not specs:
+            return None
+        specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
+        offsets, total = place([spec.extent_bytes for spec in specs])
+        buffer = torch.empty(total, dtype=torch.uint8, device=device)
+        views = BlockViews(buffer)
+        tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
+        return OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
+
+    def fill(
+        self, sources: Sequence[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
+    ) -> Generator[None, None, None]:
+        """Fill ``parts`` of the buffer from ``sources``, those of each block, and yield after each, in stream order.
+
+        Files among ``opened`` are read by ``pread``, not through their mappings, and checked for changes at the end.
+        """
+        uploads: list[tuple[torch.Tensor | FileStretch, torch.Tensor]] = []
+        counts = []
+        for part in parts:
+            before = len(uploads)
+            for number, start, to, size in clip_ranges(self.ranges, part):
+                source, target = sources[number].narrow(0, start, size), self.buffer.narrow(0, to, size)
+                block = opened[number]
+                if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
+                    uploads.append((block.mapping.stretch(start, size), target))
+                elif can_upload(source, target):
+                    uploads.append((source, target))
+                else:
+                    target.copy_(source)
+            counts.append(len(uploads) - before)
+        with closing(upload(uploads)) as uploaded:
+            for count in counts:
+                deque(islice(uploaded, count), maxlen=0)
+                yield
+        check_files_unchanged(opened)  # all reads are done
