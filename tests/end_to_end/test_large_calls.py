@@ -130,6 +130,7 @@ def test_results_of_many_threads_are_their_own(client, scale):
         assert all(pool.map(ask, range(threads)))
 
 
+@pytest.mark.long
 def test_more_bytes_than_workers_keep_give_right_results_in_bounded_memory(daemon, processes, wait_until):
     prompt = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     base = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
@@ -195,6 +196,7 @@ def test_arguments_of_any_form_are_answered(times, says, client, scale):
     assert torch.equal(client.call(scale, part(0))[0], expected(**part(0)))
 
 
+@pytest.mark.long
 def test_results_larger_than_any_memory_are_a_typed_error(client, scale):
     """No rank has room: the group is rebuilt, maps the loan again, and is sent again what it kept."""
     given = part(0)

@@ -52,6 +52,7 @@ def test_a_family_of_another_package_is_served_as_our_own(start_daemon, monkeypa
     daemon.stop()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_its_latents_are_decoded_and_encoded_by_its_own_scaling(start_daemon, monkeypatch, files, relative_error):
     """FLUX.1's VAE stands for one that looks like it; the numbers of the latents are SD3's."""

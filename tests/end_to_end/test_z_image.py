@@ -135,7 +135,7 @@ def test_a_dtype_that_no_layer_takes_is_refused_and_the_workers_stay(client, loa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["rank 1", "leader"])
+@pytest.mark.parametrize("victim", [pytest.param("rank 1", marks=pytest.mark.long), "leader"])
 def test_kept_tensors_are_sent_again_to_workers_that_were_rebuilt(victim, client, loan, processes):
     given = z_image_models.inputs((7,), ((8, 8),))
     arguments = {**given, "cap_feats": [client.keep(given["cap_feats"][0])]}

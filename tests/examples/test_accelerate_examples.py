@@ -43,8 +43,13 @@ def test_each_example_of_accelerate_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("accelerate_*.py")} == set(WRITES)
 
 
+IN_MINUTES = ("accelerate_flux1", "accelerate_ltx2_with_sound")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize(
+    "name", [name if name in IN_MINUTES else pytest.param(name, marks=pytest.mark.long) for name in WRITES]
+)
 def test_an_example_runs_with_tiny_weights(name: str, one_worker: RunningDaemon, tmp_path: Path) -> None:
     out = tmp_path / "results" / WRITES[name][0].replace("-0", "")
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--tiny", "--out", str(out)]

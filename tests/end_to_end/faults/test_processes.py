@@ -152,6 +152,7 @@ def test_a_worker_killed_in_a_call_of_many_parts(rank, daemon, client, transform
     kill_in_call(daemon, client, transformer, rank)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_only_worker_killed_in_a_call_of_many_parts(start_daemon, files, kill_in_call):
     alone = start_daemon(1)
@@ -186,6 +187,7 @@ def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_in
         assert torch.equal(run(client, loan, make_inputs(seed=5)), seed_bits)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_stands_still_in_a_call_is_ended_at_the_deadline(
@@ -226,6 +228,7 @@ SAME_JOB_TWICE = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pause_of_the_whole_machine_in_mid_job_loses_nothing(impatient, files, start_script, processes, wait_until):
     """Daemon, leader, ranks and client are stopped for longer than every deadline, and go on."""
@@ -248,7 +251,10 @@ def test_a_pause_of_the_whole_machine_in_mid_job_loses_nothing(impatient, files,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGKILL, DaemonUnreachable), (signal.SIGTERM, DaemonStopping)])
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [pytest.param(signal.SIGKILL, DaemonUnreachable, marks=pytest.mark.long), (signal.SIGTERM, DaemonStopping)],
+)
 def test_a_daemon_that_ends_in_mid_job(
     number, error, start_daemon, wait_until, files, make_inputs, run, seed_bits, long_job, processes
 ):

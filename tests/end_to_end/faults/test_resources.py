@@ -26,6 +26,7 @@ def test_one_rank_that_cannot_open_what_is_lent(client, files, make_inputs, run,
         assert torch.isfinite(run(client, loan, make_inputs())).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_one_rank_without_memory(start_daemon, files, make_inputs, run, seed_bits, start_script):
     """The host's memory stands for a GPU's: one rank may not take what the job needs, and the other one could.

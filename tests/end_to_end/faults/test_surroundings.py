@@ -32,6 +32,7 @@ TORCHRUN = {
 """What a parent framework sets for processes of its own."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_runtime_folder_is_removed_and_a_rank_dies(daemon, client, good_job, wait_until):
     """Sockets are back within seconds, connections stay, and the rebuilt ranks find daemon and each other."""
@@ -74,6 +75,7 @@ def start_here(tmp_path):
     daemon.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_everything_that_a_parent_may_leave_behind(
     start_here, tmp_path, files, make_inputs, run, processes, wait_until

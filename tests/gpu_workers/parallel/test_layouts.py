@@ -79,6 +79,7 @@ def expected() -> dict[str, torch.Tensor]:
     return found | {name: torch.cat([found[case] for case in cases]) for name, cases in many_layouts.JOINED.items()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
 def test_a_layout_agrees_with_plain_diffusers(computed: Any, expected: Any, layout: str) -> None:
@@ -88,6 +89,7 @@ def test_a_layout_agrees_with_plain_diffusers(computed: Any, expected: Any, layo
             assert error <= BAR, f"{case}, row {row}: {error:.2e}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
 def test_a_layout_gives_the_same_bits_again(computed: Any, layout: str) -> None:
@@ -96,6 +98,7 @@ def test_a_layout_gives_the_same_bits_again(computed: Any, layout: str) -> None:
             assert torch.equal(results[f"{case}/0"], results[f"{case}/1"]), case
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
 def test_every_rank_gets_every_row(computed: Any, layout: str) -> None:
@@ -104,6 +107,7 @@ def test_every_rank_gets_every_row(computed: Any, layout: str) -> None:
         assert all(torch.equal(results[name], tensor) for name, tensor in first.items())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
 def test_a_step_cache_spares_the_same_steps_of_every_row(computed: Any, layout: str) -> None:

@@ -54,7 +54,7 @@ def stop_for_a_while(wait_until: Callable[..., None]) -> Iterator[Callable[[list
             os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("who", ["all", "daemon"])
+@pytest.mark.parametrize("who", [pytest.param("all", marks=pytest.mark.long), "daemon"])
 def test_pause_in_mid_job_loses_nothing(
     start_daemon: Any, memory: Any, stop_for_a_while: Callable[[list[int]], None], who: str
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 BAR = 1e-6
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
