@@ -1,0 +1,86 @@
+"""Split the tokens of a sequence over ranks, and gather them: any count, each rank's tokens in the order of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that share the tokens of a forward: their process group, and this process's place in it."""
+
+    group: dist.ProcessGroup | None
+    """``None``: all ranks of the default group."""
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """How many consecutive tokens of one sequence each rank has."""
+
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: int, ranks: int) -> Stream:
+        """Split ``tokens`` as evenly as possible: the first ranks have one more than the last."""
+        return cls(tuple(tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    def own(self, rank: int) -> slice:
+        """Return the tokens of one rank."""
+        start = sum(self.counts[:rank])
+        return slice(start, start + self.counts[rank])
+
+
+def take(tensor: torch.Tensor, dim: int, stream: Stream, rank: int) -> torch.Tensor:
+    """Return a rank's tokens of a whole tensor, as a view."""
+    own = stream.own(rank)
+    return tensor.narrow(dim, own.start, own.stop - own.start)
+
+
+def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -> torch.Tensor:
+    """Gather the tokens of all ranks along ``dim``, in the order of ranks; every rank gets the same tensor.
+
+    ``counts`` is how many tokens each rank gives. All ranks call this together.
+    """
+    longest = max(counts)
+    sent = own.movedim(dim, 0).contiguous()
+    if sent.shape[0] < longest:  # a collective takes equal parts
+        sent = torch.cat([sent, sent.new_zeros((longest - sent.shape[0], *sent.shape[1:]))])
+    # As bytes: not every backend has every dtype.
+    received = sent.new_empty((ranks.size * longest, *sent.shape[1:]))
+    dist.all_gather_into_tensor(_bytes_of(received), _bytes_of(sent), group=ranks.group)
+    if min(counts) < longest:
+        parts = received.unflatten(0, (ranks.size, longest))
+        received = torch.cat([parts[rank, :count] for rank, count in enumerate(counts)])
+    return received.movedim(0, dim)
+
+
+def exchange(sent: list[torch.Tensor], shapes: list[tuple[int, ...]], ranks: Ranks) -> list[torch.Tensor]:
+    """Send one tensor to each rank, and return what each has sent to this one, of the given ``shapes``.
+
+    All ranks call this together; all tensors have one dtype.
+    """
+    packed = torch.cat([each.reshape(-1) for each in sent])
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    received = packed.new_empty(sum(sizes))
+    item = packed.element_size()
+    dist.all_to_all_single(
+        _bytes_of(received),
+        _bytes_of(packed),
+        [size * item for size in sizes],
+        [each.numel() * item for each in sent],
+        group=ranks.group,
+    )
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)

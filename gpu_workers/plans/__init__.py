@@ -1,0 +1,27 @@
+"""The token plans of diffusers' classes, a module for each family of classes, and the classes that no plan fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Final
+
+from xditd.gpu_workers.models.token_plans import TokenPlan
+
+MODULES: Final = ("flux", "qwen_image", "wan")
+"""Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""
+
+
+@cache
+def plans() -> Mapping[str, TokenPlan | str]:
+    """Return what is known of all classes, by name."""
+    found: dict[str, TokenPlan | str] = {}
+    for name in MODULES:
+        found.update(import_module(f"{__name__}.{name}").PLANS)
+    return found
+
+
+def find(class_name: str) -> TokenPlan | str:
+    """Return the plan of a class, or the reason why it has none."""
+    return plans().get(class_name, "no token plan is written for this class")
