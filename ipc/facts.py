@@ -9,6 +9,7 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Finite
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.protocol import Text
 from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
 
 Guidance = Literal["none", "embedded", "classifier_free"]
@@ -120,8 +121,11 @@ class ModuleFacts(Described, frozen=True, kw_only=True):
     """Facts of a module that runs as its class does. ``methods`` are those that ``Call`` can run."""
 
     methods: Annotated[dict[Name, MethodFacts], msgspec.Meta(max_length=16)]
-    layout: Literal["rows"] = "rows"
-    """How several ranks run it: ``rows``, the parts of a call and the rows of a batch on different ranks."""
+    layout: Literal["rows", "tokens"] = "rows"
+    """How several ranks run it: ``rows``, the parts of a call and the rows of a batch on different ranks; ``tokens``,
+    so or with the tokens of every row split over all ranks, whichever gives a rank less to do."""
+    layout_reason: Text = ""
+    """Why ranks cannot split its tokens."""
 
 
 class ComponentFacts(Described, frozen=True, kw_only=True):

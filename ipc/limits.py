@@ -84,7 +84,7 @@ MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 
 MAX_FUSED_CHECKS: Final = 32
-MAX_ROW_CHECKS: Final = 32
+MAX_SPLIT_CHECKS: Final = 32
 """Fast path checks (fused kernels against unmodified modules) in ``status``; there is one for each number of tokens."""
 
 MAX_LAYOUT_CANDIDATES: Final = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -136,19 +136,21 @@ class FusedCheck(Described, frozen=True, kw_only=True):
     """Whether the kernels are used. Once refused, they are not used for any number of tokens."""
 
 
-class RowCheck(Described, frozen=True, kw_only=True):
-    """A check of a module that runs as its class: the rows of a batch run apart, compared with the whole batch."""
+class SplitCheck(Described, frozen=True, kw_only=True):
+    """A check of a module that runs as its class: one call split over the ranks, compared with the same call whole."""
 
     class_name: Name
     method: Name
+    split: Literal["rows", "tokens"] = "rows"
+    """What ranks share: the rows of the batch, or the tokens of each row."""
     batch: Count
     error: RelativeError | None
-    """Relative error of the result; ``None`` if rows could not be compared."""
+    """Relative error of the result; ``None`` if the call could not be split, or compared."""
     tolerance: RelativeError
     is_used: bool
-    """Whether different ranks run the rows of such calls. If not, every rank runs all of them."""
+    """Whether such calls are split so. A call that is split in no way runs whole on every rank."""
     detail: Text = ""
-    """Why rows were refused."""
+    """Why it is not split so."""
 
 
 class DaemonStatus(Described, frozen=True, kw_only=True):
@@ -169,7 +171,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is ready."""
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)]
     """Fast path checks since the group started, oldest first; bounded."""
-    row_checks: Annotated[tuple[RowCheck, ...], msgspec.Meta(max_length=limits.MAX_ROW_CHECKS)] = ()
+    split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]

@@ -16,7 +16,7 @@ from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
-from xditd.ipc.status import FusedCheck, LayoutReport, RowCheck
+from xditd.ipc.status import FusedCheck, LayoutReport, SplitCheck
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, FileDigest, HostShmBlock, Manifest, Name
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
@@ -208,7 +208,7 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory_bytes: Bytes = 0
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)] = ()
     """Fast path checks since the last tally; nearly always none."""
-    row_checks: Annotated[tuple[RowCheck, ...], msgspec.Meta(max_length=limits.MAX_ROW_CHECKS)] = ()
+    split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the last tally; of rank 0 alone, since all ranks have the same."""
 
 

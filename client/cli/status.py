@@ -70,13 +70,13 @@ def describe(found: DaemonStatus) -> str:
             for each in found.fused_checks
         ]  # fmt: skip
         lines += ["", table(("FUSED KERNELS", "TOKENS", "ERROR", "AT MOST", "VERDICT"), checks)]
-    if found.row_checks:
+    if found.split_checks:
         verdicts = [
-            (each.class_name, each.method, each.batch, "-" if each.error is None else f"{each.error:.2e}",
+            (each.class_name, each.method, each.split, each.batch, "-" if each.error is None else f"{each.error:.2e}",
              f"{each.tolerance:g}", "in use" if each.is_used else f"refused: {_shortened(each.detail)}")
-            for each in found.row_checks
+            for each in found.split_checks
         ]  # fmt: skip
-        lines += ["", table(("ROWS OF", "METHOD", "BATCH", "ERROR", "AT MOST", "VERDICT"), verdicts)]
+        lines += ["", table(("SPLIT OF", "METHOD", "BY", "BATCH", "ERROR", "AT MOST", "VERDICT"), verdicts)]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",

@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import FusedCheck, RowCheck
+from xditd.ipc.status import FusedCheck, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -62,7 +62,7 @@ class Ranks:
         self._routes: dict[int, bytes] = {}
         self._next_op_number = 1
         self._fused_checks: dict[tuple[str, str], FusedCheck] = {}
-        self.row_checks: deque[RowCheck] = deque(maxlen=limits.MAX_ROW_CHECKS)
+        self.split_checks: deque[SplitCheck] = deque(maxlen=limits.MAX_SPLIT_CHECKS)
         """The last checks of rows, oldest first."""
 
     @property
@@ -163,7 +163,7 @@ class Ranks:
             self.tallies[answer.rank] = answer.tally
             for check in answer.tally.fused_checks:
                 self._note_check(answer.rank, check)
-            self.row_checks.extend(answer.tally.row_checks)
+            self.split_checks.extend(answer.tally.split_checks)
         if len(in_flight.answers) < self.world_size:
             return None
         answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]

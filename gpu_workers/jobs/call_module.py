@@ -21,6 +21,7 @@ from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, Write
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.snapshots import Snapshot
+from xditd.gpu_workers.parallel.rank_errors import is_peer_rank_failure
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc.arguments import (
     Argument,
@@ -145,8 +146,8 @@ def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -
                 f"{component.manifest.label}: no room in the worker's memory: {str(error).splitlines()[0]:.300}; use a "
                 "smaller size or batch, or free memory there"
             ) from None
-        if "CUDA error" in str(error):
-            raise  # the process cannot use its GPU any more
+        if "CUDA error" in str(error) or is_peer_rank_failure(error):
+            raise  # the process cannot use its GPU any more, or another rank has ended
         traceback.clear_frames(error.__traceback__)  # they hold views of lent memory, which could not be unmapped
         what = f"{type(error).__name__}: {error!s:.1000}"
         raise BadRequest(

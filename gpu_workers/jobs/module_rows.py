@@ -1,7 +1,8 @@
-"""Run the parts of a call of a module, and the rows of a part, on different ranks ("by rows").
+"""Run the parts of a call of a module, and the rows of a part, on different ranks ("by rows"), or split their tokens.
 
 Parts with objects or caches run on every rank, since all ranks hold the same ones. So do the first call of each case,
-which is checked, and those that the check has refused. The results of all others are sent to rank 0.
+which is checked, and those that the checks have refused. Of all others, ranks run whole rows and send their results to
+rank 0, or they share the tokens of every row, by the class's token plan, whichever gives the busiest rank less to do.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import torch
 
 from xditd.gpu_workers.models.class_models import ClassModel
 from xditd.gpu_workers.models.finite import magnitude
-from xditd.gpu_workers.models.row_checks import (
+from xditd.gpu_workers.models.planned_forward import PlanFault
+from xditd.gpu_workers.models.split_checks import (
     TOLERANCE,
     TOLERANCE_OF_HALVES,
     Case,
@@ -40,10 +42,12 @@ from xditd.gpu_workers.parallel.row_trees import (
     take_rows,
     tensors_of,
 )
-from xditd.ipc.errors import BadRequest
+from xditd.gpu_workers.parallel.split_choice import prefers_tokens
+from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.ipc.errors import BadRequest, OtherRankFailed, XditdError
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.requests import Numerics
-from xditd.ipc.status import RowCheck
+from xditd.ipc.status import SplitCheck
 
 Call = Callable[[Mapping[str, Any]], Any]
 _REFUSED: Final = object()
@@ -88,7 +92,7 @@ class ModuleRows:
             keys = [self._key(part.arguments) for part in parts]
         shared: dict[int, Case] = {}
         for number, part in enumerate(parts):
-            case = Case(None) if part.stays_alike else self._model.row_checks.find(keys[number])
+            case = Case(None) if part.stays_alike else self._model.split_checks.find(keys[number])
             if case is None:
                 results[number] = self._check(part.arguments, keys[number])
             elif case.result is None:
@@ -96,16 +100,23 @@ class ModuleRows:
                     results[number] = self._call(part.arguments)
             else:
                 shared[number] = case
+        if self._prefers_tokens(parts, shared):
+            for number, case in shared.items():
+                results[number] = self._run_tokens_or_whole(parts[number].arguments, keys[number], case)
+            return results
         for number, result in self._run_shared(parts, keys, shared).items():
             results[number] = result
         return results
+
+    def _prefers_tokens(self, parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> bool:
+        return all(case.splits_tokens for case in cases.values()) and prefers_tokens(_shares(parts, cases), self._ranks)
 
     def _key(self, arguments: Mapping[str, Any]) -> CaseKey:
         return CaseKey.of(self._method, self._numerics, arguments, batch_of(arguments))
 
     def _check(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
         """Run a call of a new case whole on every rank, then by rows; note whether the results agree."""
-        checks, batch = self._model.row_checks, batch_of(arguments)
+        checks, batch = self._model.split_checks, batch_of(arguments)
         copied = copy_tree(arguments)  # a forward may change its lists and maps
         snapshot = ModuleSnapshot(self._model.module, self._model.device)
         with raise_on_all_ranks():
@@ -114,7 +125,7 @@ class ModuleRows:
         has_drawn = snapshot.has_drawn or any(each.training for each in self._model.module.modules())
         if not agree(structure is not None and not has_drawn):
             why = "its forward draws random numbers" if has_drawn else "its result holds objects"
-            checks.note(key, Case(None), self._report(batch, None, why))
+            checks.note(key, Case(None), self._report("rows", batch, None, why))
             return whole
         assert structure is not None
         if not agree(_is_finite(whole)):
@@ -125,20 +136,72 @@ class ModuleRows:
         pieces = pieces_of(batch, self._ranks)
         found, why = Difference(0.0, self._tolerance), ""
         if batch > 1 and self._rank < len(pieces):
-            found, why = self._compare(copied, whole, structure, pieces[self._rank])
+            found, why = self._compare_rows(copied, whole, structure, pieces[self._rank])
             if not snapshot.is_same or snapshot.has_drawn:
                 found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         connect(self._model.device)
         if worst is None:
-            checks.note(key, Case(None), self._report(batch, None, "ranks have results of other structures"))
-        elif batch < 2:
-            checks.note(key, Case(structure))
-        else:
-            is_used = worst.ratio <= 1.0
-            why = "" if is_used else why or "rows that run apart give other results"
-            checks.note(key, Case(structure, batch if is_used else 0), self._report(batch, worst, why))
+            checks.note(key, Case(None), self._report("rows", batch, None, "ranks have results of other structures"))
+            return whole
+        reports = []
+        has_rows = batch > 1 and worst.ratio <= 1.0
+        if batch > 1:
+            why = "" if has_rows else why or "rows that run apart give other results"
+            reports.append(self._report("rows", batch, worst, why))
+        by_tokens = self._check_tokens(copied, whole, structure, batch)
+        if by_tokens is not None:
+            reports.append(by_tokens)
+        splits_tokens = by_tokens is not None and by_tokens.is_used
+        checks.note(key, Case(structure, batch if has_rows else 0, splits_tokens), *reports)
         return whole
+
+    def _check_tokens(self, arguments: Mapping[str, Any], whole: Any, structure: Node, batch: int) -> SplitCheck | None:
+        """Run a call with its tokens split over all ranks, and compare; ``None`` if the module has no token plan."""
+        if isinstance(self._model.planned, str) or self._method != "forward":
+            return None
+        snapshot = ModuleSnapshot(self._model.module, self._model.device)
+        try:
+            split = self._run_tokens(copy_tree(arguments))
+        except PlanFault as fault:
+            return self._report("tokens", batch, None, fault.detail)
+        found, why = Difference(math.inf, self._tolerance), "its result has another structure"
+        if structure_of(split, batch) == structure:
+            found, why = self._differ(split, whole), "split tokens give other results"
+        if not snapshot.is_same or snapshot.has_drawn:
+            found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
+        worst = self._worst(found, structure)
+        assert worst is not None  # all ranks have had the same structure before
+        return self._report("tokens", batch, worst, "" if worst.ratio <= 1.0 else why)
+
+    def _run_tokens_or_whole(self, arguments: Mapping[str, Any], key: CaseKey, case: Case) -> Any:
+        """Run a call with its tokens split; if it is not as the plan declares, whole on every rank from now on."""
+        copied = copy_tree(arguments)
+        try:
+            return self._run_tokens(arguments)
+        except PlanFault as fault:
+            report = self._report("tokens", batch_of(copied), None, fault.detail)
+            self._model.split_checks.note(key, replace(case, splits_tokens=False), report)
+        with raise_on_all_ranks():
+            return self._call(copied)
+
+    def _run_tokens(self, arguments: Mapping[str, Any]) -> Any:
+        """Run a call with its tokens split over all ranks; every rank returns the whole result.
+
+        All ranks meet in the middle of the forward, so that one without memory ends the group: its error is not shared.
+        """
+        planned = self._model.planned
+        assert not isinstance(planned, str)
+        ranks = Ranks(None, self._rank, self._ranks)
+        fault: XditdError | None = None
+        result = None
+        try:
+            result = planned.run(lambda: self._call(arguments), ranks)
+        except XditdError as error:
+            fault = error
+        if agree(fault is None):
+            return result
+        raise fault or OtherRankFailed("another rank refused; its error says why")
 
     @property
     def _tolerance(self) -> float:
@@ -150,7 +213,7 @@ class ModuleRows:
         is_cast = self._numerics.autocast is not None and self._numerics.autocast != "float32"
         return is_cast or any(each.dtype in halves for each in self._model.module.parameters())
 
-    def _compare(
+    def _compare_rows(
         self, arguments: Mapping[str, Any], whole: Any, structure: Node, rows: range
     ) -> tuple[Difference, str]:
         """Run some rows, and compare them with those of the whole; return the difference, and what is wrong."""
@@ -160,14 +223,17 @@ class ModuleRows:
             piece = self._call(take_rows(arguments, batch, slice(rows.start, rows.stop)))
             if structure_of(piece, 0) != structure_of_rows(structure, rows):
                 return unknown, "a result has other dimensions or values for some rows alone"
-            expected = tensors_of(take_rows(whole, batch, slice(rows.start, rows.stop)))
-            in_halves = self._in_halves
-            found = [difference(a, b, in_halves=in_halves) for a, b in zip(tensors_of(piece), expected, strict=True)]
+            return self._differ(piece, take_rows(whole, batch, slice(rows.start, rows.stop))), ""
         except torch.OutOfMemoryError:
             return unknown, "no room to check them"
         except BadRequest as error:
             return unknown, error.detail
-        return max(found, key=lambda each: each.ratio, default=Difference(0.0, self._tolerance)), ""
+
+    def _differ(self, found: Any, expected: Any) -> Difference:
+        """Return the largest difference of two results of one structure."""
+        pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
+        each = [difference(mine, its, in_halves=self._in_halves) for mine, its in pairs]
+        return max(each, key=_ratio, default=Difference(0.0, self._tolerance))
 
     def _worst(self, mine: Difference, structure: Node) -> Difference | None:
         """Return the largest difference of all ranks; ``None`` if their whole results have other structures."""
@@ -178,11 +244,12 @@ class ModuleRows:
             return None
         return max((Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone), key=_ratio)
 
-    def _report(self, batch: int, found: Difference | None, why: str) -> RowCheck:
+    def _report(self, split: Literal["rows", "tokens"], batch: int, found: Difference | None, why: str) -> SplitCheck:
         error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
-        return RowCheck(
+        return SplitCheck(
             class_name=self._model.class_name,
             method=self._method,
+            split=split,
             batch=batch,
             error=error,
             tolerance=self._tolerance if found is None else found.tolerance,
@@ -196,13 +263,7 @@ class ModuleRows:
         """Run parts on different ranks. If one gives something else than before, all ranks run it whole."""
         if not cases:
             return {}
-        pieces = assign(
-            [
-                Share(number, max(batch_of(parts[number].arguments), 1), case.batch > 1)
-                for number, case in cases.items()
-            ],
-            self._ranks,
-        )
+        pieces = assign(_shares(parts, cases), self._ranks)
         nodes = {piece: structure_of_rows(_structure(cases[piece.part]), piece.rows) for piece in pieces}
         with raise_on_all_ranks():
             mine = {piece: self._run_piece(piece, parts[piece.part]) for piece in pieces if piece.rank == self._rank}
@@ -211,7 +272,9 @@ class ModuleRows:
         results: dict[int, Any] = {}
         for number in wrong:
             why = "a later call had a result of another structure, or its rows were refused"
-            self._model.row_checks.note(keys[number], Case(None), self._report(cases[number].batch, None, why))
+            self._model.split_checks.note(
+                keys[number], Case(None), self._report("rows", cases[number].batch, None, why)
+            )
             with raise_on_all_ranks():
                 results[number] = self._call(parts[number].arguments)
         pieces = [piece for piece in pieces if piece.part not in wrong]
@@ -236,6 +299,10 @@ class ModuleRows:
             return self._call(take_rows(part.arguments, batch, slice(piece.rows.start, piece.rows.stop)))
         except BadRequest:
             return _REFUSED
+
+
+def _shares(parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> list[Share]:
+    return [Share(number, max(batch_of(parts[number].arguments), 1), case.batch > 1) for number, case in cases.items()]
 
 
 def _structure(case: Case) -> Node:

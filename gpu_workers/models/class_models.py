@@ -13,6 +13,7 @@ import torch
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.planned_forward import PlanFault, PlannedModule
 from xditd.gpu_workers.models.pretrained import (
     LoadPlan,
     check_fit,
@@ -21,13 +22,14 @@ from xditd.gpu_workers.models.pretrained import (
     main_dtype,
     plan_load,
 )
-from xditd.gpu_workers.models.row_checks import RowChecks
 from xditd.gpu_workers.models.snapshots import Snapshot
+from xditd.gpu_workers.models.split_checks import SplitChecks
+from xditd.gpu_workers.models.token_plans import find_plan
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
 from xditd.ipc.facts import ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
-from xditd.ipc.status import FusedCheck, RowCheck
+from xditd.ipc.status import FusedCheck, SplitCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
@@ -78,9 +80,11 @@ class ClassModel:
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self._move_buffers()
-        self.row_checks = RowChecks(reports=layout.rank == 0)
+        self.split_checks = SplitChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
+        self.planned = self._plan_tokens()
+        """The module with its token plan, or the reason why its tokens cannot be split."""
 
     def check(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that a manifest lends all tensors of the state, and nothing else.
@@ -137,6 +141,15 @@ class ClassModel:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
         self._without_weights.restore()
         self.owner = None
+
+    def _plan_tokens(self) -> PlannedModule | str:
+        plan = find_plan(self.class_name)
+        if isinstance(plan, str):
+            return plan
+        try:
+            return PlannedModule(self.module, plan)
+        except PlanFault as fault:
+            return fault.detail
 
     def _move_buffers(self) -> None:
         """Move the buffers that the class made to the device of the weights, as ``module.to(device)`` does."""
@@ -207,7 +220,11 @@ class ModuleMatch:
             kind=ComponentKind.MODULE,
             dtype=dtype_name(self.dtype),
             bytes_by_dtype=dict(sizes),
-            module=ModuleFacts(methods=self.model.methods()),
+            module=ModuleFacts(
+                methods=self.model.methods(),
+                layout="rows" if isinstance(self.model.planned, str) else "tokens",
+                layout_reason=self.model.planned if isinstance(self.model.planned, str) else "",
+            ),
         )
 
 
@@ -220,10 +237,10 @@ class ClassModels:
         self.built = 0
         self.reused = 0
 
-    def take_row_checks(self) -> tuple[RowCheck, ...]:
+    def take_split_checks(self) -> tuple[SplitCheck, ...]:
         """Return the checks of rows since the last call."""
-        found = [check for model in self._models.values() for check in model.row_checks.take_checks()]
-        return tuple(found[-limits.MAX_ROW_CHECKS :])
+        found = [check for model in self._models.values() for check in model.split_checks.take_checks()]
+        return tuple(found[-limits.MAX_SPLIT_CHECKS :])
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.

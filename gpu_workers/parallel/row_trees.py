@@ -7,7 +7,7 @@ Nothing says which tensors of a class have a row for each image, so this is a ru
 - A list of that length has an item for each image, if it holds lists, or tensors that do not all have rows themselves.
 - Everything else belongs to all images.
 
-Whether it holds for a call is checked (:mod:`xditd.gpu_workers.models.row_checks`).
+Whether it holds for a call is checked (:mod:`xditd.gpu_workers.models.split_checks`).
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
-from xditd.gpu_workers.process.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
@@ -122,7 +122,7 @@ class TorchExecutor:
             outside_connections=len(self._outside.attempts),
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
-            row_checks=class_models.take_row_checks(),
+            split_checks=class_models.take_split_checks(),
         )
 
     def after_answer(self) -> None:

@@ -26,7 +26,7 @@ from xditd.ipc.status import (
     JobState,
     JobStatus,
     LeaseState,
-    RowCheck,
+    SplitCheck,
     WorkerStatus,
 )
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
@@ -144,24 +144,26 @@ def test_status_shows_how_fused_kernels_compared_with_plain_modules(daemon, fold
     assert [(check["error"], check["is_used"]) for check in checks] == [(0.007, True), (None, False)]
 
 
-def test_status_shows_how_modules_run_by_rows(daemon, folder, capsys):
-    used = RowCheck(class_name="WanModel", method="forward", batch=2, error=3e-7, tolerance=1e-5, is_used=True)
-    refused = RowCheck(
+def test_status_shows_how_calls_of_modules_are_split(daemon, folder, capsys):
+    used = SplitCheck(
+        class_name="WanModel", method="forward", split="tokens", batch=2, error=3e-7, tolerance=1e-5, is_used=True
+    )
+    refused = SplitCheck(
         class_name="HiDream", method="forward", batch=2, error=None, tolerance=1e-5, is_used=False, detail="why"
     )
     module = ComponentFacts(
         family="WanModel", class_name="WanModel", kind=ComponentKind.MODULE, dtype="float32", bytes_by_dtype={},
-        module=ModuleFacts(methods={}),
+        module=ModuleFacts(methods={}, layout="tokens"),
     )  # fmt: skip
     component = msgspec.structs.replace(STATUS.components[0], kind=ComponentKind.MODULE, facts=module)
-    status = msgspec.structs.replace(STATUS, row_checks=(used, refused), components=(*STATUS.components, component))
+    status = msgspec.structs.replace(STATUS, split_checks=(used, refused), components=(*STATUS.components, component))
     daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
     main(["status", "--runtime-dir", str(folder)])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "WanModel forward 2 3.00e-07 1e-05 in use" in lines
-    assert "HiDream forward 2 - 1e-05 refused: why" in lines
+    assert "WanModel forward tokens 2 3.00e-07 1e-05 in use" in lines
+    assert "HiDream forward rows 2 - 1e-05 refused: why" in lines
     layouts = [line.split()[-2] for line in lines if line.startswith("transformer-1")]
-    assert layouts == ["ulysses=2,ring=1", "rows"]
+    assert layouts == ["ulysses=2,ring=1", "tokens"]
 
 
 def has_group(daemon, *states):

@@ -95,7 +95,7 @@ def test_rows_are_used_and_status_says_so(
     for _ in range(3):
         client.call(loan, FLUX.arguments(Random(1)))
     status = client.status()
-    (check,) = [each for each in status.row_checks if each.class_name == "FluxTransformer2DModel"][-1:]
+    (check,) = [each for each in status.split_checks if each.class_name == "FluxTransformer2DModel"][-1:]
     assert (check.method, check.batch, check.is_used, check.detail) == ("forward", 2, True, "")
     assert check.error is not None
     assert check.error < check.tolerance == 1e-6
@@ -112,7 +112,7 @@ def test_rows_are_used_and_status_says_so(
     shown = json.loads(capsys.readouterr().out)
     (component,) = [each for each in shown["components"] if each["component_id"] == loan.component_id]
     assert component["facts"]["module"]["layout"] == "rows"
-    assert shown["row_checks"][-1]["is_used"] is True
+    assert shown["split_checks"][-1]["is_used"] is True
     loan.return_()
 
 
@@ -174,7 +174,7 @@ def test_a_method_of_a_vae_by_rows(client: Client, make_vae: Callable[[], torch.
     latents = Random(1).normal(4, 4, 8, 8)
     for _ in range(3):
         assert error(client.call(loan, {"z": latents}, method="decode"), model.decode(latents)) <= TOLERANCE
-    (check,) = client.status().row_checks[-1:]
+    (check,) = client.status().split_checks[-1:]
     assert (check.class_name, check.method, check.batch, check.is_used) == ("AutoencoderKL", "decode", 4, True)
     loan.return_()
 

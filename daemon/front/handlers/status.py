@@ -44,7 +44,7 @@ def describe_daemon(service: Service) -> DaemonStatus:
         attention_backend=first.attention_backend if first else "",
         precision=first.precision if first else "",
         fused_checks=ranks.fused_checks if ranks is not None else (),
-        row_checks=tuple(ranks.row_checks) if ranks is not None else (),
+        split_checks=tuple(ranks.split_checks) if ranks is not None else (),
         workers=_workers(group),
         components=tuple([lease.status() for lease in leases]),
         jobs=tuple([job.status() for job in service.scheduler]),

@@ -8,15 +8,18 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
-from xditd.gpu_workers.models.row_checks import RowChecks
+from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.split_checks import SplitChecks
+from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -41,7 +44,7 @@ class Ranks:
         self.module: Any = None
         self.model: Any = None
 
-    def use(self, module: torch.nn.Module | Callable[..., Any]) -> None:
+    def use(self, module: torch.nn.Module | Callable[..., Any], plan: TokenPlan | None = None) -> None:
         """Lend a module, or a function as its forward."""
         if not isinstance(module, torch.nn.Module):
             function, module = module, torch.nn.Identity()
@@ -52,7 +55,8 @@ class Ranks:
             layout=SimpleNamespace(rank=self.rank, world_size=self.ranks),
             device=self.device,
             class_name="Tested",
-            row_checks=RowChecks(reports=self.rank == 0),
+            planned="it has no token plan" if plan is None else PlannedModule(module, plan),
+            split_checks=SplitChecks(reports=self.rank == 0),
         )
 
     def run(self, *parts: dict[str, Any], stays_alike: bool = False) -> list[Any]:
@@ -82,7 +86,7 @@ class Ranks:
         return int(counted)
 
     def last_check(self) -> Any:
-        return (self.model.row_checks.take_checks() or (None,))[-1]
+        return (self.model.split_checks.take_checks() or (None,))[-1]
 
 
 def check_same(found: Any, expected: Any) -> None:
@@ -235,6 +239,67 @@ def refused_rows_that_are_right_together(on: Ranks) -> None:
     on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
 
 
+class Attending(torch.nn.Module):
+    """Each token of a sequence attends to all, and to those of a text."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            query, key = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in (x, keys))
+            return functional.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.text = self.Attention(), self.Attention()
+        self.last = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        if x.ndim == 4:
+            x = x.flatten(1, 2)
+        x = x + self.own(x, x)
+        return self.last(x + self.text(x, text))
+
+
+PLAN = TokenPlan(
+    splits={"": {"x": Split("tokens", ndim=3)}},
+    gathers={"last": {0: Split("tokens")}},
+    attentions={
+        "own": Attention(queries=("tokens",), keys=("tokens",)),
+        "text": Attention(queries=("tokens",), keys=()),
+    },
+)
+
+
+def tokens_of_every_row(on: Ranks) -> None:
+    torch.manual_seed(0)
+    on.use(Attending(), PLAN)
+    text = numbers(1, 5, 8)
+    for tokens in (16, 17):
+        on.run_checked({"x": numbers(1, tokens, 8), "text": text}, calls=on.ranks)
+        if on.rank == 0:
+            check = on.last_check()
+            assert (check.split, check.batch, check.is_used) == ("tokens", 1, True)
+    # Rows that divide evenly need no exchange.
+    rows = {"x": numbers(on.ranks, 7, 8), "text": text.expand(on.ranks, -1, -1)}
+    on.run_checked(rows, calls=on.ranks)
+    one = {"x": numbers(1, 16, 8), "text": text}
+    on.run_checked(*[one] * on.ranks, calls=on.ranks)
+    on.run_checked(*[one] * (on.ranks + 1), calls=on.ranks * (on.ranks + 1))
+
+
+def tokens_that_the_plan_cannot_split(on: Ranks) -> None:
+    on.use(Attending(), PLAN)
+    text = numbers(1, 5, 8)
+    on.run_checked({"x": numbers(1, 1, 8), "text": text}, calls=1)
+    on.run_checked({"x": numbers(1, 4, 3, 8), "text": text}, calls=1)
+    if on.rank == 0:
+        assert "tokens" in on.last_check().detail
+    wrong = replace(PLAN, attentions={**PLAN.attentions, "own": Attention(queries=("tokens",), keys=())})
+    on.use(Attending(), wrong)
+    on.run_checked({"x": numbers(1, 16, 8), "text": text}, calls=1)
+    if on.rank == 0:
+        assert "other results" in on.last_check().detail
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -253,6 +318,8 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         a_later_call_that_does_not_fit,
         errors_on_one_rank,
         refused_rows_that_are_right_together,
+        tokens_of_every_row,
+        tokens_that_the_plan_cannot_split,
     ):
         with torch.no_grad(), device:
             scenario(Ranks(rank, ranks, device))

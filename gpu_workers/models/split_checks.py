@@ -1,7 +1,7 @@
-"""What is known of the calls of one module: which ranks may run them, and whether their rows may be run apart.
+"""What is known of the calls of one module: which ranks may run them, and how they may be split over the ranks.
 
-The first call of each case is run whole on every rank, then by rows, and the results are compared. A case is a method
-with the structure of its arguments; other weights do not change the verdict.
+The first call of each case is run whole on every rank, then by rows and by tokens, and the results are compared. A case
+is a method with the structure of its arguments; other weights do not change the verdict.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from xditd.gpu_workers.parallel.row_trees import Node
 from xditd.ipc import limits
-from xditd.ipc.status import RowCheck
+from xditd.ipc.status import SplitCheck
 from xditd.ipc.transports.module_walk import is_describable
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Case:
     result: Node | None
     batch: int = 0
     """The rows that different ranks may run; 0 if they may not."""
+    splits_tokens: bool = False
+    """Whether all ranks may share the tokens of every row."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,14 @@ def _add(value: Any, batch: int, tensors: list[Hashable], values: list[Hashable]
         values.append(repr(value))
 
 
-class RowChecks:
+class SplitChecks:
     """The verdicts on the calls of one module. All ranks note the same ones in the same order, and one reports them."""
 
     def __init__(self, *, reports: bool) -> None:
         self._reports = reports
         self._cases: dict[Hashable, Case] = {}
         self._checked: dict[Hashable, int] = {}
-        self._new: list[RowCheck] = []
+        self._new: list[SplitCheck] = []
 
     def find(self, key: CaseKey) -> Case | None:
         """Return the verdict on a case, ``None`` if it is to be checked."""
@@ -118,20 +120,23 @@ class RowChecks:
         while len(self._checked) > MAX_CASES:
             del self._checked[next(iter(self._checked))]
 
-    def note(self, key: CaseKey, case: Case, check: RowCheck | None = None) -> None:
+    def note(self, key: CaseKey, case: Case, *checks: SplitCheck) -> None:
         """Note a verdict, and what is to be reported of it."""
         self._cases.pop(key, None)
         self._cases[key] = case
         while len(self._cases) > MAX_CASES:
             del self._cases[next(iter(self._cases))]
-        if check is not None and self._reports:
-            self._new = [*self._new, check][-limits.MAX_ROW_CHECKS :]
+        if not self._reports:
+            return
+        self._new = [*self._new, *checks][-limits.MAX_SPLIT_CHECKS :]
+        for each in checks:
             logger.info(
-                "rows checked class=%s method=%s batch=%d error=%s tolerance=%g used=%s %s",
-                check.class_name, check.method, check.batch, check.error, check.tolerance, check.is_used, check.detail,
+                "%s checked class=%s method=%s batch=%d error=%s tolerance=%g used=%s %s",
+                each.split, each.class_name, each.method, each.batch, each.error, each.tolerance, each.is_used,
+                each.detail,
             )  # fmt: skip
 
-    def take_checks(self) -> tuple[RowCheck, ...]:
+    def take_checks(self) -> tuple[SplitCheck, ...]:
         """Return the checks since the last call."""
         checks, self._new = self._new, []
         return tuple(checks)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from xditd.gpu_workers.models.row_checks import (
+from xditd.gpu_workers.models.split_checks import (
     MAX_CASES,
     MAX_CHECKS,
     TOLERANCE,
@@ -16,13 +16,13 @@ from xditd.gpu_workers.models.row_checks import (
     Case,
     CaseKey,
     ModuleSnapshot,
-    RowChecks,
+    SplitChecks,
     difference,
 )
 from xditd.gpu_workers.parallel.row_trees import structure_of
-from xditd.ipc.status import RowCheck
+from xditd.ipc.status import SplitCheck
 
-CHECK = RowCheck(class_name="A", method="forward", batch=2, error=0.0, tolerance=1e-5, is_used=True)
+CHECK = SplitCheck(class_name="A", method="forward", batch=2, error=0.0, tolerance=1e-5, is_used=True)
 CPU = torch.device("cpu")
 
 
@@ -55,7 +55,7 @@ def test_tensors_whose_rows_are_alike_are_another_case() -> None:
 
 
 def test_the_oldest_verdicts_are_forgotten() -> None:
-    checks = RowChecks(reports=True)
+    checks = SplitChecks(reports=True)
     keys = [key(x=torch.rand(2, each + 1)) for each in range(MAX_CASES + 1)]
     checks.note(keys[0], Case(None))
     checks.note(keys[1], Case(structure_of(torch.rand(2), 2), 2))
@@ -67,7 +67,7 @@ def test_the_oldest_verdicts_are_forgotten() -> None:
 
 
 def test_a_value_that_is_new_in_each_call_is_not_checked_for_ever() -> None:
-    checks = RowChecks(reports=True)
+    checks = SplitChecks(reports=True)
     x = torch.rand(2, 3)
     for number in range(MAX_CHECKS):
         assert checks.find(key(x=x, step=number)) is None
@@ -78,7 +78,7 @@ def test_a_value_that_is_new_in_each_call_is_not_checked_for_ever() -> None:
 
 @pytest.mark.parametrize("reports", [True, False])
 def test_one_rank_reports_each_check_once(reports: bool) -> None:
-    checks = RowChecks(reports=reports)
+    checks = SplitChecks(reports=reports)
     checks.note(key(x=torch.rand(2)), Case(None), CHECK)
     checks.note(key(x=torch.rand(1)), Case(None))
     assert checks.take_checks() == ((CHECK,) if reports else ())

@@ -18,7 +18,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.all_reduce(flag)
     if rank == 1:
         os._exit(0)
-    from xditd.gpu_workers.process.rank_errors import is_peer_rank_failure
+    from xditd.gpu_workers.parallel.rank_errors import is_peer_rank_failure
 
     try:
         dist.all_reduce(flag)

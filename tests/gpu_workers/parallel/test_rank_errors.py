@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xditd.gpu_workers.process.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
+from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 
 
 def test_host_out_of_memory_is_told_from_other_errors() -> None:
