@@ -13,6 +13,9 @@ MODULES: Final = ("flux", "qwen_image", "wan")
 """Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""
 
 
+NOT_WRITTEN: Final = "no token plan is written for this class"
+
+
 @cache
 def plans() -> Mapping[str, TokenPlan | str]:
     """Return what is known of all classes, by name."""
@@ -24,4 +27,4 @@ def plans() -> Mapping[str, TokenPlan | str]:
 
 def find(class_name: str) -> TokenPlan | str:
     """Return the plan of a class, or the reason why it has none."""
-    return plans().get(class_name, "no token plan is written for this class")
+    return plans().get(class_name, NOT_WRITTEN)

@@ -19,6 +19,8 @@ from pipeline_entry import Feature
 from refusals import LOCAL_MODELS, REFUSED_CALLS, REFUSED_PIPELINES
 
 from xditd.gpu_workers.models.registry import own_families
+from xditd.gpu_workers.models.token_plans import find_plan
+from xditd.gpu_workers.plans import NOT_WRITTEN
 from xditd.ipc.transports.module_walk import method_signature
 
 TARGET = Path(__file__).resolve().parents[3] / "docs" / "models.md"
@@ -37,7 +39,9 @@ Each of the {classes} transformer classes that diffusers exports is lent to one 
 arguments that its own pipeline gives it (`tests/models/test_every_class.py`).
 
 - *arguments*: those of `forward`, the first {shown} of them; those in italics need a value.
-- *plan*: how several workers share a call. `rows`: the parts of a call, and the rows of a batch, on different workers.
+- *plan*: how several workers share a call ([layouts](layouts.md#modules-that-run-as-their-class)). `tokens`: they
+  share the tokens of each row, or run whole rows, whichever leaves fewer of them idle. `rows`: they run whole rows, and
+  the parts of a call; the reason why their tokens are not split is given where it is more than a missing plan.
 - *exactness*: "the same bits" are those of the class in the caller's process, with as many threads as the worker has.
   "Also" names further calls or configurations that are tested.
 
@@ -46,7 +50,7 @@ arguments that its own pipeline gives it (`tests/models/test_every_class.py`).
 _FAST = """
 ## Families with a fast way
 
-A family has a token plan for several GPUs (sequence parallelism), a denoising loop, and in some cases fused kernels.
+A family has a denoising loop, and in some cases fused kernels.
 `client.lend` of a file, a state dict or an unchanged module uses it, with [`generate` and `call`](client.md#jobs).
 `accelerate` does not: it runs every model as its class does.
 
@@ -81,7 +85,7 @@ def _classes() -> Iterator[tuple[str, ...]]:
     for entry in ENTRIES.values():
         variants.setdefault(entry.name, []).append(entry.key)
     for name, keys in sorted(variants.items()):
-        yield f"`{name}`", _arguments(name), "`rows`", _exactness(name, keys)
+        yield f"`{name}`", _arguments(name), _plan(name), _exactness(name, keys)
 
 
 def _arguments(name: str) -> str:
@@ -89,6 +93,13 @@ def _arguments(name: str) -> str:
     shown = [f"*{each.name}*" if each.default is inspect.Parameter.empty else each.name for each in parameters]
     others = len(shown) - SHOWN_ARGUMENTS
     return ", ".join(shown[:SHOWN_ARGUMENTS]) + (f" and {others} more" if others > 0 else "")
+
+
+def _plan(name: str) -> str:
+    plan = find_plan(name)
+    if not isinstance(plan, str):
+        return "`tokens`"
+    return "`rows`" if plan == NOT_WRITTEN else f"`rows`: {plan}"
 
 
 def _exactness(name: str, keys: list[str]) -> str:
