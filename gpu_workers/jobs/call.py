@@ -59,11 +59,11 @@ def run(job: Call, context: JobContext) -> Finished:
         for tensor in leaves(tree):
             finite.note(name, tensor)
     finite.fetch()
+    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
+    described = writer.begin(trees)
     clock.end_phase("forward")
     context.check_finite(finite, transformer)
     context.components.check_unchanged(transformer)
-    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
-    described = writer.write(trees)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
 

@@ -89,10 +89,12 @@ class ResultWriter:
         self._provide = provide
         self._room = room
 
-    def write(
+    def begin(
         self, trees: Sequence[Any], describe: Describe | None = None, changed: Sequence[Mapping[str, Any]] = ()
     ) -> CallResults:
-        """Copy every tensor to an aligned place, and return the description of the trees.
+        """Begin to copy every tensor to an aligned place, and return the description of the trees.
+
+        Wait for the current stream before the results are used or this process answers.
 
         ``describe`` describes a tree (default: :func:`describe_tree`), and calls its second argument for each tensor
         that is to be copied, in the same order every time. ``changed`` are the arguments of each part that the forwards
@@ -135,18 +137,16 @@ class ResultWriter:
 
         described = tuple(describe(tree, write) for tree in trees)
         arguments = tuple({name: describe(value, write) for name, value in each.items()} for each in changed)
-        if self._room is not None and on_device:
-            self._room.io.finish()
         if arena is None:
             return CallResults(trees=described, changed=arguments)
         return CallResults(trees=described, changed=arguments, block=arena.block(), provider=identify(os.getpid()))
 
     def _put_into_io(self, where: IoTensor, tensor: torch.Tensor) -> None:
-        self._io.write("result", where, tensor)
+        self._io.write("result", where, tensor, waits=False)
 
 
 def _put_into_arena(arena: HostArena, where: IoTensor, tensor: torch.Tensor) -> None:
-    arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor)
+    arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor, non_blocking=True)
 
 
 def describe_tree(tree: Any, write: Write) -> Argument:

@@ -201,10 +201,6 @@ class OpenClientBlock:
         """Free what a broadcast of the inputs took on this rank, when all are read."""
         self._staged = None
 
-    def finish(self) -> None:
-        """Wait for the copies that were begun."""
-        torch.cuda.current_stream(self._device).synchronize()
-
     def _check(self, name: str, place: IoTensor) -> int:
         end = place.offset_bytes + place.size_bytes
         if end > self._size_bytes:

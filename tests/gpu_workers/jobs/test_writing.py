@@ -36,7 +36,7 @@ class Outputs:
     ) -> CallResults:
         opened = self.io.open(self.arena.block(), self.me)
         writer = ResultWriter(opened, offset_bytes, size_bytes, lambda size: self.io.provide(client, size))
-        return writer.write(trees)
+        return writer.begin(trees)
 
     def read(self, results: CallResults, leaf: Argument) -> torch.Tensor:
         """Read a result as its client does: from its own block, or from the one that it is told of."""
