@@ -63,7 +63,7 @@ def read_tensors(client: Client, loan: Loan, into: Mapping[str, torch.Tensor]) -
     """Copy tensors of a component from the workers, by name: each of ``into`` gets new memory, of its dtype and shape.
 
     Raises:
-        LeaseLost: the component has ended.
+        LeaseLost, UnknownComponent: the component has ended.
     """
     for name, tensor in into.items():
         tensor.data = client._runner.read_tensor(loan.component_id, name, tensor)

@@ -201,7 +201,7 @@ class ModuleRows:
     def _run_shared(
         self, parts: Sequence[ModulePart], keys: Sequence[CaseKey], cases: Mapping[int, Case]
     ) -> dict[int, Any]:
-        """Run parts on different ranks. All ranks run a part whole whose result has not the structure of its verdict."""
+        """Run parts on different ranks; a part whose result differs in structure from the checked one on all ranks."""
         if not cases:
             return {}
         pieces = assign(
