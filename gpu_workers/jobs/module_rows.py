@@ -41,12 +41,12 @@ from xditd.gpu_workers.parallel.row_trees import (
     take_rows,
     tensors_of,
 )
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, XditdError
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.requests import Numerics
 from xditd.ipc.status import RowCheck
 
-Call = Callable[[Mapping[str, Any]], Any]
+Forward = Callable[[Mapping[str, Any]], Any]
 _REFUSED: Final = object()
 """In place of a result: the class has refused some rows alone."""
 
@@ -69,7 +69,7 @@ class ModuleRows:
     the same calls.
     """
 
-    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Call) -> None:
+    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Forward) -> None:
         self._model = model
         self._method = method
         self._numerics = numerics
@@ -160,7 +160,10 @@ class ModuleRows:
     def _compare(
         self, arguments: Mapping[str, Any], whole: Any, structure: Node, rows: range
     ) -> tuple[Difference, str]:
-        """Run some rows, and compare them with those of the whole; return the difference, and what is wrong."""
+        """Run some rows, and compare them with those of the whole; return the difference, and what is wrong.
+
+        Raises nothing that only this rank would raise: the others wait for its difference.
+        """
         batch = batch_of(arguments)
         unknown = Difference(math.inf, self._tolerance)
         try:
@@ -172,7 +175,7 @@ class ModuleRows:
             found = [difference(a, b, in_halves=in_halves) for a, b in zip(tensors_of(piece), expected, strict=True)]
         except torch.OutOfMemoryError:
             return unknown, "no room to check them"
-        except BadRequest as error:
+        except XditdError as error:
             return unknown, error.detail
         return max(found, key=attrgetter("ratio"), default=Difference(0.0, self._tolerance)), ""
 

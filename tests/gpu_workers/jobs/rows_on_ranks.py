@@ -233,6 +233,18 @@ def refused_rows_that_are_right_together(on: Ranks) -> None:
     on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
 
 
+def rows_without_room_when_they_are_checked(on: Ranks) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if on.rank == 1 and x.shape[0] < on.ranks:
+            raise OutOfMemory("no room in the worker's memory")
+        return x * 2
+
+    on.use(fails)
+    on.run_checked({"x": numbers(on.ranks, 2)}, calls=1)
+    if on.rank == 0:
+        assert not on.last_check().is_used
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -251,6 +263,7 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         a_later_call_that_does_not_fit,
         errors_on_one_rank,
         refused_rows_that_are_right_together,
+        rows_without_room_when_they_are_checked,
     ):
         with torch.no_grad(), device:
             scenario(Ranks(rank, ranks, device))
