@@ -11,7 +11,7 @@ import torch
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
-from xditd.gpu_workers.models.class_building import make_key, make_object, make_plain
+from xditd.gpu_workers.models.described_values import make_key, make_object, make_plain
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.parallel.client_blocks import OpenClientBlock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,22 +23,9 @@ from xditd.ipc.transports.host_shm import HostArena
 from xditd.ipc.transports.tensor_views import align, dtype_name, inverse_order, memory_order, place
 from xditd.ipc.worker_messages import CallResults
 
-
-def leaves(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor of a tree."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for each in tree.values():
-            yield from leaves(each)
-    elif isinstance(tree, (list, tuple)):
-        for each in tree:
-            yield from leaves(each)
-
-
 Put = Callable[[IoTensor, torch.Tensor], None]
 Write = Callable[[torch.Tensor], Argument]
-"""Copy a tensor to its place, and return its description."""
+"""Copies a tensor to its place, and returns its description."""
 Describe = Callable[[Any, Write], Argument]
 
 
@@ -150,7 +137,11 @@ def _put_into_arena(arena: HostArena, where: IoTensor, tensor: torch.Tensor) -> 
 
 
 def describe_tree(tree: Any, write: Write) -> Argument:
-    """Describe lists, tuples and maps of tensors and plain values."""
+    """Describe lists, tuples and maps of tensors and plain values; calls ``write`` for each tensor, in order.
+
+    Raises:
+        Unsupported: there is a value of another type.
+    """
     if isinstance(tree, torch.Tensor):
         return write(tree)
     if isinstance(tree, tuple):

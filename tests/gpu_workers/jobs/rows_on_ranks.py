@@ -55,7 +55,7 @@ class Ranks:
             row_checks=RowChecks(reports=self.rank == 0),
         )
 
-    def run(self, *parts: dict[str, Any], stays_alike: bool = False) -> list[Any]:
+    def run(self, *parts: dict[str, Any], on_all_ranks: bool = False) -> list[Any]:
         self.calls = 0
 
         def call(arguments: Mapping[str, Any]) -> Any:
@@ -63,7 +63,7 @@ class Ranks:
             return self.module(**arguments)
 
         rows = ModuleRows(self.model, "forward", Numerics(), call)
-        return rows.run([ModulePart(part, stays_alike) for part in parts])
+        return rows.run([ModulePart(part, on_all_ranks) for part in parts])
 
     def run_checked(self, *parts: dict[str, Any], calls: int | None = None, **options: Any) -> None:
         """Run parts twice, first checked, then shared; rank 0 has what the module gives by itself."""
@@ -139,13 +139,11 @@ def what_cannot_be_split(on: Ranks) -> None:
     on.run({"x": numbers(2, 2)})
     on.run({"x": numbers(2, 2)})
     assert on.count_all() == everyone
-    on.use(lambda x: x + torch.rand(()) * 0)
-    on.run_checked({"x": numbers(2, 2)}, calls=everyone)
     on.use(lambda x: x * 2)
     on.module.training = True
     on.run_checked({"x": numbers(2, 2)}, calls=everyone)
     on.use(lambda x: x * 2)
-    on.run_checked({"x": numbers(2, 2)}, calls=everyone, stays_alike=True)
+    on.run_checked({"x": numbers(2, 2)}, calls=everyone, on_all_ranks=True)
 
     class Counting(torch.nn.Module):
         def __init__(self) -> None:
@@ -235,6 +233,18 @@ def refused_rows_that_are_right_together(on: Ranks) -> None:
     on.run_checked({"x": numbers(on.ranks, 2)}, calls=on.ranks)
 
 
+def rows_without_room_when_they_are_checked(on: Ranks) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if on.rank == 1 and x.shape[0] < on.ranks:
+            raise OutOfMemory("no room in the worker's memory")
+        return x * 2
+
+    on.use(fails)
+    on.run_checked({"x": numbers(on.ranks, 2)}, calls=1)
+    if on.rank == 0:
+        assert not on.last_check().is_used
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -253,6 +263,7 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         a_later_call_that_does_not_fit,
         errors_on_one_rank,
         refused_rows_that_are_right_together,
+        rows_without_room_when_they_are_checked,
     ):
         with torch.no_grad(), device:
             scenario(Ranks(rank, ranks, device))
