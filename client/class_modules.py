@@ -16,7 +16,10 @@ from xditd.ipc.requests import Numerics
 def lend_module(
     client: Client, module: torch.nn.Module, *, label: str, generation: int, replaced: Collection[str]
 ) -> Loan:
-    """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself."""
+    """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself.
+
+    The loan borrows the module's tensors: they must not be freed or written to while a call runs.
+    """
     return client._current().lend(
         module,
         kind=None,
@@ -57,11 +60,15 @@ def call_module(
 
 
 def read_tensors(client: Client, loan: Loan, into: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors of a component from the workers, by name, into new memory of the tensors ``into``."""
+    """Copy tensors of a component from the workers, by name: each of ``into`` gets new memory, of its dtype and shape.
+
+    Raises:
+        LeaseLost, UnknownComponent: the component has ended.
+    """
     for name, tensor in into.items():
         tensor.data = client._runner.read_tensor(loan.component_id, name, tensor)
 
 
 def connect_again(client: Client) -> Client:
-    """Return a new client of the same daemon, for weights that outlive ``client``."""
+    """Return a new client of the same daemon: adopted weights outlive the session of ``client``."""
     return Client(client._lifetime.runtime.path, name="diffusers")

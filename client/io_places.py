@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 FINGERPRINTED_BYTES: Final = 4096
-"""What a worker verifies of a block. Not imported, since few programs that import this need hashlib."""
+"""The bytes at the start of a block that workers verify: ``SAMPLE_BYTES`` of ``ipc/transports/fingerprints.py``, which
+is not imported, since it needs hashlib and few programs do."""
 
 
 class IoPlaces:

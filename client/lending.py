@@ -24,7 +24,7 @@ from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, check_shards, state_of
 from xditd.client.model_folders import ModelFiles, find_model, label_of
-from xditd.client.module_lending import describe_module, is_described
+from xditd.client.module_descriptions import describe_module, is_described
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed

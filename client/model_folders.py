@@ -121,7 +121,7 @@ def _weights_in(folder: Path, variant: str | None) -> Path:
         raise BadCheckpoint(f"{folder}: {error.strerror}") from error
     for name in names:
         match = _WEIGHTS.fullmatch(name)
-        # A dot in the middle of a shard's name is none of a variant.
+        # A dot in a shard's name does not begin a variant.
         if match is not None and shard_of(name) is None:
             found[folder / name] = match["variant"] or match["index_variant"] or ""
     if not found:

@@ -155,7 +155,7 @@ class LentTensor(Described, frozen=True, kw_only=True, tag_field="leaf", tag="le
 
 
 class Opaque(Described, frozen=True, kw_only=True, tag_field="leaf", tag="opaque"):
-    """An attribute that cannot be sent, by what it is: workers refuse it unless their own module has the same."""
+    """A value that cannot be sent; ``text`` says what it is. Workers refuse a module with one that theirs lacks."""
 
     text: Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
 

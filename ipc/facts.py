@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -104,6 +104,10 @@ class TextEncoderFacts(Described, frozen=True, kw_only=True):
     width: Count
     max_tokens: Count
     has_pooled: bool
+
+
+METHODS: Final = ("forward", "encode", "decode")
+"""The methods of a module that runs as its class which ``Call`` can run, where the class has them."""
 
 
 class MethodFacts(Described, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ PACKAGES: Final = ("diffusers", "transformers", "peft", "torch")
 GENERATOR: Final = "torch:Generator"
 DEVICE: Final = "device"
 STATE: Final = "state"
-"""A random number generator among the arguments of a call: its class and attributes, a device type and a tensor."""
+"""The description of a random number generator: its class, and as attributes its device type and its state."""
 
 Path = Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_CHARS)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
@@ -32,7 +32,7 @@ class SubmoduleState(Described, frozen=True, kw_only=True, omit_defaults=True):
     """One submodule: its class, as ``module:Class``, and its attributes.
 
     ``parameters`` and ``buffers`` name those that have a tensor, in their order; the manifest lends each of them under
-    ``path.name``. ``empty`` names parameters, buffers and submodules that are registered as ``None``.
+    ``path.name``. ``empty_parameters``, ``empty_buffers`` and ``empty_modules`` are registered as ``None``.
     """
 
     class_name: Name

@@ -21,7 +21,7 @@ DENOISERS: Final = ("transformer", "transformer_2", "transformer_ref", "unet")
 """The components that run in the workers unless others are named: those that run in every step."""
 
 WAIT_S: Final = 120.0
-"""How long ``accelerate`` waits for a daemon that is being started, and for its workers."""
+"""How many seconds ``accelerate`` waits for a daemon that is being started, and for its workers."""
 
 
 def accelerate(
@@ -43,17 +43,17 @@ def accelerate(
 
     With ``keep="daemon"`` the workers copy the weights, and this process frees its own until the block ends; the models
     can then not be changed, moved or saved. If the workers end before the block does, the weights are lost: the end of
-    the block raises ``LeaseLost``, and the models refuse all use until they are loaded again.
+    the block raises ``LeaseLost``, and the models' methods raise ``Unsupported`` until they are loaded again.
 
-    If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` for new ones, and
-    runs again. What a KV cache had in them is lost, however: such a call raises ``LeaseLost``.
+    If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` seconds for new
+    ones, and runs again. The contents of a KV cache are lost with the workers: a call with one raises ``LeaseLost``.
 
     Without a ``client``, one is made for ``runtime_dir`` and closed at the end; it waits up to ``wait_s`` for workers.
 
     Raises:
         BadRequest: the pipeline has no such component, or it is no model.
-        Unsupported: a model is changed in a way that workers cannot follow; names the change and the remedy.
-        DaemonUnreachable: no daemon answered.
+        Unsupported: a model is changed in a way that workers cannot follow; the error names the change and the remedy.
+        DaemonUnreachable: no daemon answered within ``wait_s``.
     """
     if keep not in ("client", "daemon"):
         raise BadRequest(f"keep: {keep!r}; use 'client' or 'daemon'")
@@ -65,11 +65,12 @@ def accelerate(
     from xditd.client.diffusers.stand_in import StandIn
 
     modules = _modules_of(pipe, components, torch.nn.Module)
-    own = Client(runtime_dir, name="diffusers", wait_s=wait_s) if client is None else client
-    accelerated = Accelerated(own, owns_client=client is None)
+    owns_client = client is None
+    client = client or Client(runtime_dir, name="diffusers", wait_s=wait_s)
+    accelerated = Accelerated(client, owns_client=owns_client)
     try:
         for name, module in modules.items():
-            accelerated.add(StandIn(own, module, name, keeps_weights=keep == "client", wait_s=wait_s))
+            accelerated.add(StandIn(client, module, name, keeps_weights=keep == "client", wait_s=wait_s))
     except BaseException:
         accelerated.close()
         raise
@@ -77,7 +78,10 @@ def accelerate(
 
 
 class Accelerated:
-    """Models of a pipeline that run in the workers. ``close()``, or the end of its block, gives them back."""
+    """Models of a pipeline that run in the workers. ``close()``, or the end of its block, gives them back.
+
+    ``client`` is the client that has lent them; with ``owns_client`` it is closed with this object.
+    """
 
     def __init__(self, client: Client, *, owns_client: bool) -> None:
         self.client = client
@@ -87,6 +91,7 @@ class Accelerated:
         self._pid = os.getpid()
 
     def add(self, stand_in: StandIn) -> None:
+        """Lend a model and replace its methods; see :meth:`StandIn.install` for what it raises."""
         stand_in.install()
         self._stand_ins[stand_in.name] = stand_in
 
@@ -101,7 +106,7 @@ class Accelerated:
         return {name: each.calls for name, each in self._stand_ins.items()}
 
     def close(self) -> None:
-        """Give every model back as it was, when its running calls have ended, and end its loan. May be called twice.
+        """Wait for running calls, give every model back as it was, and end the loans. May be called twice.
 
         Raises:
             LeaseLost: with ``keep="daemon"``, weights were lost with the workers; names the models.
@@ -110,7 +115,7 @@ class Accelerated:
             return
         self._is_closed = True
         try:
-            with contextlib.ExitStack() as stack:  # each of them, also if one fails
+            with contextlib.ExitStack() as stack:  # all of them are removed, also if one fails
                 for each in self._stand_ins.values():
                     stack.callback(each.remove)
         finally:

@@ -23,21 +23,21 @@ _WRITTEN_BY_DIFFUSERS: Final = ("_class_name", "_diffusers_version")
 class Snapshot:
     """The state of a module at one moment. ``replaced`` are attributes of the module itself that do not count.
 
-    Not found are writes through ``.data`` to GPU memory, and those to few elements in host memory.
+    It does not find writes through ``.data`` to tensors on a GPU, nor those to few elements of a tensor on the CPU.
     """
 
     def __init__(self, module: torch.nn.Module, replaced: Collection[str]) -> None:
         self._module = module
         self._replaced = replaced
         self.namespaces = namespaces_of(module)
-        # Made first: a change during the walk is then found.
+        # The record is made first, so that a change during the walk is found.
         self._record = self._take_record()
         self._code = self._take_code()
         self._config = _config_of(module)
         self._state, self._contents = self._take()
 
     def changes(self) -> list[str]:
-        """Return the names of what has changed since."""
+        """Return the names of what has changed since; fast if nothing has."""
         return [] if self._record.is_same() else self.described_changes()
 
     def described_changes(self) -> list[str]:

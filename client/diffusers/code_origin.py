@@ -39,10 +39,10 @@ def namespaces_of(module: torch.nn.Module) -> list[type | ModuleType]:
 
 
 def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
-    """Check that all functions are those of the installed packages.
+    """Check that all functions in classes and modules are those of the installed packages.
 
     Raises:
-        Unsupported: a function was replaced in this process, which workers do not know; names it.
+        Unsupported: a function was replaced in this process, and workers run the original one; the error names it.
     """
     for namespace in namespaces:
         where = (
@@ -90,7 +90,7 @@ def _is_known(module: str) -> bool:
 
 @cache
 def _is_installed(file: str, *, in_packages: bool) -> bool:
-    """Whether a file belongs to one of the packages or to Python itself; else, to anything that is installed."""
+    """Return whether a file is installed: with ``in_packages`` by one of the packages or Python itself, else by any."""
     folders = _folders() if in_packages else (*_folders(), *(str(Path(each).parent) for each in _folders()))
     return file.startswith("<") or any(file.startswith(f"{folder}{os.sep}") for folder in folders)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from diffusers.models import attention_dispatch
@@ -19,7 +19,7 @@ def current_numerics(device: torch.device) -> Numerics:
     """Return the settings for forwards on a device.
 
     Raises:
-        Unsupported: a setting that the workers cannot follow; names it.
+        Unsupported: a setting that the workers cannot follow; the error names it.
     """
     products = torch.backends.cuda.matmul
     if products.allow_bf16_reduced_precision_reduction != products.allow_fp16_reduced_precision_reduction:
@@ -43,10 +43,11 @@ def current_numerics(device: torch.device) -> Numerics:
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
     }
     backend, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    precision: Any = torch.get_float32_matmul_precision()  # one of the names that Numerics has
     return Numerics(
         autocast=_autocast(device.type),
-        default_dtype=cast(Literal["float32"], _name(torch.get_default_dtype())),
-        matmul_precision=cast(Literal["highest"], torch.get_float32_matmul_precision()),
+        default_dtype=_name(torch.get_default_dtype()),
+        matmul_precision=precision,
         convolutions_in_tf32=torch.backends.cudnn.allow_tf32,
         reductions_in_half=products.allow_bf16_reduced_precision_reduction,
         attention_kernels=tuple(name for name, is_enabled in enabled.items() if is_enabled),
@@ -55,11 +56,10 @@ def current_numerics(device: torch.device) -> Numerics:
     )
 
 
-def _autocast(device_type: str) -> Literal["float16", "bfloat16", "float32"] | None:
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return cast(Literal["bfloat16"], _name(torch.get_autocast_dtype(device_type)))
+def _autocast(device_type: str) -> Any:
+    return _name(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> Any:
+    """Return the name of a dtype, one of those that :class:`Numerics` has."""
     return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from xditd.client.class_modules import connect_again, read_tensors
 from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.ipc.errors import LeaseLost, Unsupported, XditdError
+from xditd.ipc.facts import METHODS
 
 GUARDED: Final = (
     "state_dict",
@@ -31,7 +32,7 @@ GUARDED: Final = (
 
 
 class Placeholders:
-    """Replaces the data of a module's parameters by a single element each, with their device, dtype and shape."""
+    """Replaces the data of a module's parameters by one element each, expanded to the same shape, dtype and device."""
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         self._module = module
@@ -39,7 +40,7 @@ class Placeholders:
         self._installed: dict[str, Any] = {}
 
     def install(self) -> None:
-        """Free the parameters' memory; their methods then raise ``Unsupported``."""
+        """Free the parameters' memory. The module's methods in :data:`GUARDED` then raise ``Unsupported``."""
         for parameter in self._module.parameters():
             # Not a number: nothing that computes with it in this process gives a plausible result.
             value = math.nan if parameter.is_floating_point() or parameter.is_complex() else 0
@@ -51,10 +52,10 @@ class Placeholders:
         )
 
     def remove(self, client: Client, loan: Loan) -> None:
-        """Read the weights back, and free the daemon's.
+        """Copy the weights back to this process, restore the methods, and free the daemon's copy.
 
         Raises:
-            LeaseLost: they were lost with its workers. The module refuses its methods from then on.
+            LeaseLost: the weights were lost with the workers. From then on the module's methods raise ``Unsupported``.
         """
         try:
             if loan.is_live:
@@ -65,10 +66,11 @@ class Placeholders:
                     self._read(other, loan)
         except XditdError as error:
             text = self.lost_text(error.detail)
-            self._guard(text, "forward", "encode", "decode")
+            self._guard(text, *METHODS)
             raise LeaseLost(text) from error
 
     def lost_text(self, reason: str) -> str:
+        """Return the message of an error for weights that were lost, with the remedy."""
         return (
             f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {reason}; load the "
             "model from its files again"

@@ -1,4 +1,4 @@
-"""``ReplacedMethod``: what stands on a module in place of one of its methods while the workers run it."""
+"""``ReplacedMethod``: the attribute of a module that replaces one of its methods while the workers run the module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from xditd.ipc.transports.module_walk import is_own_method, method_signature
 
 
 class ReplacedMethod:
-    """Calls ``run`` with the arguments by name. ``original`` is the method as the module had it.
+    """Calls ``run`` with itself and the arguments. ``original`` is the method as the module had it.
 
     Pipelines read its signature to see which arguments a model takes. A deep copy of the module gets the method of its
-    class, and so runs in this process.
+    class, and so runs in this process. It cannot be pickled.
     """
 
     def __init__(
@@ -38,7 +38,12 @@ class ReplacedMethod:
         return self._run(self, args, kwargs)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by name; raises ``TypeError`` as the method itself does."""
+        """Return the arguments by name.
+
+        Raises:
+            TypeError: the method does not take them, as the method itself says it.
+            Unsupported: there are arguments without names, of a method with ``*args``.
+        """
         bound = self._signature.bind(self._module, *args, **kwargs)
         found: dict[str, Any] = {}
         for name, value in list(bound.arguments.items())[1:]:
@@ -81,7 +86,7 @@ def check_not_replaced(module: torch.nn.Module, name: str, label: str) -> None:
     """Check that a method is that of the class.
 
     Raises:
-        Unsupported: it was replaced; says by what, and the remedy.
+        Unsupported: it was replaced, or is accelerated already; the error says by what it was replaced, and the remedy.
     """
     found = vars(module).get(name)
     if found is None or is_own_method(module, name, found):

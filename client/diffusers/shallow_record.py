@@ -24,13 +24,14 @@ _SAMPLE_BYTES: Final = 16
 class Content(NamedTuple):
     """What differs when a tensor is replaced or written to.
 
-    torch does not count writes through ``.data``. Of memory of the host, samples are compared, which find the usual
-    ones, those of all elements.
+    torch does not count writes through ``.data``. So samples of the bytes of tensors on the CPU are compared, too: they
+    show a write to all elements, but rarely one to a few.
     """
 
     address: int
     version: int
     storage: int
+    """The address of torch's storage object."""
     dtype: torch.dtype
     device: torch.device
     shape: torch.Size
@@ -83,7 +84,7 @@ class _Tensor(NamedTuple):
     is_inference: bool
     samples: tuple[tuple[int, int], ...]
     storage: StorageWeakRef
-    """While it lives, no other storage has the same number."""
+    """While it lives, no other storage has the same address."""
 
 
 class ShallowRecord:

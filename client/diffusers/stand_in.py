@@ -24,18 +24,19 @@ from xditd.client.diffusers.replaced_method import ReplacedMethod, check_not_rep
 from xditd.client.diffusers.tensor_checks import check_tensors
 from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.client.loans import Loan
-from xditd.client.module_lending import is_described
+from xditd.client.module_descriptions import is_described
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost
+from xditd.ipc.facts import METHODS
 from xditd.ipc.transports.module_walk import is_describable
 
 logger = logging.getLogger(__name__)
 
-METHODS: Final = ("forward", "encode", "decode")
 _ATTEMPTS: Final = 4
+"""How often one call is sent at most: again after a change of the module, or after workers or a loan were lost."""
 
 
 class _Lent(NamedTuple):
-    """A loan, and the state of the module that it has."""
+    """A loan, and the state of the module when it was lent."""
 
     loan: Loan
     snapshot: Snapshot
@@ -44,8 +45,9 @@ class _Lent(NamedTuple):
 class StandIn:
     """A module of a pipeline, lent to the workers while it is installed.
 
-    ``calls`` counts the calls that ran in the workers. Safe to use from several threads, as far as the module is.
-    ``wait_s`` is how long a call waits for a daemon that is started again.
+    ``calls`` counts the calls that ran in the workers, ``lends`` the loans, which is the generation of the next one.
+    ``wait_s`` is how long a call waits for a daemon that is started again. Safe to use from several threads, as far as
+    the module is.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class StandIn:
         """Lend the module, and replace its methods.
 
         Raises:
-            BadRequest: no model of diffusers or transformers.
-            Unsupported: the module is changed in a way that workers cannot follow; names it and the remedy.
+            BadRequest: the module is no model of diffusers or transformers.
+            Unsupported: the module is changed in a way that workers cannot follow, or accelerated already; the error
+                names the change and the remedy.
         """
         if not is_described(self.module):
             raise BadRequest(
@@ -124,7 +127,7 @@ class StandIn:
         with self._changed:
             is_removed = self._is_removed
             self._running += not is_removed
-        if is_removed:  # someone has kept the method
+        if is_removed:  # the caller has kept the method beyond the block
             return method.original(*args, **kwargs)
         try:
             return self._run(method, args, kwargs)
@@ -159,7 +162,7 @@ class StandIn:
                 self._note_change(changes)
                 is_current = False
             except (LeaseLost, DaemonUnreachable, WorkersLost) as error:
-                # A call changes nothing but its objects, and those only at its end: it may run again.
+                # A call changes only the objects among its arguments, and those at its end: it may run again.
                 if attempt == _ATTEMPTS - 1 or self._placeholders is not None or _holds_tensors(arguments):
                     raise
                 logger.warning("component %s is called again: %s", self.name, error.detail)
@@ -208,7 +211,7 @@ class StandIn:
 
 
 class _Changed(Exception):
-    """The module is no longer what was lent."""
+    """The module differs from what was lent."""
 
 
 def _check_unchanged(snapshot: Snapshot, found: list[str]) -> None:
@@ -223,7 +226,7 @@ def _device_of(module: torch.nn.Module) -> torch.device:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether there is a tensor in the arguments whose contents were lost with the workers."""
+    """Return whether the arguments have held tensors, whose values are lost with the workers."""
     if isinstance(value, torch.Tensor):
         return isinstance(value, HeldTensor)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Refuse tensors that are more than their memory."""
+"""Refuse parameters and buffers of subclasses of ``torch.Tensor``, such as quantised weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_tensors(module: torch.nn.Module, label: str) -> None:
     """Check the parameters and buffers of all submodules.
 
     Raises:
-        Unsupported: a tensor of a subclass, as quantised weights are; names it and the remedy.
+        Unsupported: a tensor is of a subclass, as quantised weights are; the error names it and the remedy.
     """
     for path, each in module.named_modules():
         where = f"{label}.{path}" if path else label

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from msgspec.structs import replace
 
-from xditd.client.jobs.arguments import ArgumentWriter
+from xditd.client.io_places import DevicePlaces, IoPlaces
+from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor
 from xditd.client.jobs.held_tensors import HeldTensor, HeldView
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
@@ -21,14 +22,23 @@ from xditd.ipc.transports.tensor_views import dtype_name, inverse_order, memory_
 
 
 class ClassArgumentWriter(ArgumentWriter):
-    """Converts what :class:`ArgumentWriter` does, and besides numbers that are not finite, sets, maps with any keys,
-    dtypes, enumerations, and objects of diffusers and transformers.
+    """Converts what :class:`ArgumentWriter` does, and also numbers that are not finite, sets, maps with any keys,
+    dtypes, devices, enumerations, generators, and objects of diffusers and transformers.
 
-    Tensors keep the order of their dimensions in memory, since some kernels round differently in another order. For a
-    module on a GPU, CPU tensors are marked, and stay on the CPU. Set ``is_on_gpu`` before :meth:`write`.
+    Tensors keep the order of their dimensions in memory, since some kernels round differently in another order. With
+    ``is_on_gpu``, the module's parameters are on a GPU: CPU tensors are marked, and stay on the CPU.
     """
 
-    is_on_gpu = False
+    def __init__(
+        self,
+        io_places: IoPlaces,
+        is_kept: Callable[[KeptTensor], bool] = lambda _: False,
+        *,
+        device_places: DevicePlaces | None = None,
+        is_on_gpu: bool = False,
+    ) -> None:
+        super().__init__(io_places, is_kept, device_places=device_places)
+        self._is_on_gpu = is_on_gpu
 
     def _write(self, path: str, value: Any, depth: int) -> Argument:
         if isinstance(value, HeldTensor):
@@ -89,7 +99,7 @@ class ClassArgumentWriter(ArgumentWriter):
             return super()._write_tensor(path, value)
         if value.requires_grad and torch.is_grad_enabled():
             raise BadRequest(f"{path}: it requires a gradient, and workers compute none: call under torch.no_grad()")
-        on_host = self.is_on_gpu and value.device.type == "cpu"
+        on_host = self._is_on_gpu and value.device.type == "cpu"
         if value.device.type == "cpu" and value.numel() <= self._max_values and not value.is_complex():
             values = value.detach().flatten().tolist()
             if all(map(math.isfinite, values)):

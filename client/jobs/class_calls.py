@@ -31,8 +31,12 @@ def class_call_request(
     """
     check_parts(parts)
     places, device_places = IoPlaces(), DevicePlaces()
-    writer = ClassArgumentWriter(places, is_kept, device_places=device_places if room.is_on_device else None)
-    writer.is_on_gpu = device is not None and device.type == "cuda"
+    writer = ClassArgumentWriter(
+        places,
+        is_kept,
+        device_places=device_places if room.is_on_device else None,
+        is_on_gpu=device is not None and device.type == "cuda",
+    )
 
     def sample_of(arguments: Mapping[str, Any]) -> Any:
         return next(iter(arguments.values()), None)
@@ -51,7 +55,10 @@ def class_call_request(
 
 
 def read_tensor_request(name: str, tensor: torch.Tensor, component_id: str | None = None) -> JobRequest:
-    """Build the request to copy a tensor to ``value``: a held one by id, or one of a component by name."""
+    """Build the request to copy a tensor to the output ``value``, with the dtype, shape and device of ``tensor``.
+
+    ``name`` is that of a tensor of the component, or without a ``component_id`` the id of a held tensor.
+    """
     places = IoPlaces()
     out = places.add_output(tensor.dtype, tuple(tensor.shape))
 
@@ -62,7 +69,7 @@ def read_tensor_request(name: str, tensor: torch.Tensor, component_id: str | Non
 
 
 def release_request(held_ids: tuple[str, ...]) -> JobRequest:
-    """Build the request to free held tensors."""
+    """Build the request to free held tensors in the workers."""
 
     def write(request_id: str, io: HostShmBlock) -> ReadTensors:
         return ReadTensors(request_id=request_id, io=io, places={}, released=held_ids)

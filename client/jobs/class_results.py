@@ -45,7 +45,11 @@ class NotReturned:
 
 
 class ClassResultReader:
-    """Reads the results of one call. ``read`` copies a tensor out of the block with the results."""
+    """Reads the results of one call.
+
+    ``read`` copies a tensor out of the block with the results to ``device``. ``store`` reads and frees the tensors that
+    stay in the workers.
+    """
 
     def __init__(
         self, read: Callable[[InIo, torch.device], torch.Tensor], device: torch.device, store: HeldStore
@@ -55,10 +59,11 @@ class ClassResultReader:
         self._store = store
 
     def value(self, node: Argument) -> Any:
-        """Return a result, in the caller's own classes.
+        """Return a result, in the caller's own classes. The tensors are copies in this process, or held tensors.
 
         Raises:
             Unsupported: a class that is not installed here.
+            Internal: a description that the workers do not give to results.
         """
         if isinstance(node, InIo):
             found = self._read(node, self._device)
@@ -82,7 +87,11 @@ class ClassResultReader:
         return _plain(node)
 
     def update(self, node: Argument, current: Any) -> Any:
-        """Return the state of an argument, in the caller's own objects, lists and maps where they are the same."""
+        """Return an argument after a call: ``current`` itself with its new contents, where it is of the same kind.
+
+        Raises:
+            Unsupported, Internal: see :meth:`value`.
+        """
         if isinstance(node, Held) and isinstance(current, HeldTensor) and current.held.held_id == node.held_id:
             return current
         if isinstance(node, ObjectOf) and isinstance(current, torch.Generator):

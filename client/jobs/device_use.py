@@ -13,7 +13,7 @@ from xditd.ipc.replies import Called
 from xditd.ipc.transports.tensor_views import align
 
 Key = tuple[str, str]
-"""The id of a component, and its method."""
+"""Calls of one kind: the id of a component, and its method."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DeviceUse:
         """Calls whose results rank 0 cannot write to the caller's GPU."""
 
     def room(self, session: Session, key: Key) -> Room:
-        """Return the room for the results of the next such call."""
+        """Return the room for the results of the next call of ``key`` in a session."""
         device_bytes = 0 if key in self._unwritten else self._result_bytes.get(key)
         return Room(is_on_device=session not in self._refused, device_bytes=device_bytes)
 
@@ -48,7 +48,7 @@ class DeviceUse:
         self._refused.add(session)
 
     def note_results(self, key: Key, called: Called, offered_bytes: int) -> None:
-        """Note how much room the large results of a call took, or would have taken, of ``offered_bytes``."""
+        """Note how much device memory the large results of a call need; the call had ``offered_bytes``."""
         trees = [*called.results, *(node for each in called.changed for node in each.values())]
         large = [leaf for tree in trees for leaf in _leaves(tree) if _size_bytes(leaf) >= limits.DEVICE_IO_FROM_BYTES]
         needed = sum(align(_size_bytes(leaf)) for leaf in large)

@@ -24,12 +24,13 @@ RELEASE_AFTER_S: Final = 0.05
 
 
 class ReadOnlyTensor(torch.Tensor):
-    """A tensor whose values this process may not change, because those in the workers would stay.
+    """A tensor whose values this process may not change, because those in the workers would not change with them.
 
-    Any operation on it runs on a copy of the values, and views of it can only be read either.
+    Any operation on it runs on a copy of the values. Views of it cannot be written to either.
     """
 
     what: str
+    """What it is, for errors."""
 
     def read(self) -> torch.Tensor:
         """Return the values as a tensor of this process."""
@@ -52,7 +53,7 @@ class ReadOnlyTensor(torch.Tensor):
             return tree_map_only(torch.Tensor, HeldView, result)
         return result
 
-    # These read the memory of a tensor, which one of a subclass like this does not have.
+    # numpy() and tolist() read the memory of a tensor, which a tensor of this class does not have.
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.read().numpy(force=force)
@@ -130,7 +131,10 @@ class HeldView(ReadOnlyTensor):
 
 
 class HeldStore:
-    """The held tensors of one session. ``read`` copies one here, ``release`` frees ids in the workers."""
+    """The held tensors of one session. ``read`` copies one to this process, ``release`` frees ids in the workers.
+
+    A thread calls ``release``, for tensors that were dropped, until :meth:`close`.
+    """
 
     def __init__(self, read: Callable[[HeldTensor], torch.Tensor], release: Callable[[tuple[str, ...]], None]) -> None:
         self.read = read
@@ -140,7 +144,7 @@ class HeldStore:
         threading.Thread(target=self._run, name="xditd-held", daemon=True).start()
 
     def note_dropped(self, held_id: str) -> None:
-        """Note that this process has no more use of a tensor."""
+        """Note that this process has dropped a tensor. Safe to call from a finalizer."""
         self._dropped.put(held_id)
 
     def close(self) -> None:

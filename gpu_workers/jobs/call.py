@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.reading import check_names
-from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, leaves
+from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, describe_tree
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
@@ -55,15 +57,13 @@ def run(job: Call, context: JobContext) -> Finished:
     trees = [operations.tree(rows) for rows in results]
     finite = FiniteCheck()
     for tree, inputs in zip(trees, parts, strict=True):
-        name = f"result{_format_timestep(inputs)}"
-        for tensor in leaves(tree):
-            finite.note(name, tensor)
+        describe_tree(tree, partial(finite.note, f"result{_format_timestep(inputs)}"))
     finite.fetch()
+    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
+    described = writer.begin(trees)
     clock.end_phase("forward")
     context.check_finite(finite, transformer)
     context.components.check_unchanged(transformer)
-    writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
-    described = writer.write(trees)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
@@ -42,14 +42,25 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Numerics
 from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
 from xditd.ipc.transports.tensor_views import dtype_name
+from xditd.ipc.worker_messages import CallResults
 
 _CACHE = "cache"
 """In the names of arguments and classes whose contents stay in the workers between calls."""
 
 
-@torch.no_grad()  # not inference_mode, whose tensors do not count the writes to them
 def run(job: Call, context: JobContext) -> Finished:
     """Run a method of the module once for each part, on different ranks where possible; rank 0 writes the results."""
+    try:
+        return _run(job, context)
+    except BaseException:
+        if context.device.type == "cuda":
+            with suppress(RuntimeError):  # the error that is raised says more
+                torch.cuda.current_stream(context.device).synchronize()  # the client may write to its block again
+        raise
+
+
+@torch.no_grad()  # not inference_mode, whose tensors do not count the writes to them
+def _run(job: Call, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     device_io = context.open_device_io(job)
     with raise_on_all_ranks():
@@ -78,20 +89,22 @@ def run(job: Call, context: JobContext) -> Finished:
                 for part, changed, described in zip(parts, stateful, job.parts, strict=True)
             ]
         )
+    described: CallResults | None = None
     with raise_on_all_ranks():
         written.check(stateful, f"{component.class_model.class_name}.{job.method}")
-    clock.end_phase("forward")
-    with raise_on_all_ranks():
-        if not context.is_leader:
+        if context.is_leader:
+            finite = _note_finite(results, describer)
+            room = DeviceRoom.of(job, device_io)
+            writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, room)
+            described = writer.begin(results, describer.describe, stateful)
+            clock.end_phase("forward")
+            context.check_finite(finite, component)
+            context.components.check_unchanged(component)
+            clock.end_phase("outputs", waits=False)
+        else:
             for tree in (*results, *(value for each in stateful for value in each.values())):
                 describer.describe(tree, lambda _: None)  # holds what rank 0 holds
-            return Finished(clock.marks_ms)
-        _check_finite(context, component, results, describer)
-        context.components.check_unchanged(component)
-        room = DeviceRoom.of(job, device_io)
-        writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, room)
-        described = writer.write(results, describer.describe, stateful)
-    clock.end_phase("outputs", waits=False)
+            clock.end_phase("forward")
     return Finished(clock.marks_ms, results=described)
 
 
@@ -119,7 +132,8 @@ def _check_job(job: Call, component: Component) -> None:
             raise BadRequest(f"{where}{listed(unknown)}: {name}.{job.method} takes {', '.join(method.arguments)}")
 
 
-def _check_finite(context: JobContext, component: Component, results: Sequence[Any], describer: _Describer) -> None:
+def _note_finite(results: Sequence[Any], describer: _Describer) -> FiniteCheck:
+    """Begin to check that all results are finite."""
     finite = FiniteCheck()
     found: list[torch.Tensor] = []
     for result in results:
@@ -128,7 +142,7 @@ def _check_finite(context: JobContext, component: Component, results: Sequence[A
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
             finite.note(f"result {number}", torch.view_as_real(tensor) if tensor.is_complex() else tensor)
     finite.fetch()
-    context.check_finite(finite, component)
+    return finite
 
 
 def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -> Any:

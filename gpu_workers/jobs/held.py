@@ -1,4 +1,5 @@
-"""Held tensors: made by forwards for objects of a client, such as KV caches, and named by id until it releases them.
+"""Held tensors, which forwards have made for objects of a client, such as KV caches. The client names them by id until
+it releases them.
 
 Every rank holds the same ones under the same ids, since all run the calls that have such objects, in the same order.
 """
@@ -27,7 +28,7 @@ class HeldTensors:
         return sum(map(len, self._by_client.values()))
 
     def hold(self, client: ProcessIdentity, tensor: torch.Tensor) -> str:
-        """Hold a tensor; return its new id."""
+        """Hold a tensor until the client releases it or exits; return its new id."""
         self._count += 1
         held_id = self._id(self._count)
         self._by_client.setdefault(client, {})[held_id] = tensor
@@ -49,7 +50,8 @@ class HeldTensors:
 
     @contextmanager
     def undone_on_error(self, client: ProcessIdentity) -> Iterator[None]:
-        """Free what a job has held if it fails. Ranks that fail at different points then count alike again."""
+        """If the block fails, free the tensors that it has held. Ranks that fail at different points then give the same
+        ids again."""
         before = self._count
         try:
             yield

@@ -124,8 +124,10 @@ class OpenIo:
         view = self._view(name, described)  # not converted here: torch would do that on the host
         return view.clone() if device is None else view.to(device, copy=True, non_blocking=not waits)
 
-    def write(self, name: str, described: IoTensor, value: torch.Tensor) -> None:
+    def write(self, name: str, described: IoTensor, value: torch.Tensor, *, waits: bool = True) -> None:
         """Copy a result into its place, converted to the client's dtype.
+
+        Without ``waits`` the copy from a GPU is in the order of its stream, for which the caller has to wait.
 
         Raises:
             BadRequest: the place has another shape, or is not inside the block.
@@ -137,7 +139,7 @@ class OpenIo:
         view = self._view(name, described)
         # Convert on the GPU: else torch copies first, through memory that is not pinned, and converts on the host
         # (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
-        view.copy_(value.to(view.dtype) if value.is_cuda else value)
+        view.copy_(value.to(view.dtype) if value.is_cuda else value, non_blocking=not waits)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
         """Check the place of an output before the job runs.

@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Final, Literal
 
 import torch
@@ -49,8 +50,9 @@ from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.requests import Numerics
 from xditd.ipc.status import SplitCheck
 
-Call = Callable[[Mapping[str, Any]], Any]
+Forward = Callable[[Mapping[str, Any]], Any]
 _REFUSED: Final = object()
+"""In place of a result: the class has refused some rows alone."""
 
 _DIFFERENCE: Final = struct.Struct("dd")
 _DIGEST_BYTES: Final = 16
@@ -58,16 +60,20 @@ _DIGEST_BYTES: Final = 16
 
 @dataclass(frozen=True)
 class ModulePart:
-    """One forward. ``stays_alike``: every rank has to run it, since it changes objects that all ranks hold."""
+    """One forward. ``on_all_ranks``: every rank has to run it, since it changes objects that all ranks hold."""
 
     arguments: Mapping[str, Any]
-    stays_alike: bool
+    on_all_ranks: bool
 
 
 class ModuleRows:
-    """Runs the parts of one call: ``method`` of ``model``, by ``call``. All ranks make the same calls."""
+    """Runs the parts of one call: ``call`` runs ``method`` of ``model`` with the arguments of a part.
 
-    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Call) -> None:
+    ``call`` raises ``Unsupported`` for a forward that draws random numbers of torch's own generators. All ranks make
+    the same calls.
+    """
+
+    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Forward) -> None:
         self._model = model
         self._method = method
         self._numerics = numerics
@@ -78,10 +84,11 @@ class ModuleRows:
     def run(self, parts: Sequence[ModulePart]) -> list[Any]:
         """Return the result of each part on rank 0; on other ranks ``None`` for those that not all have run.
 
-        All ranks fail together.
+        If one rank fails, all ranks raise.
 
         Raises:
             BadRequest: the class refused the arguments.
+            Unsupported: the forward cannot run in workers.
             OutOfMemory, OtherRankFailed: see ``raise_on_all_ranks``.
         """
         if self._ranks == 1:
@@ -92,7 +99,7 @@ class ModuleRows:
             keys = [self._key(part.arguments) for part in parts]
         shared: dict[int, Case] = {}
         for number, part in enumerate(parts):
-            case = Case(None) if part.stays_alike else self._model.split_checks.find(keys[number])
+            case = Case(None) if part.on_all_ranks else self._model.split_checks.find(keys[number])
             if case is None:
                 results[number] = self._check(part.arguments, keys[number])
             elif case.result is None:
@@ -118,26 +125,26 @@ class ModuleRows:
         """Run a call of a new case whole on every rank, then by rows; note whether the results agree."""
         checks, batch = self._model.split_checks, batch_of(arguments)
         copied = copy_tree(arguments)  # a forward may change its lists and maps
-        snapshot = ModuleSnapshot(self._model.module, self._model.device)
+        snapshot = ModuleSnapshot(self._model.module)
+        is_training = any(each.training for each in self._model.module.modules())
         with raise_on_all_ranks():
             whole = self._call(arguments)
         structure = structure_of(whole, batch)
-        has_drawn = snapshot.has_drawn or any(each.training for each in self._model.module.modules())
-        if not agree(structure is not None and not has_drawn):
-            why = "its forward draws random numbers" if has_drawn else "its result holds objects"
+        if not agree(structure is not None and not is_training):
+            why = "the module is in training mode" if is_training else "its result holds objects"
             checks.note(key, Case(None), self._report("rows", batch, None, why))
             return whole
         assert structure is not None
         if not agree(_is_finite(whole)):
-            return whole  # the weights are at fault: check again with the next ones
+            return whole  # the weights may be at fault: the next call of this case is checked again
         checks.count(key)
         if not agree(snapshot.is_same):
-            return whole  # a table that is made once, or a state: the next call of this case shows which
+            return whole  # a table that is made once, or a state that each call changes: the next check shows which
         pieces = pieces_of(batch, self._ranks)
         found, why = Difference(0.0, self._tolerance), ""
         if batch > 1 and self._rank < len(pieces):
             found, why = self._compare_rows(copied, whole, structure, pieces[self._rank])
-            if not snapshot.is_same or snapshot.has_drawn:
+            if not snapshot.is_same:
                 found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         connect(self._model.device)
@@ -160,7 +167,7 @@ class ModuleRows:
         """Run a call with its tokens split over all ranks, and compare; ``None`` if the module has no token plan."""
         if isinstance(self._model.planned, str) or self._method != "forward":
             return None
-        snapshot = ModuleSnapshot(self._model.module, self._model.device)
+        snapshot = ModuleSnapshot(self._model.module)
         try:
             split = self._run_tokens(copy_tree(arguments))
         except PlanFault as fault:
@@ -168,7 +175,7 @@ class ModuleRows:
         found, why = Difference(math.inf, self._tolerance), "its result has another structure"
         if structure_of(split, batch) == structure:
             found, why = self._differ(split, whole), "split tokens give other results"
-        if not snapshot.is_same or snapshot.has_drawn:
+        if not snapshot.is_same:
             found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         assert worst is not None  # all ranks have had the same structure before
@@ -216,7 +223,10 @@ class ModuleRows:
     def _compare_rows(
         self, arguments: Mapping[str, Any], whole: Any, structure: Node, rows: range
     ) -> tuple[Difference, str]:
-        """Run some rows, and compare them with those of the whole; return the difference, and what is wrong."""
+        """Run some rows, and compare them with those of the whole; return the difference, and what is wrong.
+
+        Raises nothing that only this rank would raise: the others wait for its difference.
+        """
         batch = batch_of(arguments)
         unknown = Difference(math.inf, self._tolerance)
         try:
@@ -226,23 +236,24 @@ class ModuleRows:
             return self._differ(piece, take_rows(whole, batch, slice(rows.start, rows.stop))), ""
         except torch.OutOfMemoryError:
             return unknown, "no room to check them"
-        except BadRequest as error:
+        except XditdError as error:
             return unknown, error.detail
 
     def _differ(self, found: Any, expected: Any) -> Difference:
         """Return the largest difference of two results of one structure."""
         pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
         each = [difference(mine, its, in_halves=self._in_halves) for mine, its in pairs]
-        return max(each, key=_ratio, default=Difference(0.0, self._tolerance))
+        return max(each, key=attrgetter("ratio"), default=Difference(0.0, self._tolerance))
 
     def _worst(self, mine: Difference, structure: Node) -> Difference | None:
         """Return the largest difference of all ranks; ``None`` if their whole results have other structures."""
         digest = hashlib.blake2b(repr(structure).encode(), digest_size=_DIGEST_BYTES).digest()
-        said = _DIFFERENCE.pack(*mine) + digest
-        everyone = gather_bytes(said, len(said), self._ranks)
+        packed = _DIFFERENCE.pack(*mine) + digest
+        everyone = gather_bytes(packed, len(packed), self._ranks)
         if any(each[_DIFFERENCE.size :] != digest for each in everyone):
             return None
-        return max((Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone), key=_ratio)
+        found = (Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone)
+        return max(found, key=attrgetter("ratio"))
 
     def _report(self, split: Literal["rows", "tokens"], batch: int, found: Difference | None, why: str) -> SplitCheck:
         error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
@@ -260,15 +271,15 @@ class ModuleRows:
     def _run_shared(
         self, parts: Sequence[ModulePart], keys: Sequence[CaseKey], cases: Mapping[int, Case]
     ) -> dict[int, Any]:
-        """Run parts on different ranks. If one gives something else than before, all ranks run it whole."""
+        """Run parts on different ranks; a part whose result differs in structure from the checked one on all ranks."""
         if not cases:
             return {}
         pieces = assign(_shares(parts, cases), self._ranks)
         nodes = {piece: structure_of_rows(_structure(cases[piece.part]), piece.rows) for piece in pieces}
         with raise_on_all_ranks():
             mine = {piece: self._run_piece(piece, parts[piece.part]) for piece in pieces if piece.rank == self._rank}
-        misfits = {piece.part for piece, found in mine.items() if structure_of(found, 0) != nodes[piece]}
-        wrong = [] if agree(not misfits) else [number for number in cases if not agree(number not in misfits)]
+        differing = {piece.part for piece, found in mine.items() if structure_of(found, 0) != nodes[piece]}
+        wrong = [] if agree(not differing) else [number for number in cases if not agree(number not in differing)]
         results: dict[int, Any] = {}
         for number in wrong:
             why = "a later call had a result of another structure, or its rows were refused"
@@ -291,7 +302,7 @@ class ModuleRows:
         return results
 
     def _run_piece(self, piece: Piece, part: ModulePart) -> Any:
-        """Return the result of some rows, :data:`_REFUSED` if the class refuses them, but maybe not all rows."""
+        """Return the result of some rows; :data:`_REFUSED` if the class refuses them, which may take all rows."""
         batch = batch_of(part.arguments)
         if len(piece.rows) >= batch:
             return self._call(copy_tree(part.arguments))
@@ -316,7 +327,3 @@ def _is_finite(tree: Any) -> bool:
         for each in tensors_of(tree)
         if each.numel() and (each.is_floating_point() or each.is_complex())
     )
-
-
-def _ratio(found: Difference) -> float:
-    return found.ratio

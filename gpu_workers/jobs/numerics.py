@@ -1,4 +1,4 @@
-"""Set the caller's numerics for one call: what torch and diffusers keep in global settings, and that changes bits."""
+"""Set the caller's numerics for one call: the global settings of torch and diffusers that change bits."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
-from xditd.gpu_workers.models.class_building import make_key, make_object, make_plain
+from xditd.gpu_workers.models.described_values import make_key, make_object, make_plain
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.parallel.client_blocks import OpenClientBlock
@@ -86,13 +86,14 @@ class ArgumentReader:
     def finish(self) -> None:
         """Check that all tensors are finite, with one wait for the device, and keep those with an id.
 
+        Of a module that runs as its class they are not checked, and there is no wait: the client may write to its block
+        again once the job has ended, however it ends.
+
         Raises:
             BadRequest: names an argument with other values.
         """
         if self._held is None:  # a module that runs as its class takes what the class takes, such as masks with -inf
             check_finite({path: tensor for path, tensor in self._unchecked.items() if tensor.is_floating_point()})
-        elif self._unchecked and self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # the client may write to its block again
         if self._device_io is not None:
             self._device_io.drop_inputs()
         for kept_id, tensor in self._to_keep.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,22 +23,9 @@ from xditd.ipc.transports.host_shm import HostArena
 from xditd.ipc.transports.tensor_views import align, dtype_name, inverse_order, memory_order, place
 from xditd.ipc.worker_messages import CallResults
 
-
-def leaves(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor of a tree."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for each in tree.values():
-            yield from leaves(each)
-    elif isinstance(tree, (list, tuple)):
-        for each in tree:
-            yield from leaves(each)
-
-
 Put = Callable[[IoTensor, torch.Tensor], None]
 Write = Callable[[torch.Tensor], Argument]
-"""Copy a tensor to its place, and return its description."""
+"""Copies a tensor to its place, and returns its description."""
 Describe = Callable[[Any, Write], Argument]
 
 
@@ -89,10 +76,12 @@ class ResultWriter:
         self._provide = provide
         self._room = room
 
-    def write(
+    def begin(
         self, trees: Sequence[Any], describe: Describe | None = None, changed: Sequence[Mapping[str, Any]] = ()
     ) -> CallResults:
-        """Copy every tensor to an aligned place, and return the description of the trees.
+        """Begin to copy every tensor to an aligned place, and return the description of the trees.
+
+        Wait for the current stream before the results are used or this process answers.
 
         ``describe`` describes a tree (default: :func:`describe_tree`), and calls its second argument for each tensor
         that is to be copied, in the same order every time. ``changed`` are the arguments of each part that the forwards
@@ -135,22 +124,24 @@ class ResultWriter:
 
         described = tuple(describe(tree, write) for tree in trees)
         arguments = tuple({name: describe(value, write) for name, value in each.items()} for each in changed)
-        if self._room is not None and on_device:
-            self._room.io.finish()
         if arena is None:
             return CallResults(trees=described, changed=arguments)
         return CallResults(trees=described, changed=arguments, block=arena.block(), provider=identify(os.getpid()))
 
     def _put_into_io(self, where: IoTensor, tensor: torch.Tensor) -> None:
-        self._io.write("result", where, tensor)
+        self._io.write("result", where, tensor, waits=False)
 
 
 def _put_into_arena(arena: HostArena, where: IoTensor, tensor: torch.Tensor) -> None:
-    arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor)
+    arena.tensor(where.offset_bytes, where.dtype, where.shape).copy_(tensor, non_blocking=True)
 
 
 def describe_tree(tree: Any, write: Write) -> Argument:
-    """Describe lists, tuples and maps of tensors and plain values."""
+    """Describe lists, tuples and maps of tensors and plain values; calls ``write`` for each tensor, in order.
+
+    Raises:
+        Unsupported: there is a value of another type.
+    """
     if isinstance(tree, torch.Tensor):
         return write(tree)
     if isinstance(tree, tuple):

@@ -8,33 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import torch
 
 from xditd.gpu_workers.models.configured_classes import HERE
-from xditd.ipc.arguments import (
-    Argument,
-    LentTensor,
-    ListOf,
-    MapOf,
-    Named,
-    ObjectOf,
-    Opaque,
-    PairsOf,
-    SetOf,
-    Special,
-    TupleOf,
-    children,
-    holds,
-)
+from xditd.gpu_workers.models.described_values import make_value
+from xditd.ipc.arguments import Argument, LentTensor, ListOf, Opaque, children, holds
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.module_state import DEVICE, GENERATOR, PACKAGES, STATE, ModuleState, SubmoduleState
-from xditd.ipc.transports.module_classes import find_class, find_named
+from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
+from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, version_of, walk_module
 
-_SUBMODULE: Final = "submodule:"
 _SHOWN: Final = 3
 _ABSENT: Final = object()
 
@@ -45,7 +31,7 @@ _REMEDIES: Final = {
     **dict.fromkeys(HOOKS, "remove the hooks"),
     "processor": "use attention processors of diffusers",
 }
-"""What to do, by the names of attributes that workers cannot make."""
+"""What the user can do, by the names of attributes that workers cannot make."""
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
@@ -85,7 +71,7 @@ def check_versions(theirs: Mapping[str, str]) -> None:
     """Check that the packages of a client's module have the same versions here.
 
     Raises:
-        Unsupported: one has another version, or is not installed here; names each, and both versions.
+        Unsupported: one has another version, or is not installed here; the error names each, and both versions.
     """
     differing = []
     for package, version in theirs.items():
@@ -111,10 +97,10 @@ def _version_here(package: str) -> str | None:
 
 
 def _check_paths(module: torch.nn.Module, state: ModuleState) -> None:
-    """Check that the module has the paths of the state, and no more: others, or one of a cycle, cannot be walked.
+    """Check that the module has the paths of the state, and no others. Submodules in a cycle would have others.
 
     Raises:
-        BadRequest: it has not; the error names a path.
+        BadRequest: paths differ; the error names one.
     """
     left = {*state.submodules, *state.same}
     pending = [("", module)]
@@ -152,7 +138,7 @@ def _set_submodules(module: torch.nn.Module, state: ModuleState) -> None:
 
 
 def _bare_module(wanted: SubmoduleState) -> torch.nn.Module:
-    """Make a module without its constructor, whose arguments are not known: the state has all that it sets."""
+    """Make a module without its constructor, whose arguments are not known: the state has all that it would set."""
     kind = find_class(wanted.class_name, HERE)
     if not issubclass(kind, torch.nn.Module):
         raise Unsupported(f"class {wanted.class_name}: this is no module")
@@ -163,7 +149,7 @@ def _bare_module(wanted: SubmoduleState) -> torch.nn.Module:
 
 
 def _register_tensors(module: torch.nn.Module, wanted: SubmoduleState) -> None:
-    """Register the parameters and buffers of the state; new ones are empty until tensors are plugged."""
+    """Register the parameters and buffers of the state; new ones are empty, on meta, until tensors are plugged."""
     parameters, buffers = dict(module._parameters), dict(module._buffers)
     module._parameters.clear()
     module._buffers.clear()
@@ -199,110 +185,11 @@ def _set_attributes(
             vars(module)[name] = make_value(value, top, {}, on_host=False)
 
 
-def make_value(node: Argument, top: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, on_host: bool) -> Any:
-    """Make the value of an attribute of a submodule of ``top``; a tensor that is not in ``tensors`` is on meta.
-
-    Raises:
-        Unsupported: a class or an enumeration that is not installed here.
-        BadRequest: not the value of an attribute.
-    """
-    if isinstance(node, LentTensor):
-        tensor = tensors.get(node.name)
-        if tensor is None:
-            return torch.empty(0, device="meta")
-        # A copy: forwards keep views of such tables in caches of their own, and lent memory with views stays mapped.
-        return tensor.to("cpu" if on_host else tensor.device, copy=True)
-    if isinstance(node, (ListOf, TupleOf)):
-        items = [make_value(each, top, tensors, on_host=on_host) for each in node.items]
-        return items if isinstance(node, ListOf) else tuple(items)
-    if isinstance(node, SetOf):
-        return {make_key(each) for each in node.items}
-    if isinstance(node, MapOf):
-        return {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.items.items()}
-    if isinstance(node, PairsOf):
-        return {make_key(key): make_value(each, top, tensors, on_host=on_host) for key, each in node.items}
-    if isinstance(node, Named) and node.name.startswith(_SUBMODULE):
-        try:
-            return top.get_submodule(node.name.removeprefix(_SUBMODULE))
-        except AttributeError as error:
-            raise BadRequest(f"{node.name}: the module has none of this path") from error
-    if isinstance(node, ObjectOf):
-        return make_object(
-            node.class_name,
-            {key: make_value(each, top, tensors, on_host=on_host) for key, each in node.attributes.items()},
-        )
-    return make_plain(node)
-
-
-def make_key(node: Argument) -> Any:
-    """Make a key of a map or a member of a set: a plain value, or a tuple of them.
-
-    Raises:
-        Unsupported, BadRequest: as for :func:`make_plain`.
-    """
-    return tuple(map(make_key, node.items)) if isinstance(node, TupleOf) else make_plain(node)
-
-
-def make_plain(node: Argument) -> Any:
-    """Make a value that holds no other.
-
-    Raises:
-        Unsupported: an enumeration that is not installed here.
-        BadRequest: not such a value.
-    """
-    if isinstance(node, Special):
-        return float(node.value)
-    if isinstance(node, Named):
-        return find_named(node.name, HERE)
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return node
-    raise BadRequest(f"a {type(node).__name__} has no value here")
-
-
-def make_object(name: str, attributes: Mapping[str, Any]) -> Any:
-    """Make an object of a class without running its constructor.
-
-    Raises:
-        Unsupported: the class is not installed here, or its objects have more than attributes.
-    """
-    if name == GENERATOR:
-        return _make_generator(attributes)
-    kind = find_class(name, HERE)
-    if (
-        issubclass(kind, (torch.nn.Module, torch.Tensor, type))
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or hasattr(kind, "__del__")
-    ):
-        raise Unsupported(f"class {name}: its objects cannot be made from attributes")
-    try:
-        made = object.__new__(kind)
-        vars(made).update(attributes)
-    except TypeError as error:  # an abstract class, one in C, or one without a __dict__
-        raise Unsupported(f"class {name}: its objects cannot be made from attributes: {error}") from error
-    return made
-
-
-def _make_generator(attributes: Mapping[str, Any]) -> torch.Generator:
-    """Make a random number generator in a given state.
-
-    Raises:
-        BadRequest: no valid state, or that of a generator of a GPU for workers without one.
-    """
-    device, state = attributes.get(DEVICE), attributes.get(STATE)
-    try:
-        generator = torch.Generator(device)
-        generator.set_state(state.cpu() if isinstance(state, torch.Tensor) else torch.empty(0))
-    except (RuntimeError, TypeError) as error:
-        raise BadRequest(
-            f"generator: workers cannot make one for {device!r} in the given state: {error!s:.200}"
-        ) from error
-    return generator
-
-
 def set_tensors(module: torch.nn.Module, state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a module the tensors of a manifest: parameters, buffers, and attributes that hold tensors.
 
-    Those that are not lent stay as the class made them.
+    Parameters are views of lent memory, buffers and attributes are copies. Those that are not lent stay as the class
+    made them.
     """
     for path, submodule in module.named_modules():
         wanted = state.submodules[path]

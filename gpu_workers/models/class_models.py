@@ -27,15 +27,12 @@ from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import find_plan
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
-from xditd.ipc.facts import ComponentFacts, MethodFacts, ModuleFacts
+from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.status import FusedCheck, SplitCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
-
-METHODS: Final = ("forward", "encode", "decode")
-"""The methods that ``Call`` can run, where a class has them."""
 
 _Key = tuple[ModuleDescription, torch.dtype | None, frozenset[tuple[str, TensorInfo]] | None]
 
@@ -44,7 +41,7 @@ MAX_MODELS: Final = 16
 
 
 class ClassModel:
-    """A module without weights of its own. ``owner`` is the component id of the plugged weights, or ``None``.
+    """A module without weights. ``owner`` is the component id of the weights that are plugged, or ``None``.
 
     With a ``state`` in the description, the client lends every tensor of a module, also those that the class makes
     itself. Without it, the tensors are those of a ``checkpoint`` that ``from_pretrained`` would load in ``dtype``.
@@ -160,13 +157,14 @@ class ClassModel:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """The part of a ``Family`` that every component has."""
+class _ClassAsFamily:
+    """What the workers read of every component's ``Family``, for a module that has none."""
 
     name: str
     kind: str = "module"
 
     def heads(self, _: object) -> int:
+        """There are no attention heads to distribute: every rank runs the whole module."""
         return 0
 
 
@@ -174,8 +172,7 @@ class _Kind:
 class ModuleMatch:
     """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
 
-    ``sources`` are the names in the manifest of the module's tensors. ``converted`` are those whose dtype
-    ``from_pretrained`` changes, with the memory that :meth:`reserve` allocates for them.
+    ``dtype`` is that of most elements. ``sources`` has the name in the manifest of each tensor of the module.
     """
 
     model: ClassModel
@@ -185,11 +182,13 @@ class ModuleMatch:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the tensors whose dtype ``from_pretrained`` changes."""
     config: None = None
+    """A module has no configuration of a family."""
     _converted: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The memory of these tensors, once :meth:`reserve` has allocated it."""
 
     @property
-    def family(self) -> _Kind:
-        return _Kind(self.model.class_name)
+    def family(self) -> _ClassAsFamily:
+        return _ClassAsFamily(self.model.class_name)
 
     def reserve(self) -> int:
         """Allocate the memory of tensors in another dtype, so that :meth:`bind` cannot fail; return its bytes."""

@@ -1,4 +1,4 @@
-"""Make modules of diffusers and transformers by their classes, from their configurations.
+"""Build modules of diffusers and transformers by their classes, from their configurations.
 
 Parameters are on the meta device; buffers and all other tensors have values.
 """
@@ -20,14 +20,14 @@ from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_classes import find_class
 
 HERE: Final = "the workers"
-"""Where classes are looked for, in errors."""
+"""Where classes are looked for, as errors say it."""
 
 
 def find_model_class(name: str) -> type[torch.nn.Module]:
     """Return a model class of diffusers or transformers.
 
     Raises:
-        Unsupported: it is none, or is not installed here.
+        Unsupported: ``name`` is no model class, or is not installed here.
     """
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -42,7 +42,8 @@ def find_model_class(name: str) -> type[torch.nn.Module]:
 def build_module(described: ModuleDescription, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """Build a module as its class makes it, in eval mode, with parameters on the meta device.
 
-    With a ``dtype`` it is as ``from_pretrained(torch_dtype=dtype)`` makes it, with that as torch's default meanwhile.
+    With a ``dtype`` it is as ``from_pretrained(torch_dtype=dtype)`` makes it: ``dtype`` is torch's default while the
+    class builds it.
 
     Raises:
         Unsupported: not a model class of diffusers or transformers, or one that is not installed here.
@@ -83,7 +84,7 @@ def build_module(described: ModuleDescription, dtype: torch.dtype | None = None)
 
 @contextmanager
 def _limited_parameters() -> Iterator[None]:
-    """Refuse a module with more parameters than a manifest may lend: a number of layers in a configuration has no end.
+    """Refuse to build a module with more parameters than a manifest may lend: a configuration may ask for any number.
 
     Raises:
         BadRequest: it has more than :data:`~xditd.ipc.limits.MAX_TENSORS`.
@@ -102,7 +103,11 @@ def _limited_parameters() -> Iterator[None]:
 
 
 def _check_attention(config: Any) -> None:
-    """Refuse attention code from a hub: transformers would load and run it when the module is made."""
+    """Check that no attention code is from a hub: transformers would load and run it when the module is built.
+
+    Raises:
+        Unsupported: it is; the error names the setting.
+    """
     pending = [config]
     while pending:
         each = pending.pop()

@@ -1,4 +1,4 @@
-"""What lists, maps, sets and objects held at one moment: to find out what a forward has changed, and to undo it."""
+"""The contents of lists, maps, sets and objects at one moment: to find what a forward has changed, and to undo it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xditd.ipc.transports.module_walk import is_describable
 
 
 class Snapshot:
-    """The contents of some values and of all that they hold, but for the elements of tensors."""
+    """The contents of some values and of all that they hold, without the elements of tensors."""
 
     def __init__(self, roots: Iterable[object]) -> None:
         self._saved: dict[int, tuple[Any, Any]] = {}
-        """By id, the containers (which are so kept alive) and copies of them."""
+        """By id, the containers, which this keeps alive, and copies of them."""
         pending: list[Any] = list(roots)
         while pending:
             each = pending.pop()

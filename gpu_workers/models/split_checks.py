@@ -38,11 +38,11 @@ TOLERANCE_OF_HALVES: Final = 2e-2
 
 @dataclass(frozen=True)
 class Case:
-    """The verdict on a case: the structure of its result, ``None`` if every rank has to run such calls."""
+    """The verdict on a case. ``result`` is the structure of its result; ``None``: every rank has to run such calls."""
 
     result: Node | None
     batch: int = 0
-    """The rows that different ranks may run; 0 if they may not."""
+    """The number of rows that different ranks may share; 0 if one rank has to run all of them."""
     splits_tokens: bool = False
     """Whether all ranks may share the tokens of every row."""
 
@@ -58,8 +58,7 @@ class CaseKey:
     def of(cls, method: str, numerics: Hashable, arguments: Mapping[str, Any], batch: int) -> CaseKey:
         """Return the key of a call.
 
-        Tensors whose rows are all equal are told from others: taking some of them as rows shows no difference, even if
-        they are none.
+        It says which tensors have equal rows: a check with such a tensor cannot show whether its dimension 0 are rows.
         """
         tensors: list[Hashable] = []
         values: list[Hashable] = []
@@ -69,7 +68,7 @@ class CaseKey:
 
 
 def _read(flags: list[torch.Tensor]) -> Iterator[bool]:
-    """Read flags with one wait for each device."""
+    """Yield the flags, device by device, with one wait for each."""
     for device in sorted({each.device for each in flags}, key=str):
         yield from torch.stack([each for each in flags if each.device == device]).tolist()
 
@@ -97,7 +96,8 @@ def _add(value: Any, batch: int, tensors: list[Hashable], values: list[Hashable]
 
 
 class SplitChecks:
-    """The verdicts on the calls of one module. All ranks note the same ones in the same order, and one reports them."""
+    """The verdicts on the calls of one module. All ranks note the same ones in the same order; the one with ``reports``
+    logs them and gives them to the status."""
 
     def __init__(self, *, reports: bool) -> None:
         self._reports = reports
@@ -115,7 +115,7 @@ class SplitChecks:
         return case
 
     def count(self, key: CaseKey) -> None:
-        """Count a check, whether or not it gave a verdict."""
+        """Count a check, whether or not it gives a verdict."""
         self._checked[key.tensors] = self._checked.pop(key.tensors, 0) + 1
         while len(self._checked) > MAX_CASES:
             del self._checked[next(iter(self._checked))]
@@ -143,7 +143,7 @@ class SplitChecks:
 
 
 class Difference(NamedTuple):
-    """The relative error of a result, and the most that it may be."""
+    """The relative error of a result, and the largest one that is allowed."""
 
     error: float
     tolerance: float
@@ -156,7 +156,7 @@ class Difference(NamedTuple):
 def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) -> Difference:
     """Compare a result of some rows with the same rows of the whole.
 
-    ``in_halves``: it was computed in bfloat16 or float16, whatever its own dtype.
+    ``in_halves``: the forward computed in bfloat16 or float16, whatever the dtype of its result.
     """
     is_half = in_halves or expected.dtype in (torch.bfloat16, torch.float16)
     tolerance = TOLERANCE_OF_HALVES if is_half else TOLERANCE
@@ -175,35 +175,19 @@ def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) 
 
 
 class ModuleSnapshot:
-    """What a forward could change in a module: attributes, buffers, and the tensors and lists in them.
+    """What a forward could change in a module: attributes, buffers, and the tensors and lists in them."""
 
-    Draws from torch's generators are noticed, too.
-    """
-
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._device = device
-        self._leaves = list(_leaves_of(module))
-        self._random = self._random_state()
+        self._leaves = _leaves_of(module)
 
     @property
     def is_same(self) -> bool:
         """Whether the module is as it was."""
-        now = list(_leaves_of(self._module))
+        now = _leaves_of(self._module)
         return len(now) == len(self._leaves) and all(
             _is_same(before, after) for before, after in zip(self._leaves, now, strict=True)
         )
-
-    @property
-    def has_drawn(self) -> bool:
-        """Whether random numbers were drawn since."""
-        return any(
-            not torch.equal(before, after) for before, after in zip(self._random, self._random_state(), strict=True)
-        )
-
-    def _random_state(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
 
 
 _MAX_DEPTH: Final = 6

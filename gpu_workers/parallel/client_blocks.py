@@ -1,4 +1,4 @@
-"""Clients' blocks of device memory, in which large tensors of their calls cross: one copy for each rank.
+"""Clients' blocks of device memory, which carry the large tensors of their calls: each rank copies them once.
 
 The rank on the client's GPU maps the block. With peer access between two ranks the other one maps it too; otherwise
 the first one broadcasts the inputs. Arguments are copied out of a block, never used in place: no forward can write to
@@ -71,7 +71,7 @@ class ClientBlocks:
         Raises:
             ForeignGpu: no rank's GPU is the client's.
             StaleSource: the handle cannot be opened, or leads to other memory than was described.
-            BadRequest: the inputs end outside the block, or its fingerprint is of more than 4 KiB.
+            BadRequest: the inputs end outside the block, or its fingerprint is not of its first 4 KiB.
             OtherRankFailed, OutOfMemory: another rank failed, or there is no room for a broadcast.
         """
         _check_described(block, inputs_end_bytes, self._copies.peer_uuids)
@@ -99,6 +99,7 @@ class ClientBlocks:
         self.unmap(exporter, [digest for process, digest in self._mapped if process == exporter])
 
     def close(self) -> None:
+        """Unmap all blocks."""
         while self._mapped:
             self._mapped.popitem()[1].close()
 
@@ -201,10 +202,6 @@ class OpenClientBlock:
         """Free what a broadcast of the inputs took on this rank, when all are read."""
         self._staged = None
 
-    def finish(self) -> None:
-        """Wait for the copies that were begun."""
-        torch.cuda.current_stream(self._device).synchronize()
-
     def _check(self, name: str, place: IoTensor) -> int:
         end = place.offset_bytes + place.size_bytes
         if end > self._size_bytes:
@@ -213,7 +210,7 @@ class OpenClientBlock:
 
 
 def _check_described(block: CudaIpcBlock, inputs_end_bytes: int, uuids: tuple[str, ...]) -> None:
-    """Check what the message says; all ranks get the same result."""
+    """Check what the message says, with the same result on all ranks; see :meth:`ClientBlocks.open` for the errors."""
     if block.device_uuid not in uuids:
         own = ", ".join(uuid for uuid in uuids if uuid) or "none, they run on the CPU"
         raise ForeignGpu(f"{_name(block)}: the workers' GPUs are {own}; send its tensors through host memory")

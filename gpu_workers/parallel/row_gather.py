@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How many rows a part has, and whether different ranks may run them."""
+    """The number of rows of a part, and whether different ranks may run them."""
 
     part: int
     rows: int
@@ -30,14 +30,18 @@ class Share(NamedTuple):
 def pieces_of(rows: int, ranks: int) -> list[range]:
     """Return the rows that each rank runs of one part that is split.
 
-    They are always the same ones: those of a batch of videos may be frames, of which any other number would be wrong.
+    The rows of a rank depend on these numbers alone, so a call runs the rows that were checked: if rows are frames of
+    videos, other pieces could give other results.
     """
     each = max(-(-rows // ranks), 1)
     return [range(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 
 def assign(shares: Sequence[Share], ranks: int) -> list[Piece]:
-    """Share parts over ranks, in the order of rows: whole parts, or pieces if the longest rank then has fewer rows."""
+    """Share parts over ranks: whole ones, or split where they can be, if the rank with the most rows then has fewer.
+
+    Returns the pieces in the order of parts and rows.
+    """
     whole, whole_rows = _distribute([(share.part, range(share.rows)) for share in shares], ranks)
     split, split_rows = _distribute(
         [
@@ -76,9 +80,9 @@ class Transfer:
         """On rank 0, those of every piece, valid after :meth:`run`; else those that this rank sends."""
 
     def add(self, piece: Piece, leaves: Iterable[Leaf], tensors: Iterable[torch.Tensor]) -> None:
-        """Add a piece with these results, which are ``tensors`` on the rank that has run it.
+        """Add a piece, whose results are ``leaves``. On the rank that has run it, ``tensors`` are the results.
 
-        No other rank is waited for, so that all can agree afterwards whether there was room.
+        Allocates memory on rank 0, and waits for no other rank: all can agree afterwards whether there was room.
         """
         leaves = list(leaves)
         first_tag, self._tag = self._tag, self._tag + len(leaves)

@@ -24,7 +24,7 @@ Plain = bool | int | float | str | torch.dtype | None
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of a result; ``has_rows``: dimension 0 are the images."""
+    """A tensor of a result; ``has_rows``: dimension 0 has a row for each image."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -130,7 +130,7 @@ def leaves_of(node: Node) -> Iterator[Leaf]:
 
 
 def build(node: Node, tensors: Iterator[torch.Tensor]) -> Any:
-    """Make a result of a structure and its tensors."""
+    """Make a result from its structure and its tensors, which are in the order of :func:`leaves_of`."""
     if isinstance(node, Leaf):
         return next(tensors)
     if isinstance(node, Value):
@@ -139,7 +139,8 @@ def build(node: Node, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def join(node: Node, pieces: Sequence[Any]) -> Any:
-    """Join the results of consecutive rows; ``node`` is the structure of the whole. What has no rows is the first's."""
+    """Join the results of consecutive rows; ``node`` is the structure of the whole. What has no rows is taken from the
+    first piece."""
     if len(pieces) == 1:
         return pieces[0]
     if isinstance(node, Leaf):

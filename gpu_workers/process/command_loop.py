@@ -107,8 +107,8 @@ class CommandLoop:
         while True:
             self._send_digests()
             command = self._channel.receive(executor.idle_wait_s)
-            executor.while_idle()
             if command is None:
+                executor.while_idle()
                 continue
             if isinstance(command, Shutdown):
                 break
@@ -117,6 +117,7 @@ class CommandLoop:
             try:
                 self._handle(command)
                 executor.after_answer()
+                executor.while_idle()
             except Exception as error:  # noqa: BLE001 - the outermost loop of the process
                 self._report_failure(command, error)
         executor.close()

@@ -1,4 +1,4 @@
-"""Find the classes that messages name: those of which modules, and the objects in modules and arguments, are made."""
+"""Find what messages name: classes of modules, of objects in attributes and arguments, and constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 
 _DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
 
-_PLACES: Final = (
+_ALLOWED_MODULES: Final = (
     "diffusers",
     "diffusers.configuration_utils",
     "diffusers.hooks.",
@@ -46,11 +46,11 @@ def find_class(name: str, where: str) -> type:
     """Return a class by ``module:Class``. ``where`` says in errors whose packages these are.
 
     Raises:
-        Unsupported: no class of these packages' models, or one that is not installed here.
+        Unsupported: the class is of another module, or is not installed in ``where``.
     """
     module, _, path = name.partition(":")
     package = module.partition(".")[0]
-    if not _is_place(module):
+    if not _is_allowed(module):
         raise Unsupported(f"class {name}: only classes of the models of {', '.join(PACKAGES)} can be used")
     try:
         found: Any = import_module(module)
@@ -68,15 +68,15 @@ def find_class(name: str, where: str) -> type:
         raise Unsupported(
             f"class {name}: {package} {version} of {where} has no such class: {type(error).__name__}: {error}"
         ) from error
-    if not _is_place(found.__module__):  # imported there from elsewhere
+    if not _is_allowed(found.__module__):  # imported there from elsewhere
         raise Unsupported(f"class {name}: it is one of {found.__module__}, whose classes cannot be used")
     return found  # type: ignore[no-any-return]
 
 
-def _is_place(module: str) -> bool:
+def _is_allowed(module: str) -> bool:
     is_script = module.rpartition(".")[2].startswith(("convert_", "__"))
     return not is_script and any(
-        module.startswith(place) if place.endswith((".", "_")) else module == place for place in _PLACES
+        module.startswith(each) if each.endswith((".", "_")) else module == each for each in _ALLOWED_MODULES
     )
 
 

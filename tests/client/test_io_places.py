@@ -4,13 +4,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client.io_places import DevicePlaces, IoPlaces  # noqa: E402
+from xditd.client.io_places import FINGERPRINTED_BYTES, DevicePlaces, IoPlaces  # noqa: E402
 from xditd.ipc import limits  # noqa: E402
+from xditd.ipc.transports.fingerprints import SAMPLE_BYTES  # noqa: E402
 
 LARGE = limits.DEVICE_IO_FROM_BYTES
 
 
 def test_places_begin_behind_the_fingerprint():
+    assert FINGERPRINTED_BYTES == SAMPLE_BYTES
     places = IoPlaces(4096)
     assert places.add_input(torch.zeros(3)).offset_bytes == 4096
     assert places.add_room(100) == 4352

@@ -13,7 +13,7 @@ from followed_changes import FOLLOWED, Followed, block_of
 from refused_changes import REFUSED, Refused
 
 from xditd.client.diffusers.changes import Snapshot
-from xditd.client.diffusers.stand_in import METHODS
+from xditd.ipc.facts import METHODS
 
 SEEN_ELSEWHERE = {"global hook", "mode of torch"}
 """Changes of this process, not of the module."""

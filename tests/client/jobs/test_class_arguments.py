@@ -113,7 +113,7 @@ def test_the_order_in_memory_is_sent(both: Fixture) -> None:
 
 
 def test_cpu_tensors_for_a_module_on_a_gpu_are_marked(both: Fixture) -> None:
-    both.writer.is_on_gpu = True
+    both.writer = ClassArgumentWriter(IoPlaces(), is_on_gpu=True)
     for tensor in (torch.zeros(1), torch.zeros(100)):
         node = both.write(tensor)
         assert isinstance(node, (Values, InIo))

@@ -59,7 +59,7 @@ class Ranks:
             split_checks=SplitChecks(reports=self.rank == 0),
         )
 
-    def run(self, *parts: dict[str, Any], stays_alike: bool = False) -> list[Any]:
+    def run(self, *parts: dict[str, Any], on_all_ranks: bool = False) -> list[Any]:
         self.calls = 0
 
         def call(arguments: Mapping[str, Any]) -> Any:
@@ -67,7 +67,7 @@ class Ranks:
             return self.module(**arguments)
 
         rows = ModuleRows(self.model, "forward", Numerics(), call)
-        return rows.run([ModulePart(part, stays_alike) for part in parts])
+        return rows.run([ModulePart(part, on_all_ranks) for part in parts])
 
     def run_checked(self, *parts: dict[str, Any], calls: int | None = None, **options: Any) -> None:
         """Run parts twice, first checked, then shared; rank 0 has what the module gives by itself."""
@@ -143,13 +143,11 @@ def what_cannot_be_split(on: Ranks) -> None:
     on.run({"x": numbers(2, 2)})
     on.run({"x": numbers(2, 2)})
     assert on.count_all() == everyone
-    on.use(lambda x: x + torch.rand(()) * 0)
-    on.run_checked({"x": numbers(2, 2)}, calls=everyone)
     on.use(lambda x: x * 2)
     on.module.training = True
     on.run_checked({"x": numbers(2, 2)}, calls=everyone)
     on.use(lambda x: x * 2)
-    on.run_checked({"x": numbers(2, 2)}, calls=everyone, stays_alike=True)
+    on.run_checked({"x": numbers(2, 2)}, calls=everyone, on_all_ranks=True)
 
     class Counting(torch.nn.Module):
         def __init__(self) -> None:
@@ -300,6 +298,18 @@ def tokens_that_the_plan_cannot_split(on: Ranks) -> None:
         assert "other results" in on.last_check().detail
 
 
+def rows_without_room_when_they_are_checked(on: Ranks) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if on.rank == 1 and x.shape[0] < on.ranks:
+            raise OutOfMemory("no room in the worker's memory")
+        return x * 2
+
+    on.use(fails)
+    on.run_checked({"x": numbers(on.ranks, 2)}, calls=1)
+    if on.rank == 0:
+        assert not on.last_check().is_used
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -320,6 +330,7 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         refused_rows_that_are_right_together,
         tokens_of_every_row,
         tokens_that_the_plan_cannot_split,
+        rows_without_room_when_they_are_checked,
     ):
         with torch.no_grad(), device:
             scenario(Ranks(rank, ranks, device))

@@ -15,7 +15,7 @@ from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
-SCENARIOS = 9
+SCENARIOS = 10
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_one_rank_runs_every_part_as_it_is() -> None:
     parts = [{"x": torch.ones(2)}, {"x": torch.zeros(2)}]
     seen: list[Any] = []
     rows = ModuleRows(model, "forward", Numerics(), lambda arguments: seen.append(arguments) or len(seen))
-    assert rows.run([ModulePart(part, stays_alike=False) for part in parts]) == [1, 2]
+    assert rows.run([ModulePart(part, on_all_ranks=False) for part in parts]) == [1, 2]
     assert all(mine is its for mine, its in zip(seen, parts, strict=True))
 
 
@@ -48,4 +48,4 @@ def test_one_rank_raises_what_the_class_raises() -> None:
         raise BadRequest("refused")
 
     with pytest.raises(BadRequest, match="refused"):
-        ModuleRows(model, "forward", Numerics(), fails).run([ModulePart({}, stays_alike=False)])
+        ModuleRows(model, "forward", Numerics(), fails).run([ModulePart({}, on_all_ranks=False)])

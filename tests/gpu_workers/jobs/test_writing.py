@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.jobs.job_io import PROVIDED_PER_CLIENT, JobIo
-from xditd.gpu_workers.jobs.writing import ResultWriter, leaves
+from xditd.gpu_workers.jobs.writing import ResultWriter, describe_tree
 from xditd.ipc.arguments import Argument, InIo, ListOf, MapOf, TupleOf
 from xditd.ipc.errors import BadRequest, Unsupported, UnsupportedDtype
 from xditd.ipc.processes import ProcessIdentity, identify
@@ -36,7 +36,7 @@ class Outputs:
     ) -> CallResults:
         opened = self.io.open(self.arena.block(), self.me)
         writer = ResultWriter(opened, offset_bytes, size_bytes, lambda size: self.io.provide(client, size))
-        return writer.write(trees)
+        return writer.begin(trees)
 
     def read(self, results: CallResults, leaf: Argument) -> torch.Tensor:
         """Read a result as its client does: from its own block, or from the one that it is told of."""
@@ -67,10 +67,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    describe_tree(tree, found.append)
+    return found
+
+
 def test_every_tensor_of_a_tree_is_found_in_order() -> None:
     a, b, c, d = (torch.tensor(float(number)) for number in range(4))
-    assert [int(leaf) for leaf in leaves(({"x": a, "y": [b, None]}, 3, c, [(d,)]))] == [0, 1, 2, 3]
-    assert list(leaves(None)) == []
+    assert [int(leaf) for leaf in tensors_of(({"x": a, "y": [b, None]}, 3, c, [(d,)]))] == [0, 1, 2, 3]
+    assert tensors_of(None) == []
 
 
 @pytest.mark.parametrize("size_bytes", [SIZE - START, 0], ids=["fits", "does not fit"])
@@ -90,7 +96,7 @@ def test_trees_keep_their_form_and_tensors_their_dtype(outputs: Outputs, size_by
     listed = two.items[0]
     assert isinstance(listed, ListOf)
     places = [one.items[0], more.items[0], *listed.items]
-    for leaf, tensor in zip(places, leaves((first, second)), strict=True):
+    for leaf, tensor in zip(places, tensors_of((first, second)), strict=True):
         assert isinstance(leaf, InIo)
         assert leaf.offset_bytes % 256 == 0
         found = outputs.read(results, leaf)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 
-from xditd.client.module_lending import describe_module
-from xditd.gpu_workers.models.class_building import apply_state, check_versions, make_object, make_value, set_tensors
+from xditd.client.module_descriptions import describe_module
+from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.ipc import module_state
-from xditd.ipc.arguments import Argument, ListOf, MapOf, Named, ObjectOf, PairsOf, SetOf, TupleOf, Values
+from xditd.ipc.arguments import Argument, ListOf, MapOf, Named, PairsOf, SetOf, Values
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import ModuleState, SubmoduleState
 from xditd.ipc.tensors import ModuleDescription
@@ -314,41 +314,6 @@ def test_very_many_submodules_are_no_fault() -> None:
     linear = torch.nn.Linear(1, 1).eval()
     assert not apply_state(linear, state)
     assert len(linear._modules) == 16_000
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        LINEAR,  # a module
-        "torch.nn.parameter:Parameter",
-        "diffusers.utils.outputs:BaseOutput",  # has __reduce__
-        "diffusers.configuration_utils:FrozenDict",
-        "diffusers.models.attention_dispatch:AttentionBackendName",
-    ],
-)
-def test_objects_that_are_more_than_attributes_are_not_made(name: str) -> None:
-    with pytest.raises(Unsupported, match=f"class {name}: "):
-        make_object(name, {})
-
-
-def test_values_are_made_as_they_were() -> None:
-    top = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    node = MapOf(
-        items={
-            "pairs": PairsOf(items=((TupleOf(items=(1, None)), Named(name="torch.float16")),)),
-            "set": SetOf(items=(1, "a")),
-            "part": Named(name="submodule:0"),
-            "object": ObjectOf(
-                class_name="diffusers.models.attention_processor:AttnProcessor2_0", attributes={"x": TupleOf(items=())}
-            ),
-        }
-    )
-    found = make_value(node, top, {}, on_host=False)
-    assert found["pairs"] == {(1, None): torch.float16}
-    assert found["set"] == {1, "a"}
-    assert found["part"] is top[0]
-    assert type(found["object"]) is attention_processor.AttnProcessor2_0
-    assert found["object"].x == ()
 
 
 MANY_LAYERS = '{"num_layers": 1000000000, "attention_head_dim": 8, "num_attention_heads": 1}'

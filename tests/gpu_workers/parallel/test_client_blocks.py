@@ -94,7 +94,7 @@ def test_inputs_are_copies_and_results_arrive(blocks: ClientBlocks, spawn_other:
     opened = blocks.open(block, ALICE, block.size_bytes)
     at = IoTensor(offset_bytes=8192, dtype="bfloat16", shape=(3, 256))
     first = opened.read("x", at)
-    opened.finish()
+    torch.cuda.synchronize()
     assert first.dtype == torch.bfloat16
     assert set(first.view(torch.uint8).flatten().tolist()) == {7}
     first.zero_()  # a forward may write to its arguments: the client's memory does not change
@@ -102,7 +102,7 @@ def test_inputs_are_copies_and_results_arrive(blocks: ClientBlocks, spawn_other:
     again = opened.read("x", at)
     opened.write("out", at, result.T.contiguous().T)
     written = opened.read("out", at)
-    opened.finish()
+    torch.cuda.synchronize()
     assert set(again.view(torch.uint8).flatten().tolist()) == {7}
     assert torch.equal(written, result)
 
@@ -172,7 +172,7 @@ def test_memory_of_a_client_that_was_killed_stays_readable_until_it_is_forgotten
     opened = blocks.open(exported(other, size_bytes=256 * MIB), ALICE, 0)
     other.kill()
     read = opened.read("x", IoTensor(offset_bytes=4096, dtype="uint8", shape=(MIB,)))
-    opened.finish()
+    torch.cuda.synchronize()
     assert int(read.max()) == int(read.min()) == 7
     before = torch.cuda.mem_get_info(0)[0]
     blocks.forget(ALICE)
