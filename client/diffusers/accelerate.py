@@ -143,6 +143,10 @@ class Accelerated:
 def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict[str, Any]:
     """Return the models of a pipeline by name; those of a list of models (several ControlNets) one by one."""
     if isinstance(pipe, kind):
+        if components is not None:
+            raise BadRequest(
+                f"components: {type(pipe).__name__} is one model, which has none; leave them out, or give its pipeline"
+            )
         return _split_lists({type(pipe).__name__: pipe})
     if isinstance(components, str):
         raise BadRequest(f"components: {components!r} is one text; give a tuple of names, ({components!r},)")

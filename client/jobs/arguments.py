@@ -176,6 +176,8 @@ class ArgumentWriter:
         if isinstance(value, Mapping):
             keys = {check_text(f"{path}: key", key): each for key, each in value.items()}
             return MapOf(items={key: self._write(f"{path}.{key}", each, depth + 1) for key, each in keys.items()})
+        if hasattr(value, "_fields"):
+            raise BadRequest(f"{path}: a {type(value).__name__} with names; give a tuple without names")
         items = tuple(self._write(f"{path}[{number}]", each, depth + 1) for number, each in enumerate(value))
         return ListOf(items=items) if isinstance(value, list) else TupleOf(items=items)
 

@@ -34,3 +34,8 @@ def test_no_daemon_changes_nothing(tmp_path) -> None:
     with pytest.raises(DaemonUnreachable):
         accelerate(pipe, runtime_dir=tmp_path, wait_s=0.1)
     assert "forward" not in vars(pipe.transformer)
+
+
+def test_components_of_one_model_are_refused(tmp_path) -> None:
+    with pytest.raises(BadRequest, match="FluxTransformer2DModel is one model, which has none"):
+        accelerate(flux().transformer, runtime_dir=tmp_path, components=("vae",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -120,6 +120,11 @@ def test_cpu_tensors_for_a_module_on_a_gpu_are_marked(both: Fixture) -> None:
         assert node.on_host
 
 
+class Pair(NamedTuple):
+    one: int
+    other: int
+
+
 def endless() -> list[Any]:
     found: list[Any] = []
     found.append(found)
@@ -130,6 +135,7 @@ def endless() -> list[Any]:
     ("value", "why"),
     [
         (len, "x: builtin_function_or_method cannot be sent"),
+        (Pair(1, 2), "x: a Pair with names; give a tuple without names"),
         ({"f": [lambda: 0]}, r"x.f\[0\]: function cannot be sent"),
         (torch.nn.Linear(1, 1), "x: Linear cannot be sent"),
         (endless(), "arguments may be nested 12 levels deep at most"),
