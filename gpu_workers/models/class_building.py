@@ -354,7 +354,8 @@ def _differences(wanted: ModuleState, found: ModuleState) -> Iterator[str]:
             continue
         for name in sorted({*theirs.attributes, *mine.attributes}):
             if theirs.attributes.get(name, _ABSENT) != mine.attributes.get(name, _ABSENT):
-                yield f"{name} of {where} is {_shown(theirs.attributes, name)}, here {_shown(mine.attributes, name)}"
+                here = _shown(mine.attributes, name)
+                yield f"{name} of {where} is {_shown(theirs.attributes, name)}, in {HERE} it is {here}"
         if msgspec.structs.replace(theirs, attributes={}, on_host=()) != msgspec.structs.replace(
             mine, attributes={}, on_host=()
         ):
@@ -370,4 +371,8 @@ def _shown(attributes: Mapping[str, Argument], name: str) -> str:
     value = attributes[name]
     if isinstance(value, ListOf) and value.items and all(isinstance(each, Opaque) for each in value.items):
         return " and ".join(each.text for each in value.items if isinstance(each, Opaque))
-    return f"a {value.text}" if isinstance(value, Opaque) else f"{value!r:.120}"
+    if isinstance(value, ObjectOf):
+        return f"a {value.class_name} object" + (f" with {value.attributes!r:.120}" if value.attributes else "")
+    if isinstance(value, Opaque):
+        return value.text if value.text.startswith("hooks") else f"a {value.text}"
+    return f"{value!r:.120}"
