@@ -69,8 +69,9 @@ class Placeholders:
             raise LeaseLost(text) from error
 
     def lost_text(self, reason: str) -> str:
+        fault = reason.partition("; ")[0]  # without its remedy, to lend again: there is nothing left to lend
         return (
-            f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {reason}; load the "
+            f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {fault}; load the "
             "model from its files again"
         )
 
