@@ -158,7 +158,7 @@ def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
     component.check()
     if component.kind is ComponentKind.MODULE:
         raise BadRequest(
-            f"{kind.value}: {component.label} was lent to run as its class, which client.call() does; for this job lend "
+            f"{kind.value}: {component.label} was lent to run as its class, by client.call(); for this job lend "
             f"a {kind.value} of a family (FLUX.1, Z-Image), without as_class"
         )
     if component.kind is not kind:
