@@ -111,9 +111,14 @@ class ModuleRows:
         with raise_on_all_ranks():
             whole = self._call(arguments)
         structure = structure_of(whole, batch)
-        has_drawn = snapshot.has_drawn or any(each.training for each in self._model.module.modules())
-        if not agree(structure is not None and not has_drawn):
-            why = "its forward draws random numbers" if has_drawn else "its result holds objects"
+        if any(each.training for each in self._model.module.modules()):
+            why = "it is in training mode: call eval()"
+        elif snapshot.has_drawn:
+            why = "its forward draws random numbers"
+        else:
+            why = "" if structure is not None else "its result holds objects"
+        if not agree(not why):
+            why = why or "another worker has drawn random numbers"
             checks.note(key, Case(None), self._report(batch, None, why))
             return whole
         assert structure is not None
