@@ -41,11 +41,14 @@ _ABSENT: Final = object()
 _REMEDIES: Final = {
     "_compiled_call_impl": "accelerate the model before it is compiled",
     "_hf_hook": "remove offloading by pipe.remove_all_hooks()",
-    "_diffusers_hook": "turn caching and offloading off (disable_cache(), pipe.remove_all_hooks())",
+    # remove_all_hooks() of diffusers' pipelines leaves these two.
+    "hooks of diffusers, group_offloading": "load the model anew, without group offloading",
+    "hooks of diffusers, layerwise_casting": "load the model anew, without layerwise casting",
+    "hooks of diffusers": "turn caching off by model.disable_cache()",
     **dict.fromkeys(HOOKS, "remove the hooks"),
     "processor": "use attention processors of diffusers",
 }
-"""What to do, by the names of attributes that workers cannot make."""
+"""What to do, by what the text of a difference has in it: names of attributes, or what they hold."""
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
@@ -76,8 +79,9 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
 
 
 def _remedy(differing: Sequence[str]) -> str:
-    text = " ".join(differing)
-    found = list(dict.fromkeys(remedy for name, remedy in _REMEDIES.items() if name in text)) or ["undo these changes"]
+    # Of each difference the first that fits: the more special ones come first.
+    fitting = (next((remedy for name, remedy in _REMEDIES.items() if name in text), None) for text in differing)
+    found = list(dict.fromkeys(remedy for remedy in fitting if remedy)) or ["undo these changes"]
     return f"{'; '.join(found).capitalize()}, and lend it again"
 
 
