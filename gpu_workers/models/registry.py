@@ -127,7 +127,7 @@ def detect(names: Collection[str], kind: Kind | None = None) -> Family[Any]:
         raise BadRequest(f"lent as {kind}, but its tensors are those of {other.name}, a {other.kind}")
     raise UnknownFamily(
         f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}; to run "
-        "another model as its class, lend a module of diffusers or transformers, or a folder that its save_pretrained wrote"
+        "another model as its class, lend a module of diffusers or transformers, or a folder of save_pretrained"
         f"{load_faults_note()}",
         names=sorted(names),
     )
