@@ -63,7 +63,7 @@ def _fault(component: Component, name: str, where: str) -> NotFinite:
     computed = str(component.match.dtype).removeprefix("torch.")
     # Arguments of a model class are not checked: some classes take infinity in a mask.
     where_to_look = (
-        "the arguments and its weights" if component.match.family.kind == ComponentKind.MODULE else "its weights"
+        "the arguments and its weights" if component.match.family.kind == ComponentKind.MODULE.value else "its weights"
     )
     return NotFinite(
         f"{component.match.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
