@@ -15,7 +15,7 @@ import torch
 
 from xditd.gpu_workers.models.configured_classes import HERE
 from xditd.gpu_workers.models.described_values import make_value
-from xditd.ipc.arguments import Argument, LentTensor, ListOf, Opaque, children, holds
+from xditd.ipc.arguments import Argument, LentTensor, ListOf, ObjectOf, Opaque, children, holds
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 from xditd.ipc.transports.module_classes import find_class
