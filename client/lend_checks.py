@@ -24,7 +24,10 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
         BadRequest: neither of the two, or an entry that is not a tensor with its own memory.
     """
     if not isinstance(source, Mapping) and not hasattr(source, "state_dict"):
-        raise BadRequest(f"{type(source).__name__} cannot be lent: give a state dict, a module or a path")
+        raise BadRequest(
+            f"{type(source).__name__} cannot be lent: give a state dict, a module or a path; of a pipeline "
+            "one model at a time, such as pipe.transformer, or run all of it by accelerate(pipe)"
+        )
     tensors: Mapping[str, torch.Tensor] = source if isinstance(source, Mapping) else source.state_dict()
     if not tensors:
         raise BadRequest("component without tensors: nothing to lend")

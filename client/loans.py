@@ -156,6 +156,11 @@ def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
     if not isinstance(component, Loan):
         raise BadRequest(f"{kind.value}: a loan or a component id is needed, not {type(component).__name__}")
     component.check()
-    if component.kind is not kind:
-        raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
-    return component.component_id
+    if component.kind is kind:
+        return component.component_id
+    if component.kind is ComponentKind.MODULE:
+        raise BadRequest(
+            f"{kind.value}: {component.label} was lent to run as its class, by client.call(); for this job lend a "
+            f"{kind.value} of a family (FLUX.1, Z-Image), without as_class"
+        )
+    raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")

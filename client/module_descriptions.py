@@ -18,7 +18,11 @@ _PACKAGES: Final = ("diffusers", "transformers")
 
 def is_described(source: object) -> bool:
     """Return whether a module's class and configuration tell the workers how to make it."""
-    return type(source).__module__.partition(".")[0] in _PACKAGES and hasattr(source, "config")
+    return (
+        type(source).__module__.partition(".")[0] in _PACKAGES
+        and hasattr(source, "config")
+        and hasattr(source, "named_modules")
+    )
 
 
 def describe_module(

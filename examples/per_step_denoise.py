@@ -65,23 +65,23 @@ def main() -> None:
     noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(7))
     sigmas = [1.0 - step / options.steps for step in range(options.steps)]
     with Client(options.runtime_dir, name="per_step_denoise") as client:
-        with client.lend(options.transformer) as transformer:
-            conditioning = random_conditioning(transformer.facts, seed=1, text_tokens=64)
-            latents = sample(client, transformer, noise, sigmas, conditioning)
-            fused = client.generate(
-                transformer,
-                conditioning,
-                height=256,
-                width=256,
-                steps=options.steps,
-                sigmas=sigmas,
-                guidance_scale=GUIDANCE,
-                noise=noise,
-            ).result()
+        # Both stay on loan until the end: decode() takes the scale of the latents from the transformer.
+        transformer, vae = client.lend(options.transformer), client.lend(options.vae)
+        conditioning = random_conditioning(transformer.facts, seed=1, text_tokens=64)
+        latents = sample(client, transformer, noise, sigmas, conditioning)
+        fused = client.generate(
+            transformer,
+            conditioning,
+            height=256,
+            width=256,
+            steps=options.steps,
+            sigmas=sigmas,
+            guidance_scale=GUIDANCE,
+            noise=noise,
+        ).result()
         difference = (latents - fused.latents).norm() / fused.latents.norm()
         print(f"relative difference from generate: {difference:.2g}")
-        with client.lend(options.vae) as vae:
-            image = client.decode(vae, latents, transformer=transformer)
+        image = client.decode(vae, latents, transformer=transformer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     image_to_pil(image[0]).save(options.out)
     print("wrote", options.out)

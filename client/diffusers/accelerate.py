@@ -155,7 +155,8 @@ def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict
         modules = {name: each for name, each in found.items() if isinstance(each, kind)}
         if not modules:
             raise BadRequest(
-                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: name its models with components="
+                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: give a pipeline or a model of diffusers, "
+                "and name other models of a pipeline with components="
             )
         return _split_lists(modules)
     modules = {}
@@ -163,10 +164,12 @@ def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict
         each = getattr(pipe, name, None)
         if not isinstance(each, kind):
             known = sorted(key for key, value in vars(pipe).items() if isinstance(value, kind))
-            what = "None" if each is None else f"a {type(each).__name__}"
-            raise BadRequest(
-                f"components: {name} of {type(pipe).__name__} is {what}, no model; it has {', '.join(known)}"
-            )
+            if hasattr(pipe, name):
+                what = "None" if each is None else f"a {type(each).__name__}"
+                fault = f"{name} of {type(pipe).__name__} is {what}, no model"
+            else:
+                fault = f"{type(pipe).__name__} has no attribute {name!r}"
+            raise BadRequest(f"components: {fault}; it has {', '.join(known)}")
         modules[name] = each
     return _split_lists(modules)
 

@@ -71,8 +71,9 @@ class Placeholders:
 
     def lost_text(self, reason: str) -> str:
         """Return the message of an error for weights that were lost, with the remedy."""
+        fault = reason.partition("; ")[0]  # without its remedy, to lend again: there is nothing left to lend
         return (
-            f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {reason}; load the "
+            f"{self._name}: its weights were in the daemon alone (keep='daemon') and are lost: {fault}; load the "
             "model from its files again"
         )
 

@@ -96,6 +96,6 @@ def check_not_replaced(module: torch.nn.Module, name: str, label: str) -> None:
     owner = found.func if isinstance(found, functools.partial) else found
     text = f"{getattr(owner, '__module__', None)}.{getattr(owner, '__qualname__', type(owner).__name__)}"
     raise Unsupported(
-        f"{label}: its {name} was replaced before, by {text}: offloading and caches of other libraries cannot run in "
-        "the workers; remove them first (pipe.remove_all_hooks(), module.disable_cache())"
+        f"{label}: its {name} was replaced before, by {text}, which workers cannot run: restore it; where offloading "
+        "or a cache has replaced it, by pipe.remove_all_hooks() or module.disable_cache()"
     )

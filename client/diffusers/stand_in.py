@@ -163,6 +163,8 @@ class StandIn:
                 is_current = False
             except (LeaseLost, DaemonUnreachable, WorkersLost) as error:
                 # A call changes only the objects among its arguments, and those at its end: it may run again.
+                if self._placeholders is not None and isinstance(error, LeaseLost):
+                    raise LeaseLost(self._placeholders.lost_text(error.detail)) from error
                 if attempt == _ATTEMPTS - 1 or self._placeholders is not None or _holds_tensors(arguments):
                     raise
                 logger.warning("component %s is called again: %s", self.name, error.detail)
@@ -181,7 +183,7 @@ class StandIn:
                 return self._lent
             if before is not None and self._placeholders is not None:
                 before.loan.check()
-                raise LeaseLost(self._placeholders.lost_text("its loan has ended"))
+                raise LeaseLost("its loan has ended")
             check_tensors(self.module, self.name)
             snapshot = Snapshot(self.module, self._replaced)
             check_code(snapshot.namespaces, self.name)

@@ -131,7 +131,7 @@ class ModuleRows:
             whole = self._call(arguments)
         structure = structure_of(whole, batch)
         if not agree(structure is not None and not is_training):
-            why = "the module is in training mode" if is_training else "its result holds objects"
+            why = "it is in training mode: call eval()" if is_training else "its result holds objects"
             checks.note(key, Case(None), self._report("rows", batch, None, why))
             return whole
         assert structure is not None

@@ -15,7 +15,7 @@ import torch
 
 from xditd.gpu_workers.models.configured_classes import HERE
 from xditd.gpu_workers.models.described_values import make_value
-from xditd.ipc.arguments import Argument, LentTensor, ListOf, Opaque, children, holds
+from xditd.ipc.arguments import Argument, LentTensor, ListOf, ObjectOf, Opaque, children, holds
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 from xditd.ipc.transports.module_classes import find_class
@@ -27,11 +27,14 @@ _ABSENT: Final = object()
 _REMEDIES: Final = {
     "_compiled_call_impl": "accelerate the model before it is compiled",
     "_hf_hook": "remove offloading by pipe.remove_all_hooks()",
-    "_diffusers_hook": "turn caching and offloading off (disable_cache(), pipe.remove_all_hooks())",
+    # remove_all_hooks() of diffusers' pipelines leaves these two.
+    "hooks of diffusers, group_offloading": "load the model anew, without group offloading",
+    "hooks of diffusers, layerwise_casting": "load the model anew, without layerwise casting",
+    "hooks of diffusers": "turn caching off by model.disable_cache()",
     **dict.fromkeys(HOOKS, "remove the hooks"),
     "processor": "use attention processors of diffusers",
 }
-"""What the user can do, by the names of attributes that workers cannot make."""
+"""What to do, by what the text of a difference has in it: names of attributes, or what they hold."""
 
 
 def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
@@ -62,8 +65,9 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
 
 
 def _remedy(differing: Sequence[str]) -> str:
-    text = " ".join(differing)
-    found = list(dict.fromkeys(remedy for name, remedy in _REMEDIES.items() if name in text)) or ["undo these changes"]
+    # Of each difference the first that fits: the more special ones come first.
+    fitting = (next((remedy for name, remedy in _REMEDIES.items() if name in text), None) for text in differing)
+    found = list(dict.fromkeys(remedy for remedy in fitting if remedy)) or ["undo these changes"]
     return f"{'; '.join(found).capitalize()}, and lend it again"
 
 
@@ -241,7 +245,8 @@ def _differences(wanted: ModuleState, found: ModuleState) -> Iterator[str]:
             continue
         for name in sorted({*theirs.attributes, *mine.attributes}):
             if theirs.attributes.get(name, _ABSENT) != mine.attributes.get(name, _ABSENT):
-                yield f"{name} of {where} is {_shown(theirs.attributes, name)}, here {_shown(mine.attributes, name)}"
+                here = _shown(mine.attributes, name)
+                yield f"{name} of {where} is {_shown(theirs.attributes, name)}, in {HERE} it is {here}"
         if msgspec.structs.replace(theirs, attributes={}, on_host=()) != msgspec.structs.replace(
             mine, attributes={}, on_host=()
         ):
@@ -257,4 +262,8 @@ def _shown(attributes: Mapping[str, Argument], name: str) -> str:
     value = attributes[name]
     if isinstance(value, ListOf) and value.items and all(isinstance(each, Opaque) for each in value.items):
         return " and ".join(each.text for each in value.items if isinstance(each, Opaque))
-    return f"a {value.text}" if isinstance(value, Opaque) else f"{value!r:.120}"
+    if isinstance(value, ObjectOf):
+        return f"a {value.class_name} object" + (f" with {value.attributes!r:.120}" if value.attributes else "")
+    if isinstance(value, Opaque):
+        return value.text if value.text.startswith("hooks") else f"a {value.text}"
+    return f"{value!r:.120}"

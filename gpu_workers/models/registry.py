@@ -126,7 +126,8 @@ def detect(names: Collection[str], kind: Kind | None = None) -> Family[Any]:
         other = detect(names)
         raise BadRequest(f"lent as {kind}, but its tensors are those of {other.name}, a {other.kind}")
     raise UnknownFamily(
-        f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}"
+        f"no known model family: lend {one_of(titles())}; {len(names)} tensors: {listed(sorted(names))}; to run "
+        "another model as its class, lend a module of diffusers or transformers, or a folder of save_pretrained"
         f"{load_faults_note()}",
         names=sorted(names),
     )

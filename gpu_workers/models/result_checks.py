@@ -13,6 +13,7 @@ import torch
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.finite import magnitude
 from xditd.ipc.errors import NotFinite
+from xditd.ipc.tensors import ComponentKind
 
 
 class FiniteCheck:
@@ -60,8 +61,12 @@ class FiniteCheck:
 def _fault(component: Component, name: str, where: str) -> NotFinite:
     manifest = component.manifest
     computed = str(component.match.dtype).removeprefix("torch.")
+    # Arguments of a model class are not checked: some classes take infinity in a mask.
+    where_to_look = (
+        "the arguments and its weights" if component.match.family.kind == ComponentKind.MODULE.value else "its weights"
+    )
     return NotFinite(
         f"{component.match.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
-        f"infinite{where}; look for such values in its weights, which are {computed}, and if there are none, lend it "
-        "in a dtype of more range (bfloat16, float32)"
+        f"infinite{where}; look for such values in {where_to_look}, which are {computed}, and if there are none, lend "
+        "it in a dtype of more range (bfloat16, float32)"
     )

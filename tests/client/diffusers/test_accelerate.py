@@ -14,6 +14,7 @@ from xditd.client import BadRequest, DaemonUnreachable, accelerate
         ({"keep": "workers"}, "keep: 'workers'; use 'client' or 'daemon'"),
         ({"components": "transformer"}, r"give a tuple of names, \('transformer',\)"),
         ({"components": ("transformer", "scheduler")}, "scheduler of FluxPipeline is a FlowMatchEuler"),
+        ({"components": ("transformr",)}, "FluxPipeline has no attribute 'transformr'; it has transformer, vae"),
         ({"components": ("text_encoder",)}, "text_encoder of FluxPipeline is None, no model; it has transformer, vae"),
     ],
 )
