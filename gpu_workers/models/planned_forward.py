@@ -17,9 +17,9 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from xditd.gpu_workers.models.token_plans import LAST, Attention, Split, TokenPlan, matches
+from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Tokens, attend
+from xditd.gpu_workers.parallel.token_attention import Attend, Tokens, attend
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.name_lists import listed
 
@@ -86,7 +86,7 @@ class PlannedModule:
         ]
 
     def _hook_splits(
-        self, stack: ExitStack, forward: _Forward, module: torch.nn.Module, splits: Mapping[str | int, Split]
+        self, stack: ExitStack, forward: _Forward, module: torch.nn.Module, splits: Mapping[str | int, Split | Count]
     ) -> None:
         arguments = {name: split for name, split in splits.items() if isinstance(name, str)}
         results = {number: split for number, split in splits.items() if isinstance(number, int)}
@@ -159,9 +159,11 @@ class _Site:
         if self.declared is None:
             return None
         known = (self.declared, *self.declared.others)
-        if self.calls >= len(known):
-            raise PlanFault(f"an attention of {len(known)} declared calls computes more")
         self.calls += 1
+        if self.declared.picks:
+            return self.declared
+        if self.calls > len(known):
+            raise PlanFault(f"an attention of {len(known)} declared calls computes more")
         return known[self.calls - 1]
 
 
@@ -174,7 +176,9 @@ class _Forward:
     sites: list[_Site] = field(default_factory=list)
     is_inside: bool = False
 
-    def split(self, value: Any, split: Split, what: str) -> Any:
+    def split(self, value: Any, split: Split | Count, what: str) -> Any:
+        if isinstance(split, Count):
+            return None if value is None else self._stream(split.stream).count(value, split.of_last, self.ranks.rank)
         if isinstance(value, torch.Tensor):
             return self._split_tensor(value, split, what)
         if isinstance(value, (list, tuple)):
@@ -205,7 +209,7 @@ class _Forward:
 
     def split_arguments(
         self,
-        splits: Mapping[str, Split],
+        splits: Mapping[str, Split | Count],
         names: Sequence[str],
         _: torch.nn.Module,
         args: tuple[Any, ...],
@@ -225,7 +229,9 @@ class _Forward:
     def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
         return self._for_each(gathers, results, self._gather)
 
-    def _gather(self, split: Split, own: torch.Tensor) -> torch.Tensor:
+    def _gather(self, split: Split, own: torch.Tensor | None) -> torch.Tensor | None:
+        if own is None:
+            return None
         counts = self._stream(split.stream).counts
         if own.shape[split.dim] != counts[self.ranks.rank]:
             raise PlanFault(
@@ -252,7 +258,7 @@ class _Forward:
 
     def leave_attention(self, *_: Any) -> None:
         site = self.sites.pop()
-        if site.declared is not None and not site.calls and sys.exc_info()[0] is None:
+        if site.declared is not None and not (site.calls or site.declared.may_skip) and sys.exc_info()[0] is None:
             raise PlanFault("an attention of the plan is not computed by a function that is known")
 
     def attend(
@@ -261,7 +267,7 @@ class _Forward:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        run: Attend,
     ) -> torch.Tensor:
         """Compute an attention of this forward; tensors are (batch, tokens, heads, head size).
 
@@ -273,11 +279,23 @@ class _Forward:
         declared = self.sites[-1].next()
         if declared is None:
             return run(query, key, value, mask)
+        if declared.picks:
+            return self._attend_picked(query, key, value, mask, run)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
-        if mask is not None and keys is not None and not _is_of_all(mask, queries, keys):
+        if mask is not None and keys is not None and not declared.mask_of_pairs and not _is_of_all(mask, queries, keys):
             raise PlanFault("a mask that says nothing of this worker's queries and the keys of the others")
-        return attend(query, key, value, mask, queries, keys, self.ranks, run)
+        return attend(query, key, value, mask, queries, keys, self.ranks, run, declared.mask_of_pairs)
+
+    def _attend_picked(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, run: Attend
+    ) -> torch.Tensor:
+        if mask is not None or query.shape[1] != key.shape[1]:
+            raise PlanFault("an attention among picked tokens has a mask, or other queries than keys")
+        own = torch.tensor([query.shape[1]], device=query.device)
+        counts = gather(own, 0, (1,) * self.ranks.size, self.ranks).tolist()
+        tokens = Tokens((Stream(tuple(counts)),))
+        return attend(query, key, value, None, tokens, tokens, self.ranks, run)
 
     def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
         if not names:

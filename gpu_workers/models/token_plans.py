@@ -35,17 +35,35 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Count:
+    """An integer: how many of a stream's tokens, first or last ones, the class treats apart.
+
+    Each rank is given how many of them it has. The stream must be known.
+    """
+
+    stream: str
+    of_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """The tokens of the queries and of the keys of an attention: streams, in the order in which the class joins them.
 
     Without streams, every rank has all of them. A stream of several that a call does not have, such as that of an
     optional argument, has no tokens. ``others`` are further attentions that the same submodule computes
     after the first, each with its own declaration.
+
+    ``may_skip``: the class may leave the attention out of a forward. ``mask_of_pairs``: from a mask of each token that
+    a rank has, the class makes one of all pairs of them, which is true where both are. ``picks``: the class attends
+    for each row of a batch alone, among those tokens of the streams that a mask picks: other numbers on each rank.
     """
 
     queries: tuple[str, ...]
     keys: tuple[str, ...]
     others: tuple[Attention, ...] = ()
+    may_skip: bool = False
+    mask_of_pairs: bool = False
+    picks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,7 @@ class TokenPlan:
     ``refused``: arguments of the class's forward, each with a test of the values that the plan does not cover.
     """
 
-    splits: Mapping[str, Mapping[str | int, Split]]
+    splits: Mapping[str, Mapping[str | int, Split | Count]]
     gathers: Mapping[str, Mapping[int, Split]]
     attentions: Mapping[str, Attention]
     whole: tuple[str, ...] = ()

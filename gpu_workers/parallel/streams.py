@@ -38,6 +38,12 @@ class Stream:
         start = sum(self.counts[:rank])
         return slice(start, start + self.counts[rank])
 
+    def count(self, tokens: int, of_last: bool, rank: int) -> int:
+        """Return how many of the first ``tokens``, or of the last ones, are a rank's."""
+        own = self.own(rank)
+        first, last = (self.tokens - tokens, self.tokens) if of_last else (0, tokens)
+        return max(0, min(own.stop, last) - max(own.start, first))
+
 
 def take(tensor: torch.Tensor, dim: int, stream: Stream, rank: int) -> torch.Tensor:
     """Return a rank's tokens of a whole tensor, as a view."""

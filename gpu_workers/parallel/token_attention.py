@@ -58,20 +58,43 @@ def attend(
     keys: Tokens | None,
     ranks: Ranks,
     run: Attend,
+    of_pairs: bool = False,
 ) -> torch.Tensor:
     """Attend from this rank's queries to the keys of all ranks.
 
     All are (batch, tokens, heads, head size). ``queries`` and ``keys`` say which tokens they are; with ``None`` every
     rank has all of them. There may be fewer heads of keys than of queries (grouped heads). The last two dimensions of
-    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone.
+    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone. With
+    ``of_pairs`` it is true for each two of this rank's tokens that both are to be seen; queries and keys are the same.
     """
     if keys is None:
+        if not query.shape[1]:  # not every backend takes no queries
+            return query.new_empty((*query.shape[:3], value.shape[3]))
         return run(query, key, value, _own_rows(mask, queries, ranks))
+    if of_pairs and mask is not None:
+        return _attend_seen(query, key, value, mask.diagonal(dim1=-2, dim2=-1), keys, ranks, run)
     mask = _keys_of_all(mask, keys, ranks)
     if queries is not None and _can_exchange_heads(query, key, ranks) and queries == keys and _is_same_for_heads(mask):
         return _ulysses(query, key, value, _rows_of_all(mask, queries, ranks), queries.counts, ranks, run)
     key, value = (gather(each, 1, keys.counts, ranks) for each in (key, value))
     return run(query, key, value, _own_rows(mask, queries, ranks))
+
+
+def _attend_seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own_seen: torch.Tensor,
+    tokens: Tokens,
+    ranks: Ranks,
+    run: Attend,
+) -> torch.Tensor:
+    """Attend among those tokens that are to be seen, of which there is a mask."""
+    seen = gather(own_seen, own_seen.ndim - 1, tokens.counts, ranks).unsqueeze(-2)
+    if _can_exchange_heads(query, key, ranks) and _is_same_for_heads(seen):
+        return _ulysses(query, key, value, seen & seen.transpose(-2, -1), tokens.counts, ranks, run)
+    key, value = (gather(each, 1, tokens.counts, ranks) for each in (key, value))
+    return run(query, key, value, seen & own_seen.unsqueeze(-1))
 
 
 def _can_exchange_heads(query: torch.Tensor, key: torch.Tensor, ranks: Ranks) -> bool:
