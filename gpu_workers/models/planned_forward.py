@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -179,6 +179,11 @@ class _Forward:
     def split(self, value: Any, split: Split | Count, what: str) -> Any:
         if isinstance(split, Count):
             return None if value is None else self._stream(split.stream).count(value, split.of_last, self.ranks.rank)
+        if split.item is not None and isinstance(value, (list, tuple)):
+            only = replace(split, item=None)
+            return type(value)(
+                self.split(each, only, what) if n == split.item else each for n, each in enumerate(value)
+            )
         if isinstance(value, torch.Tensor):
             return self._split_tensor(value, split, what)
         if isinstance(value, (list, tuple)):
@@ -198,6 +203,13 @@ class _Forward:
                 raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.stream} alone has {known.tokens}")
             return torch.cat([take(first, dim, known, self.ranks.rank), rest], dim)
         tokens = tensor.shape[dim]
+        if split.is_suffix:
+            known = self._stream(split.stream)
+            if tokens > known.tokens:
+                raise PlanFault(f"{what} has {tokens} tokens, {split.stream} has {known.tokens}")
+            before = known.count(known.tokens - tokens, False, self.ranks.rank)
+            first = max(0, known.own(self.ranks.rank).start - (known.tokens - tokens))
+            return tensor.narrow(dim, first, known.counts[self.ranks.rank] - before)
         stream = self.streams.get(split.stream)
         if stream is None:
             if tokens < self.ranks.size:
@@ -349,6 +361,13 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
         **kwargs: Any,
     ) -> torch.Tensor:
         _check_not_causal(is_causal)
+        if (
+            attn_mask is not None
+            and attn_mask.ndim == 2
+            and attn_mask.shape[0] == len(query)
+            and attn_mask.shape[1] > 1
+        ):
+            attn_mask = attn_mask[:, None, None]  # diffusers takes such a mask as one of keys for each row
 
         def run(*given: Any) -> torch.Tensor:
             return run_inside(function, *given[:3], given[3], dropout_p, False, *args, **kwargs)

@@ -25,13 +25,16 @@ class Split:
 
     ``stream`` is a name of the plan's own. A tensor with one entry along ``dim``, or with another number of dimensions
     than ``ndim`` (if given), stays whole. With ``is_prefix``, tokens that are this rank's already follow those of the
-    stream, which must be known.
+    stream, which must be known. With ``is_suffix``, the tensor has only the last ones of the stream, which must be
+    known. ``item`` is the place of the tensors in a list or tuple, of which all else stays whole.
     """
 
     stream: str
     dim: int = 1
     ndim: int | None = None
     is_prefix: bool = False
+    is_suffix: bool = False
+    item: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
