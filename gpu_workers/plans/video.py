@@ -68,6 +68,30 @@ COG_VIDEO_X: Final = TokenPlan(
     attentions={"transformer_blocks.*.attn1": _TEXT_THEN_VIDEO},
 )
 
+CONSIS_ID: Final = TokenPlan(
+    splits={"": {"image_rotary_emb": Split("video", dim=0)}, "transformer_blocks.0": _FIRST_BLOCK},
+    # The text, joined again with the video behind the last block, is cut off by the number of all its tokens.
+    gathers={"transformer_blocks.-1": {0: Split("video"), 1: Split("text")}},
+    attentions={"transformer_blocks.*.attn1": _TEXT_THEN_VIDEO},
+    # Each token of the video attends to those of the face, of which every rank has all.
+    whole=("local_facial_extractor.layers.*.0", "perceiver_cross_attention.*"),
+    optional=("local_facial_extractor.layers.*.0", "perceiver_cross_attention.*"),
+)
+
+ALLEGRO: Final = TokenPlan(
+    splits={
+        "transformer_blocks.0": {"hidden_states": Split("video")},
+        "transformer_blocks.*": {
+            # A pair: tables of frequencies, and each token's places in them.
+            "image_rotary_emb": Split("video", item=1),
+            # The attention pads a mask that has another number of keys than it is given.
+            "attention_mask": Split("video", dim=2),
+        },
+    },
+    gathers={"proj_out": {0: Split("video")}},
+    attentions={"transformer_blocks.*.attn1": _VIDEO, "transformer_blocks.*.attn2": _TEXT},
+)
+
 EASY_ANIMATE: Final = TokenPlan(
     splits={
         "rope_embedding": {0: Split("video", dim=0), 1: Split("video", dim=0)},
@@ -113,10 +137,25 @@ KANDINSKY_6: Final = TokenPlan(
 
 PLANS: Final = {
     "CogVideoXTransformer3DModel": COG_VIDEO_X,
+    "ConsisIDTransformer3DModel": CONSIS_ID,
+    "AllegroTransformer3DModel": ALLEGRO,
     "EasyAnimateTransformer3DModel": EASY_ANIMATE,
     "MochiTransformer3DModel": MOCHI,
     "Kandinsky6Transformer3DModel": KANDINSKY_6,
     "Kandinsky5Transformer3DModel": KANDINSKY_5,
     "CosmosTransformer3DModel": COSMOS,
     "MiniMaxH3Transformer3DModel": MINIMAX_H3,
+    "Cosmos3OmniTransformer": (
+        "the tokens that are made attend to those of the text, which every rank has, and to each other in one call; "
+        "the text's attention is causal"
+    ),
+    "Kandinsky6SRTransformer3DModel": "sparse attention chooses its blocks of tokens from all queries and keys",
+    "LatteTransformer3DModel": "its blocks attend in turn within a frame and along time, with other orders of tokens",
+    "TransformerTemporalModel": "its attention is along time alone, with frames as its tokens",
+    "MotifVideoTransformer3DModel": (
+        "its last blocks, how many the configuration says, join a second copy of the video in place of the text"
+    ),
+    "SanaVideoTransformer3DModel": "linear attention sums over all tokens, and convolutions mix their neighbours",
+    "SanaWMTransformer3DModel": "recurrent attention along time, and convolutions, mix its tokens",
+    "SanaWMLTX2RefinerTransformer3DModel": "the caller fills the caches of keys and values that its attention reads",
 }

@@ -85,6 +85,17 @@ HELIOS: Final = TokenPlan(
     attentions={"blocks.*.attn1": _VIDEO, "blocks.*.attn2": Attention(queries=(), keys=())},
 )
 
+ANY_FLOW: Final = TokenPlan(
+    splits={
+        "rope": {0: Split("video", dim=2)},
+        "blocks.0": {"hidden_states": Split("video")},
+        "blocks.*": {"temb": Split("video", ndim=4)},
+    },
+    # The time of each frame modulates the output norm's result.
+    gathers={"blocks.-1": {0: Split("video")}},
+    attentions={"blocks.*.attn1": _VIDEO, "blocks.*.attn2": Attention(queries=("video",), keys=())},
+)
+
 PLANS: Final = {
     "WanTransformer3DModel": WAN,
     "ChronoEditTransformer3DModel": CHRONO_EDIT,
@@ -92,4 +103,11 @@ PLANS: Final = {
     "WanAnimateTransformer3DModel": WAN_ANIMATE,
     "SkyReelsV2Transformer3DModel": SKYREELS_V2,
     "HeliosTransformer3DModel": HELIOS,
+    "AnyFlowTransformer3DModel": ANY_FLOW,
+    "AnyFlowFARTransformer3DModel": (
+        "a mask of blocks for flex attention, and caches that it fills in their order, fix the order of its tokens"
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "its attention is that of flex over a buffer of the whole video, to keys of the reference in a cache"
+    ),
 }
