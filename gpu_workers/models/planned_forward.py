@@ -20,7 +20,7 @@ from torch.nn import functional
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
 from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, PlanFault, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Attend, Tokens, attend
+from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend
 from xditd.ipc.name_lists import listed
 
 _DISPATCH: Final = "dispatch_attention_fn"
@@ -40,6 +40,7 @@ class PlannedModule:
         self._paths = dict(module.named_modules())
         _check_declared(self._paths, plan)
         self._paths |= _last_of_lists(self._paths)
+        _check_arguments(self._paths, plan)
         self._splits = self._resolve(plan.splits)
         self._gathers = self._resolve(plan.gathers)
         self._attentions: list[tuple[torch.nn.Module, Attention | None]] = [
@@ -62,7 +63,7 @@ class PlannedModule:
         forward = _Forward(ranks)
         with ExitStack() as stack:
             names = list(inspect.signature(self._module.forward).parameters)
-            check = partial(_check_arguments, self._plan.refused, names)
+            check = partial(_check_values, self._plan.refused, names)
             stack.enter_context(_removed(self._module.register_forward_pre_hook(check, with_kwargs=True)))
             for module, splits in self._splits:
                 self._hook_splits(stack, forward, module, splits)
@@ -124,7 +125,19 @@ def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> No
         raise PlanFault(f"the plan does not declare the attention of {listed(undeclared)}")
 
 
-def _check_arguments(
+def _check_arguments(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
+    """Check that each argument is one of a module at its path: of blocks of several kinds, not all take it."""
+    for pattern, splits in plan.splits.items():
+        taken = [
+            inspect.signature(module.forward).parameters for path, module in paths.items() if matches(pattern, path)
+        ]
+        takes_any = any(each.kind is each.VAR_KEYWORD for names in taken for each in names.values())
+        absent = [name for name in splits if isinstance(name, str) and not any(name in names for names in taken)]
+        if taken and absent and not takes_any:
+            raise PlanFault(f"the plan names {listed(absent)}, which {pattern or 'the module'} does not take")
+
+
+def _check_values(
     refused: Mapping[str, Callable[[Any], bool]],
     names: Sequence[str],
     _: torch.nn.Module,
@@ -196,7 +209,11 @@ class _Forward:
 
     def _split_tensor(self, tensor: torch.Tensor, split: Split, what: str) -> torch.Tensor:
         dim = split.dim + tensor.ndim if split.dim < 0 else split.dim
-        if split.ndim not in (None, tensor.ndim) or tensor.shape[dim] == 1:
+        if split.ndim not in (None, tensor.ndim):
+            return tensor
+        if not 0 <= dim < tensor.ndim:
+            raise PlanFault(f"{what} has the shape {list(tensor.shape)}, its tokens are in dimension {split.dim}")
+        if tensor.shape[dim] == 1:
             return tensor
         if split.is_prefix:
             known = self.stream(split.stream)
@@ -256,6 +273,10 @@ class _Forward:
 
     @staticmethod
     def _for_each(splits: Mapping[int, Split], results: Any, change: Callable[[Split, Any], Any]) -> Any:
+        if (count := len(results) if isinstance(results, (tuple, list)) else 1) <= max(splits):
+            raise PlanFault(
+                f"a submodule of the plan returns {count} results, the plan names that of number {max(splits)}"
+            )
         if isinstance(results, (tuple, list)):
             found = [change(splits[number], each) if number in splits else each for number, each in enumerate(results)]
             return type(results)(found)
@@ -270,9 +291,10 @@ class _Forward:
     def enter_attention(self, declared: Attention | None, *_: Any) -> None:
         self.sites.append(_Site(declared))
 
-    def leave_attention(self, *_: Any) -> None:
+    def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
         site = self.sites.pop()
-        if site.declared is not None and not (site.calls or site.declared.may_skip) and sys.exc_info()[0] is None:
+        has_failed = result is None  # torch calls this also for a forward that raises
+        if site.declared is not None and not (site.calls or site.declared.may_skip or has_failed):
             raise PlanFault("an attention of the plan is not computed by a function that is known")
 
     def attend(
@@ -297,9 +319,10 @@ class _Forward:
             return self._attend_picked(query, key, value, mask, run)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
-        if mask is not None and keys is not None and not declared.mask_of_pairs and not _is_of_all(mask, queries, keys):
-            raise PlanFault("a mask that says nothing of this worker's queries and the keys of the others")
-        return attend(query, key, value, mask, queries, keys, self.ranks, run, declared.mask_of_pairs)
+        try:
+            return attend(query, key, value, mask, queries, keys, self.ranks, run, declared.mask_of_pairs)
+        except TokenMismatch as error:
+            raise PlanFault(str(error)) from None
 
     def _attend_picked(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, run: Attend
@@ -327,12 +350,6 @@ class _Forward:
         if tensor.ndim != 4 or tensor.shape[1] != own:
             raise PlanFault(f"an attention has {what} of the shape {list(tensor.shape)}, its streams {own} tokens")
         return tokens
-
-
-def _is_of_all(mask: torch.Tensor, queries: Tokens | None, keys: Tokens) -> bool:
-    """Return whether a mask is one of keys alone, or has all queries or all keys."""
-    rows = mask.shape[-2] if mask.ndim > 1 else 1
-    return mask.shape[-1] in (1, keys.total) or rows == 1 or queries is None or rows == queries.total
 
 
 @contextmanager
