@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.nn import functional
 
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
@@ -60,7 +61,7 @@ class PlannedModule:
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks, or the forward is not as the plan declares.
         """
-        forward = _Forward(ranks)
+        forward = _Forward(ranks, self._plan.refused_backends)
         with ExitStack() as stack:
             names = list(inspect.signature(self._module.forward).parameters)
             check = partial(_check_values, self._plan.refused, names)
@@ -187,6 +188,7 @@ class _Forward:
     """The state of one forward: the streams that were seen, and where it is."""
 
     ranks: Ranks
+    refused_backends: tuple[str, ...] = ()
     streams: dict[str, Stream] = field(default_factory=dict)
     sites: list[_Site] = field(default_factory=list)
     is_inside: bool = False
@@ -334,6 +336,13 @@ class _Forward:
         tokens = Tokens((Stream(tuple(counts)),))
         return attend(query, key, value, None, tokens, tokens, self.ranks, run)
 
+    def check_backend(self, given: object) -> None:
+        """Raise if the plan does not cover a backend of diffusers: that of an attention, or else the active one."""
+        if self.refused_backends:
+            name = AttentionBackendName(given or _AttentionBackendRegistry.get_active_backend()[0]).value
+            if name in self.refused_backends:
+                raise PlanFault(f"the attention backend {name!r}, with which this class attends in another way")
+
     def check_causal(self, is_causal: bool) -> None:
         """Raise if an attention over split tokens would be causal: no plan declares that."""
         if is_causal and self.sites and self.sites[-1].declared is not None:
@@ -385,6 +394,7 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
         **kwargs: Any,
     ) -> torch.Tensor:
         forward.check_causal(is_causal)
+        forward.check_backend(kwargs.get("backend"))
         if (
             attn_mask is not None
             and attn_mask.ndim == 2

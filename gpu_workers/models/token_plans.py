@@ -100,6 +100,7 @@ class TokenPlan:
     ``whole``: paths of submodules with attention that no rank splits, such as refiners of a text.
     ``optional``: paths among all of these that not every configuration of the class has.
     ``refused``: arguments of the class's forward, each with a test of the values that the plan does not cover.
+    ``refused_backends``: backends of attention, by diffusers' names, with which the class attends in another way.
     """
 
     splits: Mapping[str, Mapping[str | int, Split | Count]]
@@ -109,6 +110,7 @@ class TokenPlan:
     whole: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    refused_backends: tuple[str, ...] = ()
     streams: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ ACE_STEP: Final = TokenPlan(
     # A transposed convolution follows.
     gathers={"layers.-1": {0: Split("audio")}},
     attentions={"layers.*.self_attn": _AUDIO, "layers.*.cross_attn": _TEXT},
+    # With these the window is no mask, but is given to the backend where there are more keys than it is wide.
+    refused_backends=("flash", "flash_hub", "flash_varlen", "flash_varlen_hub"),
 )
 
 STABLE_AUDIO_3: Final = TokenPlan(
