@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch.nn import functional
 
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
-from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, PlanFault, Split, TokenPlan, matches
+from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, PlanFault, Split, Splits, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
 from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend
 from xditd.ipc.name_lists import listed
@@ -88,9 +88,7 @@ class PlannedModule:
             if matches(pattern, path)
         ]
 
-    def _hook_splits(
-        self, stack: ExitStack, forward: _Forward, module: torch.nn.Module, splits: Mapping[str | int, Split | Count]
-    ) -> None:
+    def _hook_splits(self, stack: ExitStack, forward: _Forward, module: torch.nn.Module, splits: Splits) -> None:
         arguments = {name: split for name, split in splits.items() if isinstance(name, str)}
         results = {number: split for number, split in splits.items() if isinstance(number, int)}
         if arguments:
@@ -256,7 +254,7 @@ class _Forward:
                 given[names.index(name)] = self.split(given[names.index(name)], split, name)
         return tuple(given), named
 
-    def split_results(self, splits: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
+    def split_results(self, splits: Mapping[int, Split | Count], _: torch.nn.Module, __: Any, results: Any) -> Any:
         return self._for_each(splits, results, lambda split, value: self.split(value, split, "a result"))
 
     def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
@@ -274,7 +272,7 @@ class _Forward:
         return gather(own, split.dim, counts, self.ranks)
 
     @staticmethod
-    def _for_each(splits: Mapping[int, Split], results: Any, change: Callable[[Split, Any], Any]) -> Any:
+    def _for_each(splits: Mapping[int, Any], results: Any, change: Callable[[Any, Any], Any]) -> Any:
         if (count := len(results) if isinstance(results, (tuple, list)) else 1) <= max(splits):
             raise PlanFault(
                 f"a submodule of the plan returns {count} results, the plan names that of number {max(splits)}"

@@ -54,6 +54,10 @@ class Count:
     of_last: bool = False
 
 
+Splits = Mapping[str | int, Split | Count]
+"""Of one submodule: arguments by name, results by number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """The tokens of the queries and of the keys of an attention: streams, in the order in which the class joins them.
@@ -103,7 +107,7 @@ class TokenPlan:
     ``refused_backends``: backends of attention, by diffusers' names, with which the class attends in another way.
     """
 
-    splits: Mapping[str, Mapping[str | int, Split | Count]]
+    splits: Mapping[str, Splits]
     gathers: Mapping[str, Mapping[int, Split]]
     attentions: Mapping[str, Attention]
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)

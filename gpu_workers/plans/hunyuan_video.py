@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Count, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Count, Split, Splits, TokenPlan
 
 _JOINT: Final = Attention(queries=("video", "text"), keys=("video", "text"))
-_FIRST_BLOCK: Final = {"hidden_states": Split("video"), "encoder_hidden_states": Split("text")}
+_FIRST_BLOCK: Final[Splits] = {"hidden_states": Split("video"), "encoder_hidden_states": Split("text")}
 _REFINER: Final = ("context_embedder.token_refiner.refiner_blocks.*.attn",)
 
 HUNYUAN_VIDEO: Final = TokenPlan(

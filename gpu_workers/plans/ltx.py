@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Split, Splits, TokenPlan
 
 LTX: Final = TokenPlan(
     splits={
@@ -18,8 +18,8 @@ LTX: Final = TokenPlan(
     },
 )
 
-_VIDEO_ROPE: Final = {0: Split("video", dim=-2), 1: Split("video", dim=-2)}
-_AUDIO_ROPE: Final = {0: Split("audio", dim=-2), 1: Split("audio", dim=-2)}
+_VIDEO_ROPE: Final[Splits] = {0: Split("video", dim=-2), 1: Split("video", dim=-2)}
+_AUDIO_ROPE: Final[Splits] = {0: Split("audio", dim=-2), 1: Split("audio", dim=-2)}
 
 LTX_2: Final = TokenPlan(
     splits={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, is_given
+from xditd.gpu_workers.models.token_plans import Attention, Split, Splits, TokenPlan, is_given
 
 _VIDEO: Final = Attention(queries=("video",), keys=("video",))
 _TEXT: Final = Attention(queries=("video",), keys=())
@@ -60,7 +60,7 @@ MINIMAX_H3: Final = TokenPlan(
 )
 
 _TEXT_THEN_VIDEO: Final = Attention(queries=("text", "video"), keys=("text", "video"))
-_FIRST_BLOCK: Final = {"hidden_states": Split("video"), "encoder_hidden_states": Split("text")}
+_FIRST_BLOCK: Final[Splits] = {"hidden_states": Split("video"), "encoder_hidden_states": Split("text")}
 
 COG_VIDEO_X: Final = TokenPlan(
     splits={"": {"image_rotary_emb": Split("video", dim=0)}, "transformer_blocks.0": _FIRST_BLOCK},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Count, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Count, Split, Splits, TokenPlan
 
 _VIDEO: Final = Attention(queries=("video",), keys=("video",))
 _TEXT: Final = Attention(
@@ -14,7 +14,7 @@ _TEXT: Final = Attention(
     others=(Attention(queries=("video",), keys=()),),
 )
 _BLOCKS: Final = {"blocks.*.attn1": _VIDEO, "blocks.*.attn2": _TEXT}
-_ROPE: Final = {0: Split("video"), 1: Split("video")}
+_ROPE: Final[Splits] = {0: Split("video"), 1: Split("video")}
 
 WAN: Final = TokenPlan(
     splits={
