@@ -21,7 +21,7 @@ from torch.nn import functional
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
 from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, PlanFault, Split, Splits, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend
+from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend, without_repeats
 from xditd.ipc.name_lists import listed
 
 _DISPATCH: Final = "dispatch_attention_fn"
@@ -162,6 +162,7 @@ class _Site:
     """The submodule whose attention is computed now."""
 
     declared: Attention | None
+    module: torch.nn.Module
     calls: int = 0
 
     def next(self) -> Attention | None:
@@ -179,6 +180,19 @@ class _Site:
         if self.calls > len(known):
             raise PlanFault(f"an attention of {len(known)} declared calls computes more")
         return known[self.calls - 1]
+
+    def repeats(self, declared: Attention, query: torch.Tensor, key: torch.Tensor) -> int:
+        """Return how often the class has repeated each head of keys.
+
+        Raises:
+            PlanFault: it has not as declared.
+        """
+        if declared.repeats is None:
+            return 1
+        many, few = (getattr(self.module, name, 0) for name in declared.repeats)
+        if not few or many % few or key.shape[2] != query.shape[2] or key.shape[2] % (many // few):
+            raise PlanFault(f"an attention has {key.shape[2]} heads of keys, which are not repeated as declared")
+        return int(many // few)
 
 
 @dataclass
@@ -288,8 +302,8 @@ class _Forward:
             raise PlanFault(f"no tokens of {name} were split before they are used")
         return found
 
-    def enter_attention(self, declared: Attention | None, *_: Any) -> None:
-        self.sites.append(_Site(declared))
+    def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
+        self.sites.append(_Site(declared, module))
 
     def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
         site = self.sites.pop()
@@ -319,6 +333,8 @@ class _Forward:
             return self._attend_picked(query, key, value, mask, run)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
+        repeats = self.sites[-1].repeats(declared, query, key)
+        key, value, run = without_repeats(key, value, repeats, self.ranks, run)
         try:
             return attend(query, key, value, mask, queries, keys, self.ranks, run, declared.mask_of_pairs)
         except TokenMismatch as error:

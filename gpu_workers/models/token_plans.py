@@ -69,6 +69,9 @@ class Attention:
     ``may_skip``: the class may leave the attention out of a forward. ``mask_of_pairs``: from a mask of each token that
     a rank has, the class makes one of all pairs of them, which is true where both are. ``picks``: the class attends
     for each row of a batch alone, among those tokens of the streams that a mask picks: other numbers on each rank.
+
+    ``repeats``: the class repeats every head of keys and values for a group of queries' heads, side by side; these are
+    the attributes of the submodule of which the first divided by the second is how often. Ranks send each head once.
     """
 
     queries: tuple[str, ...]
@@ -77,6 +80,7 @@ class Attention:
     may_skip: bool = False
     mask_of_pairs: bool = False
     picks: bool = False
+    repeats: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
