@@ -413,7 +413,7 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
             attn_mask is not None
             and attn_mask.ndim == 2
             and attn_mask.shape[0] == len(query)
-            and attn_mask.shape[1] > 1
+            and (attn_mask.shape[1] > 1 or key.shape[1] == 1)
         ):
             attn_mask = attn_mask[:, None, None]  # diffusers takes such a mask as one of keys for each row
 
