@@ -13,9 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, exchange, gather
+from xditd.ipc.errors import Unsupported
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Attention of one rank: query, key and value (batch, tokens, heads, head size), and a mask or ``None``."""
+
+
+class TokenMismatch(Unsupported):
+    """The tensors of an attention are not of the tokens that were said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +63,64 @@ def attend(
     keys: Tokens | None,
     ranks: Ranks,
     run: Attend,
+    of_pairs: bool = False,
 ) -> torch.Tensor:
     """Attend from this rank's queries to the keys of all ranks.
 
     All are (batch, tokens, heads, head size). ``queries`` and ``keys`` say which tokens they are; with ``None`` every
     rank has all of them. There may be fewer heads of keys than of queries (grouped heads). The last two dimensions of
-    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone.
+    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone. One of this
+    rank's queries has to have all keys: otherwise no rank has the mask of its queries and another's keys. With
+    ``of_pairs`` it is true for each two of this rank's tokens that both are to be seen; queries and keys are the same.
+
+    Raises:
+        TokenMismatch: a dimension is empty, a rank has no tokens, or the mask has none of these sizes.
     """
+    if any(not all(each.counts) for each in (queries, keys) if each is not None):
+        raise TokenMismatch("a rank has no tokens of an attention")
+    if of_pairs and mask is not None and keys is not None:
+        return _attend_seen(query, key, value, mask.diagonal(dim1=-2, dim2=-1), keys, ranks, run)
+    if mask is not None:
+        _check_sizes(mask, queries, keys, ranks)
     if keys is None:
+        if not query.shape[1]:  # not every backend takes no queries
+            return query.new_empty((*query.shape[:3], value.shape[3]))
         return run(query, key, value, _own_rows(mask, queries, ranks))
-    mask = _keys_of_all(mask, keys, ranks)
+    if 0 in query.shape:
+        raise TokenMismatch(f"an attention has queries of the shape {list(query.shape)}")
+    mask = _of_all(mask, -1, keys, ranks)
     if queries is not None and _can_exchange_heads(query, key, ranks) and queries == keys and _is_same_for_heads(mask):
-        return _ulysses(query, key, value, _rows_of_all(mask, queries, ranks), queries.counts, ranks, run)
+        return _ulysses(query, key, value, _of_all(mask, -2, queries, ranks), queries.counts, ranks, run)
     key, value = (gather(each, 1, keys.counts, ranks) for each in (key, value))
     return run(query, key, value, _own_rows(mask, queries, ranks))
+
+
+def _attend_seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own_seen: torch.Tensor,
+    tokens: Tokens,
+    ranks: Ranks,
+    run: Attend,
+) -> torch.Tensor:
+    """Attend among those tokens that are to be seen, of which there is a mask."""
+    seen = gather(own_seen, own_seen.ndim - 1, tokens.counts, ranks).unsqueeze(-2)
+    if _can_exchange_heads(query, key, ranks) and _is_same_for_heads(seen):
+        return _ulysses(query, key, value, seen & seen.transpose(-2, -1), tokens.counts, ranks, run)
+    key, value = (gather(each, 1, tokens.counts, ranks) for each in (key, value))
+    return run(query, key, value, seen & own_seen.unsqueeze(-1))
+
+
+def _check_sizes(mask: torch.Tensor, queries: Tokens | None, keys: Tokens | None, ranks: Ranks) -> None:
+    for dim, tokens in ((-2, queries), (-1, keys)):
+        sizes = () if tokens is None else (1, tokens.counts[ranks.rank], tokens.total)
+        if sizes and mask.ndim >= -dim and mask.shape[dim] not in sizes:
+            raise TokenMismatch(f"a mask of the shape {list(mask.shape)} is not one of {sizes[1]} or {sizes[2]} tokens")
+    if queries is None or keys is None or mask.ndim < 2 or mask.shape[-2] in (1, queries.total):
+        return
+    if mask.shape[-1] != keys.total:
+        raise TokenMismatch("a mask of this rank's queries has to have the keys of all ranks")
 
 
 def _can_exchange_heads(query: torch.Tensor, key: torch.Tensor, ranks: Ranks) -> bool:
@@ -111,13 +160,55 @@ def _ulysses(
     return torch.cat(returned, dim=-1).unflatten(-1, (query.shape[2], -1))
 
 
-def _keys_of_all(mask: torch.Tensor | None, keys: Tokens, ranks: Ranks) -> torch.Tensor | None:
-    """Return a mask whose last dimension is all keys in the order of ranks, or 1."""
-    if mask is None or mask.shape[-1] == 1:
+def without_repeats(
+    key: torch.Tensor, value: torch.Tensor, repeats: int, ranks: Ranks, run: Attend
+) -> tuple[torch.Tensor, torch.Tensor, Attend]:
+    """Return keys and values of which each head was repeated, side by side, with each once, and what repeats them.
+
+    They stay as they are where only the repeated heads divide by the number of ranks.
+    """
+    heads = key.shape[2]
+    if repeats == 1 or (heads // repeats % ranks.size and heads % ranks.size == 0):
+        return key, value, run
+
+    def run_repeated(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return run(query, key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2), mask)
+
+    return key[:, :, ::repeats], value[:, :, ::repeats], run_repeated
+
+
+def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Exchange this rank's tokens, (batch, tokens, channels), for all tokens of this rank's share of the channels.
+
+    ``tokens`` and ``widths`` are how many tokens, and how many channels, each rank has. All ranks call this together.
+    """
+    sent = list(own.split(list(widths), dim=-1))
+    shapes: list[tuple[int, ...]] = [(own.shape[0], count, widths[ranks.rank]) for count in tokens]
+    return torch.cat(exchange(sent, shapes, ranks), dim=1)
+
+
+def heads_to_tokens(share: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Undo ``tokens_to_heads``."""
+    sent = list(share.split(list(tokens), dim=1))
+    shapes: list[tuple[int, ...]] = [(share.shape[0], tokens[ranks.rank], width) for width in widths]
+    return torch.cat(exchange(sent, shapes, ranks), dim=-1)
+
+
+def _of_all(mask: torch.Tensor | None, dim: int, tokens: Tokens, ranks: Ranks) -> torch.Tensor | None:
+    """Return a mask that along ``dim`` has all tokens in the order of ranks, or 1."""
+    if mask is None or mask.ndim < -dim:
         return mask
-    if mask.shape[-1] == keys.total:
-        return mask.index_select(-1, keys.order(mask.device)) if len(keys.streams) > 1 else mask
-    return gather(mask, mask.ndim - 1, keys.counts, ranks)
+    size, own = mask.shape[dim], tokens.counts[ranks.rank]
+    if size == tokens.total:
+        return mask.index_select(dim, tokens.order(mask.device)) if len(tokens.streams) > 1 else mask
+    if size == 1:
+        if min(tokens.counts) > 1:
+            return mask
+        # On a rank with a single token it may be of that token alone, or of all: both are right when gathered.
+        mask = mask.expand(*mask.shape[: mask.ndim + dim], own, *mask.shape[mask.ndim + dim + 1 :])
+    return gather(mask, mask.ndim + dim, tokens.counts, ranks)
 
 
 def _own_rows(mask: torch.Tensor | None, queries: Tokens | None, ranks: Ranks) -> torch.Tensor | None:
@@ -125,12 +216,3 @@ def _own_rows(mask: torch.Tensor | None, queries: Tokens | None, ranks: Ranks) -
     if mask is None or queries is None or mask.ndim < 2 or mask.shape[-2] != queries.total:
         return mask
     return mask.index_select(-2, queries.own_places(ranks.rank, mask.device))
-
-
-def _rows_of_all(mask: torch.Tensor | None, queries: Tokens, ranks: Ranks) -> torch.Tensor | None:
-    """Return a mask whose rows are all queries in the order of ranks, or one for all."""
-    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    if mask.shape[-2] == queries.total:
-        return mask.index_select(-2, queries.order(mask.device)) if len(queries.streams) > 1 else mask
-    return gather(mask, mask.ndim - 2, queries.counts, ranks)

@@ -9,7 +9,7 @@ from typing import Final
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
 
-MODULES: Final = ("flux", "qwen_image", "wan")
+MODULES: Final = ("audio", "flux", "hunyuan_video", "ltx", "qwen_image", "video", "wan")
 """Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""
 
 
