@@ -80,8 +80,10 @@ def _z_image(random: Random, rows: int, text: int, image: int) -> dict[str, Any]
 
 
 def _sd_3(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
+    """The class has positions for eight rows and eight columns."""
+    columns = max(each for each in range(1, 9) if image % each == 0)
     return {
-        "hidden_states": random.normal(rows, 4, 2, 2 * image),
+        "hidden_states": random.normal(rows, 4, 2 * (image // columns), 2 * columns),
         "timestep": timestep(750.0, rows),
         "encoder_hidden_states": random.normal(rows, text, 24),
         "pooled_projections": random.normal(rows, 24),
@@ -142,5 +144,5 @@ BUILDERS: dict[str, Build] = {
     "ChromaTransformer2DModel": _chroma,
 }
 
-COUNTS = ((8, 16), (9, 23), (5, 14))
+COUNTS = ((8, 16), (9, 25), (5, 14))
 """Tokens of a text and of an image: those that divide by 2 and 4 ranks, and those that do not."""
