@@ -21,6 +21,11 @@ def _entry(name: str) -> dict[str, Any]:
     return ENTRIES[name].arguments(Random(1))
 
 
+def _columns(image: int) -> int:
+    """Return the columns of an image of as few rows as possible: at most eight, as classes have no more positions."""
+    return max(each for each in range(1, 9) if image % each == 0)
+
+
 def _flux(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
     ids = torch.zeros(image, 3)
     ids[:, 2] = torch.arange(image)
@@ -72,8 +77,9 @@ def _wan(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
 
 def _z_image(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
     """The class pads both to multiples of 32; the rows have texts of different lengths."""
+    columns = _columns(image)
     return {
-        "x": [random.normal(4, 1, 2, 2 * image) for _ in range(rows)],
+        "x": [random.normal(4, 1, 2 * (image // columns), 2 * columns) for _ in range(rows)],
         "t": torch.full((rows,), 0.4),
         "cap_feats": [random.normal(text + 32 * row, 24) for row in range(rows)],
     }
@@ -81,7 +87,7 @@ def _z_image(random: Random, rows: int, text: int, image: int) -> dict[str, Any]
 
 def _sd_3(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
     """The class has positions for eight rows and eight columns."""
-    columns = max(each for each in range(1, 9) if image % each == 0)
+    columns = _columns(image)
     return {
         "hidden_states": random.normal(rows, 4, 2 * (image // columns), 2 * columns),
         "timestep": timestep(750.0, rows),
