@@ -48,7 +48,8 @@ def take(tensor: torch.Tensor, dim: int, stream: Stream, rank: int) -> torch.Ten
 def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -> torch.Tensor:
     """Gather the tokens of all ranks along ``dim``, in the order of ranks; every rank gets the same tensor.
 
-    ``counts`` is how many tokens each rank gives. All ranks call this together.
+    ``counts`` is how many tokens each rank gives. All ranks call this together. The result is contiguous, since a
+    class may view it in another shape.
     """
     longest = max(counts)
     sent = own.movedim(dim, 0).contiguous()
@@ -60,7 +61,7 @@ def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -
     if min(counts) < longest:
         parts = received.unflatten(0, (ranks.size, longest))
         received = torch.cat([parts[rank, :count] for rank, count in enumerate(counts)])
-    return received.movedim(0, dim)
+    return received.movedim(0, dim).contiguous()
 
 
 def exchange(sent: list[torch.Tensor], shapes: list[tuple[int, ...]], ranks: Ranks) -> list[torch.Tensor]:

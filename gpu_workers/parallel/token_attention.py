@@ -13,9 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, exchange, gather
+from xditd.ipc.errors import Unsupported
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Attention of one rank: query, key and value (batch, tokens, heads, head size), and a mask or ``None``."""
+
+
+class TokenMismatch(Unsupported):
+    """The tensors of an attention are not of the tokens that were said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +68,36 @@ def attend(
 
     All are (batch, tokens, heads, head size). ``queries`` and ``keys`` say which tokens they are; with ``None`` every
     rank has all of them. There may be fewer heads of keys than of queries (grouped heads). The last two dimensions of
-    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone.
+    ``mask`` are queries and keys: each 1, this rank's tokens, or all tokens in the order of one rank alone. One of this
+    rank's queries has to have all keys: otherwise no rank has the mask of its queries and another's keys.
+
+    Raises:
+        TokenMismatch: a dimension is empty, a rank has no tokens, or the mask has none of these sizes.
     """
+    if any(not all(each.counts) for each in (queries, keys) if each is not None):
+        raise TokenMismatch("a rank has no tokens of an attention")
+    if mask is not None:
+        _check_sizes(mask, queries, keys, ranks)
     if keys is None:
         return run(query, key, value, _own_rows(mask, queries, ranks))
-    mask = _keys_of_all(mask, keys, ranks)
+    if 0 in query.shape:
+        raise TokenMismatch(f"an attention has queries of the shape {list(query.shape)}")
+    mask = _of_all(mask, -1, keys, ranks)
     if queries is not None and _can_exchange_heads(query, key, ranks) and queries == keys and _is_same_for_heads(mask):
-        return _ulysses(query, key, value, _rows_of_all(mask, queries, ranks), queries.counts, ranks, run)
+        return _ulysses(query, key, value, _of_all(mask, -2, queries, ranks), queries.counts, ranks, run)
     key, value = (gather(each, 1, keys.counts, ranks) for each in (key, value))
     return run(query, key, value, _own_rows(mask, queries, ranks))
+
+
+def _check_sizes(mask: torch.Tensor, queries: Tokens | None, keys: Tokens | None, ranks: Ranks) -> None:
+    for dim, tokens in ((-2, queries), (-1, keys)):
+        sizes = () if tokens is None else (1, tokens.counts[ranks.rank], tokens.total)
+        if sizes and mask.ndim >= -dim and mask.shape[dim] not in sizes:
+            raise TokenMismatch(f"a mask of the shape {list(mask.shape)} is not one of {sizes[1]} or {sizes[2]} tokens")
+    if queries is None or keys is None or mask.ndim < 2 or mask.shape[-2] in (1, queries.total):
+        return
+    if mask.shape[-1] != keys.total:
+        raise TokenMismatch("a mask of this rank's queries has to have the keys of all ranks")
 
 
 def _can_exchange_heads(query: torch.Tensor, key: torch.Tensor, ranks: Ranks) -> bool:
@@ -111,13 +137,19 @@ def _ulysses(
     return torch.cat(returned, dim=-1).unflatten(-1, (query.shape[2], -1))
 
 
-def _keys_of_all(mask: torch.Tensor | None, keys: Tokens, ranks: Ranks) -> torch.Tensor | None:
-    """Return a mask whose last dimension is all keys in the order of ranks, or 1."""
-    if mask is None or mask.shape[-1] == 1:
+def _of_all(mask: torch.Tensor | None, dim: int, tokens: Tokens, ranks: Ranks) -> torch.Tensor | None:
+    """Return a mask that along ``dim`` has all tokens in the order of ranks, or 1."""
+    if mask is None or mask.ndim < -dim:
         return mask
-    if mask.shape[-1] == keys.total:
-        return mask.index_select(-1, keys.order(mask.device)) if len(keys.streams) > 1 else mask
-    return gather(mask, mask.ndim - 1, keys.counts, ranks)
+    size, own = mask.shape[dim], tokens.counts[ranks.rank]
+    if size == tokens.total:
+        return mask.index_select(dim, tokens.order(mask.device)) if len(tokens.streams) > 1 else mask
+    if size == 1:
+        if min(tokens.counts) > 1:
+            return mask
+        # On a rank with a single token it may be of that token alone, or of all: both are right when gathered.
+        mask = mask.expand(*mask.shape[: mask.ndim + dim], own, *mask.shape[mask.ndim + dim + 1 :])
+    return gather(mask, mask.ndim + dim, tokens.counts, ranks)
 
 
 def _own_rows(mask: torch.Tensor | None, queries: Tokens | None, ranks: Ranks) -> torch.Tensor | None:
@@ -125,12 +157,3 @@ def _own_rows(mask: torch.Tensor | None, queries: Tokens | None, ranks: Ranks) -
     if mask is None or queries is None or mask.ndim < 2 or mask.shape[-2] != queries.total:
         return mask
     return mask.index_select(-2, queries.own_places(ranks.rank, mask.device))
-
-
-def _rows_of_all(mask: torch.Tensor | None, queries: Tokens, ranks: Ranks) -> torch.Tensor | None:
-    """Return a mask whose rows are all queries in the order of ranks, or one for all."""
-    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    if mask.shape[-2] == queries.total:
-        return mask.index_select(-2, queries.order(mask.device)) if len(queries.streams) > 1 else mask
-    return gather(mask, mask.ndim - 2, queries.counts, ranks)
