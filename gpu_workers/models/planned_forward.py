@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Tokens, attend
+from xditd.gpu_workers.parallel.token_attention import TokenMismatch, Tokens, attend
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.name_lists import listed
 
@@ -43,6 +43,7 @@ class PlannedModule:
         self._plan = plan
         self._paths = dict(module.named_modules())
         _check_declared(self._paths, plan)
+        _check_arguments(self._paths, plan)
         self._splits = self._resolve(plan.splits)
         self._gathers = self._resolve(plan.gathers)
         self._attentions: list[tuple[torch.nn.Module, Attention | None]] = [
@@ -107,6 +108,18 @@ def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> No
         raise PlanFault(f"the plan does not declare the attention of {listed(undeclared)}")
 
 
+def _check_arguments(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
+    """Check that each argument is one of a module at its path: of blocks of several kinds, not all take it."""
+    for pattern, splits in plan.splits.items():
+        taken = [
+            inspect.signature(module.forward).parameters for path, module in paths.items() if matches(pattern, path)
+        ]
+        takes_any = any(each.kind is each.VAR_KEYWORD for names in taken for each in names.values())
+        absent = [name for name in splits if isinstance(name, str) and not any(name in names for names in taken)]
+        if absent and not takes_any:
+            raise PlanFault(f"the plan names {listed(absent)}, which {pattern or 'the module'} does not take")
+
+
 def _computes_attention(module: torch.nn.Module) -> bool:
     """Whether this may be a module that computes attention: it has a processor, or is called so and has none inside."""
     if hasattr(module, "processor") or isinstance(module, torch.nn.MultiheadAttention):
@@ -158,7 +171,11 @@ class _Forward:
 
     def _split_tensor(self, tensor: torch.Tensor, split: Split, what: str) -> torch.Tensor:
         dim = split.dim + tensor.ndim if split.dim < 0 else split.dim
-        if split.ndim not in (None, tensor.ndim) or tensor.shape[dim] == 1:
+        if split.ndim not in (None, tensor.ndim):
+            return tensor
+        if not 0 <= dim < tensor.ndim:
+            raise PlanFault(f"{what} has the shape {list(tensor.shape)}, its tokens are in dimension {split.dim}")
+        if tensor.shape[dim] == 1:
             return tensor
         tokens = tensor.shape[dim]
         stream = self.streams.get(split.stream)
@@ -203,6 +220,10 @@ class _Forward:
 
     @staticmethod
     def _for_each(splits: Mapping[int, Split], results: Any, change: Callable[[Split, Any], Any]) -> Any:
+        if (count := len(results) if isinstance(results, (tuple, list)) else 1) <= max(splits):
+            raise PlanFault(
+                f"a submodule of the plan returns {count} results, the plan names that of number {max(splits)}"
+            )
         if isinstance(results, (tuple, list)):
             found = [change(splits[number], each) if number in splits else each for number, each in enumerate(results)]
             return type(results)(found)
@@ -217,9 +238,10 @@ class _Forward:
     def enter_attention(self, declared: Attention | None, *_: Any) -> None:
         self.sites.append(_Site(declared))
 
-    def leave_attention(self, *_: Any) -> None:
+    def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
         site = self.sites.pop()
-        if site.declared is not None and not site.calls and sys.exc_info()[0] is None:
+        has_failed = result is None  # torch calls this also for a forward that raises
+        if site.declared is not None and not site.calls and not has_failed:
             raise PlanFault("an attention of the plan is not computed by a function that is known")
 
     def attend(
@@ -242,7 +264,10 @@ class _Forward:
             return run(query, key, value, mask)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
-        return attend(query, key, value, mask, queries, keys, self.ranks, run)
+        try:
+            return attend(query, key, value, mask, queries, keys, self.ranks, run)
+        except TokenMismatch as error:
+            raise PlanFault(str(error)) from None
 
     def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
         if not names:
@@ -287,6 +312,13 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
         **kwargs: Any,
     ) -> torch.Tensor:
         _check_not_causal(is_causal)
+        if (
+            attn_mask is not None
+            and attn_mask.ndim == 2
+            and attn_mask.shape[0] == len(query)
+            and attn_mask.shape[1] > 1
+        ):
+            attn_mask = attn_mask[:, None, None]  # diffusers takes such a mask as one of keys for each row
 
         def run(*given: Any) -> torch.Tensor:
             return run_inside(function, *given[:3], given[3], dropout_p, False, *args, **kwargs)

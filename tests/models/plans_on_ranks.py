@@ -25,9 +25,7 @@ Cases = dict[str, tuple[TokenPlan, list[Case]]]
 
 def run_rank(rank: int, ranks: int, folder: str, cases: Cases) -> None:
     start_rank(rank, ranks, f"{folder}/store{ranks}")
-    found = {
-        key: {case.name: asdict(run_case(case, plan)) for case in calls} for key, (plan, calls) in cases.items()
-    }
+    found = {key: {case.name: asdict(run_case(case, plan)) for case in calls} for key, (plan, calls) in cases.items()}
     if rank == 0:
         Path(folder, f"ranks{ranks}.json").write_text(json.dumps(found))
 

@@ -117,7 +117,9 @@ def _first_of(rows: int, value: Any) -> Any:
         return {name: _first_of(rows, each) for name, each in value.items()}
     if isinstance(value, list):
         # A list of tensors with rows, or a list with an item for each row.
-        if len(value) == rows and not any(isinstance(each, torch.Tensor) and each.shape[:1] == (rows,) for each in value):
+        if len(value) == rows and not any(
+            isinstance(each, torch.Tensor) and each.shape[:1] == (rows,) for each in value
+        ):
             return value[:1]
         return [_first_of(rows, each) for each in value]
     return value
