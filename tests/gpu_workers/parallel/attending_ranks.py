@@ -184,7 +184,7 @@ def split_queries_of_whole_keys(on: Ranks) -> None:
 
 
 def ranks_with_a_single_token(on: Ranks) -> None:
-    """A mask of one key is that of a rank's only key, or of all keys: ranks with more than one token know, others not."""
+    """A mask of one key is that of a rank's only key, or of all: ranks with more than one token know, others not."""
     masks = of_both(MASKS)
     for counts in ((on.size,), (on.size + 1,), (2 * on.size - 1,), (2 * on.size,)):
         for heads in ((12, 12), (5, 5)):

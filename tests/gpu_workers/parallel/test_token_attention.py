@@ -72,6 +72,6 @@ def test_a_mask_for_other_tokens_is_refused_where_keys_are_whole() -> None:
     for rows in (1, 4, 7):
         mask = torch.ones(1, 1, rows, 5, dtype=torch.bool)
         assert attend(query, key, key, mask, queries, None, Ranks(None, 0, 2), attending_ranks.attention).shape[1] == 4
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
     with pytest.raises(TokenMismatch, match="not one of 4 or 7 tokens"):
-        mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
         attend(query, key, key, mask, queries, None, Ranks(None, 0, 2), attending_ranks.attention)
