@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from plan_cases import Case, tensors_of
 
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.token_plans import TokenPlan
+from xditd.gpu_workers.parallel import streams
 from xditd.gpu_workers.parallel.streams import Ranks
 
 TIMEOUT_S = 20
@@ -44,7 +46,8 @@ def run_case(case: Case, plan: TokenPlan, *, runs: int = 2) -> Finding:
     try:
         planned = PlannedModule(case.model, plan)
         place = Ranks(group, dist.get_rank(), dist.get_world_size())
-        results = [tuple(tensors_of(planned.run(case.call, place))) for _ in range(runs)]
+        with _checked_collectives():
+            results = [tuple(tensors_of(planned.run(case.call, place))) for _ in range(runs)]
         found.error = max(_error(mine, its) for mine, its in _pairs(results[0], case.expected))
         found.is_same_again = all(torch.equal(one, two) for one, two in zip(results[0], results[-1], strict=True))
         digest = _digest(results[0])
@@ -52,6 +55,48 @@ def run_case(case: Case, plan: TokenPlan, *, runs: int = 2) -> Finding:
         found.fault, digest = f"{type(error).__name__}: {error}", 0
     dist.destroy_process_group(group)  # ends what other ranks wait for
     return _agree(found, digest)
+
+
+class _Checked:
+    """torch.distributed, where ranks first compare what they are about to send.
+
+    gloo ends the process if ranks run different collectives. Here all of them raise.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_gather_into_tensor(self, received: torch.Tensor, sent: torch.Tensor, group: Any) -> None:
+        sizes = self._sizes([sent.numel()] * dist.get_world_size(), group)
+        if (sizes != sent.numel()).any():
+            raise ValueError(f"ranks gather parts of {sizes.diagonal().tolist()} bytes")
+        dist.all_gather_into_tensor(received, sent, group=group)
+
+    def all_to_all_single(
+        self, received: torch.Tensor, sent: torch.Tensor, to: list[int], by: list[int], group: Any
+    ) -> None:
+        sizes = self._sizes([-each for each in by], group)  # negative: not those of another collective
+        expected = self._sizes([-each for each in to], group)
+        if (sizes != expected.t()).any():
+            raise ValueError(f"ranks send {sizes.tolist()} bytes to each other and expect {expected.tolist()}")
+        dist.all_to_all_single(received, sent, to, by, group=group)
+
+    @staticmethod
+    def _sizes(own: Sequence[int], group: Any) -> torch.Tensor:
+        """Return the sizes of all ranks, one row each."""
+        found = torch.zeros(len(own), len(own), dtype=torch.int64)
+        found[dist.get_rank()] = torch.tensor(own)
+        dist.all_reduce(found, group=group)
+        return found
+
+
+@contextmanager
+def _checked_collectives() -> Iterator[None]:
+    streams.dist = _Checked()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        streams.dist = dist
 
 
 def _pairs(mine: Sequence[Any], its: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
