@@ -235,8 +235,8 @@ def test_a_dimension_that_is_not_there_is_refused() -> None:
 def test_queries_and_keys_of_other_tokens_are_refused() -> None:
     with pytest.raises(PlanFault, match=r"queries of the shape \[1, 5, 4, 2\], its streams 2 tokens"):
         run(Model(), plan(splits={"": {"text": Split("image")}}))
+    splits = {"": {"image": Split("image"), "text": Split("text")}}
     with pytest.raises(PlanFault, match=r"keys of the shape \[1, 2, 4, 2\], its streams 3 tokens"):
-        splits = {"": {"image": Split("image"), "text": Split("text")}}
         run(Model(), plan(splits=splits, attentions={"blocks.*.attn": Attention(("image",), ("image",))}))
     with pytest.raises(PlanFault, match="no tokens of text were split"):
         run(Model(), plan(attentions={"blocks.*.attn": Attention(("text",), ())}))
