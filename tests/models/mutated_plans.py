@@ -74,9 +74,11 @@ def shown_by(wrong: TokenPlan, cases: list[Case]) -> str | None:
 
 def run_rank(rank: int, folder: str, classes: dict[str, tuple[TokenPlan, list[Case]]]) -> None:
     start_rank(rank, RANKS, f"{folder}/store")
-    found = {name: run_class(plan, cases) for name, (plan, cases) in classes.items()}
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
+    found = {}
+    for name, (plan, cases) in classes.items():
+        found[name] = run_class(plan, cases)
+        if rank == 0:
+            Path(folder, "found.json").write_text(json.dumps(found))
 
 
 def main(folder: str, *names: str) -> None:

@@ -15,11 +15,11 @@ MOST_USED = (
     "ChromaTransformer2DModel",
     "Flux2Transformer2DModel",
     "FluxTransformer2DModel",
-    "HiDreamImageTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Krea2Transformer2DModel",
     "LTX2VideoTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
+    "QwenImage21Transformer2DModel",
     "QwenImageTransformer2DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
@@ -28,10 +28,17 @@ MOST_USED = (
 """The classes that each test run covers; the others are for long runs."""
 
 REFUSED = {
-    "Flux2Transformer2DModel-kv_extract": r"queries of the shape",
-    "Flux2Transformer2DModel-kv_cached": r"keys of the shape",
+    "Flux2Transformer2DModel-kv_extract": "queries of the shape",
+    "Flux2Transformer2DModel-kv_cached": "keys of the shape",
+    "GlmImageTransformer2DModel-kv_read": "keys of the shape|kv_cache",
+    "GlmImageTransformer2DModel-kv_write": "kv_cache",
+    "QwenImage21Transformer2DModel": "kv_cache",
+    "QwenImage21Transformer2DModel-kv_cached": "kv_cache",
 }
 """Entries that their class's plan does not cover, and what the fault says: caches of keys and values of all tokens."""
+
+WITHOUT_CACHE = "without a cache"
+"""The name of the call of such an entry without its cache, which a plan does cover."""
 
 
 @dataclass
@@ -63,7 +70,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def cases_of(entry: ClassEntry, *, with_counts: bool = True) -> list[Case]:
-    """Return the calls of an entry: its own; one with another number of rows; and, of a first entry, other counts."""
+    """Return the calls of an entry: its own; with other rows, or without a cache; and, of a first entry, other counts."""
     model = entry.build()
 
     def case(name: str, arguments: Callable[[], dict[str, Any]]) -> Case:
@@ -74,6 +81,8 @@ def cases_of(entry: ClassEntry, *, with_counts: bool = True) -> list[Case]:
 
     found = [case("entry", own)]
     found += _with_other_rows(found[0])
+    if entry.key in REFUSED:
+        found += _without_cache(found[0])
     builder = BUILDERS.get(entry.key)
     if builder is not None and with_counts:
         for text, image in COUNTS:
@@ -108,6 +117,19 @@ def _with_other_rows(whole: Case) -> list[Case]:
     )
     name = "first row" if rows > 1 else "row twice"
     return [Case(name, whole.model, lambda: change(whole.arguments()), result)] if is_row else []
+
+
+def _without_cache(whole: Case) -> list[Case]:
+    """Return the call without its cache; none where the class needs it."""
+
+    def arguments() -> dict[str, Any]:
+        return {name: each for name, each in whole.arguments().items() if not name.startswith("kv_cache")}
+
+    try:
+        result = tuple(tensors_of(whole.model(**arguments())))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return []
+    return [Case(WITHOUT_CACHE, whole.model, arguments, result)]
 
 
 def _first_of(rows: int, value: Any) -> Any:
