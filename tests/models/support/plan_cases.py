@@ -70,7 +70,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def cases_of(entry: ClassEntry, *, with_counts: bool = True) -> list[Case]:
-    """Return the calls of an entry: its own; with other rows, or without a cache; and, of a first entry, other counts."""
+    """Return the calls of an entry: its own; with other rows; without a cache; of a first entry, other counts."""
     model = entry.build()
 
     def case(name: str, arguments: Callable[[], dict[str, Any]]) -> Case:
