@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from class_entries import ENTRIES
-from plan_cases import Case, cases_of
+from plan_cases import PLAN_ENTRIES, Case, cases_of
 from plan_mutations import ORDER, mutations
 from planned_ranks import fork_ranks, run_case, start_rank
 
@@ -87,7 +86,7 @@ def main(folder: str, *names: str) -> None:
     for name in names:
         plan = find(name)
         if isinstance(plan, TokenPlan):
-            cases = [case for entry in ENTRIES.values() if entry.name == name for case in cases_of(entry)]
+            cases = [case for entry in PLAN_ENTRIES.values() if entry.name == name for case in cases_of(entry)]
             classes[name] = plan, cases
     fork_ranks(run_rank, RANKS, folder, classes)
 

@@ -13,8 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from class_entries import ENTRIES
-from plan_cases import Case, cases_of
+from plan_cases import PLAN_ENTRIES, Case, cases_of
 from planned_ranks import fork_ranks, run_case, start_rank
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
@@ -33,7 +32,7 @@ def run_rank(rank: int, ranks: int, folder: str, cases: Cases) -> None:
 def main(folder: str, counts: str, *classes: str) -> None:
     torch.set_num_threads(1)
     cases: Cases = {}
-    for key, entry in ENTRIES.items():
+    for key, entry in PLAN_ENTRIES.items():
         plan = find(entry.name)
         if entry.name in classes and isinstance(plan, TokenPlan):
             cases[key] = plan, cases_of(entry)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from class_entries import ENTRIES
-from plan_cases import MOST_USED, REFUSED, WITHOUT_CACHE
+from plan_cases import MOST_USED, PLAN_ENTRIES, REFUSED, WITHOUT_CACHE
 from token_counts import BUILDERS, COUNTS
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
@@ -78,12 +78,12 @@ def test_every_reason_is_a_sentence() -> None:
             ranks, key, marks=pytest.mark.long if ranks == 3 or entry.name not in MOST_USED else (), id=f"{key}-{ranks}"
         )
         for ranks in (2, 4, 3)
-        for key, entry in ENTRIES.items()
+        for key, entry in PLAN_ENTRIES.items()
         if entry.name in PLANNED
     ],
 )
 def test_ranks_give_what_the_class_gives(find: Callable[[str, int], Found], ranks: int, key: str) -> None:
-    calls = find(ENTRIES[key].name, ranks)[key]
+    calls = find(PLAN_ENTRIES[key].name, ranks)[key]
     for call, found in calls.items():
         if key in REFUSED and call != WITHOUT_CACHE:
             assert re.search(f"^PlanFault.*({REFUSED[key]})", found["fault"]), (call, found)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
 from token_counts import BUILDERS, COUNTS
 
@@ -39,6 +40,22 @@ REFUSED = {
 
 WITHOUT_CACHE = "without a cache"
 """The name of the call of such an entry without its cache, which a plan does cover."""
+
+_FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
+_CHROMA = ENTRIES["ChromaTransformer2DModel"]
+PLAN_ENTRIES = ENTRIES | {
+    "ChromaTransformer2DModel-ip_adapter": ClassEntry(
+        "ChromaTransformer2DModel",
+        _CHROMA.config,
+        lambda random: (
+            _CHROMA.arguments(random)
+            | {"joint_attention_kwargs": {"ip_adapter_image_embeds": [random.normal(2, 1, 8)]}}
+        ),
+        "ip_adapter",
+        _FLUX_IP_ADAPTER.prepare,
+    ),
+}
+"""Further calls beside those of the entries, for what plans declare and no entry gives."""
 
 
 @dataclass

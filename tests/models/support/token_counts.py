@@ -136,6 +136,8 @@ def _chroma(random: Random, rows: int, text: int, image: int) -> dict[str, Any]:
         "txt_ids": torch.zeros(text, 3),
         "img_ids": ids,
         "attention_mask": torch.cat([mask, torch.ones(rows, image, dtype=torch.bool)], dim=1),
+        "controlnet_block_samples": [random.normal(rows, image, 32)],
+        "controlnet_single_block_samples": [random.normal(rows, image, 32)],
     }
 
 
