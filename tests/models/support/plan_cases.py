@@ -43,17 +43,46 @@ WITHOUT_CACHE = "without a cache"
 
 _FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
 _CHROMA = ENTRIES["ChromaTransformer2DModel"]
+_LTX_2 = ENTRIES["LTX2VideoTransformer3DModel"]
+
+
+def _chroma_ip_adapter(random: Random) -> dict[str, Any]:
+    given = _FLUX_IP_ADAPTER.arguments(random)
+    return _CHROMA.arguments(random) | {"joint_attention_kwargs": given["joint_attention_kwargs"]}
+
+
+def _ltx_2_per_token(random: Random) -> dict[str, Any]:
+    """An image to a video: a time for each token, the image's tokens marked, and seen by all others alone."""
+    arguments = _LTX_2.arguments(random)
+    tokens, audio = (arguments[name].shape[1] for name in ("hidden_states", "audio_hidden_states"))
+    times = torch.full((2, tokens), 875.0)
+    times[:, :6] = 0
+    marked = torch.zeros(2, tokens, 1)
+    marked[:, :6] = 1
+    seen = torch.ones(2, tokens, tokens)
+    seen[:, :6, 6:] = 0
+    return arguments | {
+        "timestep": times,
+        "audio_timestep": torch.linspace(0, 875, audio).expand(2, audio),
+        "audio_sigma": arguments["sigma"],
+        "video_keyframes_mask": marked,
+        "video_self_attention_mask": seen,
+    }
+
+
+def _ltx_2_guidance(random: Random) -> dict[str, Any]:
+    return _LTX_2.arguments(random) | {"spatio_temporal_guidance_blocks": [1]}
+
+
 PLAN_ENTRIES = ENTRIES | {
-    "ChromaTransformer2DModel-ip_adapter": ClassEntry(
-        "ChromaTransformer2DModel",
-        _CHROMA.config,
-        lambda random: (
-            _CHROMA.arguments(random)
-            | {"joint_attention_kwargs": {"ip_adapter_image_embeds": [random.normal(2, 1, 8)]}}
+    entry.key: entry
+    for entry in (
+        ClassEntry(_CHROMA.name, _CHROMA.config, _chroma_ip_adapter, "ip_adapter", _FLUX_IP_ADAPTER.prepare),
+        ClassEntry(
+            _LTX_2.name, {**_LTX_2.config, "use_keyframes_abs_pos_embedding": True}, _ltx_2_per_token, "per_token"
         ),
-        "ip_adapter",
-        _FLUX_IP_ADAPTER.prepare,
-    ),
+        ClassEntry(_LTX_2.name, _LTX_2.config, _ltx_2_guidance, "guidance"),
+    )
 }
 """Further calls beside those of the entries, for what plans declare and no entry gives."""
 
