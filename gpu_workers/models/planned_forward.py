@@ -220,9 +220,10 @@ class _Forward:
 
     @staticmethod
     def _for_each(splits: Mapping[int, Split], results: Any, change: Callable[[Split, Any], Any]) -> Any:
-        count = len(results) if isinstance(results, (tuple, list)) else 1
-        if count <= max(splits):
-            raise PlanFault(f"a submodule returns {count} results, the plan names the one of number {max(splits)}")
+        if (count := len(results) if isinstance(results, (tuple, list)) else 1) <= max(splits):
+            raise PlanFault(
+                f"a submodule of the plan returns {count} results, the plan names that of number {max(splits)}"
+            )
         if isinstance(results, (tuple, list)):
             found = [change(splits[number], each) if number in splits else each for number, each in enumerate(results)]
             return type(results)(found)

@@ -248,7 +248,7 @@ def test_results_that_are_not_there_are_refused(part: str) -> None:
     model.blocks[0].register_forward_hook(lambda module, args, result: model.rope(result))
     numbered = {"rope": {1: Split("image")}}
     changed: dict[str, Any] = {part: plan().splits | numbered if part == "splits" else numbered}
-    with pytest.raises(PlanFault, match="returns 1 results, the plan names the one of number 1"):
+    with pytest.raises(PlanFault, match="returns 1 results, the plan names"):
         run(model, plan(**changed))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
+from model_arguments import padding_mask
 from token_counts import BUILDERS, COUNTS
 
 MOST_USED = (
@@ -44,6 +45,7 @@ WITHOUT_CACHE = "without a cache"
 _FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
 _CHROMA = ENTRIES["ChromaTransformer2DModel"]
 _LTX_2 = ENTRIES["LTX2VideoTransformer3DModel"]
+_STABLE_AUDIO = ENTRIES["StableAudioDiTModel"]
 
 
 def _chroma_ip_adapter(random: Random) -> dict[str, Any]:
@@ -71,7 +73,15 @@ def _ltx_2_per_token(random: Random) -> dict[str, Any]:
 
 
 def _ltx_2_guidance(random: Random) -> dict[str, Any]:
-    return _LTX_2.arguments(random) | {"spatio_temporal_guidance_blocks": [1]}
+    """Spatio-temporal guidance in one block, and the audio's time given."""
+    arguments = _LTX_2.arguments(random)
+    return arguments | {"spatio_temporal_guidance_blocks": [1], "audio_timestep": arguments["timestep"]}
+
+
+def _stable_audio_masks(random: Random) -> dict[str, Any]:
+    """Sounds and texts with padding."""
+    masks = {"attention_mask": padding_mask((12, 9), 12), "encoder_attention_mask": padding_mask((7, 4), 7)}
+    return _STABLE_AUDIO.arguments(random) | masks
 
 
 PLAN_ENTRIES = ENTRIES | {
@@ -82,6 +92,7 @@ PLAN_ENTRIES = ENTRIES | {
             _LTX_2.name, {**_LTX_2.config, "use_keyframes_abs_pos_embedding": True}, _ltx_2_per_token, "per_token"
         ),
         ClassEntry(_LTX_2.name, _LTX_2.config, _ltx_2_guidance, "guidance"),
+        ClassEntry(_STABLE_AUDIO.name, _STABLE_AUDIO.config, _stable_audio_masks, "masks"),
     )
 }
 """Further calls beside those of the entries, for what plans declare and no entry gives."""
