@@ -1,0 +1,216 @@
+"""Calls of classes with a token plan: those of the entries, other numbers of rows, and other numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from class_entries import ENTRIES
+from class_entry import ClassEntry, Random
+from model_arguments import padding_mask
+from token_counts import BUILDERS, COUNTS
+
+MOST_USED = (
+    "ChromaTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "Krea2Transformer2DModel",
+    "LTX2VideoTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
+    "QwenImage21Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+    "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+)
+"""The classes that each test run covers; the others are for long runs."""
+
+REFUSED = {
+    "Flux2Transformer2DModel-kv_extract": "queries of the shape",
+    "Flux2Transformer2DModel-kv_cached": "keys of the shape",
+    "GlmImageTransformer2DModel-kv_read": "keys of the shape|kv_cache",
+    "GlmImageTransformer2DModel-kv_write": "kv_cache",
+    "QwenImage21Transformer2DModel": "kv_cache",
+    "QwenImage21Transformer2DModel-kv_cached": "kv_cache",
+}
+"""Entries that their class's plan does not cover, and what the fault says: caches of keys and values of all tokens."""
+
+WITHOUT_CACHE = "without a cache"
+"""The name of the call of such an entry without its cache, which a plan does cover."""
+
+_FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
+_CHROMA = ENTRIES["ChromaTransformer2DModel"]
+_LTX_2 = ENTRIES["LTX2VideoTransformer3DModel"]
+_STABLE_AUDIO = ENTRIES["StableAudioDiTModel"]
+
+
+def _chroma_ip_adapter(random: Random) -> dict[str, Any]:
+    given = _FLUX_IP_ADAPTER.arguments(random)
+    return _CHROMA.arguments(random) | {"joint_attention_kwargs": given["joint_attention_kwargs"]}
+
+
+def _ltx_2_per_token(random: Random) -> dict[str, Any]:
+    """An image to a video: a time for each token, the image's tokens marked, and seen by all others alone."""
+    arguments = _LTX_2.arguments(random)
+    tokens, audio = (arguments[name].shape[1] for name in ("hidden_states", "audio_hidden_states"))
+    times = torch.full((2, tokens), 875.0)
+    times[:, :6] = 0
+    marked = torch.zeros(2, tokens, 1)
+    marked[:, :6] = 1
+    seen = torch.ones(2, tokens, tokens)
+    seen[:, :6, 6:] = 0
+    return arguments | {
+        "timestep": times,
+        "audio_timestep": torch.linspace(0, 875, audio).expand(2, audio),
+        "audio_sigma": arguments["sigma"],
+        "video_keyframes_mask": marked,
+        "video_self_attention_mask": seen,
+    }
+
+
+def _ltx_2_guidance(random: Random) -> dict[str, Any]:
+    """Spatio-temporal guidance in one block, and the audio's time given."""
+    arguments = _LTX_2.arguments(random)
+    return arguments | {"spatio_temporal_guidance_blocks": [1], "audio_timestep": arguments["timestep"]}
+
+
+def _stable_audio_masks(random: Random) -> dict[str, Any]:
+    """Sounds and texts with padding."""
+    masks = {"attention_mask": padding_mask((12, 9), 12), "encoder_attention_mask": padding_mask((7, 4), 7)}
+    return _STABLE_AUDIO.arguments(random) | masks
+
+
+PLAN_ENTRIES = ENTRIES | {
+    entry.key: entry
+    for entry in (
+        ClassEntry(_CHROMA.name, _CHROMA.config, _chroma_ip_adapter, "ip_adapter", _FLUX_IP_ADAPTER.prepare),
+        ClassEntry(
+            _LTX_2.name, {**_LTX_2.config, "use_keyframes_abs_pos_embedding": True}, _ltx_2_per_token, "per_token"
+        ),
+        ClassEntry(_LTX_2.name, _LTX_2.config, _ltx_2_guidance, "guidance"),
+        ClassEntry(_STABLE_AUDIO.name, _STABLE_AUDIO.config, _stable_audio_masks, "masks"),
+    )
+}
+"""Further calls beside those of the entries, for what plans declare and no entry gives."""
+
+
+@dataclass
+class Case:
+    """A call of a model, and what the model's own forward returns on one rank."""
+
+    name: str
+    model: torch.nn.Module
+    arguments: Callable[[], dict[str, Any]]
+    expected: tuple[torch.Tensor, ...]
+
+    def call(self) -> Any:
+        return self.model(**self.arguments())
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a result: an output class, a tuple, a list."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_of(each)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_of(vars(value))
+
+
+@torch.no_grad()
+def cases_of(entry: ClassEntry, *, with_counts: bool = True) -> list[Case]:
+    """Return the calls of an entry: its own; with other rows; without a cache; of a first entry, other counts."""
+    model = entry.build()
+
+    def case(name: str, arguments: Callable[[], dict[str, Any]]) -> Case:
+        return Case(name, model, arguments, tuple(tensors_of(model(**arguments()))))
+
+    def own() -> dict[str, Any]:
+        return entry.arguments(Random(1))
+
+    found = [case("entry", own)]
+    found += _with_other_rows(found[0])
+    if entry.key in REFUSED:
+        found += _without_cache(found[0])
+    builder = BUILDERS.get(entry.key)
+    if builder is not None and with_counts:
+        for text, image in COUNTS:
+            for rows in (1, 2):
+
+                def build(rows: int = rows, text: int = text, image: int = image) -> dict[str, Any]:
+                    return builder(Random(1), rows, text, image)
+
+                found.append(case(f"{rows} rows of {text} and {image} tokens", build))
+    return found
+
+
+def _with_other_rows(whole: Case) -> list[Case]:
+    """Return the call with its first row alone or, of one row, with that row twice; none where this cannot be had.
+
+    Which arguments have rows is not known. What has the result's number of rows may: where the class's result for
+    the changed arguments is not that of the row, they are something else, and there is no such call.
+    """
+    rows = whole.expected[0].shape[0]
+    if any(each.ndim == 0 or each.shape[0] != rows for each in whole.expected):
+        return []
+    change = partial(_first_of, rows) if rows > 1 else _twice
+    try:
+        result = tuple(tensors_of(whole.model(**change(whole.arguments()))))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return []
+    is_row = len(result) == len(whole.expected) and all(
+        new.shape[0] == (1 if rows > 1 else 2)
+        and new.shape[1:] == old.shape[1:]
+        and torch.allclose(new[:1], old[:1], rtol=1e-4, atol=1e-4)
+        for new, old in zip(result, whole.expected, strict=True)
+    )
+    name = "first row" if rows > 1 else "row twice"
+    return [Case(name, whole.model, lambda: change(whole.arguments()), result)] if is_row else []
+
+
+def _without_cache(whole: Case) -> list[Case]:
+    """Return the call without its cache; none where the class needs it."""
+
+    def arguments() -> dict[str, Any]:
+        return {name: each for name, each in whole.arguments().items() if not name.startswith("kv_cache")}
+
+    try:
+        result = tuple(tensors_of(whole.model(**arguments())))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return []
+    return [Case(WITHOUT_CACHE, whole.model, arguments, result)]
+
+
+def _first_of(rows: int, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[:1] if value.ndim and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {name: _first_of(rows, each) for name, each in value.items()}
+    if isinstance(value, list):
+        # A list of tensors with rows, or a list with an item for each row.
+        if len(value) == rows and not any(
+            isinstance(each, torch.Tensor) and each.shape[:1] == (rows,) for each in value
+        ):
+            return value[:1]
+        return [_first_of(rows, each) for each in value]
+    return value
+
+
+def _twice(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value, value]) if value.ndim and value.shape[0] == 1 else value
+    if isinstance(value, dict):
+        return {name: _twice(each) for name, each in value.items()}
+    if isinstance(value, list):
+        if len(value) == 1 and not (isinstance(value[0], torch.Tensor) and value[0].shape[:1] == (1,)):
+            return value * 2
+        return [_twice(each) for each in value]
+    return value
