@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, matches
+from xditd.gpu_workers.models.token_plans import LAST, Attention, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
 from xditd.gpu_workers.parallel.token_attention import Tokens, attend
 from xditd.ipc.errors import Unsupported
@@ -43,6 +43,7 @@ class PlannedModule:
         self._plan = plan
         self._paths = dict(module.named_modules())
         _check_declared(self._paths, plan)
+        self._paths |= _last_of_lists(self._paths)
         self._splits = self._resolve(plan.splits)
         self._gathers = self._resolve(plan.gathers)
         self._attentions: list[tuple[torch.nn.Module, Attention | None]] = [
@@ -62,6 +63,9 @@ class PlannedModule:
         """
         forward = _Forward(ranks)
         with ExitStack() as stack:
+            names = list(inspect.signature(self._module.forward).parameters)
+            check = partial(_check_arguments, self._plan.refused, names)
+            stack.enter_context(_removed(self._module.register_forward_pre_hook(check, with_kwargs=True)))
             for module, splits in self._splits:
                 self._hook_splits(stack, forward, module, splits)
             for module, gathers in self._gathers:
@@ -94,9 +98,20 @@ class PlannedModule:
             stack.enter_context(_removed(module.register_forward_hook(partial(forward.split_results, results))))
 
 
+def _last_of_lists(paths: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """Return the last submodule of every list, by the path with which plans name it."""
+    return {
+        f"{path}.{LAST}": module[-1]
+        for path, module in paths.items()
+        if isinstance(module, torch.nn.ModuleList) and len(module)
+    }
+
+
 def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
+    known = (*paths, *_last_of_lists(paths))
     declared = (*plan.splits, *plan.gathers, *plan.attentions, *plan.whole)
-    if absent := [each for each in declared if each and not any(matches(each, path) for path in paths)]:
+    required = [each for each in declared if each and each not in plan.optional]
+    if absent := [each for each in required if not any(matches(each, path) for path in known)]:
         raise PlanFault(f"the plan names {listed(absent)}, which this module does not have")
     undeclared = [
         path
@@ -105,6 +120,18 @@ def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> No
     ]
     if undeclared:
         raise PlanFault(f"the plan does not declare the attention of {listed(undeclared)}")
+
+
+def _check_arguments(
+    refused: Mapping[str, Callable[[Any], bool]],
+    names: Sequence[str],
+    _: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if found := [name for name, test in refused.items() if name in given and test(given[name])]:
+        raise PlanFault(f"the plan does not cover this value of {listed(found)}")
 
 
 def _computes_attention(module: torch.nn.Module) -> bool:
@@ -160,6 +187,12 @@ class _Forward:
         dim = split.dim + tensor.ndim if split.dim < 0 else split.dim
         if split.ndim not in (None, tensor.ndim) or tensor.shape[dim] == 1:
             return tensor
+        if split.is_prefix:
+            known = self._stream(split.stream)
+            first, rest = tensor.tensor_split([known.tokens], dim)
+            if first.shape[dim] != known.tokens:
+                raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.stream} alone has {known.tokens}")
+            return torch.cat([take(first, dim, known, self.ranks.rank), rest], dim)
         tokens = tensor.shape[dim]
         stream = self.streams.get(split.stream)
         if stream is None:
@@ -242,16 +275,27 @@ class _Forward:
             return run(query, key, value, mask)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
+        if mask is not None and keys is not None and not _is_of_all(mask, queries, keys):
+            raise PlanFault("a mask that says nothing of this worker's queries and the keys of the others")
         return attend(query, key, value, mask, queries, keys, self.ranks, run)
 
     def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
         if not names:
             return None
-        tokens = Tokens(tuple(self._stream(name) for name in names))
+        known = tuple(self.streams[name] for name in names if name in self.streams)
+        if not known:
+            raise PlanFault(f"no tokens of {listed(names)} were split before they are used")
+        tokens = Tokens(known)
         own = tokens.counts[self.ranks.rank]
         if tensor.ndim != 4 or tensor.shape[1] != own:
             raise PlanFault(f"an attention has {what} of the shape {list(tensor.shape)}, its streams {own} tokens")
         return tokens
+
+
+def _is_of_all(mask: torch.Tensor, queries: Tokens | None, keys: Tokens) -> bool:
+    """Return whether a mask is one of keys alone, or has all queries or all keys."""
+    rows = mask.shape[-2] if mask.ndim > 1 else 1
+    return mask.shape[-1] in (1, keys.total) or rows == 1 or queries is None or rows == queries.total
 
 
 @contextmanager
