@@ -9,7 +9,20 @@ from typing import Final
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
 
-MODULES: Final = ("flux", "qwen_image", "wan")
+MODULES: Final = (
+    "cog_view",
+    "flux",
+    "flux3",
+    "flux_relatives",
+    "hidream",
+    "hunyuan_image",
+    "krea2",
+    "lumina",
+    "packed_images",
+    "qwen_image",
+    "sd3",
+    "wan",
+)
 """Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""
 
 
