@@ -17,18 +17,14 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from xditd.gpu_workers.models.token_plans import LAST, Attention, Split, TokenPlan, matches
+from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
+from xditd.gpu_workers.models.token_plans import LAST, Attention, PlanFault, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
 from xditd.gpu_workers.parallel.token_attention import Tokens, attend
-from xditd.ipc.errors import Unsupported
 from xditd.ipc.name_lists import listed
 
 _DISPATCH: Final = "dispatch_attention_fn"
 """diffusers' function for attention by any backend, which its models import by name."""
-
-
-class PlanFault(Unsupported):
-    """A module or a call is not as its token plan declares; the message says what differs."""
 
 
 class PlannedModule:
@@ -49,7 +45,9 @@ class PlannedModule:
         self._attentions: list[tuple[torch.nn.Module, Attention | None]] = [
             *((each, declared) for each, declared in self._resolve(plan.attentions)),
             *((self._paths[path], None) for path in self._paths for each in plan.whole if matches(each, path)),
+            *((each, None) for each, _ in self._resolve(plan.exchanges)),
         ]
+        self._exchanges = [ExchangedAttention(each, declared) for each, declared in self._resolve(plan.exchanges)]
         self._namespaces = [
             vars(each) for name, each in list(sys.modules.items())
             if name.startswith("diffusers.models.") and _DISPATCH in vars(each)
@@ -74,6 +72,9 @@ class PlannedModule:
                 enter = partial(forward.enter_attention, declared)
                 stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
                 stack.enter_context(_removed(module.register_forward_hook(forward.leave_attention, always_call=True)))
+            for exchanged in self._exchanges:
+                for handle in exchanged.hook(forward.stream, ranks):
+                    stack.enter_context(_removed(handle))
             stack.enter_context(_attention_replaced(forward, self._namespaces))
             return call()
 
@@ -109,14 +110,15 @@ def _last_of_lists(paths: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.M
 
 def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
     known = (*paths, *_last_of_lists(paths))
-    declared = (*plan.splits, *plan.gathers, *plan.attentions, *plan.whole)
+    attentions = (*plan.attentions, *plan.exchanges, *plan.whole)
+    declared = (*plan.splits, *plan.gathers, *attentions)
     required = [each for each in declared if each and each not in plan.optional]
     if absent := [each for each in required if not any(matches(each, path) for path in known)]:
         raise PlanFault(f"the plan names {listed(absent)}, which this module does not have")
     undeclared = [
         path
         for path, module in paths.items()
-        if _computes_attention(module) and not any(matches(each, path) for each in (*plan.attentions, *plan.whole))
+        if _computes_attention(module) and not any(matches(each, path) for each in attentions)
     ]
     if undeclared:
         raise PlanFault(f"the plan does not declare the attention of {listed(undeclared)}")
@@ -188,7 +190,7 @@ class _Forward:
         if split.ndim not in (None, tensor.ndim) or tensor.shape[dim] == 1:
             return tensor
         if split.is_prefix:
-            known = self._stream(split.stream)
+            known = self.stream(split.stream)
             first, rest = tensor.tensor_split([known.tokens], dim)
             if first.shape[dim] != known.tokens:
                 raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.stream} alone has {known.tokens}")
@@ -226,7 +228,7 @@ class _Forward:
         return self._for_each(gathers, results, self._gather)
 
     def _gather(self, split: Split, own: torch.Tensor) -> torch.Tensor:
-        counts = self._stream(split.stream).counts
+        counts = self.stream(split.stream).counts
         if own.shape[split.dim] != counts[self.ranks.rank]:
             raise PlanFault(
                 f"a result has {own.shape[split.dim]} tokens of {split.stream}, this worker has "
@@ -241,7 +243,7 @@ class _Forward:
             return type(results)(found)
         return change(splits[0], results)
 
-    def _stream(self, name: str) -> Stream:
+    def stream(self, name: str) -> Stream:
         found = self.streams.get(name)
         if found is None:
             raise PlanFault(f"no tokens of {name} were split before they are used")
@@ -278,6 +280,11 @@ class _Forward:
         if mask is not None and keys is not None and not _is_of_all(mask, queries, keys):
             raise PlanFault("a mask that says nothing of this worker's queries and the keys of the others")
         return attend(query, key, value, mask, queries, keys, self.ranks, run)
+
+    def check_causal(self, is_causal: bool) -> None:
+        """Raise if an attention over split tokens would be causal: no plan declares that."""
+        if is_causal and self.sites and self.sites[-1].declared is not None:
+            raise PlanFault("a causal attention, which no plan declares")
 
     def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
         if not names:
@@ -330,10 +337,10 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        _check_not_causal(is_causal)
+        forward.check_causal(is_causal)
 
         def run(*given: Any) -> torch.Tensor:
-            return run_inside(function, *given[:3], given[3], dropout_p, False, *args, **kwargs)
+            return run_inside(function, *given[:3], given[3], dropout_p, is_causal, *args, **kwargs)
 
         return forward.attend(query, key, value, attn_mask, run)
 
@@ -348,11 +355,11 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
     ) -> torch.Tensor:
         if forward.is_inside:
             return of_torch(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
-        _check_not_causal(is_causal)
+        forward.check_causal(is_causal)
 
         def run(*given: Any) -> torch.Tensor:
             q, k, v = (each.transpose(1, 2) for each in given[:3])
-            return of_torch(q, k, v, given[3], dropout_p, False, **kwargs).transpose(1, 2)
+            return of_torch(q, k, v, given[3], dropout_p, is_causal, **kwargs).transpose(1, 2)
 
         q, k, v = (each.transpose(1, 2) for each in (query, key, value))
         return forward.attend(q, k, v, attn_mask, run).transpose(1, 2)
@@ -366,8 +373,3 @@ def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]])
         functional.scaled_dot_product_attention = of_torch
         for namespace, function in of_diffusers:
             namespace[_DISPATCH] = function
-
-
-def _check_not_causal(is_causal: bool) -> None:
-    if is_causal:
-        raise PlanFault("a causal attention, which no plan declares")

@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Final
 
+from xditd.ipc.errors import Unsupported
+
 PLANS: Final = "xditd.gpu_workers.plans"
 """The package of the plans, which this one does not import: they use the words of models."""
 
 LAST: Final = "-1"
 """The last name of a path that is the last submodule of a list."""
+
+
+class PlanFault(Unsupported):
+    """A module or a call is not as its token plan declares; the message says what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,27 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """An attention that the class computes in parts of one whole sequence, such as one with a mask of blocks.
+
+    The projections ``inputs`` (submodules of the attention, each with the attribute of the attention that is its number
+    of heads) give this rank's tokens. Ranks exchange them for all tokens of a share of the heads, which the class's own
+    code attends from, and back before the projection ``output``. Where heads cannot be shared, every rank gathers all.
+    """
+
+    stream: str
+    inputs: Mapping[str, str]
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
 class TokenPlan:
     """The token plan of one class.
 
     ``splits``: by path, the arguments of a submodule (by name), or its results (by number), that ranks split.
     ``gathers``: by path, the results of a submodule (by number) that ranks gather.
     ``attentions``: by path, every submodule that computes attention over tokens.
+    ``exchanges``: by path, submodules with attention for which ranks exchange tokens for heads.
     ``whole``: paths of submodules with attention that no rank splits, such as refiners of a text.
     ``optional``: paths among all of these that not every configuration of the class has.
     ``refused``: arguments of the class's forward, each with a test of the values that the plan does not cover.
@@ -63,6 +84,7 @@ class TokenPlan:
     splits: Mapping[str, Mapping[str | int, Split]]
     gathers: Mapping[str, Mapping[int, Split]]
     attentions: Mapping[str, Attention]
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)

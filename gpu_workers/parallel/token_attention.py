@@ -111,6 +111,23 @@ def _ulysses(
     return torch.cat(returned, dim=-1).unflatten(-1, (query.shape[2], -1))
 
 
+def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Exchange this rank's tokens, (batch, tokens, channels), for all tokens of this rank's share of the channels.
+
+    ``tokens`` and ``widths`` are how many tokens, and how many channels, each rank has. All ranks call this together.
+    """
+    sent = list(own.split(list(widths), dim=-1))
+    shapes: list[tuple[int, ...]] = [(own.shape[0], count, widths[ranks.rank]) for count in tokens]
+    return torch.cat(exchange(sent, shapes, ranks), dim=1)
+
+
+def heads_to_tokens(share: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Undo ``tokens_to_heads``."""
+    sent = list(share.split(list(tokens), dim=1))
+    shapes: list[tuple[int, ...]] = [(share.shape[0], tokens[ranks.rank], width) for width in widths]
+    return torch.cat(exchange(sent, shapes, ranks), dim=-1)
+
+
 def _keys_of_all(mask: torch.Tensor | None, keys: Tokens, ranks: Ranks) -> torch.Tensor | None:
     """Return a mask whose last dimension is all keys in the order of ranks, or 1."""
     if mask is None or mask.shape[-1] == 1:
