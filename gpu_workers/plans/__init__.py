@@ -21,6 +21,7 @@ MODULES: Final = (
     "packed_images",
     "qwen_image",
     "sd3",
+    "unsplit",
     "wan",
 )
 """Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""

@@ -1,4 +1,4 @@
-"""Lumina 2 and Z-Image: each sample's tokens of text and image are joined without padding between, behind refiners."""
+"""Lumina 2, Z-Image and FIBO 2: the tokens of text and image are joined to one sequence, behind refiners of each."""
 
 from __future__ import annotations
 
@@ -38,4 +38,27 @@ LUMINA_2: Final = TokenPlan(
     whole=("context_refiner.*.attn",),
 )
 
-PLANS: Final = {"ZImageTransformer2DModel": Z_IMAGE, "Lumina2Transformer2DModel": LUMINA_2}
+FIBO_2: Final = TokenPlan(
+    splits={
+        "noise_refiner.0": {"x": Split("image")},
+        "noise_refiner.*": {"freqs_cis": Split("image"), "noise_mask": Split("image")},
+        "layers.0": {"x": Split("joint")},
+        "layers.*": {"freqs_cis": Split("joint"), "noise_mask": Split("joint")},
+    },
+    # Before the class takes the image's tokens by their number.
+    gathers={"noise_refiner.-1": {0: Split("image")}, "layers.-1": {0: Split("joint")}},
+    attentions={
+        "noise_refiner.*.attention": _IMAGE,
+        "layers.*.attention": _JOINT,
+        # To the tokens of the text, of which every rank has all.
+        "layers.*.cross_attention": Attention(queries=("joint",), keys=()),
+    },
+    whole=("perceiver.layers.*.cross_attention", "perceiver.layers.*.self_attention"),
+    optional=("layers.*.cross_attention",),
+)
+
+PLANS: Final = {
+    "ZImageTransformer2DModel": Z_IMAGE,
+    "Lumina2Transformer2DModel": LUMINA_2,
+    "BriaFibo2Transformer2DModel": FIBO_2,
+}
