@@ -11,11 +11,13 @@ from xditd.gpu_workers.models.token_plans import TokenPlan
 
 MODULES: Final = (
     "cog_view",
+    "cross_attention_images",
     "flux",
     "flux3",
     "flux_relatives",
     "hidream",
     "hunyuan_image",
+    "joy_image",
     "krea2",
     "lumina",
     "packed_images",

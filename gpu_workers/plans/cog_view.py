@@ -1,4 +1,4 @@
-"""CogView4 and GLM-Image: streams of text and of image tokens, joined in every attention."""
+"""CogView3 Plus, CogView4 and GLM-Image: streams of text and of image tokens, joined in every attention."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def _is_written(caches: Any) -> bool:
     """Return whether a forward writes to caches, which would keep this rank's keys alone."""
     return caches is not None and any(each.mode == "write" for each in caches.caches)
 
+
+COG_VIEW_3_PLUS: Final = TokenPlan(
+    splits={"transformer_blocks.0": {"hidden_states": Split("image"), "encoder_hidden_states": Split("text")}},
+    gathers={"proj_out": {0: Split("image")}},
+    attentions={"transformer_blocks.*.attn1": _JOINT},
+)
 
 COG_VIEW_4: Final = TokenPlan(
     splits={
@@ -41,4 +47,8 @@ GLM_IMAGE: Final = TokenPlan(
     refused={"attention_mask": is_given, "kv_caches": _is_written},
 )
 
-PLANS: Final = {"CogView4Transformer2DModel": COG_VIEW_4, "GlmImageTransformer2DModel": GLM_IMAGE}
+PLANS: Final = {
+    "CogView3PlusTransformer2DModel": COG_VIEW_3_PLUS,
+    "CogView4Transformer2DModel": COG_VIEW_4,
+    "GlmImageTransformer2DModel": GLM_IMAGE,
+}
