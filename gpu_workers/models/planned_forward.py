@@ -20,7 +20,7 @@ from torch.nn import functional
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
 from xditd.gpu_workers.models.token_plans import LAST, Attention, PlanFault, Split, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Tokens, attend
+from xditd.gpu_workers.parallel.token_attention import Tokens, attend, without_repeats
 from xditd.ipc.name_lists import listed
 
 _DISPATCH: Final = "dispatch_attention_fn"
@@ -150,6 +150,7 @@ class _Site:
     """The submodule whose attention is computed now."""
 
     declared: Attention | None
+    module: torch.nn.Module
     calls: int = 0
 
     def next(self) -> Attention | None:
@@ -165,6 +166,19 @@ class _Site:
             raise PlanFault(f"an attention of {len(known)} declared calls computes more")
         self.calls += 1
         return known[self.calls - 1]
+
+    def repeats(self, declared: Attention, query: torch.Tensor, key: torch.Tensor) -> int:
+        """Return how often the class has repeated each head of keys.
+
+        Raises:
+            PlanFault: it has not as declared.
+        """
+        if declared.repeats is None:
+            return 1
+        many, few = (getattr(self.module, name, 0) for name in declared.repeats)
+        if not few or many % few or key.shape[2] != query.shape[2] or key.shape[2] % (many // few):
+            raise PlanFault(f"an attention has {key.shape[2]} heads of keys, which are not repeated as declared")
+        return int(many // few)
 
 
 @dataclass
@@ -249,8 +263,8 @@ class _Forward:
             raise PlanFault(f"no tokens of {name} were split before they are used")
         return found
 
-    def enter_attention(self, declared: Attention | None, *_: Any) -> None:
-        self.sites.append(_Site(declared))
+    def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
+        self.sites.append(_Site(declared, module))
 
     def leave_attention(self, *_: Any) -> None:
         site = self.sites.pop()
@@ -277,8 +291,10 @@ class _Forward:
             return run(query, key, value, mask)
         queries = self._tokens(declared.queries, query, "queries")
         keys = self._tokens(declared.keys, key, "keys")
+        repeats = self.sites[-1].repeats(declared, query, key)
         if mask is not None and keys is not None and not _is_of_all(mask, queries, keys):
             raise PlanFault("a mask that says nothing of this worker's queries and the keys of the others")
+        key, value, run = without_repeats(key, value, repeats, self.ranks, run)
         return attend(query, key, value, mask, queries, keys, self.ranks, run)
 
     def check_causal(self, is_causal: bool) -> None:

@@ -47,11 +47,15 @@ class Attention:
     Without streams, every rank has all of them. A stream of several that a call does not have, such as that of an
     optional argument, has no tokens. ``others`` are further attentions that the same submodule computes
     after the first, each with its own declaration.
+
+    ``repeats``: the class repeats every head of keys and values for a group of queries' heads, side by side; these are
+    the attributes of the submodule of which the first divided by the second is how often. Ranks send each head once.
     """
 
     queries: tuple[str, ...]
     keys: tuple[str, ...]
     others: tuple[Attention, ...] = ()
+    repeats: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,25 @@ def _ulysses(
     return torch.cat(returned, dim=-1).unflatten(-1, (query.shape[2], -1))
 
 
+def without_repeats(
+    key: torch.Tensor, value: torch.Tensor, repeats: int, ranks: Ranks, run: Attend
+) -> tuple[torch.Tensor, torch.Tensor, Attend]:
+    """Return keys and values of which each head was repeated, side by side, with each once, and what repeats them.
+
+    They stay as they are where only the repeated heads divide by the number of ranks.
+    """
+    heads = key.shape[2]
+    if repeats == 1 or (heads // repeats % ranks.size and heads % ranks.size == 0):
+        return key, value, run
+
+    def run_repeated(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return run(query, key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2), mask)
+
+    return key[:, :, ::repeats], value[:, :, ::repeats], run_repeated
+
+
 def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
     """Exchange this rank's tokens, (batch, tokens, channels), for all tokens of this rank's share of the channels.
 
