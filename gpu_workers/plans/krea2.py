@@ -13,7 +13,11 @@ KREA_2: Final = TokenPlan(
     },
     # Before the class drops the text's tokens by their number.
     gathers={"transformer_blocks.-1": {0: Split("joint")}},
-    attentions={"transformer_blocks.*.attn": Attention(queries=("joint",), keys=("joint",))},
+    attentions={
+        "transformer_blocks.*.attn": Attention(
+            queries=("joint",), keys=("joint",), repeats=("num_heads", "num_kv_heads")
+        )
+    },
     whole=("text_fusion.layerwise_blocks.*.attn", "text_fusion.refiner_blocks.*.attn"),
     optional=("text_fusion.layerwise_blocks.*.attn", "text_fusion.refiner_blocks.*.attn"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
@@ -26,6 +27,8 @@ Z_IMAGE: Final = TokenPlan(
     optional=("siglip_refiner.*.attention",),
 )
 
+_REPEATS: Final = ("inner_dim", "inner_kv_dim")
+
 LUMINA_2: Final = TokenPlan(
     splits={
         "noise_refiner.0": {"hidden_states": Split("image")},
@@ -34,7 +37,10 @@ LUMINA_2: Final = TokenPlan(
         "layers.*": {"image_rotary_emb": Split("joint")},
     },
     gathers={"noise_refiner.-1": {0: Split("image")}, "norm_out": {0: Split("joint")}},
-    attentions={"noise_refiner.*.attn": _IMAGE, "layers.*.attn": _JOINT},
+    attentions={
+        "noise_refiner.*.attn": replace(_IMAGE, repeats=_REPEATS),
+        "layers.*.attn": replace(_JOINT, repeats=_REPEATS),
+    },
     whole=("context_refiner.*.attn",),
 )
 
