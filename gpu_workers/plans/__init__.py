@@ -9,7 +9,27 @@ from typing import Final
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
 
-MODULES: Final = ("audio", "flux", "hunyuan_video", "ltx", "qwen_image", "video", "wan")
+MODULES: Final = (
+    "audio",
+    "cog_view",
+    "cross_attention_images",
+    "flux",
+    "flux3",
+    "flux_relatives",
+    "hidream",
+    "hunyuan_image",
+    "hunyuan_video",
+    "joy_image",
+    "krea2",
+    "ltx",
+    "lumina",
+    "packed_images",
+    "qwen_image",
+    "sd3",
+    "unsplit",
+    "video",
+    "wan",
+)
 """Each has ``PLANS``: the plan of a class by its name, or the reason why there is none."""
 
 

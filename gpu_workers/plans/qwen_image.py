@@ -1,10 +1,13 @@
-"""Qwen-Image: text and image tokens are joined in every attention, with a mask of the text's padding."""
+"""Qwen-Image: text and image tokens are joined in every attention, with a mask of the text's padding.
+
+Qwen-Image 2.1 has one sequence of text, reference and image tokens, with a causal mask of blocks.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Exchange, Split, TokenPlan, is_given
 
 QWEN_IMAGE: Final = TokenPlan(
     splits={
@@ -21,4 +24,22 @@ QWEN_IMAGE: Final = TokenPlan(
     attentions={"transformer_blocks.*.attn": Attention(queries=("text", "image"), keys=("text", "image"))},
 )
 
-PLANS: Final = {"QwenImageTransformer2DModel": QWEN_IMAGE}
+QWEN_IMAGE_2_1: Final = TokenPlan(
+    splits={
+        "transformer_blocks.0": {"hidden_states": Split("joint")},
+        "transformer_blocks.*": {"target_token_mask": Split("joint", dim=0)},
+        "norm_out": {"target_token_mask": Split("joint", dim=0)},
+    },
+    gathers={"proj_out": {0: Split("joint")}},
+    attentions={},
+    # A block of tokens after the other attends to those before it. The rotary embedding and masks are of all tokens.
+    exchanges={
+        "transformer_blocks.*.attn": Exchange(
+            "joint", inputs={"to_q": "heads", "to_k": "heads", "to_v": "heads"}, output="to_out.0"
+        )
+    },
+    # A cache would keep this rank's heads alone.
+    refused={"kv_cache": is_given},
+)
+
+PLANS: Final = {"QwenImageTransformer2DModel": QWEN_IMAGE, "QwenImage21Transformer2DModel": QWEN_IMAGE_2_1}

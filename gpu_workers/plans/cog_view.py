@@ -1,0 +1,54 @@
+"""CogView3 Plus, CogView4 and GLM-Image: streams of text and of image tokens, joined in every attention."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, is_given
+
+_JOINT: Final = Attention(queries=("text", "image"), keys=("text", "image"))
+
+
+def _is_written(caches: Any) -> bool:
+    """Return whether a forward writes to caches, which would keep this rank's keys alone."""
+    return caches is not None and any(each.mode == "write" for each in caches.caches)
+
+
+COG_VIEW_3_PLUS: Final = TokenPlan(
+    splits={"transformer_blocks.0": {"hidden_states": Split("image"), "encoder_hidden_states": Split("text")}},
+    gathers={"proj_out": {0: Split("image")}},
+    attentions={"transformer_blocks.*.attn1": _JOINT},
+)
+
+COG_VIEW_4: Final = TokenPlan(
+    splits={
+        "patch_embed": {0: Split("image"), 1: Split("text")},
+        "transformer_blocks.*": {"image_rotary_emb": Split("image", dim=0)},
+    },
+    gathers={"proj_out": {0: Split("image")}},
+    attentions={"transformer_blocks.*.attn1": _JOINT},
+    # Every attention makes its mask of the lengths of this rank. No pipeline gives one.
+    refused={"attention_mask": is_given},
+)
+
+GLM_IMAGE: Final = TokenPlan(
+    splits={
+        "": {
+            "encoder_hidden_states": Split("text"),
+            "prior_token_id": Split("image"),
+            "prior_token_drop": Split("image", ndim=2),
+        },
+        "image_projector": {0: Split("image")},
+        "transformer_blocks.*": {"image_rotary_emb": Split("image", dim=0)},
+    },
+    gathers={"proj_out": {0: Split("image")}},
+    attentions={"transformer_blocks.*.attn1": _JOINT},
+    # A cache that is read, and is not empty, has keys of no stream: each attention refuses those.
+    refused={"attention_mask": is_given, "kv_caches": _is_written},
+)
+
+PLANS: Final = {
+    "CogView3PlusTransformer2DModel": COG_VIEW_3_PLUS,
+    "CogView4Transformer2DModel": COG_VIEW_4,
+    "GlmImageTransformer2DModel": GLM_IMAGE,
+}
