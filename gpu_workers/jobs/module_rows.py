@@ -19,7 +19,6 @@ import torch
 
 from xditd.gpu_workers.models.class_models import ClassModel
 from xditd.gpu_workers.models.finite import magnitude
-from xditd.gpu_workers.models.planned_forward import PlanFault
 from xditd.gpu_workers.models.split_checks import (
     TOLERANCE,
     TOLERANCE_OF_HALVES,
@@ -29,6 +28,7 @@ from xditd.gpu_workers.models.split_checks import (
     ModuleSnapshot,
     difference,
 )
+from xditd.gpu_workers.models.token_plans import PlanFault
 from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_gather import Piece, Share, Transfer, assign, connect, pieces_of
 from xditd.gpu_workers.parallel.row_trees import (

@@ -13,7 +13,7 @@ import torch
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.planned_forward import PlanFault, PlannedModule
+from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.pretrained import (
     LoadPlan,
     check_fit,
@@ -24,7 +24,7 @@ from xditd.gpu_workers.models.pretrained import (
 )
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.models.split_checks import SplitChecks
-from xditd.gpu_workers.models.token_plans import find_plan
+from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
