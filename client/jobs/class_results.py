@@ -64,7 +64,7 @@ class ClassResultReader:
             found = self._read(node, self._device)
             return found if node.order is None else found.permute(node.order)
         if isinstance(node, Held):
-            return HeldTensor(node, self._store, self._device)
+            return self._store.tensor(node, self._device)
         if isinstance(node, OutputOf):
             return find_class(node.class_name, _HERE)(**{key: self.value(each) for key, each in node.items.items()})
         if isinstance(node, ObjectOf):
