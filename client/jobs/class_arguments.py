@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from xditd.client.jobs.arguments import ArgumentWriter
+from xditd.client.jobs.arguments import ArgumentWriter, check_memory
 from xditd.client.jobs.held_tensors import HeldTensor, HeldView
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
@@ -89,6 +89,7 @@ class ClassArgumentWriter(ArgumentWriter):
             return super()._write_tensor(path, value)
         if value.requires_grad and torch.is_grad_enabled():
             raise BadRequest(f"{path}: it requires a gradient, and workers compute none: call under torch.no_grad()")
+        check_memory(path, value)
         on_host = self.is_on_gpu and value.device.type == "cpu"
         if value.device.type == "cpu" and value.numel() <= self._max_values and not value.is_complex():
             values = value.detach().flatten().tolist()

@@ -201,3 +201,23 @@ def test_what_was_not_returned_says_so_when_it_is_used(both: Fixture) -> None:
     assert repr(found) == "<NotReturned torch._C:Generator>"
     with pytest.raises(Unsupported, match=r"^shape of a result: the torch._C:Generator was not sent"):
         _ = found.shape
+
+
+class _Own(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (torch.ones(2, device="meta"), "on the meta device"),
+        (torch.ones(2).to_sparse(), "torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        (torch.ones(2).as_subclass(_Own), "test_class_arguments._Own"),
+    ],
+)
+def test_tensors_without_plain_memory_are_named(both: Fixture, tensor: torch.Tensor, text: str) -> None:
+    with pytest.raises(BadRequest, match=rf"x\.a: this tensor cannot be sent.*{text}"):
+        both.write({"a": tensor})
