@@ -39,7 +39,7 @@ _SHOWN: Final = 3
 _ABSENT: Final = object()
 
 _REMEDIES: Final = {
-    "_compiled_call_impl": "accelerate the model before it is compiled",
+    "_compiled_call_impl": "undo compile() (del module._compiled_call_impl)",
     "_hf_hook": "remove offloading by pipe.remove_all_hooks()",
     "_diffusers_hook": "turn caching and offloading off (disable_cache(), pipe.remove_all_hooks())",
     **dict.fromkeys(HOOKS, "remove the hooks"),
