@@ -165,7 +165,7 @@ class HeldStore:
         threading.Thread(target=self._run, name="xditd-held", daemon=True).start()
 
     def tensor(self, held: Held, device: torch.device) -> HeldTensor:
-        """Return the tensor of an id, the same object while it is in use: a call may return a cache that it was given."""
+        """Return the tensor of an id, one object while in use: a call may return a cache that it was given."""
         with self._lock:
             found = self._tensors.get((held.held_id, device))
             if found is None:
