@@ -81,7 +81,7 @@ class ReadOnlyTensor(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().clone().__reduce_ex__(protocol)
+        return self.read().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def _check_written(given: Any, what: str) -> None:

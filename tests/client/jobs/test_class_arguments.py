@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from xditd.client.io_places import IoPlaces
 from xditd.client.jobs.class_arguments import ClassArgumentWriter
@@ -221,3 +222,21 @@ class _Own(torch.Tensor):
 def test_tensors_without_plain_memory_are_named(both: Fixture, tensor: torch.Tensor, text: str) -> None:
     with pytest.raises(BadRequest, match=rf"x\.a: this tensor cannot be sent.*{text}"):
         both.write({"a": tensor})
+
+
+@pytest.mark.parametrize("use", [bool, len, list, lambda part: part[0], lambda part: part(), lambda part: part.shape])
+def test_every_use_of_what_was_not_returned_is_refused(both: Fixture, use: Any) -> None:
+    part = both.reader.value(Opaque(text="own:Thing"))
+    with pytest.raises(Unsupported, match="the own:Thing was not sent by the workers"):
+        use(part)
+
+
+def test_object_of_another_class_replaces_the_one_before(both: Fixture) -> None:
+    """As a forward that changes a layer of a cache to one of another class."""
+    before = DynamicLayer()
+    holder = {"layer": before}
+    name = "transformers.cache_utils:DynamicSlidingWindowLayer"
+    node = MapOf(items={"layer": ObjectOf(class_name=name, attributes={"sliding_window": 4})})
+    assert both.reader.update(node, holder) is holder
+    assert type(holder["layer"]) is DynamicSlidingWindowLayer
+    assert type(before) is DynamicLayer
