@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from diffusers.models import attention_dispatch
@@ -67,7 +67,8 @@ def _float32_settings() -> tuple[Literal["highest"], bool]:
     try:
         precision = torch.get_float32_matmul_precision()
         convolutions_in_tf32 = torch.backends.cudnn.allow_tf32
-        others = (torch.backends.mkldnn.conv.fp32_precision, torch.backends.mkldnn.rnn.fp32_precision)
+        onednn: Any = torch.backends.mkldnn
+        others = (onednn.conv.fp32_precision, onednn.rnn.fp32_precision)
     except RuntimeError as error:  # what torch says when both of its interfaces were used
         raise Unsupported(_PRECISION_TEXT) from error
     if any(each not in ("none", "ieee") for each in others):

@@ -116,7 +116,8 @@ class StandIn:
         elif lent.loan.is_live:
             lent.loan.return_()
 
-    @torch.compiler.disable  # of a function that torch.compile traces: it runs the client as it is
+    # A function that torch.compile traces runs the client as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if os.getpid() != self._pid:
             raise Unsupported(
