@@ -11,7 +11,7 @@ from xditd.ipc.errors import BadRequest, Closed, Unsupported
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
-from xditd.ipc.transports.tensor_views import dtype_name, place
+from xditd.ipc.transports.tensor_views import dtype_name, inverse_order, memory_order, place
 from xditd.ipc.transports.uploads import can_upload, upload
 
 if TYPE_CHECKING:
@@ -73,11 +73,23 @@ class Arena:
         _live[key] = weakref.ref(self, lambda _: _live.pop(key, None))
 
     @classmethod
-    def copy_of(cls, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> Arena:
-        """Create an arena and copy tensors into it; ``copied`` counts the bytes by kind of copy."""
+    def copy_of(cls, tensors: Mapping[str, torch.Tensor], device: str = "cpu", *, keeps_order: bool = False) -> Arena:
+        """Create an arena and copy tensors into it; ``copied`` counts the bytes by kind of copy.
+
+        With ``keeps_order`` the dimensions of each tensor have the order in memory that they had, such as channels
+        last; without it they are contiguous.
+        """
         import torch
 
-        arena = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, device)
+        orders = {name: memory_order(tensor) if keeps_order else None for name, tensor in tensors.items()}
+        in_memory = {
+            name: tensor if (order := orders[name]) is None else tensor.permute(order)
+            for name, tensor in tensors.items()
+        }
+        arena = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in in_memory.items()}, device)
+        for name, order in orders.items():
+            if order is not None:
+                arena.tensors[name] = arena.tensors[name].permute(inverse_order(order))
         started = time.perf_counter()
         moved = {"cpu": 0, "cuda": 0}
         try:

@@ -69,6 +69,8 @@ class _LentMemory:
         self.blocks: list[Block] = []
         self.copied = CopiedBytes()
         self.notes: list[str] = []
+        self.keeps_order = False
+        """Whether copies have the order of dimensions in memory of the tensors: some kernels round by it."""
         self._keys: dict[tuple[Any, ...], int] = {}
         self._storages: list[object] = []
         self._arenas: list[Arena] = []
@@ -144,6 +146,7 @@ def describe(
             raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
         elif kind is None and (as_class or is_described(source)):
             label = label or type(source).__name__
+            memory.keeps_order = True
             module, tensors = describe_module(
                 cast("torch.nn.Module", source), label, replaced=replaced, allows_family=not as_class
             )
@@ -198,7 +201,7 @@ def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, m
         wanted = device_named(device)
         places = {tensor.device for tensor in tensors.values()}
         if any(place.type != wanted.type or wanted.index not in (None, place.index) for place in places):
-            tensors = memory.own_arena(Arena.copy_of(tensors, device)).tensors
+            tensors = memory.own_arena(Arena.copy_of(tensors, device, keeps_order=memory.keeps_order)).tensors
             memory.notes.append(f"copied once into an arena on {device}, as device= requests")
     for index in sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda}):
         torch.cuda.synchronize(index)  # weights that are still being written must not be exported
@@ -303,7 +306,7 @@ def _copy_to_arenas(to_copy: Mapping[str, torch.Tensor], memory: _LentMemory) ->
         by_device.setdefault(str(tensor.device), {})[name] = tensor
     specs: dict[str, TensorSpec] = {}
     for device, tensors in by_device.items():
-        arena = memory.own_arena(Arena.copy_of(tensors, device))
+        arena = memory.own_arena(Arena.copy_of(tensors, device, keeps_order=memory.keeps_order))
         number = memory.block_number(("arena", arena.base_address), lambda arena=arena: arena.block())  # type: ignore[misc]
         for name, tensor in arena.tensors.items():
             specs[name] = _spec(name, tensor, number, tensor.data_ptr() - arena.base_address if tensor.numel() else 0)

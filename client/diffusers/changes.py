@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -13,7 +12,7 @@ from xditd.client.diffusers.shallow_record import Content, ShallowRecord, conten
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.transports.module_walk import walk_module
 
-_CODE: Final = (FunctionType, BuiltinFunctionType, staticmethod, classmethod, property)
+_CODE: Final = (staticmethod, classmethod, property)
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 _WRITTEN_BY_DIFFUSERS: Final = ("_class_name", "_diffusers_version")
@@ -72,7 +71,9 @@ class Snapshot:
             f"{namespace.__name__}.{name}": value
             for namespace in self.namespaces
             for name, value in vars(namespace).items()
-            if isinstance(value, _CODE) or (isinstance(namespace, type) and isinstance(value, _PLAIN))
+            if callable(value)
+            or isinstance(value, _CODE)
+            or (isinstance(namespace, type) and isinstance(value, _PLAIN))
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ import torch
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.module_state import PACKAGES
 
-_ALSO_USED: Final = ("torch.nn.functional", "diffusers.models.attention_dispatch")
+_ALSO_USED: Final = ("torch", "torch.nn.functional", "diffusers.models.attention_dispatch")
 """Modules whose functions forwards call by name."""
 
 _BUILTIN: Final = ("scaled_dot_product_attention", "linear", "gelu")
@@ -35,7 +36,7 @@ def namespaces_of(module: torch.nn.Module) -> list[type | ModuleType]:
     classes = {each: None for kind in sorted(kinds, key=repr) for each in kind.__mro__ if _is_known(each.__module__)}
     names = {each.__module__: None for each in classes if each.__module__.partition(".")[0] != "torch"}
     modules = [sys.modules[name] for name in names if name in sys.modules]
-    return [*classes, *modules, *map(import_module, _ALSO_USED)]
+    return [*classes, *modules, *map(import_module, _ALSO_USED), torch.Tensor]
 
 
 def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
@@ -49,6 +50,11 @@ def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
             f"{namespace.__module__}.{namespace.__qualname__}" if isinstance(namespace, type) else namespace.__name__
         )
         for name, value in vars(namespace).items():
+            if _is_foreign(name, value):
+                raise Unsupported(
+                    f"{label}: {where}.{name} was replaced by {value!r:.100} in this process, which workers do not "
+                    "have: restore it, or leave this model out of components"
+                )
             for function in _functions_of(value):
                 if not _is_original(namespace, name, function):
                     raise Unsupported(
@@ -64,12 +70,28 @@ def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
             )
 
 
+def _is_foreign(name: str, value: Any) -> bool:
+    """Whether a class, or an object that can be called, is one of this program, or changes the arguments of a function
+    in whose place it stands."""
+    if not callable(value) or isinstance(value, (FunctionType, BuiltinFunctionType)):
+        return False
+    if isinstance(value, functools.partial):
+        return getattr(value.func, "__name__", None) == name or _is_foreign(name, value.func)
+    kind = value if isinstance(value, type) else type(value)
+    if kind.__module__ == "__main__":
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return file is not None and not _is_installed(file, in_packages=False)
+
+
 def _functions_of(value: Any) -> Iterator[FunctionType]:
     """Yield the functions in an attribute of a class or a module, and those that their decorators wrap."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, property):
         value = value.fget
+    if isinstance(value, functools.partial):
+        value = value.func
     while isinstance(value, FunctionType):
         yield value
         value = vars(value).get("__wrapped__")

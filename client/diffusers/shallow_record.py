@@ -64,10 +64,14 @@ def _is_object(value: object) -> bool:
 
 
 def _sampled_addresses(tensor: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Return addresses and sizes of the first, the middle and the last bytes of a tensor in host memory."""
-    if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
+    """Return addresses and sizes of the first, the middle and the last bytes of a tensor in host memory.
+
+    Its dimensions may have any order in memory, as with ``channels_last``.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
         return ()
-    address, size = tensor.data_ptr(), tensor.nbytes
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    address, size = tensor.data_ptr(), elements * tensor.element_size()
     if size <= 3 * _SAMPLE_BYTES:
         return ((address, size),)
     middle = (size // 2) // _SAMPLE_BYTES * _SAMPLE_BYTES

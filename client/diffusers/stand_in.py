@@ -119,6 +119,8 @@ class StandIn:
         elif lent.loan.is_live:
             lent.loan.return_()
 
+    # A function that torch.compile traces runs the client as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if os.getpid() != self._pid:
             raise Unsupported(
@@ -138,6 +140,7 @@ class StandIn:
 
     def _run(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = method.bind(args, kwargs)
+        self._check_methods(method)
         self._check_gradients()
         device = _device_of(self.module)
         numerics = current_numerics(device)
@@ -203,6 +206,15 @@ class StandIn:
                 "keep='client' for modules that change"
             )
         logger.info("component %s has changed, and is lent again: %s", self.name, ", ".join(changes[:3]))
+
+    def _check_methods(self, called: ReplacedMethod) -> None:
+        """Check the other methods, which ``called`` may use: the workers run those of the class."""
+        for name, method in self._methods.items():
+            if method is not called and vars(self.module).get(name) is not method:
+                raise Unsupported(
+                    f"{self.name}: its {name} was replaced within the accelerate block, and workers run that of "
+                    f"{type(self.module).__name__}: restore it, or leave this model out of components"
+                )
 
     def _check_gradients(self) -> None:
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):

@@ -190,6 +190,7 @@ class ArgumentWriter:
                 f"{path}: {type(value).__name__} cannot be sent; give a torch tensor, what keep() returns, RowsOf, a "
                 "number, a string, None, or a list, tuple or dict of them"
             )
+        check_memory(path, value)
         self._note_device(value.device)
         dtype = dtype_name(value.dtype, path)
         if value.device.type == "cpu" and value.numel() <= self._max_values:
@@ -269,6 +270,39 @@ def check_text(path: str, text: object) -> str:
     if len(text) > limits.MAX_NAME_CHARS:
         raise BadRequest(f"{path}: a string of {len(text)} characters, use {limits.MAX_NAME_CHARS} at most")
     return text
+
+
+def check_memory(path: str, tensor: torch.Tensor) -> None:
+    """Check that the memory of a tensor has all of its values.
+
+    Raises:
+        BadRequest: a tensor on meta, a sparse or a nested one, or one of a class with operations of its own.
+    """
+    import torch
+
+    kind = type(tensor)
+    if tensor.is_meta:
+        what = "on the meta device and has no values"
+    elif tensor.is_nested or tensor.layout is not torch.strided:
+        what = f"of the layout {'nested' if tensor.is_nested else tensor.layout}: use to_dense()"
+    elif kind not in (torch.Tensor, torch.nn.Parameter) and _has_own_operations(kind):
+        what = f"a {kind.__module__}.{kind.__qualname__}, which computes in its own way: give a plain tensor"
+    else:
+        return
+    raise BadRequest(f"{path}: this tensor cannot be sent, it is {what}")
+
+
+def _has_own_operations(kind: type[torch.Tensor]) -> bool:
+    """Return whether a class replaces operations of torch, as those of quantised and distributed tensors do."""
+    import torch
+
+    own = kind.__mro__[: kind.__mro__.index(torch.Tensor)]
+    return any(
+        name in vars(each)
+        for each in own
+        if each is not torch.nn.Parameter
+        for name in ("__torch_function__", "__torch_dispatch__")
+    )
 
 
 def _whole(path: str, value: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from xditd.client.io_places import DevicePlaces, IoPlaces
-from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor
+from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_memory
 from xditd.client.jobs.held_tensors import HeldTensor, HeldView
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
@@ -99,6 +99,7 @@ class ClassArgumentWriter(ArgumentWriter):
             return super()._write_tensor(path, value)
         if value.requires_grad and torch.is_grad_enabled():
             raise BadRequest(f"{path}: it requires a gradient, and workers compute none: call under torch.no_grad()")
+        check_memory(path, value)
         on_host = self._is_on_gpu and value.device.type == "cpu"
         if value.device.type == "cpu" and value.numel() <= self._max_values and not value.is_complex():
             values = value.detach().flatten().tolist()

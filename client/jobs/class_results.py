@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NoReturn
 
 import torch
 
@@ -26,6 +26,7 @@ from xditd.ipc.arguments import (
 from xditd.ipc.errors import Internal, Unsupported
 from xditd.ipc.module_state import STATE
 from xditd.ipc.transports.module_classes import find_class, find_named
+from xditd.ipc.transports.module_walk import class_name
 
 _HERE: Final = "this process"
 
@@ -37,6 +38,24 @@ class NotReturned:
         object.__setattr__(self, "_what", what)
 
     def __getattr__(self, name: str) -> Any:
+        self._refuse(name)
+
+    def __bool__(self) -> bool:
+        self._refuse("the truth")
+
+    def __len__(self) -> int:
+        self._refuse("the length")
+
+    def __iter__(self) -> Iterator[Any]:
+        self._refuse("the items")
+
+    def __getitem__(self, key: object) -> Any:
+        self._refuse(f"item {key!r}")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self._refuse("a call")
+
+    def _refuse(self, name: str) -> NoReturn:
         what = object.__getattribute__(self, "_what")
         raise Unsupported(f"{name} of a result: the {what} was not sent by the workers; leave it out of the call")
 
@@ -69,7 +88,7 @@ class ClassResultReader:
             found = self._read(node, self._device)
             return found if node.order is None else found.permute(node.order)
         if isinstance(node, Held):
-            return HeldTensor(node, self._store, self._device)
+            return self._store.tensor(node, self._device)
         if isinstance(node, OutputOf):
             return find_class(node.class_name, _HERE)(**{key: self.value(each) for key, each in node.items.items()})
         if isinstance(node, ObjectOf):
@@ -97,7 +116,7 @@ class ClassResultReader:
         if isinstance(node, ObjectOf) and isinstance(current, torch.Generator):
             current.set_state(self.value(node.attributes[STATE]).cpu())
             return current
-        if isinstance(node, ObjectOf) and hasattr(current, "__dict__"):
+        if isinstance(node, ObjectOf) and hasattr(current, "__dict__") and class_name(type(current)) == node.class_name:
             attributes = vars(current)
             found = {key: self.update(each, attributes.get(key)) for key, each in node.attributes.items()}
             attributes.clear()

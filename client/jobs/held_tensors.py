@@ -61,6 +61,29 @@ class ReadOnlyTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.read().tolist()
 
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.read().__dlpack__(**kwargs)
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, _: torch.Tensor) -> None:
+        _check_written(self, "data")
+
+    def share_memory_(self) -> Any:
+        raise Unsupported(f"share_memory_ of {self.what}: its values are in the workers; share a clone of it")
+
+    # A copy, also one in a file or of another process, is a tensor of its own with the values of now.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = memo[id(self)] = self.read().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
 
 def _check_written(given: Any, what: str) -> None:
     for each in given if isinstance(given, (list, tuple)) else [given]:
@@ -139,9 +162,19 @@ class HeldStore:
     def __init__(self, read: Callable[[HeldTensor], torch.Tensor], release: Callable[[tuple[str, ...]], None]) -> None:
         self.read = read
         self._release = release
+        self._tensors: weakref.WeakValueDictionary[tuple[str, torch.device], HeldTensor] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
         # A finalizer may run in any thread at any point, also inside a lock: SimpleQueue.put is safe there.
         self._dropped: SimpleQueue[str | None] = SimpleQueue()
         threading.Thread(target=self._run, name="xditd-held", daemon=True).start()
+
+    def tensor(self, held: Held, device: torch.device) -> HeldTensor:
+        """Return the tensor of an id, one object while in use: a call may return a cache that it was given."""
+        with self._lock:
+            found = self._tensors.get((held.held_id, device))
+            if found is None:
+                found = self._tensors[held.held_id, device] = HeldTensor(held, self, device)
+            return found
 
     def note_dropped(self, held_id: str) -> None:
         """Note that this process has dropped a tensor. Safe to call from a finalizer."""

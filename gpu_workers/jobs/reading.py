@@ -123,7 +123,10 @@ class ArgumentReader:
         if isinstance(node, Held):
             return self._held.find(self._client, node.held_id, path)
         if isinstance(node, PairsOf):
-            return {make_key(key): self._nested(f"{path}[{key!r:.100}]", value) for key, value in node.items}
+            pairs = {make_key(key): self._nested(f"{path}[{key!r:.100}]", value) for key, value in node.items}
+            if len(pairs) != len(node.items):
+                raise BadRequest(f"{path}: two of its keys are the same key here, such as two devices of one kind")
+            return pairs
         if isinstance(node, SetOf):
             return {make_key(each) for each in node.items}
         if isinstance(node, ObjectOf):

@@ -25,7 +25,7 @@ _SHOWN: Final = 3
 _ABSENT: Final = object()
 
 _REMEDIES: Final = {
-    "_compiled_call_impl": "accelerate the model before it is compiled",
+    "_compiled_call_impl": "undo compile() (del module._compiled_call_impl)",
     "_hf_hook": "remove offloading by pipe.remove_all_hooks()",
     # remove_all_hooks() of diffusers' pipelines leaves these two.
     "hooks of diffusers, group_offloading": "load the model anew, without group offloading",

@@ -60,6 +60,17 @@ def test_copies_are_exact_and_counted() -> None:
     made.close()
 
 
+def test_copies_keep_the_order_in_memory_if_asked() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    source = {"last": image.to(memory_format=torch.channels_last), "turned": image[0, 0].T, "plain": image}
+    arena = Arena.copy_of(source, keeps_order=True)
+    assert all(torch.equal(arena.tensors[name], tensor) for name, tensor in source.items())
+    assert {name: tensor.stride() for name, tensor in arena.tensors.items()} == {
+        name: tensor.stride() for name, tensor in source.items()
+    }
+    arena.close()
+
+
 def test_parameters_that_need_gradients_are_copied_without_history() -> None:
     arena = Arena.copy_of({"a": torch.nn.Parameter(torch.ones(3))})
     assert not arena.tensors["a"].requires_grad

@@ -8,7 +8,7 @@ from multiprocessing.reduction import ForkingPickler
 import diffusers
 import pytest
 import torch
-from fault_parts import same
+from fault_parts import embedded_call, same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
 from refused_changes import REFUSED, Refused, hook_block
@@ -83,6 +83,32 @@ def test_compiled_module_is_refused(client: Client) -> None:
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with pytest.raises(Unsupported, match=r"compiled by torch.compile.*_orig_mod"):
         accelerate(pipe, client=client)
+
+
+@torch.no_grad()
+def test_method_that_another_one_uses_is_replaced_in_the_block(client: Client) -> None:
+    """The workers' forward of a VAE would call the class's ``encode``."""
+    vae = flux().vae
+    image = torch.full((1, 3, 16, 16), 0.3)
+    expected = vae(image).sample
+    with accelerate(vae, client=client):
+        accelerated = vae.encode
+        vae.encode = lambda given, **others: accelerated(given * 2.0, **others)
+        with pytest.raises(Unsupported, match="its encode was replaced within the accelerate block"):
+            vae(image)
+        vae.encode = accelerated
+        assert torch.equal(vae(image).sample, expected)
+
+
+@torch.no_grad()
+def test_compiled_function_calls_the_workers(client: Client) -> None:
+    transformer = flux_transformer()
+    expected = transformer(**embedded_call())[0] * 2.0
+    function = torch.compile(lambda arguments: transformer(**arguments)[0] * 2.0, backend="eager")
+    with accelerate(transformer, client=client) as fast:
+        for _ in range(2):
+            assert torch.equal(function(embedded_call()), expected)
+        assert fast.calls["FluxTransformer2DModel"] == 2
 
 
 def test_refused_change_of_a_changed_module_is_refused_again(client: Client) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from class_entries import ENTRIES
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
@@ -29,6 +31,10 @@ def own(*_: Any, **__: Any) -> None:
     """A function of the test's."""
 
 
+class OwnCallable:
+    def __call__(self, *_: Any, **__: Any) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "replacement", "text"),
     [
@@ -41,6 +47,17 @@ def own(*_: Any, **__: Any) -> None:
         (FluxSingleTransformerBlock, "more", property(own), "more was replaced"),
         (transformer_flux, "_get_qkv_projections", own, "_get_qkv_projections was replaced"),
         (torch.nn.functional, "layer_norm", own, "layer_norm was replaced"),
+        (torch, "cat", own, "torch.cat was replaced by .*own"),
+        (torch.Tensor, "chunk", own, "Tensor.chunk was replaced by .*own"),
+        (transformer_flux, "apply_rotary_emb", OwnCallable(), "apply_rotary_emb was replaced by .*OwnCallable"),
+        (transformer_flux, "apply_rotary_emb", partial(own, 1), "apply_rotary_emb was replaced by .*own"),
+        (
+            transformer_flux,
+            "apply_rotary_emb",
+            partial(apply_rotary_emb, use_real=False),
+            "replaced by functools.partial",
+        ),
+        (transformer_flux, "Transformer2DModelOutput", OwnCallable, "Output was replaced by .*OwnCallable"),
         (torch.nn.functional, "scaled_dot_product_attention", own, "scaled_dot_product_attention was replaced"),
         (torch.nn.functional, "scaled_dot_product_attention", type("Own", (), {})(), "replaced by a Own"),
     ],

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -38,3 +41,33 @@ def test_modes_of_torch_are_refused() -> None:
         current_numerics(CPU)
     with OwnMode(), pytest.raises(Unsupported, match="active in this process"):
         current_numerics(CPU)
+
+
+def set_precision(owner: Any) -> Callable[[str], None]:
+    return lambda value: setattr(owner, "fp32_precision", value)
+
+
+@pytest.mark.parametrize(
+    ("change", "changed", "default", "text"),
+    [
+        (torch.set_flush_denormal, True, False, "set_flush_denormal"),
+        (torch._C._set_mkldnn_enabled, False, True, "mkldnn.enabled"),
+        (torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True, False, "reduction_math_sdp"),
+        (torch._C._set_cublas_allow_fp16_accumulation, True, False, "allow_fp16_accumulation"),
+        (set_precision(torch.backends), "tf32", "none", "precision of float32"),
+        (set_precision(torch.backends.cuda.matmul), "tf32", "none", "precision of float32"),
+        (set_precision(torch.backends.mkldnn.matmul), "bf16", "none", "precision of float32"),
+        (set_precision(torch.backends.mkldnn.conv), "bf16", "none", "precision of float32"),
+    ],
+)
+def test_settings_that_are_not_sent_are_refused(
+    change: Callable[[Any], None], changed: Any, default: Any, text: str
+) -> None:
+    before = current_numerics(CPU)
+    change(changed)
+    try:
+        with pytest.raises(Unsupported, match=text):
+            current_numerics(CPU)
+    finally:
+        change(default)
+    assert current_numerics(CPU) == before

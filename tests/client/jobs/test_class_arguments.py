@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from xditd.client.io_places import IoPlaces
 from xditd.client.jobs.class_arguments import ClassArgumentWriter
@@ -207,3 +208,41 @@ def test_what_was_not_returned_says_so_when_it_is_used(both: Fixture) -> None:
     assert repr(found) == "<NotReturned torch._C:Generator>"
     with pytest.raises(Unsupported, match=r"^shape of a result: the torch._C:Generator was not sent"):
         _ = found.shape
+
+
+class _Own(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (torch.ones(2, device="meta"), "on the meta device"),
+        (torch.ones(2).to_sparse(), "torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        (torch.ones(2).as_subclass(_Own), "test_class_arguments._Own"),
+    ],
+)
+def test_tensors_without_plain_memory_are_named(both: Fixture, tensor: torch.Tensor, text: str) -> None:
+    with pytest.raises(BadRequest, match=rf"x\.a: this tensor cannot be sent.*{text}"):
+        both.write({"a": tensor})
+
+
+@pytest.mark.parametrize("use", [bool, len, list, lambda part: part[0], lambda part: part(), lambda part: part.shape])
+def test_every_use_of_what_was_not_returned_is_refused(both: Fixture, use: Any) -> None:
+    part = both.reader.value(Opaque(text="own:Thing"))
+    with pytest.raises(Unsupported, match="the own:Thing was not sent by the workers"):
+        use(part)
+
+
+def test_object_of_another_class_replaces_the_one_before(both: Fixture) -> None:
+    """As a forward that changes a layer of a cache to one of another class."""
+    before = DynamicLayer()
+    holder = {"layer": before}
+    name = "transformers.cache_utils:DynamicSlidingWindowLayer"
+    node = MapOf(items={"layer": ObjectOf(class_name=name, attributes={"sliding_window": 4})})
+    assert both.reader.update(node, holder) is holder
+    assert type(holder["layer"]) is DynamicSlidingWindowLayer
+    assert type(before) is DynamicLayer

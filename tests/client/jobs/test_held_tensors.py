@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
 from xditd.ipc.arguments import Held
 from xditd.ipc.errors import Unsupported
 
+CPU = torch.device("cpu")
 VALUES = torch.arange(12.0).reshape(3, 4)
 
 
@@ -52,6 +56,42 @@ def test_values_leave_torch(held: HeldTensor) -> None:
     assert torch.zeros(3, 4).copy_(held).equal(VALUES)
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda each: copy.deepcopy({"a": each})["a"],
+        lambda each: ForkingPickler.loads(ForkingPickler.dumps(each)),
+        torch.from_dlpack,
+    ],
+)
+def test_copies_are_plain_tensors(held: HeldTensor, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    found = copied(held)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, VALUES)
+    found.add_(1)  # it is this process's own
+    assert torch.equal(held.read(), VALUES)
+
+
+def test_one_id_is_one_tensor_until_all_uses_have_ended() -> None:
+    """A call returns the cache that it was given: to drop one of both must not free what the other needs."""
+    released: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+    store = HeldStore(lambda _: VALUES.clone(), released.put)
+    first, second = (store.tensor(Held(held_id=each, dtype="float32", shape=(3, 4)), CPU) for each in ("h1", "h2"))
+    again = store.tensor(Held(held_id="h1", dtype="float32", shape=(3, 4)), CPU)
+    assert again is first
+    del again, second
+    assert released.get(timeout=10) == ("h2",)
+    del first
+    assert released.get(timeout=10) == ("h1",)
+    store.close()
+
+
+def assign_data(tensor: torch.Tensor) -> None:
+    tensor.data = VALUES + 1
+
+
 def write_item(tensor: torch.Tensor) -> None:
     tensor[0, 0] = 1.0
 
@@ -69,6 +109,8 @@ WRITES: list[Operation] = [
     lambda each: each.split(1)[0].zero_(),
     lambda each: torch.add(VALUES, 1, out=each),
     lambda each: torch._foreach_add_([each], 1),
+    lambda each: each.data.add_(1),
+    assign_data,
     write_item,
     add_to_row,
 ]

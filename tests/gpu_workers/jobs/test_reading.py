@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.reading import ArgumentReader, check_names
-from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
+from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Named, PairsOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.errors import BadRequest, LimitExceeded, UnknownKept
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.processes import ProcessIdentity, identify
@@ -40,8 +41,8 @@ class Jobs:
         self._end += -(-max(tensor.nbytes, 1) // 256) * 256
         return leaf
 
-    def reader(self, client: ProcessIdentity = ALICE) -> ArgumentReader:
-        return ArgumentReader(self._io.open(self.arena.block(), identify(os.getpid())), CPU, self.kept, client)
+    def reader(self, client: ProcessIdentity = ALICE, held: HeldTensors | None = None) -> ArgumentReader:
+        return ArgumentReader(self._io.open(self.arena.block(), identify(os.getpid())), CPU, self.kept, client, held)
 
     def read(self, node: Argument, client: ProcessIdentity = ALICE) -> Any:
         """Read one argument as a job does, to its end."""
@@ -296,3 +297,11 @@ def test_a_tensor_in_device_memory_needs_a_block_of_it(jobs: Jobs) -> None:
     leaf = InIo(offset_bytes=4096, dtype="float32", shape=(2,), in_device_io=True)
     with pytest.raises(BadRequest, match=r"x\[0\]: is in device memory, but the request describes no block of it"):
         jobs.read(ListOf(items=(leaf,)))
+
+
+@pytest.mark.parametrize("keys", [(1, True), (Named(name="device:cuda"), Named(name="device:cuda")), (0.0, False)])
+def test_keys_that_are_one_key_are_refused(jobs: Jobs, keys: tuple[Argument, Argument]) -> None:
+    node = PairsOf(items=tuple((key, number) for number, key in enumerate(keys)))
+    reader = jobs.reader(held=HeldTensors())
+    with pytest.raises(BadRequest, match=r"x: two of its keys are the same key here"):
+        reader.read({"x": node})

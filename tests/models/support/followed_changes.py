@@ -71,6 +71,18 @@ def write_data(pipe: Any) -> None:
     block_of(pipe).ff.net[2].weight.data.mul_(3.0)
 
 
+def build_transposed() -> Any:
+    """A weight whose rows lie next to each other in memory."""
+    pipe = flux()
+    weight = block_of(pipe).ff.net[2].weight
+    weight.data = weight.data.T.contiguous().T
+    return pipe
+
+
+def channels_last(pipe: Any) -> None:
+    pipe.vae.to(memory_format=torch.channels_last)
+
+
 def assign_data(pipe: Any) -> None:
     weight = block_of(pipe).ff.net[2].weight
     weight.data = weight.data * 3.0
@@ -186,6 +198,8 @@ FOLLOWED = (
                                    lambda pipe: pipe.transformer.unfuse_qkv_projections()), has_effect=False),
     Followed("parameter written", (write_parameter, write_parameter)),
     Followed("written through data", (write_data, write_data)),
+    Followed("written through data in another order", (write_data, write_data), build=build_transposed),
+    Followed("channels last", (channels_last,), has_effect=False, components=("vae",)),
     Followed("data assigned", (assign_data,)),
     Followed("data freed and assigned", (free_and_assign_data,)),
     Followed("parameter replaced", (replace_parameter, replace_parameter)),

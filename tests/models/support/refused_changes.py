@@ -111,6 +111,18 @@ def patched_function(pipe: Any) -> Callable[[], None]:
     return lambda: setattr(transformer_flux, "_get_qkv_projections", before)
 
 
+def patched_by_object(pipe: Any) -> Callable[[], None]:
+    before = transformer_flux.apply_rotary_emb
+    transformer_flux.apply_rotary_emb = functools.partial(before, sequence_dim=2)
+    return lambda: setattr(transformer_flux, "apply_rotary_emb", before)
+
+
+def patched_torch(pipe: Any) -> Callable[[], None]:
+    before = torch.cat
+    torch.cat = lambda *args, **kwargs: before(*args, **kwargs)
+    return lambda: setattr(torch, "cat", before)
+
+
 def patched_attention(pipe: Any) -> Callable[[], None]:
     before = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = lambda *args, **kwargs: before(*args, **kwargs)
@@ -172,6 +184,8 @@ REFUSED = (
     Refused("method of an instance", own_bound_method, "forward of transformer_blocks.0 is a partial"),
     Refused("method of a class", patched_class, "FluxTransformerBlock.forward was replaced by .*patched_class"),
     Refused("function of a module", patched_function, "_get_qkv_projections was replaced by .*patched_function"),
+    Refused("function replaced by an object", patched_by_object, "apply_rotary_emb was replaced by functools.partial"),
+    Refused("function of torch", patched_torch, "torch.cat was replaced by .*patched_torch"),
     Refused("attention of torch", patched_attention, "scaled_dot_product_attention was replaced"),
     Refused("offloading of submodules", offload_submodules, "_hf_hook"),
     Refused("offloading of the module", offload_module, "_hf_hook"),
