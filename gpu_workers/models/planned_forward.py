@@ -7,25 +7,19 @@ attention are replaced while it runs, so that each token attends to those of all
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from torch.nn import functional
 
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
-from xditd.gpu_workers.models.token_plans import LAST, Attention, Count, PlanFault, Split, Splits, TokenPlan, matches
-from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
-from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend, without_repeats
-from xditd.ipc.name_lists import listed
-
-_DISPATCH: Final = "dispatch_attention_fn"
-"""diffusers' function for attention by any backend, which its models import by name."""
+from xditd.gpu_workers.models.forward_state import ForwardState
+from xditd.gpu_workers.models.plan_checks import check_values, paths_of
+from xditd.gpu_workers.models.replaced_attention import attention_replaced, namespaces
+from xditd.gpu_workers.models.token_plans import Attention, Splits, TokenPlan, matches
+from xditd.gpu_workers.parallel.streams import Ranks
 
 
 class PlannedModule:
@@ -38,10 +32,7 @@ class PlannedModule:
     def __init__(self, module: torch.nn.Module, plan: TokenPlan) -> None:
         self._module = module
         self._plan = plan
-        self._paths = dict(module.named_modules())
-        _check_declared(self._paths, plan)
-        self._paths |= _last_of_lists(self._paths)
-        _check_arguments(self._paths, plan)
+        self._paths = paths_of(module, plan)
         self._splits = self._resolve(plan.splits)
         self._gathers = self._resolve(plan.gathers)
         self._attentions: list[tuple[torch.nn.Module, Attention | None]] = [
@@ -50,10 +41,7 @@ class PlannedModule:
             *((each, None) for each, _ in self._resolve(plan.exchanges)),
         ]
         self._exchanges = [ExchangedAttention(each, declared) for each, declared in self._resolve(plan.exchanges)]
-        self._namespaces = [
-            vars(each) for name, each in list(sys.modules.items())
-            if name.startswith("diffusers.models.") and _DISPATCH in vars(each)
-        ]  # fmt: skip
+        self._namespaces = namespaces()
 
     def run(self, call: Callable[[], Any], ranks: Ranks) -> Any:
         """Run ``call``, which calls the module once; every rank returns the whole result.
@@ -61,10 +49,10 @@ class PlannedModule:
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks, or the forward is not as the plan declares.
         """
-        forward = _Forward(ranks, self._plan.refused_backends)
+        forward = ForwardState(ranks)
         with ExitStack() as stack:
             names = list(inspect.signature(self._module.forward).parameters)
-            check = partial(_check_values, self._plan.refused, names)
+            check = partial(check_values, self._plan.refused, names)
             stack.enter_context(_removed(self._module.register_forward_pre_hook(check, with_kwargs=True)))
             for module, splits in self._splits:
                 self._hook_splits(stack, forward, module, splits)
@@ -77,7 +65,7 @@ class PlannedModule:
             for exchanged in self._exchanges:
                 for handle in exchanged.hook(forward.stream, ranks):
                     stack.enter_context(_removed(handle))
-            stack.enter_context(_attention_replaced(forward, self._namespaces))
+            stack.enter_context(attention_replaced(forward, self._namespaces, self._plan.refused_backends))
             return call()
 
     def _resolve(self, declared: Mapping[str, Any]) -> list[tuple[torch.nn.Module, Any]]:
@@ -88,7 +76,7 @@ class PlannedModule:
             if matches(pattern, path)
         ]
 
-    def _hook_splits(self, stack: ExitStack, forward: _Forward, module: torch.nn.Module, splits: Splits) -> None:
+    def _hook_splits(self, stack: ExitStack, forward: ForwardState, module: torch.nn.Module, splits: Splits) -> None:
         arguments = {name: split for name, split in splits.items() if isinstance(name, str)}
         results = {number: split for number, split in splits.items() if isinstance(number, int)}
         if arguments:
@@ -99,355 +87,9 @@ class PlannedModule:
             stack.enter_context(_removed(module.register_forward_hook(partial(forward.split_results, results))))
 
 
-def _last_of_lists(paths: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    """Return the last submodule of every list, by the path with which plans name it."""
-    return {
-        f"{path}.{LAST}": module[-1]
-        for path, module in paths.items()
-        if isinstance(module, torch.nn.ModuleList) and len(module)
-    }
-
-
-def _check_declared(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
-    known = (*paths, *_last_of_lists(paths))
-    attentions = (*plan.attentions, *plan.exchanges, *plan.whole)
-    declared = (*plan.splits, *plan.gathers, *attentions)
-    required = [each for each in declared if each and each not in plan.optional]
-    if absent := [each for each in required if not any(matches(each, path) for path in known)]:
-        raise PlanFault(f"the plan names {listed(absent)}, which this module does not have")
-    undeclared = [
-        path
-        for path, module in paths.items()
-        if _computes_attention(module) and not any(matches(each, path) for each in attentions)
-    ]
-    if undeclared:
-        raise PlanFault(f"the plan does not declare the attention of {listed(undeclared)}")
-
-
-def _check_arguments(paths: Mapping[str, torch.nn.Module], plan: TokenPlan) -> None:
-    """Check that each argument is one of a module at its path: of blocks of several kinds, not all take it."""
-    for pattern, splits in plan.splits.items():
-        taken = [
-            inspect.signature(module.forward).parameters for path, module in paths.items() if matches(pattern, path)
-        ]
-        takes_any = any(each.kind is each.VAR_KEYWORD for names in taken for each in names.values())
-        absent = [name for name in splits if isinstance(name, str) and not any(name in names for names in taken)]
-        if taken and absent and not takes_any:
-            raise PlanFault(f"the plan names {listed(absent)}, which {pattern or 'the module'} does not take")
-
-
-def _check_values(
-    refused: Mapping[str, Callable[[Any], bool]],
-    names: Sequence[str],
-    _: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if found := [name for name, test in refused.items() if name in given and test(given[name])]:
-        raise PlanFault(f"the plan does not cover this value of {listed(found)}")
-
-
-def _computes_attention(module: torch.nn.Module) -> bool:
-    """Whether this may be a module that computes attention: it has a processor, or is called so and has none inside."""
-    if hasattr(module, "processor") or isinstance(module, torch.nn.MultiheadAttention):
-        return True
-    name = type(module).__name__
-    is_named_so = ("Attention" in name or "Attn" in name) and "Processor" not in name
-    return is_named_so and not any(_computes_attention(each) for each in module.children())
-
-
-@dataclass
-class _Site:
-    """The submodule whose attention is computed now."""
-
-    declared: Attention | None
-    module: torch.nn.Module
-    calls: int = 0
-
-    def next(self) -> Attention | None:
-        """Return the declaration of the next attention of the submodule.
-
-        Raises:
-            PlanFault: it computes more than are declared.
-        """
-        if self.declared is None:
-            return None
-        known = (self.declared, *self.declared.others)
-        self.calls += 1
-        if self.declared.picks:
-            return self.declared
-        if self.calls > len(known):
-            raise PlanFault(f"an attention of {len(known)} declared calls computes more")
-        return known[self.calls - 1]
-
-    def repeats(self, declared: Attention, query: torch.Tensor, key: torch.Tensor) -> int:
-        """Return how often the class has repeated each head of keys.
-
-        Raises:
-            PlanFault: it has not as declared.
-        """
-        if declared.repeats is None:
-            return 1
-        many, few = (getattr(self.module, name, 0) for name in declared.repeats)
-        if not few or many % few or key.shape[2] != query.shape[2] or key.shape[2] % (many // few):
-            raise PlanFault(f"an attention has {key.shape[2]} heads of keys, which are not repeated as declared")
-        return int(many // few)
-
-
-@dataclass
-class _Forward:
-    """The state of one forward: the streams that were seen, and where it is."""
-
-    ranks: Ranks
-    refused_backends: tuple[str, ...] = ()
-    streams: dict[str, Stream] = field(default_factory=dict)
-    sites: list[_Site] = field(default_factory=list)
-    is_inside: bool = False
-
-    def split(self, value: Any, split: Split | Count, what: str) -> Any:
-        if isinstance(split, Count):
-            return None if value is None else self.stream(split.stream).count(value, split.of_last, self.ranks.rank)
-        if split.item is not None and isinstance(value, (list, tuple)):
-            only = replace(split, item=None)
-            return type(value)(
-                self.split(each, only, what) if n == split.item else each for n, each in enumerate(value)
-            )
-        if isinstance(value, torch.Tensor):
-            return self._split_tensor(value, split, what)
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.split(each, split, what) for each in value)
-        if isinstance(value, dict):
-            return {name: self.split(each, split, what) for name, each in value.items()}
-        return value
-
-    def _split_tensor(self, tensor: torch.Tensor, split: Split, what: str) -> torch.Tensor:
-        dim = split.dim + tensor.ndim if split.dim < 0 else split.dim
-        if split.ndim not in (None, tensor.ndim):
-            return tensor
-        if not 0 <= dim < tensor.ndim:
-            raise PlanFault(f"{what} has the shape {list(tensor.shape)}, its tokens are in dimension {split.dim}")
-        if tensor.shape[dim] == 1:
-            return tensor
-        if split.is_prefix:
-            known = self.stream(split.stream)
-            first, rest = tensor.tensor_split([known.tokens], dim)
-            if first.shape[dim] != known.tokens:
-                raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.stream} alone has {known.tokens}")
-            return torch.cat([take(first, dim, known, self.ranks.rank), rest], dim)
-        tokens = tensor.shape[dim]
-        if split.is_suffix:
-            known = self.stream(split.stream)
-            if tokens > known.tokens:
-                raise PlanFault(f"{what} has {tokens} tokens, {split.stream} has {known.tokens}")
-            before = known.count(known.tokens - tokens, False, self.ranks.rank)
-            first = max(0, known.own(self.ranks.rank).start - (known.tokens - tokens))
-            return tensor.narrow(dim, first, known.counts[self.ranks.rank] - before)
-        stream = self.streams.get(split.stream)
-        if stream is None:
-            if tokens < self.ranks.size:
-                raise PlanFault(f"{tokens} tokens of {split.stream} are fewer than {self.ranks.size} workers")
-            stream = self.streams[split.stream] = Stream.of(tokens, self.ranks.size)
-        if tokens != stream.tokens:
-            raise PlanFault(f"{what} has {tokens} tokens, others of {split.stream} have {stream.tokens}")
-        return take(tensor, dim, stream, self.ranks.rank)
-
-    def split_arguments(
-        self,
-        splits: Mapping[str, Split | Count],
-        names: Sequence[str],
-        _: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given, named = list(args), dict(kwargs)
-        for name, split in splits.items():
-            if name in named:
-                named[name] = self.split(named[name], split, name)
-            elif name in names and names.index(name) < len(given):
-                given[names.index(name)] = self.split(given[names.index(name)], split, name)
-        return tuple(given), named
-
-    def split_results(self, splits: Mapping[int, Split | Count], _: torch.nn.Module, __: Any, results: Any) -> Any:
-        return self._for_each(splits, results, lambda split, value: self.split(value, split, "a result"))
-
-    def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
-        return self._for_each(gathers, results, self._gather)
-
-    def _gather(self, split: Split, own: torch.Tensor | None) -> torch.Tensor | None:
-        if own is None:
-            return None
-        counts = self.stream(split.stream).counts
-        if own.shape[split.dim] != counts[self.ranks.rank]:
-            raise PlanFault(
-                f"a result has {own.shape[split.dim]} tokens of {split.stream}, this worker has "
-                f"{counts[self.ranks.rank]}"
-            )
-        return gather(own, split.dim, counts, self.ranks)
-
-    @staticmethod
-    def _for_each(splits: Mapping[int, Any], results: Any, change: Callable[[Any, Any], Any]) -> Any:
-        if (count := len(results) if isinstance(results, (tuple, list)) else 1) <= max(splits):
-            raise PlanFault(
-                f"a submodule of the plan returns {count} results, the plan names that of number {max(splits)}"
-            )
-        if isinstance(results, (tuple, list)):
-            found = [change(splits[number], each) if number in splits else each for number, each in enumerate(results)]
-            return type(results)(found)
-        return change(splits[0], results)
-
-    def stream(self, name: str) -> Stream:
-        found = self.streams.get(name)
-        if found is None:
-            raise PlanFault(f"no tokens of {name} were split before they are used")
-        return found
-
-    def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
-        self.sites.append(_Site(declared, module))
-
-    def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
-        site = self.sites.pop()
-        has_failed = result is None  # torch calls this also for a forward that raises
-        if site.declared is not None and not (site.calls or site.declared.may_skip or has_failed):
-            raise PlanFault("an attention of the plan is not computed by a function that is known")
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        run: Attend,
-    ) -> torch.Tensor:
-        """Compute an attention of this forward; tensors are (batch, tokens, heads, head size).
-
-        Raises:
-            PlanFault: it is not declared, or its tokens are not those that are declared.
-        """
-        if not self.sites:
-            raise PlanFault("an attention outside of the submodules that the plan declares")
-        declared = self.sites[-1].next()
-        if declared is None:
-            return run(query, key, value, mask)
-        if declared.picks:
-            return self._attend_picked(query, key, value, mask, run)
-        queries = self._tokens(declared.queries, query, "queries")
-        keys = self._tokens(declared.keys, key, "keys")
-        repeats = self.sites[-1].repeats(declared, query, key)
-        key, value, run = without_repeats(key, value, repeats, self.ranks, run)
-        try:
-            return attend(query, key, value, mask, queries, keys, self.ranks, run, declared.mask_of_pairs)
-        except TokenMismatch as error:
-            raise PlanFault(str(error)) from None
-
-    def _attend_picked(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, run: Attend
-    ) -> torch.Tensor:
-        if mask is not None or query.shape[1] != key.shape[1]:
-            raise PlanFault("an attention among picked tokens has a mask, or other queries than keys")
-        own = torch.tensor([query.shape[1]], device=query.device)
-        counts = gather(own, 0, (1,) * self.ranks.size, self.ranks).tolist()
-        tokens = Tokens((Stream(tuple(counts)),))
-        return attend(query, key, value, None, tokens, tokens, self.ranks, run)
-
-    def check_backend(self, given: object) -> None:
-        """Raise if the plan does not cover a backend of diffusers: that of an attention, or else the active one."""
-        if self.refused_backends:
-            name = AttentionBackendName(given or _AttentionBackendRegistry.get_active_backend()[0]).value
-            if name in self.refused_backends:
-                raise PlanFault(f"the attention backend {name!r}, with which this class attends in another way")
-
-    def check_causal(self, is_causal: bool) -> None:
-        """Raise if an attention over split tokens would be causal: no plan declares that."""
-        if is_causal and self.sites and self.sites[-1].declared is not None:
-            raise PlanFault("a causal attention, which no plan declares")
-
-    def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
-        if not names:
-            return None
-        known = tuple(self.streams[name] for name in names if name in self.streams)
-        if not known:
-            raise PlanFault(f"no tokens of {listed(names)} were split before they are used")
-        tokens = Tokens(known)
-        own = tokens.counts[self.ranks.rank]
-        if tensor.ndim != 4 or tensor.shape[1] != own:
-            raise PlanFault(f"an attention has {what} of the shape {list(tensor.shape)}, its streams {own} tokens")
-        return tokens
-
-
 @contextmanager
 def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _attention_replaced(forward: _Forward, namespaces: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Let a forward compute all attention of this process: that of torch, and that of diffusers' backends."""
-    of_torch = functional.scaled_dot_product_attention
-    of_diffusers = [(namespace, namespace[_DISPATCH]) for namespace in namespaces]
-
-    def run_inside(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        forward.is_inside = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            forward.is_inside = False
-
-    def dispatched(
-        function: Callable[..., torch.Tensor],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        forward.check_causal(is_causal)
-        forward.check_backend(kwargs.get("backend"))
-        if (
-            attn_mask is not None
-            and attn_mask.ndim == 2
-            and attn_mask.shape[0] == len(query)
-            and (attn_mask.shape[1] > 1 or key.shape[1] == 1)
-        ):
-            attn_mask = attn_mask[:, None, None]  # diffusers takes such a mask as one of keys for each row
-
-        def run(*given: Any) -> torch.Tensor:
-            return run_inside(function, *given[:3], given[3], dropout_p, is_causal, *args, **kwargs)
-
-        return forward.attend(query, key, value, attn_mask, run)
-
-    def scaled_dot_product_attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if forward.is_inside:
-            return of_torch(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
-        forward.check_causal(is_causal)
-
-        def run(*given: Any) -> torch.Tensor:
-            q, k, v = (each.transpose(1, 2) for each in given[:3])
-            return of_torch(q, k, v, given[3], dropout_p, is_causal, **kwargs).transpose(1, 2)
-
-        q, k, v = (each.transpose(1, 2) for each in (query, key, value))
-        return forward.attend(q, k, v, attn_mask, run).transpose(1, 2)
-
-    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
-    for namespace, function in of_diffusers:
-        namespace[_DISPATCH] = partial(dispatched, function)
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = of_torch
-        for namespace, function in of_diffusers:
-            namespace[_DISPATCH] = function

@@ -20,7 +20,7 @@ from plan_cases import PLAN_ENTRIES, Case, cases_of
 from plan_mutations import ORDER, mutations
 from planned_ranks import fork_ranks, run_case, start_rank
 
-from xditd.gpu_workers.models import planned_forward
+from xditd.gpu_workers.models import forward_state
 from xditd.gpu_workers.models.token_plans import TokenPlan
 from xditd.gpu_workers.plans import find
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-6
 @contextmanager
 def masks_seen(found: list[bool]) -> Iterator[None]:
     """Note for each attention whether it has a mask over all tokens of several streams."""
-    attend = planned_forward.attend
+    attend = forward_state.attend
 
     def noting(query: Any, key: Any, value: Any, mask: Any, queries: Any, keys: Any, *rest: Any) -> Any:
         of_several = [
@@ -43,11 +43,11 @@ def masks_seen(found: list[bool]) -> Iterator[None]:
         found.append(any(of_several))
         return attend(query, key, value, mask, queries, keys, *rest)
 
-    planned_forward.attend = noting
+    forward_state.attend = noting
     try:
         yield
     finally:
-        planned_forward.attend = attend
+        forward_state.attend = attend
 
 
 def run_class(plan: TokenPlan, cases: list[Case]) -> dict[str, str | None]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
 
-from xditd.gpu_workers.models.planned_forward import PlanFault, PlannedModule
-from xditd.gpu_workers.models.token_plans import Attention, Count, Split, TokenPlan
+from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.token_plans import Attention, Count, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel.streams import Ranks, Stream
 
 RANKS = 3

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from xditd.gpu_workers.models.planned_forward import PlanFault, PlannedModule
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel.streams import Ranks
 
 RANKS = Ranks(None, 0, 2)
