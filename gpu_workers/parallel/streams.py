@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,23 +71,21 @@ def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -
     return received.movedim(0, dim).contiguous()
 
 
-def exchange(sent: list[torch.Tensor], shapes: list[tuple[int, ...]], ranks: Ranks) -> list[torch.Tensor]:
-    """Send one tensor to each rank, and return what each has sent to this one, of the given ``shapes``.
+def exchange(packed: torch.Tensor, sent: Sequence[int], received: Sequence[int], ranks: Ranks) -> torch.Tensor:
+    """Send each rank its part of a contiguous tensor; return what ranks sent to this one, flat, in the order of ranks.
 
-    All ranks call this together; all tensors have one dtype.
+    ``sent`` and ``received`` are the elements to and from each rank. All ranks call this together.
     """
-    packed = torch.cat([each.reshape(-1) for each in sent])
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    received = packed.new_empty(sum(sizes))
+    arrived = packed.new_empty(sum(received))
     item = packed.element_size()
     dist.all_to_all_single(
-        _bytes_of(received),
+        _bytes_of(arrived),
         _bytes_of(packed),
-        [size * item for size in sizes],
-        [each.numel() * item for each in sent],
+        [size * item for size in received],
+        [size * item for size in sent],
         group=ranks.group,
     )
-    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+    return arrived
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -140,24 +140,25 @@ def _ulysses(
     ranks: Ranks,
     run: Attend,
 ) -> torch.Tensor:
-    batch = query.shape[0]
-    # Query, key and value in one exchange: heads of one after those of the other.
-    parts = [each.flatten(2).unflatten(2, (ranks.size, -1)) for each in (query, key, value)]
-    widths = [each.shape[-1] for each in parts]
-    joined = torch.cat(parts, dim=-1)
-    received = exchange(
-        [joined[:, :, rank] for rank in range(ranks.size)], [(batch, count, sum(widths)) for count in counts], ranks
-    )
-    whole = torch.cat(received, dim=1).split(widths, dim=-1)
+    batch, mine = query.shape[:2]
+    widths = [each.shape[2] // ranks.size * each.shape[3] for each in (query, key, value)]
+    # Query, key and value in one exchange: heads of one after those of the other. Tokens come before rows, so that
+    # those of all ranks arrive in their order.
+    packed = query.new_empty((ranks.size, mine, batch, sum(widths)))
+    for part, each in zip(packed.split(widths, dim=-1), (query, key, value), strict=True):
+        part.copy_(each.flatten(2).unflatten(2, (ranks.size, -1)).permute(2, 1, 0, 3))
+    per_token = batch * sum(widths)
+    arrived = exchange(packed, [mine * per_token] * ranks.size, [count * per_token for count in counts], ranks)
+    # With one row this copies nothing.
+    whole = arrived.view(-1, batch, sum(widths)).transpose(0, 1).contiguous().split(widths, dim=-1)
     sizes = [each.shape[-1] for each in (query, key, value)]
     all_queries, all_keys, all_values = (
         each.unflatten(-1, (-1, size)) for each, size in zip(whole, sizes, strict=True)
     )
-    attended = run(all_queries, all_keys, all_values, mask)
-    own = attended.flatten(2).split(list(counts), dim=1)
-    mine = counts[ranks.rank]
-    returned = exchange(list(own), [(batch, mine, attended.flatten(2).shape[-1])] * ranks.size, ranks)
-    return torch.cat(returned, dim=-1).unflatten(-1, (query.shape[2], -1))
+    attended = run(all_queries, all_keys, all_values, mask).flatten(2)
+    return heads_to_tokens(attended, counts, [attended.shape[-1]] * ranks.size, ranks).unflatten(
+        -1, (query.shape[2], -1)
+    )
 
 
 def without_repeats(
@@ -184,16 +185,21 @@ def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[i
 
     ``tokens`` and ``widths`` are how many tokens, and how many channels, each rank has. All ranks call this together.
     """
-    sent = list(own.split(list(widths), dim=-1))
-    shapes: list[tuple[int, ...]] = [(own.shape[0], count, widths[ranks.rank]) for count in tokens]
-    return torch.cat(exchange(sent, shapes, ranks), dim=1)
+    batch, mine, width = own.shape[0], own.shape[1], widths[ranks.rank]
+    # Tokens before rows: those of all ranks arrive in their order.
+    packed = torch.cat([each.transpose(0, 1).reshape(-1) for each in own.split(list(widths), dim=-1)])
+    sent, received = [mine * batch * each for each in widths], [count * batch * width for count in tokens]
+    arrived = exchange(packed, sent, received, ranks)
+    return arrived.view(-1, batch, width).transpose(0, 1).contiguous()
 
 
 def heads_to_tokens(share: torch.Tensor, tokens: Sequence[int], widths: Sequence[int], ranks: Ranks) -> torch.Tensor:
     """Undo ``tokens_to_heads``."""
-    sent = list(share.split(list(tokens), dim=1))
-    shapes: list[tuple[int, ...]] = [(share.shape[0], tokens[ranks.rank], width) for width in widths]
-    return torch.cat(exchange(sent, shapes, ranks), dim=-1)
+    batch, mine, width = share.shape[0], tokens[ranks.rank], share.shape[2]
+    sent, received = [count * batch * width for count in tokens], [mine * batch * each for each in widths]
+    arrived = exchange(share.transpose(0, 1).contiguous(), sent, received, ranks).split(received)
+    parts = [part.view(mine, batch, each).transpose(0, 1) for part, each in zip(arrived, widths, strict=True)]
+    return torch.cat(parts, dim=-1)
 
 
 def _of_all(mask: torch.Tensor | None, dim: int, tokens: Tokens, ranks: Ranks) -> torch.Tensor | None:
