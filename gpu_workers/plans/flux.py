@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, is_given
 
 _JOINT: Final = Attention(queries=("text", "image"), keys=("text", "image"))
 
@@ -42,6 +42,8 @@ FLUX_2: Final = TokenPlan(
     },
     gathers={"proj_out": {0: Split("image")}},
     attentions={"transformer_blocks.*.attn": _JOINT, "single_transformer_blocks.*.attn": _JOINT},
+    # Reference tokens before the image's attend among themselves alone, or are in the cache alone.
+    refused={"kv_cache": is_given, "kv_cache_mode": is_given},
 )
 
 PLANS: Final = {"FluxTransformer2DModel": FLUX, "Flux2Transformer2DModel": FLUX_2}

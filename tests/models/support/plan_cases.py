@@ -30,8 +30,8 @@ MOST_USED = (
 """The classes that each test run covers; the others are for long runs."""
 
 REFUSED = {
-    "Flux2Transformer2DModel-kv_extract": "queries of the shape",
-    "Flux2Transformer2DModel-kv_cached": "keys of the shape",
+    "Flux2Transformer2DModel-kv_extract": "this value of kv_cache_mode",
+    "Flux2Transformer2DModel-kv_cached": "this value of kv_cache, kv_cache_mode",
     "GlmImageTransformer2DModel-kv_read": "keys of the shape|kv_cache",
     "GlmImageTransformer2DModel-kv_write": "kv_cache",
     "QwenImage21Transformer2DModel": "kv_cache",
