@@ -32,9 +32,7 @@ IMAGE_CALLS = (
     ClassEntry(_CHROMA.name, _CHROMA.config, _chroma_ip_adapter, "ip_adapter", _FLUX_IP_ADAPTER.prepare),
     further("HunyuanDiT2DModel", "controlnet", _two_residuals),
     further("BriaTransformer2DModel", "controlnet", _two_residuals),
-    further(
-        "GlmImageTransformer2DModel", "dropped_row", lambda *_: {"prior_token_drop": torch.tensor([True, False])}
-    ),
+    further("GlmImageTransformer2DModel", "dropped_row", lambda *_: {"prior_token_drop": torch.tensor([True, False])}),
     further("Ideogram4Transformer2DModel", "times_of_tokens", _times),
 )
 """Their variants say what differs."""

@@ -9,9 +9,11 @@ from class_entry import Random
 from further_calls import further
 from model_arguments import padding_mask
 
+_FRAMEPACK = "HunyuanVideoFramepackTransformer3DModel"
 _HELIOS = "HeliosTransformer3DModel"
 _HUNYUAN = "HunyuanVideoTransformer3DModel"
 _HUNYUAN_15 = "HunyuanVideo15Transformer3DModel"
+_KANDINSKY_6 = "Kandinsky6Transformer3DModel"
 _LTX_2 = "LTX2VideoTransformer3DModel"
 _VACE = "WanVACETransformer3DModel"
 
@@ -75,6 +77,27 @@ def _hunyuan_padding(random: Random, _: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _animate_longer(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    """Nine frames: three of latents, before which stands the reference's."""
+    return {
+        "hidden_states": random.normal(2, 12, 4, 4, 6),
+        "pose_hidden_states": random.normal(2, 4, 3, 4, 6),
+        "face_pixel_values": random.normal(2, 3, 9, 16, 16).tanh(),
+    }
+
+
+def _allegro_parts(*_: Any) -> dict[str, Any]:
+    """Some places of the second video are not to be seen."""
+    seen = torch.ones(2, 2, 8, 8)
+    seen[1, 0, :2] = 0
+    seen[1, 1, 4:, 4:] = 0
+    return {"attention_mask": seen}
+
+
+def _kandinsky_short_text(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    return {"encoder_hidden_states": random.normal(2, 5, 16), "encoder_attention_mask": padding_mask((5, 3), 5)}
+
+
 def _helios_small(random: Random, _: dict[str, Any]) -> dict[str, Any]:
     return {"hidden_states": random.normal(2, 4, 1, 2, 2), "indices_hidden_states": torch.tensor([[8]])}
 
@@ -107,14 +130,17 @@ VIDEO_CALLS = (
     further(_LTX_2, "interleaved", rope_type="interleaved"),
     further(_HUNYUAN, "padding", _hunyuan_padding),
     further(_HUNYUAN, "replaced_frame", _hunyuan_padding, image_condition_type="token_replace"),
+    # The padding of a text, which comes last, is on more ranks than the last one.
+    further(_FRAMEPACK, "padding", lambda *_: {"encoder_attention_mask": padding_mask((1,), 6, torch.float32)}),
     further(_HUNYUAN_15, "text_alone", lambda *_: {"image_embeds": torch.zeros(2, 4, 20)}),
     further(_HUNYUAN_15, "odd_size", lambda random, _: {"hidden_states": random.normal(2, 9, 3, 1, 5)}),
     further(_HELIOS, "louder_history", is_amplify_history=True),
     further(_HELIOS, "small_chunk", _helios_small),
-    further("Kandinsky6Transformer3DModel", "without_audio", lambda *_: {"audio_hidden_states": None}),
-    further(
-        "MochiTransformer3DModel", "short_texts", lambda *_: {"encoder_attention_mask": padding_mask((1, 5), 6)}
-    ),
+    further("AllegroTransformer3DModel", "parts_seen", _allegro_parts),
+    further("WanAnimateTransformer3DModel", "longer", _animate_longer),
+    further(_KANDINSKY_6, "without_audio", lambda *_: {"audio_hidden_states": None}),
+    further(_KANDINSKY_6, "short_text", _kandinsky_short_text),
+    further("MochiTransformer3DModel", "short_texts", lambda *_: {"encoder_attention_mask": padding_mask((1, 5), 6)}),
     further("StableAudioDiTModel", "padding", _stable_audio_padding),
     further("StableAudio3DiTModel", "much_memory", num_memory_tokens=11),
     further("LongCatAudioDiTTransformer", "padding", lambda *_: {"attention_mask": padding_mask((9, 5), 9)}),
