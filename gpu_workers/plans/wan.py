@@ -75,7 +75,7 @@ HELIOS: Final = TokenPlan(
     splits={
         "blocks.0": {"hidden_states": Split("video")},
         "blocks.*": {
-            "temb": Split("video", ndim=4),
+            "temb": Split("video"),
             "rotary_emb": Split("video"),
             # Tokens of earlier frames come first, and do not attend to the text.
             "original_context_length": Count("video", of_last=True),
@@ -89,7 +89,7 @@ ANY_FLOW: Final = TokenPlan(
     splits={
         "rope": {0: Split("video", dim=2)},
         "blocks.0": {"hidden_states": Split("video")},
-        "blocks.*": {"temb": Split("video", ndim=4)},
+        "blocks.*": {"temb": Split("video")},
     },
     # The time of each frame modulates the output norm's result.
     gathers={"blocks.-1": {0: Split("video")}},

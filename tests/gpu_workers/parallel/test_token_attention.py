@@ -51,7 +51,7 @@ def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", [each.__name__ for each in attending_ranks.SCENARIOS])
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_give_what_one_gives(find: Callable[[int], list[dict[str, str]]], ranks: int, scenario: str) -> None:
     for rank, faults in enumerate(find(ranks)):
         assert scenario not in faults, f"rank {rank}: {faults[scenario]}"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
-from model_arguments import padding_mask
+from image_calls import IMAGE_CALLS
 from token_counts import BUILDERS, COUNTS
+from video_calls import VIDEO_CALLS
 
 MOST_USED = (
     "ChromaTransformer2DModel",
@@ -42,59 +43,7 @@ REFUSED = {
 WITHOUT_CACHE = "without a cache"
 """The name of the call of such an entry without its cache, which a plan does cover."""
 
-_FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
-_CHROMA = ENTRIES["ChromaTransformer2DModel"]
-_LTX_2 = ENTRIES["LTX2VideoTransformer3DModel"]
-_STABLE_AUDIO = ENTRIES["StableAudioDiTModel"]
-
-
-def _chroma_ip_adapter(random: Random) -> dict[str, Any]:
-    given = _FLUX_IP_ADAPTER.arguments(random)
-    return _CHROMA.arguments(random) | {"joint_attention_kwargs": given["joint_attention_kwargs"]}
-
-
-def _ltx_2_per_token(random: Random) -> dict[str, Any]:
-    """An image to a video: a time for each token, the image's tokens marked, and seen by all others alone."""
-    arguments = _LTX_2.arguments(random)
-    tokens, audio = (arguments[name].shape[1] for name in ("hidden_states", "audio_hidden_states"))
-    times = torch.full((2, tokens), 875.0)
-    times[:, :6] = 0
-    marked = torch.zeros(2, tokens, 1)
-    marked[:, :6] = 1
-    seen = torch.ones(2, tokens, tokens)
-    seen[:, :6, 6:] = 0
-    return arguments | {
-        "timestep": times,
-        "audio_timestep": torch.linspace(0, 875, audio).expand(2, audio),
-        "audio_sigma": arguments["sigma"],
-        "video_keyframes_mask": marked,
-        "video_self_attention_mask": seen,
-    }
-
-
-def _ltx_2_guidance(random: Random) -> dict[str, Any]:
-    """Spatio-temporal guidance in one block, and the audio's time given."""
-    arguments = _LTX_2.arguments(random)
-    return arguments | {"spatio_temporal_guidance_blocks": [1], "audio_timestep": arguments["timestep"]}
-
-
-def _stable_audio_masks(random: Random) -> dict[str, Any]:
-    """Sounds and texts with padding."""
-    masks = {"attention_mask": padding_mask((12, 9), 12), "encoder_attention_mask": padding_mask((7, 4), 7)}
-    return _STABLE_AUDIO.arguments(random) | masks
-
-
-PLAN_ENTRIES = ENTRIES | {
-    entry.key: entry
-    for entry in (
-        ClassEntry(_CHROMA.name, _CHROMA.config, _chroma_ip_adapter, "ip_adapter", _FLUX_IP_ADAPTER.prepare),
-        ClassEntry(
-            _LTX_2.name, {**_LTX_2.config, "use_keyframes_abs_pos_embedding": True}, _ltx_2_per_token, "per_token"
-        ),
-        ClassEntry(_LTX_2.name, _LTX_2.config, _ltx_2_guidance, "guidance"),
-        ClassEntry(_STABLE_AUDIO.name, _STABLE_AUDIO.config, _stable_audio_masks, "masks"),
-    )
-}
+PLAN_ENTRIES = ENTRIES | {entry.key: entry for entry in (*IMAGE_CALLS, *VIDEO_CALLS)}
 """Further calls beside those of the entries, for what plans declare and no entry gives."""
 
 

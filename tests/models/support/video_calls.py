@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from class_entries import ENTRIES
-from class_entry import ClassEntry, Random
+from class_entry import Random
+from further_calls import further
 from model_arguments import padding_mask
 
-Change = Callable[[Random], dict[str, Any]]
-"""From a source of numbers, arguments in place of those of the entry."""
-
-
-@dataclass(frozen=True)
-class VideoCall:
-    """A call of the class of an entry, with another configuration and other arguments."""
-
-    key: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    change: Change = lambda random: {}
-
-    @property
-    def entry(self) -> ClassEntry:
-        own = ENTRIES[self.key]
-        return ClassEntry(
-            own.name, {**own.config, **self.config}, lambda random: own.arguments(random) | self.change(random)
-        )
-
-
+_FRAMEPACK = "HunyuanVideoFramepackTransformer3DModel"
+_HELIOS = "HeliosTransformer3DModel"
 _HUNYUAN = "HunyuanVideoTransformer3DModel"
 _HUNYUAN_15 = "HunyuanVideo15Transformer3DModel"
+_KANDINSKY_6 = "Kandinsky6Transformer3DModel"
 _LTX_2 = "LTX2VideoTransformer3DModel"
-_HELIOS = "HeliosTransformer3DModel"
-_STABLE_AUDIO_3 = "StableAudio3DiTModel"
+_VACE = "WanVACETransformer3DModel"
 
 
-def _wan_image(random: Random) -> dict[str, Any]:
+def _vace_image(random: Random, _: dict[str, Any]) -> dict[str, Any]:
     return {
         "encoder_hidden_states": random.normal(1, 512, 24),
         "encoder_hidden_states_image": random.normal(1, 6, 40),
     }
 
 
-def _ltx_2_padded(random: Random) -> dict[str, Any]:
+def _ltx_2_padding(random: Random, _: dict[str, Any]) -> dict[str, Any]:
     return {
         "encoder_hidden_states": random.normal(2, 9, 32),
         "audio_encoder_hidden_states": random.normal(2, 9, 16),
@@ -54,8 +34,8 @@ def _ltx_2_padded(random: Random) -> dict[str, Any]:
     }
 
 
-def _ltx_2_times(random: Random) -> dict[str, Any]:
-    """A time for each token of the video and of the audio, as from an image."""
+def _ltx_2_times(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    """A time for each token of the video and of the audio."""
     return {
         "timestep": random.normal(2, 12).abs() * 500,
         "audio_timestep": random.normal(2, 7).abs() * 500,
@@ -63,68 +43,106 @@ def _ltx_2_times(random: Random) -> dict[str, Any]:
     }
 
 
-def _hunyuan_odd(random: Random) -> dict[str, Any]:
+def _ltx_2_image(random: Random, given: dict[str, Any]) -> dict[str, Any]:
+    """An image to a video: a time for each token, the image's tokens marked, and seen by all others alone."""
+    tokens, audio = (given[name].shape[1] for name in ("hidden_states", "audio_hidden_states"))
+    times = torch.full((2, tokens), 875.0)
+    times[:, :6] = 0
+    marked = torch.zeros(2, tokens, 1)
+    marked[:, :6] = 1
+    seen = torch.ones(2, tokens, tokens)
+    seen[:, :6, 6:] = 0
+    return {
+        "timestep": times,
+        "audio_timestep": torch.linspace(0, 875, audio).expand(2, audio),
+        "audio_sigma": given["sigma"],
+        "video_keyframes_mask": marked,
+        "video_self_attention_mask": seen,
+    }
+
+
+def _ltx_2_guidance(_: Random, given: dict[str, Any]) -> dict[str, Any]:
+    """Spatio-temporal guidance in one block, and the audio's time given."""
+    return {"spatio_temporal_guidance_blocks": [1], "audio_timestep": given["timestep"]}
+
+
+def _ltx_2_guidance_of_a_row(*_: Any) -> dict[str, Any]:
+    return {"spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.tensor([0.0, 1.0])}
+
+
+def _hunyuan_padding(random: Random, _: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_states": random.normal(2, 4, 5, 2, 6),
         "encoder_attention_mask": padding_mask((6, 1), 6, torch.float32),
     }
 
 
-VIDEO_CALLS: Mapping[str, VideoCall] = {
-    "vace_from_an_image": VideoCall(
-        "WanVACETransformer3DModel", {"image_dim": 40, "added_kv_proj_dim": 32}, _wan_image
-    ),
-    "vace_of_a_short_control": VideoCall(
-        "WanVACETransformer3DModel", {}, lambda random: {"control_hidden_states": random.normal(1, 12, 2, 4, 6)}
-    ),
-    "skyreels_with_a_mask_of_blocks": VideoCall("SkyReelsV2Transformer3DModel", {"num_frame_per_block": 2}),
-    "ltx_with_a_time_for_each_token": VideoCall(
-        "LTXVideoTransformer3DModel", {}, lambda random: {"timestep": random.normal(2, 12).abs() * 500}
-    ),
-    "ltx_2_with_padding": VideoCall(_LTX_2, {}, _ltx_2_padded),
-    "ltx_2_with_times_of_tokens": VideoCall(_LTX_2, {}, _ltx_2_times),
-    "ltx_2_with_a_mask_of_the_video": VideoCall(
-        _LTX_2, {}, lambda random: {"video_self_attention_mask": random.normal(2, 12, 12).abs().clamp(0, 1)}
-    ),
-    "ltx_2_perturbed": VideoCall(_LTX_2, {}, lambda random: {"spatio_temporal_guidance_blocks": [1]}),
-    "ltx_2_perturbed_in_one_row": VideoCall(
+def _animate_longer(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    """Nine frames: three of latents, before which stands the reference's."""
+    return {
+        "hidden_states": random.normal(2, 12, 4, 4, 6),
+        "pose_hidden_states": random.normal(2, 4, 3, 4, 6),
+        "face_pixel_values": random.normal(2, 3, 9, 16, 16).tanh(),
+    }
+
+
+def _allegro_parts(*_: Any) -> dict[str, Any]:
+    """Some places of the second video are not to be seen."""
+    seen = torch.ones(2, 2, 8, 8)
+    seen[1, 0, :2] = 0
+    seen[1, 1, 4:, 4:] = 0
+    return {"attention_mask": seen}
+
+
+def _kandinsky_short_text(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    return {"encoder_hidden_states": random.normal(2, 5, 16), "encoder_attention_mask": padding_mask((5, 3), 5)}
+
+
+def _helios_small(random: Random, _: dict[str, Any]) -> dict[str, Any]:
+    return {"hidden_states": random.normal(2, 4, 1, 2, 2), "indices_hidden_states": torch.tensor([[8]])}
+
+
+def _stable_audio_padding(*_: Any) -> dict[str, Any]:
+    return {"attention_mask": padding_mask((12, 9), 12), "encoder_attention_mask": padding_mask((7, 4), 7)}
+
+
+def _times(random: Random, given: dict[str, Any]) -> dict[str, Any]:
+    """A time for each token."""
+    return {"timestep": random.normal(*given["hidden_states"].shape[:2]).abs() * 500}
+
+
+VIDEO_CALLS = (
+    further(_VACE, "from_an_image", _vace_image, image_dim=40, added_kv_proj_dim=32),
+    further(_VACE, "short_control", lambda random, _: {"control_hidden_states": random.normal(1, 12, 2, 4, 6)}),
+    further("SkyReelsV2Transformer3DModel", "mask_of_blocks", num_frame_per_block=2),
+    further("LTXVideoTransformer3DModel", "times_of_tokens", _times),
+    further(_LTX_2, "padding", _ltx_2_padding),
+    further(_LTX_2, "times_of_tokens", _ltx_2_times),
+    further(_LTX_2, "from_an_image", _ltx_2_image, use_keyframes_abs_pos_embedding=True),
+    further(
         _LTX_2,
-        {},
-        lambda random: {"spatio_temporal_guidance_blocks": [0], "perturbation_mask": torch.tensor([0.0, 1.0])},
+        "mask_of_the_video",
+        lambda random, _: {"video_self_attention_mask": random.normal(2, 12, 12).abs().clamp(0, 1)},
     ),
-    "ltx_2_isolated": VideoCall(_LTX_2, {}, lambda random: {"isolate_modalities": True}),
-    "ltx_2_interleaved": VideoCall(_LTX_2, {"rope_type": "interleaved"}),
-    "hunyuan_with_padding": VideoCall(_HUNYUAN, {}, _hunyuan_odd),
-    "hunyuan_with_a_replaced_frame": VideoCall(_HUNYUAN, {"image_condition_type": "token_replace"}, _hunyuan_odd),
-    "hunyuan_15_from_text_alone": VideoCall(_HUNYUAN_15, {}, lambda random: {"image_embeds": torch.zeros(2, 4, 20)}),
-    "hunyuan_15_of_an_odd_size": VideoCall(
-        _HUNYUAN_15, {}, lambda random: {"hidden_states": random.normal(2, 9, 3, 1, 5)}
-    ),
-    "helios_with_louder_history": VideoCall(_HELIOS, {"is_amplify_history": True}),
-    "helios_of_a_small_chunk": VideoCall(
-        _HELIOS,
-        {},
-        lambda random: {
-            "hidden_states": random.normal(2, 4, 1, 2, 2),
-            "indices_hidden_states": torch.tensor([[8]]),
-        },
-    ),
-    "kandinsky_6_without_audio": VideoCall(
-        "Kandinsky6Transformer3DModel", {}, lambda random: {"audio_hidden_states": None}
-    ),
-    "mochi_of_short_texts": VideoCall(
-        "MochiTransformer3DModel", {}, lambda random: {"encoder_attention_mask": padding_mask((1, 5), 6)}
-    ),
-    "stable_audio_with_padding": VideoCall(
-        "StableAudioDiTModel",
-        {},
-        lambda random: {
-            "attention_mask": padding_mask((12, 9), 12),
-            "encoder_attention_mask": padding_mask((7, 4), 7),
-        },
-    ),
-    "stable_audio_3_of_much_memory": VideoCall(_STABLE_AUDIO_3, {"num_memory_tokens": 11}),
-    "long_cat_with_padding": VideoCall(
-        "LongCatAudioDiTTransformer", {}, lambda random: {"attention_mask": padding_mask((9, 5), 9)}
-    ),
-}
+    further(_LTX_2, "guidance", _ltx_2_guidance),
+    further(_LTX_2, "guidance_of_a_row", _ltx_2_guidance_of_a_row),
+    further(_LTX_2, "isolated", lambda *_: {"isolate_modalities": True}),
+    further(_LTX_2, "interleaved", rope_type="interleaved"),
+    further(_HUNYUAN, "padding", _hunyuan_padding),
+    further(_HUNYUAN, "replaced_frame", _hunyuan_padding, image_condition_type="token_replace"),
+    # The padding of a text, which comes last, is on more ranks than the last one.
+    further(_FRAMEPACK, "padding", lambda *_: {"encoder_attention_mask": padding_mask((1,), 6, torch.float32)}),
+    further(_HUNYUAN_15, "text_alone", lambda *_: {"image_embeds": torch.zeros(2, 4, 20)}),
+    further(_HUNYUAN_15, "odd_size", lambda random, _: {"hidden_states": random.normal(2, 9, 3, 1, 5)}),
+    further(_HELIOS, "louder_history", is_amplify_history=True),
+    further(_HELIOS, "small_chunk", _helios_small),
+    further("AllegroTransformer3DModel", "parts_seen", _allegro_parts),
+    further("WanAnimateTransformer3DModel", "longer", _animate_longer),
+    further(_KANDINSKY_6, "without_audio", lambda *_: {"audio_hidden_states": None}),
+    further(_KANDINSKY_6, "short_text", _kandinsky_short_text),
+    further("MochiTransformer3DModel", "short_texts", lambda *_: {"encoder_attention_mask": padding_mask((1, 5), 6)}),
+    further("StableAudioDiTModel", "padding", _stable_audio_padding),
+    further("StableAudio3DiTModel", "much_memory", num_memory_tokens=11),
+    further("LongCatAudioDiTTransformer", "padding", lambda *_: {"attention_mask": padding_mask((9, 5), 9)}),
+)
+"""Their variants say what differs."""
