@@ -65,6 +65,8 @@ def accelerate(
     from xditd.client.diffusers.stand_in import StandIn
 
     modules = _modules_of(pipe, components, torch.nn.Module)
+    if client is not None and not isinstance(client, Client):
+        raise BadRequest(f"client: a {type(client).__name__}; give a Client, or the daemon's folder as runtime_dir")
     owns_client = client is None
     client = client or Client(runtime_dir, name="diffusers", wait_s=wait_s)
     accelerated = Accelerated(client, owns_client=owns_client)
@@ -159,6 +161,8 @@ def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict
                 "and name other models of a pipeline with components="
             )
         return _split_lists(modules)
+    if not components:
+        raise BadRequest("components: no name is given; name models of the pipeline, or leave components out")
     modules = {}
     for name in components:
         each = getattr(pipe, name, None)

@@ -32,8 +32,21 @@ def entries(features: Collection[str] = tuple(_first)) -> list[object]:
     ]
 
 
-AMPLIFIED = {"ltx2": 2e-6, "stable-audio": 5e-6}
-"""Pipelines that amplify the last bits of their models, by guidance and by a decoder of audio, and their bounds."""
+AMPLIFIED = {
+    "ace-step": 1.5e-5,
+    "chroma": 3e-6,
+    "cogvideox": 2e-5,
+    "hunyuan-video": 2e-6,
+    "ltx2": 3e-6,
+    "lumina2": 2e-6,
+    "stable-audio": 3e-5,
+    "stable-diffusion-parts": 2e-6,
+}
+"""Pipelines that amplify the last bits of their models, by guidance and decoders, and their bounds. In one process they
+change as much if the results of their denoiser are changed by 3e-7 at random."""
+
+HALVES = 2.5e-2
+"""The bound in half precision."""
 
 
 @pytest.fixture
@@ -122,4 +135,4 @@ def test_two_workers_give_the_same_to_1e_6(
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-6)
-        assert error <= (AMPLIFIED.get(entry.name, 1e-6) if ours.dtype == torch.float32 else 1e-2)
+        assert error <= (AMPLIFIED.get(entry.name, 1e-6) if ours.dtype == torch.float32 else HALVES)

@@ -181,3 +181,13 @@ def test_module_of_another_version_of_diffusers_is_refused(client: Client, monke
     monkeypatch.setattr(diffusers, "__version__", "0.1.0")
     with pytest.raises(Unsupported, match=r"^transformer: diffusers is 0\.1\.0 in your process and 0\.\d+"):
         accelerate(flux(), client=client)
+
+
+def test_module_that_is_compiled_within_the_block_is_refused(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client):
+        pipe.transformer.compile(backend="eager")
+        with pytest.raises(Unsupported, match="_compiled_call_impl"):
+            run_plain(pipe)
+        del pipe.transformer._compiled_call_impl
+        assert same(run_plain(pipe), run_plain(flux()))

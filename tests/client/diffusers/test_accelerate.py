@@ -12,6 +12,8 @@ from xditd.client import BadRequest, DaemonUnreachable, accelerate
     ("arguments", "text"),
     [
         ({"keep": "workers"}, "keep: 'workers'; use 'client' or 'daemon'"),
+        ({"components": ()}, "components: no name is given"),
+        ({"client": "folder"}, "client: a str; give a Client, or the daemon's folder as runtime_dir"),
         ({"components": "transformer"}, r"give a tuple of names, \('transformer',\)"),
         ({"components": ("transformer", "scheduler")}, "scheduler of FluxPipeline is a FlowMatchEuler"),
         ({"components": ("transformr",)}, "FluxPipeline has no attribute 'transformr'; it has transformer, vae"),
