@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.transports.module_classes import find_class
+from xditd.ipc.transports.module_classes import find_class, find_named
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,9 @@ def test_a_refused_module_is_not_imported() -> None:
     with pytest.raises(Unsupported):
         find_class(f"{name}:main", "the workers")
     assert name not in sys.modules
+
+
+def test_named_classes_are_those_of_models_alone() -> None:
+    assert find_named("class:transformers.cache_utils:DynamicLayer", "the workers").__name__ == "DynamicLayer"
+    with pytest.raises(Unsupported, match="class os:system: only classes of the models of"):
+        find_named("class:os:system", "the workers")
