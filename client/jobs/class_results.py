@@ -69,8 +69,8 @@ class ClassResultReader:
     """Reads the results of one call.
 
     ``read`` copies a tensor out of the block with the results to ``device``. ``store`` reads and frees the tensors that
-    stay in the workers. ``parts`` are the arguments of each part of the call: a result that is a value among them is the
-    caller's own object.
+    stay in the workers. ``parts`` are the arguments of each part of the call: a result that is a value among them is
+    the caller's own object.
     """
 
     def __init__(

@@ -51,6 +51,11 @@ def find_class(name: str, where: str) -> type:
     """
     module, _, path = name.partition(":")
     package = module.partition(".")[0]
+    if module == "torch.nn.utils.parametrize" and path.startswith("Parametrized"):  # torch makes one for each module
+        raise Unsupported(
+            f"class {name}: {where} cannot make parametrised modules (weight_norm, spectral_norm, orthogonal): call "
+            "torch.nn.utils.parametrize.remove_parametrizations(submodule, 'weight') for each, and lend it again"
+        )
     if not _is_allowed(module):
         raise Unsupported(f"class {name}: only classes of the models of {', '.join(PACKAGES)} can be used")
     try:

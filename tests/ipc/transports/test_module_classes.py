@@ -44,6 +44,7 @@ def test_classes_of_models_are_found(name: str, found: str) -> None:
         ("diffusers.models.modeling_utils:OrderedDict", "it is one of collections"),
         ("torch.nn.modules.linear:Linear.__class__", "it is one of builtins"),
         ("torch.nn.modules.linear:Missing", "torch .* of the workers has no such class: AttributeError"),
+        ("torch.nn.utils.parametrize:ParametrizedLinear", "parametrised modules .*parametrize.remove_parametrizations"),
         ("torch.nn.modules.missing:Linear", "torch .* of the workers has no such class: ModuleNotFoundError"),
         ("torch.nn.modules.linear:", "torch .* of the workers has no such class"),
     ],
