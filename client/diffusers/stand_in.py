@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS: Final = 4
 """How often one call is sent at most: again after a change of the module, or after workers or a loan were lost."""
 
+_installing: Final = threading.Lock()
+"""Held from the check that no other object has replaced a module's methods until they are replaced."""
+
 
 class _Lent(NamedTuple):
     """A loan, and the state of the module when it was lent."""
@@ -99,6 +102,10 @@ class StandIn:
                 f"{self.name}: {type(self.module).__module__}.{type(self.module).__qualname__} is no model of "
                 "diffusers or transformers, and runs in this process only: leave it out of components"
             )
+        with _installing:
+            self._install()
+
+    def _install(self) -> None:
         for name in self._replaced:
             check_not_replaced(self.module, name, self.name)
         lent = self._lend(None)

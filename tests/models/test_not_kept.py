@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -34,6 +35,26 @@ def test_not_kept_and_given_back(one_worker: RunningDaemon, name: str) -> None:
         gc.collect()
         assert one_worker.status().components
     assert not one_worker.status().components
+
+
+def test_threads_accelerate_one_model_once(client: Client) -> None:
+    pipe = flux()
+    found: list[object] = []
+
+    def run() -> None:
+        try:
+            found.append(accelerate(pipe, client=client))
+        except Unsupported as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(isinstance(each, Unsupported) for each in found) == 2
+    unaccelerate(pipe)
+    assert "forward" not in vars(pipe.transformer)
 
 
 def collect(pipes: list[Any]) -> None:
