@@ -65,7 +65,7 @@ BOMB = zlib.compress(b" " * (limits.MAX_PLAIN_MODULE_STATE_BYTES + 1))
         (zlib.compress(b"[" * 100_000), "cannot be read"),
         (module_state.encode(state_with(nested(limits.MAX_ARGUMENT_DEPTH + 1)), "m"), "x of the module is nested"),
     ],
-    ids=["empty", "no zlib", "bomb", "field", "unknown", "arrays", "deep"],
+    ids=["empty", "cut", "no zlib", "bomb", "field", "unknown", "arrays", "deep"],
 )
 def test_bytes_of_no_state_are_refused(packed: bytes, why: str) -> None:
     with pytest.raises(BadRequest, match=r"state of the module|attribute x of the module") as caught:
