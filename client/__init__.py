@@ -52,7 +52,7 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
     from xditd.client.arenas import Arena
-    from xditd.client.diffusers.accelerate import accelerate
+    from xditd.client.diffusers.accelerate import accelerate, unaccelerate
 
 __all__ = [
     "AlreadyRunning",
@@ -102,15 +102,16 @@ __all__ = [
     "WorkersUnavailable",
     "XditdError",
     "accelerate",
+    "unaccelerate",
 ]
 
 
 def __getattr__(name: str) -> object:
     # Imported on first use, so that a program that only asks for the status does not import the transports.
-    if name == "accelerate":
-        from xditd.client.diffusers.accelerate import accelerate
+    if name in ("accelerate", "unaccelerate"):
+        from xditd.client.diffusers import accelerate
 
-        return accelerate
+        return getattr(accelerate, name)
     if name == "Arena":
         from xditd.client.arenas import Arena
 

@@ -28,6 +28,9 @@ class LoanSession(Protocol):
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Return a loan; when this returns, no worker maps the component."""
 
+    def return_soon(self, component_id: str, *, is_adopted: bool) -> None:
+        """Return a loan, or free an adopted component, in a finalizer."""
+
 
 class Loan:
     """A component that the workers map until ``return_()`` is called, the client is closed, or the daemon exits.
@@ -112,6 +115,12 @@ class Loan:
             return
         self._is_returned = True
         self._session.return_loan(self.component_id, self.label, deadline_s)
+
+    def return_soon(self) -> None:
+        """End the loan, or free the adopted component, in a finalizer: waits for nothing and takes no lock."""
+        if not self._is_returned:
+            self._is_returned = True
+            self._session.return_soon(self.component_id, is_adopted=self.is_adopted)
 
     def __enter__(self) -> Loan:
         return self

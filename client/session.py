@@ -173,11 +173,9 @@ class Session:
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Return one loan of a component; the daemon counts the loans, and the last one unmaps the component."""
         with self._lock:
-            component = self._components.get(component_id)
-            if component is None:
-                return
-            component.loans -= 1
-            freed = [] if component.loans else self._components.pop(component_id).offers
+            freed = self._drop_loan(component_id)
+        if freed is None:
+            return
         request = ReturnLoan(request_id=self.connection.next_request_id(), component_id=component_id)
         try:
             mailbox = self.connection.submit(request, f"return of {label}")
@@ -190,6 +188,33 @@ class Session:
             mailbox.wait(Returned, Timeouts(self._silence_s, deadline_s))
         except (Closed, DaemonUnreachable, LeaseLost, SessionLost) as error:
             logger.info("loan had already ended component_id=%s reason=%s", component_id, error.detail)
+
+    def return_soon(self, component_id: str, *, is_adopted: bool) -> None:
+        """Return a loan, or free an adopted component, in a finalizer: waits for no reply and takes no lock."""
+        if not self.is_lost:
+            self.connection.run_soon(lambda: self._return_unwaited(component_id, is_adopted=is_adopted))
+        elif is_adopted:
+            logger.warning("component not freed, since its session has ended: use xditd revoke %s", component_id)
+
+    def _return_unwaited(self, component_id: str, *, is_adopted: bool) -> None:
+        request_id = self.connection.next_request_id()
+        if is_adopted:
+            self._try_submit(Revoke(request_id=request_id, component_id=component_id), [])
+            return
+        with self._lock:
+            freed = self._drop_loan(component_id)
+        if freed is not None:  # else it was returned before
+            back = ReturnLoan(request_id=request_id, component_id=component_id)
+            if not self._try_submit(back, freed):
+                _close_offers(freed)
+
+    def _drop_loan(self, component_id: str) -> list[Offer] | None:
+        """Count one loan less; returns the offers that are free then, or ``None`` if there is no loan."""
+        component = self._components.get(component_id)
+        if component is None:
+            return None
+        component.loans -= 1
+        return [] if component.loans else self._components.pop(component_id).offers
 
     def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
         """Copy a component into the workers' own memory, then release this process's memory of it."""
@@ -313,7 +338,7 @@ class Session:
                 return
         _close_offers(freed)
 
-    def _try_submit(self, request: Cancel | ReturnLoan, then_free: list[Offer]) -> bool:
+    def _try_submit(self, request: Cancel | ReturnLoan | Revoke, then_free: list[Offer]) -> bool:
         """Send a request without waiting; close offers when it is answered. Returns whether it was sent."""
         try:
             mailbox = self.connection.submit(request)

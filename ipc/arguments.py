@@ -6,8 +6,8 @@ each with its dtype, its shape and the place of its values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -113,8 +113,8 @@ class Special(Described, frozen=True, kw_only=True, tag_field="leaf", tag="float
 
 
 class Named(Described, frozen=True, kw_only=True, tag_field="leaf", tag="name"):
-    """A dtype of torch (``torch.bfloat16``), a kind of device (``device:cuda``), a submodule (``submodule:path``), or a
-    member of an enumeration (``module:Class.MEMBER``)."""
+    """A dtype of torch (``torch.bfloat16``), a kind of device (``device:cuda``), a submodule (``submodule:path``), a
+    member of an enumeration (``module:Class.MEMBER``), or a class (``class:module:Class``)."""
 
     name: Name
 
@@ -146,6 +146,20 @@ class Held(Described, frozen=True, kw_only=True, tag_field="leaf", tag="held"):
     held_id: Annotated[str, msgspec.Meta(max_length=64)]
     dtype: DType
     shape: Shape
+
+
+class Given(Described, frozen=True, kw_only=True, tag_field="leaf", tag="given"):
+    """A result that is one of the values among the arguments of the call: the caller has it already.
+
+    ``path`` has its number among the inner values (:func:`inner_values`) of each level below argument ``name``.
+    """
+
+    part: Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_PARTS)]
+    name: Name
+    path: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_ARGUMENTS)], ...],
+        msgspec.Meta(max_length=limits.MAX_ARGUMENT_DEPTH),
+    ] = ()
 
 
 class LentTensor(Described, frozen=True, kw_only=True, tag_field="leaf", tag="lent"):
@@ -181,6 +195,7 @@ Argument = (
     | ObjectOf
     | OutputOf
     | Held
+    | Given
     | LentTensor
     | Opaque
 )
@@ -219,6 +234,25 @@ def children(path: str, node: Argument) -> Iterator[tuple[str, Argument]]:
         yield from ((f"{path}.{key}", each) for key, each in node.attributes.items())
     elif isinstance(node, PairsOf):
         yield from ((f"{path}[{key!r}]", each) for key, each in node.items)
+
+
+def inner_values(value: Any) -> list[Any]:
+    """Return what a value holds, such as the attributes of an object, in the order of :func:`children` of its node."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else list(getattr(value, "__dict__", {}).values())
+
+
+def given_value(node: Given, parts: Sequence[Mapping[str, Any]]) -> Any:
+    """Return what ``node`` names, from the arguments of each part.
+
+    Raises:
+        LookupError: there is no such value.
+    """
+    value = parts[node.part][node.name]
+    for number in node.path:
+        value = inner_values(value)[number]
+    return value
 
 
 def depth_of(node: Argument) -> int:

@@ -93,6 +93,8 @@ def decode(packed: bytes) -> ModuleState:
     unpacker = zlib.decompressobj()
     try:
         plain = unpacker.decompress(packed, limits.MAX_PLAIN_MODULE_STATE_BYTES)
+        if len(plain) < limits.MAX_PLAIN_MODULE_STATE_BYTES and not unpacker.eof:
+            raise BadRequest(f"the state of the module is cut off after {len(packed)} bytes")
         if not unpacker.eof:
             raise BadRequest(f"the state of the module takes more than {limits.MAX_PLAIN_MODULE_STATE_BYTES} bytes")
         state = _decoder.decode(plain)

@@ -48,6 +48,9 @@ def accelerate(
     If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` seconds for new
     ones, and runs again. The contents of a KV cache are lost with the workers: a call with one raises ``LeaseLost``.
 
+    The models stay in the workers also if nothing references the returned object: :func:`unaccelerate` then gives them
+    back. Models that are garbage-collected before are given back with a ``ResourceWarning``.
+
     Without a ``client``, one is made for ``runtime_dir`` and closed at the end; it waits up to ``wait_s`` for workers.
 
     Raises:
@@ -72,11 +75,40 @@ def accelerate(
     accelerated = Accelerated(client, owns_client=owns_client)
     try:
         for name, module in modules.items():
-            accelerated.add(StandIn(client, module, name, keeps_weights=keep == "client", wait_s=wait_s))
+            accelerated.add(
+                StandIn(client, module, name, owner=accelerated, keeps_weights=keep == "client", wait_s=wait_s)
+            )
     except BaseException:
         accelerated.close()
         raise
     return accelerated
+
+
+def unaccelerate(pipe: Any) -> None:
+    """Close every :class:`Accelerated` to which models of ``pipe``, a pipeline or one module, belong.
+
+    That gives back all models of each, as at the end of its ``with`` block. Does nothing if no model is accelerated.
+
+    Raises:
+        LeaseLost: see :meth:`Accelerated.close`.
+    """
+    import torch
+
+    from xditd.client.diffusers.replaced_method import ReplacedMethod
+
+    found = [pipe] if isinstance(pipe, torch.nn.Module) else list(vars(pipe).values())
+    models = [each for each in found if isinstance(each, torch.nn.Module)]
+    models += [part for each in models for part in getattr(each, "nets", ())]
+    # The order of the models: a set of owners would have none.
+    owners = {
+        id(method.owner): method.owner
+        for model in models
+        for method in vars(model).values()
+        if isinstance(method, ReplacedMethod)
+    }
+    with contextlib.ExitStack() as stack:  # all of them are closed, also if one fails
+        for each in owners.values():
+            stack.callback(each.close)
 
 
 class Accelerated:

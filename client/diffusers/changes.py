@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from xditd.client.diffusers.code_origin import namespaces_of
+from xditd.client.diffusers.code_origin import CodeRecord, namespaces_of
 from xditd.client.diffusers.shallow_record import Content, ShallowRecord, content_of
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.transports.module_walk import walk_module
@@ -31,16 +31,26 @@ class Snapshot:
         self.namespaces = namespaces_of(module)
         # The record is made first, so that a change during the walk is found.
         self._record = self._take_record()
+        self._functions = CodeRecord(self.namespaces)
         self._code = self._take_code()
         self._config = _config_of(module)
         self._state, self._contents = self._take()
 
     def changes(self) -> list[str]:
-        """Return the names of what has changed since; fast if nothing has."""
-        return [] if self._record.is_same() else self.described_changes()
+        """Return the names of what has changed since; fast if nothing has.
+
+        Raises:
+            Unsupported: a function has other code or defaults.
+        """
+        return [] if self._record.is_same() and self._functions.is_same() else self.described_changes()
 
     def described_changes(self) -> list[str]:
-        """Return the names of what has changed since, by a complete description of the module."""
+        """Return the names of what has changed since, by a complete description of the module.
+
+        Raises:
+            Unsupported: a function has other code or defaults.
+        """
+        self._functions.check()
         record = self._take_record()
         state, contents = self._take()
         config = _config_of(self._module)

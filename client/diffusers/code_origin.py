@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
+from itertools import chain
+from operator import attrgetter, is_
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Final
@@ -23,6 +25,11 @@ _ALSO_USED: Final = ("torch", "torch.nn.functional", "diffusers.models.attention
 
 _BUILTIN: Final = ("scaled_dot_product_attention", "linear", "gelu")
 """Functions of ``torch.nn.functional`` that are compiled, and that other libraries replace with their own."""
+
+
+_PART_NAMES: Final = ("__code__", "__defaults__", "__kwdefaults__")
+_PARTS: Final = attrgetter(*_PART_NAMES)
+"""What a function computes with, and what a program can replace without replacing the function."""
 
 
 def namespaces_of(module: torch.nn.Module) -> list[type | ModuleType]:
@@ -56,6 +63,13 @@ def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
                     "have: restore it, or leave this model out of components"
                 )
             for function in _functions_of(value):
+                if not _has_own_code(function):
+                    code = function.__code__
+                    raise Unsupported(
+                        f"{label}: the code of {where}.{name} was replaced by that of {code.co_name} in "
+                        f"{code.co_filename}, which workers do not have: restore it, or leave this model out of "
+                        "components"
+                    )
                 if not _is_original(namespace, name, function):
                     raise Unsupported(
                         f"{label}: {where}.{name} was replaced by {function.__module__}.{function.__qualname__} in "
@@ -68,6 +82,37 @@ def check_code(namespaces: Iterable[type | ModuleType], label: str) -> None:
                 f"{label}: torch.nn.functional.{name} was replaced by a {type(found).__name__} in this process, which "
                 "workers cannot run: restore it, or leave this model out of components"
             )
+
+
+class CodeRecord:
+    """The code and the defaults of all functions in classes and modules, as they are now."""
+
+    def __init__(self, namespaces: Iterable[type | ModuleType]) -> None:
+        values = (value for namespace in namespaces for value in vars(namespace).values())
+        self._functions = list({id(each): each for value in values for each in _functions_of(value)}.values())
+        self._parts = self._take()
+
+    def is_same(self) -> bool:
+        """Return whether no function has other code or defaults; takes 0.1 ms for FLUX.1."""
+        return all(map(is_, chain.from_iterable(map(_PARTS, self._functions)), self._parts))
+
+    def check(self) -> None:
+        """Refuse what :meth:`is_same` finds.
+
+        Raises:
+            Unsupported: a function has other code or defaults, and workers run the original one; the error names it.
+        """
+        for number, (found, before) in enumerate(zip(self._take(), self._parts, strict=True)):
+            if found is not before:
+                function = self._functions[number // len(_PART_NAMES)]
+                raise Unsupported(
+                    f"{function.__module__}.{function.__qualname__}: its {_PART_NAMES[number % len(_PART_NAMES)]} was "
+                    "replaced within the accelerate block, and workers run the original function: restore it, or leave "
+                    "this model out of components"
+                )
+
+    def _take(self) -> list[Any]:
+        return list(chain.from_iterable(map(_PARTS, self._functions)))
 
 
 def _is_foreign(name: str, value: Any) -> bool:
@@ -104,6 +149,17 @@ def _is_original(namespace: type | ModuleType, name: str, function: FunctionType
         return False
     # A forward of another class is in an installed file too.
     return not is_forward or "<locals>" in function.__qualname__ or function.__module__ == namespace.__module__
+
+
+def _has_own_code(function: FunctionType) -> bool:
+    """Whether a function has the code with which it was defined, as far as names show it."""
+    code = function.__code__
+    if code.co_filename.startswith("<"):  # made by dataclasses, for example
+        return True
+    if code.co_filename != function.__globals__.get("__file__"):
+        return False
+    name = getattr(code, "co_qualname", "<locals>")  # Python 3.10 has none
+    return "<locals>" in name or "__wrapped__" in vars(function) or name == function.__qualname__  # decorators rename
 
 
 def _is_known(module: str) -> bool:

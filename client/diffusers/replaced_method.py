@@ -17,14 +17,20 @@ from xditd.ipc.transports.module_walk import is_own_method, method_signature
 class ReplacedMethod:
     """Calls ``run`` with itself and the arguments. ``original`` is the method as the module had it.
 
+    ``owner`` is the ``Accelerated`` that the module belongs to; the module keeps it alive.
     Pipelines read its signature to see which arguments a model takes. A deep copy of the module gets the method of its
     class, and so runs in this process. It cannot be pickled.
     """
 
     def __init__(
-        self, module: torch.nn.Module, name: str, run: Callable[[ReplacedMethod, tuple[Any, ...], dict[str, Any]], Any]
+        self,
+        module: torch.nn.Module,
+        name: str,
+        run: Callable[[ReplacedMethod, tuple[Any, ...], dict[str, Any]], Any],
+        owner: Any,
     ) -> None:
         self.name = name
+        self.owner = owner
         self.before: Any = vars(module).get(name)
         """What the module had in place of its class's method, or ``None``."""
         self.original: Callable[..., Any] = getattr(module, name)
@@ -92,7 +98,10 @@ def check_not_replaced(module: torch.nn.Module, name: str, label: str) -> None:
     if found is None or is_own_method(module, name, found):
         return
     if isinstance(found, ReplacedMethod):
-        raise Unsupported(f"{label}: it is accelerated already; close that block first")
+        raise Unsupported(
+            f"{label}: it is accelerated already: leave that accelerate block, or give the model back by "
+            "unaccelerate(pipe) of xditd.client"
+        )
     owner = found.func if isinstance(found, functools.partial) else found
     text = f"{getattr(owner, '__module__', None)}.{getattr(owner, '__qualname__', type(owner).__name__)}"
     raise Unsupported(

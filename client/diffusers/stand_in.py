@@ -10,6 +10,8 @@ import functools
 import logging
 import os
 import threading
+import warnings
+import weakref
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS: Final = 4
 """How often one call is sent at most: again after a change of the module, or after workers or a loan were lost."""
 
+_installing: Final = threading.Lock()
+"""Held from the check that no other object has replaced a module's methods until they are replaced."""
+
 
 class _Lent(NamedTuple):
     """A loan, and the state of the module when it was lent."""
@@ -47,11 +52,21 @@ class StandIn:
 
     ``calls`` counts the calls that ran in the workers, ``lends`` the loans, which is the generation of the next one.
     ``wait_s`` is how long a call waits for a daemon that is started again. Safe to use from several threads, as far as
-    the module is.
+    the module is. ``owner`` is the ``Accelerated`` of the module.
+
+    The module keeps this object and its owner alive: it runs in the workers until it is removed. A module without
+    references is given back with a ``ResourceWarning`` when it is garbage-collected.
     """
 
     def __init__(
-        self, client: Client, module: torch.nn.Module, name: str, *, keeps_weights: bool, wait_s: float
+        self,
+        client: Client,
+        module: torch.nn.Module,
+        name: str,
+        *,
+        owner: object,
+        keeps_weights: bool,
+        wait_s: float,
     ) -> None:
         self.client = client
         self.module = module
@@ -63,8 +78,11 @@ class StandIn:
         self._placeholders = None if keeps_weights else Placeholders(module, name)
         names = tuple(each for each in METHODS if callable(getattr(type(module), each, None)))
         self._replaced = frozenset({*names, *(() if keeps_weights else GUARDED)})
-        self._methods = {each: ReplacedMethod(module, each, self._call) for each in names}
+        self._methods = {each: ReplacedMethod(module, each, self._call, owner) for each in names}
         self._lent: _Lent | None = None
+        self._loans: list[Loan] = []
+        """The loan in ``_lent``, which the finalizer returns: it has no reference to the module."""
+        self._finalizer: weakref.finalize[..., StandIn] | None = None
         self._is_removed = False
         self._running = 0
         self._changed = threading.Condition()
@@ -84,6 +102,10 @@ class StandIn:
                 f"{self.name}: {type(self.module).__module__}.{type(self.module).__qualname__} is no model of "
                 "diffusers or transformers, and runs in this process only: leave it out of components"
             )
+        with _installing:
+            self._install()
+
+    def _install(self) -> None:
         for name in self._replaced:
             check_not_replaced(self.module, name, self.name)
         lent = self._lend(None)
@@ -96,6 +118,9 @@ class StandIn:
                 raise
             self._placeholders.install()
             self._lent = _Lent(lent.loan, Snapshot(self.module, self._replaced))
+        # It references the client, so that the client's own finalizer runs after it.
+        self._finalizer = weakref.finalize(self, _give_back_collected, self.client, self._loans, self.name, self._pid)
+        self._finalizer.atexit = False  # the daemon sees the process end
         for method in self._methods.values():
             method.install()
 
@@ -111,6 +136,8 @@ class StandIn:
                 self._changed.wait_for(lambda: not self._running)
         for method in self._methods.values():
             method.remove()
+        if self._finalizer is not None:
+            self._finalizer.detach()
         lent, self._lent = self._lent, None
         if lent is None or os.getpid() != self._pid:
             return  # a forked process has a copy of the loan, which the other one ends
@@ -195,6 +222,7 @@ class StandIn:
             )
             self.lends += 1
             self._lent = _Lent(loan, snapshot)
+            self._loans[:] = [loan]
             if before is not None and before.loan.is_live and before.loan.component_id != loan.component_id:
                 before.loan.return_()
             return self._lent
@@ -222,6 +250,20 @@ class StandIn:
                 f"{self.name}: its parameters require gradients, and workers compute none: call it under "
                 "torch.no_grad(), as pipelines do, or after requires_grad_(False)"
             )
+
+
+def _give_back_collected(_: Client, loans: list[Loan], name: str, pid: int) -> None:
+    """End the loan of a module that was garbage-collected. Runs at any point of any thread, so it takes no lock."""
+    if os.getpid() != pid:
+        return  # a fork has a copy of the loan, which the other process ends
+    for loan in loans:
+        loan.return_soon()
+    warnings.warn(
+        f"{name} was garbage-collected while it was accelerated: its loan ends now; use a with block, or call "
+        "unaccelerate(pipe)",
+        ResourceWarning,
+        stacklevel=1,
+    )
 
 
 class _Changed(Exception):

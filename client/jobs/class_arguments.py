@@ -17,13 +17,13 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, Held, InIo, Kept, ObjectOf, Opaque, PairsOf, SetOf, Values
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.module_state import DEVICE, GENERATOR, STATE
-from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
+from xditd.ipc.transports.module_walk import class_name, describe_class, describe_constant, is_describable
 from xditd.ipc.transports.tensor_views import dtype_name, inverse_order, memory_order
 
 
 class ClassArgumentWriter(ArgumentWriter):
     """Converts what :class:`ArgumentWriter` does, and also numbers that are not finite, sets, maps with any keys,
-    dtypes, devices, enumerations, generators, and objects of diffusers and transformers.
+    dtypes, devices, enumerations, classes, generators, and objects of diffusers and transformers.
 
     Tensors keep the order of their dimensions in memory, since some kernels round differently in another order. With
     ``is_on_gpu``, the module's parameters are on a GPU: CPU tensors are marked, and stay on the CPU.
@@ -51,7 +51,7 @@ class ClassArgumentWriter(ArgumentWriter):
             return self._generator(path, value)
         if isinstance(value, (set, frozenset)):
             return SetOf(items=tuple(self._write(path, each, depth + 1) for each in sorted(value, key=repr)))
-        if isinstance(value, (torch.dtype, torch.device, enum.Enum)):
+        if isinstance(value, (torch.dtype, torch.device, enum.Enum, type)):
             return self._constant(path, value)
         if not isinstance(value, (torch.Tensor, torch.nn.Module)) and is_describable(value):
             return self._object(path, value, depth)
@@ -66,7 +66,7 @@ class ClassArgumentWriter(ArgumentWriter):
         return ObjectOf(class_name=GENERATOR, attributes=attributes)
 
     def _constant(self, path: str, value: object) -> Argument:
-        found = describe_constant(value)
+        found = describe_class(value) if isinstance(value, type) else describe_constant(value)
         if isinstance(found, Opaque):
             raise BadRequest(f"{path}: {found.text} cannot be sent to the workers")
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
 from xditd.ipc.arguments import (
     Argument,
+    Given,
     Held,
     InIo,
     ListOf,
@@ -22,6 +23,7 @@ from xditd.ipc.arguments import (
     SetOf,
     Special,
     TupleOf,
+    given_value,
 )
 from xditd.ipc.errors import Internal, Unsupported
 from xditd.ipc.module_state import STATE
@@ -67,18 +69,26 @@ class ClassResultReader:
     """Reads the results of one call.
 
     ``read`` copies a tensor out of the block with the results to ``device``. ``store`` reads and frees the tensors that
-    stay in the workers.
+    stay in the workers. ``parts`` are the arguments of each part of the call: a result that is a value among them is
+    the caller's own object.
     """
 
     def __init__(
-        self, read: Callable[[InIo, torch.device], torch.Tensor], device: torch.device, store: HeldStore
+        self,
+        read: Callable[[InIo, torch.device], torch.Tensor],
+        device: torch.device,
+        store: HeldStore,
+        parts: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._read = read
         self._device = device
         self._store = store
+        self._parts = parts
 
     def value(self, node: Argument) -> Any:
         """Return a result, in the caller's own classes. The tensors are copies in this process, or held tensors.
+
+        Read results before :meth:`update`, which may move the values to which they refer.
 
         Raises:
             Unsupported: a class that is not installed here.
@@ -89,6 +99,11 @@ class ClassResultReader:
             return found if node.order is None else found.permute(node.order)
         if isinstance(node, Held):
             return self._store.tensor(node, self._device)
+        if isinstance(node, Given):
+            try:
+                return given_value(node, self._parts)
+            except LookupError as error:
+                raise Internal(f"the workers answered with an argument that the call does not have: {node}") from error
         if isinstance(node, OutputOf):
             return find_class(node.class_name, _HERE)(**{key: self.value(each) for key, each in node.items.items()})
         if isinstance(node, ObjectOf):

@@ -154,7 +154,7 @@ class Runner:
     ) -> list[Any]:
         from xditd.client.jobs.class_results import ClassResultReader
 
-        readers = [ClassResultReader(read, device, store) for device in job.devices]
+        readers = [ClassResultReader(read, device, store, parts) for device in job.devices]
         results = [reader.value(tree) for reader, tree in zip(readers, called.results, strict=True)]
         for reader, part, changed in zip(readers, parts, called.changed, strict=False):
             for name, node in changed.items():

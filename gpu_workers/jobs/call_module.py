@@ -83,14 +83,17 @@ def _run(job: Call, context: JobContext) -> Finished:
             finite = _note_finite(results, describer)
             room = DeviceRoom.of(job, device_io)
             writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, room)
-            described = writer.begin(results, describer.describe, stateful)
+            described = writer.begin(results, describer.describe, stateful, describer.describe_state)
             clock.end_phase("forward")
             context.check_finite(finite, component)
             context.components.check_unchanged(component)
             clock.end_phase("outputs", waits=False)
         else:
-            for tree in (*results, *(value for each in stateful for value in each.values())):
-                describer.describe(tree, lambda _: None)  # holds what rank 0 holds
+            # This holds what rank 0 holds.
+            for tree in results:
+                describer.describe(tree, lambda _: None)
+            for value in (value for each in stateful for value in each.values()):
+                describer.describe_state(value, lambda _: None)
             clock.end_phase("forward")
     return Finished(clock.marks_ms, results=described)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
+from msgspec.structs import replace
 
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.writing import Write
 from xditd.ipc.arguments import (
     Argument,
+    Given,
     Held,
+    InIo,
     ListOf,
     MapOf,
     ObjectOf,
@@ -22,11 +26,17 @@ from xditd.ipc.arguments import (
     PairsOf,
     SetOf,
     TupleOf,
+    Values,
+    children,
+    given_value,
+    holds,
+    inner_values,
 )
+from xditd.ipc.errors import Internal
 from xditd.ipc.module_state import DEVICE, GENERATOR, STATE
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call
-from xditd.ipc.transports.module_walk import class_name, describe_constant, is_describable
+from xditd.ipc.transports.module_walk import class_name, describe_class, describe_constant, is_describable
 from xditd.ipc.transports.tensor_views import dtype_name
 
 CACHE: Final = "cache"
@@ -46,66 +56,79 @@ class ResultDescriber:
         self._held = held
         self._client = client
         self._leaves: dict[int, tuple[Held, torch.Tensor]] = {}
-        for described, part in zip(job.parts, parts, strict=True):
+        self._given: dict[int, tuple[Given, Any]] = {}
+        """By id, the values of arguments that a result may be, which this keeps alive."""
+        self._parts = parts
+        for number, (described, part) in enumerate(zip(job.parts, parts, strict=True)):
             for name, node in described.arguments.items():
-                self._note(node, part[name])
+                is_stateful = holds(node, ObjectOf) or CACHE in name.lower()
+                self._note(Given(part=number, name=name), node, part[name], is_stateful=is_stateful)
 
-    def _note(self, node: Argument, value: Any) -> None:
-        """Remember which tensors of the arguments are held, and under which ids."""
+    def _note(self, where: Given, node: Argument, value: Any, *, is_stateful: bool) -> None:
+        """Remember the values among the arguments that the client has too, and which tensors are held."""
         if isinstance(node, Held):
             self._leaves[id(value)] = node, value
-        elif isinstance(node, ObjectOf):
-            for key, each in node.attributes.items() if node.class_name != GENERATOR else ():
-                self._note(each, vars(value)[key])
-        elif isinstance(node, (ListOf, TupleOf)):
-            for each, inner in zip(node.items, value, strict=True):
-                self._note(each, inner)
-        elif isinstance(node, MapOf):
-            for key, each in node.items.items():
-                self._note(each, value[key])
-        elif isinstance(node, PairsOf):
-            for (_, each), inner in zip(node.items, value.values(), strict=True):
-                self._note(each, inner)
+        # A tensor of an object may have been written to: then the object's new state has the tensor.
+        is_unwritten = isinstance(node, Values) or (isinstance(node, InIo) and node.kept_id is None)
+        if isinstance(node, (ObjectOf, ListOf, MapOf, PairsOf)) or (is_unwritten and not is_stateful):
+            self._given.setdefault(id(value), (where, value))
+        inner = list(children("", node))
+        if not inner or isinstance(node, SetOf) or (isinstance(node, ObjectOf) and node.class_name == GENERATOR):
+            return
+        found = inner_values(value)
+        if len(inner) != len(found):
+            raise Internal(
+                f"argument {where.name}: a {type(value).__name__} at {list(where.path)} has {len(found)} values, of "
+                f"{len(inner)} that the client describes"
+            )
+        for number, ((_, each), made) in enumerate(zip(inner, found, strict=True)):
+            self._note(replace(where, path=(*where.path, number)), each, made, is_stateful=is_stateful)
 
     def describe(self, value: Any, write: Write) -> Argument:
-        """Describe a result, or an argument after the forward."""
-        return self._describe(value, write, is_cache=False)
+        """Describe a result."""
+        return self._describe(value, write, is_cache=False, is_result=True)
 
-    def _describe(self, value: Any, write: Write, *, is_cache: bool) -> Argument:
+    def describe_state(self, value: Any, write: Write) -> Argument:
+        """Describe an argument after the forward, with all that it holds."""
+        return self._describe(value, write, is_cache=False, is_result=False)
+
+    def _find_given(self, value: Any) -> Given | None:
+        """Return the reference to a value that is where the client has it, also after the forward."""
+        where, _ = self._given.get(id(value), (None, None))
+        if where is None:
+            return None
+        try:
+            return where if given_value(where, self._parts) is value else None
+        except LookupError:
+            return None
+
+    def _describe(self, value: Any, write: Write, *, is_cache: bool, is_result: bool) -> Argument:
+        if is_result and (given := self._find_given(value)) is not None:
+            return given
         if isinstance(value, torch.Tensor):
             return self._hold(value) if is_cache else write(value)
         if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, enum.Enum)):
             return describe_constant(value)
-        if isinstance(value, (set, frozenset)):
-            ordered = sorted(value, key=repr)  # as on every other rank
-            return SetOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in ordered))
-        if isinstance(value, tuple) and not hasattr(value, "_fields"):
-            return TupleOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
-        if isinstance(value, list):
-            return ListOf(items=tuple(self._describe(each, write, is_cache=is_cache) for each in value))
-        if isinstance(value, Mapping):
-            return self._map(value, write, is_cache=is_cache)
+        if isinstance(value, type):
+            return describe_class(value)
         if isinstance(value, torch.Generator):
             attributes: dict[str, Argument] = {DEVICE: value.device.type, STATE: write(value.get_state())}
             return ObjectOf(class_name=GENERATOR, attributes=attributes)
-        if is_describable(value):
-            name = class_name(type(value))
-            is_cache = is_cache or CACHE in name.lower()
-            attributes = {key: self._describe(each, write, is_cache=is_cache) for key, each in vars(value).items()}
-            return ObjectOf(class_name=name, attributes=attributes)
+        is_object = not isinstance(value, Mapping) and is_describable(value)
+        is_cache = is_cache or (is_object and CACHE in class_name(type(value)).lower())
+        inner = partial(self._describe, write=write, is_cache=is_cache, is_result=is_result)
+        if isinstance(value, (set, frozenset)):
+            return SetOf(items=tuple(map(inner, sorted(value, key=repr))))  # in the order of every other rank
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return TupleOf(items=tuple(map(inner, value)))
+        if isinstance(value, list):
+            return ListOf(items=tuple(map(inner, value)))
+        if isinstance(value, Mapping):
+            return _map(value, inner)
+        if is_object:
+            attributes = {key: inner(each) for key, each in vars(value).items()}
+            return ObjectOf(class_name=class_name(type(value)), attributes=attributes)
         return Opaque(text=class_name(type(value)))
-
-    def _map(self, value: Mapping[Any, Any], write: Write, *, is_cache: bool) -> Argument:
-        if is_dataclass(value):  # the output classes of diffusers and transformers
-            items = {str(key): self._describe(each, write, is_cache=is_cache) for key, each in value.items()}
-            return OutputOf(class_name=class_name(type(value)), items=items)
-        if all(isinstance(key, str) for key in value):
-            return MapOf(items={key: self._describe(each, write, is_cache=is_cache) for key, each in value.items()})
-        return PairsOf(
-            items=tuple(
-                (describe_constant(key), self._describe(each, write, is_cache=is_cache)) for key, each in value.items()
-            )
-        )
 
     def _hold(self, tensor: torch.Tensor) -> Held:
         known = self._leaves.get(id(tensor))
@@ -118,3 +141,12 @@ class ResultDescriber:
         )
         self._leaves[id(tensor)] = leaf, tensor
         return leaf
+
+
+def _map(value: Mapping[Any, Any], inner: Callable[[Any], Argument]) -> Argument:
+    if is_dataclass(value):  # the output classes of diffusers and transformers
+        items = {str(key): inner(each) for key, each in value.items()}
+        return OutputOf(class_name=class_name(type(value)), items=items)
+    if all(isinstance(key, str) for key in value):
+        return MapOf(items={key: inner(each) for key, each in value.items()})
+    return PairsOf(items=tuple((describe_constant(key), inner(each)) for key, each in value.items()))

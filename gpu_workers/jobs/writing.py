@@ -77,7 +77,11 @@ class ResultWriter:
         self._room = room
 
     def begin(
-        self, trees: Sequence[Any], describe: Describe | None = None, changed: Sequence[Mapping[str, Any]] = ()
+        self,
+        trees: Sequence[Any],
+        describe: Describe | None = None,
+        changed: Sequence[Mapping[str, Any]] = (),
+        describe_changed: Describe | None = None,
     ) -> CallResults:
         """Begin to copy every tensor to an aligned place, and return the description of the trees.
 
@@ -85,7 +89,8 @@ class ResultWriter:
 
         ``describe`` describes a tree (default: :func:`describe_tree`), and calls its second argument for each tensor
         that is to be copied, in the same order every time. ``changed`` are the arguments of each part that the forwards
-        may have changed. With ``describe``, results keep the order of their dimensions in memory.
+        may have changed; ``describe_changed`` describes them (default: ``describe``). With ``describe``, results keep
+        the order of their dimensions in memory.
 
         Raises:
             OutOfMemory: there is no memory for a block of this process.
@@ -93,9 +98,12 @@ class ResultWriter:
         """
         keeps_order = describe is not None
         describe = describe or describe_tree
+        describe_changed = describe_changed or describe
         tensors: list[torch.Tensor] = []
-        for tree in (*trees, *(value for each in changed for value in each.values())):
+        for tree in trees:
             describe(tree, tensors.append)
+        for value in (value for each in changed for value in each.values()):
+            describe_changed(value, tensors.append)
         on_device = self._room.place(tensors) if self._room is not None else {}
         offsets, total = place([0 if number in on_device else each.nbytes for number, each in enumerate(tensors)])
         fits = self._start + total <= self._end
@@ -123,7 +131,7 @@ class ResultWriter:
             return leaf
 
         described = tuple(describe(tree, write) for tree in trees)
-        arguments = tuple({name: describe(value, write) for name, value in each.items()} for each in changed)
+        arguments = tuple({name: describe_changed(value, write) for name, value in each.items()} for each in changed)
         if arena is None:
             return CallResults(trees=described, changed=arguments)
         return CallResults(trees=described, changed=arguments, block=arena.block(), provider=identify(os.getpid()))

@@ -12,6 +12,7 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.module_state import PACKAGES
 from xditd.ipc.transports.tensor_views import torch_dtype
 
+_CLASS: Final = "class:"
 _DEVICES: Final = {f"device:{each}": each for each in ("cpu", "cuda", "meta")}
 
 _ALLOWED_MODULES: Final = (
@@ -50,6 +51,11 @@ def find_class(name: str, where: str) -> type:
     """
     module, _, path = name.partition(":")
     package = module.partition(".")[0]
+    if module == "torch.nn.utils.parametrize" and path.startswith("Parametrized"):  # torch makes one for each module
+        raise Unsupported(
+            f"class {name}: {where} cannot make parametrised modules (weight_norm, spectral_norm, orthogonal): call "
+            "torch.nn.utils.parametrize.remove_parametrizations(submodule, 'weight') for each, and lend it again"
+        )
     if not _is_allowed(module):
         raise Unsupported(f"class {name}: only classes of the models of {', '.join(PACKAGES)} can be used")
     try:
@@ -81,8 +87,8 @@ def _is_allowed(module: str) -> bool:
 
 
 def find_named(name: str, where: str) -> Any:
-    """Return what :class:`~xditd.ipc.arguments.Named` names, but for a submodule: a dtype, a device, or a member of an
-    enumeration.
+    """Return what :class:`~xditd.ipc.arguments.Named` names, but for a submodule: a dtype, a device, a member of an
+    enumeration, or a class.
 
     Raises:
         Unsupported: it is none of these, or is not installed in ``where``.
@@ -91,6 +97,8 @@ def find_named(name: str, where: str) -> Any:
         return torch_dtype(name.removeprefix("torch."))
     if name in _DEVICES:
         return torch.device(_DEVICES[name])
+    if name.startswith(_CLASS):
+        return find_class(name.removeprefix(_CLASS), where)
     path, _, member = name.rpartition(".")
     kind = find_class(path, where)
     if not issubclass(kind, enum.Enum) or member not in kind.__members__:

@@ -256,6 +256,12 @@ def describe_constant(value: Any) -> Argument:
     return Opaque(text=_text_of(value))
 
 
+def describe_class(kind: type) -> Argument:
+    """Describe a class: one of the packages by its name, any other by a text that says what it is."""
+    is_known = kind.__module__.partition(".")[0] in PACKAGES
+    return Named(name=f"class:{class_name(kind)}") if is_known else Opaque(text=_text_of(kind))
+
+
 def method_signature(method: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a method, also of one that diffusers' ``apply_forward_hook`` has wrapped.
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from flux_pipelines import flux
 from followed_changes import FOLLOWED, Followed, block_of
 from refused_changes import REFUSED, Refused
 
+from xditd.client import Unsupported
 from xditd.client.diffusers.changes import Snapshot
 from xditd.ipc.facts import METHODS
 
@@ -96,6 +98,15 @@ def test_change_is_named(change: Any, named: str) -> None:
     snapshot = Snapshot(pipe.transformer, METHODS)
     change(pipe)
     assert named in " ".join(snapshot.changes())
+
+
+def test_code_of_a_function_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot(flux().transformer, METHODS)
+    with monkeypatch.context() as patch:
+        patch.setattr(FluxAttention.forward, "__code__", (lambda *_, **__: None).__code__)
+        with pytest.raises(Unsupported, match=r"FluxAttention\.forward: its __code__ was replaced within"):
+            snapshot.changes()
+    assert snapshot.changes() == []
 
 
 def test_check_of_a_large_model_is_fast() -> None:

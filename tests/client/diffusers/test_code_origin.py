@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import (
 from flux_pipelines import flux_transformer
 
 from xditd.client import Unsupported
-from xditd.client.diffusers.code_origin import check_code, namespaces_of
+from xditd.client.diffusers.code_origin import CodeRecord, check_code, namespaces_of
 
 _first_of_each_class = {entry.name: entry for entry in reversed(ENTRIES.values())}
 
@@ -72,3 +73,32 @@ def test_replaced_function_is_named(
         with pytest.raises(Unsupported, match=f"^transformer: .*{text}"):
             check_code(namespaces_of(model), "transformer")
     check_code(namespaces_of(model), "transformer")
+
+
+OF_THE_SAME_FILE = pytest.param(
+    FluxSingleTransformerBlock.forward.__code__,
+    marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="code objects have no qualified names"),
+)
+
+
+@pytest.mark.parametrize("code", [own.__code__, apply_rotary_emb.__code__, OF_THE_SAME_FILE])
+def test_replaced_code_is_named(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespaces = namespaces_of(flux_transformer())
+    monkeypatch.setattr(FluxTransformerBlock.forward, "__code__", code)
+    with pytest.raises(Unsupported, match=f"^transformer: the code of .*FluxTransformerBlock.*{code.co_name} in "):
+        check_code(namespaces, "transformer")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("__code__", own.__code__), ("__defaults__", (1,)), ("__kwdefaults__", {"a": 1})]
+)
+def test_code_replaced_within_a_block_is_named(part: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = CodeRecord(namespaces_of(flux_transformer()))
+    assert record.is_same()
+    record.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(FluxTransformerBlock.forward, part, value)
+        assert not record.is_same()
+        with pytest.raises(Unsupported, match=f"FluxTransformerBlock.forward: its {part} was replaced within"):
+            record.check()
+    assert record.is_same()

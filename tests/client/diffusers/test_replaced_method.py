@@ -14,7 +14,7 @@ from xditd.client.diffusers.replaced_method import ReplacedMethod, check_not_rep
 
 
 def replaced(module: Any) -> ReplacedMethod:
-    method = ReplacedMethod(module, "forward", lambda method, args, kwargs: method.bind(args, kwargs))
+    method = ReplacedMethod(module, "forward", lambda method, args, kwargs: method.bind(args, kwargs), None)
     method.install()
     return method
 
@@ -68,7 +68,7 @@ def test_pickling_is_refused() -> None:
     ("forward", "text"),
     [
         (lambda module: functools.partial(print, module), "replaced before, by builtins.print"),
-        (lambda module: ReplacedMethod(module, "forward", print), "transformer: it is accelerated already"),
+        (lambda module: ReplacedMethod(module, "forward", print, None), r"already: .* by unaccelerate\(pipe\)"),
     ],
 )
 def test_module_that_was_replaced_before_is_refused(forward: Any, text: str) -> None:

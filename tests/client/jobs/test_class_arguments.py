@@ -16,8 +16,8 @@ from xditd.client.io_places import IoPlaces
 from xditd.client.jobs.class_arguments import ClassArgumentWriter
 from xditd.client.jobs.class_results import ClassResultReader, NotReturned
 from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
-from xditd.ipc.arguments import Argument, Held, InIo, ListOf, MapOf, Named, ObjectOf, Opaque, OutputOf, Values
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.arguments import Argument, Given, Held, InIo, ListOf, MapOf, Named, ObjectOf, Opaque, OutputOf, Values
+from xditd.ipc.errors import BadRequest, Internal, Unsupported
 
 CPU = torch.device("cpu")
 
@@ -60,6 +60,7 @@ def both() -> Any:
         -math.inf,
         torch.float16,
         AttentionBackendName.NATIVE,
+        DynamicLayer,
         [1, (2, None)],
         {"a": {1: "b"}},
         {1, 2},
@@ -246,3 +247,21 @@ def test_object_of_another_class_replaces_the_one_before(both: Fixture) -> None:
     assert both.reader.update(node, holder) is holder
     assert type(holder["layer"]) is DynamicSlidingWindowLayer
     assert type(before) is DynamicLayer
+
+
+def test_results_that_are_arguments_are_the_callers_own_objects(both: Fixture) -> None:
+    cache = Flux2KVCache(1, 1)
+    part = {"cache": cache, "more": ({"a": [cache]}, torch.zeros(2))}
+    reader = ClassResultReader(both._read, CPU, both.store, [{}, part])
+    assert reader.value(Given(part=1, name="cache")) is cache
+    assert reader.value(Given(part=1, name="cache", path=(0,))) is next(iter(vars(cache).values()))
+    assert reader.value(ListOf(items=(Given(part=1, name="more", path=(0, 0, 0)),)))[0] is cache
+    assert reader.value(Given(part=1, name="more", path=(1,))) is part["more"][1]
+    for wrong in (Given(part=2, name="x"), Given(part=1, name="x"), Given(part=1, name="more", path=(7,))):
+        with pytest.raises(Internal, match="an argument that the call does not have"):
+            reader.value(wrong)
+
+
+def test_classes_of_the_program_are_named(both: Fixture) -> None:
+    with pytest.raises(BadRequest, match=r"x: class .*:Fixture cannot be sent to the workers"):
+        both.write(Fixture)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.transports.module_classes import find_class
+from xditd.ipc.transports.module_classes import find_class, find_named
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,7 @@ def test_classes_of_models_are_found(name: str, found: str) -> None:
         ("diffusers.models.modeling_utils:OrderedDict", "it is one of collections"),
         ("torch.nn.modules.linear:Linear.__class__", "it is one of builtins"),
         ("torch.nn.modules.linear:Missing", "torch .* of the workers has no such class: AttributeError"),
+        ("torch.nn.utils.parametrize:ParametrizedLinear", "parametrised modules .*parametrize.remove_parametrizations"),
         ("torch.nn.modules.missing:Linear", "torch .* of the workers has no such class: ModuleNotFoundError"),
         ("torch.nn.modules.linear:", "torch .* of the workers has no such class"),
     ],
@@ -66,3 +67,9 @@ def test_a_refused_module_is_not_imported() -> None:
     with pytest.raises(Unsupported):
         find_class(f"{name}:main", "the workers")
     assert name not in sys.modules
+
+
+def test_named_classes_are_those_of_models_alone() -> None:
+    assert find_named("class:transformers.cache_utils:DynamicLayer", "the workers").__name__ == "DynamicLayer"
+    with pytest.raises(Unsupported, match="class os:system: only classes of the models of"):
+        find_named("class:os:system", "the workers")
