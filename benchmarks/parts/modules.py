@@ -27,6 +27,7 @@ from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table
 
 from xditd.client import Client, accelerate
 from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.ipc.status import SplitCheck
 
 Arguments = dict[str, Any]
 SEED = 0
@@ -159,14 +160,17 @@ def run(given: argparse.Namespace, report: Report) -> int:
     return 0
 
 
-def build(class_name: str, config: Arguments, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Build a model with random weights on the device; tables that are no parameters have their values."""
+def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Build a model of a class, or of one of diffusers by name, with random weights on the device.
+
+    Tables that are no parameters have their values.
+    """
     import diffusers
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = getattr(diffusers, class_name)(**config)
+        model = (getattr(diffusers, of) if isinstance(of, str) else of)(**config)
     torch.manual_seed(SEED)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -216,12 +220,18 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
         "weights_gib": round(sum(each.nbytes for each in model.parameters()) / GIB, 2),
         "worker_took_gib": round(lent / GIB, 2),
         "same_bits": torch.equal(here, there),
-        "error": float((there - here).norm() / here.norm()),
+        "error": round(float((there - here).norm() / here.norm()), 7),
+        "split": ", ".join(split_of(each) for each in client.status().split_checks if each.class_name == class_name),
     }
     del model, arguments, results
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def split_of(check: SplitCheck) -> str:
+    """Return how the workers share such calls, or why they do not."""
+    return check.split if check.is_used else f"not by {check.split}: {check.detail}"
 
 
 def worker_bytes(pids: set[int]) -> int:
