@@ -175,7 +175,13 @@ def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                values = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(0.0, 0.02)
+                values = torch.empty(parameter.shape, device=device, dtype=dtype)
+                # As trained models have them: norms near 1, products that keep the size of their inputs. With other
+                # random weights a deep model makes ten times as much of its roundings.
+                if parameter.ndim > 1:
+                    values.normal_(0.0, (3 * parameter[0].numel()) ** -0.5)
+                else:
+                    values.normal_(1.0 if name == "weight" else 0.0, 0.02)
                 module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:

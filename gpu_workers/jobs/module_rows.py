@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Final, Literal
 
@@ -19,7 +20,10 @@ import torch
 
 from xditd.gpu_workers.models.class_models import ClassModel
 from xditd.gpu_workers.models.finite import magnitude
+from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import (
+    MOST_NOISE,
+    NOISES,
     TOLERANCE,
     TOLERANCE_OF_HALVES,
     Case,
@@ -151,19 +155,23 @@ class ModuleRows:
         if worst is None:
             checks.note(key, Case(None), self._report("rows", batch, None, "ranks have results of other structures"))
             return whole
+        noise = cache(partial(self._noise, copied, whole, structure))
+        worst = self._allow_noise(worst, noise)
         reports = []
         has_rows = batch > 1 and worst.ratio <= 1.0
         if batch > 1:
             why = "" if has_rows else why or "rows that run apart give other results"
             reports.append(self._report("rows", batch, worst, why))
-        by_tokens = self._check_tokens(copied, whole, structure, batch)
+        by_tokens = self._check_tokens(copied, whole, structure, batch, noise)
         if by_tokens is not None:
             reports.append(by_tokens)
         splits_tokens = by_tokens is not None and by_tokens.is_used
         checks.note(key, Case(structure, batch if has_rows else 0, splits_tokens), *reports)
         return whole
 
-    def _check_tokens(self, arguments: Mapping[str, Any], whole: Any, structure: Node, batch: int) -> SplitCheck | None:
+    def _check_tokens(
+        self, arguments: Mapping[str, Any], whole: Any, structure: Node, batch: int, noise: Callable[[], float]
+    ) -> SplitCheck | None:
         """Run a call with its tokens split over all ranks, and compare; ``None`` if the module has no token plan."""
         if isinstance(self._model.planned, str) or self._method != "forward":
             return None
@@ -179,6 +187,7 @@ class ModuleRows:
             found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         assert worst is not None  # all ranks have had the same structure before
+        worst = self._allow_noise(worst, noise)
         return self._report("tokens", batch, worst, "" if worst.ratio <= 1.0 else why)
 
     def _run_tokens_or_whole(self, arguments: Mapping[str, Any], key: CaseKey, case: Case) -> Any:
@@ -254,6 +263,25 @@ class ModuleRows:
             return None
         found = (Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone)
         return max(found, key=attrgetter("ratio"))
+
+    def _allow_noise(self, worst: Difference, noise: Callable[[], float]) -> Difference:
+        """Raise the tolerance of a difference in halves that exceeds it, to what roundings alone change; on all ranks.
+
+        A fixed tolerance cannot tell a model that makes much of roundings from a wrong result.
+        """
+        if worst.ratio <= 1.0 or not self._in_halves or not math.isfinite(worst.error):
+            return worst
+        return Difference(worst.error, max(worst.tolerance, min(NOISES * noise(), MOST_NOISE)))
+
+    def _noise(self, arguments: Mapping[str, Any], whole: Any, structure: Node) -> float:
+        """Run a call whole once more, with the last places of its products changed; return the error of the result."""
+        with raise_on_all_ranks(), rounding_noise(self._model.module):
+            noisy = self._call(copy_tree(arguments))
+        found = math.inf
+        if structure_of(noisy, batch_of(arguments)) == structure:
+            found = self._differ(noisy, whole).error
+        worst = self._worst(Difference(found, 1.0), structure)
+        return 0.0 if worst is None or not math.isfinite(worst.error) else worst.error
 
     def _report(self, split: Literal["rows", "tokens"], batch: int, found: Difference | None, why: str) -> SplitCheck:
         error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
