@@ -27,7 +27,7 @@ from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table
 
 from xditd.client import Client, accelerate
 from xditd.client.demo.daemon_process import DaemonProcess
-from xditd.ipc.status import SplitCheck
+from xditd.ipc.status import ForwardPath, SplitCheck
 
 Arguments = dict[str, Any]
 SEED = 0
@@ -216,6 +216,7 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
                 synchronize(device)
                 if number >= 2:  # kernels are chosen in the first calls
                     into.append((time.perf_counter() - began) * 1e3)
+    status = client.status()
     here, there = (first_tensor(result).float() for result in results)
     found = {
         "here_ms": round(statistics.median(here_ms), 1),
@@ -227,7 +228,8 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
         "worker_took_gib": round(lent / GIB, 2),
         "same_bits": torch.equal(here, there),
         "error": round(float((there - here).norm() / here.norm()), 7),
-        "split": ", ".join(split_of(each) for each in client.status().split_checks if each.class_name == class_name),
+        "split": ", ".join(split_of(each) for each in status.split_checks if each.class_name == class_name),
+        "path": ", ".join(path_of(each) for each in status.forward_paths if each.class_name == class_name),
     }
     del model, arguments, results
     if device.type == "cuda":
@@ -238,6 +240,12 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
 def split_of(check: SplitCheck) -> str:
     """Return how the workers share such calls, or why they do not."""
     return check.split if check.is_used else f"not by {check.split}: {check.detail}"
+
+
+def path_of(path: ForwardPath) -> str:
+    """Return how such a forward runs, what that took to make, and the GPU memory of one rank."""
+    made = f"{path.path} in {path.took_s:.2f} s, {path.memory_bytes / GIB:.2f} GiB"
+    return f"{made} ({path.detail})" if path.detail else made
 
 
 def worker_bytes(pids: set[int]) -> int:
