@@ -35,14 +35,12 @@ class CapturedForward:
         forward: Callable[[Mapping[str, Any]], Any],
         arguments: Mapping[str, Any],
         weights: Sequence[torch.Tensor],
-        pool: Any,
         device: torch.device,
     ) -> None:
         """Capture ``forward(arguments)``, on the stream for captures; nothing is computed.
 
         ``arguments`` may be changed by nobody else from now on. ``weights`` are tensors whose memory is not this
-        process's own; they are not kept. ``pool`` is memory that graphs share, which are never replayed at the same
-        time (``torch.cuda.graph_pool_handle``).
+        process's own; they are not kept.
         """
         self._inputs = [each for each in tensors_of(arguments) if each.is_cuda]
         self._graph = torch.cuda.CUDAGraph()
@@ -50,9 +48,8 @@ class CapturedForward:
         versions = [each._version for each in self._inputs]
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        stream = _stream(device)
-        with torch.cuda.stream(stream):
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        with _Capture(self._graph, device):
             try:
                 with watched:
                     result = forward(arguments)
@@ -61,8 +58,8 @@ class CapturedForward:
             except Exception as error:  # noqa: BLE001 - whatever the class raises: it then runs as it is
                 traceback.clear_frames(error.__traceback__)
                 raise CaptureRefused(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from None
-            finally:
-                _end(self._graph)
+        self.memory_bytes = max(0, free_bytes - torch.cuda.mem_get_info(device)[0])
+        """GPU memory that its making took, beyond what other graphs have taken."""
         structure = structure_of(result, 0)
         if structure is None:
             raise CaptureRefused("its result holds objects")
@@ -86,24 +83,44 @@ class CapturedForward:
         return build(self._structure, (each.clone() for each in self._results))
 
 
-_streams: Final[dict[torch.device, torch.cuda.Stream]] = {}
+class _Capture:
+    """A capture into the memory that all graphs of a GPU share: they are never replayed at the same time."""
 
+    _streams: Final[dict[torch.device, torch.cuda.Stream]] = {}
+    _pools: Final[dict[torch.device, Any]] = {}
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for captures: memory of a pool belongs to one stream."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # memory belongs to one stream
+        if device not in self._pools:
+            self._pools[device] = torch.cuda.graph_pool_handle()
+        self._graph, self._device = graph, device
+        self._on_stream = torch.cuda.stream(self._streams[device])
 
+    def __enter__(self) -> None:
+        self._on_stream.__enter__()
+        # Relaxed, because copies from the host are made on another stream meanwhile.
+        self._graph.capture_begin(pool=self._pools[self._device], capture_error_mode="relaxed")
 
-def _end(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture; one that CUDA has ended for an error is dropped."""
-    try:
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._graph.capture_end()
+        except RuntimeError as refused:
+            self._recover()
+            if isinstance(refused, torch.OutOfMemoryError):
+                raise
+            raise CaptureRefused(f"CUDA ended the capture: {refused}".splitlines()[0][:300]) from None
+        finally:
+            self._on_stream.__exit__(*error)
+
+    def _recover(self) -> None:
+        """Undo what torch leaves after a capture that CUDA has ended: memory and random numbers of a graph."""
+        pool = self._pools.pop(self._device)
+        torch._C._cuda_endAllocateToPool(self._device.index, pool)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="relaxed")
+        torch.zeros(1, device=self._device)
         graph.capture_end()
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CaptureRefused(f"CUDA ended the capture: {error}".splitlines()[0][:300]) from None
 
 
 _WAITS: Final = frozenset(
@@ -116,6 +133,10 @@ _WAITS: Final = frozenset(
 
 _BY_MASK: Final = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 """Operators that do so if an index is a mask."""
+
+
+def _refuse_to_wait(*_: Any) -> None:
+    raise CaptureRefused("the host waits for the device in its forward (synchronize)")
 
 
 class _Watched(TorchDispatchMode):
@@ -133,14 +154,17 @@ class _Watched(TorchDispatchMode):
         self._known = {each.untyped_storage()._cdata for each in weights}
         self._side = torch.cuda.Stream(device)
         self._lifts_only = torch._C._only_lift_cpu_tensors()
+        self._synchronize = torch.cuda.synchronize
 
     def __enter__(self) -> _Watched:
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") is a copy that is seen
+        torch.cuda.synchronize = _refuse_to_wait  # type: ignore[assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch.cuda.synchronize = self._synchronize
         torch._C._set_only_lift_cpu_tensors(self._lifts_only)
 
     def __torch_dispatch__(

@@ -33,7 +33,7 @@ MAX_CASES: Final = 256
 MAX_INPUT_BYTES: Final = 2**30
 """Of the tensors of a forward that is captured: the graph has a copy of them."""
 
-HOST_SHARE: Final = 0.2
+HOST_SHARE: Final = 0.3
 """A forward whose host launches kernels for less than this share of its time gains nothing from a graph."""
 
 RUNS_BEFORE: Final = 2
@@ -98,7 +98,6 @@ class ForwardPaths:
         self._wanted: list[_Wanted] = []
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
-        self._pool: Any = None
         self._new: list[ForwardPath] = []
 
     @property
@@ -198,7 +197,6 @@ class ForwardPaths:
             return "its result holds objects", 0
         if not together(self._is_worth_it(wanted)):
             return f"the host needs less than {HOST_SHARE:.0%} of its time", 0
-        free_before = torch.cuda.mem_get_info(self._device)[0]
         snapshot = ModuleSnapshot(self._module)
         graph, reason = self._try(wanted)
         if not together(graph is not None):
@@ -215,15 +213,13 @@ class ForwardPaths:
             return "its graph gives other bits", 0
         wanted.case.graph = graph
         self._drop_oldest()
-        return "", max(0, free_before - torch.cuda.mem_get_info(self._device)[0])
+        return "", graph.memory_bytes
 
     def _try(self, wanted: _Wanted) -> tuple[CapturedForward | None, str]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.no_grad():
                 weights = list(self._current.tensors.values()) if self._current is not None else []
-                return CapturedForward(wanted.forward, wanted.arguments, weights, self._pool, self._device), ""
+                return CapturedForward(wanted.forward, wanted.arguments, weights, self._device), ""
         except CaptureRefused as refused:
             return None, str(refused)
         except torch.OutOfMemoryError:

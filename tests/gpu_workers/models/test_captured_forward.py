@@ -132,6 +132,8 @@ class Waits(torch.nn.Module):
             return {"sample": object()}
         elif self.how == "synchronizes":
             torch.cuda.synchronize()
+        elif self.how == "waits unseen":
+            torch.cuda.current_stream().synchronize()
         elif self.how == "changes the module":
             self.state = found
         elif self.how == "other bits":
@@ -148,7 +150,8 @@ class Waits(torch.nn.Module):
         ("to the host", "_to_copy"),
         ("writes", "writes to its arguments"),
         ("object", "holds objects"),
-        ("synchronizes", ""),
+        ("synchronizes", "host waits"),
+        ("waits unseen", "CUDA ended the capture"),
         ("changes the module", "changes the module"),
         ("other bits", "other bits"),
     ],
