@@ -87,20 +87,26 @@ class _Capture:
     """A capture into the memory that all graphs of a GPU share: they are never replayed at the same time."""
 
     _streams: Final[dict[torch.device, torch.cuda.Stream]] = {}
-    _pools: Final[dict[torch.device, Any]] = {}
+    _anchors: Final[dict[torch.device, torch.cuda.CUDAGraph]] = {}
+    """A graph of each GPU that keeps the memory known to torch while there is no other one."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # memory belongs to one stream
-        if device not in self._pools:
-            self._pools[device] = torch.cuda.graph_pool_handle()
         self._graph, self._device = graph, device
         self._on_stream = torch.cuda.stream(self._streams[device])
 
     def __enter__(self) -> None:
         self._on_stream.__enter__()
-        # Relaxed, because copies from the host are made on another stream meanwhile.
-        self._graph.capture_begin(pool=self._pools[self._device], capture_error_mode="relaxed")
+        try:
+            if self._device not in self._anchors:
+                self._anchors[self._device] = self._anchor()
+            # Relaxed, because copies from the host are made on another stream meanwhile.
+            pool = self._anchors[self._device].pool()
+            self._graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+        except BaseException:
+            self._on_stream.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *error: Any) -> None:
         try:
@@ -114,13 +120,21 @@ class _Capture:
             self._on_stream.__exit__(*error)
 
     def _recover(self) -> None:
-        """Undo what torch leaves after a capture that CUDA has ended: memory and random numbers of a graph."""
-        pool = self._pools.pop(self._device)
+        """Undo what torch leaves after a capture that CUDA has ended.
+
+        Its allocator still gives out the memory of graphs, and its random numbers are those of a graph until the next
+        capture ends. Earlier graphs keep their memory, later ones get other memory.
+        """
+        pool = self._anchors.pop(self._device).pool()
         torch._C._cuda_endAllocateToPool(self._device.index, pool)
+        self._anchors[self._device] = self._anchor()
+
+    def _anchor(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="relaxed")
         torch.zeros(1, device=self._device)
         graph.capture_end()
+        return graph
 
 
 _WAITS: Final = frozenset(
