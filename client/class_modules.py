@@ -14,7 +14,13 @@ from xditd.ipc.requests import Numerics
 
 
 def lend_module(
-    client: Client, module: torch.nn.Module, *, label: str, generation: int, replaced: Collection[str]
+    client: Client,
+    module: torch.nn.Module,
+    *,
+    label: str,
+    generation: int,
+    replaced: Collection[str],
+    acceleration: str | None,
 ) -> Loan:
     """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself.
 
@@ -29,6 +35,7 @@ def lend_module(
         deadline_s=None,
         as_class=True,
         replaced=replaced,
+        acceleration=acceleration,
     )
 
 

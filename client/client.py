@@ -31,7 +31,7 @@ from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Decoded, Encoded, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import ComponentKind, CopiedBytes
+from xditd.ipc.tensors import Acceleration, ComponentKind, CopiedBytes
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +98,7 @@ class Client:
         device: str | None = None,
         generation: int = 0,
         as_class: bool = False,
+        acceleration: Acceleration | None = None,
         variant: str | None = None,
         deadline_s: float | None = None,
     ) -> Loan:
@@ -113,6 +114,7 @@ class Client:
         A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
         its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
         ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
+        ``acceleration`` is how its forwards run on GPUs, instead of the daemon's setting of this name.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -128,6 +130,7 @@ class Client:
             generation=generation,
             deadline_s=deadline_s,
             as_class=as_class,
+            acceleration=acceleration,
             variant=variant,
         )
 

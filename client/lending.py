@@ -17,7 +17,9 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import msgspec
 
 from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_loading import load_into_arena
@@ -29,7 +31,15 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.recognition import form_error
-from xditd.ipc.tensors import Block, ComponentKind, CopiedBytes, Manifest, ModuleDescription, TensorSpec
+from xditd.ipc.tensors import (
+    Acceleration,
+    Block,
+    ComponentKind,
+    CopiedBytes,
+    Manifest,
+    ModuleDescription,
+    TensorSpec,
+)
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.safetensors_header import read_header
@@ -114,6 +124,7 @@ def describe(
     as_class: bool = False,
     replaced: Collection[str] = (),
     variant: str | None = None,
+    acceleration: str | None = None,
 ) -> Offer:
     """Prepare a component to be lent.
 
@@ -123,11 +134,13 @@ def describe(
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
     its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
+    ``acceleration`` is how forwards of such a module run on GPUs.
 
     Raises:
         BadCheckpoint: a file is not a valid safetensors file, or the files of a folder or an index are not complete.
         StaleSource: a file changed while it was read.
-        BadRequest: a tensor has no memory that can be shared, or ``variant`` is given for what is no folder.
+        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or
+            ``acceleration`` for what does not run as its class.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.
@@ -156,7 +169,7 @@ def describe(
             specs = _describe_tensors(state_of(source), device, memory)
         manifest = Manifest(
             kind=kind,
-            module=module,
+            module=module if acceleration is None else _accelerated(module, acceleration, label),
             label=label,
             blocks=tuple(memory.blocks),
             tensors=tuple(specs),
@@ -171,6 +184,17 @@ def describe(
         memory.close()
         raise
     return Offer(manifest, memory.copied, {"describe": (time.perf_counter() - started) * 1e3}, memory)
+
+
+def _accelerated(module: ModuleDescription | None, acceleration: str, label: str) -> ModuleDescription:
+    known = get_args(Acceleration)
+    if acceleration not in known:
+        raise BadRequest(f"acceleration: {acceleration!r}; use {', '.join(map(repr, known))}, or None for the daemon's")
+    if module is None or module.allows_family:
+        raise BadRequest(
+            f"{label}: acceleration is of models that run as their class; lend a module or a folder with as_class=True"
+        )
+    return msgspec.structs.replace(module, acceleration=cast("Acceleration", acceleration))
 
 
 def _describe_files(files: ModelFiles, label: str, device: str | None, memory: _LentMemory) -> list[TensorSpec]:

@@ -113,6 +113,7 @@ class Session:
         generation: int,
         deadline_s: float | None,
         as_class: bool = False,
+        acceleration: str | None = None,
         replaced: Collection[str] = (),
         variant: str | None = None,
     ) -> Loan:
@@ -129,6 +130,7 @@ class Session:
             device=device,
             generation=generation,
             as_class=as_class,
+            acceleration=acceleration,
             replaced=replaced,
             variant=variant,
         )

@@ -186,6 +186,10 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=False)) + 1) * item
 
 
+Acceleration = Literal["auto", "eager", "captured"]
+"""How forwards of a module run: its class's code kernel by kernel, captured as a CUDA graph, or as takes less time."""
+
+
 class ModuleDescription(Described, frozen=True, kw_only=True):
     """A module to be run as its own class does.
 
@@ -199,6 +203,8 @@ class ModuleDescription(Described, frozen=True, kw_only=True):
     state: Annotated[bytes, msgspec.Meta(max_length=limits.MAX_MODULE_STATE_BYTES)] = b""
     allows_family: bool = False
     """Whether a family may run it, if it is as its class makes it."""
+    acceleration: Acceleration | None = None
+    """How its forwards run on GPUs; ``None``: as the daemon's setting says."""
 
 
 class Manifest(Described, frozen=True, kw_only=True):

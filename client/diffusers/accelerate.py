@@ -14,6 +14,7 @@ from xditd.ipc.errors import BadRequest, Unsupported, XditdError
 if TYPE_CHECKING:
     from xditd.client.client import Client
     from xditd.client.diffusers.stand_in import StandIn
+    from xditd.ipc.tensors import Acceleration
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def accelerate(
     client: Client | None = None,
     runtime_dir: str | os.PathLike[str] | None = None,
     wait_s: float = WAIT_S,
+    acceleration: Acceleration | None = None,
 ) -> Accelerated:
     """Run models of ``pipe`` on the daemon's workers, until the returned object is closed or its ``with`` block ends.
 
@@ -47,6 +49,9 @@ def accelerate(
 
     If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` seconds for new
     ones, and runs again. The contents of a KV cache are lost with the workers: a call with one raises ``LeaseLost``.
+
+    On GPUs, forwards may run as captured CUDA graphs, which give the same bits. ``acceleration="eager"`` runs the
+    class's code kernel by kernel in any case; without it the daemon's setting says.
 
     The models stay in the workers also if nothing references the returned object: :func:`unaccelerate` then gives them
     back. Models that are garbage-collected before are given back with a ``ResourceWarning``.
@@ -76,7 +81,15 @@ def accelerate(
     try:
         for name, module in modules.items():
             accelerated.add(
-                StandIn(client, module, name, owner=accelerated, keeps_weights=keep == "client", wait_s=wait_s)
+                StandIn(
+                    client,
+                    module,
+                    name,
+                    owner=accelerated,
+                    keeps_weights=keep == "client",
+                    wait_s=wait_s,
+                    acceleration=acceleration,
+                )
             )
     except BaseException:
         accelerated.close()

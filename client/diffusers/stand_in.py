@@ -51,8 +51,8 @@ class StandIn:
     """A module of a pipeline, lent to the workers while it is installed.
 
     ``calls`` counts the calls that ran in the workers, ``lends`` the loans, which is the generation of the next one.
-    ``wait_s`` is how long a call waits for a daemon that is started again. Safe to use from several threads, as far as
-    the module is. ``owner`` is the ``Accelerated`` of the module.
+    ``wait_s`` is how long a call waits for a daemon that is started again, ``acceleration`` that of its loans. Safe to
+    use from several threads, as far as the module is. ``owner`` is the ``Accelerated`` of the module.
 
     The module keeps this object and its owner alive: it runs in the workers until it is removed. A module without
     references is given back with a ``ResourceWarning`` when it is garbage-collected.
@@ -67,6 +67,7 @@ class StandIn:
         owner: object,
         keeps_weights: bool,
         wait_s: float,
+        acceleration: str | None = None,
     ) -> None:
         self.client = client
         self.module = module
@@ -74,6 +75,7 @@ class StandIn:
         self.calls = 0
         self.lends = 0
         self._wait_s = wait_s
+        self._acceleration = acceleration
         self._pid = os.getpid()
         self._placeholders = None if keeps_weights else Placeholders(module, name)
         names = tuple(each for each in METHODS if callable(getattr(type(module), each, None)))
@@ -218,7 +220,12 @@ class StandIn:
             snapshot = Snapshot(self.module, self._replaced)
             check_code(snapshot.namespaces, self.name)
             loan = lend_module(
-                self.client, self.module, label=self.name, generation=self.lends, replaced=self._replaced
+                self.client,
+                self.module,
+                label=self.name,
+                generation=self.lends,
+                replaced=self._replaced,
+                acceleration=self._acceleration,
             )
             self.lends += 1
             self._lent = _Lent(loan, snapshot)

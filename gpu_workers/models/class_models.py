@@ -82,7 +82,11 @@ class ClassModel:
         """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
         self.paths = ForwardPaths(
-            self.module, self.class_name, self.device, layout.acceleration, is_leader=layout.rank == 0
+            self.module,
+            self.class_name,
+            self.device,
+            described.acceleration or layout.acceleration,
+            is_leader=layout.rank == 0,
         )
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""

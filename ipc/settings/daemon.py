@@ -13,6 +13,7 @@ from xditd.ipc import limits
 from xditd.ipc.addresses import default_runtime_dir, parse_metrics_address
 from xditd.ipc.degrees import AUTO, parse_layout
 from xditd.ipc.settings.setting import about, settings_of
+from xditd.ipc.tensors import Acceleration
 
 CONFIG_VARIABLE: Final = "XDITD_CONFIG"
 """The path of the daemon's TOML file."""
@@ -20,7 +21,6 @@ CONFIG_VARIABLE: Final = "XDITD_CONFIG"
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
 Precision = Literal["bf16", "fp8"]
-Acceleration = Literal["auto", "eager", "captured"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _daemon = partial(about, section="daemon")
