@@ -144,12 +144,14 @@ def _send_rows(x_ptr, bases_ptr, rank, rows_a_rank, WIDTH: tl.constexpr, RANKS: 
     tl.store(base + there + columns, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["round_number"])
-def _barrier(bases_ptr, rank, round_number, RANKS: tl.constexpr):
+@triton.jit
+def _barrier(bases_ptr, rank, RANKS: tl.constexpr):
     # Stores of earlier kernels are done when those have ended; release and acquire order them across GPUs.
+    # Only this rank writes its own flag here, so that is the number of the last round.
+    round_number = tl.load(tl.load(bases_ptr + rank).to(tl.pointer_type(tl.int64)) + rank) + 1
     for peer in tl.static_range(RANKS):
         flags = tl.load(bases_ptr + peer).to(tl.pointer_type(tl.int64))
-        tl.atomic_xchg(flags + rank, round_number.to(tl.int64), sem="release", scope="sys")
+        tl.atomic_xchg(flags + rank, round_number, sem="release", scope="sys")
     flags = tl.load(bases_ptr + rank).to(tl.pointer_type(tl.int64))
     for peer in tl.static_range(RANKS):
         seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
@@ -318,12 +320,13 @@ def send_rows(x: torch.Tensor, *, bases: torch.Tensor, rank: int, rows_a_rank: i
     )
 
 
-def barrier(*, bases: torch.Tensor, rank: int, round_number: int) -> None:
-    """Wait, on the GPU, until every rank has called this for the ``round_number``-th time.
+def barrier(*, bases: torch.Tensor, rank: int) -> None:
+    """Wait, on the GPU, until every rank has called this as often as this rank.
 
-    ``bases`` are the addresses of every rank's flags: one 64-bit integer for each rank, zero at first.
+    ``bases`` are the addresses of every rank's flags: one 64-bit integer for each rank, zero at first. They count the
+    calls, so that a captured call counts each time it is replayed.
     """
-    _barrier[(1,)](bases, rank, round_number, RANKS=len(bases), num_warps=1)
+    _barrier[(1,)](bases, rank, RANKS=len(bases), num_warps=1)
 
 
 def multiply_vectors(weights: torch.Tensor, biases: torch.Tensor, vectors: torch.Tensor, rows: int) -> torch.Tensor:

@@ -52,7 +52,8 @@ def compile_kernels(hidden: int, rank: int, ranks: int, device: torch.device, pr
             qkv, heads=heads, norms=norms, angles=angles, text_rows=1, bases=own, first_row=0, all_rows=_ROWS
         )
         triton_kernels.send_rows(x[:, : hidden // ranks].contiguous(), bases=own, rank=rank, rows_a_rank=_ROWS)
-        flags = torch.ones(ranks, dtype=torch.int64, device=device)
-        triton_kernels.barrier(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank, round_number=1)
+        flags = torch.ones(ranks, dtype=torch.int64, device=device)  # the others have called it once already
+        flags[rank] = 0
+        triton_kernels.barrier(bases=torch.tensor([flags.data_ptr()] * ranks, device=device), rank=rank)
     torch.cuda.synchronize(device)
     return time.perf_counter() - started

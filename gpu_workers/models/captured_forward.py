@@ -45,7 +45,7 @@ class CapturedForward:
         self._inputs = [each for each in tensors_of(arguments) if each.is_cuda]
         self._graph = torch.cuda.CUDAGraph()
         watched = _Watched([*weights, *self._inputs], device)
-        versions = [each._version for each in self._inputs]
+        versions = [_version(each) for each in self._inputs]
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free_bytes = torch.cuda.mem_get_info(device)[0]
@@ -63,7 +63,7 @@ class CapturedForward:
         structure = structure_of(result, 0)
         if structure is None:
             raise CaptureRefused("its result holds objects")
-        if [each._version for each in self._inputs] != versions:
+        if [_version(each) for each in self._inputs] != versions:
             raise CaptureRefused("it writes to its arguments")
         self._structure = structure
         self._results = list(tensors_of(result))
@@ -81,6 +81,10 @@ class CapturedForward:
         """Return the result for the arguments that the inputs have now."""
         self._graph.replay()
         return build(self._structure, (each.clone() for each in self._results))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class _Capture:

@@ -30,7 +30,7 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
-from xditd.ipc.status import ForwardPath, FusedCheck, SplitCheck
+from xditd.ipc.status import FusedCheck, SplitCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
@@ -250,20 +250,10 @@ class ClassModels:
         found = [check for model in self._models.values() for check in model.split_checks.take_checks()]
         return tuple(found[-limits.MAX_SPLIT_CHECKS :])
 
-    def take_forward_paths(self) -> tuple[ForwardPath, ...]:
-        """Return the ways of forwards that were decided since the last call."""
-        found = [path for model in self._models.values() for path in model.paths.take_reports()]
-        return tuple(found[-limits.MAX_FORWARD_PATHS :])
-
-    def drop_wanted(self) -> None:
-        """See ``ForwardPaths``."""
-        for model in self._models.values():
-            model.paths.drop_wanted()
-
-    def make_ready(self) -> None:
-        """See ``ForwardPaths``."""
-        for model in self._models.values():
-            model.paths.make_ready()
+    @property
+    def paths(self) -> list[ForwardPaths]:
+        """The ways of the forwards of all modules."""
+        return [model.paths for model in self._models.values()]
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.

@@ -10,13 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 
 from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
 from xditd.gpu_workers.models.split_checks import CaseKey, ModuleSnapshot
-from xditd.gpu_workers.parallel.rank_sync import agree
+from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
 from xditd.ipc import limits
 from xditd.ipc.status import ForwardPath
@@ -81,17 +82,25 @@ class _Wanted:
 class ForwardPaths:
     """The ways of the forwards of one module. ``mode`` is the setting ``acceleration``.
 
-    Ranks that run a forward together (``on_all_ranks``) make the same calls of this, and take the same way.
+    Ranks ``among`` which a forward runs together (``on_all_ranks``) make the same calls of this, and take the same way.
     """
 
     def __init__(
-        self, module: torch.nn.Module, class_name: str, device: torch.device, mode: str, *, is_leader: bool
+        self,
+        module: torch.nn.Module,
+        class_name: str,
+        device: torch.device,
+        mode: str,
+        *,
+        is_leader: bool,
+        among: RankSet = RankSet.GROUP,
     ) -> None:
         self._module = module
         self._class_name = class_name
         self._device = device
         self._mode = mode
         self._is_leader = is_leader
+        self._among = among
         self._cases: dict[_Key, _Case] = {}
         self._known: dict[CaseKey, None] = {}
         """Cases that were captured with some weights."""
@@ -192,7 +201,7 @@ class ForwardPaths:
 
     def _capture(self, wanted: _Wanted) -> tuple[str, int]:
         """Capture a forward and compare it with its eager run; return why it stays eager, and the bytes it takes."""
-        together = agree if wanted.on_all_ranks else bool
+        together = partial(agree, among=self._among) if wanted.on_all_ranks else bool
         if not together(wanted.result is not None):
             return "its result holds objects", 0
         if not together(self._is_worth_it(wanted)):

@@ -16,6 +16,7 @@ import torch
 
 from xditd.gpu_workers.models.entries import Slice, TensorInfo
 from xditd.gpu_workers.models.family import Family, Kind
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.operations import (
     Operations,
@@ -98,6 +99,11 @@ class CachedModel:
         """Return the fast path checks since the last call."""
         return () if self._fast is None else self._fast.take_checks()
 
+    @property
+    def paths(self) -> ForwardPaths | None:
+        """The ways of the forwards of the fast path, if there is one."""
+        return None if self._fast is None else self._fast.paths
+
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
         return 0 if self._fast is None else self._fast.reserve()
@@ -125,6 +131,7 @@ class CachedModel:
             parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
         if self._fast is not None:
             self._fast.plug(checkpoint or {})
+            self._fast.paths.use_weights(owner, bindings)
         self.owner = owner
 
     def unplug(self) -> None:
@@ -209,6 +216,11 @@ class ModelCache:
         """Return the fast path checks of all models since the last call."""
         found = [check for model in self._models.values() for check in model.take_checks()]
         return tuple(found[-limits.MAX_FUSED_CHECKS :])
+
+    @property
+    def paths(self) -> list[ForwardPaths]:
+        """The ways of the forwards of all fast paths."""
+        return [model.paths for model in self._models.values() if model.paths is not None]
 
     def release_idle(self) -> None:
         """Free the reserved memory of all models without plugged weights."""

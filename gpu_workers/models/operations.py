@@ -11,6 +11,7 @@ import torch
 from xditd.gpu_workers.models.entries import Shape
 
 if TYPE_CHECKING:
+    from xditd.gpu_workers.models.forward_paths import ForwardPaths
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.ipc.facts import LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
@@ -247,6 +248,9 @@ class Model(Protocol[ConfigT_co]):
 
 class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
+
+    paths: ForwardPaths
+    """The ways of its forwards."""
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""

@@ -31,9 +31,13 @@ class Exchange:
         self._group = group
         self._arena: DeviceArena | None = None
         self._mappings: list[CudaMapping | None] = []
-        self._rounds = 0
         self._addresses = torch.empty(0)
         self._capacity = (0, 0)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """The sizes of the buffers, in bytes; buffers of other sizes are at other addresses."""
+        return self._capacity
 
     def reserve(self, rows_a_rank: int, width: int, dtype: torch.dtype) -> Buffers:
         """Return buffers for ``rows_a_rank`` tokens of ``width`` numbers on every rank; reallocate them if too small.
@@ -52,8 +56,7 @@ class Exchange:
 
     def barrier(self) -> None:
         """Wait, on the GPU, for all ranks: later loads see the earlier stores of every rank."""
-        self._rounds += 1
-        triton_kernels.barrier(bases=self._addresses[0], rank=self._layout.sequence_rank, round_number=self._rounds)
+        triton_kernels.barrier(bases=self._addresses[0], rank=self._layout.sequence_rank)
 
     def close(self) -> None:
         """Unmap the other ranks' buffers, then free this rank's own."""
@@ -70,7 +73,7 @@ class Exchange:
     def _grow(self, heads_bytes: int, tokens_bytes: int) -> None:
         self.close()
         index = self._layout.device.index
-        self._capacity, self._rounds = (0, 0), 0
+        self._capacity = (0, 0)
         with raise_on_all_ranks(RankSet.SEQUENCE):
             self._arena = DeviceArena(FLAGS_BYTES + heads_bytes + tokens_bytes, index)
         self._arena.bytes[:FLAGS_BYTES].zero_()

@@ -14,14 +14,16 @@ from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
+from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import ForwardPath, LayoutReport
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
@@ -104,7 +106,8 @@ class TorchExecutor:
             self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
         )
         job, exporter = command.job, command.exporter
-        self._components.class_models.drop_wanted()
+        for paths in self._paths():
+            paths.drop_wanted()
         return self._jobs.run(
             job,
             lambda: self._io.open(job.io, exporter),
@@ -124,12 +127,20 @@ class TorchExecutor:
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
             split_checks=class_models.take_split_checks(),
-            forward_paths=class_models.take_forward_paths(),
+            forward_paths=self._take_forward_paths(),
         )
+
+    def _paths(self) -> list[ForwardPaths]:
+        return [*self._components.models.paths, *self._components.class_models.paths]
+
+    def _take_forward_paths(self) -> tuple[ForwardPath, ...]:
+        found = [path for paths in self._paths() for path in paths.take_reports()]
+        return tuple(found[-limits.MAX_FORWARD_PATHS :])
 
     def after_answer(self) -> None:
         """Capture forwards, and measure the GPU's memory in use for the next tally."""
-        self._components.class_models.make_ready()
+        for paths in self._paths():
+            paths.make_ready()
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,11 +22,14 @@ from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator, T
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.models.fast_path_check import FastPathCheck
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import CallOptions
+from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.token_partition import RankTokens, gather, pad_rows, partition_tokens
 from xditd.ipc.status import FusedCheck
 
@@ -77,13 +81,22 @@ class FusedFlux1:
         self._products: Products[Any, Any] = (
             EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
         )
-        self.check = FastPathCheck(f"{self._products.label} FLUX.1 blocks", self._products.tolerance)
+        label = f"{self._products.label} FLUX.1 blocks"
+        self.check = FastPathCheck(label, self._products.tolerance)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Mapping[str, torch.Tensor] = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
         self._modulator = Modulator(module.time_text_embed, config.hidden)
+        self.paths = ForwardPaths(
+            module,
+            label,
+            layout.device,
+            layout.acceleration,
+            is_leader=layout.rank == 0,
+            among=RankSet.SEQUENCE,
+        )
 
     @property
     def is_loaded(self) -> bool:
@@ -151,18 +164,21 @@ class FusedFlux1:
         angles = self._rotations(txt_ids, img_ids, own)
         step_cache = options.step_cache
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
-        done = [
-            self._sample(
-                encoder_hidden_states[number, own.text],
-                pad_rows(hidden_states[number, own.image], own.padding, dim=0),
-                modulations.double[number],
-                modulations.single[number],
-                angles,
-                valid,
-                None if step_cache is None else ImageCache(step_cache, number),
-            )
-            for number in range(hidden_states.shape[0])
-        ]
+        done = []
+        for number in range(hidden_states.shape[0]):
+            given: dict[str, Any] = {
+                "text": encoder_hidden_states[number, own.text],
+                "image": pad_rows(hidden_states[number, own.image], own.padding, dim=0),
+                "doubles": modulations.double[number],
+                "singles": modulations.single[number],
+                "angles": angles,
+            }
+            if step_cache is not None:  # the host decides within the forward
+                done.append(self._sample(**given, valid=valid, cache=ImageCache(step_cache, number)))
+                continue
+            sample = partial(self._sample_of, valid)
+            key = CaseKey(("blocks", valid, None if self._exchange is None else self._exchange.capacity), ())
+            done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True))
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
@@ -175,6 +191,9 @@ class FusedFlux1:
             cos, sin = self._module.pos_embed(ids)
             kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         return kept[2]
+
+    def _sample_of(self, valid: int, given: Mapping[str, Any]) -> torch.Tensor:
+        return self._sample(**given, valid=valid, cache=None)
 
     def _sample(
         self,

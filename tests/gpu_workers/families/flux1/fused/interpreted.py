@@ -252,7 +252,9 @@ def exchange_of_two() -> dict[str, float]:
         )  # fmt: skip
     for buffer in flags:
         buffer.fill_(7)
-    triton_kernels.barrier(bases=bases(flags), rank=0, round_number=7)
+    flags[0][0] = 6  # this rank has not come yet
+    triton_kernels.barrier(bases=bases(flags), rank=0)
+    assert all(int(buffer[0]) == 7 for buffer in flags)
     for rank in range(ranks):
         triton_kernels.send_rows(received[rank][0].contiguous(), bases=bases(tokens), rank=rank, rows_a_rank=rows)
     for rank in range(ranks):
