@@ -5,9 +5,9 @@
     python benchmarks/run.py step_time --workers 2 --layout cfg=2 --rows 2 --ways plain fused
 
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
-blocks of ``families/flux1/fused.py``, ``fp8`` the same with fp8 matrix products, which are not lossless. Weights are
-random, made on each GPU. Prints milliseconds of the slowest rank, ratios, the relative error against the first way, and
-with ``--profile`` the time of each kind of kernel.
+blocks of ``families/flux1/fused.py``, ``captured`` the same as a CUDA graph, ``fp8`` fused ones with fp8 matrix products,
+which are not lossless. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, the longest step
+by the shortest, ratios, the relative error against the first way, and with ``--profile`` the time of each kind of kernel.
 
 Needs: as many GPUs as workers
 """
@@ -29,7 +29,7 @@ from measuring import Report, add_ranks, need_gpus, print_table, run_on_ranks
 
 from xditd.client.demo.flux1_calls import image_ids
 
-LOSSLESS = ("plain", "compiled", "fused")
+LOSSLESS = ("plain", "compiled", "fused", "captured")
 WAYS = (*LOSSLESS, "fp8")
 PARITY_STEPS = 12
 CATEGORIES = (
@@ -60,7 +60,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
     device = torch.device("cuda", rank)
     degrees = choose_layout(ranks, parse_layout(given.layout)).degrees
     precision = "fp8" if "fp8" in given.ways else "bf16"
-    kernels = "fused" if {"fused", "fp8"} & set(given.ways) else "plain"
+    kernels = "fused" if {"fused", "captured", "fp8"} & set(given.ways) else "plain"
     layout = xfuser_start.start(rank, ranks, store, device, degrees, given.attention, kernels, precision=precision)
     from xditd.gpu_workers.models.entries import TensorInfo
     from xditd.gpu_workers.models.model_cache import ModelCache
@@ -69,13 +69,18 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
 
     state = flux.state_dict(flux.scale_of(given).size, torch.bfloat16, device, 0)
     modules: dict[str, Any] = {}
-    for precision in dict.fromkeys(("bf16", layout.precision)):
-        cache = ModelCache(dataclasses.replace(layout, precision=precision))
-        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        match.model.plug(match.bind(state), "a", match.by_canonical_name(state))
-        modules[precision] = match.model.module
-    module = modules["bf16"]
-    fast = {"fused": modules["bf16"].fused, "fp8": modules[layout.precision].fused}
+    for way in dict.fromkeys(("plain", *given.ways)):
+        as_plain = modules.get("plain") if way in ("compiled", "fused") else None
+        if as_plain is None:
+            accelerated = dataclasses.replace(
+                layout,
+                precision=precision if way == "fp8" else "bf16",
+                acceleration="captured" if way == "captured" else "eager",
+            )
+            match = ModelCache(accelerated).match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+            match.model.plug(match.bind(state), "a", match.by_canonical_name(state))
+        modules[way] = match.model.module if as_plain is None else as_plain
+    fast = {way: modules[way].fused for way in given.ways if way in ("fused", "captured", "fp8")}
     component_layouts.use(match.model.layout)
     inputs, options = make_inputs(given, device), CallOptions()
 
@@ -83,6 +88,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
     def step() -> torch.Tensor:
         return module.forward_rows(**inputs, options=options)
 
+    module = modules["plain"]
     found: dict[str, Any] = {
         "layout": str(degrees),
         "attention": f"{layout.attention_backend}, fused {layout.fused_attention}",
@@ -102,7 +108,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
 
     expected: tuple[torch.Tensor, torch.Tensor] | None = None
     for way in given.ways:
-        module = modules["fp8" if way == "fp8" else "bf16"]
+        module = modules[way]
         module.fused = fast.get(way)
         started = time.perf_counter()
         if way == "compiled":
@@ -111,6 +117,8 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
         torch.cuda.synchronize()
         first_s = time.perf_counter() - started
         results = (result, few_steps())
+        if way in fast:
+            fast[way].paths.make_ready()
         expected = results if expected is None else expected
         errors = [float((one - other).norm() / other.norm()) for one, other in zip(results, expected, strict=True)]
         entry: dict[str, Any] = {
@@ -120,6 +128,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
             "error_after_steps": errors[1],
             "same_bits_again": bool(torch.equal(results[1], few_steps())),
             "refused": way in fast and fast[way].check.is_refused,
+            "paths": [f"{each.path} {each.detail}" for each in fast[way].paths.take_reports()] if way in fast else [],
         }
         if given.profile:
             entry["profile"] = profile(step)
@@ -202,14 +211,16 @@ def print_group(given: argparse.Namespace, group: dict[str, Any]) -> None:
     floor_ms = group["floor_ms"]
     slowest = {way: max(statistics.median(each["ms"]) for each in ranks) for way, ranks in group["ways"].items()}
     after = f"after {PARITY_STEPS}"
-    rows = [("", "step", f"of {given.ways[0]}", "of the floor", "error", after, "first", "same bits again")]
+    rows = [("", "step", "spread", f"of {given.ways[0]}", "of the floor", "error", after, "first", "same bits again")]
     for way, ms in slowest.items():
         first = group["ways"][way][0]
-        times = (f"{ms:.1f} ms", f"{ms / slowest[given.ways[0]]:.3f}x", f"{ms / floor_ms:.2f}x")
+        spread = max(max(each["ms"]) / min(each["ms"]) for each in group["ways"][way])
+        times = (f"{ms:.1f} ms", f"{spread:.2f}", f"{ms / slowest[given.ways[0]]:.3f}x", f"{ms / floor_ms:.2f}x")
         errors = (f"{first['error']:.1e}", f"{first['error_after_steps']:.1e}")
         same = all(entry["same_bits_again"] for entry in group["ways"][way])
         refused = "  REFUSED: these are plain" if first["refused"] else ""
-        rows.append((way, *times, *errors, f"{first['first_s']:.1f} s", f"{same}{refused}"))
+        paths = "".join(f"  {path}" for path in first["paths"])
+        rows.append((way, *times, *errors, f"{first['first_s']:.1f} s", f"{same}{refused}{paths}"))
     about = f"{given.pixels}x{given.pixels}, {given.tokens} text tokens, {given.rows} row(s), floor {floor_ms:.1f} ms"
     print_table(f"{group['ranks']} rank(s), {group['layout']}, attention {group['attention']}; {about}", rows)
     for way, entries in group["ways"].items() if given.profile else ():
