@@ -35,12 +35,10 @@ _CACHED: Final = CachedTokens(read="cached", written=("text", "image"))
 
 GLM_IMAGE: Final = TokenPlan(
     splits={
-        "": {
-            "encoder_hidden_states": Split("text"),
-            "prior_token_id": Split("image"),
-            "prior_token_drop": Split("image", ndim=2),
-        },
+        "": {"encoder_hidden_states": Split("text")},
         "image_projector": {0: Split("image")},
+        # Behind the tokens to drop, which may be given for each row. An image to edit has no dimension of rows.
+        "prior_projector": {0: Split("image", dim=-2)},
         "transformer_blocks.*": {"image_rotary_emb": Split("image", dim=0)},
     },
     gathers={"proj_out": {0: Split("image")}},
