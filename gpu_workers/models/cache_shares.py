@@ -36,9 +36,7 @@ class CacheShares:
         """Those that the caller has given, which this keeps alive."""
         self._before: dict[Path, Cut] = {}
 
-    def enter(
-        self, names: Sequence[str], _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def enter(self, names: Sequence[str], _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self._given = given.get(self._declared.argument)
         self._objects = list(objects_of(self._given))

@@ -142,7 +142,9 @@ class ForwardState:
                 given[names.index(name)] = self.split(given[names.index(name)], split, name)
         return tuple(given), named
 
-    def split_results(self, splits: Mapping[int, Split | Count | Length], _: torch.nn.Module, __: Any, results: Any) -> Any:
+    def split_results(
+        self, splits: Mapping[int, Split | Count | Length], _: torch.nn.Module, __: Any, results: Any
+    ) -> Any:
         return self._for_each(splits, results, lambda split, value: self.split(value, split, "a result"))
 
     def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:

@@ -148,7 +148,8 @@ def _ulysses(
     for part, each in zip(packed.split(widths, dim=-1), (query, key, value), strict=True):
         part.copy_(each.flatten(2).unflatten(2, (ranks.size, -1)).permute(2, 1, 0, 3))
     per_token = batch * sum(widths)
-    arrived = exchange(packed, [mine * per_token] * ranks.size, [count * per_token for count in counts], ranks)
+    sent, received = [mine * per_token] * ranks.size, [count * per_token for count in counts]
+    arrived = exchange(packed, sent, received, ranks, (tuple(counts), per_token))
     # With one row this copies nothing.
     whole = arrived.view(-1, batch, sum(widths)).transpose(0, 1).contiguous().split(widths, dim=-1)
     sizes = [each.shape[-1] for each in (query, key, value)]
@@ -189,7 +190,7 @@ def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[i
     # Tokens before rows: those of all ranks arrive in their order.
     packed = torch.cat([each.transpose(0, 1).reshape(-1) for each in own.split(list(widths), dim=-1)])
     sent, received = [mine * batch * each for each in widths], [count * batch * width for count in tokens]
-    arrived = exchange(packed, sent, received, ranks)
+    arrived = exchange(packed, sent, received, ranks, (tuple(tokens), tuple(widths), batch))
     return arrived.view(-1, batch, width).transpose(0, 1).contiguous()
 
 
@@ -197,7 +198,8 @@ def heads_to_tokens(share: torch.Tensor, tokens: Sequence[int], widths: Sequence
     """Undo ``tokens_to_heads``."""
     batch, mine, width = share.shape[0], tokens[ranks.rank], share.shape[2]
     sent, received = [count * batch * width for count in tokens], [mine * batch * each for each in widths]
-    arrived = exchange(share.transpose(0, 1).contiguous(), sent, received, ranks).split(received)
+    what = tuple(tokens), tuple(widths), batch
+    arrived = exchange(share.transpose(0, 1).contiguous(), sent, received, ranks, what).split(received)
     parts = [part.view(mine, batch, each).transpose(0, 1) for part, each in zip(arrived, widths, strict=True)]
     return torch.cat(parts, dim=-1)
 

@@ -42,9 +42,7 @@ GLM_IMAGE: Final = TokenPlan(
         "transformer_blocks.*": {"image_rotary_emb": Split("image", dim=0)},
     },
     gathers={"proj_out": {0: Split("image")}},
-    attentions={
-        "transformer_blocks.*.attn1": Attention(queries=("text", "image"), keys=("cached", "text", "image"))
-    },
+    attentions={"transformer_blocks.*.attn1": Attention(queries=("text", "image"), keys=("cached", "text", "image"))},
     # Every attention makes its mask of the lengths of this rank. No pipeline gives one.
     refused={"attention_mask": is_given},
     # A call for each image to edit puts its tokens there, after those of the images before it.
