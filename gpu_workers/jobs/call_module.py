@@ -64,8 +64,8 @@ def _run(job: Call, context: JobContext) -> Finished:
             for number, part in enumerate(job.parts)
         ]
         reader.finish()
-    for part, described in zip(parts, job.parts, strict=True):
-        _gather_plain(part, described.arguments, context.held.shares)
+    for part, given in zip(parts, job.parts, strict=True):
+        _gather_plain(part, given.arguments, context.held.shares)
     clock.end_phase("inputs", waits=False)
     numerics = job.numerics or Numerics()
     with ExitStack() as settings:

@@ -2,8 +2,8 @@
 
 Parts with objects run on every rank, since all ranks hold the same ones. So do the first call of each case, which is
 checked, and those that the checks have refused. Of all others, ranks run whole rows and send their results to rank 0,
-or they share the tokens of every row, by the class's token plan, whichever gives the busiest rank less to do. Parts with
-a cache that the token plan declares have their tokens split.
+or they share the tokens of every row, by the class's token plan, whichever gives the busiest rank less to do. Parts
+with a cache that the token plan declares have their tokens split.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cache_calls import CACHE_CALLS
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
 from image_calls import IMAGE_CALLS
@@ -45,7 +46,7 @@ WITH_CACHE = {
 WITHOUT_CACHE = "without a cache"
 """The name of the call of such an entry without its cache, which a plan does cover."""
 
-PLAN_ENTRIES = ENTRIES | {entry.key: entry for entry in (*IMAGE_CALLS, *VIDEO_CALLS)}
+PLAN_ENTRIES = ENTRIES | {entry.key: entry for entry in (*IMAGE_CALLS, *VIDEO_CALLS, *CACHE_CALLS)}
 """Further calls beside those of the entries, for what plans declare and no entry gives."""
 
 
@@ -139,7 +140,7 @@ def _without_cache(whole: Case) -> list[Case]:
     """Return the call without its cache; none where the class needs it."""
 
     def arguments() -> dict[str, Any]:
-        return {name: each for name, each in whole.arguments().items() if not name.startswith("kv_cache")}
+        return {name: each for name, each in whole.arguments().items() if not name.startswith(("kv_cache", "num_ref"))}
 
     try:
         result = tuple(tensors_of(call(whole.model, arguments())))
