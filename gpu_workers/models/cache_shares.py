@@ -92,6 +92,8 @@ class CacheShares:
         """Let attentions know the tokens that are in the cache."""
         declared, cut = self._find(attribute), self._shares.find(tensor)
         if isinstance(declared, CachedTokens) and declared.read is not None and cut is not None:
+            if declared.read in self._forward.streams:
+                raise PlanFault(f"tokens of {declared.read} are in the call, and in its cache as well")
             known = self._forward.cached.setdefault(declared.read, cut.parts)
             if known != cut.parts:
                 raise PlanFault(f"the tensors {attribute} of {self._declared.argument} have different tokens")

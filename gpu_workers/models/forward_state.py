@@ -118,6 +118,8 @@ class ForwardState:
     def _found(self, name: str, tokens: int, what: str) -> Stream:
         """Return the stream of this name, which from now on has so many tokens: none, or some for every rank."""
         stream = self.streams.get(name)
+        if name in self.cached:
+            raise PlanFault(f"tokens of {name} are in the cache, and in the call as well")
         if stream is None:
             if 0 < tokens < self.ranks.size:
                 raise PlanFault(f"{tokens} tokens of {name} are fewer than {self.ranks.size} workers")

@@ -133,19 +133,25 @@ class CachedHeads:
     dim: int = 2
 
 
+def never(_: Mapping[str, Any]) -> bool:
+    """Return that no call does it: a test of ``Cache``."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
     """Keys and values that calls keep: an object of the class, which each rank has with its own share of the tensors.
 
     ``argument`` names the argument of the forward, and ``tensors`` and ``counts`` attributes of the object, or of
     objects in it: its tensors, and integers that are the number of tokens of a stream. ``is_read`` and ``is_made`` are
-    tests of all arguments of a call: whether it attends to what is in the cache, and whether it returns a new one.
+    tests of all arguments of a call: whether it attends to tokens that are in the cache, and whether it returns a new
+    one.
     """
 
     argument: str
     tensors: Mapping[str, CachedTokens | CachedHeads]
-    is_read: Callable[[Mapping[str, Any]], bool]
-    is_made: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    is_read: Callable[[Mapping[str, Any]], bool] = never
+    is_made: Callable[[Mapping[str, Any]], bool] = never
     counts: Mapping[str, str] = field(default_factory=dict)
 
 

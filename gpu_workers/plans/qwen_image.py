@@ -39,11 +39,7 @@ QWEN_IMAGE_2_1: Final = TokenPlan(
         )
     },
     # The class's own code puts all tokens of this rank's heads there, and attends with these alone.
-    cache=Cache(
-        "kv_cache",
-        tensors={"k": CachedHeads("to_k"), "v": CachedHeads("to_v")},
-        is_read=lambda given: given.get("kv_cache_mode") == "cached",
-    ),
+    cache=Cache("kv_cache", tensors={"k": CachedHeads("to_k"), "v": CachedHeads("to_v")}),
 )
 
 PLANS: Final = {"QwenImageTransformer2DModel": QWEN_IMAGE, "QwenImage21Transformer2DModel": QWEN_IMAGE_2_1}

@@ -81,6 +81,15 @@ def _empty_history(random: Random, given: dict[str, Any]) -> dict[str, Any]:
     return {"kv_cache": cache}
 
 
+def _captured_before(random: Random, given: dict[str, Any]) -> dict[str, Any]:
+    """What earlier calls have captured, and the caller has not taken."""
+    cache = given["kv_cache"]
+    for layer in cache.layer_caches:
+        layer.store_captured_pre_rope(random.normal(1, 12, 32), random.normal(1, 12, 32))
+        layer.store_captured_post_rope(random.normal(1, 7, 32), random.normal(1, 7, 32))
+    return {"kv_cache": cache}
+
+
 def _refiner_odd(random: Random, given: dict[str, Any]) -> dict[str, Any]:
     """Eleven tokens of two rows, of which the keys of eleven earlier ones are in the cache."""
     cache = given["kv_cache"]
@@ -101,7 +110,11 @@ CACHE_CALLS = (
     further(f"{_FLUX_2}-kv_extract", "kv_extract_odd", _flux_2_extract),
     further(f"{_FLUX_2}-kv_extract", "kv_extract_nothing", _no_references),
     further(f"{_FLUX_2}-kv_cached", "kv_cached_odd", _flux_2_cached),
+    further(f"{_FLUX_2}-kv_cached", "kv_ignored", lambda *_: {"kv_cache_mode": None}),
     further(f"{_GLM_IMAGE}-kv_write", "kv_append", lambda random, _: _of_one_sample(random, "write")),
+    further(
+        f"{_GLM_IMAGE}-kv_write", "kv_write_text", lambda random, _: {"encoder_hidden_states": random.normal(1, 5, 16)}
+    ),
     further(f"{_GLM_IMAGE}-kv_read", "kv_read_one", lambda random, _: _of_one_sample(random, "read")),
     further(f"{_GLM_IMAGE}-kv_read", "kv_skip", lambda random, _: _of_one_sample(random, "skip")),
     further(_QWEN_IMAGE, "five_heads", num_attention_heads=5),
@@ -109,6 +122,7 @@ CACHE_CALLS = (
     further(_REFINER, "capture_sink", lambda *_: {"kv_cache_mode": "capture_pre_rope"}),
     further(_REFINER, "without_history", _without_history),
     further(_REFINER, "empty_history", _empty_history),
+    further(_REFINER, "captured_before", _captured_before),
     further(_REFINER, "odd", _refiner_odd),
 )
 """Their variants say what differs."""
