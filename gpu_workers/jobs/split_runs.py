@@ -4,7 +4,8 @@ Most of what a plan can find wrong is wrong on every rank at the same place: it 
 What depends on a rank's own tensors may be wrong on one rank alone, which raises while the others wait in a collective.
 So ranks that are *guarded* tell each other before each collective what it is, and at the end of the forward how it
 went: this costs a meeting of the hosts each time, and the first call of each structure of arguments is run so. Later
-calls have tensors of the same shapes, so that what could differ between ranks has been seen not to.
+calls have tensors of the same shapes, so that what could differ between ranks has been seen not to. Where a size
+follows from the values of tensors, as among picked tokens, ranks share it before they decide by it.
 """
 
 from __future__ import annotations
