@@ -1,8 +1,8 @@
 """Attention of tokens that are split over ranks: the same result for each token as on one rank, at any count.
 
 Ulysses where the heads divide by the number of ranks: every rank attends from all tokens, with its share of the heads.
-Otherwise, and where there are few keys, keys and values are gathered, and every rank attends from its own tokens with all
-heads. Masks follow keys.
+Otherwise, and where there are few keys, keys and values are gathered, and every rank attends from its own tokens with
+all heads. Masks follow keys.
 """
 
 from __future__ import annotations
