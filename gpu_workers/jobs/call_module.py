@@ -18,10 +18,13 @@ from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.jobs.result_describer import CACHE, ResultDescriber
 from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter
 from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.object_tensors import change_tensors
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.parallel.rank_errors import is_peer_rank_failure
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.ipc.arguments import (
     Argument,
     Held,
@@ -57,10 +60,12 @@ def _run(job: Call, context: JobContext) -> Finished:
         io = context.open_io()
         reader = ArgumentReader(io, context.device, context.kept, context.client, context.held, device_io)
         parts = [
-            reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments
+            dict(reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments)
             for number, part in enumerate(job.parts)
         ]
         reader.finish()
+    for part, given in zip(parts, job.parts, strict=True):
+        _gather_plain(part, given.arguments, context.held.shares)
     clock.end_phase("inputs", waits=False)
     numerics = job.numerics or Numerics()
     with ExitStack() as settings:
@@ -69,12 +74,14 @@ def _run(job: Call, context: JobContext) -> Finished:
             written = _WrittenTensors(parts)
             stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
             settings.enter_context(use_numerics(numerics, context.device))
-        rows = ModuleRows(component.class_model, job.method, numerics, partial(_run_part, component, job.method))
+        run_part = partial(_run_part, component, job.method)
+        rows = ModuleRows(component.class_model, job.method, numerics, run_part, context.held.shares)
+        of_parts = [
+            {*changed, *(name for name, node in described.arguments.items() if holds(node, Held))}
+            for changed, described in zip(stateful, job.parts, strict=True)
+        ]
         results = rows.run(
-            [
-                ModulePart(part, bool(changed) or any(holds(node, Held) for node in described.arguments.values()))
-                for part, changed, described in zip(parts, stateful, job.parts, strict=True)
-            ]
+            [ModulePart(part, bool(names), frozenset(names)) for part, names in zip(parts, of_parts, strict=True)]
         )
     described: CallResults | None = None
     with raise_on_all_ranks():
@@ -205,6 +212,14 @@ def _stateful(described: Mapping[str, Argument], arguments: Mapping[str, Any]) -
         and not isinstance(value, (bool, int, float, str))
         and (holds(described[name], ObjectOf) or (CACHE in name.lower() and not isinstance(value, torch.Tensor)))
     }
+
+
+def _gather_plain(arguments: dict[str, Any], described: Mapping[str, Argument], shares: TokenShares) -> None:
+    """Gather the held tensors, of which ranks have shares, that are given outside of an object. All ranks call this."""
+    ranks = Ranks.all()
+    for name, node in described.items():
+        if shares and holds(node, Held) and not holds(node, ObjectOf):
+            arguments[name] = change_tensors(arguments[name], lambda _, __, tensor: shares.whole(tensor, ranks))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

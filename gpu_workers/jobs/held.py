@@ -1,7 +1,8 @@
 """Held tensors, which forwards have made for objects of a client, such as KV caches. The client names them by id until
 it releases them.
 
-Every rank holds the same ones under the same ids, since all run the calls that have such objects, in the same order.
+Every rank holds the same ones under the same ids, since all run the calls that have such objects, in the same order:
+whole, or its share of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.ipc.errors import LeaseLost
 from xditd.ipc.processes import ProcessIdentity
 
@@ -22,6 +24,8 @@ class HeldTensors:
     def __init__(self, group: str = "") -> None:
         self._group = group
         self._count = 0
+        self.shares = TokenShares()
+        """Which of them, and which tensors of the call that runs, are shares."""
         self._by_client: dict[ProcessIdentity, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:

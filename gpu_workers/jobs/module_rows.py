@@ -1,8 +1,9 @@
 """Run the parts of a call of a module, and the rows of a part, on different ranks ("by rows"), or split their tokens.
 
-Parts with objects or caches run on every rank, since all ranks hold the same ones. So do the first call of each case,
-which is checked, and those that the checks have refused. Of all others, ranks run whole rows and send their results to
-rank 0, or they share the tokens of every row, by the class's token plan, whichever gives the busiest rank less to do.
+Parts with objects run on every rank, since all ranks hold the same ones. So do the first call of each case, which is
+checked, and those that the checks have refused. Of all others, ranks run whole rows and send their results to rank 0,
+or they share the tokens of every row, by the class's token plan, whichever gives the busiest rank less to do. Parts
+with a cache that the token plan declares have their tokens split.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any, Final, Literal
 
 import torch
 
+from xditd.gpu_workers.jobs.cached_calls import CachedCalls
 from xditd.gpu_workers.jobs.numerics import use_numerics
+from xditd.gpu_workers.jobs.split_runs import run_split
 from xditd.gpu_workers.models.class_models import ClassModel
-from xditd.gpu_workers.models.finite import magnitude
+from xditd.gpu_workers.models.finite import are_finite
 from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import (
     MOST_NOISE,
@@ -50,7 +53,8 @@ from xditd.gpu_workers.parallel.row_trees import (
 )
 from xditd.gpu_workers.parallel.split_choice import prefers_tokens
 from xditd.gpu_workers.parallel.streams import Ranks
-from xditd.ipc.errors import BadRequest, OtherRankFailed, XditdError
+from xditd.gpu_workers.parallel.token_shares import TokenShares
+from xditd.ipc.errors import BadRequest, XditdError
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.requests import Numerics
 from xditd.ipc.status import SplitCheck
@@ -65,26 +69,40 @@ _DIGEST_BYTES: Final = 16
 
 @dataclass(frozen=True)
 class ModulePart:
-    """One forward. ``on_all_ranks``: every rank has to run it, since it changes objects that all ranks hold."""
+    """One forward. ``on_all_ranks``: every rank has to run it, since it changes objects that all ranks hold;
+    ``stateful`` names the arguments that hold these."""
 
     arguments: Mapping[str, Any]
     on_all_ranks: bool
+    stateful: frozenset[str] = frozenset()
 
 
 class ModuleRows:
     """Runs the parts of one call: ``call`` runs ``method`` of ``model`` with the arguments of a part.
 
-    ``call`` raises ``Unsupported`` for a forward that draws random numbers of torch's own generators. All ranks make
-    the same calls.
+    ``call`` raises ``Unsupported`` for a forward that draws random numbers of torch's own generators. ``shares`` knows
+    the tensors of which ranks have shares. All ranks make the same calls.
     """
 
-    def __init__(self, model: ClassModel, method: str, numerics: Numerics, call: Forward) -> None:
+    def __init__(
+        self, model: ClassModel, method: str, numerics: Numerics, call: Forward, shares: TokenShares | None = None
+    ) -> None:
         self._model = model
         self._method = method
         self._numerics = numerics
         self._call = call
         self._rank = model.layout.rank
         self._ranks = model.layout.world_size
+        self._shares = TokenShares() if shares is None else shares
+        self._cached = CachedCalls(
+            model,
+            self._shares,
+            Ranks(None, self._rank, self._ranks),
+            call,
+            self._run_tokens,
+            self._compare_tokens,
+            lambda batch, why: self._report("tokens", batch, None, why),
+        )
 
     def run(self, parts: Sequence[ModulePart]) -> list[Any]:
         """Return the result of each part on rank 0; on other ranks ``None`` for those that not all have run.
@@ -101,18 +119,18 @@ class ModuleRows:
                 return [self._run_alone(part) for part in parts]
         results: list[Any] = [None] * len(parts)
         with raise_on_all_ranks():
-            keys = [self._key(part.arguments) for part in parts]
+            has_cache = [self._has_cache(part) for part in parts]
+            keys = [self._key(part.arguments, has_cache=has) for part, has in zip(parts, has_cache, strict=True)]
         shared: dict[int, Case] = {}
         for number, part in enumerate(parts):
+            if has_cache[number]:
+                results[number] = self._cached.run(part.arguments, keys[number])
+                continue
             case = Case(None) if part.on_all_ranks else self._model.split_checks.find(keys[number])
             if case is None:
                 results[number] = self._check(part.arguments, keys[number])
             elif case.result is None:
-                with raise_on_all_ranks():
-                    if part.on_all_ranks:
-                        results[number] = self._call(part.arguments)
-                    else:
-                        results[number] = self._run_path(part.arguments, keys[number])
+                results[number] = self._run_whole(part, keys[number])
             else:
                 shared[number] = case
         if self._prefers_tokens(parts, shared):
@@ -127,7 +145,14 @@ class ModuleRows:
         """Run a part on the only rank."""
         if part.on_all_ranks or not self._model.paths.is_on:
             return self._call(part.arguments)
-        return self._run_path(part.arguments, self._key(part.arguments))
+        return self._run_path(part.arguments, self._key(part.arguments, has_cache=False))
+
+    def _run_whole(self, part: ModulePart, key: CaseKey) -> Any:
+        """Run a part on every rank."""
+        if part.on_all_ranks or self._shares:
+            return self._cached.run_whole(part.arguments)
+        with raise_on_all_ranks():
+            return self._run_path(part.arguments, key)
 
     def _run_path(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
         """Run a forward that this rank computes alone: as the class does, or captured."""
@@ -143,8 +168,13 @@ class ModuleRows:
     def _prefers_tokens(self, parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> bool:
         return all(case.splits_tokens for case in cases.values()) and prefers_tokens(_shares(parts, cases), self._ranks)
 
-    def _key(self, arguments: Mapping[str, Any]) -> CaseKey:
-        return CaseKey.of(self._method, self._numerics, arguments, batch_of(arguments))
+    def _has_cache(self, part: ModulePart) -> bool:
+        """Whether a part may be split though it changes an object: a cache that the token plan declares."""
+        return self._method == "forward" and self._cached.has(part.arguments, part.stateful)
+
+    def _key(self, arguments: Mapping[str, Any], *, has_cache: bool) -> CaseKey:
+        described = self._cached.describe(arguments) if has_cache else arguments
+        return CaseKey.of(self._method, self._numerics, described, batch_of(arguments))
 
     def _check(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
         """Run a call of a new case whole on every rank, then by rows; note whether the results agree."""
@@ -160,7 +190,7 @@ class ModuleRows:
             checks.note(key, Case(None), self._report("rows", batch, None, why))
             return whole
         assert structure is not None
-        if not agree(_is_finite(whole)):
+        if not agree(are_finite(tensors_of(whole))):
             return whole  # the weights may be at fault: the next call of this case is checked again
         checks.count(key)
         if not agree(snapshot.is_same):
@@ -198,17 +228,34 @@ class ModuleRows:
             return None
         snapshot = ModuleSnapshot(self._model.module)
         try:
-            split = self._run_tokens(copy_tree(arguments))
-        except PlanFault as fault:
+            split = self._run_tokens(copy_tree(arguments), is_guarded=True)
+        except XditdError as fault:  # of the split alone: the class has taken these arguments
             return self._report("tokens", batch, None, fault.detail)
+        return self._compare_tokens(split, whole, structure, batch, is_same_module=snapshot.is_same, noise=noise)
+
+    def _compare_tokens(
+        self,
+        split: Any,
+        whole: Any,
+        structure: Node,
+        batch: int,
+        *,
+        is_same_module: bool,
+        noise: Callable[[], float] | None = None,
+    ) -> SplitCheck:
+        """Compare the results of split tokens and of the class on all ranks together.
+
+        ``noise`` measures what roundings alone change, if it is needed.
+        """
         found, why = Difference(math.inf, self._tolerance), "its result has another structure"
         if structure_of(split, batch) == structure:
             found, why = self._differ(split, whole), "split tokens give other results"
-        if not snapshot.is_same:
+        if not is_same_module:
             found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         assert worst is not None  # all ranks have had the same structure before
-        worst = self._allow_noise(worst, noise)
+        if noise is not None:
+            worst = self._allow_noise(worst, noise)
         return self._report("tokens", batch, worst, "" if worst.ratio <= 1.0 else why)
 
     def _run_tokens_or_whole(self, arguments: Mapping[str, Any], key: CaseKey, case: Case) -> Any:
@@ -222,7 +269,7 @@ class ModuleRows:
         with raise_on_all_ranks():
             return self._call(copied)
 
-    def _run_tokens(self, arguments: Mapping[str, Any], key: CaseKey | None = None) -> Any:
+    def _run_tokens(self, arguments: Mapping[str, Any], key: CaseKey | None = None, *, is_guarded: bool = False) -> Any:
         """Run a call with its tokens split over all ranks; every rank returns the whole result.
 
         With a ``key`` it may be captured.
@@ -232,24 +279,19 @@ class ModuleRows:
         planned = self._model.planned
         assert not isinstance(planned, str)
         ranks = Ranks(None, self._rank, self._ranks)
-        fault: XditdError | None = None
-        result = None
-        try:
+
+        def run(on: Ranks) -> Any:
+            def eager(given: Mapping[str, Any]) -> Any:
+                return planned.run(lambda: self._call(given), on, self._shares)
+
+            def bare(given: Mapping[str, Any]) -> Any:
+                return planned.run(lambda: self._bare(given), on, self._shares)
+
             if key is None:
-                result = planned.run(lambda: self._call(arguments), ranks)
-            else:
-                result = self._model.paths.run(
-                    key,
-                    arguments,
-                    lambda given: planned.run(lambda: self._call(given), ranks),
-                    lambda given: planned.run(lambda: self._bare(given), ranks),
-                    on_all_ranks=True,
-                )
-        except XditdError as error:
-            fault = error
-        if agree(fault is None):
-            return result
-        raise fault or OtherRankFailed("another rank refused; its error says why")
+                return eager(arguments)
+            return self._model.paths.run(key, arguments, eager, bare, on_all_ranks=True)
+
+        return run_split(run, ranks, is_guarded=is_guarded)
 
     @property
     def _tolerance(self) -> float:
@@ -383,11 +425,3 @@ def _shares(parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> list[Shar
 def _structure(case: Case) -> Node:
     assert case.result is not None
     return case.result
-
-
-def _is_finite(tree: Any) -> bool:
-    return all(
-        bool(magnitude(torch.view_as_real(each) if each.is_complex() else each).isfinite())
-        for each in tensors_of(tree)
-        if each.numel() and (each.is_floating_point() or each.is_complex())
-    )

@@ -7,6 +7,7 @@ import torch
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import ReadTensors
 
@@ -15,12 +16,13 @@ def run(job: ReadTensors, context: JobContext) -> Finished:
     """Rank 0 writes the tensors; every rank frees the released ones."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
-        if job.places:
-            io = context.open_io()
-            for name, place in job.places.items():
-                tensor = _find(job, context, name)
-                if context.is_leader:
-                    io.write(name, place, tensor)
+        found = {name: _find(job, context, name) for name in job.places}
+        io = context.open_io() if found else None
+    for name, tensor in found.items():
+        whole = context.held.shares.whole(tensor, Ranks.all())  # all ranks gather those of which they have shares
+        with raise_on_all_ranks():
+            if context.is_leader and io is not None:
+                io.write(name, job.places[name], whole)
     context.held.release(context.client, job.released)
     clock.end_phase("outputs")
     return Finished(clock.marks_ms)

@@ -137,7 +137,7 @@ class ResultDescriber:
         leaf = Held(
             held_id=self._held.hold(self._client, tensor),
             dtype=dtype_name(tensor.dtype, "cache"),
-            shape=tuple(tensor.shape),
+            shape=self._held.shares.shape_of(tensor),
         )
         self._leaves[id(tensor)] = leaf, tensor
         return leaf

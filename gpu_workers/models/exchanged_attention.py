@@ -25,7 +25,8 @@ class ExchangedAttention:
     def __init__(self, module: torch.nn.Module, declared: Exchange) -> None:
         self._stream = declared.stream
         try:
-            self._inputs = {module.get_submodule(name): getattr(module, of) for name, of in declared.inputs.items()}
+            self._heads_of = {name: getattr(module, of) for name, of in declared.inputs.items()}
+            self._inputs = {module.get_submodule(name): heads for name, heads in self._heads_of.items()}
             self._output = module.get_submodule(declared.output)
         except AttributeError as error:
             raise PlanFault(f"an attention is not as the plan declares: {error}") from error
@@ -41,6 +42,18 @@ class ExchangedAttention:
             ),
             self._output.register_forward_pre_hook(partial(self._to_tokens, find, ranks)),
         ]
+
+    def share_heads(self, projection: str, ranks: Ranks) -> Stream | None:
+        """Return how ranks share the heads of a projection, ``None`` if all have all.
+
+        Raises:
+            PlanFault: no projection of this name is exchanged.
+        """
+        heads = self._heads_of.get(projection)
+        if heads is None:
+            raise PlanFault(f"the plan exchanges no projection {projection}")
+        shares = self._shares(heads, ranks)
+        return None if shares is None else Stream(shares)
 
     def _shares(self, heads: int, ranks: Ranks) -> tuple[int, ...] | None:
         """Return how many of its heads each rank has, or ``None`` if all have all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -16,6 +16,15 @@ def magnitude(tensor: torch.Tensor) -> torch.Tensor:
     One kernel for any dtype and memory format, without a temporary tensor.
     """
     return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether all values are finite."""
+    return all(
+        bool(magnitude(torch.view_as_real(each) if each.is_complex() else each).isfinite())
+        for each in tensors
+        if each.numel() and (each.is_floating_point() or each.is_complex())
+    )
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

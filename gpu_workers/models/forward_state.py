@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.token_plans import Attention, Count, PlanFault, Split
+from xditd.gpu_workers.models.token_plans import Attention, Count, Length, PlanFault, Split
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, gather, take
 from xditd.gpu_workers.parallel.token_attention import Attend, TokenMismatch, Tokens, attend, without_repeats
 from xditd.ipc.name_lists import listed
@@ -58,9 +58,13 @@ class ForwardState:
 
     ranks: Ranks
     streams: dict[str, Stream] = field(default_factory=dict)
+    cached: dict[str, tuple[Stream, ...]] = field(default_factory=dict)
+    """Tokens that are in the cache alone, by the names that the plan gives them."""
     sites: list[_Site] = field(default_factory=list)
 
-    def split(self, value: Any, split: Split | Count, what: str) -> Any:
+    def split(self, value: Any, split: Split | Count | Length, what: str) -> Any:
+        if isinstance(split, Length):
+            return self._found(split.stream, value, what).counts[self.ranks.rank] if value else value
         if isinstance(split, Count):
             return None if value is None else self.stream(split.stream).count(value, split.of_last, self.ranks.rank)
         if split.item is not None and isinstance(value, (list, tuple)):
@@ -90,6 +94,8 @@ class ForwardState:
             if first.shape[dim] != known.tokens:
                 raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.stream} alone has {known.tokens}")
             return torch.cat([take(first, dim, known, self.ranks.rank), rest], dim)
+        if split.after in self.streams:
+            return self._split_joined(tensor, dim, split, what)
         tokens = tensor.shape[dim]
         if split.is_suffix:
             known = self.stream(split.stream)
@@ -98,18 +104,33 @@ class ForwardState:
             before = known.count(known.tokens - tokens, False, self.ranks.rank)
             first = max(0, known.own(self.ranks.rank).start - (known.tokens - tokens))
             return tensor.narrow(dim, first, known.counts[self.ranks.rank] - before)
-        stream = self.streams.get(split.stream)
+        return take(tensor, dim, self._found(split.stream, tokens, what), self.ranks.rank)
+
+    def _split_joined(self, tensor: torch.Tensor, dim: int, split: Split, what: str) -> torch.Tensor:
+        """Split a tensor of the tokens of two streams, one after the other, each by itself."""
+        first = self.stream(split.after or "")
+        if tensor.shape[dim] <= first.tokens:
+            raise PlanFault(f"{what} has {tensor.shape[dim]} tokens, {split.after} alone has {first.tokens}")
+        before, rest = tensor.tensor_split([first.tokens], dim)
+        second = self._found(split.stream, rest.shape[dim], what)
+        return torch.cat([take(before, dim, first, self.ranks.rank), take(rest, dim, second, self.ranks.rank)], dim)
+
+    def _found(self, name: str, tokens: int, what: str) -> Stream:
+        """Return the stream of this name, which from now on has so many tokens: none, or some for every rank."""
+        stream = self.streams.get(name)
+        if name in self.cached:
+            raise PlanFault(f"tokens of {name} are in the cache, and in the call as well")
         if stream is None:
-            if tokens < self.ranks.size:
-                raise PlanFault(f"{tokens} tokens of {split.stream} are fewer than {self.ranks.size} workers")
-            stream = self.streams[split.stream] = Stream.of(tokens, self.ranks.size)
+            if 0 < tokens < self.ranks.size:
+                raise PlanFault(f"{tokens} tokens of {name} are fewer than {self.ranks.size} workers")
+            stream = self.streams[name] = Stream.of(tokens, self.ranks.size)
         if tokens != stream.tokens:
-            raise PlanFault(f"{what} has {tokens} tokens, others of {split.stream} have {stream.tokens}")
-        return take(tensor, dim, stream, self.ranks.rank)
+            raise PlanFault(f"{what} has {tokens} tokens, others of {name} have {stream.tokens}")
+        return stream
 
     def split_arguments(
         self,
-        splits: Mapping[str, Split | Count],
+        splits: Mapping[str, Split | Count | Length],
         names: Sequence[str],
         _: torch.nn.Module,
         args: tuple[Any, ...],
@@ -123,7 +144,9 @@ class ForwardState:
                 given[names.index(name)] = self.split(given[names.index(name)], split, name)
         return tuple(given), named
 
-    def split_results(self, splits: Mapping[int, Split | Count], _: torch.nn.Module, __: Any, results: Any) -> Any:
+    def split_results(
+        self, splits: Mapping[int, Split | Count | Length], _: torch.nn.Module, __: Any, results: Any
+    ) -> Any:
         return self._for_each(splits, results, lambda split, value: self.split(value, split, "a result"))
 
     def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
@@ -213,7 +236,11 @@ class ForwardState:
     def _tokens(self, names: Sequence[str], tensor: torch.Tensor, what: str) -> Tokens | None:
         if not names:
             return None
-        known = tuple(self.streams[name] for name in names if name in self.streams)
+        known = tuple(
+            each
+            for name in names
+            for each in ((self.streams[name],) if name in self.streams else self.cached.get(name, ()))
+        )
         if not known:
             raise PlanFault(f"no tokens of {listed(names)} were split before they are used")
         tokens = Tokens(known)

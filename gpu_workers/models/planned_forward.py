@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from xditd.gpu_workers.models.cache_shares import CacheShares
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
 from xditd.gpu_workers.models.forward_state import ForwardState
 from xditd.gpu_workers.models.plan_checks import check_values, paths_of
 from xditd.gpu_workers.models.replaced_attention import attention_replaced, namespaces
-from xditd.gpu_workers.models.token_plans import Attention, Splits, TokenPlan, matches
-from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.gpu_workers.models.token_plans import Attention, Cache, PlanFault, Splits, TokenPlan, matches
+from xditd.gpu_workers.parallel.streams import Ranks, Stream
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 
 
 class PlannedModule:
@@ -43,8 +45,15 @@ class PlannedModule:
         self._exchanges = [ExchangedAttention(each, declared) for each, declared in self._resolve(plan.exchanges)]
         self._namespaces = namespaces()
 
-    def run(self, call: Callable[[], Any], ranks: Ranks) -> Any:
+    @property
+    def cache(self) -> Cache | None:
+        """The keys and values that calls keep, as the plan declares them."""
+        return self._plan.cache
+
+    def run(self, call: Callable[[], Any], ranks: Ranks, shares: TokenShares | None = None) -> Any:
         """Run ``call``, which calls the module once; every rank returns the whole result.
+
+        Each rank keeps its share of the tensors of a cache, which ``shares`` has noted then.
 
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks, or the forward is not as the plan declares.
@@ -56,6 +65,8 @@ class PlannedModule:
             stack.enter_context(_removed(self._module.register_forward_pre_hook(check, with_kwargs=True)))
             for module, splits in self._splits:
                 self._hook_splits(stack, forward, module, splits)
+            if self._plan.cache is not None:
+                self._hook_cache(stack, forward, self._plan.cache, names, TokenShares() if shares is None else shares)
             for module, gathers in self._gathers:
                 stack.enter_context(_removed(module.register_forward_hook(partial(forward.gather_results, gathers))))
             for module, declared in self._attentions:
@@ -85,6 +96,22 @@ class PlannedModule:
             stack.enter_context(_removed(module.register_forward_pre_hook(hook, with_kwargs=True)))
         if results:
             stack.enter_context(_removed(module.register_forward_hook(partial(forward.split_results, results))))
+
+    def _hook_cache(
+        self, stack: ExitStack, forward: ForwardState, declared: Cache, names: list[str], shares: TokenShares
+    ) -> None:
+        """Hook the cache behind the split of arguments, so that these define their streams without it."""
+        cache = CacheShares(declared, forward, shares, partial(self._share_heads, forward.ranks))
+        stack.enter_context(
+            _removed(self._module.register_forward_pre_hook(partial(cache.enter, names), with_kwargs=True))
+        )
+        stack.enter_context(_removed(self._module.register_forward_hook(cache.leave)))
+
+    def _share_heads(self, ranks: Ranks, projection: str) -> Stream | None:
+        found = {each.share_heads(projection, ranks) for each in self._exchanges}
+        if len(found) != 1:
+            raise PlanFault(f"the heads of {projection} that are in a cache are not exchanged alike in every attention")
+        return found.pop()
 
 
 @contextmanager

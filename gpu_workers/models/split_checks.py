@@ -61,7 +61,7 @@ class CaseKey:
 
     @classmethod
     def of(cls, method: str, numerics: Hashable, arguments: Mapping[str, Any], batch: int) -> CaseKey:
-        """Return the key of a call.
+        """Return the key of a call. Tensors on meta stand for tensors of caches.
 
         It says which tensors have equal rows: a check with such a tensor cannot show whether its dimension 0 are rows.
         """
@@ -82,7 +82,7 @@ def _add(value: Any, batch: int, tensors: list[Hashable], values: list[Hashable]
     if isinstance(value, torch.Tensor):
         tensors.append((tuple(value.shape), value.dtype, value.device.type))
         values.append("tensor")
-        if batch > 1 and value.ndim and value.shape[0] == batch:
+        if batch > 1 and value.ndim and value.shape[0] == batch and not value.is_meta:
             same = value.view(torch.uint8) if value.is_floating_point() and value.itemsize == 1 else value
             alike.append((same[1:] == same[:1]).all())
     elif isinstance(value, Mapping):

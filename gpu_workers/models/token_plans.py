@@ -32,7 +32,8 @@ class Split:
     ``stream`` is a name of the plan's own. A tensor with one entry along ``dim``, or with another number of dimensions
     than ``ndim`` (if given), stays whole. With ``is_prefix``, tokens that are this rank's already follow those of the
     stream, which must be known. With ``is_suffix``, the tensor has only the last ones of the stream, which must be
-    known. ``item`` is the place of the tensors in a list or tuple, of which all else stays whole.
+    known. ``item`` is the place of the tensors in a list or tuple, of which all else stays whole. ``after`` is a
+    stream whose tokens come first in the tensor, if the call has it.
     """
 
     stream: str
@@ -41,6 +42,17 @@ class Split:
     is_prefix: bool = False
     is_suffix: bool = False
     item: int | None = None
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """An integer: how many tokens a stream has, which a later tensor has too. Each rank is given its own number.
+
+    Without a value, or with 0, the call does not have the stream.
+    """
+
+    stream: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,8 @@ class Count:
     of_last: bool = False
 
 
-Splits = Mapping[str | int, Split | Count]
-"""Of one submodule: arguments by name, results by number."""
+Splits = Mapping[str | int, Split | Count | Length]
+"""Of one submodule: arguments by name, results by number; those of a length before the tensors that have its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,52 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """Tensors of a cache that hold tokens along ``dim``, of which each rank keeps its own.
+
+    ``read`` is the name of the tokens among the keys of attentions, in a call that reads them. ``written`` are the
+    streams whose tokens the class puts there, in place of others or after them.
+    """
+
+    read: str | None = None
+    written: tuple[str, ...] = ()
+    dim: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CachedHeads:
+    """Tensors of a cache that hold heads along ``dim``, of which each rank keeps those that it attends with.
+
+    ``projection`` is the input of the plan's exchanges whose heads they are.
+    """
+
+    projection: str
+    dim: int = 2
+
+
+def never(_: Mapping[str, Any]) -> bool:
+    """Return that no call does it: a test of ``Cache``."""
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values that calls keep: an object of the class, which each rank has with its own share of the tensors.
+
+    ``argument`` names the argument of the forward, and ``tensors`` and ``counts`` attributes of the object, or of
+    objects in it: its tensors, and integers that are the number of tokens of a stream. ``is_read`` and ``is_made`` are
+    tests of all arguments of a call: whether it attends to tokens that are in the cache, and whether it returns a new
+    one.
+    """
+
+    argument: str
+    tensors: Mapping[str, CachedTokens | CachedHeads]
+    is_read: Callable[[Mapping[str, Any]], bool] = never
+    is_made: Callable[[Mapping[str, Any]], bool] = never
+    counts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenPlan:
     """The token plan of one class.
 
@@ -109,6 +167,7 @@ class TokenPlan:
     ``optional``: paths among all of these that not every configuration of the class has.
     ``refused``: arguments of the class's forward, each with a test of the values that the plan does not cover.
     ``refused_backends``: backends of attention, by diffusers' names, with which the class attends in another way.
+    ``cache``: the keys and values that calls of the class keep.
     """
 
     splits: Mapping[str, Splits]
@@ -119,6 +178,7 @@ class TokenPlan:
     optional: tuple[str, ...] = ()
     refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     refused_backends: tuple[str, ...] = ()
+    cache: Cache | None = None
     streams: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -94,6 +94,12 @@ def agree(ok: bool, among: RankSet = RankSet.GROUP) -> bool:
     return ok if page is None else all(page.exchange(ok))
 
 
+def share_value(value: int) -> list[int]:
+    """Return the value of every rank, each below 256; that of this process alone if it is no rank."""
+    page = _pages.get(RankSet.GROUP)
+    return [value] if page is None else page.exchange(value)
+
+
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the sum of ``values`` (a few numbers on the CPU) over a gloo group, with the same bits on every rank.
 

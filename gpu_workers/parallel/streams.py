@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,14 @@ class Ranks:
     """``None``: all ranks of the default group."""
     rank: int
     size: int
+    meet: Callable[[object], None] | None = None
+    """Called before each collective with what all ranks know of it; raises on all of them if they know other things.
+    Without it, a rank that has raised, or sends something else, makes the others wait."""
+
+    @classmethod
+    def all(cls) -> Ranks:
+        """Return all ranks of the default group; this process alone where there is none."""
+        return cls(None, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls(None, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,10 @@ def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -
     ``counts`` is how many tokens each rank gives. All ranks call this together. The result is contiguous, since a
     class may view it in another shape.
     """
-    longest = max(counts)
     sent = own.movedim(dim, 0).contiguous()
+    if ranks.meet is not None:
+        ranks.meet(("gather", counts, tuple(sent.shape[1:]), sent.dtype))
+    longest = max(counts)
     if sent.shape[0] < longest:  # a collective takes equal parts
         sent = torch.cat([sent, sent.new_zeros((longest - sent.shape[0], *sent.shape[1:]))])
     # As bytes: not every backend has every dtype.
@@ -71,11 +81,16 @@ def gather(own: torch.Tensor, dim: int, counts: tuple[int, ...], ranks: Ranks) -
     return received.movedim(0, dim).contiguous()
 
 
-def exchange(packed: torch.Tensor, sent: Sequence[int], received: Sequence[int], ranks: Ranks) -> torch.Tensor:
+def exchange(
+    packed: torch.Tensor, sent: Sequence[int], received: Sequence[int], ranks: Ranks, what: object
+) -> torch.Tensor:
     """Send each rank its part of a contiguous tensor; return what ranks sent to this one, flat, in the order of ranks.
 
-    ``sent`` and ``received`` are the elements to and from each rank. All ranks call this together.
+    ``sent`` and ``received`` are the elements to and from each rank; ``what`` says the same on all ranks. All ranks
+    call this together.
     """
+    if ranks.meet is not None:
+        ranks.meet(("exchange", what, packed.dtype))
     arrived = packed.new_empty(sum(received))
     item = packed.element_size()
     dist.all_to_all_single(

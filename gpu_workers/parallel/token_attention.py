@@ -1,7 +1,8 @@
 """Attention of tokens that are split over ranks: the same result for each token as on one rank, at any count.
 
 Ulysses where the heads divide by the number of ranks: every rank attends from all tokens, with its share of the heads.
-Otherwise keys and values are gathered, and every rank attends from its own tokens with all heads. Masks follow keys.
+Otherwise, and where there are few keys, keys and values are gathered, and every rank attends from its own tokens with
+all heads. Masks follow keys.
 """
 
 from __future__ import annotations
@@ -89,8 +90,11 @@ def attend(
     if 0 in query.shape:
         raise TokenMismatch(f"an attention has queries of the shape {list(query.shape)}")
     mask = _of_all(mask, -1, keys, ranks)
-    if queries is not None and _can_exchange_heads(query, key, ranks) and queries == keys and _is_same_for_heads(mask):
-        return _ulysses(query, key, value, _of_all(mask, -2, queries, ranks), queries.counts, ranks, run)
+    # Without Ulysses, ranks send keys and values to all others; with it, a share of these, and of queries and results.
+    has_few_keys = queries is not None and keys.total * (ranks.size - 1) < queries.total
+    can_exchange = _can_exchange_heads(query, key, ranks) and _is_same_for_heads(mask)
+    if queries is not None and can_exchange and not has_few_keys:
+        return _ulysses(query, key, value, _of_all(mask, -2, queries, ranks), queries.counts, keys.counts, ranks, run)
     key, value = (gather(each, 1, keys.counts, ranks) for each in (key, value))
     return run(query, key, value, _own_rows(mask, queries, ranks))
 
@@ -107,7 +111,8 @@ def _attend_seen(
     """Attend among those tokens that are to be seen, of which there is a mask."""
     seen = gather(own_seen, own_seen.ndim - 1, tokens.counts, ranks).unsqueeze(-2)
     if _can_exchange_heads(query, key, ranks) and _is_same_for_heads(seen):
-        return _ulysses(query, key, value, seen & seen.transpose(-2, -1), tokens.counts, ranks, run)
+        whole = seen & seen.transpose(-2, -1)
+        return _ulysses(query, key, value, whole, tokens.counts, tokens.counts, ranks, run)
     key, value = (gather(each, 1, tokens.counts, ranks) for each in (key, value))
     return run(query, key, value, seen & own_seen.unsqueeze(-1))
 
@@ -136,29 +141,39 @@ def _ulysses(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    counts: Sequence[int],
+    queries: Sequence[int],
+    keys: Sequence[int],
     ranks: Ranks,
     run: Attend,
 ) -> torch.Tensor:
-    batch, mine = query.shape[:2]
-    widths = [each.shape[2] // ranks.size * each.shape[3] for each in (query, key, value)]
-    # Query, key and value in one exchange: heads of one after those of the other. Tokens come before rows, so that
-    # those of all ranks arrive in their order.
-    packed = query.new_empty((ranks.size, mine, batch, sum(widths)))
-    for part, each in zip(packed.split(widths, dim=-1), (query, key, value), strict=True):
-        part.copy_(each.flatten(2).unflatten(2, (ranks.size, -1)).permute(2, 1, 0, 3))
-    per_token = batch * sum(widths)
-    arrived = exchange(packed, [mine * per_token] * ranks.size, [count * per_token for count in counts], ranks)
-    # With one row this copies nothing.
-    whole = arrived.view(-1, batch, sum(widths)).transpose(0, 1).contiguous().split(widths, dim=-1)
-    sizes = [each.shape[-1] for each in (query, key, value)]
-    all_queries, all_keys, all_values = (
-        each.unflatten(-1, (-1, size)) for each, size in zip(whole, sizes, strict=True)
-    )
-    attended = run(all_queries, all_keys, all_values, mask).flatten(2)
-    return heads_to_tokens(attended, counts, [attended.shape[-1]] * ranks.size, ranks).unflatten(
+    """Attend with this rank's share of the heads; ``queries`` and ``keys`` are how many tokens each rank has."""
+    if list(queries) == list(keys):
+        query_share, key_share, value_share = _share_heads((query, key, value), queries, ranks)
+    else:
+        (query_share,) = _share_heads((query,), queries, ranks)
+        key_share, value_share = _share_heads((key, value), keys, ranks)
+    attended = run(query_share, key_share, value_share, mask).flatten(2)
+    return heads_to_tokens(attended, queries, [attended.shape[-1]] * ranks.size, ranks).unflatten(
         -1, (query.shape[2], -1)
     )
+
+
+def _share_heads(tensors: Sequence[torch.Tensor], counts: Sequence[int], ranks: Ranks) -> list[torch.Tensor]:
+    """Exchange this rank's tokens of several tensors for all tokens of its share of the heads, in one exchange."""
+    first = tensors[0]
+    batch, mine = first.shape[:2]
+    widths = [each.shape[2] // ranks.size * each.shape[3] for each in tensors]
+    # Heads of one tensor after those of the other. Tokens come before rows, so that those of all ranks arrive in their
+    # order.
+    packed = first.new_empty((ranks.size, mine, batch, sum(widths)))
+    for part, each in zip(packed.split(widths, dim=-1), tensors, strict=True):
+        part.copy_(each.flatten(2).unflatten(2, (ranks.size, -1)).permute(2, 1, 0, 3))
+    per_token = batch * sum(widths)
+    sent, received = [mine * per_token] * ranks.size, [count * per_token for count in counts]
+    arrived = exchange(packed, sent, received, ranks, (tuple(counts), per_token))
+    # With one row this copies nothing.
+    whole = arrived.view(-1, batch, sum(widths)).transpose(0, 1).contiguous().split(widths, dim=-1)
+    return [share.unflatten(-1, (-1, each.shape[-1])) for share, each in zip(whole, tensors, strict=True)]
 
 
 def without_repeats(
@@ -189,7 +204,7 @@ def tokens_to_heads(own: torch.Tensor, tokens: Sequence[int], widths: Sequence[i
     # Tokens before rows: those of all ranks arrive in their order.
     packed = torch.cat([each.transpose(0, 1).reshape(-1) for each in own.split(list(widths), dim=-1)])
     sent, received = [mine * batch * each for each in widths], [count * batch * width for count in tokens]
-    arrived = exchange(packed, sent, received, ranks)
+    arrived = exchange(packed, sent, received, ranks, (tuple(tokens), tuple(widths), batch))
     return arrived.view(-1, batch, width).transpose(0, 1).contiguous()
 
 
@@ -197,7 +212,8 @@ def heads_to_tokens(share: torch.Tensor, tokens: Sequence[int], widths: Sequence
     """Undo ``tokens_to_heads``."""
     batch, mine, width = share.shape[0], tokens[ranks.rank], share.shape[2]
     sent, received = [count * batch * width for count in tokens], [mine * batch * each for each in widths]
-    arrived = exchange(share.transpose(0, 1).contiguous(), sent, received, ranks).split(received)
+    what = tuple(tokens), tuple(widths), batch
+    arrived = exchange(share.transpose(0, 1).contiguous(), sent, received, ranks, what).split(received)
     parts = [part.view(mine, batch, each).transpose(0, 1) for part, each in zip(arrived, widths, strict=True)]
     return torch.cat(parts, dim=-1)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, is_given
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedTokens, Split, TokenPlan, is_given
 
 _JOINT: Final = Attention(queries=("text", "image"), keys=("text", "image"))
 
 
-def _is_written(caches: Any) -> bool:
-    """Return whether a forward writes to caches, which would keep this rank's keys alone."""
-    return caches is not None and any(each.mode == "write" for each in caches.caches)
+def _is_read(given: Mapping[str, Any]) -> bool:
+    return any(each.mode == "read" for each in given["kv_caches"].caches)
 
 
 COG_VIEW_3_PLUS: Final = TokenPlan(
@@ -31,20 +31,22 @@ COG_VIEW_4: Final = TokenPlan(
     refused={"attention_mask": is_given},
 )
 
+_CACHED: Final = CachedTokens(read="cached", written=("text", "image"))
+
 GLM_IMAGE: Final = TokenPlan(
     splits={
-        "": {
-            "encoder_hidden_states": Split("text"),
-            "prior_token_id": Split("image"),
-            "prior_token_drop": Split("image", ndim=2),
-        },
+        "": {"encoder_hidden_states": Split("text")},
         "image_projector": {0: Split("image")},
+        # Behind the tokens to drop, which may be given for each row. An image to edit has no dimension of rows.
+        "prior_projector": {0: Split("image", dim=-2)},
         "transformer_blocks.*": {"image_rotary_emb": Split("image", dim=0)},
     },
     gathers={"proj_out": {0: Split("image")}},
-    attentions={"transformer_blocks.*.attn1": _JOINT},
-    # A cache that is read, and is not empty, has keys of no stream: each attention refuses those.
-    refused={"attention_mask": is_given, "kv_caches": _is_written},
+    attentions={"transformer_blocks.*.attn1": Attention(queries=("text", "image"), keys=("cached", "text", "image"))},
+    # Every attention makes its mask of the lengths of this rank. No pipeline gives one.
+    refused={"attention_mask": is_given},
+    # A call for each image to edit puts its tokens there, after those of the images before it.
+    cache=Cache("kv_caches", tensors={"k_caches": _CACHED, "v_caches": _CACHED}, is_read=_is_read),
 )
 
 PLANS: Final = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan, is_given
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedTokens, Length, Split, TokenPlan
 
 _JOINT: Final = Attention(queries=("text", "image"), keys=("text", "image"))
 
@@ -35,12 +35,33 @@ JOINT_WITH_ADAPTERS: Final = JOINT | {
 
 FLUX: Final = TokenPlan(splits={"": TOKENS | RESIDUALS}, gathers=GATHERED, attentions=JOINT_WITH_ADAPTERS)
 
+# The text and the image attend to all, also to reference tokens: of the call, which then attend to each other alone, or
+# in the cache.
+_WITH_REFERENCES: Final = Attention(
+    queries=("text", "image"),
+    keys=("text", "reference", "image"),
+    others=(Attention(queries=("reference",), keys=("reference",)),),
+)
+_REFERENCES: Final = CachedTokens(read="reference", written=("reference",))
+
 FLUX_2: Final = TokenPlan(
-    splits={"": TOKENS},
+    splits={
+        "": {
+            "num_ref_tokens": Length("reference"),
+            **TOKENS,
+            "hidden_states": Split("image", after="reference"),
+            "img_ids": Split("image", dim=-2, after="reference"),
+        }
+    },
     gathers=GATHERED,
-    attentions=JOINT,
-    # Reference tokens before the image's attend among themselves alone, or are in the cache alone.
-    refused={"kv_cache": is_given, "kv_cache_mode": is_given},
+    attentions={"transformer_blocks.*.attn": _WITH_REFERENCES, "single_transformer_blocks.*.attn": _WITH_REFERENCES},
+    cache=Cache(
+        "kv_cache",
+        tensors={"k_ref": _REFERENCES, "v_ref": _REFERENCES},
+        is_read=lambda given: given.get("kv_cache_mode") == "cached",
+        is_made=lambda given: given.get("kv_cache_mode") == "extract",
+        counts={"num_ref_tokens": "reference"},
+    ),
 )
 
 PLANS: Final = {"FluxTransformer2DModel": FLUX, "Flux2Transformer2DModel": FLUX_2}

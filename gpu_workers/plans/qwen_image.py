@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Exchange, Split, TokenPlan, is_given
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedHeads, Exchange, Split, TokenPlan
 
 QWEN_IMAGE: Final = TokenPlan(
     splits={
@@ -38,8 +38,8 @@ QWEN_IMAGE_2_1: Final = TokenPlan(
             "joint", inputs={"to_q": "heads", "to_k": "heads", "to_v": "heads"}, output="to_out.0"
         )
     },
-    # A cache would keep this rank's heads alone.
-    refused={"kv_cache": is_given},
+    # The class's own code puts all tokens of this rank's heads there, and attends with these alone.
+    cache=Cache("kv_cache", tensors={"k": CachedHeads("to_k"), "v": CachedHeads("to_v")}),
 )
 
 PLANS: Final = {"QwenImageTransformer2DModel": QWEN_IMAGE, "QwenImage21Transformer2DModel": QWEN_IMAGE_2_1}

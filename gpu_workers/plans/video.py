@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, Splits, TokenPlan, is_given
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedTokens, Split, Splits, TokenPlan, is_given
 
 _VIDEO: Final = Attention(queries=("video",), keys=("video",))
 _TEXT: Final = Attention(queries=("video",), keys=())
@@ -135,6 +135,47 @@ KANDINSKY_6: Final = TokenPlan(
     whole=("video_text_transformer_blocks.*.attn", "audio_text_transformer_blocks.*.attn"),
 )
 
+_SINK: Final = CachedTokens(read="sink")
+_HISTORY: Final = CachedTokens(read="history")
+_CAPTURED: Final = CachedTokens(written=("video",))
+
+SANA_WM_REFINER: Final = TokenPlan(
+    splits={
+        "": {
+            "hidden_states": Split("video"),
+            "timestep": Split("video"),
+            # Of each head, or of all of them.
+            "video_rotary_emb": Split("video", dim=-2),
+        }
+    },
+    gathers={"proj_out": {0: Split("video")}},
+    attentions={
+        "transformer_blocks.*.attn1": Attention(queries=("video",), keys=("sink", "history", "video")),
+        "transformer_blocks.*.attn2": _TEXT,
+    },
+    # The class has those of LTX-2, and leaves them out.
+    whole=tuple(
+        f"transformer_blocks.*.{name}"
+        for name in ("audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+    ),
+    # The caller puts what one call has captured where the next ones read it, often a part of it.
+    cache=Cache(
+        "kv_cache",
+        tensors={
+            "sink_pe": CachedTokens(read="sink", dim=-2),
+            "sink_k_pre": _SINK,
+            "sink_v": _SINK,
+            "history_k": _HISTORY,
+            "history_v": _HISTORY,
+            "captured_k_pre": _CAPTURED,
+            "captured_v_pre": _CAPTURED,
+            "captured_k_post": _CAPTURED,
+            "captured_v_post": _CAPTURED,
+        },
+        is_read=lambda given: given.get("kv_cache_mode") in ("inject", "inject_and_capture_post_rope"),
+    ),
+)
+
 PLANS: Final = {
     "CogVideoXTransformer3DModel": COG_VIDEO_X,
     "ConsisIDTransformer3DModel": CONSIS_ID,
@@ -157,5 +198,5 @@ PLANS: Final = {
     ),
     "SanaVideoTransformer3DModel": "linear attention sums over all tokens, and convolutions mix their neighbours",
     "SanaWMTransformer3DModel": "recurrent attention along time, and convolutions, mix its tokens",
-    "SanaWMLTX2RefinerTransformer3DModel": "the caller fills the caches of keys and values that its attention reads",
+    "SanaWMLTX2RefinerTransformer3DModel": SANA_WM_REFINER,
 }

@@ -105,9 +105,11 @@ PLANS: Final = {
     "HeliosTransformer3DModel": HELIOS,
     "AnyFlowTransformer3DModel": ANY_FLOW,
     "AnyFlowFARTransformer3DModel": (
-        "a mask of blocks for flex attention, and caches that it fills in their order, fix the order of its tokens"
+        "a mask of blocks for flex attention, and caches that it fills in place in their order, fix the order of its "
+        "tokens"
     ),
     "WanAnimate2Transformer3DModel": (
-        "its attention is that of flex over a buffer of the whole video, to keys of the reference in a cache"
+        "its attention is that of flex over a buffer of the whole video, with all heads, so that neither tokens nor "
+        "heads of its cache can be split"
     ),
 }

@@ -37,6 +37,7 @@ AMPLIFIED = {
     "ace-step": 1.5e-5,
     "chroma": 3e-6,
     "cogvideox": 2e-5,
+    "glm-image-edit": 2e-6,
     "hunyuan-video": 2e-6,
     "ltx2": 3e-6,
     "lumina2": 2e-6,

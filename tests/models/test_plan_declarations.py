@@ -49,14 +49,6 @@ def test_an_argument_that_the_plan_does_not_cover_is_refused_before_the_forward(
     assert not called
 
 
-def test_a_cache_that_is_written_is_refused_and_stays_empty() -> None:
-    entry = ENTRIES["GlmImageTransformer2DModel-kv_write"]
-    module, arguments = entry.build(), entry.arguments(Random(1))
-    with pytest.raises(PlanFault, match="kv_caches"):
-        PlannedModule(module, plan_of(entry.name)).run(lambda: module(**arguments), ALONE)
-    assert not any(each.k_caches for each in arguments["kv_caches"].caches)
-
-
 def test_an_exchange_needs_its_projections_and_their_number_of_heads() -> None:
     module = ENTRIES["QwenImage21Transformer2DModel"].build()
     plan = plan_of("QwenImage21Transformer2DModel")

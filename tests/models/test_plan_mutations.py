@@ -19,8 +19,11 @@ SHORT = "QwenImageTransformer2DModel"
 
 _NOT_SPLIT_YET = "the stream is split behind this attention, and streams that a call lacks have no tokens"
 _REPEATS = "ranks then send each head as often as the class repeats it, which gives the same result"
+_SAME_TOKENS = "another tensor of the cache has the same tokens, and says so"
 UNSEEN: dict[str, dict[str, str]] = {
     "BriaFibo2Transformer2DModel": {r"attention of noise_refiner.*: (queries|keys) with joint": _NOT_SPLIT_YET},
+    "Flux2Transformer2DModel": {r"cache: [kv]_ref without read": _SAME_TOKENS},
+    "GlmImageTransformer2DModel": {r"cache: [kv]_caches without read": _SAME_TOKENS},
     "Krea2Transformer2DModel": {r"attention of transformer_blocks.*: without repeats": _REPEATS},
     "Lumina2Transformer2DModel": {
         r"attention of noise_refiner.*: (queries|keys) with joint": _NOT_SPLIT_YET,
@@ -31,6 +34,7 @@ UNSEEN: dict[str, dict[str, str]] = {
             "of an attention among picked tokens, ranks count those that each has, whatever its streams"
         ),
     },
+    "SanaWMLTX2RefinerTransformer3DModel": {r"cache: (sink|history)_.* without read": _SAME_TOKENS},
 }
 """By class: a pattern of mutations that change no result of its calls, and why."""
 

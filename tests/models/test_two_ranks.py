@@ -159,8 +159,24 @@ def test_a_class_that_raises_for_one_of_two_parts(client: Client) -> None:
     loan.return_()
 
 
-def test_a_part_with_a_cache_runs_on_every_rank(client: Client) -> None:
+def test_calls_with_a_cache_share_its_tokens(client: Client) -> None:
+    """The client reads what the class itself would have put there, of which each worker has a share."""
     entry = ENTRIES["GlmImageTransformer2DModel-kv_write"]
+    model = entry.build()
+    loan = client.lend(model, as_class=True)
+    for _ in range(3):
+        mine, theirs = entry.arguments(Random(1)), entry.arguments(Random(1))
+        for _ in range(2):
+            assert error(client.call(loan, theirs), model(**mine)) <= TOLERANCE
+        assert error(theirs, mine) <= TOLERANCE
+    checks = [each for each in client.status().split_checks if each.class_name == entry.name]
+    assert checks
+    assert all(each.split == "tokens" and each.is_used for each in checks)
+    loan.return_()
+
+
+def test_a_cache_without_a_plan_runs_on_every_rank(client: Client) -> None:
+    entry = ENTRIES["WanAnimate2Transformer3DModel"]
     model = entry.build()
     loan = client.lend(model, as_class=True)
     mine, theirs = entry.arguments(Random(1)), entry.arguments(Random(1))
@@ -168,6 +184,22 @@ def test_a_part_with_a_cache_runs_on_every_rank(client: Client) -> None:
         assert error(client.call(loan, theirs), model(**mine)) == 0.0
     assert error(theirs, mine) == 0.0
     loan.return_()
+
+
+def test_held_tensors_of_a_cache_are_whole_as_arguments_of_another_call(client: Client) -> None:
+    entry = ENTRIES["GlmImageTransformer2DModel-kv_write"]
+    loan = client.lend(entry.build(), as_class=True)
+    for _ in range(3):
+        arguments = entry.arguments(Random(1))
+        client.call(loan, arguments)
+    held = arguments["kv_caches"].caches[0].k_caches[0]
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=8)
+    fill(vae, 0)
+    decoder = client.lend(vae.eval(), as_class=True)
+    found = client.call(decoder, {"z": held}, method="decode")
+    assert error(found, vae.decode(torch.clone(held))) <= TOLERANCE
+    loan.return_()
+    decoder.return_()
 
 
 def test_a_method_of_a_vae_by_rows(client: Client, make_vae: Callable[[], torch.nn.Module]) -> None:

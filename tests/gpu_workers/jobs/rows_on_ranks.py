@@ -20,7 +20,7 @@ from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -303,6 +303,45 @@ def tokens_that_the_plan_cannot_split(on: Ranks) -> None:
         assert "other results" in on.last_check().detail
 
 
+def faults_of_one_rank(on: Ranks) -> None:
+    """What is wrong on some ranks alone, while the others are about to meet in a collective or have ended."""
+
+    class Wrong(Attending):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shortens = False
+            self.refuses = False
+            self.late: list[Exception] = []
+
+        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            last = 17 // on.ranks  # how many tokens of 17 the last rank has, and it alone
+            if self.shortens:
+                x = x[:, :last]
+            if self.refuses and x.shape[1] == last:
+                raise BadRequest("the class refused")
+            found = super().forward(x, text)
+            if self.late and on.rank == 1:
+                raise self.late.pop()
+            return found
+
+    arguments = {"x": numbers(1, 17, 8), "text": numbers(1, 5, 8)}
+    for name in ("shortens", "refuses"):
+        on.use(Wrong(), PLAN)
+        setattr(on.module, name, True)
+        on.run_checked(arguments, calls=1)
+        if on.rank == 0:
+            assert not on.last_check().is_used
+    on.use(Wrong(), PLAN)
+    on.run_checked(arguments, calls=on.ranks)
+    on.module.late.append(PlanFault("not as declared"))
+    found = on.run(arguments)
+    assert on.count_all() == 2 * on.ranks, "split, then whole on every rank"
+    on.module.late.clear()
+    if on.rank == 0:
+        check_same(found[0], on.module(**arguments))
+        assert "another worker" in on.last_check().detail
+
+
 def rows_without_room_when_they_are_checked(on: Ranks) -> None:
     def fails(x: torch.Tensor) -> torch.Tensor:
         if on.rank == 1 and x.shape[0] < on.ranks:
@@ -408,6 +447,7 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         refused_rows_that_are_right_together,
         tokens_of_every_row,
         tokens_that_the_plan_cannot_split,
+        faults_of_one_rank,
         rows_without_room_when_they_are_checked,
         roundings_that_a_model_makes_much_of,
         forwards_that_are_captured,

@@ -15,7 +15,7 @@ from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
-SCENARIOS = 12
+SCENARIOS = 13
 
 
 @pytest.mark.slow

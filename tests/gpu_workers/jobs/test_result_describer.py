@@ -11,7 +11,21 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.result_describer import ResultDescriber
-from xditd.ipc.arguments import Given, InIo, ListOf, MapOf, Named, ObjectOf, Opaque, PairsOf, SetOf, TupleOf, Values
+from xditd.gpu_workers.parallel.streams import Stream
+from xditd.ipc.arguments import (
+    Given,
+    Held,
+    InIo,
+    ListOf,
+    MapOf,
+    Named,
+    ObjectOf,
+    Opaque,
+    PairsOf,
+    SetOf,
+    TupleOf,
+    Values,
+)
 from xditd.ipc.errors import Internal
 from xditd.ipc.processes import ProcessIdentity
 
@@ -50,6 +64,17 @@ def test_values_are_described(describer: ResultDescriber, value: Any, described:
 def test_what_cannot_be_described_says_so(describer: ResultDescriber) -> None:
     assert isinstance(describer.describe(Named2(1), lambda _: None), Opaque)
     assert isinstance(describer.describe(object(), lambda _: None), Opaque)
+
+
+def test_a_share_of_a_cache_is_described_as_the_whole() -> None:
+    held, client = HeldTensors(), ProcessIdentity(pid=1, start_ticks=1)
+    job: Any = type("Job", (), {"parts": ()})
+    cache = object.__new__(DynamicCache)
+    cache.table = held.shares.take(torch.zeros(2, 5, 3), 1, Stream((3, 2)), 1)
+    described = ResultDescriber(held, client, job, []).describe(cache, lambda _: None)
+    assert isinstance(described, ObjectOf)
+    assert described.attributes["table"] == Held(held_id="h1", dtype="float32", shape=(2, 5, 3))
+    assert held.find(client, "h1", "table").shape == (2, 2, 3)
 
 
 PLACE = InIo(offset_bytes=0, dtype="float32", shape=(2,))

@@ -266,7 +266,7 @@ def tensors_of_any_size_are_exchanged(on: Ranks) -> None:
     sent, received = [3 * to for to in range(on.size)], [3 * on.rank] * on.size
     for dtype in (torch.float32, torch.bfloat16):
         packed = torch.cat([torch.full((size,), 10 * on.rank + to, dtype=dtype) for to, size in enumerate(sent)])
-        found = exchange(packed, sent, received, on)
+        found = exchange(packed, sent, received, on, "all to all")
         expected = [torch.full((3 * on.rank,), 10 * source + on.rank, dtype=dtype) for source in range(on.size)]
         assert torch.equal(found, torch.cat(expected))
 

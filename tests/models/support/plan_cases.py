@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cache_calls import CACHE_CALLS
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
 from image_calls import IMAGE_CALLS
@@ -30,20 +31,22 @@ MOST_USED = (
 )
 """The classes that each test run covers; the others are for long runs."""
 
-REFUSED = {
-    "Flux2Transformer2DModel-kv_extract": "this value of kv_cache_mode",
-    "Flux2Transformer2DModel-kv_cached": "this value of kv_cache, kv_cache_mode",
-    "GlmImageTransformer2DModel-kv_read": "keys of the shape|kv_cache",
-    "GlmImageTransformer2DModel-kv_write": "kv_cache",
-    "QwenImage21Transformer2DModel": "kv_cache",
-    "QwenImage21Transformer2DModel-kv_cached": "kv_cache",
+WITH_CACHE = {
+    "Flux2Transformer2DModel-kv_extract",
+    "Flux2Transformer2DModel-kv_cached",
+    "GlmImageTransformer2DModel",
+    "GlmImageTransformer2DModel-kv_read",
+    "GlmImageTransformer2DModel-kv_write",
+    "QwenImage21Transformer2DModel",
+    "QwenImage21Transformer2DModel-kv_cached",
+    "SanaWMLTX2RefinerTransformer3DModel",
 }
-"""Entries that their class's plan does not cover, and what the fault says: caches of keys and values of all tokens."""
+"""Entries with a cache of keys and values, which also run without it."""
 
 WITHOUT_CACHE = "without a cache"
 """The name of the call of such an entry without its cache, which a plan does cover."""
 
-PLAN_ENTRIES = ENTRIES | {entry.key: entry for entry in (*IMAGE_CALLS, *VIDEO_CALLS)}
+PLAN_ENTRIES = ENTRIES | {entry.key: entry for entry in (*IMAGE_CALLS, *VIDEO_CALLS, *CACHE_CALLS)}
 """Further calls beside those of the entries, for what plans declare and no entry gives."""
 
 
@@ -56,14 +59,22 @@ class Case:
     arguments: Callable[[], dict[str, Any]]
     expected: tuple[torch.Tensor, ...]
 
-    def call(self) -> Any:
-        return self.model(**self.arguments())
+    def call(self) -> tuple[Any, list[Any]]:
+        """Return the result, and what the call leaves in its caches."""
+        return call(self.model, self.arguments())
+
+
+def call(model: torch.nn.Module, arguments: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Call a model; return the result, and what the call leaves in its caches."""
+    return model(**arguments), [each for each in arguments.values() if "Cache" in type(each).__name__]
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a result: an output class, a tuple, a list."""
+    """Yield the tensors of a result: an output class, a tuple, a list; of an object also numbers of tokens."""
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, int):
+        yield torch.tensor([value, 1])
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from tensors_of(each)
@@ -80,14 +91,14 @@ def cases_of(entry: ClassEntry, *, with_counts: bool = True) -> list[Case]:
     model = entry.build()
 
     def case(name: str, arguments: Callable[[], dict[str, Any]]) -> Case:
-        return Case(name, model, arguments, tuple(tensors_of(model(**arguments()))))
+        return Case(name, model, arguments, tuple(tensors_of(call(model, arguments()))))
 
     def own() -> dict[str, Any]:
         return entry.arguments(Random(1))
 
     found = [case("entry", own)]
     found += _with_other_rows(found[0])
-    if entry.key in REFUSED:
+    if entry.key in WITH_CACHE:
         found += _without_cache(found[0])
     builder = BUILDERS.get(entry.key)
     if builder is not None and with_counts:
@@ -112,7 +123,7 @@ def _with_other_rows(whole: Case) -> list[Case]:
         return []
     change = partial(_first_of, rows) if rows > 1 else _twice
     try:
-        result = tuple(tensors_of(whole.model(**change(whole.arguments()))))
+        result = tuple(tensors_of(call(whole.model, change(whole.arguments()))))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return []
     is_row = len(result) == len(whole.expected) and all(
@@ -129,10 +140,10 @@ def _without_cache(whole: Case) -> list[Case]:
     """Return the call without its cache; none where the class needs it."""
 
     def arguments() -> dict[str, Any]:
-        return {name: each for name, each in whole.arguments().items() if not name.startswith("kv_cache")}
+        return {name: each for name, each in whole.arguments().items() if not name.startswith(("kv_cache", "num_ref"))}
 
     try:
-        result = tuple(tensors_of(whole.model(**arguments())))
+        result = tuple(tensors_of(call(whole.model, arguments())))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return []
     return [Case(WITHOUT_CACHE, whole.model, arguments, result)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedHeads, CachedTokens, Split, TokenPlan, never
 
 ORDER = "in another order"
 """In the names of those that only show with a mask over all tokens of several streams."""
@@ -37,10 +37,48 @@ def mutations(plan: TokenPlan) -> dict[str, TokenPlan]:
         for name in exchange.inputs:
             fewer = replace(exchange, inputs={key: each for key, each in exchange.inputs.items() if key != name})
             found[f"exchange of {path}: without {name}"] = replace(plan, **{"exchanges": {**exchanges, path: fewer}})
+    if plan.cache is not None:
+        found |= {f"cache: {what}": replace(plan, cache=wrong) for what, wrong in _caches(plan.cache, plan)}
     for path in plan.whole:
         rest = tuple(each for each in plan.whole if each != path)
         found[f"whole {path}: not declared"] = replace(plan, whole=rest)
     return found
+
+
+def _caches(cache: Cache, plan: TokenPlan) -> Iterator[tuple[str, Cache | None]]:
+    """Yield wrong declarations of a cache. Which calls make one matters to jobs alone."""
+    yield "not declared", None
+    for name, declared in cache.tensors.items():
+        yield (
+            f"{name} removed",
+            replace(cache, tensors={key: each for key, each in cache.tensors.items() if key != name}),
+        )
+        for what, wrong in _cached(declared, plan):
+            yield f"{name} {what}", replace(cache, tensors={**cache.tensors, name: wrong})
+    for name in cache.counts:
+        yield f"{name} removed", replace(cache, counts={key: each for key, each in cache.counts.items() if key != name})
+    if cache.is_read is not never:
+        yield "never read", replace(cache, is_read=never)
+        yield "always read", replace(cache, is_read=lambda _: True)
+
+
+def _cached(declared: CachedTokens | CachedHeads, plan: TokenPlan) -> Iterator[tuple[str, CachedTokens | CachedHeads]]:
+    wrong = declared.dim + 1 if declared.dim in (0, 1, -2) else declared.dim - 1
+    yield f"in dimension {wrong}", replace(declared, dim=wrong)
+    if isinstance(declared, CachedHeads):
+        return
+    for stream in sorted(plan.streams - {declared.read}):
+        yield f"read as {stream}", replace(declared, read=stream)
+    yield from _without_options(declared)
+    if not declared.written:
+        return  # where nothing is written, any tokens may be
+    yield "never written", replace(declared, written=())
+    for stream in sorted(plan.streams - set(declared.written)):
+        yield f"also written from {stream}", replace(declared, written=(*declared.written, stream))
+    for stream in declared.written:
+        rest = tuple(each for each in declared.written if each != stream)
+        if rest:
+            yield f"not written from {stream}", replace(declared, written=rest)
 
 
 def _splits(split: Any, plan: TokenPlan) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.token_plans import TokenPlan
 from xditd.gpu_workers.parallel import streams
 from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 
 TIMEOUT_S = 20
 """How long a rank waits for the others, which have failed or computed something else."""
@@ -47,7 +48,7 @@ def run_case(case: Case, plan: TokenPlan, *, runs: int = 2) -> Finding:
         planned = PlannedModule(case.model, plan)
         place = Ranks(group, dist.get_rank(), dist.get_world_size())
         with _checked_collectives():
-            results = [tuple(tensors_of(planned.run(case.call, place))) for _ in range(runs)]
+            results = [_run(planned, case, place) for _ in range(runs)]
         found.error = max(_error(mine, its) for mine, its in _pairs(results[0], case.expected))
         found.is_same_again = all(torch.equal(one, two) for one, two in zip(results[0], results[-1], strict=True))
         digest = _digest(results[0])
@@ -55,6 +56,13 @@ def run_case(case: Case, plan: TokenPlan, *, runs: int = 2) -> Finding:
         found.fault, digest = f"{type(error).__name__}: {error}", 0
     dist.destroy_process_group(group)  # ends what other ranks wait for
     return _agree(found, digest)
+
+
+def _run(planned: PlannedModule, case: Case, place: Ranks) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of the result and of caches after a call, the whole of those of which ranks have shares."""
+    shares = TokenShares()
+    found = planned.run(case.call, place, shares)
+    return tuple(shares.whole(each, place) for each in tensors_of(found))
 
 
 class _Checked:

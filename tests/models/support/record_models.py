@@ -41,7 +41,9 @@ arguments that its own pipeline gives it (`tests/models/test_every_class.py`).
 - *arguments*: those of `forward`, the first {shown} of them; those in italics need a value.
 - *plan*: how several workers share a call ([layouts](layouts.md#modules-that-run-as-their-class)). `tokens`: they
   share the tokens of each row, or run whole rows, whichever leaves fewer of them idle. `rows`: they run whole rows, and
-  the parts of a call; the reason why their tokens are not split is given where it is more than a missing plan.
+  the parts of a call; the reason why their tokens are not split is given where it is more than a missing plan. *Also of
+  its cache*: calls with keys and values of earlier ones are split too, and each worker keeps
+  [its share](token-plans.md#caches-of-keys-and-values) of these.
 - *exactness*: "the same bits" are those of the class in the caller's process, with as many threads as the worker has.
   "Also" names further calls or configurations that are tested.
 
@@ -60,7 +62,7 @@ _PIPELINES = """
 ## Pipelines
 
 `tests/models/test_accelerate.py` runs each pipeline with the listed models in one worker, compared bit by bit with the
-same pipeline in one process, and in two workers, within 1e-6 (half precision: 2.5e-2; eight pipelines that amplify the
+same pipeline in one process, and in two workers, within 1e-6 (half precision: 2.5e-2; nine pipelines that amplify the
 last bits of their models: 2e-6 to 3e-5). No forward of these models runs in the caller's process.
 
 """
@@ -98,7 +100,7 @@ def _arguments(name: str) -> str:
 def _plan(name: str) -> str:
     plan = find_plan(name)
     if not isinstance(plan, str):
-        return "`tokens`"
+        return "`tokens`" if plan.cache is None else "`tokens`, also of its cache"
     return "`rows`" if plan == NOT_WRITTEN else f"`rows`: {plan}"
 
 
