@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_programs import fork_program
+
+__all__ = ["fork_program"]
 
 # Also for a bare `pytest`: a test that would download must fail instead. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -40,12 +39,10 @@ Rank = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
+def computed(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> dict[str, list[Rank]]:
     """What each rank of each group got, and the facts that it noted."""
     folder = tmp_path_factory.mktemp("mixed_heads")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
-    )
+    done = fork_program(PROGRAM, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         layout: [

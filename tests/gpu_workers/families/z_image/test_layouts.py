@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import z_image_models
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.ipc.degrees import Degrees, parse_layout
@@ -34,12 +33,10 @@ Found = dict[str, list[dict[str, torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def computed(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> Found:
     """What each rank of each layout got."""
     folder = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
-    )
+    done = fork_program(PROGRAM, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         layout: [
