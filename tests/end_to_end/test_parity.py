@@ -127,7 +127,7 @@ def test_both_ranks_decode_a_large_image(client, relative_error):
     from xditd.client.demo import checkpoints
     from xditd.gpu_workers.families.flux1 import reference
 
-    state = checkpoints.flux_vae_state_dict(1, channels=(64, 64, 64, 64))
+    state = checkpoints.flux_vae_state_dict(1, channels=(32, 32, 32, 32))
     latents = torch.randn(1, 16, 65, 64, generator=torch.Generator().manual_seed(2))
     expected = reference.reference_decode(reference.vae_from(state), latents)
     with client.lend(state) as loan:
