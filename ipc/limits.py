@@ -85,6 +85,9 @@ MAX_LAST_ERRORS: Final = 16
 
 MAX_FUSED_CHECKS: Final = 32
 MAX_SPLIT_CHECKS: Final = 32
+
+MAX_FORWARD_PATHS: Final = 32
+"""Ways of forwards of which one status tells: the newest."""
 """Fast path checks (fused kernels against unmodified modules) in ``status``; there is one for each number of tokens."""
 
 MAX_LAYOUT_CANDIDATES: Final = 64

@@ -153,6 +153,24 @@ class SplitCheck(Described, frozen=True, kw_only=True):
     """Why it is not split so."""
 
 
+class ForwardPath(Described, frozen=True, kw_only=True):
+    """The way that forwards of one kind run from now on, of a module that runs as its class."""
+
+    class_name: Name
+    split: Literal["whole", "tokens"]
+    """Whether ranks share the tokens of such a forward, or one rank runs all of it."""
+    shapes: Text
+    """Of the tensors among its arguments, in order."""
+    path: Literal["eager", "captured"]
+    """Kernel by kernel, or as a CUDA graph."""
+    took_s: Seconds
+    """What it took to make, or to find that it cannot be made."""
+    memory_bytes: Bytes
+    """GPU memory that its making took, on one rank."""
+    detail: Text = ""
+    """Why it stays eager."""
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -173,6 +191,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """Fast path checks since the group started, oldest first; bounded."""
     split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the group started, oldest first; bounded."""
+    forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
+    """Ways of forwards that were decided since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

@@ -16,7 +16,7 @@ from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
-from xditd.ipc.status import FusedCheck, LayoutReport, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, SplitCheck
 from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, FileDigest, HostShmBlock, Manifest, Name
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
@@ -210,6 +210,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Fast path checks since the last tally; nearly always none."""
     split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the last tally; of rank 0 alone, since all ranks have the same."""
+    forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
+    """Ways of forwards that were decided since the last tally."""
 
 
 AnyReport = (

@@ -27,7 +27,7 @@ from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table
 
 from xditd.client import Client, accelerate
 from xditd.client.demo.daemon_process import DaemonProcess
-from xditd.ipc.status import SplitCheck
+from xditd.ipc.status import ForwardPath, SplitCheck
 
 Arguments = dict[str, Any]
 SEED = 0
@@ -175,7 +175,13 @@ def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                values = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(0.0, 0.02)
+                values = torch.empty(parameter.shape, device=device, dtype=dtype)
+                # As trained models have them: norms near 1, products that keep the size of their inputs. With other
+                # random weights a deep model makes ten times as much of its roundings.
+                if parameter.ndim > 1:
+                    values.normal_(0.0, (3 * parameter[0].numel()) ** -0.5)
+                else:
+                    values.normal_(1.0 if name == "weight" else 0.0, 0.02)
                 module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -210,6 +216,7 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
                 synchronize(device)
                 if number >= 2:  # kernels are chosen in the first calls
                     into.append((time.perf_counter() - began) * 1e3)
+    status = client.status()
     here, there = (first_tensor(result).float() for result in results)
     found = {
         "here_ms": round(statistics.median(here_ms), 1),
@@ -221,7 +228,8 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
         "worker_took_gib": round(lent / GIB, 2),
         "same_bits": torch.equal(here, there),
         "error": round(float((there - here).norm() / here.norm()), 7),
-        "split": ", ".join(split_of(each) for each in client.status().split_checks if each.class_name == class_name),
+        "split": ", ".join(split_of(each) for each in status.split_checks if each.class_name == class_name),
+        "path": ", ".join(path_of(each) for each in status.forward_paths if each.class_name == class_name),
     }
     del model, arguments, results
     if device.type == "cuda":
@@ -232,6 +240,12 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, A
 def split_of(check: SplitCheck) -> str:
     """Return how the workers share such calls, or why they do not."""
     return check.split if check.is_used else f"not by {check.split}: {check.detail}"
+
+
+def path_of(path: ForwardPath) -> str:
+    """Return how such a forward runs, what that took to make, and the GPU memory of one rank."""
+    made = f"{path.path} in {path.took_s:.2f} s, {path.memory_bytes / GIB:.2f} GiB"
+    return f"{made} ({path.detail})" if path.detail else made
 
 
 def worker_bytes(pids: set[int]) -> int:

@@ -14,10 +14,12 @@ Needs: as many GPUs as --workers; --device cpu --small is a dry run (diffusers' 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +65,7 @@ def time_models(rank: int, ranks: int, store: str, given: argparse.Namespace) ->
     found: dict[str, Any] = {}
     for name in given.models:
         found[name] = time_model(make, name, ranks, device, given)
+        gc.collect()
         if is_cuda:
             torch.cuda.empty_cache()
     dist.destroy_process_group()
@@ -121,11 +124,12 @@ def time_model(make: Make, name: str, ranks: int, device: torch.device, given: a
             synchronize(device)
             dist.barrier()
             began = time.perf_counter()
-            model(**arguments)
+            model(**arguments, return_dict=False)  # diffusers cannot gather results in its output classes
             synchronize(device)
             times_ms.append((time.perf_counter() - began) * 1e3)
         found["median_ms"] = round(statistics.median(times_ms[WARM_UP:]), 1)
     # Anything: the libraries have no plan, want counts that divide, or lack a part. All ranks fail alike.
     except Exception as error:  # noqa: BLE001
         found["fault"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        traceback.clear_frames(error.__traceback__)  # they hold the model
     return found

@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import FusedCheck, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -63,6 +63,7 @@ class Ranks:
         self._next_op_number = 1
         self._fused_checks: dict[tuple[str, str], FusedCheck] = {}
         self.split_checks: deque[SplitCheck] = deque(maxlen=limits.MAX_SPLIT_CHECKS)
+        self.forward_paths: deque[ForwardPath] = deque(maxlen=limits.MAX_FORWARD_PATHS)
         """The last checks of rows, oldest first."""
 
     @property
@@ -164,6 +165,7 @@ class Ranks:
             for check in answer.tally.fused_checks:
                 self._note_check(answer.rank, check)
             self.split_checks.extend(answer.tally.split_checks)
+            self.forward_paths.extend(answer.tally.forward_paths)
         if len(in_flight.answers) < self.world_size:
             return None
         answers = [in_flight.answers[rank] for rank in sorted(in_flight.answers)]

@@ -12,14 +12,19 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Final, Literal
 
 import torch
 
+from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.models.class_models import ClassModel
 from xditd.gpu_workers.models.finite import magnitude
+from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import (
+    MOST_NOISE,
+    NOISES,
     TOLERANCE,
     TOLERANCE_OF_HALVES,
     Case,
@@ -93,7 +98,7 @@ class ModuleRows:
         """
         if self._ranks == 1:
             with raise_on_all_ranks():
-                return [self._call(part.arguments) for part in parts]
+                return [self._run_alone(part) for part in parts]
         results: list[Any] = [None] * len(parts)
         with raise_on_all_ranks():
             keys = [self._key(part.arguments) for part in parts]
@@ -104,7 +109,10 @@ class ModuleRows:
                 results[number] = self._check(part.arguments, keys[number])
             elif case.result is None:
                 with raise_on_all_ranks():
-                    results[number] = self._call(part.arguments)
+                    if part.on_all_ranks:
+                        results[number] = self._call(part.arguments)
+                    else:
+                        results[number] = self._run_path(part.arguments, keys[number])
             else:
                 shared[number] = case
         if self._prefers_tokens(parts, shared):
@@ -114,6 +122,23 @@ class ModuleRows:
         for number, result in self._run_shared(parts, keys, shared).items():
             results[number] = result
         return results
+
+    def _run_alone(self, part: ModulePart) -> Any:
+        """Run a part on the only rank."""
+        if part.on_all_ranks or not self._model.paths.is_on:
+            return self._call(part.arguments)
+        return self._run_path(part.arguments, self._key(part.arguments))
+
+    def _run_path(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
+        """Run a forward that this rank computes alone: as the class does, or captured."""
+        if self._method != "forward":
+            return self._call(arguments)
+        return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False)
+
+    def _bare(self, arguments: Mapping[str, Any]) -> Any:
+        """Run the module without the checks of ``call``."""
+        with use_numerics(self._numerics, self._model.device):
+            return self._model.module(**arguments)
 
     def _prefers_tokens(self, parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> bool:
         return all(case.splits_tokens for case in cases.values()) and prefers_tokens(_shares(parts, cases), self._ranks)
@@ -151,19 +176,23 @@ class ModuleRows:
         if worst is None:
             checks.note(key, Case(None), self._report("rows", batch, None, "ranks have results of other structures"))
             return whole
+        noise = cache(partial(self._noise, copied, whole, structure))
+        worst = self._allow_noise(worst, noise)
         reports = []
         has_rows = batch > 1 and worst.ratio <= 1.0
         if batch > 1:
             why = "" if has_rows else why or "rows that run apart give other results"
             reports.append(self._report("rows", batch, worst, why))
-        by_tokens = self._check_tokens(copied, whole, structure, batch)
+        by_tokens = self._check_tokens(copied, whole, structure, batch, noise)
         if by_tokens is not None:
             reports.append(by_tokens)
         splits_tokens = by_tokens is not None and by_tokens.is_used
         checks.note(key, Case(structure, batch if has_rows else 0, splits_tokens), *reports)
         return whole
 
-    def _check_tokens(self, arguments: Mapping[str, Any], whole: Any, structure: Node, batch: int) -> SplitCheck | None:
+    def _check_tokens(
+        self, arguments: Mapping[str, Any], whole: Any, structure: Node, batch: int, noise: Callable[[], float]
+    ) -> SplitCheck | None:
         """Run a call with its tokens split over all ranks, and compare; ``None`` if the module has no token plan."""
         if isinstance(self._model.planned, str) or self._method != "forward":
             return None
@@ -179,21 +208,24 @@ class ModuleRows:
             found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
         assert worst is not None  # all ranks have had the same structure before
+        worst = self._allow_noise(worst, noise)
         return self._report("tokens", batch, worst, "" if worst.ratio <= 1.0 else why)
 
     def _run_tokens_or_whole(self, arguments: Mapping[str, Any], key: CaseKey, case: Case) -> Any:
         """Run a call with its tokens split; if it is not as the plan declares, whole on every rank from now on."""
         copied = copy_tree(arguments)
         try:
-            return self._run_tokens(arguments)
+            return self._run_tokens(arguments, key)
         except PlanFault as fault:
             report = self._report("tokens", batch_of(copied), None, fault.detail)
             self._model.split_checks.note(key, replace(case, splits_tokens=False), report)
         with raise_on_all_ranks():
             return self._call(copied)
 
-    def _run_tokens(self, arguments: Mapping[str, Any]) -> Any:
+    def _run_tokens(self, arguments: Mapping[str, Any], key: CaseKey | None = None) -> Any:
         """Run a call with its tokens split over all ranks; every rank returns the whole result.
+
+        With a ``key`` it may be captured.
 
         All ranks meet in the middle of the forward, so that one without memory ends the group: its error is not shared.
         """
@@ -203,7 +235,16 @@ class ModuleRows:
         fault: XditdError | None = None
         result = None
         try:
-            result = planned.run(lambda: self._call(arguments), ranks)
+            if key is None:
+                result = planned.run(lambda: self._call(arguments), ranks)
+            else:
+                result = self._model.paths.run(
+                    key,
+                    arguments,
+                    lambda given: planned.run(lambda: self._call(given), ranks),
+                    lambda given: planned.run(lambda: self._bare(given), ranks),
+                    on_all_ranks=True,
+                )
         except XditdError as error:
             fault = error
         if agree(fault is None):
@@ -255,6 +296,25 @@ class ModuleRows:
         found = (Difference(*_DIFFERENCE.unpack(each[: _DIFFERENCE.size])) for each in everyone)
         return max(found, key=attrgetter("ratio"))
 
+    def _allow_noise(self, worst: Difference, noise: Callable[[], float]) -> Difference:
+        """Raise the tolerance of a difference in halves that exceeds it, to what roundings alone change; on all ranks.
+
+        A fixed tolerance cannot tell a model that makes much of roundings from a wrong result.
+        """
+        if worst.ratio <= 1.0 or not self._in_halves or not math.isfinite(worst.error):
+            return worst
+        return Difference(worst.error, max(worst.tolerance, min(NOISES * noise(), MOST_NOISE)))
+
+    def _noise(self, arguments: Mapping[str, Any], whole: Any, structure: Node) -> float:
+        """Run a call whole once more, with the last places of its products changed; return the error of the result."""
+        with raise_on_all_ranks(), rounding_noise(self._model.module):
+            noisy = self._call(copy_tree(arguments))
+        found = math.inf
+        if structure_of(noisy, batch_of(arguments)) == structure:
+            found = self._differ(noisy, whole).error
+        worst = self._worst(Difference(found, 1.0), structure)
+        return 0.0 if worst is None or not math.isfinite(worst.error) else worst.error
+
     def _report(self, split: Literal["rows", "tokens"], batch: int, found: Difference | None, why: str) -> SplitCheck:
         error = None if found is None or not math.isfinite(found.error) else min(found.error, MAX_RELATIVE_ERROR)
         return SplitCheck(
@@ -277,7 +337,11 @@ class ModuleRows:
         pieces = assign(_shares(parts, cases), self._ranks)
         nodes = {piece: structure_of_rows(_structure(cases[piece.part]), piece.rows) for piece in pieces}
         with raise_on_all_ranks():
-            mine = {piece: self._run_piece(piece, parts[piece.part]) for piece in pieces if piece.rank == self._rank}
+            mine = {
+                piece: self._run_piece(piece, parts[piece.part], keys[piece.part])
+                for piece in pieces
+                if piece.rank == self._rank
+            }
         differing = {piece.part for piece, found in mine.items() if structure_of(found, 0) != nodes[piece]}
         wrong = [] if agree(not differing) else [number for number in cases if not agree(number not in differing)]
         results: dict[int, Any] = {}
@@ -301,13 +365,13 @@ class ModuleRows:
                     results[number] = join(_structure(cases[number]), found)
         return results
 
-    def _run_piece(self, piece: Piece, part: ModulePart) -> Any:
+    def _run_piece(self, piece: Piece, part: ModulePart, key: CaseKey) -> Any:
         """Return the result of some rows; :data:`_REFUSED` if the class refuses them, which may take all rows."""
         batch = batch_of(part.arguments)
         if len(piece.rows) >= batch:
-            return self._call(copy_tree(part.arguments))
+            return self._run_path(copy_tree(part.arguments), key)
         try:
-            return self._call(take_rows(part.arguments, batch, slice(piece.rows.start, piece.rows.stop)))
+            return self._run_path(take_rows(part.arguments, batch, slice(piece.rows.start, piece.rows.stop)), key)
         except BadRequest:
             return _REFUSED
 

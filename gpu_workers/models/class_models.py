@@ -13,6 +13,7 @@ import torch
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.pretrained import (
     LoadPlan,
@@ -29,7 +30,7 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
-from xditd.ipc.status import FusedCheck, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, SplitCheck
 from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
@@ -80,6 +81,9 @@ class ClassModel:
         self.split_checks = SplitChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
+        self.paths = ForwardPaths(
+            self.module, self.class_name, self.device, layout.acceleration, is_leader=layout.rank == 0
+        )
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
 
@@ -133,6 +137,7 @@ class ClassModel:
             self.unplug()
         self.owner = owner  # first, so that a plug that fails is undone by the next one
         set_tensors(self.module, self.state, bindings)
+        self.paths.use_weights(owner, bindings)
 
     def unplug(self) -> None:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
@@ -240,6 +245,21 @@ class ClassModels:
         """Return the checks of rows since the last call."""
         found = [check for model in self._models.values() for check in model.split_checks.take_checks()]
         return tuple(found[-limits.MAX_SPLIT_CHECKS :])
+
+    def take_forward_paths(self) -> tuple[ForwardPath, ...]:
+        """Return the ways of forwards that were decided since the last call."""
+        found = [path for model in self._models.values() for path in model.paths.take_reports()]
+        return tuple(found[-limits.MAX_FORWARD_PATHS :])
+
+    def drop_wanted(self) -> None:
+        """See ``ForwardPaths``."""
+        for model in self._models.values():
+            model.paths.drop_wanted()
+
+    def make_ready(self) -> None:
+        """See ``ForwardPaths``."""
+        for model in self._models.values():
+            model.paths.make_ready()
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.

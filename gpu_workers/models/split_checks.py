@@ -33,7 +33,12 @@ TOLERANCE: Final = 1e-6
 one product changes the last bits: 2e-7 to 8e-7 for tiny models of most classes."""
 
 TOLERANCE_OF_HALVES: Final = 2e-2
-"""Of results in bfloat16 and float16: the norm of the difference, relative to that of the result."""
+"""Of results in bfloat16 and float16: the norm of the difference, relative to that of the result. If it is exceeded,
+what roundings change is measured (``rounding_noise``), and the tolerance is at least :data:`NOISES` times that, up to
+:data:`MOST_NOISE`."""
+
+NOISES: Final = 1.5
+MOST_NOISE: Final = 0.1
 
 
 @dataclass(frozen=True)

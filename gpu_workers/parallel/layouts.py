@@ -18,7 +18,8 @@ class ParallelLayout:
     Ulysses and ring degrees. :class:`Degrees` says how ranks are numbered. ``attention_backend`` is xDiT's name of the
     chosen backend; ``fused_attention`` is that of fused transformers, ``None`` if they run plain modules. ``precision``
     is that of matrix products: ``bf16`` for the lent weights themselves, or ``fp8``. ``requested_attention`` and
-    ``requested_kernels`` are the settings, which may be ``auto``.
+    ``requested_kernels`` are the settings, which may be ``auto``; so is ``acceleration``, of modules that run as their
+    class.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class ParallelLayout:
     precision: str = WORKER_DEFAULTS.precision
     requested_attention: str = WORKER_DEFAULTS.attention_backend
     requested_kernels: str = WORKER_DEFAULTS.kernels
+    acceleration: str = WORKER_DEFAULTS.acceleration
 
     @property
     def world_size(self) -> int:

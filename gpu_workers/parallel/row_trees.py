@@ -13,7 +13,7 @@ Whether it holds for a call is checked (:mod:`xditd.gpu_workers.models.split_che
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
@@ -82,6 +82,17 @@ def take_rows(tree: Any, batch: int, rows: slice) -> Any:
 def copy_tree(tree: Any) -> Any:
     """Return a tree with the same tensors in new lists and maps, so that a forward may change those."""
     return take_rows(tree, 0, slice(None))
+
+
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a tree with other tensors, in new lists and maps; what is no tensor, list, tuple or map stays."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    children = _children(tree)
+    if children is None:
+        return tree
+    keys, items = children
+    return _build(type(tree), keys, [map_tensors(each, change) for each in items])
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:

@@ -58,6 +58,7 @@ def main(
             options.attention_backend,
             options.kernels,
             options.precision,
+            options.acceleration,
         )
         # Imported here: its modules import xfuser, which works only after start().
         from xditd.gpu_workers.process.torch_executor import TorchExecutor

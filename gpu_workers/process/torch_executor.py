@@ -104,6 +104,7 @@ class TorchExecutor:
             self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
         )
         job, exporter = command.job, command.exporter
+        self._components.class_models.drop_wanted()
         return self._jobs.run(
             job,
             lambda: self._io.open(job.io, exporter),
@@ -123,10 +124,12 @@ class TorchExecutor:
             memory_bytes=self._memory_bytes,
             fused_checks=models.take_checks(),
             split_checks=class_models.take_split_checks(),
+            forward_paths=class_models.take_forward_paths(),
         )
 
     def after_answer(self) -> None:
-        """Measure the GPU's memory in use for the next tally."""
+        """Capture forwards, and measure the GPU's memory in use for the next tally."""
+        self._components.class_models.make_ready()
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)

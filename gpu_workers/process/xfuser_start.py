@@ -43,6 +43,7 @@ def start(
     attention_backend: str = attention.AUTO,
     kernels: str = "plain",
     precision: str = WORKER_DEFAULTS.precision,
+    acceleration: str = WORKER_DEFAULTS.acceleration,
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it. Models can be built afterwards.
 
@@ -50,7 +51,7 @@ def start(
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; without them ``choose_layout`` chooses.
     A component whose attention heads do not fit them gets others (``component_layouts``).
     ``kernels`` is ``plain``, ``fused``, or ``auto``: fused where possible.
-    ``precision`` is ``bf16``, or ``fp8`` on fused kernels.
+    ``precision`` is ``bf16``, or ``fp8`` on fused kernels. ``acceleration`` is that of forwards (``forward_paths``).
 
     Raises:
         Unsupported: no layout fits, an attention backend is not installed, or fused kernels or products in eight bits
@@ -81,7 +82,9 @@ def start(
     clock.mark("freeze")
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
-    return ParallelLayout(rank, degrees, device, backend, fused_attention, precision, attention_backend, kernels)
+    return ParallelLayout(
+        rank, degrees, device, backend, fused_attention, precision, attention_backend, kernels, acceleration
+    )
 
 
 def stop() -> None:

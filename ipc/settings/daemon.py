@@ -20,6 +20,7 @@ CONFIG_VARIABLE: Final = "XDITD_CONFIG"
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
 Precision = Literal["bf16", "fp8"]
+Acceleration = Literal["auto", "eager", "captured"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _daemon = partial(about, section="daemon")
@@ -69,6 +70,13 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
             "weights (half their size)"
         ),
     ] = "bf16"
+    acceleration: Annotated[
+        Acceleration,
+        _workers(
+            "forwards of modules that run as their class, on GPUs: captured as CUDA graphs, or eager; auto: captured "
+            "where the host takes much of their time"
+        ),
+    ] = "auto"
 
 
 class DaemonSettings(WorkerOptions, frozen=True, kw_only=True):

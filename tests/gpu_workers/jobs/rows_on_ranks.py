@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, Split, TokenPlan
@@ -44,7 +45,9 @@ class Ranks:
         self.module: Any = None
         self.model: Any = None
 
-    def use(self, module: torch.nn.Module | Callable[..., Any], plan: TokenPlan | None = None) -> None:
+    def use(
+        self, module: torch.nn.Module | Callable[..., Any], plan: TokenPlan | None = None, acceleration: str = "eager"
+    ) -> None:
         """Lend a module, or a function as its forward."""
         if not isinstance(module, torch.nn.Module):
             function, module = module, torch.nn.Identity()
@@ -57,7 +60,9 @@ class Ranks:
             class_name="Tested",
             planned="it has no token plan" if plan is None else PlannedModule(module, plan),
             split_checks=SplitChecks(reports=self.rank == 0),
+            paths=ForwardPaths(module, "Tested", self.device, acceleration, is_leader=self.rank == 0),
         )
+        self.model.paths.use_weights("a", dict(module.named_parameters()))
 
     def run(self, *parts: dict[str, Any], on_all_ranks: bool = False) -> list[Any]:
         self.calls = 0
@@ -310,6 +315,79 @@ def rows_without_room_when_they_are_checked(on: Ranks) -> None:
         assert not on.last_check().is_used
 
 
+class Remainders(torch.nn.Module):
+    """What is left of a product in bfloat16 without most of the exact one: a rounding changes much of that.
+
+    Some rows alone have other last places in ``every``-th value, as those of another kernel, and are ``wrong`` beyond.
+    """
+
+    def __init__(self, rows: int, every: int, wrong: float) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(64, 64, bias=False)
+        self.rows, self.every, self.wrong = rows, every, wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.first(x)
+        if len(x) < self.rows:
+            bits = product.view(torch.int16)
+            bits[..., :: self.every] ^= 1
+        exact = functional.linear(x.float(), self.first.weight.float())
+        rest = product.float() - 0.97 * exact
+        return (rest + (self.wrong * rest.roll(1) if len(x) < self.rows else 0)).bfloat16()
+
+
+def roundings_that_a_model_makes_much_of(on: Ranks) -> None:
+    for every, wrong, is_used in ((8, 0.0, True), (1, 0.5, False)):
+        torch.manual_seed(0)
+        on.use(Remainders(rows := 64 * on.ranks, every, wrong).bfloat16())
+        before = torch.get_rng_state()
+        on.run({"x": numbers(rows, 64).bfloat16()})
+        assert torch.equal(before, torch.get_rng_state())
+        if on.rank == 0:
+            check = on.last_check()
+            assert check.is_used == is_used, check
+            assert check.error > 0.02, "the fixed tolerance allows it"
+            assert check.tolerance > 0.02
+
+
+def forwards_that_are_captured(on: Ranks) -> None:
+    """Tokens of every row, and rows, as graphs: the results of new arguments, without a forward of the class."""
+    if on.device.type != "cuda":
+        return
+    torch.manual_seed(0)
+    on.use(Attending(), PLAN, acceleration="captured")
+    whole = Attending().to(on.device)
+    whole.load_state_dict(on.module.state_dict())
+    for tokens, rows in ((16, 1), (17, 1), (7, on.ranks)):
+        eager_calls = []
+        for seed in range(6):
+            part = {"x": numbers(rows, tokens, 8, seed=seed), "text": numbers(rows, 5, 8, seed=seed)}
+            (found,) = on.run(part)
+            eager_calls.append(on.count_all())
+            on.model.paths.make_ready()
+            if on.rank == 0:
+                check_same(found, whole(**part))
+        assert eager_calls[3:] == [0, 0, 0], eager_calls
+    if on.rank == 0:
+        reports = on.model.paths.take_reports()
+        assert [each.path for each in reports] == ["captured"] * len(reports), reports
+        assert {each.split for each in reports} == {"tokens", "whole"}
+
+    # A forward for which the host waits stays eager on all ranks, and is right.
+    class Waiting(Attending):
+        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, text) * float(text.sum().sign().abs())
+
+    on.use(Waiting(), PLAN, acceleration="captured")
+    part = {"x": numbers(1, 16, 8), "text": numbers(1, 5, 8)}
+    for _ in range(5):
+        on.run(part)
+        on.model.paths.make_ready()
+    if on.rank == 0:
+        (report,) = on.model.paths.take_reports()
+        assert (report.path, "host waits" in report.detail) == ("eager", True), report
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -333,6 +411,8 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         tokens_of_every_row,
         tokens_that_the_plan_cannot_split,
         rows_without_room_when_they_are_checked,
+        roundings_that_a_model_makes_much_of,
+        forwards_that_are_captured,
     ):
         with torch.no_grad(), device:
             scenario(Ranks(rank, ranks, device))

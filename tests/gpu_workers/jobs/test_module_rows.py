@@ -16,7 +16,7 @@ from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
-SCENARIOS = 10
+SCENARIOS = 12
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_ranks_share_parts_and_rows(tmp_path: Path, fork_program: ProgramServer,
 
 def test_one_rank_runs_every_part_as_it_is() -> None:
     """Nothing is looked up, copied or checked."""
-    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1))
+    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1), paths=SimpleNamespace(is_on=False))
     parts = [{"x": torch.ones(2)}, {"x": torch.zeros(2)}]
     seen: list[Any] = []
     rows = ModuleRows(model, "forward", Numerics(), lambda arguments: seen.append(arguments) or len(seen))
@@ -46,7 +46,7 @@ def test_one_rank_runs_every_part_as_it_is() -> None:
 
 
 def test_one_rank_raises_what_the_class_raises() -> None:
-    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1))
+    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1), paths=SimpleNamespace(is_on=False))
 
     def fails(_: Any) -> Any:
         raise BadRequest("refused")
