@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_programs import fork_program
+from running_daemon import RunningDaemon, start_daemon
+
+__all__ = ["fork_program", "start_daemon"]
 
 # Also for a bare `pytest`: a test that would download must fail instead. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
         if needed and gpu_count() < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), found {gpu_count()}"))
+    if "torch" in sys.modules:
+        # More threads make models this small slower, and many times slower where other processes use the cores.
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +110,14 @@ def other_process() -> Iterator[OtherProcess]:
     other = OtherProcess()
     yield other
     other.kill()
+
+
+@pytest.fixture(scope="session")
+def one_worker(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """A daemon with one worker on the CPU."""
+    started = start_daemon(1)
+    started.wait_ready()
+    return started
 
 
 @pytest.fixture

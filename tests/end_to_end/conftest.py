@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
-from running_daemon import RunningDaemon, start_daemon, until
+from running_daemon import RunningDaemon, until
 
 from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Prompt
 
-__all__ = ["start_daemon"]
+PACKAGE = Path(__file__).parents[1] / "family_package"
 
 
 @dataclass
@@ -75,6 +75,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """Two workers. Tests that kill a worker leave it rebuilt."""
     started = start_daemon(2)
+    started.wait_ready()
+    return started
+
+
+@pytest.fixture(scope="session")
+def package_daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """Two workers that have the family of :data:`PACKAGE`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(PACKAGE))
+        started = start_daemon(2)
     started.wait_ready()
     return started
 

@@ -244,9 +244,7 @@ def test_false_blocks_are_refused_or_replaced_and_no_worker_ends(
 
 
 @pytest.mark.slow
-def test_workers_on_the_cpu_refuse_device_memory_and_go_on(
-    start_daemon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_on_the_cpu_refuse_device_memory_and_go_on(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
     small = {**CONFIG, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
@@ -261,8 +259,6 @@ def test_workers_on_the_cpu_refuse_device_memory_and_go_on(
         size_bytes=2 * MIB,
         fingerprint=Fingerprint(length_bytes=4096, digest=bytes(16)),
     )
-    daemon = start_daemon(2)
-    daemon.wait_ready()
     with daemon.connect() as client, client.lend(module, as_class=True) as loan:
         pids = [worker.pid for worker in client.status().workers]
         (expected,) = client.call(loan, given)
@@ -275,4 +271,3 @@ def test_workers_on_the_cpu_refuse_device_memory_and_go_on(
         monkeypatch.undo()
         assert torch.equal(client.call(loan, given)[0], expected)
         assert [worker.pid for worker in client.status().workers] == pids
-    daemon.stop()

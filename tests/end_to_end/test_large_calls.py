@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
 
@@ -18,7 +17,6 @@ from xditd.gpu_workers.jobs.job_io import PROVIDED_PER_CLIENT
 from xditd.ipc import limits
 
 pytestmark = pytest.mark.slow
-PACKAGE = Path(__file__).parents[1] / "family_package"
 SCALE = torch.tensor([0.5, -1.0, 2.0, 0.25])
 MIB = 2**20
 SAMPLE = (1, 4, 2048, 2048)
@@ -27,15 +25,10 @@ SLACK = 40
 """MiB by which a process may differ; less than one of these."""
 
 
-@pytest.fixture(scope="module")
-def daemon(start_daemon) -> Iterator[Any]:
-    """Serves the family of :data:`PACKAGE`, whose forwards take no time and give as much as they are told."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(PACKAGE))
-        started = start_daemon(2)
-    started.wait_ready()
-    yield started
-    started.stop()
+@pytest.fixture
+def daemon(package_daemon) -> Any:
+    """Its forwards take no time and give as much as they are told."""
+    return package_daemon
 
 
 @pytest.fixture

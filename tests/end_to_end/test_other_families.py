@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from xditd.client import BadCheckpoint, BadRequest, UnknownFamily
 
-PACKAGE = Path(__file__).parents[1] / "family_package"
 SCALE = torch.tensor([0.5, -1.0, 2.0, 0.25])
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 BAR = 1e-6
 
 
 @pytest.mark.slow
-def test_a_family_of_another_package_is_served_as_our_own(start_daemon, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
-    daemon = start_daemon(2)
-    daemon.wait_ready()
-    with daemon.connect() as client:
+def test_a_family_of_another_package_is_served_as_our_own(package_daemon):
+    with package_daemon.connect() as client:
         loan = client.lend({"scale.weight": SCALE}, kind="transformer", label="scale")
         assert (loan.family, loan.facts.class_name, loan.facts.transformer.latents.channels) == ("scale", "Scale", 4)
         status = client.status()
@@ -49,21 +43,18 @@ def test_a_family_of_another_package_is_served_as_our_own(start_daemon, monkeypa
             client.lend({"other.weight": SCALE}, kind="transformer")
         loan.return_()
         assert [worker.loaded for worker in client.status().workers] == [0, 0]
-    daemon.stop()
 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_its_latents_are_decoded_and_encoded_by_its_own_scaling(start_daemon, monkeypatch, files, relative_error):
+def test_its_latents_are_decoded_and_encoded_by_its_own_scaling(package_daemon, files, relative_error):
     """FLUX.1's VAE stands for one that looks like it; the numbers of the latents are SD3's."""
     from xditd.gpu_workers.families.flux1 import reference
 
-    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
-    daemon = start_daemon(2)
     plain = reference.load_vae(files.vae)
     generator = torch.Generator().manual_seed(0)
     given = {"height": 48, "width": 64, "sigmas": SIGMAS, "noise": torch.randn(1, 16, 6, 8, generator=generator)}
-    with daemon.connect() as client, client.lend(files.vae) as vae:
+    with package_daemon.connect() as client, client.lend(files.vae) as vae:
         scale = client.lend({"scale.weight": SCALE.repeat(4)}, kind="transformer", label="scale")
         narrow = client.lend({"scale.weight": SCALE}, kind="transformer", label="narrow")
         result = client.generate(scale, {"prompt": torch.zeros(1, 16)}, vae=vae, **given).result()
@@ -80,7 +71,6 @@ def test_its_latents_are_decoded_and_encoded_by_its_own_scaling(start_daemon, mo
             client.generate(narrow, {"prompt": torch.zeros(1, 4)}, vae=vae, **small).result()
         again = client.generate(scale, {"prompt": torch.zeros(1, 16)}, vae=vae, **given).result()
         assert torch.equal(again.image, result.image)
-    daemon.stop()
 
 
 def forward(sample: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

@@ -134,8 +134,9 @@ def test_a_dtype_that_no_layer_takes_is_refused_and_the_workers_stay(client, loa
     assert [each.pid for each in client.status().workers] == [each.pid for each in workers]
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [pytest.param("rank 1", marks=pytest.mark.long), "leader"])
+@pytest.mark.parametrize("victim", ["rank 1", "leader"])
 def test_kept_tensors_are_sent_again_to_workers_that_were_rebuilt(victim, client, loan, processes):
     given = z_image_models.inputs((7,), ((8, 8),))
     arguments = {**given, "cap_feats": [client.keep(given["cap_feats"][0])]}

@@ -43,12 +43,9 @@ def test_each_example_of_accelerate_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("accelerate_*.py")} == set(WRITES)
 
 
-IN_MINUTES = ("accelerate_flux1", "accelerate_ltx2_with_sound")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name if name in IN_MINUTES else pytest.param(name, marks=pytest.mark.long) for name in WRITES]
+    "name", [pytest.param(name, marks=() if name == "accelerate_flux1" else pytest.mark.long) for name in WRITES]
 )
 def test_an_example_runs_with_tiny_weights(name: str, one_worker: RunningDaemon, tmp_path: Path) -> None:
     out = tmp_path / "results" / WRITES[name][0].replace("-0", "")

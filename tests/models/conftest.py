@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from running_daemon import RunningDaemon, start_daemon
+from running_daemon import RunningDaemon
 
 from xditd.client import Client
-
-__all__ = ["start_daemon"]
-
-
-@pytest.fixture(scope="session")
-def one_worker(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    started = start_daemon(1)
-    started.wait_ready()
-    return started
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +37,6 @@ def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> Iterator[RunningDa
 def as_many_threads_as_the_worker() -> Iterator[None]:
     """Sums over another number of threads may differ in their last bits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """A program, not a test: ranks on the CPU run the calls of classes by their token plans.
 
-python plans_on_ranks.py FOLDER RANKS,RANKS... CLASS...
+python plans_on_ranks.py FOLDER RANKS CLASS...
 
 It writes ``ranks<N>.json``: for each entry, for each of its calls, what was found.
 """
@@ -29,15 +29,15 @@ def run_rank(rank: int, ranks: int, folder: str, cases: Cases) -> None:
         Path(folder, f"ranks{ranks}.json").write_text(json.dumps(found))
 
 
-def main(folder: str, counts: str, *classes: str) -> None:
+def main(folder: str, count: str, *classes: str) -> None:
     torch.set_num_threads(1)
     cases: Cases = {}
     for key, entry in PLAN_ENTRIES.items():
         plan = find(entry.name)
         if entry.name in classes and isinstance(plan, TokenPlan):
             cases[key] = plan, cases_of(entry)
-    for ranks in map(int, counts.split(",")):
-        fork_ranks(run_rank, ranks, ranks, folder, cases)
+    ranks = int(count)
+    fork_ranks(run_rank, ranks, ranks, folder, cases)
 
 
 if __name__ == "__main__":

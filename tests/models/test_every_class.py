@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ LONG = {"WanAnimate2Transformer3DModel-kv_cached"}
 def as_many_threads_as_the_worker() -> Iterator[None]:
     """Sums over another number of threads may differ in their last bits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

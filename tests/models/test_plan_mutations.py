@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.models.token_plans import TokenPlan
 from xditd.gpu_workers.plans import plans
@@ -49,11 +47,9 @@ UNSEEN: dict[str, dict[str, str]] = {
         if isinstance(plan, TokenPlan)
     ],
 )
-def test_every_wrong_declaration_shows(tmp_path: Path, name: str) -> None:
+def test_every_wrong_declaration_shows(tmp_path: Path, fork_program: ProgramServer, name: str) -> None:
     program = Path(__file__).with_name("mutated_plans.py")
-    environment = os.environ | {"PYTHONPATH": str(program.with_name("support")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550, check=False)
+    done = fork_program(program, tmp_path, name, folders=[program.with_name("support")], timeout_s=550)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())[name]
     assert found

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 from class_entries import ENTRIES
+from forked_programs import ProgramServer
 from plan_cases import MOST_USED, PLAN_ENTRIES
 from token_counts import BUILDERS, COUNTS
 
@@ -22,36 +20,30 @@ from xditd.gpu_workers.plans import plans
 
 TOLERANCE = 1e-6
 Found = dict[str, dict[str, dict[str, Any]]]
+SHORT = {2: MOST_USED, 4: ("FluxTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel")}
+"""The classes that each test run covers at each number of ranks; the others are for long runs."""
 PLANNED = {name for name, plan in plans().items() if isinstance(plan, TokenPlan)}
 
 
 @pytest.fixture(scope="module")
-def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Found]:
+def find(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> Callable[[str, int], Found]:
     """Return what ranks found for the class of an entry; ranks of one number run all classes of a test run."""
+    program = Path(__file__).with_name("plans_on_ranks.py")
 
     @cache
-    def run(counts: str, classes: tuple[str, ...]) -> Path:
+    def run(ranks: int, classes: tuple[str, ...]) -> Found:
         folder = tmp_path_factory.mktemp("plans")
-        run_program(Path(__file__).with_name("plans_on_ranks.py"), str(folder), counts, *classes)
-        return folder
-
-    def find(name: str, ranks: int) -> Found:
-        others = tuple(sorted(PLANNED - set(MOST_USED)))
-        # One program for 2 and 4 ranks: what costs most is to import diffusers and to build the models.
-        folder = run("3" if ranks == 3 else "2,4", MOST_USED if name in MOST_USED else others)
+        support = program.with_name("support")
+        done = fork_program(program, folder, ranks, *classes, folders=[support], timeout_s=800)
+        assert done.returncode == 0, done.stderr[-4000:]
         found: Found = json.loads((folder / f"ranks{ranks}.json").read_text())
         return found
 
+    def find(name: str, ranks: int) -> Found:
+        short = SHORT.get(ranks, ())
+        return run(ranks, short if name in short else tuple(sorted(PLANNED - set(short))))
+
     return find
-
-
-def run_program(program: Path, *arguments: str) -> None:
-    """Run a program beside this file, with the modules that tests of models share."""
-    support = str(program.with_name("support"))
-    environment = os.environ | {"PYTHONPATH": support, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_every_class_has_a_plan_or_a_reason() -> None:
@@ -74,7 +66,7 @@ def test_every_reason_is_a_sentence() -> None:
     ("ranks", "key"),
     [
         pytest.param(
-            ranks, key, marks=pytest.mark.long if ranks == 3 or entry.name not in MOST_USED else (), id=f"{key}-{ranks}"
+            ranks, key, marks=() if entry.name in SHORT.get(ranks, ()) else pytest.mark.long, id=f"{key}-{ranks}"
         )
         for ranks in (2, 4, 3)
         for key, entry in PLAN_ENTRIES.items()

@@ -16,6 +16,9 @@ from xditd.client import Client, DaemonStatus, DaemonUnreachable
 from xditd.ipc.status import GroupState
 
 DEADLINE_S = 120.0
+ONE_CPU = ("taskset", "--cpu-list", str(max(os.sched_getaffinity(0))))
+"""A worker has as many threads as it has CPUs, and sums over another number may differ in their last bits: tests that
+compare these have one thread."""
 T = TypeVar("T")
 
 
@@ -85,12 +88,19 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         before: Sequence[str] = (),
         folder: Path | None = None,
     ) -> RunningDaemon:
-        """``before`` goes in front of the command; ``folder`` is that of an earlier daemon."""
+        """Start a daemon; one worker on the CPU has one thread.
+
+        ``before`` goes in front of the command; ``folder`` is that of an earlier daemon.
+        """
+        if (workers, device) == (1, "cpu"):
+            before = (*before, *ONE_CPU)
         daemon = RunningDaemon(folder or tmp_path_factory.mktemp("d"), workers, device, flags, before)
         running.append(daemon)
         return daemon
 
     yield start
-    for daemon in running:
-        if daemon.process.poll() is None:
-            daemon.stop()
+    alive = [daemon for daemon in running if daemon.process.poll() is None]
+    for daemon in alive:
+        daemon.process.terminate()
+    for daemon in alive:  # they end side by side
+        daemon.process.wait(timeout=30)

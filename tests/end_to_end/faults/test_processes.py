@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from running_daemon import RunningDaemon
 
 from xditd.client import Client, DaemonStopping, DaemonUnreachable, Loan, WorkersLost
 from xditd.client.demo.flux1_calls import Flux1Calls
@@ -42,7 +43,9 @@ def long_job(client, transformer, make_inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.long), "leader"])
+@pytest.mark.parametrize(
+    "victim", [*(pytest.param(rank, marks=pytest.mark.long) for rank in ("rank 0", "rank 1")), "leader"]
+)
 def test_a_killed_worker_or_leader(victim, client, daemon, long_job, good_job, processes):
     status = client.status()
     ranks = [worker.pid for worker in status.workers]
@@ -163,13 +166,27 @@ def test_the_only_worker_killed_in_a_call_of_many_parts(start_daemon, files, kil
 
 
 @pytest.fixture(scope="module")
-def impatient(start_daemon):
-    """A daemon that gives its workers a few seconds."""
+def start_impatient(start_daemon) -> Iterator[Callable[[], RunningDaemon]]:
+    """Return the daemon of the tests before; start one if there is none, or a test has ended it."""
+    daemons: list[RunningDaemon] = []
     flags = ["--hang-deadline-s", str(HANG_DEADLINE_S), "--client-deadline-s", str(HANG_DEADLINE_S)]
-    started = start_daemon(2, flags=flags)
-    started.wait_ready()
-    yield started
-    started.stop()
+    flags += ["--drain-deadline-s", str(DRAIN_DEADLINE_S)]
+
+    def start() -> RunningDaemon:
+        if not daemons or daemons[-1].process.poll() is not None:
+            daemons.append(start_daemon(2, flags=flags))
+            daemons[-1].wait_ready()
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        daemon.stop()
+
+
+@pytest.fixture
+def impatient(start_impatient) -> RunningDaemon:
+    """A daemon that gives its workers a few seconds."""
+    return start_impatient()
 
 
 @pytest.mark.slow
@@ -256,11 +273,10 @@ def test_a_pause_of_the_whole_machine_in_mid_job_loses_nothing(impatient, files,
     [pytest.param(signal.SIGKILL, DaemonUnreachable, marks=pytest.mark.long), (signal.SIGTERM, DaemonStopping)],
 )
 def test_a_daemon_that_ends_in_mid_job(
-    number, error, start_daemon, wait_until, files, make_inputs, run, seed_bits, long_job, processes
+    number, error, impatient, start_daemon, wait_until, files, make_inputs, run, seed_bits, long_job, processes
 ):
     """Its workers go with it, and the next one takes over the socket and gives the same bits."""
-    first = start_daemon(2, flags=["--drain-deadline-s", str(DRAIN_DEADLINE_S)])
-    first.wait_ready()
+    first = impatient
     with first.connect() as client:
         loan = client.lend(files.transformer)
         job, _events = long_job(client, loan)

@@ -435,6 +435,8 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     rank_sync.share_page(store, "flags", rank, ranks)
     for scenario in (
@@ -458,5 +460,10 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     dist.destroy_process_group()
 
 
+def main(folder: str, ranks: int, device: str) -> None:
+    method = "fork" if device == "cpu" else "spawn"  # forked ranks need not import torch again
+    torch.multiprocessing.start_processes(run_rank, (folder, ranks, device), nprocs=ranks, start_method=method)
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (sys.argv[1], int(sys.argv[2]), sys.argv[3]), nprocs=int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

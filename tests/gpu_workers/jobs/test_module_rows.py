@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.ipc.errors import BadRequest
@@ -23,10 +24,13 @@ SCENARIOS = 13
     ("ranks", "device"),
     [(2, "cpu"), pytest.param(3, "cpu", marks=pytest.mark.long), pytest.param(2, "cuda", marks=pytest.mark.multigpu)],
 )
-def test_ranks_share_parts_and_rows(tmp_path: Path, ranks: int, device: str) -> None:
+def test_ranks_share_parts_and_rows(tmp_path: Path, fork_program: ProgramServer, ranks: int, device: str) -> None:
     program = Path(__file__).with_name("rows_on_ranks.py")
-    command = [sys.executable, str(program), str(tmp_path), str(ranks), device]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    if device == "cpu":
+        done = fork_program(program, tmp_path, ranks, device)
+    else:  # a process that was forked can use no GPU
+        command = [sys.executable, str(program), str(tmp_path), str(ranks), device]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == ranks * SCENARIOS
 

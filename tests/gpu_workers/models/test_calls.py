@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -32,12 +31,12 @@ calling_ranks = load_program()
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def halves(
+    tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
+) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """What each of two ranks got, and which rows it ran."""
     folder = tmp_path_factory.mktemp("calls")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = fork_program(PROGRAM, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [
         (load_file(folder / f"rank{rank}.safetensors"), json.loads((folder / f"rank{rank}.json").read_text()))

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked_programs import ProgramServer
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def ranks(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("watching_ranks")
-    program = Path(__file__).with_name("watching_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = fork_program(Path(__file__).with_name("watching_ranks.py"), folder)
     assert done.returncode == 0, done.stderr[-4000:]
     facts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return SimpleNamespace(folder=folder, said=lambda case: [each[case] for each in facts])

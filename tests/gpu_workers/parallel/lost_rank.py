@@ -28,4 +28,4 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (sys.argv[1],), nprocs=2, start_method="fork")

@@ -21,6 +21,7 @@ ROUNDS = 200
 def run_rank(rank: int, folder: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
+    torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -50,4 +51,4 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run_rank, (sys.argv[1],), nprocs=RANKS)
+    torch.multiprocessing.start_processes(run_rank, (sys.argv[1],), nprocs=RANKS, start_method="fork")

@@ -1,6 +1,6 @@
 """A program, not a test: models of different numbers of attention heads, in turns, in one group of gloo ranks each.
 
-    python mixed_heads.py OUT_FOLDER
+    python mixed_heads.py OUT_FOLDER LAYOUT...
 
 Each rank of each group writes ``<layout>/rank<N>.safetensors`` with ``<heads>/<case>/<round>`` tensors, and
 ``rank<N>.json`` with what it has made for them.
@@ -101,19 +101,19 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     xfuser_start.stop()
 
 
-def main(out: Path) -> None:
+def main(out: Path, *layouts: str) -> None:
     sys.path.append(str(Path(__file__).parents[1] / "support"))
     from forked_ranks import fork_ranks
 
     from xditd.client.demo import checkpoints
     from xditd.ipc.degrees import Degrees, parse_layout
 
-    for layout, models in GROUPS.items():
-        states = {heads: checkpoints.flux1_state_dict(SEED, heads=heads, **MODEL) for heads in models}
+    for layout in layouts:
+        states = {heads: checkpoints.flux1_state_dict(SEED, heads=heads, **MODEL) for heads in GROUPS[layout]}
         folder = out / layout
         folder.mkdir()
         fork_ranks(run_rank, Degrees(**parse_layout(layout)).world_size, layout, states, folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -37,12 +36,12 @@ many_layouts = load_program()
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+def computed(
+    tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
+) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What each rank of each layout got."""
     folder = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
-    )
+    done = fork_program(PROGRAM, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         layout: [

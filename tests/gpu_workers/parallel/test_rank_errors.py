@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 
@@ -22,11 +21,8 @@ def test_host_out_of_memory_is_told_from_other_errors() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_in_a_collective_is_recognised(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("lost_rank.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+def test_a_rank_that_dies_in_a_collective_is_recognised(tmp_path: Path, fork_program: ProgramServer) -> None:
+    done = fork_program(Path(__file__).with_name("lost_rank.py"), tmp_path)
     assert done.stdout.startswith("True "), done.stdout + done.stderr[-2000:]
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import traceback
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.ipc.errors import OutOfMemory
 
 
-def test_every_rank_learns_the_same(tmp_path):
-    program = Path(__file__).with_name("meeting_ranks.py")
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=120)
+def test_every_rank_learns_the_same(tmp_path: Path, fork_program: ProgramServer) -> None:
+    done = fork_program(Path(__file__).with_name("meeting_ranks.py"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"rank {rank}: agreed" for rank in range(4)]
 

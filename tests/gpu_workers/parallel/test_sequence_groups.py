@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -34,29 +35,31 @@ def load_program() -> ModuleType:
 
 
 mixed_heads = load_program()
+LONG = "ulysses=2,ring=2"
+GROUPS = [pytest.param(layout, marks=pytest.mark.long if layout == LONG else ()) for layout in mixed_heads.GROUPS]
 MODELS = [(layout, heads) for layout, models in mixed_heads.GROUPS.items() for heads in models]
 
 Rank = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
-    """What each rank of each group got, and the facts that it noted."""
+def computed(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> Callable[[str], list[Rank]]:
+    """Return what each rank of a group got, and the facts that it noted."""
     folder = tmp_path_factory.mktemp("mixed_heads")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {
-        layout: [
+
+    @cache
+    def run(layout: str) -> list[Rank]:
+        done = fork_program(PROGRAM, folder, layout)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [
             (
                 load_file(folder / layout / f"rank{rank}.safetensors"),
                 json.loads((folder / layout / f"rank{rank}.json").read_text()),
             )
             for rank in range(Degrees(**parse_layout(layout)).world_size)
         ]
-        for layout in mixed_heads.GROUPS
-    }
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +92,11 @@ def expected() -> dict[int, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "heads"), MODELS)
+@pytest.mark.parametrize(
+    ("layout", "heads"), [pytest.param(*each, marks=pytest.mark.long if each[0] == LONG else ()) for each in MODELS]
+)
 def test_each_model_agrees_with_plain_diffusers(computed: Any, expected: Any, layout: str, heads: int) -> None:
-    results, _ = computed[layout][0]
+    results, _ = computed(layout)[0]
     for case, rows in expected[heads].items():
         for row, right in enumerate(rows):
             error = reference.relative_error(results[f"{heads}/{case}/0"][row], right)
@@ -99,19 +104,19 @@ def test_each_model_agrees_with_plain_diffusers(computed: Any, expected: Any, la
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", mixed_heads.GROUPS)
+@pytest.mark.parametrize("layout", GROUPS)
 def test_models_in_turns_give_the_same_bits_again_on_every_rank(computed: Any, layout: str) -> None:
-    first, _ = computed[layout][0]
-    for results, _ in computed[layout]:
+    first, _ = computed(layout)[0]
+    for results, _ in computed(layout):
         assert results.keys() == first.keys()
         for name, tensor in results.items():
             assert torch.equal(tensor, first[f"{name.rpartition('/')[0]}/0"]), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", mixed_heads.GROUPS)
+@pytest.mark.parametrize("layout", GROUPS)
 def test_each_model_has_the_degrees_that_its_heads_allow(computed: Any, layout: str) -> None:
-    for _, facts in computed[layout]:
+    for _, facts in computed(layout):
         assert facts["degrees"] == {str(heads): degrees for heads, degrees in mixed_heads.GROUPS[layout].items()}
 
 
@@ -121,21 +126,21 @@ def test_each_model_has_the_degrees_that_its_heads_allow(computed: Any, layout: 
     [
         ("ulysses=2", 0),  # a ring of two is the same ranks as Ulysses on two
         ("ulysses=4", 2),  # two pairs that exchange heads, and two that are a ring; this rank is in one of each
-        ("ulysses=2,ring=2", 2),  # the ring of four, and each rank alone
+        pytest.param("ulysses=2,ring=2", 2, marks=pytest.mark.long),  # the ring of four, and each rank alone
         ("ulysses=2,cfg=2", 0),
     ],
 )
 def test_groups_are_made_once(computed: Any, layout: str, made: int) -> None:
-    for _, facts in computed[layout]:
+    for _, facts in computed(layout):
         assert facts["groups"] - facts["groups at start"] == made
         assert facts["groups after lending all again"] == facts["groups"]
         assert facts["new descriptors"] <= 0  # what the process was forked with is closed some time
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", mixed_heads.GROUPS)
+@pytest.mark.parametrize("layout", GROUPS)
 def test_no_group_has_a_timeout_of_its_own(computed: Any, layout: str) -> None:
-    for _, facts in computed[layout]:
+    for _, facts in computed(layout):
         assert facts["timeouts"] == [str(GROUP_TIMEOUT)]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.parallel.streams import Ranks, Stream
 from xditd.gpu_workers.parallel.token_attention import TokenMismatch, Tokens, attend
@@ -34,15 +32,15 @@ attending_ranks = load_program()
 
 
 @pytest.fixture(scope="module")
-def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+def find(
+    tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
+) -> Callable[[int], list[dict[str, str]]]:
     """Return what was wrong on each of a number of ranks, by scenario."""
 
     @cache
     def run(ranks: int) -> list[dict[str, str]]:
         folder = tmp_path_factory.mktemp("attending")
-        command = [sys.executable, str(PROGRAM), str(folder), str(ranks)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+        done = fork_program(PROGRAM, folder, ranks)
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads((folder / f"ranks{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 

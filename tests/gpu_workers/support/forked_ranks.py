@@ -14,9 +14,14 @@ import torch
 from xditd.gpu_workers.process import xfuser_cpu
 
 
-def fork_ranks(run_rank: Callable[..., None], ranks: int, *given: Any) -> None:
-    """Run ``run_rank(rank, *given)`` in a process for each rank, and wait; raises what the first of them raised."""
+def import_xfuser() -> None:
+    """Import what ranks would import one by one."""
     with xfuser_cpu.importable():
         import xditd.gpu_workers.families.flux1.operations
-        import xditd.gpu_workers.families.flux1.sequence_parallel  # noqa: F401 - what ranks would import one by one
+        import xditd.gpu_workers.families.flux1.sequence_parallel  # noqa: F401
+
+
+def fork_ranks(run_rank: Callable[..., None], ranks: int, *given: Any) -> None:
+    """Run ``run_rank(rank, *given)`` in a process for each rank, and wait; raises what the first of them raised."""
+    import_xfuser()
     torch.multiprocessing.start_processes(run_rank, given, nprocs=ranks, start_method="fork")

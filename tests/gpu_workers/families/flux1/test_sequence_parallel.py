@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -34,12 +33,12 @@ two_ranks = load_program()
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def group(
+    tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
+) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """What each rank computed, and the facts that it noted."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = fork_program(PROGRAM, folder)
     assert done.returncode == 0, done.stderr
     return {
         rank: (load_file(folder / f"rank{rank}.safetensors"), json.loads((folder / f"rank{rank}.json").read_text()))

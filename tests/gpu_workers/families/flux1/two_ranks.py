@@ -52,6 +52,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.errors import Unsupported
 
+    torch.set_num_threads(1)
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
     from direct_jobs import denoise, generate, plugged
 

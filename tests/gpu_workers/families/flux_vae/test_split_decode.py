@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1.reference import relative_error
@@ -28,17 +29,17 @@ Results = list[dict[str, torch.Tensor]]
         pytest.param((2, "cuda"), id="2 GPUs", marks=pytest.mark.multigpu),
     ],
 )
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
+) -> Results:
     """What each rank wrote."""
     ranks, kind = request.param
     folder = tmp_path_factory.mktemp("split")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), str(ranks), kind],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    if kind == "cpu":
+        done = fork_program(PROGRAM, folder, ranks, kind)
+    else:  # a process that was forked can use no GPU
+        command = [sys.executable, str(PROGRAM), str(folder), str(ranks), kind]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
 

@@ -1,8 +1,8 @@
-"""A program, not a test: call and sample Z-Image in every kind of layout, on gloo ranks, and write what each rank got.
+"""A program, not a test: call and sample Z-Image in layouts on gloo ranks, and write what each rank got.
 
-    python many_layouts.py OUT_FOLDER
+    python many_layouts.py OUT_FOLDER LAYOUT...
 
-Each rank of each layout writes ``<layout>/rank<N>.safetensors`` with ``<case>/<round>/<row>`` tensors.
+Each rank of each of these layouts writes ``<layout>/rank<N>.safetensors`` with ``<case>/<round>/<row>`` tensors.
 """
 
 from __future__ import annotations
@@ -92,17 +92,17 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     xfuser_start.stop()
 
 
-def main(out: Path) -> None:
+def main(out: Path, *layouts: str) -> None:
     from forked_ranks import fork_ranks
 
     from xditd.ipc.degrees import Degrees, parse_layout
 
     state = z_image_models.state_dict(SEED, CONFIG)
-    for layout in LAYOUTS:
+    for layout in layouts:
         folder = out / layout
         folder.mkdir()
         fork_ranks(run_rank, Degrees(**parse_layout(layout)).world_size, layout, state, folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import z_image_models
+from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.ipc.degrees import Degrees, parse_layout
@@ -30,24 +31,26 @@ def load_program() -> ModuleType:
 
 
 many_layouts = load_program()
-Found = dict[str, list[dict[str, torch.Tensor]]]
+LAYOUTS = [
+    pytest.param(layout, marks=pytest.mark.long if layout in ("ulysses=3", "ulysses=2,ring=2") else ())
+    for layout in many_layouts.LAYOUTS
+]
+Computed = Callable[[str], list[dict[str, torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of each layout got."""
+def computed(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> Computed:
+    """Return what each rank of a layout got."""
     folder = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {
-        layout: [
-            load_file(folder / layout / f"rank{rank}.safetensors")
-            for rank in range(Degrees(**parse_layout(layout)).world_size)
-        ]
-        for layout in many_layouts.LAYOUTS
-    }
+
+    @cache
+    def run(layout: str) -> list[dict[str, torch.Tensor]]:
+        done = fork_program(PROGRAM, folder, layout)
+        assert done.returncode == 0, done.stderr[-4000:]
+        ranks = range(Degrees(**parse_layout(layout)).world_size)
+        return [load_file(folder / layout / f"rank{rank}.safetensors") for rank in ranks]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +77,19 @@ def expected() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
-def test_a_layout_agrees_with_plain_diffusers(computed: Found, expected: dict[str, Any], layout: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_agrees_with_plain_diffusers(computed: Computed, expected: dict[str, Any], layout: str) -> None:
+    results, *_ = computed(layout)
     for case, rows in expected.items():
         for row, right in enumerate(rows):
-            error = z_image_models.relative_error(computed[layout][0][f"{case}/0/{row}"], right)
+            error = z_image_models.relative_error(results[f"{case}/0/{row}"], right)
             assert error <= BAR, f"{case}, row {row}: {error:.2e}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", many_layouts.LAYOUTS)
-def test_a_layout_gives_the_same_bits_again_and_on_every_rank(computed: Found, layout: str) -> None:
-    first, *others = computed[layout]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_the_same_bits_again_and_on_every_rank(computed: Computed, layout: str) -> None:
+    first, *others = computed(layout)
     for name, tensor in first.items():
         case, attempt, row = name.split("/")
         assert torch.equal(tensor, first[f"{case}/{1 - int(attempt)}/{row}"]), name
