@@ -7,7 +7,7 @@
 ``plain`` are diffusers' modules in eager mode, ``compiled`` the same after ``compile_repeated_blocks``, ``fused`` the
 blocks of ``families/flux1/fused.py``, ``captured`` the same as a CUDA graph, ``fp8`` fused ones with fp8 products,
 which are not lossless. Weights are random, made on each GPU. Prints milliseconds of the slowest rank, the longest step
-by the shortest, ratios, the relative error against the first way, and with ``--profile`` the time of each kind of kernel.
+by the shortest, ratios, the relative error against the first way, and with ``--profile`` the time by kind of kernel.
 
 Needs: as many GPUs as workers
 """

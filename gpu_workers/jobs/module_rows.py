@@ -253,7 +253,8 @@ class ModuleRows:
         if not is_same_module:
             found, why = Difference(math.inf, self._tolerance), "its forward changes the module"
         worst = self._worst(found, structure)
-        assert worst is not None  # all ranks have had the same structure before
+        if worst is None:
+            return self._report("tokens", batch, None, "ranks have results of other structures")
         if noise is not None:
             worst = self._allow_noise(worst, noise)
         return self._report("tokens", batch, worst, "" if worst.ratio <= 1.0 else why)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from xditd.gpu_workers.models.forward_state import ForwardState
 from xditd.gpu_workers.models.planned_forward import PlannedModule
-from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Length, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel.streams import Ranks
 
 RANKS = Ranks(None, 0, 2)
@@ -207,10 +208,35 @@ def test_causal_attention_is_refused() -> None:
         run(model, plan())
 
 
-@pytest.mark.parametrize(("tokens", "ranks"), [(2, 3), (3, 4), (0, 2)])
+@pytest.mark.parametrize(("tokens", "ranks"), [(2, 3), (3, 4)])
 def test_fewer_tokens_than_ranks_are_refused(tokens: int, ranks: int) -> None:
     with pytest.raises(PlanFault, match=f"{tokens} tokens of image are fewer than {ranks} workers"):
         run(Model(), plan(), Ranks(None, 0, ranks), image=numbers(1, tokens, SIZE))
+
+
+def test_a_stream_may_have_no_tokens_but_not_an_attention() -> None:
+    forward = ForwardState(Ranks(None, 1, 2))
+    assert forward.split(numbers(1, 0, SIZE), Split("text"), "text").shape == (1, 0, SIZE)
+    assert forward.streams["text"].counts == (0, 0)
+    with pytest.raises(PlanFault, match="a rank has no tokens of an attention"):
+        run(Model(), plan(), image=numbers(1, 0, SIZE))
+
+
+def test_a_tensor_of_two_streams_is_split_stream_by_stream() -> None:
+    forward = ForwardState(Ranks(None, 1, 2))
+    assert forward.split(3, Length("reference"), "num_ref_tokens") == 1
+    joined = torch.arange(8)[None]
+    split = Split("image", after="reference")
+    assert forward.split(joined, split, "hidden_states").tolist() == [[2, 6, 7]]
+    with pytest.raises(PlanFault, match="has 3 tokens, reference alone has 3"):
+        forward.split(joined[:, :3], split, "hidden_states")
+
+
+@pytest.mark.parametrize("value", [0, None])
+def test_a_stream_without_a_length_is_not_in_the_call(value: int | None) -> None:
+    forward = ForwardState(Ranks(None, 0, 2))
+    assert forward.split(value, Length("reference"), "num_ref_tokens") == value
+    assert forward.split(torch.arange(8)[None], Split("image", after="reference"), "x").tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_single_token_is_no_stream() -> None:
