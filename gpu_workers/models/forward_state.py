@@ -15,7 +15,7 @@ from xditd.ipc.name_lists import listed
 
 
 @dataclass
-class _Site:
+class Site:
     """The submodule whose attention is computed now."""
 
     declared: Attention | None
@@ -58,7 +58,7 @@ class ForwardState:
 
     ranks: Ranks
     streams: dict[str, Stream] = field(default_factory=dict)
-    sites: list[_Site] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
 
     def split(self, value: Any, split: Split | Count, what: str) -> Any:
         if isinstance(split, Count):
@@ -158,7 +158,7 @@ class ForwardState:
         return found
 
     def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
-        self.sites.append(_Site(declared, module))
+        self.sites.append(Site(declared, module))
 
     def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
         site = self.sites.pop()

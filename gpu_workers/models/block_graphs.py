@@ -1,0 +1,180 @@
+"""The operations of one call of a block, as data: written as JSON, with a digest, and read as a graph of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from xditd.gpu_workers.models import attention_operator
+from xditd.ipc.errors import Unsupported
+
+MAX_OPERATIONS: Final = 4_000
+MAX_BYTES: Final = 4 << 20
+"""Of a graph as JSON."""
+
+_NAMESPACES: Final = frozenset({"aten"})
+_SPECIAL: Final[Mapping[type, str]] = {
+    torch.dtype: "dtype",
+    torch.layout: "layout",
+    torch.memory_format: "memory_format",
+}
+"""Attributes of torch, written by their names."""
+
+
+class NotCompiled(Unsupported):
+    """A block cannot be compiled; the message says why, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of a graph: an input, or a result of an operation (of several, that of number ``item``)."""
+
+    place: int
+    item: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKind:
+    """All of a tensor that a compiled graph depends on, but its elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorKind:
+        strides, dense = list(tensor.stride()), 1
+        for dim in reversed(range(tensor.ndim)):
+            if tensor.shape[dim] == 1:
+                strides[dim] = dense  # one of a single entry is never used
+            dense *= tensor.shape[dim]
+        return cls(tuple(tensor.shape), tuple(strides), tensor.dtype, tensor.device)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+@dataclass(slots=True)
+class BlockGraph:
+    """Inputs first, then operations: a ``Value`` is a place in both, one after the other."""
+
+    inputs: list[TensorKind] = field(default_factory=list)
+    operations: list[tuple[str, list[Any], dict[str, Any]]] = field(default_factory=list)
+    results: list[Value] = field(default_factory=list)
+
+    def encode(self) -> bytes:
+        """Return the graph as JSON: the same bytes for the same graph.
+
+        Raises:
+            NotCompiled: an operation has an argument that cannot be written, or there are too many.
+        """
+        if len(self.operations) > MAX_OPERATIONS:
+            raise NotCompiled(f"a block computes more than {MAX_OPERATIONS} operations")
+        tree = {
+            "inputs": [
+                [list(each.shape), list(each.strides), _name(each.dtype), str(each.device)] for each in self.inputs
+            ],
+            "operations": [[name, _encode(args), _encode(kwargs)] for name, args, kwargs in self.operations],
+            "results": _encode(self.results),
+        }
+        encoded = json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
+        if len(encoded) > MAX_BYTES:
+            raise NotCompiled("the operations of a block are too long to write")
+        return encoded
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> BlockGraph:
+        """Read what ``encode`` has written."""
+        tree = json.loads(encoded)
+        return cls(
+            inputs=[
+                TensorKind(tuple(shape), tuple(strides), getattr(torch, dtype), torch.device(device))
+                for shape, strides, dtype, device in tree["inputs"]
+            ],
+            operations=[(name, _decode(args), _decode(kwargs)) for name, args, kwargs in tree["operations"]],
+            results=_decode(tree["results"]),
+        )
+
+    def to_torch(self) -> torch.fx.GraphModule:
+        """Return a graph of torch that takes the inputs, and returns a tuple of the results."""
+        graph = torch.fx.Graph()
+        nodes = [graph.placeholder(f"input_{number}") for number in range(len(self.inputs))]
+
+        def resolved(value: Any) -> Any:
+            if isinstance(value, Value):
+                node = nodes[value.place]
+                return node if value.item is None else graph.call_function(operator.getitem, (node, value.item))
+            if isinstance(value, (list, tuple)):
+                return type(value)(resolved(each) for each in value)
+            return value
+
+        for name, args, kwargs in self.operations:
+            given = {key: resolved(each) for key, each in kwargs.items()}
+            nodes.append(graph.call_function(_operator(name), tuple(map(resolved, args)), given))
+        graph.output(tuple(map(resolved, self.results)))
+        return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def digest_of(encoded: bytes) -> str:
+    """Return the name of a graph: equal graphs, of whatever block, have the same one."""
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def _operator(name: str) -> Any:
+    namespace, function, overload = name.split(".")
+    if namespace not in _NAMESPACES and name != attention_operator.NAME:
+        raise NotCompiled(f"a block computes {name}, an operation of another library")
+    return getattr(getattr(getattr(torch.ops, namespace), function), overload)
+
+
+def operator_name(function: torch._ops.OpOverload) -> str:
+    """Return the name by which a graph holds an operation.
+
+    Raises:
+        NotCompiled: an operation that is not torch's own.
+    """
+    name = str(function)
+    _operator(name)
+    return name
+
+
+def _name(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Value):
+        return {"value": [value.place, value.item]}
+    if isinstance(value, (list, tuple)):
+        return {"list" if isinstance(value, list) else "tuple": [_encode(each) for each in value]}
+    if isinstance(value, dict):
+        return {"map": {key: _encode(each) for key, each in value.items()}}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if (kind := _SPECIAL.get(type(value))) is not None:
+        return {kind: _name(value)}
+    raise NotCompiled(f"an operation of a block takes a {type(value).__name__}")
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "value":
+        return Value(*held)
+    if kind == "map":
+        return {key: _decode(each) for key, each in held.items()}
+    if kind == "device":
+        return torch.device(held)
+    if kind in _SPECIAL.values():
+        return getattr(torch, held)
+    return (list if kind == "list" else tuple)(_decode(each) for each in held)
