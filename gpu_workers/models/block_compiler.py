@@ -7,6 +7,7 @@ one leaves in the folder. A graph that cannot be compiled leaves its reason.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
@@ -44,15 +45,23 @@ def _end_with_parent() -> None:
 
 
 def compile_graph(folder: Path) -> None:
-    """Compile the graph of a folder, unless it is done; a fault becomes the reason in ``FAILED``."""
-    if (folder / ARTIFACT).exists() or (folder / FAILED).exists():
-        return
+    """Compile the graph of a folder, unless it is done; a fault becomes the reason in ``FAILED``.
+
+    Other ranks may ask for the same graph: one process makes it, and the others wait for that.
+    """
+    with (folder / GRAPH).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (folder / ARTIFACT).exists() and not (folder / FAILED).exists():
+            _compile(folder, file.read())
+
+
+def _compile(folder: Path, encoded: bytes) -> None:
     made = folder / f"{ARTIFACT}.{os.getpid()}"
     try:
         from torch._inductor.standalone_compile import standalone_compile
         from torch._subclasses import FakeTensorMode
 
-        graph = BlockGraph.decode((folder / GRAPH).read_bytes())
+        graph = BlockGraph.decode(encoded)
         with FakeTensorMode():
             examples = [each.empty() for each in graph.inputs]
         artifact = standalone_compile(graph.to_torch(), examples, dynamic_shapes="from_graph", options={})

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
 from xditd.gpu_workers.models import attention_operator
@@ -73,6 +73,8 @@ class BlockRecorder(TorchDispatchMode):
     Faults are kept until then, so that the call itself is never disturbed.
     """
 
+    supports_higher_order_operators = True  # to refuse them; torch would raise
+
     def __init__(
         self, block: torch.nn.Module, arguments: Sequence[torch.Tensor], planned: PlannedModule | None = None
     ) -> None:
@@ -86,6 +88,8 @@ class BlockRecorder(TorchDispatchMode):
         self._attentions: list[AttentionCall] = []
         self._last_attention: Value | None = None
         self._is_paused = False
+        self.has_exchanged = False
+        """Whether an attention has begun whose tokens are split over ranks."""
         self._fault: NotCompiled | None = None
         for place, tensor in enumerate((*arguments, *(each for _, each in self._state))):
             self._note(tensor, Value(place))
@@ -110,10 +114,6 @@ class BlockRecorder(TorchDispatchMode):
         """Record what this thread computes."""
         with functions.replaced(self._attend), self:
             yield
-
-    def refuse(self, reason: str) -> None:
-        """Note that the call cannot be compiled."""
-        self._fault = self._fault or NotCompiled(reason)
 
     def finish(self, result: Any) -> Recording:
         """Return what was recorded, of a call that returned ``result``.
@@ -195,14 +195,18 @@ class BlockRecorder(TorchDispatchMode):
         """Compute an attention of the block, and record it as one operation."""
         if self._is_paused:  # a backend that uses torch's function
             return compute(query, key, value, mask)
+        self.has_exchanged = self._planned is not None and self._planned.current is not None
         self._is_paused = True
         try:
-            attended = attention_operator.in_layout(compute(query, key, value, mask), call.heads_first)
+            with _disable_current_modes():  # some backends compile, which torch does not do under a mode
+                attended = attention_operator.in_layout(compute(query, key, value, mask), call.heads_first)
         finally:
             self._is_paused = False
         if self._fault is None:
             try:
                 call = self._at_site(call)
+                if not isinstance(mask, (torch.Tensor, type(None))):
+                    raise NotCompiled(f"an attention of a block has a {type(mask).__name__} as its mask")
                 given = [None if each is None else self._value(each) for each in (query, key, value, mask)]
                 number = len(self._attentions)
                 self._append(
@@ -227,6 +231,8 @@ class BlockRecorder(TorchDispatchMode):
         return replace(call, site=path)
 
     def _add(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise NotCompiled(f"a block computes {func}, an operation with functions as arguments")
         name = operator_name(func)
         if name in _DROPOUTS and not args[2]:  # of a module that does not train: its argument
             self._note(result, self._value(args[0]))

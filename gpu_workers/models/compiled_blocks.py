@@ -23,6 +23,7 @@ import torch
 
 from xditd.gpu_workers.models.block_arguments import take_tensors
 from xditd.gpu_workers.models.block_attention import AttentionFunctions
+from xditd.gpu_workers.models.block_compiler import one_line
 from xditd.gpu_workers.models.block_graphs import NotCompiled, digest_of
 from xditd.gpu_workers.models.block_recorder import BlockRecorder
 from xditd.gpu_workers.models.block_runs import BlockRun, CompiledCall
@@ -30,6 +31,7 @@ from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.repeated_blocks import find_blocks, state_key, why_not
 from xditd.gpu_workers.models.snapshots import Snapshot
+from xditd.ipc.errors import XditdError
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +220,16 @@ class CompiledBlocks:
             return own(*args, **kwargs)
         state = Snapshot(map(vars, block.module.modules()))
         recorder = BlockRecorder(block.module, tensors, self._planned)
-        with recorder.recording(self._functions):
-            result = own(*args, **kwargs)
+        try:
+            with recorder.recording(self._functions):
+                result = own(*args, **kwargs)
+        except (XditdError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a class raises, or torch of operations that no mode may see
+            if recorder.has_exchanged or "CUDA error" in str(error):
+                raise
+            noted.calls[call_key] = f"recording a block: {one_line(error)}"
+            return own(*args, **kwargs)
         try:
             if not state.is_current():
                 raise NotCompiled("a block changes its attributes")
