@@ -23,7 +23,8 @@ NAME: Final = "xditd.attend.default"
 # Kept for the life of the process: torch removes the operators of a library that is freed.
 _LIBRARY: Final = torch.library.Library("xditd", "DEF")
 _LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? after, int number, bool heads_first) -> Tensor"
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? after, int number, bool heads_first)"
+    " -> Tensor"
 )
 
 

@@ -11,7 +11,18 @@ import torch
 
 from xditd.gpu_workers.models.block_graphs import NotCompiled
 
-_CONSTANTS: Final = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
+_CONSTANTS: Final = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    enum.Enum,
+)
 _TENSORS: Final = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -1,4 +1,6 @@
-"""Compile recorded graphs, in a process of its own: ``python -m xditd.gpu_workers.models.block_compiler FOLDER NAME...``.
+"""Compile recorded graphs, in a process of its own.
+
+    python -m xditd.gpu_workers.models.block_compiler FOLDER NAME...
 
 While torch traces a graph for its compiler, it replaces methods of ``torch.nn.Module`` in the whole process, and the
 compiler holds the interpreter for seconds. So a process that serves forwards compiles nothing: it loads what this

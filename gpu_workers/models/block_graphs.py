@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -102,23 +102,39 @@ class BlockGraph:
             results=_decode(tree["results"]),
         )
 
+    def drop_unused_inputs(self) -> list[int]:
+        """Drop the inputs that no operation takes; return the places that the others had."""
+        places: set[int] = set()
+
+        def note(value: Value) -> Value:
+            places.add(value.place)
+            return value
+
+        _map((self.operations, self.results), note)
+        count = len(self.inputs)
+        kept = [place for place in range(count) if place in places]
+        moved = {old: new for new, old in enumerate(kept)}
+
+        def move(value: Value) -> Value:
+            place = moved[value.place] if value.place < count else value.place - count + len(kept)
+            return Value(place, value.item)
+
+        self.inputs = [self.inputs[place] for place in kept]
+        self.operations, self.results = _map((self.operations, self.results), move)
+        return kept
+
     def to_torch(self) -> torch.fx.GraphModule:
         """Return a graph of torch that takes the inputs, and returns a tuple of the results."""
         graph = torch.fx.Graph()
         nodes = [graph.placeholder(f"input_{number}") for number in range(len(self.inputs))]
 
-        def resolved(value: Any) -> Any:
-            if isinstance(value, Value):
-                node = nodes[value.place]
-                return node if value.item is None else graph.call_function(operator.getitem, (node, value.item))
-            if isinstance(value, (list, tuple)):
-                return type(value)(resolved(each) for each in value)
-            return value
+        def node_of(value: Value) -> torch.fx.Node:
+            node = nodes[value.place]
+            return node if value.item is None else graph.call_function(operator.getitem, (node, value.item))
 
         for name, args, kwargs in self.operations:
-            given = {key: resolved(each) for key, each in kwargs.items()}
-            nodes.append(graph.call_function(_operator(name), tuple(map(resolved, args)), given))
-        graph.output(tuple(map(resolved, self.results)))
+            nodes.append(graph.call_function(_operator(name), tuple(_map(args, node_of)), _map(kwargs, node_of)))
+        graph.output(tuple(_map(self.results, node_of)))
         return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
@@ -143,6 +159,17 @@ def operator_name(function: torch._ops.OpOverload) -> str:
     name = str(function)
     _operator(name)
     return name
+
+
+def _map(tree: Any, change: Callable[[Value], Any]) -> Any:
+    """Return nested lists, tuples and maps with each ``Value`` changed."""
+    if isinstance(tree, Value):
+        return change(tree)
+    if isinstance(tree, list):
+        return [_map(each, change) for each in tree]
+    if isinstance(tree, tuple):
+        return tuple(_map(each, change) for each in tree)
+    return {key: _map(each, change) for key, each in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _name(value: Any) -> str:

@@ -38,10 +38,12 @@ class StateName:
 class Recording:
     """What one call of a block computed.
 
-    The graph's inputs are the ``arguments`` (numbers of the call's tensors) and then the ``state``.
+    The inputs of the ``encoded`` graph, of these ``kinds``, are the ``arguments`` (numbers of the call's tensors) and
+    then the ``state``.
     """
 
-    graph: BlockGraph
+    encoded: bytes
+    kinds: tuple[TensorKind, ...]
     arguments: tuple[int, ...]
     state: tuple[StateName, ...]
     attentions: tuple[AttentionCall, ...]
@@ -91,11 +93,10 @@ class BlockRecorder(TorchDispatchMode):
         self.has_exchanged = False
         """Whether an attention has begun whose tokens are split over ranks."""
         self._fault: NotCompiled | None = None
-        for place, tensor in enumerate((*arguments, *(each for _, each in self._state))):
+        inputs = (*arguments, *(each for _, each in self._state))
+        for place, tensor in reversed(tuple(enumerate(inputs))):  # of one that is given twice, its first place
             self._note(tensor, Value(place))
-        self._storages = {
-            each.untyped_storage()._cdata for each in (*arguments, *(each for _, each in self._state))
-        }
+        self._storages = {each.untyped_storage()._cdata for each in (*arguments, *(each for _, each in self._state))}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -138,50 +139,16 @@ class BlockRecorder(TorchDispatchMode):
         self._graph.results = results
         if not results:
             raise NotCompiled("a block computes no tensor")
-        used = self._drop_unused()
+        used = self._graph.drop_unused_inputs()
         count = len(self._arguments)
         return Recording(
-            graph=self._graph,
+            encoded=self._graph.encode(),
+            kinds=tuple(self._graph.inputs),
             arguments=tuple(place for place in used if place < count),
             state=tuple(self._state[place - count][0] for place in used if place >= count),
             attentions=tuple(self._attentions),
             results=tree,
         )
-
-    def _drop_unused(self) -> list[int]:
-        """Drop the inputs that no operation takes; return the places of the others."""
-        used: set[int] = set()
-
-        def visit(value: Any) -> None:
-            if isinstance(value, Value):
-                used.add(value.place)
-            elif isinstance(value, (list, tuple)):
-                for each in value:
-                    visit(each)
-            elif isinstance(value, dict):
-                for each in value.values():
-                    visit(each)
-
-        for _, args, kwargs in self._graph.operations:
-            visit(args)
-            visit(kwargs)
-        visit(self._graph.results)
-        count = len(self._graph.inputs)
-        kept = [place for place in range(count) if place in used]
-        moved = {old: new for new, old in enumerate(kept)}
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Value):
-                place = moved[value.place] if value.place < count else value.place - count + len(kept)
-                return Value(place, value.item)
-            if isinstance(value, (list, tuple)):
-                return [move(each) for each in value] if isinstance(value, list) else tuple(map(move, value))
-            return {name: move(each) for name, each in value.items()} if isinstance(value, dict) else value
-
-        self._graph.inputs = [self._graph.inputs[place] for place in kept]
-        self._graph.operations = [(name, move(args), move(kwargs)) for name, args, kwargs in self._graph.operations]
-        self._graph.results = move(self._graph.results)
-        return kept
 
     def _attend(
         self,
@@ -289,10 +256,7 @@ class BlockRecorder(TorchDispatchMode):
         return Value(place)
 
     def _note(self, tensor: torch.Tensor, value: Value) -> None:
-        self._values.setdefault(id(tensor), (TensorWeakRef(tensor), value))
-        known, _ = self._values[id(tensor)]
-        if known() is not tensor or value.place >= len(self._graph.inputs):
-            self._values[id(tensor)] = TensorWeakRef(tensor), value
+        self._values[id(tensor)] = TensorWeakRef(tensor), value
 
     def _value(self, tensor: torch.Tensor) -> Value:
         known, value = self._values.get(id(tensor), (None, None))

@@ -12,6 +12,7 @@ import torch
 from xditd.gpu_workers.models.attention_operator import attention_by
 from xditd.gpu_workers.models.block_arguments import fill_places
 from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
+from xditd.gpu_workers.models.block_compiler import one_line
 from xditd.gpu_workers.models.block_graphs import NotCompiled, TensorKind
 from xditd.gpu_workers.models.block_recorder import Recording, holder
 from xditd.gpu_workers.models.forward_state import Site
@@ -76,7 +77,7 @@ class BlockRun:
         except Exception as error:  # whatever compiled code raises
             if attending.has_failed or "CUDA error" in str(error):
                 raise
-            raise NotCompiled(f"a compiled block failed: {type(error).__name__}: {error!s:.200}") from error
+            raise NotCompiled(f"a compiled block failed: {one_line(error)}") from error
         return BlockResult(fill_places(recording.results, arguments, results))
 
 
@@ -84,7 +85,7 @@ class _BlockState:
     """The block's own tensors among the inputs of a graph: whatever they are when it runs, if they are alike."""
 
     def __init__(self, block: torch.nn.Module, recording: Recording) -> None:
-        kinds = recording.graph.inputs[len(recording.arguments) :]
+        kinds = recording.kinds[len(recording.arguments) :]
         self._held: list[tuple[Mapping[str, torch.Tensor], str, TensorKind]] = [
             (holder(block, name), name.name, kind) for name, kind in zip(recording.state, kinds, strict=True)
         ]

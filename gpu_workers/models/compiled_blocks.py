@@ -1,9 +1,9 @@
 """Run a module with its repeated blocks compiled, on one rank and with tokens split over ranks.
 
 A graph is recorded while an eager forward runs (``begin``), compiled in another process, and used by the forwards that
-ask for it (``run``) in every block that computes the same operations on tensors of the same sizes. Weights are inputs of
-the graph, so a swap compiles nothing. Attention stays outside of it (``attention_operator``): the plan of the forward,
-or the class's own function, computes it. Hooks on blocks run as always, around what is compiled.
+ask for it (``run``), in every block that computes the same operations on tensors of the same sizes. Weights are inputs
+of the graph, so a swap compiles nothing. Attention stays outside of it (``attention_operator``): the plan of the
+forward, or the class's own function, computes it. Hooks on blocks run as always, around what is compiled.
 
 Every other call of a block is eager, in the same forward: nothing waits, and nothing is compiled in this process. Ranks
 need not agree: compiled and eager blocks exchange tokens alike.
@@ -171,6 +171,11 @@ class CompiledBlocks:
         self.forget(oldest)
         return True
 
+    @property
+    def _is_split(self) -> bool:
+        """Whether the forward that runs now splits its tokens."""
+        return self._planned is not None and self._planned.current is not None
+
     def _find_split_fault(self) -> str:
         """Return why blocks cannot be compiled while tokens are split, or an empty text."""
         if self._planned is None:
@@ -200,8 +205,7 @@ class CompiledBlocks:
         values = take_tensors((args, kwargs), tensors)
         kind = tensors[0].device.type if tensors else "cpu"
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        is_split = self._planned is not None and self._planned.current is not None
-        return block.group, values, cast, is_split
+        return block.group, values, cast, self._is_split
 
     def _record(
         self, noted: _Key, new: dict[str, bytes], block: BlockRun, own: Callable[..., Any], *args: Any, **kwargs: Any
@@ -209,7 +213,8 @@ class CompiledBlocks:
         tensors: list[torch.Tensor] = []
         try:
             call_key = self._call_key(block, args, kwargs, tensors)
-            self._check_recorded(block)
+            if self._split_fault and self._is_split:
+                raise NotCompiled(self._split_fault)
         except NotCompiled as fault:
             noted.calls.setdefault(("arguments", block.group), fault.detail)
             return own(*args, **kwargs)
@@ -225,7 +230,7 @@ class CompiledBlocks:
                 result = own(*args, **kwargs)
         except (XditdError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a class raises, or torch of operations that no mode may see
+        except Exception as error:  # whatever a class raises, and torch of operations that no mode may see
             if recorder.has_exchanged or "CUDA error" in str(error):
                 raise
             noted.calls[call_key] = f"recording a block: {one_line(error)}"
@@ -234,18 +239,13 @@ class CompiledBlocks:
             if not state.is_current():
                 raise NotCompiled("a block changes its attributes")
             recording = recorder.finish(result)
-            encoded = recording.graph.encode()
         except NotCompiled as fault:
             noted.calls[call_key] = fault.detail
             return result
-        name = digest_of(encoded)
-        new[name] = encoded
+        name = digest_of(recording.encoded)
+        new[name] = recording.encoded
         noted.calls[call_key] = CompiledCall(name, recording)
         return result
-
-    def _check_recorded(self, block: BlockRun) -> None:
-        if self._split_fault and self._planned is not None and self._planned.current is not None:
-            raise NotCompiled(self._split_fault)
 
     def _run(self, block: BlockRun, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tensors: list[torch.Tensor] = []

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
@@ -38,6 +38,9 @@ MAX_ON_DISK: Final = 512
 """Graphs in the folder; those that were made longest ago go first."""
 
 _THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
+_MAX_PROCESSES: Final = 8
+"""That compile for one rank, of as many as a quarter of the processors."""
+
 _POLL_S: Final = 0.05
 _COMPILER: Final = "xditd.gpu_workers.models.block_compiler"
 
@@ -130,7 +133,7 @@ class CompiledGraphs:
                 names, self._pending = self._pending, []
             try:
                 self._make(names)
-            except Exception as error:  # noqa: BLE001  # no fault of a compiler may end the thread, or reach a forward
+            except Exception as error:  # no fault of a compiler may end the thread, or reach a forward
                 logger.exception("compiled graphs")
                 self._fail(names, one_line(error))
 
@@ -156,7 +159,7 @@ class CompiledGraphs:
                 [sys.executable, "-m", _COMPILER, str(self.folder), *names],
                 stdin=subprocess.PIPE,  # it ends when this process does
                 stdout=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name != _THREADS},
+                env=os.environ | {_THREADS: str(max(1, min(_MAX_PROCESSES, (os.cpu_count() or 1) // 4)))},
             )
         left = list(names)
         try:
@@ -215,7 +218,9 @@ def _own_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise Unsupported(f"{folder} has to be a folder of this user alone (mode 0700): compiled code is loaded from it")
+        raise Unsupported(
+            f"{folder} has to be a folder of this user alone (mode 0700): compiled code is loaded from it"
+        )
     return folder
 
 
@@ -235,5 +240,3 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
-
-

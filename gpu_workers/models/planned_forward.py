@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
 from xditd.gpu_workers.models.forward_state import ForwardState, Site
 from xditd.gpu_workers.models.plan_checks import check_values, paths_of
 from xditd.gpu_workers.models.replaced_attention import attention_replaced, namespaces
-from xditd.gpu_workers.models.token_plans import Attention, Splits, TokenPlan, matches
+from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Splits, TokenPlan, matches
 from xditd.gpu_workers.parallel.streams import Ranks
 
 

@@ -54,7 +54,10 @@ def _outermost(found: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Modul
 
 
 def why_not(block: torch.nn.Module) -> str:
-    """Return why a block cannot be compiled, or an empty text. Hooks on the block itself run around what is compiled."""
+    """Return why a block cannot be compiled, or an empty text.
+
+    Hooks on the block itself are no reason: they run around what is compiled.
+    """
     for path, each in block.named_modules():
         where = path or "a block"
         if each.training:
@@ -85,7 +88,9 @@ def state_key(block: torch.nn.Module) -> Hashable:
             type(each),
             _tensor_names(each._parameters),
             _tensor_names(each._buffers),
-            tuple((name, _key(value, 0)) for name, value in vars(each).items() if name not in _OWN and name != "forward"),
+            tuple(
+                (name, _key(value, 0)) for name, value in vars(each).items() if name not in _OWN and name != "forward"
+            ),
         )
         for path, each in block.named_modules()
     )
