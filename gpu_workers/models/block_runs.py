@@ -17,6 +17,7 @@ from xditd.gpu_workers.models.block_graphs import NotCompiled, TensorKind
 from xditd.gpu_workers.models.block_recorder import Recording, holder
 from xditd.gpu_workers.models.forward_state import Site
 from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.repeated_blocks import attributes_key
 from xditd.ipc.errors import XditdError
 
 _ALIGNMENT: Final = 16
@@ -42,6 +43,7 @@ class BlockRun:
         self.path = path
         self.module = module
         self.group = group
+        self.attributes = attributes_key(module)
         self.has_exchanged = False
         """Whether the last run has begun an attention whose tokens are split over ranks."""
         self._states: dict[str, _BlockState] = {}

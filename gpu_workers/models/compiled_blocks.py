@@ -29,7 +29,7 @@ from xditd.gpu_workers.models.block_recorder import BlockRecorder
 from xditd.gpu_workers.models.block_runs import BlockRun, CompiledCall
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.planned_forward import PlannedModule
-from xditd.gpu_workers.models.repeated_blocks import find_blocks, state_key, why_not
+from xditd.gpu_workers.models.repeated_blocks import attributes_key, find_blocks, state_key, why_not
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.ipc.errors import XditdError
 
@@ -222,6 +222,9 @@ class CompiledBlocks:
             return own(*args, **kwargs)
         if (known := self._calls.get(call_key)) is not None:
             noted.calls[call_key] = known
+            return own(*args, **kwargs)
+        if attributes_key(block.module) != block.attributes:  # what set them may set others in the next forward
+            noted.calls[call_key] = "the attributes of a block are changed during a forward"
             return own(*args, **kwargs)
         state = Snapshot(map(vars, block.module.modules()))
         recorder = BlockRecorder(block.module, tensors, self._planned)

@@ -82,21 +82,23 @@ def _tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
 
 def state_key(block: torch.nn.Module) -> Hashable:
     """Return what two blocks have in common that compute the same operations: all but the elements of their tensors."""
+    tensors = tuple((path, _kinds(each._parameters), _kinds(each._buffers)) for path, each in block.named_modules())
+    return attributes_key(block), tensors
+
+
+def attributes_key(block: torch.nn.Module) -> Hashable:
+    """Return the classes and the attributes of a block, without its tensors."""
     return tuple(
         (
             path,
             type(each),
-            _tensor_names(each._parameters),
-            _tensor_names(each._buffers),
-            tuple(
-                (name, _key(value, 0)) for name, value in vars(each).items() if name not in _OWN and name != "forward"
-            ),
+            tuple((name, _key(value, 0)) for name, value in vars(each).items() if name not in _OWN | {"forward"}),
         )
         for path, each in block.named_modules()
     )
 
 
-def _tensor_names(held: Mapping[str, torch.Tensor | None]) -> Hashable:
+def _kinds(held: Mapping[str, torch.Tensor | None]) -> Hashable:
     return tuple((name, None if each is None else (tuple(each.shape), each.dtype)) for name, each in held.items())
 
 
@@ -104,7 +106,7 @@ def _key(value: Any, depth: int) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, str)):
         return type(value), value
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
+        return torch.Tensor
     if depth < _MAX_DEPTH:
         if isinstance(value, (list, tuple)):
             return type(value), tuple(_key(each, depth + 1) for each in value)

@@ -333,7 +333,7 @@ ELSEWHERE = torch.ones(SIZE)
         (write, "writes to its arguments"),
         (draw, "draws random numbers"),
         (lambda block, x: x + ELSEWHERE, "no argument of it and not its own"),
-        (lambda block, x: vars(block).update(calls=x), "changes its attributes"),
+        (lambda block, x: vars(block).update(calls=x), "changes its attributes|attributes of a block"),
         (lambda block, x: x.new_tensor([1.0, 2.0]), "makes a tensor of values|no argument of it"),
     ],
 )
@@ -346,6 +346,15 @@ def test_what_a_graph_cannot_hold_is_refused(graphs: InterpretedGraphs, extra: A
     assert re.search(reason, blocks.state("a").reason)
     assert torch.equal(blocks.run("a", partial(model, **arguments())), expected)
     assert not graphs.made
+
+
+def test_attributes_that_a_forward_sets_are_refused(graphs: InterpretedGraphs) -> None:
+    model = Model()
+    blocks, call = made(model, graphs), partial(model, **arguments())
+    for block in model.blocks:
+        block.attn.scale = 0.5
+    blocks.begin("a", call)
+    assert blocks.state("a").reason == "the attributes of a block are changed during a forward"
 
 
 def test_objects_among_arguments_are_refused(graphs: InterpretedGraphs) -> None:
@@ -448,7 +457,7 @@ def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch
 def test_what_the_compiler_refuses_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
     graphs.make({"unreadable": b'{"inputs": []}'})
-    end = time.monotonic() + 120
+    end = time.monotonic() + 250
     while (state := graphs.find("unreadable")) is None or state.phase == "making":
         assert time.monotonic() < end
         time.sleep(0.02)
