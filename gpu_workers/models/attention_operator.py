@@ -20,12 +20,14 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor 
 NAME: Final = "xditd.attend.default"
 """The operator's name in recorded graphs."""
 
-# Kept for the life of the process: torch removes the operators of a library that is freed.
-_LIBRARY: Final = torch.library.Library("xditd", "DEF")
-_LIBRARY.define(
+SCHEMA: Final = (
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? after, int number, bool heads_first)"
     " -> Tensor"
 )
+
+# Kept for the life of the process: torch removes the operators of a library that is freed.
+_LIBRARY: Final = torch.library.Library("xditd", "DEF")
+_LIBRARY.define(SCHEMA)
 
 
 class _Current(threading.local):

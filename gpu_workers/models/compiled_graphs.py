@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import torch
 
+from xditd.gpu_workers.models.attention_operator import SCHEMA
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line
 from xditd.ipc.errors import Unsupported
 
@@ -119,8 +120,9 @@ class CompiledGraphs:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-            if self._process is not None:
-                self._process.kill()
+            process = self._process
+        if process is not None:
+            process.kill()
         if self._thread is not None:
             self._thread.join()
 
@@ -155,7 +157,7 @@ class CompiledGraphs:
         with self._changed:
             if self._is_closed:
                 return []
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [sys.executable, "-m", _COMPILER, str(self.folder), *names],
                 stdin=subprocess.PIPE,  # it ends when this process does
                 stdout=subprocess.DEVNULL,
@@ -164,19 +166,19 @@ class CompiledGraphs:
         left = list(names)
         try:
             while left:
-                has_ended = self._process.poll() is not None
+                has_ended = process.poll() is not None
                 if self._finish(left[0], began):
                     left.pop(0)
                     began = time.monotonic()
                 elif has_ended or time.monotonic() - began > LIMIT_S:
-                    why = f"ended with status {self._process.returncode}" if has_ended else f"took over {LIMIT_S:.0f} s"
+                    why = f"ended with status {process.returncode}" if has_ended else f"took over {LIMIT_S:.0f} s"
                     self._fail(left[:1], f"the compiler's process {why}")
                     return [] if self._is_closed else left[1:]
                 else:
                     time.sleep(_POLL_S)
         finally:
-            self._process.kill()
-            self._process.communicate()
+            process.kill()
+            process.communicate()
             self._process = None
         return left
 
@@ -227,7 +229,7 @@ def _own_folder(folder: Path) -> Path:
 def _versions(device: torch.device) -> str:
     """Return the name of the folder for this torch, this Python and this kind of device."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
-    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind}"
+    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {SCHEMA}"
     return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
