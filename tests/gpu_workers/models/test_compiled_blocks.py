@@ -63,6 +63,7 @@ class Block(torch.nn.Module):
         super().__init__()
         self.attn = Attending()
         self.out = torch.nn.Linear(SIZE, SIZE)
+        self.other = torch.nn.Linear(SIZE, SIZE)
         self.dropout = torch.nn.Dropout(0.5)
         self.table = torch.ones(SIZE)
         self.extra = extra
@@ -73,7 +74,7 @@ class Block(torch.nn.Module):
         if self.extra is not None:
             self.extra(self, x)
         x = x + self.attn(x, context, mask)
-        return x + self.table * self.dropout(functional.silu(self.out(x))), context
+        return x + self.table * self.dropout(functional.silu((self.other if options else self.out)(x))), context
 
 
 class Model(torch.nn.Module):
@@ -170,6 +171,17 @@ def test_other_weights_use_the_same_graph(graphs: InterpretedGraphs) -> None:
         assert not torch.equal(call(), first)
     assert blocks.compiled == 6
     assert len(graphs.made) == 1
+
+
+def test_calls_of_one_graph_take_their_own_weights(graphs: InterpretedGraphs) -> None:
+    model = Model()
+    blocks = made(model, graphs)
+    calls = [partial(model, **arguments(), options=options) for options in (None, True)]
+    for number, call in enumerate(calls):
+        blocks.begin(number, call)
+    for number, call in enumerate(calls):
+        assert torch.equal(blocks.run(number, call), call())
+    assert (blocks.compiled, len(graphs.made)) == (6, 1)
 
 
 def test_weights_of_another_dtype_or_layout_run_eager(graphs: InterpretedGraphs) -> None:
