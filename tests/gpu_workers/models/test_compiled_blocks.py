@@ -434,6 +434,7 @@ def wait(blocks: CompiledBlocks, key: object, limit_s: float = 250.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[object] = []
     monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *given, **_: traced.append(given))
@@ -466,6 +467,7 @@ def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch
     assert not torch._dynamo.utils.counters["frames"]
 
 
+@pytest.mark.slow
 def test_what_the_compiler_refuses_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
     graphs.make({"unreadable": b'{"inputs": []}'})
