@@ -19,6 +19,7 @@ from interpreted_graphs import InterpretedGraphs
 from torch.nn import functional
 
 from xditd.gpu_workers.models import compiled_blocks, compiled_graphs
+from xditd.gpu_workers.models.block_compiler import prepare
 from xditd.gpu_workers.models.block_graphs import NotCompiled
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
@@ -436,6 +437,7 @@ def wait(blocks: CompiledBlocks, key: object, limit_s: float = 250.0) -> None:
 
 @pytest.mark.slow
 def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare()
     traced: list[object] = []
     monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *given, **_: traced.append(given))
     model = Model()
