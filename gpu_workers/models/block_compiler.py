@@ -13,6 +13,7 @@ import fcntl
 import os
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,9 +76,15 @@ def _compile(folder: Path, encoded: bytes) -> None:
         (folder / FAILED).write_text(one_line(error))
 
 
+def prepare() -> None:
+    """Import what ``load`` needs: seconds, in which forwards are slower if a thread does it while a process serves."""
+    for name in ("torch._inductor.compile_fx", "torch._inductor.standalone_compile"):
+        import_module(name)
+
+
 def load(path: Path) -> Any:
     """Load what was compiled: a function of the inputs of a graph that returns its results."""
-    # Imported here: it takes seconds, which the thread that loads has.
+    # Imported here: it takes seconds (see prepare).
     from torch._inductor.standalone_compile import CompiledArtifact
 
     return CompiledArtifact.load(path=str(path), format="binary")

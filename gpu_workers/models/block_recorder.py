@@ -34,7 +34,7 @@ class StateName:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Recording:
     """What one call of a block computed.
 

@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.repeated_blocks import attributes_key
 from xditd.ipc.errors import XditdError
 
+_MAX_STATES: Final = 64
 _ALIGNMENT: Final = 16
 """Bytes at which compiled kernels for GPUs expect tensors to start."""
 
@@ -46,7 +47,8 @@ class BlockRun:
         self.attributes = attributes_key(module)
         self.has_exchanged = False
         """Whether the last run has begun an attention whose tokens are split over ranks."""
-        self._states: dict[str, _BlockState] = {}
+        self._states: dict[Recording, _BlockState] = {}
+        """Not by graph: calls with one graph may take different tensors of the block."""
 
     def run(
         self,
@@ -64,9 +66,11 @@ class BlockRun:
         """
         recording = call.recording
         self.has_exchanged = False
-        state = self._states.get(call.name)
+        state = self._states.get(recording)
         if state is None:
-            state = self._states[call.name] = _BlockState(self.module, recording)
+            if len(self._states) >= _MAX_STATES:
+                self._states.clear()
+            state = self._states[recording] = _BlockState(self.module, recording)
         own = state.tensors()
         if own is None:
             return None

@@ -19,6 +19,7 @@ from interpreted_graphs import InterpretedGraphs
 from torch.nn import functional
 
 from xditd.gpu_workers.models import compiled_blocks, compiled_graphs
+from xditd.gpu_workers.models.block_compiler import prepare
 from xditd.gpu_workers.models.block_graphs import NotCompiled
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
@@ -63,6 +64,7 @@ class Block(torch.nn.Module):
         super().__init__()
         self.attn = Attending()
         self.out = torch.nn.Linear(SIZE, SIZE)
+        self.other = torch.nn.Linear(SIZE, SIZE)
         self.dropout = torch.nn.Dropout(0.5)
         self.table = torch.ones(SIZE)
         self.extra = extra
@@ -73,7 +75,7 @@ class Block(torch.nn.Module):
         if self.extra is not None:
             self.extra(self, x)
         x = x + self.attn(x, context, mask)
-        return x + self.table * self.dropout(functional.silu(self.out(x))), context
+        return x + self.table * self.dropout(functional.silu((self.other if options else self.out)(x))), context
 
 
 class Model(torch.nn.Module):
@@ -170,6 +172,17 @@ def test_other_weights_use_the_same_graph(graphs: InterpretedGraphs) -> None:
         assert not torch.equal(call(), first)
     assert blocks.compiled == 6
     assert len(graphs.made) == 1
+
+
+def test_calls_of_one_graph_take_their_own_weights(graphs: InterpretedGraphs) -> None:
+    model = Model()
+    blocks = made(model, graphs)
+    calls = [partial(model, **arguments(), options=options) for options in (None, True)]
+    for number, call in enumerate(calls):
+        blocks.begin(number, call)
+    for number, call in enumerate(calls):
+        assert torch.equal(blocks.run(number, call), call())
+    assert (blocks.compiled, len(graphs.made)) == (6, 1)
 
 
 def test_weights_of_another_dtype_or_layout_run_eager(graphs: InterpretedGraphs) -> None:
@@ -422,7 +435,9 @@ def wait(blocks: CompiledBlocks, key: object, limit_s: float = 250.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare()
     traced: list[object] = []
     monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *given, **_: traced.append(given))
     model = Model()
@@ -454,6 +469,7 @@ def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch
     assert not torch._dynamo.utils.counters["frames"]
 
 
+@pytest.mark.slow
 def test_what_the_compiler_refuses_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
     graphs.make({"unreadable": b'{"inputs": []}'})
