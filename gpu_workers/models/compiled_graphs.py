@@ -24,7 +24,7 @@ from typing import Final, Literal
 import torch
 
 from xditd.gpu_workers.models.attention_operator import SCHEMA
-from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line
+from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
 from xditd.ipc.errors import Unsupported
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class CompiledGraphs:
             self._thread.join()
 
     def _work(self) -> None:
+        prepare()  # while another process compiles the first graphs
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._is_closed)

@@ -213,4 +213,4 @@ def test_modes() -> None:
     auto = Calls(Block(), "auto")
     for _ in range(4):
         auto.run(**inputs())
-    assert auto.reports() == [("captured", "")]
+    assert auto.reports() == [("captured", "it has no blocks to compile")]
