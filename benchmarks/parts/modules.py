@@ -206,6 +206,7 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, d
     model = build(class_name, config, device, dtype)
     arguments = make()
     calls = min(given.calls, 3) if name == "wan" else given.calls
+    model(**arguments)  # a class may make tables in its first forward: the module would be lent again
     found = {each: measure_with(each, model, arguments, calls, client) for each in given.acceleration}
     del model, arguments
     if device.type == "cuda":
