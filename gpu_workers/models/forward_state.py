@@ -15,7 +15,7 @@ from xditd.ipc.name_lists import listed
 
 
 @dataclass
-class _Site:
+class Site:
     """The submodule whose attention is computed now."""
 
     declared: Attention | None
@@ -60,7 +60,7 @@ class ForwardState:
     streams: dict[str, Stream] = field(default_factory=dict)
     cached: dict[str, tuple[Stream, ...]] = field(default_factory=dict)
     """Tokens that are in the cache alone, by the names that the plan gives them."""
-    sites: list[_Site] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
 
     def split(self, value: Any, split: Split | Count | Length, what: str) -> Any:
         if isinstance(split, Length):
@@ -181,7 +181,7 @@ class ForwardState:
         return found
 
     def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
-        self.sites.append(_Site(declared, module))
+        self.sites.append(Site(declared, module))
 
     def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
         site = self.sites.pop()

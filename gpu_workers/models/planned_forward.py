@@ -16,7 +16,7 @@ import torch
 
 from xditd.gpu_workers.models.cache_shares import CacheShares
 from xditd.gpu_workers.models.exchanged_attention import ExchangedAttention
-from xditd.gpu_workers.models.forward_state import ForwardState
+from xditd.gpu_workers.models.forward_state import ForwardState, Site
 from xditd.gpu_workers.models.plan_checks import check_values, paths_of
 from xditd.gpu_workers.models.replaced_attention import attention_replaced, namespaces
 from xditd.gpu_workers.models.token_plans import Attention, Cache, PlanFault, Splits, TokenPlan, matches
@@ -44,6 +44,24 @@ class PlannedModule:
         ]
         self._exchanges = [ExchangedAttention(each, declared) for each, declared in self._resolve(plan.exchanges)]
         self._namespaces = namespaces()
+        self.current: ForwardState | None = None
+        """The state of the forward that runs now, if one does."""
+
+    @property
+    def hooked(self) -> list[torch.nn.Module]:
+        """The submodules around or in which a forward splits, gathers or exchanges: all but those of ``attentions``."""
+        return [each for each, _ in (*self._splits, *self._gathers, *self._resolve(self._plan.exchanges))]
+
+    def site(self, module: torch.nn.Module) -> Site:
+        """Return the state of a submodule's attention, as it is when a forward enters the submodule.
+
+        Raises:
+            PlanFault: the plan does not declare it.
+        """
+        for each, declared in self._attentions:
+            if each is module:
+                return Site(declared, module)
+        raise PlanFault("an attention outside of the submodules that the plan declares")
 
     @property
     def cache(self) -> Cache | None:
@@ -77,6 +95,8 @@ class PlannedModule:
                 for handle in exchanged.hook(forward.stream, ranks):
                     stack.enter_context(_removed(handle))
             stack.enter_context(attention_replaced(forward, self._namespaces, self._plan.refused_backends))
+            stack.callback(setattr, self, "current", None)
+            self.current = forward
             return call()
 
     def _resolve(self, declared: Mapping[str, Any]) -> list[tuple[torch.nn.Module, Any]]:

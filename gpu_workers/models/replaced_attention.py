@@ -15,7 +15,7 @@ from torch.nn import functional
 from xditd.gpu_workers.models.forward_state import ForwardState
 from xditd.gpu_workers.models.token_plans import PlanFault
 
-_DISPATCH: Final = "dispatch_attention_fn"
+DISPATCH: Final = "dispatch_attention_fn"
 """diffusers' function for attention by any backend, which its models import by name."""
 
 
@@ -26,7 +26,7 @@ def attention_replaced(
     """Let a forward compute all attention of this process: that of torch, and that of diffusers' backends."""
     is_inside = False
     of_torch = functional.scaled_dot_product_attention
-    of_diffusers = [(namespace, namespace[_DISPATCH]) for namespace in namespaces]
+    of_diffusers = [(namespace, namespace[DISPATCH]) for namespace in namespaces]
 
     def run_inside(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal is_inside
@@ -84,13 +84,13 @@ def attention_replaced(
 
     functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
     for namespace, function in of_diffusers:
-        namespace[_DISPATCH] = partial(dispatched, function)
+        namespace[DISPATCH] = partial(dispatched, function)
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = of_torch
         for namespace, function in of_diffusers:
-            namespace[_DISPATCH] = function
+            namespace[DISPATCH] = function
 
 
 def _check_backend(refused: tuple[str, ...], given: object) -> None:
@@ -105,5 +105,5 @@ def namespaces() -> list[dict[str, Any]]:
     """Return those of diffusers' modules that have its function by name."""
     return [
         vars(each) for name, each in list(sys.modules.items())
-        if name.startswith("diffusers.models.") and _DISPATCH in vars(each)
+        if name.startswith("diffusers.models.") and DISPATCH in vars(each)
     ]  # fmt: skip

@@ -1,0 +1,155 @@
+"""Run one block by a compiled graph: with its tensors of now, and with the attentions of the forward that runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from xditd.gpu_workers.models.attention_operator import attention_by
+from xditd.gpu_workers.models.block_arguments import fill_places
+from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
+from xditd.gpu_workers.models.block_compiler import one_line
+from xditd.gpu_workers.models.block_graphs import NotCompiled, TensorKind
+from xditd.gpu_workers.models.block_recorder import Recording, holder
+from xditd.gpu_workers.models.forward_state import Site
+from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.repeated_blocks import attributes_key
+from xditd.ipc.errors import XditdError
+
+_ALIGNMENT: Final = 16
+"""Bytes at which compiled kernels for GPUs expect tensors to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledCall:
+    """What a call of a block computes, and the name of its graph."""
+
+    name: str
+    recording: Recording
+
+
+class BlockResult(NamedTuple):
+    tree: Any
+
+
+class BlockRun:
+    """A repeated block. Blocks of one ``group`` compute the same operations with the same arguments."""
+
+    def __init__(self, path: str, module: torch.nn.Module, group: int) -> None:
+        self.path = path
+        self.module = module
+        self.group = group
+        self.attributes = attributes_key(module)
+        self.has_exchanged = False
+        """Whether the last run has begun an attention whose tokens are split over ranks."""
+        self._states: dict[str, _BlockState] = {}
+
+    def run(
+        self,
+        call: CompiledCall,
+        function: Callable[..., Sequence[torch.Tensor]],
+        arguments: Sequence[torch.Tensor],
+        planned: PlannedModule | None,
+        functions: AttentionFunctions,
+    ) -> BlockResult | None:
+        """Return what the block returns for these tensors; ``None`` if its own tensors are not those of the graph.
+
+        Raises:
+            NotCompiled: the compiled graph failed.
+            XditdError, torch.OutOfMemoryError: as the block itself.
+        """
+        recording = call.recording
+        self.has_exchanged = False
+        state = self._states.get(call.name)
+        if state is None:
+            state = self._states[call.name] = _BlockState(self.module, recording)
+        own = state.tensors()
+        if own is None:
+            return None
+        attending = _Attending(self, recording.attentions, planned, functions)
+        try:
+            with attention_by(attending):
+                results = function(*[arguments[number] for number in recording.arguments], *own)
+        except (XditdError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever compiled code raises
+            if attending.has_failed or "CUDA error" in str(error):
+                raise
+            raise NotCompiled(f"a compiled block failed: {one_line(error)}") from error
+        return BlockResult(fill_places(recording.results, arguments, results))
+
+
+class _BlockState:
+    """The block's own tensors among the inputs of a graph: whatever they are when it runs, if they are alike."""
+
+    def __init__(self, block: torch.nn.Module, recording: Recording) -> None:
+        kinds = recording.kinds[len(recording.arguments) :]
+        self._held: list[tuple[Mapping[str, torch.Tensor], str, TensorKind]] = [
+            (holder(block, name), name.name, kind) for name, kind in zip(recording.state, kinds, strict=True)
+        ]
+        self._known: list[Callable[[], torch.Tensor | None]] = []
+        """Weak references to the tensors that were found to be alike: lent memory is not held."""
+
+    def tensors(self) -> list[torch.Tensor] | None:
+        found = [held.get(name) for held, name, _ in self._held]
+        if len(self._known) != len(found) or any(
+            known() is not each for known, each in zip(self._known, found, strict=True)
+        ):
+            self._known = []
+            for each, (_, _, kind) in zip(found, self._held, strict=True):
+                if each is None or TensorKind.of(each) != kind or not _is_aligned(each):
+                    return None
+            self._known = [weakref.ref(each) for each in found if each is not None]
+        return [each for each in found if each is not None]
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" or tensor.data_ptr() % _ALIGNMENT == 0
+
+
+class _Attending:
+    """Computes the attentions of one run of a block, each as at its place in an eager forward."""
+
+    def __init__(
+        self,
+        block: BlockRun,
+        calls: Sequence[AttentionCall],
+        planned: PlannedModule | None,
+        functions: AttentionFunctions,
+    ) -> None:
+        self.has_failed = False
+        self._block = block
+        self._calls = calls
+        self._planned = planned
+        self._functions = functions
+        self._sites: dict[str, Site] = {}
+
+    def __call__(
+        self,
+        number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        call = self._calls[number]
+        try:
+            if call.site is None or self._planned is None or self._planned.current is None:
+                return self._functions.compute(call, query, key, value, mask)
+            site = self._sites.get(call.site)
+            if site is None:
+                site = self._sites[call.site] = self._planned.site(self._block.module.get_submodule(call.site))
+            self._block.has_exchanged = True
+            sites = self._planned.current.sites
+            sites.append(site)
+            try:
+                return self._functions.compute(call, query, key, value, mask)
+            finally:
+                sites.pop()
+        except BaseException:
+            self.has_failed = True
+            raise

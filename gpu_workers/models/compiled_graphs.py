@@ -1,0 +1,244 @@
+"""The compiled graphs of this process: made by another process, kept in a folder, and loaded by a thread.
+
+The folder is of this user alone, since what is loaded from it is code. In it is a folder for each version of torch and
+Python and each kind of device, so that a restart, another rank, and another model with the same operations find what
+was made before. Nothing here compiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from xditd.gpu_workers.models.attention_operator import SCHEMA
+from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line
+from xditd.ipc.errors import Unsupported
+
+logger = logging.getLogger(__name__)
+
+GraphFunction = Callable[..., Sequence[torch.Tensor]]
+"""A compiled graph: its inputs by place, and all its results."""
+
+LIMIT_S: Final = 900.0
+"""For one graph: the compiler's process is ended then."""
+
+MAX_ON_DISK: Final = 512
+"""Graphs in the folder; those that were made longest ago go first."""
+
+_THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
+_MAX_PROCESSES: Final = 8
+"""That compile for one rank, of as many as a quarter of the processors."""
+
+_POLL_S: Final = 0.05
+_COMPILER: Final = "xditd.gpu_workers.models.block_compiler"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphState:
+    """Where a graph is: ``making``, then ``made``, or ``failed`` for a reason. ``seconds`` is what this took."""
+
+    phase: Literal["making", "made", "failed"]
+    function: GraphFunction | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    was_on_disk: bool = False
+
+
+_MAKING: Final = GraphState("making")
+
+
+class CompiledGraphs:
+    """The compiled graphs of this process, by name. One for each process: the compiler's cache is set for all of it.
+
+    ``make`` and ``find`` are called by the thread that runs forwards and never wait. ``close`` ends the thread that
+    loads, and the compiler's process.
+
+    Raises:
+        Unsupported: another user can write to the folder.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder = _own_folder(folder) / _versions(device)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        # Before torch's compiler is imported. Loading needs none of the processes in which it compiles.
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), _THREADS: "1"}
+        self._states: dict[str, GraphState] = {}
+        self._pending: list[str] = []
+        self._changed = threading.Condition()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def make(self, graphs: Mapping[str, bytes]) -> None:
+        """Begin to make graphs, given by name and encoded, that are not known yet."""
+        with self._changed:
+            new = [name for name in graphs if name not in self._states and not self._is_closed]
+            if not new:
+                return
+            self._states.update(dict.fromkeys(new, _MAKING))
+        try:
+            for name in new:
+                path = self.folder / name
+                path.mkdir(mode=0o700, exist_ok=True)
+                (path / FAILED).unlink(missing_ok=True)  # of another process: this one tries once more
+                if not (path / GRAPH).exists():
+                    _write(path / GRAPH, graphs[name])
+                os.utime(path)
+        except OSError as error:
+            self._fail(new, f"the folder of compiled graphs: {error}")
+            return
+        with self._changed:
+            self._pending += new
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="compiled graphs", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def find(self, name: str) -> GraphState | None:
+        """Return where a graph is, or ``None`` if it was never asked for."""
+        return self._states.get(name)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Never use a graph again in this process, since it failed when it ran."""
+        self._states[name] = GraphState("failed", reason=reason[:MAX_REASON_CHARS])
+
+    def close(self) -> None:
+        """End the compiler's process and the thread. What is made stays on disk."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+            process = self._process
+        if process is not None:
+            process.kill()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if self._is_closed:
+                    return
+                names, self._pending = self._pending, []
+            try:
+                self._make(names)
+            except Exception as error:  # no fault of a compiler may end the thread, or reach a forward
+                logger.exception("compiled graphs")
+                self._fail(names, one_line(error))
+
+    def _make(self, names: list[str]) -> None:
+        """Load graphs; those that are not on disk first have to be compiled."""
+        waiting = []
+        for name in names:
+            if (self.folder / name / ARTIFACT).exists():
+                self._load(name, time.monotonic(), was_on_disk=True)
+            else:
+                waiting.append(name)
+        while waiting:
+            waiting = self._compile(waiting)
+        self._prune()
+
+    def _compile(self, names: list[str]) -> list[str]:
+        """Compile graphs in another process, and load each when it is done; return those that are left when it ends."""
+        began = time.monotonic()
+        with self._changed:
+            if self._is_closed:
+                return []
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-m", _COMPILER, str(self.folder), *names],
+                stdin=subprocess.PIPE,  # it ends when this process does
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {_THREADS: str(max(1, min(_MAX_PROCESSES, (os.cpu_count() or 1) // 4)))},
+            )
+        left = list(names)
+        try:
+            while left:
+                has_ended = process.poll() is not None
+                if self._finish(left[0], began):
+                    left.pop(0)
+                    began = time.monotonic()
+                elif has_ended or time.monotonic() - began > LIMIT_S:
+                    why = f"ended with status {process.returncode}" if has_ended else f"took over {LIMIT_S:.0f} s"
+                    self._fail(left[:1], f"the compiler's process {why}")
+                    return [] if self._is_closed else left[1:]
+                else:
+                    time.sleep(_POLL_S)
+        finally:
+            process.kill()
+            process.communicate()
+            self._process = None
+        return left
+
+    def _finish(self, name: str, began: float) -> bool:
+        """Note what the compiler's process has left of a graph, if it is done."""
+        if (self.folder / name / ARTIFACT).exists():
+            self._load(name, began)
+            return True
+        failed = self.folder / name / FAILED
+        if failed.exists():
+            self._fail([name], failed.read_text()[:MAX_REASON_CHARS])
+            return True
+        return False
+
+    def _load(self, name: str, began: float, *, was_on_disk: bool = False) -> None:
+        try:
+            function = load(self.folder / name / ARTIFACT)
+        except Exception as error:  # noqa: BLE001  # whatever a compiler raises
+            self._fail([name], f"loading: {one_line(error)}")
+            return
+        self._states[name] = GraphState("made", function, "", time.monotonic() - began, was_on_disk)
+
+    def _fail(self, names: Sequence[str], reason: str) -> None:
+        for name in names:
+            logger.warning("graph %s is not compiled: %s", name, reason)
+            self._states[name] = GraphState("failed", reason=reason[:MAX_REASON_CHARS])
+
+    def _prune(self) -> None:
+        """Remove the graphs that were asked for longest ago, if there are too many."""
+        found = [each for each in self.folder.iterdir() if (each / GRAPH).exists() and each.name not in self._states]
+        found.sort(key=lambda each: each.stat().st_mtime)
+        for each in found[: max(0, len(found) + len(self._states) - MAX_ON_DISK)]:
+            for file in each.iterdir():
+                file.unlink(missing_ok=True)
+            each.rmdir()
+
+
+def _own_folder(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise Unsupported(
+            f"{folder} has to be a folder of this user alone (mode 0700): compiled code is loaded from it"
+        )
+    return folder
+
+
+def _versions(device: torch.device) -> str:
+    """Return the name of the folder for this torch, this Python and this kind of device."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
+    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {SCHEMA}"
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _processor() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as a whole: another rank may read it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
