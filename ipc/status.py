@@ -154,21 +154,24 @@ class SplitCheck(Described, frozen=True, kw_only=True):
 
 
 class ForwardPath(Described, frozen=True, kw_only=True):
-    """The way that forwards of one kind run from now on, of a module that runs as its class."""
+    """The way that forwards of one kind run from now on."""
 
     class_name: Name
     split: Literal["whole", "tokens"]
     """Whether ranks share the tokens of such a forward, or one rank runs all of it."""
     shapes: Text
     """Of the tensors among its arguments, in order."""
-    path: Literal["eager", "captured"]
-    """Kernel by kernel, or as a CUDA graph."""
+    path: Literal["eager", "compiled", "captured", "compiled, captured"]
+    """Kernel by kernel, with compiled blocks, as a CUDA graph, or both."""
+    error: RelativeError | None = None
+    """Relative error of compiled blocks against the eager forward; ``None`` if they were not compared. A graph has the
+    bits of the forward that it was captured from."""
     took_s: Seconds
     """What it took to make, or to find that it cannot be made."""
     memory_bytes: Bytes
     """GPU memory that its making took, on one rank."""
     detail: Text = ""
-    """Why it stays eager."""
+    """Why it is not compiled or not captured."""
 
 
 class DaemonStatus(Described, frozen=True, kw_only=True):

@@ -186,8 +186,9 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=False)) + 1) * item
 
 
-Acceleration = Literal["auto", "eager", "captured"]
-"""How forwards of a module run: its class's code kernel by kernel, captured as a CUDA graph, or as takes less time."""
+Acceleration = Literal["auto", "eager", "compiled", "captured"]
+"""How forwards of a module run: its class's code kernel by kernel, with compiled blocks, captured as a CUDA graph with
+the bits of the eager forward, or (``auto``) both where they gain."""
 
 
 class ModuleDescription(Described, frozen=True, kw_only=True):

@@ -2,11 +2,13 @@
 
     python benchmarks/run.py modules                                   # five models of full size
     python benchmarks/run.py modules --models flux1 wan --json FILE
+    python benchmarks/run.py modules --acceleration eager captured auto --workers 1 2
     python benchmarks/run.py modules --device cpu --small
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
-turns. Prints the medians of one call in ms and their ratio, the time to lend, the memory that the worker takes, and
-whether the results have the same bits.
+turns. Prints the medians of one call in ms and their ratio, the time to lend, the memory that the worker takes, whether
+the results have the same bits, and the spread of calls (longest by shortest). Calls are timed once the workers have
+chosen how the model runs; ``ready_s`` is when they had.
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from machine import gpu_memory_by_process
@@ -28,9 +30,11 @@ from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table
 from xditd.client import Client, accelerate
 from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.ipc.status import ForwardPath, SplitCheck
+from xditd.ipc.tensors import Acceleration
 
 Arguments = dict[str, Any]
 SEED = 0
+SETTLES_WITHIN_S = 240.0
 
 
 class Subjects:
@@ -135,6 +139,9 @@ MODELS = ("flux1", "qwen_image", "z_image", "wan", "flux2")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument(
+        "--acceleration", nargs="+", default=["auto"], choices=get_args(Acceleration), help="one after the other"
+    )
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each, in turns; 3 of wan")
     add_ranks(parser)
     add_device(parser)
@@ -151,10 +158,11 @@ def run(given: argparse.Namespace, report: Report) -> int:
                 client.wait_ready(300.0)
                 found = {}
                 for name in given.models:
-                    found[name] = measure(name, given, client)
-                    report.add(**{f"{name}, {ranks} workers": found[name]})
-                rows = [(name, *map(str, each.values())) for name, each in found.items()]
-                print_table(f"{ranks} workers", [("model", *next(iter(found.values()))), *rows])
+                    for acceleration, each in measure(name, given, client).items():
+                        found[name, acceleration] = each
+                        report.add(**{f"{name}, {acceleration}, {ranks} workers": each})
+                rows = [(*names, *map(str, each.values())) for names, each in found.items()]
+                print_table(f"{ranks} workers", [("model", "acceleration", *next(iter(found.values()))), *rows])
             finally:
                 daemon.stop(client)
     return 0
@@ -190,51 +198,85 @@ def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.
 
 
 @torch.no_grad()
-def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, Any]:
-    """Time calls of one model here and in the workers, in turns."""
+def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, dict[str, Any]]:
+    """Time calls of one model here and in the workers, in turns; by acceleration."""
     device = torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     class_name, config, make = getattr(Subjects(device, dtype, small=given.small), name)()
     model = build(class_name, config, device, dtype)
     arguments = make()
-    here_ms, there_ms = [], []
+    calls = min(given.calls, 3) if name == "wan" else given.calls
+    found = {each: measure_with(each, model, arguments, calls, client) for each in given.acceleration}
+    del model, arguments
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def measure_with(
+    acceleration: Acceleration, model: torch.nn.Module, arguments: Arguments, calls: int, client: Client
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    here_ms: list[float] = []
+    there_ms: list[float] = []
     workers = {worker.pid for worker in client.status().workers}
     before = worker_bytes(workers)
     began = time.perf_counter()
-    with accelerate(model, client=client):  # builds the class in the worker
+    with accelerate(model, client=client, acceleration=acceleration):  # builds the class in the worker
         first_lend_ms = (time.perf_counter() - began) * 1e3
     began = time.perf_counter()
-    with accelerate(model, client=client):
+    with accelerate(model, client=client, acceleration=acceleration):
         lend_ms = (time.perf_counter() - began) * 1e3
         lent = worker_bytes(workers) - before
-        for number in range(2 + (min(given.calls, 3) if name == "wan" else given.calls)):
+        ready_s = settle(model, arguments, client, acceleration)
+        for _ in range(calls):
             results = []
             for call, into in ((type(model).forward, here_ms), (type(model).__call__, there_ms)):
                 synchronize(device)
                 began = time.perf_counter()
                 results.append(call(model, **arguments))
                 synchronize(device)
-                if number >= 2:  # kernels are chosen in the first calls
-                    into.append((time.perf_counter() - began) * 1e3)
-    status = client.status()
+                into.append((time.perf_counter() - began) * 1e3)
+    status, class_name = client.status(), type(model).__name__
     here, there = (first_tensor(result).float() for result in results)
-    found = {
+    paths = [each for each in status.forward_paths if each.class_name == class_name]
+    return {
         "here_ms": round(statistics.median(here_ms), 1),
         "call_ms": round(statistics.median(there_ms), 1),
         "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
+        "spread": round(max(there_ms) / min(there_ms), 2),
         "first_lend_ms": round(first_lend_ms, 1),
         "lend_ms": round(lend_ms, 1),
+        "ready_s": round(ready_s, 1),
         "weights_gib": round(sum(each.nbytes for each in model.parameters()) / GIB, 2),
         "worker_took_gib": round(lent / GIB, 2),
         "same_bits": torch.equal(here, there),
         "error": round(float((there - here).norm() / here.norm()), 7),
-        "split": ", ".join(split_of(each) for each in status.split_checks if each.class_name == class_name),
-        "path": ", ".join(path_of(each) for each in status.forward_paths if each.class_name == class_name),
+        "split": ", ".join(split_of(each) for each in status.split_checks[-1:] if each.class_name == class_name),
+        "path": path_of(paths[-1]) if paths and acceleration != "eager" else "eager",
     }
-    del model, arguments, results
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found
+
+
+def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceleration: Acceleration) -> float:
+    """Call the model until the workers have chosen how it runs, and once more; return the seconds that took."""
+    began = time.perf_counter()
+    known = len(client.status().forward_paths)
+    while time.perf_counter() - began < SETTLES_WITHIN_S:
+        model(**arguments)
+        new = client.status().forward_paths[known:]
+        is_done = new and (new[-1].detail or acceleration == "captured" or "compiled" in new[-1].path)
+        if acceleration == "eager" or is_done or model_is_on_cpu(model, acceleration):
+            break
+    took_s = time.perf_counter() - began
+    for _ in range(2):  # kernels are chosen in the first calls
+        type(model).forward(model, **arguments)
+        model(**arguments)
+    return took_s
+
+
+def model_is_on_cpu(model: torch.nn.Module, acceleration: Acceleration) -> bool:
+    """Whether nothing is to be waited for: on the CPU models are eager unless they are to be compiled."""
+    return next(model.parameters()).device.type == "cpu" and acceleration != "compiled"
 
 
 def split_of(check: SplitCheck) -> str:
@@ -245,6 +287,8 @@ def split_of(check: SplitCheck) -> str:
 def path_of(path: ForwardPath) -> str:
     """Return how such a forward runs, what that took to make, and the GPU memory of one rank."""
     made = f"{path.path} in {path.took_s:.2f} s, {path.memory_bytes / GIB:.2f} GiB"
+    if path.error is not None:
+        made += f", error {path.error:.1e}"
     return f"{made} ({path.detail})" if path.detail else made
 
 

@@ -118,7 +118,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
         first_s = time.perf_counter() - started
         results = (result, few_steps())
         if way in fast:
-            fast[way].paths.make_ready()
+            fast[way].paths.decide()
         expected = results if expected is None else expected
         errors = [float((one - other).norm() / other.norm()) for one, other in zip(results, expected, strict=True)]
         entry: dict[str, Any] = {

@@ -79,11 +79,15 @@ def describe(found: DaemonStatus) -> str:
         lines += ["", table(("SPLIT OF", "METHOD", "BY", "BATCH", "ERROR", "AT MOST", "VERDICT"), verdicts)]
     if found.forward_paths:
         paths = [
-            (each.class_name, each.split, each.path, f"{each.took_s:.2f} s",
-             size_text(each.memory_bytes) if each.memory_bytes else "-", _shortened(each.detail or each.shapes))
+            (each.class_name, each.split, each.path, "-" if each.error is None else f"{each.error:.2e}",
+             f"{each.took_s:.2f} s", size_text(each.memory_bytes) if each.memory_bytes else "-",
+             _shortened(each.detail or each.shapes))
             for each in found.forward_paths
         ]  # fmt: skip
-        lines += ["", table(("FORWARDS OF", "SPLIT", "PATH", "MADE IN", "MEMORY", "SHAPES, OR WHY EAGER"), paths)]
+        lines += [
+            "",
+            table(("FORWARDS OF", "SPLIT", "PATH", "ERROR", "CHOSEN IN", "MEMORY", "SHAPES, OR WHY NOT MORE"), paths),
+        ]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",

@@ -50,8 +50,9 @@ def accelerate(
     If workers or the daemon end during a call with ``keep="client"``, the call waits up to ``wait_s`` seconds for new
     ones, and runs again. The contents of a KV cache are lost with the workers: a call with one raises ``LeaseLost``.
 
-    On GPUs, forwards may run as captured CUDA graphs, which give the same bits. ``acceleration="eager"`` runs the
-    class's code kernel by kernel in any case; without it the daemon's setting says.
+    On GPUs, the daemon compiles the blocks of a model in the background, which round otherwise, and captures forwards
+    as CUDA graphs. ``acceleration="captured"`` or ``"eager"`` keeps the bits of the class; without it the daemon's
+    setting says.
 
     The models stay in the workers also if nothing references the returned object: :func:`unaccelerate` then gives them
     back. Models that are garbage-collected before are given back with a ``ResourceWarning``.

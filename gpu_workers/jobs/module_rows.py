@@ -34,6 +34,7 @@ from xditd.gpu_workers.models.split_checks import (
     CaseKey,
     Difference,
     ModuleSnapshot,
+    computes_in_halves,
     difference,
 )
 from xditd.gpu_workers.models.token_plans import PlanFault
@@ -300,9 +301,8 @@ class ModuleRows:
 
     @property
     def _in_halves(self) -> bool:
-        halves = (torch.bfloat16, torch.float16)
         is_cast = self._numerics.autocast is not None and self._numerics.autocast != "float32"
-        return is_cast or any(each.dtype in halves for each in self._model.module.parameters())
+        return is_cast or computes_in_halves(self._model.module)
 
     def _compare_rows(
         self, arguments: Mapping[str, Any], whole: Any, structure: Node, rows: range

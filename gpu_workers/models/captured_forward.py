@@ -42,6 +42,7 @@ class CapturedForward:
         ``arguments`` may be changed by nobody else from now on. ``weights`` are tensors whose memory is not this
         process's own; they are not kept.
         """
+        self.arguments = arguments
         self._inputs = [each for each in tensors_of(arguments) if each.is_cuda]
         self._graph = torch.cuda.CUDAGraph()
         watched = _Watched([*weights, *self._inputs], device)
@@ -171,6 +172,13 @@ class _Watched(TorchDispatchMode):
         self._device = device
         self._known = {each.untyped_storage()._cdata for each in weights}
         self._side = torch.cuda.Stream(device)
+        # Memory of this process that no graph has: compiled code allocates that of its results unseen.
+        segments = torch.cuda.memory_snapshot()
+        self._own = [
+            range(each["address"], each["address"] + each["total_size"])
+            for each in segments
+            if each["device"] == device.index and tuple(each["segment_pool_id"]) == (0, 0)
+        ]
         self._lifts_only = torch._C._only_lift_cpu_tensors()
         self._synchronize = torch.cuda.synchronize
 
@@ -193,7 +201,7 @@ class _Watched(TorchDispatchMode):
         name = func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else str(func)
         self._check(name, given, args, kwargs)
         for each in given:
-            if each.is_cuda and self._note(each):
+            if each.is_cuda and self._note(each) and any(each.data_ptr() in segment for segment in self._own):
                 self.tables.append(each)
         if name == "_to_copy" and not given[0].is_cuda and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return self._copy_now(lambda: func(*args, **kwargs))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
 
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
+from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
@@ -28,6 +33,7 @@ from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits, module_state
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.status import FusedCheck, SplitCheck
@@ -54,6 +60,7 @@ class ClassModel:
         layout: ParallelLayout,
         dtype: torch.dtype | None = None,
         checkpoint: Mapping[str, TensorInfo] | None = None,
+        graphs: Callable[[], CompiledGraphs] | None = None,
     ) -> None:
         self.layout = layout
         self.device = layout.device
@@ -87,6 +94,7 @@ class ClassModel:
             self.device,
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
+            blocks=partial(self._compile_blocks, graphs),
         )
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
@@ -147,6 +155,14 @@ class ClassModel:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
         self._without_weights.restore()
         self.owner = None
+
+    def _compile_blocks(self, graphs: Callable[[], CompiledGraphs] | None) -> CompiledBlocks | str:
+        if graphs is None:
+            return "this process compiles nothing"
+        try:
+            return CompiledBlocks.of(self.module, self.planned, graphs())
+        except Unsupported as error:
+            return error.detail
 
     def _plan_tokens(self) -> PlannedModule | str:
         plan = find_plan(self.class_name)
@@ -242,6 +258,7 @@ class ClassModels:
     def __init__(self, layout: ParallelLayout) -> None:
         self._layout = layout
         self._models: dict[_Key, ClassModel] = {}
+        self._graphs: CompiledGraphs | None = None
         self.built = 0
         self.reused = 0
 
@@ -249,6 +266,22 @@ class ClassModels:
         """Return the checks of rows since the last call."""
         found = [check for model in self._models.values() for check in model.split_checks.take_checks()]
         return tuple(found[-limits.MAX_SPLIT_CHECKS :])
+
+    def close(self) -> None:
+        """End what compiles."""
+        if self._graphs is not None:
+            self._graphs.close()
+
+    def _compiled_graphs(self) -> CompiledGraphs:
+        """Return the compiled graphs of this process, which stay on disk in the user's folder for caches.
+
+        Raises:
+            Unsupported: others can write to that folder.
+        """
+        if self._graphs is None:
+            caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            self._graphs = CompiledGraphs(Path(caches, "xditd", "graphs"), self._layout.device)
+        return self._graphs
 
     @property
     def paths(self) -> list[ForwardPaths]:
@@ -271,7 +304,7 @@ class ClassModels:
         model = self._models.get(key)
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout, dtype, tensors)
+            model = ClassModel(described, self._layout, dtype, tensors, self._compiled_graphs)
         self._keep(key, model, is_reused=is_reused)
         assert model.plan is not None
         shapes = {name: tensors[model.plan.sources[name]].shape for name in converted_names(model.plan, tensors)}
@@ -281,7 +314,7 @@ class ClassModels:
         model = self._models.get((described, None, None))
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout)
+            model = ClassModel(described, self._layout, graphs=self._compiled_graphs)
         model.check(tensors)
         self._keep((described, None, None), model, is_reused=is_reused)
         elements: Counter[str] = Counter()

@@ -1,7 +1,8 @@
-"""Which way each forward of a module runs: as the class's own code, kernel by kernel (eager), or as a captured graph.
+"""Which way each forward of a module runs: as the class's own code, with compiled blocks, as a captured graph, or both.
 
-A case of forwards is captured after its second eager run, between two commands of the daemon, so that no job waits for
-more than the capture. The graph then has to give the bits of the eager run before. What cannot be captured stays eager.
+A case of forwards is decided after its second eager run, between two commands of the daemon: captured at once, compiled
+in another process meanwhile, and captured again when that is done. A way is taken if its results are those of the eager
+forward: the same bits of a graph, and of compiled blocks what roundings alone would change.
 """
 
 from __future__ import annotations
@@ -11,20 +12,34 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from operator import attrgetter
+from typing import Any, Final, Literal
 
 import torch
 
 from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
-from xditd.gpu_workers.models.split_checks import CaseKey, ModuleSnapshot
+from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.rounding_noise import rounding_noise
+from xditd.gpu_workers.models.split_checks import (
+    MOST_NOISE,
+    NOISES,
+    CaseKey,
+    Difference,
+    ModuleSnapshot,
+    computes_in_halves,
+    difference,
+)
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
 from xditd.ipc import limits
+from xditd.ipc.errors import XditdError
+from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.status import ForwardPath
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[Mapping[str, Any]], Any]
+Path = Literal["eager", "compiled", "captured", "compiled, captured"]
 
 MAX_CAPTURED: Final = 8
 """Graphs of one module; the one that was used longest ago goes first."""
@@ -32,26 +47,17 @@ MAX_CAPTURED: Final = 8
 MAX_CASES: Final = 256
 
 MAX_INPUT_BYTES: Final = 2**30
-"""Of the tensors of a forward that is captured: the graph has a copy of them."""
+"""Of the tensors of a forward that is not eager: their copies are what it is compared with."""
 
 HOST_SHARE: Final = 0.3
 """A forward whose host launches kernels for less than this share of its time gains nothing from a graph."""
 
 RUNS_BEFORE: Final = 2
-"""Eager runs of a case before it is captured; with other weights of the same class one is enough."""
+"""Eager runs of a case before it is decided; with other weights of the same class one is enough."""
 
 MAX_VALUES: Final = 4
-"""Captured cases that differ in numbers and texts alone. A caller that passes another number in every call, such as the
-time of a step, would have each captured."""
-
-
-@dataclass(eq=False)
-class _Case:
-    """A case of forwards with weights at certain addresses."""
-
-    runs: int = 0
-    graph: CapturedForward | None = None
-    is_refused: bool = False
+"""Decided cases that differ in numbers and texts alone. A caller that passes another number in every call, such as the
+time of a step, would have a graph for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,24 +71,42 @@ _Key = tuple[_Lent, CaseKey, bool, Hashable]
 """Of a case: the weights, what the caller says, whether all ranks run it together, the layout of the arguments."""
 
 
+@dataclass(eq=False)
+class _Case:
+    """A case of forwards with weights at certain addresses."""
+
+    compiled_key: Hashable
+    runs: int = 0
+    is_decided: bool = False
+    awaits_blocks: bool = False
+    """Whether its blocks are being compiled."""
+    is_compiled: bool = False
+    graph: CapturedForward | None = None
+    """While blocks are being compiled, that of the eager forward."""
+    may_capture: bool = True
+    """Whether it was not found yet that a graph gains nothing, or cannot be."""
+    path: Path = "eager"
+
+
 @dataclass(frozen=True, eq=False)
-class _Wanted:
-    """A forward that is to be captured, with the arguments and the result of its last eager run."""
+class _Run:
+    """One eager run of a case that is not decided: how it runs, its arguments, its result, and its times."""
 
     case: _Case
     forward: Forward
     arguments: Mapping[str, Any]
     result: Any
     on_all_ranks: bool
-    host_s: float
-    began: torch.cuda.Event
-    ended: torch.cuda.Event
+    host_s: float = 0.0
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    """Around an eager run; ``None`` for one of a graph."""
 
 
 class ForwardPaths:
     """The ways of the forwards of one module. ``mode`` is the setting ``acceleration``.
 
     Ranks ``among`` which a forward runs together (``on_all_ranks``) make the same calls of this, and take the same way.
+    ``blocks`` are the module's compiled blocks, or the reason why it has none.
     """
 
     def __init__(
@@ -94,25 +118,31 @@ class ForwardPaths:
         *,
         is_leader: bool,
         among: RankSet = RankSet.GROUP,
+        blocks: Callable[[], CompiledBlocks | str] = lambda: "it has no blocks to compile",
     ) -> None:
         self._module = module
         self._class_name = class_name
         self._device = device
-        self._mode = mode
         self._is_leader = is_leader
         self._among = among
+        self._captures = device.type == "cuda" and mode in ("auto", "captured")
+        self._always_captures = mode == "captured"
+        self._compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
+        self._make_blocks = blocks
+        self._blocks: CompiledBlocks | str | None = None
         self._cases: dict[_Key, _Case] = {}
         self._known: dict[CaseKey, None] = {}
-        """Cases that were captured with some weights."""
-        self._wanted: list[_Wanted] = []
+        """Cases that were decided with some weights."""
+        self._runs: dict[int, _Run] = {}
+        """The last runs of cases that are not decided, by the id of the case."""
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
         self._new: list[ForwardPath] = []
 
     @property
     def is_on(self) -> bool:
-        """Whether any forward is captured."""
-        return self._device.type == "cuda" and self._mode in ("auto", "captured")
+        """Whether any forward runs in another way than eager."""
+        return self._captures or self._compiles
 
     def use_weights(self, owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Use the graphs of the weights that are in the module now: those of a component, as it was lent last.
@@ -123,66 +153,109 @@ class ForwardPaths:
         if known is None or known.tensors is not tensors:
             known = self._lent[owner] = _Lent(tensors)
         self._current = known
-        self._wanted.clear()
+        self._runs.clear()
         self._forget_gone()
 
     def run(
         self, key: CaseKey, arguments: Mapping[str, Any], eager: Forward, bare: Forward, *, on_all_ranks: bool
     ) -> Any:
-        """Run a forward: ``eager(arguments)``, or a graph of ``bare``, which does the same without any checks.
+        """Run a forward: ``eager(arguments)``, or in another way ``bare``, which does the same without any checks.
 
         ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors.
         """
         if not self.is_on:
             return eager(arguments)
         assert self._current is not None
-        found = self._find((self._current, key, on_all_ranks, _layout_of(arguments)))
-        if found.graph is not None:
-            return found.graph.run(arguments)
-        found.runs += 1
-        is_due = found.runs >= (1 if key in self._known else RUNS_BEFORE) and not found.is_refused
-        if not is_due or any(each.case is found for each in self._wanted) or not self._has_few(key):
+        layout = _layout_of(arguments)
+        case = self._find((self._current, key, on_all_ranks, layout))
+        if case.graph is not None:
+            result = case.graph.run(arguments)
+            if case.awaits_blocks:
+                self._runs[id(case)] = _Run(case, bare, case.graph.arguments, result, on_all_ranks)
+            return result
+        if case.is_compiled:
+            return self._run_compiled(case, lambda: eager(arguments))
+        case.runs += 1
+        is_due = case.runs >= (1 if key in self._known else RUNS_BEFORE)
+        if case.is_decided or not is_due or not self._has_few(key) or _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
-        if sum(each.nbytes for each in tensors_of(arguments)) > MAX_INPUT_BYTES:
-            found.is_refused = True
-            return eager(arguments)
-        copied = map_tensors(arguments, torch.clone)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        began_s = time.perf_counter()
-        result = eager(arguments)
-        host_s = time.perf_counter() - began_s
-        ended.record()
-        kept = map_tensors(result, torch.clone) if structure_of(result, 0) is not None else None
-        self._wanted.append(_Wanted(found, bare, copied, kept, on_all_ranks, host_s, began, ended))
-        self._known.pop(key, None)
-        self._known[key] = None
-        while len(self._known) > MAX_CASES:
-            del self._known[next(iter(self._known))]
-        return result
+        return self._run_to_decide(case, key, arguments, eager, bare, on_all_ranks=on_all_ranks)
 
-    def drop_wanted(self) -> None:
-        """Capture nothing for the jobs until now: one that has failed may have failed on other ranks elsewhere."""
-        self._wanted.clear()
+    def drop_runs(self) -> None:
+        """Decide nothing by the jobs until now: one that has failed may have failed on other ranks elsewhere."""
+        self._runs.clear()
 
-    def make_ready(self) -> None:
-        """Capture the forwards that have run often enough. All ranks call this after the same jobs."""
+    @torch.no_grad()
+    def decide(self) -> None:
+        """Decide the cases that have run often enough. All ranks call this after the same jobs."""
         self._forget_gone()
-        while self._wanted:
-            wanted = self._wanted.pop(0)
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
             began_s = time.perf_counter()
-            reason, memory_bytes = self._capture(wanted)
-            took_s = time.perf_counter() - began_s
-            wanted.case.is_refused = bool(reason)
-            self._report(wanted, reason, took_s, memory_bytes)
+            reason, error, memory_bytes = self._choose(run)
+            path = _path_of(run.case)
+            if run.case.is_decided or path != run.case.path:
+                self._report(run, path, reason, error, time.perf_counter() - began_s, memory_bytes)
+            run.case.path = path
 
     def take_reports(self) -> tuple[ForwardPath, ...]:
         """Return the reports since the last call."""
         reports, self._new = self._new, []
         return tuple(reports)
 
+    # --- Runs ---------------------------------------------------------------------------------------
+
+    def _run_to_decide(
+        self,
+        case: _Case,
+        key: CaseKey,
+        arguments: Mapping[str, Any],
+        eager: Forward,
+        bare: Forward,
+        *,
+        on_all_ranks: bool,
+    ) -> Any:
+        copied = map_tensors(arguments, torch.clone)
+        call = partial(eager, arguments)
+        events = None
+        if self._device.type == "cuda":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        began_s = time.perf_counter()
+        if self._compiles and not case.awaits_blocks and isinstance(blocks := self._find_blocks(), CompiledBlocks):
+            result = blocks.begin(case.compiled_key, call)
+            case.awaits_blocks = True
+        else:
+            result = call()
+        host_s = time.perf_counter() - began_s
+        if events is not None:
+            events[1].record()
+        kept = map_tensors(result, torch.clone) if structure_of(result, 0) is not None else None
+        self._runs[id(case)] = _Run(case, bare, copied, kept, on_all_ranks, host_s, events)
+        self._known.pop(key, None)
+        self._known[key] = None
+        while len(self._known) > MAX_CASES:
+            del self._known[next(iter(self._known))]
+        return result
+
+    def _run_compiled(self, case: _Case, call: Callable[[], Any]) -> Any:
+        assert isinstance(self._blocks, CompiledBlocks)
+        return self._blocks.run(case.compiled_key, call)
+
+    def _find_blocks(self) -> CompiledBlocks | str:
+        if self._blocks is None:
+            self._blocks = self._make_blocks()
+        return self._blocks
+
     def _has_few(self, key: CaseKey) -> bool:
         return key in self._known or sum(each.tensors == key.tensors for each in self._known) < MAX_VALUES
+
+    def _find(self, key: _Key) -> _Case:
+        found = self._cases.pop(key, None) or _Case(key[1:])
+        self._cases[key] = found
+        while len(self._cases) > MAX_CASES:
+            del self._cases[next(iter(self._cases))]
+        return found
 
     def _forget_gone(self) -> None:
         """Free the graphs of weights that are unmapped, or were lent anew."""
@@ -192,78 +265,142 @@ class ForwardPaths:
         for key in [key for key in self._cases if id(key[0]) not in known]:
             del self._cases[key]
 
-    def _find(self, key: _Key) -> _Case:
-        found = self._cases.pop(key, None) or _Case()
-        self._cases[key] = found
-        while len(self._cases) > MAX_CASES:
-            del self._cases[next(iter(self._cases))]
-        return found
+    # --- Decisions ----------------------------------------------------------------------------------
 
-    def _capture(self, wanted: _Wanted) -> tuple[str, int]:
-        """Capture a forward and compare it with its eager run; return why it stays eager, and the bytes it takes."""
-        together = partial(agree, among=self._among) if wanted.on_all_ranks else bool
-        if not together(wanted.result is not None):
-            return "its result holds objects", 0
-        if not together(self._is_worth_it(wanted)):
-            return f"the host needs less than {HOST_SHARE:.0%} of its time", 0
-        snapshot = ModuleSnapshot(self._module)
-        graph, reason = self._try(wanted)
-        if not together(graph is not None):
-            return reason or "another rank cannot capture it", 0
-        assert graph is not None
-        if not together(snapshot.is_same):
-            return "its forward changes the module", 0
-        result = graph.replay_last()
-        expected = list(tensors_of(wanted.result))
-        is_same = all(
-            torch.equal(_bits(mine), _bits(its)) for mine, its in zip(tensors_of(result), expected, strict=True)
-        )
-        if not together(is_same):
-            return "its graph gives other bits", 0
-        wanted.case.graph = graph
-        self._drop_oldest()
-        return "", graph.memory_bytes
+    def _choose(self, run: _Run) -> tuple[str, float | None, int]:
+        """Choose the way of a case; return why it is no better one, the error, and the bytes of a new graph."""
+        case = run.case
+        if not self._together(run, run.result is not None):
+            case.is_decided = True
+            return "its result holds objects", None, 0
+        reason, error = "", None
+        if self._compiles:
+            blocks = self._find_blocks()
+            if isinstance(blocks, str):
+                reason, case.awaits_blocks = blocks, False
+            elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
+                case.awaits_blocks = False
+                reason, error = self._try_compiled(run, blocks)
+        case.is_decided = not case.awaits_blocks
+        memory_bytes = 0
+        if self._captures and (case.graph is None or case.is_compiled) and case.may_capture:
+            expected = run.result
+            if case.is_compiled:
+                expected = self._run_compiled(case, partial(run.forward, run.arguments))
+            case.graph, why = self._capture(run, expected)
+            case.may_capture = case.graph is not None
+            reason, memory_bytes = reason or why, 0 if case.graph is None else case.graph.memory_bytes
+            self._drop_oldest()
+        return reason, error, memory_bytes
 
-    def _try(self, wanted: _Wanted) -> tuple[CapturedForward | None, str]:
+    def _try_compiled(self, run: _Run, blocks: CompiledBlocks) -> tuple[str, float | None]:
+        """Compare a forward with compiled blocks with the eager one; return why it is not used, and its error."""
+        state = blocks.state(run.case.compiled_key)
+        if not self._together(run, state.phase == "made"):
+            return state.reason or "another rank has no compiled blocks", None
+        call = partial(run.forward, run.arguments)
         try:
-            with torch.no_grad():
-                weights = list(self._current.tensors.values()) if self._current is not None else []
-                return CapturedForward(wanted.forward, wanted.arguments, weights, self._device), ""
+            found = blocks.run(run.case.compiled_key, call)
+        except XditdError as fault:
+            found, reason = None, fault.detail
+        else:
+            reason = "compiled blocks give other results"
+        worst = Difference(float("inf"), 1.0)
+        if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
+            worst = self._differ(found, run.result)
+        if not self._together(run, worst.ratio <= 1.0) and computes_in_halves(self._module):
+            with rounding_noise(self._module):
+                noise = self._differ(call(), run.result).error
+            worst = Difference(worst.error, max(worst.tolerance, min(NOISES * noise, MOST_NOISE)))
+        run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
+        return ("" if run.case.is_compiled else reason), worst.error
+
+    def _differ(self, found: Any, expected: Any) -> Difference:
+        in_halves = computes_in_halves(self._module)
+        pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
+        each = [difference(mine, its, in_halves=in_halves) for mine, its in pairs]
+        return max(each, key=attrgetter("ratio"), default=Difference(0.0, 1.0))
+
+    def _capture(self, run: _Run, expected: Any) -> tuple[CapturedForward | None, str]:
+        """Capture a forward, and compare it with its run before; return why it is not captured."""
+        if not self._together(run, self._is_worth_it(run)):
+            return None, f"the host needs less than {HOST_SHARE:.0%} of its time"
+        snapshot = ModuleSnapshot(self._module)
+        graph, reason = self._try_capture(run)
+        if not self._together(run, graph is not None):
+            return None, reason or "another rank cannot capture it"
+        assert graph is not None
+        if not self._together(run, snapshot.is_same):
+            return None, "its forward changes the module"
+        pairs = zip(tensors_of(graph.replay_last()), tensors_of(expected), strict=True)
+        is_same = all(torch.equal(_bits(mine), _bits(its)) for mine, its in pairs)
+        return (graph, "") if self._together(run, is_same) else (None, "its graph gives other bits")
+
+    def _try_capture(self, run: _Run) -> tuple[CapturedForward | None, str]:
+        assert self._current is not None
+        weights = list(self._current.tensors.values())
+        forward = run.forward
+        if run.case.is_compiled:
+            eager = run.forward
+
+            def forward(given: Mapping[str, Any]) -> Any:
+                return self._run_compiled(run.case, partial(eager, given))
+
+        try:
+            return CapturedForward(forward, run.arguments, weights, self._device), ""
         except CaptureRefused as refused:
             return None, str(refused)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None, "the GPU has no room for its graph"
 
-    def _is_worth_it(self, wanted: _Wanted) -> bool:
-        if self._mode == "captured":
+    def _is_worth_it(self, run: _Run) -> bool:
+        if self._always_captures or run.events is None:
             return True
-        wanted.ended.synchronize()
-        return wanted.host_s * 1e3 >= HOST_SHARE * wanted.began.elapsed_time(wanted.ended)
+        began, ended = run.events
+        ended.synchronize()
+        return run.host_s * 1e3 >= HOST_SHARE * began.elapsed_time(ended)
+
+    def _together(self, run: _Run, ok: bool) -> bool:
+        """Whether it is so, on all ranks that run such a forward together."""
+        return agree(ok, self._among) if run.on_all_ranks else ok
 
     def _drop_oldest(self) -> None:
         captured = [case for case in self._cases.values() if case.graph is not None]
         for case in captured[:-MAX_CAPTURED]:
-            case.graph, case.runs = None, 0
+            case.graph, case.runs, case.is_decided = None, 0, False
 
-    def _report(self, wanted: _Wanted, reason: str, took_s: float, memory_bytes: int) -> None:
-        if not self._is_leader and wanted.on_all_ranks:
+    def _report(
+        self, run: _Run, path: Path, reason: str, error: float | None, took_s: float, memory_bytes: int
+    ) -> None:
+        if not self._is_leader and run.on_all_ranks:
             return
-        shapes = [f"{list(each.shape)}" for each in tensors_of(wanted.arguments)]
+        shapes = [f"{list(each.shape)}" for each in tensors_of(run.arguments)]
         found = ForwardPath(
             class_name=self._class_name,
-            split="tokens" if wanted.on_all_ranks else "whole",
+            split="tokens" if run.on_all_ranks else "whole",
             shapes=", ".join(shapes)[:500],
-            path="eager" if reason else "captured",
+            path=path,
+            error=None if error is None else min(error, MAX_RELATIVE_ERROR),
             took_s=took_s,
             memory_bytes=memory_bytes,
             detail=reason[:1000],
         )
         self._new = [*self._new, found][-limits.MAX_FORWARD_PATHS :]
         logger.info(
-            "path chosen class=%s split=%s path=%s took_s=%.2f memory_mib=%.0f shapes=%s %s",
-            found.class_name, found.split, found.path, took_s, memory_bytes / 2**20, found.shapes, found.detail,
+            "path chosen class=%s split=%s path=%s error=%s took_s=%.2f memory_mib=%.0f shapes=%s %s",
+            found.class_name, found.split, found.path, error, took_s, memory_bytes / 2**20, found.shapes, found.detail,
         )  # fmt: skip
+
+
+def _path_of(case: _Case) -> Path:
+    if case.is_compiled:
+        return "compiled" if case.graph is None else "compiled, captured"
+    return "eager" if case.graph is None else "captured"
+
+
+def _bytes_of(arguments: Mapping[str, Any]) -> int:
+    return sum(each.nbytes for each in tensors_of(arguments))
 
 
 def _layout_of(arguments: Mapping[str, Any]) -> Hashable:

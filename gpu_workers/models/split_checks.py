@@ -179,6 +179,11 @@ def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) 
     return Difference(relative if math.isfinite(relative) else math.inf, tolerance)
 
 
+def computes_in_halves(module: torch.nn.Module) -> bool:
+    """Return whether a module computes in bfloat16 or float16, at least in part, without autocast."""
+    return any(each.dtype in (torch.bfloat16, torch.float16) for each in module.parameters())
+
+
 class ModuleSnapshot:
     """What a forward could change in a module: attributes, buffers, and the tensors and lists in them."""
 

@@ -107,7 +107,7 @@ class TorchExecutor:
         )
         job, exporter = command.job, command.exporter
         for paths in self._paths():
-            paths.drop_wanted()
+            paths.drop_runs()
         return self._jobs.run(
             job,
             lambda: self._io.open(job.io, exporter),
@@ -138,9 +138,9 @@ class TorchExecutor:
         return tuple(found[-limits.MAX_FORWARD_PATHS :])
 
     def after_answer(self) -> None:
-        """Capture forwards, and measure the GPU's memory in use for the next tally."""
+        """Decide how forwards run from now on, and measure the GPU's memory in use for the next tally."""
         for paths in self._paths():
-            paths.make_ready()
+            paths.decide()
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)
@@ -163,6 +163,7 @@ class TorchExecutor:
         return Internal(f"rank {self.facts.rank}: {type(error).__name__}: {error}"), True
 
     def close(self) -> None:
+        self._components.class_models.close()
         self._components.close()
         self._jobs.close()
         self._io.close()

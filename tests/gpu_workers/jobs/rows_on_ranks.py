@@ -403,7 +403,7 @@ def forwards_that_are_captured(on: Ranks) -> None:
             part = {"x": numbers(rows, tokens, 8, seed=seed), "text": numbers(rows, 5, 8, seed=seed)}
             (found,) = on.run(part)
             eager_calls.append(on.count_all())
-            on.model.paths.make_ready()
+            on.model.paths.decide()
             if on.rank == 0:
                 check_same(found, whole(**part))
         assert eager_calls[3:] == [0, 0, 0], eager_calls
@@ -421,7 +421,7 @@ def forwards_that_are_captured(on: Ranks) -> None:
     part = {"x": numbers(1, 16, 8), "text": numbers(1, 5, 8)}
     for _ in range(5):
         on.run(part)
-        on.model.paths.make_ready()
+        on.model.paths.decide()
     if on.rank == 0:
         (report,) = on.model.paths.take_reports()
         assert (report.path, "host waits" in report.detail) == ("eager", True), report

@@ -59,7 +59,7 @@ class Calls:
     def run(self, **arguments: Any) -> Any:
         key = CaseKey.of("forward", None, arguments, 1)
         result = self.paths.run(key, arguments, self.eager, lambda given: self.module(**given), on_all_ranks=False)
-        self.paths.make_ready()
+        self.paths.decide()
         return result
 
     def reports(self) -> list[tuple[str, str]]:
