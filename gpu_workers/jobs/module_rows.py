@@ -136,7 +136,7 @@ class ModuleRows:
             return self._run_path(part.arguments, key)
 
     def _run_path(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
-        """Run a forward that this rank computes alone: as the class does, or captured."""
+        """Run a forward that this rank computes alone, on its path."""
         if self._method != "forward":
             return self._call(arguments)
         return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False)
@@ -163,6 +163,7 @@ class ModuleRows:
         try:
             return self._run_tokens(arguments, key)
         except PlanFault as fault:
+            self._model.paths.drop_runs()  # of those ranks that have found no fault
             report = self._checks.report("tokens", batch_of(copied), None, fault.detail)
             self._model.split_checks.note(key, replace(case, splits_tokens=False), report)
         with raise_on_all_ranks():
@@ -171,7 +172,7 @@ class ModuleRows:
     def _run_tokens(self, arguments: Mapping[str, Any], key: CaseKey | None = None, *, is_guarded: bool = False) -> Any:
         """Run a call with its tokens split over all ranks; every rank returns the whole result.
 
-        With a ``key`` it may be captured.
+        Without a ``key`` it is eager.
 
         All ranks meet in the middle of the forward, so that one without memory ends the group: its error is not shared.
         """

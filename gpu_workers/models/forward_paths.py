@@ -129,7 +129,7 @@ class ForwardPaths:
         return self._run_to_decide(case, key, arguments, eager, bare, on_all_ranks=on_all_ranks)
 
     def drop_runs(self) -> None:
-        """Decide nothing by the jobs until now: one that has failed may have failed on other ranks elsewhere."""
+        """Decide nothing by the runs since the last ``decide``: ranks that failed in them may have other ones."""
         self._runs.clear()
 
     @torch.no_grad()

@@ -47,6 +47,10 @@ class ForwardCase:
     path: Path = "eager"
     """The one that was reported last."""
 
+    def stay_eager(self) -> None:
+        self.is_decided, self.may_capture = True, False
+        self.is_compiled, self.awaits_blocks, self.graph = False, False, None
+
     @property
     def current_path(self) -> Path:
         if self.is_compiled:
@@ -117,7 +121,21 @@ class PathChooser:
         return self._blocks.run(case.compiled_key, call)
 
     def choose(self, run: LastRun) -> Choice:
-        """Choose the path of a case from its last run; ``case.is_decided`` says whether this is final."""
+        """Choose the path of a case from its last run; ``case.is_decided`` says whether this is final.
+
+        Raises:
+            torch.OutOfMemoryError: in a forward of several ranks, which wait for this one.
+        """
+        try:
+            return self._choose(run)
+        except torch.OutOfMemoryError:
+            if run.on_all_ranks:
+                raise
+        torch.cuda.empty_cache()
+        run.case.stay_eager()
+        return Choice("there is no memory to compare it")
+
+    def _choose(self, run: LastRun) -> Choice:
         case = run.case
         if not self._together(run, run.result is not None):
             case.is_decided = True
