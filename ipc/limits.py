@@ -84,11 +84,13 @@ MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 
 MAX_FUSED_CHECKS: Final = 32
+"""Fast path checks (fused kernels against unmodified modules) in ``status``; there is one for each number of tokens."""
+
 MAX_SPLIT_CHECKS: Final = 32
+"""Checks of calls by rows and by tokens in ``status``: the newest."""
 
 MAX_FORWARD_PATHS: Final = 32
-"""Ways of forwards of which one status tells: the newest."""
-"""Fast path checks (fused kernels against unmodified modules) in ``status``; there is one for each number of tokens."""
+"""Decisions on the paths of forwards in ``status``: the newest."""
 
 MAX_LAYOUT_CANDIDATES: Final = 64
 """Possible layouts of a group: 840 workers have 56, and no other number up to 1024 has more."""

@@ -154,7 +154,7 @@ class SplitCheck(Described, frozen=True, kw_only=True):
 
 
 class ForwardPath(Described, frozen=True, kw_only=True):
-    """The way that forwards of one kind run from now on."""
+    """The path that the forwards of one case take from now on."""
 
     class_name: Name
     split: Literal["whole", "tokens"]
@@ -167,9 +167,9 @@ class ForwardPath(Described, frozen=True, kw_only=True):
     """Relative error of compiled blocks against the eager forward; ``None`` if they were not compared. A graph has the
     bits of the forward that it was captured from."""
     took_s: Seconds
-    """What it took to make, or to find that it cannot be made."""
+    """How long capturing and comparing took, between two jobs; the compiler's own process is not in it."""
     memory_bytes: Bytes
-    """GPU memory that its making took, on one rank."""
+    """GPU memory that its new graph took on one rank, beyond what other graphs have; 0 without a new one."""
     detail: Text = ""
     """Why it is not compiled or not captured."""
 
@@ -195,7 +195,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the group started, oldest first; bounded."""
     forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
-    """Ways of forwards that were decided since the group started, oldest first; bounded."""
+    """Decisions on the paths of forwards since the group started, oldest first; bounded."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

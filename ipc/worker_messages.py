@@ -211,7 +211,7 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
     """Checks of rows since the last tally; of rank 0 alone, since all ranks have the same."""
     forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
-    """Ways of forwards that were decided since the last tally."""
+    """Decisions on the paths of forwards since the last tally."""
 
 
 AnyReport = (

@@ -61,19 +61,19 @@ class Place:
     number: int
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Return nested results with each tensor changed.
+def put_places(value: Any, place_of: Callable[[torch.Tensor], Place]) -> Any:
+    """Return nested results with the place of each tensor in its stead; :func:`fill_places` is the reverse.
 
     Raises:
         NotCompiled: they hold an object, which a graph cannot return.
     """
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        return change(value)
+        return place_of(value)
     if kind is tuple or kind is list:
-        return kind(map_tensors(each, change) for each in value)
+        return kind(put_places(each, place_of) for each in value)
     if kind is dict:
-        return {name: map_tensors(each, change) for name, each in value.items()}
+        return {name: put_places(each, place_of) for name, each in value.items()}
     if isinstance(value, _CONSTANTS):
         return value
     raise NotCompiled(f"a block returns a {kind.__name__}")

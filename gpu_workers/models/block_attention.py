@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from xditd.gpu_workers.models.replaced_attention import DISPATCH, namespaces
+from xditd.gpu_workers.models.replaced_attention import DISPATCH, functions_replaced, namespaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,6 @@ class AttentionFunctions:
     def replaced(self, attend: Attend) -> Iterator[None]:
         """Let ``attend`` compute each attention: for one call of a block, in the thread that runs forwards."""
         of_torch = functional.scaled_dot_product_attention
-        of_diffusers = [(namespace, namespace[DISPATCH]) for namespace in self._namespaces]
 
         def scaled_dot_product_attention(
             query: torch.Tensor,
@@ -95,15 +94,8 @@ class AttentionFunctions:
             call = _call(False, options, heads_first=False)
             return attend(call, partial(_with, function, options), query, key, value, attn_mask)
 
-        functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
-        for namespace, function in of_diffusers:
-            namespace[DISPATCH] = partial(dispatched, function)
-        try:
+        with functions_replaced(scaled_dot_product_attention, dispatched, self._namespaces):
             yield
-        finally:
-            functional.scaled_dot_product_attention = of_torch
-            for namespace, function in of_diffusers:
-                namespace[DISPATCH] = function
 
 
 _DISPATCH_OPTIONS = ("dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")

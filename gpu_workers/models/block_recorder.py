@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import TensorWeakRef
 
 from xditd.gpu_workers.models import attention_operator
-from xditd.gpu_workers.models.block_arguments import Place, map_tensors
+from xditd.gpu_workers.models.block_arguments import Place, put_places
 from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
 from xditd.gpu_workers.models.block_graphs import BlockGraph, NotCompiled, TensorKind, Value, operator_name
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -135,7 +135,7 @@ class BlockRecorder(TorchDispatchMode):
                 results.append(value)
             return Place(False, results.index(value))
 
-        tree = map_tensors(result, place)
+        tree = put_places(result, place)
         self._graph.results = results
         if not results:
             raise NotCompiled("a block computes no tensor")

@@ -285,7 +285,7 @@ class ClassModels:
 
     @property
     def paths(self) -> list[ForwardPaths]:
-        """The ways of the forwards of all modules."""
+        """The paths of the forwards of all modules."""
         return [model.paths for model in self._models.values()]
 
     def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -150,7 +151,8 @@ class CompiledGraphs:
                 waiting.append(name)
         while waiting:
             waiting = self._compile(waiting)
-        self._prune()
+        with suppress(OSError):  # another rank may remove the same ones
+            self._prune()
 
     def _compile(self, names: list[str]) -> list[str]:
         """Compile graphs in another process, and load each when it is done; return those that are left when it ends."""

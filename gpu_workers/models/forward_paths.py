@@ -1,8 +1,7 @@
-"""Which way each forward of a module runs: as the class's own code, with compiled blocks, as a captured graph, or both.
+"""Run each forward of a module on its path: as the class's own code, with compiled blocks, captured, or both.
 
-A case of forwards is decided after its second eager run, between two commands of the daemon: captured at once, compiled
-in another process meanwhile, and captured again when that is done. A way is taken if its results are those of the eager
-forward: the same bits of a graph, and of compiled blocks what roundings alone would change.
+The path of a case of forwards is chosen after its second eager run, between two commands of the daemon: it is captured
+at once, and captured again when another process has compiled its blocks (``path_choice``).
 """
 
 from __future__ import annotations
@@ -12,34 +11,20 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
-from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
-from xditd.gpu_workers.models.rounding_noise import rounding_noise
-from xditd.gpu_workers.models.split_checks import (
-    MOST_NOISE,
-    NOISES,
-    CaseKey,
-    Difference,
-    ModuleSnapshot,
-    computes_in_halves,
-    difference,
-)
-from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
+from xditd.gpu_workers.models.path_choice import Choice, Forward, ForwardCase, LastRun, PathChooser, bits_of
+from xditd.gpu_workers.models.split_checks import CaseKey
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
 from xditd.ipc import limits
-from xditd.ipc.errors import XditdError
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.status import ForwardPath
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[Mapping[str, Any]], Any]
-Path = Literal["eager", "compiled", "captured", "compiled, captured"]
 
 MAX_CAPTURED: Final = 8
 """Graphs of one module; the one that was used longest ago goes first."""
@@ -48,9 +33,6 @@ MAX_CASES: Final = 256
 
 MAX_INPUT_BYTES: Final = 2**30
 """Of the tensors of a forward that is not eager: their copies are what it is compared with."""
-
-HOST_SHARE: Final = 0.3
-"""A forward whose host launches kernels for less than this share of its time gains nothing from a graph."""
 
 RUNS_BEFORE: Final = 2
 """Eager runs of a case before it is decided; with other weights of the same class one is enough."""
@@ -71,41 +53,11 @@ _Key = tuple[_Lent, CaseKey, bool, Hashable]
 """Of a case: the weights, what the caller says, whether all ranks run it together, the layout of the arguments."""
 
 
-@dataclass(eq=False)
-class _Case:
-    """A case of forwards with weights at certain addresses."""
-
-    compiled_key: Hashable
-    runs: int = 0
-    is_decided: bool = False
-    awaits_blocks: bool = False
-    """Whether its blocks are being compiled."""
-    is_compiled: bool = False
-    graph: CapturedForward | None = None
-    """While blocks are being compiled, that of the eager forward."""
-    may_capture: bool = True
-    """Whether it was not found yet that a graph gains nothing, or cannot be."""
-    path: Path = "eager"
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One eager run of a case that is not decided: how it runs, its arguments, its result, and its times."""
-
-    case: _Case
-    forward: Forward
-    arguments: Mapping[str, Any]
-    result: Any
-    on_all_ranks: bool
-    host_s: float = 0.0
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    """Around an eager run; ``None`` for one of a graph."""
-
-
 class ForwardPaths:
-    """The ways of the forwards of one module. ``mode`` is the setting ``acceleration``.
+    """The paths of the forwards of one module. ``mode`` is the setting ``acceleration``.
 
-    Ranks ``among`` which a forward runs together (``on_all_ranks``) make the same calls of this, and take the same way.
+    Ranks ``among`` which a forward runs together (``on_all_ranks``) make the same calls of this, and take the same
+    path. Graphs are of this object, and are freed when the weights are unmapped, or others are used more recently.
     ``blocks`` are the module's compiled blocks, or the reason why it has none.
     """
 
@@ -120,20 +72,14 @@ class ForwardPaths:
         among: RankSet = RankSet.GROUP,
         blocks: Callable[[], CompiledBlocks | str] = lambda: "it has no blocks to compile",
     ) -> None:
-        self._module = module
         self._class_name = class_name
         self._device = device
         self._is_leader = is_leader
-        self._among = among
-        self._captures = device.type == "cuda" and mode in ("auto", "captured")
-        self._always_captures = mode == "captured"
-        self._compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
-        self._make_blocks = blocks
-        self._blocks: CompiledBlocks | str | None = None
-        self._cases: dict[_Key, _Case] = {}
+        self._chooser = PathChooser(module, device, mode, among, blocks)
+        self._cases: dict[_Key, ForwardCase] = {}
         self._known: dict[CaseKey, None] = {}
         """Cases that were decided with some weights."""
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, LastRun] = {}
         """The last runs of cases that are not decided, by the id of the case."""
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
@@ -141,8 +87,8 @@ class ForwardPaths:
 
     @property
     def is_on(self) -> bool:
-        """Whether any forward runs in another way than eager."""
-        return self._captures or self._compiles
+        """Whether forwards have another path than the eager one."""
+        return self._chooser.captures or self._chooser.compiles
 
     def use_weights(self, owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Use the graphs of the weights that are in the module now: those of a component, as it was lent last.
@@ -159,7 +105,7 @@ class ForwardPaths:
     def run(
         self, key: CaseKey, arguments: Mapping[str, Any], eager: Forward, bare: Forward, *, on_all_ranks: bool
     ) -> Any:
-        """Run a forward: ``eager(arguments)``, or in another way ``bare``, which does the same without any checks.
+        """Run a forward: ``eager(arguments)``, or on another path ``bare``, which does the same without any checks.
 
         ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors.
         """
@@ -171,10 +117,11 @@ class ForwardPaths:
         if case.graph is not None:
             result = case.graph.run(arguments)
             if case.awaits_blocks:
-                self._runs[id(case)] = _Run(case, bare, case.graph.arguments, result, on_all_ranks)
+                weights = self._current.tensors
+                self._runs[id(case)] = LastRun(case, bare, case.graph.arguments, result, weights, on_all_ranks)
             return result
         if case.is_compiled:
-            return self._run_compiled(case, lambda: eager(arguments))
+            return self._chooser.run_compiled(case, lambda: eager(arguments))
         case.runs += 1
         is_due = case.runs >= (1 if key in self._known else RUNS_BEFORE)
         if case.is_decided or not is_due or not self._has_few(key) or _bytes_of(arguments) > MAX_INPUT_BYTES:
@@ -182,7 +129,7 @@ class ForwardPaths:
         return self._run_to_decide(case, key, arguments, eager, bare, on_all_ranks=on_all_ranks)
 
     def drop_runs(self) -> None:
-        """Decide nothing by the jobs until now: one that has failed may have failed on other ranks elsewhere."""
+        """Decide nothing by the runs since the last ``decide``: ranks that failed in them may have other ones."""
         self._runs.clear()
 
     @torch.no_grad()
@@ -192,22 +139,21 @@ class ForwardPaths:
         runs, self._runs = self._runs, {}
         for run in runs.values():
             began_s = time.perf_counter()
-            reason, error, memory_bytes = self._choose(run)
-            path = _path_of(run.case)
+            choice = self._chooser.choose(run)
+            self._drop_oldest()
+            path = run.case.current_path
             if run.case.is_decided or path != run.case.path:
-                self._report(run, path, reason, error, time.perf_counter() - began_s, memory_bytes)
-            run.case.path = path
+                run.case.path = path
+                self._report(run, choice, time.perf_counter() - began_s)
 
     def take_reports(self) -> tuple[ForwardPath, ...]:
         """Return the reports since the last call."""
         reports, self._new = self._new, []
         return tuple(reports)
 
-    # --- Runs ---------------------------------------------------------------------------------------
-
     def _run_to_decide(
         self,
-        case: _Case,
+        case: ForwardCase,
         key: CaseKey,
         arguments: Mapping[str, Any],
         eager: Forward,
@@ -215,6 +161,7 @@ class ForwardPaths:
         *,
         on_all_ranks: bool,
     ) -> Any:
+        assert self._current is not None
         copied = map_tensors(arguments, torch.clone)
         call = partial(eager, arguments)
         events = None
@@ -222,7 +169,8 @@ class ForwardPaths:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
         began_s = time.perf_counter()
-        if self._compiles and not case.awaits_blocks and isinstance(blocks := self._find_blocks(), CompiledBlocks):
+        blocks = self._chooser.find_blocks() if self._chooser.compiles and not case.awaits_blocks else None
+        if isinstance(blocks, CompiledBlocks):
             result = blocks.begin(case.compiled_key, call)
             case.awaits_blocks = True
         else:
@@ -231,27 +179,18 @@ class ForwardPaths:
         if events is not None:
             events[1].record()
         kept = map_tensors(result, torch.clone) if structure_of(result, 0) is not None else None
-        self._runs[id(case)] = _Run(case, bare, copied, kept, on_all_ranks, host_s, events)
+        self._runs[id(case)] = LastRun(case, bare, copied, kept, self._current.tensors, on_all_ranks, host_s, events)
         self._known.pop(key, None)
         self._known[key] = None
         while len(self._known) > MAX_CASES:
             del self._known[next(iter(self._known))]
         return result
 
-    def _run_compiled(self, case: _Case, call: Callable[[], Any]) -> Any:
-        assert isinstance(self._blocks, CompiledBlocks)
-        return self._blocks.run(case.compiled_key, call)
-
-    def _find_blocks(self) -> CompiledBlocks | str:
-        if self._blocks is None:
-            self._blocks = self._make_blocks()
-        return self._blocks
-
     def _has_few(self, key: CaseKey) -> bool:
         return key in self._known or sum(each.tensors == key.tensors for each in self._known) < MAX_VALUES
 
-    def _find(self, key: _Key) -> _Case:
-        found = self._cases.pop(key, None) or _Case(key[1:])
+    def _find(self, key: _Key) -> ForwardCase:
+        found = self._cases.pop(key, None) or ForwardCase(key[1:])
         self._cases[key] = found
         while len(self._cases) > MAX_CASES:
             del self._cases[next(iter(self._cases))]
@@ -265,114 +204,13 @@ class ForwardPaths:
         for key in [key for key in self._cases if id(key[0]) not in known]:
             del self._cases[key]
 
-    # --- Decisions ----------------------------------------------------------------------------------
-
-    def _choose(self, run: _Run) -> tuple[str, float | None, int]:
-        """Choose the way of a case; return why it is no better one, the error, and the bytes of a new graph."""
-        case = run.case
-        if not self._together(run, run.result is not None):
-            case.is_decided = True
-            return "its result holds objects", None, 0
-        reason, error = "", None
-        if self._compiles:
-            blocks = self._find_blocks()
-            if isinstance(blocks, str):
-                reason, case.awaits_blocks = blocks, False
-            elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
-                case.awaits_blocks = False
-                reason, error = self._try_compiled(run, blocks)
-        case.is_decided = not case.awaits_blocks
-        memory_bytes = 0
-        if self._captures and (case.graph is None or case.is_compiled) and case.may_capture:
-            expected = run.result
-            if case.is_compiled:
-                expected = self._run_compiled(case, partial(run.forward, run.arguments))
-            case.graph, why = self._capture(run, expected)
-            case.may_capture = case.graph is not None
-            reason, memory_bytes = reason or why, 0 if case.graph is None else case.graph.memory_bytes
-            self._drop_oldest()
-        return reason, error, memory_bytes
-
-    def _try_compiled(self, run: _Run, blocks: CompiledBlocks) -> tuple[str, float | None]:
-        """Compare a forward with compiled blocks with the eager one; return why it is not used, and its error."""
-        state = blocks.state(run.case.compiled_key)
-        if not self._together(run, state.phase == "made"):
-            return state.reason or "another rank has no compiled blocks", None
-        call = partial(run.forward, run.arguments)
-        try:
-            found = blocks.run(run.case.compiled_key, call)
-        except XditdError as fault:
-            found, reason = None, fault.detail
-        else:
-            reason = "compiled blocks give other results"
-        worst = Difference(float("inf"), 1.0)
-        if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
-            worst = self._differ(found, run.result)
-        if not self._together(run, worst.ratio <= 1.0) and computes_in_halves(self._module):
-            with rounding_noise(self._module):
-                noise = self._differ(call(), run.result).error
-            worst = Difference(worst.error, max(worst.tolerance, min(NOISES * noise, MOST_NOISE)))
-        run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
-        return ("" if run.case.is_compiled else reason), worst.error
-
-    def _differ(self, found: Any, expected: Any) -> Difference:
-        in_halves = computes_in_halves(self._module)
-        pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
-        each = [difference(mine, its, in_halves=in_halves) for mine, its in pairs]
-        return max(each, key=attrgetter("ratio"), default=Difference(0.0, 1.0))
-
-    def _capture(self, run: _Run, expected: Any) -> tuple[CapturedForward | None, str]:
-        """Capture a forward, and compare it with its run before; return why it is not captured."""
-        if not self._together(run, self._is_worth_it(run)):
-            return None, f"the host needs less than {HOST_SHARE:.0%} of its time"
-        snapshot = ModuleSnapshot(self._module)
-        graph, reason = self._try_capture(run)
-        if not self._together(run, graph is not None):
-            return None, reason or "another rank cannot capture it"
-        assert graph is not None
-        if not self._together(run, snapshot.is_same):
-            return None, "its forward changes the module"
-        pairs = zip(tensors_of(graph.replay_last()), tensors_of(expected), strict=True)
-        is_same = all(torch.equal(_bits(mine), _bits(its)) for mine, its in pairs)
-        return (graph, "") if self._together(run, is_same) else (None, "its graph gives other bits")
-
-    def _try_capture(self, run: _Run) -> tuple[CapturedForward | None, str]:
-        assert self._current is not None
-        weights = list(self._current.tensors.values())
-        forward = run.forward
-        if run.case.is_compiled:
-            eager = run.forward
-
-            def forward(given: Mapping[str, Any]) -> Any:
-                return self._run_compiled(run.case, partial(eager, given))
-
-        try:
-            return CapturedForward(forward, run.arguments, weights, self._device), ""
-        except CaptureRefused as refused:
-            return None, str(refused)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None, "the GPU has no room for its graph"
-
-    def _is_worth_it(self, run: _Run) -> bool:
-        if self._always_captures or run.events is None:
-            return True
-        began, ended = run.events
-        ended.synchronize()
-        return run.host_s * 1e3 >= HOST_SHARE * began.elapsed_time(ended)
-
-    def _together(self, run: _Run, ok: bool) -> bool:
-        """Whether it is so, on all ranks that run such a forward together."""
-        return agree(ok, self._among) if run.on_all_ranks else ok
-
     def _drop_oldest(self) -> None:
+        """Free the graphs that were used longest ago; their cases are decided again when they run."""
         captured = [case for case in self._cases.values() if case.graph is not None]
         for case in captured[:-MAX_CAPTURED]:
             case.graph, case.runs, case.is_decided = None, 0, False
 
-    def _report(
-        self, run: _Run, path: Path, reason: str, error: float | None, took_s: float, memory_bytes: int
-    ) -> None:
+    def _report(self, run: LastRun, choice: Choice, took_s: float) -> None:
         if not self._is_leader and run.on_all_ranks:
             return
         shapes = [f"{list(each.shape)}" for each in tensors_of(run.arguments)]
@@ -380,23 +218,18 @@ class ForwardPaths:
             class_name=self._class_name,
             split="tokens" if run.on_all_ranks else "whole",
             shapes=", ".join(shapes)[:500],
-            path=path,
-            error=None if error is None else min(error, MAX_RELATIVE_ERROR),
+            path=run.case.path,
+            error=None if choice.error is None else min(choice.error, MAX_RELATIVE_ERROR),
             took_s=took_s,
-            memory_bytes=memory_bytes,
-            detail=reason[:1000],
+            memory_bytes=choice.memory_bytes,
+            detail=choice.reason[:1000],
         )
         self._new = [*self._new, found][-limits.MAX_FORWARD_PATHS :]
         logger.info(
             "path chosen class=%s split=%s path=%s error=%s took_s=%.2f memory_mib=%.0f shapes=%s %s",
-            found.class_name, found.split, found.path, error, took_s, memory_bytes / 2**20, found.shapes, found.detail,
+            found.class_name, found.split, found.path, choice.error, took_s, found.memory_bytes / 2**20, found.shapes,
+            found.detail,
         )  # fmt: skip
-
-
-def _path_of(case: _Case) -> Path:
-    if case.is_compiled:
-        return "compiled" if case.graph is None else "compiled, captured"
-    return "eager" if case.graph is None else "captured"
 
 
 def _bytes_of(arguments: Mapping[str, Any]) -> int:
@@ -406,10 +239,6 @@ def _bytes_of(arguments: Mapping[str, Any]) -> int:
 def _layout_of(arguments: Mapping[str, Any]) -> Hashable:
     """Return what of the arguments' tensors a graph depends on: those on the GPU by layout, others by their values."""
     return tuple(
-        (tuple(each.shape), each.stride(), each.dtype, None if each.is_cuda else _bits(each).numpy().tobytes())
+        (tuple(each.shape), each.stride(), each.dtype, None if each.is_cuda else bits_of(each).numpy().tobytes())
         for each in tensors_of(arguments)
     )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)

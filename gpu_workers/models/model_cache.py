@@ -101,7 +101,7 @@ class CachedModel:
 
     @property
     def paths(self) -> ForwardPaths | None:
-        """The ways of the forwards of the fast path, if there is one."""
+        """The paths of the forwards of the fast path, if there is one."""
         return None if self._fast is None else self._fast.paths
 
     def reserve(self) -> int:
@@ -219,7 +219,7 @@ class ModelCache:
 
     @property
     def paths(self) -> list[ForwardPaths]:
-        """The ways of the forwards of all fast paths."""
+        """The paths of the forwards of all fast paths."""
         return [model.paths for model in self._models.values() if model.paths is not None]
 
     def release_idle(self) -> None:

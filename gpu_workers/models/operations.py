@@ -250,7 +250,7 @@ class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
 
     paths: ForwardPaths
-    """The ways of its forwards."""
+    """The paths of its forwards."""
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""

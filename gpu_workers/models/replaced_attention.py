@@ -26,7 +26,6 @@ def attention_replaced(
     """Let a forward compute all attention of this process: that of torch, and that of diffusers' backends."""
     is_inside = False
     of_torch = functional.scaled_dot_product_attention
-    of_diffusers = [(namespace, namespace[DISPATCH]) for namespace in namespaces]
 
     def run_inside(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal is_inside
@@ -82,14 +81,31 @@ def attention_replaced(
         q, k, v = (each.transpose(1, 2) for each in (query, key, value))
         return forward.attend(q, k, v, attn_mask, run).transpose(1, 2)
 
-    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
-    for namespace, function in of_diffusers:
-        namespace[DISPATCH] = partial(dispatched, function)
+    with functions_replaced(scaled_dot_product_attention, dispatched, namespaces):
+        yield
+
+
+@contextmanager
+def functions_replaced(
+    of_torch: Callable[..., torch.Tensor],
+    of_diffusers: Callable[..., torch.Tensor],
+    namespaces: Sequence[dict[str, Any]],
+) -> Iterator[None]:
+    """Replace torch's function for attention, and diffusers' in each of ``namespaces``, in the whole process.
+
+    ``of_diffusers`` takes the function that it replaces before the arguments. Those that were there come back at the
+    end, so that such blocks can be nested.
+    """
+    replaced = functional.scaled_dot_product_attention
+    dispatchers = [(namespace, namespace[DISPATCH]) for namespace in namespaces]
+    functional.scaled_dot_product_attention = of_torch
+    for namespace, function in dispatchers:
+        namespace[DISPATCH] = partial(of_diffusers, function)
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = of_torch
-        for namespace, function in of_diffusers:
+        functional.scaled_dot_product_attention = replaced
+        for namespace, function in dispatchers:
             namespace[DISPATCH] = function
 
 

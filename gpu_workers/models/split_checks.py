@@ -10,11 +10,12 @@ import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from xditd.gpu_workers.parallel.row_trees import Node
+from xditd.gpu_workers.parallel.row_trees import Node, tensors_of
 from xditd.ipc import limits
 from xditd.ipc.status import SplitCheck
 from xditd.ipc.transports.module_walk import is_describable
@@ -157,6 +158,12 @@ class Difference(NamedTuple):
     def ratio(self) -> float:
         return self.error / self.tolerance
 
+    def with_noise(self, noise: float) -> Difference:
+        """Return it with a tolerance of at least :data:`NOISES` times the ``noise``, an error that roundings make."""
+        if not math.isfinite(noise):
+            return self
+        return Difference(self.error, max(self.tolerance, min(NOISES * noise, MOST_NOISE)))
+
 
 def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) -> Difference:
     """Compare a result of some rows with the same rows of the whole.
@@ -177,6 +184,14 @@ def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) 
         return Difference(0.0, tolerance)
     relative = float(error) / float(size) if float(size) else math.inf
     return Difference(relative if math.isfinite(relative) else math.inf, tolerance)
+
+
+def largest_difference(found: Any, expected: Any, *, in_halves: bool) -> Difference:
+    """Return the largest difference of two results of one structure."""
+    pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
+    each = [difference(mine, its, in_halves=in_halves) for mine, its in pairs]
+    none = Difference(0.0, TOLERANCE_OF_HALVES if in_halves else TOLERANCE)
+    return max(each, key=attrgetter("ratio"), default=none)
 
 
 def computes_in_halves(module: torch.nn.Module) -> bool:

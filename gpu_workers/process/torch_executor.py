@@ -106,15 +106,19 @@ class TorchExecutor:
             self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
         )
         job, exporter = command.job, command.exporter
-        for paths in self._paths():
-            paths.drop_runs()
-        return self._jobs.run(
-            job,
-            lambda: self._io.open(job.io, exporter),
-            lambda size_bytes: self._io.provide(exporter, size_bytes),
-            progress,
-            exporter,
-        )
+        try:
+            return self._jobs.run(
+                job,
+                lambda: self._io.open(job.io, exporter),
+                lambda size_bytes: self._io.provide(exporter, size_bytes),
+                progress,
+                exporter,
+            )
+        except BaseException:
+            # Before the next command: other ranks may have failed elsewhere in the job, and would decide other runs.
+            for paths in self._paths():
+                paths.drop_runs()
+            raise
 
     def tally(self) -> RankTally:
         models, class_models = self._components.models, self._components.class_models
@@ -138,7 +142,7 @@ class TorchExecutor:
         return tuple(found[-limits.MAX_FORWARD_PATHS :])
 
     def after_answer(self) -> None:
-        """Decide how forwards run from now on, and measure the GPU's memory in use for the next tally."""
+        """Choose the paths of the forwards that have run, and measure the GPU's memory in use for the next tally."""
         for paths in self._paths():
             paths.decide()
         now = time.monotonic()

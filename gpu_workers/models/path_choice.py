@@ -1,0 +1,231 @@
+"""Choose the path of a case of forwards: eager, with compiled blocks, captured as a CUDA graph, or both.
+
+A path is chosen if its results are those of the eager forward: for a graph the same bits, for compiled blocks within
+what roundings alone change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+
+from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
+from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.rounding_noise import rounding_noise
+from xditd.gpu_workers.models.split_checks import Difference, ModuleSnapshot, computes_in_halves, largest_difference
+from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
+from xditd.gpu_workers.parallel.row_trees import structure_of, tensors_of
+from xditd.ipc.errors import XditdError
+
+Forward = Callable[[Mapping[str, Any]], Any]
+Path = Literal["eager", "compiled", "captured", "compiled, captured"]
+
+HOST_SHARE: Final = 0.3
+"""A forward is captured if the host needs at least this share of its time to launch kernels; else a graph gains
+nothing."""
+
+
+@dataclass(eq=False)
+class ForwardCase:
+    """A case of forwards with weights at certain addresses."""
+
+    compiled_key: Hashable
+    """The key of its graphs of blocks, which other weights share."""
+    runs: int = 0
+    is_decided: bool = False
+    awaits_blocks: bool = False
+    """Whether its blocks are being compiled."""
+    is_compiled: bool = False
+    graph: CapturedForward | None = None
+    """While blocks are being compiled, that of the eager forward."""
+    may_capture: bool = True
+    """False once a capture was refused, or found to gain nothing."""
+    path: Path = "eager"
+    """The one that was reported last."""
+
+    def stay_eager(self) -> None:
+        self.is_decided, self.may_capture = True, False
+        self.is_compiled, self.awaits_blocks, self.graph = False, False, None
+
+    @property
+    def current_path(self) -> Path:
+        if self.is_compiled:
+            return "compiled" if self.graph is None else "compiled, captured"
+        return "eager" if self.graph is None else "captured"
+
+
+@dataclass(frozen=True, eq=False)
+class LastRun:
+    """The last run of a case that is not decided: of the eager forward, or of its graph.
+
+    ``arguments`` and ``result`` are copies; ``result`` is ``None`` if it holds objects. ``weights`` are the tensors of
+    the component by name, not owned.
+    """
+
+    case: ForwardCase
+    forward: Forward
+    arguments: Mapping[str, Any]
+    result: Any
+    weights: Mapping[str, torch.Tensor]
+    on_all_ranks: bool
+    host_s: float = 0.0
+    """How long the host needed to launch its kernels."""
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    """Around an eager run on a GPU; ``None`` for one of a graph."""
+
+
+class Choice(NamedTuple):
+    """Why a case has no faster path, the error of its compiled blocks, and the bytes of a new graph."""
+
+    reason: str
+    error: float | None = None
+    memory_bytes: int = 0
+
+
+class PathChooser:
+    """Compiles, captures and compares the forwards of one module. ``mode`` is the setting ``acceleration``.
+
+    All ranks ``among`` which a forward runs together make the same choices in the same order.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        mode: str,
+        among: RankSet,
+        make_blocks: Callable[[], CompiledBlocks | str],
+    ) -> None:
+        self._module = module
+        self._device = device
+        self._among = among
+        self._always_captures = mode == "captured"
+        self._make_blocks = make_blocks
+        self._blocks: CompiledBlocks | str | None = None
+        self.captures = device.type == "cuda" and mode in ("auto", "captured")
+        self.compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
+
+    def find_blocks(self) -> CompiledBlocks | str:
+        """Return the compiled blocks of the module, or the reason why it has none."""
+        if self._blocks is None:
+            self._blocks = self._make_blocks()
+        return self._blocks
+
+    def run_compiled(self, case: ForwardCase, call: Callable[[], Any]) -> Any:
+        """Run the forward of a case with its compiled blocks."""
+        assert isinstance(self._blocks, CompiledBlocks)
+        return self._blocks.run(case.compiled_key, call)
+
+    def choose(self, run: LastRun) -> Choice:
+        """Choose the path of a case from its last run; ``case.is_decided`` says whether this is final.
+
+        Raises:
+            torch.OutOfMemoryError: in a forward of several ranks, which wait for this one.
+        """
+        try:
+            return self._choose(run)
+        except torch.OutOfMemoryError:
+            if run.on_all_ranks:
+                raise
+        torch.cuda.empty_cache()
+        run.case.stay_eager()
+        return Choice("there is no memory to compare it")
+
+    def _choose(self, run: LastRun) -> Choice:
+        case = run.case
+        if not self._together(run, run.result is not None):
+            case.is_decided = True
+            return Choice("its result holds objects")
+        reason, error = "", None
+        if self.compiles:
+            blocks = self.find_blocks()
+            if isinstance(blocks, str):
+                reason, case.awaits_blocks = blocks, False
+            elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
+                case.awaits_blocks = False
+                reason, error = self._try_compiled(run, blocks)
+        case.is_decided = not case.awaits_blocks
+        if not self.captures or not case.may_capture or (case.graph is not None and not case.is_compiled):
+            return Choice(reason, error)
+        expected = run.result
+        if case.is_compiled:
+            expected = self.run_compiled(case, partial(run.forward, run.arguments))
+        case.graph, why = self._capture(run, expected)
+        case.may_capture = case.graph is not None
+        return Choice(reason or why, error, 0 if case.graph is None else case.graph.memory_bytes)
+
+    def _try_compiled(self, run: LastRun, blocks: CompiledBlocks) -> tuple[str, float | None]:
+        """Compare a forward with compiled blocks with the eager one; return why it is not used, and its error."""
+        state = blocks.state(run.case.compiled_key)
+        if not self._together(run, state.phase == "made"):
+            return state.reason or "another rank has no compiled blocks", None
+        call = partial(run.forward, run.arguments)
+        try:
+            found = blocks.run(run.case.compiled_key, call)
+        except XditdError as fault:
+            found, reason = None, fault.detail
+        else:
+            reason = "compiled blocks give other results"
+        worst = Difference(float("inf"), 1.0)
+        if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
+            worst = self._difference_of(found, run.result)
+        if not self._together(run, worst.ratio <= 1.0) and computes_in_halves(self._module):
+            with rounding_noise(self._module):
+                noise = self._difference_of(call(), run.result).error
+            worst = worst.with_noise(noise)
+        run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
+        return ("" if run.case.is_compiled else reason), worst.error
+
+    def _difference_of(self, found: Any, expected: Any) -> Difference:
+        return largest_difference(found, expected, in_halves=computes_in_halves(self._module))
+
+    def _capture(self, run: LastRun, expected: Any) -> tuple[CapturedForward | None, str]:
+        """Capture a forward, and compare it with its run before; return why it is not captured."""
+        if not self._together(run, self._is_worth_it(run)):
+            return None, f"the host needs less than {HOST_SHARE:.0%} of its time"
+        snapshot = ModuleSnapshot(self._module)
+        graph, reason = self._try_capture(run)
+        if not self._together(run, graph is not None):
+            return None, reason or "another rank cannot capture it"
+        assert graph is not None
+        if not self._together(run, snapshot.is_same):
+            return None, "its forward changes the module"
+        pairs = zip(tensors_of(graph.replay_last()), tensors_of(expected), strict=True)
+        is_same = all(torch.equal(bits_of(mine), bits_of(its)) for mine, its in pairs)
+        return (graph, "") if self._together(run, is_same) else (None, "its graph gives other bits")
+
+    def _try_capture(self, run: LastRun) -> tuple[CapturedForward | None, str]:
+        forward = run.forward
+        if run.case.is_compiled:
+            eager = run.forward
+
+            def forward(given: Mapping[str, Any]) -> Any:
+                return self.run_compiled(run.case, partial(eager, given))
+
+        try:
+            return CapturedForward(forward, run.arguments, list(run.weights.values()), self._device), ""
+        except CaptureRefused as refused:
+            return None, str(refused)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None, "the GPU has no room for its graph"
+
+    def _is_worth_it(self, run: LastRun) -> bool:
+        if self._always_captures or run.events is None:
+            return True
+        began, ended = run.events
+        ended.synchronize()
+        return run.host_s * 1e3 >= HOST_SHARE * began.elapsed_time(ended)
+
+    def _together(self, run: LastRun, ok: bool) -> bool:
+        """Whether it is so, on all ranks that run such a forward together."""
+        return agree(ok, self._among) if run.on_all_ranks else ok
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor, which compare equal only if the tensors have the same bits."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
