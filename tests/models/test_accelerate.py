@@ -42,7 +42,7 @@ AMPLIFIED = {
     "ltx2": 3e-6,
     "lumina2": 2e-6,
     "stable-audio": 3e-5,
-    "stable-diffusion-parts": 2e-6,
+    "stable-diffusion-parts": 4e-6,
 }
 """Pipelines that amplify the last bits of their models, by guidance and decoders, and their bounds. In one process they
 change as much if the results of their denoiser are changed by 3e-7 at random."""
