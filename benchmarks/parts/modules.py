@@ -7,8 +7,10 @@
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
 turns. Prints the medians of one call in ms and their ratio, the time to lend, the memory that the worker takes, whether
-the results have the same bits, and the spread of calls (longest by shortest). Calls are timed once the workers have
-chosen how the model runs; ``ready_s`` is when they had.
+the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
+for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
+had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
+turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on.
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -16,10 +18,12 @@ Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +39,7 @@ from xditd.ipc.tensors import Acceleration
 Arguments = dict[str, Any]
 SEED = 0
 SETTLES_WITHIN_S = 240.0
+SWAPS, CALLS_A_TURN = 10, 4
 
 
 class Subjects:
@@ -142,6 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--acceleration", nargs="+", default=["auto"], choices=get_args(Acceleration), help="one after the other"
     )
+    parser.add_argument("--swap", action="store_true", help="two models of each class in turns: twice the memory")
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each, in turns; 3 of wan")
     add_ranks(parser)
     add_device(parser)
@@ -168,7 +174,9 @@ def run(given: argparse.Namespace, report: Report) -> int:
     return 0
 
 
-def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def build(
+    of: str | type, config: Arguments, device: torch.device, dtype: torch.dtype, seed: int = SEED
+) -> torch.nn.Module:
     """Build a model of a class, or of one of diffusers by name, with random weights on the device.
 
     Tables that are no parameters have their values.
@@ -179,7 +187,7 @@ def build(of: str | type, config: Arguments, device: torch.device, dtype: torch.
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = (getattr(diffusers, of) if isinstance(of, str) else of)(**config)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -206,7 +214,14 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, d
     model = build(class_name, config, device, dtype)
     arguments = make()
     calls = min(given.calls, 3) if name == "wan" else given.calls
+    model(**arguments)  # a class may make tables in its first forward: the module would be lent again
     found = {each: measure_with(each, model, arguments, calls, client) for each in given.acceleration}
+    if given.swap:
+        other = build(class_name, config, device, dtype, seed=SEED + 1)
+        other(**arguments)
+        for each in given.acceleration:
+            found[each]["swap"] = swap(each, [model, other], arguments, client)
+        del other
     del model, arguments
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -229,6 +244,7 @@ def measure_with(
         lend_ms = (time.perf_counter() - began) * 1e3
         lent = worker_bytes(workers) - before
         ready_s = settle(model, arguments, client, acceleration)
+        host_s = {pid: processor_s(pid) for pid in workers}
         for _ in range(calls):
             results = []
             for call, into in ((type(model).forward, here_ms), (type(model).__call__, there_ms)):
@@ -237,6 +253,7 @@ def measure_with(
                 results.append(call(model, **arguments))
                 synchronize(device)
                 into.append((time.perf_counter() - began) * 1e3)
+        busiest_s = max(processor_s(pid) - before_s for pid, before_s in host_s.items())
     status, class_name = client.status(), type(model).__name__
     here, there = (first_tensor(result).float() for result in results)
     paths = [each for each in status.forward_paths if each.class_name == class_name]
@@ -245,6 +262,7 @@ def measure_with(
         "call_ms": round(statistics.median(there_ms), 1),
         "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
         "spread": round(max(there_ms) / min(there_ms), 2),
+        "host_ms": round(busiest_s / calls * 1e3, 1),
         "first_lend_ms": round(first_lend_ms, 1),
         "lend_ms": round(lend_ms, 1),
         "ready_s": round(ready_s, 1),
@@ -272,6 +290,36 @@ def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceler
         type(model).forward(model, **arguments)
         model(**arguments)
     return took_s
+
+
+def swap(
+    acceleration: Acceleration, models: list[torch.nn.Module], arguments: Arguments, client: Client
+) -> dict[str, float]:
+    """Return the first three calls of a turn in ms, when two lent models of one class are called in turns."""
+    turns: list[list[float]] = []
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(accelerate(model, client=client, acceleration=acceleration))
+            settle(model, arguments, client, acceleration)
+        device = next(models[0].parameters()).device
+        for number in range(SWAPS):
+            times_ms = []
+            for _ in range(CALLS_A_TURN):
+                synchronize(device)
+                began = time.perf_counter()
+                models[number % 2](**arguments)
+                synchronize(device)
+                times_ms.append((time.perf_counter() - began) * 1e3)
+            turns.append(times_ms)
+    stays_ms = statistics.median(turn[-1] for turn in turns)
+    calls = zip(*turns[2:], strict=True)
+    return {f"call {number}": round(statistics.median(each) / stays_ms, 3) for number, each in enumerate(calls, 1)}
+
+
+def processor_s(pid: int) -> float:
+    """Return the seconds of processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def model_is_on_cpu(model: torch.nn.Module, acceleration: Acceleration) -> bool:

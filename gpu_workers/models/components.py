@@ -233,9 +233,10 @@ class Components:
             component.tensors.update(own.tensors)
             component.copies.append(own.buffer)
             size = sum(each.nbytes for each in own.ranges)
-        component.bindings = component.match.bind(component.tensors)
+        mapped, component.bindings = component.bindings, component.match.bind(component.tensors)
         if is_loaded:
             self._plug(component)
+        mapped.clear()  # whoever knows them by this map
         sources.clear()  # a block with views cannot be unmapped
         self._release(component)
         clock.mark("unmap")

@@ -11,6 +11,7 @@ import torch
 
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.parallel import rank_sync
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ def rank(layout: ParallelLayout) -> Iterator[OneRank]:
     rank = one_rank.OneRank(layout)
     yield rank
     rank.close()
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Use all cores, as rank 0 does for what it decodes and encodes alone."""
+    with rank_sync.using_all_cores(torch.device("cpu")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -309,6 +309,7 @@ def main() -> int:
         "--attention-backend",
         "--kernels",
         "--precision",
+        "--acceleration",
         "--log-level",
     ):
         parser.add_argument(flag, required=True)

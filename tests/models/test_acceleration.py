@@ -19,7 +19,8 @@ from xditd.ipc.status import ForwardPath
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
-COMPILED = ["FluxTransformer2DModel", "WanTransformer3DModel"]
+FLUX = "FluxTransformer2DModel"
+COMPILED = [FLUX, pytest.param("WanTransformer3DModel", marks=pytest.mark.long)]
 MADE_WITHIN_S = 240.0
 
 
@@ -89,11 +90,11 @@ def test_a_loan_can_be_eager(daemon: RunningDaemon) -> None:
 
 
 def test_the_status_has_a_table_of_paths(daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]) -> None:
-    entry = ENTRIES["DiTTransformer2DModel"]
+    entry = ENTRIES[FLUX]
     module, given = entry.build(), entry.arguments(Random(3))
     with daemon.connect() as client, torch.no_grad(), accelerate(module, client=client):
         end = time.monotonic() + MADE_WITHIN_S
-        while not paths(client, "DiTTransformer2DModel"):
+        while not paths(client, FLUX):
             assert time.monotonic() < end
             module(**given)
     assert main(["status", "--runtime-dir", str(daemon.runtime_dir)]) == 0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -14,6 +11,7 @@ import torch
 from class_entries import ENTRIES
 from class_entry import Random
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from forked_programs import ProgramServer
 
 from xditd.gpu_workers.models.object_tensors import change_tensors, copy_objects
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -28,11 +26,11 @@ ENTRY: Final = ENTRIES["GlmImageTransformer2DModel-kv_write"]
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(each, marks=pytest.mark.long) for each in (3, 4))])
-def test_successive_calls_with_one_cache_give_what_the_class_gives(tmp_path: Path, ranks: int) -> None:
+def test_successive_calls_with_one_cache_give_what_the_class_gives(
+    tmp_path: Path, fork_program: ProgramServer, ranks: int
+) -> None:
     program = Path(__file__).with_name("caches_on_ranks.py")
-    environment = os.environ | {"PYTHONPATH": str(program.with_name("support")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path), str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=380, check=False)
+    done = fork_program(program, tmp_path, ranks, folders=[program.with_name("support")], timeout_s=380)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -81,6 +81,18 @@ def test_two_components_of_one_description_are_plugged_in_turn(rank: OneRank) ->
     assert torch.equal(first.decode(LATENTS), first.expected(LATENTS))
 
 
+def test_a_component_that_is_not_plugged_is_copied(rank: OneRank) -> None:
+    """Nothing else holds the memory of its client."""
+    first, second = Vae(rank, make_vae(1), "first"), Vae(rank, make_vae(2), "second")
+    for vae in (first, second):
+        vae.decode(LATENTS)
+    held = len(rank.components.blocks)
+    rank.components.copy_component("first")
+    assert len(rank.components.blocks) < held
+    for vae in (first, second):
+        assert torch.equal(vae.decode(LATENTS), vae.expected(LATENTS))
+
+
 def test_a_copied_component_gives_the_same(rank: OneRank) -> None:
     vae = Vae(rank, make_vae())
     copied, _ = rank.components.copy_component("vae")

@@ -54,6 +54,7 @@ def test_an_image_is_written_uncut_in_the_dtype_that_was_asked_for(
     assert torch.equal(room.read(asked.out), expected.to(dtype))
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_a_scaling_that_is_given_goes_before_that_of_the_vae(lent: OneRank, direct: ModuleType) -> None:
     vae = lent.components.get("vae", "vae").match.model
     scaling = LatentScaling(factor=1.5305, shift=0.0609)
@@ -68,6 +69,7 @@ def test_a_scaling_that_is_given_goes_before_that_of_the_vae(lent: OneRank, dire
     assert not torch.equal(room.read(encoding.out), direct.encode(vae, image))
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_images_come_channels_first_or_last(lent: OneRank, direct: ModuleType) -> None:
     image = random(2, 3, 32, 48)
     vae = lent.components.get("vae", "vae").match.model

@@ -109,6 +109,7 @@ def test_previews_are_there_when_their_step_is_told(lent: OneRank, messages: Mod
     assert torch.equal(plain.read(without.out_latents), room.read(job.out_latents))
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_an_image_is_decoded_from_the_latents_and_cut_off_at_its_range(
     lent: OneRank, messages: ModuleType, direct: ModuleType, demo_vae: State
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_family_without_a_step_cache_refuses_one(
     lent.run(messages.generate(lent.room(), noise=messages.noise()))
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_an_image_is_decoded_with_the_scaling_of_the_transformer(
     lent: OneRank, messages: ModuleType, direct: ModuleType, demo_vae: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,9 @@ State = dict[str, torch.Tensor]
 
 @pytest.fixture
 def models() -> ClassModels:
-    return ClassModels(cast("ParallelLayout", SimpleNamespace(device=torch.device("cpu"), rank=0)))
+    return ClassModels(
+        cast("ParallelLayout", SimpleNamespace(device=torch.device("cpu"), rank=0, acceleration="eager"))
+    )
 
 
 def match(models: ClassModels, kind: type, folder: Path, state: State) -> ModuleMatch:
