@@ -278,10 +278,10 @@ def measure_with(
 def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceleration: Acceleration) -> float:
     """Call the model until the workers have chosen how it runs, and once more; return the seconds that took."""
     began = time.perf_counter()
-    known = len(client.status().forward_paths)
+    known = client.status().forward_paths
     while time.perf_counter() - began < SETTLES_WITHIN_S:
         model(**arguments)
-        new = client.status().forward_paths[known:]
+        new = [each for each in client.status().forward_paths if each not in known]  # the status has the newest alone
         is_done = new and (new[-1].detail or acceleration == "captured" or "compiled" in new[-1].path)
         if acceleration == "eager" or is_done or model_is_on_cpu(model, acceleration):
             break
@@ -323,7 +323,7 @@ def processor_s(pid: int) -> float:
 
 
 def model_is_on_cpu(model: torch.nn.Module, acceleration: Acceleration) -> bool:
-    """Whether nothing is to be waited for: on the CPU models are eager unless they are to be compiled."""
+    """Return whether there is nothing to wait for: on the CPU, models are eager unless they are to be compiled."""
     return next(model.parameters()).device.type == "cpu" and acceleration != "compiled"
 
 

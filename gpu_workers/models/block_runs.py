@@ -34,6 +34,8 @@ class CompiledCall:
 
 
 class BlockResult(NamedTuple):
+    """What a block returned, which may be ``None``."""
+
     tree: Any
 
 

@@ -24,6 +24,8 @@ class CaptureRefused(Exception):
 class CapturedForward:
     """A captured forward, with the tensors of its inputs. It holds its own memory, and none of the weights.
 
+    Do not run it once the weights are unmapped: it reads their addresses.
+
     Raises:
         CaptureRefused: the host has to wait for the device within the forward, the forward writes to its arguments, its
             result holds objects, or CUDA refuses the capture.
@@ -60,7 +62,7 @@ class CapturedForward:
                 traceback.clear_frames(error.__traceback__)
                 raise CaptureRefused(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from None
         self.memory_bytes = max(0, free_bytes - torch.cuda.mem_get_info(device)[0])
-        """GPU memory that its making took, beyond what other graphs have taken."""
+        """GPU memory that the capture allocated, beyond what other graphs have."""
         structure = structure_of(result, 0)
         if structure is None:
             raise CaptureRefused("its result holds objects")
@@ -75,8 +77,7 @@ class CapturedForward:
         given = (each for each in tensors_of(arguments) if each.is_cuda)
         for mine, its in zip(self._inputs, given, strict=True):
             mine.copy_(its)
-        self._graph.replay()
-        return build(self._structure, (each.clone() for each in self._results))
+        return self.replay_last()
 
     def replay_last(self) -> Any:
         """Return the result for the arguments that the inputs have now."""

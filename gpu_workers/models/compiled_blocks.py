@@ -156,7 +156,7 @@ class CompiledBlocks:
             return call()
 
     def forget(self, key: Hashable) -> None:
-        """Hold nothing for a key any more. Graphs on disk stay."""
+        """Drop what is held for a key. Graphs on disk stay."""
         self._keys.pop(key, None)
         held = {each for noted in self._keys.values() for each in noted.calls}
         self._calls = {each: found for each, found in self._calls.items() if each in held}

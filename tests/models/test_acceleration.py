@@ -89,7 +89,7 @@ def test_a_loan_can_be_eager(daemon: RunningDaemon) -> None:
             client.lend({"weight": torch.zeros(2)}, acceleration="eager")
 
 
-def test_the_status_has_a_table_of_ways(daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_has_a_table_of_paths(daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     entry = ENTRIES[FLUX]
     module, given = entry.build(), entry.arguments(Random(3))
     with daemon.connect() as client, torch.no_grad(), accelerate(module, client=client):

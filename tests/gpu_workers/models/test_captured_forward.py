@@ -38,7 +38,7 @@ class Block(torch.nn.Module):
 
 
 class Calls:
-    """A module with its ways, as a job calls them."""
+    """A module with its paths, as a job calls them."""
 
     def __init__(self, module: torch.nn.Module, mode: str = "captured") -> None:
         self.module = module.cuda().bfloat16().eval().requires_grad_(False)
