@@ -7,8 +7,11 @@ forward: the same bits of a graph, and of compiled blocks what roundings alone w
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +45,7 @@ Forward = Callable[[Mapping[str, Any]], Any]
 Path = Literal["eager", "compiled", "captured", "compiled, captured"]
 
 MAX_CAPTURED: Final = 8
-"""Graphs of one module; the one that was used longest ago goes first."""
+"""Graphs of one module, of forwards that ranks run together and of others each; the one that was used longest ago goes first."""
 
 MAX_CASES: Final = 256
 
@@ -54,6 +57,9 @@ HOST_SHARE: Final = 0.3
 
 RUNS_BEFORE: Final = 2
 """Eager runs of a case before it is decided; with other weights of the same class one is enough."""
+
+MAX_RUNS_BEFORE: Final = 4
+"""A case stays eager if so many runs could not be compared: each changed the module, or had no room for copies."""
 
 MAX_VALUES: Final = 4
 """Decided cases that differ in numbers and texts alone. A caller that passes another number in every call, such as the
@@ -76,6 +82,7 @@ class _Case:
     """A case of forwards with weights at certain addresses."""
 
     compiled_key: Hashable
+    on_all_ranks: bool
     runs: int = 0
     is_decided: bool = False
     awaits_blocks: bool = False
@@ -94,6 +101,8 @@ class _Run:
 
     case: _Case
     forward: Forward
+    trial: Forward
+    """The same for compiled blocks that are not known to work: a rank that fails does not make others wait."""
     arguments: Mapping[str, Any]
     result: Any
     on_all_ranks: bool
@@ -130,11 +139,12 @@ class ForwardPaths:
         self._compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
         self._make_blocks = blocks
         self._blocks: CompiledBlocks | str | None = None
-        self._cases: dict[_Key, _Case] = {}
-        self._known: dict[CaseKey, None] = {}
-        """Cases that were decided with some weights."""
-        self._runs: dict[int, _Run] = {}
-        """The last runs of cases that are not decided, by the id of the case."""
+        # Those that all ranks run together apart from others: a rank that runs others has the same of these.
+        self._cases: dict[bool, dict[_Key, _Case]] = {True: {}, False: {}}
+        self._known: dict[bool, dict[CaseKey, None]] = {True: {}, False: {}}
+        """Cases that were due to be decided with some weights."""
+        self._due: dict[int, tuple[_Case, _Run | None]] = {}
+        """Cases that are due to be decided, by id, each with its last run, if that can be compared on this rank."""
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
         self._new: list[ForwardPath] = []
@@ -153,46 +163,68 @@ class ForwardPaths:
         if known is None or known.tensors is not tensors:
             known = self._lent[owner] = _Lent(tensors)
         self._current = known
-        self._runs.clear()
+        self.drop_runs()
         self._forget_gone()
 
     def run(
-        self, key: CaseKey, arguments: Mapping[str, Any], eager: Forward, bare: Forward, *, on_all_ranks: bool
+        self,
+        key: CaseKey,
+        arguments: Mapping[str, Any],
+        eager: Forward,
+        bare: Forward,
+        *,
+        on_all_ranks: bool,
+        trial: Forward | None = None,
     ) -> Any:
         """Run a forward: ``eager(arguments)``, or in another way ``bare``, which does the same without any checks.
 
-        ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors.
+        ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors. ``trial`` is
+        ``bare`` with what it needs to raise on all ranks, or on none.
         """
         if not self.is_on:
             return eager(arguments)
         assert self._current is not None
-        layout = _layout_of(arguments)
+        layout = self._layout_of(arguments)
         case = self._find((self._current, key, on_all_ranks, layout))
         if case.graph is not None:
             result = case.graph.run(arguments)
             if case.awaits_blocks:
-                self._runs[id(case)] = _Run(case, bare, case.graph.arguments, result, on_all_ranks)
+                run = _Run(case, bare, trial or bare, case.graph.arguments, result, on_all_ranks)
+                self._due[id(case)] = case, run
             return result
         if case.is_compiled:
             return self._run_compiled(case, lambda: eager(arguments))
         case.runs += 1
-        is_due = case.runs >= (1 if key in self._known else RUNS_BEFORE)
-        if case.is_decided or not is_due or not self._has_few(key) or _bytes_of(arguments) > MAX_INPUT_BYTES:
+        is_due = case.runs >= (1 if key in self._known[on_all_ranks] else RUNS_BEFORE)
+        has_few = self._has_few(key, on_all_ranks=on_all_ranks)
+        if case.is_decided or not is_due or not has_few or _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
-        return self._run_to_decide(case, key, arguments, eager, bare, on_all_ranks=on_all_ranks)
+        self._note_known(key, on_all_ranks=on_all_ranks)
+        return self._run_to_decide(case, arguments, eager, bare, trial or bare)
 
     def drop_runs(self) -> None:
         """Decide nothing by the jobs until now: one that has failed may have failed on other ranks elsewhere."""
-        self._runs.clear()
+        self._due.clear()
 
     @torch.no_grad()
     def decide(self) -> None:
         """Decide the cases that have run often enough. All ranks call this after the same jobs."""
         self._forget_gone()
-        runs, self._runs = self._runs, {}
-        for run in runs.values():
+        due, self._due = self._due, {}
+        for case, run in due.values():
+            can_compare = run is not None
+            if not (agree(can_compare, self._among) if case.on_all_ranks else can_compare) or run is None:
+                case.is_decided = case.runs >= MAX_RUNS_BEFORE
+                continue
             began_s = time.perf_counter()
-            reason, error, memory_bytes = self._choose(run)
+            try:
+                reason, error, memory_bytes = self._choose(run)
+            except torch.OutOfMemoryError as full:
+                if run.on_all_ranks:  # others may wait for this one
+                    raise
+                traceback.clear_frames(full.__traceback__)
+                case.graph, case.is_compiled, case.awaits_blocks, case.is_decided = None, False, False, True
+                reason, error, memory_bytes = "the GPU has no room to compare it", None, 0
             path = _path_of(run.case)
             if run.case.is_decided or path != run.case.path:
                 self._report(run, path, reason, error, time.perf_counter() - began_s, memory_bytes)
@@ -206,17 +238,14 @@ class ForwardPaths:
     # --- Runs ---------------------------------------------------------------------------------------
 
     def _run_to_decide(
-        self,
-        case: _Case,
-        key: CaseKey,
-        arguments: Mapping[str, Any],
-        eager: Forward,
-        bare: Forward,
-        *,
-        on_all_ranks: bool,
+        self, case: _Case, arguments: Mapping[str, Any], eager: Forward, bare: Forward, trial: Forward
     ) -> Any:
-        copied = map_tensors(arguments, torch.clone)
+        self._due[id(case)] = case, None
+        copied = _copy(arguments)
+        if copied is None:
+            return eager(arguments)
         call = partial(eager, arguments)
+        snapshot = ModuleSnapshot(self._module)
         events = None
         if self._device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -230,12 +259,12 @@ class ForwardPaths:
         host_s = time.perf_counter() - began_s
         if events is not None:
             events[1].record()
-        kept = map_tensors(result, torch.clone) if structure_of(result, 0) is not None else None
-        self._runs[id(case)] = _Run(case, bare, copied, kept, on_all_ranks, host_s, events)
-        self._known.pop(key, None)
-        self._known[key] = None
-        while len(self._known) > MAX_CASES:
-            del self._known[next(iter(self._known))]
+        holds_objects = structure_of(result, 0) is None
+        kept = None if holds_objects else _copy(result)
+        # Of a forward that changes the module, further runs would change what later calls give.
+        if (holds_objects or kept is not None) and snapshot.is_same:
+            run = _Run(case, bare, trial, copied, kept, case.on_all_ranks, host_s, events)
+            self._due[id(case)] = case, run
         return result
 
     def _run_compiled(self, case: _Case, call: Callable[[], Any]) -> Any:
@@ -247,23 +276,48 @@ class ForwardPaths:
             self._blocks = self._make_blocks()
         return self._blocks
 
-    def _has_few(self, key: CaseKey) -> bool:
-        return key in self._known or sum(each.tensors == key.tensors for each in self._known) < MAX_VALUES
+    def _has_few(self, key: CaseKey, *, on_all_ranks: bool) -> bool:
+        known = self._known[on_all_ranks]
+        return key in known or sum(each.tensors == key.tensors for each in known) < MAX_VALUES
+
+    def _note_known(self, key: CaseKey, *, on_all_ranks: bool) -> None:
+        known = self._known[on_all_ranks]
+        known.pop(key, None)
+        known[key] = None
+        while len(known) > MAX_CASES:
+            del known[next(iter(known))]
 
     def _find(self, key: _Key) -> _Case:
-        found = self._cases.pop(key, None) or _Case(key[1:])
-        self._cases[key] = found
-        while len(self._cases) > MAX_CASES:
-            del self._cases[next(iter(self._cases))]
+        cases = self._cases[key[2]]
+        found = cases.pop(key, None) or _Case(key[1:], key[2])
+        cases[key] = found
+        while len(cases) > MAX_CASES:
+            del cases[next(iter(cases))]
         return found
+
+    def _layout_of(self, arguments: Mapping[str, Any]) -> Hashable:
+        """Return what a forward depends on besides the contents of tensors on its device: their layout, and others.
+
+        Of others a digest: a key that held large ones would be kept.
+        """
+        return tuple(
+            (tuple(each.shape), each.stride(), each.dtype, each.device, self._contents_of(each))
+            for each in tensors_of(arguments)
+        )
+
+    def _contents_of(self, tensor: torch.Tensor) -> bytes | None:
+        if tensor.device.type == self._device.type:
+            return None
+        return hashlib.blake2b(_bits(tensor).cpu().numpy().tobytes(), digest_size=16).digest()
 
     def _forget_gone(self) -> None:
         """Free the graphs of weights that are unmapped, or were lent anew."""
         known = set(map(id, self._lent.values()))
         for owner in [owner for owner, lent in self._lent.items() if not lent.tensors]:
             known.discard(id(self._lent.pop(owner)))
-        for key in [key for key in self._cases if id(key[0]) not in known]:
-            del self._cases[key]
+        for cases in self._cases.values():
+            for key in [key for key in cases if id(key[0]) not in known]:
+                del cases[key]
 
     # --- Decisions ----------------------------------------------------------------------------------
 
@@ -276,8 +330,9 @@ class ForwardPaths:
         reason, error = "", None
         if self._compiles:
             blocks = self._find_blocks()
-            if isinstance(blocks, str):
-                reason, case.awaits_blocks = blocks, False
+            if not self._together(run, isinstance(blocks, CompiledBlocks)) or isinstance(blocks, str):
+                reason = blocks if isinstance(blocks, str) else "another rank has no blocks to compile"
+                case.awaits_blocks = False
             elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
                 case.awaits_blocks = False
                 reason, error = self._try_compiled(run, blocks)
@@ -285,9 +340,12 @@ class ForwardPaths:
         memory_bytes = 0
         if self._captures and (case.graph is None or case.is_compiled) and case.may_capture:
             expected = run.result
-            if case.is_compiled:
-                expected = self._run_compiled(case, partial(run.forward, run.arguments))
-            case.graph, why = self._capture(run, expected)
+            try:
+                if case.is_compiled:
+                    expected = self._run_compiled(case, partial(run.trial, run.arguments))
+                case.graph, why = self._capture(run, expected)
+            except XditdError as fault:
+                case.graph, why = None, fault.detail
             case.may_capture = case.graph is not None
             reason, memory_bytes = reason or why, 0 if case.graph is None else case.graph.memory_bytes
             self._drop_oldest()
@@ -298,7 +356,7 @@ class ForwardPaths:
         state = blocks.state(run.case.compiled_key)
         if not self._together(run, state.phase == "made"):
             return state.reason or "another rank has no compiled blocks", None
-        call = partial(run.forward, run.arguments)
+        call = partial(run.trial, run.arguments)
         try:
             found = blocks.run(run.case.compiled_key, call)
         except XditdError as fault:
@@ -308,12 +366,22 @@ class ForwardPaths:
         worst = Difference(float("inf"), 1.0)
         if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
             worst = self._differ(found, run.result)
-        if not self._together(run, worst.ratio <= 1.0) and computes_in_halves(self._module):
-            with rounding_noise(self._module):
-                noise = self._differ(call(), run.result).error
+        is_near = worst.ratio <= 1.0
+        is_finite = self._together(run, math.isfinite(worst.error))
+        if not self._together(run, is_near) and is_finite and computes_in_halves(self._module):
+            noise = self._noise(run)
             worst = Difference(worst.error, max(worst.tolerance, min(NOISES * noise, MOST_NOISE)))
         run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
         return ("" if run.case.is_compiled else reason), worst.error
+
+    def _noise(self, run: _Run) -> float:
+        """Return how much roundings alone change a result; 0 if that cannot be measured."""
+        try:
+            with rounding_noise(self._module):
+                noisy = run.trial(run.arguments)
+        except XditdError:
+            return 0.0
+        return self._differ(noisy, run.result).error
 
     def _differ(self, found: Any, expected: Any) -> Difference:
         in_halves = computes_in_halves(self._module)
@@ -366,9 +434,10 @@ class ForwardPaths:
         return agree(ok, self._among) if run.on_all_ranks else ok
 
     def _drop_oldest(self) -> None:
-        captured = [case for case in self._cases.values() if case.graph is not None]
-        for case in captured[:-MAX_CAPTURED]:
-            case.graph, case.runs, case.is_decided = None, 0, False
+        for cases in self._cases.values():
+            captured = [case for case in cases.values() if case.graph is not None]
+            for case in captured[:-MAX_CAPTURED]:
+                case.graph, case.runs, case.is_decided = None, 0, False
 
     def _report(
         self, run: _Run, path: Path, reason: str, error: float | None, took_s: float, memory_bytes: int
@@ -403,13 +472,14 @@ def _bytes_of(arguments: Mapping[str, Any]) -> int:
     return sum(each.nbytes for each in tensors_of(arguments))
 
 
-def _layout_of(arguments: Mapping[str, Any]) -> Hashable:
-    """Return what of the arguments' tensors a graph depends on: those on the GPU by layout, others by their values."""
-    return tuple(
-        (tuple(each.shape), each.stride(), each.dtype, None if each.is_cuda else _bits(each).numpy().tobytes())
-        for each in tensors_of(arguments)
-    )
+def _copy(tree: Any) -> Any:
+    """Return a tree with copies of its tensors; ``None`` if there is no room for them."""
+    try:
+        return map_tensors(tree, torch.clone)
+    except torch.OutOfMemoryError as full:
+        traceback.clear_frames(full.__traceback__)
+        return None
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

@@ -106,15 +106,18 @@ class TorchExecutor:
             self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
         )
         job, exporter = command.job, command.exporter
-        for paths in self._paths():
-            paths.drop_runs()
-        return self._jobs.run(
-            job,
-            lambda: self._io.open(job.io, exporter),
-            lambda size_bytes: self._io.provide(exporter, size_bytes),
-            progress,
-            exporter,
-        )
+        try:
+            return self._jobs.run(
+                job,
+                lambda: self._io.open(job.io, exporter),
+                lambda size_bytes: self._io.provide(exporter, size_bytes),
+                progress,
+                exporter,
+            )
+        except BaseException:
+            for paths in self._paths():  # decided after the next command, whatever it is
+                paths.drop_runs()
+            raise
 
     def tally(self) -> RankTally:
         models, class_models = self._components.models, self._components.class_models
