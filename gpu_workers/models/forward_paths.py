@@ -45,7 +45,8 @@ Forward = Callable[[Mapping[str, Any]], Any]
 Path = Literal["eager", "compiled", "captured", "compiled, captured"]
 
 MAX_CAPTURED: Final = 8
-"""Graphs of one module, of forwards that ranks run together and of others each; the one that was used longest ago goes first."""
+"""Graphs of one module, as many of forwards that ranks run together as of others; the one that was used longest ago
+goes first."""
 
 MAX_CASES: Final = 256
 
