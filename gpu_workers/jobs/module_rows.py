@@ -8,9 +8,12 @@ with a cache that the token plan declares have their tokens split.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import torch
 
 from xditd.gpu_workers.jobs.cached_calls import CachedCalls
 from xditd.gpu_workers.jobs.case_checks import CaseChecks
@@ -39,7 +42,7 @@ from xditd.gpu_workers.parallel.row_trees import (
 from xditd.gpu_workers.parallel.split_choice import prefers_tokens
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.gpu_workers.parallel.token_shares import TokenShares
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, OutOfMemory
 from xditd.ipc.requests import Numerics
 
 Forward = Callable[[Mapping[str, Any]], Any]
@@ -139,12 +142,21 @@ class ModuleRows:
         """Run a forward that this rank computes alone, on its path."""
         if self._method != "forward":
             return self._call(arguments)
-        return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False)
+        return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False, trial=self._try)
 
     def _bare(self, arguments: Mapping[str, Any]) -> Any:
         """Run the module without the checks of ``call``."""
         with use_numerics(self._numerics, self._model.device):
             return self._model.module(**arguments)
+
+    def _try(self, arguments: Mapping[str, Any]) -> Any:
+        """Run a part outside of a job, with the errors of one."""
+        try:
+            with use_numerics(self._numerics, self._model.device):
+                return self._call(arguments)
+        except torch.OutOfMemoryError as full:
+            traceback.clear_frames(full.__traceback__)
+            raise OutOfMemory("the GPU has no room to compare it") from None
 
     def _prefers_tokens(self, parts: Sequence[ModulePart], cases: Mapping[int, Case]) -> bool:
         return all(case.splits_tokens for case in cases.values()) and prefers_tokens(_shares(parts, cases), self._ranks)
@@ -187,9 +199,15 @@ class ModuleRows:
             def bare(given: Mapping[str, Any]) -> Any:
                 return planned.run(lambda: self._bare(given), on, self._shares)
 
+            def trial(given: Mapping[str, Any]) -> Any:
+                def guarded(all_ranks: Ranks) -> Any:
+                    return planned.run(lambda: self._try(given), all_ranks, self._shares)
+
+                return run_split(guarded, ranks, is_guarded=True)
+
             if key is None:
                 return eager(arguments)
-            return self._model.paths.run(key, arguments, eager, bare, on_all_ranks=True)
+            return self._model.paths.run(key, arguments, eager, bare, on_all_ranks=True, trial=trial)
 
         return run_split(run, ranks, is_guarded=is_guarded)
 

@@ -153,6 +153,7 @@ class ClassModel:
 
     def unplug(self) -> None:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
+        self.paths.drop_runs()
         self._without_weights.restore()
         self.owner = None
 
@@ -163,6 +164,8 @@ class ClassModel:
             return CompiledBlocks.of(self.module, self.planned, graphs())
         except Unsupported as error:
             return error.detail
+        except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk
+            return f"the folder of compiled graphs: {error}"
 
     def _plan_tokens(self) -> PlannedModule | str:
         plan = find_plan(self.class_name)

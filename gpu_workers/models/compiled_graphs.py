@@ -128,7 +128,7 @@ class CompiledGraphs:
             self._thread.join()
 
     def _work(self) -> None:
-        prepare()  # while another process compiles the first graphs
+        is_prepared = False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._is_closed)
@@ -136,18 +136,20 @@ class CompiledGraphs:
                     return
                 names, self._pending = self._pending, []
             try:
+                if not is_prepared:
+                    prepare()
+                    is_prepared = True
                 self._make(names)
             except Exception as error:  # no fault of a compiler may end the thread, or reach a forward
                 logger.exception("compiled graphs")
-                self._fail(names, one_line(error))
+                self._fail([name for name in names if self._states[name] is _MAKING], one_line(error))
 
     def _make(self, names: list[str]) -> None:
         """Load graphs; those that are not on disk first have to be compiled."""
         waiting = []
         for name in names:
-            if (self.folder / name / ARTIFACT).exists():
-                self._load(name, time.monotonic(), was_on_disk=True)
-            else:
+            artifact = self.folder / name / ARTIFACT
+            if not artifact.exists() or not self._load(name, time.monotonic(), was_on_disk=True):
                 waiting.append(name)
         while waiting:
             waiting = self._compile(waiting)
@@ -190,19 +192,27 @@ class CompiledGraphs:
         if (self.folder / name / ARTIFACT).exists():
             self._load(name, began)
             return True
-        failed = self.folder / name / FAILED
-        if failed.exists():
-            self._fail([name], failed.read_text()[:MAX_REASON_CHARS])
-            return True
-        return False
-
-    def _load(self, name: str, began: float, *, was_on_disk: bool = False) -> None:
         try:
-            function = load(self.folder / name / ARTIFACT)
+            reason = (self.folder / name / FAILED).read_text(errors="replace")
+        except FileNotFoundError:  # another process that asks for the same graph removes it first
+            return False
+        self._fail([name], reason)
+        return True
+
+    def _load(self, name: str, began: float, *, was_on_disk: bool = False) -> bool:
+        """Load a graph; return whether it is done with. One from before that cannot be read has to be compiled anew."""
+        artifact = self.folder / name / ARTIFACT
+        try:
+            function = load(artifact)
         except Exception as error:  # noqa: BLE001  # whatever a compiler raises
+            if was_on_disk:
+                logger.warning("graph %s is compiled again: %s", name, one_line(error))
+                artifact.unlink(missing_ok=True)
+                return False
             self._fail([name], f"loading: {one_line(error)}")
-            return
+            return True
         self._states[name] = GraphState("made", function, "", time.monotonic() - began, was_on_disk)
+        return True
 
     def _fail(self, names: Sequence[str], reason: str) -> None:
         for name in names:
@@ -211,12 +221,14 @@ class CompiledGraphs:
 
     def _prune(self) -> None:
         """Remove the graphs that were asked for longest ago, if there are too many."""
-        found = [each for each in self.folder.iterdir() if (each / GRAPH).exists() and each.name not in self._states]
-        found.sort(key=lambda each: each.stat().st_mtime)
-        for each in found[: max(0, len(found) + len(self._states) - MAX_ON_DISK)]:
-            for file in each.iterdir():
-                file.unlink(missing_ok=True)
-            each.rmdir()
+        with suppress(OSError):  # another process removes the same ones, or writes to one of them
+            found = [each for each in self.folder.iterdir() if (each / GRAPH).exists()]
+            found = [each for each in found if each.name not in self._states]
+            found.sort(key=lambda each: each.stat().st_mtime)
+            for each in found[: max(0, len(found) + len(self._states) - MAX_ON_DISK)]:
+                for file in each.iterdir():
+                    file.unlink(missing_ok=True)
+                each.rmdir()
 
 
 def _own_folder(folder: Path) -> Path:

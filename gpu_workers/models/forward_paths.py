@@ -6,8 +6,10 @@ at once, and captured again when another process has compiled its blocks (``path
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ import torch
 
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.path_choice import Choice, Forward, ForwardCase, LastRun, PathChooser, bits_of
-from xditd.gpu_workers.models.split_checks import CaseKey
+from xditd.gpu_workers.models.split_checks import CaseKey, ModuleSnapshot
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
 from xditd.ipc import limits
@@ -27,7 +29,8 @@ from xditd.ipc.status import ForwardPath
 logger = logging.getLogger(__name__)
 
 MAX_CAPTURED: Final = 8
-"""Graphs of one module; the one that was used longest ago goes first."""
+"""Graphs of one module, as many of forwards that ranks run together as of others; the one that was used longest ago
+goes first."""
 
 MAX_CASES: Final = 256
 
@@ -36,6 +39,9 @@ MAX_INPUT_BYTES: Final = 2**30
 
 RUNS_BEFORE: Final = 2
 """Eager runs of a case before it is decided; with other weights of the same class one is enough."""
+
+MAX_RUNS_BEFORE: Final = 4
+"""A case stays eager if so many runs could not be compared: each changed the module, or had no room for copies."""
 
 MAX_VALUES: Final = 4
 """Decided cases that differ in numbers and texts alone. A caller that passes another number in every call, such as the
@@ -75,12 +81,14 @@ class ForwardPaths:
         self._class_name = class_name
         self._device = device
         self._is_leader = is_leader
+        self._module = module
         self._chooser = PathChooser(module, device, mode, among, blocks)
-        self._cases: dict[_Key, ForwardCase] = {}
-        self._known: dict[CaseKey, None] = {}
-        """Cases that were decided with some weights."""
-        self._runs: dict[int, LastRun] = {}
-        """The last runs of cases that are not decided, by the id of the case."""
+        # Those that all ranks run together apart from others: a rank that runs others has the same of these.
+        self._cases: dict[bool, dict[_Key, ForwardCase]] = {True: {}, False: {}}
+        self._known: dict[bool, dict[CaseKey, None]] = {True: {}, False: {}}
+        """Cases that were due to be decided with some weights."""
+        self._due: dict[int, tuple[ForwardCase, LastRun | None]] = {}
+        """Cases that are due to be decided, by id, each with its last run, if that can be compared on this rank."""
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
         self._new: list[ForwardPath] = []
@@ -99,45 +107,59 @@ class ForwardPaths:
         if known is None or known.tensors is not tensors:
             known = self._lent[owner] = _Lent(tensors)
         self._current = known
-        self._runs.clear()
+        self._due.clear()
         self._forget_gone()
 
     def run(
-        self, key: CaseKey, arguments: Mapping[str, Any], eager: Forward, bare: Forward, *, on_all_ranks: bool
+        self,
+        key: CaseKey,
+        arguments: Mapping[str, Any],
+        eager: Forward,
+        bare: Forward,
+        *,
+        on_all_ranks: bool,
+        trial: Forward | None = None,
     ) -> Any:
         """Run a forward: ``eager(arguments)``, or on another path ``bare``, which does the same without any checks.
 
-        ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors.
+        ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors. ``trial`` is
+        ``bare`` with what it needs to raise on all ranks, or on none.
         """
         if not self.is_on:
             return eager(arguments)
         assert self._current is not None
-        layout = _layout_of(arguments)
+        layout = self._layout_of(arguments)
         case = self._find((self._current, key, on_all_ranks, layout))
         if case.graph is not None:
             result = case.graph.run(arguments)
             if case.awaits_blocks:
                 weights = self._current.tensors
-                self._runs[id(case)] = LastRun(case, bare, case.graph.arguments, result, weights, on_all_ranks)
+                last = LastRun(case, bare, trial or bare, case.graph.arguments, result, weights)
+                self._due[id(case)] = case, last
             return result
         if case.is_compiled:
             return self._chooser.run_compiled(case, lambda: eager(arguments))
         case.runs += 1
-        is_due = case.runs >= (1 if key in self._known else RUNS_BEFORE)
-        if case.is_decided or not is_due or not self._has_few(key) or _bytes_of(arguments) > MAX_INPUT_BYTES:
+        is_due = case.runs >= (1 if key in self._known[on_all_ranks] else RUNS_BEFORE)
+        has_few = self._has_few(key, on_all_ranks=on_all_ranks)
+        if case.is_decided or not is_due or not has_few or _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
-        return self._run_to_decide(case, key, arguments, eager, bare, on_all_ranks=on_all_ranks)
+        self._note_known(key, on_all_ranks=on_all_ranks)
+        return self._run_to_decide(case, arguments, eager, bare, trial or bare)
 
     def drop_runs(self) -> None:
         """Decide nothing by the runs since the last ``decide``: ranks that failed in them may have other ones."""
-        self._runs.clear()
+        self._due.clear()
 
     @torch.no_grad()
     def decide(self) -> None:
         """Decide the cases that have run often enough. All ranks call this after the same jobs."""
         self._forget_gone()
-        runs, self._runs = self._runs, {}
-        for run in runs.values():
+        due, self._due = self._due, {}
+        for case, run in due.values():
+            if not self._chooser.agree(case, run is not None) or run is None:
+                case.is_decided = case.runs >= MAX_RUNS_BEFORE
+                continue
             began_s = time.perf_counter()
             choice = self._chooser.choose(run)
             self._drop_oldest()
@@ -152,17 +174,14 @@ class ForwardPaths:
         return tuple(reports)
 
     def _run_to_decide(
-        self,
-        case: ForwardCase,
-        key: CaseKey,
-        arguments: Mapping[str, Any],
-        eager: Forward,
-        bare: Forward,
-        *,
-        on_all_ranks: bool,
+        self, case: ForwardCase, arguments: Mapping[str, Any], eager: Forward, bare: Forward, trial: Forward
     ) -> Any:
         assert self._current is not None
-        copied = map_tensors(arguments, torch.clone)
+        self._due[id(case)] = case, None
+        copied = _copy(arguments)
+        if copied is None:
+            return eager(arguments)
+        snapshot = ModuleSnapshot(self._module)
         call = partial(eager, arguments)
         events = None
         if self._device.type == "cuda":
@@ -178,45 +197,71 @@ class ForwardPaths:
         host_s = time.perf_counter() - began_s
         if events is not None:
             events[1].record()
-        kept = map_tensors(result, torch.clone) if structure_of(result, 0) is not None else None
-        self._runs[id(case)] = LastRun(case, bare, copied, kept, self._current.tensors, on_all_ranks, host_s, events)
-        self._known.pop(key, None)
-        self._known[key] = None
-        while len(self._known) > MAX_CASES:
-            del self._known[next(iter(self._known))]
+        holds_objects = structure_of(result, 0) is None
+        kept = None if holds_objects else _copy(result)
+        # Of a forward that changes the module, further runs would change what later calls give.
+        if (holds_objects or kept is not None) and snapshot.is_same:
+            last = LastRun(case, bare, trial, copied, kept, self._current.tensors, host_s, events)
+            self._due[id(case)] = case, last
         return result
 
-    def _has_few(self, key: CaseKey) -> bool:
-        return key in self._known or sum(each.tensors == key.tensors for each in self._known) < MAX_VALUES
+    def _has_few(self, key: CaseKey, *, on_all_ranks: bool) -> bool:
+        known = self._known[on_all_ranks]
+        return key in known or sum(each.tensors == key.tensors for each in known) < MAX_VALUES
+
+    def _note_known(self, key: CaseKey, *, on_all_ranks: bool) -> None:
+        known = self._known[on_all_ranks]
+        known.pop(key, None)
+        known[key] = None
+        while len(known) > MAX_CASES:
+            del known[next(iter(known))]
 
     def _find(self, key: _Key) -> ForwardCase:
-        found = self._cases.pop(key, None) or ForwardCase(key[1:])
-        self._cases[key] = found
-        while len(self._cases) > MAX_CASES:
-            del self._cases[next(iter(self._cases))]
+        cases = self._cases[key[2]]
+        found = cases.pop(key, None) or ForwardCase(key[1:], key[2])
+        cases[key] = found
+        while len(cases) > MAX_CASES:
+            del cases[next(iter(cases))]
         return found
+
+    def _layout_of(self, arguments: Mapping[str, Any]) -> Hashable:
+        """Return what a forward depends on besides the contents of tensors on its device: their layout, and others.
+
+        Of others a digest: a key that held large ones would be kept.
+        """
+        return tuple(
+            (tuple(each.shape), each.stride(), each.dtype, each.device, self._contents_of(each))
+            for each in tensors_of(arguments)
+        )
+
+    def _contents_of(self, tensor: torch.Tensor) -> bytes | None:
+        if tensor.device.type == self._device.type:
+            return None
+        return hashlib.blake2b(bits_of(tensor).cpu().numpy().tobytes(), digest_size=16).digest()
 
     def _forget_gone(self) -> None:
         """Free the graphs of weights that are unmapped, or were lent anew."""
         known = set(map(id, self._lent.values()))
         for owner in [owner for owner, lent in self._lent.items() if not lent.tensors]:
             known.discard(id(self._lent.pop(owner)))
-        for key in [key for key in self._cases if id(key[0]) not in known]:
-            del self._cases[key]
+        for cases in self._cases.values():
+            for key in [key for key in cases if id(key[0]) not in known]:
+                del cases[key]
 
     def _drop_oldest(self) -> None:
         """Free the graphs that were used longest ago; their cases are decided again when they run."""
-        captured = [case for case in self._cases.values() if case.graph is not None]
-        for case in captured[:-MAX_CAPTURED]:
-            case.graph, case.runs, case.is_decided = None, 0, False
+        for cases in self._cases.values():
+            captured = [case for case in cases.values() if case.graph is not None]
+            for case in captured[:-MAX_CAPTURED]:
+                case.graph, case.runs, case.is_decided = None, 0, False
 
     def _report(self, run: LastRun, choice: Choice, took_s: float) -> None:
-        if not self._is_leader and run.on_all_ranks:
+        if not self._is_leader and run.case.on_all_ranks:
             return
         shapes = [f"{list(each.shape)}" for each in tensors_of(run.arguments)]
         found = ForwardPath(
             class_name=self._class_name,
-            split="tokens" if run.on_all_ranks else "whole",
+            split="tokens" if run.case.on_all_ranks else "whole",
             shapes=", ".join(shapes)[:500],
             path=run.case.path,
             error=None if choice.error is None else min(choice.error, MAX_RELATIVE_ERROR),
@@ -236,9 +281,10 @@ def _bytes_of(arguments: Mapping[str, Any]) -> int:
     return sum(each.nbytes for each in tensors_of(arguments))
 
 
-def _layout_of(arguments: Mapping[str, Any]) -> Hashable:
-    """Return what of the arguments' tensors a graph depends on: those on the GPU by layout, others by their values."""
-    return tuple(
-        (tuple(each.shape), each.stride(), each.dtype, None if each.is_cuda else bits_of(each).numpy().tobytes())
-        for each in tensors_of(arguments)
-    )
+def _copy(tree: Any) -> Any:
+    """Return a tree with copies of its tensors; ``None`` if there is no room for them."""
+    try:
+        return map_tensors(tree, torch.clone)
+    except torch.OutOfMemoryError as full:
+        traceback.clear_frames(full.__traceback__)
+        return None

@@ -6,6 +6,8 @@ what roundings alone change.
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,8 @@ class ForwardCase:
 
     compiled_key: Hashable
     """The key of its graphs of blocks, which other weights share."""
+    on_all_ranks: bool
+    """Whether ranks run it together."""
     runs: int = 0
     is_decided: bool = False
     awaits_blocks: bool = False
@@ -68,10 +72,11 @@ class LastRun:
 
     case: ForwardCase
     forward: Forward
+    trial: Forward
+    """The same, where it is not known to work: a rank that fails does not make others wait."""
     arguments: Mapping[str, Any]
     result: Any
     weights: Mapping[str, torch.Tensor]
-    on_all_ranks: bool
     host_s: float = 0.0
     """How long the host needed to launch its kernels."""
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -128,10 +133,12 @@ class PathChooser:
         """
         try:
             return self._choose(run)
-        except torch.OutOfMemoryError:
-            if run.on_all_ranks:
+        except torch.OutOfMemoryError as full:
+            if run.case.on_all_ranks:
                 raise
-        torch.cuda.empty_cache()
+            traceback.clear_frames(full.__traceback__)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         run.case.stay_eager()
         return Choice("there is no memory to compare it")
 
@@ -143,8 +150,9 @@ class PathChooser:
         reason, error = "", None
         if self.compiles:
             blocks = self.find_blocks()
-            if isinstance(blocks, str):
-                reason, case.awaits_blocks = blocks, False
+            if not self._together(run, isinstance(blocks, CompiledBlocks)) or isinstance(blocks, str):
+                reason = blocks if isinstance(blocks, str) else "another rank has no blocks to compile"
+                case.awaits_blocks = False
             elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
                 case.awaits_blocks = False
                 reason, error = self._try_compiled(run, blocks)
@@ -152,9 +160,12 @@ class PathChooser:
         if not self.captures or not case.may_capture or (case.graph is not None and not case.is_compiled):
             return Choice(reason, error)
         expected = run.result
-        if case.is_compiled:
-            expected = self.run_compiled(case, partial(run.forward, run.arguments))
-        case.graph, why = self._capture(run, expected)
+        try:
+            if case.is_compiled:
+                expected = self.run_compiled(case, partial(run.trial, run.arguments))
+            case.graph, why = self._capture(run, expected)
+        except XditdError as fault:
+            case.graph, why = None, fault.detail
         case.may_capture = case.graph is not None
         return Choice(reason or why, error, 0 if case.graph is None else case.graph.memory_bytes)
 
@@ -163,7 +174,7 @@ class PathChooser:
         state = blocks.state(run.case.compiled_key)
         if not self._together(run, state.phase == "made"):
             return state.reason or "another rank has no compiled blocks", None
-        call = partial(run.forward, run.arguments)
+        call = partial(run.trial, run.arguments)
         try:
             found = blocks.run(run.case.compiled_key, call)
         except XditdError as fault:
@@ -173,12 +184,21 @@ class PathChooser:
         worst = Difference(float("inf"), 1.0)
         if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
             worst = self._difference_of(found, run.result)
-        if not self._together(run, worst.ratio <= 1.0) and computes_in_halves(self._module):
-            with rounding_noise(self._module):
-                noise = self._difference_of(call(), run.result).error
-            worst = worst.with_noise(noise)
+        is_near = worst.ratio <= 1.0
+        is_finite = self._together(run, math.isfinite(worst.error))
+        if not self._together(run, is_near) and is_finite and computes_in_halves(self._module):
+            worst = worst.with_noise(self._noise(run))
         run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
         return ("" if run.case.is_compiled else reason), worst.error
+
+    def _noise(self, run: LastRun) -> float:
+        """Return how much roundings alone change a result; 0 if that cannot be measured."""
+        try:
+            with rounding_noise(self._module):
+                noisy = run.trial(run.arguments)
+        except XditdError:
+            return 0.0
+        return self._difference_of(noisy, run.result).error
 
     def _difference_of(self, found: Any, expected: Any) -> Difference:
         return largest_difference(found, expected, in_halves=computes_in_halves(self._module))
@@ -223,9 +243,13 @@ class PathChooser:
 
     def _together(self, run: LastRun, ok: bool) -> bool:
         """Whether it is so, on all ranks that run such a forward together."""
-        return agree(ok, self._among) if run.on_all_ranks else ok
+        return self.agree(run.case, ok)
+
+    def agree(self, case: ForwardCase, ok: bool) -> bool:
+        """Whether it is so, on all ranks that run the case together."""
+        return agree(ok, self._among) if case.on_all_ranks else ok
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a tensor, which compare equal only if the tensors have the same bits."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

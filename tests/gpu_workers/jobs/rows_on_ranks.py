@@ -5,7 +5,10 @@ python rows_on_ranks.py FOLDER RANKS DEVICE, where DEVICE is cpu or cuda
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.models import forward_paths
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
@@ -24,6 +28,9 @@ from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, To
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
+
+LIMIT_S = 50.0
+"""For one scenario."""
 
 
 @dataclass
@@ -303,35 +310,37 @@ def tokens_that_the_plan_cannot_split(on: Ranks) -> None:
         assert "other results" in on.last_check().detail
 
 
+class Wrong(Attending):
+    def __init__(self, on: Ranks) -> None:
+        super().__init__()
+        self.rank, self.ranks = on.rank, on.ranks
+        self.shortens = False
+        self.refuses = False
+        self.late: list[Exception] = []
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        last = 17 // self.ranks  # how many tokens of 17 the last rank has, and it alone
+        if self.shortens:
+            x = x[:, :last]
+        if self.refuses and x.shape[1] == last:
+            raise BadRequest("the class refused")
+        found = super().forward(x, text)
+        if self.late and self.rank == 1:
+            raise self.late.pop()
+        return found
+
+
 def faults_of_one_rank(on: Ranks) -> None:
     """What is wrong on some ranks alone, while the others are about to meet in a collective or have ended."""
-
-    class Wrong(Attending):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shortens = False
-            self.refuses = False
-            self.late: list[Exception] = []
-
-        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-            last = 17 // on.ranks  # how many tokens of 17 the last rank has, and it alone
-            if self.shortens:
-                x = x[:, :last]
-            if self.refuses and x.shape[1] == last:
-                raise BadRequest("the class refused")
-            found = super().forward(x, text)
-            if self.late and on.rank == 1:
-                raise self.late.pop()
-            return found
-
+    torch.manual_seed(0)
     arguments = {"x": numbers(1, 17, 8), "text": numbers(1, 5, 8)}
     for name in ("shortens", "refuses"):
-        on.use(Wrong(), PLAN)
+        on.use(Wrong(on), PLAN)
         setattr(on.module, name, True)
         on.run_checked(arguments, calls=1)
         if on.rank == 0:
             assert not on.last_check().is_used
-    on.use(Wrong(), PLAN)
+    on.use(Wrong(on), PLAN)
     on.run_checked(arguments, calls=on.ranks)
     on.module.late.append(PlanFault("not as declared"))
     found = on.run(arguments)
@@ -340,6 +349,51 @@ def faults_of_one_rank(on: Ranks) -> None:
     if on.rank == 0:
         check_same(found[0], on.module(**arguments))
         assert "another worker" in on.last_check().detail
+
+
+def ways_that_ranks_choose_together(on: Ranks) -> None:
+    """Ranks decide the same forwards, whatever each has run alone, and whatever one of them lacks."""
+    torch.manual_seed(0)
+    on.use(Attending(), PLAN, acceleration="compiled")
+    text = numbers(1, 5, 8)
+    parts = [{"x": numbers(1, 16 + 4 * number, 8), "text": text} for number in range(on.ranks)]
+    for _ in range(4):  # each rank runs another part alone
+        on.run(*parts)
+        on.model.paths.decide()
+    for part in parts:  # all ranks run it together
+        for _ in range(3):
+            (found,) = on.run(part)
+            assert on.count_all() == on.ranks
+            on.model.paths.decide()
+            if on.rank == 0:
+                check_same(found, on.module(**part))
+    if on.rank == 0:
+        reports = on.model.paths.take_reports()
+        assert [each.split for each in reports] == ["whole", *["tokens"] * on.ranks], reports
+
+    # A fault at the end, where the others have a result to decide by.
+    on.use(Wrong(on), PLAN, acceleration="compiled")
+    on.run(parts[0])
+    on.run(parts[0])
+    on.module.late.append(PlanFault("not as declared"))
+    on.run(parts[0])
+    on.module.late.clear()
+    on.model.paths.decide()
+    on.run(parts[0])
+
+    # One rank has no room for copies, which is found before it can fail.
+    on.use(Attending(), PLAN, acceleration="compiled")
+    copy = forward_paths._copy
+    if on.rank == 1:
+        forward_paths._copy = lambda _: None
+    for _ in range(6):
+        (found,) = on.run(parts[0])
+        on.model.paths.decide()
+        if on.rank == 0:
+            check_same(found, on.module(**parts[0]))
+    forward_paths._copy = copy
+    if on.rank == 0:
+        assert on.model.paths.take_reports() == ()
 
 
 def rows_without_room_when_they_are_checked(on: Ranks) -> None:
@@ -450,12 +504,20 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         tokens_of_every_row,
         tokens_that_the_plan_cannot_split,
         faults_of_one_rank,
+        ways_that_ranks_choose_together,
         rows_without_room_when_they_are_checked,
         roundings_that_a_model_makes_much_of,
         forwards_that_are_captured,
     ):
-        with torch.no_grad(), device:
-            scenario(Ranks(rank, ranks, device))
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # where a rank waits for another one
+        try:
+            with torch.no_grad(), device:
+                scenario(Ranks(rank, ranks, device))
+        except Exception:  # noqa: BLE001 - at once: communicators that are closed wait for the other ranks
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        faulthandler.cancel_dump_traceback_later()
         print(f"rank {rank}: {scenario.__name__}\n", end="", flush=True)  # one write: ranks share the pipe
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
-SCENARIOS = 13
+SCENARIOS = 14
 
 
 @pytest.mark.slow
