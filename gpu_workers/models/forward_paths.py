@@ -43,6 +43,10 @@ RUNS_BEFORE: Final = 2
 MAX_RUNS_BEFORE: Final = 4
 """A case stays eager if so many runs could not be compared: each changed the module, or had no room for copies."""
 
+RUNS_AFTER_LOSS: Final = 8
+"""Eager runs of a case whose graph made room for another one, before it is captured again: with more sizes in turn than
+graphs, each call would be captured."""
+
 MAX_VALUES: Final = 4
 """Decided cases that differ in numbers and texts alone. A caller that passes another number in every call, such as the
 time of a step, would have a graph for each."""
@@ -253,7 +257,7 @@ class ForwardPaths:
         for cases in self._cases.values():
             captured = [case for case in cases.values() if case.graph is not None]
             for case in captured[:-MAX_CAPTURED]:
-                case.graph, case.runs, case.is_decided = None, 0, False
+                case.graph, case.runs, case.is_decided = None, -RUNS_AFTER_LOSS, False
 
     def _report(self, run: LastRun, choice: Choice, took_s: float) -> None:
         if not self._is_leader and run.case.on_all_ranks:

@@ -143,8 +143,11 @@ class TorchExecutor:
 
     def after_answer(self) -> None:
         """Choose the paths of the forwards that have run, and measure the GPU's memory in use for the next tally."""
-        for paths in self._paths():
-            paths.decide()
+        try:
+            for paths in self._paths():
+                paths.decide()
+        except XditdError as error:  # the command has been answered: no client gets this
+            raise Internal(f"rank {self.facts.rank}: a forward could not be compared: {error.detail}") from error
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)

@@ -496,6 +496,63 @@ def test_closing_ends_the_compiler(tmp_path: Path) -> None:
     assert graphs.find("later") is None
 
 
+def loaded(graphs: CompiledGraphs, *names: str) -> list[str]:
+    """Ask for graphs; return how far each is in the end."""
+    graphs.make(dict.fromkeys(names, b"{}"))
+    end = time.monotonic() + 60
+    while any(graphs.find(each).phase == "making" for each in names):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    graphs.close()
+    return [graphs.find(each).phase for each in names]
+
+
+def test_a_graph_on_disk_that_cannot_be_read_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_anew(graphs: CompiledGraphs, names: list[str]) -> list[str]:
+        for name in names:
+            assert not (graphs.folder / name / "artifact").exists()
+            (graphs.folder / name / "artifact").write_text("whole")
+            graphs._finish(name, 0.0)
+        return []
+
+    def load(path: Path) -> Callable:
+        if path.read_text() != "whole":
+            raise ValueError("truncated")
+        return fail
+
+    monkeypatch.setattr(compiled_graphs, "prepare", lambda: None)
+    monkeypatch.setattr(compiled_graphs, "load", load)
+    monkeypatch.setattr(CompiledGraphs, "_compile", compile_anew)
+    graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
+    for name, content in (("good", "whole"), ("bad", "who")):
+        (graphs.folder / name).mkdir()
+        (graphs.folder / name / "artifact").write_text(content)
+    assert loaded(graphs, "good", "bad") == ["made", "made"]
+
+
+def test_what_goes_wrong_beside_graphs_leaves_them_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another daemon removes old graphs, too."""
+    monkeypatch.setattr(compiled_graphs, "prepare", lambda: None)
+    monkeypatch.setattr(compiled_graphs, "load", lambda _: fail)
+    monkeypatch.setattr(compiled_graphs, "MAX_ON_DISK", 1)
+    graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
+    for name in ("used", "old"):
+        (graphs.folder / name).mkdir()
+        (graphs.folder / name / "artifact").touch()
+    (graphs.folder / "old" / "graph.json").touch()
+    (graphs.folder / "old" / "folder").mkdir()  # which cannot be removed as a file
+    assert loaded(graphs, "used") == ["made"]
+
+
+def test_a_compiler_that_cannot_be_imported_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(compiled_graphs, "prepare", missing)
+    graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
+    assert loaded(graphs, "any") == ["failed"]
+
+
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     with pytest.raises(Unsupported, match="0700"):
