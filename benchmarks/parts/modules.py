@@ -283,7 +283,7 @@ def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceler
         model(**arguments)
         new = [each for each in client.status().forward_paths if each not in known]  # the status has the newest alone
         is_done = new and (new[-1].detail or acceleration == "captured" or "compiled" in new[-1].path)
-        if acceleration == "eager" or is_done or model_is_on_cpu(model, acceleration):
+        if acceleration == "eager" or is_done or has_no_choice(model, acceleration):
             break
     took_s = time.perf_counter() - began
     for _ in range(2):  # kernels are chosen in the first calls
@@ -322,7 +322,7 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def model_is_on_cpu(model: torch.nn.Module, acceleration: Acceleration) -> bool:
+def has_no_choice(model: torch.nn.Module, acceleration: Acceleration) -> bool:
     """Return whether there is nothing to wait for: on the CPU, models are eager unless they are to be compiled."""
     return next(model.parameters()).device.type == "cpu" and acceleration != "compiled"
 
