@@ -20,10 +20,7 @@ from xditd.gpu_workers.jobs.case_checks import CaseChecks
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.split_runs import run_split
 from xditd.gpu_workers.models.class_models import ClassModel
-from xditd.gpu_workers.models.split_checks import (
-    Case,
-    CaseKey,
-)
+from xditd.gpu_workers.models.split_checks import Case, CaseKey
 from xditd.gpu_workers.models.token_plans import PlanFault
 from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_gather import Piece, Share, Transfer, assign
@@ -127,9 +124,10 @@ class ModuleRows:
 
     def _run_alone(self, part: ModulePart) -> Any:
         """Run a part on the only rank."""
-        if part.on_all_ranks or not self._model.paths.is_on:
+        if part.on_all_ranks or not self._model.paths.is_on or self._method != "forward":
             return self._call(part.arguments)
-        return self._run_path(part.arguments, self._key(part.arguments, has_cache=False))
+        # A batch of 0: no rows are split, so nothing has to wait for the device to know which of them are alike.
+        return self._run_path(part.arguments, CaseKey.of(self._method, self._numerics, part.arguments, 0))
 
     def _run_whole(self, part: ModulePart, key: CaseKey) -> Any:
         """Run a part on every rank."""

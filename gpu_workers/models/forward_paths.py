@@ -145,8 +145,9 @@ class ForwardPaths:
             return self._chooser.run_compiled(case, lambda: eager(arguments))
         case.runs += 1
         is_due = case.runs >= (1 if key in self._known[on_all_ranks] else RUNS_BEFORE)
-        has_few = self._has_few(key, on_all_ranks=on_all_ranks)
-        if case.is_decided or not is_due or not has_few or _bytes_of(arguments) > MAX_INPUT_BYTES:
+        if case.is_decided or not is_due or not self._has_few(key, on_all_ranks=on_all_ranks):
+            return eager(arguments)
+        if _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
         self._note_known(key, on_all_ranks=on_all_ranks)
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
