@@ -10,7 +10,8 @@ turns. Prints the medians of one call in ms and their ratio, the time to lend, t
 the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
 for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
 had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
-turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on.
+turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on. With ``--profile``
+each rank's kernels of one call are summed up, with the share of its time in which none runs (``gaps``).
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -23,11 +24,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from kernel_profile import KernelRecorder, summarise
 from machine import gpu_memory_by_process
 from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, synchronize
 
@@ -40,6 +42,7 @@ Arguments = dict[str, Any]
 SEED = 0
 SETTLES_WITHIN_S = 240.0
 SWAPS, CALLS_A_TURN = 10, 4
+PROFILED_CALLS = 3
 
 
 class Subjects:
@@ -148,6 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--acceleration", nargs="+", default=["auto"], choices=get_args(Acceleration), help="one after the other"
     )
     parser.add_argument("--swap", action="store_true", help="two models of each class in turns: twice the memory")
+    parser.add_argument("--profile", action="store_true", help="sum up the kernels of a call; needs GPUs")
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each, in turns; 3 of wan")
     add_ranks(parser)
     add_device(parser)
@@ -157,16 +161,19 @@ def run(given: argparse.Namespace, report: Report) -> int:
     with tempfile.TemporaryDirectory(prefix="xditd-modules-") as folder:
         for ranks in given.ranks:
             need_gpus("modules", ranks, given.device)
-            daemon = DaemonProcess(Path(folder, f"daemon{ranks}.log"), ranks, given.device)
+            recorder = KernelRecorder(Path(tempfile.mkdtemp(dir=folder)))
+            with recorder.in_path() if given.profile else nullcontext():
+                daemon = DaemonProcess(Path(folder, f"daemon{ranks}.log"), ranks, given.device)
             client = None
             try:
                 client = daemon.connect()
                 client.wait_ready(300.0)
                 found = {}
                 for name in given.models:
-                    for acceleration, each in measure(name, given, client).items():
+                    for acceleration, each in measure(name, given, client, recorder).items():
                         found[name, acceleration] = each
                         report.add(**{f"{name}, {acceleration}, {ranks} workers": each})
+                    print_profiles({names: each.pop("profile", {}) for names, each in found.items()})
                 rows = [(*names, *map(str, each.values())) for names, each in found.items()]
                 print_table(f"{ranks} workers", [("model", "acceleration", *next(iter(found.values()))), *rows])
             finally:
@@ -206,7 +213,9 @@ def build(
 
 
 @torch.no_grad()
-def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, dict[str, Any]]:
+def measure(
+    name: str, given: argparse.Namespace, client: Client, recorder: KernelRecorder
+) -> dict[str, dict[str, Any]]:
     """Time calls of one model here and in the workers, in turns; by acceleration."""
     device = torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -215,7 +224,8 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, d
     arguments = make()
     calls = min(given.calls, 3) if name == "wan" else given.calls
     model(**arguments)  # a class may make tables in its first forward: the module would be lent again
-    found = {each: measure_with(each, model, arguments, calls, client) for each in given.acceleration}
+    profiler = recorder if given.profile else None
+    found = {each: measure_with(each, model, arguments, calls, client, profiler) for each in given.acceleration}
     if given.swap:
         other = build(class_name, config, device, dtype, seed=SEED + 1)
         other(**arguments)
@@ -229,7 +239,12 @@ def measure(name: str, given: argparse.Namespace, client: Client) -> dict[str, d
 
 
 def measure_with(
-    acceleration: Acceleration, model: torch.nn.Module, arguments: Arguments, calls: int, client: Client
+    acceleration: Acceleration,
+    model: torch.nn.Module,
+    arguments: Arguments,
+    calls: int,
+    client: Client,
+    recorder: KernelRecorder | None,
 ) -> dict[str, Any]:
     device = next(model.parameters()).device
     here_ms: list[float] = []
@@ -254,6 +269,10 @@ def measure_with(
                 synchronize(device)
                 into.append((time.perf_counter() - began) * 1e3)
         busiest_s = max(processor_s(pid) - before_s for pid, before_s in host_s.items())
+        profiles = {}
+        if recorder is not None:
+            recorded = recorder.record(workers, lambda: (model(**arguments), synchronize(device)), PROFILED_CALLS)
+            profiles = {f"rank {number}": summarise(recorded[pid]) for number, pid in enumerate(sorted(recorded))}
     status, class_name = client.status(), type(model).__name__
     here, there = (first_tensor(result).float() for result in results)
     paths = [each for each in status.forward_paths if each.class_name == class_name]
@@ -272,6 +291,7 @@ def measure_with(
         "error": round(float((there - here).norm() / here.norm()), 7),
         "split": ", ".join(split_of(each) for each in status.split_checks[-1:] if each.class_name == class_name),
         "path": path_of(paths[-1]) if paths and acceleration != "eager" else "eager",
+        **({"profile": profiles} if profiles else {}),
     }
 
 
@@ -314,6 +334,15 @@ def swap(
     stays_ms = statistics.median(turn[-1] for turn in turns)
     calls = zip(*turns[2:], strict=True)
     return {f"call {number}": round(statistics.median(each) / stays_ms, 3) for number, each in enumerate(calls, 1)}
+
+
+def print_profiles(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    for (name, acceleration), profiles in found.items():
+        for rank, each in profiles.items():
+            kinds = ", ".join(f"{kind} {took:.1f} ms" for kind, took in each["kinds_ms"].items())
+            about = f"{each['length_ms']} ms, gaps {each['gaps']:.1%}, {each['kernels']} kernels: {kinds}"
+            rows = [(f"{took:.2f} ms", str(count), kernel) for took, count, kernel in each["top"]]
+            print_table(f"{name}, {acceleration}, {rank}: {about}", rows)
 
 
 def processor_s(pid: int) -> float:

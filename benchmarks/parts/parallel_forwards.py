@@ -5,8 +5,9 @@
     python benchmarks/run.py parallel_forwards --device cpu --small --workers 2
 
 The models and arguments are those of the part ``modules``, which times the same calls through ``accelerate``. Weights
-are random, made on each GPU. Both split tokens by Ulysses. Prints the median of one forward in ms, or why there is
-none: not every class has a plan in diffusers, or a wrapper in xfuser.
+are random, made on each GPU. Both split tokens by Ulysses; on one GPU diffusers runs the class alone. Prints the median of one forward
+in ms, with ``--compiled`` also after ``compile_repeated_blocks``, or why there is none: not every class has a plan in
+diffusers, or a wrapper in xfuser.
 
 Needs: as many GPUs as --workers; --device cpu --small is a dry run (diffusers' parallelism needs GPUs)
 """
@@ -42,6 +43,7 @@ WRAPPERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--with", dest="runner", default="diffusers", choices=tuple(STARTS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--compiled", action="store_true", help="time compiled blocks, too")
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each; 3 of wan")
     add_ranks(parser)
     add_device(parser)
@@ -52,8 +54,11 @@ def run(given: argparse.Namespace, report: Report) -> int:
         need_gpus("parallel_forwards", ranks, given.device)
         found = run_on_ranks(time_models, ranks, given)[0]
         report.add(**{f"{given.runner}, {ranks} GPUs": found})
-        rows = [(name, str(each.get("median_ms", "-")), each.get("fault", "")) for name, each in found.items()]
-        print_table(f"{given.runner} on {ranks} GPUs", [("model", "ms", ""), *rows])
+        rows = [
+            (name, *(str(each.get(key, "-")) for key in ("median_ms", "compiled_ms", "compile_s")), each.get("fault", ""))
+            for name, each in found.items()
+        ]
+        print_table(f"{given.runner} on {ranks} GPUs", [("model", "ms", "compiled ms", "made in s", ""), *rows])
     return 0
 
 
@@ -87,7 +92,8 @@ def start_diffusers(rank: int, ranks: int, store: str, device: torch.device) -> 
 
     def make(class_name: str, config: Arguments, dtype: torch.dtype) -> torch.nn.Module:
         model: Any = build(class_name, config, device, dtype)
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+        if ranks > 1:
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
         return model
 
     return make
@@ -109,6 +115,20 @@ def start_xfuser(rank: int, ranks: int, store: str, device: torch.device) -> Mak
 STARTS = {"diffusers": start_diffusers, "xfuser": start_xfuser}
 
 
+def median_ms(
+    model: torch.nn.Module, arguments: Arguments, name: str, device: torch.device, given: argparse.Namespace
+) -> float:
+    times_ms = []
+    for _ in range(WARM_UP + (min(given.calls, 3) if name == "wan" else given.calls)):
+        synchronize(device)
+        dist.barrier()
+        began = time.perf_counter()
+        model(**arguments, return_dict=False)  # diffusers cannot gather results in its output classes
+        synchronize(device)
+        times_ms.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times_ms[WARM_UP:])
+
+
 @torch.no_grad()
 def time_model(make: Make, name: str, ranks: int, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
     """Return the median of one forward, or the first line of the error of a model that does not run."""
@@ -119,15 +139,15 @@ def time_model(make: Make, name: str, ranks: int, device: torch.device, given: a
         model = make(class_name, config, dtype)
         torch.manual_seed(0)
         arguments = make_arguments()  # the same on every rank
-        times_ms = []
-        for _ in range(WARM_UP + (min(given.calls, 3) if name == "wan" else given.calls)):
-            synchronize(device)
-            dist.barrier()
+        found["median_ms"] = round(median_ms(model, arguments, name, device, given), 1)
+        if given.compiled:
             began = time.perf_counter()
-            model(**arguments, return_dict=False)  # diffusers cannot gather results in its output classes
+            torch.compiler.reset()
+            model.compile_repeated_blocks(fullgraph=False)
+            model(**arguments, return_dict=False)
             synchronize(device)
-            times_ms.append((time.perf_counter() - began) * 1e3)
-        found["median_ms"] = round(statistics.median(times_ms[WARM_UP:]), 1)
+            found["compile_s"] = round(time.perf_counter() - began, 1)
+            found["compiled_ms"] = round(median_ms(model, arguments, name, device, given), 1)
     # Anything: the libraries have no plan, want counts that divide, or lack a part. All ranks fail alike.
     except Exception as error:  # noqa: BLE001
         found["fault"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
