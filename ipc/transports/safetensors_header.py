@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.file_kinds import START_BYTES, kind_of
-from xditd.ipc.tensors import ITEM_BYTES, DType
 
 _DTYPES: Final[dict[str, DType]] = {
     "BOOL": "bool",
@@ -31,6 +31,7 @@ _DTYPES: Final[dict[str, DType]] = {
     "F64": "float64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 
 
