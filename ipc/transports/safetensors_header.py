@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xditd.ipc import limits
@@ -52,6 +53,8 @@ class Header:
 
     length_bytes: int
     tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the writer of the file says of it."""
 
 
 def read_header(fd: int, path: str) -> Header:
@@ -82,7 +85,9 @@ def read_header(fd: int, path: str) -> Header:
     entries = _parse(os.pread(fd, length, 8), path)
     tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
     _check_coverage(tensors, 8 + length, file_bytes, path)
-    return Header(length_bytes=8 + length, tensors=tensors)
+    metadata = entries.get("__metadata__")
+    texts = metadata if isinstance(metadata, dict) else {}  # whatever else is there, no tensor depends on it
+    return Header(8 + length, tensors, {key: text for key, text in texts.items() if isinstance(text, str)})
 
 
 def _parse(text: bytes, path: str) -> dict[str, Any]:
