@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xditd.ipc import limits
-from xditd.ipc.tensors import DType, IoTensor
+from xditd.ipc.field_types import DType
+from xditd.ipc.tensors import IoTensor
 from xditd.ipc.transports.tensor_views import align, dtype_name
 
 if TYPE_CHECKING:

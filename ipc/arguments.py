@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.tensors import Bytes, Described, DType, IoTensor, Name, Shape
+from xditd.ipc.field_types import Bytes, Described, DType, Name, Shape
+from xditd.ipc.tensors import IoTensor
 
 MAX_FLOAT: Final = 1.7976931348623157e308
 Finite = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]

@@ -9,8 +9,10 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Finite
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.field_types import Bytes, Count, Described, DType, Name
+from xditd.ipc.packed import PackedFormat
 from xditd.ipc.protocol import Text
-from xditd.ipc.tensors import Bytes, ComponentKind, Count, Described, DType, Name
+from xditd.ipc.tensors import ComponentKind
 
 Guidance = Literal["none", "embedded", "classifier_free"]
 """How a model uses a guidance scale: not at all, as an input, or to weight two predictions."""
@@ -29,6 +31,7 @@ class ArgumentFacts(Described, frozen=True, kw_only=True):
 
 
 Listed = Annotated[tuple[ArgumentFacts, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
+Formats = Annotated[dict[PackedFormat, Bytes], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
 
 
@@ -142,6 +145,10 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     dtype: DType
     """The dtype of most elements, to which a transformer's tensors are cast."""
     bytes_by_dtype: Annotated[dict[DType, Bytes], msgspec.Meta(max_length=16)]
+    bytes_by_format: Formats = msgspec.field(default_factory=dict)
+    """Bytes of packed weights with their companions, by format."""
+    scratch_bytes: Bytes = 0
+    """The size of the buffer into which a rank dequantises one packed weight at a time; all components share it."""
     transformer: TransformerFacts | None = None
     vae: VaeFacts | None = None
     text_encoder: TextEncoderFacts | None = None

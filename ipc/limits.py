@@ -8,8 +8,9 @@ MAX_MESSAGE_BYTES: Final = 4 * 2**20
 """One message on any socket. A manifest of 1,200 tensors takes 0.1 MiB, one of :data:`MAX_TENSORS` 2 MiB."""
 
 MAX_MAPS: Final = 32_768
-MAX_ARRAYS: Final = 65_536
-"""Maps and arrays in one message, at any depth: three arrays for a tensor, two maps for a block, and some more."""
+MAX_ARRAYS: Final = 98_304
+"""Maps and arrays in one message, at any depth: three arrays for a tensor and two more for a packed one, two maps for a
+block, and some more."""
 
 MAX_TENSORS: Final = 16_384
 """Tensors in one manifest."""
@@ -91,6 +92,9 @@ MAX_SPLIT_CHECKS: Final = 32
 
 MAX_FORWARD_PATHS: Final = 32
 """Decisions on the paths of forwards in ``status``: the newest."""
+
+MAX_PACKED_FORMATS: Final = 32
+"""Formats of packed weights in one component, and in ``status``: more than there are."""
 
 MAX_LAYOUT_CANDIDATES: Final = 64
 """Possible layouts of a group: 840 workers have 56, and no other number up to 1024 has more."""

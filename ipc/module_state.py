@@ -14,7 +14,7 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, depth_of
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.tensors import Described, Name
+from xditd.ipc.field_types import Described, Name
 
 PACKAGES: Final = ("diffusers", "transformers", "peft", "torch")
 """The packages of whose classes workers make modules and objects."""

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from xditd.ipc.errors import OutOfMemory, ProcessGone
-from xditd.ipc.tensors import Count, Described
+from xditd.ipc.field_types import Count, Described
 
 _UCRED: Final = struct.Struct("3i")
 

@@ -9,10 +9,11 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.field_types import Bytes, Count, Name
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Reply, Seconds, Text, TimingsMs
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, HostShmBlock, Name, Tier
+from xditd.ipc.tensors import CopiedBytes, HostShmBlock, Tier
 
 
 class Welcome(Reply, tag="welcome", frozen=True, kw_only=True):

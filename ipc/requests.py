@@ -9,19 +9,9 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Arguments, Finite, Whole
 from xditd.ipc.facts import LatentScaling
+from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.protocol import ComponentId, Request, RequestId
-from xditd.ipc.tensors import (
-    Bytes,
-    CopiedBytes,
-    Count,
-    CudaIpcBlock,
-    Described,
-    Digest,
-    HostShmBlock,
-    IoTensor,
-    Manifest,
-    Name,
-)
+from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Digest, HostShmBlock, IoTensor, Manifest
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]

@@ -9,9 +9,11 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.field_types import Bytes, Count, Described, Name
+from xditd.ipc.packed import PackedFormat
 from xditd.ipc.protocol import ComponentId, RelativeError, RequestId, Seconds, Text, TimingsMs
 from xditd.ipc.renamed import Renamed
-from xditd.ipc.tensors import Bytes, ComponentKind, CopiedBytes, Count, Described, Name, Tier
+from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 
 class GroupState(Enum):
@@ -174,6 +176,18 @@ class ForwardPath(Described, frozen=True, kw_only=True):
     """Why it is not compiled or not captured."""
 
 
+class PackedProducts(Described, frozen=True, kw_only=True):
+    """How often layers of one packed format were multiplied on rank 0 since the group started, and how."""
+
+    format: PackedFormat
+    reference: Count
+    """Products of dequantised weights."""
+    native: Count
+    """Products of the packed weights themselves, with a quantised input."""
+    detail: Text = ""
+    """Why they are not multiplied natively, or not all of them."""
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -196,6 +210,8 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """Checks of rows since the group started, oldest first; bounded."""
     forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
     """Decisions on the paths of forwards since the group started, oldest first; bounded."""
+    packed_products: Annotated[tuple[PackedProducts, ...], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)] = ()
+    """By format of packed weights, those that were multiplied."""
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

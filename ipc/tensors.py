@@ -8,15 +8,15 @@ which the daemon takes from the socket's peer credentials, never from a message.
 from __future__ import annotations
 
 from enum import Enum
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
 
 from xditd.ipc import limits
+from xditd.ipc.field_types import ITEM_BYTES, Bytes, Count, Described, DType, Name, Shape
+from xditd.ipc.packed import PackedWeight, packed_faults
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_NAME_CHARS)]
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BYTES)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Inode = Annotated[int, msgspec.Meta(ge=0)]
 """All 64 bits, as MessagePack allows: overlay file systems put a layer's number into the highest ones."""
 Nanoseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -24,42 +24,6 @@ Nanoseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """BLAKE2b-128."""
 Descriptor = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=limits.MAX_RANK)]
-
-DType = Literal[
-    "bool",
-    "uint8",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "complex64",
-    "complex128",
-]
-"""torch's names. All can be lent; which of them can be run, each family decides."""
-
-ITEM_BYTES: dict[str, int] = {
-    "bool": 1,
-    "uint8": 1,
-    "int8": 1,
-    "int16": 2,
-    "int32": 4,
-    "int64": 8,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "complex64": 8,
-    "complex128": 16,
-}
 
 
 class ComponentKind(Enum):
@@ -78,10 +42,6 @@ class Tier(Enum):
     CUDA_IPC = "cuda_ipc"
     HOST_SHM = "host_shm"
     FILE = "file"
-
-
-class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of structs inside messages: immutable, and unknown fields are refused."""
 
 
 class Fingerprint(Described, frozen=True, kw_only=True):
@@ -208,11 +168,17 @@ class ModuleDescription(Described, frozen=True, kw_only=True):
     """How its forwards run on GPUs; ``None``: as the daemon's setting says."""
 
 
+ComputeDType = Literal["bfloat16", "float16", "float32"]
+
+
 class Manifest(Described, frozen=True, kw_only=True):
     """A component: its blocks, its tensors, and how often its content was rewritten in place (``generation``).
 
     Without a ``kind`` the workers find it from the tensors; with one, tensors of another kind are refused. With a
     ``module``, the tensors have the names of that module's parameters, buffers and attributes, and no family is asked.
+
+    ``packed`` says which tensors are packed weights and their companions; all others are plain. ``compute_dtype`` is
+    the dtype into which packed weights are dequantised; without it, that of most plain weights.
     """
 
     kind: ComponentKind | None = None
@@ -220,6 +186,8 @@ class Manifest(Described, frozen=True, kw_only=True):
     label: Name
     blocks: Annotated[tuple[Block, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_BLOCKS)]
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]
+    packed: Annotated[tuple[PackedWeight, ...], msgspec.Meta(max_length=limits.MAX_TENSORS)] = ()
+    compute_dtype: ComputeDType | None = None
     generation: Count = 0
 
     @property
@@ -261,6 +229,21 @@ class Manifest(Described, frozen=True, kw_only=True):
             size = self.blocks[spec.block].size_bytes
             if end > size:
                 found.append(f"tensor {spec.name} ends at byte {end} of block {spec.block}, which has {size}")
+        return found + self._packed_faults() if self.packed else found
+
+    def _packed_faults(self) -> list[str]:
+        specs = {spec.name: spec for spec in self.tensors}
+        found = packed_faults(self.packed, specs)
+        for packed in self.packed:
+            parts = [specs[name] for name in packed.names if name in specs]
+            if packed.format != "float8":
+                found += [f"tensor {part.name} is not contiguous" for part in parts if part.stride is not None]
+            parts.sort(key=lambda part: (part.block, part.offset_bytes))
+            found += [
+                f"tensor {after.name} begins inside the bytes of {before.name}"
+                for before, after in pairwise(parts)
+                if before.block == after.block and after.offset_bytes < before.offset_bytes + before.extent_bytes
+            ]
         return found
 
 

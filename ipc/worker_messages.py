@@ -13,11 +13,12 @@ import msgspec
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
-from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, SplitCheck
-from xditd.ipc.tensors import Bytes, CopiedBytes, Count, Described, Digest, FileDigest, HostShmBlock, Manifest, Name
+from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, PackedProducts, SplitCheck
+from xditd.ipc.tensors import CopiedBytes, Digest, FileDigest, HostShmBlock, Manifest
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
 
@@ -212,6 +213,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Checks of rows since the last tally; of rank 0 alone, since all ranks have the same."""
     forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
     """Decisions on the paths of forwards since the last tally."""
+    packed_products: Annotated[tuple[PackedProducts, ...], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)] = ()
+    """Counted since the start of the rank; of rank 0 alone."""
 
 
 AnyReport = (

@@ -88,6 +88,11 @@ def describe(found: DaemonStatus) -> str:
             "",
             table(("FORWARDS OF", "SPLIT", "PATH", "ERROR", "CHOSEN IN", "MEMORY", "SHAPES, OR WHY NOT MORE"), paths),
         ]
+    if found.packed_products:
+        products = [
+            (each.format, each.reference, each.native, _shortened(each.detail) or "-") for each in found.packed_products
+        ]
+        lines += ["", table(("PACKED AS", "DEQUANTISED", "NATIVE", "WHY NOT NATIVE"), products)]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",

@@ -14,8 +14,9 @@ from xditd.client.jobs.device_use import Room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
+from xditd.ipc.field_types import ITEM_BYTES
 from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, Part, Role, Sampling
-from xditd.ipc.tensors import ITEM_BYTES, ComponentKind, HostShmBlock, IoTensor
+from xditd.ipc.tensors import ComponentKind, HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
     import torch

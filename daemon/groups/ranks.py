@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import ForwardPath, FusedCheck, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -80,6 +80,11 @@ class Ranks:
     def fused_checks(self) -> tuple[FusedCheck, ...]:
         """The fast path checks (fused kernels against unmodified modules), oldest first; refusals are kept longest."""
         return tuple(self._fused_checks.values())
+
+    @property
+    def packed_products(self) -> tuple[PackedProducts, ...]:
+        """The products of packed weights that rank 0 has counted."""
+        return self.tallies[0].packed_products if 0 in self.tallies else ()
 
     @property
     def is_complete(self) -> bool:

@@ -38,9 +38,10 @@ from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import limits, module_state
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
+from xditd.ipc.field_types import DType
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.status import FusedCheck, SplitCheck
-from xditd.ipc.tensors import ComponentKind, DType, Manifest, ModuleDescription
+from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 

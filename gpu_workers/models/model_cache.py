@@ -31,11 +31,12 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, RequestError, UnknownFamily
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.field_types import DType
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensor_names import by_prefix
-from xditd.ipc.tensors import ComponentKind, DType, Manifest
+from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.tensor_views import dtype_name
 
 logger = logging.getLogger(__name__)

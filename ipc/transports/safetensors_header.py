@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.file_kinds import START_BYTES, kind_of
-from xditd.ipc.tensors import ITEM_BYTES, DType
 
 _DTYPES: Final[dict[str, DType]] = {
     "BOOL": "bool",
@@ -31,6 +32,7 @@ _DTYPES: Final[dict[str, DType]] = {
     "F64": "float64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 
 
@@ -51,6 +53,8 @@ class Header:
 
     length_bytes: int
     tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the writer of the file says of it."""
 
 
 def read_header(fd: int, path: str) -> Header:
@@ -81,7 +85,9 @@ def read_header(fd: int, path: str) -> Header:
     entries = _parse(os.pread(fd, length, 8), path)
     tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
     _check_coverage(tensors, 8 + length, file_bytes, path)
-    return Header(length_bytes=8 + length, tensors=tensors)
+    metadata = entries.get("__metadata__")
+    texts = metadata if isinstance(metadata, dict) else {}  # whatever else is there, no tensor depends on it
+    return Header(8 + length, tensors, {key: text for key, text in texts.items() if isinstance(text, str)})
 
 
 def _parse(text: bytes, path: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, UnsupportedDtype
-from xditd.ipc.tensors import ITEM_BYTES, DType, TensorSpec
+from xditd.ipc.field_types import ITEM_BYTES, DType
+from xditd.ipc.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from xditd.ipc import limits
+from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.tensors import (
-    ITEM_BYTES,
     ComponentKind,
     CopiedBytes,
     CudaIpcBlock,
-    DType,
     FileBlock,
     Fingerprint,
     HostShmBlock,

@@ -46,6 +46,7 @@ def describe_daemon(service: Service) -> DaemonStatus:
         fused_checks=ranks.fused_checks if ranks is not None else (),
         split_checks=tuple(ranks.split_checks) if ranks is not None else (),
         forward_paths=tuple(ranks.forward_paths) if ranks is not None else (),
+        packed_products=ranks.packed_products if ranks is not None else (),
         workers=_workers(group),
         components=tuple([lease.status() for lease in leases]),
         jobs=tuple([job.status() for job in service.scheduler]),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from xditd.ipc.errors import BadRequest, UnsupportedDtype
-from xditd.ipc.tensors import ITEM_BYTES, TensorSpec
+from xditd.ipc.field_types import ITEM_BYTES
+from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.tensor_views import ALIGNMENT_BYTES, BlockViews, align, dtype_name, place, torch_dtype
 
 
