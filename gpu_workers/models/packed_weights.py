@@ -54,7 +54,7 @@ def dequantise_once(
     return made
 
 
-def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor]) -> None:
+def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor], label: str) -> None:
     """Check the numbers in companions, with one wait for the device.
 
     Raises:
@@ -67,8 +67,8 @@ def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Ten
     bad = [name for (_, _, name), sound in zip(checked, verdicts.tolist(), strict=True) if not sound]
     if bad:
         raise BadCheckpoint(
-            f"{len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; get the "
-            "file again",
+            f"{label}: {len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; "
+            "get the file again",
             names=bad,
         )
 
