@@ -6,7 +6,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,8 @@ from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
 from xditd.gpu_workers.models.entries import Bindings, TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.packed_modules import as_loaded, packed_targets, without_weights
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.pretrained import (
     LoadPlan,
@@ -31,20 +32,19 @@ from xditd.gpu_workers.models.pretrained import (
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes, pack_linears
 from xditd.gpu_workers.parallel import peer_memory
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import limits, module_state
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
-from xditd.ipc.field_types import DType
+from xditd.ipc.facts import METHODS, MethodFacts
 from xditd.ipc.module_state import ModuleState
-from xditd.ipc.packed import PackedWeight
 from xditd.ipc.status import FusedCheck, SplitCheck
-from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
+from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
-from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 _Key = tuple[ModuleDescription, torch.dtype | None, frozenset[tuple[str, TensorInfo]] | None]
 
@@ -56,13 +56,15 @@ class ClassModel:
     """A module without weights. ``owner`` is the component id of the weights that are plugged, or ``None``.
 
     With a ``state`` in the description, the client lends every tensor of a module, also those that the class makes
-    itself. Without it, the tensors are those of a ``checkpoint`` that ``from_pretrained`` would load in ``dtype``.
+    itself. Without it, the tensors are those of a ``checkpoint`` that ``from_pretrained`` would load in ``dtype``; some
+    may be packed weights, which ``packed_layers`` multiply, by the names of these.
     """
 
     def __init__(
         self,
         described: ModuleDescription,
         layout: ParallelLayout,
+        memory: PackedMemory,
         dtype: torch.dtype | None = None,
         checkpoint: Mapping[str, TensorInfo] | None = None,
         graphs: Callable[[], CompiledGraphs] | None = None,
@@ -92,6 +94,9 @@ class ClassModel:
         self.saved_names = frozenset(self.module.state_dict())
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
+        self._memory = memory
+        self.packed_layers = {} if self.plan is None else self._pack(self.plan, checkpoint or {})
+        self.scratch_bytes = largest_bytes(self.packed_layers)
         self._move_buffers()
         self.split_checks = SplitChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""
@@ -141,10 +146,15 @@ class ClassModel:
         return ()
 
     def reserve(self) -> int:
+        """Make room in the scratch buffer, so that a plug cannot fail; it counts apart from copied memory."""
+        if self.packed_layers:
+            self._memory.scratch.reserve(self, self.scratch_bytes)
         return 0
 
     def release(self) -> None:
-        """There is no reserved memory."""
+        """Free the reserved memory if nothing is plugged."""
+        if self.owner is None:
+            self._memory.scratch.release(self)
 
     def plug(
         self,
@@ -156,18 +166,36 @@ class ClassModel:
         if self.owner is not None:
             self.unplug()
         self.owner = owner  # first, so that a plug that fails is undone by the next one
-        set_tensors(
-            self.module, self.state, {name: each for name, each in bindings.items() if isinstance(each, torch.Tensor)}
-        )
+        self.reserve()
+        plain: dict[str, torch.Tensor] = {}
+        for name, each in bindings.items():
+            if isinstance(each, torch.Tensor):
+                plain[name] = each
+            else:
+                self.packed_layers[name].plug(each)
+        set_tensors(self.module, self.state, plain)
         self.paths.use_weights(owner, bindings)
 
     def unplug(self) -> None:
         """Drop all references to lent memory, and what forwards have stored in the module since."""
         self.paths.drop_runs()
         self._without_weights.restore()
+        for layer in self.packed_layers.values():
+            layer.unplug()
         self.owner = None
 
+    def _pack(self, plan: LoadPlan, checkpoint: Mapping[str, TensorInfo]) -> dict[str, PackedLinear]:
+        """Replace the layers of packed weights, which have no parameter ``weight`` from here on."""
+        targets = packed_targets(self.module, plan, checkpoint)
+        self.state = without_weights(self.state, targets)
+        layers: dict[str, PackedLinear] = {}
+        for target in targets:
+            layers |= pack_linears(self.module, [target], plan.dtypes[target], self._memory)
+        return layers
+
     def _compile_blocks(self, graphs: Callable[[], CompiledGraphs] | None) -> CompiledBlocks | str:
+        if self.packed_layers:
+            return "its weights are packed"
         if graphs is None:
             return "this process compiles nothing"
         try:
@@ -194,96 +222,12 @@ class ClassModel:
                     submodule._buffers[name] = buffer.to(self.device)
 
 
-@dataclass(frozen=True)
-class _ClassAsFamily:
-    """What the workers read of every component's ``Family``, for a module that has none."""
-
-    name: str
-    kind: str = "module"
-
-    def heads(self, _: object) -> int:
-        """There are no attention heads to distribute: every rank runs the whole module."""
-        return 0
-
-
-@dataclass(frozen=True)
-class ModuleMatch:
-    """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
-
-    ``dtype`` is that of most elements. ``sources`` has the name in the manifest of each tensor of the module.
-    """
-
-    model: ClassModel
-    dtype: torch.dtype
-    sources: Mapping[str, str]
-    is_reused: bool
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the tensors whose dtype ``from_pretrained`` changes."""
-    config: None = None
-    """A module has no configuration of a family."""
-    _converted: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The memory of these tensors, once :meth:`reserve` has allocated it."""
-
-    @property
-    def family(self) -> _ClassAsFamily:
-        return _ClassAsFamily(self.model.class_name)
-
-    @property
-    def packed(self) -> Mapping[str, PackedWeight]:
-        """No module that runs as its class has packed weights."""
-        return {}
-
-    @property
-    def read_names(self) -> set[str]:
-        """The names in the manifest of all tensors that it uses."""
-        return set(self.sources.values())
-
-    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:  # noqa: ARG002
-        """There is nothing to dequantise."""
-        return []
-
-    def reserve(self) -> int:
-        """Allocate the memory of tensors in another dtype, so that :meth:`bind` cannot fail; return its bytes."""
-        plan = self.model.plan
-        if plan is not None:
-            for name, shape in self.shapes.items():
-                self._converted[name] = torch.empty(shape, dtype=plan.dtypes[name], device=self.model.device)
-        return sum(each.nbytes for each in self._converted.values())
-
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
-        """Return the module's tensors by name: views of ``tensors``, and converted copies."""
-        found: Bindings = {name: tensors[source] for name, source in self.sources.items()}
-        for name, converted in self._converted.items():
-            found[name] = converted.copy_(tensors[self.sources[name]])
-        return found
-
-    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
-        return dict(tensors)
-
-    def facts(self, manifest: Manifest) -> ComponentFacts:
-        """Return the facts that clients get of a component."""
-        sizes: Counter[DType] = Counter()
-        for spec in manifest.tensors:
-            sizes[spec.dtype] += spec.extent_bytes
-        return ComponentFacts(
-            family=self.model.class_name,
-            class_name=self.model.class_name,
-            kind=ComponentKind.MODULE,
-            dtype=dtype_name(self.dtype),
-            bytes_by_dtype=dict(sizes),
-            module=ModuleFacts(
-                methods=self.model.methods(),
-                layout="rows" if isinstance(self.model.planned, str) else "tokens",
-                layout_reason=self.model.planned if isinstance(self.model.planned, str) else "",
-            ),
-        )
-
-
 class ClassModels:
     """The modules of this process, by their descriptions, and by the checkpoint's names and dtype without a state."""
 
-    def __init__(self, layout: ParallelLayout) -> None:
+    def __init__(self, layout: ParallelLayout, memory: PackedMemory | None = None) -> None:
         self._layout = layout
+        self._memory = memory or PackedMemory(layout.device)
         self._models: dict[_Key, ClassModel] = {}
         self._graphs: CompiledGraphs | None = None
         self._peers: PeerExchange | None = None
@@ -313,13 +257,25 @@ class ClassModels:
             self._graphs = CompiledGraphs(Path(caches, "xditd", "graphs"), self._layout.device)
         return self._graphs
 
+    def release_idle(self) -> None:
+        """Free the reserved memory of all modules without plugged weights."""
+        for model in self._models.values():
+            model.release()
+
     @property
     def paths(self) -> list[ForwardPaths]:
         """The paths of the forwards of all modules."""
         return [model.paths for model in self._models.values()]
 
-    def match(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
+    def match(
+        self,
+        described: ModuleDescription,
+        tensors: Mapping[str, TensorInfo],
+        compute_dtype: torch.dtype | None = None,
+    ) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.
+
+        ``compute_dtype`` is that of packed weights, if the client gave one.
 
         Raises:
             Unsupported: see ``configured_classes.build_module`` and ``apply_state``, and ``pretrained.plan_load``.
@@ -329,22 +285,28 @@ class ClassModels:
         """
         if described.state:
             return self._match_module(described, tensors)
+        tensors = as_loaded(tensors, compute_dtype)
         dtype = main_dtype(find_model_class(described.class_name), tensors)
         key = (described, dtype, frozenset(tensors.items()))
         model = self._models.get(key)
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout, dtype, tensors, self._compiled_graphs, self._peers)
+            model = ClassModel(
+                described, self._layout, self._memory, dtype, tensors, self._compiled_graphs, self._peers
+            )
         self._keep(key, model, is_reused=is_reused)
         assert model.plan is not None
-        shapes = {name: tensors[model.plan.sources[name]].shape for name in converted_names(model.plan, tensors)}
-        return ModuleMatch(model, dtype, model.plan.sources, is_reused, shapes)
+        sources = model.plan.sources
+        packed = {source: info.packed for source in sources.values() for info in [tensors[source]] if info.packed}
+        converted = [name for name in converted_names(model.plan, tensors) if sources[name] not in packed]
+        shapes = {name: tensors[sources[name]].shape for name in converted}
+        return ModuleMatch(model, dtype, sources, is_reused, shapes, packed)
 
     def _match_module(self, described: ModuleDescription, tensors: Mapping[str, TensorInfo]) -> ModuleMatch:
         model = self._models.get((described, None, None))
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout, graphs=self._compiled_graphs, peers=self._peers)
+            model = ClassModel(described, self._layout, self._memory, graphs=self._compiled_graphs, peers=self._peers)
         model.check(tensors)
         self._keep((described, None, None), model, is_reused=is_reused)
         elements: Counter[str] = Counter()

@@ -18,13 +18,15 @@ from functools import partial
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
+from xditd.gpu_workers.models.class_models import ClassModel, ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
+from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
@@ -101,8 +103,9 @@ class Components:
     """The components of this rank. Every rank makes the same calls in the same order."""
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
-        self.models = ModelCache(layout)
-        self.class_models = ClassModels(layout)
+        self.packed = PackedMemory(layout.device)
+        self.models = ModelCache(layout, self.packed)
+        self.class_models = ClassModels(layout, self.packed)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.files = FileWatch(layout)
@@ -144,7 +147,7 @@ class Components:
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
-            self.models.release_idle()
+            self._release_idle()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # else torch keeps the memory of an unfinished copy, maybe gigabytes
             if stale is not None:
@@ -252,7 +255,7 @@ class Components:
                 if component.is_loaded:
                     component.match.model.unplug()
                 self._free(component)
-                self.models.release_idle()
+                self._release_idle()
         if not self._plugged and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # the working memory of jobs, gigabytes after a VAE
 
@@ -260,6 +263,11 @@ class Components:
         """Forget every component."""
         for component_id in [*self._prepared, *self._plugged]:
             self.unmap(component_id)
+
+    def _release_idle(self) -> None:
+        """Free the reserved memory of all models without plugged weights."""
+        self.models.release_idle()
+        self.class_models.release_idle()
 
     def _plug(self, component: Component) -> None:
         match = component.match

@@ -27,7 +27,7 @@ from xditd.gpu_workers.models.operations import (
 from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, dequantise_once, linear_targets
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedProductCounts, pack_linears
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes, pack_linears
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel import component_layouts
@@ -79,7 +79,7 @@ class CachedModel:
         self.owner: str | None = None
         self.operations = operations
         self.packed_layers = packed_layers
-        self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
+        self.scratch_bytes = largest_bytes(packed_layers)
         self._scratch = scratch
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
@@ -264,12 +264,11 @@ class ModelCache:
     Every rank makes the same calls in the same order, since a model may need new process groups.
     """
 
-    def __init__(self, layout: ParallelLayout) -> None:
+    def __init__(self, layout: ParallelLayout, memory: PackedMemory | None = None) -> None:
         self.layout = layout
         self.built = 0
         self.reused = 0
-        self.scratch = ScratchBuffer(layout.device)
-        self.packed_products = PackedProductCounts()
+        self.packed = memory or PackedMemory(layout.device)
         self._models: dict[Key, CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
@@ -378,11 +377,11 @@ class ModelCache:
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
         packed = linear_targets(module, resolution.key_map, resolution.packed)
-        layers = pack_linears(module, packed, resolution.compute_dtype, self.scratch, self.packed_products)
+        layers = pack_linears(module, packed, resolution.compute_dtype, self.packed)
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)
-        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.scratch)
+        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.packed.scratch)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:

@@ -10,8 +10,7 @@ import torch
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import TOLERANCE, Linear, project_up
 from xditd.gpu_workers.packed.dequantise import dequantise
-from xditd.gpu_workers.packed.linear import PackedProductCounts
-from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.tensors import PackedTensor
 
 Weights = Mapping[str, torch.Tensor | PackedTensor]
@@ -28,10 +27,10 @@ class Projection(NamedTuple):
 class Dequantiser:
     """Gives weights of ``dtype``: plain ones as they are, packed ones in the scratch buffer until the next one."""
 
-    def __init__(self, scratch: ScratchBuffer, dtype: torch.dtype, counts: PackedProductCounts) -> None:
-        self.scratch = scratch
+    def __init__(self, memory: PackedMemory, dtype: torch.dtype) -> None:
+        self.scratch = memory.scratch
         self.dtype = dtype
-        self._counts = counts
+        self._counts = memory.counts
 
     def __call__(self, weight: PackedTensor | torch.Tensor) -> torch.Tensor:
         if not isinstance(weight, PackedTensor):

@@ -84,7 +84,7 @@ class FusedFlux1:
         self._module = module
         self._layout = layout
         packed = packed_layers(module)
-        self._dequantiser = Dequantiser(packed[0].scratch, dtype, packed[0].counts) if packed else None
+        self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
         self._products: Products[Any, Any]
         if self._dequantiser is not None:
             self._products = PackedProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations

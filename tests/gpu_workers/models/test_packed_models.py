@@ -165,7 +165,7 @@ def test_a_swap_between_fine_tunes_of_the_same_formats_builds_nothing(
 
 
 def test_one_scratch_buffer_serves_all_layers_and_is_freed_with_the_last_packed_component(rank: OneRank) -> None:
-    scratch = rank.components.models.scratch
+    scratch = rank.components.models.packed.scratch
     lend(rank, "plain", flux1_state_dict(0, **SMALL))
     assert scratch.size_bytes == 0
     half = lend(rank, "half", pack(flux1_state_dict(0, **SMALL), "int8", torch.bfloat16).tensors)
@@ -227,7 +227,7 @@ def test_scales_that_are_not_numbers_are_named(
         lend(rank, "a", tensors)
     assert caught.value.names == (name,)
     assert len(rank.components.blocks) == 0
-    assert rank.components.models.scratch.size_bytes == 0
+    assert rank.components.models.packed.scratch.size_bytes == 0
     tensors[name].view(-1)[0] = 1.0 if packed_format != "mxfp8" else 127
     lend(rank, "a", tensors)
 

@@ -58,7 +58,7 @@ def run(store: str) -> dict[str, Any]:
         }
         rank.components.unmap(name)
         offer.close()
-    found["scratch"] = rank.components.models.scratch.size_bytes
+    found["scratch"] = rank.components.models.packed.scratch.size_bytes
     rank.close()
     xfuser_start.stop()
     return found
