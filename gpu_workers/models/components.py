@@ -18,12 +18,14 @@ from functools import partial
 
 import torch
 
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModel, ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.linear import PackedMemory

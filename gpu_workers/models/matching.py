@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription

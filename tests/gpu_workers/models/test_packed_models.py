@@ -16,8 +16,8 @@ from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models import registry, resolution
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Slice
-from xditd.gpu_workers.models.model_cache import CheckpointMatch
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.tensors import PackedTensor
