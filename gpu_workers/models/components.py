@@ -20,7 +20,8 @@ import torch
 
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
-from xditd.gpu_workers.models.class_models import ClassModel, ClassModels
+from xditd.gpu_workers.models.class_model import ClassModel
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
 from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales
@@ -18,9 +18,6 @@ from xditd.ipc.field_types import DType
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.tensor_views import dtype_name
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.models.class_models import ClassModel
 
 
 @dataclass(frozen=True)
