@@ -65,7 +65,8 @@ def find_packing(
     """Find the packed weights among ``tensors``, which are all of the checkpoint.
 
     ``read`` returns the bytes of a marker, a few KiB. ``metadata`` has the file's name and the text of
-    ``_quantization_metadata``, for each file with one. Tensors of fp8 without a marker count as packed, too, whatever their number of dimensions.
+    ``_quantization_metadata``, for each file with one. Tensors of fp8 without a marker count as packed, too, whatever
+    their number of dimensions.
 
     Raises:
         BadCheckpoint: a marker is malformed, two of them contradict each other, or a weight or its companions do not
