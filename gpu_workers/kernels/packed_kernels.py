@@ -36,7 +36,7 @@ GROUPS: Final = (4, 16, 64, 256, 1024)
 
 @triton.jit
 def hadamard(SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """Return (SIZE, SIZE) of 1 and -1 in float16: the regular Hadamard matrix, repeated along the diagonal, if smaller.
+    """Return (SIZE, SIZE) of 1 and -1: the regular Hadamard matrix of GROUP, repeated along the diagonal, and 0 elsewhere.
 
     That of size 4 has -1 where row and column are 3 together; larger ones are its Kronecker powers. So the sign depends
     on how many digits of row and column, in base 4, are 3 together, which is where their bits all differ.
@@ -49,7 +49,7 @@ def hadamard(SIZE: tl.constexpr, GROUP: tl.constexpr):
     threes = threes ^ (threes >> 4)
     threes = threes ^ (threes >> 2)
     sign = 1 - 2 * (threes & 1)
-    return tl.where(differ < GROUP, sign, 0).to(tl.float16)
+    return tl.where(differ < GROUP, sign, 0)
 
 
 @triton.jit
@@ -60,11 +60,11 @@ def rotate_groups(numbers, GROUPS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.
     Whole numbers of eight bits stay exact: the first sums are below 2**11 with ``INNER`` 16, which float16 holds.
     """
     pairs = tl.reshape(numbers, (GROUPS * OUTER, INNER))
-    sums = tl.dot(pairs.to(tl.float16), hadamard(INNER, GROUP), out_dtype=tl.float32)
+    sums = tl.dot(pairs.to(tl.float16), hadamard(INNER, GROUP).to(tl.float16), out_dtype=tl.float32)
     if OUTER > 1:
         turned = tl.permute(tl.reshape(sums, (GROUPS, OUTER, INNER)), (0, 2, 1))
         flat = tl.reshape(turned, (GROUPS * INNER, OUTER)).to(tl.float16)
-        sums = tl.dot(flat, hadamard(OUTER, OUTER), out_dtype=tl.float32)
+        sums = tl.dot(flat, hadamard(OUTER, OUTER).to(tl.float16), out_dtype=tl.float32)
         sums = tl.permute(tl.reshape(sums, (GROUPS, INNER, OUTER)), (0, 2, 1))
     return tl.reshape(sums, (GROUPS, OUTER * INNER))
 
@@ -95,8 +95,8 @@ def _dequantise_tiles(
     KIND: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < columns)
     dtype = out_ptr.dtype.element_ty
     values = tl.load(values_ptr + (row * row_stride)[:, None] + column, mask=inside, other=0)
@@ -202,7 +202,7 @@ def _tiles(kind: str, values: torch.Tensor, scale: torch.Tensor | None, out: tor
         return
     across = min(TILE_COLUMNS, triton.next_power_of_2(columns))
     down = max(1, TILE_NUMBERS // across)
-    _dequantise_tiles[(triton.cdiv(columns, across), triton.cdiv(rows, down))](
+    _dequantise_tiles[(triton.cdiv(rows, down), triton.cdiv(columns, across))](
         values,
         values if scale is None else scale,
         out,
