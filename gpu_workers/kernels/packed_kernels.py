@@ -36,7 +36,7 @@ GROUPS: Final = (4, 16, 64, 256, 1024)
 
 @triton.jit
 def hadamard(SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """Return (SIZE, SIZE) of 1 and -1: the regular Hadamard matrix of GROUP, repeated along the diagonal, and 0 elsewhere.
+    """Return the regular Hadamard matrix of GROUP, of 1 and -1, repeated along the diagonal of (SIZE, SIZE).
 
     That of size 4 has -1 where row and column are 3 together; larger ones are its Kronecker powers. So the sign depends
     on how many digits of row and column, in base 4, are 3 together, which is where their bits all differ.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import torch
 
+from xditd.gpu_workers.kernels.cache_folder import cache_folder
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
@@ -309,8 +308,7 @@ class ClassModels:
             Unsupported: others can write to that folder.
         """
         if self._graphs is None:
-            caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            self._graphs = CompiledGraphs(Path(caches, "xditd", "graphs"), self._layout.device)
+            self._graphs = CompiledGraphs(cache_folder("graphs"), self._layout.device)
         return self._graphs
 
     @property

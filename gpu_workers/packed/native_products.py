@@ -1,4 +1,4 @@
-"""Products of packed weights in eight bits, without dequantising them: ``int8``, ``int8_convrot`` and ``float8`` (e4m3).
+"""Products of packed weights in eight bits, not dequantised: ``int8``, ``int8_convrot`` and ``float8`` (e4m3).
 
 Each has two steps, so that one quantisation of activations serves several layers: :func:`quantise_int8` and
 :func:`multiply_int8`, :func:`quantise_float8` and :func:`multiply_float8`. Results have the dtype of the activations.
@@ -25,6 +25,7 @@ import torch
 
 from xditd.gpu_workers.kernels import eight_bits, row_kernels
 from xditd.gpu_workers.packed.dequantise import hadamard
+from xditd.gpu_workers.packed.tensors import PackedTensor
 
 FORMATS: Final = ("int8", "int8_convrot", "float8")
 """The formats that have a native product."""
@@ -45,9 +46,9 @@ _FLOAT8_ROWS: Final = 64
 class QuantisedRows(NamedTuple):
     """Activations in eight bits.
 
-    ``values`` is (rows, columns), maybe with more rows than ``leading`` has, which hold anything. ``scales`` is float32,
-    one for each row of ``values``, or one for all, without dimensions. ``leading`` are the dimensions before the last of
-    the activations, ``dtype`` is theirs.
+    ``values`` is (rows, columns), maybe with more rows than ``leading`` has, which hold anything. ``scales`` is
+    float32, one for each row of ``values``, or one for all, without dimensions. ``leading`` are the dimensions before
+    the last of the activations, ``dtype`` is theirs.
     """
 
     values: torch.Tensor
@@ -231,3 +232,11 @@ def _memory(rows: torch.Tensor, dtype: torch.dtype, step: int) -> tuple[torch.Te
         torch.empty(padded, columns, dtype=dtype, device=rows.device),
         torch.empty(padded, dtype=torch.float32, device=rows.device),
     )
+
+
+def native_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply activations by a packed weight that has a native product, and add the bias."""
+    if packed.format == "float8":
+        return float8_linear(x, packed.values, packed.scale, packed.input_scale, bias)
+    assert packed.scale is not None
+    return int8_linear(x, packed.values, packed.scale, bias, packed.group)
