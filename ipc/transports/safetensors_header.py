@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.file_kinds import START_BYTES, kind_of
+from xditd.ipc.packed import PackedWeight
 
 _DTYPES: Final[dict[str, DType]] = {
     "BOOL": "bool",
@@ -48,10 +50,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file. ``length_bytes`` includes the 8 bytes of the length itself: tensor data starts there."""
+    """The header of a file: its first ``length_bytes``, in a safetensors file with the 8 bytes of the length itself."""
 
     length_bytes: int
     tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the writer of the file says of it."""
+    packed: tuple[PackedWeight, ...] = ()
+    """The packed weights of a GGUF file, whose header has their types. In a safetensors file, names tell them."""
 
 
 def read_header(fd: int, path: str) -> Header:
@@ -82,7 +88,9 @@ def read_header(fd: int, path: str) -> Header:
     entries = _parse(os.pread(fd, length, 8), path)
     tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
     _check_coverage(tensors, 8 + length, file_bytes, path)
-    return Header(length_bytes=8 + length, tensors=tensors)
+    metadata = entries.get("__metadata__")
+    texts = metadata if isinstance(metadata, dict) else {}  # whatever else is there, no tensor depends on it
+    return Header(8 + length, tensors, {key: text for key, text in texts.items() if isinstance(text, str)})
 
 
 def _parse(text: bytes, path: str) -> dict[str, Any]:
