@@ -166,10 +166,12 @@ def _stored(
         what = f"{_REFUSED[info.kind]}, which no worker can read" if info.kind in _REFUSED else "which is not known"
         known = ", ".join(name.upper() for name in GGUF_BLOCKS)
         raise refuse(f"its type is {info.kind}, {what}; get a file in {known}, BF16 or F16")
+    if len(shape) < 2:
+        raise refuse(f"its shape is {list(shape)}, and only matrices can be packed, as {packed} here")
     block = GGUF_BLOCKS[packed]
     columns = math.prod(shape[1:])
     # In the file a row is the innermost dimension; original shapes may have rows of another length.
-    for length, whose in ((info.sides[0] if info.sides else 1, "rows"), (columns, "original rows")):
+    for length, whose in ((info.sides[0], "rows"), (columns, "original rows")):
         if length % block.numbers:
             raise refuse(f"{whose} of {length} numbers are not a multiple of {block.numbers}, the block of {packed}")
     row_bytes = columns // block.numbers * block.size_bytes

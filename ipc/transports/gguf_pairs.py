@@ -135,6 +135,8 @@ def read_pairs(reader: GgufReader, count: int) -> GgufPairs:
     for number in range(count):
         reader.part = f"key-value pair {number + 1} of {count}"
         key = reader.text(_MAX_KEY_BYTES, "a key")
+        if not key:
+            raise reader.refuse(f"{reader.part} has an empty key; the file is damaged: get it again")
         reader.part = f"the value of {key!r:.200}"
         if key in seen:
             raise reader.refuse(f"the key {key!r:.200} appears twice")
@@ -182,7 +184,7 @@ def _skip_value(reader: GgufReader, kind: int, depth: int = 0) -> None:
         reader.skip(reader.number(8))
     elif kind == ARRAY:
         if depth == limits.MAX_GGUF_NESTING:
-            raise reader.refuse(f"{reader.part} is an array in more than {depth} others")
+            raise reader.refuse(f"{reader.part} has arrays in arrays, more than {depth} deep")
         inner, count = reader.number(4), reader.number(8)
         if inner in _VALUE_BYTES:
             reader.skip(count * _VALUE_BYTES[inner])
