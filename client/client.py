@@ -31,7 +31,7 @@ from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Decoded, Encoded, LogLines, Status, Stopping, TextEncoded
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import Acceleration, ComponentKind, CopiedBytes
+from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,7 @@ class Client:
         as_class: bool = False,
         acceleration: Acceleration | None = None,
         variant: str | None = None,
+        compute_dtype: ComputeDType | None = None,
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
@@ -115,6 +116,9 @@ class Client:
         its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
         ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
         ``acceleration`` is how its forwards run on GPUs, instead of the daemon's setting of this name.
+
+        Packed weights (fp8, int8 and others of docs/formats.md) are lent as they are, and dequantised into
+        ``compute_dtype`` when they are multiplied: without it, into the dtype of most plain weights beside them.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -132,6 +136,7 @@ class Client:
             as_class=as_class,
             acceleration=acceleration,
             variant=variant,
+            compute_dtype=compute_dtype,
         )
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:

@@ -17,7 +17,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import msgspec
 
@@ -27,14 +27,17 @@ from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, check_shards, state_of
 from xditd.client.model_folders import ModelFiles, find_model, label_of
 from xditd.client.module_descriptions import describe_module, is_described
+from xditd.client.packed_weights import NO_PACKING, Packing, packing_of_files, packing_of_tensors
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError, named
+from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed
+from xditd.ipc.packed import logical_tensors
 from xditd.ipc.recognition import form_error
 from xditd.ipc.tensors import (
     Acceleration,
     Block,
     ComponentKind,
+    ComputeDType,
     CopiedBytes,
     Manifest,
     ModuleDescription,
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Offer:
@@ -125,6 +130,7 @@ def describe(
     replaced: Collection[str] = (),
     variant: str | None = None,
     acceleration: str | None = None,
+    compute_dtype: str | None = None,
 ) -> Offer:
     """Prepare a component to be lent.
 
@@ -134,10 +140,12 @@ def describe(
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
     its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
-    ``acceleration`` is how forwards of such a module run on GPUs.
+    ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
+    dequantise packed weights; without it, they take that of most plain weights.
 
     Raises:
-        BadCheckpoint: a file is not a valid safetensors file, or the files of a folder or an index are not complete.
+        BadCheckpoint: a file is not a valid safetensors file, the files of a folder or an index are not complete, or
+            packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
         BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or
             ``acceleration`` for what does not run as its class.
@@ -147,6 +155,7 @@ def describe(
     """
     memory = _LentMemory()
     module: ModuleDescription | None = None
+    packing = NO_PACKING
     started = time.perf_counter()
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
@@ -154,7 +163,7 @@ def describe(
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
             files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
             module = files.description
-            specs = _describe_files(files, label, device, memory)
+            specs, packing = _describe_files(files, label, device, memory)
         elif variant is not None:
             raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
         elif kind is None and (as_class or is_described(source)):
@@ -166,13 +175,17 @@ def describe(
             specs = _describe_tensors(state_of(tensors), device, memory)
         else:
             label = label or "state_dict"
-            specs = _describe_tensors(state_of(source), device, memory)
+            state = state_of(source)
+            packing = _named_faults(label, lambda: packing_of_tensors(state))
+            specs = _describe_tensors(_without(state, packing.markers), device, memory)
         manifest = Manifest(
             kind=kind,
             module=module if acceleration is None else _accelerated(module, acceleration, label),
             label=label,
             blocks=tuple(memory.blocks),
             tensors=tuple(specs),
+            packed=packing.packed,
+            compute_dtype=_compute_dtype(compute_dtype),
             generation=generation,
         )
         check_manifest(manifest)
@@ -186,6 +199,13 @@ def describe(
     return Offer(manifest, memory.copied, {"describe": (time.perf_counter() - started) * 1e3}, memory)
 
 
+def _compute_dtype(given: str | None) -> ComputeDType | None:
+    known = get_args(ComputeDType)
+    if given is not None and given not in known:
+        raise BadRequest(f"compute_dtype: {given!r}; use {', '.join(map(repr, known))}")
+    return cast("ComputeDType | None", given)
+
+
 def _accelerated(module: ModuleDescription | None, acceleration: str, label: str) -> ModuleDescription:
     known = get_args(Acceleration)
     if acceleration not in known:
@@ -197,25 +217,45 @@ def _accelerated(module: ModuleDescription | None, acceleration: str, label: str
     return msgspec.structs.replace(module, acceleration=cast("Acceleration", acceleration))
 
 
-def _describe_files(files: ModelFiles, label: str, device: str | None, memory: _LentMemory) -> list[TensorSpec]:
+def _describe_files(
+    files: ModelFiles, label: str, device: str | None, memory: _LentMemory
+) -> tuple[list[TensorSpec], Packing]:
     opened = [memory.open_file(path) for path in files.paths]
     headers = [read_header(lent.fd, lent.path) for lent in opened]
     check_shards(files, headers)
+    packing = _named_faults(label, lambda: packing_of_files(opened, headers))
     if device is not None:
         if files.description is None:
-            known = form_error({stored.name: stored for header in headers for stored in header.tensors})
+            stored = {stored.name: stored for header in headers for stored in header.tensors}
+            known = form_error(logical_tensors(packing.packed, _without(stored, packing.markers)))
             if known is not None:  # before loading: the workers would fail only after it
                 raise named(label, known)
         arena = memory.own_arena(load_into_arena(opened, headers, device))
         memory.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
-        return _describe_tensors(arena.tensors, None, memory)
+        return _describe_tensors(_without(arena.tensors, packing.markers), None, memory), packing
     specs = []
     for lent, header in zip(opened, headers, strict=True):
         length = header.length_bytes
         number = memory.block_number(("file", lent.path), lambda lent=lent, length=length: lent.block(length))  # type: ignore[misc]
-        specs += [TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes) for s in header.tensors]
+        specs += [
+            TensorSpec(s.name, s.dtype, s.shape, number, s.offset_bytes)
+            for s in header.tensors
+            if s.name not in packing.markers
+        ]
     memory.notes.append(f"file tier: workers map {listed(files.paths)}; nothing is read into this process")
-    return specs
+    return specs, packing
+
+
+def _without(tensors: Mapping[str, T], names: Collection[str]) -> Mapping[str, T]:
+    return {name: each for name, each in tensors.items() if name not in names} if names else tensors
+
+
+def _named_faults(label: str, find: Callable[[], Packing]) -> Packing:
+    """Find packed weights; an error begins with the label."""
+    try:
+        return find()
+    except RequestError as error:
+        raise named(label, error) from error
 
 
 def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, memory: _LentMemory) -> list[TensorSpec]:

@@ -116,6 +116,7 @@ class Session:
         acceleration: str | None = None,
         replaced: Collection[str] = (),
         variant: str | None = None,
+        compute_dtype: str | None = None,
     ) -> Loan:
         """Lend a component and wait until every worker has mapped, verified and plugged it."""
         from xditd.client.lending import describe
@@ -133,6 +134,7 @@ class Session:
             acceleration=acceleration,
             replaced=replaced,
             variant=variant,
+            compute_dtype=compute_dtype,
         )
         manifest = offer.manifest
         logger.info(

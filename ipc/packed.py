@@ -204,6 +204,23 @@ def weight_faults(packed: PackedWeight, tensors: Mapping[str, TensorLike]) -> li
     return found or [f"{what} {fault}" for fault in _stored_faults(packed, tensors)]
 
 
+class LogicalTensor(NamedTuple):
+    """A tensor as a model sees it: of a packed weight the logical shape, and the dtype ``packed``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def logical_tensors(packed: Iterable[PackedWeight], tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+    """Return all tensors but the companions of packed weights, and these with their logical shapes."""
+    found = dict(tensors)
+    for each in packed:
+        for name in each.companions.values():
+            found.pop(name, None)
+        found[each.weight] = LogicalTensor("packed", each.shape)
+    return found
+
+
 def _logical_faults(packed: PackedWeight) -> Iterator[str]:
     shape = list(packed.shape)
     if math.prod(side or 1 for side in shape) > limits.MAX_BYTES:

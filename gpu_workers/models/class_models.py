@@ -17,7 +17,7 @@ from xditd.gpu_workers.models.class_building import apply_state, check_versions,
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module, find_model_class
-from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.entries import Bindings, TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.pretrained import (
@@ -37,6 +37,7 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
 from xditd.ipc.field_types import DType
 from xditd.ipc.module_state import ModuleState
+from xditd.ipc.packed import PackedWeight
 from xditd.ipc.status import FusedCheck, SplitCheck
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
@@ -141,7 +142,7 @@ class ClassModel:
 
     def plug(
         self,
-        bindings: Mapping[str, torch.Tensor],
+        bindings: Bindings,
         owner: str = "",
         checkpoint: Mapping[str, torch.Tensor] | None = None,  # noqa: ARG002  # that of models with a fast path
     ) -> None:
@@ -149,7 +150,9 @@ class ClassModel:
         if self.owner is not None:
             self.unplug()
         self.owner = owner  # first, so that a plug that fails is undone by the next one
-        set_tensors(self.module, self.state, bindings)
+        set_tensors(
+            self.module, self.state, {name: each for name, each in bindings.items() if isinstance(each, torch.Tensor)}
+        )
         self.paths.use_weights(owner, bindings)
 
     def unplug(self) -> None:
@@ -219,6 +222,20 @@ class ModuleMatch:
     def family(self) -> _ClassAsFamily:
         return _ClassAsFamily(self.model.class_name)
 
+    @property
+    def packed(self) -> Mapping[str, PackedWeight]:
+        """No module that runs as its class has packed weights."""
+        return {}
+
+    @property
+    def read_names(self) -> set[str]:
+        """The names in the manifest of all tensors that it uses."""
+        return set(self.sources.values())
+
+    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:  # noqa: ARG002
+        """There is nothing to dequantise."""
+        return []
+
     def reserve(self) -> int:
         """Allocate the memory of tensors in another dtype, so that :meth:`bind` cannot fail; return its bytes."""
         plan = self.model.plan
@@ -227,11 +244,11 @@ class ModuleMatch:
                 self._converted[name] = torch.empty(shape, dtype=plan.dtypes[name], device=self.model.device)
         return sum(each.nbytes for each in self._converted.values())
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return the module's tensors by name: views of ``tensors``, and converted copies."""
-        found = {name: tensors[source] for name, source in self.sources.items()}
+        found: Bindings = {name: tensors[source] for name, source in self.sources.items()}
         for name, converted in self._converted.items():
-            found[name] = converted.copy_(found[name])
+            found[name] = converted.copy_(tensors[self.sources[name]])
         return found
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 
 from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
 from xditd.gpu_workers.models.clock import Clock
+from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
@@ -59,7 +60,7 @@ class Component:
 
     component_id: str
     match: CheckpointMatch | ModuleMatch
-    bindings: dict[str, torch.Tensor]
+    bindings: Bindings
     manifest: Manifest
     facts: ComponentFacts
     tensors: dict[str, torch.Tensor]
@@ -322,7 +323,7 @@ class Components:
 
     def _load_tensors(
         self, manifest: Manifest, match: CheckpointMatch | ModuleMatch, opened: list[OpenBlock | None], clock: Clock
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
+    ) -> tuple[dict[str, torch.Tensor], Bindings, list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
 
         On GPUs each rank uploads a share of the host memory. All ranks then copy the same tensors (``apart``), at the
@@ -335,7 +336,7 @@ class Components:
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            read = set(match.sources.values())
+            read = match.read_names
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
             own = OwnBuffer.allocate(apart, self._device)
@@ -353,13 +354,20 @@ class Components:
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
+        made: list[torch.Tensor] = []
+        if match.packed:
+            with raise_on_all_ranks():
+                made = match.convert(tensors)
+            clock.mark("dequantise")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
+        made_bytes = sum(each.nbytes for each in made)
         if not is_cuda:
-            return tensors, bindings, copies, CopiedBytes(host_to_host=size)
+            return tensors, bindings, [*copies, *made], CopiedBytes(host_to_host=size + made_bytes)
         others = sum(spec.extent_bytes for spec in apart) - size
-        copied = CopiedBytes(host_to_device=size, peer=others + sum(buffer.numel() for buffer in received.values()))
-        return tensors, bindings, [*copies, *received.values()], copied
+        peer = others + sum(buffer.numel() for buffer in received.values())
+        copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
+        return tensors, bindings, [*copies, *received.values(), *made], copied
 
     def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
         if self._device.type == "cuda":

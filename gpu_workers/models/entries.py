@@ -12,22 +12,38 @@ from dataclasses import dataclass
 
 import torch
 
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.packed import PackedWeight
+
 Shape = tuple[int, ...]
+
+Bindings = dict[str, torch.Tensor | PackedTensor]
+"""Parameters by name, plain or packed, as views of lent tensors."""
+
+
+def tensors_in(bindings: Mapping[str, torch.Tensor | PackedTensor]) -> list[torch.Tensor]:
+    """Return all tensors of bindings, those of packed weights one by one."""
+    return [part for each in bindings.values() for part in (each.tensors if isinstance(each, PackedTensor) else [each])]
+
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""The dtypes of weights that can be lent. Eight-bit weights need scales, for which files have no standard."""
+"""The dtypes of plain weights that can be run. Others are packed, with a format that says what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``."""
+    """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``.
+
+    A ``packed`` weight has its logical shape.
+    """
 
     dtype: str
     shape: Shape
+    packed: PackedWeight | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorInfo:

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from xditd.gpu_workers.models.entries import Slice, TensorInfo
+from xditd.gpu_workers.models.entries import Bindings, Slice, TensorInfo
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
@@ -24,8 +24,12 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
+from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, dequantise_once, linear_targets
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedProductCounts, pack_linears
+from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
@@ -33,6 +37,7 @@ from xditd.ipc.errors import Internal, RequestError, UnknownFamily
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import DType
 from xditd.ipc.name_lists import listed
+from xditd.ipc.packed import PackedWeight
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensor_names import by_prefix
@@ -41,14 +46,16 @@ from xditd.ipc.transports.tensor_views import dtype_name
 
 logger = logging.getLogger(__name__)
 
-Signature = tuple[Kind | None, frozenset[tuple[str, TensorInfo]]]
-Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]]]
+
+Signature = tuple[Kind | None, torch.dtype | None, frozenset[tuple[str, TensorInfo]]]
+Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]], torch.dtype, frozenset[tuple[str, str]]]
 
 
 class CachedModel:
     """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
+    ``packed_layers`` are the layers that multiply packed weights, by the names of these.
     """
 
     def __init__(
@@ -60,6 +67,8 @@ class CachedModel:
         layout: ParallelLayout,
         module: torch.nn.Module,
         exceptions: Mapping[str, torch.dtype],
+        packed_layers: Mapping[str, PackedLinear],
+        scratch: ScratchBuffer,
     ) -> None:
         self.family = family
         self.config = config
@@ -69,6 +78,9 @@ class CachedModel:
         self.module = module
         self.owner: str | None = None
         self.operations = operations
+        self.packed_layers = packed_layers
+        self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
+        self._scratch = scratch
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
@@ -107,16 +119,20 @@ class CachedModel:
 
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        if self.packed_layers:
+            self._scratch.reserve(self, self.scratch_bytes)
         return 0 if self._fast is None else self._fast.reserve()
 
     def release(self) -> None:
         """Free the reserved memory if nothing is plugged."""
-        if self._fast is not None and self.owner is None:
-            self._fast.unplug()
+        if self.owner is None:
+            self._scratch.release(self)
+            if self._fast is not None:
+                self._fast.unplug()
 
     def plug(
         self,
-        bindings: Mapping[str, torch.Tensor],
+        bindings: Bindings,
         owner: str = "",
         checkpoint: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
@@ -125,11 +141,19 @@ class CachedModel:
         ``checkpoint`` are the same tensors by canonical name, for the fast path, which is idle without them.
         ``load_state_dict(assign=True)`` takes ten times as long.
         """
-        if bindings.keys() != self._slots.keys():
-            differing = sorted(bindings.keys() ^ self._slots.keys())
+        if bindings.keys() != self._slots.keys() | self.packed_layers.keys():
+            differing = sorted(bindings.keys() ^ (self._slots.keys() | self.packed_layers.keys()))
             raise Internal(f"bindings do not match the {self.family.name} model: {listed(differing)}", names=differing)
         for target, (parameters, name) in self._slots.items():
-            parameters[name] = torch.nn.Parameter(bindings[target], requires_grad=False)
+            bound = bindings[target]
+            assert isinstance(bound, torch.Tensor)
+            parameters[name] = torch.nn.Parameter(bound, requires_grad=False)
+        if self.packed_layers:
+            self._scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
+        for target, layer in self.packed_layers.items():
+            packed = bindings[target]
+            assert isinstance(packed, PackedTensor)
+            layer.plug(packed)
         if self._fast is not None:
             self._fast.plug(checkpoint or {})
             self._fast.paths.use_weights(owner, bindings)
@@ -139,6 +163,8 @@ class CachedModel:
         """Restore the meta parameters; the model then holds no reference to lent memory."""
         for target, (parameters, name) in self._slots.items():
             parameters[name] = self._empty[target]
+        for layer in self.packed_layers.values():
+            layer.unplug()
         if self._fast is not None:
             self._fast.unplug()
         self.owner = None
@@ -155,15 +181,42 @@ class CheckpointMatch:
     key_map: Mapping[str, Slice]
     sources: Mapping[str, str]
     is_reused: bool
+    packed: Mapping[str, PackedWeight]
+    compute_dtype: torch.dtype
+
+    @property
+    def read_names(self) -> set[str]:
+        """The names in the manifest of all tensors that it uses, companions of packed weights included."""
+        return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
+
+    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
+
+        Returns the dequantised tensors.
+
+        Raises:
+            BadCheckpoint: a scale is not finite.
+            torch.OutOfMemoryError: the device has too little memory.
+        """
+        check_scales(self.packed.values(), tensors)
+        kept = {self.key_map[target].source for target in self.model.packed_layers}
+        once = [each for name, each in self.packed.items() if name not in kept]
+        return dequantise_once(once, tensors, self.compute_dtype)
 
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
         return self.model.reserve()
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return each parameter as a view of ``tensors``, without a copy. The views keep the memory mapped."""
-        bindings: dict[str, torch.Tensor] = {}
+        bindings: Bindings = {}
         for target, part in self.key_map.items():
+            if target in self.model.packed_layers:
+                packed = PackedTensor.of(self.packed[part.source], tensors)
+                if part.stop - part.start != packed.shape[0]:
+                    packed = packed.rows(part.start, part.stop)
+                bindings[target] = packed if len(packed.shape) == 2 else packed.as_matrix()
+                continue
             tensor = tensors[part.source]
             if part.stop - part.start != tensor.shape[0]:
                 tensor = tensor[part.start : part.stop]
@@ -193,6 +246,8 @@ class CheckpointMatch:
             kind=ComponentKind(kind),
             dtype=dtype_name(self.dtype),
             bytes_by_dtype=dict(sizes),
+            bytes_by_format=bytes_by_format(manifest),
+            scratch_bytes=model.scratch_bytes,
             transformer=transformer,
             vae=vae,
             text_encoder=text_encoder,
@@ -209,6 +264,8 @@ class ModelCache:
         self.layout = layout
         self.built = 0
         self.reused = 0
+        self.scratch = ScratchBuffer(layout.device)
+        self.packed_products = PackedProductCounts()
         self._models: dict[Key, CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
@@ -228,20 +285,26 @@ class ModelCache:
         for model in self._models.values():
             model.release()
 
-    def match(self, tensors: Mapping[str, TensorInfo], kind: Kind | None = None) -> CheckpointMatch:
+    def match(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        kind: Kind | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> CheckpointMatch:
         """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
-        With a ``kind``, tensors of other components in the same file are skipped.
+        With a ``kind``, tensors of other components in the same file are skipped. ``compute_dtype`` is that of packed
+        weights, if the client gave one. A model is reused for weights in the same formats.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
                 ``resolution.resolve``, ``registry.operations_of``, ``component_layouts.choose``
                 and ``Operations.fuse``.
         """
-        signature = (kind, frozenset(tensors.items()))
+        signature = (kind, compute_dtype, frozenset(tensors.items()))
         resolution = self._resolutions.get(signature)
         if resolution is None:
-            resolution = _resolve(tensors, kind)
+            resolution = _resolve(tensors, kind, compute_dtype)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -249,7 +312,15 @@ class ModelCache:
                     resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
                 )  # fmt: skip
         exceptions = frozenset(_exceptions(resolution).items())
-        key = (resolution.family.name, resolution.config, resolution.dtype, exceptions)
+        formats = resolution.formats
+        key = (
+            resolution.family.name,
+            resolution.config,
+            resolution.dtype,
+            exceptions,
+            resolution.compute_dtype,
+            formats,
+        )
         model = self._models.get(key)
         is_reused = model is not None
         if model is None:
@@ -266,6 +337,8 @@ class ModelCache:
             key_map=resolution.key_map,
             sources=resolution.sources,
             is_reused=is_reused,
+            packed=resolution.packed,
+            compute_dtype=resolution.compute_dtype,
         )
 
     def _choose_layout(self, family: Family[Any], config: Hashable, dtype: torch.dtype) -> ParallelLayout:
@@ -298,13 +371,17 @@ class ModelCache:
         if unfilled:
             raise Internal(f"{family.name}: buffers without values after building: {listed(unfilled)}", names=unfilled)
         exceptions = _exceptions(resolution)
-        compute_in_widest(module, exceptions, self.layout.device)
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
-        return CachedModel(family, operations, config, dtype, layout, module, exceptions)
+        packed = linear_targets(module, resolution.key_map, resolution.packed)
+        layers = pack_linears(module, packed, resolution.compute_dtype, self.scratch, self.packed_products)
+        of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
+        apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
+        compute_in_widest(module, apart, self.layout.device)
+        return CachedModel(family, operations, config, dtype, layout, module, exceptions, layers, self.scratch)
 
 
-def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution:
+def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:
     """Match a checkpoint to its family; in a file with several components, that of the ``kind``.
 
     If no family claims it, the error names the model, if known. If the claiming family refuses it, the error is that
@@ -313,18 +390,23 @@ def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None) -> Resolution
     try:
         family = detect(tensors.keys(), kind)
     except UnknownFamily as error:
-        known = unsupported_error(tensors, titles())
+        known = unsupported_error(_as_plain(tensors), titles())
         if known is None:
             raise
         raise type(known)(known.detail + load_faults_note(), names=known.names) from error
     others = [] if kind is None else [each for each in families() if each is not family]
     try:
-        return resolve(family, tensors, others)
+        return resolve(family, tensors, others, compute_dtype)
     except RequestError as error:
-        known = form_error(_without_others(tensors, others), titles())
+        known = form_error(_without_others(_as_plain(tensors), others), titles())
         if known is None:
             raise
         raise known from error
+
+
+def _as_plain(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return packed weights as plain ones: an error names what cannot be run, and packed weights can."""
+    return {name: info if info.packed is None else TensorInfo("bfloat16", info.shape) for name, info in tensors.items()}
 
 
 def _without_others(tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]]) -> dict[str, TensorInfo]:

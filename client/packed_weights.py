@@ -1,0 +1,201 @@
+"""Find the packed weights of a checkpoint that is to be lent, and their companions, by markers, names and dtypes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xditd.client import packed_markers
+from xditd.client.packed_markers import MARKER, METADATA, LayerFormat
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.name_lists import listed
+from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
+from xditd.ipc.transports.file import LentFile
+from xditd.ipc.transports.safetensors_header import Header
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2")
+_WEIGHT: Final = ".weight"
+_ENDS: Final = (
+    (".weight_scale", ".scale_weight"),
+    (".weight_scale_2",),
+    (".input_scale", ".scale_input"),
+)
+"""Name endings of companions, new and old, in the order of ``_Companions``."""
+_REFUSED: Final[Mapping[str, str]] = {
+    ".pre_quant_scale": "a scale of the layer's input (AWQ)",
+    ".weight_zero_point": "an offset of the weights",
+}
+"""Name endings beside packed weights that change what they mean, and that no format here has."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed weights of a checkpoint, and the names of its markers, which are not lent."""
+
+    packed: tuple[PackedWeight, ...] = ()
+    markers: frozenset[str] = frozenset()
+
+
+NO_PACKING: Final = Packing()
+
+
+class _Companions(NamedTuple):
+    """The names of a weight's companions, as ``PackedWeight`` has them."""
+
+    scale: str | None = None
+    scale_2: str | None = None
+    input_scale: str | None = None
+
+
+class _Info(NamedTuple):
+    """A tensor without its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_packing(
+    tensors: Mapping[str, TensorLike], read: Callable[[str], bytes], metadata: Iterable[tuple[str, str]] = ()
+) -> Packing:
+    """Find the packed weights among ``tensors``, which are all of the checkpoint.
+
+    ``read`` returns the bytes of a marker, a few KiB. ``metadata`` has the file's name and the text of
+    ``_quantization_metadata``, for each file with one. Tensors of fp8 without a marker count as packed, too, whatever
+    their number of dimensions.
+
+    Raises:
+        BadCheckpoint: a marker is malformed, two of them contradict each other, or a weight or its companions do not
+            have the dtypes and shapes of its format.
+        Unsupported: a format or a parameter is not known.
+    """
+    markers = packed_markers.marker_names(tensors)
+    layers = _described_layers(tensors, markers, read, metadata)
+    old = {
+        name.removesuffix(packed_markers.OLD_MARKER): packed_markers.allows_fp8_products(name, tensors[name])
+        for name in markers
+        if packed_markers.is_old_marker(name)
+    }
+    found = [_described_weight(layer, described, tensors) for layer, described in layers.items()]
+    taken = {name for packed in found for name in packed.names}
+    for name, tensor in tensors.items():
+        if tensor.dtype in FLOAT8 and name not in taken and not packed_markers.is_old_marker(name):
+            found.append(_float8_weight(name, tensor, tensors, old))
+    faults = packed_faults(found, tensors)
+    if faults:
+        raise BadCheckpoint(f"{len(faults)} faults of packed weights: {listed(faults, joint='; ')}", names=faults)
+    return Packing(tuple(found), frozenset(markers))
+
+
+def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Packing:
+    """Find the packed weights in open files of one model; see :func:`find_packing`."""
+    places = {
+        stored.name: (lent, stored) for lent, header in zip(files, headers, strict=True) for stored in header.tensors
+    }
+
+    def read(name: str) -> bytes:
+        lent, stored = places[name]
+        return os.pread(lent.fd, stored.size_bytes, stored.offset_bytes)
+
+    metadata = [
+        (lent.path, header.metadata[METADATA])
+        for lent, header in zip(files, headers, strict=True)
+        if METADATA in header.metadata
+    ]
+    return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata)
+
+
+def packing_of_tensors(tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Packing:
+    """Find the packed weights in a state dict; see :func:`find_packing`."""
+
+    def read(name: str) -> bytes:
+        return bytes(tensors[name].detach().cpu().tolist())
+
+    infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}
+    return find_packing(infos, read, [] if metadata is None else [("the state dict", metadata)])
+
+
+def _described_layers(
+    tensors: Mapping[str, TensorLike],
+    markers: Iterable[str],
+    read: Callable[[str], bytes],
+    metadata: Iterable[tuple[str, str]],
+) -> dict[str, LayerFormat]:
+    """Return the layers that markers or metadata describe, by their names in this checkpoint."""
+    found: dict[str, LayerFormat] = {}
+    for where, text in metadata:
+        named = packed_markers.read_metadata(text, where)
+        for layer, described in zip(_find_layers(named, tensors), named.values(), strict=True):
+            if layer is not None:  # else it is of a part that this checkpoint does not have
+                found[layer] = described
+    for name in markers:
+        if packed_markers.is_old_marker(name):
+            continue
+        packed_markers.check_marker(name, tensors[name])
+        layer, described = name.removesuffix(MARKER), packed_markers.read_marker(name, read(name))
+        if layer + _WEIGHT not in tensors:
+            raise BadCheckpoint(f"tensor {name} describes {layer + _WEIGHT}, which is missing")
+        if found.setdefault(layer, described) != described:
+            raise BadCheckpoint(f"tensor {name} contradicts {METADATA} of the header: {described}, not {found[layer]}")
+    return found
+
+
+def _find_layers(names: Iterable[str], tensors: Iterable[str]) -> list[str | None]:
+    """Find layers in a checkpoint: by their names, or, if these are without its prefix, by the end of one name."""
+    layers = {name.removesuffix(_WEIGHT) for name in tensors if name.endswith(_WEIGHT)}
+    wanted = [*names]
+    if all(name in layers for name in wanted):
+        return [*wanted]
+    ends: dict[str, str | None] = {}
+    for layer in layers:
+        end = layer
+        while "." in end:
+            end = end.partition(".")[2]
+            ends[end] = None if end in ends else layer
+    return [name if name in layers else ends.get(name) for name in wanted]
+
+
+def _described_weight(layer: str, described: LayerFormat, tensors: Mapping[str, TensorLike]) -> PackedWeight:
+    name = layer + _WEIGHT
+    tensor = tensors[name]
+    if described.stored_as not in (None, tensor.dtype):
+        raise BadCheckpoint(f"tensor {name} is {tensor.dtype}, but its marker says {described.stored_as}")
+    shape = tensor.shape
+    if described.format == "nvfp4" and len(shape) == 2:
+        shape = (shape[0], 2 * shape[1])
+    return PackedWeight(
+        name,
+        described.format,
+        tuple(shape),
+        *_companions(layer, tensors),
+        described.group,
+        described.quantises_input,
+    )
+
+
+def _float8_weight(
+    name: str, tensor: TensorLike, tensors: Mapping[str, TensorLike], old: Mapping[str, bool]
+) -> PackedWeight:
+    """Describe fp8 without a marker of its own: scaled, if scales lie beside it, or plain.
+
+    The input may be quantised if an old marker above it allows that, or if the file has a scale for it.
+    """
+    companions = _companions(name.removesuffix(_WEIGHT), tensors) if name.endswith(_WEIGHT) else _Companions()
+    above = max((prefix for prefix in old if name.startswith(prefix)), key=len, default=None)
+    allows = companions.input_scale is not None
+    if above is not None:
+        allows = old[above] and companions.scale is not None
+    return PackedWeight(name, "float8", tuple(tensor.shape), *companions, quantises_input=allows)
+
+
+def _companions(layer: str, tensors: Mapping[str, TensorLike]) -> _Companions:
+    for end, what in _REFUSED.items():
+        if layer + end in tensors:
+            raise Unsupported(
+                f"tensor {layer + end}, {what}, cannot be applied: lend another file of this model", names=[layer + end]
+            )
+    return _Companions(*(next((layer + end for end in ends if layer + end in tensors), None) for ends in _ENDS))

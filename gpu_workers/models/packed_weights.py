@@ -1,0 +1,91 @@
+"""The packed weights of a component: which layers multiply them packed, which are dequantised once, and their check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from xditd.gpu_workers.models.entries import Slice
+from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.linear import is_linear_weight
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.name_lists import listed
+from xditd.ipc.packed import PackedFormat, PackedWeight
+from xditd.ipc.tensors import Manifest
+
+_NAN_E8M0 = 0xFF
+"""comfy-kitchen reads it as infinity."""
+
+
+def linear_targets(
+    module: torch.nn.Module, key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]
+) -> list[str]:
+    """Return the parameters whose layers multiply packed weights: of each source all, or none.
+
+    All others are dequantised once: norms, biases, embeddings, convolutions, and what a module uses in its own way.
+    """
+    apart = {
+        part.source
+        for target, part in key_map.items()
+        if part.source in packed and not is_linear_weight(module, target)
+    }
+    return [target for target, part in key_map.items() if part.source in packed and part.source not in apart]
+
+
+def dequantise_once(
+    packed: Iterable[PackedWeight], tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Replace these packed weights among ``tensors`` by dequantised ones, and remove their companions.
+
+    Returns the new tensors, whose memory is this rank's own.
+
+    Raises:
+        torch.OutOfMemoryError: the device has too little memory.
+    """
+    made = []
+    for each in packed:
+        found = PackedTensor.of(each, tensors)
+        made.append(dequantise(found, torch.empty(each.shape, dtype=dtype, device=found.values.device)))
+        for name in each.companions.values():
+            del tensors[name]
+        tensors[each.weight] = made[-1]
+    return made
+
+
+def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the numbers in companions, with one wait for the device.
+
+    Raises:
+        BadCheckpoint: a scale is not finite, or that of an input is not positive.
+    """
+    checked = [(each, field, name) for each in packed for field, name in each.companions.items()]
+    if not checked:
+        return
+    verdicts = torch.stack([_is_sound(each.format, field, tensors[name]) for each, field, name in checked])
+    bad = [name for (_, _, name), sound in zip(checked, verdicts.tolist(), strict=True) if not sound]
+    if bad:
+        raise BadCheckpoint(
+            f"{len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; get the "
+            "file again",
+            names=bad,
+        )
+
+
+def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> torch.Tensor:
+    if field == "scale" and packed_format == "mxfp8":
+        return (scale.view(torch.uint8) != _NAN_E8M0).all()
+    if field == "scale" and packed_format == "nvfp4":
+        return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()  # the only NaN of e4m3, with either sign
+    sound = torch.isfinite(scale).all()
+    return sound & (scale > 0).all() if field == "input_scale" else sound
+
+
+def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:
+    """Return the bytes of packed weights with their companions, by format."""
+    sizes = {spec.name: spec.extent_bytes for spec in manifest.tensors}
+    found: dict[PackedFormat, int] = {}
+    for each in manifest.packed:
+        found[each.format] = found.get(each.format, 0) + sum(sizes[name] for name in each.names)
+    return found

@@ -1,0 +1,120 @@
+"""``PackedLinear``: a linear layer whose weight is packed, in place of ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.tensors import PackedTensor
+
+Product = Callable[[torch.Tensor, PackedTensor, torch.Tensor | None], torch.Tensor]
+"""A product of an input with a packed weight, and its bias: the result has the input's dtype."""
+
+
+class PackedProductCounts:
+    """How often layers of each format were multiplied, and why not natively."""
+
+    def __init__(self) -> None:
+        self.reference: Counter[str] = Counter()
+        self.native: Counter[str] = Counter()
+        self.why_not_native: dict[str, str] = {}
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer with a packed weight, which :meth:`plug` gives it.
+
+    The reference forward dequantises the weight into the scratch buffer, in the compute dtype, and has the bits of
+    ``F.linear(x, dequantised, bias)``. With a ``native`` product, that runs instead. A bias of another dtype is cast to
+    that of the product, so that a float32 bias does not make the whole layer compute in float32.
+    """
+
+    def __init__(
+        self, linear: torch.nn.Linear, dtype: torch.dtype, scratch: ScratchBuffer, counts: PackedProductCounts
+    ) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.native: Product | None = None
+        self.training = linear.training
+        self._dtype = dtype
+        self._scratch = scratch
+        self._counts = counts
+        self._packed: PackedTensor | None = None
+        self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A tensor without memory, for code that asks for the shape or the dtype of the weight."""
+        return self._placeholder
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The size of its dequantised weight."""
+        return self._placeholder.nbytes
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The plugged weight."""
+        assert self._packed is not None
+        return self._packed
+
+    def plug(self, packed: PackedTensor) -> None:
+        """Use this weight until :meth:`unplug` or the next call."""
+        assert packed.shape == (self.out_features, self.in_features)
+        self._packed = packed
+
+    def unplug(self) -> None:
+        """Drop all references to lent memory."""
+        self._packed = None
+        self.native = None
+
+    def dequantised(self) -> torch.Tensor:
+        """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
+        return dequantise(self.packed, self._scratch.view(self._placeholder.shape, self._dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.native is not None:
+            self._counts.native[self.packed.format] += 1
+            return self.native(x, self.packed, self.bias)
+        self._counts.reference[self.packed.format] += 1
+        weight, bias = self.dequantised(), self.bias
+        if x.dtype == weight.dtype:
+            return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        found = F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
+        return found.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        packed = "nothing plugged" if self._packed is None else self._packed.format
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed={packed}"
+
+
+def pack_linears(
+    module: torch.nn.Module,
+    targets: Iterable[str],
+    dtype: torch.dtype,
+    scratch: ScratchBuffer,
+    counts: PackedProductCounts,
+) -> dict[str, PackedLinear]:
+    """Replace the linear layers with these weights by packed ones; return them by the weights' names."""
+    found: dict[str, PackedLinear] = {}
+    for target in targets:
+        path = target.removesuffix(".weight")
+        parent, _, name = path.rpartition(".")
+        layer = module.get_submodule(path)
+        assert isinstance(layer, torch.nn.Linear)
+        found[target] = PackedLinear(layer, dtype, scratch, counts)
+        setattr(module.get_submodule(parent), name, found[target])
+    return found
+
+
+def is_linear_weight(module: torch.nn.Module, target: str) -> bool:
+    """Whether a parameter is the weight of a plain linear layer; one of a subclass may do more with it."""
+    path, _, name = target.rpartition(".")
+    return name == "weight" and type(module.get_submodule(path)) is torch.nn.Linear
