@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import msgspec
 
 from xditd.client.arenas import Arena, device_named, host_arena_at
+from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, check_shards, state_of
@@ -45,7 +46,6 @@ from xditd.ipc.tensors import (
 )
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.safetensors_header import read_header
 from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _describe_files(
     files: ModelFiles, label: str, device: str | None, memory: _LentMemory
 ) -> tuple[list[TensorSpec], Packing]:
     opened = [memory.open_file(path) for path in files.paths]
-    headers = [read_header(lent.fd, lent.path) for lent in opened]
+    headers = [read_header(lent) for lent in opened]
     check_shards(files, headers)
     packing = _named_faults(label, lambda: packing_of_files(opened, headers))
     if device is not None:

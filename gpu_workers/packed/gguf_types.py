@@ -20,6 +20,21 @@ import torch
 
 from xditd.ipc.packed import GGUF_BLOCKS
 
+_SCALES: Final[Mapping[str, tuple[int, ...]]] = {
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+}
+"""Where a block has its float16 scale, and that of its offsets."""
 _STRETCH_NUMBERS: Final = 2**23
 _IQ4_NUMBERS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What four bits stand for in the IQ4 types (``kvalues_iq4nl``)."""
@@ -45,6 +60,15 @@ def dequantise_into(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
     for start in range(0, blocks.shape[0], step):
         stretch = blocks[start : start + step].reshape(-1, block.size_bytes)
         dequantise_blocks(stretch, numbers[start : start + step].view(-1, block.numbers))
+
+
+def has_finite_scales(blocks: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return whether all float16 scales in blocks are finite, as a tensor without dimensions."""
+    each = blocks.reshape(-1, GGUF_BLOCKS[kind].size_bytes)
+    sound = torch.ones((), dtype=torch.bool, device=blocks.device)
+    for at in _SCALES[kind]:
+        sound &= ((each[:, at + 1] & 0x7C) != 0x7C).all()  # the exponent of infinity and NaN
+    return sound
 
 
 def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:

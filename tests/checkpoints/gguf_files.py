@@ -145,6 +145,16 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int, spread: float =
     return blocks.view(rows, -1)
 
 
+def hostile_blocks(kind: str, count: int, seed: int) -> torch.Tensor:
+    """Make blocks of random bits, one in each row, with scales of any finite bit pattern."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, GGUF_BLOCKS[kind].size_bytes), dtype=torch.uint8, generator=generator)
+    for at in SCALES[kind]:
+        high = blocks[:, at + 1]
+        blocks[:, at + 1] = torch.where((high & 0x7C) == 0x7C, high & 0xBF, high)
+    return blocks
+
+
 def bytes_of(tensor: torch.Tensor) -> bytes:
     whole = tensor.contiguous()
     return ctypes.string_at(whole.data_ptr(), whole.nbytes)

@@ -95,7 +95,10 @@ def test_no_sound_start_is_taken_for_another_format(length: int) -> None:
         ("diffusion_pytorch_model-00001-of-00003.safetensors", "file 1 of the 3"),
         ("/x/model-00002-of-00002.safetensors", "file 2 of the 2"),
         ("diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "file 1 of the 2"),
-        ("flux1-dev-Q8_0-00001-of-00002.gguf", "file 1 of the 2 that make this checkpoint: merge them (llama-gguf-split"),
+        (
+            "flux1-dev-Q8_0-00001-of-00002.gguf",
+            "file 1 of the 2 that make this checkpoint: merge them (llama-gguf-split",
+        ),
         ("model-00001-of-00001.safetensors", None),
         ("model.safetensors", None),
         ("a-00001-of-00002/model.safetensors", None),
