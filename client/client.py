@@ -105,8 +105,8 @@ class Client:
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
 
-        ``source`` is a state dict, a module, or a path: of a safetensors file, of the index of a checkpoint in several
-        files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
+        ``source`` is a state dict, a module, or a path: of a safetensors or a GGUF file, of the index of a checkpoint
+        in several files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
         (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
         (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
         ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,

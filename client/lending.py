@@ -134,8 +134,8 @@ def describe(
 ) -> Offer:
     """Prepare a component to be lent.
 
-    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file, of an index of
-    several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
+    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors or a GGUF file, of an
+    index of several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
@@ -144,7 +144,7 @@ def describe(
     dequantise packed weights; without it, they take that of most plain weights.
 
     Raises:
-        BadCheckpoint: a file is not a valid safetensors file, the files of a folder or an index are not complete, or
+        BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not complete, or
             packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
         BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or

@@ -31,11 +31,13 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
+    BadCheckpoint,
     BadRequest,
     ForeignGpu,
     Internal,
     OtherRankFailed,
     UnknownComponent,
+    named,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import listed
@@ -357,7 +359,10 @@ class Components:
         made: list[torch.Tensor] = []
         if match.packed:
             with raise_on_all_ranks():
-                made = match.convert(tensors)
+                try:
+                    made = match.convert(tensors)
+                except BadCheckpoint as error:
+                    raise named(manifest.label, error) from error
             clock.mark("dequantise")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")

@@ -23,8 +23,9 @@ SPLIT_COUNT: Final = "split.count"
 ORIGINAL_SHAPE: Final = "comfy.gguf.orig_shape."
 
 DEFAULT_ALIGNMENT: Final = 32
+MIN_ALIGNMENT: Final = 8
 MAX_ALIGNMENT: Final = 2**20
-"""As in ggml."""
+"""As in ggml, which refuses all but powers of 2, too."""
 _MAX_KEY_BYTES: Final = 2**16 - 1
 _FIRST_READ_BYTES: Final = 64 * 1024
 
@@ -148,8 +149,8 @@ def read_pairs(reader: GgufReader, count: int) -> GgufPairs:
         elif key == ALIGNMENT:
             _check_kind(reader, kind, UINT32, "a uint32")
             found.alignment = reader.number(4)
-            if not 1 <= found.alignment <= MAX_ALIGNMENT or found.alignment & (found.alignment - 1):
-                raise reader.refuse(f"{key} is {found.alignment}, not a power of 2 up to {MAX_ALIGNMENT}")
+            if not MIN_ALIGNMENT <= found.alignment <= MAX_ALIGNMENT or found.alignment & (found.alignment - 1):
+                raise reader.refuse(f"{key} is {found.alignment}, not a power of 2 from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}")
         elif key == SPLIT_COUNT and kind in _INTEGERS:
             files = reader.number(_VALUE_BYTES[kind], is_signed=_INTEGERS[kind])
             if files > 1:

@@ -174,6 +174,8 @@ def write_model(
     state: Mapping[str, torch.Tensor],
     kind_of: Callable[[str], str | None],
     architecture: str,
+    *,
+    alignment: int = 32,
 ) -> dict[str, tuple[str, torch.Tensor]]:
     """Write a checkpoint with packed weights; return these by name, each with its type.
 
@@ -190,5 +192,6 @@ def write_model(
         blocks = random_blocks(kind, rows, columns, zlib.crc32(name.encode()), 1 / math.sqrt(columns))
         packed[name] = (kind, blocks)
         tensors.append(packed_tensor(name, kind, blocks, columns))
-    path.write_bytes(gguf_bytes(tensors, [string_pair("general.architecture", architecture)]))
+    pairs = [string_pair("general.architecture", architecture), number_pair("general.alignment", alignment)]
+    path.write_bytes(gguf_bytes(tensors, pairs, alignment=alignment))
     return packed
