@@ -90,7 +90,9 @@ def find_packing(
             found.append(_float8_weight(name, tensor, tensors, old))
     faults = packed_faults(found, tensors)
     if faults:
-        raise BadCheckpoint(f"{len(faults)} faults of packed weights: {listed(faults, joint='; ')}", names=faults)
+        raise BadCheckpoint(
+            f"packed weights do not have the form of their format: {listed(faults, joint='; ')}", names=faults
+        )
     return Packing(tuple(found), frozenset(markers))
 
 

@@ -10,8 +10,8 @@ turns. Prints the medians of one call in ms and their ratio, the time to lend, t
 the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
 for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
 had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
-turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on. With ``--profile``
-each rank's kernels of one call are summed up, with the share of its time in which none runs (``gaps``).
+turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on. With
+``--profile`` each rank's kernels of one call are summed up, with the share of its time in which none runs (``gaps``).
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """

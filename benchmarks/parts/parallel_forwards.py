@@ -5,9 +5,9 @@
     python benchmarks/run.py parallel_forwards --device cpu --small --workers 2
 
 The models and arguments are those of the part ``modules``, which times the same calls through ``accelerate``. Weights
-are random, made on each GPU. Both split tokens by Ulysses; on one GPU diffusers runs the class alone. Prints the median of one forward
-in ms, with ``--compiled`` also after ``compile_repeated_blocks``, or why there is none: not every class has a plan in
-diffusers, or a wrapper in xfuser.
+are random, made on each GPU. Both split tokens by Ulysses; on one GPU diffusers runs the class alone. Prints the median
+of one forward in ms, with ``--compiled`` also after ``compile_repeated_blocks``, or why there is none: not every class
+has a plan in diffusers, or a wrapper in xfuser.
 
 Needs: as many GPUs as --workers; --device cpu --small is a dry run (diffusers' parallelism needs GPUs)
 """
@@ -55,7 +55,11 @@ def run(given: argparse.Namespace, report: Report) -> int:
         found = run_on_ranks(time_models, ranks, given)[0]
         report.add(**{f"{given.runner}, {ranks} GPUs": found})
         rows = [
-            (name, *(str(each.get(key, "-")) for key in ("median_ms", "compiled_ms", "compile_s")), each.get("fault", ""))
+            (
+                name,
+                *(str(each.get(key, "-")) for key in ("median_ms", "compiled_ms", "compile_s")),
+                each.get("fault", ""),
+            )
             for name, each in found.items()
         ]
         print_table(f"{given.runner} on {ranks} GPUs", [("model", "ms", "compiled ms", "made in s", ""), *rows])

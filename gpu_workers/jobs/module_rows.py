@@ -78,7 +78,7 @@ class ModuleRows:
         self._cached = CachedCalls(
             model,
             self._shares,
-            Ranks(None, self._rank, self._ranks),
+            model.ranks,
             call,
             self._run_tokens,
             self._checks.compare_tokens,
@@ -188,7 +188,7 @@ class ModuleRows:
         """
         planned = self._model.planned
         assert not isinstance(planned, str)
-        ranks = Ranks(None, self._rank, self._ranks)
+        ranks = self._model.ranks
 
         def run(on: Ranks) -> Any:
             def eager(given: Mapping[str, Any]) -> Any:

@@ -31,7 +31,10 @@ from xditd.gpu_workers.models.pretrained import (
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
+from xditd.gpu_workers.parallel import peer_memory
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
+from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import limits, module_state
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, ComponentFacts, MethodFacts, ModuleFacts
@@ -63,9 +66,12 @@ class ClassModel:
         dtype: torch.dtype | None = None,
         checkpoint: Mapping[str, TensorInfo] | None = None,
         graphs: Callable[[], CompiledGraphs] | None = None,
+        peers: PeerExchange | None = None,
     ) -> None:
         self.layout = layout
         self.device = layout.device
+        self.ranks = Ranks(None, layout.rank, layout.world_size, peers=peers)
+        """Those that share its forwards: all of the group."""
         self.owner: str | None = None
         self.plan: LoadPlan | None = None
         """Which tensors of a checkpoint it gets; ``None`` with a state."""
@@ -280,6 +286,9 @@ class ClassModels:
         self._layout = layout
         self._models: dict[_Key, ClassModel] = {}
         self._graphs: CompiledGraphs | None = None
+        self._peers: PeerExchange | None = None
+        if layout.world_size > 1 and layout.device.type == "cuda" and peer_memory.is_possible(layout.world_size):
+            self._peers = PeerExchange(layout.device, layout.rank, layout.world_size)
         self.built = 0
         self.reused = 0
 
@@ -325,7 +334,7 @@ class ClassModels:
         model = self._models.get(key)
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout, dtype, tensors, self._compiled_graphs)
+            model = ClassModel(described, self._layout, dtype, tensors, self._compiled_graphs, self._peers)
         self._keep(key, model, is_reused=is_reused)
         assert model.plan is not None
         shapes = {name: tensors[model.plan.sources[name]].shape for name in converted_names(model.plan, tensors)}
@@ -335,7 +344,7 @@ class ClassModels:
         model = self._models.get((described, None, None))
         is_reused = model is not None
         if model is None:
-            model = ClassModel(described, self._layout, graphs=self._compiled_graphs)
+            model = ClassModel(described, self._layout, graphs=self._compiled_graphs, peers=self._peers)
         model.check(tensors)
         self._keep((described, None, None), model, is_reused=is_reused)
         elements: Counter[str] = Counter()

@@ -151,6 +151,7 @@ class ForwardPaths:
         if _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
         self._note_known(key, on_all_ranks=on_all_ranks)
+        case.shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
 
     def drop_runs(self) -> None:
@@ -165,14 +166,18 @@ class ForwardPaths:
         for case, run in due.values():
             if not self._chooser.agree(case, run is not None) or run is None:
                 case.is_decided = case.runs >= MAX_RUNS_BEFORE
+                if case.is_decided:
+                    self._report(
+                        case, Choice("its forwards change the module, or there is no memory to compare them"), 0.0
+                    )
                 continue
             began_s = time.perf_counter()
             choice = self._chooser.choose(run)
             self._drop_oldest()
-            path = run.case.current_path
-            if run.case.is_decided or path != run.case.path:
-                run.case.path = path
-                self._report(run, choice, time.perf_counter() - began_s)
+            path = case.current_path
+            if case.is_decided or path != case.path:
+                case.path = path
+                self._report(case, choice, time.perf_counter() - began_s)
 
     def take_reports(self) -> tuple[ForwardPath, ...]:
         """Return the reports since the last call."""
@@ -261,15 +266,14 @@ class ForwardPaths:
             for case in captured[:-MAX_CAPTURED]:
                 case.graph, case.runs, case.is_decided = None, -RUNS_AFTER_LOSS, False
 
-    def _report(self, run: LastRun, choice: Choice, took_s: float) -> None:
-        if not self._is_leader and run.case.on_all_ranks:
+    def _report(self, case: ForwardCase, choice: Choice, took_s: float) -> None:
+        if not self._is_leader and case.on_all_ranks:
             return
-        shapes = [f"{list(each.shape)}" for each in tensors_of(run.arguments)]
         found = ForwardPath(
             class_name=self._class_name,
-            split="tokens" if run.case.on_all_ranks else "whole",
-            shapes=", ".join(shapes)[:500],
-            path=run.case.path,
+            split="tokens" if case.on_all_ranks else "whole",
+            shapes=case.shapes[:500],
+            path=case.path,
             error=None if choice.error is None else min(choice.error, MAX_RELATIVE_ERROR),
             took_s=took_s,
             memory_bytes=choice.memory_bytes,

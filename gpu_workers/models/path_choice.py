@@ -52,6 +52,8 @@ class ForwardCase:
     """False once a capture was refused, or found to gain nothing."""
     path: Path = "eager"
     """The one that was reported last."""
+    shapes: str = ""
+    """Of its tensors, for reports."""
 
     def stay_eager(self) -> None:
         self.is_decided, self.may_capture = True, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.packed import PackedFormat
+from xditd.ipc.status import PackedProducts
 
 Product = Callable[[torch.Tensor, PackedTensor, torch.Tensor | None], torch.Tensor]
 """A product of an input with a packed weight, and its bias: the result has the input's dtype."""
@@ -23,6 +26,19 @@ class PackedProductCounts:
         self.reference: Counter[str] = Counter()
         self.native: Counter[str] = Counter()
         self.why_not_native: dict[str, str] = {}
+
+    def report(self) -> tuple[PackedProducts, ...]:
+        """Return the counts of each format that was multiplied."""
+        return tuple(
+            PackedProducts(
+                format=each,
+                reference=self.reference[each],
+                native=self.native[each],
+                detail=self.why_not_native.get(each, ""),
+            )
+            for each in get_args(PackedFormat)
+            if each in self.reference or each in self.native
+        )
 
 
 class PackedLinear(torch.nn.Module):

@@ -16,7 +16,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from xditd.gpu_workers.parallel import exchange
+from xditd.gpu_workers.parallel import peer_memory
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import SHARED_FROM_BYTES, split
@@ -59,7 +59,7 @@ class GpuCopies:
         self.rank = layout.rank
         self.ranks = layout.world_size
         self.peer_uuids = peer_uuids
-        self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and exchange.is_possible(2)
+        self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and peer_memory.is_possible(2)
         """Whether ranks try peer copies; if one fails, they broadcast."""
 
     @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,8 @@ class Ranks:
     meet: Callable[[object], None] | None = None
     """Called before each collective with what all ranks know of it; raises on all of them if they know other things.
     Without it, a rank that has raised, or sends something else, makes the others wait."""
+    peers: PeerExchange | None = None
+    """Where GPUs write to each other's memory."""
 
     @classmethod
     def all(cls) -> Ranks:

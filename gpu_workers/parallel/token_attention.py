@@ -147,15 +147,31 @@ def _ulysses(
     run: Attend,
 ) -> torch.Tensor:
     """Attend with this rank's share of the heads; ``queries`` and ``keys`` are how many tokens each rank has."""
-    if list(queries) == list(keys):
-        query_share, key_share, value_share = _share_heads((query, key, value), queries, ranks)
-    else:
-        (query_share,) = _share_heads((query,), queries, ranks)
-        key_share, value_share = _share_heads((key, value), keys, ranks)
-    attended = run(query_share, key_share, value_share, mask).flatten(2)
+    counts = (queries, keys, keys)
+    shares = _share_heads_among_peers((query, key, value), counts, ranks)
+    if shares is None and list(queries) == list(keys):
+        shares = _share_heads((query, key, value), queries, ranks)
+    elif shares is None:
+        shares = [*_share_heads((query,), queries, ranks), *_share_heads((key, value), keys, ranks)]
+    query_share, key_share, value_share = shares
+    attended = run(query_share, key_share, value_share, mask)
+    returned = None if ranks.peers is None else ranks.peers.return_tokens(attended, queries)
+    if returned is not None:
+        return returned
+    attended = attended.flatten(2)
     return heads_to_tokens(attended, queries, [attended.shape[-1]] * ranks.size, ranks).unflatten(
         -1, (query.shape[2], -1)
     )
+
+
+def _share_heads_among_peers(
+    tensors: Sequence[torch.Tensor], counts: Sequence[Sequence[int]], ranks: Ranks
+) -> list[torch.Tensor] | None:
+    if ranks.peers is None:
+        return None
+    if ranks.meet is not None:
+        ranks.meet(("peers", counts, [(each.shape[0], each.shape[2:], each.dtype) for each in tensors]))
+    return ranks.peers.share_heads(tensors, counts)
 
 
 def _share_heads(tensors: Sequence[torch.Tensor], counts: Sequence[int], ranks: Ranks) -> list[torch.Tensor]:

@@ -202,9 +202,9 @@ def _start_fused(
         return None
     from xditd.gpu_workers.kernels import warm_up
     from xditd.gpu_workers.kernels.products import check_eight_bits
-    from xditd.gpu_workers.parallel import exchange
+    from xditd.gpu_workers.parallel import peer_memory
 
-    if not exchange.is_possible(degrees.world_size):
+    if not peer_memory.is_possible(degrees.world_size):
         if is_asked:
             raise Unsupported(f"{asked} needs peer access between the GPUs, which these do not have; use {instead}")
         logger.warning("fused kernels are off: the GPUs have no peer access to each other")

@@ -25,6 +25,7 @@ from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
+from xditd.gpu_workers.parallel import streams
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -63,6 +64,7 @@ class Ranks:
         self.model = SimpleNamespace(
             module=module,
             layout=SimpleNamespace(rank=self.rank, world_size=self.ranks),
+            ranks=streams.Ranks(None, self.rank, self.ranks),
             device=self.device,
             class_name="Tested",
             planned="it has no token plan" if plan is None else PlannedModule(module, plan),
@@ -393,7 +395,9 @@ def ways_that_ranks_choose_together(on: Ranks) -> None:
             check_same(found, on.module(**parts[0]))
     forward_paths._copy = copy
     if on.rank == 0:
-        assert on.model.paths.take_reports() == ()
+        (report,) = on.model.paths.take_reports()
+        assert report.path == "eager"
+        assert "no memory to compare" in report.detail
 
 
 def rows_without_room_when_they_are_checked(on: Ranks) -> None:

@@ -13,6 +13,7 @@ import torch
 from forked_programs import ProgramServer
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
@@ -35,9 +36,14 @@ def test_ranks_share_parts_and_rows(tmp_path: Path, fork_program: ProgramServer,
     assert len(done.stdout.splitlines()) == ranks * SCENARIOS
 
 
+def lent_to_one_rank() -> Any:
+    layout = SimpleNamespace(rank=0, world_size=1)
+    return SimpleNamespace(layout=layout, ranks=Ranks(None, 0, 1), paths=SimpleNamespace(is_on=False))
+
+
 def test_one_rank_runs_every_part_as_it_is() -> None:
     """Nothing is looked up, copied or checked."""
-    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1), paths=SimpleNamespace(is_on=False))
+    model = lent_to_one_rank()
     parts = [{"x": torch.ones(2)}, {"x": torch.zeros(2)}]
     seen: list[Any] = []
     rows = ModuleRows(model, "forward", Numerics(), lambda arguments: seen.append(arguments) or len(seen))
@@ -46,7 +52,7 @@ def test_one_rank_runs_every_part_as_it_is() -> None:
 
 
 def test_one_rank_raises_what_the_class_raises() -> None:
-    model: Any = SimpleNamespace(layout=SimpleNamespace(rank=0, world_size=1), paths=SimpleNamespace(is_on=False))
+    model = lent_to_one_rank()
 
     def fails(_: Any) -> Any:
         raise BadRequest("refused")

@@ -91,7 +91,7 @@ def test_a_graph_gives_the_bits_of_the_class_for_other_arguments() -> None:
 
 def test_another_size_is_another_graph_and_the_first_one_keeps_its_table() -> None:
     calls = Calls(Block())
-    for tokens in (32, 48, 32, 48, 32, 48):
+    for tokens in (32, 32, 32, 48, 48, 48):  # a forward that has made another table is not compared
         check_same(calls.run(**inputs(tokens)), calls.module(**inputs(tokens)))
     filler = [torch.randn(64, device="cuda") for _ in range(64)]  # into memory that an old table may have had
     for tokens in (32, 48):
@@ -152,7 +152,7 @@ class Waits(torch.nn.Module):
         ("object", "holds objects"),
         ("synchronizes", "host waits"),
         ("waits unseen", "CUDA ended the capture"),
-        ("changes the module", "changes the module"),
+        ("changes the module", "change the module"),
         ("other bits", "other bits"),
     ],
 )
@@ -190,7 +190,7 @@ def test_weights_are_swapped_and_each_has_its_graph() -> None:
     lent[1].clear()  # unmapped
     lent[0].clear()
     calls.lend("c")
-    assert not calls.paths._cases
+    assert not any(calls.paths._cases.values())
 
 
 def test_only_the_newest_graphs_stay() -> None:
@@ -199,7 +199,7 @@ def test_only_the_newest_graphs_stay() -> None:
     for tokens in sizes:
         for _ in range(3):
             calls.run(**inputs(tokens))
-    captured = [case for case in calls.paths._cases.values() if case.graph is not None]
+    captured = [case for case in calls.paths._cases[False].values() if case.graph is not None]
     assert len(captured) == forward_paths.MAX_CAPTURED
     check_same(calls.run(**inputs(32)), calls.module(**inputs(32)))
 

@@ -1,8 +1,9 @@
 """A program, not a test: ranks attend with split tokens, and compare the results with attention on one rank.
 
-python attending_ranks.py FOLDER RANKS
+python attending_ranks.py FOLDER RANKS [cuda]
 
-It writes ``ranks<N>.json``: for each scenario, what was wrong on each rank.
+On GPUs, ranks store into each other's memory. It writes ``ranks<N>.json``: for each scenario, what was wrong on each
+rank.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,13 +52,15 @@ class Joined:
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def check(mine: torch.Tensor, its: torch.Tensor, what: str) -> None:
     assert (mine.shape, mine.dtype) == (its.shape, its.dtype), f"{what}: {list(mine.shape)}"
     error = float((mine - its).abs().max() / its.abs().max())
-    assert error <= (1e-6 if its.dtype == torch.float32 else 1e-2), f"{what}: {error}"
+    bar = 1e-2 if its.dtype != torch.float32 else 1e-6 if its.device.type == "cpu" else 1e-5
+    assert error <= bar, f"{what}: {error}"
 
 
 def compare(
@@ -271,6 +275,20 @@ def tensors_of_any_size_are_exchanged(on: Ranks) -> None:
         assert torch.equal(found, torch.cat(expected))
 
 
+def attentions_one_after_the_other(on: Ranks) -> None:
+    """The host runs ahead of attentions of several sizes, some of them too large for the memory of peers."""
+    of_counts = ((40,), (33, 7), (5,), (300,))
+    found, expected = [], []
+    for number in range(60):
+        joined = Joined(of_counts[number % len(of_counts)], on)
+        q, k, v = (numbers(2, joined.tokens.total, 12, 64, seed=3 * number + each) for each in range(3))
+        own = [joined.own(each, 1) for each in (q, k, v)]
+        found.append(attend(*own, None, joined.tokens, joined.tokens, on, attention))
+        expected.append(joined.own(attention(q, k, v, None), 1))
+    for number, (mine, its) in enumerate(zip(found, expected, strict=True)):
+        check(mine, its, f"attention {number}")
+
+
 SCENARIOS: tuple[Callable[[Ranks], None], ...] = (
     self_attention_of_any_counts_and_heads,
     masks_of_every_kind,
@@ -285,28 +303,56 @@ SCENARIOS: tuple[Callable[[Ranks], None], ...] = (
     masks_of_other_sizes_are_refused,
     tokens_of_any_count_are_gathered,
     tensors_of_any_size_are_exchanged,
+    attentions_one_after_the_other,
 )
 
 
-def run_rank(rank: int, ranks: int, folder: str) -> None:
+def run_rank(rank: int, ranks: int, folder: str, device_type: str) -> None:
     from datetime import timedelta
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{ranks}", ranks), rank=rank, world_size=ranks)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    peers = open_peers(store, device, rank, ranks) if device_type == "cuda" else None
     found = {}
     for scenario in SCENARIOS:
         # A group each: what one scenario leaves behind is not the next one's fault.
         group = dist.new_group(timeout=timedelta(seconds=20))
         try:
-            scenario(Ranks(group, rank, ranks))
+            with device:
+                scenario(Ranks(group, rank, ranks, peers=peers))
         except Exception:  # noqa: BLE001 - whatever it is, the test shows it
             found[scenario.__name__] = traceback.format_exc(limit=-3)
         dist.destroy_process_group(group)
+    if peers is not None:
+        found |= peers_faults(peers)
+        peers.close()
     Path(folder, f"ranks{ranks}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 
+def open_peers(store: dist.Store, device: torch.device, rank: int, ranks: int) -> Any:
+    from xditd.gpu_workers.parallel import peer_exchange, rank_sync
+
+    rank_sync.share_page(store, "flags", rank, ranks)
+    peer_exchange.HEADS_BYTES = (2**16, 2**19)  # type: ignore[misc]
+    return peer_exchange.PeerExchange(device, rank, ranks)
+
+
+def peers_faults(peers: Any) -> dict[str, str]:
+    """Return a fault unless memory of both sizes was used."""
+    sizes = sorted(size for size, memory in peers._memory.items() if memory is not None)
+    return {} if sizes == [2**16, 2**19] else {"peers": f"memory of {sizes} bytes"}
+
+
+def main(folder: str, ranks: int, device_type: str = "cpu") -> None:
+    method = "fork" if device_type == "cpu" else "spawn"
+    torch.multiprocessing.start_processes(run_rank, (ranks, folder, device_type), nprocs=ranks, start_method=method)
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(
-        run_rank, (int(sys.argv[2]), sys.argv[1]), nprocs=int(sys.argv[2]), start_method="fork"
-    )
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -53,6 +55,15 @@ def find(
 def test_ranks_give_what_one_gives(find: Callable[[int], list[dict[str, str]]], ranks: int, scenario: str) -> None:
     for rank, faults in enumerate(find(ranks)):
         assert scenario not in faults, f"rank {rank}: {faults[scenario]}"
+
+
+@pytest.mark.multigpu
+def test_ranks_give_what_one_gives_through_the_memory_of_peers(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), str(tmp_path), "2", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"ranks2-{rank}.json").read_text()) == {}
 
 
 def test_the_order_of_joined_streams_is_that_of_ranks() -> None:
