@@ -141,11 +141,11 @@ def describe(
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
     its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
     ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
-    dequantise packed weights; without it, they take that of most plain weights.
+    dequantise packed weights; without it, they take the half precision of most plain weights, or bfloat16.
 
     Raises:
-        BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not complete, or
-            packed weights do not have the form of their format.
+        BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not
+            complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
         BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or
             ``acceleration`` for what does not run as its class.
