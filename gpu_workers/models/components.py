@@ -362,6 +362,7 @@ class Components:
                 try:
                     made = match.convert(tensors)
                 except BadCheckpoint as error:
+                    traceback.clear_frames(error.__traceback__)  # they hold views, as in prepare()
                     raise named(manifest.label, error) from error
             clock.mark("dequantise")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors

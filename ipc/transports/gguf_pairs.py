@@ -150,7 +150,9 @@ def read_pairs(reader: GgufReader, count: int) -> GgufPairs:
             _check_kind(reader, kind, UINT32, "a uint32")
             found.alignment = reader.number(4)
             if not MIN_ALIGNMENT <= found.alignment <= MAX_ALIGNMENT or found.alignment & (found.alignment - 1):
-                raise reader.refuse(f"{key} is {found.alignment}, not a power of 2 from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}")
+                raise reader.refuse(
+                    f"{key} is {found.alignment}, not a power of 2 from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}"
+                )
         elif key == SPLIT_COUNT and kind in _INTEGERS:
             files = reader.number(_VALUE_BYTES[kind], is_signed=_INTEGERS[kind])
             if files > 1:
