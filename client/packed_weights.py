@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xditd.client import packed_markers
 from xditd.client.packed_markers import MARKER, METADATA, LayerFormat
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.safetensors_header import Header
@@ -91,7 +91,8 @@ def find_packing(
     faults = packed_faults(found, tensors)
     if faults:
         raise BadCheckpoint(
-            f"packed weights do not have the form of their format: {listed(faults, joint='; ')}", names=faults
+            f"packed weights do not have the form of their format: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}",
+            names=faults,
         )
     return Packing(tuple(found), frozenset(markers))
 

@@ -238,7 +238,7 @@ class ModuleMatch:
         """The names in the manifest of all tensors that it uses."""
         return set(self.sources.values())
 
-    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:  # noqa: ARG002
+    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:  # noqa: ARG002
         """There is nothing to dequantise."""
         return []
 

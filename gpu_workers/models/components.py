@@ -31,16 +31,14 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
-    BadCheckpoint,
     BadRequest,
     ForeignGpu,
     Internal,
     OtherRankFailed,
     UnknownComponent,
-    named,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import (
     Block,
@@ -295,7 +293,9 @@ class Components:
         clock = Clock()
         with raise_on_all_ranks():
             if faults := manifest.faults():
-                raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
+                raise BadRequest(
+                    f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
+                )
             match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
@@ -359,11 +359,7 @@ class Components:
         made: list[torch.Tensor] = []
         if match.packed:
             with raise_on_all_ranks():
-                try:
-                    made = match.convert(tensors)
-                except BadCheckpoint as error:
-                    traceback.clear_frames(error.__traceback__)  # they hold views, as in prepare()
-                    raise named(manifest.label, error) from error
+                made = match.convert(tensors, manifest.label)
             clock.mark("dequantise")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")

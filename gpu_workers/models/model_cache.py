@@ -189,16 +189,16 @@ class CheckpointMatch:
         """The names in the manifest of all tensors that it uses, companions of packed weights included."""
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
 
-    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
 
-        Returns the dequantised tensors.
+        Returns the dequantised tensors. Errors begin with the ``label``.
 
         Raises:
             BadCheckpoint: a scale is not finite.
             torch.OutOfMemoryError: the device has too little memory.
         """
-        check_scales(self.packed.values(), tensors)
+        check_scales(self.packed.values(), tensors, label)
         kept = {self.key_map[target].source for target in self.model.packed_layers}
         once = [each for name, each in self.packed.items() if name not in kept]
         return dequantise_once(once, tensors, self.compute_dtype)

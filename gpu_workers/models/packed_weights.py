@@ -55,7 +55,7 @@ def dequantise_once(
     return made
 
 
-def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor]) -> None:
+def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor], label: str) -> None:
     """Check the numbers in companions, and the scales in the blocks of GGUF's types, with one wait for the device.
 
     Raises:
@@ -73,8 +73,8 @@ def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Ten
     bad = [name for name, is_sound in zip(verdicts, sound, strict=True) if not is_sound]
     if bad:
         raise BadCheckpoint(
-            f"{len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; get the "
-            "file again",
+            f"{label}: {len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; "
+            "get the file again",
             names=bad,
         )
 

@@ -53,7 +53,8 @@ def dtypes_of(
 ) -> dict[str, torch.dtype]:
     """Return the dtype in which each tensor is computed with: its own, or of packed weights the compute dtype.
 
-    That is ``compute_dtype``, else the half precision of most elements of plain tensors, else bfloat16.
+    That is ``compute_dtype``; else float32 in text encoders, which compute in it; else the half precision of most
+    elements of plain tensors; else bfloat16.
 
     Raises:
         UnsupportedDtype: some plain tensor has a dtype that cannot be run.
@@ -78,7 +79,8 @@ def dtypes_of(
         )
     found = {name: TORCH_DTYPES[info.dtype] for name, info in plain.items()}
     if len(plain) < len(tensors):
-        compute = compute_dtype or _half_precision(plain) or torch.bfloat16
+        own = torch.float32 if family.kind == "text_encoder" else _half_precision(plain)
+        compute = compute_dtype or own or torch.bfloat16
         found.update({name: compute for name in tensors if name not in plain})
     return found
 

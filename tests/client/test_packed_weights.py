@@ -206,9 +206,7 @@ def test_a_file_is_lent_as_it_is_without_its_markers(tmp_path: Path, packed_form
 def test_an_error_names_the_file_and_keeps_nothing_open(tmp_path: Path, open_fds: Any) -> None:
     save_file(layer(torch.int8, comfy_quant=marker(format="int8_tensorwise")), tmp_path / "x.safetensors")
     before = open_fds()
-    with pytest.raises(
-        BadCheckpoint, match=r"x: packed weights do not have the form of their format: tensor a\.weight"
-    ):
+    with pytest.raises(BadCheckpoint, match=r"x: packed weights do not have .* format: tensor a\.weight"):
         describe(tmp_path / "x.safetensors")
     assert open_fds() == before
 
