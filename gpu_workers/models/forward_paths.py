@@ -179,6 +179,12 @@ class ForwardPaths:
                 case.path = path
                 self._report(case, choice, time.perf_counter() - began_s)
 
+    def close(self) -> None:
+        """Free all graphs. With collectives in a graph, the process could not leave its group before."""
+        self._due.clear()
+        for cases in self._cases.values():
+            cases.clear()
+
     def take_reports(self) -> tuple[ForwardPath, ...]:
         """Return the reports since the last call."""
         reports, self._new = self._new, []

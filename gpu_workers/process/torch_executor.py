@@ -171,6 +171,8 @@ class TorchExecutor:
         return Internal(f"rank {self.facts.rank}: {type(error).__name__}: {error}"), True
 
     def close(self) -> None:
+        for paths in self._paths():
+            paths.close()
         self._components.class_models.close()
         self._components.close()
         self._jobs.close()

@@ -26,6 +26,7 @@ from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel import streams
+from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -52,6 +53,7 @@ class Ranks:
         self.calls = 0
         self.module: Any = None
         self.model: Any = None
+        self.peers = PeerExchange(device, rank, ranks) if device.type == "cuda" else None
 
     def use(
         self, module: torch.nn.Module | Callable[..., Any], plan: TokenPlan | None = None, acceleration: str = "eager"
@@ -60,11 +62,12 @@ class Ranks:
         if not isinstance(module, torch.nn.Module):
             function, module = module, torch.nn.Identity()
             module.forward = function  # type: ignore[method-assign]
+        self.close()
         self.module = module.eval().to(self.device)
         self.model = SimpleNamespace(
             module=module,
             layout=SimpleNamespace(rank=self.rank, world_size=self.ranks),
-            ranks=streams.Ranks(None, self.rank, self.ranks),
+            ranks=streams.Ranks(None, self.rank, self.ranks, peers=self.peers),
             device=self.device,
             class_name="Tested",
             planned="it has no token plan" if plan is None else PlannedModule(module, plan),
@@ -72,6 +75,11 @@ class Ranks:
             paths=ForwardPaths(module, "Tested", self.device, acceleration, is_leader=self.rank == 0),
         )
         self.model.paths.use_weights("a", dict(module.named_parameters()))
+
+    def close(self) -> None:
+        """Free graphs: with collectives in them, the process could not leave its group."""
+        if self.model is not None:
+            self.model.paths.close()
 
     def run(self, *parts: dict[str, Any], on_all_ranks: bool = False) -> list[Any]:
         self.calls = 0
@@ -515,8 +523,10 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     ):
         faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # where a rank waits for another one
         try:
+            on = Ranks(rank, ranks, device)
             with torch.no_grad(), device:
-                scenario(Ranks(rank, ranks, device))
+                scenario(on)
+            on.close()
         except Exception:  # noqa: BLE001 - at once: communicators that are closed wait for the other ranks
             traceback.print_exc()
             sys.stderr.flush()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xditd.gpu_workers.parallel.streams import Ranks, Stream, exchange, gather, take
 from xditd.gpu_workers.parallel.token_attention import TokenMismatch, Tokens, attend
@@ -32,6 +33,9 @@ HEADS = ((12, 12), (5, 5), (24, 12), (24, 6), (6, 2), (2, 1))
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attention of one rank, with grouped heads."""
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    if query.is_cuda:  # whose other kernels take no mask of odd strides, and heads of few sizes
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
     return functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
 
 
