@@ -171,7 +171,7 @@ def _stored(
     block = GGUF_BLOCKS[packed]
     columns = math.prod(shape[1:])
     # In the file a row is the innermost dimension; original shapes may have rows of another length.
-    for length, whose in ((info.sides[0], "rows"), (columns, "original rows")):
+    for length, whose in (((*info.sides, 1)[0], "rows"), (columns, "original rows")):
         if length % block.numbers:
             raise refuse(f"{whose} of {length} numbers are not a multiple of {block.numbers}, the block of {packed}")
     row_bytes = columns // block.numbers * block.size_bytes

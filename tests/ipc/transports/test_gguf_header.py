@@ -263,6 +263,10 @@ Q4_K = packed_tensor("k", "q4_k", random_blocks("q4_k", 5, 256, 0), 256)
         (tampered(Q8, kind=KINDS["q5_1"]), "bytes follow the last tensor"),
         (tampered(Q8, sides=(128,)), "tensor 'q': its shape is [128], and only matrices can be packed, as q8_0 here"),
         (tampered(Q8, sides=()), "tensor 'q': its shape is [], and only matrices can be packed"),
+        (
+            gguf_bytes([GgufTensor("q", KINDS["q8_0"], (), bytes(34))], [original_shape("q", (1, 1))]),
+            "tensor 'q': rows of 1 numbers are not a multiple of 32",
+        ),
         (tampered(offset=16), "tensor 'a': its offset, 16, is not a multiple of the file's alignment, 32"),
         (tampered(offset=64), "leaves a gap before it"),
         (tampered(offset=2**64 - 32), "leaves a gap before it"),
