@@ -350,5 +350,41 @@ def test_random_damage_raises_nothing_else(read: Read) -> None:
     assert refusals > 1_000
 
 
+def test_random_lies_raise_nothing_else(read: Read) -> None:
+    """Every field is any of the values at which something changes, in files that are well-formed otherwise."""
+    rng = random.Random(5)
+    numbers = (0, 1, 2, 4, 31, 32, 64, 256, 2**31, 2**32, 2**46, 2**63, 2**64 - 1)
+    sides = (*(1, 2, 32, 256) * 4, *numbers)
+    outcomes, longest = {True: 0, False: 0}, 0
+    for _ in range(2_000):
+        tensors, pairs = [], [ARCHITECTURE]
+        for name in "abc"[: rng.randrange(4)]:
+            shape = [rng.choice(sides) for _ in range(rng.choice((0, 1, 2, 2, 2, 3, 6)))]
+            kind = rng.choice([*KINDS.values(), *KINDS.values(), rng.randrange(45)])
+            offset = rng.choice([None] * 12 + [32 * each for each in range(4)] + [2**64 - 32, 2**63, 17])
+            data = bytes(rng.choice((4, 16, 34, 144, 1024, 2048)))
+            tensors.append(GgufTensor(name, kind, shape, data, offset))
+            if rng.random() < 0.4:
+                shape = rng.choice(
+                    [shape[::-1], [1, 1], [1], [], [rng.choice((-1, 0, 1, 2, 32, 256)) for _ in range(2)]]
+                )
+                pairs.append(original_shape(name, [side if side < 2**31 else 7 for side in shape]))
+        if rng.random() < 0.1:
+            pairs.append(number_pair("general.alignment", rng.choice(numbers[:-4])))
+        counts = {"tensor_count": rng.choice(numbers)} if rng.random() < 0.05 else {}
+        content = gguf_bytes(tensors, pairs, **counts)
+        try:
+            header = read(content)
+        except BadCheckpoint as error:
+            outcomes[False] += 1
+            longest = max(longest, len(error.detail))
+        else:
+            outcomes[True] += 1
+            assert all(inside(stored, len(content)) for stored in header.tensors)
+            assert packed_faults(header.packed, {stored.name: stored for stored in header.tensors}) == []
+    assert min(outcomes.values()) > 200, outcomes
+    assert longest < 2_000
+
+
 def inside(stored: StoredTensor, file_bytes: int) -> bool:
     return 0 <= stored.offset_bytes <= stored.offset_bytes + stored.size_bytes <= file_bytes
