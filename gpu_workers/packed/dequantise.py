@@ -24,7 +24,7 @@ from xditd.ipc.packed import GGUF_BLOCKS, SCALED_COLUMNS, TILE_COLUMNS, TILE_ROW
 
 _STRETCH_NUMBERS: Final = 2**23
 """Numbers of one stretch: 32 MiB in float32."""
-_NUMBERS_OF_FOUR_BITS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_POSITIVE_OF_FOUR_BITS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The positive numbers of e2m1, by their bits; the highest of the four is the sign."""
 _HADAMARD: Final = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 """The regular Hadamard matrix of size 4: symmetric, each row with the same sum."""
@@ -52,6 +52,12 @@ def _hadamard(size: int, device: str) -> torch.Tensor:
     while found.shape[0] < size:
         found = torch.kron(found, smallest)
     return found / math.sqrt(size)  # a power of 2: exact
+
+
+@lru_cache(maxsize=8)
+def _numbers_of_four_bits(dtype: torch.dtype, device: str) -> torch.Tensor:
+    positive = torch.tensor(_POSITIVE_OF_FOUR_BITS, dtype=dtype, device=device)
+    return torch.cat([positive, -positive])
 
 
 def _stretches(packed: PackedTensor) -> Iterator[slice]:
@@ -96,8 +102,7 @@ def _mxfp8(packed: PackedTensor, out: torch.Tensor) -> None:
 
 def _nvfp4(packed: PackedTensor, out: torch.Tensor) -> None:
     assert packed.scale_2 is not None
-    positive = torch.tensor(_NUMBERS_OF_FOUR_BITS, dtype=out.dtype, device=out.device)
-    numbers = torch.cat([positive, -positive])
+    numbers = _numbers_of_four_bits(out.dtype, str(out.device))
     scale = (packed.scale_2.to(out.dtype) * untiled(packed).to(out.dtype)).unsqueeze(-1)
     for rows in _stretches(packed):
         pairs = packed.values[rows]

@@ -58,9 +58,9 @@ class PackedLinear(torch.nn.Module):
         self.bias = linear.bias
         self.native: Product | None = None
         self.training = linear.training
+        self.scratch = scratch
+        self.counts = counts
         self._dtype = dtype
-        self._scratch = scratch
-        self._counts = counts
         self._packed: PackedTensor | None = None
         self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
 
@@ -92,13 +92,13 @@ class PackedLinear(torch.nn.Module):
 
     def dequantised(self) -> torch.Tensor:
         """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
-        return dequantise(self.packed, self._scratch.view(self._placeholder.shape, self._dtype))
+        return dequantise(self.packed, self.scratch.view(self._placeholder.shape, self._dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.native is not None:
-            self._counts.native[self.packed.format] += 1
+            self.counts.native[self.packed.format] += 1
             return self.native(x, self.packed, self.bias)
-        self._counts.reference[self.packed.format] += 1
+        self.counts.reference[self.packed.format] += 1
         weight, bias = self.dequantised(), self.bias
         if x.dtype == weight.dtype:
             return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
@@ -128,6 +128,15 @@ def pack_linears(
         found[target] = PackedLinear(layer, dtype, scratch, counts)
         setattr(module.get_submodule(parent), name, found[target])
     return found
+
+
+def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
+    return [each for each in module.modules() if isinstance(each, PackedLinear)]
+
+
+def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:
+    """Return the weight of a linear layer; of a packed one it is valid until the next packed layer runs."""
+    return layer.dequantised() if isinstance(layer, PackedLinear) else layer.weight
 
 
 def is_linear_weight(module: torch.nn.Module, target: str) -> bool:
