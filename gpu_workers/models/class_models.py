@@ -149,7 +149,7 @@ class ClassModel:
         self,
         bindings: Bindings,
         owner: str = "",
-        checkpoint: Mapping[str, torch.Tensor] | None = None,  # noqa: ARG002  # that of models with a fast path
+        checkpoint: Bindings | None = None,  # noqa: ARG002  # that of models with a fast path
     ) -> None:
         """Give the module these tensors, and hold them until :meth:`unplug` or the next plug."""
         if self.owner is not None:
@@ -237,7 +237,7 @@ class ModuleMatch:
         """The names in the manifest of all tensors that it uses."""
         return set(self.sources.values())
 
-    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:  # noqa: ARG002
+    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:  # noqa: ARG002
         """There is nothing to dequantise."""
         return []
 
@@ -256,7 +256,7 @@ class ModuleMatch:
             found[name] = converted.copy_(tensors[self.sources[name]])
         return found
 
-    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         return dict(tensors)
 
     def facts(self, manifest: Manifest) -> ComponentFacts:

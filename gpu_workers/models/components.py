@@ -38,7 +38,7 @@ from xditd.ipc.errors import (
     UnknownComponent,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import (
     Block,
@@ -293,7 +293,9 @@ class Components:
         clock = Clock()
         with raise_on_all_ranks():
             if faults := manifest.faults():
-                raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
+                raise BadRequest(
+                    f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
+                )
             match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
@@ -357,7 +359,7 @@ class Components:
         made: list[torch.Tensor] = []
         if match.packed:
             with raise_on_all_ranks():
-                made = match.convert(tensors)
+                made = match.convert(tensors, manifest.label)
             clock.mark("dequantise")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")

@@ -134,7 +134,7 @@ class CachedModel:
         self,
         bindings: Bindings,
         owner: str = "",
-        checkpoint: Mapping[str, torch.Tensor] | None = None,
+        checkpoint: Mapping[str, torch.Tensor | PackedTensor] | None = None,
     ) -> None:
         """Assign ``bindings`` as the parameters, and hold them until :meth:`unplug` or the next plug.
 
@@ -189,16 +189,16 @@ class CheckpointMatch:
         """The names in the manifest of all tensors that it uses, companions of packed weights included."""
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
 
-    def convert(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
 
-        Returns the dequantised tensors.
+        Returns the dequantised tensors. Errors begin with the ``label``.
 
         Raises:
             BadCheckpoint: a scale is not finite.
             torch.OutOfMemoryError: the device has too little memory.
         """
-        check_scales(self.packed.values(), tensors)
+        check_scales(self.packed.values(), tensors, label)
         kept = {self.key_map[target].source for target in self.model.packed_layers}
         once = [each for name, each in self.packed.items() if name not in kept]
         return dequantise_once(once, tensors, self.compute_dtype)
@@ -223,9 +223,13 @@ class CheckpointMatch:
             bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
         return bindings
 
-    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors that the family uses, by canonical name."""
-        return {canonical: tensors[given] for canonical, given in self.sources.items()}
+    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
+        """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""
+        kept = {self.key_map[target].source for target in self.model.packed_layers}
+        return {
+            canonical: PackedTensor.of(self.packed[given], tensors) if given in kept else tensors[given]
+            for canonical, given in self.sources.items()
+        }
 
     def facts(self, manifest: Manifest) -> ComponentFacts:
         """Return the facts that clients get of a component."""
@@ -378,7 +382,7 @@ class ModelCache:
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)
-        return CachedModel(family, operations, config, dtype, layout, module, exceptions, layers, self.scratch)
+        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.scratch)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:

@@ -53,7 +53,8 @@ def dtypes_of(
 ) -> dict[str, torch.dtype]:
     """Return the dtype in which each tensor is computed with: its own, or of packed weights the compute dtype.
 
-    That is ``compute_dtype``, else the half precision of most elements of plain tensors, else bfloat16.
+    That is ``compute_dtype``; else float32 in text encoders, which compute in it; else the half precision of most
+    elements of plain tensors; else bfloat16.
 
     Raises:
         UnsupportedDtype: some plain tensor has a dtype that cannot be run.
@@ -78,7 +79,8 @@ def dtypes_of(
         )
     found = {name: TORCH_DTYPES[info.dtype] for name, info in plain.items()}
     if len(plain) < len(tensors):
-        compute = compute_dtype or _half_precision(plain) or torch.bfloat16
+        own = torch.float32 if family.kind == "text_encoder" else _half_precision(plain)
+        compute = compute_dtype or own or torch.bfloat16
         found.update({name: compute for name in tensors if name not in plain})
     return found
 
@@ -133,7 +135,7 @@ def resolve(
             missing.append(prefix + entry.source)
             continue
         shape = tensors[found].shape
-        if not _differ_by_ones_alone(shape, entry.shape):
+        if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
         key_map.update(_slices(entry, found, shape))
@@ -230,7 +232,17 @@ def _differ_by_ones_alone(shape: Shape, expected: Shape) -> bool:
     return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
 
 
+def _lacks_leading_ones(shape: Shape, entry: Entry) -> bool:
+    """Return whether a tensor of one parameter is without its leading ones, which ggml's tools do not write."""
+    ones = len(entry.shape) - len(shape)
+    return ones > 0 and bool(shape) and len(entry.targets) == 1 and entry.shape == (1,) * ones + shape
+
+
 def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
+    if _lacks_leading_ones(given, entry):
+        ((target, rows),) = entry.targets
+        yield target, Slice(source, 0, given[0], _parameter_shape(entry, rows))
+        return
     start = 0
     for target, rows in entry.targets:
         seen = _parameter_shape(entry, rows)

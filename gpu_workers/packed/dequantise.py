@@ -1,5 +1,7 @@
 """Dequantise packed weights with torch: the bits of comfy-kitchen's eager code, into the dtype of the output.
 
+Those of GGUF files are in ``gguf_types.py``.
+
 Numbers are converted in the same order and rounded at the same places. Work in float32 is done in stretches of rows, so
 that it takes little memory besides the output; all operations but the rotation treat each number alone, and the
 rotation of a row has the same bits in a stretch as among all rows.
@@ -16,12 +18,13 @@ from typing import Final
 
 import torch
 
+from xditd.gpu_workers.packed import gguf_types
 from xditd.gpu_workers.packed.tensors import PackedTensor
-from xditd.ipc.packed import SCALED_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from xditd.ipc.packed import GGUF_BLOCKS, SCALED_COLUMNS, TILE_COLUMNS, TILE_ROWS
 
 _STRETCH_NUMBERS: Final = 2**23
 """Numbers of one stretch: 32 MiB in float32."""
-_NUMBERS_OF_FOUR_BITS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_POSITIVE_OF_FOUR_BITS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The positive numbers of e2m1, by their bits; the highest of the four is the sign."""
 _HADAMARD: Final = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 """The regular Hadamard matrix of size 4: symmetric, each row with the same sum."""
@@ -49,6 +52,12 @@ def _hadamard(size: int, device: str) -> torch.Tensor:
     while found.shape[0] < size:
         found = torch.kron(found, smallest)
     return found / math.sqrt(size)  # a power of 2: exact
+
+
+@lru_cache(maxsize=8)
+def _numbers_of_four_bits(dtype: torch.dtype, device: str) -> torch.Tensor:
+    positive = torch.tensor(_POSITIVE_OF_FOUR_BITS, dtype=dtype, device=device)
+    return torch.cat([positive, -positive])
 
 
 def _stretches(packed: PackedTensor) -> Iterator[slice]:
@@ -93,14 +102,17 @@ def _mxfp8(packed: PackedTensor, out: torch.Tensor) -> None:
 
 def _nvfp4(packed: PackedTensor, out: torch.Tensor) -> None:
     assert packed.scale_2 is not None
-    positive = torch.tensor(_NUMBERS_OF_FOUR_BITS, dtype=out.dtype, device=out.device)
-    numbers = torch.cat([positive, -positive])
+    numbers = _numbers_of_four_bits(out.dtype, str(out.device))
     scale = (packed.scale_2.to(out.dtype) * untiled(packed).to(out.dtype)).unsqueeze(-1)
     for rows in _stretches(packed):
         pairs = packed.values[rows]
         bits = torch.stack([pairs >> 4, pairs & 0xF], dim=-1).view(pairs.shape[0], -1)
         blocks = numbers[bits.int()].view(pairs.shape[0], -1, SCALED_COLUMNS["nvfp4"])
         out[rows] = blocks.mul_(scale[rows]).view(pairs.shape[0], -1)
+
+
+def _gguf(packed: PackedTensor, out: torch.Tensor) -> None:
+    gguf_types.dequantise_into(packed.values, packed.format, out)
 
 
 def untiled(packed: PackedTensor) -> torch.Tensor:
@@ -121,4 +133,5 @@ _DEQUANTISERS: Final[Mapping[str, Callable[[PackedTensor, torch.Tensor], None]]]
     "int8_convrot": _int8_convrot,
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
+    **dict.fromkeys(GGUF_BLOCKS, _gguf),
 }

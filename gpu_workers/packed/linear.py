@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.packed import PackedFormat
+from xditd.ipc.status import PackedProducts
 
 Product = Callable[[torch.Tensor, PackedTensor, torch.Tensor | None], torch.Tensor]
 """A product of an input with a packed weight, and its bias: the result has the input's dtype."""
@@ -23,6 +26,19 @@ class PackedProductCounts:
         self.reference: Counter[str] = Counter()
         self.native: Counter[str] = Counter()
         self.why_not_native: dict[str, str] = {}
+
+    def report(self) -> tuple[PackedProducts, ...]:
+        """Return the counts of each format that was multiplied."""
+        return tuple(
+            PackedProducts(
+                format=each,
+                reference=self.reference[each],
+                native=self.native[each],
+                detail=self.why_not_native.get(each, ""),
+            )
+            for each in get_args(PackedFormat)
+            if each in self.reference or each in self.native
+        )
 
 
 class PackedLinear(torch.nn.Module):
@@ -42,9 +58,9 @@ class PackedLinear(torch.nn.Module):
         self.bias = linear.bias
         self.native: Product | None = None
         self.training = linear.training
+        self.scratch = scratch
+        self.counts = counts
         self._dtype = dtype
-        self._scratch = scratch
-        self._counts = counts
         self._packed: PackedTensor | None = None
         self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
 
@@ -76,13 +92,13 @@ class PackedLinear(torch.nn.Module):
 
     def dequantised(self) -> torch.Tensor:
         """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
-        return dequantise(self.packed, self._scratch.view(self._placeholder.shape, self._dtype))
+        return dequantise(self.packed, self.scratch.view(self._placeholder.shape, self._dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.native is not None:
-            self._counts.native[self.packed.format] += 1
+            self.counts.native[self.packed.format] += 1
             return self.native(x, self.packed, self.bias)
-        self._counts.reference[self.packed.format] += 1
+        self.counts.reference[self.packed.format] += 1
         weight, bias = self.dequantised(), self.bias
         if x.dtype == weight.dtype:
             return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
@@ -112,6 +128,15 @@ def pack_linears(
         found[target] = PackedLinear(layer, dtype, scratch, counts)
         setattr(module.get_submodule(parent), name, found[target])
     return found
+
+
+def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
+    return [each for each in module.modules() if isinstance(each, PackedLinear)]
+
+
+def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:
+    """Return the weight of a linear layer; of a packed one it is valid until the next packed layer runs."""
+    return layer.dequantised() if isinstance(layer, PackedLinear) else layer.weight
 
 
 def is_linear_weight(module: torch.nn.Module, target: str) -> bool:

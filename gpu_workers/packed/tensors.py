@@ -58,6 +58,9 @@ class PackedTensor:
         """All views, the values first."""
         return [each for each in (self.values, self.scale, self.scale_2, self.input_scale) if each is not None]
 
+    def is_contiguous(self) -> bool:
+        return all(each.is_contiguous() for each in self.tensors)
+
     def rows(self, start: int, stop: int) -> PackedTensor:
         """Return the rows from ``start`` to ``stop``, as views of the same memory.
 
