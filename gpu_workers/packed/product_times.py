@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.kitchen import kitchen, kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
 
 Product = Callable[[torch.Tensor, PackedTensor, "torch.Tensor | None"], torch.Tensor]
@@ -55,7 +55,7 @@ def measure(kind: ProductKind, device: torch.device) -> dict[str, float]:
         x = torch.randn(ROWS, kind.k, device=device, dtype=kind.dtype)
         scratch = torch.empty(kind.n, kind.k, device=device, dtype=kind.dtype)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "reference": lambda: F.linear(x, dequantise(packed, scratch)),
+            "reference": lambda: F.linear(x, dequantise_fastest(packed, scratch)),
             "native": lambda: native_product(x, packed, None),
         }
         if kind.format != "float8" and device.type == "cuda" and _is_kitchen_right(x, packed):

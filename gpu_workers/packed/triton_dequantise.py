@@ -7,7 +7,13 @@ import math
 import torch
 
 from xditd.gpu_workers.kernels import gguf_kernels, packed_kernels
+from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.tensors import PackedTensor
+
+
+def dequantise_fastest(packed: PackedTensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the numbers of a packed weight into ``out``, contiguous, by Triton on GPUs or else by torch; return it."""
+    return out if dequantise_by_triton(packed, out) else dequantise(packed, out)
 
 
 def dequantise_by_triton(packed: PackedTensor, out: torch.Tensor) -> bool:
