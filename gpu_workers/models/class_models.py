@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 import torch
 
+from xditd.gpu_workers.kernels.cache_folder import cache_folder
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import find_model_class
@@ -68,8 +67,7 @@ class ClassModels:
             Unsupported: others can write to that folder.
         """
         if self._graphs is None:
-            caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            self._graphs = CompiledGraphs(Path(caches, "xditd", "graphs"), self._layout.device)
+            self._graphs = CompiledGraphs(cache_folder("graphs"), self._layout.device)
         return self._graphs
 
     def release_idle(self) -> None:

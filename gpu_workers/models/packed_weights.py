@@ -8,11 +8,12 @@ import torch
 
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.gguf_types import has_finite_scales
 from xditd.gpu_workers.packed.linear import is_linear_weight
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.name_lists import listed
-from xditd.ipc.packed import PackedFormat, PackedWeight
+from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
 from xditd.ipc.tensors import Manifest
 
 _NAN_E8M0 = 0xFF
@@ -55,16 +56,21 @@ def dequantise_once(
 
 
 def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Check the numbers in companions, with one wait for the device.
+    """Check the numbers in companions, and the scales in the blocks of GGUF's types, with one wait for the device.
 
     Raises:
         BadCheckpoint: a scale is not finite, or that of an input is not positive.
     """
-    checked = [(each, field, name) for each in packed for field, name in each.companions.items()]
-    if not checked:
+    verdicts: dict[str, torch.Tensor] = {}
+    for each in packed:
+        if each.format in GGUF_BLOCKS:
+            verdicts[each.weight] = has_finite_scales(tensors[each.weight], each.format)
+        for field, name in each.companions.items():
+            verdicts[name] = _is_sound(each.format, field, tensors[name])
+    if not verdicts:
         return
-    verdicts = torch.stack([_is_sound(each.format, field, tensors[name]) for each, field, name in checked])
-    bad = [name for (_, _, name), sound in zip(checked, verdicts.tolist(), strict=True) if not sound]
+    sound = torch.stack([*verdicts.values()]).tolist()
+    bad = [name for name, is_sound in zip(verdicts, sound, strict=True) if not is_sound]
     if bad:
         raise BadCheckpoint(
             f"{label}: {len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; "

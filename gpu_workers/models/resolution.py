@@ -131,7 +131,7 @@ def resolve(
             missing.append(prefix + entry.source)
             continue
         shape = tensors[found].shape
-        if not _differ_by_ones_alone(shape, entry.shape):
+        if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
         key_map.update(_slices(entry, found, shape))
@@ -228,7 +228,17 @@ def _differ_by_ones_alone(shape: Shape, expected: Shape) -> bool:
     return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
 
 
+def _lacks_leading_ones(shape: Shape, entry: Entry) -> bool:
+    """Return whether a tensor of one parameter is without its leading ones, which ggml's tools do not write."""
+    ones = len(entry.shape) - len(shape)
+    return ones > 0 and bool(shape) and len(entry.targets) == 1 and entry.shape == (1,) * ones + shape
+
+
 def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
+    if _lacks_leading_ones(given, entry):
+        ((target, rows),) = entry.targets
+        yield target, Slice(source, 0, given[0], _parameter_shape(entry, rows))
+        return
     start = 0
     for target, rows in entry.targets:
         seen = _parameter_shape(entry, rows)

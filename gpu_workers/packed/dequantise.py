@@ -1,5 +1,7 @@
 """Dequantise packed weights with torch: the bits of comfy-kitchen's eager code, into the dtype of the output.
 
+Those of GGUF files are in ``gguf_types.py``.
+
 Numbers are converted in the same order and rounded at the same places. Work in float32 is done in stretches of rows, so
 that it takes little memory besides the output; all operations but the rotation treat each number alone, and the
 rotation of a row has the same bits in a stretch as among all rows.
@@ -16,8 +18,9 @@ from typing import Final
 
 import torch
 
+from xditd.gpu_workers.packed import gguf_types
 from xditd.gpu_workers.packed.tensors import PackedTensor
-from xditd.ipc.packed import SCALED_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from xditd.ipc.packed import GGUF_BLOCKS, SCALED_COLUMNS, TILE_COLUMNS, TILE_ROWS
 
 _STRETCH_NUMBERS: Final = 2**23
 """Numbers of one stretch: 32 MiB in float32."""
@@ -108,6 +111,10 @@ def _nvfp4(packed: PackedTensor, out: torch.Tensor) -> None:
         out[rows] = blocks.mul_(scale[rows]).view(pairs.shape[0], -1)
 
 
+def _gguf(packed: PackedTensor, out: torch.Tensor) -> None:
+    gguf_types.dequantise_into(packed.values, packed.format, out)
+
+
 def untiled(packed: PackedTensor) -> torch.Tensor:
     """Return the scales of a weight whose scales are in tiles as (rows, blocks of a row).
 
@@ -126,4 +133,5 @@ _DEQUANTISERS: Final[Mapping[str, Callable[[PackedTensor, torch.Tensor], None]]]
     "int8_convrot": _int8_convrot,
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
+    **dict.fromkeys(GGUF_BLOCKS, _gguf),
 }

@@ -74,7 +74,7 @@ def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.gguf", b"GGUF\x03\0\0\0" + bytes(99), "this is a GGUF file"),
+        ("x.gguf", b"GGUF\x01\0\0\0" + bytes(99), "a GGUF file of version 1; versions 2 and 3 are read"),
         ("x-00001-of-00003.safetensors", b"", "this is file 1 of the 3 that make this checkpoint: lend its index"),
         ("x.safetensors", b"<!DOCTYPE html>", "this is a web page"),
     ],
