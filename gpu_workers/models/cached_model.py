@@ -16,8 +16,7 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.gpu_workers.packed.linear import PackedLinear, largest_bytes
-from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -42,7 +41,7 @@ class CachedModel:
         module: torch.nn.Module,
         exceptions: Mapping[str, torch.dtype],
         packed_layers: Mapping[str, PackedLinear],
-        scratch: ScratchBuffer,
+        packed_memory: PackedMemory,
     ) -> None:
         self.family = family
         self.config = config
@@ -54,7 +53,7 @@ class CachedModel:
         self.operations = operations
         self.packed_layers = packed_layers
         self.scratch_bytes = largest_bytes(packed_layers)
-        self._scratch = scratch
+        self.packed_memory = packed_memory
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
@@ -94,13 +93,13 @@ class CachedModel:
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
         if self.packed_layers:
-            self._scratch.reserve(self, self.scratch_bytes)
+            self.packed_memory.scratch.reserve(self, self.scratch_bytes)
         return 0 if self._fast is None else self._fast.reserve()
 
     def release(self) -> None:
         """Free the reserved memory if nothing is plugged."""
         if self.owner is None:
-            self._scratch.release(self)
+            self.packed_memory.scratch.release(self)
             if self._fast is not None:
                 self._fast.unplug()
 
@@ -123,7 +122,7 @@ class CachedModel:
             assert isinstance(bound, torch.Tensor)
             parameters[name] = torch.nn.Parameter(bound, requires_grad=False)
         if self.packed_layers:
-            self._scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
+            self.packed_memory.scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
         for target, layer in self.packed_layers.items():
             packed = bindings[target]
             assert isinstance(packed, PackedTensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ import torch
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.entries import Bindings, Slice
 from xditd.gpu_workers.models.family import Family
-from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, dequantise_once
+from xditd.gpu_workers.models.packed_weights import (
+    bytes_by_format,
+    check_scales,
+    choose_products,
+    dequantise_once,
+    view_packed,
+)
+from xditd.gpu_workers.packed.linear import PackedProductCounts
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import DType
@@ -34,6 +42,24 @@ class CheckpointMatch:
     is_reused: bool
     packed: Mapping[str, PackedWeight]
     compute_dtype: torch.dtype
+    products: dict[str, Decision] = field(default_factory=dict)
+    """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
+
+    @property
+    def kept_packed(self) -> set[str]:
+        """The names in the manifest of weights that layers multiply packed."""
+        return {self.key_map[target].source for target in self.model.packed_layers}
+
+    def choose_products(self, choice: ProductChoice, counts: PackedProductCounts) -> None:
+        """Choose how packed weights are multiplied. All ranks call it together.
+
+        Text encoders compute in float32, and multiply dequantised weights, as in ComfyUI.
+        """
+        if self.family.kind == "text_encoder":
+            return
+        kept = self.kept_packed
+        weights = {name: (each, self.compute_dtype) for name, each in self.packed.items() if name in kept}
+        self.products.update(choose_products(choice, weights, counts))
 
     @property
     def read_names(self) -> set[str]:
@@ -50,7 +76,7 @@ class CheckpointMatch:
             torch.OutOfMemoryError: the device has too little memory.
         """
         check_scales(self.packed.values(), tensors, label)
-        kept = {self.key_map[target].source for target in self.model.packed_layers}
+        kept = self.kept_packed
         once = [each for name, each in self.packed.items() if name not in kept]
         return dequantise_once(once, tensors, self.compute_dtype)
 
@@ -63,7 +89,7 @@ class CheckpointMatch:
         bindings: Bindings = {}
         for target, part in self.key_map.items():
             if target in self.model.packed_layers:
-                packed = PackedTensor.of(self.packed[part.source], tensors)
+                packed = self._view(part.source, tensors)
                 if part.stop - part.start != packed.shape[0]:
                     packed = packed.rows(part.start, part.stop)
                 bindings[target] = packed if len(packed.shape) == 2 else packed.as_matrix()
@@ -74,11 +100,14 @@ class CheckpointMatch:
             bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
         return bindings
 
+    def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+        return view_packed(self.packed[name], tensors, self.products.get(name), self.model.packed_memory.counts)
+
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""
-        kept = {self.key_map[target].source for target in self.model.packed_layers}
+        kept = self.kept_packed
         return {
-            canonical: PackedTensor.of(self.packed[given], tensors) if given in kept else tensors[given]
+            canonical: self._view(given, tensors) if given in kept else tensors[given]
             for canonical, given in self.sources.items()
         }
 

@@ -53,7 +53,7 @@ class ClassModel:
         self,
         described: ModuleDescription,
         layout: ParallelLayout,
-        memory: PackedMemory,
+        packed_memory: PackedMemory,
         dtype: torch.dtype | None = None,
         checkpoint: Mapping[str, TensorInfo] | None = None,
         graphs: Callable[[], CompiledGraphs] | None = None,
@@ -83,7 +83,7 @@ class ClassModel:
         self.saved_names = frozenset(self.module.state_dict())
         """The names of the tensors that a checkpoint of this module holds."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
-        self._memory = memory
+        self.packed_memory = packed_memory
         self.packed_layers = {} if self.plan is None else self._pack(self.plan, checkpoint or {})
         self.scratch_bytes = largest_bytes(self.packed_layers)
         self._move_buffers()
@@ -137,13 +137,13 @@ class ClassModel:
     def reserve(self) -> int:
         """Make room in the scratch buffer, so that a plug cannot fail; it counts apart from copied memory."""
         if self.packed_layers:
-            self._memory.scratch.reserve(self, self.scratch_bytes)
+            self.packed_memory.scratch.reserve(self, self.scratch_bytes)
         return 0
 
     def release(self) -> None:
         """Free the reserved memory if nothing is plugged."""
         if self.owner is None:
-            self._memory.scratch.release(self)
+            self.packed_memory.scratch.release(self)
 
     def plug(
         self,
@@ -179,7 +179,7 @@ class ClassModel:
         self.state = without_weights(self.state, targets)
         layers: dict[str, PackedLinear] = {}
         for target in targets:
-            layers |= pack_linears(self.module, [target], plan.dtypes[target], self._memory)
+            layers |= pack_linears(self.module, [target], plan.dtypes[target], self.packed_memory)
         return layers
 
     def _compile_blocks(self, graphs: Callable[[], CompiledGraphs] | None) -> CompiledBlocks | str:

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from xditd.gpu_workers.kernels.cache_folder import cache_folder
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_model import ClassModel
@@ -30,9 +31,10 @@ from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.linear import PackedMemory
+from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, share_value
 from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
@@ -107,6 +109,13 @@ class Components:
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
         self.packed = PackedMemory(layout.device)
+        self._products = ProductChoice(
+            layout.native_products,
+            layout.device,
+            cache_folder("products"),
+            exchange=share_value,
+            is_leader=layout.rank == 0,
+        )
         self.models = ModelCache(layout, self.packed)
         self.class_models = ClassModels(layout, self.packed)
         self.blocks = OpenBlocks(layout.device, device_uuid)
@@ -314,6 +323,9 @@ class Components:
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
         self.files.begin_digests(opened)  # in the background
+        if match.packed:
+            match.choose_products(self._products, self.packed.counts)
+            clock.mark("products")
         tensors, bindings, copies, copied = self._load_tensors(manifest, match, opened, clock)
         self.files.wait_for_small_digests(opened)
         # The memory that a plug fills (fp8 weights) counts as copied, too.

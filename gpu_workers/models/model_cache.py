@@ -160,7 +160,7 @@ class ModelCache:
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)
-        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.packed.scratch)
+        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.packed)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:

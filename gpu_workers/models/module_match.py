@@ -11,7 +11,9 @@ import torch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales
+from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, choose_products, view_packed
+from xditd.gpu_workers.packed.linear import PackedProductCounts
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts, ModuleFacts
 from xditd.ipc.field_types import DType
@@ -49,6 +51,8 @@ class ModuleMatch:
     """The packed weights, by their names in the manifest."""
     config: None = None
     """A module has no configuration of a family."""
+    products: dict[str, Decision] = field(default_factory=dict)
+    """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
     _converted: dict[str, torch.Tensor] = field(default_factory=dict)
     """The memory of these tensors, once :meth:`reserve` has allocated it."""
 
@@ -60,6 +64,13 @@ class ModuleMatch:
     def read_names(self) -> set[str]:
         """The names in the manifest of all tensors that it uses, companions of packed weights included."""
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
+
+    def choose_products(self, choice: ProductChoice, counts: PackedProductCounts) -> None:
+        """Choose how packed weights are multiplied. All ranks call it together."""
+        assert self.model.plan is not None
+        sources = {name: self.sources[name] for name in self.model.packed_layers}
+        weights = {source: (self.packed[source], self.model.plan.dtypes[name]) for name, source in sources.items()}
+        self.products.update(choose_products(choice, weights, counts))
 
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
@@ -88,11 +99,13 @@ class ModuleMatch:
         """Return the module's tensors by name: views of ``tensors``, and converted copies."""
         found: Bindings = {}
         for name, source in self.sources.items():
-            is_packed = name in self.model.packed_layers
-            found[name] = PackedTensor.of(self.packed[source], tensors) if is_packed else tensors[source]
+            found[name] = self._view(source, tensors) if name in self.model.packed_layers else tensors[source]
         for name, converted in self._converted.items():
             found[name] = converted.copy_(tensors[self.sources[name]])
         return found
+
+    def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+        return view_packed(self.packed[name], tensors, self.products.get(name), self.model.packed_memory.counts)
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         return dict(tensors)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.gguf_types import has_finite_scales
-from xditd.gpu_workers.packed.linear import is_linear_weight
+from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
+from xditd.gpu_workers.packed.native_products import weight_fault
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
+from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.name_lists import listed
 from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
 from xditd.ipc.tensors import Manifest
+
+FULL_PRECISION = Decision("reference", "the file does not allow that the input is rounded")
 
 _NAN_E8M0 = 0xFF
 """comfy-kitchen reads it as infinity."""
@@ -86,6 +92,40 @@ def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> t
         return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()  # the only NaN of e4m3, with either sign
     sound = torch.isfinite(scale).all()
     return sound & (scale > 0).all() if field == "input_scale" else sound
+
+
+def choose_products(
+    choice: ProductChoice, packed: Mapping[str, tuple[PackedWeight, torch.dtype]], counts: PackedProductCounts
+) -> dict[str, Decision]:
+    """Choose the products of packed weights with their compute dtypes, on all ranks alike.
+
+    Note in ``counts`` why the reference runs.
+    A weight whose file allows no rounding of the input is always dequantised.
+    """
+    found: dict[str, Decision] = {}
+    for name, (weight, dtype) in packed.items():
+        kind = ProductKind(
+            weight.format, weight.columns, weight.rows, weight.group, dtype, weight.input_scale is not None
+        )
+        found[name] = choice.choose([kind])[kind] if weight.quantises_input else FULL_PRECISION
+        if found[name].function is None:
+            counts.why_not_native[weight.format] = found[name].reason
+    return found
+
+
+def view_packed(
+    packed: PackedWeight, tensors: Mapping[str, torch.Tensor], decision: Decision | None, counts: PackedProductCounts
+) -> PackedTensor:
+    """View a packed weight, with the product that was chosen for it, if its memory allows that."""
+    found = PackedTensor.of(packed, tensors)
+    native = None if decision is None else decision.function
+    if native is None:
+        return found
+    fault = weight_fault(packed.format, found.values)
+    if fault is not None:
+        counts.why_not_native[packed.format] = fault
+        return found
+    return replace(found, native=native)
 
 
 def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:

@@ -22,6 +22,7 @@ from xditd.gpu_workers.packed import product_times
 from xditd.gpu_workers.packed.kitchen import kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product, qualifies
 from xditd.gpu_workers.packed.product_times import Product, ProductKind
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import NativeProducts
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ class ProductChoice:
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
         """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet.
 
-        Raises:
-            Unsupported: others can write to the folder of measurements.
+        If others can write to the folder of measurements, the reference runs.
         """
         return {kind: self._decide(kind) for kind in kinds}
 
@@ -97,7 +97,10 @@ class ProductChoice:
         """Decide on rank 0; a product that one rank does not have runs on none."""
         own = Decision("reference", reason) if reason else Decision("native")
         if self._is_leader and reason is None and self._mode == "auto":
-            own = self._fastest(kind)
+            try:
+                own = self._fastest(kind)
+            except Unsupported as error:  # all ranks are in this exchange
+                own = Decision("reference", error.detail)
         theirs = self._exchange(_NAMES.index(own.product))
         agreed = _NAMES[theirs[0]]
         if agreed == "reference" or 0 in theirs:

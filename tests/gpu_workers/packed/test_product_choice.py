@@ -14,7 +14,6 @@ from xditd.gpu_workers.packed.kitchen import kitchen, kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.product_choice import ProductChoice, class_of
 from xditd.gpu_workers.packed.product_times import ProductKind
-from xditd.ipc.errors import Unsupported
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 INT8 = ProductKind("int8_convrot", 3072, 12288, 256, torch.bfloat16)
@@ -94,10 +93,13 @@ def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Meas
     assert len(measured.kinds) == 1
 
 
-def test_a_folder_of_others_is_refused(tmp_path: Path, measured: Measurements) -> None:
+def test_with_a_folder_of_others_the_reference_runs(tmp_path: Path, measured: Measurements) -> None:
+    """On all ranks: those that do not measure wait for the one that does."""
     tmp_path.chmod(0o777)
-    with pytest.raises(Unsupported, match="has to be a folder of this user alone"):
-        ProductChoice("auto", GPU, tmp_path).choose([INT8])
+    found = ProductChoice("auto", GPU, tmp_path).choose([INT8])[INT8]
+    assert found.product == "reference"
+    assert "has to be a folder of this user alone" in found.reason
+    assert measured.kinds == []
 
 
 def test_what_cannot_be_measured_is_the_reference_and_not_kept(tmp_path: Path, measured: Measurements) -> None:
