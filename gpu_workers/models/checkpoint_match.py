@@ -17,9 +17,8 @@ from xditd.gpu_workers.models.packed_weights import (
     check_scales,
     choose_products,
     dequantise_once,
-    view_packed,
+    with_product,
 )
-from xditd.gpu_workers.packed.linear import PackedProductCounts
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts
@@ -50,16 +49,19 @@ class CheckpointMatch:
         """The names in the manifest of weights that layers multiply packed."""
         return {self.key_map[target].source for target in self.model.packed_layers}
 
-    def choose_products(self, choice: ProductChoice, counts: PackedProductCounts) -> None:
+    def choose_products(self, choice: ProductChoice, tensors: Mapping[str, torch.Tensor]) -> None:
         """Choose how packed weights are multiplied. All ranks call it together.
 
         Text encoders compute in float32, and multiply dequantised weights, as in ComfyUI.
         """
-        if self.family.kind == "text_encoder":
-            return
+        if self.family.kind != "text_encoder":
+            packed = {name: PackedTensor.of(self.packed[name], tensors) for name in self._kept_in_order()}
+            dtypes = dict.fromkeys(packed, self.compute_dtype)
+            self.products.update(choose_products(choice, dtypes, packed, self.model.packed_memory.counts))
+
+    def _kept_in_order(self) -> list[str]:
         kept = self.kept_packed
-        weights = {name: (each, self.compute_dtype) for name, each in self.packed.items() if name in kept}
-        self.products.update(choose_products(choice, weights, counts))
+        return [name for name in self.packed if name in kept]
 
     @property
     def read_names(self) -> set[str]:
@@ -101,7 +103,8 @@ class CheckpointMatch:
         return bindings
 
     def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
-        return view_packed(self.packed[name], tensors, self.products.get(name), self.model.packed_memory.counts)
+        packed = PackedTensor.of(self.packed[name], tensors)
+        return with_product(packed, self.products.get(name), self.model.packed_memory.counts)
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""

@@ -323,9 +323,6 @@ class Components:
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
         self.files.begin_digests(opened)  # in the background
-        if match.packed:
-            match.choose_products(self._products, self.packed.counts)
-            clock.mark("products")
         tensors, bindings, copies, copied = self._load_tensors(manifest, match, opened, clock)
         self.files.wait_for_small_digests(opened)
         # The memory that a plug fills (fp8 weights) counts as copied, too.
@@ -384,6 +381,8 @@ class Components:
             with raise_on_all_ranks():
                 made = match.convert(tensors, manifest.label)
             clock.mark("dequantise")
+            match.choose_products(self._products, tensors)
+            clock.mark("choose products")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
         made_bytes = sum(each.nbytes for each in made)

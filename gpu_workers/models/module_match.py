@@ -11,8 +11,7 @@ import torch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, choose_products, view_packed
-from xditd.gpu_workers.packed.linear import PackedProductCounts
+from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, choose_products, with_product
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts, ModuleFacts
@@ -65,12 +64,13 @@ class ModuleMatch:
         """The names in the manifest of all tensors that it uses, companions of packed weights included."""
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
 
-    def choose_products(self, choice: ProductChoice, counts: PackedProductCounts) -> None:
+    def choose_products(self, choice: ProductChoice, tensors: Mapping[str, torch.Tensor]) -> None:
         """Choose how packed weights are multiplied. All ranks call it together."""
-        assert self.model.plan is not None
-        sources = {name: self.sources[name] for name in self.model.packed_layers}
-        weights = {source: (self.packed[source], self.model.plan.dtypes[name]) for name, source in sources.items()}
-        self.products.update(choose_products(choice, weights, counts))
+        if self.model.plan is not None:
+            sources = {self.sources[name]: name for name in self.model.packed_layers}
+            packed = {source: PackedTensor.of(self.packed[source], tensors) for source in sources}
+            dtypes = {source: self.model.plan.dtypes[name] for source, name in sources.items()}
+            self.products.update(choose_products(choice, dtypes, packed, self.model.packed_memory.counts))
 
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
@@ -105,7 +105,8 @@ class ModuleMatch:
         return found
 
     def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
-        return view_packed(self.packed[name], tensors, self.products.get(name), self.model.packed_memory.counts)
+        packed = PackedTensor.of(self.packed[name], tensors)
+        return with_product(packed, self.products.get(name), self.model.packed_memory.counts)
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         return dict(tensors)

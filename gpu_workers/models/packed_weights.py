@@ -11,7 +11,7 @@ from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.gguf_types import has_finite_scales
 from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
-from xditd.gpu_workers.packed.native_products import weight_fault
+from xditd.gpu_workers.packed.native_products import memory_fault
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -19,8 +19,6 @@ from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.name_lists import listed
 from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
 from xditd.ipc.tensors import Manifest
-
-FULL_PRECISION = Decision("reference", "the file does not allow that the input is rounded")
 
 _NAN_E8M0 = 0xFF
 """comfy-kitchen reads it as infinity."""
@@ -95,37 +93,32 @@ def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> t
 
 
 def choose_products(
-    choice: ProductChoice, packed: Mapping[str, tuple[PackedWeight, torch.dtype]], counts: PackedProductCounts
+    choice: ProductChoice,
+    dtypes: Mapping[str, torch.dtype],
+    packed: Mapping[str, PackedTensor],
+    counts: PackedProductCounts,
 ) -> dict[str, Decision]:
-    """Choose the products of packed weights with their compute dtypes, on all ranks alike.
+    """Choose the products of whole packed weights with their compute dtypes, on all ranks alike.
 
     Note in ``counts`` why the reference runs.
-    A weight whose file allows no rounding of the input is always dequantised.
     """
     found: dict[str, Decision] = {}
-    for name, (weight, dtype) in packed.items():
-        kind = ProductKind(
-            weight.format, weight.columns, weight.rows, weight.group, dtype, weight.input_scale is not None
-        )
-        found[name] = choice.choose([kind])[kind] if weight.quantises_input else FULL_PRECISION
-        if found[name].function is None:
+    for name, weight in packed.items():
+        kind = ProductKind.of(weight.as_matrix(), dtypes[name])
+        found[name] = choice.choose([kind])[kind]
+        if found[name].product == "reference":
             counts.why_not_native[weight.format] = found[name].reason
     return found
 
 
-def view_packed(
-    packed: PackedWeight, tensors: Mapping[str, torch.Tensor], decision: Decision | None, counts: PackedProductCounts
-) -> PackedTensor:
-    """View a packed weight, with the product that was chosen for it, if its memory allows that."""
-    found = PackedTensor.of(packed, tensors)
-    native = None if decision is None else decision.function
+def with_product(packed: PackedTensor, decision: Decision | None, counts: PackedProductCounts) -> PackedTensor:
+    """Return a packed weight with the product that was chosen for it, if its memory allows that."""
+    if decision is None or decision.product == "reference":
+        return packed
+    native = decision.function_for(packed)
     if native is None:
-        return found
-    fault = weight_fault(packed.format, found.values)
-    if fault is not None:
-        counts.why_not_native[packed.format] = fault
-        return found
-    return replace(found, native=native)
+        counts.why_not_native[packed.format] = memory_fault(packed.values) or ""
+    return replace(packed, native=native)
 
 
 def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:

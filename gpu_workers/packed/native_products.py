@@ -81,11 +81,11 @@ def qualifies(packed_format: str, k: int, n: int, device: torch.device) -> str |
     return None
 
 
-def weight_fault(packed_format: str, weight: torch.Tensor) -> str | None:
-    """Return why the memory of a weight cannot be multiplied natively, whose shape qualifies; ``None`` if it can."""
-    if packed_format == "float8" and weight.dtype != torch.float8_e4m3fn:
-        return f"{str(weight.dtype).removeprefix('torch.')} has no native product"
-    if weight.is_cuda and (weight.data_ptr() % _ALIGNMENT or weight.stride(0) % _ALIGNMENT or weight.stride(1) != 1):
+def memory_fault(weight: torch.Tensor) -> str | None:
+    """Return why the memory of a weight in eight bits cannot be multiplied natively, or ``None`` if it can."""
+    if weight.stride(1) != 1:
+        return "the numbers of a row do not follow each other"
+    if weight.is_cuda and (weight.data_ptr() % _ALIGNMENT or weight.stride(0) % _ALIGNMENT):
         return f"its rows do not start at multiples of {_ALIGNMENT} bytes"
     return None
 

@@ -20,8 +20,9 @@ import torch
 from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
 from xditd.gpu_workers.packed import product_times
 from xditd.gpu_workers.packed.kitchen import kitchen_product
-from xditd.gpu_workers.packed.native_products import native_product, qualifies
+from xditd.gpu_workers.packed.native_products import memory_fault, native_product, qualifies
 from xditd.gpu_workers.packed.product_times import Product, ProductKind
+from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import NativeProducts
 
@@ -45,10 +46,14 @@ class Decision(NamedTuple):
     product: ProductName
     reason: str = ""
 
-    @property
-    def function(self) -> Product | None:
-        """The product, or ``None`` for the reference."""
-        return {"reference": None, "native": native_product, "kitchen": kitchen_product}[self.product]
+    def function_for(self, packed: PackedTensor) -> Product | None:
+        """Return the product for a weight of this kind, or ``None`` for the reference.
+
+        Memory that torch does not take is left to the reference, too.
+        """
+        if self.product == "reference" or memory_fault(packed.values) is not None:
+            return None
+        return native_product if self.product == "native" else kitchen_product
 
 
 class ProductChoice:
@@ -86,7 +91,7 @@ class ProductChoice:
             return Decision("reference", "the setting native_products is never")
         if self._mode == "auto" and self._device.type == "cpu":
             return Decision("reference", "on the CPU the setting native_products has to be always")
-        reason = qualifies(kind.format, kind.k, kind.n, self._device)
+        reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
         like = kind if reason else class_of(kind)
         found = self._known.get(like)
         if found is None:

@@ -28,7 +28,10 @@ _KITCHEN_TOLERANCE: Final = 0.02
 
 
 class ProductKind(NamedTuple):
-    """Products that take about the same time for each number: weights (n, k) of one format, in one dtype."""
+    """Weights (n, k) of one format, and activations of one dtype.
+
+    ``refusal`` says why the file rules a native product out.
+    """
 
     format: PackedFormat
     k: int
@@ -36,6 +39,16 @@ class ProductKind(NamedTuple):
     group: int
     dtype: torch.dtype
     has_input_scale: bool = False
+    refusal: str = ""
+
+    @classmethod
+    def of(cls, packed: PackedTensor, dtype: torch.dtype) -> ProductKind:
+        """Return the kind of a whole packed matrix: it has to be the same on all ranks."""
+        n, k = packed.shape
+        refusal = "" if packed.quantises_input else "the file asks for products that do not round the input"
+        if packed.values.dtype == torch.float8_e5m2:
+            refusal = "float8_e5m2 has no native product"
+        return cls(packed.format, k, n, packed.group, dtype, packed.input_scale is not None, refusal)
 
     @property
     def label(self) -> str:

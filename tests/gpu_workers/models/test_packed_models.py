@@ -208,9 +208,9 @@ def native_rank(layout: ParallelLayout) -> Iterator[OneRank]:
         ("int8", None),
         ("float8", None),
         ("old", None),
-        ("old_full", "the file does not allow that the input is rounded"),
-        ("plain", "the file does not allow that the input is rounded"),
-        ("float8_e5m2", "the file does not allow that the input is rounded"),
+        ("old_full", "the file asks for products that do not round the input"),
+        ("plain", "the file asks for products that do not round the input"),
+        ("float8_e5m2", "float8_e5m2 has no native product"),
         ("mxfp8", "mxfp8 has no native product"),
     ],
 )

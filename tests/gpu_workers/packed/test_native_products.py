@@ -130,7 +130,8 @@ def check_float8(dtype: torch.dtype, device: str, rows: int) -> None:
             else:
                 wide = (x * (1.0 / input_scale).to(dtype)).clamp(-448, 448)
                 rounded = wide.to(torch.float8_e4m3fn).double() * input_scale.double()
-            limit = 4e-3 if dtype == torch.bfloat16 else 1e-3  # of one rounding, and of fast sums on a GPU
+            # One rounding, and on a GPU that of fast sums.
+            limit = 5e-3 if device == "cuda" else 4e-3 if dtype == torch.bfloat16 else 1e-3
             assert relative(found, rounded @ numbers.T + bias.double()) < limit, (scale, input_scale)
 
 
@@ -152,9 +153,8 @@ def test_what_has_no_native_product_is_said() -> None:
     assert qualifies("int8", 512, 768, CPU) is None
     assert qualifies("q4_k", 512, 768, CPU) == "q4_k has no native product"
     assert qualifies("int8", 2**17, 768, CPU) == "131072 columns are more than 131071"
-    eight = torch.zeros(16, 16).to(torch.float8_e5m2)
-    assert native_products.weight_fault("float8", eight) == "float8_e5m2 has no native product"
-    assert native_products.weight_fault("float8", eight.to(torch.float8_e4m3fn)) is None
+    assert native_products.memory_fault(torch.zeros(16, 16)[:, :8]) is None
+    assert native_products.memory_fault(torch.zeros(16, 16).t()) == "the numbers of a row do not follow each other"
 
 
 @pytest.mark.slow
@@ -201,5 +201,7 @@ def test_float8_on_a_gpu_is_the_product_of_rounded_numbers(dtype: torch.dtype, r
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs products in float8")
     check_float8(dtype, "cuda", rows)
+    unaligned = torch.zeros(32, 40, dtype=torch.uint8, device="cuda")[:, 8:]
+    assert native_products.memory_fault(unaligned) == "its rows do not start at multiples of 16 bytes"
     assert "multiples of 16" in str(qualifies("float8", 520, 768, torch.device("cuda")))
     assert "multiples of 8" in str(qualifies("int8", 514, 768, torch.device("cuda")))

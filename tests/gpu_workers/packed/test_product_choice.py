@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from xditd.gpu_workers.packed.kitchen import kitchen, kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.product_choice import ProductChoice, class_of
 from xditd.gpu_workers.packed.product_times import ProductKind
+from xditd.gpu_workers.packed.tensors import PackedTensor
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 INT8 = ProductKind("int8_convrot", 3072, 12288, 256, torch.bfloat16)
 FLOAT8 = ProductKind("float8", 3072, 3072, 0, torch.bfloat16)
 GGUF = ProductKind("q4_k", 3072, 3072, 0, torch.bfloat16)
+WEIGHT = PackedTensor("int8", (8, 16), torch.zeros(8, 16, dtype=torch.int8), torch.ones(()))
 
 
 class Measurements:
@@ -53,8 +56,8 @@ def test_the_faster_product_is_chosen_and_measured_once_for_a_class(tmp_path: Pa
     wider = INT8._replace(n=9216)
     found = choice.choose([INT8, wider, FLOAT8, GGUF])
     assert [each.product for each in found.values()] == ["native", "native", "native", "reference"]
-    assert found[INT8].function is native_product
-    assert found[GGUF].function is None
+    assert found[INT8].function_for(WEIGHT) is native_product
+    assert found[GGUF].function_for(WEIGHT) is None
     assert found[GGUF].reason == "no q4_k"
     assert measured.kinds == [INT8._replace(k=2048, n=8192), FLOAT8._replace(k=2048, n=2048)]
     measured.took = {"reference": 1.0, "native": 5.0}
@@ -70,7 +73,9 @@ def test_the_reference_stays_unless_another_is_clearly_faster(tmp_path: Path, me
     assert found.reason == ("measured: 1.00 ms, 0.99 ms without (int8_convrot bfloat16 k 2048 n 8192 group 256)")
     measured.took = {"reference": 1.0, "native": 0.9, "kitchen": 0.5}
     found = ProductChoice("auto", GPU, tmp_path / "others").choose([INT8])[INT8]
-    assert found.function is kitchen_product
+    assert found.function_for(WEIGHT) is kitchen_product
+    turned = replace(WEIGHT, values=WEIGHT.values.t())
+    assert found.function_for(turned) is None
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,24 @@ def test_all_ranks_follow_what_rank_0_measures(tmp_path: Path, measured: Measure
 def test_a_product_that_one_rank_does_not_have_runs_on_none(tmp_path: Path, measured: Measurements) -> None:
     choice = ProductChoice("auto", GPU, tmp_path / "products", exchange=lambda value: [value, 0])
     assert choice.choose([INT8])[INT8].product == "reference"
+
+
+def test_a_file_can_rule_native_products_out(tmp_path: Path, measured: Measurements) -> None:
+    eight = replace(WEIGHT, format="float8", values=WEIGHT.values.to(torch.float8_e4m3fn))
+    kinds = [
+        ProductKind.of(each, torch.bfloat16)
+        for each in (
+            eight,
+            replace(eight, quantises_input=False),
+            replace(eight, values=WEIGHT.values.to(torch.float8_e5m2)),
+            replace(eight, input_scale=torch.ones(())),
+        )
+    ]
+    assert kinds[0] == ProductKind("float8", 16, 8, 0, torch.bfloat16)
+    found = ProductChoice("always", GPU, tmp_path).choose(kinds)
+    assert [each.product for each in found.values()] == ["native", "reference", "reference", "native"]
+    assert found[kinds[1]].reason == "the file asks for products that do not round the input"
+    assert found[kinds[2]].reason == "float8_e5m2 has no native product"
 
 
 def test_sides_of_a_class_are_powers_of_two_within_limits() -> None:
