@@ -26,7 +26,7 @@ class Projection(NamedTuple):
 
 
 class Dequantiser:
-    """Gives weights of ``dtype``: plain ones as they are, packed ones in the scratch buffer until the next one."""
+    """Gives weights of ``dtype``: plain ones of it as they are, all others in the scratch buffer until the next one."""
 
     def __init__(self, memory: PackedMemory, dtype: torch.dtype) -> None:
         self.scratch = memory.scratch
@@ -35,7 +35,8 @@ class Dequantiser:
 
     def __call__(self, weight: PackedTensor | torch.Tensor) -> torch.Tensor:
         if not isinstance(weight, PackedTensor):
-            return weight
+            is_same = weight.dtype == self.dtype
+            return weight if is_same else self.scratch.view(weight.shape, self.dtype).copy_(weight)
         self._counts.reference[weight.format] += 1
         return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
 
