@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 
 from xditd.gpu_workers.models.block_graphs import BlockGraph
+from xditd.gpu_workers.models.block_rewrites import rewrite
 
 GRAPH: Final = "graph.json"
 ARTIFACT: Final = "artifact"
@@ -67,7 +68,9 @@ def _compile(folder: Path, encoded: bytes) -> None:
         graph = BlockGraph.decode(encoded)
         with FakeTensorMode():
             examples = [each.empty() for each in graph.inputs]
-        artifact = standalone_compile(graph.to_torch(), examples, dynamic_shapes="from_graph", options={})
+        module = graph.to_torch()
+        rewrite(module, graph.inputs)
+        artifact = standalone_compile(module, examples, dynamic_shapes="from_graph", options={})
         artifact.save(path=str(made), format="binary")
         load(made)  # which compiles what a loaded graph needs besides
         os.replace(made, folder / ARTIFACT)

@@ -110,7 +110,7 @@ class BlockGraph:
             places.add(value.place)
             return value
 
-        map_values((self.operations, self.results), note)
+        _map((self.operations, self.results), note)
         count = len(self.inputs)
         kept = [place for place in range(count) if place in places]
         moved = {old: new for new, old in enumerate(kept)}
@@ -120,7 +120,7 @@ class BlockGraph:
             return Value(place, value.item)
 
         self.inputs = [self.inputs[place] for place in kept]
-        self.operations, self.results = map_values((self.operations, self.results), move)
+        self.operations, self.results = _map((self.operations, self.results), move)
         return kept
 
     def to_torch(self) -> torch.fx.GraphModule:
@@ -133,10 +133,8 @@ class BlockGraph:
             return node if value.item is None else graph.call_function(operator.getitem, (node, value.item))
 
         for name, args, kwargs in self.operations:
-            nodes.append(
-                graph.call_function(_operator(name), tuple(map_values(args, node_of)), map_values(kwargs, node_of))
-            )
-        graph.output(tuple(map_values(self.results, node_of)))
+            nodes.append(graph.call_function(_operator(name), tuple(_map(args, node_of)), _map(kwargs, node_of)))
+        graph.output(tuple(_map(self.results, node_of)))
         return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
@@ -163,15 +161,15 @@ def operator_name(function: torch._ops.OpOverload) -> str:
     return name
 
 
-def map_values(tree: Any, change: Callable[[Value], Any]) -> Any:
+def _map(tree: Any, change: Callable[[Value], Any]) -> Any:
     """Return nested lists, tuples and maps with each ``Value`` changed."""
     if isinstance(tree, Value):
         return change(tree)
     if isinstance(tree, list):
-        return [map_values(each, change) for each in tree]
+        return [_map(each, change) for each in tree]
     if isinstance(tree, tuple):
-        return tuple(map_values(each, change) for each in tree)
-    return {key: map_values(each, change) for key, each in tree.items()} if isinstance(tree, dict) else tree
+        return tuple(_map(each, change) for each in tree)
+    return {key: _map(each, change) for key, each in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _name(value: Any) -> str:

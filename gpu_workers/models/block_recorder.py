@@ -20,7 +20,6 @@ from xditd.gpu_workers.models import attention_operator
 from xditd.gpu_workers.models.block_arguments import Place, put_places
 from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
 from xditd.gpu_workers.models.block_graphs import BlockGraph, NotCompiled, TensorKind, Value, operator_name
-from xditd.gpu_workers.models.block_rewrites import fuse_gelu
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 
 _DROPOUTS: Final = frozenset({"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"})
@@ -140,7 +139,6 @@ class BlockRecorder(TorchDispatchMode):
         self._graph.results = results
         if not results:
             raise NotCompiled("a block computes no tensor")
-        fuse_gelu(self._graph)
         used = self._graph.drop_unused_inputs()
         count = len(self._arguments)
         return Recording(

@@ -26,6 +26,7 @@ import torch
 from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
 from xditd.gpu_workers.models.attention_operator import SCHEMA
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
+from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
 
 logger = logging.getLogger(__name__)
 
@@ -231,9 +232,9 @@ class CompiledGraphs:
 
 
 def _versions(device: torch.device) -> str:
-    """Return the name of the folder for this torch, this Python and this kind of device."""
+    """Return the name of the folder for this torch, this Python, this kind of device and these rewrites."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
-    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {SCHEMA}"
+    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {SCHEMA} {REWRITES}"
     return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
