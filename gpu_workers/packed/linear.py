@@ -95,6 +95,12 @@ class PackedLinear(torch.nn.Module):
         """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
         return dequantise_fastest(self.packed, self.memory.scratch.view(self._placeholder.shape, self._dtype))
 
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Count a native product, and return its weight, its scale and the bias."""
+        packed = self.packed
+        self.memory.counts.native[packed.format] += 1
+        return packed.values, packed.scale, self.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.packed
         if packed.native is not None:
