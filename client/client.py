@@ -105,8 +105,8 @@ class Client:
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
 
-        ``source`` is a state dict, a module, or a path: of a safetensors file, of the index of a checkpoint in several
-        files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
+        ``source`` is a state dict, a module, or a path: of a safetensors or GGUF file, of the index of a checkpoint in
+        several files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
         (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
         (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
         ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,
@@ -117,8 +117,9 @@ class Client:
         ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
         ``acceleration`` is how its forwards run on GPUs, instead of the daemon's setting of this name.
 
-        Packed weights (fp8, int8 and others of docs/formats.md) are lent as they are, and dequantised into
-        ``compute_dtype`` when they are multiplied: without it, into the dtype of most plain weights beside them.
+        Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
+        ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
+        beside them, or bfloat16.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.

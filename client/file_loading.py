@@ -1,4 +1,4 @@
-"""Load safetensors files into an arena from the page cache, without a copy of the whole files on the host."""
+"""Load checkpoint files into an arena from the page cache, without a copy of the whole files on the host."""
 
 from __future__ import annotations
 

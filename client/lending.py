@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import msgspec
 
 from xditd.client.arenas import Arena, device_named, host_arena_at
+from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
 from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, check_shards, state_of
@@ -45,7 +46,6 @@ from xditd.ipc.tensors import (
 )
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.safetensors_header import read_header
 from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
@@ -134,18 +134,18 @@ def describe(
 ) -> Offer:
     """Prepare a component to be lent.
 
-    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors file, of an index of
-    several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
+    ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors or a GGUF file, of an
+    index of several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
     its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
     ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
-    dequantise packed weights; without it, they take that of most plain weights.
+    dequantise packed weights; without it, they take the half precision of most plain weights, or bfloat16.
 
     Raises:
-        BadCheckpoint: a file is not a valid safetensors file, the files of a folder or an index are not complete, or
-            packed weights do not have the form of their format.
+        BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not
+            complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
         BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or
             ``acceleration`` for what does not run as its class.
@@ -221,7 +221,7 @@ def _describe_files(
     files: ModelFiles, label: str, device: str | None, memory: _LentMemory
 ) -> tuple[list[TensorSpec], Packing]:
     opened = [memory.open_file(path) for path in files.paths]
-    headers = [read_header(lent.fd, lent.path) for lent in opened]
+    headers = [read_header(lent) for lent in opened]
     check_shards(files, headers)
     packing = _named_faults(label, lambda: packing_of_files(opened, headers))
     if device is not None:

@@ -5,7 +5,7 @@
 | a folder with ``config.json`` | the weights that ``from_pretrained`` loads, one file or shards with an index |
 | ``NAME.safetensors.index.json`` | the shards that it names, and ``config.json`` beside it, if there is one |
 | ``diffusion_pytorch_model.safetensors``, ``model.safetensors`` | the file, and a ``config.json`` beside it |
-| any other file | the file alone |
+| any other file, also GGUF | the file alone |
 
 Nothing outside the folder is read, but symbolic links are followed, as the cache of the Hugging Face Hub needs it.
 """
@@ -41,7 +41,7 @@ places."""
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The safetensors files of one model.
+    """The files of one model.
 
     ``index`` is the path of the index, and ``weight_map`` what it says: the name of the shard of each tensor.
     ``description`` is the class and the configuration; ``None`` without a ``config.json``.
@@ -85,6 +85,8 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
     config = weights.parent / CONFIG
     is_alone = not is_folder and index is None
     has_config = has_class and os.path.isfile(config) and (not is_alone or _WEIGHTS.fullmatch(weights.name) is not None)
+    if as_class and weights.suffix == ".gguf":
+        raise BadRequest(f"{path}: to run as its class, it needs the names of its class, which no GGUF file has")
     if as_class and not has_config:
         raise BadRequest(f"{path}: to run as its class, it needs the class's {CONFIG} beside it, and there is none")
     description = None

@@ -70,7 +70,8 @@ def read_marker(name: str, content: bytes) -> LayerFormat:
         BadCheckpoint: it is not such a marker.
         Unsupported: its format, or one of its parameters, is not known.
     """
-    return _layer_format(name, _parsed(f"tensor {name}", content.decode("utf-8", "replace")))
+    what = f"tensor {name}"
+    return _layer_format(what, _parsed(what, content.decode("utf-8", "replace")))
 
 
 def check_marker(name: str, tensor: TensorLike) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xditd.client import packed_markers
 from xditd.client.packed_markers import MARKER, METADATA, LayerFormat
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.safetensors_header import Header
@@ -60,12 +60,16 @@ class _Info(NamedTuple):
 
 
 def find_packing(
-    tensors: Mapping[str, TensorLike], read: Callable[[str], bytes], metadata: Iterable[tuple[str, str]] = ()
+    tensors: Mapping[str, TensorLike],
+    read: Callable[[str], bytes],
+    metadata: Iterable[tuple[str, str]] = (),
+    known: Iterable[PackedWeight] = (),
 ) -> Packing:
     """Find the packed weights among ``tensors``, which are all of the checkpoint.
 
     ``read`` returns the bytes of a marker, a few KiB. ``metadata`` has the file's name and the text of
-    ``_quantization_metadata``, for each file with one. Tensors of fp8 without a marker count as packed, too, whatever their number of dimensions.
+    ``_quantization_metadata``, for each file with one; ``known`` are the packed weights of GGUF files. Tensors of fp8
+    without a marker count as packed, too, whatever their number of dimensions.
 
     Raises:
         BadCheckpoint: a marker is malformed, two of them contradict each other, or a weight or its companions do not
@@ -79,14 +83,17 @@ def find_packing(
         for name in markers
         if packed_markers.is_old_marker(name)
     }
-    found = [_described_weight(layer, described, tensors) for layer, described in layers.items()]
+    found = [*known, *(_described_weight(layer, described, tensors) for layer, described in layers.items())]
     taken = {name for packed in found for name in packed.names}
     for name, tensor in tensors.items():
         if tensor.dtype in FLOAT8 and name not in taken and not packed_markers.is_old_marker(name):
             found.append(_float8_weight(name, tensor, tensors, old))
     faults = packed_faults(found, tensors)
     if faults:
-        raise BadCheckpoint(f"{len(faults)} faults of packed weights: {listed(faults, joint='; ')}", names=faults)
+        raise BadCheckpoint(
+            f"packed weights do not have the form of their format: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}",
+            names=faults,
+        )
     return Packing(tuple(found), frozenset(markers))
 
 
@@ -105,7 +112,8 @@ def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Pa
         for lent, header in zip(files, headers, strict=True)
         if METADATA in header.metadata
     ]
-    return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata)
+    known = [packed for header in headers for packed in header.packed]
+    return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata, known)
 
 
 def packing_of_tensors(tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Packing:

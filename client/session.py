@@ -387,7 +387,7 @@ class Session:
 
 
 def _format_of(offer: Offer) -> str:
-    return "safetensors file" if offer.manifest.tiers == (Tier.FILE,) else "state dict"
+    return "checkpoint file" if offer.manifest.tiers == (Tier.FILE,) else "state dict"
 
 
 def _log_event(label: str, event: AnyEvent) -> None:

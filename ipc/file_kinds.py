@@ -1,4 +1,4 @@
-"""Describe a file that is not a whole safetensors file, by its first bytes and its name, for error messages."""
+"""Describe a file that cannot be lent as it is, by its first bytes and its name, for error messages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ LENGTH_BYTES: Final = 8
 
 INDEX: Final = "NAME.safetensors.index.json"
 _SHARDS: Final = f"lend its index ({INDEX}), or the folder if it has a config.json; nothing is copied"
+_MERGE: Final = "merge them (llama-gguf-split --merge), and lend the one file"
 _DOWNLOAD_AGAIN: Final = "download it again"
 _CONVERT: Final = "convert it to safetensors (load it where you trust it, then safetensors.torch.save_file)"
 _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
-    (b"GGUF", "a GGUF file, whose weights are packed: lend a bfloat16 or float16 safetensors file of the same model"),
+    (b"GGUF", "a GGUF file, and here only safetensors files are read: weights in GGUF are lent by their path"),
     (b"version https://git-lfs", "a Git LFS pointer and not the file itself: fetch it (git lfs pull)"),
     (
         b"PK\x03\x04",
@@ -94,7 +95,8 @@ def shard_of(path: str) -> str | None:
     found = _SHARD.search(path)
     if found is None or int(found[2]) < 2:
         return None
-    return f"file {int(found[1])} of the {int(found[2])} that make this checkpoint: {_SHARDS}"
+    remedy = _MERGE if path.endswith(".gguf") else _SHARDS
+    return f"file {int(found[1])} of the {int(found[2])} that make this checkpoint: {remedy}"
 
 
 def folder_kind(path: str) -> str:
@@ -105,7 +107,7 @@ def folder_kind(path: str) -> str:
     except OSError:
         found = []
     names = [entry.name for entry in found]
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     if "model_index.json" in names:
         what = "a folder of a diffusers pipeline"
         components = [entry.name for entry in found if os.path.isfile(os.path.join(entry.path, "config.json"))]
@@ -119,11 +121,13 @@ def folder_kind(path: str) -> str:
     if indexes:
         return f"{what} with a checkpoint in several files: lend its index: {listed(indexes)}"
     if not files:
-        others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+        others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         has = f", and it has {listed(others)}: {_CONVERT}" if others else ""
         joint = " and" if what.endswith("config.json") else ""
-        return f"{what}{joint} without safetensors files, which are all that can be lent{has}"
+        return f"{what}{joint} without safetensors or GGUF files, which are all that can be lent{has}"
     if len(files) > 1 and all(shard_of(name) for name in files):
+        if all(name.endswith(".gguf") for name in files):
+            return f"{what} with a GGUF checkpoint in {len(files)} files: {_MERGE}"
         return f"{what} with a checkpoint in {len(files)} files, but without its index ({INDEX}): download that too"
     return f"{what}, and it is not known which of its files to lend: lend one of them: {listed(files)}"
 

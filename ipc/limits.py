@@ -81,6 +81,19 @@ MAX_KEPT_BYTES: Final = 256 * 2**20
 MAX_SAFETENSORS_HEADER_BYTES: Final = 32 * 2**20
 """Header of a safetensors file; the format itself allows 100 MB."""
 
+MAX_GGUF_HEADER_BYTES: Final = MAX_SAFETENSORS_HEADER_BYTES
+"""Header of a GGUF file, key-value pairs included. That of a diffusion model takes 0.1 MiB, that of a language model
+with its vocabulary up to 20 MiB."""
+
+MAX_GGUF_PAIRS: Final = 32_768
+"""Key-value pairs: one for each reshaped tensor, and some more."""
+
+MAX_GGUF_VALUES: Final = 2**20
+"""Strings and arrays inside arrays, which are read one by one: about 1 s. Vocabularies have up to 800,000."""
+
+MAX_GGUF_NESTING: Final = 4
+"""Arrays in arrays. No known program writes any."""
+
 MAX_LAST_ERRORS: Final = 16
 """Errors that the daemon keeps for ``status``."""
 

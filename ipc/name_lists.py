@@ -15,14 +15,16 @@ SHOWN: Final = 5
 """Names in one list of a message."""
 
 _SHOWN_CHARS: Final = 120
+SENTENCE_CHARS: Final = 400
+"""The same for sentences, which name tensors and say what is wrong with them."""
 _LOG_LINE_CHARS: Final = 1_600
 """Less than the daemon keeps of a log line."""
 
 
-def listed(names: Iterable[object], *, joint: str = ", ") -> str:
-    """Join the first names, and count the others: ``a, b, c, d, e and 775 more``."""
+def listed(names: Iterable[object], *, joint: str = ", ", chars: int = _SHOWN_CHARS) -> str:
+    """Join the first names, each cut to ``chars``, and count the others: ``a, b, c, d, e and 775 more``."""
     every = [str(name) for name in names]
-    shown = joint.join(_cut(name, _SHOWN_CHARS) for name in every[:SHOWN])
+    shown = joint.join(_cut(name, chars) for name in every[:SHOWN])
     return f"{shown} and {len(every) - SHOWN} more" if len(every) > SHOWN else shown
 
 

@@ -78,7 +78,7 @@ class HostShmBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="
 
 
 class FileBlock(Described, frozen=True, kw_only=True, tag_field="tier", tag="file"):
-    """A whole safetensors file that the exporter holds open for reading; ``path`` is for people.
+    """A whole safetensors or GGUF file that the exporter holds open for reading; ``path`` is for people.
 
     A writer can set ``mtime_ns`` back, but not ``ctime_ns``.
     """

@@ -31,7 +31,8 @@ _PIXEL_BYTES: Final = 3
 
 SUMMARY = "lend checkpoint files and generate images"
 DESCRIPTION = """\
-Lend a transformer and a VAE by their safetensors files, and generate images from text embeddings.
+Lend a transformer and a VAE by their files, and generate images from text embeddings. A transformer may also be a GGUF
+file, such as flux1-dev-Q4_K_M.gguf.
 
 This command takes no prompt and runs no text encoder: --embeds names a safetensors file with the embeddings of a
 prompt, under the names that the transformer takes:
@@ -48,6 +49,7 @@ examples:
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer z_image_turbo_bf16.safetensors --vae ae.safetensors --embeds cat.safetensors \\
       --steps 8 --option shift=3 -o cat.png
+  xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
 
 cat.safetensors for FLUX.1, made with diffusers:

@@ -12,7 +12,7 @@ from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import StatusFlags
-from xditd.ipc.status import DaemonStatus
+from xditd.ipc.status import ComponentStatus, DaemonStatus
 
 LOSSLESS: Final = "bf16"
 
@@ -104,11 +104,24 @@ def describe(found: DaemonStatus) -> str:
         components = [
             (each.component_id, each.label, "-" if each.kind is None else each.kind.value,
              "-" if each.facts is None else each.facts.family, each.state.value,
-             "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), copied_text(each.copied),
+             "+".join(tier.value for tier in each.tiers), size_text(each.lent_bytes), _packed_text(each),
+             copied_text(each.copied),
              _layout_text(each.facts), each.owner_pid)
             for each in found.components
         ]  # fmt: skip
-        headers = ("COMPONENT", "LABEL", "KIND", "FAMILY", "STATE", "TIER", "BYTES", "COPIED", "LAYOUT", "OWNER")
+        headers = (
+            "COMPONENT",
+            "LABEL",
+            "KIND",
+            "FAMILY",
+            "STATE",
+            "TIER",
+            "BYTES",
+            "PACKED",
+            "COPIED",
+            "LAYOUT",
+            "OWNER",
+        )
         lines += ["", table(headers, components)]
     else:
         lines += ["", "no component is lent"]
@@ -138,6 +151,12 @@ def describe(found: DaemonStatus) -> str:
         ]
         lines += ["", table(("AGO", "LAST ERRORS", "CODE", "DETAIL"), errors)]
     return "\n".join(lines)
+
+
+def _packed_text(component: ComponentStatus) -> str:
+    """Format the bytes of packed weights by format."""
+    formats = {} if component.facts is None else component.facts.bytes_by_format
+    return ", ".join(f"{name} {size_text(size)}" for name, size in formats.items()) or "-"
 
 
 def _layout_text(facts: ComponentFacts | None) -> str:

@@ -229,8 +229,10 @@ def is_same_content(old: Manifest, new: Manifest) -> bool:
 
 
 def _memory(manifest: Manifest) -> Hashable:
+    """Identify the memory of a component, and what its bytes mean."""
     module = None if manifest.module is None else (manifest.module.class_name, manifest.module.config)
-    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, module
+    packed = manifest.packed, manifest.compute_dtype
+    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, packed, module
 
 
 def _block_memory(block: Block) -> Hashable:

@@ -269,7 +269,7 @@ def _lent(request: Lend, lease: Lease, *, is_reused: bool) -> Lent:
 
 def _log_lent(lease: Lease, request: Lend) -> None:
     manifest = lease.manifest
-    what = "safetensors checkpoint" if Tier.FILE in manifest.tiers else "checkpoint"
+    what = "checkpoint file" if Tier.FILE in manifest.tiers else "checkpoint"
     logger.info(
         "%s recognised family=%s kind=%s tensors=%d label=%s component_id=%s request_id=%s; loading is deferred to the "
         "workers, nothing will be downloaded; mapped, verified and plugged tier=%s shared=%s copied=%s lend_ms=%.1f",

@@ -46,8 +46,11 @@ class Products(Protocol[RowsT, LinearT]):
     def reserve(self) -> int:
         """Allocate memory for weights that :meth:`load` converts; return its bytes, 0 if there are none."""
 
-    def load(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
-        """Use the weights of this checkpoint until :meth:`release` or the next call."""
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Use the weights of this checkpoint until :meth:`release` or the next call.
+
+        They are tensors, or packed in a form that these products know.
+        """
 
     def release(self) -> None:
         """Drop the checkpoint, and free the reserved memory."""
@@ -121,17 +124,17 @@ class SixteenBit:
         torch.addmm(linear.bias, rows, linear.weight, out=out)
 
     def mlp(self, rows: torch.Tensor, up: Linear, down: Linear, out: torch.Tensor) -> None:
-        torch.addmm(down.bias, _up(rows, up), down.weight, out=out)
+        torch.addmm(down.bias, project_up(rows, up), down.weight, out=out)
 
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Linear, second: Linear, out: torch.Tensor
     ) -> None:
         width = attended.shape[1]
         torch.addmm(second.bias, attended, second.weight[:width], out=out)
-        out.addmm_(_up(rows, up), second.weight[width:])
+        out.addmm_(project_up(rows, up), second.weight[width:])
 
 
-def _up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+def project_up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """Project and apply GELU (tanh); on GPUs in the epilogue of the product."""
     if x.is_cuda:
         return torch._addmm_activation(linear.bias, x, linear.weight, use_gelu=True)

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import platform
-import stat
 import subprocess
 import sys
 import threading
@@ -24,10 +23,10 @@ from typing import Final, Literal
 
 import torch
 
+from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
 from xditd.gpu_workers.models.attention_operator import SCHEMA
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
-from xditd.ipc.errors import Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class CompiledGraphs:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder = _own_folder(folder) / _versions(device)
+        self.folder = own_folder(folder, "compiled code is loaded from it") / _versions(device)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         # Before torch's compiler is imported. Loading needs none of the processes in which it compiles.
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), _THREADS: "1"}
@@ -97,7 +96,7 @@ class CompiledGraphs:
                 path.mkdir(mode=0o700, exist_ok=True)
                 (path / FAILED).unlink(missing_ok=True)  # of another process: this one tries once more
                 if not (path / GRAPH).exists():
-                    _write(path / GRAPH, graphs[name])
+                    write_whole(path / GRAPH, graphs[name])
                 os.utime(path)
         except OSError as error:
             self._fail(new, f"the folder of compiled graphs: {error}")
@@ -232,16 +231,6 @@ class CompiledGraphs:
                 each.rmdir()
 
 
-def _own_folder(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise Unsupported(
-            f"{folder} has to be a folder of this user alone (mode 0700): compiled code is loaded from it"
-        )
-    return folder
-
-
 def _versions(device: torch.device) -> str:
     """Return the name of the folder for this torch, this Python, this kind of device and these rewrites."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
@@ -251,10 +240,3 @@ def _versions(device: torch.device) -> str:
 
 def _processor() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file as a whole: another rank may read it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

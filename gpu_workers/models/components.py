@@ -18,15 +18,23 @@ from functools import partial
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
+from xditd.gpu_workers.kernels.cache_folder import cache_folder
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_model import ClassModel
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
+from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
+from xditd.gpu_workers.packed.linear import PackedMemory
+from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, share_value
 from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
@@ -37,7 +45,7 @@ from xditd.ipc.errors import (
     UnknownComponent,
 )
 from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.tensors import (
     Block,
@@ -59,7 +67,7 @@ class Component:
 
     component_id: str
     match: CheckpointMatch | ModuleMatch
-    bindings: dict[str, torch.Tensor]
+    bindings: Bindings
     manifest: Manifest
     facts: ComponentFacts
     tensors: dict[str, torch.Tensor]
@@ -100,8 +108,16 @@ class Components:
     """The components of this rank. Every rank makes the same calls in the same order."""
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
-        self.models = ModelCache(layout)
-        self.class_models = ClassModels(layout)
+        self.packed = PackedMemory(layout.device)
+        self._products = ProductChoice(
+            layout.native_products,
+            layout.device,
+            cache_folder("products"),
+            exchange=share_value,
+            is_leader=layout.rank == 0,
+        )
+        self.models = ModelCache(layout, self.packed)
+        self.class_models = ClassModels(layout, self.packed)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.files = FileWatch(layout)
@@ -143,7 +159,7 @@ class Components:
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
-            self.models.release_idle()
+            self._release_idle()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # else torch keeps the memory of an unfinished copy, maybe gigabytes
             if stale is not None:
@@ -251,7 +267,7 @@ class Components:
                 if component.is_loaded:
                     component.match.model.unplug()
                 self._free(component)
-                self.models.release_idle()
+                self._release_idle()
         if not self._plugged and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # the working memory of jobs, gigabytes after a VAE
 
@@ -259,6 +275,11 @@ class Components:
         """Forget every component."""
         for component_id in [*self._prepared, *self._plugged]:
             self.unmap(component_id)
+
+    def _release_idle(self) -> None:
+        """Free the reserved memory of all models without plugged weights."""
+        self.models.release_idle()
+        self.class_models.release_idle()
 
     def _plug(self, component: Component) -> None:
         match = component.match
@@ -292,7 +313,9 @@ class Components:
         clock = Clock()
         with raise_on_all_ranks():
             if faults := manifest.faults():
-                raise BadRequest(f"manifest of {manifest.label}: {listed(faults, joint='; ')}", names=faults)
+                raise BadRequest(
+                    f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
+                )
             match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
@@ -322,7 +345,7 @@ class Components:
 
     def _load_tensors(
         self, manifest: Manifest, match: CheckpointMatch | ModuleMatch, opened: list[OpenBlock | None], clock: Clock
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor], CopiedBytes]:
+    ) -> tuple[dict[str, torch.Tensor], Bindings, list[torch.Tensor], CopiedBytes]:
         """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
 
         On GPUs each rank uploads a share of the host memory. All ranks then copy the same tensors (``apart``), at the
@@ -335,7 +358,7 @@ class Components:
                 if opened[number] is None:
                     received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            read = set(match.sources.values())
+            read = match.read_names
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
             own = OwnBuffer.allocate(apart, self._device)
@@ -353,13 +376,22 @@ class Components:
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
+        made: list[torch.Tensor] = []
+        if match.packed:
+            with raise_on_all_ranks():
+                made = match.convert(tensors, manifest.label)
+            clock.mark("dequantise")
+            match.choose_products(self._products, tensors)
+            clock.mark("choose products")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
+        made_bytes = sum(each.nbytes for each in made)
         if not is_cuda:
-            return tensors, bindings, copies, CopiedBytes(host_to_host=size)
+            return tensors, bindings, [*copies, *made], CopiedBytes(host_to_host=size + made_bytes)
         others = sum(spec.extent_bytes for spec in apart) - size
-        copied = CopiedBytes(host_to_device=size, peer=others + sum(buffer.numel() for buffer in received.values()))
-        return tensors, bindings, [*copies, *received.values()], copied
+        peer = others + sum(buffer.numel() for buffer in received.values())
+        copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
+        return tensors, bindings, [*copies, *received.values(), *made], copied
 
     def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
         if self._device.type == "cuda":

@@ -7,27 +7,45 @@ each element is used once and each parameter filled once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.packed import PackedWeight
+
 Shape = tuple[int, ...]
+
+Bindings = dict[str, torch.Tensor | PackedTensor]
+"""Parameters by name, plain or packed, as views of lent tensors."""
+
+
+def tensors_in(bindings: Mapping[str, torch.Tensor | PackedTensor]) -> list[torch.Tensor]:
+    """Return all tensors of bindings, those of packed weights one by one."""
+    return [part for each in bindings.values() for part in (each.tensors if isinstance(each, PackedTensor) else [each])]
+
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""The dtypes of weights that can be lent. Eight-bit weights need scales, for which files have no standard."""
+"""The dtypes of plain weights that can be run. Others are packed, with a format that says what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``."""
+    """A tensor without its bytes; ``dtype`` is torch's own name, such as ``bfloat16``.
+
+    A ``packed`` weight has its logical shape.
+    """
 
     dtype: str
     shape: Shape
+    packed: PackedWeight | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorInfo:
@@ -71,3 +89,17 @@ def layer_entries(source: str, shape: Shape, *targets: str, rows: tuple[int, ...
     """Describe the weight (of ``shape``) and the bias of a layer, as :func:`tensor_entry` does, by layer names."""
     for part, part_shape in (("weight", shape), ("bias", shape[:1])):
         yield tensor_entry(f"{source}.{part}", part_shape, *(f"{target}.{part}" for target in targets), rows=rows)
+
+
+def half_precision(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
+    """Return the half precision of most elements; ``None`` if no tensor is in half precision."""
+    halves = [(TORCH_DTYPES[info.dtype], info.shape) for info in tensors if info.dtype in ("bfloat16", "float16")]
+    return dtype_of_most(halves) if halves else None
+
+
+def dtype_of_most(tensors: Iterable[tuple[torch.dtype, Shape]]) -> torch.dtype:
+    """Return the dtype of most elements."""
+    elements: Counter[torch.dtype] = Counter()
+    for dtype, shape in tensors:
+        elements[dtype] += math.prod(shape)
+    return elements.most_common(1)[0][0]

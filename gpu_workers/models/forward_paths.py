@@ -20,6 +20,7 @@ import torch
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.path_choice import Choice, Forward, ForwardCase, LastRun, PathChooser, bits_of
 from xditd.gpu_workers.models.split_checks import CaseKey, ModuleSnapshot
+from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
 from xditd.ipc import limits
@@ -56,7 +57,7 @@ time of a step, would have a graph for each."""
 class _Lent:
     """The tensors of a component as it was lent once, by name; empty once they are unmapped."""
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | PackedTensor]
 
 
 _Key = tuple[_Lent, CaseKey, bool, Hashable]
@@ -102,7 +103,7 @@ class ForwardPaths:
         """Whether forwards have another path than the eager one."""
         return self._chooser.captures or self._chooser.compiles
 
-    def use_weights(self, owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def use_weights(self, owner: str, tensors: Mapping[str, torch.Tensor | PackedTensor]) -> None:
         """Use the graphs of the weights that are in the module now: those of a component, as it was lent last.
 
         ``tensors`` is the same map each time, until its owner is lent anew, and is emptied when they are unmapped.

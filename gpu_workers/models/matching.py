@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xditd.gpu_workers.models.class_models import ClassModels, ModuleMatch
+import torch
+
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> CheckpointMatch | ModuleMatch:
@@ -19,14 +24,29 @@ def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassMo
         BadRequest: a module without its description, or a description that cannot be read.
     """
     try:
-        tensors = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
+        tensors = _logical_infos(manifest)
+        compute_dtype = None if manifest.compute_dtype is None else torch_dtype(manifest.compute_dtype)
         if manifest.module is not None:
-            return _match_class(manifest.module, tensors, models, class_models)
+            if manifest.packed and manifest.module.state:
+                raise Unsupported(
+                    "packed weights of a module cannot be run: lend its file, its folder or its state dict"
+                )
+            return _match_class(manifest.module, tensors, models, class_models, compute_dtype)
         if manifest.kind is ComponentKind.MODULE:
             raise BadRequest("a module is lent without the description of its class; lend the module itself")
-        return models.match(tensors, None if manifest.kind is None else manifest.kind.value)
+        return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype)
     except RequestError as error:
         raise named(manifest.label, error) from error
+
+
+def _logical_infos(manifest: Manifest) -> dict[str, TensorInfo]:
+    """Return the tensors as models see them: packed weights with their logical shapes, without companions."""
+    infos = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
+    for packed in manifest.packed:
+        for name in packed.companions.values():
+            infos.pop(name, None)
+        infos[packed.weight] = TensorInfo(infos[packed.weight].dtype, packed.shape, packed)
+    return infos
 
 
 def _match_class(
@@ -34,23 +54,26 @@ def _match_class(
     tensors: Mapping[str, TensorInfo],
     models: ModelCache,
     class_models: ClassModels,
+    compute_dtype: torch.dtype | None,
 ) -> CheckpointMatch | ModuleMatch:
     """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
 
     What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
     """
     if not described.state:
-        family = _match_family(tensors, models) if described.allows_family else None
-        return family or class_models.match(described, tensors)
+        family = _match_family(tensors, models, compute_dtype) if described.allows_family else None
+        return family or class_models.match(described, tensors, compute_dtype)
     match = class_models.match(described, tensors)
     if not described.allows_family or not match.model.is_as_made:
         return match
     saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
-    return _match_family(saved, models) or match
+    return _match_family(saved, models, compute_dtype) or match
 
 
-def _match_family(tensors: Mapping[str, TensorInfo], models: ModelCache) -> CheckpointMatch | None:
+def _match_family(
+    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None
+) -> CheckpointMatch | None:
     try:
-        return models.match(tensors)
+        return models.match(tensors, None, compute_dtype)
     except (UnknownFamily, Unsupported, BadCheckpoint):
         return None

@@ -13,6 +13,7 @@ from xditd.gpu_workers.models.entries import Shape
 if TYPE_CHECKING:
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
     from xditd.gpu_workers.models.step_cache import StepCache
+    from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.ipc.facts import LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
     from xditd.ipc.status import FusedCheck
@@ -81,7 +82,8 @@ class Operations(Protocol[ConfigT_contra]):
     ) -> FastPath | None:
         """Give ``module`` a faster forward that reads the checkpoint's tensors; return ``None`` if there is none.
 
-        ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``.
+        ``layout`` is this component's own. ``exceptions`` are the parameters of another dtype than ``dtype``, without
+        the biases of packed layers, which cast them.
 
         Raises:
             Unsupported: the kernels or the precision of the settings cannot run in this layout, or with weights of
@@ -258,7 +260,7 @@ class FastPath(Protocol):
     def reserve(self) -> int:
         """Allocate the memory that :meth:`plug` fills with converted weights; return its bytes, mostly 0."""
 
-    def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+    def plug(self, checkpoint: Mapping[str, torch.Tensor | PackedTensor]) -> None:
         """Use these tensors until :meth:`unplug` or the next plug."""
 
     def unplug(self) -> None:

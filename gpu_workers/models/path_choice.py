@@ -17,8 +17,10 @@ import torch
 
 from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.entries import tensors_in
 from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import Difference, ModuleSnapshot, computes_in_halves, largest_difference
+from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.gpu_workers.parallel.row_trees import structure_of, tensors_of
 from xditd.ipc.errors import XditdError
@@ -78,7 +80,7 @@ class LastRun:
     """The same, where it is not known to work: a rank that fails does not make others wait."""
     arguments: Mapping[str, Any]
     result: Any
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor | PackedTensor]
     host_s: float = 0.0
     """How long the host needed to launch its kernels."""
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -229,7 +231,7 @@ class PathChooser:
                 return self.run_compiled(run.case, partial(eager, given))
 
         try:
-            return CapturedForward(forward, run.arguments, list(run.weights.values()), self._device), ""
+            return CapturedForward(forward, run.arguments, tensors_in(run.weights), self._device), ""
         except CaptureRefused as refused:
             return None, str(refused)
         except torch.OutOfMemoryError:

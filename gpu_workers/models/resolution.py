@@ -10,10 +10,20 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.entries import TORCH_DTYPES, Entry, Shape, Slice, TensorInfo
+from xditd.gpu_workers.models.entries import (
+    TORCH_DTYPES,
+    Entry,
+    Shape,
+    Slice,
+    TensorInfo,
+    dtype_of_most,
+    half_precision,
+)
 from xditd.gpu_workers.models.family import Family
-from xditd.ipc.errors import BadCheckpoint, Internal, UnsupportedDtype
+from xditd.gpu_workers.packed.dequantise import can_dequantise
+from xditd.ipc.errors import BadCheckpoint, Internal, Unsupported, UnsupportedDtype
 from xditd.ipc.name_lists import listed
+from xditd.ipc.packed import TILE_ROWS, PackedWeight
 from xditd.ipc.tensor_names import by_prefix, tells_nothing
 
 
@@ -22,7 +32,8 @@ class Resolution:
     """The result of a match: family, configuration, dtype, and key map by the checkpoint's own names.
 
     ``dtype`` is that of most elements; ``exceptions`` are the parameters of another one. ``sources`` are the
-    checkpoint's names by canonical name, and ``skipped`` its names that no job reads.
+    checkpoint's names by canonical name, and ``skipped`` its names that no job reads. ``packed`` are the packed weights
+    by the checkpoint's names, which count as tensors of ``compute_dtype``.
     """
 
     family: Family[Any]
@@ -32,28 +43,62 @@ class Resolution:
     key_map: Mapping[str, Slice]
     sources: Mapping[str, str]
     skipped: tuple[str, ...]
+    packed: Mapping[str, PackedWeight]
+    compute_dtype: torch.dtype
+
+    @property
+    def formats(self) -> frozenset[tuple[str, str]]:
+        """The parameters that packed weights fill, with the format of each."""
+        return frozenset(
+            (target, self.packed[part.source].format)
+            for target, part in self.key_map.items()
+            if part.source in self.packed
+        )
 
 
-def main_dtype(family: Family[Any], tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the dtype of most elements, in which a model of mixed dtypes computes.
+def dtypes_of(
+    family: Family[Any], tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Return the dtype in which each tensor is computed with: its own, or of packed weights the compute dtype.
+
+    That is ``compute_dtype``; else float32 in text encoders, which compute in it; else the half precision of most
+    elements of plain tensors; else bfloat16.
 
     Raises:
-        UnsupportedDtype: some tensor has a dtype that cannot be run.
+        UnsupportedDtype: some plain tensor has a dtype that cannot be run.
+        Unsupported: some packed weight has a format that cannot be dequantised.
     """
-    refused = [f"{name} is {info.dtype}" for name, info in sorted(tensors.items()) if info.dtype not in TORCH_DTYPES]
+    plain = {name: info for name, info in tensors.items() if info.packed is None}
+    refused = [f"{name} is {info.dtype}" for name, info in sorted(plain.items()) if info.dtype not in TORCH_DTYPES]
     if refused:
         raise UnsupportedDtype(
             f"{family.name}: weights cannot be run in these dtypes: lend them as {', '.join(TORCH_DTYPES)}; "
             f"{len(refused)} of {len(tensors)} tensors: {listed(refused)}",
             names=refused,
         )
-    elements: Counter[str] = Counter()
-    for info in tensors.values():
-        elements[info.dtype] += math.prod(info.shape)
-    return TORCH_DTYPES[elements.most_common(1)[0][0]]
+    unknown = [
+        f"{name} is {info.packed.format}"
+        for name, info in sorted(tensors.items())
+        if info.packed is not None and not can_dequantise(info.packed.format)
+    ]
+    if unknown:
+        raise Unsupported(
+            f"{family.name}: these formats of packed weights cannot be run: {listed(unknown)}", names=unknown
+        )
+    found = {name: TORCH_DTYPES[info.dtype] for name, info in plain.items()}
+    if len(plain) < len(tensors):
+        own = torch.float32 if family.kind == "text_encoder" else half_precision(plain.values())
+        compute = compute_dtype or own or torch.bfloat16
+        found.update({name: compute for name in tensors if name not in plain})
+    return found
 
 
-def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Collection[Family[Any]] = ()) -> Resolution:
+def resolve(
+    family: Family[Any],
+    tensors: Mapping[str, TensorInfo],
+    others: Collection[Family[Any]] = (),
+    compute_dtype: torch.dtype | None = None,
+) -> Resolution:
     """Match a checkpoint to a family: read its configuration, check every name and shape, and make the key map.
 
     All tensors that jobs read have the same prefix. Tensors under another prefix that one of ``others`` claims are of
@@ -61,8 +106,9 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Coll
 
     Raises:
         BadCheckpoint: missing, unexpected and wrongly shaped tensors.
-        Unsupported: a variant of the family that is not implemented.
-        UnsupportedDtype: see :func:`main_dtype`.
+        Unsupported: a variant of the family that is not implemented, or a packed weight that cannot be sliced as the
+            module needs it.
+        UnsupportedDtype: see :func:`dtypes_of`.
     """
     given, skipped, unexpected = _sort_names(family, tensors, others)
     for copy, original in family.tied.items():
@@ -85,7 +131,7 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Coll
             missing.append(prefix + entry.source)
             continue
         shape = tensors[found].shape
-        if not _differ_by_ones_alone(shape, entry.shape):
+        if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
             misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
             continue
         key_map.update(_slices(entry, found, shape))
@@ -93,10 +139,32 @@ def resolve(family: Family[Any], tensors: Mapping[str, TensorInfo], others: Coll
     unexpected += given.values()
     if missing or unexpected or misshapen:
         raise _mismatch(family, config, missing, unexpected, misshapen)
-    main = main_dtype(family, {name: tensors[name] for name in sources.values()})
-    dtypes = {target: TORCH_DTYPES[tensors[part.source].dtype] for target, part in key_map.items()}
-    exceptions = {target: dtype for target, dtype in dtypes.items() if dtype != main}
-    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped))
+    read = {name: tensors[name] for name in sources.values()}
+    dtypes = dtypes_of(family, read, compute_dtype)
+    main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
+    exceptions = {target: dtypes[part.source] for target, part in key_map.items() if dtypes[part.source] != main}
+    packed = {name: info.packed for name, info in read.items() if info.packed is not None}
+    _check_slices(family, key_map, packed)
+    compute = next((dtypes[name] for name in packed), main)
+    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped), packed, compute)
+
+
+def _check_slices(family: Family[Any], key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]) -> None:
+    """Refuse slices of packed weights at rows where their scales cannot be sliced without a copy."""
+    refused: list[str] = []
+    for part in key_map.values():
+        weight = packed.get(part.source)
+        if weight is None:
+            continue
+        inside = [row for row in (part.start, part.stop) if row % weight.row_step and row != weight.rows]
+        if inside:
+            refused.append(f"{weight.weight} ({weight.format}) at row {inside[0]}")
+    if refused:
+        raise Unsupported(
+            f"{family.name}: scales of packed weights lie in tiles of {TILE_ROWS} rows, and the model slices these "
+            f"inside a tile: {listed(refused)}; lend the model in another format",
+            names=refused,
+        )
 
 
 def check_targets(family: Family[Any], entries: Iterator[Entry], parameters: Mapping[str, Shape]) -> None:
@@ -160,7 +228,17 @@ def _differ_by_ones_alone(shape: Shape, expected: Shape) -> bool:
     return longer[: len(shorter)] == shorter and all(side == 1 for side in longer[len(shorter) :])
 
 
+def _lacks_leading_ones(shape: Shape, entry: Entry) -> bool:
+    """Return whether a tensor of one parameter is without its leading ones, which ggml's tools do not write."""
+    ones = len(entry.shape) - len(shape)
+    return ones > 0 and bool(shape) and len(entry.targets) == 1 and entry.shape == (1,) * ones + shape
+
+
 def _slices(entry: Entry, source: str, given: Shape) -> Iterator[tuple[str, Slice]]:
+    if _lacks_leading_ones(given, entry):
+        ((target, rows),) = entry.targets
+        yield target, Slice(source, 0, given[0], _parameter_shape(entry, rows))
+        return
     start = 0
     for target, rows in entry.targets:
         seen = _parameter_shape(entry, rows)

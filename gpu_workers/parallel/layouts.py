@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.settings.daemon import WORKER_DEFAULTS
+from xditd.ipc.settings.daemon import WORKER_DEFAULTS, NativeProducts
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class ParallelLayout:
     Ulysses and ring degrees. :class:`Degrees` says how ranks are numbered. ``attention_backend`` is xDiT's name of the
     chosen backend; ``fused_attention`` is that of fused transformers, ``None`` if they run plain modules. ``precision``
     is that of matrix products: ``bf16`` for the lent weights themselves, or ``fp8``. ``requested_attention`` and
-    ``requested_kernels`` are the settings, which may be ``auto``; so is ``acceleration``, of modules that run as their
-    class.
+    ``requested_kernels`` are the settings, which may be ``auto``; so are ``acceleration``, of modules that run as their
+    class, and ``native_products``, of packed weights.
     """
 
     rank: int
@@ -31,6 +31,7 @@ class ParallelLayout:
     requested_attention: str = WORKER_DEFAULTS.attention_backend
     requested_kernels: str = WORKER_DEFAULTS.kernels
     acceleration: str = WORKER_DEFAULTS.acceleration
+    native_products: NativeProducts = WORKER_DEFAULTS.native_products
 
     @property
     def world_size(self) -> int:

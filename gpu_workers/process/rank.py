@@ -59,6 +59,7 @@ def main(
             options.kernels,
             options.precision,
             options.acceleration,
+            options.native_products,
         )
         # Imported here: its modules import xfuser, which works only after start().
         from xditd.gpu_workers.process.torch_executor import TorchExecutor

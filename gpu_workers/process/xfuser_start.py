@@ -24,7 +24,7 @@ from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc import layout_choice
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.settings.daemon import WORKER_DEFAULTS
+from xditd.ipc.settings.daemon import WORKER_DEFAULTS, NativeProducts
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def start(
     kernels: str = "plain",
     precision: str = WORKER_DEFAULTS.precision,
     acceleration: str = WORKER_DEFAULTS.acceleration,
+    native_products: NativeProducts = WORKER_DEFAULTS.native_products,
 ) -> ParallelLayout:
     """Join the process group at ``store_path`` and start xDiT in it. Models can be built afterwards.
 
@@ -51,7 +52,8 @@ def start(
     open; all ranks name the same one. ``degrees`` multiply to ``world_size``; without them ``choose_layout`` chooses.
     A component whose attention heads do not fit them gets others (``component_layouts``).
     ``kernels`` is ``plain``, ``fused``, or ``auto``: fused where possible.
-    ``precision`` is ``bf16``, or ``fp8`` on fused kernels. ``acceleration`` is that of forwards (``forward_paths``).
+    ``precision`` is ``bf16``, or ``fp8`` on fused kernels. ``acceleration`` is that of forwards (``forward_paths``),
+    ``native_products`` that of packed weights (``product_choice``).
 
     Raises:
         Unsupported: no layout fits, an attention backend is not installed, or fused kernels or products in eight bits
@@ -83,7 +85,16 @@ def start(
     took = " ".join(f"{phase}_s={took_ms / 1e3:.2f}" for phase, took_ms in clock.marks_ms.items())
     logger.info("rank started rank=%d %s", rank, took)
     return ParallelLayout(
-        rank, degrees, device, backend, fused_attention, precision, attention_backend, kernels, acceleration
+        rank,
+        degrees,
+        device,
+        backend,
+        fused_attention,
+        precision,
+        attention_backend,
+        kernels,
+        acceleration,
+        native_products,
     )
 
 

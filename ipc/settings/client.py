@@ -42,7 +42,9 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     """Flags of ``generate``."""
 
     log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
-    transformer: Annotated[str | None, about("transformer checkpoint, one safetensors file", kind="path")] = None
+    transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
+        None
+    )
     vae: Annotated[
         str | None, about("VAE checkpoint; without it only latents are computed (--save-latents)", kind="path")
     ] = None

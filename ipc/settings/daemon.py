@@ -21,6 +21,7 @@ CONFIG_VARIABLE: Final = "XDITD_CONFIG"
 Device = Literal["auto", "cuda", "cpu"]
 Kernels = Literal["auto", "fused", "plain"]
 Precision = Literal["bf16", "fp8"]
+NativeProducts = Literal["auto", "always", "never"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _daemon = partial(about, section="daemon")
@@ -75,6 +76,13 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
         _workers(
             "forwards of modules that run as their class: eager; captured as CUDA graphs, with the same bits; with "
             "compiled blocks, which round otherwise; auto: on GPUs compiled, and captured where the host takes long"
+        ),
+    ] = "auto"
+    native_products: Annotated[
+        NativeProducts,
+        _workers(
+            "products of int8 and float8 weights in eight bits, which also round the input, as ComfyUI does; never: "
+            "weights are dequantised first; auto: on GPUs, where they were measured to be faster"
         ),
     ] = "auto"
 

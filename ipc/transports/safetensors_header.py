@@ -18,6 +18,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.file_kinds import START_BYTES, kind_of
+from xditd.ipc.packed import PackedWeight
 
 _DTYPES: Final[dict[str, DType]] = {
     "BOOL": "bool",
@@ -49,12 +50,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file. ``length_bytes`` includes the 8 bytes of the length itself: tensor data starts there."""
+    """The header of a file: its first ``length_bytes``, in a safetensors file with the 8 bytes of the length itself."""
 
     length_bytes: int
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What the writer of the file says of it."""
+    packed: tuple[PackedWeight, ...] = ()
+    """The packed weights of a GGUF file, whose header has their types. In a safetensors file, names tell them."""
 
 
 def read_header(fd: int, path: str) -> Header:

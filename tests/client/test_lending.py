@@ -379,7 +379,7 @@ def freed() -> torch.Tensor:
         (3, BadRequest, "int"),
         ([torch.ones(3)], BadRequest, "list"),
         ("/nonexistent/x.safetensors", BadCheckpoint, "No such file"),
-        ("/", BadCheckpoint, "this is a folder without a config.json and without safetensors files"),
+        ("/", BadCheckpoint, "this is a folder without a config.json and without safetensors or GGUF files"),
         ("/dev/null", BadCheckpoint, "not a regular file"),
         ("nul\0byte", BadCheckpoint, "null byte"),
         ("", BadCheckpoint, "No such file"),

@@ -32,14 +32,14 @@ def state(files) -> dict[str, torch.Tensor]:
     return load_file(files.transformer)
 
 
-def test_an_eight_bit_checkpoint_is_refused_in_few_words_and_all_of_its_tensors_are_on_the_error(
+def test_an_eight_bit_checkpoint_without_markers_is_refused_in_few_words_and_all_of_its_tensors_are_on_the_error(
     client, state, wait_until
 ):
-    eight = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
-    packed = {f"{name} is float8_e4m3fn" for name, tensor in eight.items() if tensor.ndim == 2}
+    eight = {name: tensor.to(torch.int8) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
+    packed = {f"{name} is int8" for name, tensor in eight.items() if tensor.ndim == 2}
     with pytest.raises(UnsupportedDtype) as caught:
         client.lend(eight, label="eight")
-    assert caught.value.detail.startswith("eight: FLUX.1 with fp8 (float8_e4m3fn) weights cannot be run: lend its")
+    assert caught.value.detail.startswith("eight: FLUX.1 with int8 weights cannot be run: lend its")
     assert f"{len(packed)} of {len(state)} tensors: " in caught.value.detail
     assert f" and {len(packed) - 5} more" in caught.value.detail
     assert len(caught.value.detail) < MESSAGE_CHARS
@@ -74,7 +74,7 @@ def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.gguf", b"GGUF\x03\0\0\0" + bytes(99), "this is a GGUF file"),
+        ("x.gguf", b"GGUF\x01\0\0\0" + bytes(99), "a GGUF file of version 1; versions 2 and 3 are read"),
         ("x-00001-of-00003.safetensors", b"", "this is file 1 of the 3 that make this checkpoint: lend its index"),
         ("x.safetensors", b"<!DOCTYPE html>", "this is a web page"),
     ],

@@ -310,6 +310,7 @@ def main() -> int:
         "--kernels",
         "--precision",
         "--acceleration",
+        "--native-products",
         "--log-level",
     ):
         parser.add_argument(flag, required=True)

@@ -129,7 +129,7 @@ def test_packed_weights_of_another_model_are_named_as_both() -> None:
     assert unnamed.detail.startswith("a checkpoint with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16")
     encoder = form_error({name: Tensor("float8_e4m3fn") for name in T5})
     assert isinstance(encoder, UnsupportedDtype)
-    assert encoder.detail.startswith("T5 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16, float16")
+    assert encoder.detail.startswith("T5 with fp8 (float8_e4m3fn) weights cannot be run: lend its bfloat16 or float16")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fuzz the daemon through its real socket, while another client asks for the status; then fuzz both parsers."""
+"""Fuzz the daemon through its real socket, while another client asks for the status; then fuzz each parser."""
 
 from __future__ import annotations
 

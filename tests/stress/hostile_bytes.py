@@ -31,6 +31,31 @@ HEADER = json.dumps(
 """JSON header of a safetensors file."""
 
 
+def _gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+_GGUF_PAIRS = (
+    _gguf_text("general.architecture") + struct.pack("<I", 8) + _gguf_text("flux"),
+    _gguf_text("general.alignment") + struct.pack("<II", 4, 32),
+    _gguf_text("comfy.gguf.orig_shape.t0") + struct.pack("<IIQii", 9, 5, 2, 2, 2),
+    _gguf_text("tokens") + struct.pack("<IIQ", 9, 8, 2) + _gguf_text("a") + _gguf_text("bc"),
+    _gguf_text("nested") + struct.pack("<IIQIQI", 9, 9, 1, 4, 1, 7),
+)
+_GGUF_TENSORS = (
+    *(_gguf_text(f"t{n}") + struct.pack("<IQIQ", 1, 4, 0, 32 * n) for n in range(3)),
+    _gguf_text("q") + struct.pack("<IQQIQ", 2, 32, 2, 8, 96),
+)
+"""Three of four float32 numbers, and two rows of Q8_0."""
+_GGUF_HEADER = struct.pack("<4sIQQ", b"GGUF", 3, len(_GGUF_TENSORS), len(_GGUF_PAIRS)) + b"".join(
+    _GGUF_PAIRS + _GGUF_TENSORS
+)
+GGUF_DATA = -(-len(_GGUF_HEADER) // 32) * 32
+"""Where the tensors of :data:`GGUF` begin."""
+GGUF = _GGUF_HEADER.ljust(GGUF_DATA, b"\0") + bytes(3 * 32 + 96)
+"""A small GGUF file."""
+
+
 def mutate(payload: bytes, rng: random.Random) -> bytes:
     """Change, delete, repeat and insert bytes."""
     mutated = bytearray(payload)
@@ -79,5 +104,15 @@ def whole_file(header: bytes) -> bytes:
 
 
 def hostile_file(rng: random.Random) -> bytes:
-    """Return a file with a mutated header, or mutated anywhere."""
+    """Return a safetensors file with a mutated header, or mutated anywhere."""
     return whole_file(mutate(HEADER, rng)) if rng.random() < 0.7 else mutate(whole_file(HEADER), rng)
+
+
+def hostile_gguf(rng: random.Random) -> bytes:
+    """Return a GGUF file with a mutated header, or with bytes changed in place, after which more of it is read."""
+    if rng.random() < 0.5:
+        return mutate(GGUF[:GGUF_DATA], rng) + GGUF[GGUF_DATA:]
+    changed = bytearray(GGUF)
+    for _ in range(rng.randint(1, 3)):
+        changed[rng.randrange(GGUF_DATA)] = rng.choice([0, 1, 127, 255, rng.randrange(256)])
+    return bytes(changed)

@@ -1,4 +1,4 @@
-"""Fuzz the two parsers of foreign bytes: anything but a result or a typed error is a defect.
+"""Fuzz the parsers of foreign bytes: anything but a result or a typed error is a defect.
 
 python tests/stress/parsers.py decoder --seconds 60     # under atheris (pip install atheris)
 """
@@ -12,14 +12,16 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hostile_bytes import HEADER, VALID_MESSAGES, hostile_file, mutate, whole_file
+from hostile_bytes import GGUF, HEADER, VALID_MESSAGES, hostile_file, hostile_gguf, mutate, whole_file
 
 from xditd.ipc import codec
 from xditd.ipc.codec import encode, request_decoder
 from xditd.ipc.errors import BadCheckpoint, BadMessage
-from xditd.ipc.transports import safetensors_header
+from xditd.ipc.transports import gguf_header, gguf_pairs, safetensors_header
+from xditd.ipc.transports.safetensors_header import Header
 
 
 def decode_request(data: bytes) -> None:
@@ -34,17 +36,34 @@ def decode_request(data: bytes) -> None:
 
 def parse_header(data: bytes) -> None:
     """Parse one input as the start of a safetensors file."""
+    _parse_with(safetensors_header.read_header, data)
+
+
+def parse_gguf(data: bytes) -> None:
+    """Parse one input as a GGUF file."""
+    _parse_with(gguf_header.read_header, data)
+
+
+def _parse_with(read: Callable[[int, str], Header], data: bytes) -> None:
     descriptor = os.memfd_create("fuzz")
     try:
         os.write(descriptor, data)
-        safetensors_header.read_header(descriptor, "fuzz")
+        header = read(descriptor, "fuzz")
     except BadCheckpoint:
-        pass
+        return
     finally:
         os.close(descriptor)
+    if any(stored.offset_bytes + stored.size_bytes > len(data) for stored in header.tensors):
+        raise AssertionError("a tensor outside the file")
 
 
-PARSERS = {"decoder": decode_request, "header": parse_header}
+PARSERS = {"decoder": decode_request, "header": parse_header, "gguf": parse_gguf}
+_HOSTILE: Mapping[str, Callable[[random.Random], bytes]] = {
+    "decoder": lambda rng: mutate(rng.choice(VALID_MESSAGES), rng),
+    "header": hostile_file,
+    "gguf": hostile_gguf,
+}
+_SEEDS = {"decoder": VALID_MESSAGES, "header": [whole_file(HEADER)], "gguf": [GGUF]}
 
 
 def fuzz_parser(name: str, total_bytes: int, seed: int) -> tuple[int, int]:
@@ -52,7 +71,7 @@ def fuzz_parser(name: str, total_bytes: int, seed: int) -> tuple[int, int]:
     rng = random.Random(seed)
     fed = count = 0
     while fed < total_bytes:
-        data = hostile_file(rng) if name == "header" else mutate(rng.choice(VALID_MESSAGES), rng)
+        data = _HOSTILE[name](rng)
         PARSERS[name](data)
         fed += len(data)
         count += 1
@@ -71,13 +90,13 @@ def fuzz_with_coverage(name: str, seconds: int) -> None:
     """Run a parser under atheris, which ends this process."""
     import atheris
 
-    for module in (codec, safetensors_header):
+    for module in (codec, safetensors_header, gguf_header, gguf_pairs):
         # Single functions, because instrumentation at import would need atheris imported first.
         for attribute, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == module.__name__:
                 setattr(module, attribute, atheris.instrument_func(value))
     with tempfile.TemporaryDirectory() as corpus:
-        for number, seed in enumerate(VALID_MESSAGES if name == "decoder" else [whole_file(HEADER)]):
+        for number, seed in enumerate(_SEEDS[name]):
             Path(corpus, str(number)).write_bytes(seed)
         command = [sys.argv[0], f"-max_total_time={seconds}", "-max_len=8192", "-print_final_stats=1", corpus]
         atheris.Setup(command, PARSERS[name])

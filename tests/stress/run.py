@@ -9,7 +9,7 @@ soak  One daemon with two CPU workers (gloo). Four clients lend, generate, cance
       before the first fault; each request has a deadline; descriptors, processes, shared memory and memory are
       counted before and after.
 fuzz  Randomly mutated messages of the real protocol, random bytes, and the worst that the limits allow, through the
-      daemon's socket, while another client asks for the status; then the decoder and the safetensors header alone.
+      daemon's socket, while another client asks for the status; then the decoder and the readers of headers alone.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from xditd.daemon.front.service import Service
 from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.replies import Lent
 from xditd.ipc.requests import Lend
 
@@ -21,7 +21,9 @@ def lend(service: Service, session: Session, request: Lend) -> Lent | None:
     """
     faults = request.manifest.faults()
     if faults:
-        raise BadRequest(f"manifest of {request.manifest.label}: {listed(faults, joint='; ')}", names=faults)
+        raise BadRequest(
+            f"manifest of {request.manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
+        )
     reused = service.lending.reuse(session, request)
     if reused is None:
         process = session.process

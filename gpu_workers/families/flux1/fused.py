@@ -1,7 +1,8 @@
 """Fused FLUX.1 blocks on the checkpoint's own tensors (``qkv``, ``linear1``), with one kernel between two products.
 
 They compute the same as ``sequence_parallel.SequenceParallelFlux1``, whose embedders and last norm they use, and with
-which ``FastPathCheck`` compares them. Matrix products are in the checkpoint's dtype or in eight bits (``products``).
+which ``FastPathCheck`` compares them. Matrix products are in the checkpoint's dtype or in eight bits (``products``), or
+of packed weights, dequantised one at a time (``packed.products``).
 If several ranks share the tokens, queries, keys and values go directly to the rank of their head (``exchange``).
 
 A step of 1024x1024 pixels takes about 500 launches instead of 5,000, so the host stays ahead of the GPU without CUDA
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from xfuser.core.distributed import get_sp_group
 
-from xditd.gpu_workers.families.flux1.modulations import Addresses, Modulator, Times
+from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
 from xditd.gpu_workers.models.fast_path_check import FastPathCheck
@@ -26,6 +27,8 @@ from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.step_cache import ImageCache
+from xditd.gpu_workers.packed.linear import packed_layers, weight_of
+from xditd.gpu_workers.packed.products import Dequantiser, PackedMatrices, PackedProducts, Weights
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -74,18 +77,27 @@ class Blocks(NamedTuple):
 class FusedFlux1:
     """The fused forward of one model. The model calls ``plug`` and ``unplug``; callers compare results by ``check``."""
 
-    def __init__(self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str) -> None:
+    def __init__(
+        self, config: Flux1Config, module: Any, layout: ParallelLayout, attention_backend: str, dtype: torch.dtype
+    ) -> None:
         self._config = config
         self._module = module
         self._layout = layout
-        self._products: Products[Any, Any] = (
-            EightBit(product_shapes(config), layout.device) if layout.precision == EIGHT else SixteenBit()
-        )
+        self._dtype = dtype
+        packed = packed_layers(module)
+        self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
+        self._products: Products[Any, Any]
+        if self._dequantiser is not None:
+            self._products = PackedProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations
+        elif layout.precision == EIGHT:
+            self._products = EightBit(product_shapes(config), layout.device)
+        else:
+            self._products = SixteenBit()
         label = f"{self._products.label} FLUX.1 blocks"
         self.check = FastPathCheck(label, self._products.tolerance)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
-        self._checkpoint: Mapping[str, torch.Tensor] = {}
+        self._checkpoint: Weights = {}
         self._blocks: Blocks | None = None
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
         self._modulator = Modulator(module.time_text_embed, config.hidden)
@@ -114,7 +126,7 @@ class FusedFlux1:
         """
         return self._products.reserve()
 
-    def plug(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
+    def plug(self, checkpoint: Weights) -> None:
         """Use these tensors, by canonical name, until :meth:`unplug` or the next plug.
 
         Kernels read addresses, so with tensors that are not contiguous plain modules run instead.
@@ -211,8 +223,11 @@ class FusedFlux1:
         module, width, at = self._module, self._config.hidden, text.shape[0]
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
-        torch.addmm(module.context_embedder.bias, text, module.context_embedder.weight.t(), out=x[:at])
-        torch.addmm(module.x_embedder.bias, image, module.x_embedder.weight.t(), out=x[at:])
+        for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
+            if embedder.weight.dtype == embedder.bias.dtype == x.dtype:
+                torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
+            else:
+                out.copy_(embedder(tokens))
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
         products = self._products
         normed = products.modulate(x, text_rows=at, shift=starts[0])
@@ -277,17 +292,22 @@ class FusedFlux1:
         wide = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
         return self._attend_with(*wide)[0].transpose(0, 1)
 
-    def _bind(self, checkpoint: Mapping[str, torch.Tensor]) -> Blocks:
+    def _bind(self, checkpoint: Weights) -> Blocks:
         width = self._config.hidden
 
         linear = self._products.linear
+
+        def norm(name: str) -> torch.Tensor:
+            scale = checkpoint[f"{name}.scale"]
+            assert isinstance(scale, torch.Tensor)
+            return scale.to(self._dtype)
 
         def stream(block: str, kind: str) -> Stream:
             name = f"{block}.{kind}"
             return Stream(
                 qkv=linear(f"{name}_attn.qkv"),
-                query_norm=checkpoint[f"{name}_attn.norm.query_norm.scale"],
-                key_norm=checkpoint[f"{name}_attn.norm.key_norm.scale"],
+                query_norm=norm(f"{name}_attn.norm.query_norm"),
+                key_norm=norm(f"{name}_attn.norm.key_norm"),
                 out=linear(f"{name}_attn.proj"),
                 up=linear(f"{name}_mlp.0"),
                 down=linear(f"{name}_mlp.2"),
@@ -296,8 +316,8 @@ class FusedFlux1:
         def single(block: str) -> Single:
             return Single(
                 qkv=linear(f"{block}.linear1", slice(None, 3 * width)),
-                query_norm=checkpoint[f"{block}.norm.query_norm.scale"],
-                key_norm=checkpoint[f"{block}.norm.key_norm.scale"],
+                query_norm=norm(f"{block}.norm.query_norm"),
+                key_norm=norm(f"{block}.norm.key_norm"),
                 up=linear(f"{block}.linear1", slice(3 * width, None)),
                 second=linear(f"{block}.linear2"),
             )
@@ -305,20 +325,25 @@ class FusedFlux1:
         doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
         singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
         self._modulator.plug(
-            self._addresses(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
-            self._addresses(checkpoint, [f"{block}.modulation.lin" for block in singles]),
+            self._matrices(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
+            self._matrices(checkpoint, [f"{block}.modulation.lin" for block in singles]),
         )
         return Blocks(
             double=[(stream(block, "txt"), stream(block, "img")) for block in doubles],
             single=[single(block) for block in singles],
         )
 
-    def _addresses(self, checkpoint: Mapping[str, torch.Tensor], names: list[str]) -> Addresses:
-        weights, biases = (
-            torch.tensor([checkpoint[f"{name}.{part}"].data_ptr() for name in names], dtype=torch.int64)
-            for part in ("weight", "bias")
-        )
-        return weights.to(self._layout.device), biases.to(self._layout.device)
+    def _matrices(self, checkpoint: Weights, names: list[str]) -> Matrices:
+        if self._dequantiser is not None:
+            given = [self._dequantiser.projection(checkpoint, name) for name in names]
+            return PackedMatrices(self._dequantiser, given)
+        parts: list[torch.Tensor] = []
+        for part in ("weight", "bias"):
+            tensors = [checkpoint[f"{name}.{part}"] for name in names]
+            addresses = [each.data_ptr() for each in tensors if isinstance(each, torch.Tensor)]
+            parts.append(torch.tensor(addresses, dtype=torch.int64).to(self._layout.device))
+        weights, biases = parts
+        return lambda vectors, rows: triton_kernels.multiply_vectors(weights, biases, vectors, rows)
 
 
 def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:

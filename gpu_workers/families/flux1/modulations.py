@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.families.flux1.timesteps import embed_time
-from xditd.gpu_workers.kernels import triton_kernels
 
 MAX_VECTORS: Final = 32
 """Most vectors of one kernel launch; the modulations of each take 2 MB at FLUX.1's size."""
@@ -46,8 +45,9 @@ class Modulations(NamedTuple):
         return Modulations(*(part[start : start + count] for part in self))
 
 
-Addresses = tuple[torch.Tensor, torch.Tensor]
-"""Addresses of weights and of biases, one for each block (or stream of one), as int64 on the GPU."""
+Matrices = Callable[[torch.Tensor, int], torch.Tensor]
+"""Multiplies vectors (vectors, hidden) with a matrix for each block (or stream of one), of so many rows, and adds the
+biases: (vectors, matrices, rows)."""
 
 Embed = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Embeds the sigmas of some steps, each (samples,), with guidance and pooled text; (steps * samples, hidden)."""
@@ -80,8 +80,8 @@ class Modulator:
     def __init__(self, embed: Any, width: int) -> None:
         self._embed = embed
         self._width = width
-        self._double: Addresses | None = None
-        self._single: Addresses | None = None
+        self._double: Matrices | None = None
+        self._single: Matrices | None = None
         self._runs: list[_CachedRun] = []
 
     @property
@@ -89,13 +89,13 @@ class Modulator:
         """How many vectors' modulations are cached."""
         return sum(len(run.made.single) for run in self._runs)
 
-    def plug(self, double: Addresses, single: Addresses) -> None:
-        """Use the weights at these addresses until :meth:`unplug` or the next plug."""
+    def plug(self, double: Matrices, single: Matrices) -> None:
+        """Use these weights until :meth:`unplug` or the next plug."""
         self.unplug()
         self._double, self._single = double, single
 
     def unplug(self) -> None:
-        """Drop the addresses and the cache."""
+        """Drop the weights and the cache."""
         self._double = self._single = None
         self._runs.clear()
 
@@ -143,8 +143,8 @@ class Modulator:
         assert self._double is not None
         assert self._single is not None
         vectors = F.silu(conditioning)
-        double = triton_kernels.multiply_vectors(*self._double, vectors, 6 * self._width)
-        single = triton_kernels.multiply_vectors(*self._single, vectors, 3 * self._width)
+        double = self._double(vectors, 6 * self._width)
+        single = self._single(vectors, 3 * self._width)
         return Modulations(conditioning, double.unflatten(1, (-1, 2)), single)
 
 

@@ -17,6 +17,7 @@ from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelF
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
+from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import Unsupported
@@ -54,6 +55,11 @@ class Flux1Operations:
         exceptions: Mapping[str, torch.dtype],
     ) -> FusedFlux1 | None:
         is_cuda = layout.device.type == "cuda"
+        if layout.precision != "bf16" and packed_layers(module):
+            raise Unsupported(
+                f"flux1: precision {layout.precision!r} takes bfloat16 weights, and these are packed; lend them as "
+                "bfloat16, or start the daemon with precision bf16"
+            )
         if layout.precision != "bf16" and is_cuda and (dtype != torch.bfloat16 or exceptions):
             found = sorted({str(each).removeprefix("torch.") for each in (dtype, *exceptions.values())})
             raise Unsupported(
@@ -66,13 +72,19 @@ class Flux1Operations:
         if layout.degrees.ring > 1:
             _run_plain_in_ring(config.heads, layout)
             return None
-        if exceptions:  # its kernels read all weights of a block in one dtype
+        packed = packed_layers(module)
+        if packed and packed[0].weight.dtype != dtype:
+            logger.info("plain blocks run: packed weights are dequantised into another dtype main=%s", dtype)
+            return None
+        if (
+            exceptions and not packed
+        ):  # kernels read all weights of a block in one dtype; beside packed ones they are cast
             logger.info(
                 "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
                 dtype, len(exceptions), next(iter(exceptions)),
             )  # fmt: skip
             return None
-        fused = FusedFlux1(config, module, layout, layout.fused_attention)
+        fused = FusedFlux1(config, module, layout, layout.fused_attention, dtype)
         cast(Any, module).fused = fused
         return fused
 

@@ -27,6 +27,7 @@ from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
 from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.step_cache import StepCache
+from xditd.gpu_workers.packed.shared_inputs import project_all
 from xditd.gpu_workers.parallel.sequence_attention import attend
 from xditd.gpu_workers.parallel.token_partition import gather, pad_rows, partition_tokens
 
@@ -62,15 +63,16 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         valid_kv_len: int | None = None,
     ) -> Any:
         query, key, value = (
-            part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
+            part.unflatten(-1, (attn.heads, -1))
+            for part in project_all((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
         text = 0
         if encoder_hidden_states is not None:
             text = encoder_hidden_states.shape[1]
             text_query, text_key, text_value = (
-                part(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
-                for part in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+                part.unflatten(-1, (attn.heads, -1))
+                for part in project_all((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), encoder_hidden_states)
             )
             query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
             key = torch.cat([attn.norm_added_k(text_key), key], dim=1)

@@ -19,6 +19,8 @@ from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_par
 
 from xditd.gpu_workers.families.z_image.config import NORM_EPSILON, PATCH, padded
 from xditd.gpu_workers.families.z_image.facts import COMFYUI
+from xditd.gpu_workers.packed.linear import PackedLinear
+from xditd.gpu_workers.packed.shared_inputs import WithProjections, project_all
 from xditd.gpu_workers.parallel.sequence_attention import attend
 from xditd.gpu_workers.parallel.token_partition import RankRange, gather_evenly, pad_rows, partition_evenly
 
@@ -53,10 +55,13 @@ class SplitAttnProcessor(ZSingleStreamAttnProcessor):
         freqs_cis: torch.Tensor | None = None,
     ) -> Any:
         if not isinstance(attention_mask, SharedKeys):
+            if isinstance(attn.to_q, PackedLinear):
+                attn = cast(Attention, WithProjections(attn, ("to_q", "to_k", "to_v"), hidden_states))
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         assert freqs_cis is not None
         query, key, value = (
-            part(hidden_states).unflatten(-1, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)
+            part.unflatten(-1, (attn.heads, -1))
+            for part in project_all((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         )
         query, key = _rotate(attn.norm_q(query), freqs_cis), _rotate(attn.norm_k(key), freqs_cis)
         attended = attend(

@@ -103,8 +103,8 @@ def test_int8_weights_are_refused_with_the_remedy(names, client, state):
     with pytest.raises(UnsupportedDtype) as caught:
         client.lend(packed, label="packed")
     assert caught.value.detail.startswith(
-        "packed: Z-Image with int8 weights cannot be run: lend its bfloat16, float16 or float32 file, or dequantise it "
-        f"first; {len(expected)} of {len(state)} tensors: "
+        "packed: Z-Image with int8 weights cannot be run: lend its bfloat16 or float16 file, or one in fp8, int8 (with "
+        f"markers) or GGUF; {len(expected)} of {len(state)} tensors: "
     )
     assert set(caught.value.names) == expected
 

@@ -1,0 +1,130 @@
+"""The packed weights of a component: which layers multiply them packed, which are dequantised once, and their check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from xditd.gpu_workers.models.entries import Slice
+from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.gguf_types import has_finite_scales
+from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
+from xditd.gpu_workers.packed.native_products import memory_fault
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
+from xditd.gpu_workers.packed.product_times import ProductKind
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.name_lists import listed
+from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
+from xditd.ipc.tensors import Manifest
+
+_NAN_E8M0 = 0xFF
+"""comfy-kitchen reads it as infinity."""
+
+
+def linear_targets(
+    module: torch.nn.Module, key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]
+) -> list[str]:
+    """Return the parameters whose layers multiply packed weights: of each source all, or none.
+
+    All others are dequantised once: norms, biases, embeddings, convolutions, and what a module uses in its own way.
+    """
+    apart = {
+        part.source
+        for target, part in key_map.items()
+        if part.source in packed and not is_linear_weight(module, target)
+    }
+    return [target for target, part in key_map.items() if part.source in packed and part.source not in apart]
+
+
+def dequantise_once(
+    packed: Iterable[PackedWeight], tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Replace these packed weights among ``tensors`` by dequantised ones, and remove their companions.
+
+    Returns the new tensors, whose memory is this rank's own.
+
+    Raises:
+        torch.OutOfMemoryError: the device has too little memory.
+    """
+    made = []
+    for each in packed:
+        found = PackedTensor.of(each, tensors)
+        made.append(dequantise(found, torch.empty(each.shape, dtype=dtype, device=found.values.device)))
+        for name in each.companions.values():
+            del tensors[name]
+        tensors[each.weight] = made[-1]
+    return made
+
+
+def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Check the numbers in companions, and the scales in the blocks of GGUF's types, with one wait for the device.
+
+    Raises:
+        BadCheckpoint: a scale is not finite, or that of an input is not positive.
+    """
+    verdicts: dict[str, torch.Tensor] = {}
+    for each in packed:
+        if each.format in GGUF_BLOCKS:
+            verdicts[each.weight] = has_finite_scales(tensors[each.weight], each.format)
+        for field, name in each.companions.items():
+            verdicts[name] = _is_sound(each.format, field, tensors[name])
+    if not verdicts:
+        return
+    sound = torch.stack([*verdicts.values()]).tolist()
+    bad = [name for name, is_sound in zip(verdicts, sound, strict=True) if not is_sound]
+    if bad:
+        raise BadCheckpoint(
+            f"{label}: {len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; "
+            "get the file again",
+            names=bad,
+        )
+
+
+def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> torch.Tensor:
+    if field == "scale" and packed_format == "mxfp8":
+        return (scale.view(torch.uint8) != _NAN_E8M0).all()
+    if field == "scale" and packed_format == "nvfp4":
+        return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()  # the only NaN of e4m3, with either sign
+    sound = torch.isfinite(scale).all()
+    return sound & (scale > 0).all() if field == "input_scale" else sound
+
+
+def choose_products(
+    choice: ProductChoice,
+    dtypes: Mapping[str, torch.dtype],
+    packed: Mapping[str, PackedTensor],
+    counts: PackedProductCounts,
+) -> dict[str, Decision]:
+    """Choose the products of whole packed weights with their compute dtypes, on all ranks alike.
+
+    Note in ``counts`` why the reference runs.
+    """
+    found: dict[str, Decision] = {}
+    for name, weight in packed.items():
+        kind = ProductKind.of(weight.as_matrix(), dtypes[name])
+        found[name] = choice.choose([kind])[kind]
+        if found[name].product == "reference":
+            counts.why_not_native[weight.format] = found[name].reason
+    return found
+
+
+def with_product(packed: PackedTensor, decision: Decision | None, counts: PackedProductCounts) -> PackedTensor:
+    """Return a packed weight with the product that was chosen for it, if its memory allows that."""
+    if decision is None or decision.product == "reference":
+        return packed
+    native = decision.function_for(packed)
+    if native is None:
+        counts.why_not_native[packed.format] = memory_fault(packed.values) or ""
+    return replace(packed, native=native)
+
+
+def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:
+    """Return the bytes of packed weights with their companions, by format."""
+    sizes = {spec.name: spec.extent_bytes for spec in manifest.tensors}
+    found: dict[PackedFormat, int] = {}
+    for each in manifest.packed:
+        found[each.format] = found.get(each.format, 0) + sum(sizes[name] for name in each.names)
+    return found

@@ -1,0 +1,157 @@
+"""``PackedLinear``: a linear layer whose weight is packed, in place of ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
+from xditd.ipc.packed import PackedFormat
+from xditd.ipc.status import PackedProducts
+
+
+class PackedProductCounts:
+    """How often layers of each format were multiplied, and why not natively."""
+
+    def __init__(self) -> None:
+        self.reference: Counter[str] = Counter()
+        self.native: Counter[str] = Counter()
+        self.why_not_native: dict[str, str] = {}
+
+    def report(self) -> tuple[PackedProducts, ...]:
+        """Return the counts of each format that was multiplied."""
+        return tuple(
+            PackedProducts(
+                format=each,
+                reference=self.reference[each],
+                native=self.native[each],
+                detail=self.why_not_native.get(each, ""),
+            )
+            for each in get_args(PackedFormat)
+            if each in self.reference or each in self.native
+        )
+
+
+class PackedMemory:
+    """What the packed layers of a rank share: the scratch buffer, and the counts of their products."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = ScratchBuffer(device)
+        self.counts = PackedProductCounts()
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer with a packed weight, which :meth:`plug` gives it.
+
+    The reference forward dequantises the weight into the scratch buffer, in the compute dtype, and has the bits of
+    ``F.linear(x, dequantised, bias)``; on GPUs Triton dequantises, and ``int8_convrot`` may differ in last bits. A
+    weight with a ``native`` product is multiplied by that instead. A bias of another dtype is cast to that of the
+    product, so that a float32 bias does not make the whole layer compute in float32.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype, memory: PackedMemory) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.training = linear.training
+        self.memory = memory
+        self._dtype = dtype
+        self._packed: PackedTensor | None = None
+        self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A tensor without memory, for code that asks for the shape or the dtype of the weight."""
+        return self._placeholder
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The size of its dequantised weight."""
+        return self._placeholder.nbytes
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The plugged weight."""
+        assert self._packed is not None
+        return self._packed
+
+    def plug(self, packed: PackedTensor) -> None:
+        """Use this weight until :meth:`unplug` or the next call."""
+        assert packed.shape == (self.out_features, self.in_features)
+        self._packed = packed
+
+    def unplug(self) -> None:
+        """Drop all references to lent memory."""
+        self._packed = None
+
+    def dequantised(self) -> torch.Tensor:
+        """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
+        return dequantise_fastest(self.packed, self.memory.scratch.view(self._placeholder.shape, self._dtype))
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Count a native product, and return its weight, its scale and the bias."""
+        packed = self.packed
+        self.memory.counts.native[packed.format] += 1
+        return packed.values, packed.scale, self.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.packed
+        if packed.native is not None:
+            self.memory.counts.native[packed.format] += 1
+            return packed.native(x, packed, self.bias)
+        self.memory.counts.reference[packed.format] += 1
+        weight, bias = self.dequantised(), self.bias
+        if x.dtype == weight.dtype:
+            return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        found = F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
+        return found.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        packed = "nothing plugged" if self._packed is None else self._packed.format
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed={packed}"
+
+
+def pack_linears(
+    module: torch.nn.Module,
+    targets: Iterable[str],
+    dtype: torch.dtype,
+    memory: PackedMemory,
+) -> dict[str, PackedLinear]:
+    """Replace the linear layers with these weights by packed ones; return them by the weights' names."""
+    found: dict[str, PackedLinear] = {}
+    for target in targets:
+        path = target.removesuffix(".weight")
+        parent, _, name = path.rpartition(".")
+        layer = module.get_submodule(path)
+        assert isinstance(layer, torch.nn.Linear)
+        found[target] = PackedLinear(layer, dtype, memory)
+        setattr(module.get_submodule(parent), name, found[target])
+    return found
+
+
+def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
+    return [each for each in module.modules() if isinstance(each, PackedLinear)]
+
+
+def largest_bytes(layers: Mapping[str, PackedLinear]) -> int:
+    """Return what the scratch buffer has to hold for these layers."""
+    return max((layer.scratch_bytes for layer in layers.values()), default=0)
+
+
+def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:
+    """Return the weight of a linear layer; of a packed one it is valid until the next packed layer runs."""
+    return layer.dequantised() if isinstance(layer, PackedLinear) else layer.weight
+
+
+def is_linear_weight(module: torch.nn.Module, target: str) -> bool:
+    """Whether a parameter is the weight of a plain linear layer; one of a subclass may do more with it."""
+    path, _, name = target.rpartition(".")
+    return name == "weight" and type(module.get_submodule(path)) is torch.nn.Linear

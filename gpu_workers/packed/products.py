@@ -1,0 +1,154 @@
+"""Products of fused blocks with packed weights: native ones, or each weight is dequantised when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.kernels.products import TOLERANCE, Linear, project_up
+from xditd.gpu_workers.packed.linear import PackedMemory
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
+
+Weights = Mapping[str, torch.Tensor | PackedTensor]
+"""The tensors of a checkpoint by name; a layer may be packed or plain."""
+
+
+class Projection(NamedTuple):
+    """A projection: its weight (out, in), packed or plain, and its bias in the compute dtype."""
+
+    weight: PackedTensor | torch.Tensor
+    bias: torch.Tensor
+
+
+class Dequantiser:
+    """Gives weights of ``dtype``: plain ones of it as they are, all others in the scratch buffer until the next one."""
+
+    def __init__(self, memory: PackedMemory, dtype: torch.dtype) -> None:
+        self.scratch = memory.scratch
+        self.dtype = dtype
+        self._counts = memory.counts
+
+    def __call__(self, weight: PackedTensor | torch.Tensor) -> torch.Tensor:
+        if not isinstance(weight, PackedTensor):
+            is_same = weight.dtype == self.dtype
+            return weight if is_same else self.scratch.view(weight.shape, self.dtype).copy_(weight)
+        self._counts.reference[weight.format] += 1
+        return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
+
+    def native(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor | None:
+        """Project rows by the native product of a weight, if one was chosen for it."""
+        weight = projection.weight
+        if not isinstance(weight, PackedTensor) or weight.native is None:
+            return None
+        self._counts.native[weight.format] += 1
+        return weight.native(rows, weight, projection.bias)
+
+    def projection(self, checkpoint: Weights, name: str, rows: slice = slice(None)) -> Projection:
+        """Return the projection of this name, or some of its outputs, without dequantising anything."""
+        weight, bias = checkpoint[f"{name}.weight"], checkpoint[f"{name}.bias"]
+        assert isinstance(bias, torch.Tensor)
+        if isinstance(weight, PackedTensor):
+            start, stop, _ = rows.indices(weight.shape[0])
+            return Projection(weight.rows(start, stop), bias[rows].to(self.dtype))
+        return Projection(weight[rows], bias[rows].to(self.dtype))
+
+
+class PackedProducts:
+    """Products of dequantised weights: those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit` otherwise.
+
+    ``shapes`` are the largest weights (out, in), for which the scratch buffer is made.
+    """
+
+    label = "fused"
+    tolerance = TOLERANCE
+
+    def __init__(self, dequantiser: Dequantiser, largest: int) -> None:
+        self.dequantiser = dequantiser
+        self._largest = largest
+        self._checkpoint: Weights = {}
+
+    def reserve(self) -> int:
+        """Make room in the scratch buffer, which counts apart from lent and copied memory."""
+        self.dequantiser.scratch.reserve(self, self._largest * self.dequantiser.dtype.itemsize)
+        return 0
+
+    def load(self, checkpoint: Weights) -> None:
+        self.reserve()
+        self._checkpoint = checkpoint
+
+    def release(self) -> None:
+        self._checkpoint = {}
+        self.dequantiser.scratch.release(self)
+
+    def linear(self, name: str, rows: slice = slice(None)) -> Projection:
+        return self.dequantiser.projection(self._checkpoint, name, rows)
+
+    def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows[:text_rows], rows[text_rows:]
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        return triton_kernels.add_and_modulate(x, **given)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def multiply(self, rows: torch.Tensor, linear: Projection, out: torch.Tensor) -> None:
+        done = self.dequantiser.native(rows, linear)
+        if done is None:
+            torch.addmm(linear.bias, rows, self.dequantiser(linear.weight).t(), out=out)
+        else:
+            out.copy_(done)
+
+    def mlp(self, rows: torch.Tensor, up: Projection, down: Projection, out: torch.Tensor) -> None:
+        self.multiply(self._up(rows, up), down, out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: torch.Tensor, up: Projection, second: Projection, out: torch.Tensor
+    ) -> None:
+        hidden = self._up(rows, up)
+        if isinstance(second.weight, PackedTensor) and second.weight.native is not None:
+            self.multiply(torch.cat([attended, hidden], dim=1), second, out)
+            return
+        weight, width = self.dequantiser(second.weight).t(), attended.shape[1]
+        torch.addmm(second.bias, attended, weight[:width], out=out)
+        out.addmm_(hidden, weight[width:])
+
+    def _up(self, rows: torch.Tensor, up: Projection) -> torch.Tensor:
+        done = self.dequantiser.native(rows, up)
+        if done is not None:
+            return F.gelu(done, approximate="tanh")
+        return project_up(rows, Linear(self.dequantiser(up.weight).t(), up.bias))
+
+
+class PackedMatrices:
+    """Multiplies vectors with many matrices, one after the other, as ``triton_kernels.multiply_vectors`` does."""
+
+    def __init__(self, dequantiser: Dequantiser, matrices: Sequence[Projection]) -> None:
+        self._dequantiser = dequantiser
+        self._matrices = matrices
+        self._biases = _addresses([each.bias for each in matrices])
+        self._weights: tuple[int, torch.Tensor] | None = None
+
+    def __call__(self, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+        """Multiply vectors (vectors, width): (vectors, matrices, ``rows``)."""
+        done = []
+        for number, each in enumerate(self._matrices):
+            weight = self._dequantiser(each.weight)
+            place, bias = self._address_of(weight), self._biases[number : number + 1]
+            done.append(triton_kernels.multiply_vectors(place, bias, vectors, rows))
+        return torch.cat(done, dim=1)
+
+    def _address_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the address of a weight as a tensor: that of the scratch buffer is sent to the device once."""
+        if self._weights is None or self._weights[0] != weight.data_ptr():
+            self._weights = weight.data_ptr(), _addresses([weight])
+        return self._weights[1]
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([each.data_ptr() for each in tensors], dtype=torch.int64).to(tensors[0].device)

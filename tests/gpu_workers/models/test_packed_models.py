@@ -1,0 +1,283 @@
+"""Packed checkpoints, lent as files: the bits of diffusers' class on the weights that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import z_image_models
+from packed_checkpoints import FORMATS, Packed, pack
+
+from xditd.client.arenas import Arena
+from xditd.client.demo.checkpoints import flux1_state_dict
+from xditd.client.lending import describe
+from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models import registry, resolution
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.entries import Slice
+from xditd.gpu_workers.models.operations import Inputs
+from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from one_rank import OneRank
+
+    from xditd.gpu_workers.models.components import Component
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+
+SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, "pooled_dim": 64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZE = {"height": 32, "width": 48, "steps": 2}
+
+
+def lend(rank: OneRank, name: str, source: Any, compute_dtype: str | None = None) -> Component:
+    offer = describe(source, compute_dtype=compute_dtype)
+    rank._offers.append(offer)
+    rank.components.prepare(name, offer.manifest, rank.client)
+    return rank.components.plug(name)
+
+
+def flux1_given() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "prompt_embeds": torch.randn(2, 5, 64, generator=generator),
+        "pooled": torch.randn(2, 64, generator=generator),
+        "noise": torch.randn(2, 16, 4, 6, generator=generator),
+    }
+
+
+def flux1_expected(meant: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return reference.reference_latents(
+        reference.transformer_from(meant),
+        prompt_embeds=given["prompt_embeds"],
+        pooled_prompt_embeds=given["pooled"],
+        noise=given["noise"],
+        **SIZE,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_flux1_has_the_bits_of_diffusers(
+    rank: OneRank, direct: ModuleType, tmp_path: Path, packed_format: str, dtype: str
+) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), packed_format, DTYPES[dtype])
+    component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"), dtype)
+    assert component.model.dtype == DTYPES[dtype]
+    given = flux1_given()
+    latents = direct.generate(component.model, **given, **SIZE)
+    assert latents.dtype == DTYPES[dtype]
+    assert torch.equal(latents, flux1_expected(packed.meant, given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_z_image_has_the_bits_of_diffusers(
+    rank: OneRank, direct: ModuleType, tmp_path: Path, packed_format: str, dtype: str
+) -> None:
+    """Matrices whose rows a format cannot hold stay plain, or in another format: those of a feed-forward do here."""
+    state = z_image_models.state_dict(0, names=z_image_models.COMFYUI)
+    packed = pack(state, packed_format, DTYPES[dtype], in_metadata=True)
+    component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"), dtype)
+    given = {
+        name: [each.to(DTYPES[dtype]) for each in value] if isinstance(value, list) else value.to(DTYPES[dtype])
+        for name, value in z_image_models.inputs([5, 9], [(4, 6), (4, 6)]).items()
+    }
+    expected = z_image_models.reference(packed.meant)(**given, return_dict=False)[0]
+    [(found,)] = direct.call(component.model, [Inputs(given)])
+    assert all(map(torch.equal, found, expected))
+
+
+def test_layers_of_several_formats_and_dtypes_live_in_one_checkpoint(
+    rank: OneRank, direct: ModuleType, tmp_path: Path
+) -> None:
+    """A bias is cast to the dtype of the product, so that one in float32 costs nothing."""
+    made = {name: pack(flux1_state_dict(0, **SMALL), name, torch.bfloat16) for name in ("float8", "int8_convrot")}
+    whole = Packed()
+    for number, name in enumerate(flux1_state_dict(0, **SMALL)):
+        source, layer = made["float8" if number % 4 < 2 else "int8_convrot"], name.removesuffix("weight")
+        parts = [name] if layer == name else [each for each in source.tensors if each.startswith(layer)]
+        whole.tensors |= {each: source.tensors[each] for each in parts if not each.endswith(".bias")}
+        whole.meant[name] = source.meant[name]
+        if name.endswith(".bias"):
+            whole.tensors[name] = whole.meant[name].float()
+    component = lend(rank, "a", whole.save(tmp_path / "x.safetensors"))
+    assert set(component.facts.bytes_by_format) == {"float8", "int8_convrot"}
+    given = flux1_given()
+    assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(whole.meant, given))
+
+
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_every_element_is_used_where_the_key_map_puts_it(rank: OneRank, tmp_path: Path, packed_format: str) -> None:
+    """Every parameter is a slice of what its tensor means, and the packed ones are views of the lent bytes."""
+    packed = pack(flux1_state_dict(0, **SMALL), packed_format, torch.bfloat16)
+    component = lend(rank, "a", Arena.copy_of(packed.tensors, "cpu").tensors)
+    match = component.match
+    assert isinstance(match, CheckpointMatch)
+    lent = {block.bytes.untyped_storage().data_ptr() for block in component.opened if block is not None}
+    used = dict.fromkeys(packed.meant, 0)
+    for target, part in match.key_map.items():
+        expected = packed.meant[part.source][part.start : part.stop]
+        bound = component.bindings[target]
+        used[part.source] += len(expected)
+        if isinstance(bound, PackedTensor):
+            assert {each.untyped_storage().data_ptr() for each in bound.tensors} <= lent
+            bound = dequantise(bound, torch.empty(bound.shape, dtype=torch.bfloat16))
+        assert torch.equal(bound, expected.view(bound.shape)), target
+    assert used == {name: len(tensor) for name, tensor in packed.meant.items()}
+    layers = [target for target, each in component.bindings.items() if isinstance(each, PackedTensor)]
+    assert layers == [*match.model.packed_layers]
+    assert len(layers) > 20
+    assert all(isinstance(each, torch.Tensor) for name, each in component.bindings.items() if name not in layers)
+
+
+def test_what_is_no_matrix_of_a_layer_is_dequantised_once_and_counted(rank: OneRank) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), "plain", torch.bfloat16)
+    component = lend(rank, "a", Arena.copy_of(packed.tensors, "cpu").tensors)
+    small = sum(each.numel() for each in packed.meant.values() if each.ndim == 1)
+    assert component.copied.host_to_host == 2 * small
+    assert component.facts.bytes_by_format == {"float8": sum(each.numel() for each in packed.tensors.values())}
+    assert component.facts.dtype == "bfloat16"
+
+
+def test_a_swap_between_fine_tunes_of_the_same_formats_builds_nothing(
+    rank: OneRank, direct: ModuleType, tmp_path: Path
+) -> None:
+    made = [pack(flux1_state_dict(seed, **SMALL), "int8_convrot", torch.bfloat16) for seed in (1, 2)]
+    components = [
+        lend(rank, f"c{number}", each.save(tmp_path / f"{number}.safetensors")) for number, each in enumerate(made)
+    ]
+    cache = rank.components.models
+    assert (cache.built, cache.reused) == (1, 1)
+    given = flux1_given()
+    for number in (0, 1, 0):
+        component = rank.components.get(f"c{number}", "transformer")
+        found = direct.generate(component.model, **given, **SIZE)
+        assert torch.equal(found, flux1_expected(made[number].meant, given))
+    assert cache.built == 1
+    other = lend(rank, "other", pack(flux1_state_dict(1, **SMALL), "float8", torch.bfloat16).tensors)
+    assert cache.built == 2
+    assert other.model is not components[0].model
+
+
+def test_one_scratch_buffer_serves_all_layers_and_is_freed_with_the_last_packed_component(rank: OneRank) -> None:
+    scratch = rank.components.models.packed.scratch
+    lend(rank, "plain", flux1_state_dict(0, **SMALL))
+    assert scratch.size_bytes == 0
+    half = lend(rank, "half", pack(flux1_state_dict(0, **SMALL), "int8", torch.bfloat16).tensors)
+    largest = max(layer.in_features * layer.out_features for layer in half.model.packed_layers.values())
+    assert (scratch.size_bytes, half.facts.scratch_bytes) == (2 * largest, 2 * largest)
+    lend(rank, "whole", pack(flux1_state_dict(0, **SMALL), "int8", torch.float32).tensors, "float32")
+    assert scratch.size_bytes == 4 * largest
+    rank.components.unmap("whole")
+    assert scratch.size_bytes
+    rank.components.unmap("half")
+    assert scratch.size_bytes == 0
+
+
+def test_a_component_that_is_copied_keeps_its_packed_weights(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), "mxfp8", torch.bfloat16)
+    component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"))
+    rank.components.copy_component("a")
+    assert len(rank.components.blocks) == 0
+    given = flux1_given()
+    assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(packed.meant, given))
+
+
+@pytest.fixture
+def native_rank(layout: ParallelLayout) -> Iterator[OneRank]:
+    """A rank that multiplies natively wherever a format allows it, on the CPU too."""
+    import one_rank
+
+    rank = one_rank.OneRank(replace(layout, native_products="always"))
+    yield rank
+    rank.close()
+
+
+@pytest.mark.parametrize(
+    ("packed_format", "detail"),
+    [
+        ("int8_convrot", None),
+        ("int8", None),
+        ("float8", None),
+        ("old", None),
+        ("old_full", "the file asks for products that do not round the input"),
+        ("plain", "the file asks for products that do not round the input"),
+        ("float8_e5m2", "float8_e5m2 has no native product"),
+        ("mxfp8", "mxfp8 has no native product"),
+    ],
+)
+def test_native_products_run_where_they_are_chosen_and_the_file_allows_them(
+    native_rank: OneRank, direct: ModuleType, packed_format: str, detail: str | None
+) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), packed_format, torch.float32)
+    component = lend(native_rank, "a", packed.tensors, "float32")
+    given = flux1_given()
+    found = direct.generate(component.model, **given, **SIZE)
+    right = flux1_expected(packed.meant, given)
+    (report,) = native_rank.components.packed.counts.report()
+    assert (report.native > 0) is (detail is None)
+    assert (report.reference == 0) is (detail is None)
+    assert report.detail == (detail or "")
+    assert torch.equal(found, right) is (detail is not None)
+    assert reference.relative_error(found, right) < 0.1  # the input is rounded to eight bits in every layer
+
+
+@pytest.mark.parametrize(
+    ("plain", "expected"),
+    [
+        ({"norm": torch.float16, "bias": torch.float32}, "float16"),
+        ({"norm": torch.float32, "bias": torch.bfloat16}, "bfloat16"),
+        ({"norm": torch.float32, "bias": torch.float32}, "bfloat16"),
+    ],
+)
+def test_the_compute_dtype_is_that_of_most_plain_weights(rank: OneRank, plain: Any, expected: str) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), "float8", torch.float32)
+    for name in packed.tensors:
+        for part, dtype in plain.items():
+            if part in name and name not in packed.weights and packed.tensors[name].ndim == 1:
+                packed.tensors[name] = packed.tensors[name].to(dtype)
+    assert lend(rank, "a", packed.tensors).facts.dtype == expected
+    assert lend(rank, "b", packed.tensors, "float32").facts.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("packed_format", "part", "value", "says"),
+    [
+        ("float8", "weight_scale", float("nan"), "not finite"),
+        ("float8", "input_scale", 0.0, "not positive"),
+        ("int8_convrot", "weight_scale", float("inf"), "not finite"),
+        ("nvfp4", "weight_scale_2", float("-inf"), "not finite"),
+        ("nvfp4", "weight_scale", float("nan"), "not finite"),
+        ("mxfp8", "weight_scale", 0xFF, "not finite"),
+    ],
+)
+def test_scales_that_are_not_numbers_are_named(
+    rank: OneRank, packed_format: str, part: str, value: float, says: str
+) -> None:
+    tensors = pack(flux1_state_dict(0, **SMALL), packed_format, torch.bfloat16).tensors
+    name = f"double_blocks.0.img_mlp.0.{part}"
+    tensors[name].view(-1)[0] = value
+    with pytest.raises(BadCheckpoint, match=says) as caught:
+        lend(rank, "a", tensors)
+    assert caught.value.names == (name,)
+    assert len(rank.components.blocks) == 0
+    assert rank.components.models.packed.scratch.size_bytes == 0
+    tensors[name].view(-1)[0] = 1.0 if packed_format != "mxfp8" else 127
+    lend(rank, "a", tensors)
+
+
+def test_rows_inside_a_tile_of_scales_are_refused_by_name() -> None:
+    """A hidden size that is no multiple of 128: no published model with fused projections has one."""
+    packed = {"qkv.weight": PackedWeight("qkv.weight", "nvfp4", (192, 64), "s", "t")}
+    key_map = {"q": Slice("qkv.weight", 0, 64), "k": Slice("qkv.weight", 64, 192)}
+    with pytest.raises(Unsupported, match=r"inside a tile: qkv\.weight \(nvfp4\) at row 64, qkv\.weight"):
+        resolution._check_slices(registry.families()[0], key_map, packed)
+    resolution._check_slices(registry.families()[0], {"q": Slice("qkv.weight", 0, 128)}, packed)

@@ -1,0 +1,63 @@
+"""Packed checkpoints on two ranks agree with diffusers' classes on the weights that they mean."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import z_image_models
+from forked_programs import ProgramServer
+from packed_checkpoints import FORMATS
+from safetensors.torch import load_file
+
+from xditd.gpu_workers.families.flux1 import reference
+
+PROGRAM = Path(__file__).with_name("packed_ranks.py")
+BAR = 1e-6
+
+
+def load_program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("packed_ranks", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+packed_ranks = load_program()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("packed_ranks")
+    done = fork_program(PROGRAM, folder)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "results.safetensors")
+
+
+def error(ours: torch.Tensor, right: torch.Tensor) -> float:
+    return float((ours - right).abs().max() / right.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed_format", FORMATS)
+def test_two_ranks_agree_with_plain_diffusers(results: dict[str, torch.Tensor], packed_format: str) -> None:
+    made = packed_ranks.checkpoints()
+    given = packed_ranks.flux1_given()
+    expected = reference.reference_latents(
+        reference.transformer_from(made[f"flux1/{packed_format}"].meant),
+        prompt_embeds=given["prompt_embeds"],
+        pooled_prompt_embeds=given["pooled"],
+        noise=given["noise"],
+        **packed_ranks.SIZE,
+    )
+    assert error(results[f"flux1/{packed_format}"], expected) <= BAR
+    module = z_image_models.reference(made[f"z_image/{packed_format}"].meant)
+    with torch.no_grad():
+        rows = module(**z_image_models.inputs(*packed_ranks.Z_IMAGE), return_dict=False)[0]
+    for number, row in enumerate(rows):
+        assert error(results[f"z_image/{packed_format}/{number}"], row) <= BAR
