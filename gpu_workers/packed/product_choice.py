@@ -23,6 +23,7 @@ from xditd.gpu_workers.packed.kitchen import kitchen_product
 from xditd.gpu_workers.packed.native_products import memory_fault, native_product, qualifies
 from xditd.gpu_workers.packed.product_times import Product, ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import NativeProducts
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,10 @@ class ProductChoice:
         self._is_leader = is_leader
         self._known: dict[ProductKind, Decision] = {}
         self._measured: dict[str, dict[str, float]] | None = None
+        self._is_kept = True
 
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
-        """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet.
-
-        Raises:
-            Unsupported: others can write to the folder of measurements.
-        """
+        """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet."""
         return {kind: self._decide(kind) for kind in kinds}
 
     def _decide(self, kind: ProductKind) -> Decision:
@@ -121,15 +119,15 @@ class ProductChoice:
         )
 
     def _times(self, kind: ProductKind) -> dict[str, float] | None:
+        """Return milliseconds by product. Nothing is raised: the other ranks wait for the decision."""
         if self._measured is None:
-            own_folder(self._folder, "it says which products are fast")
-            self._measured = _read(self._path)
+            self._measured = self._read()
         found = self._measured.get(kind.label)
         if found is not None:
             return found
         try:
             found = product_times.measure(kind, self._device)
-        except RuntimeError as error:  # torch's own, among them that of a GPU without free memory
+        except Exception as error:  # noqa: BLE001  # of torch or Triton, such as that of a GPU without free memory
             logger.warning("products are not measured kind=%r: %s", kind.label, str(error).partition("\n")[0])
             return None
         finally:
@@ -137,12 +135,23 @@ class ProductChoice:
                 torch.cuda.empty_cache()  # else torch keeps the memory from other programs
         logger.info("products measured kind=%r %s", kind.label, found)
         self._measured[kind.label] = found
-        content = msgspec.json.format(msgspec.json.encode(_File(_SCHEMA, self._measured)), indent=1)
-        try:
-            write_whole(self._path, content)
-        except OSError as error:
-            logger.warning("measured products are not kept: %s", error)
+        if self._is_kept:
+            content = msgspec.json.format(msgspec.json.encode(_File(_SCHEMA, self._measured)), indent=1)
+            try:
+                write_whole(self._path, content)
+            except OSError as error:
+                logger.warning("measured products are not kept: %s", error)
         return found
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        """Return what was measured before; nothing, if others can write to the folder, which is not used then."""
+        try:
+            own_folder(self._folder, "it says which products are fast")
+        except (Unsupported, OSError) as error:
+            logger.warning("measured products are not kept: %s", error)
+            self._is_kept = False
+            return {}
+        return _read(self._path)
 
     @property
     def _path(self) -> Path:

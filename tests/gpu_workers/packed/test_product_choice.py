@@ -16,7 +16,6 @@ from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.product_choice import ProductChoice, class_of
 from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
-from xditd.ipc.errors import Unsupported
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 INT8 = ProductKind("int8_convrot", 3072, 12288, 256, torch.bfloat16)
@@ -31,7 +30,7 @@ class Measurements:
     def __init__(self) -> None:
         self.took = {"reference": 1.0, "native": 0.5}
         self.kinds: list[ProductKind] = []
-        self.error: RuntimeError | None = None
+        self.error: Exception | None = None
 
     def measure(self, kind: ProductKind, device: torch.device) -> dict[str, float]:
         self.kinds.append(kind)
@@ -99,14 +98,24 @@ def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Meas
     assert len(measured.kinds) == 1
 
 
-def test_a_folder_of_others_is_refused(tmp_path: Path, measured: Measurements) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(Unsupported, match="has to be a folder of this user alone"):
-        ProductChoice("auto", GPU, tmp_path).choose([INT8])
+def test_a_folder_of_others_is_neither_read_nor_written(
+    tmp_path: Path, measured: Measurements, caplog: pytest.LogCaptureFixture
+) -> None:
+    ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])
+    (tmp_path / "products").chmod(0o777)
+    content = (tmp_path / "products" / "versions.json").read_bytes()
+    measured.took = {"reference": 1.0, "native": 5.0}
+    # Nothing is raised: the other ranks would wait for ever.
+    assert ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])[INT8].product == "reference"
+    assert "has to be a folder of this user alone" in caplog.text
+    assert (tmp_path / "products" / "versions.json").read_bytes() == content
 
 
-def test_what_cannot_be_measured_is_the_reference_and_not_kept(tmp_path: Path, measured: Measurements) -> None:
-    measured.error = torch.OutOfMemoryError("no room")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), TypeError("a compiler's")])
+def test_what_cannot_be_measured_is_the_reference_and_not_kept(
+    tmp_path: Path, measured: Measurements, error: Exception
+) -> None:
+    measured.error = error
     found = ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])[INT8]
     assert found == ("reference", "products could not be measured; the log says why")
     measured.error = None
