@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModel
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.finite import are_finite
 from xditd.gpu_workers.models.object_tensors import change_tensors, copy_objects, plain_tree
 from xditd.gpu_workers.models.snapshots import Snapshot

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModel
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.finite import are_finite
 from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import (

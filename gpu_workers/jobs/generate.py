@@ -16,11 +16,11 @@ from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.components import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
-from xditd.gpu_workers.models.model_cache import CachedModel
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache

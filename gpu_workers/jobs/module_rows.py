@@ -19,7 +19,7 @@ from xditd.gpu_workers.jobs.cached_calls import CachedCalls
 from xditd.gpu_workers.jobs.case_checks import CaseChecks
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.split_runs import run_split
-from xditd.gpu_workers.models.class_models import ClassModel
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.split_checks import Case, CaseKey
 from xditd.gpu_workers.models.token_plans import PlanFault
 from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks

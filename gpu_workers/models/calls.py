@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.model_cache import CachedModel
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, RowResults, TransformerOperations
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.row_partition import gather_flat, halves, own_rows, rows_of_half

@@ -18,16 +18,23 @@ from functools import partial
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModel, ClassModels, ModuleMatch
+from xditd.gpu_workers.kernels.cache_folder import cache_folder
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_model import ClassModel
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
 from xditd.gpu_workers.models.matching import match_manifest
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
+from xditd.gpu_workers.packed.linear import PackedMemory
+from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, share_value
 from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
@@ -101,8 +108,16 @@ class Components:
     """The components of this rank. Every rank makes the same calls in the same order."""
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
-        self.models = ModelCache(layout)
-        self.class_models = ClassModels(layout)
+        self.packed = PackedMemory(layout.device)
+        self._products = ProductChoice(
+            layout.native_products,
+            layout.device,
+            cache_folder("products"),
+            exchange=share_value,
+            is_leader=layout.rank == 0,
+        )
+        self.models = ModelCache(layout, self.packed)
+        self.class_models = ClassModels(layout, self.packed)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.files = FileWatch(layout)
@@ -144,7 +159,7 @@ class Components:
             for block in opened:
                 if block is not None:
                     self.blocks.release(block)
-            self.models.release_idle()
+            self._release_idle()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # else torch keeps the memory of an unfinished copy, maybe gigabytes
             if stale is not None:
@@ -252,7 +267,7 @@ class Components:
                 if component.is_loaded:
                     component.match.model.unplug()
                 self._free(component)
-                self.models.release_idle()
+                self._release_idle()
         if not self._plugged and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # the working memory of jobs, gigabytes after a VAE
 
@@ -260,6 +275,11 @@ class Components:
         """Forget every component."""
         for component_id in [*self._prepared, *self._plugged]:
             self.unmap(component_id)
+
+    def _release_idle(self) -> None:
+        """Free the reserved memory of all models without plugged weights."""
+        self.models.release_idle()
+        self.class_models.release_idle()
 
     def _plug(self, component: Component) -> None:
         match = component.match
@@ -361,6 +381,8 @@ class Components:
             with raise_on_all_ranks():
                 made = match.convert(tensors, manifest.label)
             clock.mark("dequantise")
+            match.choose_products(self._products, tensors)
+            clock.mark("choose products")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
         made_bytes = sum(each.nbytes for each in made)

@@ -7,7 +7,9 @@ each element is used once and each parameter filled once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +89,17 @@ def layer_entries(source: str, shape: Shape, *targets: str, rows: tuple[int, ...
     """Describe the weight (of ``shape``) and the bias of a layer, as :func:`tensor_entry` does, by layer names."""
     for part, part_shape in (("weight", shape), ("bias", shape[:1])):
         yield tensor_entry(f"{source}.{part}", part_shape, *(f"{target}.{part}" for target in targets), rows=rows)
+
+
+def half_precision(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
+    """Return the half precision of most elements; ``None`` if no tensor is in half precision."""
+    halves = [(TORCH_DTYPES[info.dtype], info.shape) for info in tensors if info.dtype in ("bfloat16", "float16")]
+    return dtype_of_most(halves) if halves else None
+
+
+def dtype_of_most(tensors: Iterable[tuple[torch.dtype, Shape]]) -> torch.dtype:
+    """Return the dtype of most elements."""
+    elements: Counter[torch.dtype] = Counter()
+    for dtype, shape in tensors:
+        elements[dtype] += math.prod(shape)
+    return elements.most_common(1)[0][0]

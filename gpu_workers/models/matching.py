@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from xditd.gpu_workers.models.class_models import ClassModels, ModuleMatch
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.tensor_views import torch_dtype
@@ -60,11 +62,7 @@ def _match_class(
     """
     if not described.state:
         family = _match_family(tensors, models, compute_dtype) if described.allows_family else None
-        if family is None and any(info.packed is not None for info in tensors.values()):
-            raise Unsupported(
-                f"packed weights of {described.class_name}: only models of a family run them; lend its bfloat16 files"
-            )
-        return family or class_models.match(described, tensors)
+        return family or class_models.match(described, tensors, compute_dtype)
     match = class_models.match(described, tensors)
     if not described.allows_family or not match.model.is_as_made:
         return match

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.gguf_types import has_finite_scales
-from xditd.gpu_workers.packed.linear import is_linear_weight
+from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
+from xditd.gpu_workers.packed.native_products import memory_fault
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
+from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.name_lists import listed
@@ -86,6 +90,35 @@ def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> t
         return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()  # the only NaN of e4m3, with either sign
     sound = torch.isfinite(scale).all()
     return sound & (scale > 0).all() if field == "input_scale" else sound
+
+
+def choose_products(
+    choice: ProductChoice,
+    dtypes: Mapping[str, torch.dtype],
+    packed: Mapping[str, PackedTensor],
+    counts: PackedProductCounts,
+) -> dict[str, Decision]:
+    """Choose the products of whole packed weights with their compute dtypes, on all ranks alike.
+
+    Note in ``counts`` why the reference runs.
+    """
+    found: dict[str, Decision] = {}
+    for name, weight in packed.items():
+        kind = ProductKind.of(weight.as_matrix(), dtypes[name])
+        found[name] = choice.choose([kind])[kind]
+        if found[name].product == "reference":
+            counts.why_not_native[weight.format] = found[name].reason
+    return found
+
+
+def with_product(packed: PackedTensor, decision: Decision | None, counts: PackedProductCounts) -> PackedTensor:
+    """Return a packed weight with the product that was chosen for it, if its memory allows that."""
+    if decision is None or decision.product == "reference":
+        return packed
+    native = decision.function_for(packed)
+    if native is None:
+        counts.why_not_native[packed.format] = memory_fault(packed.values) or ""
+    return replace(packed, native=native)
 
 
 def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:

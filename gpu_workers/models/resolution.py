@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from xditd.gpu_workers.models.entries import TORCH_DTYPES, Entry, Shape, Slice, TensorInfo
+from xditd.gpu_workers.models.entries import (
+    TORCH_DTYPES,
+    Entry,
+    Shape,
+    Slice,
+    TensorInfo,
+    dtype_of_most,
+    half_precision,
+)
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.packed.dequantise import can_dequantise
 from xditd.ipc.errors import BadCheckpoint, Internal, Unsupported, UnsupportedDtype
@@ -79,22 +87,10 @@ def dtypes_of(
         )
     found = {name: TORCH_DTYPES[info.dtype] for name, info in plain.items()}
     if len(plain) < len(tensors):
-        own = torch.float32 if family.kind == "text_encoder" else _half_precision(plain)
+        own = torch.float32 if family.kind == "text_encoder" else half_precision(plain.values())
         compute = compute_dtype or own or torch.bfloat16
         found.update({name: compute for name in tensors if name not in plain})
     return found
-
-
-def _half_precision(tensors: Mapping[str, TensorInfo]) -> torch.dtype | None:
-    halves = [info for info in tensors.values() if info.dtype in ("bfloat16", "float16")]
-    return _dtype_of_most((TORCH_DTYPES[info.dtype], info.shape) for info in halves) if halves else None
-
-
-def _dtype_of_most(tensors: Iterable[tuple[torch.dtype, Shape]]) -> torch.dtype:
-    elements: Counter[torch.dtype] = Counter()
-    for dtype, shape in tensors:
-        elements[dtype] += math.prod(shape)
-    return elements.most_common(1)[0][0]
 
 
 def resolve(
@@ -145,7 +141,7 @@ def resolve(
         raise _mismatch(family, config, missing, unexpected, misshapen)
     read = {name: tensors[name] for name in sources.values()}
     dtypes = dtypes_of(family, read, compute_dtype)
-    main = _dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
+    main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
     exceptions = {target: dtypes[part.source] for target, part in key_map.items() if dtypes[part.source] != main}
     packed = {name: info.packed for name, info in read.items() if info.packed is not None}
     _check_slices(family, key_map, packed)

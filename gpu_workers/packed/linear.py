@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
 from xditd.ipc.status import PackedProducts
-
-Product = Callable[[torch.Tensor, PackedTensor, torch.Tensor | None], torch.Tensor]
-"""A product of an input with a packed weight, and its bias: the result has the input's dtype."""
 
 
 class PackedProductCounts:
@@ -41,25 +38,30 @@ class PackedProductCounts:
         )
 
 
+class PackedMemory:
+    """What the packed layers of a rank share: the scratch buffer, and the counts of their products."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scratch = ScratchBuffer(device)
+        self.counts = PackedProductCounts()
+
+
 class PackedLinear(torch.nn.Module):
     """A linear layer with a packed weight, which :meth:`plug` gives it.
 
     The reference forward dequantises the weight into the scratch buffer, in the compute dtype, and has the bits of
-    ``F.linear(x, dequantised, bias)``. With a ``native`` product, that runs instead. A bias of another dtype is cast to
-    that of the product, so that a float32 bias does not make the whole layer compute in float32.
+    ``F.linear(x, dequantised, bias)``; on GPUs Triton dequantises, and ``int8_convrot`` may differ in last bits. A
+    weight with a ``native`` product is multiplied by that instead. A bias of another dtype is cast to that of the
+    product, so that a float32 bias does not make the whole layer compute in float32.
     """
 
-    def __init__(
-        self, linear: torch.nn.Linear, dtype: torch.dtype, scratch: ScratchBuffer, counts: PackedProductCounts
-    ) -> None:
+    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype, memory: PackedMemory) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self.native: Product | None = None
         self.training = linear.training
-        self.scratch = scratch
-        self.counts = counts
+        self.memory = memory
         self._dtype = dtype
         self._packed: PackedTensor | None = None
         self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
@@ -88,17 +90,17 @@ class PackedLinear(torch.nn.Module):
     def unplug(self) -> None:
         """Drop all references to lent memory."""
         self._packed = None
-        self.native = None
 
     def dequantised(self) -> torch.Tensor:
         """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
-        return dequantise(self.packed, self.scratch.view(self._placeholder.shape, self._dtype))
+        return dequantise_fastest(self.packed, self.memory.scratch.view(self._placeholder.shape, self._dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.native is not None:
-            self.counts.native[self.packed.format] += 1
-            return self.native(x, self.packed, self.bias)
-        self.counts.reference[self.packed.format] += 1
+        packed = self.packed
+        if packed.native is not None:
+            self.memory.counts.native[packed.format] += 1
+            return packed.native(x, packed, self.bias)
+        self.memory.counts.reference[packed.format] += 1
         weight, bias = self.dequantised(), self.bias
         if x.dtype == weight.dtype:
             return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
@@ -115,8 +117,7 @@ def pack_linears(
     module: torch.nn.Module,
     targets: Iterable[str],
     dtype: torch.dtype,
-    scratch: ScratchBuffer,
-    counts: PackedProductCounts,
+    memory: PackedMemory,
 ) -> dict[str, PackedLinear]:
     """Replace the linear layers with these weights by packed ones; return them by the weights' names."""
     found: dict[str, PackedLinear] = {}
@@ -125,13 +126,18 @@ def pack_linears(
         parent, _, name = path.rpartition(".")
         layer = module.get_submodule(path)
         assert isinstance(layer, torch.nn.Linear)
-        found[target] = PackedLinear(layer, dtype, scratch, counts)
+        found[target] = PackedLinear(layer, dtype, memory)
         setattr(module.get_submodule(parent), name, found[target])
     return found
 
 
 def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
     return [each for each in module.modules() if isinstance(each, PackedLinear)]
+
+
+def largest_bytes(layers: Mapping[str, PackedLinear]) -> int:
+    """Return what the scratch buffer has to hold for these layers."""
+    return max((layer.scratch_bytes for layer in layers.values()), default=0)
 
 
 def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:

@@ -78,10 +78,12 @@ class ProductChoice:
         self._is_leader = is_leader
         self._known: dict[ProductKind, Decision] = {}
         self._measured: dict[str, dict[str, float]] | None = None
-        self._is_kept = True
 
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
-        """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet."""
+        """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet.
+
+        If others can write to the folder of measurements, or it cannot be made, the reference runs.
+        """
         return {kind: self._decide(kind) for kind in kinds}
 
     def _decide(self, kind: ProductKind) -> Decision:
@@ -100,7 +102,10 @@ class ProductChoice:
         """Decide on rank 0; a product that one rank does not have runs on none."""
         own = Decision("reference", reason) if reason else Decision("native")
         if self._is_leader and reason is None and self._mode == "auto":
-            own = self._fastest(kind)
+            try:
+                own = self._fastest(kind)
+            except (Unsupported, OSError) as error:  # all ranks are in this exchange
+                own = Decision("reference", str(error))
         theirs = self._exchange(_NAMES.index(own.product))
         agreed = _NAMES[theirs[0]]
         if agreed == "reference" or 0 in theirs:
@@ -119,9 +124,9 @@ class ProductChoice:
         )
 
     def _times(self, kind: ProductKind) -> dict[str, float] | None:
-        """Return milliseconds by product. Nothing is raised: the other ranks wait for the decision."""
         if self._measured is None:
-            self._measured = self._read()
+            own_folder(self._folder, "it says which products are fast")
+            self._measured = _read(self._path)
         found = self._measured.get(kind.label)
         if found is not None:
             return found
@@ -135,23 +140,12 @@ class ProductChoice:
                 torch.cuda.empty_cache()  # else torch keeps the memory from other programs
         logger.info("products measured kind=%r %s", kind.label, found)
         self._measured[kind.label] = found
-        if self._is_kept:
-            content = msgspec.json.format(msgspec.json.encode(_File(_SCHEMA, self._measured)), indent=1)
-            try:
-                write_whole(self._path, content)
-            except OSError as error:
-                logger.warning("measured products are not kept: %s", error)
-        return found
-
-    def _read(self) -> dict[str, dict[str, float]]:
-        """Return what was measured before; nothing, if others can write to the folder, which is not used then."""
+        content = msgspec.json.format(msgspec.json.encode(_File(_SCHEMA, self._measured)), indent=1)
         try:
-            own_folder(self._folder, "it says which products are fast")
-        except (Unsupported, OSError) as error:
+            write_whole(self._path, content)
+        except OSError as error:
             logger.warning("measured products are not kept: %s", error)
-            self._is_kept = False
-            return {}
-        return _read(self._path)
+        return found
 
     @property
     def _path(self) -> Path:

@@ -1,4 +1,4 @@
-"""Products of fused blocks with packed weights, each dequantised into the scratch buffer when it is needed."""
+"""Products of fused blocks with packed weights: native ones, or each weight is dequantised when it is needed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
 from xditd.gpu_workers.kernels.products import TOLERANCE, Linear, project_up
-from xditd.gpu_workers.packed.dequantise import dequantise
-from xditd.gpu_workers.packed.linear import PackedProductCounts
-from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 
 Weights = Mapping[str, torch.Tensor | PackedTensor]
 """The tensors of a checkpoint by name; a layer may be packed or plain."""
@@ -26,18 +26,27 @@ class Projection(NamedTuple):
 
 
 class Dequantiser:
-    """Gives weights of ``dtype``: plain ones as they are, packed ones in the scratch buffer until the next one."""
+    """Gives weights of ``dtype``: plain ones of it as they are, all others in the scratch buffer until the next one."""
 
-    def __init__(self, scratch: ScratchBuffer, dtype: torch.dtype, counts: PackedProductCounts) -> None:
-        self.scratch = scratch
+    def __init__(self, memory: PackedMemory, dtype: torch.dtype) -> None:
+        self.scratch = memory.scratch
         self.dtype = dtype
-        self._counts = counts
+        self._counts = memory.counts
 
     def __call__(self, weight: PackedTensor | torch.Tensor) -> torch.Tensor:
         if not isinstance(weight, PackedTensor):
-            return weight
+            is_same = weight.dtype == self.dtype
+            return weight if is_same else self.scratch.view(weight.shape, self.dtype).copy_(weight)
         self._counts.reference[weight.format] += 1
-        return dequantise(weight, self.scratch.view(weight.shape, self.dtype))
+        return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
+
+    def native(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor | None:
+        """Project rows by the native product of a weight, if one was chosen for it."""
+        weight = projection.weight
+        if not isinstance(weight, PackedTensor) or weight.native is None:
+            return None
+        self._counts.native[weight.format] += 1
+        return weight.native(rows, weight, projection.bias)
 
     def projection(self, checkpoint: Weights, name: str, rows: slice = slice(None)) -> Projection:
         """Return the projection of this name, or some of its outputs, without dequantising anything."""
@@ -89,21 +98,30 @@ class PackedProducts:
         return x
 
     def multiply(self, rows: torch.Tensor, linear: Projection, out: torch.Tensor) -> None:
-        torch.addmm(linear.bias, rows, self.dequantiser(linear.weight).t(), out=out)
+        done = self.dequantiser.native(rows, linear)
+        if done is None:
+            torch.addmm(linear.bias, rows, self.dequantiser(linear.weight).t(), out=out)
+        else:
+            out.copy_(done)
 
     def mlp(self, rows: torch.Tensor, up: Projection, down: Projection, out: torch.Tensor) -> None:
-        hidden = self._up(rows, up)
-        torch.addmm(down.bias, hidden, self.dequantiser(down.weight).t(), out=out)
+        self.multiply(self._up(rows, up), down, out)
 
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Projection, second: Projection, out: torch.Tensor
     ) -> None:
         hidden = self._up(rows, up)
+        if isinstance(second.weight, PackedTensor) and second.weight.native is not None:
+            self.multiply(torch.cat([attended, hidden], dim=1), second, out)
+            return
         weight, width = self.dequantiser(second.weight).t(), attended.shape[1]
         torch.addmm(second.bias, attended, weight[:width], out=out)
         out.addmm_(hidden, weight[width:])
 
     def _up(self, rows: torch.Tensor, up: Projection) -> torch.Tensor:
+        done = self.dequantiser.native(rows, up)
+        if done is not None:
+            return F.gelu(done, approximate="tanh")
         return project_up(rows, Linear(self.dequantiser(up.weight).t(), up.bias))
 
 

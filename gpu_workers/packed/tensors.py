@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,17 @@ from xditd.ipc.packed import SCALED_COLUMNS, TILE_ROWS, PackedFormat, PackedWeig
 
 Shape = tuple[int, ...]
 
+Product = Callable[[torch.Tensor, "PackedTensor", "torch.Tensor | None"], torch.Tensor]
+"""A product of an input with a packed weight, and its bias: the result has the input's dtype."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedTensor:
     """Views of one packed weight, or of some of its rows.
 
     ``scale`` has no dimensions if it is one for all, (rows, 1) if each row has its own, or the tiles of the format.
-    ``scale_2`` and ``input_scale`` have no dimensions.
+    ``scale_2`` and ``input_scale`` have no dimensions. ``native`` is the product that runs in place of that of the
+    dequantised weight, if one was chosen.
     """
 
     format: PackedFormat
@@ -29,6 +33,7 @@ class PackedTensor:
     input_scale: torch.Tensor | None = None
     group: int = 0
     quantises_input: bool = True
+    native: Product | None = None
 
     @classmethod
     def of(cls, packed: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:

@@ -132,7 +132,7 @@ class TorchExecutor:
             fused_checks=models.take_checks(),
             split_checks=class_models.take_split_checks(),
             forward_paths=self._take_forward_paths(),
-            packed_products=models.packed_products.report() if self.facts.rank == 0 else (),
+            packed_products=self._components.packed.counts.report() if self.facts.rank == 0 else (),
         )
 
     def _paths(self) -> list[ForwardPaths]:

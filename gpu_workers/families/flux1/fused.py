@@ -83,8 +83,9 @@ class FusedFlux1:
         self._config = config
         self._module = module
         self._layout = layout
+        self._dtype = dtype
         packed = packed_layers(module)
-        self._dequantiser = Dequantiser(packed[0].scratch, dtype, packed[0].counts) if packed else None
+        self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
         self._products: Products[Any, Any]
         if self._dequantiser is not None:
             self._products = PackedProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations
@@ -223,7 +224,10 @@ class FusedFlux1:
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
         for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
-            torch.addmm(embedder.bias.to(x.dtype), tokens, weight_of(embedder).t(), out=out)
+            if embedder.weight.dtype == embedder.bias.dtype == x.dtype:
+                torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
+            else:
+                out.copy_(embedder(tokens))
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
         products = self._products
         normed = products.modulate(x, text_rows=at, shift=starts[0])
@@ -296,7 +300,7 @@ class FusedFlux1:
         def norm(name: str) -> torch.Tensor:
             scale = checkpoint[f"{name}.scale"]
             assert isinstance(scale, torch.Tensor)
-            return scale
+            return scale.to(self._dtype)
 
         def stream(block: str, kind: str) -> Stream:
             name = f"{block}.{kind}"

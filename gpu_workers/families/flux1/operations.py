@@ -72,7 +72,13 @@ class Flux1Operations:
         if layout.degrees.ring > 1:
             _run_plain_in_ring(config.heads, layout)
             return None
-        if exceptions:  # its kernels read all weights of a block in one dtype
+        packed = packed_layers(module)
+        if packed and packed[0].weight.dtype != dtype:
+            logger.info("plain blocks run: packed weights are dequantised into another dtype main=%s", dtype)
+            return None
+        if (
+            exceptions and not packed
+        ):  # kernels read all weights of a block in one dtype; beside packed ones they are cast
             logger.info(
                 "plain blocks run: weights have several dtypes main=%s others=%d first=%s",
                 dtype, len(exceptions), next(iter(exceptions)),

@@ -10,7 +10,9 @@ import pytest
 import torch
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.model_cache import ModelCache
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]

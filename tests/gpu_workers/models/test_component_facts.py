@@ -11,7 +11,7 @@ import torch
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.demo.checkpoints import flux1_state_dict
-from xditd.gpu_workers.models.model_cache import class_of
+from xditd.gpu_workers.models.checkpoint_match import class_of
 from xditd.ipc.facts import ComponentFacts, TextEncoderFacts
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest, convolve, widest
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]

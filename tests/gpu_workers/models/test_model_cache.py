@@ -13,8 +13,9 @@ from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1, Flux1Config
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.degrees import Degrees

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,8 @@ from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models import registry, resolution
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Slice
-from xditd.gpu_workers.models.model_cache import CheckpointMatch
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.packed.dequantise import dequantise
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from one_rank import OneRank
 
     from xditd.gpu_workers.models.components import Component
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, "pooled_dim": 64}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -165,7 +168,7 @@ def test_a_swap_between_fine_tunes_of_the_same_formats_builds_nothing(
 
 
 def test_one_scratch_buffer_serves_all_layers_and_is_freed_with_the_last_packed_component(rank: OneRank) -> None:
-    scratch = rank.components.models.scratch
+    scratch = rank.components.models.packed.scratch
     lend(rank, "plain", flux1_state_dict(0, **SMALL))
     assert scratch.size_bytes == 0
     half = lend(rank, "half", pack(flux1_state_dict(0, **SMALL), "int8", torch.bfloat16).tensors)
@@ -186,6 +189,45 @@ def test_a_component_that_is_copied_keeps_its_packed_weights(rank: OneRank, dire
     assert len(rank.components.blocks) == 0
     given = flux1_given()
     assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(packed.meant, given))
+
+
+@pytest.fixture
+def native_rank(layout: ParallelLayout) -> Iterator[OneRank]:
+    """A rank that multiplies natively wherever a format allows it, on the CPU too."""
+    import one_rank
+
+    rank = one_rank.OneRank(replace(layout, native_products="always"))
+    yield rank
+    rank.close()
+
+
+@pytest.mark.parametrize(
+    ("packed_format", "detail"),
+    [
+        ("int8_convrot", None),
+        ("int8", None),
+        ("float8", None),
+        ("old", None),
+        ("old_full", "the file asks for products that do not round the input"),
+        ("plain", "the file asks for products that do not round the input"),
+        ("float8_e5m2", "float8_e5m2 has no native product"),
+        ("mxfp8", "mxfp8 has no native product"),
+    ],
+)
+def test_native_products_run_where_they_are_chosen_and_the_file_allows_them(
+    native_rank: OneRank, direct: ModuleType, packed_format: str, detail: str | None
+) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), packed_format, torch.float32)
+    component = lend(native_rank, "a", packed.tensors, "float32")
+    given = flux1_given()
+    found = direct.generate(component.model, **given, **SIZE)
+    right = flux1_expected(packed.meant, given)
+    (report,) = native_rank.components.packed.counts.report()
+    assert (report.native > 0) is (detail is None)
+    assert (report.reference == 0) is (detail is None)
+    assert report.detail == (detail or "")
+    assert torch.equal(found, right) is (detail is not None)
+    assert reference.relative_error(found, right) < 0.1  # the input is rounded to eight bits in every layer
 
 
 @pytest.mark.parametrize(
@@ -227,7 +269,7 @@ def test_scales_that_are_not_numbers_are_named(
         lend(rank, "a", tensors)
     assert caught.value.names == (name,)
     assert len(rank.components.blocks) == 0
-    assert rank.components.models.scratch.size_bytes == 0
+    assert rank.components.models.packed.scratch.size_bytes == 0
     tensors[name].view(-1)[0] = 1.0 if packed_format != "mxfp8" else 127
     lend(rank, "a", tensors)
 

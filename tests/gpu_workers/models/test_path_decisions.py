@@ -13,7 +13,7 @@ from forked_ranks import import_xfuser
 from interpreted_graphs import InterpretedGraphs
 
 from xditd.gpu_workers.models import forward_paths
-from xditd.gpu_workers.models.class_models import ClassModel
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.split_checks import CaseKey

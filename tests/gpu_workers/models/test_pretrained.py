@@ -13,8 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from xditd.gpu_workers.models.class_models import ClassModels, ModuleMatch
+from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.pretrained import main_dtype
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadCheckpoint, UnsupportedDtype
@@ -27,7 +28,10 @@ State = dict[str, torch.Tensor]
 @pytest.fixture
 def models() -> ClassModels:
     return ClassModels(
-        cast("ParallelLayout", SimpleNamespace(device=torch.device("cpu"), rank=0, acceleration="eager"))
+        cast(
+            "ParallelLayout",
+            SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, acceleration="eager"),
+        )
     )
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Cancelled

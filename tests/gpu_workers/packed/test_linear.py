@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from packed_checkpoints import pack
 
 from xditd.client.packed_weights import packing_of_tensors
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedProductCounts, is_linear_weight, pack_linears
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, is_linear_weight, pack_linears
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
 
@@ -26,31 +27,24 @@ def made(packed_format: str, seed: int = 0) -> tuple[PackedTensor, torch.Tensor]
 
 
 @pytest.fixture
-def scratch() -> ScratchBuffer:
-    found = ScratchBuffer(CPU)
-    found.reserve("test", 96 * 64 * 2)
+def memory() -> PackedMemory:
+    found = PackedMemory(CPU)
+    found.scratch.reserve("test", 96 * 64 * 2)
     return found
 
 
-@pytest.fixture
-def counts() -> PackedProductCounts:
-    return PackedProductCounts()
-
-
-def layer_of(scratch: ScratchBuffer, counts: PackedProductCounts, *, bias: torch.Tensor | None) -> PackedLinear:
+def layer_of(memory: PackedMemory, *, bias: torch.Tensor | None) -> PackedLinear:
     linear = torch.nn.Linear(64, 96, bias=bias is not None, dtype=BF16)
-    layer = PackedLinear(linear.requires_grad_(False), BF16, scratch, counts)
+    layer = PackedLinear(linear.requires_grad_(False), BF16, memory)
     if bias is not None:
         layer.bias = torch.nn.Parameter(bias, requires_grad=False)
     return layer
 
 
 @pytest.mark.parametrize("bias_dtype", [None, BF16, torch.float32], ids=str)
-def test_the_bits_are_those_of_a_plain_product(
-    scratch: ScratchBuffer, counts: PackedProductCounts, bias_dtype: torch.dtype | None
-) -> None:
+def test_the_bits_are_those_of_a_plain_product(memory: PackedMemory, bias_dtype: torch.dtype | None) -> None:
     bias = None if bias_dtype is None else torch.randn(96).to(bias_dtype)
-    layer = layer_of(scratch, counts, bias=bias)
+    layer = layer_of(memory, bias=bias)
     packed, meant = made("int8_convrot")
     layer.plug(packed)
     x = torch.randn(2, 5, 64).to(BF16)
@@ -62,8 +56,8 @@ def test_the_bits_are_those_of_a_plain_product(
     assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == (meant.shape, BF16, "meta")
 
 
-def test_layers_share_one_buffer(scratch: ScratchBuffer, counts: PackedProductCounts) -> None:
-    layers = [layer_of(scratch, counts, bias=None) for _ in range(2)]
+def test_layers_share_one_buffer(memory: PackedMemory) -> None:
+    layers = [layer_of(memory, bias=None) for _ in range(2)]
     meant = []
     for seed, layer in enumerate(layers):
         packed, each = made("float8", seed)
@@ -74,24 +68,21 @@ def test_layers_share_one_buffer(scratch: ScratchBuffer, counts: PackedProductCo
         for layer, weight in zip(layers, meant, strict=True):
             assert torch.equal(layer(x), F.linear(x, weight))
     assert layers[0].dequantised().data_ptr() == layers[1].dequantised().data_ptr()
-    (report,) = counts.report()
+    (report,) = memory.counts.report()
     assert (report.format, report.reference, report.native) == ("float8", 4, 0)
 
 
-def test_a_native_product_runs_instead(scratch: ScratchBuffer, counts: PackedProductCounts) -> None:
-    layer = layer_of(scratch, counts, bias=None)
+def test_a_native_product_runs_instead(memory: PackedMemory) -> None:
+    layer = layer_of(memory, bias=None)
     packed, _ = made("int8")
-    layer.plug(packed)
-    layer.native = lambda x, weight, bias: x.new_full((1,), weight.shape[0])
+    layer.plug(replace(packed, native=lambda x, weight, bias: x.new_full((1,), weight.shape[0])))
     assert layer(torch.ones(1, 64)).item() == 96
-    (report,) = counts.report()
+    (report,) = memory.counts.report()
     assert (report.reference, report.native) == (0, 1)
-    layer.unplug()
-    assert layer.native is None
 
 
-def test_unplugging_drops_the_lent_memory(scratch: ScratchBuffer, counts: PackedProductCounts) -> None:
-    layer = layer_of(scratch, counts, bias=None)
+def test_unplugging_drops_the_lent_memory(memory: PackedMemory) -> None:
+    layer = layer_of(memory, bias=None)
     packed, _ = made("nvfp4")
     watched = [weakref.ref(each.untyped_storage()) for each in packed.tensors]
     layer.plug(packed)
@@ -102,14 +93,14 @@ def test_unplugging_drops_the_lent_memory(scratch: ScratchBuffer, counts: Packed
     assert not any(ref() for ref in watched)
 
 
-def test_only_plain_linear_layers_are_replaced(scratch: ScratchBuffer, counts: PackedProductCounts) -> None:
+def test_only_plain_linear_layers_are_replaced(memory: PackedMemory) -> None:
     class Other(torch.nn.Linear):
         pass
 
     module = torch.nn.Sequential(torch.nn.Linear(64, 96), Other(96, 96), torch.nn.LayerNorm(96))
     assert [is_linear_weight(module, f"{number}.weight") for number in range(3)] == [True, False, False]
     assert not is_linear_weight(module, "0.bias")
-    found = pack_linears(module, ["0.weight"], BF16, scratch, counts)
+    found = pack_linears(module, ["0.weight"], BF16, memory)
     assert found == {"0.weight": module[0]}
     assert [name for name, _ in module.named_parameters()][:2] == ["0.bias", "1.weight"]
 

@@ -98,17 +98,17 @@ def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Meas
     assert len(measured.kinds) == 1
 
 
-def test_a_folder_of_others_is_neither_read_nor_written(
-    tmp_path: Path, measured: Measurements, caplog: pytest.LogCaptureFixture
-) -> None:
-    ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])
-    (tmp_path / "products").chmod(0o777)
-    content = (tmp_path / "products" / "versions.json").read_bytes()
-    measured.took = {"reference": 1.0, "native": 5.0}
-    # Nothing is raised: the other ranks would wait for ever.
-    assert ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])[INT8].product == "reference"
-    assert "has to be a folder of this user alone" in caplog.text
-    assert (tmp_path / "products" / "versions.json").read_bytes() == content
+def test_with_a_folder_of_others_the_reference_runs(tmp_path: Path, measured: Measurements) -> None:
+    """On all ranks: those that do not measure wait for the one that does."""
+    tmp_path.chmod(0o777)
+    found = ProductChoice("auto", GPU, tmp_path).choose([INT8])[INT8]
+    assert found.product == "reference"
+    assert "has to be a folder of this user alone" in found.reason
+    (tmp_path / "file").touch()
+    found = ProductChoice("auto", GPU, tmp_path / "file" / "products").choose([INT8])[INT8]
+    assert found.product == "reference"
+    assert "Not a directory" in found.reason
+    assert measured.kinds == []
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), TypeError("a compiler's")])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.models.model_cache import CachedModel
+    from xditd.gpu_workers.models.cached_model import CachedModel
 
 SEED = 0
 HEADS = 8

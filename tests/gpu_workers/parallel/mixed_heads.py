@@ -65,7 +65,8 @@ def run_rank(rank: int, layout: str, states: dict[int, dict[str, torch.Tensor]],
     from safetensors.torch import save_file
     from torch.distributed import distributed_c10d
 
-    from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
+    from xditd.gpu_workers.models.cached_model import CachedModel
+    from xditd.gpu_workers.models.model_cache import ModelCache
     from xditd.gpu_workers.process import xfuser_start
     from xditd.ipc.degrees import Degrees, parse_layout
 

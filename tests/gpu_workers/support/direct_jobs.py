@@ -14,9 +14,10 @@ from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
 from xditd.gpu_workers.jobs.generate import Loop, to_wanted
+from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CachedModel, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache

@@ -11,7 +11,9 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1.config import Flux1Config
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.ipc.errors import BadRequest
 

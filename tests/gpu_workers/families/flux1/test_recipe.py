@@ -12,8 +12,10 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]

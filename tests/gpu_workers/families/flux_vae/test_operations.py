@@ -11,7 +11,9 @@ import torch
 
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.flux_vae.config import SCALING
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import LatentScaling
 

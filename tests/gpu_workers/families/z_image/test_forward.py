@@ -10,8 +10,10 @@ import pytest
 import torch
 import z_image_models
 
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.model_cache import CachedModel, CheckpointMatch, ModelCache
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported

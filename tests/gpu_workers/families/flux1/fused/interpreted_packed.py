@@ -22,6 +22,23 @@ sys.path.append(str(Path(__file__).parents[4] / "checkpoints"))
 FORMATS = ("int8_convrot", "float8", "plain", "nvfp4")
 
 
+MIXED = "mixed"
+"""Norms, biases, and some plain weights in bfloat16 beside packed ones, as in GGUF files, which have float32 so."""
+
+
+def narrow(packed: Any) -> None:
+    """Make tensors bfloat16, which the fused blocks cast, some of them weights that are packed no longer."""
+    for name in ("double_blocks.0.img_mlp.0.weight", "single_blocks.0.modulation.lin.weight", "img_in.weight"):
+        for end in ("_scale", ""):
+            packed.tensors.pop(name + end)
+        packed.tensors.pop(name.replace("weight", "comfy_quant"))
+        packed.tensors[name] = packed.meant[name]
+    for name, tensor in packed.tensors.items():
+        if name in packed.meant and tensor.dtype == torch.float32:
+            packed.tensors[name] = tensor.bfloat16()
+            packed.meant[name] = packed.tensors[name].float()
+
+
 def run(store: str) -> dict[str, Any]:
     """Denoise with fused blocks, and compare with plain diffusers on what the weights mean."""
     from packed_checkpoints import pack
@@ -40,8 +57,10 @@ def run(store: str) -> dict[str, Any]:
     given = job(5, 32, 32, 1)
     found: dict[str, Any] = {}
     state = flux1_state_dict(1, double_blocks=1, single_blocks=1)
-    for name in FORMATS:
-        packed = pack(state, name, torch.float32)
+    for name in (*FORMATS, MIXED):
+        packed = pack(state, FORMATS[0] if name == MIXED else name, torch.float32)
+        if name == MIXED:
+            narrow(packed)
         offer = describe(packed.tensors, compute_dtype="float32")
         rank.components.prepare(name, offer.manifest, rank.client)
         model = rank.components.plug(name).model
@@ -58,7 +77,7 @@ def run(store: str) -> dict[str, Any]:
         }
         rank.components.unmap(name)
         offer.close()
-    found["scratch"] = rank.components.models.scratch.size_bytes
+    found["scratch"] = rank.components.models.packed.scratch.size_bytes
     rank.close()
     xfuser_start.stop()
     return found

@@ -17,7 +17,7 @@ import torch
 from inputs import GUIDANCE, job, reference_latents
 
 if TYPE_CHECKING:
-    from xditd.gpu_workers.models.model_cache import CheckpointMatch
+    from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 STEPS = 2

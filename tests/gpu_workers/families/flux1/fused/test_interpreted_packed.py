@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 BAR = 1e-6
-FORMATS = ("int8_convrot", "float8", "plain", "nvfp4")
+FORMATS = ("int8_convrot", "float8", "plain", "nvfp4", "mixed")
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

@@ -1,0 +1,143 @@
+"""A model of a family without weights, to which lent tensors are assigned as parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+
+from xditd.gpu_workers.models.entries import Bindings
+from xditd.gpu_workers.models.family import Family, Kind
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.operations import (
+    Operations,
+    TextEncoderOperations,
+    TransformerOperations,
+    VaeOperations,
+)
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.errors import Internal
+from xditd.ipc.name_lists import listed
+from xditd.ipc.status import FusedCheck
+
+
+class CachedModel:
+    """One model. ``owner`` is the component id of the plugged weights, or ``None``.
+
+    ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
+    ``packed_layers`` are the layers that multiply packed weights, by the names of these.
+    """
+
+    def __init__(
+        self,
+        family: Family[Any],
+        operations: Operations[Any],
+        config: Hashable,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        module: torch.nn.Module,
+        exceptions: Mapping[str, torch.dtype],
+        packed_layers: Mapping[str, PackedLinear],
+        packed_memory: PackedMemory,
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.dtype = dtype
+        self.layout = layout
+        self.device = layout.device
+        self.module = module
+        self.owner: str | None = None
+        self.operations = operations
+        self.packed_layers = packed_layers
+        self.scratch_bytes = largest_bytes(packed_layers)
+        self.packed_memory = packed_memory
+        self._fast = operations.fuse(config, module, layout, dtype, exceptions)
+        # The dictionary and key of each parameter.
+        self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
+        self._empty: dict[str, torch.nn.Parameter] = {}
+        for path, submodule in module.named_modules():
+            for name, parameter in submodule._parameters.items():
+                if parameter is not None:
+                    target = f"{path}.{name}" if path else name
+                    self._slots[target] = (submodule._parameters, name)
+                    self._empty[target] = parameter
+
+    @overload
+    def operations_for(self, kind: Literal["transformer"]) -> TransformerOperations[Any]: ...
+    @overload
+    def operations_for(self, kind: Literal["vae"]) -> VaeOperations[Any]: ...
+    @overload
+    def operations_for(self, kind: Literal["text_encoder"]) -> TextEncoderOperations[Any]: ...
+    def operations_for(self, kind: Kind) -> Any:
+        """Return the family's operations, typed by kind; ``registry.operations_of`` has checked them."""
+        assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"
+        return self.operations
+
+    @property
+    def attention_backend(self) -> str:
+        """xDiT's name of the attention backend of its plain modules."""
+        return self.layout.attention_backend
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        """Return the fast path checks since the last call."""
+        return () if self._fast is None else self._fast.take_checks()
+
+    @property
+    def paths(self) -> ForwardPaths | None:
+        """The paths of the forwards of the fast path, if there is one."""
+        return None if self._fast is None else self._fast.paths
+
+    def reserve(self) -> int:
+        """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        if self.packed_layers:
+            self.packed_memory.scratch.reserve(self, self.scratch_bytes)
+        return 0 if self._fast is None else self._fast.reserve()
+
+    def release(self) -> None:
+        """Free the reserved memory if nothing is plugged."""
+        if self.owner is None:
+            self.packed_memory.scratch.release(self)
+            if self._fast is not None:
+                self._fast.unplug()
+
+    def plug(
+        self,
+        bindings: Bindings,
+        owner: str = "",
+        checkpoint: Mapping[str, torch.Tensor | PackedTensor] | None = None,
+    ) -> None:
+        """Assign ``bindings`` as the parameters, and hold them until :meth:`unplug` or the next plug.
+
+        ``checkpoint`` are the same tensors by canonical name, for the fast path, which is idle without them.
+        ``load_state_dict(assign=True)`` takes ten times as long.
+        """
+        if bindings.keys() != self._slots.keys() | self.packed_layers.keys():
+            differing = sorted(bindings.keys() ^ (self._slots.keys() | self.packed_layers.keys()))
+            raise Internal(f"bindings do not match the {self.family.name} model: {listed(differing)}", names=differing)
+        for target, (parameters, name) in self._slots.items():
+            bound = bindings[target]
+            assert isinstance(bound, torch.Tensor)
+            parameters[name] = torch.nn.Parameter(bound, requires_grad=False)
+        if self.packed_layers:
+            self.packed_memory.scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
+        for target, layer in self.packed_layers.items():
+            packed = bindings[target]
+            assert isinstance(packed, PackedTensor)
+            layer.plug(packed)
+        if self._fast is not None:
+            self._fast.plug(checkpoint or {})
+            self._fast.paths.use_weights(owner, bindings)
+        self.owner = owner
+
+    def unplug(self) -> None:
+        """Restore the meta parameters; the model then holds no reference to lent memory."""
+        for target, (parameters, name) in self._slots.items():
+            parameters[name] = self._empty[target]
+        for layer in self.packed_layers.values():
+            layer.unplug()
+        if self._fast is not None:
+            self._fast.unplug()
+        self.owner = None

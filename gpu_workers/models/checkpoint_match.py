@@ -1,0 +1,150 @@
+"""A checkpoint matched to a family and a model: which tensors are which parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.entries import Bindings, Slice
+from xditd.gpu_workers.models.family import Family
+from xditd.gpu_workers.models.packed_weights import (
+    bytes_by_format,
+    check_scales,
+    choose_products,
+    dequantise_once,
+    with_product,
+)
+from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.field_types import DType
+from xditd.ipc.packed import PackedWeight
+from xditd.ipc.tensors import ComponentKind, Manifest
+from xditd.ipc.transports.tensor_views import dtype_name
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMatch:
+    """A checkpoint matched to a family and a model: which tensors are which parameters."""
+
+    model: CachedModel
+    family: Family[Any]
+    config: Hashable
+    dtype: torch.dtype
+    key_map: Mapping[str, Slice]
+    sources: Mapping[str, str]
+    is_reused: bool
+    packed: Mapping[str, PackedWeight]
+    compute_dtype: torch.dtype
+    products: dict[str, Decision] = field(default_factory=dict)
+    """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
+
+    @property
+    def kept_packed(self) -> set[str]:
+        """The names in the manifest of weights that layers multiply packed."""
+        return {self.key_map[target].source for target in self.model.packed_layers}
+
+    def choose_products(self, choice: ProductChoice, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Choose how packed weights are multiplied. All ranks call it together.
+
+        Text encoders compute in float32, and multiply dequantised weights, as in ComfyUI.
+        """
+        if self.family.kind != "text_encoder":
+            packed = {name: PackedTensor.of(self.packed[name], tensors) for name in self._kept_in_order()}
+            dtypes = dict.fromkeys(packed, self.compute_dtype)
+            self.products.update(choose_products(choice, dtypes, packed, self.model.packed_memory.counts))
+
+    def _kept_in_order(self) -> list[str]:
+        kept = self.kept_packed
+        return [name for name in self.packed if name in kept]
+
+    @property
+    def read_names(self) -> set[str]:
+        """The names in the manifest of all tensors that it uses, companions of packed weights included."""
+        return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
+
+    def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
+        """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
+
+        Returns the dequantised tensors. Errors begin with the ``label``.
+
+        Raises:
+            BadCheckpoint: a scale is not finite.
+            torch.OutOfMemoryError: the device has too little memory.
+        """
+        check_scales(self.packed.values(), tensors, label)
+        kept = self.kept_packed
+        once = [each for name, each in self.packed.items() if name not in kept]
+        return dequantise_once(once, tensors, self.compute_dtype)
+
+    def reserve(self) -> int:
+        """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
+        return self.model.reserve()
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
+        """Return each parameter as a view of ``tensors``, without a copy. The views keep the memory mapped."""
+        bindings: Bindings = {}
+        for target, part in self.key_map.items():
+            if target in self.model.packed_layers:
+                packed = self._view(part.source, tensors)
+                if part.stop - part.start != packed.shape[0]:
+                    packed = packed.rows(part.start, part.stop)
+                bindings[target] = packed if len(packed.shape) == 2 else packed.as_matrix()
+                continue
+            tensor = tensors[part.source]
+            if part.stop - part.start != tensor.shape[0]:
+                tensor = tensor[part.start : part.stop]
+            bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
+        return bindings
+
+    def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+        packed = PackedTensor.of(self.packed[name], tensors)
+        return with_product(packed, self.products.get(name), self.model.packed_memory.counts)
+
+    def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
+        """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""
+        kept = self.kept_packed
+        return {
+            canonical: self._view(given, tensors) if given in kept else tensors[given]
+            for canonical, given in self.sources.items()
+        }
+
+    def facts(self, manifest: Manifest) -> ComponentFacts:
+        """Return the facts that clients get of a component."""
+        model, kind = self.model, self.family.kind
+        transformer = vae = text_encoder = None
+        if kind == "transformer":
+            transformer = model.operations_for(kind).facts(self.config, model.layout)
+        elif kind == "vae":
+            vae = model.operations_for(kind).facts(self.config)
+        else:
+            text_encoder = model.operations_for(kind).facts(self.config)
+        sizes: Counter[DType] = Counter()
+        for spec in manifest.tensors:
+            sizes[spec.dtype] += spec.extent_bytes
+        return ComponentFacts(
+            family=self.family.name,
+            class_name=class_of(model.module),
+            kind=ComponentKind(kind),
+            dtype=dtype_name(self.dtype),
+            bytes_by_dtype=dict(sizes),
+            bytes_by_format=bytes_by_format(manifest),
+            scratch_bytes=model.scratch_bytes,
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+        )
+
+
+def class_of(module: object) -> str:
+    """Return the name of a module's class, or of its base class, in diffusers or transformers."""
+    for kind in type(module).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if package in ("diffusers", "transformers"):
+            return kind.__name__
+    return type(module).__name__

@@ -1,0 +1,104 @@
+"""Packed weights in folders of diffusers' models: the bits of ``from_pretrained`` on the weights that they mean."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from class_entries import ENTRIES
+from class_entry import Random
+from packed_checkpoints import pack
+from safetensors.torch import load_file, save_file
+
+from xditd.client import BadCheckpoint, Client, Unsupported
+from xditd.ipc.tensors import ComponentKind
+
+FILE = "diffusion_pytorch_model.safetensors"
+CASES = (
+    ("FluxTransformer2DModel", "float8"),
+    ("QwenImageTransformer2DModel", "int8_convrot"),
+    ("WanTransformer3DModel", "int8_rows"),  # keeps parts in float32
+    ("WanTransformer3DModel", "plain"),
+    ("PixArtTransformer2DModel", "nvfp4"),
+)
+
+
+@pytest.fixture(autouse=True)
+def threads(as_many_threads_as_the_worker: None) -> None:
+    """As many threads as the worker has."""
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: cast(each, dtype) for key, each in value.items()}
+    return type(value)(cast(each, dtype) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_of(each)
+
+
+def packed_folder(key: str, packed_format: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
+    """Save a model packed, and return its folder, and diffusers' model of what its weights mean."""
+    entry = ENTRIES[key]
+    model: Any = entry.build()
+    plain, meant = folder / "packed", folder / "meant"
+    model.save_pretrained(plain)
+    shutil.copytree(plain, meant)
+    state = load_file(plain / FILE)
+    kept = getattr(diffusers, entry.name).from_pretrained(plain, torch_dtype=dtype).state_dict()
+    packed, wide = (pack(state, packed_format, each) for each in (dtype, torch.float32))
+    packed.save(plain / FILE)
+    in_float32 = {name for name in packed.weights if kept[name].dtype == torch.float32}
+    save_file({name: (wide if name in in_float32 else packed).meant[name] for name in state}, meant / FILE)
+    return plain, getattr(diffusers, entry.name).from_pretrained(meant, torch_dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("key", "packed_format"), CASES)
+def test_a_packed_folder_has_the_bits_of_what_it_means(
+    client: Client, tmp_path: Path, key: str, packed_format: str, dtype: torch.dtype
+) -> None:
+    folder, model = packed_folder(key, packed_format, tmp_path, dtype)
+    arguments = cast(ENTRIES[key].arguments(Random(1)), dtype)
+    with client.lend(folder, as_class=True, compute_dtype=str(dtype).removeprefix("torch.")) as loan:
+        assert loan.kind is ComponentKind.MODULE
+        assert loan.facts.bytes_by_format
+        assert loan.facts.scratch_bytes > 0
+        with torch.no_grad():
+            expected = list(tensors_of(model(**arguments, return_dict=False)))
+        found = list(tensors_of(client.call(loan, arguments | {"return_dict": False})))
+        assert [each.dtype for each in found] == [each.dtype for each in expected]
+        assert all(map(torch.equal, found, expected))
+        again = list(tensors_of(client.call(loan, arguments | {"return_dict": False})))
+        assert all(map(torch.equal, again, expected))
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_named(client: Client, tmp_path: Path) -> None:
+    folder, _ = packed_folder("FluxTransformer2DModel", "float8", tmp_path, torch.bfloat16)
+    state = load_file(folder / FILE)
+    name = next(each for each in state if each.endswith(".weight_scale"))
+    save_file(state | {name: torch.tensor(torch.nan)}, folder / FILE)
+    with pytest.raises(BadCheckpoint, match="1 scales of packed weights are not finite") as caught:
+        client.lend(folder, as_class=True)
+    assert caught.value.names == (name,)
+    del state[name.removesuffix("weight_scale") + "weight"]
+    save_file(state, folder / FILE)
+    with pytest.raises((BadCheckpoint, Unsupported)):
+        client.lend(folder, as_class=True)
