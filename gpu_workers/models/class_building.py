@@ -204,6 +204,8 @@ def set_tensors(module: torch.nn.Module, state: ModuleState, tensors: Mapping[st
             if start + name in tensors:
                 submodule._buffers[name] = tensors[start + name].clone()
         for name, value in wanted.attributes.items():
+            if value is None or isinstance(value, (bool, int, float, str)):
+                continue
             lent = list(_lent_names(value))
             if lent and all(each in tensors for each in lent):
                 on_host = name in wanted.on_host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -40,7 +41,7 @@ class Snapshot:
     def restore(self) -> None:
         """Give every container its contents back."""
         for each, copy in self._saved.values():
-            if not _is_same(each, copy):
+            if len(each) != len(copy) or (copy and not _is_same(each, copy)):  # most are empty
                 each.clear()
                 (each.extend if isinstance(each, list) else each.update)(copy)
 
@@ -51,6 +52,5 @@ def _is_same(container: Any, copy: Any) -> bool:
     if isinstance(container, set):
         return bool(container == copy)
     if isinstance(container, list):
-        return all(each is before for each, before in zip(container, copy, strict=True))
-    pairs = zip(container.items(), copy.items(), strict=True)
-    return all(name == old_name and each is before for (name, each), (old_name, before) in pairs)
+        return all(map(operator.is_, container, copy))
+    return all(map(operator.is_, container.values(), copy.values())) and all(map(operator.eq, container, copy))

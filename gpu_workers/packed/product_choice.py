@@ -82,7 +82,7 @@ class ProductChoice:
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
         """Decide for each kind, whose ``k`` and ``n`` are those of whole weights; measure what is not known yet.
 
-        If others can write to the folder of measurements, the reference runs.
+        If others can write to the folder of measurements, or it cannot be made, the reference runs.
         """
         return {kind: self._decide(kind) for kind in kinds}
 
@@ -104,8 +104,8 @@ class ProductChoice:
         if self._is_leader and reason is None and self._mode == "auto":
             try:
                 own = self._fastest(kind)
-            except Unsupported as error:  # all ranks are in this exchange
-                own = Decision("reference", error.detail)
+            except (Unsupported, OSError) as error:  # all ranks are in this exchange
+                own = Decision("reference", str(error))
         theirs = self._exchange(_NAMES.index(own.product))
         agreed = _NAMES[theirs[0]]
         if agreed == "reference" or 0 in theirs:
@@ -132,7 +132,7 @@ class ProductChoice:
             return found
         try:
             found = product_times.measure(kind, self._device)
-        except RuntimeError as error:  # torch's own, among them that of a GPU without free memory
+        except Exception as error:  # noqa: BLE001  # of torch or Triton, such as that of a GPU without free memory
             logger.warning("products are not measured kind=%r: %s", kind.label, str(error).partition("\n")[0])
             return None
         finally:

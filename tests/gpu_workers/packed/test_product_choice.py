@@ -30,7 +30,7 @@ class Measurements:
     def __init__(self) -> None:
         self.took = {"reference": 1.0, "native": 0.5}
         self.kinds: list[ProductKind] = []
-        self.error: RuntimeError | None = None
+        self.error: Exception | None = None
 
     def measure(self, kind: ProductKind, device: torch.device) -> dict[str, float]:
         self.kinds.append(kind)
@@ -104,11 +104,18 @@ def test_with_a_folder_of_others_the_reference_runs(tmp_path: Path, measured: Me
     found = ProductChoice("auto", GPU, tmp_path).choose([INT8])[INT8]
     assert found.product == "reference"
     assert "has to be a folder of this user alone" in found.reason
+    (tmp_path / "file").touch()
+    found = ProductChoice("auto", GPU, tmp_path / "file" / "products").choose([INT8])[INT8]
+    assert found.product == "reference"
+    assert "Not a directory" in found.reason
     assert measured.kinds == []
 
 
-def test_what_cannot_be_measured_is_the_reference_and_not_kept(tmp_path: Path, measured: Measurements) -> None:
-    measured.error = torch.OutOfMemoryError("no room")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), TypeError("a compiler's")])
+def test_what_cannot_be_measured_is_the_reference_and_not_kept(
+    tmp_path: Path, measured: Measurements, error: Exception
+) -> None:
+    measured.error = error
     found = ProductChoice("auto", GPU, tmp_path / "products").choose([INT8])[INT8]
     assert found == ("reference", "products could not be measured; the log says why")
     measured.error = None
