@@ -82,7 +82,8 @@ def test_a_forward_that_changes_the_module_runs_once_for_each_call() -> None:
     for number in range(6):
         calls.run()
         assert calls.module.count == number + 1
-    assert calls.path() is None
+    (report,) = calls.paths.take_reports()
+    assert (report.path, "change the module" in report.detail) == ("eager", True)
 
 
 def test_without_room_for_copies_a_forward_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,8 @@ def test_without_room_for_copies_a_forward_is_eager(monkeypatch: pytest.MonkeyPa
     calls = Calls(Model())
     for _ in range(6):
         calls.run()
-    assert calls.path() is None
+    (report,) = calls.paths.take_reports()
+    assert (report.path, "no memory to compare" in report.detail) == ("eager", True)
 
 
 def test_a_forward_that_fails_when_it_is_compared_stays_eager() -> None:
