@@ -21,8 +21,8 @@ from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
 from xditd.gpu_workers.packed import product_times
 from xditd.gpu_workers.packed.kitchen import kitchen_product
 from xditd.gpu_workers.packed.native_products import memory_fault, native_product, qualifies
-from xditd.gpu_workers.packed.product_times import Product, ProductKind
-from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.product_times import ProductKind
+from xditd.gpu_workers.packed.tensors import PackedTensor, Product
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import NativeProducts
 
@@ -87,11 +87,11 @@ class ProductChoice:
         return {kind: self._decide(kind) for kind in kinds}
 
     def _decide(self, kind: ProductKind) -> Decision:
-        if self._mode == "never":
-            return Decision("reference", "the setting native_products is never")
-        if self._mode == "auto" and self._device.type == "cpu":
-            return Decision("reference", "on the CPU the setting native_products has to be always")
         reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
+        if self._mode == "never":
+            return Decision("reference", reason or "the setting native_products is never")
+        if self._mode == "auto" and self._device.type == "cpu":
+            return Decision("reference", reason or "on the CPU the setting native_products has to be always")
         like = kind if reason else class_of(kind)
         found = self._known.get(like)
         if found is None:
