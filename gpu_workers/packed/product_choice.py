@@ -77,6 +77,8 @@ class ProductChoice:
         self._exchange = exchange
         self._is_leader = is_leader
         self._known: dict[ProductKind, Decision] = {}
+        self._fastest_of: dict[ProductKind, Decision] = {}
+        """By classes of kinds, on rank 0."""
         self._measured: dict[str, dict[str, float]] | None = None
 
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
@@ -91,19 +93,18 @@ class ProductChoice:
             return Decision("reference", "the setting native_products is never")
         if self._mode == "auto" and self._device.type == "cpu":
             return Decision("reference", "on the CPU the setting native_products has to be always")
-        reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
-        like = kind if reason else class_of(kind)
-        found = self._known.get(like)
+        found = self._known.get(kind)  # not by its class: which kinds qualify may depend on the rank's card
         if found is None:
-            found = self._known[like] = self._agree(like, reason)
+            found = self._known[kind] = self._agree(kind)
         return found
 
-    def _agree(self, kind: ProductKind, reason: str | None) -> Decision:
+    def _agree(self, kind: ProductKind) -> Decision:
         """Decide on rank 0; a product that one rank does not have runs on none."""
+        reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
         own = Decision("reference", reason) if reason else Decision("native")
         if self._is_leader and reason is None and self._mode == "auto":
             try:
-                own = self._fastest(kind)
+                own = self._fastest(class_of(kind))
             except (Unsupported, OSError) as error:  # all ranks are in this exchange
                 own = Decision("reference", str(error))
         theirs = self._exchange(_NAMES.index(own.product))
@@ -113,6 +114,11 @@ class ProductChoice:
         return Decision(agreed)
 
     def _fastest(self, kind: ProductKind) -> Decision:
+        if kind not in self._fastest_of:
+            self._fastest_of[kind] = self._compare(kind)
+        return self._fastest_of[kind]
+
+    def _compare(self, kind: ProductKind) -> Decision:
         took = self._times(kind)
         if took is None:
             return Decision("reference", "products could not be measured; the log says why")
