@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
             found = msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=_File)
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         logger.warning("measured products are not read: %s: %s", path, error)
         return {}
     if found.schema != _SCHEMA:

@@ -86,6 +86,8 @@ def test_the_reference_stays_unless_another_is_clearly_faster(tmp_path: Path, me
         b'{"schema": 99, "measured": {}}',
         b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"native": 9.0}}}',
         b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"reference": -1, "native": 9}}}',
+        b'{"schema": 1, "measured": {}, "more": ' + b"[" * 100_000,
+        b'{"schema": 1, "measured": {"\xff": {}}}',
     ],
 )
 def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Measurements, content: bytes) -> None:
