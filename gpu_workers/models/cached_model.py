@@ -117,12 +117,11 @@ class CachedModel:
         if bindings.keys() != self._slots.keys() | self.packed_layers.keys():
             differing = sorted(bindings.keys() ^ (self._slots.keys() | self.packed_layers.keys()))
             raise Internal(f"bindings do not match the {self.family.name} model: {listed(differing)}", names=differing)
+        self.reserve()  # first, since this can fail: it may have been released since the component was prepared
         for target, (parameters, name) in self._slots.items():
             bound = bindings[target]
             assert isinstance(bound, torch.Tensor)
             parameters[name] = torch.nn.Parameter(bound, requires_grad=False)
-        if self.packed_layers:
-            self.packed_memory.scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
         for target, layer in self.packed_layers.items():
             packed = bindings[target]
             assert isinstance(packed, PackedTensor)

@@ -182,6 +182,26 @@ def test_one_scratch_buffer_serves_all_layers_and_is_freed_with_the_last_packed_
     assert scratch.size_bytes == 0
 
 
+def test_a_plug_without_room_for_the_scratch_buffer_holds_no_lent_memory(
+    rank: OneRank, direct: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), "int8", torch.bfloat16)
+    component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"))
+    component.model.unplug()
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank.components.packed.scratch, "reserve", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            rank.components.get("a", "transformer")
+    assert all(each.is_meta for each in component.model.module.parameters())
+    given = flux1_given()
+    component = rank.components.get("a", "transformer")
+    assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(packed.meant, given))
+
+
 def test_a_component_that_is_copied_keeps_its_packed_weights(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
     packed = pack(flux1_state_dict(0, **SMALL), "mxfp8", torch.bfloat16)
     component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"))
