@@ -96,10 +96,11 @@ class CachedModel:
             self.packed_memory.scratch.reserve(self, self.scratch_bytes)
         return 0 if self._fast is None else self._fast.reserve()
 
-    def release(self) -> None:
-        """Free the reserved memory if nothing is plugged."""
+    def release(self, *, is_lent: bool = False) -> None:
+        """Free the reserved memory if nothing is plugged; that of the scratch buffer not while weights are lent."""
         if self.owner is None:
-            self.packed_memory.scratch.release(self)
+            if not is_lent:
+                self.packed_memory.scratch.release(self)
             if self._fast is not None:
                 self._fast.unplug()
 

@@ -17,7 +17,7 @@ from xditd.client.arenas import Arena
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.models import registry, resolution
+from xditd.gpu_workers.models import class_models, registry, resolution
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.models.operations import Inputs
@@ -200,6 +200,49 @@ def test_a_plug_without_room_for_the_scratch_buffer_holds_no_lent_memory(
     given = flux1_given()
     component = rank.components.get("a", "transformer")
     assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(packed.meant, given))
+
+
+def test_the_scratch_buffer_stays_for_lent_components_that_are_not_plugged(rank: OneRank) -> None:
+    """A job that plugs one must not find that other programs have taken the memory."""
+    packed = [pack(flux1_state_dict(seed, **SMALL), "int8", torch.bfloat16) for seed in (1, 2)]
+    first, second = (lend(rank, f"c{number}", each.tensors) for number, each in enumerate(packed))
+    assert first.model is second.model
+    scratch = rank.components.packed.scratch
+    size = scratch.size_bytes
+    rank.components.unmap("c1")
+    assert not first.is_loaded
+    assert scratch.size_bytes == size > 0
+    with pytest.raises(Unsupported):
+        lend(rank, "bad", {"layer.lora_A.weight": torch.ones(2, 2)})
+    assert scratch.size_bytes == size
+    rank.components.unmap("c0")
+    assert scratch.size_bytes == 0
+
+
+def test_a_module_that_its_cache_has_dropped_frees_the_scratch_buffer(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is lent, but not plugged, when many others are lent after it."""
+    from diffusers import FluxTransformer2DModel
+
+    monkeypatch.setattr(class_models, "MAX_MODELS", 1)
+    for number, layers in ((0, 1), (1, 1), (2, 2)):
+        model = FluxTransformer2DModel(
+            num_layers=layers, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, in_channels=4,
+            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        pack(model.state_dict(), "int8", torch.bfloat16).save(folder / "diffusion_pytorch_model.safetensors")
+    lent = [lend(rank, str(number), tmp_path / str(number)) for number in (0, 1)]
+    assert lent[0].class_model is lent[1].class_model
+    assert lent[0].class_model.packed_layers
+    rank.components.unmap("1")
+    lend(rank, "2", tmp_path / "2")
+    for component_id in "02":
+        assert rank.components.packed.scratch.size_bytes
+        rank.components.unmap(component_id)
+    assert rank.components.packed.scratch.size_bytes == 0
 
 
 def test_a_component_that_is_copied_keeps_its_packed_weights(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
