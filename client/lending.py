@@ -17,26 +17,25 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 import msgspec
 
-from xditd.client.arenas import Arena, device_named, host_arena_at
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
-from xditd.client.file_mappings import AddressSpace
 from xditd.client.lend_checks import check_manifest, check_shards, state_of
+from xditd.client.lent_memory import LentMemory
+from xditd.client.lent_tensors import describe_tensors
 from xditd.client.model_folders import ModelFiles, find_model, label_of
 from xditd.client.module_descriptions import describe_module, is_described
 from xditd.client.packed_weights import NO_PACKING, Packing, packing_of_files, packing_of_tensors
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, XditdError, named
+from xditd.ipc.errors import BadRequest, RequestError, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.packed import logical_tensors
 from xditd.ipc.recognition import form_error
 from xditd.ipc.tensors import (
     Acceleration,
-    Block,
     ComponentKind,
     ComputeDType,
     CopiedBytes,
@@ -44,9 +43,6 @@ from xditd.ipc.tensors import (
     ModuleDescription,
     TensorSpec,
 )
-from xditd.ipc.transports import cuda_ipc
-from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +60,7 @@ class Offer:
     """
 
     def __init__(
-        self, manifest: Manifest, copied: CopiedBytes, timings_ms: dict[str, float], memory: _LentMemory
+        self, manifest: Manifest, copied: CopiedBytes, timings_ms: dict[str, float], memory: LentMemory
     ) -> None:
         self.manifest = manifest
         self.copied = copied
@@ -75,48 +71,6 @@ class Offer:
     def close(self) -> None:
         """Release the lent memory. May be called twice."""
         self._memory.close()
-
-
-class _LentMemory:
-    """The blocks of a manifest, and the storages, arenas and files that keep their memory alive."""
-
-    def __init__(self) -> None:
-        self.blocks: list[Block] = []
-        self.copied = CopiedBytes()
-        self.notes: list[str] = []
-        self.keeps_order = False
-        """Whether copies have the order of dimensions in memory of the tensors: some kernels round by it."""
-        self._keys: dict[tuple[Any, ...], int] = {}
-        self._storages: list[object] = []
-        self._arenas: list[Arena] = []
-        self._files: dict[str, LentFile] = {}
-
-    def block_number(self, key: tuple[Any, ...], make: Callable[[], Block]) -> int:
-        """Return the number of the block with this key, and make the block at the first use."""
-        if key not in self._keys:
-            self.blocks.append(make())
-            self._keys[key] = len(self.blocks) - 1
-        return self._keys[key]
-
-    def keep(self, storage: object) -> None:
-        self._storages.append(storage)
-
-    def own_arena(self, arena: Arena) -> Arena:
-        self._arenas.append(arena)
-        self.copied = self.copied + arena.copied
-        return arena
-
-    def open_file(self, path: str) -> LentFile:
-        if path not in self._files:
-            self._files[path] = LentFile(path)
-        return self._files[path]
-
-    def close(self) -> None:
-        self._storages.clear()
-        while self._files:
-            self._files.popitem()[1].close()
-        while self._arenas:
-            self._arenas.pop().close()
 
 
 def describe(
@@ -153,7 +107,7 @@ def describe(
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.
     """
-    memory = _LentMemory()
+    memory = LentMemory()
     module: ModuleDescription | None = None
     packing = NO_PACKING
     started = time.perf_counter()
@@ -172,12 +126,12 @@ def describe(
             module, tensors = describe_module(
                 cast("torch.nn.Module", source), label, replaced=replaced, allows_family=not as_class
             )
-            specs = _describe_tensors(state_of(tensors), device, memory)
+            specs = describe_tensors(state_of(tensors), device, memory)
         else:
             label = label or "state_dict"
             state = state_of(source)
             packing = _named_faults(label, lambda: packing_of_tensors(state))
-            specs = _describe_tensors(_without(state, packing.markers), device, memory)
+            specs = describe_tensors(_without(state, packing.markers), device, memory)
         manifest = Manifest(
             kind=kind,
             module=module if acceleration is None else _accelerated(module, acceleration, label),
@@ -218,7 +172,7 @@ def _accelerated(module: ModuleDescription | None, acceleration: str, label: str
 
 
 def _describe_files(
-    files: ModelFiles, label: str, device: str | None, memory: _LentMemory
+    files: ModelFiles, label: str, device: str | None, memory: LentMemory
 ) -> tuple[list[TensorSpec], Packing]:
     opened = [memory.open_file(path) for path in files.paths]
     headers = [read_header(lent) for lent in opened]
@@ -232,7 +186,7 @@ def _describe_files(
                 raise named(label, known)
         arena = memory.own_arena(load_into_arena(opened, headers, device))
         memory.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
-        return _describe_tensors(_without(arena.tensors, packing.markers), None, memory), packing
+        return describe_tensors(_without(arena.tensors, packing.markers), None, memory), packing
     specs = []
     for lent, header in zip(opened, headers, strict=True):
         length = header.length_bytes
@@ -256,131 +210,3 @@ def _named_faults(label: str, find: Callable[[], Packing]) -> Packing:
         return find()
     except RequestError as error:
         raise named(label, error) from error
-
-
-def _describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, memory: _LentMemory) -> list[TensorSpec]:
-    import torch
-
-    if device is not None:
-        wanted = device_named(device)
-        places = {tensor.device for tensor in tensors.values()}
-        if any(place.type != wanted.type or wanted.index not in (None, place.index) for place in places):
-            tensors = memory.own_arena(Arena.copy_of(tensors, device, keeps_order=memory.keeps_order)).tensors
-            memory.notes.append(f"copied once into an arena on {device}, as device= requests")
-    for index in sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda}):
-        torch.cuda.synchronize(index)  # weights that are still being written must not be exported
-
-    specs: dict[str, TensorSpec] = {}
-    to_copy: dict[str, torch.Tensor] = {}
-    host_finder = _HostFinder(memory)
-    cuda_finder = _CudaFinder(memory)
-    for name, tensor in tensors.items():
-        if tensor.is_neg():
-            spec = None  # its memory holds the negatives of its values
-        elif tensor.is_cuda:
-            spec = cuda_finder.find(name, tensor)
-        elif tensor.device.type == "cpu":
-            spec = host_finder.find(name, tensor)
-        else:
-            raise BadRequest(f"tensor {name} is on device {tensor.device}: only cpu and cuda tensors can be lent")
-        if spec is None:
-            to_copy[name] = tensor
-        else:
-            specs[name] = spec
-    specs.update(_copy_to_arenas(to_copy, memory))
-    return [specs[name] for name in tensors]
-
-
-class _CudaFinder:
-    """Finds the CUDA allocation of each tensor, with one driver call for each allocation instead of each tensor."""
-
-    def __init__(self, memory: _LentMemory) -> None:
-        self._memory = memory
-        self._known: dict[int, tuple[int, int]] = {}
-        self._unexportable: set[int] = set()
-        self._last = (0, 0)
-
-    def find(self, name: str, tensor: torch.Tensor) -> TensorSpec | None:
-        address = tensor.data_ptr()
-        base, size = self._last
-        if not base <= address < base + size:
-            try:
-                base, size = cuda_ipc.segment_of(tensor)
-            except cuda_ipc.NotExportable:
-                return None
-            self._last = (base, size)
-        if base in self._unexportable:
-            return None
-
-        def make() -> Block:
-            whole = cuda_ipc.wrap_segment(base, size, tensor.device.index)
-            # Only this tensor: the memory behind it may belong to another one, and change at any time.
-            length = _spec(name, tensor, 0, 0).extent_bytes
-            return cuda_ipc.export_allocation(base, whole, tensor.device.index, address - base, length)
-
-        try:
-            number = self._memory.block_number(("cuda", tensor.device.index, base), make)
-        except cuda_ipc.NotExportable:
-            self._unexportable.add(base)
-            return None
-        self._memory.keep(tensor.untyped_storage())
-        return _spec(name, tensor, number, address - base)
-
-
-class _HostFinder:
-    """Finds CPU tensors that are in an arena or are an unwritten slice of a mapped file."""
-
-    def __init__(self, memory: _LentMemory) -> None:
-        self._memory = memory
-        self._space: AddressSpace | None = None
-
-    def find(self, name: str, tensor: torch.Tensor) -> TensorSpec | None:
-        address = tensor.data_ptr()
-        arena = host_arena_at(address)
-        if arena is not None:
-            offset = address - arena.base_address
-            number = self._memory.block_number(("arena", arena.base_address), lambda: arena.block(offset))
-            self._memory.keep(arena)
-            self._memory.keep(tensor.untyped_storage())
-            return _spec(name, tensor, number, offset)
-        return self._find_file(name, tensor, address)
-
-    def _find_file(self, name: str, tensor: torch.Tensor, address: int) -> TensorSpec | None:
-        if self._space is None:
-            self._space = AddressSpace()
-        extent = _spec(name, tensor, 0, 0).extent_bytes
-        mapping = self._space.file_behind(address, extent) if extent else None
-        if mapping is None:
-            return None
-        try:
-            lent = self._memory.open_file(mapping.path)
-        except BadCheckpoint:
-            return None  # it is mapped, but cannot be opened again
-        if lent.identity != (mapping.device, mapping.inode):
-            return None  # another file got this name before it was opened
-        number = self._memory.block_number(("file", mapping.path), lent.block)
-        self._memory.keep(tensor.untyped_storage())
-        return _spec(name, tensor, number, mapping.offset_of(address))
-
-
-def _copy_to_arenas(to_copy: Mapping[str, torch.Tensor], memory: _LentMemory) -> dict[str, TensorSpec]:
-    """Copy tensors whose memory cannot be shared into one arena for each device."""
-    by_device: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in to_copy.items():
-        by_device.setdefault(str(tensor.device), {})[name] = tensor
-    specs: dict[str, TensorSpec] = {}
-    for device, tensors in by_device.items():
-        arena = memory.own_arena(Arena.copy_of(tensors, device, keeps_order=memory.keeps_order))
-        number = memory.block_number(("arena", arena.base_address), lambda arena=arena: arena.block())  # type: ignore[misc]
-        for name, tensor in arena.tensors.items():
-            specs[name] = _spec(name, tensor, number, tensor.data_ptr() - arena.base_address if tensor.numel() else 0)
-        where = "no file holds them unchanged" if device == "cpu" else "their allocator cannot export memory"
-        memory.notes.append(f"{len(tensors)} tensors copied once into an arena on {device}: {where}")
-    return specs
-
-
-def _spec(name: str, tensor: torch.Tensor, block: int, offset_bytes: int) -> TensorSpec:
-    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return TensorSpec(
-        name, dtype_name(tensor.dtype, f"tensor {name}"), tuple(tensor.shape), block, offset_bytes, stride
-    )

@@ -116,14 +116,14 @@ def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Pa
     return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata, known)
 
 
-def packing_of_tensors(tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Packing:
+def packing_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Packing:
     """Find the packed weights in a state dict; see :func:`find_packing`."""
 
     def read(name: str) -> bytes:
         return bytes(tensors[name].detach().cpu().tolist())
 
     infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}
-    return find_packing(infos, read, [] if metadata is None else [("the state dict", metadata)])
+    return find_packing(infos, read)
 
 
 def _described_layers(

@@ -81,12 +81,12 @@ def describe(found: DaemonStatus) -> str:
         paths = [
             (each.class_name, each.split, each.path, "-" if each.error is None else f"{each.error:.2e}",
              f"{each.took_s:.2f} s", size_text(each.memory_bytes) if each.memory_bytes else "-",
-             _shortened(each.detail or each.shapes))
+             _shortened(each.shapes), _shortened(each.detail) or "-")
             for each in found.forward_paths
         ]  # fmt: skip
         lines += [
             "",
-            table(("FORWARDS OF", "SPLIT", "PATH", "ERROR", "CHOSEN IN", "MEMORY", "SHAPES, OR WHY NOT MORE"), paths),
+            table(("FORWARDS OF", "SPLIT", "PATH", "ERROR", "CHOSEN IN", "MEMORY", "SHAPES", "WHY NOT MORE"), paths),
         ]
     if found.packed_products:
         products = [

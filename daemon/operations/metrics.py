@@ -92,6 +92,22 @@ class _Collected(Collector):
             {(each.kernels, each.case): each.is_used for each in checks},
             *("kernels", "tokens"),
         )
+        yield _gauge(
+            "xditd_forward_paths",
+            "Kinds of forwards of modules by the path they take, of the newest decisions.",
+            {paths: float(count) for paths, count in sorted(_forward_paths(status).items())},
+            *("class", "path"),
+        )
+        yield _counter(
+            "xditd_packed_products_total",
+            "Products of packed weights on rank 0, dequantised (reference) or in eight bits (native).",
+            {
+                (each.format, way): count
+                for each in status.packed_products
+                for way, count in (("reference", each.reference), ("native", each.native))
+            },
+            *("format", "way"),
+        )
         yield _counter(
             "xditd_outside_connections_total",
             "Connections to other hosts that workers attempted; must be 0.",
@@ -158,6 +174,12 @@ class _Collected(Collector):
             {kind: counters.copied_bytes[kind] for kind in COPY_KINDS},
             "kind",
         )
+
+
+def _forward_paths(status: DaemonStatus) -> Counter[tuple[str, ...]]:
+    """Count the cases by class and path: the last decision on each case."""
+    last = {(each.class_name, each.split, each.shapes): each.path for each in status.forward_paths}
+    return Counter((class_name, path) for (class_name, _, _), path in last.items())
 
 
 def _gauge(name: str, help: str, values: Values | float, *labels: str) -> Metric:

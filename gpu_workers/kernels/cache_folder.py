@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import time
 from pathlib import Path
 
 from xditd.ipc.errors import Unsupported
@@ -35,6 +37,19 @@ def own_folder(folder: Path, why: str) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise Unsupported(f"{folder} has to be a folder of this user alone (mode 0700): {why}")
     return folder
+
+
+def remove_unused(folder: Path, but: str, days: float) -> None:
+    """Remove the folders in ``folder``, but the one of that name, in which nothing was used for some days.
+
+    Each is of other versions; a file counts as used when it, or its folder, was changed. Faults are ignored: another
+    process may remove the same ones.
+    """
+    for each in folder.iterdir():
+        if each.name != but and each.is_dir() and not each.is_symlink():
+            changed = [path.lstat().st_mtime for path in (each, *each.iterdir())]
+            if max(changed) < time.time() - days * 86_400:
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -14,11 +14,11 @@ from xditd.gpu_workers.models.entries import Bindings, Slice
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.models.packed_weights import (
     bytes_by_format,
-    check_scales,
     choose_products,
     dequantise_once,
     with_product,
 )
+from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts

@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 import torch
 
-from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
+from xditd.gpu_workers.kernels.cache_folder import own_folder, remove_unused, write_whole
 from xditd.gpu_workers.models.attention_operator import SCHEMA
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
@@ -38,6 +38,9 @@ LIMIT_S: Final = 900.0
 
 MAX_ON_DISK: Final = 512
 """Graphs in the folder; those that were made longest ago go first."""
+
+UNUSED_DAYS: Final = 30.0
+"""Folders of other versions go after this time."""
 
 _THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
 _MAX_PROCESSES: Final = 8
@@ -74,6 +77,9 @@ class CompiledGraphs:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = own_folder(folder, "compiled code is loaded from it") / _versions(device)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        os.utime(self.folder)
+        with suppress(OSError):
+            remove_unused(self.folder.parent, self.folder.name, UNUSED_DAYS)
         # Before torch's compiler is imported. Loading needs none of the processes in which it compiles.
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), _THREADS: "1"}
         self._states: dict[str, GraphState] = {}

@@ -72,6 +72,8 @@ class Component:
     facts: ComponentFacts
     tensors: dict[str, torch.Tensor]
     """The lent tensors that jobs read, by name, as views like the bindings."""
+    checkpoint: Bindings
+    """The same by canonical name, for fast paths; packed weights with their companions."""
     opened: list[OpenBlock | None]
     copies: list[torch.Tensor]
     copied: CopiedBytes
@@ -250,6 +252,7 @@ class Components:
             component.copies.append(own.buffer)
             size = sum(each.nbytes for each in own.ranges)
         mapped, component.bindings = component.bindings, component.match.bind(component.tensors)
+        component.checkpoint = component.match.by_canonical_name(component.tensors)
         if is_loaded:
             self._plug(component)
         mapped.clear()  # whoever knows them by this map
@@ -286,12 +289,12 @@ class Components:
         self.class_models.release_idle(lent)
 
     def _plug(self, component: Component) -> None:
-        match = component.match
-        match.model.plug(component.bindings, component.component_id, match.by_canonical_name(component.tensors))
+        component.match.model.plug(component.bindings, component.component_id, component.checkpoint)
         self.plugs += 1
 
     def _free(self, component: Component) -> None:
         component.bindings.clear()
+        component.checkpoint.clear()
         component.tensors.clear()
         if component.copies and self._device.type == "cuda":
             component.copies.clear()
@@ -335,9 +338,18 @@ class Components:
             if self._device.type == "cuda"
             else CopiedBytes(host_to_host=reserved)
         )
-        facts, copied = match.facts(manifest), copied + filled
         return Component(
-            component_id, match, bindings, manifest, facts, tensors, opened, copies, copied, clock.marks_ms
+            component_id,
+            match,
+            bindings,
+            manifest,
+            match.facts(manifest),
+            tensors,
+            match.by_canonical_name(tensors),
+            opened,
+            copies,
+            copied + filled,
+            clock.marks_ms,
         )
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:

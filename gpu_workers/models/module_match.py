@@ -11,7 +11,8 @@ import torch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import bytes_by_format, check_scales, choose_products, with_product
+from xditd.gpu_workers.models.packed_weights import bytes_by_format, choose_products, with_product
+from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts, ModuleFacts

@@ -1,4 +1,4 @@
-"""The packed weights of a component: which layers multiply them packed, which are dequantised once, and their check."""
+"""The packed weights of a component: which layers multiply them packed and how, and which are dequantised once."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from dataclasses import replace
 import torch
 
 from xditd.gpu_workers.models.entries import Slice
-from xditd.gpu_workers.packed.dequantise import dequantise
-from xditd.gpu_workers.packed.gguf_types import has_finite_scales
 from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
 from xditd.gpu_workers.packed.native_products import memory_fault
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
-from xditd.ipc.errors import BadCheckpoint
-from xditd.ipc.name_lists import listed
-from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
+from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
+from xditd.ipc.packed import PackedFormat, PackedWeight
 from xditd.ipc.tensors import Manifest
-
-_NAN_E8M0 = 0xFF
-"""comfy-kitchen reads it as infinity."""
 
 
 def linear_targets(
@@ -52,44 +46,11 @@ def dequantise_once(
     made = []
     for each in packed:
         found = PackedTensor.of(each, tensors)
-        made.append(dequantise(found, torch.empty(each.shape, dtype=dtype, device=found.values.device)))
+        made.append(dequantise_fastest(found, torch.empty(each.shape, dtype=dtype, device=found.values.device)))
         for name in each.companions.values():
             del tensors[name]
         tensors[each.weight] = made[-1]
     return made
-
-
-def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Check the numbers in companions, and the scales in the blocks of GGUF's types, with one wait for the device.
-
-    Raises:
-        BadCheckpoint: a scale is not finite, or that of an input is not positive.
-    """
-    verdicts: dict[str, torch.Tensor] = {}
-    for each in packed:
-        if each.format in GGUF_BLOCKS:
-            verdicts[each.weight] = has_finite_scales(tensors[each.weight], each.format)
-        for field, name in each.companions.items():
-            verdicts[name] = _is_sound(each.format, field, tensors[name])
-    if not verdicts:
-        return
-    sound = torch.stack([*verdicts.values()]).tolist()
-    bad = [name for name, is_sound in zip(verdicts, sound, strict=True) if not is_sound]
-    if bad:
-        raise BadCheckpoint(
-            f"{label}: {len(bad)} scales of packed weights are not finite, or of an input not positive: {listed(bad)}; "
-            "get the file again",
-            names=bad,
-        )
-
-
-def _is_sound(packed_format: PackedFormat, field: str, scale: torch.Tensor) -> torch.Tensor:
-    if field == "scale" and packed_format == "mxfp8":
-        return (scale.view(torch.uint8) != _NAN_E8M0).all()
-    if field == "scale" and packed_format == "nvfp4":
-        return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()  # the only NaN of e4m3, with either sign
-    sound = torch.isfinite(scale).all()
-    return sound & (scale > 0).all() if field == "input_scale" else sound
 
 
 def choose_products(

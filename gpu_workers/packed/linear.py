@@ -138,6 +138,7 @@ def pack_linears(
 
 
 def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
+    """Return all layers of a module that multiply packed weights."""
     return [each for each in module.modules() if isinstance(each, PackedLinear)]
 
 

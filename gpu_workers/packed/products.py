@@ -61,7 +61,7 @@ class Dequantiser:
 class PackedProducts:
     """Products of dequantised weights: those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit` otherwise.
 
-    ``shapes`` are the largest weights (out, in), for which the scratch buffer is made.
+    ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.
     """
 
     label = "fused"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from packed_checkpoints import FORMATS, GROUP, pack
+from packed_checkpoints import FORMATS, GROUP, Packed, pack
 from safetensors.torch import save_file
 
 from xditd.client.lending import describe
-from xditd.client.packed_weights import Packing, packing_of_tensors
+from xditd.client.packed_weights import Packing, find_packing, packing_of_tensors
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, Unsupported, UnsupportedDtype
 from xditd.ipc.packed import PackedWeight
 
@@ -27,6 +27,12 @@ def marker(**config: Any) -> torch.Tensor:
 def layer(dtype: torch.dtype = E4M3, **parts: torch.Tensor) -> State:
     """A layer ``a`` of 128 x 64, with these further parts."""
     return {"a.weight": torch.zeros(128, 64).to(dtype)} | {f"a.{name}": tensor for name, tensor in parts.items()}
+
+
+def packing_with(state: State, metadata: str) -> Packing:
+    """What is found in a file with these tensors and this metadata."""
+    infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in state.items()}
+    return find_packing(infos, lambda name: bytes(state[name].tolist()), [("a file", metadata)])
 
 
 ONE = torch.tensor(0.5)
@@ -110,19 +116,19 @@ def test_metadata_names_layers_with_or_without_the_prefix_of_the_file() -> None:
     state = {f"model.diffusion_model.{name}": each for name, each in layer(torch.int8, weight_scale=ONE).items()}
     for name in ("model.diffusion_model.a", "a"):
         text = json.dumps({"format_version": "1.0", "layers": {name: {"format": "int8_tensorwise"}}})
-        (found,) = packing_of_tensors(state, text).packed
+        (found,) = packing_with(state, text).packed
         assert (found.weight, found.format) == ("model.diffusion_model.a.weight", "int8")
     text = json.dumps({"layers": {"a": {"format": "int8_tensorwise"}, "of another part": {"format": "nvfp4"}}})
-    assert len(packing_of_tensors(state, text).packed) == 1
-    assert packing_of_tensors({**state, "b.a.weight": torch.ones(2, 2)}, text).packed == ()  # two layers may be meant
+    assert len(packing_with(state, text).packed) == 1
+    assert packing_with({**state, "b.a.weight": torch.ones(2, 2)}, text).packed == ()  # two layers may be meant
 
 
 def test_metadata_and_a_marker_may_say_the_same() -> None:
     text = json.dumps({"layers": {"a": {"format": "float8_e4m3fn"}}})
     state = layer(weight_scale=ONE, comfy_quant=marker(format="float8_e4m3fn"))
-    assert packing_of_tensors(state, text) == packing_of_tensors(state)
+    assert packing_with(state, text) == packing_of_tensors(state)
     with pytest.raises(BadCheckpoint, match=r"tensor a\.comfy_quant contradicts _quantization_metadata"):
-        packing_of_tensors(state, text.replace("e4m3fn", "e5m2"))
+        packing_with(state, text.replace("e4m3fn", "e5m2"))
 
 
 REFUSED: list[tuple[State, type[RequestError], str]] = [
@@ -184,7 +190,7 @@ def test_what_is_unknown_or_malformed_is_named(state: State, error: type[Request
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 100_000])
 def test_metadata_that_is_malformed_is_refused(text: str) -> None:
     with pytest.raises(BadCheckpoint, match="_quantization_metadata"):
-        packing_of_tensors(layer(), text)
+        packing_with(layer(), text)
 
 
 @pytest.mark.parametrize("packed_format", FORMATS)
@@ -200,7 +206,13 @@ def test_a_file_is_lent_as_it_is_without_its_markers(tmp_path: Path, packed_form
     assert [each.weight for each in manifest.packed] == packed.weights
     names = {name for name in packed.tensors if not name.endswith(("comfy_quant", "scaled_fp8"))}
     assert {spec.name for spec in manifest.tensors} == names
-    assert manifest.packed == packing_of_tensors(packed.tensors, packed.metadata.get("_quantization_metadata")).packed
+    assert manifest.packed == _found(packed).packed
+
+
+def _found(packed: Packed) -> Packing:
+    if packed.metadata:
+        return packing_with(packed.tensors, packed.metadata["_quantization_metadata"])
+    return packing_of_tensors(packed.tensors)
 
 
 def test_an_error_names_the_file_and_keeps_nothing_open(tmp_path: Path, open_fds: Any) -> None:

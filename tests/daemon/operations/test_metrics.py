@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -10,7 +11,7 @@ from xditd.daemon.front.handlers.status import describe_daemon
 from xditd.daemon.front.service import Service
 from xditd.daemon.operations.metrics import write_metrics
 from xditd.ipc.errors import BadCheckpoint
-from xditd.ipc.status import FusedCheck, WorkerStatus
+from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts, WorkerStatus
 from xditd.ipc.tensors import CopiedBytes
 
 
@@ -55,6 +56,22 @@ def test_workers_and_fused_checks_have_samples_of_their_own(service: Service) ->
     assert found[labelled("xditd_gpu_memory_used_bytes", rank="1", device="cuda:1", uuid="GPU-1")] == 5
     assert math.isnan(found[labelled("xditd_fused_error_ratio", kernels='a"b', tokens="8")])
     assert found[labelled("xditd_fused_in_use", kernels='a"b', tokens="8")] == 0
+
+
+def test_forward_paths_count_the_last_decision_on_each_case(service: Service) -> None:
+    def path(shapes: str, chosen: Any) -> ForwardPath:
+        return ForwardPath(class_name="A", split="whole", shapes=shapes, path=chosen, took_s=0.1, memory_bytes=0)
+
+    paths = (path("[1]", "captured"), path("[2]", "eager"), path("[1]", "compiled, captured"))
+    products = (PackedProducts(format="int8", reference=3, native=4),)
+    status = describe_daemon(service)
+    fields = {name: getattr(status, name) for name in status.__struct_fields__}
+    changed = type(status)(**fields | {"forward_paths": paths, "packed_products": products})
+    found = read(write_metrics(changed, service.counters, 0))
+    assert found[labelled("xditd_forward_paths", **{"class": "A", "path": "compiled, captured"})] == 1
+    assert found[labelled("xditd_forward_paths", **{"class": "A", "path": "eager"})] == 1
+    assert labelled("xditd_forward_paths", **{"class": "A", "path": "captured"}) not in found
+    assert found[labelled("xditd_packed_products_total", format="int8", way="native")] == 4
 
 
 def test_a_daemon_without_metrics_does_not_import_their_library() -> None:

@@ -11,6 +11,8 @@ import torch
 from xditd.gpu_workers.models import forward_paths
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.split_checks import CaseKey
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory
+from xditd.gpu_workers.packed.tensors import PackedTensor
 
 pytestmark = pytest.mark.gpu
 
@@ -214,3 +216,35 @@ def test_modes() -> None:
     for _ in range(4):
         auto.run(**inputs())
     assert auto.reports() == [("captured", "it has no blocks to compile")]
+
+
+def test_packed_layers_keep_the_memory_into_which_their_graph_dequantises() -> None:
+    """Also when a larger model makes a larger buffer for all."""
+    memory = PackedMemory(torch.device("cuda", 0))
+    memory.scratch.reserve("small", WIDTH * WIDTH * 2)
+    layers = [PackedLinear(torch.nn.Linear(WIDTH, WIDTH), torch.bfloat16, memory) for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        made = torch.Generator("cuda").manual_seed(seed)
+        values = torch.randint(-127, 128, (WIDTH, WIDTH), dtype=torch.int8, device="cuda", generator=made)
+        scale = torch.rand(WIDTH, 1, device="cuda", generator=made) / 400
+        layer.plug(PackedTensor("int8", (WIDTH, WIDTH), values, scale))
+
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(layers)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
+            for layer in self.layers:
+                x = layer(x * scale)
+            return {"sample": x, "kept": [x, "a text"]}
+
+    calls = Calls(Stack())
+    for seed in range(3):
+        check_same(calls.run(**inputs(seed=seed)), calls.module(**inputs(seed=seed)))
+    assert calls.reports() == [("captured", "")]
+    memory.scratch.reserve("large", 64 * WIDTH * WIDTH * 2)
+    others = [torch.full((WIDTH, WIDTH), 3.0, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
+    check_same(calls.run(**inputs(seed=5)), calls.module(**inputs(seed=5)))
+    assert calls.eager_calls == forward_paths.RUNS_BEFORE
+    assert all(bool((each == 3.0).all()) for each in others), "a graph wrote to memory that is another's"

@@ -12,9 +12,10 @@ import pytest
 import torch
 import z_image_models
 from packed_checkpoints import FORMATS, Packed, pack
+from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.arenas import Arena
-from xditd.client.demo.checkpoints import flux1_state_dict
+from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models import class_models, registry, resolution
@@ -95,6 +96,31 @@ def test_z_image_has_the_bits_of_diffusers(
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("packed_format", ["old", "int8_rows", "plain"])
+@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict])
+def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
+    rank: OneRank, direct: ModuleType, make: Any, packed_format: str
+) -> None:
+    packed = pack(make(0), packed_format, torch.float32)
+    tokens = torch.arange(2, 14)[None]
+    component = lend(rank, "packed", packed.tensors)
+    found, _ = direct.encode_text(component.model, tokens)
+    assert component.facts.dtype == "float32"
+    assert component.facts.scratch_bytes > 0
+    expected, _ = direct.encode_text(lend(rank, "plain", packed.meant).model, tokens)
+    assert torch.equal(found, expected)
+
+
+def test_a_vae_in_plain_fp8_is_dequantised(rank: OneRank, direct: ModuleType) -> None:
+    """Nearly all of it is convolutions; its attention has 1x1 convolutions as linear layers."""
+    packed = pack(flux_vae_state_dict(0), "plain", torch.bfloat16)
+    latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    component = lend(rank, "packed", packed.tensors)
+    found = direct.decode(component.model, latents)
+    assert component.model.packed_layers
+    assert torch.equal(found, direct.decode(lend(rank, "plain", packed.meant).model, latents))
+
+
 def test_layers_of_several_formats_and_dtypes_live_in_one_checkpoint(
     rank: OneRank, direct: ModuleType, tmp_path: Path
 ) -> None:
@@ -115,9 +141,14 @@ def test_layers_of_several_formats_and_dtypes_live_in_one_checkpoint(
 
 
 @pytest.mark.parametrize("packed_format", FORMATS)
-def test_every_element_is_used_where_the_key_map_puts_it(rank: OneRank, tmp_path: Path, packed_format: str) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [lambda: flux1_state_dict(0, **SMALL), lambda: z_image_models.state_dict(0, names=z_image_models.COMFYUI)],
+    ids=["flux1", "z_image"],
+)
+def test_every_element_is_used_where_the_key_map_puts_it(rank: OneRank, make: Any, packed_format: str) -> None:
     """Every parameter is a slice of what its tensor means, and the packed ones are views of the lent bytes."""
-    packed = pack(flux1_state_dict(0, **SMALL), packed_format, torch.bfloat16)
+    packed = pack(make(), packed_format, torch.bfloat16)
     component = lend(rank, "a", Arena.copy_of(packed.tensors, "cpu").tensors)
     match = component.match
     assert isinstance(match, CheckpointMatch)
