@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -158,11 +158,13 @@ def _find_layers(names: Iterable[str], tensors: Iterable[str]) -> list[str | Non
     if all(name in layers for name in wanted):
         return [*wanted]
     ends: dict[str, str | None] = {}
+    missing = {name for name in wanted if name not in layers}
     for layer in layers:
         end = layer
         while "." in end:
             end = end.partition(".")[2]
-            ends[end] = None if end in ends else layer
+            if end in missing:  # all ends of 16,384 long names would take gigabytes
+                ends[end] = None if end in ends else layer
     return [name if name in layers else ends.get(name) for name in wanted]
 
 
@@ -192,11 +194,21 @@ def _float8_weight(
     The input may be quantised if an old marker above it allows that, or if the file has a scale for it.
     """
     companions = _companions(name.removesuffix(_WEIGHT), tensors) if name.endswith(_WEIGHT) else _Companions()
-    above = max((prefix for prefix in old if name.startswith(prefix)), key=len, default=None)
+    above = _prefix_above(name, old)
     allows = companions.input_scale is not None
     if above is not None:
         allows = old[above] and companions.scale is not None
     return PackedWeight(name, "float8", tuple(tensor.shape), *companions, quantises_input=allows)
+
+
+def _prefix_above(name: str, old: Collection[str]) -> str | None:
+    """Return the longest of these prefixes that a name has; each ends with a dot, or is empty."""
+    end = name.rfind(".")
+    while end >= 0:
+        if name[: end + 1] in old:
+            return name[: end + 1]
+        end = name.rfind(".", 0, end)
+    return "" if "" in old else None
 
 
 def _companions(layer: str, tensors: Mapping[str, TensorLike]) -> _Companions:
