@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xditd.client import packed_markers
 from xditd.client.packed_markers import MARKER, METADATA, LayerFormat
-from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
 from xditd.ipc.transports.file import LentFile
@@ -120,6 +120,8 @@ def packing_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Packing:
     """Find the packed weights in a state dict; see :func:`find_packing`."""
 
     def read(name: str) -> bytes:
+        if tensors[name].is_meta:
+            raise BadRequest(f"tensor {name} is on device meta: only cpu and cuda tensors can be lent")
         return bytes(tensors[name].detach().cpu().tolist())
 
     infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}

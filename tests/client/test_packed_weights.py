@@ -212,6 +212,21 @@ def test_metadata_that_is_malformed_is_refused(text: str) -> None:
         packing_with(layer(), text)
 
 
+@pytest.mark.parametrize("config", [{"format": "x"}, {"format": "int8_tensorwise", "\ud800": 1}])
+def test_what_metadata_says_is_cut_and_printable_in_errors(config: dict[str, Any]) -> None:
+    text = json.dumps({"layers": {"\ud800" + 10**6 * "a": config}})
+    with pytest.raises(Unsupported) as caught:
+        find_packing({"a.weight": _Info("float8_e4m3fn", (2, 2))}, lambda _: b"", [("x", text)])
+    assert len(caught.value.detail) < 700
+    "".join((caught.value.detail, *caught.value.names)).encode()
+
+
+def test_a_marker_without_memory_is_refused() -> None:
+    state = layer(comfy_quant=marker(format="float8_e4m3fn").to("meta"))
+    with pytest.raises(BadRequest, match=r"tensor a\.comfy_quant is on device meta: only cpu and cuda tensors can be"):
+        packing_of_tensors(state)
+
+
 @pytest.mark.parametrize("packed_format", FORMATS)
 @pytest.mark.parametrize("in_metadata", [False, True])
 def test_a_file_is_lent_as_it_is_without_its_markers(tmp_path: Path, packed_format: str, in_metadata: bool) -> None:
