@@ -51,6 +51,7 @@ class Worker:
         self.model: Any = SimpleNamespace(
             module=self.module,
             layout=SimpleNamespace(rank=rank, world_size=ranks),
+            ranks=self.ranks,
             device=torch.device("cpu"),
             class_name=entry.name,
             planned=PlannedModule(self.module, plan),
