@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import z_image_models
-from packed_checkpoints import FORMATS, Packed, pack
+from packed_checkpoints import FORMATS, Packed, pack, tiled
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.arenas import Arena
@@ -366,6 +366,18 @@ def test_scales_that_are_not_numbers_are_named(
     assert rank.components.models.packed.scratch.size_bytes == 0
     tensors[name].view(-1)[0] = 1.0 if packed_format != "mxfp8" else 127
     lend(rank, "a", tensors)
+
+
+@pytest.mark.parametrize(("packed_format", "shared_by"), [("mxfp8", 32), ("nvfp4", 16)])
+def test_what_pads_tiles_of_scales_may_be_anything(rank: OneRank, packed_format: str, shared_by: int) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL | {"context_dim": 32}), packed_format, torch.bfloat16)
+    meant = packed.meant["txt_in.weight"]
+    padding = tiled(torch.ones(len(meant), 32 // shared_by, dtype=torch.uint8)) == 0
+    assert padding.any()
+    packed.tensors["txt_in.weight_scale"].view(torch.uint8)[padding] = 0xFF
+    bound = lend(rank, "a", packed.tensors).bindings["context_embedder.weight"]
+    assert isinstance(bound, PackedTensor)
+    assert torch.equal(dequantise(bound, torch.empty_like(meant)), meant)
 
 
 def test_rows_inside_a_tile_of_scales_are_refused_by_name() -> None:
