@@ -59,9 +59,18 @@ def edit_of(
 
 
 def quantised_tensor(packed: PackedWeight, tensors: Sequence[torch.Tensor], dtype: ComputeDType) -> Any:
-    """Return ComfyUI's tensor of a packed weight, over the same memory; ``tensors`` are those of ``packed.names``."""
+    """Return ComfyUI's tensor of a packed weight, over the same memory; ``tensors`` are those of ``packed.names``.
+
+    Raises:
+        Unsupported: fp8 with a scale for each row, which ComfyUI does not have.
+    """
     given = dict(zip(("weight", *packed.companions), tensors, strict=True))
     weight = given["weight"]
+    if packed.format == "float8" and given["scale"].numel() > 1:
+        raise Unsupported(
+            f"XDiT: {packed.weight} is fp8 with a scale for each row, which ComfyUI cannot dequantise and so not patch; "
+            "remove the LoRA or merging node, or load a file with one scale for each weight"
+        )
     name = str(weight.dtype).removeprefix("torch.") if packed.format == "float8" else packed.format
     layout = comfy.quant_ops.QUANT_ALGOS[_FORMATS.get(name, name)]["comfy_tensor_layout"]
     params: dict[str, Any] = {"scale": given["scale"], "orig_dtype": torch_dtype(dtype), "orig_shape": packed.shape}

@@ -67,11 +67,12 @@ def hold_as_stock(
         dtype: torch.dtype = comfy.utils.weight_dtype(cast)  # of most elements, as in ComfyUI's loader
         return HeldTensors(cast), dtype
     compute = _compute_dtype(config, tensors, choice, mixed)
-    described = {name for each in packing.packed for name in each.names}
+    # Stock casts fp8 without scales to another fp8, but keeps what layers of a mixed checkpoint have.
+    keeps_packed = mixed or not choice.is_float8
+    described = {name for each in packing.packed for name in each.names} if keeps_packed else set()
     if choice.is_float8:
-        shapes = hold(tensors, packing, lambda packed: False).logical(compute)
+        shapes = hold(tensors, packing, lambda packed: packed.quantises_input).logical(compute)
         dtypes = _float8_parameters(config, shapes, choice, compute, mixed)
-        described = {name for each in packing.packed if mixed for name in each.names}
     elif choice.dtype is not None:
         dtypes = dict.fromkeys(tensors, choice.dtype)
     else:
@@ -144,12 +145,11 @@ def names_in(model: Any, dtypes: Collection[torch.dtype]) -> dict[str, torch.dty
     """
     found: dict[str, torch.dtype] = {}
     for path, module in model.named_modules():
-        names = {name for name, _ in module.named_parameters(recurse=False)} | {"weight", "bias"}
-        for name in names:
-            dtype = getattr(module, f"{name}_comfy_model_dtype", None) or getattr(
-                getattr(module, name, None), "dtype", None
-            )
-            if dtype in dtypes:
+        for name in {name for name, _ in module.named_parameters(recurse=False)} | {"weight", "bias"}:
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if dtype is None:
+                dtype = getattr(getattr(module, name, None), "dtype", None)
+            if isinstance(dtype, torch.dtype) and dtype in dtypes:
                 found[f"{path}.{name}" if path else name] = dtype
     return found
 
@@ -158,9 +158,8 @@ def cast_as_stock(
     tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], packed: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Cast plain tensors to the dtypes in which stock holds them; those of other names, or packed, stay as they are."""
-    return {
-        name: tensor.to(dtypes[name])
-        if name in dtypes and name not in packed and tensor.is_floating_point()
-        else tensor
-        for name, tensor in tensors.items()
-    }
+    found = dict(tensors)
+    for name, dtype in dtypes.items():
+        if name in found and name not in packed and found[name].is_floating_point():
+            found[name] = found[name].to(dtype)
+    return found
