@@ -68,7 +68,7 @@ def quantised_tensor(packed: PackedWeight, tensors: Sequence[torch.Tensor], dtyp
     weight = given["weight"]
     if packed.format == "float8" and given["scale"].numel() > 1:
         raise Unsupported(
-            f"XDiT: {packed.weight} is fp8 with a scale for each row, which ComfyUI cannot dequantise and so not patch; "
+            f"XDiT: {packed.weight} is fp8 with a scale for each row, which ComfyUI cannot patch; "
             "remove the LoRA or merging node, or load a file with one scale for each weight"
         )
     name = str(weight.dtype).removeprefix("torch.") if packed.format == "float8" else packed.format

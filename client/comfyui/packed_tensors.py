@@ -118,14 +118,14 @@ def hold(
 def _companion(packed: PackedWeight, role: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a companion with room for what ComfyUI writes when it packs a patched weight again.
 
-    It computes scales in float32, and for int8 one for each row unless the old one is a scalar. Scales in tiles keep
-    their form.
+    It computes scales in float32, and for int8 a column of them, one for each row, unless the old one is a scalar.
+    Scales in tiles keep their form.
     """
     if role == "scale" and packed.format in SCALED_COLUMNS:
         return tensor
     tensor = tensor.detach().float()
-    if role == "scale" and packed.format.startswith("int8") and tensor.ndim and tensor.numel() == 1:
-        tensor = tensor.reshape(1, 1).expand(packed.rows, 1).contiguous()
+    if role == "scale" and packed.format.startswith("int8") and tensor.ndim:
+        tensor = tensor.reshape(-1, 1).expand(packed.rows, 1).contiguous()
     return tensor
 
 
