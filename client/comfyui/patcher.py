@@ -6,7 +6,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import comfy.model_detection
 import comfy.model_management
@@ -35,6 +35,8 @@ from xditd.ipc.tensors import ComponentKind, ComputeDType
 from xditd.ipc.transports.tensor_views import dtype_name
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WRAPPER_KEY = "xditd"
 PREFIX = "diffusion_model."
@@ -177,7 +179,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return edit_of(self.patches[key], key, self.load_device, packed, self.weights.compute_dtype)
 
 
-def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
     """Return a checkpoint's transformer tensors, named without prefixes."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -203,13 +205,7 @@ def make_model(
     """
     packing = find_packed(tensors, label, quantization_metadata)
     shapes = hold(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
-    config = comfy.model_detection.model_config_from_unet(shapes, "")
-    family = adapter_of_config(config)
-    if family is None:
-        refuse_known(tensors, label, packing.packed)
-        found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
-        raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
-    family.check_config(config, label)
+    config, family = config_of(shapes, label)
     named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
     held, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
     logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(held.packed))
@@ -217,6 +213,22 @@ def make_model(
     config.custom_operations = comfy.ops.disable_weight_init
     weights = make_weights(held, ComponentKind.TRANSFORMER, label, is_whole=True, dtype=dtype)
     return make_transformer_patcher(build_weightless(config, held.logical(dtype)), weights, family)
+
+
+def config_of(shapes: Mapping[str, torch.Tensor], label: str) -> tuple[Any, Adapter]:
+    """Return ComfyUI's configuration of a transformer with these tensors, and the family that runs it.
+
+    Raises:
+        Unsupported: a model family that the workers do not run.
+    """
+    config = comfy.model_detection.model_config_from_unet(shapes, "")
+    family = adapter_of_config(config)
+    if family is None:
+        refuse_known(shapes, label)
+        found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
+        raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
+    family.check_config(config, label)
+    return config, family
 
 
 def build_weightless(config: Any, shapes: Mapping[str, torch.Tensor], operations: type | None = None) -> Any:

@@ -66,7 +66,7 @@ def hold_as_stock(
         cast = {name: each if choice.dtype is None else each.to(choice.dtype) for name, each in tensors.items()}
         dtype: torch.dtype = comfy.utils.weight_dtype(cast)  # of most elements, as in ComfyUI's loader
         return HeldTensors(cast), dtype
-    compute = _compute_dtype(config, tensors, choice, mixed)
+    compute = compute_dtype(config, tensors, choice, is_mixed=mixed)
     # Stock casts fp8 without scales to another fp8, but keeps what layers of a mixed checkpoint have.
     keeps_packed = mixed or not choice.is_float8
     described = {name for each in packing.packed for name in each.names} if keeps_packed else set()
@@ -82,10 +82,10 @@ def hold_as_stock(
     return hold(cast, packing, _input_policy(choice, mixed)), compute
 
 
-def _compute_dtype(
-    config: Any, tensors: Mapping[str, torch.Tensor], choice: WeightDtype, is_mixed: bool
+def compute_dtype(
+    config: Any, tensors: Mapping[str, torch.Tensor], choice: WeightDtype, *, is_mixed: bool
 ) -> torch.dtype:
-    """Return the dtype in which stock computes on ComfyUI's device."""
+    """Return the dtype in which stock computes on ComfyUI's device; ``is_mixed``: layers have formats of their own."""
     if choice.dtype is not None and not choice.is_float8:
         return choice.dtype
     supported = list(config.supported_inference_dtypes)

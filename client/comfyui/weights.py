@@ -23,7 +23,6 @@ from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.loans import Loan
 from xditd.ipc.errors import RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
-from xditd.ipc.packed import PackedWeight, logical_tensors
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind, ComputeDType
@@ -77,7 +76,7 @@ class RemoteWeights:
             Unsupported: quantised tensors that are not described.
         """
         self.held = tensors if isinstance(tensors, HeldTensors) else HeldTensors(dict(tensors))
-        check_plain(self.base, label, self.held)
+        check_plain(self.held.tensors, label, self.held)
         self.compute_dtype = compute_dtype
         self.kind = kind
         self.label = label
@@ -245,13 +244,13 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str, held: HeldTenso
         )
 
 
-def refuse_known(tensors: Mapping[str, torch.Tensor], label: str, packed: Sequence[PackedWeight] = ()) -> None:
+def refuse_known(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     """Name a file that the caller does not support, if its kind is known; else return.
 
     Raises:
-        Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights other than ``packed``.
+        Unsupported: a LoRA, an all-in-one checkpoint, another model, or packed weights.
     """
-    _refuse(unsupported_error(logical_tensors(packed, _tensor_info(tensors))), label)
+    _refuse(unsupported_error(_tensor_info(tensors)), label)
 
 
 def _refuse(known: RequestError | None, label: str) -> None:

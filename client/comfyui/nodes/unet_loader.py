@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from xditd.client.comfyui.checkpoint_files import read_with_metadata
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words, titles
+from xditd.client.comfyui.gguf_models import END, gguf_files, make_gguf_model
 from xditd.client.comfyui.patcher import make_model, plain_names
 from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype
 from xditd.client.packed_markers import METADATA
@@ -30,8 +31,10 @@ class XditUnetLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip=f"a safetensors file in models/diffusion_models or models/unet: {titles()}",
+                    options=sorted(
+                        {*folder_paths.get_filename_list("diffusion_models"), *gguf_files("diffusion_models")}
+                    ),
+                    tooltip=f"a safetensors or GGUF file in models/diffusion_models or models/unet: {titles()}",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -65,10 +68,13 @@ def load_unet(path: str, choice: WeightDtype = CHOICES["default"], ulysses_degre
         BadCheckpoint: packed weights do not have the form of their format.
         DaemonUnreachable: no daemon runs.
     """
-    label = Path(path).stem
     check_layout(ulysses_degree)
+    if path.lower().endswith(END):
+        return make_gguf_model(path, choice)
     tensors, metadata = read_with_metadata(path)
-    return make_model(plain_names(tensors), label, choice=choice, quantization_metadata=metadata.get(METADATA))
+    return make_model(
+        plain_names(tensors), Path(path).stem, choice=choice, quantization_metadata=metadata.get(METADATA)
+    )
 
 
 def check_layout(ulysses_degree: int) -> None:
