@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from xditd.client import BadCheckpoint, Unsupported
 from xditd.client.demo import checkpoints
+from xditd.client.packed_weights import packing_of_tensors
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -139,7 +140,7 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize("through", ["loader", "whole", "accelerate"])
 @pytest.mark.parametrize(
     ("format", "weight_dtype"),
     [("float8", "default"), ("float8_e5m2", "default"), ("old", "default"), ("wide", "fp8_e4m3fn")],
@@ -151,7 +152,9 @@ def test_lora_at_two_strengths(format, weight_dtype, through, comfy, files, pack
     path = files.transformer if format == "wide" else packed(format)
     local = stock(path, weight_dtype)
     plain = sample(local)
-    remote = remote_of(path, weight_dtype) if through == "loader" else None
+    remote = None if through == "accelerate" else remote_of(path, weight_dtype)
+    if through == "whole":  # one arena for all tensors, as where ComfyUI runs on a GPU
+        remote.weights._is_whole = True
     for strength in (1.0, 0.4):
         patched = with_lora(local, strength)
         expected = sample(patched)
@@ -194,6 +197,55 @@ def test_row_scales_of_fp8_run_unpatched_and_cannot_be_patched(comfy, files, sam
     with pytest.raises(Unsupported, match=r"double_blocks.0.img_attn.qkv.weight.* a scale for each row"):
         sample(patched)
     assert relative_error(sample(remote), sample(remote_of(meant))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize(
+    ("format", "weight_dtype"), [("wide", "fp8_e4m3fn"), ("plain", "default"), ("float8", "default")]
+)
+def test_models_that_were_made_under_dynamic_vram(
+    format, weight_dtype, through, comfy, files, packed, stock, sample, relative_error, monkeypatch
+):
+    """With DynamicVRAM linear layers keep the file's tensors, and are cast when they are loaded."""
+    path = files.transformer if format == "wide" else packed(format)
+    expected = sample(stock(path, weight_dtype))
+    with monkeypatch.context() as dynamic:
+        dynamic.setattr(comfy.comfy.memory_management, "aimdo_enabled", True)
+        model = remote_of(path, weight_dtype) if through == "loader" else accelerated(stock(path, weight_dtype))
+    assert relative_error(sample(model), expected) <= TOLERANCE
+
+
+PRODUCTS = [
+    ("float8", "default", True),
+    ("old", "default", True),
+    ("old_full", "default", False),
+    ("plain", "default", False),
+    ("plain", "fp8_e4m3fn_fast", True),
+    ("plain", "fp8_e5m2", False),
+    ("wide", "fp8_e4m3fn", False),
+    ("wide", "fp8_e4m3fn_fast", True),
+    ("int8_convrot", "default", True),
+]
+
+
+@pytest.mark.parametrize("has_float8", [False, True])
+@pytest.mark.parametrize(("format", "weight_dtype", "multiplies"), PRODUCTS)
+def test_layers_may_be_multiplied_in_fp8_where_stock_does_that(
+    format, weight_dtype, multiplies, has_float8, comfy, connected, files, packed, stock, monkeypatch
+):
+    """On a device that has fp8 products; without one, stock dequantises."""
+    monkeypatch.setattr(comfy.comfy.model_management, "supports_fp8_compute", lambda device=None: has_float8)
+    path = files.transformer if format == "wide" else packed(format)
+    expected = multiplies and (has_float8 or format == "int8_convrot")
+    for model in (remote_of(path, weight_dtype), accelerated(stock(path, weight_dtype))):
+        held = model.weights.held
+        found = held.packed.get("double_blocks.0.img_attn.qkv.weight")
+        if found is None:  # ComfyUI has cast fp8 to a wider dtype
+            assert (format, has_float8) == ("plain", False)
+            continue
+        assert found.quantises_input is expected
+        described = packing_of_tensors({**held.tensors, **held.markers})
+        assert {each.weight: each for each in described.packed} == held.packed
 
 
 def test_a_wide_and_a_packed_model_take_turns(files, packed, stock, sample, relative_error):
