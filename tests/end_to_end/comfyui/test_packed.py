@@ -215,6 +215,23 @@ def test_models_that_were_made_under_dynamic_vram(
     assert relative_error(sample(model), expected) <= TOLERANCE
 
 
+def test_the_workers_loop_and_the_memory_that_is_lent(packed, stock, sample, xsample, conditioning, relative_error):
+    path = packed("float8")
+    local = stock(path)
+    expected = sample(local)
+    for model in (remote_of(path), accelerated(local)):
+        ours, _, note = xsample(model, positive=conditioning(1), negative=conditioning(2))
+        assert note.startswith("fused: 4 steps in the workers")
+        assert relative_error(ours, expected) <= TOLERANCE
+        print(
+            "TIERS",
+            model.weights.loan.tiers,
+            model.weights.loan.copied,
+            model.weights.loan.lent_bytes,
+            model.weights.loan,
+        )
+
+
 PRODUCTS = [
     ("float8", "default", True),
     ("old", "default", True),
