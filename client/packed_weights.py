@@ -116,8 +116,9 @@ def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Pa
     return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata, known)
 
 
-def packing_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Packing:
-    """Find the packed weights in a state dict; see :func:`find_packing`."""
+def packing_of_tensors(tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Packing:
+    """Find the packed weights in a state dict, with the metadata of its file if it has some; see
+    :func:`find_packing`."""
 
     def read(name: str) -> bytes:
         if tensors[name].is_meta:
@@ -125,7 +126,7 @@ def packing_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Packing:
         return bytes(tensors[name].detach().cpu().tolist())
 
     infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}
-    return find_packing(infos, read)
+    return find_packing(infos, read, [] if metadata is None else [("the state dict", metadata)])
 
 
 def _described_layers(

@@ -32,7 +32,7 @@ _PIXEL_BYTES: Final = 3
 SUMMARY = "lend checkpoint files and generate images"
 DESCRIPTION = """\
 Lend a transformer and a VAE by their files, and generate images from text embeddings. A transformer may also be a GGUF
-file, such as flux1-dev-Q4_K_M.gguf.
+file, such as flux1-dev-Q4_K_M.gguf; packed weights are multiplied in --compute-dtype.
 
 This command takes no prompt and runs no text encoder: --embeds names a safetensors file with the embeddings of a
 prompt, under the names that the transformer takes:
@@ -95,7 +95,9 @@ def run(parsed: argparse.Namespace) -> int:
         require_torch()
         stored = None if parsed.embeds is None else read_tensors(parsed.embeds)
         started = time.perf_counter()
-        transformer = client.lend(parsed.transformer, kind="transformer", device=parsed.device)
+        transformer = client.lend(
+            parsed.transformer, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
+        )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         lend_s = time.perf_counter() - started
         width, height = parsed.size
@@ -246,8 +248,10 @@ def describe_loan(loan: Loan) -> dict[str, object]:
         "name": loan.label,
         "kind": loan.kind.value,
         "family": loan.family,
+        "dtype": loan.facts.dtype,
         "tier": "+".join(tier.value for tier in loan.tiers),
         "bytes": loan.lent_bytes,
+        "bytes_by_format": loan.facts.bytes_by_format,
         "bytes_copied": copied_by_kind(loan.copied),
         "is_reused": loan.is_reused,
         "is_model_reused": loan.is_model_reused,

@@ -93,6 +93,9 @@ def describe(found: DaemonStatus) -> str:
             (each.format, each.reference, each.native, _shortened(each.detail) or "-") for each in found.packed_products
         ]
         lines += ["", table(("PACKED AS", "DEQUANTISED", "NATIVE", "WHY NOT NATIVE"), products)]
+    scratch_bytes = max((each.facts.scratch_bytes for each in found.components if each.facts is not None), default=0)
+    if scratch_bytes:
+        lines += ["", f"scratch   {size_text(scratch_bytes)} of each worker, into which packed weights are dequantised"]
     if found.workers:
         rows = [
             (worker.rank, worker.pid, worker.device, size_text(worker.memory_bytes) if worker.memory_bytes else "-",
@@ -138,7 +141,7 @@ def describe(found: DaemonStatus) -> str:
         f"queue     {len(found.jobs)} of at most {found.queue_limit}, {found.clients} clients",
         f"on loan   {_by_tier(found)}",
         f"jobs      {counters.jobs_done} done, {counters.jobs_failed} failed, {counters.jobs_cancelled} cancelled",
-        f"models {counters.models_built} built, {counters.models_reused} reused, {counters.plugs} plugs",
+        f"models    {counters.models_built} built, {counters.models_reused} reused, {counters.plugs} plugs",
         f"restarts  {max(0, counters.group_starts - 1)} of the worker group",
         f"network   {counters.outside_connections} connections to other hosts attempted by workers",
     ]

@@ -16,6 +16,11 @@ LARGEST = 448.0
 """The largest number of e4m3."""
 TINY = 1e-30
 """Lower bound of a row's largest number, so that a row of zeros has a scale, too."""
+ADA = (8, 9)
+"""The compute capability from which on cards multiply e4m3."""
+FEWEST_ROWS = 64
+"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits with row scales, for sums of 12,288 numbers and more. So
+fewer rows are padded, which costs no time: reading the weights takes longer."""
 
 # Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _ROWS_A_PROGRAM = 256 if triton.knobs.runtime.interpret else 1

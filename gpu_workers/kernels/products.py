@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.eight_bits import DTYPE, Quantised, quantise
+from xditd.gpu_workers.kernels.eight_bits import ADA, DTYPE, FEWEST_ROWS, Quantised, quantise
 from xditd.ipc.errors import Unsupported
 
 EIGHT = "fp8"
-ADA = (8, 9)
-_FEWEST_ROWS = 64
-"""cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits with row scales, for sums of 12,288 numbers and more. So
-fewer rows are padded, which costs no time: reading the weights takes longer."""
 
 RowsT = TypeVar("RowsT")
 LinearT = TypeVar("LinearT")
@@ -255,8 +251,8 @@ def check_eight_bits(device: torch.device) -> None:
 
 def _multiply(rows: Quantised, linear: EightBitLinear, out: torch.Tensor | None = None) -> torch.Tensor:
     count = rows.values.shape[0]
-    if count < _FEWEST_ROWS:
-        few = _multiply_many(rows.padded(_FEWEST_ROWS), linear)[:count]
+    if count < FEWEST_ROWS:
+        few = _multiply_many(rows.padded(FEWEST_ROWS), linear)[:count]
         return few if out is None else out.copy_(few)
     return _multiply_many(rows, linear, out)
 

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from xditd.gpu_workers.kernels import eight_bits
 from xditd.gpu_workers.kernels.packed_kernels import can_rotate, factors_of, hadamard
 
 LARGEST_INT8 = 127.0
 TINY_SCALE = 1e-30
-LARGEST_FLOAT8 = 448.0
 
 # Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _TILE_NUMBERS = 2**16 if triton.knobs.runtime.interpret else 4096
@@ -216,6 +216,6 @@ def quantise_float8(x: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) 
         x.stride(0),
         ROWS=down,
         COLUMNS=across,
-        LARGEST=LARGEST_FLOAT8,
+        LARGEST=eight_bits.LARGEST,
         num_warps=4,
     )

@@ -31,7 +31,6 @@ FORMATS: Final = ("int8", "int8_convrot", "float8")
 """The formats that have a native product."""
 
 _TURING: Final = (7, 5)
-_ADA: Final = (8, 9)
 _INT8_STEP: Final = 8
 _FLOAT8_STEP: Final = 16
 _ALIGNMENT: Final = 16
@@ -39,8 +38,6 @@ _MOST_COLUMNS: Final = 2**31 // 128**2 - 1
 """With more, a sum of products in eight bits could exceed an int32."""
 _INT8_ROWS: Final = 32
 """``torch._int_mm`` refuses fewer than 17 rows; some cards want multiples of 32."""
-_FLOAT8_ROWS: Final = 64
-"""cuBLAS of CUDA 13.0 refuses fewer than 43 with row scales."""
 
 
 class QuantisedRows(NamedTuple):
@@ -73,7 +70,7 @@ def qualifies(packed_format: str, k: int, n: int, device: torch.device) -> str |
         return f"{k} columns are more than {_MOST_COLUMNS}"
     if device.type != "cuda":
         return None
-    step, least = (_INT8_STEP, _TURING) if is_int8 else (_FLOAT8_STEP, _ADA)
+    step, least = (_INT8_STEP, _TURING) if is_int8 else (_FLOAT8_STEP, eight_bits.ADA)
     if k % step or n % step:
         return f"the shape [{n}, {k}] is not in multiples of {step}"
     if torch.cuda.get_device_capability(device) < least:
@@ -88,6 +85,14 @@ def memory_fault(weight: torch.Tensor) -> str | None:
     if weight.is_cuda and (weight.data_ptr() % _ALIGNMENT or weight.stride(0) % _ALIGNMENT):
         return f"its rows do not start at multiples of {_ALIGNMENT} bytes"
     return None
+
+
+def native_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply activations by a packed weight that has a native product, and add the bias."""
+    if packed.format == "float8":
+        return float8_linear(x, packed.values, packed.scale, packed.input_scale, bias)
+    assert packed.scale is not None
+    return int8_linear(x, packed.values, packed.scale, bias, packed.group)
 
 
 def int8_linear(
@@ -154,7 +159,7 @@ def float8_linear(
 def quantise_float8(x: torch.Tensor, input_scale: torch.Tensor | None = None) -> QuantisedRows:
     """Round activations to e4m3, with the file's scale or one for each row."""
     rows = _matrix(x)
-    values, scales = _memory(rows, torch.float8_e4m3fn, _FLOAT8_ROWS)
+    values, scales = _memory(rows, eight_bits.DTYPE, eight_bits.FEWEST_ROWS)
     count = rows.shape[0]
     if input_scale is not None:
         scales = input_scale.float().reshape(())
@@ -163,7 +168,7 @@ def quantise_float8(x: torch.Tensor, input_scale: torch.Tensor | None = None) ->
     elif input_scale is not None and x.is_cuda:
         row_kernels.quantise_float8(rows, scales, values)
     elif input_scale is not None:
-        largest = row_kernels.LARGEST_FLOAT8
+        largest = eight_bits.LARGEST
         values[:count] = (rows * (1.0 / scales).to(x.dtype)).clamp(-largest, largest).to(values.dtype)
     elif x.is_cuda:
         eight_bits.quantise(rows.contiguous(), out=eight_bits.Quantised(values[:count], scales[:count]))
@@ -232,11 +237,3 @@ def _memory(rows: torch.Tensor, dtype: torch.dtype, step: int) -> tuple[torch.Te
         torch.empty(padded, columns, dtype=dtype, device=rows.device),
         torch.empty(padded, dtype=torch.float32, device=rows.device),
     )
-
-
-def native_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply activations by a packed weight that has a native product, and add the bias."""
-    if packed.format == "float8":
-        return float8_linear(x, packed.values, packed.scale, packed.input_scale, bias)
-    assert packed.scale is not None
-    return int8_linear(x, packed.values, packed.scale, bias, packed.group)

@@ -21,8 +21,8 @@ from xditd.gpu_workers.kernels.cache_folder import own_folder, write_whole
 from xditd.gpu_workers.packed import product_times
 from xditd.gpu_workers.packed.kitchen import kitchen_product
 from xditd.gpu_workers.packed.native_products import memory_fault, native_product, qualifies
-from xditd.gpu_workers.packed.product_times import Product, ProductKind
-from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.gpu_workers.packed.product_times import ProductKind
+from xditd.gpu_workers.packed.tensors import PackedTensor, Product
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.settings.daemon import NativeProducts
 
@@ -89,10 +89,11 @@ class ProductChoice:
         return {kind: self._decide(kind) for kind in kinds}
 
     def _decide(self, kind: ProductKind) -> Decision:
-        if self._mode == "never":
-            return Decision("reference", "the setting native_products is never")
-        if self._mode == "auto" and self._device.type == "cpu":
-            return Decision("reference", "on the CPU the setting native_products has to be always")
+        if self._mode == "never" or (self._mode == "auto" and self._device.type == "cpu"):
+            why = "the setting native_products is never"
+            if self._mode == "auto":
+                why = "on the CPU the setting native_products has to be always"
+            return Decision("reference", kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device) or why)
         found = self._known.get(kind)  # not by its class: which kinds qualify may depend on the rank's card
         if found is None:
             found = self._known[kind] = self._agree(kind)

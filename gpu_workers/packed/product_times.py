@@ -16,8 +16,6 @@ from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
 
-Product = Callable[[torch.Tensor, PackedTensor, "torch.Tensor | None"], torch.Tensor]
-
 ROWS: Final = 2048
 """Activations of each product: a share of an image's tokens."""
 _WARM_UPS: Final = 2

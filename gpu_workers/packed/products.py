@@ -58,7 +58,7 @@ class Dequantiser:
         return Projection(weight[rows], bias[rows].to(self.dtype))
 
 
-class PackedProducts:
+class PackedWeightProducts:
     """Products of dequantised weights: those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit` otherwise.
 
     ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.

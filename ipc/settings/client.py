@@ -10,6 +10,7 @@ from msgspec import Meta
 from xditd.ipc import limits
 from xditd.ipc.settings.daemon import Device, LogLevel
 from xditd.ipc.settings.setting import about, settings_of
+from xditd.ipc.tensors import ComputeDType
 
 DEMO_SIDE_MULTIPLE: Final = 16
 """Height and width in pixels of the demo's images are multiples of it."""
@@ -78,6 +79,14 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
             "load the weights to this device first (cuda, cuda:1), to lend them by CUDA IPC",
             variable="XDITD_LEND_DEVICE",
             metavar="DEVICE",
+        ),
+    ] = None
+    compute_dtype: Annotated[
+        ComputeDType | None,
+        about(
+            "dtype into which packed weights are dequantised: bfloat16, float16 or float32 (default: that of the plain "
+            "weights beside them)",
+            metavar="DTYPE",
         ),
     ] = None
     out: Annotated[str, about("image file; several images become out-0.png and so on", kind="path", short="-o")] = (

@@ -26,6 +26,7 @@ from xditd.ipc.status import (
     JobState,
     JobStatus,
     LeaseState,
+    PackedProducts,
     SplitCheck,
     WorkerStatus,
 )
@@ -164,6 +165,21 @@ def test_status_shows_how_calls_of_modules_are_split(daemon, folder, capsys):
     assert "HiDream forward rows 2 - 1e-05 refused: why" in lines
     layouts = [line.split()[-2] for line in lines if line.startswith("transformer-1")]
     assert layouts == ["ulysses=2,ring=1", "tokens"]
+
+
+def test_status_shows_how_packed_weights_are_multiplied_and_what_they_take(daemon, folder, capsys):
+    packed = PackedProducts(format="q8_0", reference=40, native=0, detail="q8_0 has no native product")
+    facts = msgspec.structs.replace(
+        sample_facts.TRANSFORMER, bytes_by_format={"q8_0": 2**30}, scratch_bytes=108 * 2**20
+    )
+    component = msgspec.structs.replace(STATUS.components[0], facts=facts)
+    status = msgspec.structs.replace(STATUS, packed_products=(packed,), components=(*STATUS.components, component))
+    daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
+    main(["status", "--runtime-dir", str(folder)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "q8_0 40 0 q8_0 has no native product" in lines
+    assert "scratch 108.0 MiB of each worker, into which packed weights are dequantised" in lines
+    assert ["q8_0 1.0 GiB" in line for line in lines if line.startswith("transformer-1")] == [False, True]
 
 
 def has_group(daemon, *states):

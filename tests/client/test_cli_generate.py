@@ -69,6 +69,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_lent(
     assert (tmp_path / "models" / "t.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(("more", "expected"), [((), None), (("--compute-dtype", "float16"), "float16")])
+def test_the_compute_dtype_is_that_of_the_transformer_alone(generate, daemon, tmp_path, more, expected):
+    generate("--out", str(tmp_path / "out.png"), *more)
+    assert [request.manifest.compute_dtype for request in daemon.requests(Lend)] == [expected, None]
+
+
 def test_an_image_that_cannot_be_written_after_all_is_kept_and_named(generate, daemon, tmp_path, capsys, monkeypatch):
     out, spare = tmp_path / "out", tmp_path / "spare"
     out.mkdir()

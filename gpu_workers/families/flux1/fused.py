@@ -28,7 +28,7 @@ from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.packed.linear import packed_layers, weight_of
-from xditd.gpu_workers.packed.products import Dequantiser, PackedMatrices, PackedProducts, Weights
+from xditd.gpu_workers.packed.products import Dequantiser, PackedMatrices, PackedWeightProducts, Weights
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -88,7 +88,7 @@ class FusedFlux1:
         self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
         self._products: Products[Any, Any]
         if self._dequantiser is not None:
-            self._products = PackedProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations
+            self._products = PackedWeightProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations
         elif layout.precision == EIGHT:
             self._products = EightBit(product_shapes(config), layout.device)
         else:

@@ -130,7 +130,9 @@ def test_the_setting_overrides_what_is_measured(tmp_path: Path, measured: Measur
     assert ProductChoice("always", CPU, tmp_path).choose([INT8])[INT8].product == "native"
     never = ProductChoice("never", GPU, tmp_path / "products").choose([INT8])[INT8]
     assert never == ("reference", "the setting native_products is never")
-    assert ProductChoice("auto", CPU, tmp_path).choose([INT8])[INT8].product == "reference"
+    on_cpu = ProductChoice("auto", CPU, tmp_path).choose([INT8, GGUF])
+    assert on_cpu[INT8] == ("reference", "on the CPU the setting native_products has to be always")
+    assert on_cpu[GGUF] == ("reference", "no q4_k")  # which no setting changes
     assert not measured.kinds
     assert not (tmp_path / "products").exists()
 
