@@ -110,7 +110,7 @@ def read_metadata(text: str, where: str) -> dict[str, LayerFormat]:
     layers = _parsed(what, text).get("layers")
     if not isinstance(layers, dict):
         raise BadCheckpoint(f"{what} has no layers")
-    return {name: _layer_format(f"{what}, layer {name}", config) for name, config in layers.items()}
+    return {name: _layer_format(f"{what}, layer {name!r:.200}", config) for name, config in layers.items()}
 
 
 def _parsed(what: str, text: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _layer_format(what: str, config: object) -> LayerFormat:
         raise Unsupported(
             f"{what}: the parameters {', '.join(map(reprlib.repr, unknown[:5]))} of {name} are not known: lend another "
             "file of this model",
-            names=[str(each)[:200] for each in unknown],
+            names=[repr(each)[1:-1][:200] for each in unknown],
         )
     given = inner | config
     group = 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xditd.client import packed_markers
 from xditd.client.packed_markers import MARKER, METADATA, LayerFormat
-from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
 from xditd.ipc.transports.file import LentFile
@@ -116,14 +116,17 @@ def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Pa
     return find_packing({name: stored for name, (_, stored) in places.items()}, read, metadata, known)
 
 
-def packing_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Packing:
-    """Find the packed weights in a state dict; see :func:`find_packing`."""
+def packing_of_tensors(tensors: Mapping[str, torch.Tensor], metadata: str | None = None) -> Packing:
+    """Find the packed weights in a state dict, with the metadata of its file if it has some; see
+    :func:`find_packing`."""
 
     def read(name: str) -> bytes:
+        if tensors[name].is_meta:
+            raise BadRequest(f"tensor {name} is on device meta: only cpu and cuda tensors can be lent")
         return bytes(tensors[name].detach().cpu().tolist())
 
     infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}
-    return find_packing(infos, read)
+    return find_packing(infos, read, [] if metadata is None else [("the state dict", metadata)])
 
 
 def _described_layers(
@@ -158,11 +161,13 @@ def _find_layers(names: Iterable[str], tensors: Iterable[str]) -> list[str | Non
     if all(name in layers for name in wanted):
         return [*wanted]
     ends: dict[str, str | None] = {}
+    missing = {name for name in wanted if name not in layers}
     for layer in layers:
         end = layer
         while "." in end:
             end = end.partition(".")[2]
-            ends[end] = None if end in ends else layer
+            if end in missing:  # all ends of 16,384 long names would take gigabytes
+                ends[end] = None if end in ends else layer
     return [name if name in layers else ends.get(name) for name in wanted]
 
 
@@ -192,11 +197,21 @@ def _float8_weight(
     The input may be quantised if an old marker above it allows that, or if the file has a scale for it.
     """
     companions = _companions(name.removesuffix(_WEIGHT), tensors) if name.endswith(_WEIGHT) else _Companions()
-    above = max((prefix for prefix in old if name.startswith(prefix)), key=len, default=None)
+    above = _prefix_above(name, old)
     allows = companions.input_scale is not None
     if above is not None:
         allows = old[above] and companions.scale is not None
     return PackedWeight(name, "float8", tuple(tensor.shape), *companions, quantises_input=allows)
+
+
+def _prefix_above(name: str, old: Collection[str]) -> str | None:
+    """Return the longest of these prefixes that a name has; each ends with a dot, or is empty."""
+    end = name.rfind(".")
+    while end >= 0:
+        if name[: end + 1] in old:
+            return name[: end + 1]
+        end = name.rfind(".", 0, end)
+    return "" if "" in old else None
 
 
 def _companions(layer: str, tensors: Mapping[str, TensorLike]) -> _Companions:

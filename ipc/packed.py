@@ -76,7 +76,8 @@ SCALED_COLUMNS: Final[Mapping[str, int]] = {"mxfp8": 32, "nvfp4": 16}
 TILE_ROWS: Final = 128
 TILE_COLUMNS: Final = 4
 
-MAX_GROUP: Final = 4**8
+MAX_GROUP: Final = 4**5
+"""The rotation of a group is a matrix of its size, here 4 MiB; files in use have groups of 256."""
 
 _STORED: Final[Mapping[str, tuple[str, ...]]] = {
     "float8": ("float8_e4m3fn", "float8_e5m2"),

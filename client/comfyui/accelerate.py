@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
 import torch
 
 from xditd.client.comfyui.families import adapter_of_model, titles
 from xditd.client.comfyui.naming import name_of
+from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
 from xditd.client.comfyui.patcher import (
     PREFIX,
     WRAPPER_KEY,
@@ -19,9 +23,11 @@ from xditd.client.comfyui.patcher import (
     make_transformer_patcher,
     make_weights,
 )
+from xditd.client.comfyui.stock_dtypes import FLOAT8, cast_as_stock, is_linear, names_in
 from xditd.client.comfyui.understood import MODEL_SAMPLING, have_same_steps
 from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
+from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind
 
 _remote_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -35,7 +41,8 @@ def accelerate(patcher: Any) -> RemotePatcher:
     """Return a MODEL with the weights and patches of ``patcher`` whose forward runs in the workers.
 
     Raises:
-        Unsupported: a model family that the workers do not run, quantised weights, or an unknown change of the model.
+        Unsupported: a model family that the workers do not run, an unknown format of weights, or an unknown change of
+            the model.
     """
     if isinstance(patcher, RemotePatcher):
         return patcher
@@ -48,10 +55,12 @@ def accelerate(patcher: Any) -> RemotePatcher:
     family.check_config(model.model_config, _label(patcher))
     ours = _remote_models.get(model)
     if ours is None:
-        tensors = _base_tensors(patcher)
-        weights = make_weights(tensors, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False)
+        held = _held_tensors(patcher)
+        compute = model.manual_cast_dtype or model.get_dtype()
+        weights = make_weights(held, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False, dtype=compute)
+        shapes = held.logical(compute)
         ours = _remote_models[model] = make_transformer_patcher(
-            build_weightless(model.model_config, tensors), weights, family
+            build_weightless(model.model_config, shapes, _operations_of(model)), weights, family
         )
     if next(ours.understood.faults(patcher), None) is not None:
         # Another clone's injections stay in the shared model until ComfyUI unloads it.
@@ -78,14 +87,47 @@ def _is_same_sampling(sampling: Any, own: Any) -> bool:
     return have_same_steps(sampling, own) and torch.equal(sampling.sigmas.cpu(), own.sigmas.cpu())
 
 
+def _held_tensors(patcher: Any) -> HeldTensors:
+    """Describe the unpatched tensors of a stock MODEL, over the memory that holds them.
+
+    Layers of mixed precision name their tensors as files do. With DynamicVRAM, tensors that ComfyUI casts to fp8 when
+    it loads them are still those of the file: they are cast here.
+    """
+    module = patcher.model.diffusion_model
+    tensors = _base_tensors(patcher)
+    packing = find_packed(tensors, _label(patcher))
+    described = {name for each in packing.packed if each.companions for name in each.names}
+    tensors = cast_as_stock(tensors, names_in(module, FLOAT8), described | packing.markers)
+    return hold(tensors, find_packed(tensors, _label(patcher)), functools.partial(_quantises_input, module))
+
+
 def _base_tensors(patcher: Any) -> dict[str, torch.Tensor]:
     """Return the unpatched tensors; ComfyUI keeps them in ``backup`` while patched copies are loaded."""
-    tensors = patcher.model.diffusion_model.state_dict()
+    tensors: dict[str, torch.Tensor] = patcher.model.diffusion_model.state_dict()
     for key, kept in patcher.backup.items():
         name = key.removeprefix(PREFIX)
         if name in tensors:
-            tensors[name] = kept.weight
+            is_packed = isinstance(kept.weight, comfy.quant_ops.QuantizedTensor)
+            tensors |= kept.weight.state_dict(name) if is_packed else {name: kept.weight}
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _quantises_input(module: Any, packed: PackedWeight) -> bool:
+    """Return whether a stock layer quantises its input; it decided that when it was loaded, by its device."""
+    layer = module.get_submodule(packed.weight.rpartition(".")[0])
+    if packed.format == "float8" and packed.scale is None:
+        is_fast = isinstance(layer, comfy.ops.fp8_ops.Linear) and is_linear(packed)
+        return is_fast and layer.weight.dtype == torch.float8_e4m3fn
+    return packed.quantises_input and not getattr(layer, "_full_precision_mm", False)
+
+
+def _operations_of(model: Any) -> type:
+    """Return the classes of layers of a stock MODEL as ComfyUI's models take them.
+
+    ComfyUI makes those of mixed precision anew for each model; ours is compared with the stock one by class.
+    """
+    kinds = {type(each) for each in model.diffusion_model.modules() if type(each).__module__ == comfy.ops.__name__}
+    return type("StockOperations", (comfy.ops.disable_weight_init,), {kind.__name__: kind for kind in kinds})
 
 
 def _label(patcher: Any) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-import comfy.float
-import comfy.lora
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -23,16 +20,23 @@ from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import adapter_of_config, titles
 from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 from xditd.client.comfyui.forward import RemoteForward
+from xditd.client.comfyui.merging import edit_of, quantised_tensor
+from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
 from xditd.client.comfyui.placement import place_conditioning
 from xditd.client.comfyui.run_checks import RunChecks
+from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype, hold_as_stock
 from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.unsupported import refuse
 from xditd.client.comfyui.weights import Edit, RemoteWeights, refuse_known
+from xditd.client.packed_markers import MARKER
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensor_names import bare_name
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, ComputeDType
+from xditd.ipc.transports.tensor_views import dtype_name
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WRAPPER_KEY = "xditd"
 PREFIX = "diffusion_model."
@@ -129,8 +133,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
         """Return the tensors with patches merged, for nodes that save, by the names of ``model`` below ``prefix``."""
-        names = (self.model if model is None else model).state_dict()
-        return {name: self._merged(prefix + name) for name in names if self._base_name(prefix + name) is not None}
+        found: dict[str, torch.Tensor] = {}
+        for name in (self.model if model is None else model).state_dict():
+            base = self._base_name(prefix + name)
+            if base is not None:
+                start = name.removesuffix(base)
+                found |= {start + each: tensor for each, tensor in self._merged(prefix + name, base).items()}
+        return found
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
         """Return keys and patches as the base class does, with the lent tensors: model merging nodes read them."""
@@ -138,7 +147,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         for key, patches in found.items():
             name = self._base_name(key)
             if name is not None:
-                found[key] = [(self.weights.base[name], patches[0][1]), *patches[1:]]
+                found[key] = [(self._base(name), patches[0][1]), *patches[1:]]
         return found
 
     def _base_name(self, key: str) -> str | None:
@@ -146,47 +155,31 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         name = key.removeprefix(PREFIX)
         return name if name in self.weights.base else None
 
-    def _merged(self, key: str) -> torch.Tensor:
-        base: torch.Tensor = self.weights.base[key.removeprefix(PREFIX)]
-        return self._edit(key).merge(base).to("cpu") if key in self.patches else base
+    def _base(self, name: str) -> torch.Tensor:
+        """Return an unpatched tensor; a packed weight is dequantised."""
+        held, dtype = self.weights.held, self.weights.compute_dtype
+        packed = held.packed.get(name)
+        if packed is None or packed.scale is None or dtype is None:
+            return held.tensors[name]
+        whole: torch.Tensor = quantised_tensor(packed, held.group_tensors(name), dtype).dequantize()
+        return whole
+
+    def _merged(self, key: str, name: str) -> dict[str, torch.Tensor]:
+        """Return a tensor with its companions and marker, patched."""
+        held = self.weights.held
+        tensors: Sequence[torch.Tensor] = held.group_tensors(name)
+        if key in self.patches:
+            tensors = [tensor.to("cpu") for tensor in self._edit(key).merged(tensors)]
+        marker = name.removesuffix(".weight") + MARKER
+        markers = {marker: held.markers[marker]} if name in held.packed and marker in held.markers else {}
+        return dict(zip(held.group(name), tensors, strict=True)) | markers
 
     def _edit(self, key: str) -> Edit:
-        patches = self.patches[key]
-        # LoRA adapters are compared by identity; the recipe keeps them alive, so that no id is used twice.
-        recipe = tuple(
-            (strength, _ById(value), model, offset, _ById(how)) for strength, value, model, offset, how in patches
-        )
-        return Edit(recipe, functools.partial(_merge, patches, key, self.load_device))
+        packed = self.weights.held.packed.get(key.removeprefix(PREFIX))
+        return edit_of(self.patches[key], key, self.load_device, packed, self.weights.compute_dtype)
 
 
-class _ById:
-    """Wrap a value so that it is compared by identity."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _merge(patches: list[Any], key: str, device: torch.device, base: torch.Tensor) -> torch.Tensor:
-    """Compute a patched weight with ComfyUI's own algorithm, precision and rounding."""
-    wide = comfy.model_management.lora_compute_dtype(device)
-    value = comfy.model_management.cast_to_device(base, device, wide, copy=True)
-    value = comfy.lora.calculate_weight(patches, value, key)
-    if value.shape != base.shape:
-        raise Unsupported(
-            f"XDiT: a patch changes the shape of {key} from {list(base.shape)} to {list(value.shape)}; control LoRAs "
-            "are not supported"
-        )
-    rounded: torch.Tensor = comfy.float.stochastic_rounding(value, base.dtype, seed=comfy.utils.string_to_seed(key))
-    return rounded
-
-
-def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
     """Return a checkpoint's transformer tensors, named without prefixes."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -194,36 +187,61 @@ def plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {bare_name(name): value for name, value in chosen.items()}
 
 
-def make_model(tensors: Mapping[str, torch.Tensor], label: str) -> RemotePatcher:
+def make_model(
+    tensors: Mapping[str, torch.Tensor],
+    label: str,
+    *,
+    choice: WeightDtype = CHOICES["default"],
+    quantization_metadata: str | None = None,
+) -> RemotePatcher:
     """Make a MODEL from a checkpoint's transformer tensors. They are lent when ComfyUI first needs them.
 
-    ComfyUI's own model class is built on the meta device: every name and shape, no memory.
+    ComfyUI's own model class is built on the meta device: every name and shape, no memory. ``quantization_metadata`` is
+    what the file's header says of its layers.
+
+    Raises:
+        Unsupported: a model family that the workers do not run, or packed weights of an unknown format.
+        BadCheckpoint: packed weights do not have the form of their format.
+    """
+    packing = find_packed(tensors, label, quantization_metadata)
+    shapes = hold(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
+    config, family = config_of(shapes, label)
+    named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
+    held, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
+    logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(held.packed))
+    config.set_inference_dtype(dtype, None)
+    config.custom_operations = comfy.ops.disable_weight_init
+    weights = make_weights(held, ComponentKind.TRANSFORMER, label, is_whole=True, dtype=dtype)
+    return make_transformer_patcher(build_weightless(config, held.logical(dtype)), weights, family)
+
+
+def config_of(shapes: Mapping[str, torch.Tensor], label: str) -> tuple[Any, Adapter]:
+    """Return ComfyUI's configuration of a transformer with these tensors, and the family that runs it.
 
     Raises:
         Unsupported: a model family that the workers do not run.
     """
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     config = comfy.model_detection.model_config_from_unet(shapes, "")
     family = adapter_of_config(config)
     if family is None:
-        refuse_known(tensors, label)
+        refuse_known(shapes, label)
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
         raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
     family.check_config(config, label)
-    dtype = comfy.utils.weight_dtype(tensors)  # of most elements, as in ComfyUI's loader
-    logger.debug("weightless model label=%s dtypes=%s", label, dtypes)
-    config.set_inference_dtype(dtype, None)
-    config.custom_operations = comfy.ops.disable_weight_init
-    named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
-    weights = make_weights(named, ComponentKind.TRANSFORMER, label, is_whole=True)
-    return make_transformer_patcher(build_weightless(config, named), weights, family)
+    return config, family
 
 
-def build_weightless(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Build ComfyUI's model of a configuration with parameters on the meta device, shaped like ``tensors``."""
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    model = config.get_model(shapes, "", device=torch.device("meta"))
+def build_weightless(config: Any, shapes: Mapping[str, torch.Tensor], operations: type | None = None) -> Any:
+    """Build ComfyUI's model of a configuration with parameters on the meta device, like ``shapes``.
+
+    ``operations`` are the classes of its layers, else those that the configuration chooses.
+    """
+    before = config.custom_operations
+    config.custom_operations = before if operations is None else operations
+    try:
+        model = config.get_model(dict(shapes), "", device=torch.device("meta"))
+    finally:
+        config.custom_operations = before
     # With DynamicVRAM linear layers have no parameters until they are loaded; LoRA loaders need the names.
     model.diffusion_model.load_state_dict(shapes, strict=False, assign=True)
     return model
@@ -243,12 +261,29 @@ def make_transformer_patcher(model: Any, weights: RemoteWeights, family: Adapter
 
 
 def make_weights(
-    tensors: Mapping[str, torch.Tensor], kind: ComponentKind, label: str, *, is_whole: bool
+    tensors: Mapping[str, torch.Tensor] | HeldTensors,
+    kind: ComponentKind,
+    label: str,
+    *,
+    is_whole: bool,
+    dtype: torch.dtype | None = None,
 ) -> RemoteWeights:
-    """Make lendable weights from tensors; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU."""
+    """Make lendable weights from tensors; ``is_whole`` loads them into an arena if ComfyUI runs on a GPU.
+
+    ``dtype`` is the compute dtype of packed weights, if there are any.
+    """
     device = comfy.model_management.get_torch_device()
     is_whole = is_whole and device.type == "cuda"
-    return RemoteWeights(tensors, kind=kind, label=label, device=str(device), is_whole=is_whole, connect=connect)
+    has_packed = isinstance(tensors, HeldTensors) and bool(tensors.packed)
+    return RemoteWeights(
+        tensors,
+        kind=kind,
+        label=label,
+        device=str(device),
+        is_whole=is_whole,
+        connect=connect,
+        compute_dtype=cast("ComputeDType", dtype_name(dtype)) if has_packed and dtype is not None else None,
+    )
 
 
 def make_patcher(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:

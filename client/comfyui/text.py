@@ -13,6 +13,7 @@ import torch
 
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.families.adapter import TextModel
+from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -67,13 +68,21 @@ class RemoteTextModel(torch.nn.Module):
 
 
 class JointWeights:
-    """Components that ComfyUI loads and unloads as one; ``base`` has the names of ComfyUI's text model."""
+    """Components that ComfyUI loads and unloads as one; ``held`` has the names of ComfyUI's text model."""
+
+    compute_dtype: Final = None
+    """Text encoders have no packed weights."""
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
         self._parts = parts
-        self.base: dict[str, torch.Tensor] = {
-            name: weights.base[inner] for weights, names in parts for name, inner in names.items()
-        }
+        self.held = HeldTensors(
+            {name: weights.base[inner] for weights, names in parts for name, inner in names.items()}
+        )
+
+    @property
+    def base(self) -> dict[str, torch.Tensor]:
+        """The unpatched tensors."""
+        return self.held.tensors
 
     @property
     def size_bytes(self) -> int:

@@ -6,25 +6,26 @@
 | not whole | lent where they are, such as a file's mapped pages | an arena of their own |
 
 Patches are merged between jobs. Only tensors whose patches changed are computed again; then they are lent as the next
-generation, so that the workers read the new values.
+generation, so that the workers read the new values. A packed weight is written together with its companions.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xditd.client.arenas import Arena
 from xditd.client.client import Client
+from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.loans import Loan
 from xditd.ipc.errors import RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, ComputeDType
 from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
@@ -38,10 +39,18 @@ _UNFINISHED = (object(),)
 
 @dataclass(frozen=True)
 class Edit:
-    """A patched tensor: ``merge`` computes it from the unpatched one; equal ``recipe`` means equal result."""
+    """A patched tensor: ``merge`` computes it from the unpatched one; equal ``recipe`` means equal result.
+
+    For a packed weight ``merge`` takes the weight and its companions, and returns as many tensors.
+    """
 
     recipe: tuple[Any, ...]
-    merge: Callable[[torch.Tensor], torch.Tensor]
+    merge: Callable[..., torch.Tensor | Sequence[torch.Tensor]]
+
+    def merged(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Merge into a tensor and its companions."""
+        found = self.merge(*tensors)
+        return found if isinstance(found, Sequence) else [found]
 
 
 class RemoteWeights:
@@ -49,23 +58,26 @@ class RemoteWeights:
 
     def __init__(
         self,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor] | HeldTensors,
         *,
         kind: ComponentKind,
         label: str,
         device: str,
         is_whole: bool,
         connect: Callable[[], Client],
+        compute_dtype: ComputeDType | None = None,
     ) -> None:
         """Keep ``tensors`` by their checkpoint names; ``device`` is where ComfyUI would load them.
 
-        ``is_whole`` loads all of them into one arena there, else only patched ones.
+        ``is_whole`` loads all of them into one arena there, else only patched ones. ``compute_dtype`` is that of packed
+        weights.
 
         Raises:
-            Unsupported: quantised tensors.
+            Unsupported: quantised tensors that are not described.
         """
-        check_plain(tensors, label)
-        self.base = dict(tensors)
+        self.held = tensors if isinstance(tensors, HeldTensors) else HeldTensors(dict(tensors))
+        check_plain(self.held.tensors, label, self.held)
+        self.compute_dtype = compute_dtype
         self.kind = kind
         self.label = label
         self.connect = connect
@@ -75,6 +87,11 @@ class RemoteWeights:
         self._generation = 0
         self._merged: dict[str, tuple[Any, ...]] = {}
         self._loan: Loan | None = None
+
+    @property
+    def base(self) -> dict[str, torch.Tensor]:
+        """The unpatched tensors by name, with the companions of packed weights."""
+        return self.held.tensors
 
     @property
     def size_bytes(self) -> int:
@@ -113,7 +130,8 @@ class RemoteWeights:
             for name in gone:
                 del self._merged[name]  # the base tensor is lent again
             if self._arena is None or not edits.keys() <= self._arena.tensors.keys():
-                shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in edits}
+                names = [each for name in edits for each in self.held.group(name)]
+                shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in names}
                 self._replace_arena(Arena(shapes, self._device))
                 stale = set(edits)
             self._write(stale, set(), edits)
@@ -143,10 +161,17 @@ class RemoteWeights:
         names = sorted(stale | gone)
         # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
         self._merged.update(dict.fromkeys(names, _UNFINISHED))
-        for name in self._arena.fill({name: self.base[name] for name in names}):
+        owners = {each: name for name in names for each in self.held.group(name)}
+        missing = {name: len(self.held.group(name)) for name in names}
+        for each in self._arena.fill({each: self.base[each] for each in owners}):
+            name = owners[each]
+            missing[name] -= 1
+            if missing[name]:
+                continue  # a companion is still being copied
             if name in stale:
-                target = self._arena.tensors[name]
-                target.copy_(edits[name].merge(target))
+                targets = [self._arena.tensors[part] for part in self.held.group(name)]
+                for target, merged in zip(targets, edits[name].merged(targets), strict=True):
+                    target.copy_(merged)
                 self._merged[name] = edits[name].recipe
             else:
                 del self._merged[name]
@@ -174,18 +199,25 @@ class RemoteWeights:
         if self._is_whole:
             tensors: Mapping[str, torch.Tensor] = self._ensure_whole_arena().tensors
         elif self._arena is not None:
-            tensors = {**self.base, **{name: self._arena.tensors[name] for name in self._merged}}
+            patched = [each for name in self._merged for each in self.held.group(name)]
+            tensors = {**self.base, **{name: self._arena.tensors[name] for name in patched}}
         else:
             tensors = self.base
         older = self._loan
-        self._loan = self.connect().lend(tensors, kind=self.kind, label=self.label, generation=self._generation)
+        self._loan = self.connect().lend(
+            {**tensors, **self.held.markers},
+            kind=self.kind,
+            label=self.label,
+            generation=self._generation,
+            compute_dtype=self.compute_dtype,
+        )
         if older is not None and older.is_live:
             older.return_()
         return self._loan
 
 
-def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Refuse quantised weights, which the workers cannot compute with.
+def check_plain(tensors: Mapping[str, torch.Tensor], label: str, held: HeldTensors | None = None) -> None:
+    """Refuse quantised tensors, but those that ``held`` describes.
 
     Raises:
         Unsupported: fp8 or another packed dtype, or GGUF.
@@ -193,9 +225,10 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str) -> None:
     import torch
 
     plain = (torch.bfloat16, torch.float16, torch.float32)
+    known = set() if held is None else {each for name in held.packed for each in held.group(name)}
     packed = []
     for name, tensor in tensors.items():
-        if tells_nothing(bare_name(name)):
+        if name in known or tells_nothing(bare_name(name)):
             continue
         kind = type(tensor).__name__
         if "gg" in kind.lower():

@@ -12,8 +12,18 @@ from xditd.ipc.errors import Unsupported
 
 
 def cache_folder(name: str) -> Path:
-    """Return the path of one of xditd's folders in the user's folder for caches; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "xditd", name)
+    """Return the path of one of xditd's folders in the user's folder for caches; it may not exist yet.
+
+    For a user without a home it is below the root, where making it is refused.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache", "xditd", name)
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # the user of a container, who is in no list of users
+        return Path("/")
 
 
 def own_folder(folder: Path, why: str) -> Path:

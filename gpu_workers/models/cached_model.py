@@ -96,10 +96,11 @@ class CachedModel:
             self.packed_memory.scratch.reserve(self, self.scratch_bytes)
         return 0 if self._fast is None else self._fast.reserve()
 
-    def release(self) -> None:
-        """Free the reserved memory if nothing is plugged."""
+    def release(self, *, is_lent: bool = False) -> None:
+        """Free the reserved memory if nothing is plugged; that of the scratch buffer not while weights are lent."""
         if self.owner is None:
-            self.packed_memory.scratch.release(self)
+            if not is_lent:
+                self.packed_memory.scratch.release(self)
             if self._fast is not None:
                 self._fast.unplug()
 
@@ -117,12 +118,11 @@ class CachedModel:
         if bindings.keys() != self._slots.keys() | self.packed_layers.keys():
             differing = sorted(bindings.keys() ^ (self._slots.keys() | self.packed_layers.keys()))
             raise Internal(f"bindings do not match the {self.family.name} model: {listed(differing)}", names=differing)
+        self.reserve()  # first, since this can fail: it may have been released since the component was prepared
         for target, (parameters, name) in self._slots.items():
             bound = bindings[target]
             assert isinstance(bound, torch.Tensor)
             parameters[name] = torch.nn.Parameter(bound, requires_grad=False)
-        if self.packed_layers:
-            self.packed_memory.scratch.reserve(self, self.scratch_bytes)  # again: it was freed with the last component
         for target, layer in self.packed_layers.items():
             packed = bindings[target]
             assert isinstance(packed, PackedTensor)

@@ -140,9 +140,9 @@ class ClassModel:
             self.packed_memory.scratch.reserve(self, self.scratch_bytes)
         return 0
 
-    def release(self) -> None:
-        """Free the reserved memory if nothing is plugged."""
-        if self.owner is None:
+    def release(self, *, is_lent: bool = False) -> None:
+        """Free the reserved memory if nothing is plugged, and no weights are lent."""
+        if self.owner is None and not is_lent:
             self.packed_memory.scratch.release(self)
 
     def plug(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import torch
@@ -70,10 +70,10 @@ class ClassModels:
             self._graphs = CompiledGraphs(cache_folder("graphs"), self._layout.device)
         return self._graphs
 
-    def release_idle(self) -> None:
-        """Free the reserved memory of all modules without plugged weights."""
+    def release_idle(self, lent: Collection[int] = ()) -> None:
+        """Free the reserved memory of all modules without plugged weights; ``lent`` are the ids of models in use."""
         for model in self._models.values():
-            model.release()
+            model.release(is_lent=id(model) in lent)
 
     @property
     def paths(self) -> list[ForwardPaths]:

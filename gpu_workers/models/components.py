@@ -271,6 +271,9 @@ class Components:
                     component.match.model.unplug()
                 self._free(component)
                 self._release_idle()
+                others = (*self._prepared.values(), *self._plugged.values())
+                if all(each.match.model is not component.match.model for each in others):
+                    component.match.model.release()  # the caches may have dropped it
         if not self._plugged and not self._prepared and self._device.type == "cuda":
             torch.cuda.empty_cache()  # the working memory of jobs, gigabytes after a VAE
 
@@ -280,9 +283,10 @@ class Components:
             self.unmap(component_id)
 
     def _release_idle(self) -> None:
-        """Free the reserved memory of all models without plugged weights."""
-        self.models.release_idle()
-        self.class_models.release_idle()
+        """Free the reserved memory of all models without plugged weights, but not what lent ones need for a plug."""
+        lent = {id(each.match.model) for each in (*self._prepared.values(), *self._plugged.values())}
+        self.models.release_idle(lent)
+        self.class_models.release_idle(lent)
 
     def _plug(self, component: Component) -> None:
         component.match.model.plug(component.bindings, component.component_id, component.checkpoint)

@@ -62,10 +62,10 @@ class ModelCache:
         """The paths of the forwards of all fast paths."""
         return [model.paths for model in self._models.values() if model.paths is not None]
 
-    def release_idle(self) -> None:
-        """Free the reserved memory of all models without plugged weights."""
+    def release_idle(self, lent: Collection[int] = ()) -> None:
+        """Free the reserved memory of all models without plugged weights; ``lent`` are the ids of models in use."""
         for model in self._models.values():
-            model.release()
+            model.release(is_lent=id(model) in lent)
 
     def match(
         self,

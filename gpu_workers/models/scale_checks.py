@@ -7,7 +7,9 @@ from typing import Final
 
 import torch
 
+from xditd.gpu_workers.packed.dequantise import untiled
 from xditd.gpu_workers.packed.gguf_types import has_finite_scales
+from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.name_lists import listed
 from xditd.ipc.packed import GGUF_BLOCKS, PackedWeight
@@ -33,7 +35,8 @@ def check_scales(packed: Iterable[PackedWeight], tensors: Mapping[str, torch.Ten
             verdicts[weight.weight] = has_finite_scales(tensors[weight.weight], weight.format)
         for field, name in weight.companions.items():
             if field == "scale" and weight.format in _SOUND:
-                verdicts[name] = _SOUND[weight.format](tensors[name].view(torch.uint8)).all()
+                scales = untiled(PackedTensor.of(weight, tensors))  # not the padding of tiles, which nothing reads
+                verdicts[name] = _SOUND[weight.format](scales.view(torch.uint8)).all()
             else:
                 numbers[name] = tensors[name].reshape(-1).float()
                 of_inputs.update([name] if field == "input_scale" else [])

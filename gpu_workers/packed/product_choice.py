@@ -77,6 +77,8 @@ class ProductChoice:
         self._exchange = exchange
         self._is_leader = is_leader
         self._known: dict[ProductKind, Decision] = {}
+        self._fastest_of: dict[ProductKind, Decision] = {}
+        """By classes of kinds, on rank 0."""
         self._measured: dict[str, dict[str, float]] | None = None
 
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
@@ -87,23 +89,23 @@ class ProductChoice:
         return {kind: self._decide(kind) for kind in kinds}
 
     def _decide(self, kind: ProductKind) -> Decision:
-        reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
-        if self._mode == "never":
-            return Decision("reference", reason or "the setting native_products is never")
-        if self._mode == "auto" and self._device.type == "cpu":
-            return Decision("reference", reason or "on the CPU the setting native_products has to be always")
-        like = kind if reason else class_of(kind)
-        found = self._known.get(like)
+        if self._mode == "never" or (self._mode == "auto" and self._device.type == "cpu"):
+            why = "the setting native_products is never"
+            if self._mode == "auto":
+                why = "on the CPU the setting native_products has to be always"
+            return Decision("reference", kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device) or why)
+        found = self._known.get(kind)  # not by its class: which kinds qualify may depend on the rank's card
         if found is None:
-            found = self._known[like] = self._agree(like, reason)
+            found = self._known[kind] = self._agree(kind)
         return found
 
-    def _agree(self, kind: ProductKind, reason: str | None) -> Decision:
+    def _agree(self, kind: ProductKind) -> Decision:
         """Decide on rank 0; a product that one rank does not have runs on none."""
+        reason = kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device)
         own = Decision("reference", reason) if reason else Decision("native")
         if self._is_leader and reason is None and self._mode == "auto":
             try:
-                own = self._fastest(kind)
+                own = self._fastest(class_of(kind))
             except (Unsupported, OSError) as error:  # all ranks are in this exchange
                 own = Decision("reference", str(error))
         theirs = self._exchange(_NAMES.index(own.product))
@@ -113,6 +115,11 @@ class ProductChoice:
         return Decision(agreed)
 
     def _fastest(self, kind: ProductKind) -> Decision:
+        if kind not in self._fastest_of:
+            self._fastest_of[kind] = self._compare(kind)
+        return self._fastest_of[kind]
+
+    def _compare(self, kind: ProductKind) -> Decision:
         took = self._times(kind)
         if took is None:
             return Decision("reference", "products could not be measured; the log says why")
@@ -170,7 +177,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
             found = msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=_File)
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         logger.warning("measured products are not read: %s: %s", path, error)
         return {}
     if found.schema != _SCHEMA:

@@ -19,6 +19,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
+from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, out_of_memory
 from xditd.ipc.errors import OtherRankFailed, OutOfMemory, XditdError
 
 _VALUE_BITS: Final = 8
@@ -150,6 +151,11 @@ def raise_on_all_ranks(among: RankSet = RankSet.GROUP) -> Iterator[None]:
         fault = OutOfMemory(f"the GPU has no room: {error}".split("\n")[0])
     except XditdError as error:
         fault = error
+    except (MemoryError, RuntimeError) as error:
+        if not is_host_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        fault = out_of_memory(error)
     if agree(fault is None, among):
         return
     if fault is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from xditd.client.lending import describe
 from xditd.client.packed_weights import Packing, find_packing, packing_of_tensors
+from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, Unsupported, UnsupportedDtype
 from xditd.ipc.packed import PackedWeight
 
@@ -123,6 +126,22 @@ def test_metadata_names_layers_with_or_without_the_prefix_of_the_file() -> None:
     assert packing_with({**state, "b.a.weight": torch.ones(2, 2)}, text).packed == ()  # two layers may be meant
 
 
+def test_many_long_names_take_little_time_and_memory() -> None:
+    """With as many dots as a name can have; and metadata of a layer that is not there."""
+    count = limits.MAX_TENSORS // 8
+    state = {f"{'a.' * 240}{number}.weight": _Info("float8_e4m3fn", (2, 2)) for number in range(count)}
+    state |= {f"b{number}.scaled_fp8": _Info("float32", (1,)) for number in range(count)}
+    text = json.dumps({"layers": {"nowhere": {"format": "float8_e4m3fn"}}})
+    tracemalloc.start()
+    began_s = time.process_time()
+    found = find_packing(state, lambda _: b"", [("x", text)])
+    took_s, (_, peak_bytes) = time.process_time() - began_s, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.packed) == count
+    assert peak_bytes < 30 * 2**20
+    assert took_s < 10
+
+
 def test_metadata_and_a_marker_may_say_the_same() -> None:
     text = json.dumps({"layers": {"a": {"format": "float8_e4m3fn"}}})
     state = layer(weight_scale=ONE, comfy_quant=marker(format="float8_e4m3fn"))
@@ -191,6 +210,21 @@ def test_what_is_unknown_or_malformed_is_named(state: State, error: type[Request
 def test_metadata_that_is_malformed_is_refused(text: str) -> None:
     with pytest.raises(BadCheckpoint, match="_quantization_metadata"):
         packing_with(layer(), text)
+
+
+@pytest.mark.parametrize("config", [{"format": "x"}, {"format": "int8_tensorwise", "\ud800": 1}])
+def test_what_metadata_says_is_cut_and_printable_in_errors(config: dict[str, Any]) -> None:
+    text = json.dumps({"layers": {"\ud800" + 10**6 * "a": config}})
+    with pytest.raises(Unsupported) as caught:
+        find_packing({"a.weight": _Info("float8_e4m3fn", (2, 2))}, lambda _: b"", [("x", text)])
+    assert len(caught.value.detail) < 700
+    "".join((caught.value.detail, *caught.value.names)).encode()
+
+
+def test_a_marker_without_memory_is_refused() -> None:
+    state = layer(comfy_quant=marker(format="float8_e4m3fn").to("meta"))
+    with pytest.raises(BadRequest, match=r"tensor a\.comfy_quant is on device meta: only cpu and cuda tensors can be"):
+        packing_of_tensors(state)
 
 
 @pytest.mark.parametrize("packed_format", FORMATS)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
-from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight, packed_faults, stored_shape, weight_faults
+from xditd.ipc.packed import (
+    GGUF_BLOCKS,
+    MAX_GROUP,
+    PackedFormat,
+    PackedWeight,
+    packed_faults,
+    stored_shape,
+    weight_faults,
+)
 from xditd.ipc.tensors import Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 
@@ -88,6 +97,16 @@ def test_a_fault_is_one_sentence_that_names_the_tensor(
     assert len(found) == 1
     assert found[0].startswith(f"tensor w, packed as {packed.format}, ")
     assert says in found[0]
+
+
+def test_the_rotation_of_the_largest_group_takes_little_memory() -> None:
+    """It is a matrix in float32, which stays in memory: a small weight must not ask for gigabytes."""
+    assert 4 * MAX_GROUP**2 <= 4 * 2**20
+    raw = msgspec.msgpack.encode(PackedWeight("w", "int8_convrot", (1, 4**8), "w.s", group=MAX_GROUP))
+    assert msgspec.msgpack.decode(raw, type=PackedWeight).group == MAX_GROUP
+    raw = msgspec.msgpack.encode(PackedWeight("w", "int8_convrot", (1, 4**8), "w.s", group=4 * MAX_GROUP))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(raw, type=PackedWeight)
 
 
 def test_a_tensor_has_one_role() -> None:

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import torch
 from comfy_api.latest import io
 
-from xditd.client.comfyui.checkpoint_files import read_checkpoint
+from xditd.client.comfyui.checkpoint_files import read_with_metadata
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words, titles
+from xditd.client.comfyui.gguf_models import END, gguf_files, make_gguf_model
 from xditd.client.comfyui.patcher import make_model, plain_names
-from xditd.client.comfyui.weights import check_plain
+from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype
+from xditd.client.packed_markers import METADATA
 from xditd.ipc.errors import Unsupported
-
-DTYPES = {"default": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class XditUnetLoader(io.ComfyNode):
@@ -32,14 +31,17 @@ class XditUnetLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip=f"a safetensors file in models/diffusion_models or models/unet: {titles()}",
+                    options=sorted(
+                        {*folder_paths.get_filename_list("diffusion_models"), *gguf_files("diffusion_models")}
+                    ),
+                    tooltip=f"a safetensors or GGUF file in models/diffusion_models or models/unet: {titles()}",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(DTYPES),
+                    options=list(CHOICES),
                     default="default",
-                    tooltip="default keeps the file's dtype, without conversion",
+                    tooltip="default keeps the file's dtypes, without conversion; packed weights (int8, fp8 with "
+                    "scales) stay packed with every choice; fp8 casts all others as ComfyUI's own loader does",
                 ),
                 io.Int.Input(
                     "ulysses_degree",
@@ -55,23 +57,24 @@ class XditUnetLoader(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, ulysses_degree: int) -> Any:
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        return io.NodeOutput(load_unet(path, DTYPES[weight_dtype], ulysses_degree))
+        return io.NodeOutput(load_unet(path, CHOICES[weight_dtype], ulysses_degree))
 
 
-def load_unet(path: str, dtype: torch.dtype | None = None, ulysses_degree: int = 0) -> Any:
+def load_unet(path: str, choice: WeightDtype = CHOICES["default"], ulysses_degree: int = 0) -> Any:
     """Make a MODEL from a checkpoint file. It is lent when a sampler first needs it.
 
     Raises:
-        Unsupported: another model family, quantised weights, or a layout that the daemon does not have.
+        Unsupported: another model family, an unknown format of weights, or a layout that the daemon does not have.
+        BadCheckpoint: packed weights do not have the form of their format.
         DaemonUnreachable: no daemon runs.
     """
-    label = Path(path).stem
     check_layout(ulysses_degree)
-    tensors = plain_names(read_checkpoint(path))
-    check_plain(tensors, label)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return make_model(tensors, label)
+    if path.lower().endswith(END):
+        return make_gguf_model(path, choice)
+    tensors, metadata = read_with_metadata(path)
+    return make_model(
+        plain_names(tensors), Path(path).stem, choice=choice, quantization_metadata=metadata.get(METADATA)
+    )
 
 
 def check_layout(ulysses_degree: int) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from xditd.client import Unsupported
+from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
+from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind
 
 
@@ -20,7 +22,9 @@ class Lender:
         self.lends: list[tuple[dict[str, torch.Tensor], int]] = []
         self.live = 0
 
-    def lend(self, tensors: dict[str, torch.Tensor], *, kind: Any, label: str, generation: int) -> Loan:
+    def lend(
+        self, tensors: dict[str, torch.Tensor], *, kind: Any, label: str, generation: int, compute_dtype: str | None
+    ) -> Loan:
         self.lends.append(({name: tensor.clone() for name, tensor in tensors.items()}, generation))
         self.live += 1
         return Loan(self)
@@ -135,6 +139,35 @@ def test_release_gives_back_and_the_next_use_lends_again(weights, lender):
     weights.release()
     weights.apply({"b": add(1.0)})
     assert lender.lends[-1][0]["b"].tolist() == [2.0] * 4
+
+
+def test_a_packed_weight_is_patched_together_with_its_companions(lender):
+    packed = PackedWeight("b", "float8", (4,), scale="b_scale")
+    tensors = {"a": torch.zeros(4), "b": torch.ones(4).to(torch.float8_e4m3fn), "b_scale": torch.ones(())}
+    marker = torch.tensor([*b"{}"], dtype=torch.uint8)
+
+    def merge(weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        return [(weight.float() * 2).to(weight.dtype), scale * 3]
+
+    for is_whole in (False, True):
+        weights = RemoteWeights(
+            HeldTensors(dict(tensors), {"b": packed}, {"b.comfy_quant": marker}),
+            kind=ComponentKind.TRANSFORMER,
+            label="x",
+            device="cpu",
+            is_whole=is_whole,
+            connect=lambda: lender,  # type: ignore[arg-type, return-value]
+            compute_dtype="bfloat16",
+        )
+        weights.apply({"b": Edit((1,), merge)})
+        lent = lender.lends[-1][0]
+        assert (lent["b"].float().tolist(), lent["b_scale"].item()) == ([2.0] * 4, 3.0)
+        assert torch.equal(lent["b.comfy_quant"], marker)
+        weights.apply({})
+        lent = lender.lends[-1][0]
+        assert (lent["b"].float().tolist(), lent["b_scale"].item()) == ([1.0] * 4, 1.0)
+        weights.release()
+    assert lender.live == 0
 
 
 def test_quantised_weights_are_refused_by_name():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import packed_checkpoints
 import pytest
 import torch
 import z_image_models
@@ -159,3 +160,19 @@ def test_relatives_are_refused_by_name(comfy, stock, changes, says):
     family.check_config(stock.model.model_config, "a file")
     with pytest.raises(Unsupported, match=f"a file: {says}"):
         family.check_config(SimpleNamespace(unet_config=stock.model.model_config.unet_config | changes), "a file")
+
+
+@pytest.mark.parametrize(("format", "bar"), [("float8", TOLERANCE), ("old", TOLERANCE), ("int8_convrot", 2e-2)])
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+def test_packed(format, bar, through, comfy, connected, tmp_path, text, ksample, latent, relative_error):
+    """Stock dequantises fp8 on a CPU, and rounds the inputs of int8 layers, which the workers do not."""
+    from xditd.client.comfyui.accelerate import accelerate
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    prefix = "model.diffusion_model."
+    state = z_image_models.state_dict(0, CONFIG, names=z_image_models.COMFYUI, prefix=prefix)
+    path = packed_checkpoints.pack(state, format, torch.float32, prefix=prefix).save(tmp_path / "z.safetensors")
+    local = comfy.comfy.sd.load_diffusion_model(str(path))
+    expected = ksample(local, text(1), text(2), dict(latent))
+    ours = load_unet(str(path)) if through == "loader" else accelerate(local)
+    assert relative_error(ksample(ours, text(1), text(2), dict(latent)), expected) <= bar

@@ -12,9 +12,10 @@ import struct
 import msgspec
 import pytest
 import torch
+from packed_checkpoints import pack
 from safetensors.torch import load_file, save_file
 
-from xditd.client import BadCheckpoint, Client, LeaseLost, StaleSource, UnknownComponent, WorkersLost
+from xditd.client import BadCheckpoint, Client, LeaseLost, OutOfMemory, StaleSource, UnknownComponent, WorkersLost
 from xditd.client.lending import describe
 from xditd.ipc.replies import Lent, Returned
 from xditd.ipc.requests import Lend, ReturnLoan
@@ -67,6 +68,25 @@ def test_a_manifest_replayed_by_another_process(raw, files, start_script):
     manifest = msgspec.json.decode(child.stdout.readline(), type=Manifest)
     with pytest.raises(StaleSource):
         raw.lend(manifest)
+
+
+def test_packed_weights_that_are_larger_than_any_memory_once_dequantised(raw, files, tmp_path):
+    """All elements are one byte: the workers refuse together, and keep what else is lent."""
+    packed = pack(load_file(files.transformer), "plain", torch.float32)
+    with contextlib.closing(offer(packed.save(tmp_path / "x.safetensors"))) as offered:
+        manifest = offered.manifest
+        name = "txt_in.weight"
+        shape = next(each.shape[0] for each in manifest.tensors if each.name == name), 2**33
+        wide = [
+            msgspec.structs.replace(each, shape=shape, stride=(0, 0)) if each.name == name else each
+            for each in manifest.tensors
+        ]
+        packed_wide = [
+            msgspec.structs.replace(each, shape=shape) if each.weight == name else each for each in manifest.packed
+        ]
+        with pytest.raises(OutOfMemory, match="no room on the worker's device") as caught:
+            raw.lend(msgspec.structs.replace(manifest, tensors=tuple(wide), packed=tuple(packed_wide)))
+    assert "rebuilt" not in caught.value.detail
 
 
 def test_an_older_generation(raw, files):

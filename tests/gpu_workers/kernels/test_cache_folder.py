@@ -6,7 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from xditd.gpu_workers.kernels.cache_folder import remove_unused
+import pytest
+
+from xditd.gpu_workers.kernels.cache_folder import cache_folder, remove_unused
 
 DAY_S = 86_400.0
 
@@ -34,3 +36,14 @@ def test_only_folders_of_other_versions_that_were_not_used_are_removed(tmp_path:
     assert used.exists()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").exists()
+
+
+def test_a_user_without_a_home_has_a_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a container's: workers start, and whoever writes to the folder gets an error of the system."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder("products") == Path("/.cache/xditd/products")

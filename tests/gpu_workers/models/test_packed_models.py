@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import z_image_models
-from packed_checkpoints import FORMATS, Packed, pack
+from packed_checkpoints import FORMATS, Packed, pack, tiled
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
 from xditd.client.arenas import Arena
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
-from xditd.gpu_workers.models import registry, resolution
+from xditd.gpu_workers.models import class_models, registry, resolution
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.models.operations import Inputs
@@ -213,6 +213,69 @@ def test_one_scratch_buffer_serves_all_layers_and_is_freed_with_the_last_packed_
     assert scratch.size_bytes == 0
 
 
+def test_a_plug_without_room_for_the_scratch_buffer_holds_no_lent_memory(
+    rank: OneRank, direct: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL), "int8", torch.bfloat16)
+    component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"))
+    component.model.unplug()
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank.components.packed.scratch, "reserve", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            rank.components.get("a", "transformer")
+    assert all(each.is_meta for each in component.model.module.parameters())
+    given = flux1_given()
+    component = rank.components.get("a", "transformer")
+    assert torch.equal(direct.generate(component.model, **given, **SIZE), flux1_expected(packed.meant, given))
+
+
+def test_the_scratch_buffer_stays_for_lent_components_that_are_not_plugged(rank: OneRank) -> None:
+    """A job that plugs one must not find that other programs have taken the memory."""
+    packed = [pack(flux1_state_dict(seed, **SMALL), "int8", torch.bfloat16) for seed in (1, 2)]
+    first, second = (lend(rank, f"c{number}", each.tensors) for number, each in enumerate(packed))
+    assert first.model is second.model
+    scratch = rank.components.packed.scratch
+    size = scratch.size_bytes
+    rank.components.unmap("c1")
+    assert not first.is_loaded
+    assert scratch.size_bytes == size > 0
+    with pytest.raises(Unsupported):
+        lend(rank, "bad", {"layer.lora_A.weight": torch.ones(2, 2)})
+    assert scratch.size_bytes == size
+    rank.components.unmap("c0")
+    assert scratch.size_bytes == 0
+
+
+def test_a_module_that_its_cache_has_dropped_frees_the_scratch_buffer(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is lent, but not plugged, when many others are lent after it."""
+    from diffusers import FluxTransformer2DModel
+
+    monkeypatch.setattr(class_models, "MAX_MODELS", 1)
+    for number, layers in ((0, 1), (1, 1), (2, 2)):
+        model = FluxTransformer2DModel(
+            num_layers=layers, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, in_channels=4,
+            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        pack(model.state_dict(), "int8", torch.bfloat16).save(folder / "diffusion_pytorch_model.safetensors")
+    lent = [lend(rank, str(number), tmp_path / str(number)) for number in (0, 1)]
+    assert lent[0].class_model is lent[1].class_model
+    assert lent[0].class_model.packed_layers
+    rank.components.unmap("1")
+    lend(rank, "2", tmp_path / "2")
+    for component_id in "02":
+        assert rank.components.packed.scratch.size_bytes
+        rank.components.unmap(component_id)
+    assert rank.components.packed.scratch.size_bytes == 0
+
+
 def test_a_component_that_is_copied_keeps_its_packed_weights(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
     packed = pack(flux1_state_dict(0, **SMALL), "mxfp8", torch.bfloat16)
     component = lend(rank, "a", packed.save(tmp_path / "x.safetensors"))
@@ -303,6 +366,18 @@ def test_scales_that_are_not_numbers_are_named(
     assert rank.components.models.packed.scratch.size_bytes == 0
     tensors[name].view(-1)[0] = 1.0 if packed_format != "mxfp8" else 127
     lend(rank, "a", tensors)
+
+
+@pytest.mark.parametrize(("packed_format", "shared_by"), [("mxfp8", 32), ("nvfp4", 16)])
+def test_what_pads_tiles_of_scales_may_be_anything(rank: OneRank, packed_format: str, shared_by: int) -> None:
+    packed = pack(flux1_state_dict(0, **SMALL | {"context_dim": 32}), packed_format, torch.bfloat16)
+    meant = packed.meant["txt_in.weight"]
+    padding = tiled(torch.ones(len(meant), 32 // shared_by, dtype=torch.uint8)) == 0
+    assert padding.any()
+    packed.tensors["txt_in.weight_scale"].view(torch.uint8)[padding] = 0xFF
+    bound = lend(rank, "a", packed.tensors).bindings["context_embedder.weight"]
+    assert isinstance(bound, PackedTensor)
+    assert torch.equal(dequantise(bound, torch.empty_like(meant)), meant)
 
 
 def test_rows_inside_a_tile_of_scales_are_refused_by_name() -> None:

@@ -86,6 +86,8 @@ def test_the_reference_stays_unless_another_is_clearly_faster(tmp_path: Path, me
         b'{"schema": 99, "measured": {}}',
         b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"native": 9.0}}}',
         b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"reference": -1, "native": 9}}}',
+        b'{"schema": 1, "measured": {}, "more": ' + b"[" * 100_000,
+        b'{"schema": 1, "measured": {"\xff": {}}}',
     ],
 )
 def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Measurements, content: bytes) -> None:
@@ -140,7 +142,7 @@ class Exchange:
 
     def __init__(self, ranks: int) -> None:
         self._values = [0] * ranks
-        self._barrier = threading.Barrier(ranks, timeout=30)
+        self._barrier = threading.Barrier(ranks, timeout=5)
 
     def of(self, rank: int) -> Callable[[int], list[int]]:
         def exchange(value: int) -> list[int]:
@@ -175,6 +177,28 @@ def test_all_ranks_follow_what_rank_0_measures(tmp_path: Path, measured: Measure
 def test_a_product_that_one_rank_does_not_have_runs_on_none(tmp_path: Path, measured: Measurements) -> None:
     choice = ProductChoice("auto", GPU, tmp_path / "products", exchange=lambda value: [value, 0])
     assert choice.choose([INT8])[INT8].product == "reference"
+
+
+def test_ranks_whose_cards_differ_exchange_as_often(
+    tmp_path: Path, measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds of one class: the rank that has no such product must not wait for an exchange that others leave out."""
+    exchange, found = Exchange(2), {}
+    monkeypatch.setattr(
+        product_choice, "qualifies", lambda *_: "too old" if threading.current_thread().name == "1" else None
+    )
+    kinds = [FLOAT8, FLOAT8._replace(n=3584), INT8, FLOAT8]
+
+    def run(rank: int) -> None:
+        choice = ProductChoice("auto", GPU, tmp_path / "products", exchange=exchange.of(rank), is_leader=rank == 0)
+        found[rank] = [each.product for each in choice.choose(kinds).values()]
+
+    threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {rank: ["reference"] * 3 for rank in range(2)}
 
 
 def test_a_file_can_rule_native_products_out(tmp_path: Path, measured: Measurements) -> None:

@@ -36,6 +36,17 @@ def _use(seen: list[weakref.ref[_Mapping]]) -> None:
         _fail(mapping)
 
 
+def test_a_host_without_memory_is_an_error_of_all_ranks_too() -> None:
+    """Such as for the scratch buffer of packed weights: other ranks must not wait for this one."""
+    with (
+        pytest.raises(OutOfMemory, match=r"no room on the worker's device: .*can't allocate memory"),
+        raise_on_all_ranks(),
+    ):
+        torch.empty(2**46, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a defect"), raise_on_all_ranks():
+        raise RuntimeError("a defect")
+
+
 def test_out_of_memory_is_typed_and_holds_nothing() -> None:
     seen: list[weakref.ref[_Mapping]] = []
     with pytest.raises(OutOfMemory, match=r"the GPU has no room: no room beside _Mapping$") as caught:
