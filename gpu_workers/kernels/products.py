@@ -82,15 +82,28 @@ class Linear(NamedTuple):
     bias: torch.Tensor
 
 
-class SixteenBit:
+class TensorRows:
+    """What products have in common whose rows are plain tensors."""
+
+    label = "fused"
+    tolerance = TOLERANCE
+
+    def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows[:text_rows], rows[text_rows:]
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        return triton_kernels.add_and_modulate(x, **given)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class SixteenBit(TensorRows):
     """Products of the lent weights themselves: lossless. (float32 on the CPU, in tests.)
 
     Two products with GELU in the epilogue of one are faster than a single product with a GELU kernel: the intermediate
     is not written and read once more, and under full load power is the limit.
     """
-
-    label = "fused"
-    tolerance = TOLERANCE
 
     def __init__(self) -> None:
         self._checkpoint: Mapping[str, torch.Tensor] = {}
@@ -106,15 +119,6 @@ class SixteenBit:
 
     def linear(self, name: str, rows: slice = slice(None)) -> Linear:
         return Linear(self._checkpoint[f"{name}.weight"][rows].t(), self._checkpoint[f"{name}.bias"][rows])
-
-    def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows[:text_rows], rows[text_rows:]
-
-    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        return triton_kernels.add_and_modulate(x, **given)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
     def multiply(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         torch.addmm(linear.bias, rows, linear.weight, out=out)

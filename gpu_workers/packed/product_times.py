@@ -43,7 +43,7 @@ class ProductKind(NamedTuple):
     def of(cls, packed: PackedTensor, dtype: torch.dtype) -> ProductKind:
         """Return the kind of a whole packed matrix: it has to be the same on all ranks."""
         n, k = packed.shape
-        refusal = "" if packed.quantises_input else "the file asks for products that do not round the input"
+        refusal = "" if packed.quantises_input else "the file does not allow that the input is rounded"
         if packed.values.dtype == torch.float8_e5m2:
             refusal = "float8_e5m2 has no native product"
         return cls(packed.format, k, n, packed.group, dtype, packed.input_scale is not None, refusal)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.products import TOLERANCE, Linear, project_up
+from xditd.gpu_workers.kernels.products import Linear, TensorRows, project_up
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
@@ -58,14 +58,11 @@ class Dequantiser:
         return Projection(weight[rows], bias[rows].to(self.dtype))
 
 
-class PackedWeightProducts:
+class PackedWeightProducts(TensorRows):
     """Products of dequantised weights: those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit` otherwise.
 
     ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.
     """
-
-    label = "fused"
-    tolerance = TOLERANCE
 
     def __init__(self, dequantiser: Dequantiser, largest: int) -> None:
         self.dequantiser = dequantiser
@@ -87,15 +84,6 @@ class PackedWeightProducts:
 
     def linear(self, name: str, rows: slice = slice(None)) -> Projection:
         return self.dequantiser.projection(self._checkpoint, name, rows)
-
-    def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows[:text_rows], rows[text_rows:]
-
-    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        return triton_kernels.add_and_modulate(x, **given)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
     def multiply(self, rows: torch.Tensor, linear: Projection, out: torch.Tensor) -> None:
         done = self.dequantiser.native(rows, linear)

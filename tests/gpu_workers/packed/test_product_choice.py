@@ -215,7 +215,7 @@ def test_a_file_can_rule_native_products_out(tmp_path: Path, measured: Measureme
     assert kinds[0] == ProductKind("float8", 16, 8, 0, torch.bfloat16)
     found = ProductChoice("always", GPU, tmp_path).choose(kinds)
     assert [each.product for each in found.values()] == ["native", "reference", "reference", "native"]
-    assert found[kinds[1]].reason == "the file asks for products that do not round the input"
+    assert found[kinds[1]].reason == "the file does not allow that the input is rounded"
     assert found[kinds[2]].reason == "float8_e5m2 has no native product"
 
 
