@@ -9,7 +9,7 @@ from typing import Final
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.transports import gguf_header, gguf_pairs, safetensors_header
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.safetensors_header import Header
+from xditd.ipc.transports.stored_tensors import Header
 
 _LLAMA_CPP: Final = re.compile(r"^token_embd\.weight$|^(?:[a-z]+\.)?blk\.\d+\.")
 """Names that llama.cpp gives to tensors; converters of diffusion models keep those of the original checkpoint."""

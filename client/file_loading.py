@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xditd.client.arenas import Arena
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.safetensors_header import Header
+from xditd.ipc.transports.stored_tensors import Header
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Manifest
-from xditd.ipc.transports.safetensors_header import Header
+from xditd.ipc.transports.stored_tensors import Header
 
 if TYPE_CHECKING:
     import torch

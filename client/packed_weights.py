@@ -13,7 +13,7 @@ from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.packed import PackedWeight, TensorLike, packed_faults
 from xditd.ipc.transports.file import LentFile
-from xditd.ipc.transports.safetensors_header import Header
+from xditd.ipc.transports.stored_tensors import Header
 
 if TYPE_CHECKING:
     import torch

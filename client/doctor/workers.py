@@ -15,6 +15,7 @@ PROBE_DEADLINE_S: Final = 180.0
 """Importing xfuser takes most of the time: seconds on a warm disk, a minute on a cold or busy one."""
 
 NEEDED: Final = ("torch", "xfuser", "diffusers", "transformers", "accelerate", "triton", "safetensors")
+OPTIONAL: Final = ("peft", "comfy-kitchen")
 _GIB: Final = 2**30
 
 
@@ -55,7 +56,7 @@ def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
     found = [
         ok(
             "workers' libraries",
-            ", ".join(f"{name} {packages[name]}" for name in (*NEEDED, "peft") if name in packages),
+            ", ".join(f"{name} {packages[name]}" for name in (*NEEDED, *OPTIONAL) if name in packages),
         )
     ]
     found += _check_gpus(facts)

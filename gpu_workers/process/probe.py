@@ -22,6 +22,7 @@ PACKAGES: Final = (
     "transformers",
     "accelerate",
     "peft",
+    "comfy-kitchen",
     "triton",
     "safetensors",
     "cuda-bindings",

@@ -19,7 +19,7 @@ from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
 from xditd.ipc.transports.gguf_pairs import ARCHITECTURE, GgufPairs, GgufReader, read_pairs
-from xditd.ipc.transports.safetensors_header import Header, StoredTensor
+from xditd.ipc.transports.stored_tensors import Header, StoredTensor, aligned, check_coverage
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -93,10 +93,10 @@ def read_header(fd: int, path: str) -> Header:
         raise reader.refuse(f"{pair_count} key-value pairs; at most {limits.MAX_GGUF_PAIRS} are read")
     pairs = read_pairs(reader, pair_count)
     infos = _read_infos(reader, tensor_count)
-    data_start = _aligned(reader.at, pairs.alignment)
+    data_start = aligned(reader.at, pairs.alignment)
     found = [_stored(info, data_start, pairs, reader) for info in infos]
     tensors = tuple(stored for stored, _ in found)
-    _check_coverage(tensors, data_start, pairs.alignment, reader)
+    check_coverage(tensors, path, data_start=data_start, file_bytes=reader.file_bytes, alignment=pairs.alignment)
     return Header(
         reader.at,
         tensors,
@@ -177,25 +177,3 @@ def _stored(
     row_bytes = columns // block.numbers * block.size_bytes
     stored = StoredTensor(info.name, "uint8", (shape[0], row_bytes), start, shape[0] * row_bytes)
     return stored, PackedWeight(info.name, packed, shape)
-
-
-def _check_coverage(tensors: tuple[StoredTensor, ...], data_start: int, alignment: int, reader: GgufReader) -> None:
-    """Check that tensors follow each other, each padded to the alignment, and nothing follows the last one."""
-    end = data_start
-    for stored in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
-        padded = _aligned(end, alignment)
-        if stored.offset_bytes != padded:
-            how = "overlaps the tensor before it" if stored.offset_bytes < padded else "leaves a gap before it"
-            raise reader.refuse(f"tensor {stored.name!r:.200} starts at byte {stored.offset_bytes} and {how}")
-        end = padded + stored.size_bytes
-        if end > reader.file_bytes:
-            raise reader.refuse(
-                f"tensor {stored.name!r:.200} ends at byte {end} of {reader.file_bytes}; the file is truncated: "
-                "get it again"
-            )
-    if reader.file_bytes >= end + alignment:
-        raise reader.refuse(f"tensors end at byte {end} of {reader.file_bytes}; bytes follow the last tensor")
-
-
-def _aligned(offset_bytes: int, alignment: int) -> int:
-    return -(-offset_bytes // alignment) * alignment

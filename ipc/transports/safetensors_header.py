@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.file_kinds import START_BYTES, kind_of
-from xditd.ipc.packed import PackedWeight
+from xditd.ipc.transports.stored_tensors import Header, StoredTensor, check_coverage
 
 _DTYPES: Final[dict[str, DType]] = {
     "BOOL": "bool",
@@ -35,29 +33,6 @@ _DTYPES: Final[dict[str, DType]] = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in the file; ``offset_bytes`` counts from the file's start."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    offset_bytes: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a file: its first ``length_bytes``, in a safetensors file with the 8 bytes of the length itself."""
-
-    length_bytes: int
-    tensors: tuple[StoredTensor, ...]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """What the writer of the file says of it."""
-    packed: tuple[PackedWeight, ...] = ()
-    """The packed weights of a GGUF file, whose header has their types. In a safetensors file, names tell them."""
 
 
 def read_header(fd: int, path: str) -> Header:
@@ -87,7 +62,7 @@ def read_header(fd: int, path: str) -> Header:
         )
     entries = _parse(os.pread(fd, length, 8), path)
     tensors = tuple(_stored(name, entry, 8 + length, path) for name, entry in entries.items() if name != "__metadata__")
-    _check_coverage(tensors, 8 + length, file_bytes, path)
+    check_coverage(tensors, path, data_start=8 + length, file_bytes=file_bytes)
     metadata = entries.get("__metadata__")
     texts = metadata if isinstance(metadata, dict) else {}  # whatever else is there, no tensor depends on it
     return Header(8 + length, tensors, {key: text for key, text in texts.items() if isinstance(text, str)})
@@ -143,16 +118,3 @@ def _is_unicode(text: str) -> bool:
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value <= limits.MAX_BYTES for value in values)
-
-
-def _check_coverage(tensors: tuple[StoredTensor, ...], data_start: int, file_bytes: int, path: str) -> None:
-    """Check that each byte of data belongs to one tensor: the format allows no overlaps and no gaps."""
-    end = data_start
-    for stored in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
-        if stored.offset_bytes != end:
-            how = "overlaps the tensor before it" if stored.offset_bytes < end else "leaves a gap before it"
-            raise BadCheckpoint(f"{path}: tensor {stored.name!r} starts at byte {stored.offset_bytes} and {how}")
-        end += stored.size_bytes
-    if end != file_bytes:
-        what = "the file is truncated: get it again" if end > file_bytes else "bytes follow the last tensor"
-        raise BadCheckpoint(f"{path}: tensors end at byte {end} of {file_bytes}; {what}")

@@ -21,7 +21,7 @@ from xditd.ipc import codec
 from xditd.ipc.codec import encode, request_decoder
 from xditd.ipc.errors import BadCheckpoint, BadMessage
 from xditd.ipc.transports import gguf_header, gguf_pairs, safetensors_header
-from xditd.ipc.transports.safetensors_header import Header
+from xditd.ipc.transports.stored_tensors import Header
 
 
 def decode_request(data: bytes) -> None:

@@ -31,6 +31,12 @@ def test_machine_without_faults():
         assert words in details
 
 
+def test_optional_packages_are_named_where_they_are():
+    packages = SOUND["packages"] | {"comfy-kitchen": "0.2"}
+    named = [workers.check_workers(SOUND | {"packages": each})[0].detail for each in (packages, SOUND["packages"])]
+    assert ["comfy-kitchen 0.2" in each for each in named] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -32,7 +32,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.packed import GGUF_BLOCKS, PackedWeight, packed_faults
 from xditd.ipc.transports.gguf_header import read_header
-from xditd.ipc.transports.safetensors_header import Header, StoredTensor
+from xditd.ipc.transports.stored_tensors import Header, StoredTensor
 
 Read = Callable[[bytes], Header]
 Refused = Callable[[bytes], str]

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint
-from xditd.ipc.transports.safetensors_header import Header, read_header
+from xditd.ipc.transports.safetensors_header import read_header
+from xditd.ipc.transports.stored_tensors import Header
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 Read = Callable[[Path], Header]
