@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from xditd.client import BadCheckpoint, Unsupported
 from xditd.client.demo import checkpoints
 from xditd.client.packed_weights import packing_of_tensors
+from xditd.ipc.tensors import Tier
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -219,17 +220,16 @@ def test_the_workers_loop_and_the_memory_that_is_lent(packed, stock, sample, xsa
     path = packed("float8")
     local = stock(path)
     expected = sample(local)
-    for model in (remote_of(path), accelerated(local)):
+    remote = remote_of(path)
+    for model in (remote, accelerated(local)):
         ours, _, note = xsample(model, positive=conditioning(1), negative=conditioning(2))
         assert note.startswith("fused: 4 steps in the workers")
         assert relative_error(ours, expected) <= TOLERANCE
-        print(
-            "TIERS",
-            model.weights.loan.tiers,
-            model.weights.loan.copied,
-            model.weights.loan.lent_bytes,
-            model.weights.loan,
-        )
+        assert Tier.FILE in model.weights.loan.tiers
+        weight = local.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+        if model.model is not remote.model:
+            assert model.weights.base["double_blocks.0.img_attn.qkv.weight"].data_ptr() == weight._qdata.data_ptr()
+    assert remote.weights.loan.tiers == (Tier.FILE,)
 
 
 PRODUCTS = [
