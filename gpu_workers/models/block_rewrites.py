@@ -1,4 +1,4 @@
-"""Rewrite graphs of blocks before they are compiled, where the compiler knows no good kernel."""
+"""Rewrite graphs of blocks before they are compiled, where the compiler has no good kernel."""
 
 from __future__ import annotations
 

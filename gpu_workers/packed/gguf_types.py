@@ -40,15 +40,6 @@ _IQ4_NUMBERS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 """What four bits stand for in the IQ4 types (``kvalues_iq4nl``)."""
 
 
-def dequantise(blocks: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return the numbers of blocks, uint8 (rows, bytes of a row) of a type in ``GGUF_BLOCKS``, as (rows, columns)."""
-    block = GGUF_BLOCKS[kind]
-    rows, row_bytes = blocks.shape
-    out = torch.empty(rows, row_bytes // block.size_bytes * block.numbers, dtype=dtype, device=blocks.device)
-    dequantise_into(blocks, kind, out)
-    return out
-
-
 def dequantise_into(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
     """Write the numbers of blocks into ``out``, which is contiguous, on the same device, and has as many rows."""
     block, dequantise_blocks = GGUF_BLOCKS[kind], _DEQUANTISERS[kind]

@@ -195,3 +195,14 @@ def write_model(
     pairs = [string_pair("general.architecture", architecture), number_pair("general.alignment", alignment)]
     path.write_bytes(gguf_bytes(tensors, pairs, alignment=alignment))
     return packed
+
+
+def dequantise(blocks: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the workers make of blocks, uint8 (rows, bytes of a row), as (rows, columns)."""
+    from xditd.gpu_workers.packed.gguf_types import dequantise_into
+
+    block = GGUF_BLOCKS[kind]
+    rows, row_bytes = blocks.shape
+    out = torch.empty(rows, row_bytes // block.size_bytes * block.numbers, dtype=dtype, device=blocks.device)
+    dequantise_into(blocks, kind, out)
+    return out

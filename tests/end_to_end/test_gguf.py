@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import z_image_models
-from gguf_files import write_model
+from gguf_files import dequantise, write_model
 from safetensors.torch import load_file
 
 from xditd.client import BadCheckpoint, StaleSource, Unsupported
 from xditd.client.cli.main import main
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.z_image.config import ZImageConfig
-from xditd.gpu_workers.packed.gguf_types import dequantise
 
 BAR = 1e-6
 Z_IMAGE = ZImageConfig(hidden=768, layers=1, refiners=1, text_channels=64)

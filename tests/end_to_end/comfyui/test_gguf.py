@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import write_model
+from gguf_files import dequantise, write_model
 from safetensors.torch import save_file
 
 from xditd.client import BadCheckpoint, Unsupported
 from xditd.client.demo import checkpoints
-from xditd.gpu_workers.packed.gguf_types import dequantise
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import z_image_models
-from gguf_files import SCALES, write_model
+from gguf_files import SCALES, dequantise, write_model
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.z_image.config import ZImageConfig
 from xditd.gpu_workers.models.operations import Inputs
-from xditd.gpu_workers.packed.gguf_types import dequantise
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.packed import GGUF_BLOCKS

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import SCALES, hostile_blocks
+from gguf_files import SCALES, dequantise, hostile_blocks
 
 from xditd.gpu_workers.packed import gguf_types
-from xditd.gpu_workers.packed.gguf_types import dequantise, dequantise_into, has_finite_scales
+from xditd.gpu_workers.packed.gguf_types import dequantise_into, has_finite_scales
 from xditd.ipc.packed import GGUF_BLOCKS
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "gguf_blocks.json").read_text())
