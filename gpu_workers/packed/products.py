@@ -59,7 +59,9 @@ class Dequantiser:
 
 
 class PackedWeightProducts(TensorRows):
-    """Products of dequantised weights: those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit` otherwise.
+    """Native products of packed weights where they were chosen, else products of the dequantised weights.
+
+    The latter are those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit`.
 
     ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.
     """
