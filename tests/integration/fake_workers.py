@@ -35,7 +35,7 @@ from xditd.ipc.facts import (
 from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
-from xditd.ipc.status import FusedCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
 from xditd.ipc.worker_messages import CallResults, DigestIo, Prepare, RankTally, Run
 
@@ -213,6 +213,10 @@ class FakeExecutor:
 
     def tally(self) -> RankTally:
         checks, self.checks = self.checks, []
+        paths = [
+            ForwardPath(class_name="Fake", split="whole", shapes=each.case, path="eager", took_s=0.0, memory_bytes=0)
+            for each in checks
+        ]
         return RankTally(
             loaded=len(self.plugged),
             models_built=min(1, self.plugs),
@@ -220,6 +224,8 @@ class FakeExecutor:
             plugs=self.plugs,
             memory_bytes=1000 * len(self.plugged) + len(self.clients),
             fused_checks=tuple(checks),
+            forward_paths=tuple(paths),
+            packed_products=(PackedProducts(format="int8", reference=self.plugs, native=0),),
         )
 
     def after_answer(self) -> None:
