@@ -116,9 +116,9 @@ def measure(
         latents = job.result().latents.float().cpu()
         if number >= 2:
             step_ms.append((time.perf_counter() - began) * 1e3 / given.steps)
-    workers = {worker.pid for worker in client.status().workers}
-    used = [size for pid, size in gpu_memory_by_process().items() if pid in workers]
     status = client.status()
+    workers = {worker.pid for worker in status.workers}
+    used = [size for pid, size in gpu_memory_by_process().items() if pid in workers]
     products = [f"{each.format}: {each.reference} / {each.native}" for each in status.packed_products]
     found = {
         "step_ms": round(statistics.median(step_ms), 2),

@@ -25,6 +25,7 @@ from typing import Any
 
 import flux
 import torch
+from kernel_profile import kind_of
 from measuring import Report, add_ranks, need_gpus, print_table, run_on_ranks
 
 from xditd.client.demo.flux1_calls import image_ids
@@ -32,11 +33,6 @@ from xditd.client.demo.flux1_calls import image_ids
 LOSSLESS = ("plain", "compiled", "fused", "captured")
 WAYS = (*LOSSLESS, "fp8")
 PARITY_STEPS = 12
-CATEGORIES = (
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "_multiply_vectors", "gemv")),
-    ("attention", ("sdpa", "flash", "fmha", "cudnn_generated")),
-    ("communication", ("nccl", "_barrier", "_send_rows")),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,10 +177,7 @@ def profile(step: Callable[[], object]) -> dict[str, Any]:
     names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for event in recorded.key_averages():
         took_ms = event.self_device_time_total / 1e3
-        kind = next(
-            (label for label, marks in CATEGORIES if any(mark in event.key.lower() for mark in marks)), "the rest"
-        )
-        kinds[kind] += took_ms
+        kinds[kind_of(event.key)] += took_ms
         names[event.key[:90]][0] += took_ms
         names[event.key[:90]][1] += event.count
     top = sorted(((took, int(count), name) for name, (took, count) in names.items()), reverse=True)[:16]
