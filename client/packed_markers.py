@@ -44,6 +44,13 @@ _KNOWN: Final = frozenset({"format", "params", "full_precision_matrix_mult", "co
 _GROUP: Final = 256
 
 
+def name_in_markers(packed_format: PackedFormat, dtype: str) -> str:
+    """Return the name that markers, and ComfyUI, have for a format; ``dtype`` is that of the weight."""
+    if packed_format == "float8":
+        return dtype
+    return "int8_tensorwise" if packed_format.startswith("int8") else packed_format
+
+
 @dataclass(frozen=True, slots=True)
 class LayerFormat:
     """What a marker says of one layer. ``stored_as`` is the dtype of its weight, if the marker says that, too."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import comfy.float
 import comfy.lora
@@ -20,13 +20,11 @@ import comfy.utils
 import torch
 
 from xditd.client.comfyui.weights import Edit
+from xditd.client.packed_markers import name_in_markers
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComputeDType
 from xditd.ipc.transports.tensor_views import torch_dtype
-
-_FORMATS: Final = {"int8": "int8_tensorwise", "int8_convrot": "int8_tensorwise"}
-"""ComfyUI's names of formats, where they are others; those of fp8 are the dtypes."""
 
 
 class _ById:
@@ -71,8 +69,8 @@ def quantised_tensor(packed: PackedWeight, tensors: Sequence[torch.Tensor], dtyp
             f"XDiT: {packed.weight} is fp8 with a scale for each row, which ComfyUI cannot patch; "
             "remove the LoRA or merging node, or load a file with one scale for each weight"
         )
-    name = str(weight.dtype).removeprefix("torch.") if packed.format == "float8" else packed.format
-    layout = comfy.quant_ops.QUANT_ALGOS[_FORMATS.get(name, name)]["comfy_tensor_layout"]
+    name = name_in_markers(packed.format, str(weight.dtype).removeprefix("torch."))
+    layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
     params: dict[str, Any] = {"scale": given["scale"], "orig_dtype": torch_dtype(dtype), "orig_shape": packed.shape}
     if packed.format == "nvfp4":
         params |= {"scale": given["scale_2"], "block_scale": given["scale"].view(torch.float8_e4m3fn)}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from xditd.client.packed_markers import MARKER
+from xditd.client.packed_markers import MARKER, name_in_markers
 from xditd.client.packed_weights import Packing, packing_of_tensors
 from xditd.ipc.errors import RequestError, Unsupported, named
 from xditd.ipc.packed import SCALED_COLUMNS, PackedWeight
@@ -132,11 +132,7 @@ def _companion(packed: PackedWeight, role: str, tensor: torch.Tensor) -> torch.T
 def _marker(packed: PackedWeight, weight: torch.Tensor) -> torch.Tensor:
     import torch
 
-    config: dict[str, Any] = {"format": packed.format}
-    if packed.format == "float8":
-        config["format"] = str(weight.dtype).removeprefix("torch.")
-    elif packed.format.startswith("int8"):
-        config["format"] = "int8_tensorwise"
+    config: dict[str, Any] = {"format": name_in_markers(packed.format, str(weight.dtype).removeprefix("torch."))}
     if packed.format == "int8_convrot":
         config |= {"convrot": True, "convrot_groupsize": packed.group}
     if not packed.quantises_input:
