@@ -15,7 +15,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.field_types import ITEM_BYTES, Bytes, Count, Described, DType, Name, Shape
-from xditd.ipc.packed import PackedWeight, packed_faults
+from xditd.ipc.packed import PackedFormat, PackedWeight, packed_faults
 
 Inode = Annotated[int, msgspec.Meta(ge=0)]
 """All 64 bits, as MessagePack allows: overlay file systems put a layer's number into the highest ones."""
@@ -193,6 +193,23 @@ class Manifest(Described, frozen=True, kw_only=True):
     @property
     def tensor_bytes(self) -> int:
         return sum(spec.extent_bytes for spec in self.tensors)
+
+    @property
+    def bytes_by_dtype(self) -> dict[DType, int]:
+        """Bytes of tensors of each dtype."""
+        found: dict[DType, int] = {}
+        for spec in self.tensors:
+            found[spec.dtype] = found.get(spec.dtype, 0) + spec.extent_bytes
+        return found
+
+    @property
+    def bytes_by_format(self) -> dict[PackedFormat, int]:
+        """Bytes of packed weights with their companions, by format."""
+        sizes = {spec.name: spec.extent_bytes for spec in self.tensors}
+        found: dict[PackedFormat, int] = {}
+        for each in self.packed:
+            found[each.format] = found.get(each.format, 0) + sum(sizes[name] for name in each.names)
+        return found
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,6 @@ from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.entries import Bindings, Slice
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.models.packed_weights import (
-    bytes_by_format,
     choose_products,
     dequantise_once,
     with_product,
@@ -22,7 +20,6 @@ from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.field_types import DType
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.tensor_views import dtype_name
@@ -124,16 +121,13 @@ class CheckpointMatch:
             vae = model.operations_for(kind).facts(self.config)
         else:
             text_encoder = model.operations_for(kind).facts(self.config)
-        sizes: Counter[DType] = Counter()
-        for spec in manifest.tensors:
-            sizes[spec.dtype] += spec.extent_bytes
         return ComponentFacts(
             family=self.family.name,
             class_name=class_of(model.module),
             kind=ComponentKind(kind),
             dtype=dtype_name(self.dtype),
-            bytes_by_dtype=dict(sizes),
-            bytes_by_format=bytes_by_format(manifest),
+            bytes_by_dtype=manifest.bytes_by_dtype,
+            bytes_by_format=manifest.bytes_by_format,
             scratch_bytes=model.scratch_bytes,
             transformer=transformer,
             vae=vae,

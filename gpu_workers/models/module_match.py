@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,12 +10,11 @@ import torch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import bytes_by_format, choose_products, with_product
+from xditd.gpu_workers.models.packed_weights import choose_products, with_product
 from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.facts import ComponentFacts, ModuleFacts
-from xditd.ipc.field_types import DType
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.tensor_views import dtype_name
@@ -114,16 +112,13 @@ class ModuleMatch:
 
     def facts(self, manifest: Manifest) -> ComponentFacts:
         """Return the facts that clients get of a component."""
-        sizes: Counter[DType] = Counter()
-        for spec in manifest.tensors:
-            sizes[spec.dtype] += spec.extent_bytes
         return ComponentFacts(
             family=self.model.class_name,
             class_name=self.model.class_name,
             kind=ComponentKind.MODULE,
             dtype=dtype_name(self.dtype),
-            bytes_by_dtype=dict(sizes),
-            bytes_by_format=bytes_by_format(manifest),
+            bytes_by_dtype=manifest.bytes_by_dtype,
+            bytes_by_format=manifest.bytes_by_format,
             scratch_bytes=self.model.scratch_bytes,
             module=ModuleFacts(
                 methods=self.model.methods(),

@@ -14,8 +14,7 @@ from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.product_times import ProductKind
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
-from xditd.ipc.packed import PackedFormat, PackedWeight
-from xditd.ipc.tensors import Manifest
+from xditd.ipc.packed import PackedWeight
 
 
 def linear_targets(
@@ -80,12 +79,3 @@ def with_product(packed: PackedTensor, decision: Decision | None, counts: Packed
     if native is None:
         counts.why_not_native[packed.format] = memory_fault(packed.values) or ""
     return replace(packed, native=native)
-
-
-def bytes_by_format(manifest: Manifest) -> dict[PackedFormat, int]:
-    """Return the bytes of packed weights with their companions, by format."""
-    sizes = {spec.name: spec.extent_bytes for spec in manifest.tensors}
-    found: dict[PackedFormat, int] = {}
-    for each in manifest.packed:
-        found[each.format] = found.get(each.format, 0) + sum(sizes[name] for name in each.names)
-    return found
