@@ -102,13 +102,6 @@ class PeerExchange:
         memory.barrier()
         return memory.tensor(heads_bytes, attended.dtype, shape).clone()
 
-    def close(self) -> None:
-        """Free the memory."""
-        while self._memory:
-            memory = self._memory.popitem()[1]
-            if memory is not None:
-                memory.close()
-
     def _reserve(self, heads_bytes: int) -> tuple[PeerMemory, int] | None:
         """Return memory with room for so many bytes of heads, or for a third of them of tokens, which come after them.
 

@@ -334,7 +334,6 @@ def run_rank(rank: int, ranks: int, folder: str, device_type: str) -> None:
         dist.destroy_process_group(group)
     if peers is not None:
         found |= peers_faults(peers)
-        peers.close()
     Path(folder, f"ranks{ranks}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
