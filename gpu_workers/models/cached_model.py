@@ -16,7 +16,8 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes
+from xditd.gpu_workers.packed.embedding import PackedEmbedding
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -28,7 +29,7 @@ class CachedModel:
     """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
-    ``packed_layers`` are the layers that multiply packed weights, by the names of these.
+    ``packed_layers`` are the layers that multiply packed weights or look up their rows, by the names of these.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class CachedModel:
         layout: ParallelLayout,
         module: torch.nn.Module,
         exceptions: Mapping[str, torch.dtype],
-        packed_layers: Mapping[str, PackedLinear],
+        packed_layers: Mapping[str, PackedLinear | PackedEmbedding],
         packed_memory: PackedMemory,
     ) -> None:
         self.family = family
@@ -52,7 +53,7 @@ class CachedModel:
         self.owner: str | None = None
         self.operations = operations
         self.packed_layers = packed_layers
-        self.scratch_bytes = largest_bytes(packed_layers)
+        self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
         self.packed_memory = packed_memory
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
