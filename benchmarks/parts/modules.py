@@ -10,8 +10,9 @@ turns. Prints the medians of one call in ms and their ratio, the time to lend, t
 the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
 for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
 had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
-turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on. With
-``--profile`` each rank's kernels of one call are summed up, with the share of its time in which none runs (``gaps``).
+turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on, and the GPU
+memory that these took more. With ``--profile`` each rank's kernels of one call are summed up, with the share of its
+time in which none runs (``gaps``).
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -315,8 +316,14 @@ def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceler
 def swap(
     acceleration: Acceleration, models: list[torch.nn.Module], arguments: Arguments, client: Client
 ) -> dict[str, float]:
-    """Return the first three calls of a turn in ms, when two lent models of one class are called in turns."""
+    """Call two lent models of one class in turns.
+
+    Return the calls of a turn by its last one, medians of the turns from the third on, and the GPU memory by which the
+    busiest worker grew in these.
+    """
     turns: list[list[float]] = []
+    workers = {worker.pid for worker in client.status().workers}
+    took: list[int] = []
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(accelerate(model, client=client, acceleration=acceleration))
@@ -331,9 +338,11 @@ def swap(
                 synchronize(device)
                 times_ms.append((time.perf_counter() - began) * 1e3)
             turns.append(times_ms)
+            took.append(worker_bytes(workers))
     stays_ms = statistics.median(turn[-1] for turn in turns)
     calls = zip(*turns[2:], strict=True)
-    return {f"call {number}": round(statistics.median(each) / stays_ms, 3) for number, each in enumerate(calls, 1)}
+    found = {f"call {number}": round(statistics.median(each) / stays_ms, 3) for number, each in enumerate(calls, 1)}
+    return {**found, "grew_gib": round((took[-1] - took[1]) / GIB, 3)}
 
 
 def print_profiles(found: dict[tuple[str, str], dict[str, Any]]) -> None:

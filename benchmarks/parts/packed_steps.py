@@ -6,8 +6,8 @@
 
 Random weights of full size are made on the first GPU, packed there, and lent from there; those of GGUF from a file.
 Prints for each format and setting of ``native_products`` the milliseconds of a step (median), its ratio to bfloat16 in
-the same daemon, the error of the latents against bfloat16, what the lend took and copied, and the GPU memory of the
-busiest worker after the generations: what it allocated in all, and beyond bfloat16.
+the same daemon, the error of the latents against bfloat16, what the lend took and copied, the GPU memory of the
+busiest worker after the generations (what it allocated in all, and beyond bfloat16), and whether fused blocks ran.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -34,6 +34,7 @@ from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.gpu_workers.packed.dequantise import hadamard
 from xditd.ipc.settings.daemon import NativeProducts
+from xditd.ipc.status import DaemonStatus
 
 State = dict[str, torch.Tensor]
 FORMATS = ("bfloat16", "float8", "int8", "int8_convrot", "q8_0")
@@ -128,9 +129,19 @@ def measure(
         "scratch_gib": round(loan.facts.scratch_bytes / GIB, 3),
         "worker_gib": round(max(used, default=0) / GIB, 2),
         "products": ", ".join(products),
+        "blocks": blocks_of(status),
     }
     loan.return_()
     return found, latents
+
+
+def blocks_of(status: DaemonStatus) -> str:
+    """Return the error of the newest check of fused blocks, whether they run, and the newest path."""
+    checks = [
+        f"{each.kernels} {'used' if each.is_used else 'refused'} ({shown(each.error)} of {each.tolerance:.1e})"
+        for each in status.fused_checks[-1:]
+    ]
+    return ", ".join([*checks, *(each.path for each in status.forward_paths[-1:])])
 
 
 def shown(value: Any) -> str:

@@ -149,15 +149,39 @@ class EightBitLinear(NamedTuple):
     bias: torch.Tensor
 
 
-class EightBit:
-    """Products in e4m3 with a scale for each token and each output, summed in more bits: not lossless.
+class EightBitRows:
+    """What products in e4m3 have in common, with a scale for each token and each output, and sums in more bits."""
+
+    label = "fp8"
+    tolerance = EIGHT_BIT_TOLERANCE
+
+    def halves(self, rows: Quantised, text_rows: int) -> tuple[Quantised, Quantised]:
+        return rows.halves(text_rows)
+
+    def modulate(self, x: torch.Tensor, **given: Any) -> Quantised:
+        return triton_kernels.add_and_modulate_to_eight_bits(x, **given)
+
+    def take(self, x: torch.Tensor) -> Quantised:
+        return quantise(x)
+
+    def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
+        _multiply(rows, linear, out)
+
+    def mlp(self, rows: Quantised, up: EightBitLinear, down: EightBitLinear, out: torch.Tensor) -> None:
+        _multiply(quantise(gelu_of=_multiply(rows, up)), down, out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: Quantised, up: EightBitLinear, second: EightBitLinear, out: torch.Tensor
+    ) -> None:
+        _multiply(quantise(attended, gelu_of=_multiply(rows, up)), second, out)
+
+
+class EightBit(EightBitRows):
+    """Products in eight bits of weights that are not: not lossless.
 
     The weights are this worker's own copy, half as large as the lent ones, which each :meth:`load` makes.
     ``shapes`` are the projections by name, as (out, in).
     """
-
-    label = "fp8"
-    tolerance = EIGHT_BIT_TOLERANCE
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
         self._shapes = shapes
@@ -202,26 +226,6 @@ class EightBit:
         weight = self._weights[name]
         bias = self._checkpoint[f"{name}.bias"]
         return EightBitLinear(weight.values[rows].t(), weight.scales[rows].unsqueeze(0), bias[rows])
-
-    def halves(self, rows: Quantised, text_rows: int) -> tuple[Quantised, Quantised]:
-        return rows.halves(text_rows)
-
-    def modulate(self, x: torch.Tensor, **given: Any) -> Quantised:
-        return triton_kernels.add_and_modulate_to_eight_bits(x, **given)
-
-    def take(self, x: torch.Tensor) -> Quantised:
-        return quantise(x)
-
-    def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
-        _multiply(rows, linear, out)
-
-    def mlp(self, rows: Quantised, up: EightBitLinear, down: EightBitLinear, out: torch.Tensor) -> None:
-        _multiply(quantise(gelu_of=_multiply(rows, up)), down, out)
-
-    def mlp_and_attention(
-        self, attended: torch.Tensor, rows: Quantised, up: EightBitLinear, second: EightBitLinear, out: torch.Tensor
-    ) -> None:
-        _multiply(quantise(attended, gelu_of=_multiply(rows, up)), second, out)
 
     def _split_memory(self, memory: Quantised) -> Iterator[tuple[str, Quantised]]:
         value = scale = 0

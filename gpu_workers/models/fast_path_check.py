@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from xditd.gpu_workers.models.rounding_noise import rounding_noise
+from xditd.gpu_workers.models.split_checks import Difference
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.ipc import limits
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
@@ -17,12 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 class FastPathCheck:
-    """Checks one fast path. If its error exceeds the tolerance, only the plain path is used from then on."""
+    """Checks one fast path. If its error exceeds the tolerance, only the plain path is used from then on.
 
-    def __init__(self, what: str, tolerance: float) -> None:
+    ``module`` is that of the plain path. In bfloat16 or float16 the tolerance is larger, if roundings alone change more
+    in its result (``rounding_noise``).
+    """
+
+    def __init__(self, what: str, tolerance: float, module: torch.nn.Module | None = None) -> None:
         self._what = what
         self._tolerance = tolerance
-        self._passed: dict[Hashable, float] = {}
+        self._module = module
+        self._passed: dict[Hashable, Difference] = {}
         self._checks: dict[str, FusedCheck] = {}
         self.is_refused = False
 
@@ -41,15 +48,17 @@ class FastPathCheck:
         if not agree(bool(expected.isfinite().all()), RankSet.SEQUENCE):
             # The weights are at fault, not the fast path: check again with the next ones.
             return expected
-        error = float((result.float() - expected.float()).norm() / expected.float().norm())
-        # Not "error > tolerance": a NaN must be refused, too.
-        self.is_refused = not agree(error <= self._tolerance, RankSet.SEQUENCE)
-        self._note(case, error)
+        found = Difference(_relative(result, expected), self._tolerance)
+        if self._module is not None and not agree(found.is_allowed, RankSet.SEQUENCE):
+            with rounding_noise(self._module):
+                found = found.with_noise(_relative(plain(), expected))
+        self.is_refused = not agree(found.is_allowed, RankSet.SEQUENCE)
+        self._note(case, found)
         if self.is_refused:
-            logger.error("%s refused case=%s error=%.3g tolerance=%g", self._what, case, error, self._tolerance)
+            logger.error("%s refused case=%s error=%.3g tolerance=%.3g", self._what, case, *found)
             return expected
-        logger.info("%s agree with the plain path case=%s error=%.2e", self._what, case, error)
-        self._passed[case] = error
+        logger.info("%s agree with the plain path case=%s error=%.2e tolerance=%.2g", self._what, case, *found)
+        self._passed[case] = found
         return result
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
@@ -57,13 +66,17 @@ class FastPathCheck:
         checks, self._checks = self._checks, {}
         return tuple(checks.values())[-limits.MAX_FUSED_CHECKS :]
 
-    def _note(self, case: Hashable, error: float) -> None:
-        checked = {**self._passed, case: error} if self.is_refused else {case: error}
+    def _note(self, case: Hashable, difference: Difference) -> None:
+        checked = {**self._passed, case: difference} if self.is_refused else {case: difference}
         for each, found in checked.items():
             self._checks[str(each)] = FusedCheck(
                 kernels=self._what,
                 case=str(each)[: limits.MAX_NAME_CHARS],
-                error=min(found, MAX_RELATIVE_ERROR) if math.isfinite(found) else None,
-                tolerance=self._tolerance,
+                error=min(found.error, MAX_RELATIVE_ERROR) if math.isfinite(found.error) else None,
+                tolerance=found.tolerance,
                 is_used=not self.is_refused,
             )
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())

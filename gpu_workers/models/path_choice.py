@@ -188,11 +188,11 @@ class PathChooser:
         worst = Difference(float("inf"), 1.0)
         if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
             worst = self._difference_of(found, run.result)
-        is_near = worst.ratio <= 1.0
+        is_near = worst.is_allowed
         is_finite = self._together(run, math.isfinite(worst.error))
         if not self._together(run, is_near) and is_finite and computes_in_halves(self._module):
             worst = worst.with_noise(self._noise(run))
-        run.case.is_compiled = self._together(run, worst.ratio <= 1.0)
+        run.case.is_compiled = self._together(run, worst.is_allowed)
         return ("" if run.case.is_compiled else reason), worst.error
 
     def _noise(self, run: LastRun) -> float:

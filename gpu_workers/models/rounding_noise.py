@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import torch
 
+from xditd.gpu_workers.packed.linear import PackedLinear
+
 _HALVES: Final = (torch.bfloat16, torch.float16)
 _SHARE: Final = 1 / 8
 """Of the values whose last place changes: about as many as between two kernels of cuBLAS for one product."""
@@ -23,9 +25,11 @@ _SEED: Final = 1
 def rounding_noise(module: torch.nn.Module) -> Iterator[None]:
     """Change the last place of some values of every linear layer's result in bfloat16 or float16, while in the block.
 
+    Of packed layers, too: natively, the next one rounds what is changed to eight bits.
+
     The same ones in every run; torch's own generators are not used.
     """
-    layers = [each for each in module.modules() if isinstance(each, torch.nn.Linear)]
+    layers = [each for each in module.modules() if isinstance(each, torch.nn.Linear | PackedLinear)]
     generators: dict[torch.device, torch.Generator] = {}
     handles = [each.register_forward_hook(partial(_change_last_places, generators)) for each in layers]
     try:

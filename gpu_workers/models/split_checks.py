@@ -158,6 +158,11 @@ class Difference(NamedTuple):
     def ratio(self) -> float:
         return self.error / self.tolerance
 
+    @property
+    def is_allowed(self) -> bool:
+        """Whether the error is at most the tolerance: NaN is not."""
+        return self.error <= self.tolerance
+
     def with_noise(self, noise: float) -> Difference:
         """Return it with a tolerance of at least :data:`NOISES` times the ``noise``, an error that roundings make."""
         if not math.isfinite(noise):

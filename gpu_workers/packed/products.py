@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.products import Linear, TensorRows, project_up
+from xditd.gpu_workers.kernels.eight_bits import Quantised
+from xditd.gpu_workers.kernels.products import EightBitLinear, EightBitRows, Linear, TensorRows, project_up
 from xditd.gpu_workers.packed.linear import PackedMemory
+from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 
@@ -45,8 +47,12 @@ class Dequantiser:
         weight = projection.weight
         if not isinstance(weight, PackedTensor) or weight.native is None:
             return None
-        self._counts.native[weight.format] += 1
+        self.count_native(weight.format)
         return weight.native(rows, weight, projection.bias)
+
+    def count_native(self, packed_format: str, products: int = 1) -> None:
+        """Count native products."""
+        self._counts.native[packed_format] += products
 
     def projection(self, checkpoint: Weights, name: str, rows: slice = slice(None)) -> Projection:
         """Return the projection of this name, or some of its outputs, without dequantising anything."""
@@ -58,10 +64,8 @@ class Dequantiser:
         return Projection(weight[rows], bias[rows].to(self.dtype))
 
 
-class PackedWeightProducts(TensorRows):
-    """Native products of packed weights where they were chosen, else products of the dequantised weights.
-
-    The latter are those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit`.
+class _OfCheckpoint:
+    """Products of the packed weights of a checkpoint.
 
     ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.
     """
@@ -83,6 +87,13 @@ class PackedWeightProducts(TensorRows):
     def release(self) -> None:
         self._checkpoint = {}
         self.dequantiser.scratch.release(self)
+
+
+class PackedWeightProducts(_OfCheckpoint, TensorRows):
+    """Native products of packed weights where they were chosen, else products of the dequantised weights.
+
+    The latter are those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit`.
+    """
 
     def linear(self, name: str, rows: slice = slice(None)) -> Projection:
         return self.dequantiser.projection(self._checkpoint, name, rows)
@@ -113,6 +124,48 @@ class PackedWeightProducts(TensorRows):
         if done is not None:
             return F.gelu(done, approximate="tanh")
         return project_up(rows, Linear(self.dequantiser(up.weight).t(), up.bias))
+
+
+class Float8Products(_OfCheckpoint, EightBitRows):
+    """Native products of ``float8`` weights: norms, GELU and attention give rows in eight bits to the next product.
+
+    For checkpoints of which :meth:`fits` is true.
+    """
+
+    @staticmethod
+    def fits(weights: Iterable[PackedTensor | torch.Tensor], dtype: torch.dtype) -> bool:
+        """Whether all are ``float8`` with a native product that has a scale for each row of activations.
+
+        Such products give bfloat16 alone (torch 2.11).
+        """
+        return dtype == torch.bfloat16 and all(
+            isinstance(each, PackedTensor)
+            and each.format == "float8"
+            and each.native is native_product
+            and each.input_scale is None
+            for each in weights
+        )
+
+    def linear(self, name: str, rows: slice = slice(None)) -> EightBitLinear:
+        weight, bias = self.dequantiser.projection(self._checkpoint, name, rows)
+        assert isinstance(weight, PackedTensor)
+        outputs = weight.shape[0]
+        scale = torch.ones((), device=bias.device) if weight.scale is None else weight.scale.float()
+        return EightBitLinear(weight.values.t(), scale.reshape(1, -1).expand(1, outputs).contiguous(), bias)
+
+    def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
+        self.dequantiser.count_native("float8")
+        super().multiply(rows, linear, out)
+
+    def mlp(self, rows: Quantised, up: EightBitLinear, down: EightBitLinear, out: torch.Tensor) -> None:
+        self.dequantiser.count_native("float8", 2)
+        super().mlp(rows, up, down, out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: Quantised, up: EightBitLinear, second: EightBitLinear, out: torch.Tensor
+    ) -> None:
+        self.dequantiser.count_native("float8", 2)
+        super().mlp_and_attention(attended, rows, up, second, out)
 
 
 class PackedMatrices:

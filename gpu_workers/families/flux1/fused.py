@@ -28,7 +28,13 @@ from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.packed.linear import packed_layers, weight_of
-from xditd.gpu_workers.packed.products import Dequantiser, PackedMatrices, PackedWeightProducts, Weights
+from xditd.gpu_workers.packed.products import (
+    Dequantiser,
+    Float8Products,
+    PackedMatrices,
+    PackedWeightProducts,
+    Weights,
+)
 from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -74,6 +80,17 @@ class Blocks(NamedTuple):
     single: list[Single]
 
 
+class _CheckedProducts(NamedTuple):
+    """Products, and the check of blocks with them."""
+
+    products: Products[Any, Any]
+    check: FastPathCheck
+
+    @classmethod
+    def of(cls, products: Products[Any, Any], module: torch.nn.Module) -> _CheckedProducts:
+        return cls(products, FastPathCheck(_label(products), products.tolerance, module))
+
+
 class FusedFlux1:
     """The fused forward of one model. The model calls ``plug`` and ``unplug``; callers compare results by ``check``."""
 
@@ -86,15 +103,17 @@ class FusedFlux1:
         self._dtype = dtype
         packed = packed_layers(module)
         self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
-        self._products: Products[Any, Any]
+        self._float8: _CheckedProducts | None = None
+        products: Products[Any, Any]
         if self._dequantiser is not None:
-            self._products = PackedWeightProducts(self._dequantiser, 6 * config.hidden**2)  # those of modulations
+            largest = 6 * config.hidden**2  # those of modulations
+            products = PackedWeightProducts(self._dequantiser, largest)
+            self._float8 = _CheckedProducts.of(Float8Products(self._dequantiser, largest), module)
         elif layout.precision == EIGHT:
-            self._products = EightBit(product_shapes(config), layout.device)
+            products = EightBit(product_shapes(config), layout.device)
         else:
-            self._products = SixteenBit()
-        label = f"{self._products.label} FLUX.1 blocks"
-        self.check = FastPathCheck(label, self._products.tolerance)
+            products = SixteenBit()
+        self._usual = self._current = _CheckedProducts.of(products, module)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}
@@ -103,7 +122,7 @@ class FusedFlux1:
         self._modulator = Modulator(module.time_text_embed, config.hidden)
         self.paths = ForwardPaths(
             module,
-            label,
+            _label(products),
             layout.device,
             layout.acceleration,
             is_leader=layout.rank == 0,
@@ -114,9 +133,22 @@ class FusedFlux1:
     def is_loaded(self) -> bool:
         return bool(self._checkpoint)
 
+    @property
+    def check(self) -> FastPathCheck:
+        """The check of the products that the plugged weights have."""
+        return self._current.check
+
+    @property
+    def _products(self) -> Products[Any, Any]:
+        return self._current.products
+
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
-        return self.check.take_checks()
+        return tuple(each for known in self._all_products for each in known.check.take_checks())
+
+    @property
+    def _all_products(self) -> list[_CheckedProducts]:
+        return [each for each in (self._usual, self._float8) if each is not None]
 
     def reserve(self) -> int:
         """Allocate the memory that :meth:`plug` will fill; return its bytes.
@@ -137,15 +169,18 @@ class FusedFlux1:
         self._checkpoint = {} if apart else checkpoint
         self._blocks = None
         if self._checkpoint:
+            self._current = self._products_for(self._checkpoint)
             self._products.load(self._checkpoint)
-        else:
-            self._products.release()
+        for each in self._all_products:
+            if each is not self._current or apart:
+                each.products.release()
 
     def unplug(self) -> None:
         """Drop all references to lent memory, and free the reserved buffers."""
         self._checkpoint = {}
         self._blocks = None
-        self._products.release()
+        for each in self._all_products:
+            each.products.release()
         self._modulator.unplug()
 
     def __call__(
@@ -194,6 +229,11 @@ class FusedFlux1:
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
+
+    def _products_for(self, checkpoint: Weights) -> _CheckedProducts:
+        """Return the products of these weights: the quickest that all of them have."""
+        weights = (checkpoint[f"{name}.weight"] for name in product_shapes(self._config))
+        return self._float8 if self._float8 is not None and Float8Products.fits(weights, self._dtype) else self._usual
 
     def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: RankTokens) -> Angles:
         """Return cosines and sines, (rows, 64), of this rank's tokens; cached for the same id tensors."""
@@ -344,6 +384,10 @@ class FusedFlux1:
             parts.append(torch.tensor(addresses, dtype=torch.int64).to(self._layout.device))
         weights, biases = parts
         return lambda vectors, rows: triton_kernels.multiply_vectors(weights, biases, vectors, rows)
+
+
+def _label(products: Products[Any, Any]) -> str:
+    return f"{products.label} FLUX.1 blocks"
 
 
 def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:

@@ -81,7 +81,7 @@ def run(layout: Any, path: Path, meant: dict[str, torch.Tensor], dtype: torch.dt
         "bytes": sum(component.facts.bytes_by_format.values()),
         "scratch": component.facts.scratch_bytes,
         "lent": lent,
-        "checks": [check.is_used for check in rank.components.models.take_checks()],
+        "checks": {check.kernels: check.is_used for check in rank.components.models.take_checks()},
     }
     del component, model, results, expected
     rank.close()

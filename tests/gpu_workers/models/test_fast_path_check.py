@@ -83,3 +83,27 @@ def test_a_refusal_is_handed_out_with_all_that_it_turns_off(layout: ParallelLayo
     checks = {each.case: each for each in check.take_checks()}
     assert not any(check.is_used for check in checks.values())
     assert (checks["a"].error, checks["b"].error) == (0.0, None)
+
+
+def test_a_deep_model_may_differ_by_what_its_roundings_change(layout: ParallelLayout) -> None:
+    """A plain path that doubles every difference in the last place of its layers."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    packed = torch.nn.Sequential(layer)
+    given = torch.randn(16, 64, dtype=torch.bfloat16)
+    exact = packed(given).detach()
+
+    def plain() -> torch.Tensor:
+        return exact + 20 * (packed(given).detach() - exact)
+
+    near, far = exact * (1 + 1.5 * TOLERANCE), exact * (1 + 10 * TOLERANCE)
+    strict = FastPathCheck("path", TOLERANCE)
+    assert torch.equal(strict.run("a", Path(near), plain), exact)
+    assert strict.is_refused
+    check = FastPathCheck("path", TOLERANCE, packed)
+    assert check.run("a", Path(near), plain) is near
+    (found,) = check.take_checks()
+    assert found.error is not None
+    assert TOLERANCE < found.error < found.tolerance < 0.1
+    assert torch.equal(check.run("b", Path(far), plain), exact)
+    assert check.is_refused

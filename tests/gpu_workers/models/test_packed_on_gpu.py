@@ -46,9 +46,9 @@ def test_repeats_have_the_same_bits(facts: dict[str, Any]) -> None:
 
 def test_fused_blocks_run_packed_weights_in_half_precision(facts: dict[str, Any]) -> None:
     for case, found in facts.items():
-        assert all(found["checks"]), case
-        if "bfloat16" in case:
-            assert found["checks"], case
+        is_float8 = "bfloat16 native" in case and "float8" in case
+        used = [f"{'fp8' if is_float8 else 'fused'} FLUX.1 blocks"] if "bfloat16" in case else list(found["checks"])
+        assert found["checks"] == dict.fromkeys(used, True), case
 
 
 def test_memory_is_that_of_the_packed_bytes_and_comes_back(facts: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def test_rows_of_zeros_and_no_rows_have_results() -> None:
 def float8_case(rows: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, 512, generator=generator)
-    weight = (torch.randn(768, 512, generator=generator) * 100).to(torch.float8_e4m3fn)
+    weight = (torch.randn(768, 512, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     bias = torch.randn(768, generator=generator)
     return x.to(dtype).to(device), weight.to(device), bias.to(dtype).to(device)
 
@@ -191,7 +191,9 @@ def test_int8_on_a_gpu_is_that_of_the_cpu(group: int, dtype: torch.dtype, rows: 
     assert float(apart.float().mean()) < (1e-3 if group else 1e-9)
     found = multiply_int8(there, weight, scale, bias)
     same = there._replace(values=there.values[:rows].cpu(), scales=there.scales[:rows].cpu())
-    assert torch.equal(found.cpu(), multiply_int8(same, weight.cpu(), scale.cpu(), bias.cpu()))
+    expected = multiply_int8(same, weight.cpu(), scale.cpu(), bias.cpu())
+    # In float32 Triton adds the bias without rounding the scaled sum before.
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.gpu

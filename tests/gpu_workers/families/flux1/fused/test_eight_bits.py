@@ -44,6 +44,10 @@ def test_each_kind_of_product_is_that_of_its_rounded_numbers(found: Any) -> None
     assert all(errors[label] <= bar for label, bar in bars.items()), errors
 
 
+def test_packed_weights_are_multiplied_as_those_that_are_quantised_here(found: Any) -> None:
+    assert found["packed"] == {"same bits": [True] * 4, "counted": 6}
+
+
 def test_a_whole_model_is_off_by_rounding_and_not_by_more(found: Any) -> None:
     model = found["model"]
     assert 1e-3 < model["error"] < 0.05
