@@ -17,7 +17,7 @@ from xditd.gpu_workers.models.operations import (
     VaeOperations,
 )
 from xditd.gpu_workers.packed.embedding import PackedEmbedding
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -30,6 +30,7 @@ class CachedModel:
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
     ``packed_layers`` are the layers that multiply packed weights or look up their rows, by the names of these.
+    ``branches`` are the LoRAs' places, by the names of linear layers.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class CachedModel:
         self.packed_layers = packed_layers
         self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
         self.packed_memory = packed_memory
+        self.branches = add_branches_to(module)
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
@@ -76,6 +78,16 @@ class CachedModel:
         """Return the family's operations, typed by kind; ``registry.operations_of`` has checked them."""
         assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"
         return self.operations
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """The dtype in which LoRAs' branches compute, as the layers do."""
+        return torch.float32 if self.family.kind == "text_encoder" else self.dtype
+
+    @property
+    def lora_detail(self) -> str:
+        """Why forwards with LoRAs do not take the fast path; empty if there is none."""
+        return "" if self._fast is None else "plain blocks run with LoRAs: fused ones have no branches"
 
     @property
     def attention_backend(self) -> str:
