@@ -36,7 +36,7 @@ class _ClassAsFamily:
 class ModuleMatch:
     """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
 
-    ``dtype`` is that of most elements. ``sources`` has the name in the manifest of each tensor of the module.
+    ``dtype`` is that in which the module is loaded, or of most elements of a live one. ``sources`` has the name in the manifest of each tensor of the module.
     """
 
     model: ClassModel
