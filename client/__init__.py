@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xditd.client.client import Client
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.client.jobs.generation import GenerationJob
-from xditd.client.loans import Loan
+from xditd.client.loans import Loan, LoanWithLoras
 from xditd.client.results import GenerationResult, TextEncoding
 from xditd.ipc.errors import (
     AlreadyRunning,
@@ -78,6 +78,7 @@ __all__ = [
     "KeptTensor",
     "LeaseLost",
     "Loan",
+    "LoanWithLoras",
     "NotFinite",
     "NotPermitted",
     "OutOfMemory",

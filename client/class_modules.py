@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from xditd.client.client import Client
-from xditd.client.jobs.job_requests import Component
+from xditd.client.jobs.component import Component
+from xditd.client.lending import Offer, describe
 from xditd.client.loans import Loan
 from xditd.ipc.requests import Numerics
 
@@ -26,17 +27,18 @@ def lend_module(
 
     The loan borrows the module's tensors: they must not be freed or written to while a call runs.
     """
-    return client._current().lend(
-        module,
-        kind=None,
-        label=label,
-        device=None,
-        generation=generation,
-        deadline_s=None,
-        as_class=True,
-        replaced=replaced,
-        acceleration=acceleration,
-    )
+
+    def make_offer() -> Offer:
+        return describe(
+            module,
+            label=label,
+            generation=generation,
+            as_class=True,
+            replaced=replaced,
+            acceleration=acceleration,
+        )
+
+    return client._current().lend(make_offer, None)
 
 
 def call_module(

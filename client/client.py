@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.connection import CONTROL_DEADLINE_S
+from xditd.client.daemon_methods import DaemonMethods
 from xditd.client.io_blocks import IoPool
 from xditd.client.jobs.arguments import KeptTensor
+from xditd.client.jobs.component import Component
 from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.jobs.job_requests import (
-    Component,
     decode_request,
     encode_request,
     encode_text_request,
@@ -21,17 +21,15 @@ from xditd.client.jobs.job_requests import (
 )
 from xditd.client.jobs.runner import Runner
 from xditd.client.lifetime import Lifetime
-from xditd.client.loans import Loan, component_id_of, kind_named
+from xditd.client.loan_methods import LoanMethods
+from xditd.client.loans import Loan, LoanWithLoras, component_id_of
 from xditd.client.results import TextEncoding
-from xditd.client.waiting import check_seconds, wait_for
+from xditd.client.waiting import check_seconds
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.renamed import Renamed
-from xditd.ipc.replies import Decoded, Encoded, LogLines, Status, Stopping, TextEncoded
-from xditd.ipc.requests import GetLogs, GetStatus, Stop
-from xditd.ipc.status import DaemonStatus
-from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
+from xditd.ipc.replies import Decoded, Encoded, TextEncoded
+from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +39,7 @@ SILENCE_DEADLINE_S: Final = 600.0
 ``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
-class Client:
+class Client(LoanMethods, DaemonMethods):
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
@@ -87,88 +85,9 @@ class Client:
         self._finalizer = weakref.finalize(self, self._lifetime.abandon)
         self._finalizer.atexit = False  # the daemon notices when a process exits, so no program waits for this
 
-    # --- Loans ---------------------------------------------------------------------------------
-
-    def lend(
-        self,
-        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | torch.nn.Module,
-        *,
-        kind: ComponentKind | str | None = None,
-        label: str | None = None,
-        device: str | None = None,
-        generation: int = 0,
-        as_class: bool = False,
-        acceleration: Acceleration | None = None,
-        variant: str | None = None,
-        compute_dtype: ComputeDType | None = None,
-        deadline_s: float | None = None,
-    ) -> Loan:
-        """Lend a component; returns when every worker has mapped, verified and plugged it.
-
-        ``source`` is a state dict, a module, or a path: of a safetensors or GGUF file, of the index of a checkpoint in
-        several files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
-        (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
-        (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
-        ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,
-        increase ``generation``.
-
-        A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
-        its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
-        ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
-        ``acceleration`` is how its forwards run on GPUs, instead of the daemon's setting of this name.
-
-        Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
-        ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
-        beside them, or bfloat16. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
-
-        Raises:
-            BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
-            UnknownFamily, UnsupportedDtype, Unsupported: the workers cannot run it.
-            StaleSource: the workers do not read what this process wrote.
-            OutOfMemory: too little free memory in this process or in a worker.
-        """
-        return self._current().lend(
-            source,
-            kind=None if kind is None else kind_named(kind),
-            label=label,
-            device=device,
-            generation=generation,
-            deadline_s=deadline_s,
-            as_class=as_class,
-            acceleration=acceleration,
-            variant=variant,
-            compute_dtype=compute_dtype,
-        )
-
-    def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
-        """Return a loan; when this returns, no worker maps the component."""
-        loan.return_(deadline_s=deadline_s)
-
-    def check_memory(self, *, deadline_s: float | None = None) -> None:
-        """Check that every worker reads what this process writes into shared memory. The first lend does this too.
-
-        Raises:
-            StaleSource: a worker read something else.
-        """
-        self._current().check_memory(deadline_s)
-
-    check_canary = Renamed("check_memory")
-
-    def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
-        """Copy a component into the workers' own memory, whichever process of this user lent it; see ``Loan.adopt``."""
-        return self._current().adopt(component_id, component_id, deadline_s)
-
-    def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
-        """End a loan, or free an adopted component, whichever process of this user lent it.
-
-        Returns when no worker maps or holds it. Running and later jobs that use it fail with ``LeaseLost``.
-        """
-        component_id = component if isinstance(component, str) else component.component_id
-        self._current().revoke(component_id, deadline_s)
-
     # --- Jobs ----------------------------------------------------------------------------------
 
-    def facts(self, component: Loan | str) -> ComponentFacts:
+    def facts(self, component: Loan | LoanWithLoras | str) -> ComponentFacts:
         """Return the facts of a component: its shapes and dtypes, the jobs that it can run, and their defaults.
 
         For a component id, the daemon is asked once.
@@ -176,11 +95,11 @@ class Client:
         Raises:
             UnknownComponent: the component is not lent.
         """
-        return component.facts if isinstance(component, Loan) else self._current().facts_of(component)
+        return self._current().facts_of(component) if isinstance(component, str) else component.facts
 
     def generate(
         self,
-        transformer: Loan | str,
+        transformer: Loan | LoanWithLoras | str,
         conditioning: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
         *,
         vae: Loan | str | None = None,
@@ -250,7 +169,7 @@ class Client:
 
     def call(
         self,
-        component: Loan | str,
+        component: Loan | LoanWithLoras | str,
         arguments: Mapping[str, Any],
         *,
         method: str = "forward",
@@ -284,7 +203,7 @@ class Client:
 
     def call_parts(
         self,
-        component: Loan | str,
+        component: Loan | LoanWithLoras | str,
         parts: Sequence[Mapping[str, Any]],
         *,
         method: str = "forward",
@@ -297,7 +216,7 @@ class Client:
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once.
         """
-        if self.facts(component).kind is not ComponentKind.MODULE:
+        if isinstance(component, LoanWithLoras) or self.facts(component).kind is not ComponentKind.MODULE:
             if method != "forward":
                 raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
             named = self._component(component, ComponentKind.TRANSFORMER)
@@ -309,7 +228,7 @@ class Client:
 
     def encode_text(
         self,
-        encoder: Loan | str,
+        encoder: Loan | LoanWithLoras | str,
         token_ids: torch.Tensor | Sequence[Sequence[int]],
         *,
         pooled: bool = False,
@@ -366,49 +285,13 @@ class Client:
     def _transformer(self, component: Loan | str | None) -> Component | None:
         return None if component is None else self._component(component, ComponentKind.TRANSFORMER)
 
-    def _component(self, component: Loan | str, kind: ComponentKind) -> Component:
+    def _component(self, component: Loan | LoanWithLoras | str, kind: ComponentKind) -> Component:
+        if isinstance(component, LoanWithLoras):
+            return Component(component_id_of(component.loan, kind), component.facts, component.uses())
         component_id = component_id_of(component, kind)
         return Component(component_id, self.facts(component))
 
-    # --- The daemon ----------------------------------------------------------------------------
-
-    @property
-    def daemon_pid(self) -> int:
-        """The process id of the daemon."""
-        return self._current().daemon_pid
-
-    def status(self, *, deadline_s: float = CONTROL_DEADLINE_S) -> DaemonStatus:
-        """Ask for the daemon's state."""
-        connection = self._current().connection
-        request = GetStatus(request_id=connection.next_request_id())
-        return connection.ask(request, Status, deadline_s=deadline_s).daemon
-
-    def wait_ready(
-        self, wait_s: float, *, workers: bool = True, show: Callable[[str], None] = lambda _: None
-    ) -> DaemonStatus:
-        """Wait until a daemon answers and, with ``workers``, until its workers are ready.
-
-        ``show`` is called with the reason for waiting, whenever it changes. Jobs that are sent earlier are queued.
-
-        Raises:
-            DaemonUnreachable: no daemon answers within ``wait_s``.
-            WorkersUnavailable: the workers are given up.
-            DeadlineExceeded: the workers are not ready within ``wait_s``.
-        """
-        return wait_for(self.status, wait_s, workers=workers, show=show)
-
-    def logs(self, after: int = 0, *, deadline_s: float = CONTROL_DEADLINE_S) -> tuple[list[str], int]:
-        """Return recent log lines from number ``after`` on, and the value of ``after`` for the next request."""
-        connection = self._current().connection
-        request = GetLogs(request_id=connection.next_request_id(), after_line=after)
-        reply = connection.ask(request, LogLines, deadline_s=deadline_s)
-        return list(reply.lines), reply.next_line
-
-    def stop(self, *, deadline_s: float = CONTROL_DEADLINE_S) -> bool:
-        """Stop the daemon and wait; returns whether it exited within ``deadline_s``."""
-        connection = self._current().connection
-        connection.ask(Stop(request_id=connection.next_request_id()), Stopping, deadline_s=deadline_s)
-        return connection.wait_lost(deadline_s)
+    # --- The session ---------------------------------------------------------------------------
 
     def close(self) -> None:
         """End all loans and the session. May be called twice; all other methods then raise ``Closed``."""

@@ -1,14 +1,19 @@
-"""``Loan``: the client's side of a lent component."""
+"""``Loan``: the client's side of a lent component; ``LoanWithLoras``: the same with LoRAs, as jobs use it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
-from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Lent
+from xditd.ipc.requests import LoraUse
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 
@@ -106,6 +111,19 @@ class Loan:
         self.is_adopted = True
         return copied
 
+    def with_loras(self, loras: Sequence[tuple[Loan | str, float]]) -> LoanWithLoras:
+        """Return this component with LoRAs, for jobs: ``client.generate(loan.with_loras([(lora, 0.8)]), ...)``.
+
+        ``loras`` are loans of :meth:`Client.lend_lora`, or their ids, each with its strength, which may be negative; 0
+        is as without it. Nothing is sent and no weight changes: jobs name the LoRAs. This loan stays as it is.
+
+        Raises:
+            BadRequest: a loan of no LoRA, or of one whose layers this family does not have, or a strength that is not
+                finite.
+            LeaseLost: a loan has ended.
+        """
+        return LoanWithLoras(self, loras)
+
     def return_(self, *, deadline_s: float | None = None) -> None:
         """End the loan; when this returns, no worker maps the component. May be called twice.
 
@@ -138,6 +156,50 @@ class Loan:
         tiers = "+".join(tier.value for tier in self.tiers)
         state = "live" if self.is_live else "ended"
         return f"<Loan {self.label} {self.component_id} {self.family} {tiers} {self.lent_bytes} bytes, {state}>"
+
+
+class LoanWithLoras:
+    """A lent component with LoRAs and their strengths: a light view, which holds no memory and needs no return.
+
+    Give it to jobs in place of the loan. It can be used as long as all its loans live.
+    """
+
+    def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, float]]) -> None:
+        self.loan = loan
+        self.loras = tuple(_checked(loan, each) for each in loras)
+        if len(self.loras) > limits.MAX_LORAS:
+            raise BadRequest(f"loras: {len(self.loras)}, at most {limits.MAX_LORAS} of one component")
+
+    @property
+    def component_id(self) -> str:
+        """The id of the component without LoRAs."""
+        return self.loan.component_id
+
+    @property
+    def facts(self) -> ComponentFacts:
+        """The facts of the component, which LoRAs do not change."""
+        return self.loan.facts
+
+    def with_loras(self, loras: Sequence[tuple[Loan | str, float]]) -> LoanWithLoras:
+        """Return the component with these LoRAs, too."""
+        return LoanWithLoras(self.loan, [*self.loras, *loras])
+
+    def uses(self) -> tuple[LoraUse, ...]:
+        """Return the LoRAs as a request names them.
+
+        Raises:
+            LeaseLost: a loan has ended.
+        """
+        return tuple(
+            LoraUse(component_id=component_id_of(lora, ComponentKind.LORA), strength=strength)
+            for lora, strength in self.loras
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(
+            f"{lora.label if isinstance(lora, Loan) else lora} {strength:g}" for lora, strength in self.loras
+        )
+        return f"<{self.loan!r} with LoRAs: {names or 'none'}>"
 
 
 def kind_named(kind: ComponentKind | str) -> ComponentKind:
@@ -173,3 +235,27 @@ def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
             f"{kind.value} of a family (FLUX.1, Z-Image), without as_class"
         )
     raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
+
+
+def _checked(loan: Loan, given: object) -> tuple[Loan | str, float]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise BadRequest(f"loras: {given!r:.100}: pairs of a loan of lend_lora() and a strength are needed")
+    lora, strength = given
+    component_id_of(lora, ComponentKind.LORA)
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise BadRequest(f"loras: the strength {strength!r:.100} is no finite number")
+    if abs(strength) > MAX_SCALE:
+        raise BadRequest(f"loras: the strength {strength:g} is beyond {MAX_SCALE:g}")
+    if loan.kind is ComponentKind.MODULE:
+        raise Unsupported(
+            f"{loan.label} was lent to run as its class, which has no branches for LoRAs: merge them into the module, "
+            "or lend its checkpoint as a model of a family (FLUX.1, Z-Image)"
+        )
+    if isinstance(lora, Loan):
+        families = {} if lora.facts.lora is None else lora.facts.lora.families
+        if loan.family not in families:
+            raise BadRequest(
+                f"LoRA {lora.label} is of {lora.family}, and {loan.label} of {loan.family}: use it with the model that "
+                "it was made for"
+            )
+    return lora, float(strength)

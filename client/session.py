@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +15,7 @@ from xditd.client.discovery import close_quietly, find_daemon
 from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Timeouts
+from xditd.client.memory_check import MemoryCheck, log_event
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
@@ -23,24 +23,19 @@ from xditd.ipc.errors import (
     DaemonUnreachable,
     LeaseLost,
     SessionLost,
-    StaleSource,
     UnknownComponent,
     XditdError,
 )
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.name_lists import listed
-from xditd.ipc.replies import Adopted, AnyEvent, Farewell, Lent, MemoryChecked, Queued, Returned, Revoked, Status
-from xditd.ipc.requests import Adopt, Cancel, CheckMemory, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
-from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
+from xditd.ipc.replies import Adopted, Farewell, Lent, Returned, Revoked, Status
+from xditd.ipc.requests import Adopt, Cancel, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
+from xditd.ipc.tensors import CopiedBytes, Tier
 
 if TYPE_CHECKING:
-    import torch
-
     from xditd.client.lending import Offer
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_BYTES: Final = 64
 _FAREWELL_DEADLINE_S: Final = 30.0
 
 
@@ -71,12 +66,10 @@ class Session:
     def __init__(self, runtime: RuntimeDir, name: str, pool: IoPool, silence_s: float, closed: ClosedState) -> None:
         self._runtime = runtime
         self._closed = closed
-        self._pool = pool
         self._silence_s = silence_s
         self._components: dict[str, _LentComponent] = {}
         self._lock = threading.Lock()
-        self._memory_lock = threading.Lock()
-        self._is_memory_checked = False
+        self._memory_check = MemoryCheck(pool)
         self._facts: dict[str, ComponentFacts] = {}
         self.connection = Connection(runtime, client_name=name)
         welcome = self.connection.welcome
@@ -103,39 +96,15 @@ class Session:
             close_quietly(find_daemon(self._runtime).pidfd)
             raise LeaseLost(f"{what}: its loan ended with daemon {self.daemon_pid}; lend it again")
 
-    def lend(
-        self,
-        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | torch.nn.Module,
-        *,
-        kind: ComponentKind | None,
-        label: str | None,
-        device: str | None,
-        generation: int,
-        deadline_s: float | None,
-        as_class: bool = False,
-        acceleration: str | None = None,
-        replaced: Collection[str] = (),
-        variant: str | None = None,
-        compute_dtype: str | None = None,
-    ) -> Loan:
-        """Lend a component and wait until every worker has mapped, verified and plugged it."""
-        from xditd.client.lending import describe
+    def lend(self, make_offer: Callable[[], Offer], deadline_s: float | None) -> Loan:
+        """Lend the component that ``make_offer`` describes, after the memory check.
 
+        Returns when every worker has mapped, verified and plugged it.
+        """
         started = time.perf_counter()
-        self._check_memory(Timeouts(self._silence_s, deadline_s))
+        self.check_memory(deadline_s)
         memory_check_ms = (time.perf_counter() - started) * 1e3
-        offer = describe(
-            source,
-            kind=kind,
-            label=label,
-            device=device,
-            generation=generation,
-            as_class=as_class,
-            acceleration=acceleration,
-            replaced=replaced,
-            variant=variant,
-            compute_dtype=compute_dtype,
-        )
+        offer = make_offer()
         manifest = offer.manifest
         logger.info(
             "%s label=%s tensors=%d bytes=%d; loading is deferred to the workers, "
@@ -172,7 +141,7 @@ class Session:
         Raises:
             StaleSource: a worker read something else.
         """
-        self._check_memory(Timeouts(self._silence_s, deadline_s))
+        self._memory_check.run(self.connection, Timeouts(self._silence_s, deadline_s))
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Return one loan of a component; the daemon counts the loans, and the last one unmaps the component."""
@@ -314,7 +283,7 @@ class Session:
             offer.close()
             raise
         try:
-            lent = mailbox.wait(Lent, timeouts, on_event=lambda event: _log_event(label, event))
+            lent = mailbox.wait(Lent, timeouts, on_event=lambda event: log_event(label, event))
         except BaseException:
             cancel = Cancel(request_id=self.connection.next_request_id(), target_request_id=request.request_id)
             self._try_submit(cancel, then_free=[])
@@ -351,48 +320,9 @@ class Session:
         mailbox.when_ended(lambda _: _close_offers(then_free))
         return True
 
-    def _check_memory(self, timeouts: Timeouts) -> None:
-        from xditd.ipc.transports.fingerprints import digest_bytes
-
-        with self._memory_lock:
-            if self._is_memory_checked:
-                return
-            block = self._pool.borrow(_CHECKED_BYTES)
-            written = os.urandom(_CHECKED_BYTES)
-            block.arena.view(0, _CHECKED_BYTES)[:] = written
-            request = CheckMemory(
-                request_id=self.connection.next_request_id(),
-                io=block.describe(),
-                offset_bytes=0,
-                length_bytes=_CHECKED_BYTES,
-            )
-            try:
-                mailbox = self.connection.submit(request, "memory check")
-            except BaseException:
-                self._pool.give_back(block)
-                raise
-            mailbox.when_ended(lambda _: self._pool.give_back(block))
-            seen = mailbox.wait(MemoryChecked, timeouts, on_event=lambda event: _log_event("memory check", event))
-            expected = digest_bytes(written)
-            wrong = [rank for rank, digest in enumerate(seen.digests) if digest != expected]
-            if wrong or not seen.digests:
-                whose = f"worker {listed(wrong)} read other bytes" if wrong else "no worker read the bytes"
-                raise StaleSource(
-                    f"memory check: {whose} that this process wrote into shared memory; likely causes: client and "
-                    "workers are in different containers or pid namespaces, or /proc is restricted; run both as one "
-                    "user on one host"
-                )
-            self._is_memory_checked = True
-            logger.info("shared memory read by all workers count=%d", len(seen.digests))
-
 
 def _format_of(offer: Offer) -> str:
     return "checkpoint file" if offer.manifest.tiers == (Tier.FILE,) else "state dict"
-
-
-def _log_event(label: str, event: AnyEvent) -> None:
-    if isinstance(event, Queued):
-        logger.info("waiting label=%s ahead=%d reason=%s", label, event.ahead, event.reason)
 
 
 def _close_offers(offers: list[Offer]) -> None:

@@ -135,8 +135,19 @@ class ModuleFacts(Described, frozen=True, kw_only=True):
     """Why ranks cannot split its tokens."""
 
 
+class LoraFacts(Described, frozen=True, kw_only=True):
+    """Facts of a LoRA: how many of its layers have names of which families, and which have names of none."""
+
+    families: Annotated[dict[Name, Count], msgspec.Meta(max_length=64)]
+    layers: Count
+    largest_rank: Count
+    unknown: Annotated[tuple[Name, ...], msgspec.Meta(max_length=limits.MAX_LORA_NAMES)] = ()
+    """The first of them, as the file spells them."""
+    unknown_count: Count = 0
+
+
 class ComponentFacts(Described, frozen=True, kw_only=True):
-    """Facts of any component; of the last four fields, the one of its ``kind`` is set."""
+    """Facts of any component; of the last five fields, the one of its ``kind`` is set."""
 
     family: Name
     class_name: Name
@@ -153,3 +164,4 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     vae: VaeFacts | None = None
     text_encoder: TextEncoderFacts | None = None
     module: ModuleFacts | None = None
+    lora: LoraFacts | None = None

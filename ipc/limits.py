@@ -69,6 +69,12 @@ smaller ones from host memory without a copy between two GPUs."""
 MAX_DROPPED_BLOCKS: Final = 64
 """Blocks of device memory that one call asks the workers to unmap."""
 
+MAX_LORAS: Final = 64
+"""LoRAs of one component in one job."""
+
+MAX_LORA_NAMES: Final = 64
+"""Names that fit no layer, in the facts of a LoRA."""
+
 MAX_FORESEEN: Final = 64
 """Arguments whose values in later calls a call announces."""
 

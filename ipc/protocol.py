@@ -8,7 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 
-PROTOCOL_VERSION: Final = 11
+PROTOCOL_VERSION: Final = 12
 """Increased with every change of a message, since unknown fields are refused. Not the package's version."""
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -21,7 +21,8 @@ ErrorNames = Annotated[
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 MAX_RELATIVE_ERROR: Final = 1e6
 RelativeError = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RELATIVE_ERROR)]
-TimingsMs = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]], msgspec.Meta(max_length=64)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
+TimingsMs = Annotated[dict[str, Milliseconds], msgspec.Meta(max_length=64)]
 
 
 class Message(msgspec.Struct, tag_field="op", frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,7 +23,7 @@ from xditd.ipc.known_models import (
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import split_prefix, tells_nothing
 
-_LORA: Final = "merge it into its model, and lend that; in ComfyUI, use Load LoRA on the MODEL"
+_LORA: Final = "lend it by lend_lora() beside its model; in ComfyUI, use Load LoRA on the MODEL"
 _PLAIN: Final = "lend its bfloat16 or float16 file, or one in fp8, int8 (with markers) or GGUF"
 _ONE_PART: Final = "lend one part at a time, by kind= or from a file or a state dict that holds nothing else"
 _LISTED: Final = "use a whole checkpoint of a model that xditd runs (its README lists them)"

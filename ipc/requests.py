@@ -10,6 +10,7 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Arguments, Finite, Whole
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.field_types import Bytes, Count, Described, Name
+from xditd.ipc.loras import Scale
 from xditd.ipc.protocol import ComponentId, Request, RequestId
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Digest, HostShmBlock, IoTensor, Manifest
 
@@ -82,6 +83,16 @@ class Revoke(Request, tag="revoke", frozen=True, kw_only=True):
     component_id: ComponentId
 
 
+class LoraUse(Described, frozen=True, kw_only=True):
+    """A lent LoRA that a job adds to a component, and how strongly; 0 is as without it."""
+
+    component_id: ComponentId
+    strength: Scale
+
+
+LoraUses = Annotated[tuple[LoraUse, ...], msgspec.Meta(max_length=limits.MAX_LORAS)]
+
+
 class Part(Described, frozen=True, kw_only=True):
     """One forward: its arguments, named as in the signature of the component's class."""
 
@@ -138,6 +149,8 @@ class Call(Request, tag="call", frozen=True, kw_only=True):
     """Another method than ``forward``, such as a VAE's ``decode``; modules that run as their class have them."""
     numerics: Numerics | None = None
     """For modules that run as their class; without it, torch's defaults."""
+    loras: LoraUses = ()
+    """Of the transformer, for this call alone."""
     out_offset_bytes: Bytes
     out_size_bytes: Bytes
     device_io: CudaIpcBlock | None = None
@@ -193,6 +206,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     """
 
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
+    loras: Annotated[dict[Role, LoraUses], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=dict)
+    """LoRAs of the transformer, for this job alone."""
     io: HostShmBlock
     conditioning: Arguments
     sampling: Sampling
@@ -237,6 +252,8 @@ class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     """
 
     encoder_id: ComponentId
+    loras: LoraUses = ()
+    """Of the encoder, for this job alone."""
     io: HostShmBlock
     token_ids: IoTensor
     out: IoTensor

@@ -11,7 +11,7 @@ from xditd.ipc import limits
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.packed import PackedFormat
-from xditd.ipc.protocol import ComponentId, RelativeError, RequestId, Seconds, Text, TimingsMs
+from xditd.ipc.protocol import ComponentId, Milliseconds, RelativeError, RequestId, Seconds, Text, TimingsMs
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
@@ -190,6 +190,22 @@ class PackedProducts(Described, frozen=True, kw_only=True):
     """How many of ``reference`` were not native for each reason, the most frequent first; bounded."""
 
 
+class LoraCounts(Described, frozen=True, kw_only=True):
+    """Jobs with LoRAs on rank 0 since the group started."""
+
+    jobs: Count = 0
+    switches: Count = 0
+    """How often the LoRAs of a model were switched on, each time by reference: no weight is copied or written."""
+    last_switch_ms: Milliseconds = 0.0
+    slowest_switch_ms: Milliseconds = 0.0
+    bound: Count = 0
+    """How often the layers of a LoRA were found in a model: once for each pair of them."""
+    converted_bytes: Bytes = 0
+    """Bytes of factors that were copied into the compute dtype of a model; once for each LoRA and dtype."""
+    detail: Text = ""
+    """Why the forwards of the last such job did not take the path that they take without LoRAs."""
+
+
 class DaemonStatus(Described, frozen=True, kw_only=True):
     package_version: Name
     protocol_version: Count
@@ -214,6 +230,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """Decisions on the paths of forwards since the group started, oldest first; bounded."""
     packed_products: Annotated[tuple[PackedProducts, ...], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)] = ()
     """By format of packed weights, those that were multiplied."""
+    loras: LoraCounts = LoraCounts()
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]
     jobs: tuple[JobStatus, ...]

@@ -15,6 +15,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.field_types import ITEM_BYTES, Bytes, Count, Described, DType, Name, Shape
+from xditd.ipc.loras import LoraDescription, lora_faults
 from xditd.ipc.packed import PackedFormat, PackedWeight, packed_faults
 
 Inode = Annotated[int, msgspec.Meta(ge=0)]
@@ -34,6 +35,8 @@ class ComponentKind(Enum):
     TEXT_ENCODER = "text_encoder"
     MODULE = "module"
     """A module of diffusers or transformers, run as its own class does."""
+    LORA = "lora"
+    """Low-rank differences of other components' weights: jobs name it beside the component that it changes."""
 
 
 class Tier(Enum):
@@ -178,7 +181,8 @@ class Manifest(Described, frozen=True, kw_only=True):
     ``module``, the tensors have the names of that module's parameters, buffers and attributes, and no family is asked.
 
     ``packed`` says which tensors are packed weights and their companions; all others are plain. ``compute_dtype`` is
-    the dtype into which packed weights are dequantised; without it, that of most plain weights.
+    the dtype into which packed weights are dequantised; without it, that of most plain weights. With a ``lora``, the
+    tensors are its factors, and no family is asked.
     """
 
     kind: ComponentKind | None = None
@@ -188,6 +192,7 @@ class Manifest(Described, frozen=True, kw_only=True):
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]
     packed: Annotated[tuple[PackedWeight, ...], msgspec.Meta(max_length=limits.MAX_TENSORS)] = ()
     compute_dtype: ComputeDType | None = None
+    lora: LoraDescription | None = None
     generation: Count = 0
 
     @property
@@ -246,7 +251,18 @@ class Manifest(Described, frozen=True, kw_only=True):
             size = self.blocks[spec.block].size_bytes
             if end > size:
                 found.append(f"tensor {spec.name} ends at byte {end} of block {spec.block}, which has {size}")
-        return found + self._packed_faults() if self.packed else found
+        if self.packed:
+            found += self._packed_faults()
+        return found + self._lora_faults()
+
+    def _lora_faults(self) -> list[str]:
+        if (self.lora is None) != (self.kind is not ComponentKind.LORA):
+            return ["the kind lora and the description of a LoRA come together"]
+        if self.lora is None:
+            return []
+        used = {name for layer in self.lora.layers for name in (layer.down, layer.up)}
+        others = [f"tensor {spec.name} is of no layer of the LoRA" for spec in self.tensors if spec.name not in used]
+        return lora_faults(self.lora.layers, {spec.name: spec for spec in self.tensors}) + others
 
     def _packed_faults(self) -> list[str]:
         specs = {spec.name: spec for spec in self.tensors}

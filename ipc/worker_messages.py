@@ -17,7 +17,7 @@ from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
-from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, PackedProducts, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, LoraCounts, PackedProducts, SplitCheck
 from xditd.ipc.tensors import CopiedBytes, Digest, FileDigest, HostShmBlock, Manifest
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
@@ -215,6 +215,8 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Decisions on the paths of forwards since the last tally."""
     packed_products: Annotated[tuple[PackedProducts, ...], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)] = ()
     """Counted since the start of the rank; of rank 0 alone."""
+    loras: LoraCounts = LoraCounts()
+    """The same."""
 
 
 AnyReport = (

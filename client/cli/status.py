@@ -91,6 +91,11 @@ def describe(found: DaemonStatus) -> str:
     if found.packed_products:
         products = [row for each in found.packed_products for row in _product_rows(each)]
         lines += ["", table(("PACKED AS", "DEQUANTISED", "NATIVE", "WHY NOT NATIVE"), products)]
+    if found.loras.jobs:
+        loras = found.loras
+        switched = f"{loras.switches} switches, the last in {loras.last_switch_ms:.2f} ms"
+        why = f"; {_shortened(loras.detail)}" if loras.detail else ""
+        lines += ["", f"loras     {loras.jobs} jobs, {switched}, the slowest {loras.slowest_switch_ms:.2f} ms{why}"]
     scratch_bytes = max((each.facts.scratch_bytes for each in found.components if each.facts is not None), default=0)
     if scratch_bytes:
         lines += ["", f"scratch   {size_text(scratch_bytes)} of each worker, into which packed weights are dequantised"]

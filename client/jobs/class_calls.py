@@ -10,8 +10,9 @@ import torch
 from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.jobs.arguments import KeptTensor
 from xditd.client.jobs.class_arguments import ClassArgumentWriter
+from xditd.client.jobs.component import Component
 from xditd.client.jobs.device_use import Room
-from xditd.client.jobs.job_requests import CallRequest, Component, JobRequest, check_parts, write_call
+from xditd.client.jobs.job_requests import CallRequest, JobRequest, check_parts, write_call
 from xditd.ipc.requests import Numerics, ReadTensors
 from xditd.ipc.tensors import HostShmBlock
 

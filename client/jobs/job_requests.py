@@ -4,51 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, result_room
+from xditd.client.jobs.component import Component
 from xditd.client.jobs.device_use import Room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.facts import ComponentFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
+from xditd.ipc.facts import LatentScaling
 from xditd.ipc.field_types import ITEM_BYTES
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, Part, Role, Sampling
-from xditd.ipc.tensors import ComponentKind, HostShmBlock, IoTensor
+from xditd.ipc.requests import (
+    Call,
+    Decode,
+    Encode,
+    EncodeText,
+    Generate,
+    InferenceRequest,
+    Part,
+    Role,
+    Sampling,
+)
+from xditd.ipc.tensors import HostShmBlock, IoTensor
 
 if TYPE_CHECKING:
     import torch
 
     from xditd.client.device_blocks import DeviceBlock
-
-F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts)
-
-
-@dataclass(frozen=True)
-class Component:
-    """The id and the facts of a component that a job uses."""
-
-    component_id: str
-    facts: ComponentFacts
-
-    @property
-    def transformer(self) -> TransformerFacts:
-        return self._of_kind(ComponentKind.TRANSFORMER, self.facts.transformer)
-
-    @property
-    def vae(self) -> VaeFacts:
-        return self._of_kind(ComponentKind.VAE, self.facts.vae)
-
-    @property
-    def text_encoder(self) -> TextEncoderFacts:
-        return self._of_kind(ComponentKind.TEXT_ENCODER, self.facts.text_encoder)
-
-    def _of_kind(self, kind: ComponentKind, found: F | None) -> F:
-        if found is None:
-            raise BadRequest(f"component {self.component_id}: a {self.facts.kind.value} where a {kind.value} is needed")
-        return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,6 +198,7 @@ def write_call(
         return Call(
             request_id=request_id,
             component_id=component.component_id,
+            loras=component.loras,
             io=io,
             parts=tuple(written),
             out_offset_bytes=at,
@@ -302,6 +287,7 @@ def generate_request(
         return Generate(
             request_id=request_id,
             components=components,
+            loras={"transformer": transformer.loras} if transformer.loras else {},
             io=io,
             conditioning=written,
             sampling=sampling,
@@ -390,6 +376,7 @@ def encode_text_request(
         return EncodeText(
             request_id=request_id,
             encoder_id=encoder.component_id,
+            loras=encoder.loras,
             io=io,
             token_ids=ids_at,
             out=outputs["hidden_states"],

@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.jobs.arguments import KeptTensor, read_results
+from xditd.client.jobs.component import Component
 from xditd.client.jobs.device_use import DeviceUse, Key, Room
 from xditd.client.jobs.generation import GenerationJob
-from xditd.client.jobs.job_requests import CallRequest, Component, GenerationRequest, JobRequest, call_request
+from xditd.client.jobs.job_requests import CallRequest, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult

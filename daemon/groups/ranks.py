@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -85,6 +85,11 @@ class Ranks:
     def packed_products(self) -> tuple[PackedProducts, ...]:
         """The products of packed weights that rank 0 has counted."""
         return self.tallies[0].packed_products if 0 in self.tallies else ()
+
+    @property
+    def loras(self) -> LoraCounts:
+        """The jobs with LoRAs that rank 0 has counted."""
+        return self.tallies[0].loras if 0 in self.tallies else LoraCounts()
 
     @property
     def is_complete(self) -> bool:

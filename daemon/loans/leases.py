@@ -231,7 +231,7 @@ def is_same_content(old: Manifest, new: Manifest) -> bool:
 def _memory(manifest: Manifest) -> Hashable:
     """Identify the memory of a component, and what its bytes mean."""
     module = None if manifest.module is None else (manifest.module.class_name, manifest.module.config)
-    packed = manifest.packed, manifest.compute_dtype
+    packed = manifest.packed, manifest.compute_dtype, manifest.lora
     return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, packed, module
 
 

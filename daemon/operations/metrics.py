@@ -108,6 +108,7 @@ class _Collected(Collector):
             },
             *("format", "way"),
         )
+        yield _counter("xditd_lora_jobs_total", "Jobs with LoRAs.", status.loras.jobs)
         yield _counter(
             "xditd_outside_connections_total",
             "Connections to other hosts that workers attempted; must be 0.",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -61,6 +61,7 @@ class ClipL:
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:vision_model|visual_projection|text_projection)(?:\.|$)")
     fused_widths: tuple[int, ...] = ()
+    swapped_halves: frozenset[str] = frozenset()
 
     def claims(self, names: Collection[str]) -> bool:
         # Image encoders have layers of the same names without the prefix, but no token embedding.
@@ -98,6 +99,15 @@ class ClipL:
             yield from layer_entries(f"{layer}.mlp.fc1", (config.inner, width))
             yield from layer_entries(f"{layer}.mlp.fc2", (width, config.inner))
         yield from layer_entries("final_layer_norm", (width,))
+
+    @property
+    def smallest(self) -> ClipLConfig:
+        return ClipLConfig(vocabulary=VOCABULARY, max_tokens=77, width=HEAD_SIZE, layers=1, inner=HEAD_SIZE)
+
+    def lora_entries(self, config: ClipLConfig) -> Iterator[Entry]:
+        for entry in self.entries(config, ()):
+            yield entry
+            yield replace(entry, source=f"text_model.{entry.source}")
 
     def heads(self, config: ClipLConfig) -> int:
         return 0

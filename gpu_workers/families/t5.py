@@ -62,6 +62,7 @@ class T5:
     tied: Mapping[str, str] = {"encoder.embed_tokens.weight": _TOKENS}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:decoder|lm_head)\.")
     fused_widths: tuple[int, ...] = ()
+    swapped_halves: frozenset[str] = frozenset()
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_BLOCK.match, names))
@@ -99,6 +100,13 @@ class T5:
             yield tensor_entry(f"{feed_forward}.wo.weight", (width, config.inner))
             yield tensor_entry(f"encoder.block.{number}.layer.1.layer_norm.weight", (width,))
         yield tensor_entry("encoder.final_layer_norm.weight", (width,))
+
+    @property
+    def smallest(self) -> T5Config:
+        return T5Config(vocabulary=HEAD_SIZE, width=HEAD_SIZE, layers=1, heads=1, inner=HEAD_SIZE)
+
+    def lora_entries(self, config: T5Config) -> Iterator[Entry]:
+        yield from self.entries(config, ())
 
     def heads(self, config: T5Config) -> int:
         return 0

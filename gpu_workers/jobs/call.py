@@ -49,8 +49,11 @@ def run(job: Call, context: JobContext) -> Finished:
                     raise
                 raise named(f"parts[{number}]", error) from error
         reader.finish()
+        loras = context.components.variant(transformer, job.loras)
     clock.end_phase("inputs", waits=False)
-    results = run_parts(model, operations, parts, CallOptions(job.variant, job.foreseen))
+    with loras.switched_on():
+        options = CallOptions(job.variant, job.foreseen, has_loras=loras.changes)
+        results = run_parts(model, operations, parts, options)
     if not context.is_leader:
         clock.end_phase("forward")
         return Finished(clock.marks_ms)
@@ -63,7 +66,7 @@ def run(job: Call, context: JobContext) -> Finished:
     described = writer.begin(trees)
     clock.end_phase("forward")
     context.check_finite(finite, transformer)
-    context.components.check_unchanged(transformer)
+    context.components.check_unchanged(transformer, job.loras)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
 

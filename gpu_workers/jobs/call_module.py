@@ -17,7 +17,7 @@ from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.jobs.result_describer import CACHE, ResultDescriber
 from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter
-from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.object_tensors import change_tensors
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.snapshots import Snapshot

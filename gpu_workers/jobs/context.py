@@ -12,7 +12,8 @@ from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
 from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.models.components import Component, Components
+from xditd.gpu_workers.models.component import Component
+from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.client_blocks import ClientBlocks, OpenClientBlock
 from xditd.ipc.arguments import InIo, tensors

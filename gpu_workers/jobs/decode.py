@@ -6,7 +6,7 @@ import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.facts import LatentScaling

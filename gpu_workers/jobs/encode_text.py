@@ -35,9 +35,10 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             if not facts.has_pooled:
                 raise BadRequest(f"pooled: {name} has no pooled state; take its hidden states, or ask a CLIP")
             io.check("out_pooled", job.out_pooled, (token_ids.shape[0], facts.width))
+        loras = context.components.variant(encoder, job.loras)
         if context.is_leader:
             clock.end_phase("inputs")
-            with using_all_cores(context.device):
+            with using_all_cores(context.device), loras.switched_on():
                 hidden, pooled = operations.encode(encoder.model, token_ids, pooled=job.out_pooled is not None)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # the pooled state is one of them
@@ -45,7 +46,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             clock.end_phase("encode_text")
             places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
             context.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places))
-            context.components.check_unchanged(encoder)
+            context.components.check_unchanged(encoder, job.loras)
             io.write("out", job.out, hidden)
             if job.out_pooled is not None and pooled is not None:
                 io.write("out_pooled", job.out_pooled, pooled)

@@ -18,7 +18,7 @@ from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
-from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
@@ -46,7 +46,8 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             latent_facts.check_vae(vae.vae_facts.latents)
         clock.end_phase("plug")
         io = context.open_io()
-        loop = Loop.prepare(job, context, transformer, io)
+        loras = context.components.variant(transformer, job.loras.get("transformer", ()))
+        loop = Loop.prepare(job, context, transformer, io, has_loras=loras.changes)
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
@@ -55,7 +56,8 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
-    latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
+    with loras.switched_on():
+        latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
     finite.fetch()
     clock.end_phase("steps")
     with raise_on_all_ranks():
@@ -68,7 +70,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
             clock.end_phase("decode")
         if context.is_leader:
-            context.components.check_unchanged(transformer)
+            context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
             io.write("out_latents", job.out_latents, latents)
             clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
@@ -87,7 +89,9 @@ class Loop:
     reused_steps: int = 0
 
     @classmethod
-    def prepare(cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo) -> Loop:
+    def prepare(
+        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, *, has_loras: bool = False
+    ) -> Loop:
         """Read and check all inputs before the first step.
 
         Raises:
@@ -128,7 +132,7 @@ class Loop:
         reader.finish()
         threshold = sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
-        options = CallOptions(sampling.variant, started.foreseen, cache)
+        options = CallOptions(sampling.variant, started.foreseen, cache, has_loras)
         return cls(model, operations, started, options, wanted.batch, wanted.steps)
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to, largest_bytes
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -28,7 +28,8 @@ class CachedModel:
     """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
-    ``packed_layers`` are the layers that multiply packed weights, by the names of these.
+    ``packed_layers`` are the layers that multiply packed weights, by the names of these. ``branches`` are the LoRAs'
+    places, by the names of linear layers.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CachedModel:
         self.packed_layers = packed_layers
         self.scratch_bytes = largest_bytes(packed_layers)
         self.packed_memory = packed_memory
+        self.branches = add_branches_to(module)
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
@@ -75,6 +77,16 @@ class CachedModel:
         """Return the family's operations, typed by kind; ``registry.operations_of`` has checked them."""
         assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"
         return self.operations
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """The dtype in which LoRAs' branches compute, as the layers do."""
+        return torch.float32 if self.family.kind == "text_encoder" else self.dtype
+
+    @property
+    def lora_detail(self) -> str:
+        """Why forwards with LoRAs do not take the fast path; empty if there is none."""
+        return "" if self._fast is None else "plain blocks run with LoRAs: fused ones have no branches"
 
     @property
     def attention_backend(self) -> str:

@@ -13,29 +13,25 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
-from xditd.gpu_workers.models.cached_model import CachedModel
-from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
-from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
-from xditd.gpu_workers.models.entries import Bindings
-from xditd.gpu_workers.models.file_watch import FileWatch, check_files_unchanged, stale_file_error
+from xditd.gpu_workers.models.component import Component
+from xditd.gpu_workers.models.component_loading import TensorLoader
+from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
+from xditd.gpu_workers.models.lora_binding import LentLora
+from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
-from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, share_value
-from xditd.gpu_workers.parallel.upload_partition import clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
     BadRequest,
@@ -44,9 +40,9 @@ from xditd.ipc.errors import (
     OtherRankFailed,
     UnknownComponent,
 )
-from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
+from xditd.ipc.requests import LoraUse
 from xditd.ipc.tensors import (
     Block,
     ComponentKind,
@@ -54,56 +50,9 @@ from xditd.ipc.tensors import (
     CudaIpcBlock,
     FileDigest,
     Manifest,
-    TensorSpec,
 )
-from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-@dataclass
-class Component:
-    """One lent component. ``bindings`` are views of ``opened`` blocks or of ``copies``, which this rank owns."""
-
-    component_id: str
-    match: CheckpointMatch | ModuleMatch
-    bindings: Bindings
-    manifest: Manifest
-    facts: ComponentFacts
-    tensors: dict[str, torch.Tensor]
-    """The lent tensors that jobs read, by name, as views like the bindings."""
-    checkpoint: Bindings
-    """The same by canonical name, for fast paths; packed weights with their companions."""
-    opened: list[OpenBlock | None]
-    copies: list[torch.Tensor]
-    copied: CopiedBytes
-    timings_ms: dict[str, float]
-
-    @property
-    def model(self) -> CachedModel:
-        """The model of a component with a family."""
-        assert isinstance(self.match, CheckpointMatch)
-        return self.match.model
-
-    @property
-    def class_model(self) -> ClassModel:
-        """The model of a component that runs as its own class."""
-        assert isinstance(self.match, ModuleMatch)
-        return self.match.model
-
-    @property
-    def transformer_facts(self) -> TransformerFacts:
-        assert self.facts.transformer is not None
-        return self.facts.transformer
-
-    @property
-    def vae_facts(self) -> VaeFacts:
-        assert self.facts.vae is not None
-        return self.facts.vae
-
-    @property
-    def is_loaded(self) -> bool:
-        return self.match.model.owner == self.component_id
 
 
 class Components:
@@ -111,7 +60,7 @@ class Components:
 
     def __init__(self, layout: ParallelLayout, device_uuid: str, peer_uuids: tuple[str, ...]) -> None:
         self.packed = PackedMemory(layout.device)
-        self._products = ProductChoice(
+        products = ProductChoice(
             layout.native_products,
             layout.device,
             cache_folder("products"),
@@ -122,8 +71,10 @@ class Components:
         self.class_models = ClassModels(layout, self.packed)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
+        self.loras = LoraCounters()
         self.files = FileWatch(layout)
         self.plugs = 0
+        self._loader = TensorLoader(layout.device, self.gpu_copies, products)
         self._device = layout.device
         self._rank = layout.rank
         self._peer_uuids = peer_uuids
@@ -203,18 +154,38 @@ class Components:
             self._plug(component)
         return component
 
+    def get_lora(self, component_id: str) -> LentLora:
+        """Return a lent LoRA.
+
+        Raises:
+            UnknownComponent, BadRequest, StaleSource: as :meth:`get`.
+        """
+        return self.get(component_id, "lora").lora
+
+    def variant(self, component: Component, uses: Sequence[LoraUse]) -> LoraVariant:
+        """Bind the LoRAs of a job to its component, whose weights do not change.
+
+        Raises:
+            UnknownComponent, BadRequest, Unsupported, StaleSource: see ``prepare_variant``.
+        """
+        return prepare_variant(component.model, uses, self.get_lora, self.loras)
+
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""
         component = self._plugged.get(component_id)
         return component is not None and component.facts.kind is ComponentKind.MODULE
 
-    def check_unchanged(self, component: Component) -> None:
+    def check_unchanged(self, component: Component, loras: Sequence[LoraUse] = ()) -> None:
         """Check that the weights are still those that were lent. Call before a job, and before its results are used.
+
+        ``loras`` are those of the job, whose factors are checked, too.
 
         Raises:
             StaleSource: on rank 0: a mapped file was rewritten, truncated or grown.
         """
         self.files.check(component.opened)
+        for use in loras:
+            self.files.check(self._plugged[use.component_id].opened)
 
     def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy the mapped tensors of a component into this rank's own memory, and unmap them. All ranks fail together.
@@ -330,7 +301,7 @@ class Components:
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
         self.files.begin_digests(opened)  # in the background
-        tensors, bindings, copies, copied = self._load_tensors(manifest, match, opened, clock)
+        tensors, bindings, copies, copied = self._loader.load(manifest, match, opened, clock)
         self.files.wait_for_small_digests(opened)
         # The memory that a plug fills (fp8 weights) counts as copied, too.
         filled = (
@@ -358,61 +329,6 @@ class Components:
             known = listed(uuid for uuid in self._peer_uuids if uuid) or "none, they run on the CPU"
             raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
         return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
-
-    def _load_tensors(
-        self, manifest: Manifest, match: CheckpointMatch | ModuleMatch, opened: list[OpenBlock | None], clock: Clock
-    ) -> tuple[dict[str, torch.Tensor], Bindings, list[torch.Tensor], CopiedBytes]:
-        """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
-
-        On GPUs each rank uploads a share of the host memory. All ranks then copy the same tensors (``apart``), at the
-        same offsets: which ones depends on the kind of the block alone.
-        """
-        is_cuda = self._device.type == "cuda"
-        received: dict[int, torch.Tensor] = {}
-        with raise_on_all_ranks():
-            for number, block in enumerate(manifest.blocks):
-                if opened[number] is None:
-                    received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
-            sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
-            read = match.read_names
-            specs = [spec for spec in manifest.tensors if spec.name in read]
-            apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
-            own = OwnBuffer.allocate(apart, self._device)
-            if own is None:
-                check_files_unchanged(opened)
-        tensors: dict[str, torch.Tensor] = {}
-        copies: list[torch.Tensor] = []
-        size = 0
-        if own is not None:
-            share = self.gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
-            tensors, copies = own.tensors, [own.buffer]
-            size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
-        with self.gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark):
-            views = [BlockViews(source) for source in sources]
-            for spec in specs:
-                if spec.name not in tensors:
-                    tensors[spec.name] = views[spec.block].view(spec)
-        made: list[torch.Tensor] = []
-        if match.packed:
-            with raise_on_all_ranks():
-                made = match.convert(tensors, manifest.label)
-            clock.mark("dequantise")
-            match.choose_products(self._products, tensors)
-            clock.mark("choose products")
-        bindings = match.bind(tensors)  # after the copies, since it may convert tensors
-        clock.mark("bind")
-        made_bytes = sum(each.nbytes for each in made)
-        if not is_cuda:
-            return tensors, bindings, [*copies, *made], CopiedBytes(host_to_host=size + made_bytes)
-        others = sum(spec.extent_bytes for spec in apart) - size
-        peer = others + sum(buffer.numel() for buffer in received.values())
-        copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
-        return tensors, bindings, [*copies, *received.values(), *made], copied
-
-    def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
-        if self._device.type == "cuda":
-            return not source.is_cuda
-        return spec.offset_bytes % VIEW_ALIGNMENT_BYTES != 0
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:

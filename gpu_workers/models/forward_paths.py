@@ -202,12 +202,13 @@ class ForwardPaths:
             return eager(arguments)
         snapshot = ModuleSnapshot(self._module)
         call = partial(eager, arguments)
+        blocks = self._chooser.find_blocks() if self._chooser.compiles and not case.awaits_blocks else None
+        is_recorded = isinstance(blocks, CompiledBlocks) and blocks.state(case.compiled_key).phase == "absent"
         events = None
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not is_recorded:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
         began_s = time.perf_counter()
-        blocks = self._chooser.find_blocks() if self._chooser.compiles and not case.awaits_blocks else None
         if isinstance(blocks, CompiledBlocks):
             result = blocks.begin(case.compiled_key, call)
             case.awaits_blocks = True

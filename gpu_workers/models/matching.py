@@ -9,21 +9,26 @@ import torch
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.tensor_views import torch_dtype
 
+AnyMatch = CheckpointMatch | ModuleMatch | LoraMatch
 
-def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> CheckpointMatch | ModuleMatch:
-    """Match a manifest to a model of a family, or to a module that runs as its class.
+
+def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> AnyMatch:
+    """Match a manifest to a model of a family, or to a module that runs as its class, or as a LoRA.
 
     Raises:
         UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
         BadRequest: a module without its description, or a description that cannot be read.
     """
     try:
+        if manifest.lora is not None:
+            return match_lora(manifest, manifest.lora)
         tensors = _logical_infos(manifest)
         compute_dtype = None if manifest.compute_dtype is None else torch_dtype(manifest.compute_dtype)
         if manifest.module is not None:

@@ -41,11 +41,13 @@ class CallOptions:
     """Options of forwards, besides their arguments.
 
     ``foreseen`` are the values of arguments in later forwards, for work ahead of time; they change no bit of a result.
+    ``has_loras``: layers of the module have branches, which a path that does not run these layers lacks.
     """
 
     variant: str = "class"
     foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     step_cache: StepCache | None = None
+    has_loras: bool = False
 
 
 @dataclass(frozen=True, slots=True)

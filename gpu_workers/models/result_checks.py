@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import magnitude
 from xditd.ipc.errors import NotFinite
 from xditd.ipc.tensors import ComponentKind

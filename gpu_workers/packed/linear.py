@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 
+from xditd.gpu_workers.kernels.branches import Branches
 from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -27,7 +28,8 @@ class PackedLinear(torch.nn.Module):
     The reference forward dequantises the weight into the scratch buffer, in the compute dtype, and has the bits of
     ``F.linear(x, dequantised, bias)``; on GPUs Triton dequantises, and ``int8_convrot`` may differ in last bits. A
     weight with a ``native`` product is multiplied by that instead. A bias of another dtype is cast to that of the
-    product, so that a float32 bias does not make the whole layer compute in float32.
+    product, so that a float32 bias does not make the whole layer compute in float32. ``branches`` are added to the
+    result.
     """
 
     def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype, memory: PackedMemory) -> None:
@@ -37,6 +39,7 @@ class PackedLinear(torch.nn.Module):
         self.bias = linear.bias
         self.training = linear.training
         self.memory = memory
+        self.branches = Branches()
         self._dtype = dtype
         self._packed: PackedTensor | None = None
         self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
@@ -77,6 +80,10 @@ class PackedLinear(torch.nn.Module):
         return packed.values, packed.scale, self.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._multiply(x)
+        return self.branches.add(y, x) if self.branches.active else y
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.packed
         if packed.native is not None:
             self.memory.counts.count_native(packed.format)
@@ -92,6 +99,28 @@ class PackedLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         packed = "nothing plugged" if self._packed is None else self._packed.format
         return f"in_features={self.in_features}, out_features={self.out_features}, packed={packed}"
+
+
+class BranchedLinear(torch.nn.Linear):
+    """A plain linear layer with branches: without any it computes as its base class does."""
+
+    branches: Branches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return self.branches.add(y, x) if self.branches.active else y
+
+
+def add_branches_to(module: torch.nn.Module) -> dict[str, Branches]:
+    """Give all plain linear layers branches; return those of all layers, packed ones too, by the layers' names."""
+    found: dict[str, Branches] = {}
+    for path, layer in module.named_modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = BranchedLinear  # its parameters, hooks and attributes stay
+            layer.__dict__["branches"] = Branches()
+        if isinstance(layer, BranchedLinear | PackedLinear):
+            found[path] = layer.branches
+    return found
 
 
 def pack_linears(

@@ -19,13 +19,13 @@ def project_all(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> list[torc
     first = packed[0].packed
     if first.format == "float8":
         rows = native_products.quantise_float8(x, first.input_scale)
-        return [native_products.multiply_float8(rows, *layer.operands()) for layer in packed]
+        return [layer.branches.add(native_products.multiply_float8(rows, *layer.operands()), x) for layer in packed]
     rows = native_products.quantise_int8(x, first.group)
     found = []
     for layer in packed:
         values, scale, bias = layer.operands()
         assert scale is not None
-        found.append(native_products.multiply_int8(rows, values, scale, bias))
+        found.append(layer.branches.add(native_products.multiply_int8(rows, values, scale, bias), x))
     return found
 
 

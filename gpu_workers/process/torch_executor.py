@@ -15,6 +15,7 @@ from xditd.gpu_workers.jobs.job_io import JobIo
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.lora_match import LoraMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
@@ -23,7 +24,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import ForwardPath, LayoutReport
+from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
@@ -78,7 +79,7 @@ class TorchExecutor:
         component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
         match = component.match
         heads = match.family.heads(match.config)
-        if heads and self.facts.rank == 0:
+        if heads and self.facts.rank == 0 and not isinstance(match, LoraMatch):
             logger.info(
                 "layout of a component component_id=%s family=%s heads=%d layout=%s",
                 command.component_id, match.family.name, heads, match.model.layout.degrees,
@@ -133,6 +134,7 @@ class TorchExecutor:
             split_checks=class_models.take_split_checks(),
             forward_paths=self._take_forward_paths(),
             packed_products=self._components.packed.counts.report() if self.facts.rank == 0 else (),
+            loras=self._components.loras.report() if self.facts.rank == 0 else LoraCounts(),
         )
 
     def _paths(self) -> list[ForwardPaths]:

@@ -35,7 +35,7 @@ from xditd.ipc.facts import (
 from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
-from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
 from xditd.ipc.worker_messages import CallResults, DigestIo, Prepare, RankTally, Run
 
@@ -226,6 +226,7 @@ class FakeExecutor:
             fused_checks=tuple(checks),
             forward_paths=tuple(paths),
             packed_products=(PackedProducts(format="int8", reference=self.plugs, native=0),),
+            loras=LoraCounts(jobs=self.plugs),
         )
 
     def after_answer(self) -> None:

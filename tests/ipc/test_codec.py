@@ -228,7 +228,7 @@ def test_duplicate_keys_are_refused_wherever_they_are(messages: ModuleType) -> N
     twice = b"\x83" + packed(STATUS)[1:] + b"\xa2op\xa4stop"
     assert "twice" in refused(twice)
     lend = codec.encode(messages.instance(Lend))
-    inner = lend.replace(b"\x88\xa4kind", b"\x89\xa4kind\xa3vae\xa4kind")
+    inner = lend.replace(b"\x89\xa4kind", b"\x8a\xa4kind\xa3vae\xa4kind")
     assert inner != lend
     assert "twice" in refused(inner)
 

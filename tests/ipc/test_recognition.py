@@ -151,7 +151,7 @@ def test_adapters_are_named(whose: str, found: Tensors) -> None:
     error = form_error(found)
     assert isinstance(error, Unsupported)
     assert str(unsupported_error(found)) == str(error)
-    assert error.detail.startswith(f"a LoRA in {whose} names is no model: merge it into its model")
+    assert error.detail.startswith(f"a LoRA in {whose} names is no model: lend it by lend_lora()")
     assert len(error.detail) < MESSAGE_CHARS
 
 

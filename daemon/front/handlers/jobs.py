@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from xditd.daemon.front.service import Service
@@ -15,7 +15,7 @@ from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TensorsRead, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, ReadTensors
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, LoraUse, ReadTensors
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
@@ -79,25 +79,35 @@ def _check_components(service: Service, request: InferenceRequest) -> tuple[str,
     wanted = _components_of(request)
     for component_id, kind in wanted:
         found = service.lending.leases.live(component_id).kind
-        if found is not kind and not (isinstance(request, Call) and found is ComponentKind.MODULE):
+        runs_as_class = (
+            isinstance(request, Call) and found is ComponentKind.MODULE and kind is ComponentKind.TRANSFORMER
+        )
+        if found is not kind and not runs_as_class:
             what = "not mapped yet, and" if found is None else f"a {found.value} where"
             raise BadRequest(f"component {component_id}: {what} a {kind.value} is needed")
-    return tuple(component_id for component_id, _ in wanted)
+    return tuple(dict.fromkeys(component_id for component_id, _ in wanted))
 
 
 def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]:
     """List the components that a job names, each with the kind that the job needs."""
     if isinstance(request, Call):
-        return [(request.component_id, ComponentKind.TRANSFORMER)]
+        return [(request.component_id, ComponentKind.TRANSFORMER), *_loras_of(request.loras)]
     if isinstance(request, Generate):
         if "transformer" not in request.components:
             raise BadRequest("components: a transformer is required; name one")
-        return [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
+        if others := sorted(set(request.loras) - {"transformer"}):
+            raise BadRequest(f"loras: of the {others[0]}: a generation takes LoRAs of its transformer alone")
+        named = [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
+        return [*named, *_loras_of(request.loras.get("transformer", ()))]
     if isinstance(request, EncodeText):
-        return [(request.encoder_id, ComponentKind.TEXT_ENCODER)]
+        return [(request.encoder_id, ComponentKind.TEXT_ENCODER), *_loras_of(request.loras)]
     if isinstance(request, ReadTensors):
         return [] if request.component_id is None else [(request.component_id, ComponentKind.MODULE)]
     return [(request.vae_id, ComponentKind.VAE)]
+
+
+def _loras_of(uses: Iterable[LoraUse]) -> list[tuple[str, ComponentKind]]:
+    return [(use.component_id, ComponentKind.LORA) for use in uses]
 
 
 def _check_tensors(request: InferenceRequest) -> None:

@@ -13,7 +13,7 @@ from xditd.daemon.queue.jobs import op_of
 from xditd.ipc import limits
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.requests import AnyRequest, InferenceRequest
-from xditd.ipc.status import Counters, DaemonStatus, WorkerStatus
+from xditd.ipc.status import Counters, DaemonStatus, LoraCounts, WorkerStatus
 from xditd.ipc.worker_messages import RankTally
 
 _INFERENCE_OPS: Final = frozenset(op_of(each) for each in get_args(AnyRequest) if issubclass(each, InferenceRequest))
@@ -47,6 +47,7 @@ def describe_daemon(service: Service) -> DaemonStatus:
         split_checks=tuple(ranks.split_checks) if ranks is not None else (),
         forward_paths=tuple(ranks.forward_paths) if ranks is not None else (),
         packed_products=ranks.packed_products if ranks is not None else (),
+        loras=ranks.loras if ranks is not None else LoraCounts(),
         workers=_workers(group),
         components=tuple([lease.status() for lease in leases]),
         jobs=tuple([job.status() for job in service.scheduler]),

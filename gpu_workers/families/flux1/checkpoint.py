@@ -53,6 +53,7 @@ class Flux1:
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
     fused_widths: tuple[int, ...] = (HIDDEN,)
+    swapped_halves = frozenset({"norm_out.linear"})
 
     def claims(self, names: Collection[str]) -> bool:
         bare = [self.canonical(name) for name in names]
@@ -107,6 +108,21 @@ class Flux1:
         yield from layer_entries("final_layer.adaLN_modulation.1", (2 * h, h), "norm_out.linear")
         yield from layer_entries("final_layer.linear", (PACKED_CHANNELS, h), "proj_out")
 
+    @property
+    def smallest(self) -> Flux1Config:
+        return Flux1Config(
+            hidden=HEAD_SIZE,
+            double_blocks=1,
+            single_blocks=1,
+            context_channels=4096,
+            pooled_channels=768,
+            has_guidance=True,
+        )
+
+    def lora_entries(self, config: Flux1Config) -> Iterator[Entry]:
+        yield from self.entries(config, ())
+        yield from xlabs_entries(config)
+
     def heads(self, config: Flux1Config) -> int:
         return config.heads
 
@@ -116,6 +132,28 @@ class Flux1:
         from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
         return Flux1Operations()
+
+
+def xlabs_entries(config: Flux1Config) -> Iterator[Entry]:
+    """List the layers that LoRAs of XLabs change: those of attention, by the names of their processors.
+
+    Source: XLabs-AI/x-flux, ``DoubleStreamBlockLoraProcessor`` and ``SingleStreamBlockLoraProcessor``.
+    """
+    h, mlp = config.hidden, MLP_RATIO * config.hidden
+    for i in range(config.double_blocks):
+        for number, qkv, projection in (
+            (1, ("to_q", "to_k", "to_v"), "to_out.0"),
+            (2, ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"),
+        ):
+            source, target = f"double_blocks.{i}.processor", f"transformer_blocks.{i}.attn"
+            parts = [f"{target}.{part}.weight" for part in qkv]
+            yield tensor_entry(f"{source}.qkv_lora{number}.weight", (3 * h, h), *parts)
+            yield tensor_entry(f"{source}.proj_lora{number}.weight", (h, h), f"{target}.{projection}.weight")
+    for i in range(config.single_blocks):
+        source, target = f"single_blocks.{i}.processor", f"single_transformer_blocks.{i}"
+        parts = [f"{target}.attn.{part}.weight" for part in ("to_q", "to_k", "to_v")]
+        yield tensor_entry(f"{source}.qkv_lora.weight", (3 * h, h), *parts)
+        yield tensor_entry(f"{source}.proj_lora.weight", (h, h + mlp), f"{target}.proj_out.weight")
 
 
 def _embedder(source: str, hidden: int, channels: int, target: str) -> Iterator[Entry]:

@@ -126,7 +126,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 )
 
         fused = self.fused
-        if fused is None or not fused.is_loaded or fused.check.is_refused:
+        if fused is None or not fused.is_loaded or fused.check.is_refused or options.has_loras:
             return plain(cache)
         case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
         sample = fused.check.run(

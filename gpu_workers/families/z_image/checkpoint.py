@@ -70,6 +70,7 @@ class ZImage:
     # A norm in the released files that the model does not have.
     ignored: re.Pattern[str] | None = re.compile(r"^norm_final\.")
     fused_widths: tuple[int, ...] = ()
+    swapped_halves: frozenset[str] = frozenset()
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_MARK.match, names))
@@ -133,6 +134,14 @@ class ZImage:
         yield from layer_entries(
             f"{naming.final}.adaLN_modulation.1", (h, time), f"{_DIFFUSERS.final}.adaLN_modulation.1"
         )
+
+    @property
+    def smallest(self) -> ZImageConfig:
+        return ZImageConfig(hidden=HEAD_SIZE, layers=1, refiners=1, text_channels=2560)
+
+    def lora_entries(self, config: ZImageConfig) -> Iterator[Entry]:
+        yield from self.entries(config, (FUSED,))
+        yield from self.entries(config, ())
 
     def heads(self, config: ZImageConfig) -> int:
         return config.heads

@@ -25,7 +25,7 @@ from xditd.ipc.tensors import Tier
 if TYPE_CHECKING:
     from one_rank import OneRank
 
-    from xditd.gpu_workers.models.components import Component
+    from xditd.gpu_workers.models.component import Component
 
 State = dict[str, torch.Tensor]
 Packed = Mapping[str, tuple[str, torch.Tensor]]

@@ -30,7 +30,7 @@ from xditd.ipc.packed import PackedWeight
 if TYPE_CHECKING:
     from one_rank import OneRank
 
-    from xditd.gpu_workers.models.components import Component
+    from xditd.gpu_workers.models.component import Component
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 SMALL = {"heads": 1, "double_blocks": 1, "single_blocks": 1, "context_dim": 64, "pooled_dim": 64}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1
-from xditd.gpu_workers.models.components import Component
+from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.result_checks import FiniteCheck, magnitude
 from xditd.ipc.errors import NotFinite
 

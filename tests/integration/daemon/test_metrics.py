@@ -66,6 +66,7 @@ def test_metrics_tell_what_happened(start_daemon: Any, memory: Any) -> None:
     assert found["xditd_outside_connections_total"] == 0
     assert of_first_group['xditd_packed_products_total{format="int8",way="reference"}'] == 1
     assert of_first_group['xditd_forward_paths{class="Fake",path="eager"}'] == 1
+    assert of_first_group["xditd_lora_jobs_total"] == 1
     assert {error.where for error in status.last_errors} == {"generate", "workers"}
     assert status.last_errors[0].where == "workers"
     assert status.lent_bytes == {"host_shm": 64}

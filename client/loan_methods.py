@@ -1,0 +1,151 @@
+"""The methods of ``Client`` that lend components and end their loans."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from xditd.client.loans import Loan, kind_named
+from xditd.client.session import Session
+from xditd.ipc.name_lists import listed
+from xditd.ipc.renamed import Renamed
+from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from xditd.client.lending import Offer
+
+logger = logging.getLogger(__name__)
+
+
+class LoanMethods:
+    """A base of ``Client``, which sets ``_current``: a function that returns its session."""
+
+    _current: Callable[[], Session]
+
+    def lend(
+        self,
+        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | torch.nn.Module,
+        *,
+        kind: ComponentKind | str | None = None,
+        label: str | None = None,
+        device: str | None = None,
+        generation: int = 0,
+        as_class: bool = False,
+        acceleration: Acceleration | None = None,
+        variant: str | None = None,
+        compute_dtype: ComputeDType | None = None,
+        deadline_s: float | None = None,
+    ) -> Loan:
+        """Lend a component; returns when every worker has mapped, verified and plugged it.
+
+        ``source`` is a state dict, a module, or a path: of a safetensors or GGUF file, of the index of a checkpoint in
+        several files, or of a folder that ``save_pretrained`` of diffusers or transformers wrote, of which ``variant``
+        (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
+        (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
+        ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,
+        increase ``generation``.
+
+        A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
+        its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
+        ``config.json``, as the class's ``from_pretrained`` makes it with ``torch_dtype`` the dtype of its weights.
+        ``acceleration`` is how its forwards run on GPUs, instead of the daemon's setting of this name.
+
+        Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
+        ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
+        beside them, or bfloat16. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
+
+        Raises:
+            BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
+            UnknownFamily, UnsupportedDtype, Unsupported: the workers cannot run it.
+            StaleSource: the workers do not read what this process wrote.
+            OutOfMemory: too little free memory in this process or in a worker.
+        """
+        named = None if kind is None else kind_named(kind)
+
+        def make_offer() -> Offer:
+            from xditd.client.lending import describe
+
+            return describe(
+                source,
+                kind=named,
+                label=label,
+                device=device,
+                generation=generation,
+                as_class=as_class,
+                acceleration=acceleration,
+                variant=variant,
+                compute_dtype=compute_dtype,
+            )
+
+        return self._current().lend(make_offer, deadline_s)
+
+    def lend_lora(
+        self,
+        source: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+        *,
+        label: str | None = None,
+        device: str | None = None,
+        generation: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        deadline_s: float | None = None,
+    ) -> Loan:
+        """Lend a LoRA, for use with any component that has its layers, by :meth:`Loan.with_loras`.
+
+        ``source`` is a safetensors file, a folder that PEFT wrote, or a state dict, whose ``metadata`` is what a file
+        has in its header. Names may be those of kohya, diffusers, PEFT, OneTrainer, LyCORIS, XLabs, ai-toolkit or
+        ComfyUI. ``device`` and ``generation`` are those of :meth:`lend`. No weight of a component is read or changed:
+        workers add the low-rank branch to the layers' results. Names that fit no layer are logged once, and are in the
+        loan's ``facts.lora``.
+
+        Raises:
+            Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that
+                no family runs.
+            BadCheckpoint: the file is invalid, or the LoRA is not whole; every fault is named.
+            StaleSource, OutOfMemory: as :meth:`lend`.
+        """
+
+        def make_offer() -> Offer:
+            from xditd.client.loras.lending import describe_lora
+
+            return describe_lora(source, label=label, device=device, metadata=metadata, generation=generation)
+
+        loan = self._current().lend(make_offer, deadline_s)
+        facts = loan.facts.lora
+        if facts is not None and facts.unknown_count and not loan.is_reused:
+            logger.warning(
+                "layers of a LoRA are of no known family, and left out label=%s count=%d names=%s",
+                loan.label, facts.unknown_count, listed(facts.unknown),
+            )  # fmt: skip
+        return loan
+
+    def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
+        """Return a loan; when this returns, no worker maps the component."""
+        loan.return_(deadline_s=deadline_s)
+
+    def check_memory(self, *, deadline_s: float | None = None) -> None:
+        """Check that every worker reads what this process writes into shared memory. The first lend does this too.
+
+        Raises:
+            StaleSource: a worker read something else.
+        """
+        self._current().check_memory(deadline_s)
+
+    check_canary = Renamed("check_memory")
+
+    def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
+        """Copy a component into the workers' own memory, whichever process of this user lent it; see ``Loan.adopt``."""
+        return self._current().adopt(component_id, component_id, deadline_s)
+
+    def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
+        """End a loan, or free an adopted component, whichever process of this user lent it.
+
+        Returns when no worker maps or holds it. Running and later jobs that use it fail with ``LeaseLost``.
+        """
+        component_id = component if isinstance(component, str) else component.component_id
+        self._current().revoke(component_id, deadline_s)

@@ -1,0 +1,84 @@
+"""Low-rank branches beside a linear layer: what a LoRA adds to its result, without a change of its weight.
+
+With the weight W, a LoRA of strength s gives ``W x + s * scale * up (down x)``. Its rows may be those of some outputs
+alone, such as the queries of a fused projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class Strength:
+    """The strength of one LoRA in the job at hand, which all its branches read when they run."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """The two factors of one layer: ``down`` (rank, inputs) and ``up`` (rows, rank), of one dtype, not owned.
+
+    The rows are added to the outputs ``start`` to ``start + rows``.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    strength: Strength
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.up.shape[0]
+
+    def rows(self, start: int, stop: int) -> Branch | None:
+        """Return the branch of the outputs ``start`` to ``stop``, counted from there; ``None`` if it has none."""
+        first, last = max(start, self.start), min(stop, self.stop)
+        if first >= last:
+            return None
+        up = self.up[first - self.start : last - self.start]
+        return Branch(self.down, up, self.scale, self.strength, first - start)
+
+
+class Branches:
+    """The branches beside one linear layer: those of the LoRAs of the job at hand, and none between jobs."""
+
+    __slots__ = ("active",)
+
+    def __init__(self) -> None:
+        self.active: tuple[Branch, ...] = ()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add to a layer's result ``y`` (..., outputs) what they make of its input ``x``; write into ``y`` if it is
+        contiguous, and return it.
+
+        They compute in their own dtype, into which ``x`` is cast. A strength of 0 adds nothing: no bit changes.
+        """
+        if not self.active:
+            return y
+        y = y.contiguous()
+        add_branches(self.active, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return y
+
+
+def add_branches(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> None:
+    """Add to ``y`` (rows, outputs), in place, what branches make of ``x`` (rows, inputs)."""
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+    for branch in branches:
+        factor = branch.scale * branch.strength.value
+        if factor == 0.0:
+            continue
+        if last is None or last[0] is not branch.down:  # parts of a fused projection have the same
+            last = branch.down, torch.mm(x.to(branch.down.dtype), branch.down.t())
+        out = y[:, branch.start : branch.stop]
+        if out.dtype == branch.up.dtype:
+            out.addmm_(last[1], branch.up.t(), alpha=factor)
+        else:
+            out.add_(torch.mm(last[1], branch.up.t()), alpha=factor)

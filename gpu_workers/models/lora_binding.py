@@ -1,0 +1,151 @@
+"""Lent LoRAs: their factors, bound to the layers of the models that jobs use them with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.entries import Bindings
+from xditd.gpu_workers.models.lora_targets import Target, layers_for, takes_loras, targets_of
+from xditd.gpu_workers.packed.tensors import PackedTensor
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.loras import LoraDescription, LoraLayer
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
+
+FEWEST = 0.5
+"""The least share of a LoRA's layers that a model has to have: relatives of a model share some names with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BoundLora:
+    """A LoRA's branches in one model, by the module's layers. ``unknown`` are factors whose layers it does not have."""
+
+    strength: Strength
+    by_layer: Mapping[str, tuple[Branch, ...]]
+    slots: tuple[tuple[Branches, tuple[Branch, ...]], ...]
+    unknown: tuple[str, ...]
+
+
+class LentLora:
+    """A lent LoRA in the place of a model: it is never run itself. ``owner`` is its component id while it is plugged.
+
+    It holds its factors as they are lent, and copies of them in the compute dtypes of models that need another one.
+    """
+
+    scratch_bytes = 0
+
+    def __init__(self, label: str, description: LoraDescription) -> None:
+        self.label = label
+        self.description = description
+        self.owner: str | None = None
+        self._factors: Mapping[str, torch.Tensor | PackedTensor] = {}
+        self._converted: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+        self._bound: dict[CachedModel, BoundLora] = {}
+
+    @property
+    def converted_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(each.nbytes for factors in self._converted.values() for each in factors.values())
+
+    def plug(self, bindings: Bindings, owner: str = "", _: object = None) -> None:
+        """Hold these factors until :meth:`unplug` or the next call."""
+        self.unplug()
+        self._factors, self.owner = bindings, owner
+
+    def unplug(self) -> None:
+        """Drop all references to lent memory, and the copies."""
+        self._bound.clear()
+        self._converted.clear()
+        self._factors, self.owner = {}, None
+
+    def release(self, *, is_lent: bool = False) -> None:
+        """Nothing is reserved."""
+
+    def is_bound_to(self, model: CachedModel) -> bool:
+        return model in self._bound
+
+    def bind(self, model: CachedModel) -> BoundLora:
+        """Find its layers in a model, once, and convert its factors into the model's compute dtype.
+
+        Raises:
+            Unsupported: the model's family takes no LoRAs.
+            BadRequest: the LoRA is of another model: most of its layers are not in this one, or have other sizes.
+            torch.OutOfMemoryError: there is no memory for the copies.
+        """
+        found = self._bound.get(model)
+        if found is None:
+            found = self._bound[model] = self._bind(model)
+        return found
+
+    def _bind(self, model: CachedModel) -> BoundLora:
+        family = takes_loras(model.family)
+        if family is None:
+            raise Unsupported(
+                f"LoRA {self.label}: {model.family.name} takes no LoRAs; merge it into the weights, and lend those"
+            )
+        layers = layers_for(model.family, self.description.layers)
+        targets = targets_of(family, model.config)
+        known = [layer for layer in layers if layer.target in targets]
+        self._check(model, layers, {layer: targets[layer.target] for layer in known})
+        factors = self._factors_in(model.branch_dtype, known)
+        strength = Strength()
+        by_layer: dict[str, tuple[Branch, ...]] = {}
+        for layer in known:
+            down, up = factors[layer.down], factors[layer.up]
+            for part in targets[layer.target].parts:
+                branch = Branch(down, up[part.start : part.stop], layer.scale, strength, part.at)
+                by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
+        slots = tuple((model.branches[name], branches) for name, branches in by_layer.items())
+        unknown = tuple(layer.down for layer in layers if layer.target not in targets)
+        return BoundLora(strength, by_layer, slots, unknown)
+
+    def _check(self, model: CachedModel, layers: list[LoraLayer], targets: Mapping[LoraLayer, Target]) -> None:
+        what = f"LoRA {self.label}"
+        if not layers:
+            raise BadRequest(
+                f"{what}: it has no layers of a {model.family.kind.replace('_', ' ')}; use it with the component that "
+                "it is for"
+            )
+        if len(targets) < FEWEST * len(layers):
+            names = [layer.down for layer in layers if layer not in targets]
+            raise BadRequest(
+                f"{what} is of another model: this {model.family.name} has {len(targets)} of its {len(layers)} layers; "
+                f"it lacks {listed(names)}",
+                names=names,
+            )
+        faults = []
+        for layer, target in targets.items():
+            inputs, outputs = self._sizes(layer)
+            if (inputs, outputs) != (target.inputs, target.outputs):
+                faults.append(
+                    f"{layer.down} and {layer.up} are of a layer with {inputs} inputs and {outputs} outputs, the "
+                    f"model's has {target.inputs} and {target.outputs}"
+                )
+            for part in target.parts:
+                if part.layer not in model.branches:
+                    faults.append(f"{layer.down} is of {part.layer}, which is no linear layer")
+        if faults:
+            raise BadRequest(
+                f"{what} is of another model than this {model.family.name}: "
+                f"{listed(faults, joint='; ', chars=SENTENCE_CHARS)}",
+                names=faults,
+            )
+
+    def _sizes(self, layer: LoraLayer) -> tuple[int, int]:
+        return self._factors[layer.down].shape[1], self._factors[layer.up].shape[0]
+
+    def _factors_in(self, dtype: torch.dtype, layers: list[LoraLayer]) -> dict[str, torch.Tensor]:
+        """Return the factors of these layers in a dtype: as they are lent, or copies."""
+        converted = self._converted.setdefault(dtype, {})
+        found: dict[str, torch.Tensor] = {}
+        for name in (name for layer in layers for name in (layer.down, layer.up)):
+            lent = self._factors[name]
+            assert isinstance(lent, torch.Tensor)
+            if lent.dtype != dtype and name not in converted:
+                converted[name] = lent.to(dtype)
+            found[name] = converted.get(name, lent)
+        return found

@@ -1,0 +1,121 @@
+"""Variants of a component: LoRAs that a job adds to it, switched on for that job by reference.
+
+A switch writes one tuple of branches for each layer, and reads and copies no weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from xditd.gpu_workers.kernels.branches import Branches
+from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.lora_binding import BoundLora, LentLora
+from xditd.ipc import limits
+from xditd.ipc.name_lists import listed
+from xditd.ipc.requests import LoraUse
+from xditd.ipc.status import LoraCounts
+
+logger = logging.getLogger(__name__)
+
+
+class LoraCounters:
+    """Jobs with LoRAs and switches of one rank, since it started."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self.switches = 0
+        self.last_switch_ms = 0.0
+        self.slowest_switch_ms = 0.0
+        self.bound = 0
+        self.converted_bytes = 0
+        self.detail = ""
+
+    def note_switch(self, took_ms: float) -> None:
+        self.switches += 1
+        self.last_switch_ms = took_ms
+        self.slowest_switch_ms = max(self.slowest_switch_ms, took_ms)
+
+    def report(self) -> LoraCounts:
+        """Return the counts."""
+        return LoraCounts(
+            jobs=self.jobs,
+            switches=self.switches,
+            last_switch_ms=self.last_switch_ms,
+            slowest_switch_ms=self.slowest_switch_ms,
+            bound=self.bound,
+            converted_bytes=self.converted_bytes,
+            detail=self.detail[: limits.MAX_TEXT_CHARS],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LoraVariant:
+    """LoRAs of a model with their strengths, ready to be switched on. Without any it is the model itself."""
+
+    loras: tuple[tuple[BoundLora, float], ...]
+    counters: LoraCounters
+    detail: str = ""
+    """Why forwards with LoRAs take another path than others."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it differs from the model without LoRAs."""
+        return any(strength for _, strength in self.loras)
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Switch the LoRAs on in the model's layers while the context lasts."""
+        if not self.changes:
+            yield
+            return
+        began_s = time.perf_counter()
+        touched: list[Branches] = []
+        try:
+            for bound, strength in self.loras:
+                bound.strength.value = strength
+                if strength:
+                    for branches, added in bound.slots:
+                        branches.active += added
+                        touched.append(branches)
+            self.counters.note_switch((time.perf_counter() - began_s) * 1e3)
+            yield
+        finally:
+            for branches in touched:
+                branches.active = ()
+
+
+def prepare_variant(
+    model: CachedModel, uses: Sequence[LoraUse], get: Callable[[str], LentLora], counters: LoraCounters
+) -> LoraVariant:
+    """Bind the LoRAs of a job to a model. A LoRA that is named twice has the sum of its strengths.
+
+    Raises:
+        UnknownComponent, BadRequest: a LoRA is not lent to this worker, or is none; see :meth:`LentLora.bind`.
+    """
+    if not uses:
+        return LoraVariant((), counters)
+    strengths: dict[str, float] = {}
+    for use in uses:
+        strengths[use.component_id] = strengths.get(use.component_id, 0.0) + use.strength
+    loras = []
+    for component_id, strength in strengths.items():
+        lent = get(component_id)
+        if not lent.is_bound_to(model):
+            before = lent.converted_bytes
+            bound = lent.bind(model)
+            counters.bound += 1
+            counters.converted_bytes += lent.converted_bytes - before
+            if bound.unknown:
+                logger.warning(
+                    "layers of a LoRA are not in the model, and left out: label=%s component_id=%s family=%s count=%d "
+                    "names=%s",
+                    lent.label, component_id, model.family.name, len(bound.unknown), listed(bound.unknown),
+                )  # fmt: skip
+        loras.append((lent.bind(model), strength))
+    counters.jobs += 1
+    counters.detail = model.lora_detail
+    return LoraVariant(tuple(loras), counters, model.lora_detail)

@@ -1,0 +1,427 @@
+"""LoRAs as branches, through a real daemon with two workers: against the same LoRA baked into plain diffusers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lora_files
+import pytest
+import text_checkpoints
+import torch
+import z_image_models
+from gguf_files import dequantise, write_model
+from lora_files import CHECKPOINT_SPELLINGS, CLASS_SPELLINGS, Lora, matrices
+from packed_checkpoints import pack
+from safetensors.torch import load_file
+
+from xditd.client import BadRequest, Client, Closed, LeaseLost, StaleSource, UnknownComponent, Unsupported
+from xditd.gpu_workers.families.flux1 import reference
+
+BAR = 1e-6
+HALF_BAR = 1e-2
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def state(files) -> dict[str, torch.Tensor]:
+    return load_file(files.transformer)
+
+
+@pytest.fixture(scope="module")
+def of_class(state) -> dict[str, tuple[int, ...]]:
+    """The shapes of the linear layers of diffusers' class."""
+    return matrices(reference.transformer_from(state).state_dict())
+
+
+@pytest.fixture(scope="module")
+def inputs(make_inputs):
+    return make_inputs(tokens=13)
+
+
+@pytest.fixture
+def leaves_nothing(client: Client):
+    """Nothing is lent when the test has returned what it lent."""
+    before = {each.component_id for each in client.status().components}
+    yield
+    assert {each.component_id for each in client.status().components} == before
+
+
+def latents_of(client: Client, component: Any, inputs: Any, **more: Any) -> torch.Tensor:
+    given = {"height": inputs.pixels, "width": inputs.pixels, "steps": STEPS, "noise": inputs.noise} | more
+    return client.generate(component, inputs.conditioning, **given).result().latents
+
+
+def expected(module: Any, inputs: Any) -> torch.Tensor:
+    return reference.reference_latents(
+        module,
+        prompt_embeds=inputs.prompt_embeds,
+        pooled_prompt_embeds=inputs.pooled_prompt_embeds,
+        noise=inputs.noise,
+        height=inputs.pixels,
+        width=inputs.pixels,
+        steps=STEPS,
+    )
+
+
+def baked(state: dict[str, torch.Tensor], *loras: tuple[Lora, float]) -> Any:
+    """Diffusers' own class with LoRAs in its weights."""
+    for lora, strength in loras:
+        if not lora.is_of_class:
+            state = lora.baked_into(state, strength)
+    module = reference.transformer_from({name: tensor.clone() for name, tensor in state.items()})
+    for lora, strength in loras:
+        if lora.is_of_class:
+            lora.bake_into(module, strength)
+    return module
+
+
+@pytest.mark.parametrize("spelling", [*CHECKPOINT_SPELLINGS, *CLASS_SPELLINGS])
+def test_every_spelling_is_as_baked(
+    client, transformer, state, of_class, inputs, tmp_path: Path, spelling: str, relative_error, leaves_nothing
+) -> None:
+    shapes = matrices(state) if spelling in CHECKPOINT_SPELLINGS else of_class
+    if spelling == "xlabs":
+        shapes = {name: shape for name, shape in shapes.items() if name.endswith(("attn.qkv", "attn.proj"))}
+    lora = lora_files.make(shapes, spelling, seed=5)
+    with client.lend_lora(lora.save(tmp_path / "x.safetensors")) as loan:
+        assert loan.facts.lora.families["flux1"] == loan.facts.lora.layers == len(shapes)
+        assert [tier.value for tier in loan.tiers] == ["file"]
+        found = latents_of(client, transformer.with_loras([(loan, 0.8)]), inputs)
+        plain = latents_of(client, transformer, inputs)
+    right = expected(baked(state, (lora, 0.8)), inputs)
+    assert relative_error(found, right) <= BAR
+    assert relative_error(plain, expected(baked(state), inputs)) <= BAR
+    assert relative_error(plain, right) > 0.1
+
+
+def test_mixes_of_three_and_strengths(client, transformer, state, of_class, inputs, relative_error, leaves_nothing):
+    """Stacked, of unequal ranks and other namings, with negative and zero strengths, and named twice."""
+    kohya = lora_files.make(matrices(state), "kohya", 1, ranks=(3,))
+    diffusers = lora_files.make(of_class, "diffusers", 2, ranks=(16, 2))
+    some = {name: shape for name, shape in of_class.items() if "attn" in name}
+    peft = lora_files.make(some, "peft", 3, dtype=torch.bfloat16)
+    loans = [client.lend_lora(each.tensors) for each in (kohya, diffusers, peft)]
+    try:
+        first, second, third = loans
+        mixed = transformer.with_loras([(first, 0.4), (second, -0.7)]).with_loras([(third, 1.2)])
+        found = latents_of(client, mixed, inputs)
+        right = expected(baked(state, (kohya, 0.4), (diffusers, -0.7), (peft, 1.2)), inputs)
+        assert relative_error(found, right) <= BAR
+        alone = latents_of(client, transformer, inputs)
+        assert torch.equal(latents_of(client, transformer.with_loras([(first, 0.0)]), inputs), alone)
+        assert torch.equal(latents_of(client, transformer.with_loras([]), inputs), alone)
+        twice = transformer.with_loras([(second, 0.5), (second, -1.2), (first, 0.0)])
+        assert (
+            relative_error(latents_of(client, twice, inputs), expected(baked(state, (diffusers, -0.7)), inputs)) <= BAR
+        )
+        by_id = transformer.with_loras([(second.component_id, -0.7)])
+        assert torch.equal(latents_of(client, by_id, inputs), latents_of(client, twice, inputs))
+    finally:
+        for loan in loans:
+            loan.return_()
+
+
+def test_a_call_and_a_step_cache_have_them_too(client, transformer, state, inputs, relative_error):
+    lora = lora_files.make(matrices(state), "kohya", 1)
+    with client.lend_lora(lora.tensors) as loan:
+        view = transformer.with_loras([(loan, 0.8)])
+        cached = latents_of(client, view, inputs, step_cache=1e-4)
+        given = {
+            "hidden_states": torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0)),
+            "encoder_hidden_states": inputs.prompt_embeds,
+            "pooled_projections": inputs.pooled_prompt_embeds,
+            "timestep": torch.tensor([0.7]),
+            "guidance": torch.tensor([3.5]),
+            "img_ids": reference_ids(8),
+            "txt_ids": torch.zeros(inputs.prompt_embeds.shape[1], 3),
+        }
+        (called,) = client.call(view, given)
+        (plain,) = client.call(transformer, given)
+    module = baked(state, (lora, 0.8))
+    assert relative_error(cached, expected(module, inputs)) <= BAR
+    with torch.no_grad():
+        assert relative_error(called, module(**given, return_dict=False)[0]) <= BAR
+        assert relative_error(plain, baked(state)(**given, return_dict=False)[0]) <= BAR
+
+
+def reference_ids(side: int) -> torch.Tensor:
+    ids = torch.zeros(side, side, 3)
+    ids[..., 1] += torch.arange(side)[:, None]
+    ids[..., 2] += torch.arange(side)[None]
+    return ids.reshape(side * side, 3)
+
+
+def test_bfloat16_is_as_near_to_the_unrounded_one_as_the_baked_one(client, state):
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    lora = lora_files.make(matrices(state), "kohya", 4, size=0.1)
+    with client.lend({name: tensor.float() for name, tensor in lora.baked_into(half, 1.0).items()}) as loan:
+        unrounded = called(client, loan)
+    with client.lend(half) as loan, client.lend_lora(lora.tensors) as lent:
+        branch = called(client, loan.with_loras([(lent, 1.0)]), torch.bfloat16)
+        alone = called(client, loan, torch.bfloat16)
+    with client.lend(lora.baked_into(half, 1.0)) as loan:
+        in_weights = called(client, loan, torch.bfloat16)
+
+    def error_of(found: torch.Tensor) -> float:
+        return float((found.float() - unrounded).norm() / unrounded.norm())
+
+    assert error_of(branch) <= HALF_BAR
+    assert error_of(branch) <= 1.5 * error_of(in_weights)
+    assert error_of(alone) > 10 * HALF_BAR
+
+
+@pytest.mark.parametrize("packed_format", ["int8_convrot", "old", "q8_0"])
+def test_packed_bases_are_as_the_dequantised_ones(
+    client, state, inputs, tmp_path: Path, packed_format: str, relative_error
+) -> None:
+    if packed_format == "q8_0":
+        path = tmp_path / "x.gguf"
+        written = write_model(path, state, lambda name: "q8_0" if ".img_" in name or "single" in name else None, "flux")
+        meant = {
+            name: dequantise(written[name][1], written[name][0], torch.float32) if name in written else tensor
+            for name, tensor in state.items()
+        }
+    else:
+        packed = pack(state, packed_format, torch.float32)
+        path, meant = packed.save(tmp_path / "x.safetensors"), packed.meant
+    lora = lora_files.make(matrices(state), "kohya", 6)
+    with client.lend(path, compute_dtype="float32") as loan, client.lend_lora(lora.tensors) as lent:
+        found = latents_of(client, loan.with_loras([(lent, 0.9)]), inputs)
+        alone = latents_of(client, loan, inputs)
+    assert relative_error(found, expected(baked(meant, (lora, 0.9)), inputs)) <= BAR
+    assert relative_error(alone, expected(baked(meant), inputs)) <= BAR
+
+
+@pytest.mark.parametrize(
+    ("names", "spelling"), [("comfyui", "comfyui"), ("comfyui", "diffusers"), ("diffusers", "kohya")]
+)
+def test_z_image_in_both_namings(client, names: str, spelling: str, relative_error):
+    """A LoRA in either naming fits a checkpoint in either."""
+    state = z_image_models.state_dict(0, names=z_image_models.COMFYUI if names == "comfyui" else ())
+    module = z_image_models.reference(state)
+    other = z_image_models.state_dict(0, names=z_image_models.COMFYUI)
+    # diffusers' names are those of its class, also where kohya's scripts flatten them
+    shapes = matrices(other) if spelling == "comfyui" else matrices(module.state_dict())
+    lora = lora_files.make(shapes, spelling, 7, size=0.2)
+    lora.is_of_class = spelling != "comfyui"
+    with client.lend(state) as loan, client.lend_lora(lora.tensors) as lent:
+        given = z_image_models.inputs((7, 40), ((8, 12), (6, 4)))
+        (found,) = client.call(loan.with_loras([(lent, 0.6)]), given)
+        (plain,) = client.call(loan, given)
+    with torch.no_grad():
+        without = module(**given, return_dict=False)[0]
+        if lora.is_of_class:
+            lora.bake_into(module, 0.6)
+        else:
+            module = z_image_models.reference(lora.baked_into(state, 0.6))
+        right = module(**given, return_dict=False)[0]
+    for row in range(2):
+        assert relative_error(found[row], right[row]) <= 2 * BAR
+        assert relative_error(plain[row], without[row]) <= 2 * BAR
+        assert relative_error(plain[row], right[row]) > 0.05
+
+
+def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
+    """Four clients, twenty variants, two hundred switches: right results, no weight copied, nothing leaks."""
+    loras = [lora_files.make(matrices(state), "kohya", seed, ranks=(2,)) for seed in range(4)]
+    with daemon.connect() as watcher:
+        before = watcher.status()
+        clients = [daemon.connect() for _ in range(4)]
+        try:
+            bases = [client.lend(files.transformer) for client in clients]
+            lent = [client.lend_lora(lora.tensors) for client, lora in zip(clients, loras, strict=True)]
+            started = watcher.status()
+            strengths = (0.3, -0.5, 1.0, 0.0, 0.7)
+            variants = [(who, strength) for who in range(4) for strength in strengths]
+
+            def run(who: int, strength: float) -> torch.Tensor:
+                view = bases[who].with_loras([(lent[who], strength)])
+                return latents_of(clients[who], view, inputs, steps=1)
+
+            first = {variant: run(*variant) for variant in variants}
+            open_files = processes.count_fds(watcher.daemon_pid)
+            for number in range(200):
+                variant = variants[(number * 7) % len(variants)]
+                assert torch.equal(run(*variant), first[variant]), variant
+            assert processes.count_fds(watcher.daemon_pid) <= open_files + 2
+            # The four of strength 0 are alike.
+            assert len({tuple(each.flatten()[:8].tolist()) for each in first.values()}) == 17
+            status = watcher.status()
+            assert status.loras.jobs - before.loras.jobs == 220
+            assert status.loras.switches - before.loras.switches == 220 * 4 // 5  # not to strength 0
+            assert status.loras.bound - before.loras.bound == 4  # four loans of one file are of one model
+            copied = {each.component_id: each.copied for each in started.components}
+            assert {each.component_id: each.copied for each in status.components} == copied
+            assert status.loras.detail == "" or "plain blocks" in status.loras.detail
+        finally:
+            for client in clients:
+                client.close()
+        after = watcher.status()
+        assert [each.component_id for each in after.components] == [each.component_id for each in before.components]
+        assert after.last_errors == before.last_errors
+
+
+def test_text_encoders(client, relative_error):
+    """CLIP-L and T5, in one file with the layers of a transformer, which they leave to it."""
+    clip, t5 = text_checkpoints.clip_l_state_dict(5), text_checkpoints.t5_state_dict(6)
+    tensors: dict[str, torch.Tensor] = {}
+    baked_clip, baked_t5 = dict(clip), dict(t5)
+    for prefix, state, into in (("lora_te1", clip, baked_clip), ("lora_te2", t5, baked_t5)):
+        lora = lora_files.make(matrices(state, "_proj", ".fc1", ".fc2", ".q", ".o", ".wi_0", ".wo"), "kohya", 8)
+        tensors |= {name.replace("lora_unet", prefix, 1): tensor for name, tensor in lora.tensors.items()}
+        into.update(lora.baked_into(state, 0.5))
+    tensors |= lora_files.make({"double_blocks.0.img_mod.lin": (1536, 256)}, "kohya", 9).tensors
+    with client.lend_lora(tensors) as lent:
+        assert set(lent.facts.lora.families) == {"clip_l", "t5", "flux1"}
+        for state, into in ((clip, baked_clip), (t5, baked_t5)):
+            ids = torch.randint(2, 1000, (2, 20), generator=torch.Generator().manual_seed(1))
+            with client.lend(state) as loan:
+                found = client.encode_text(loan.with_loras([(lent, 0.5)]), ids).hidden_states
+                alone = client.encode_text(loan, ids).hidden_states
+            with client.lend(into) as loan:
+                right = client.encode_text(loan, ids).hidden_states
+            assert relative_error(found, right) <= 2 * BAR
+            assert relative_error(alone, right) > 0.05
+
+
+# --- What is refused, and what ends ------------------------------------------------------------------
+
+
+def test_other_models_and_wrong_shapes_are_refused_by_name(client, transformer, state, of_class, leaves_nothing):
+    sdxl = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}
+    with pytest.raises(Unsupported, match=r"^lora: a LoRA of another model: of its 1 layers, 0 have names") as caught:
+        client.lend_lora(lora_files.make(sdxl, "kohya", 0).tensors)
+    assert caught.value.names[0].startswith("lora_unet_down_blocks_1")
+    z_image = lora_files.make({"layers.0.attention.qkv": (768, 256)}, "comfyui", 0)
+    says = r"LoRA z is of z_image, and .* of flux1: use it with the model"
+    with client.lend_lora(z_image.tensors, label="z") as lent, pytest.raises(BadRequest, match=says):
+        transformer.with_loras([(lent, 1.0)])
+    wide = {name: (2 * rows, 2 * columns) for name, (rows, columns) in of_class.items() if "attn" in name}
+    with client.lend_lora(lora_files.make(wide, "diffusers", 0).tensors, label="wide") as lent:
+        with pytest.raises(BadRequest, match=r"LoRA wide is of another model than this flux1: .* 512 inputs") as caught:
+            client.generate(
+                transformer.with_loras([(lent, 1.0)]),
+                {"prompt_embeds": torch.zeros(1, 4, 4096), "pooled_prompt_embeds": torch.zeros(1, 768)},
+                height=128,
+                width=128,
+                steps=1,
+            ).result()
+        assert len(caught.value.names) == len(wide)
+    deep = {f"transformer_blocks.{number}.attn.to_q": (256, 256) for number in range(5)}
+    says = "this flux1 has 2 of its 5 layers"
+    with client.lend_lora(lora_files.make(deep, "diffusers", 0).tensors) as lent, pytest.raises(BadRequest, match=says):
+        called(client, transformer.with_loras([(lent, 1.0)]))
+
+
+def called(client: Client, component: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """One small forward of FLUX.1, at a time and a guidance that bfloat16 does not round."""
+    return client.call(
+        component,
+        {
+            "hidden_states": torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)).to(dtype),
+            "encoder_hidden_states": torch.ones(1, 6, 4096, dtype=dtype),
+            "pooled_projections": torch.ones(1, 768, dtype=dtype),
+            "timestep": torch.tensor([0.5]),
+            "guidance": torch.tensor([4.0]),
+            "img_ids": reference_ids(4),
+            "txt_ids": torch.zeros(6, 3),
+        },
+    )[0]
+
+
+def test_names_of_no_layer_are_listed_and_left_out(client, transformer, state, caplog, leaves_nothing):
+    lora = lora_files.make(matrices(state), "kohya", 1)
+    odd = lora_files.make({"strange.part": (64, 64)}, "kohya", 1).tensors
+    with client.lend_lora(lora.tensors | odd | {"bundle_emb.a": torch.zeros(2)}) as lent:
+        assert lent.facts.lora.unknown == ("lora_unet_strange_part.lora_down.weight",)
+        assert "lora_unet_strange_part.lora_down.weight" in caplog.text
+        assert "bundle_emb.a" in caplog.text
+        found = called(client, transformer.with_loras([(lent, 1.0)]))
+    with client.lend_lora(lora.tensors) as lent:
+        assert torch.equal(called(client, transformer.with_loras([(lent, 1.0)])), found)
+
+
+def test_bad_strengths_and_loans(client, daemon, transformer, vae, state, leaves_nothing):
+    lora = lora_files.make(matrices(state), "kohya", 1)
+    with client.lend_lora(lora.tensors, label="good") as lent:
+        for bad in (float("nan"), float("inf"), "1", True, 1e9):
+            with pytest.raises(BadRequest, match="loras: the strength"):
+                transformer.with_loras([(lent, bad)])
+        with pytest.raises(BadRequest, match=r"lora: .* is a transformer; name a lora"):
+            transformer.with_loras([(transformer, 1.0)])
+        with pytest.raises(BadRequest, match="pairs of a loan"):
+            transformer.with_loras([lent])
+        with pytest.raises(BadRequest, match="is of flux1, and ae of flux_vae"):
+            vae.with_loras([(lent, 1.0)])
+        with pytest.raises(UnknownComponent, match="lora-99-zzz: not on loan"):
+            called(client, transformer.with_loras([("lora-99-zzz", 1.0)]))
+        with pytest.raises(BadRequest, match="a transformer where a lora is needed"):
+            called(client, transformer.with_loras([(transformer.component_id, 1.0)]))
+        with pytest.raises(BadRequest, match="a lora where a transformer is needed"):
+            called(client, lent.component_id)
+        view = transformer.with_loras([(lent, 1.0)])
+        right = called(client, view)
+    with pytest.raises(LeaseLost, match=r"component good \(lora-.*was returned"):
+        called(client, view)
+    other = daemon.connect()
+    theirs = other.lend_lora(lora.tensors)
+    foreign = transformer.with_loras([(theirs.component_id, 1.0)])
+    assert torch.equal(called(client, foreign), right)
+    other.close()
+    with pytest.raises(Closed):
+        transformer.with_loras([(theirs, 1.0)])
+    with pytest.raises(LeaseLost, match="it said goodbye"):
+        called(client, foreign)
+
+
+def test_a_revoked_lora_ends_the_jobs_that_use_it(client, daemon, transformer, state, inputs):
+    lora = lora_files.make(matrices(state), "kohya", 1)
+    with client.lend_lora(lora.tensors) as lent, daemon.connect() as other:
+        view = transformer.with_loras([(lent, 1.0)])
+        given = {"height": inputs.pixels, "width": inputs.pixels, "noise": inputs.noise}
+        running = client.generate(transformer, inputs.conditioning, steps=500, **given)
+        next(iter(running.events()))
+        waiting = client.generate(view, inputs.conditioning, steps=2, **given)
+        other.revoke(lent.component_id)
+        with pytest.raises(LeaseLost, match="revoked"):
+            waiting.result()
+        running.cancel()
+        with pytest.raises(LeaseLost):
+            called(client, view)
+    assert latents_of(client, transformer, inputs).isfinite().all()
+
+
+def test_a_rewritten_file_is_stale_and_an_adopted_lora_stays(
+    client, daemon, transformer, state, tmp_path: Path, leaves_nothing
+):
+    path = lora_files.make(matrices(state), "kohya", 1).save(tmp_path / "x.safetensors")
+    with client.lend_lora(path) as lent:
+        right = called(client, transformer.with_loras([(lent, 1.0)]))
+        with path.open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"1234")
+        with pytest.raises(StaleSource):
+            called(client, transformer.with_loras([(lent, 1.0)]))
+    other = daemon.connect()
+    adopted = other.lend_lora(lora_files.make(matrices(state), "kohya", 1).tensors)
+    adopted.adopt()
+    other.close()
+    assert torch.equal(called(client, transformer.with_loras([(adopted.component_id, 1.0)])), right)
+    client.revoke(adopted.component_id)
+
+
+@pytest.mark.slow
+def test_a_rebuilt_group_maps_loras_again(client, transformer, state, wait_until, processes):
+    lora = lora_files.make(matrices(state), "kohya", 1)
+    with client.lend_lora(lora.tensors) as lent:
+        view = transformer.with_loras([(lent, 1.0)])
+        right = called(client, view)
+        starts = client.status().counters.group_starts
+        os.kill(client.status().workers[0].pid, signal.SIGKILL)
+        wait_until(lambda: client.status().counters.group_starts > starts, "a new group")
+        client.wait_ready(60)
+        assert torch.equal(called(client, view), right)
+        assert client.status().loras.jobs == 1
