@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.entries import tensors_in
 from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import Difference, ModuleSnapshot, computes_in_halves, largest_difference
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.gpu_workers.parallel.row_trees import structure_of, tensors_of
@@ -31,6 +32,9 @@ Path = Literal["eager", "compiled", "captured", "compiled, captured"]
 HOST_SHARE: Final = 0.3
 """A forward is captured if the host needs at least this share of its time to launch kernels; else a graph gains
 nothing."""
+
+LIMITING_SHARE: Final = 0.9
+"""While its blocks are being compiled, it is captured if the host is what it waits for: it is captured again soon."""
 
 
 @dataclass(eq=False)
@@ -46,6 +50,8 @@ class ForwardCase:
     awaits_blocks: bool = False
     """Whether its blocks are being compiled."""
     is_compiled: bool = False
+    host_share: float | None = None
+    """Of the time of its eager forward, what the host needed to launch kernels; ``None`` if that is not known."""
     graph: CapturedForward | None = None
     """While blocks are being compiled, that of the eager forward."""
     may_capture: bool = True
@@ -84,7 +90,8 @@ class LastRun:
     host_s: float = 0.0
     """How long the host needed to launch its kernels."""
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    """Around an eager run on a GPU; ``None`` for one of a graph."""
+    """Around an eager run on a GPU; ``None`` for one of a graph, or whose blocks were recorded, which takes the host
+    longer."""
 
 
 class Choice(NamedTuple):
@@ -98,7 +105,8 @@ class Choice(NamedTuple):
 class PathChooser:
     """Compiles, captures and compares the forwards of one module. ``mode`` is the setting ``acceleration``.
 
-    All ranks ``among`` which a forward runs together make the same choices in the same order.
+    All ranks ``among`` which a forward runs together make the same choices in the same order. Replays of graphs add to
+    ``counts``.
     """
 
     def __init__(
@@ -108,12 +116,14 @@ class PathChooser:
         mode: str,
         among: RankSet,
         make_blocks: Callable[[], CompiledBlocks | str],
+        counts: PackedProductCounts | None = None,
     ) -> None:
         self._module = module
         self._device = device
         self._among = among
-        self._always_captures = mode == "captured"
+        self._measures_host = mode == "auto" and device.type == "cuda"
         self._make_blocks = make_blocks
+        self._counts = counts
         self._blocks: CompiledBlocks | str | None = None
         self.captures = device.type == "cuda" and mode in ("auto", "captured")
         self.compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
@@ -151,6 +161,8 @@ class PathChooser:
         if not self._together(run, run.result is not None):
             case.is_decided = True
             return Choice("its result holds objects")
+        if self._measures_host and not self._together(run, self._knows_host_share(run)):
+            return Choice("its blocks were recorded")  # so that another run is needed
         reason, error = "", None
         if self.compiles:
             blocks = self.find_blocks()
@@ -163,6 +175,10 @@ class PathChooser:
         case.is_decided = not case.awaits_blocks
         if not self.captures or not case.may_capture or (case.graph is not None and not case.is_compiled):
             return Choice(reason, error)
+        least = LIMITING_SHARE if case.awaits_blocks else HOST_SHARE
+        if self._measures_host and not self._together(run, (case.host_share or 0.0) >= least):
+            case.graph = None
+            return Choice(reason or f"the host needs less than {least:.0%} of its time", error)
         expected = run.result
         try:
             if case.is_compiled:
@@ -209,8 +225,6 @@ class PathChooser:
 
     def _capture(self, run: LastRun, expected: Any) -> tuple[CapturedForward | None, str]:
         """Capture a forward, and compare it with its run before; return why it is not captured."""
-        if not self._together(run, self._is_worth_it(run)):
-            return None, f"the host needs less than {HOST_SHARE:.0%} of its time"
         snapshot = ModuleSnapshot(self._module)
         graph, reason = self._try_capture(run)
         if not self._together(run, graph is not None):
@@ -231,19 +245,21 @@ class PathChooser:
                 return self.run_compiled(run.case, partial(eager, given))
 
         try:
-            return CapturedForward(forward, run.arguments, tensors_in(run.weights), self._device), ""
+            weights = tensors_in(run.weights)
+            return CapturedForward(forward, run.arguments, weights, self._device, self._counts), ""
         except CaptureRefused as refused:
             return None, str(refused)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None, "the GPU has no room for its graph"
 
-    def _is_worth_it(self, run: LastRun) -> bool:
-        if self._always_captures or run.events is None:
-            return True
-        began, ended = run.events
-        ended.synchronize()
-        return run.host_s * 1e3 >= HOST_SHARE * began.elapsed_time(ended)
+    def _knows_host_share(self, run: LastRun) -> bool:
+        """Note what part of an eager run the host needed; whether that is known."""
+        if run.events is not None:
+            began, ended = run.events
+            ended.synchronize()
+            run.case.host_share = run.host_s * 1e3 / began.elapsed_time(ended)
+        return run.case.host_share is not None
 
     def _together(self, run: LastRun, ok: bool) -> bool:
         """Whether it is so, on all ranks that run such a forward together."""

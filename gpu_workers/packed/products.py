@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.eight_bits import Quantised
+from xditd.gpu_workers.kernels.eight_bits import DTYPE, Quantised
 from xditd.gpu_workers.kernels.products import EightBitLinear, EightBitRows, Linear, TensorRows, project_up
 from xditd.gpu_workers.packed.linear import PackedMemory
-from xditd.gpu_workers.packed.native_products import native_product
+from xditd.gpu_workers.packed.native_products import memory_fault, native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 
@@ -39,7 +40,7 @@ class Dequantiser:
         if not isinstance(weight, PackedTensor):
             is_same = weight.dtype == self.dtype
             return weight if is_same else self.scratch.view(weight.shape, self.dtype).copy_(weight)
-        self._counts.reference[weight.format] += 1
+        self._counts.count_reference(weight, "vectors are multiplied with dequantised matrices")
         return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
 
     def native(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor | None:
@@ -52,7 +53,7 @@ class Dequantiser:
 
     def count_native(self, packed_format: str, products: int = 1) -> None:
         """Count native products."""
-        self._counts.native[packed_format] += products
+        self._counts.count_native(packed_format, products)
 
     def projection(self, checkpoint: Weights, name: str, rows: slice = slice(None)) -> Projection:
         """Return the projection of this name, or some of its outputs, without dequantising anything."""
@@ -133,18 +134,17 @@ class Float8Products(_OfCheckpoint, EightBitRows):
     """
 
     @staticmethod
-    def fits(weights: Iterable[PackedTensor | torch.Tensor], dtype: torch.dtype) -> bool:
-        """Whether all are ``float8`` with a native product that has a scale for each row of activations.
+    def fits(weights: Sequence[PackedTensor | torch.Tensor], dtype: torch.dtype) -> bool:
+        """Whether these products run all of the weights.
 
-        Such products give bfloat16 alone (torch 2.11).
+        All are ``float8`` whose inputs may be rounded with a scale for each row, and native products were chosen for
+        the larger part: for the others, too, nothing but the product is left to do here. Such products give bfloat16
+        alone (torch 2.11).
         """
-        return dtype == torch.bfloat16 and all(
-            isinstance(each, PackedTensor)
-            and each.format == "float8"
-            and each.native is native_product
-            and each.input_scale is None
-            for each in weights
-        )
+        packed = [each for each in weights if isinstance(each, PackedTensor)]
+        native = sum(math.prod(each.shape) for each in packed if each.native is native_product)
+        is_most = 2 * native > sum(math.prod(each.shape) for each in weights)
+        return dtype == torch.bfloat16 and is_most and len(packed) == len(weights) and all(map(_rounds_rows, packed))
 
     def linear(self, name: str, rows: slice = slice(None)) -> EightBitLinear:
         weight, bias = self.dequantiser.projection(self._checkpoint, name, rows)
@@ -166,6 +166,16 @@ class Float8Products(_OfCheckpoint, EightBitRows):
     ) -> None:
         self.dequantiser.count_native("float8", 2)
         super().mlp_and_attention(attended, rows, up, second, out)
+
+
+def _rounds_rows(weight: PackedTensor) -> bool:
+    """Whether the input of a weight may be rounded to e4m3 with a scale for each row, to be multiplied natively."""
+    return (
+        weight.values.dtype == DTYPE
+        and weight.quantises_input
+        and weight.input_scale is None
+        and memory_fault(weight.values) is None
+    )
 
 
 class PackedMatrices:

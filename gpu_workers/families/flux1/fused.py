@@ -114,6 +114,7 @@ class FusedFlux1:
             layout.acceleration,
             is_leader=layout.rank == 0,
             among=RankSet.SEQUENCE,
+            counts=packed[0].memory.counts if packed else None,
         )
 
     @property
@@ -232,7 +233,7 @@ class FusedFlux1:
 
     def _products_for(self, checkpoint: Weights) -> _CheckedProducts:
         """Return the products of these weights: the quickest that all of them have."""
-        weights = (checkpoint[f"{name}.weight"] for name in product_shapes(self._config))
+        weights = [checkpoint[f"{name}.weight"] for name in product_shapes(self._config)]
         return self._float8 if self._float8 is not None and Float8Products.fits(weights, self._dtype) else self._usual
 
     def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: RankTokens) -> Angles:
