@@ -47,7 +47,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        loop = Loop.prepare(job, context, transformer, io, has_loras=loras.changes)
+        loop = Loop.prepare(job, context, transformer, io, loras=loras.token)
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
@@ -90,7 +90,7 @@ class Loop:
 
     @classmethod
     def prepare(
-        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, *, has_loras: bool = False
+        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, *, loras: tuple[object, ...] = ()
     ) -> Loop:
         """Read and check all inputs before the first step.
 
@@ -132,7 +132,7 @@ class Loop:
         reader.finish()
         threshold = sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
-        options = CallOptions(sampling.variant, started.foreseen, cache, has_loras)
+        options = CallOptions(sampling.variant, started.foreseen, cache, loras)
         return cls(model, operations, started, options, wanted.batch, wanted.steps)
 
     @torch.inference_mode()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 
+from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
@@ -86,8 +87,17 @@ class CachedModel:
 
     @property
     def lora_detail(self) -> str:
-        """Why forwards with LoRAs do not take the fast path; empty if there is none."""
-        return "" if self._fast is None else "plain blocks run with LoRAs: fused ones have no branches"
+        """Why forwards with LoRAs do not take the path that others take; empty if they do."""
+        if self._fast is None:
+            return ""
+        if not self._fast.takes_loras:
+            return "plain blocks run with LoRAs: products of fused blocks in eight bits have no branches"
+        return "fused blocks with LoRAs are not captured" if self._fast.paths.is_on else ""
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches: in the layers of the module, and in its fast path."""
+        own = [(self.branches[name], tuple(branches)) for name, branches in by_layer.items()]
+        return own if self._fast is None else own + self._fast.branch_slots(by_layer)
 
     @property
     def attention_backend(self) -> str:

@@ -22,10 +22,9 @@ FEWEST = 0.5
 
 @dataclass(frozen=True, eq=False)
 class BoundLora:
-    """A LoRA's branches in one model, by the module's layers. ``unknown`` are factors whose layers it does not have."""
+    """A LoRA's branches in one model. ``unknown`` are factors whose layers the model does not have."""
 
     strength: Strength
-    by_layer: Mapping[str, tuple[Branch, ...]]
     slots: tuple[tuple[Branches, tuple[Branch, ...]], ...]
     unknown: tuple[str, ...]
 
@@ -99,9 +98,9 @@ class LentLora:
             for part in targets[layer.target].parts:
                 branch = Branch(down, up[part.start : part.stop], layer.scale, strength, part.at)
                 by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
-        slots = tuple((model.branches[name], branches) for name, branches in by_layer.items())
+        slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
-        return BoundLora(strength, by_layer, slots, unknown)
+        return BoundLora(strength, slots, unknown)
 
     def _check(self, model: CachedModel, layers: list[LoraLayer], targets: Mapping[LoraLayer, Target]) -> None:
         what = f"LoRA {self.label}"

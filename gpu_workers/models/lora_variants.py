@@ -58,13 +58,16 @@ class LoraVariant:
 
     loras: tuple[tuple[BoundLora, float], ...]
     counters: LoraCounters
-    detail: str = ""
-    """Why forwards with LoRAs take another path than others."""
 
     @property
     def changes(self) -> bool:
         """Whether it differs from the model without LoRAs."""
         return any(strength for _, strength in self.loras)
+
+    @property
+    def token(self) -> tuple[object, ...]:
+        """What is equal for equal LoRAs of the model with equal strengths; empty if it does not differ from it."""
+        return tuple(each for each in self.loras if each[1])
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
@@ -118,4 +121,4 @@ def prepare_variant(
         loras.append((lent.bind(model), strength))
     counters.jobs += 1
     counters.detail = model.lora_detail
-    return LoraVariant(tuple(loras), counters, model.lora_detail)
+    return LoraVariant(tuple(loras), counters)
