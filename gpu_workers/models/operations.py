@@ -49,7 +49,7 @@ class CallOptions:
     variant: str = "class"
     foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     step_cache: StepCache | None = None
-    loras: tuple[object, ...] = ()
+    loras: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class FusedFlux1:
         self._branches = BranchTable(parts_of(config), layer_places(config))
         self._branched: tuple[BranchedProducts, Blocks] | None = None
         """The same with the branches of LoRAs, if these products take them."""
-        self._loras: tuple[object, ...] = ()
+        self._loras: tuple[tuple[int, float], ...] = ()
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
         self._modulator = Modulator(module.time_text_embed, config.hidden)
         self.paths = ForwardPaths(
@@ -269,7 +269,7 @@ class FusedFlux1:
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
         for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
-            if embedder.weight.dtype == embedder.bias.dtype == x.dtype and not embedder.branches.active:
+            if embedder.weight.dtype == embedder.bias.dtype == x.dtype and not has_loras:
                 torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
             else:
                 out.copy_(embedder(tokens))

@@ -44,7 +44,7 @@ def generate_from(
     finite: FiniteCheck | None = None,
     variant: str = "class",
     is_foreseen: bool = True,
-    loras: tuple[object, ...] = (),
+    loras: tuple[tuple[int, float], ...] = (),
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.

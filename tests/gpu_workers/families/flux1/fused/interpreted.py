@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         named = [LoraUse(component_id=name, strength=strength) for name, strength in uses]
         variant = prepare_variant(lent, named, lent_loras.__getitem__, counters)
         with variant.switched_on():
-            return generate(lent, **given, steps=2, guidance_scale=GUIDANCE, loras=variant.token)
+            return generate(lent, **given, steps=2, guidance_scale=GUIDANCE, loras=variant.begin_step())
 
     def expected(*uses: tuple[str, float]) -> torch.Tensor:
         strengths = dict(uses)
@@ -136,6 +137,10 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         "refused": check.is_refused,
         "takes": lent.lora_detail,
     }
+    known = [weakref.ref(lent_lora.bind(lent)) for lent_lora in lent_loras.values()]
+    for lent_lora in lent_loras.values():
+        lent_lora.unplug()
+    found["still referenced"] = sum(each() is not None for each in known)
     for case in [case for case in check._passed if getattr(case, "has_loras", False)]:
         del check._passed[case], check._checks[str(case)]  # later counts are of forwards without
     return found

@@ -38,6 +38,7 @@ def test_loras_are_branches_of_fused_blocks(found: Any) -> None:
     assert loras["checked"] == ["3 text + 2 image, with LoRAs"]
     assert loras["refused"] is False
     assert loras["takes"] == ""
+    assert loras["still referenced"] == 0  # else lent memory could not be unmapped
 
 
 def test_modulations_of_many_steps_have_the_bits_of_single_ones(found: Any) -> None:
