@@ -64,14 +64,20 @@ PLAIN_CALL = CallOptions()
 
 
 class _CheckedProducts(NamedTuple):
-    """Products, and the check of blocks with them."""
+    """Products, and the checks of blocks with them: without LoRAs and with LoRAs, which may not end the others."""
 
     products: Products[Any, Any]
     check: FastPathCheck
+    lora_check: FastPathCheck
 
     @classmethod
     def of(cls, products: Products[Any, Any], module: torch.nn.Module) -> _CheckedProducts:
-        return cls(products, FastPathCheck(_label(products), products.tolerance, module))
+        label = _label(products)
+        return cls(
+            products,
+            FastPathCheck(label, products.tolerance, module),
+            FastPathCheck(f"{label} with LoRAs", products.tolerance, module),
+        )
 
 
 class FusedFlux1:
@@ -127,6 +133,11 @@ class FusedFlux1:
         return self._current.check
 
     @property
+    def lora_check(self) -> FastPathCheck:
+        """The same for forwards with LoRAs."""
+        return self._current.lora_check
+
+    @property
     def _products(self) -> Products[Any, Any]:
         return self._current.products
 
@@ -141,7 +152,8 @@ class FusedFlux1:
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
-        return tuple(each for known in self._all_products for each in known.check.take_checks())
+        checks = [check for known in self._all_products for check in (known.check, known.lora_check)]
+        return tuple(each for check in checks for each in check.take_checks())
 
     @property
     def _all_products(self) -> list[_CheckedProducts]:
