@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
 
 import torch
 
@@ -36,9 +35,6 @@ from xditd.ipc.module_state import ModuleState
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
-
-PACKED: Final = "its weights are packed"
-"""Why blocks are not compiled."""
 
 
 class ClassModel:
@@ -96,7 +92,7 @@ class ClassModel:
             self.device,
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
-            blocks=partial(self._compile_blocks, graphs) if not self.packed_layers else lambda: PACKED,
+            blocks=partial(self._compile_blocks, graphs),
             counts=packed_memory.counts,
         )
         self.planned = self._plan_tokens()
