@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from xditd.ipc import limits
-from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported, XditdError
+from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.renamed import Renamed
@@ -119,7 +119,7 @@ class Loan:
 
         Raises:
             BadRequest: a loan of no LoRA, or of one whose layers this family does not have, or a strength that is not
-                finite.
+                finite. A module that runs as its class is compared with the LoRA's names by the job.
             LeaseLost: a loan has ended.
         """
         return LoanWithLoras(self, loras)
@@ -246,16 +246,12 @@ def _checked(loan: Loan, given: object) -> tuple[Loan | str, float]:
         raise BadRequest(f"loras: the strength {strength!r:.100} is no finite number")
     if abs(strength) > MAX_SCALE:
         raise BadRequest(f"loras: the strength {strength:g} is beyond {MAX_SCALE:g}")
-    if loan.kind is ComponentKind.MODULE:
-        raise Unsupported(
-            f"{loan.label} was lent to run as its class, which has no branches for LoRAs: merge them into the module, "
-            "or lend its checkpoint as a model of a family (FLUX.1, Z-Image)"
-        )
-    if isinstance(lora, Loan):
+    if isinstance(lora, Loan) and loan.kind is not ComponentKind.MODULE:  # its class's layers are known at the job
         families = {} if lora.facts.lora is None else lora.facts.lora.families
         if loan.family not in families:
+            of = lora.family if families else "a module that runs as its class (as_class=True)"
             raise BadRequest(
-                f"LoRA {lora.label} is of {lora.family}, and {loan.label} of {loan.family}: use it with the model that "
-                "it was made for"
+                f"LoRA {lora.label} is of {of}, and {loan.label} of {loan.family}: use it with the model that it was "
+                "made for"
             )
     return lora, float(strength)
