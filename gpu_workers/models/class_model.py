@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Final
 
 import torch
 
-from xditd.gpu_workers.kernels.branches import Branches
+from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
@@ -123,6 +123,10 @@ class ClassModel:
     def lora_targets(self) -> Mapping[str, Target]:
         """The layers with branches by the names that a LoRA has for them."""
         return targets_in(self.module, self.branches)
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches."""
+        return [(self.branches[name], tuple(branches)) for name, branches in by_layer.items()]
 
     @property
     def lora_part(self) -> LoraPart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,13 +24,18 @@ FEWEST = 0.5
 
 AnyModel = CachedModel | ClassModel
 
+_numbers = itertools.count(1)
+
 
 @dataclass(frozen=True, eq=False)
 class BoundLora:
-    """A LoRA's branches in one model, by the module's layers. ``unknown`` are factors whose layers it does not have."""
+    """A LoRA's branches in one model. ``unknown`` are factors whose layers the model does not have.
 
+    ``number`` is that of no other one. What outlives a job compares it: a reference would keep lent memory mapped.
+    """
+
+    number: int
     strength: Strength
-    by_layer: Mapping[str, tuple[Branch, ...]]
     slots: tuple[tuple[Branches, tuple[Branch, ...]], ...]
     unknown: tuple[str, ...]
 
@@ -99,9 +105,9 @@ class LentLora:
             for part in targets[layer.target].parts:
                 branch = Branch(down, up[part.start : part.stop], layer.scale, strength, part.at)
                 by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
-        slots = tuple((model.branches[name], branches) for name, branches in by_layer.items())
+        slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
-        return BoundLora(strength, by_layer, slots, unknown)
+        return BoundLora(next(_numbers), strength, slots, unknown)
 
     def _find(self, model: AnyModel) -> tuple[list[LoraLayer], Mapping[str, Target]]:
         """Return the layers that are meant for a model, and those that the model has, by their names in LoRAs."""
