@@ -286,7 +286,8 @@ class FusedFlux1:
             else:
                 out.copy_(embedder(tokens))
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
-        normed = products.modulate(x, text_rows=at, shift=starts[0])
+        firsts = [*((first.qkv, second.qkv) for first, second in double), *((each.qkv, each.qkv) for each in single)]
+        normed = products.modulate(x, firsts[0], text_rows=at, shift=starts[0])
         qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
         y_halves = (y[:at], y[at:])
@@ -297,15 +298,17 @@ class FusedFlux1:
             for stream, half, out in zip(streams, products.halves(normed, at), (qkv[:at], qkv[at:]), strict=True):
                 products.multiply(half, stream.qkv, out)
             norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
-            attended = products.take(self._attend(qkv, norms, angles, at, valid))
+            outs, ups = ((streams[0].out, streams[1].out), (streams[0].up, streams[1].up))
+            attended = products.take(self._attend(qkv, norms, angles, at, valid), outs, at)
             for stream, half, out in zip(streams, products.halves(attended, at), y_halves, strict=True):
                 products.multiply(half, stream.out, out)
             normed = products.modulate(
-                x, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
+                x, ups, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
             )
             for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
                 products.mlp(half, stream.up, stream.down, out)
-            normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
+            gate, following = (modulation, 5 * width), number + 1
+            normed = products.modulate(x, firsts[following], text_rows=at, added=y, gate=gate, shift=starts[following])
             if number == 0 and cache is not None and cache.try_reuse(x[at:]):
                 return x[at:]
         for number, block in enumerate(single):
@@ -314,7 +317,9 @@ class FusedFlux1:
             products.mlp_and_attention(attended, normed, block.up, block.second, y)
             gate, following = (singles[number], 2 * width), len(double) + number + 1
             if following < len(starts):
-                normed = products.modulate(x, text_rows=at, added=y, gate=gate, shift=starts[following])
+                normed = products.modulate(
+                    x, firsts[following], text_rows=at, added=y, gate=gate, shift=starts[following]
+                )
             else:
                 triton_kernels.add_and_modulate(x, text_rows=at, added=y, gate=gate)
         if cache is not None:
