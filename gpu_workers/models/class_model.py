@@ -41,9 +41,6 @@ from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
 
-PACKED: Final = "its weights are packed"
-"""Why blocks are not compiled."""
-
 
 class ClassModel:
     """A module without weights. ``owner`` is the component id of the weights that are plugged, or ``None``.
@@ -100,7 +97,7 @@ class ClassModel:
             self.device,
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
-            blocks=partial(self._compile_blocks, graphs) if not self.packed_layers else lambda: PACKED,
+            blocks=partial(self._compile_blocks, graphs),
             counts=packed_memory.counts,
         )
         self.planned = self._plan_tokens()
