@@ -216,7 +216,8 @@ class Client(LoanMethods, DaemonMethods):
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once.
         """
-        if isinstance(component, LoanWithLoras) or self.facts(component).kind is not ComponentKind.MODULE:
+        facts = component.facts if isinstance(component, LoanWithLoras) else self.facts(component)
+        if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
                 raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
             named = self._component(component, ComponentKind.TRANSFORMER)
