@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 3e-6
 """As for plain encoders: transformers and ComfyUI sum in another order. The weights themselves have the same bits."""
+INT8_ROUNDING = 5e-2
+"""Stock rounds the inputs of int8 layers there, the workers do not."""
 T5 = "t5xxl.transformer."
 TABLES = ("shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
 TEXT = "a lighthouse on a cliff at dusk"
@@ -338,3 +340,13 @@ def test_a_t5_in_gguf_is_neither_patched_nor_saved(gguf_t5, comfy, clip_l, conne
     with pytest.raises(Unsupported, match=r"^t5: weights of a GGUF file cannot be read in"):
         node.save(clip, "clip/saved")
     encode(clip)
+
+
+def test_int8_is_dequantised_where_the_flag_for_float32_makes_stock_round_inputs(
+    comfy, packed, clip_l, stock, encode, relative_error, monkeypatch
+):
+    """The norm is in float32, so that stock holds T5 in it: then it multiplies int8 weights in int8."""
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp32_text_enc", True)
+    path = packed("int8_convrot", dtype=torch.float32)
+    error = relative_error(encode(remote(path, clip_l))[0], encode(stock(path, clip_l))[0])
+    assert 100 * TOLERANCE < error < INT8_ROUNDING
