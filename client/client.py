@@ -49,7 +49,8 @@ class Client(LoanMethods, DaemonMethods):
     Safe to use from several threads, not across ``fork``. When the daemon exits, waiting methods raise
     :class:`DaemonUnreachable` within a second; the next method connects to the new daemon, where components have
     to be lent again. Leaving a ``with`` block, or ``close()``, ends all loans; using the client after that raises
-    :class:`Closed`. A client without references is closed with a ``ResourceWarning``; a running job references it.
+    :class:`Closed`. ``cluster`` (``IP:PORT`` of a head) generates on several hosts instead: docs/cluster.md has what
+    such a client offers. A client without references is closed with a ``ResourceWarning``; a running job references it.
 
     Raises:
         DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
@@ -59,6 +60,14 @@ class Client(LoanMethods, DaemonMethods):
         NotPermitted: the daemon serves another user.
     """
 
+    def __new__(cls, *_: object, cluster: str | None = None, **__: object) -> Any:
+        """Make a client of one host, or with ``cluster`` a ``ClusterClient``, which needs ``xditd[cluster]``."""
+        if cluster is None:
+            return super().__new__(cls)
+        from xditd.client.cluster.client import client_of
+
+        return client_of(cluster)
+
     def __init__(
         self,
         runtime_dir: str | os.PathLike[str] | None = None,
@@ -66,7 +75,9 @@ class Client(LoanMethods, DaemonMethods):
         name: str = "python",
         deadline_s: float = SILENCE_DEADLINE_S,
         wait_s: float = 0.0,
+        cluster: str | None = None,
     ) -> None:
+        del cluster  # __new__ has looked at it
         check_seconds("deadline_s", deadline_s)
         runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
         self.deadline_s = deadline_s

@@ -49,7 +49,7 @@ def run(parsed: argparse.Namespace) -> int:
 def examine(runtime_dir: Path | None, *, is_quick: bool) -> list[Finding]:
     """Run every check."""
     runtime = RuntimeDir(runtime_dir.absolute()) if runtime_dir else default_runtime_dir()
-    devices = host.check_devices()
+    devices, cluster = host.check_devices(), host.check_cluster(os.environ)
     answers, pid = daemon.check_daemon(runtime.path)
     limits = host.limits_of(pid)
     return [
@@ -57,6 +57,7 @@ def examine(runtime_dir: Path | None, *, is_quick: bool) -> list[Finding]:
         *([devices] if devices else []),
         *([] if is_quick else workers.check_workers(workers.probe())),
         host.check_allocator(os.environ),
+        *([cluster] if cluster else []),
         host.check_runtime_folder(runtime),
         host.check_shared_memory(),
         host.check_locked_memory(limits, has_gpu=devices is not None),

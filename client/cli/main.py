@@ -13,6 +13,7 @@ from typing import NoReturn
 from xditd import __version__
 from xditd.client.cli import (
     adopt,
+    cluster,
     comfyui,
     demo,
     doctor,
@@ -40,6 +41,7 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "demo": demo,
     "comfyui": comfyui,
+    "cluster": cluster,
     "logs": logs,
     "adopt": adopt,
     "revoke": revoke,

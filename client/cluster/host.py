@@ -26,6 +26,7 @@ from xditd.client.cluster.messages import (
 )
 from xditd.client.cluster.paces import Paces
 from xditd.client.cluster.residents import Residents, Wanted
+from xditd.client.conditioning import conditioning_of
 from xditd.client.results import GenerationResult
 from xditd.client.waiting import why_not_serving
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, UnknownComponent, XditdError
@@ -166,6 +167,8 @@ class HostAgent:
             transformer, was_resident = stack.enter_context(
                 residents.use(Wanted(job.transformer, ComponentKind.TRANSFORMER, job.compute_dtype))
             )
+            if job.has_file_names:
+                conditioning = conditioning_of(_plain(conditioning), client.facts(transformer), "the embeddings")
             vae = None
             if job.vae is not None:
                 vae, has_vae = stack.enter_context(residents.use(Wanted(job.vae, ComponentKind.VAE, None)))
@@ -232,6 +235,10 @@ class HostAgent:
                     logger.warning("host agent waits: %s", error.detail)
                 shown = error.detail
             self._closing.wait(every_s)
+
+
+def _plain(tensors: dict[str, torch.Tensor | list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: each for name, each in tensors.items() if not isinstance(each, list)}
 
 
 def _tensors_of(result: GenerationResult) -> StoredTensors:

@@ -86,6 +86,8 @@ class Job(_Message, frozen=True, kw_only=True):
     options: dict[str, bool | int | float] | None
     compute_dtype: ComputeDType | None
     deadline_s: float | None
+    has_file_names: bool = False
+    """Whether the tensors are a file's, of which the host selects those that the transformer's facts name."""
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ class Refused(_Message, frozen=True, kw_only=True, tag="failed"):
 Outcome = Done | Refused
 
 
-class HostReport(_Message, frozen=True, kw_only=True):
+class HostReport(_Message, frozen=True, kw_only=True, tag="report"):
     """A host's state. All times were measured by its own clock, and no two hosts' clocks are compared."""
 
     versions: Versions

@@ -127,6 +127,17 @@ def check_allocator(environ: Mapping[str, str]) -> Finding:
     return ok(name, text or "torch's default; memory is lent without a copy")
 
 
+def check_cluster(environ: Mapping[str, str]) -> Finding | None:
+    """Say what a host that joins a cluster risks; ``None`` where nothing of a cluster is configured."""
+    if not any(environ.get(name) for name in ("XDITD_CLUSTER", "RAY_AUTH_MODE", "RAY_ADDRESS")):
+        return None
+    return warn(
+        "cluster",
+        "whoever holds the token of the Ray cluster can run code as this user on every host, and Ray listens on the network",
+        "leave it (xditd cluster leave) unless you trust every host; use a token and TLS: docs/security.md",
+    )
+
+
 def check_devices(dev: Path = Path("/dev")) -> Finding | None:
     """Check that NVIDIA's device files exist and this user may open them; ``None`` without an NVIDIA GPU."""
     name = "device files"

@@ -207,12 +207,46 @@ class InstallFlags(JsonFlags, frozen=True, kw_only=True):
     ] = None
 
 
+class ClusterFlags(GenerateFlags, frozen=True, kw_only=True):
+    """Flags of ``cluster``: those of ``generate`` are for ``submit``."""
+
+    address: Annotated[
+        str | None,
+        about("the head's IP address and port, such as 10.0.0.1:6379", variable="XDITD_CLUSTER", metavar="IP:PORT"),
+    ] = None
+    head: Annotated[bool, about("join as the head, at --address", variable="XDITD_CLUSTER_HEAD")] = False
+    name: Annotated[
+        str | None,
+        about("name of a host in the cluster (default: its host name)", variable="XDITD_CLUSTER_NAME", metavar="NAME"),
+    ] = None
+    search_path: Annotated[
+        str | None,
+        about(
+            "folders whose checkpoint files this host lends, separated by colons; needed to join",
+            variable="XDITD_CLUSTER_SEARCH_PATH",
+            metavar="DIR:DIR",
+        ),
+    ] = None
+    ray_temp_dir: Annotated[
+        str | None,
+        about("folder of Ray's logs and sockets, of the head", kind="path", variable="XDITD_CLUSTER_RAY_TEMP_DIR"),
+    ] = None
+    accept_remote_code: Annotated[
+        bool,
+        about(
+            "join although whoever holds the cluster's token can run code as this user on this host",
+            variable="XDITD_CLUSTER_ACCEPT_REMOTE_CODE",
+        ),
+    ] = False
+
+
 VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
     "wait": WaitFlags,
     "status": StatusFlags,
     "generate": GenerateFlags,
     "demo": DemoFlags,
     "comfyui": JsonFlags,
+    "cluster": ClusterFlags,
     "logs": LogsFlags,
     "adopt": AdoptFlags,
     "revoke": RevokeFlags,

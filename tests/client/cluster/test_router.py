@@ -1,0 +1,170 @@
+"""The router's choice and its second runs, on hosts that are functions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import pytest
+
+from xditd.client.cluster.errors import HostLost
+from xditd.client.cluster.messages import HERE, Done, HostReport, Job, Outcome, Versions, refusal
+from xditd.client.cluster.router import Router, cost_s
+from xditd.ipc.errors import (
+    BadRequest,
+    ProtocolMismatch,
+    UnknownComponent,
+    WorkersLost,
+    WorkersUnavailable,
+    XditdError,
+)
+
+A, B = "blake2b:" + "a" * 64, "blake2b:" + "b" * 64
+GB = 10**9
+
+
+def job(job_id: str = "j", transformer: str = A) -> Job:
+    return Job(
+        versions=HERE, job_id=job_id, transformer=transformer, vae=None, height=1000, width=1000, steps=10, sigmas=None,
+        guidance_scale=None, seed=1, step_cache=0.0, variant="class", options=None, compute_dtype=None, deadline_s=None,
+    )  # fmt: skip
+
+
+def report(name: str, **changes: Any) -> HostReport:
+    found = HostReport(
+        versions=HERE, host=name, is_serving=True, detail="", files={A: 2 * GB, B: 2 * GB}, resident=(), running={},
+        other_jobs=0, pace={}, mean_job_s=1.0, lend_bytes_per_s=GB,
+    )  # fmt: skip
+    return msgspec.structs.replace(found, **changes)
+
+
+class Host:
+    """A host whose answers the test sets; ``runs`` are the ids of jobs that it was sent."""
+
+    def __init__(self, name: str, **changes: Any) -> None:
+        self.name = name
+        self.found: HostReport | XditdError = report(name, **changes)
+        self.runs: list[str] = []
+        self.error: XditdError | None = None
+        self.wait: Callable[[], object] = lambda: None
+
+    def report(self) -> HostReport:
+        if isinstance(self.found, XditdError):
+            raise self.found
+        return self.found
+
+    def run(self, job: Job, tensors: str) -> tuple[Outcome, str]:
+        self.runs.append(job.job_id)
+        self.wait()
+        if isinstance(self.error, HostLost):
+            raise self.error
+        if self.error is not None:
+            return refusal(self.name, self.error), ""
+        return Done(host=self.name, seed=job.seed, timings_ms={}, reused_steps=0, was_resident=True), tensors
+
+
+def routing(*hosts: Host) -> Router[str, str]:
+    router: Router[str, str] = Router()
+    router.set_hosts({host.name: host for host in hosts})
+    return router
+
+
+def test_of_hosts_that_wait_equally_the_one_with_the_weights_is_chosen() -> None:
+    assert routing(Host("a"), Host("b", resident=(A,))).choose(job()) == "b"
+    assert routing(Host("a", resident=(A,)), Host("b", resident=(B,))).choose(job(transformer=B)) == "b"
+
+
+def test_a_queue_that_is_longer_than_a_lend_moves_the_job() -> None:
+    # A lend takes 2.2 s: two jobs of 1 s before it take less, three take more.
+    assert routing(Host("a", resident=(A,), other_jobs=2), Host("b")).choose(job()) == "a"
+    assert routing(Host("a", resident=(A,), other_jobs=3), Host("b")).choose(job()) == "b"
+
+
+def test_a_job_waits_as_long_as_the_measured_paces_say() -> None:
+    found = report("a", resident=(A,), pace={A: 0.5}, mean_job_s=3.0, other_jobs=1, running={"old": 10.0, "x": 10.0})
+    assert cost_s(found, [job("x")], job()) == pytest.approx(10 * 0.5 + 3.0 + 3.0)
+    assert cost_s(found, [], job(transformer=B)) == pytest.approx(3.0 + 2 * 3.0 + 2.2)
+    assert cost_s(found, [job("x", B)], job(transformer=B)) == pytest.approx(3.0 + 3.0 + 3.0)  # it will have been lent
+
+
+def test_jobs_that_are_sent_at_once_spread_over_the_hosts() -> None:
+    hosts = [Host("a", resident=(A,)), Host("b", resident=(A,))]
+    router = routing(*hosts)
+    together = threading.Barrier(8)
+    for host in hosts:
+        host.wait = lambda: together.wait(10)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: router.run(job(str(number)), ""), range(8)))
+    assert [len(host.runs) for host in hosts] == [4, 4]
+
+
+def test_a_lost_hosts_job_runs_once_elsewhere_with_the_same_seed() -> None:
+    lost, other = Host("a", resident=(A,)), Host("b")
+    lost.error = HostLost("host a: the link was cut")
+    outcome, found = routing(lost, other).run(job(), "tensors")
+    assert outcome == Done(host="b", seed=1, timings_ms={}, reused_steps=0, was_resident=True, runs=2)
+    assert found == "tensors"
+    assert (lost.runs, other.runs) == (["j"], ["j"])
+
+
+def test_a_job_that_ends_two_hosts_is_not_run_a_third_time() -> None:
+    hosts = [Host(name) for name in "abc"]
+    for host in hosts:
+        host.error = WorkersLost(f"host {host.name}: the workers ended")
+    with pytest.raises(WorkersLost):
+        routing(*hosts).run(job(), "")
+    assert sum(len(host.runs) for host in hosts) == 2
+
+
+def test_a_wrong_request_is_answered_by_the_first_host() -> None:
+    hosts = [Host("a"), Host("b")]
+    for host in hosts:
+        host.error = BadRequest("height: 100")
+    with pytest.raises(BadRequest, match="height: 100"):
+        routing(*hosts).run(job(), "")
+    assert sum(len(host.runs) for host in hosts) == 1
+
+
+def test_the_error_says_why_no_other_host_ran_it() -> None:
+    lost, other = Host("a"), Host("b", files={})
+    lost.error = HostLost("host a: the link was cut")
+    with pytest.raises(HostLost, match=r"link was cut; and no other host can run job j: host b: no file of content"):
+        routing(lost, other).run(job(), "")
+
+
+@pytest.mark.parametrize(
+    ("host", "error", "text"),
+    [
+        (Host("a", files={}), UnknownComponent, "no host has the files of job j: host a: no file of content blake2b:a"),
+        (Host("a", is_serving=False, detail="workers starting"), WorkersUnavailable, "host a: workers starting"),
+        (Host("a", versions=Versions(xditd="9", protocol=1, cluster=1)), ProtocolMismatch, "host a: xditd version 9"),
+    ],
+)
+def test_no_host_can_run_it(host: Host, error: type[XditdError], text: str) -> None:
+    with pytest.raises(error, match=text):
+        routing(host).run(job(), "")
+    assert host.runs == []
+
+
+def test_a_cluster_without_hosts_says_so() -> None:
+    with pytest.raises(HostLost, match="xditd cluster join"):
+        routing().run(job(), "")
+
+
+def test_a_new_router_sends_a_job_where_it_runs_already() -> None:
+    busy = Host("b", running={"j": 10.0}, other_jobs=9)
+    assert routing(Host("a", resident=(A,)), busy).choose(job()) == "b"
+
+
+def test_a_host_that_comes_back_is_used_again() -> None:
+    back = Host("a")
+    back.found = HostLost("host a: gone")
+    router = routing(back)
+    with pytest.raises(HostLost, match="host a: gone"):
+        router.choose(job())
+    back.found = report("a")
+    router.reports()
+    assert router.choose(job()) == "a"

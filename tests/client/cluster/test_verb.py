@@ -1,0 +1,89 @@
+"""``xditd cluster`` before it starts anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from xditd.client.cli.main import main
+from xditd.client.cluster import joining
+from xditd.ipc.errors import BadRequest
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    for name in ("RAY_USE_TLS", "XDITD_CLUSTER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def join(tmp_path: Path, *flags: str) -> list[str]:
+    return ["cluster", "join", "--address", "127.0.0.1:6379", "--search-path", str(tmp_path), *flags]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[joining.Membership]:
+    """What would have been joined."""
+    found: list[joining.Membership] = []
+    monkeypatch.setattr(joining, "require_ray", lambda: None)
+    monkeypatch.setattr(joining, "join", lambda membership: found.append(membership) or True)
+    return found
+
+
+def test_joining_asks_for_consent(tmp_path, joined, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(join(tmp_path))
+    assert ended.value.code == 2
+    assert "can run any code as this user" in capsys.readouterr().err
+    assert joined == []
+    assert main(join(tmp_path, "--accept-remote-code", "--name", "a")) == 0
+    assert "can run any code as this user" in capsys.readouterr().err
+    (membership,) = joined
+    assert (membership.name, membership.node_ip, membership.is_head) == ("a", "127.0.0.1", False)
+
+
+def test_joining_asks_for_a_token_and_tls(tmp_path, joined, capsys, monkeypatch):
+    flags = ["--accept-remote-code", "--head", "--address", "10.1.2.3:6379", "--json"]
+    assert main(join(tmp_path, *flags)) == 1
+    assert "RAY_USE_TLS" in json.loads(capsys.readouterr().out)["error"]["message"]
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert main(join(tmp_path, "--accept-remote-code")) == 1
+    assert "RAY_AUTH_MODE" in capsys.readouterr().err
+    assert joined == []
+
+
+def test_hash_prints_the_content_hash_of_a_file(tmp_path, capsys):
+    file = tmp_path / "a"
+    file.write_bytes(b"1")
+    assert main(["cluster", "hash", str(file), "--json"]) == 0
+    digest = "blake2b:" + hashlib.blake2b(b"1", digest_size=32).hexdigest()
+    assert json.loads(capsys.readouterr().out) == {"file": str(file), "content": digest}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["status"], "--address IP:PORT is needed"),
+        (["hash"], "hash FILE is needed"),
+        (["status", "file"], "status takes no FILE"),
+        (["joni"], "did you mean"),
+        (["join", "--address", "127.0.0.1:1"], "--search-path"),
+        (["submit", "--address", "127.0.0.1:1"], "submit: --transformer is needed"),
+    ],
+)
+def test_misuse_is_named(arguments, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["cluster", *arguments])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_search_path_has_existing_folders(tmp_path):
+    assert joining.folders(f"{tmp_path}:{tmp_path}") == (tmp_path, tmp_path)
+    with pytest.raises(BadRequest, match="does not exist on this host"):
+        joining.folders(f"{tmp_path}/none")
