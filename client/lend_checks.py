@@ -105,7 +105,7 @@ def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise BadRequest(f"{name} is a {type(tensor).__name__}, not a tensor: leave it out of what is lent")
     if tensor.layout is not torch.strided:
-        raise BadRequest(f"tensor {name} has the layout {tensor.layout}: only dense tensors can be lent")
+        raise BadRequest(f"tensor {name} has the layout {tensor.layout}: lend its to_dense()")
     if tensor.ndim > limits.MAX_RANK:
         raise BadRequest(f"tensor {name} has {tensor.ndim} dimensions: at most {limits.MAX_RANK} can be lent")
     try:

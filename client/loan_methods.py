@@ -58,7 +58,7 @@ class LoanMethods:
 
         Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
         ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
-        beside them, or bfloat16.
+        beside them, or bfloat16. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.

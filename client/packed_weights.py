@@ -91,7 +91,8 @@ def find_packing(
     faults = packed_faults(found, tensors)
     if faults:
         raise BadCheckpoint(
-            f"packed weights do not have the form of their format: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}",
+            f"packed weights do not have the form of their format: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}; "
+            "get the file again, or lend another one of this model",
             names=faults,
         )
     return Packing(tuple(found), frozenset(markers))

@@ -115,6 +115,9 @@ MAX_FORWARD_PATHS: Final = 32
 MAX_PACKED_FORMATS: Final = 32
 """Formats of packed weights in one component, and in ``status``: more than there are."""
 
+MAX_PACKED_REASONS: Final = 16
+"""Reasons in ``status`` why weights of one format are not multiplied natively; the rarest are counted together."""
+
 MAX_LAYOUT_CANDIDATES: Final = 64
 """Possible layouts of a group: 840 workers have 56, and no other number up to 1024 has more."""
 

@@ -184,8 +184,10 @@ class PackedProducts(Described, frozen=True, kw_only=True):
     """Products of dequantised weights."""
     native: Count
     """Products of the packed weights themselves, with a quantised input."""
-    detail: Text = ""
-    """Why they are not multiplied natively, or not all of them."""
+    why_not_native: Annotated[dict[Text, Count], msgspec.Meta(max_length=limits.MAX_PACKED_REASONS)] = msgspec.field(
+        default_factory=dict
+    )
+    """How many of ``reference`` were not native for each reason, the most frequent first; bounded."""
 
 
 class LoraCounts(Described, frozen=True, kw_only=True):

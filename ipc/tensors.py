@@ -270,10 +270,15 @@ class Manifest(Described, frozen=True, kw_only=True):
         for packed in self.packed:
             parts = [specs[name] for name in packed.names if name in specs]
             if packed.format != "float8":
-                found += [f"tensor {part.name} is not contiguous" for part in parts if part.stride is not None]
+                found += [
+                    f"tensor {part.name}, of a weight packed as {packed.format}, has the strides {list(part.stride)}: "
+                    "its bytes are read in order, so lend its contiguous()"
+                    for part in parts
+                    if part.stride is not None
+                ]
             parts.sort(key=lambda part: (part.block, part.offset_bytes))
             found += [
-                f"tensor {after.name} begins inside the bytes of {before.name}"
+                f"tensor {after.name} begins inside the bytes of {before.name}: lend a clone() of it"
                 for before, after in pairwise(parts)
                 if before.block == after.block and after.offset_bytes < before.offset_bytes + before.extent_bytes
             ]

@@ -12,7 +12,7 @@ from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import StatusFlags
-from xditd.ipc.status import ComponentStatus, DaemonStatus
+from xditd.ipc.status import ComponentStatus, DaemonStatus, PackedProducts
 
 LOSSLESS: Final = "bf16"
 
@@ -89,9 +89,7 @@ def describe(found: DaemonStatus) -> str:
             table(("FORWARDS OF", "SPLIT", "PATH", "ERROR", "CHOSEN IN", "MEMORY", "SHAPES", "WHY NOT MORE"), paths),
         ]
     if found.packed_products:
-        products = [
-            (each.format, each.reference, each.native, _shortened(each.detail) or "-") for each in found.packed_products
-        ]
+        products = [row for each in found.packed_products for row in _product_rows(each)]
         lines += ["", table(("PACKED AS", "DEQUANTISED", "NATIVE", "WHY NOT NATIVE"), products)]
     if found.loras.jobs:
         loras = found.loras
@@ -181,6 +179,15 @@ def _layout_text(facts: ComponentFacts | None) -> str:
 def _by_tier(found: DaemonStatus) -> str:
     """Format the lent bytes by tier."""
     return ", ".join(f"{size_text(size)} {tier}" for tier, size in found.lent_bytes.items()) or "nothing"
+
+
+def _product_rows(products: PackedProducts) -> list[tuple[object, ...]]:
+    """Return the row of a format; with several reasons these have rows of their own, with their products."""
+    reasons = [(count, _shortened(reason)) for reason, count in products.why_not_native.items()]
+    if len(reasons) < 2:
+        return [(products.format, products.reference, products.native, reasons[0][1] if reasons else "-")]
+    whole = (products.format, products.reference, products.native, "several reasons:")
+    return [whole, *(("", count, "", reason) for count, reason in reasons)]
 
 
 def _shortened(detail: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.parallel.row_trees import build, structure_of, tensors_of
 
 
@@ -38,15 +39,17 @@ class CapturedForward:
         arguments: Mapping[str, Any],
         weights: Sequence[torch.Tensor],
         device: torch.device,
+        counts: PackedProductCounts | None = None,
     ) -> None:
         """Capture ``forward(arguments)``, on the stream for captures; nothing is computed.
 
         ``arguments`` may be changed by nobody else from now on. ``weights`` are tensors whose memory is not this
-        process's own; they are not kept.
+        process's own; they are not kept. Each replay adds the graph's packed products to ``counts``.
         """
         self.arguments = arguments
         self._inputs = [each for each in tensors_of(arguments) if each.is_cuda]
         self._graph = torch.cuda.CUDAGraph()
+        self._counts = counts or PackedProductCounts()
         watched = _Watched([*weights, *self._inputs], device)
         versions = [_version(each) for each in self._inputs]
         torch.cuda.synchronize(device)
@@ -54,7 +57,7 @@ class CapturedForward:
         free_bytes = torch.cuda.mem_get_info(device)[0]
         with _Capture(self._graph, device):
             try:
-                with watched:
+                with watched, self._counts.apart() as self._products:
                     result = forward(arguments)
             except (CaptureRefused, torch.OutOfMemoryError):
                 raise
@@ -82,6 +85,7 @@ class CapturedForward:
     def replay_last(self) -> Any:
         """Return the result for the arguments that the inputs have now."""
         self._graph.replay()
+        self._counts.add(self._products)
         return build(self._structure, (each.clone() for each in self._results))
 
 

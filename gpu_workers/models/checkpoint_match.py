@@ -51,10 +51,13 @@ class CheckpointMatch:
 
         Text encoders compute in float32, and multiply dequantised weights, as in ComfyUI.
         """
-        if self.family.kind != "text_encoder":
+        if self.family.kind == "text_encoder":
+            why = Decision("reference", "text encoders compute in float32")
+            self.products.update(dict.fromkeys(self._kept_in_order(), why))
+        else:
             packed = {name: PackedTensor.of(self.packed[name], tensors) for name in self._kept_in_order()}
             dtypes = dict.fromkeys(packed, self.compute_dtype)
-            self.products.update(choose_products(choice, dtypes, packed, self.model.packed_memory.counts))
+            self.products.update(choose_products(choice, dtypes, packed))
 
     def _kept_in_order(self) -> list[str]:
         kept = self.kept_packed
@@ -101,7 +104,7 @@ class CheckpointMatch:
 
     def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
         packed = PackedTensor.of(self.packed[name], tensors)
-        return with_product(packed, self.products.get(name), self.model.packed_memory.counts)
+        return with_product(packed, self.products.get(name))
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""

@@ -97,6 +97,7 @@ class ClassModel:
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
             blocks=partial(self._compile_blocks, graphs) if not self.packed_layers else lambda: PACKED,
+            counts=packed_memory.counts,
         )
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""

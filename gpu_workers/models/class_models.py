@@ -88,7 +88,8 @@ class ClassModels:
     ) -> ModuleMatch:
         """Build or reuse the module of a manifest, and check its tensors.
 
-        ``compute_dtype`` is that of packed weights, if the client gave one.
+        With packed weights the module is loaded in ``compute_dtype``, if the client gave one, whatever plain weights
+        there are: a class has one ``torch_dtype``. Without packed weights it changes nothing.
 
         Raises:
             Unsupported: see ``configured_classes.build_module`` and ``apply_state``, and ``pretrained.plan_load``.
@@ -98,8 +99,10 @@ class ClassModels:
         """
         if described.state:
             return self._match_module(described, tensors)
+        has_packed = any(info.packed is not None for info in tensors.values())
         tensors = as_loaded(tensors, compute_dtype)
-        dtype = main_dtype(find_model_class(described.class_name), tensors)
+        dtype = compute_dtype if has_packed else None
+        dtype = dtype or main_dtype(find_model_class(described.class_name), tensors)
         key = (described, dtype, frozenset(tensors.items()))
         model = self._models.get(key)
         is_reused = model is not None

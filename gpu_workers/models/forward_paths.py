@@ -20,6 +20,7 @@ import torch
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.path_choice import Choice, Forward, ForwardCase, LastRun, PathChooser, bits_of
 from xditd.gpu_workers.models.split_checks import CaseKey, ModuleSnapshot
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import map_tensors, structure_of, tensors_of
@@ -69,7 +70,7 @@ class ForwardPaths:
 
     Ranks ``among`` which a forward runs together (``on_all_ranks``) make the same calls of this, and take the same
     path. Graphs are of this object, and are freed when the weights are unmapped, or others are used more recently.
-    ``blocks`` are the module's compiled blocks, or the reason why it has none.
+    ``blocks`` are the module's compiled blocks, or the reason why it has none. Replays of graphs add to ``counts``.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class ForwardPaths:
         is_leader: bool,
         among: RankSet = RankSet.GROUP,
         blocks: Callable[[], CompiledBlocks | str] = lambda: "it has no blocks to compile",
+        counts: PackedProductCounts | None = None,
     ) -> None:
         self._class_name = class_name
         self._device = device
         self._is_leader = is_leader
         self._module = module
-        self._chooser = PathChooser(module, device, mode, among, blocks)
+        self._chooser = PathChooser(module, device, mode, among, blocks, counts)
         # Those that all ranks run together apart from others: a rank that runs others has the same of these.
         self._cases: dict[bool, dict[_Key, ForwardCase]] = {True: {}, False: {}}
         self._known: dict[bool, dict[CaseKey, None]] = {True: {}, False: {}}

@@ -36,7 +36,8 @@ class _ClassAsFamily:
 class ModuleMatch:
     """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
 
-    ``dtype`` is that of most elements. ``sources`` has the name in the manifest of each tensor of the module.
+    ``dtype`` is that in which the module is loaded, or of most elements of a live one. ``sources`` has the name in the
+    manifest of each tensor of the module.
     """
 
     model: ClassModel
@@ -69,7 +70,7 @@ class ModuleMatch:
             sources = {self.sources[name]: name for name in self.model.packed_layers}
             packed = {source: PackedTensor.of(self.packed[source], tensors) for source in sources}
             dtypes = {source: self.model.plan.dtypes[name] for source, name in sources.items()}
-            self.products.update(choose_products(choice, dtypes, packed, self.model.packed_memory.counts))
+            self.products.update(choose_products(choice, dtypes, packed))
 
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
@@ -105,7 +106,7 @@ class ModuleMatch:
 
     def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
         packed = PackedTensor.of(self.packed[name], tensors)
-        return with_product(packed, self.products.get(name), self.model.packed_memory.counts)
+        return with_product(packed, self.products.get(name))
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         return dict(tensors)

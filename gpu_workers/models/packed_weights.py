@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from xditd.gpu_workers.models.entries import Slice
-from xditd.gpu_workers.packed.linear import PackedProductCounts, is_linear_weight
+from xditd.gpu_workers.packed.linear import is_linear_weight
 from xditd.gpu_workers.packed.native_products import memory_fault
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.product_times import ProductKind
@@ -56,26 +56,21 @@ def choose_products(
     choice: ProductChoice,
     dtypes: Mapping[str, torch.dtype],
     packed: Mapping[str, PackedTensor],
-    counts: PackedProductCounts,
 ) -> dict[str, Decision]:
-    """Choose the products of whole packed weights with their compute dtypes, on all ranks alike.
-
-    Note in ``counts`` why the reference runs.
-    """
+    """Choose the products of whole packed weights with their compute dtypes, on all ranks alike."""
     found: dict[str, Decision] = {}
     for name, weight in packed.items():
         kind = ProductKind.of(weight.as_matrix(), dtypes[name])
         found[name] = choice.choose([kind])[kind]
-        if found[name].product == "reference":
-            counts.why_not_native[weight.format] = found[name].reason
     return found
 
 
-def with_product(packed: PackedTensor, decision: Decision | None, counts: PackedProductCounts) -> PackedTensor:
+def with_product(packed: PackedTensor, decision: Decision | None) -> PackedTensor:
     """Return a packed weight with the product that was chosen for it, if its memory allows that."""
-    if decision is None or decision.product == "reference":
+    if decision is None:
         return packed
+    if decision.product == "reference":
+        return replace(packed, why_not_native=decision.reason)
     native = decision.function_for(packed)
-    if native is None:
-        counts.why_not_native[packed.format] = memory_fault(packed.values) or ""
-    return replace(packed, native=native)
+    why = (memory_fault(packed.values) or "") if native is None else ""
+    return replace(packed, native=native, why_not_native=why)

@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.entries import tensors_in
 from xditd.gpu_workers.models.rounding_noise import rounding_noise
 from xditd.gpu_workers.models.split_checks import Difference, ModuleSnapshot, computes_in_halves, largest_difference
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet, agree
 from xditd.gpu_workers.parallel.row_trees import structure_of, tensors_of
@@ -104,7 +105,8 @@ class Choice(NamedTuple):
 class PathChooser:
     """Compiles, captures and compares the forwards of one module. ``mode`` is the setting ``acceleration``.
 
-    All ranks ``among`` which a forward runs together make the same choices in the same order.
+    All ranks ``among`` which a forward runs together make the same choices in the same order. Replays of graphs add to
+    ``counts``.
     """
 
     def __init__(
@@ -114,12 +116,14 @@ class PathChooser:
         mode: str,
         among: RankSet,
         make_blocks: Callable[[], CompiledBlocks | str],
+        counts: PackedProductCounts | None = None,
     ) -> None:
         self._module = module
         self._device = device
         self._among = among
         self._measures_host = mode == "auto" and device.type == "cuda"
         self._make_blocks = make_blocks
+        self._counts = counts
         self._blocks: CompiledBlocks | str | None = None
         self.captures = device.type == "cuda" and mode in ("auto", "captured")
         self.compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
@@ -241,7 +245,8 @@ class PathChooser:
                 return self.run_compiled(run.case, partial(eager, given))
 
         try:
-            return CapturedForward(forward, run.arguments, tensors_in(run.weights), self._device), ""
+            weights = tensors_in(run.weights)
+            return CapturedForward(forward, run.arguments, weights, self._device, self._counts), ""
         except CaptureRefused as refused:
             return None, str(refused)
         except torch.OutOfMemoryError:

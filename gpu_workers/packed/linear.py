@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels.branches import Branches
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
-from xditd.ipc.packed import PackedFormat
-from xditd.ipc.status import PackedProducts
-
-
-class PackedProductCounts:
-    """How often layers of each format were multiplied, and why not natively."""
-
-    def __init__(self) -> None:
-        self.reference: Counter[str] = Counter()
-        self.native: Counter[str] = Counter()
-        self.why_not_native: dict[str, str] = {}
-
-    def report(self) -> tuple[PackedProducts, ...]:
-        """Return the counts of each format that was multiplied."""
-        return tuple(
-            PackedProducts(
-                format=each,
-                reference=self.reference[each],
-                native=self.native[each],
-                detail=self.why_not_native.get(each, ""),
-            )
-            for each in get_args(PackedFormat)
-            if each in self.reference or each in self.native
-        )
 
 
 class PackedMemory:
@@ -101,7 +76,7 @@ class PackedLinear(torch.nn.Module):
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Count a native product, and return its weight, its scale and the bias."""
         packed = self.packed
-        self.memory.counts.native[packed.format] += 1
+        self.memory.counts.count_native(packed.format)
         return packed.values, packed.scale, self.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,9 +86,9 @@ class PackedLinear(torch.nn.Module):
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.packed
         if packed.native is not None:
-            self.memory.counts.native[packed.format] += 1
+            self.memory.counts.count_native(packed.format)
             return packed.native(x, packed, self.bias)
-        self.memory.counts.reference[packed.format] += 1
+        self.memory.counts.count_reference(packed)
         weight, bias = self.dequantised(), self.bias
         if x.dtype == weight.dtype:
             return F.linear(x, weight, bias if bias is None else bias.to(x.dtype))

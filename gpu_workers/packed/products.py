@@ -40,7 +40,7 @@ class Dequantiser:
         if not isinstance(weight, PackedTensor):
             is_same = weight.dtype == self.dtype
             return weight if is_same else self.scratch.view(weight.shape, self.dtype).copy_(weight)
-        self._counts.reference[weight.format] += 1
+        self._counts.count_reference(weight, "vectors are multiplied with dequantised matrices")
         return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
 
     def native(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor | None:
@@ -53,7 +53,7 @@ class Dequantiser:
 
     def count_native(self, packed_format: str, products: int = 1) -> None:
         """Count native products."""
-        self._counts.native[packed_format] += products
+        self._counts.count_native(packed_format, products)
 
     def projection(self, checkpoint: Weights, name: str, rows: slice = slice(None)) -> Projection:
         """Return the projection of this name, or some of its outputs, without dequantising anything."""

@@ -22,7 +22,7 @@ class PackedTensor:
 
     ``scale`` has no dimensions if it is one for all, (rows, 1) if each row has its own, or the tiles of the format.
     ``scale_2`` and ``input_scale`` have no dimensions. ``native`` is the product that runs in place of that of the
-    dequantised weight, if one was chosen.
+    dequantised weight, if one was chosen; ``why_not_native`` says why none was.
     """
 
     format: PackedFormat
@@ -34,6 +34,7 @@ class PackedTensor:
     group: int = 0
     quantises_input: bool = True
     native: Product | None = None
+    why_not_native: str = ""
 
     @classmethod
     def of(cls, packed: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:

@@ -168,16 +168,21 @@ def test_status_shows_how_calls_of_modules_are_split(daemon, folder, capsys):
 
 
 def test_status_shows_how_packed_weights_are_multiplied_and_what_they_take(daemon, folder, capsys):
-    packed = PackedProducts(format="q8_0", reference=40, native=0, detail="q8_0 has no native product")
+    packed = PackedProducts(format="q8_0", reference=40, native=0, why_not_native={"q8_0 has no native product": 40})
+    mixed = PackedProducts(format="int8", reference=12, native=8, why_not_native={"too old": 10, "its rows": 2})
     facts = msgspec.structs.replace(
         sample_facts.TRANSFORMER, bytes_by_format={"q8_0": 2**30}, scratch_bytes=108 * 2**20
     )
     component = msgspec.structs.replace(STATUS.components[0], facts=facts)
-    status = msgspec.structs.replace(STATUS, packed_products=(packed,), components=(*STATUS.components, component))
+    status = msgspec.structs.replace(
+        STATUS, packed_products=(packed, mixed), components=(*STATUS.components, component)
+    )
     daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
     main(["status", "--runtime-dir", str(folder)])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "q8_0 40 0 q8_0 has no native product" in lines
+    start = lines.index("int8 12 8 several reasons:")
+    assert lines[start + 1 : start + 3] == ["10 too old", "2 its rows"]
     assert "scratch 108.0 MiB of each worker, into which packed weights are dequantised" in lines
     assert ["q8_0 1.0 GiB" in line for line in lines if line.startswith("transformer-1")] == [False, True]
 

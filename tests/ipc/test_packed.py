@@ -133,13 +133,16 @@ def test_bytes_of_a_weight_and_its_companions_overlap_nowhere() -> None:
     weight, scale = TensorSpec("w", "int8", (4, 8), 0, 0), TensorSpec("w.s", "float32", (4, 1), 0, 32)
     assert lent(weight, scale, packed=packed) == []
     assert lent(weight, TensorSpec("w.s", "float32", (4, 1), 0, 28), packed=packed) == [
-        "tensor w.s begins inside the bytes of w"
+        "tensor w.s begins inside the bytes of w: lend a clone() of it"
     ]
 
 
 def test_blocks_and_scales_are_contiguous() -> None:
     weight, scale = TensorSpec("w", "int8", (4, 8), 0, 0, (1, 4)), TensorSpec("w.s", "float32", (4, 1), 0, 32)
-    assert lent(weight, scale, packed=PackedWeight("w", "int8", (4, 8), scale="w.s")) == ["tensor w is not contiguous"]
+    assert lent(weight, scale, packed=PackedWeight("w", "int8", (4, 8), scale="w.s")) == [
+        "tensor w, of a weight packed as int8, has the strides [1, 4]: its bytes are read in order, "
+        "so lend its contiguous()"
+    ]
     channels_last = TensorSpec("w", "float8_e4m3fn", (4, 8), 0, 0, (1, 4))
     assert lent(channels_last, packed=PackedWeight("w", "float8", (4, 8))) == []
 

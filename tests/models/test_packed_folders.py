@@ -90,6 +90,39 @@ def test_a_packed_folder_has_the_bits_of_what_it_means(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("others", [torch.bfloat16, torch.float32], ids=str)
+def test_the_compute_dtype_is_that_of_the_class_where_plain_weights_of_another_one_outnumber_the_packed(
+    client: Client, tmp_path: Path, others: torch.dtype
+) -> None:
+    """A class has one ``torch_dtype``: the plain weights are converted, too, as ``from_pretrained`` does."""
+    entry = ENTRIES["FluxTransformer2DModel"]
+    plain, meant = tmp_path / "packed", tmp_path / "meant"
+    model: Any = entry.build()
+    model.save_pretrained(plain)
+    shutil.copytree(plain, meant)
+    state = {name: each.to(others) for name, each in load_file(plain / FILE).items()}
+    layer = {name: each for name, each in state.items() if name == "transformer_blocks.0.attn.to_q.weight"}
+    packed = pack({name: each.float() for name, each in layer.items()}, "float8", torch.float16)
+    assert len(packed.weights) == 1
+    rest = {name: each for name, each in state.items() if name not in layer}
+    save_file(rest | packed.tensors, plain / FILE)
+    save_file(rest | packed.meant, meant / FILE)
+    model = getattr(diffusers, entry.name).from_pretrained(meant, torch_dtype=torch.float16)
+    arguments = cast(entry.arguments(Random(1)), torch.float16)
+    with client.lend(plain, as_class=True, compute_dtype="float16") as loan:
+        assert loan.facts.dtype == "float16"
+        with torch.no_grad():
+            (expected,) = tensors_of(model(**arguments, return_dict=False))
+        (found,) = tensors_of(client.call(loan, arguments | {"return_dict": False}))
+        assert torch.equal(found, expected)
+    with client.lend(plain, as_class=True) as loan:
+        assert loan.facts.dtype == str(others).removeprefix("torch.")
+    save_file(state, plain / FILE)
+    with client.lend(plain, as_class=True, compute_dtype="float16") as loan:  # nothing is packed
+        assert loan.facts.dtype == str(others).removeprefix("torch.")
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(client: Client, tmp_path: Path) -> None:
     folder, _ = packed_folder("FluxTransformer2DModel", "float8", tmp_path, torch.bfloat16)
     state = load_file(folder / FILE)

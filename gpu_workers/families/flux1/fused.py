@@ -127,6 +127,7 @@ class FusedFlux1:
             layout.acceleration,
             is_leader=layout.rank == 0,
             among=RankSet.SEQUENCE,
+            counts=packed[0].memory.counts if packed else None,
         )
 
     @property

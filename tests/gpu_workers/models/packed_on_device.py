@@ -79,7 +79,7 @@ def run(layout: Any, path: Path, meant: dict[str, torch.Tensor], dtype: torch.dt
         "same bits twice": torch.equal(*results),
         "native": counts.native,
         "reference": counts.reference,
-        "detail": counts.detail,
+        "detail": counts.why_not_native,
         "bytes": sum(component.facts.bytes_by_format.values()),
         "scratch": component.facts.scratch_bytes,
         "lent": lent,

@@ -11,6 +11,7 @@ import torch
 from xditd.gpu_workers.models import forward_paths
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.split_checks import CaseKey
+from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory
 from xditd.gpu_workers.packed.tensors import PackedTensor
 
@@ -42,10 +43,12 @@ class Block(torch.nn.Module):
 class Calls:
     """A module with its paths, as a job calls them."""
 
-    def __init__(self, module: torch.nn.Module, mode: str = "captured") -> None:
+    def __init__(
+        self, module: torch.nn.Module, mode: str = "captured", counts: PackedProductCounts | None = None
+    ) -> None:
         self.module = module.cuda().bfloat16().eval().requires_grad_(False)
         self.eager_calls = 0
-        self.paths = ForwardPaths(self.module, "Tested", torch.device("cuda", 0), mode, is_leader=True)
+        self.paths = ForwardPaths(self.module, "Tested", torch.device("cuda", 0), mode, is_leader=True, counts=counts)
         self.lend("a")
 
     def lend(self, owner: str) -> dict[str, torch.Tensor]:
@@ -239,10 +242,13 @@ def test_packed_layers_keep_the_memory_into_which_their_graph_dequantises() -> N
                 x = layer(x * scale)
             return {"sample": x, "kept": [x, "a text"]}
 
-    calls = Calls(Stack())
+    calls = Calls(Stack(), counts=memory.counts)
     for seed in range(3):
         check_same(calls.run(**inputs(seed=seed)), calls.module(**inputs(seed=seed)))
     assert calls.reports() == [("captured", "")]
+    before = memory.counts.report()[0].reference
+    calls.run(**inputs(seed=4))
+    assert memory.counts.report()[0].reference == before + len(layers), "a replay counts its products"
     memory.scratch.reserve("large", 64 * WIDTH * WIDTH * 2)
     others = [torch.full((WIDTH, WIDTH), 3.0, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
     check_same(calls.run(**inputs(seed=5)), calls.module(**inputs(seed=5)))

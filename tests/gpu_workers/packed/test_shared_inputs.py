@@ -69,8 +69,7 @@ def test_an_input_is_quantised_once_with_the_bits_of_separate_calls(
     found = project_all([getattr(layers, name) for name in NAMES], x)
     assert counted == quantised
     assert all(map(torch.equal, found, apart))
-    counts = layers.to_q.memory.counts
-    assert sum(counts.native.values()) == (6 if is_native else 0)
+    assert sum(each.native for each in layers.to_q.memory.counts.report()) == (6 if is_native else 0)
 
 
 def test_layers_that_are_not_packed_are_called() -> None:
