@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.lending import Offer
+    from xditd.client.loras.lending import ReadLora
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class LoanMethods:
 
     def lend_lora(
         self,
-        source: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | ReadLora,
         *,
         label: str | None = None,
         device: str | None = None,
@@ -99,9 +100,9 @@ class LoanMethods:
 
         ``source`` is a safetensors file, a folder that PEFT wrote, or a state dict, whose ``metadata`` is what a file
         has in its header. Names may be those of kohya, diffusers, PEFT, OneTrainer, LyCORIS, XLabs, ai-toolkit or
-        ComfyUI. ``device`` and ``generation`` are those of :meth:`lend`. No weight of a component is read or changed:
-        workers add the low-rank branch to the layers' results. Names that fit no layer are logged once, and are in the
-        loan's ``facts.lora``.
+        ComfyUI. A program that has read one itself gives a ``client.loras.lending.ReadLora``. ``device`` and
+        ``generation`` are those of :meth:`lend`. No weight of a component is read or changed: workers add the low-rank
+        branch to the layers' results. Names that fit no layer are logged once, and are in the loan's ``facts.lora``.
 
         Raises:
             Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that

@@ -126,10 +126,10 @@ class LentLora:
             inputs, outputs = self._sizes(layer)
             fits = outputs == target.outputs if layer.start is None else layer.start + outputs <= target.outputs
             if inputs != target.inputs or not fits:
-                first = "" if layer.start is None else f", from {layer.start} on"
+                first = "" if layer.start is None else f" from {layer.start} on"
                 faults.append(
-                    f"{layer.down} and {layer.up} are of a layer with {inputs} inputs and {outputs} outputs{first}, the "
-                    f"model's has {target.inputs} and {target.outputs}"
+                    f"{layer.down} and {layer.up} are of a layer with {inputs} inputs and {outputs} outputs{first}, "
+                    f"the model's has {target.inputs} and {target.outputs}"
                 )
             for part in target.parts:
                 if part.layer not in model.branches:
