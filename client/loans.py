@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
+from xditd.client.loras.strengths import Strength, strengths_by_step
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Lent
 from xditd.ipc.requests import LoraUse
@@ -111,11 +110,13 @@ class Loan:
         self.is_adopted = True
         return copied
 
-    def with_loras(self, loras: Sequence[tuple[Loan | str, float]]) -> LoanWithLoras:
+    def with_loras(self, loras: Sequence[tuple[Loan | str, Strength]]) -> LoanWithLoras:
         """Return this component with LoRAs, for jobs: ``client.generate(loan.with_loras([(lora, 0.8)]), ...)``.
 
         ``loras`` are loans of :meth:`Client.lend_lora`, or their ids, each with its strength, which may be negative; 0
-        is as without it. Nothing is sent and no weight changes: jobs name the LoRAs. This loan stays as it is.
+        is as without it. A generation also takes strengths by step: one for each step (the last one stays), or pairs
+        ``(step, strength)``, each from that step on, counted from 0. Nothing is sent and no weight changes: jobs name
+        the LoRAs. This loan stays as it is.
 
         Raises:
             BadRequest: a loan of no LoRA, or of one whose layers this family does not have, or a strength that is not
@@ -164,7 +165,7 @@ class LoanWithLoras:
     Give it to jobs in place of the loan. It can be used as long as all its loans live.
     """
 
-    def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, float]]) -> None:
+    def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, Strength]]) -> None:
         self.loan = loan
         self.loras = tuple(_checked(loan, each) for each in loras)
         if len(self.loras) > limits.MAX_LORAS:
@@ -180,7 +181,7 @@ class LoanWithLoras:
         """The facts of the component, which LoRAs do not change."""
         return self.loan.facts
 
-    def with_loras(self, loras: Sequence[tuple[Loan | str, float]]) -> LoanWithLoras:
+    def with_loras(self, loras: Sequence[tuple[Loan | str, Strength]]) -> LoanWithLoras:
         """Return the component with these LoRAs, too."""
         return LoanWithLoras(self.loan, [*self.loras, *loras])
 
@@ -191,14 +192,12 @@ class LoanWithLoras:
             LeaseLost: a loan has ended.
         """
         return tuple(
-            LoraUse(component_id=component_id_of(lora, ComponentKind.LORA), strength=strength)
-            for lora, strength in self.loras
+            LoraUse(component_id=component_id_of(lora, ComponentKind.LORA), strength=strength, later=later)
+            for lora, strength, later in ((lora, *strengths_by_step(given)) for lora, given in self.loras)
         )
 
     def __repr__(self) -> str:
-        names = ", ".join(
-            f"{lora.label if isinstance(lora, Loan) else lora} {strength:g}" for lora, strength in self.loras
-        )
+        names = ", ".join(f"{lora.label if isinstance(lora, Loan) else lora} {given}" for lora, given in self.loras)
         return f"<{self.loan!r} with LoRAs: {names or 'none'}>"
 
 
@@ -237,15 +236,12 @@ def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
     raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
 
 
-def _checked(loan: Loan, given: object) -> tuple[Loan | str, float]:
+def _checked(loan: Loan, given: object) -> tuple[Loan | str, Strength]:
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise BadRequest(f"loras: {given!r:.100}: pairs of a loan of lend_lora() and a strength are needed")
     lora, strength = given
     component_id_of(lora, ComponentKind.LORA)
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise BadRequest(f"loras: the strength {strength!r:.100} is no finite number")
-    if abs(strength) > MAX_SCALE:
-        raise BadRequest(f"loras: the strength {strength:g} is beyond {MAX_SCALE:g}")
+    strengths_by_step(strength)
     if loan.kind is ComponentKind.MODULE:
         raise Unsupported(
             f"{loan.label} was lent to run as its class, which has no branches for LoRAs: merge them into the module, "
@@ -258,4 +254,4 @@ def _checked(loan: Loan, given: object) -> tuple[Loan | str, float]:
                 f"LoRA {lora.label} is of {lora.family}, and {loan.label} of {loan.family}: use it with the model that "
                 "it was made for"
             )
-    return lora, float(strength)
+    return lora, strength

@@ -83,11 +83,22 @@ class Revoke(Request, tag="revoke", frozen=True, kw_only=True):
     component_id: ComponentId
 
 
+class StepStrength(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The strength of a LoRA from a step on, counted from 0."""
+
+    step: Annotated[int, msgspec.Meta(ge=1, lt=limits.MAX_STEPS)]
+    strength: Scale
+
+
 class LoraUse(Described, frozen=True, kw_only=True):
-    """A lent LoRA that a job adds to a component, and how strongly; 0 is as without it."""
+    """A lent LoRA that a job adds to a component, and how strongly; 0 is as without it.
+
+    ``later`` are its strengths from later steps of a generation on, in their order.
+    """
 
     component_id: ComponentId
     strength: Scale
+    later: Annotated[tuple[StepStrength, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] = ()
 
 
 LoraUses = Annotated[tuple[LoraUse, ...], msgspec.Meta(max_length=limits.MAX_LORAS)]

@@ -39,12 +39,14 @@ _ENDS: Final = {"scale": "_scale", "scale_2": "_scale_2", "input_scale": "input_
 class HeldTensors:
     """What is lent of one model. ``packed`` are the packed weights by name; ``tensors`` has their companions, too.
 
-    ``markers`` are lent beside ``tensors``, and only say what these are.
+    ``markers`` are lent beside ``tensors``, and only say what these are. ``tables`` are those of ``packed`` that are
+    tables with scales, of which rows are looked up: stock patches them in another way than layers.
     """
 
     tensors: dict[str, torch.Tensor]
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     markers: dict[str, torch.Tensor] = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
 
     def group(self, name: str) -> tuple[str, ...]:
         """Return the names of a tensor and its companions."""
@@ -53,6 +55,22 @@ class HeldTensors:
     def group_tensors(self, name: str) -> list[torch.Tensor]:
         """Return a tensor and its companions."""
         return [self.tensors[each] for each in self.group(name)]
+
+    def renamed(self, names: Mapping[str, str]) -> HeldTensors:
+        """Return the same tensors by other names; ``names`` has the new one of each."""
+        packed = {
+            names[name]: msgspec.structs.replace(
+                each, weight=names[name], **{role: names[companion] for role, companion in each.companions.items()}
+            )
+            for name, each in self.packed.items()
+        }
+        layers = {name.removesuffix(_WEIGHT): new.removesuffix(_WEIGHT) for name, new in names.items()}
+        return HeldTensors(
+            {names[name]: tensor for name, tensor in self.tensors.items()},
+            packed,
+            {layers[name.removesuffix(MARKER)] + MARKER: marker for name, marker in self.markers.items()},
+            frozenset(names[name] for name in self.tables),
+        )
 
     def logical(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return meta tensors as a model has them: packed weights in ``dtype`` and their logical shapes."""

@@ -221,7 +221,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return shape
 
     def _edit(self, key: str) -> Edit:
-        packed = self.weights.held.packed.get(key.removeprefix(PREFIX))
+        held, name = self.weights.held, key.removeprefix(PREFIX)
+        if name in held.tables:
+            raise Unsupported(
+                f"XDiT: {name} is a packed table of tokens, and a patch of it would be dequantised: remove the LoRA or "
+                "merging node, or load a bf16 or fp16 file"
+            )
+        packed = held.packed.get(name)
         return edit_of(self.patches[key], key, self.load_device, packed, self.weights.compute_dtype)
 
 

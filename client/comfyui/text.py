@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import comfy.hooks
 import comfy.model_management
@@ -16,12 +17,17 @@ from xditd.client.comfyui.families.adapter import TextModel
 from xditd.client.comfyui.lora_patches import Factors
 from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.comfyui.patcher import make_patcher, make_weights
-from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
+from xditd.client.comfyui.text_weights import hold_encoder
+from xditd.client.comfyui.weights import Edit, RemoteWeights
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 LAST_LAYER: Final = -1
 """Number of the last layer in ComfyUI's CLIP Set Last Layer; the workers return that layer's output."""
+
+COMPUTE_DTYPE: Final = "float32"
+"""The dtype into which packed weights are dequantised: stock and the workers compute text encoders in float32."""
 
 _NO_WEIGHTS = ("position_ids", "spiece_model")
 """Tensors in some files that no encoder computes with."""
@@ -56,8 +62,10 @@ class RemoteTextModel(torch.nn.Module):
         """Build modules on the meta device with the names of ComfyUI's text model, which LoRAs and nodes look up."""
         super().__init__()
         for weights, names in parts:
+            shapes = weights.shapes
             for name, inner in names.items():
-                _add_meta_parameter(self, name, weights.base[inner])
+                if inner in shapes:  # else it is a companion of a packed weight
+                    _add_meta_parameter(self, name, shapes[inner])
 
     def set_clip_options(self, options: Mapping[str, Any]) -> None:
         layer = options.get("layer")
@@ -71,14 +79,17 @@ class RemoteTextModel(torch.nn.Module):
 class JointWeights:
     """Components that ComfyUI loads and unloads as one; ``held`` has the names of ComfyUI's text model."""
 
-    compute_dtype: Final = None
-    """Text encoders have no packed weights."""
+    compute_dtype: Final = COMPUTE_DTYPE
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
         self._parts = parts
-        self.held = HeldTensors(
-            {name: weights.base[inner] for weights, names in parts for name, inner in names.items()}
-        )
+        self.held = HeldTensors({})
+        for weights, names in parts:
+            held = weights.held.renamed({inner: name for name, inner in names.items()})
+            self.held.tensors.update(held.tensors)
+            self.held.packed.update(held.packed)
+            self.held.markers.update(held.markers)
+            self.held = dataclasses.replace(self.held, tables=self.held.tables | held.tables)
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -108,19 +119,22 @@ class JointWeights:
             weights.release()
 
 
-def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
-    """Make a CLIP object from the tensors of several files, by label, in any order.
+class EncoderFile(NamedTuple):
+    """The tensors of one file, and the text of ``_quantization_metadata`` in its header."""
+
+    tensors: Mapping[str, torch.Tensor]
+    quantization_metadata: str | None = None
+
+
+def make_clip(files: Mapping[str, EncoderFile]) -> Any:
+    """Make a CLIP object from several files, by label, in any order.
 
     Raises:
         BadRequest: no family reads these files.
-        Unsupported: quantised weights.
+        BadCheckpoint: packed weights do not have the form of their format.
+        Unsupported: an unknown format of weights.
     """
-    lent = {}
-    for label, tensors in files.items():
-        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
-        check_plain(plain, label)
-        lent[label] = make_weights(plain, ComponentKind.TEXT_ENCODER, label, is_whole=True)
-    text = _text_model(lent)
+    text = _text_model({label: _weights_of(file, label) for label, file in files.items()})
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = text.module
     clip.patcher = make_patcher(
@@ -137,6 +151,17 @@ def make_clip(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
     clip.use_clip_schedule = False
     clip.tokenizer_options = {}
     return clip
+
+
+def _weights_of(file: EncoderFile, label: str) -> RemoteWeights:
+    """Hold a file's tensors as stock ComfyUI would; those of no known encoder as they are."""
+    tensors = {name: tensor for name, tensor in file.tensors.items() if not name.endswith(_NO_WEIGHTS)}
+    found = (adapter.stock_encoder(tensors) for adapter in adapters())
+    stock = next((each for each in found if each is not None), None)
+    held = HeldTensors(tensors)
+    if stock is not None:
+        held = hold_encoder(tensors, label, stock.dtype, stock.is_table, file.quantization_metadata)
+    return make_weights(held, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
 
 
 def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:

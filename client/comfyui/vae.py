@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import comfy.model_management
 import comfy.sd
@@ -14,14 +14,20 @@ from xditd.client.client import Client
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import make_patcher, make_weights
+from xditd.client.comfyui.stock_dtypes import FLOAT8
 from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
+from xditd.client.packed_markers import MARKER, is_old_marker
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import LatentScaling
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
+
+_SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
+"""Name endings beside packed weights."""
 
 
 class RemoteStage(torch.nn.Module):
@@ -71,18 +77,19 @@ def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Make a VAE object from a checkpoint's tensors.
+    """Make a VAE object from a checkpoint's tensors. As in stock ComfyUI, fp8 is cast to the dtype of the VAE.
 
     Raises:
-        Unsupported: not the VAE of a family that the workers run, or quantised weights.
+        Unsupported: not the VAE of a family that the workers run, or weights in another packed format.
     """
     plain = {bare_name(name): tensor for name, tensor in tensors.items()}
-    check_plain(plain, label)
+    _check_format(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     vae = _on_meta(shapes)
     if vae.first_stage_model is None or (vae.latent_channels, vae.latent_dim) not in _latents():
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
+    plain = {name: each.to(vae.vae_dtype) if each.dtype in FLOAT8 else each for name, each in plain.items()}
     weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
     vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
@@ -92,6 +99,22 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
     vae.xditd_functions = _functions(vae)
     return vae
+
+
+def _check_format(tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Refuse packed weights that a VAE of stock ComfyUI does not read, such as fp8 with scales, which it would ignore.
+
+    Raises:
+        Unsupported: names some of them.
+    """
+    scaled = sorted(name for name in tensors if name.endswith(_SCALES) or is_old_marker(name))
+    if scaled:
+        raise Unsupported(
+            f"{label}: ComfyUI reads no scales of a VAE's weights, and without them its images would be wrong: use a "
+            f"VAE in fp32, bf16, fp16 or fp8 without scales; {len(scaled)} of {len(tensors)} tensors: {listed(scaled)}",
+            names=scaled,
+        )
+    check_plain({name: tensor for name, tensor in tensors.items() if tensor.dtype not in FLOAT8}, label)
 
 
 def weights_of(vae: Any) -> RemoteWeights:

@@ -28,7 +28,7 @@ from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
 from xditd.ipc.tensors import ComponentKind, ComputeDType
-from xditd.ipc.transports.tensor_views import dtype_name
+from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,13 @@ class RemoteWeights:
     def base(self) -> dict[str, torch.Tensor]:
         """The unpatched tensors by name, with the companions of packed weights."""
         return self.held.tensors
+
+    @property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model on the meta device; packed weights in the compute dtype, without companions."""
+        import torch
+
+        return self.held.logical(torch.float32 if self.compute_dtype is None else torch_dtype(self.compute_dtype))
 
     @property
     def size_bytes(self) -> int:

@@ -42,7 +42,7 @@ _ROLES: Final[tuple[tuple[re.Pattern[str], Role], ...]] = (
 )
 
 _KOHYA_TEXT: Final = re.compile(r"^lora_te\d?_")
-_KOHYA_MODEL: Final = re.compile(r"^(?:lora_unet_+|lora_transformer_|lycoris_(?:transformer_)?)")
+_KOHYA_MODEL: Final = re.compile(r"^(?:lora_unet_+|lora_transformer_|lycoris_)")
 _PEFT: Final = re.compile(r"^base_model\.model\.")
 _TEXT_PREFIX: Final = re.compile(r"(?:^|\.)(?:text_encoder(?:_\d)?|text_encoders|clip_l|t5xxl|cond_stage_model)\.")
 

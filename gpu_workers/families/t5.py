@@ -21,6 +21,7 @@ from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.gpu_workers.models.operations import Model
 from xditd.gpu_workers.models.shapes import count_blocks, matrix
+from xditd.gpu_workers.packed.embedding import PackedEmbedding
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TextEncoderFacts
@@ -155,4 +156,8 @@ class T5Operations:
     def encode(
         self, model: Model[T5Config], token_ids: torch.Tensor, *, pooled: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return cast(torch.Tensor, model.module(input_ids=token_ids.to(model.device)).last_hidden_state), None
+        table = model.module.get_submodule("shared")
+        states = table(token_ids.to(model.device))
+        if isinstance(table, PackedEmbedding) and table.packed.format == "float8" and table.packed.scale is None:
+            states = torch.nan_to_num(states)  # files in plain fp8 have NaN in rows of their table; so does ComfyUI
+        return cast(torch.Tensor, model.module(inputs_embeds=states).last_hidden_state), None

@@ -52,7 +52,7 @@ def run(job: Call, context: JobContext) -> Finished:
         loras = context.components.variant(transformer, job.loras)
     clock.end_phase("inputs", waits=False)
     with loras.switched_on():
-        options = CallOptions(job.variant, job.foreseen, has_loras=loras.changes)
+        options = CallOptions(job.variant, job.foreseen, loras=loras.begin_step())
         results = run_parts(model, operations, parts, options)
     if not context.is_leader:
         clock.end_phase("forward")

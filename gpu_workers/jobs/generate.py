@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
+from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
@@ -47,7 +48,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        loop = Loop.prepare(job, context, transformer, io, has_loras=loras.changes)
+        loop = Loop.prepare(job, context, transformer, io, loras)
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
@@ -86,11 +87,12 @@ class Loop:
     options: CallOptions
     batch: int
     steps: int
+    loras: LoraVariant | None = None
     reused_steps: int = 0
 
     @classmethod
     def prepare(
-        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, *, has_loras: bool = False
+        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, loras: LoraVariant
     ) -> Loop:
         """Read and check all inputs before the first step.
 
@@ -132,8 +134,8 @@ class Loop:
         reader.finish()
         threshold = sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
-        options = CallOptions(sampling.variant, started.foreseen, cache, has_loras)
-        return cls(model, operations, started, options, wanted.batch, wanted.steps)
+        options = CallOptions(sampling.variant, started.foreseen, cache)
+        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras)
 
     @torch.inference_mode()
     def run(
@@ -148,7 +150,10 @@ class Loop:
         started, scheduler = self.started, self.started.scheduler
         latents = started.latents
         for step, timestep in enumerate(scheduler.timesteps):
-            rows = run_parts(self.model, self.operations, started.parts(latents, step), self.options)
+            options = self.options
+            if self.loras is not None and self.loras.changes:
+                options = replace(options, loras=self.loras.begin_step(step))
+            rows = run_parts(self.model, self.operations, started.parts(latents, step), options)
             predicted = started.predicted(rows, latents, step)
             if on_denoised is not None:
                 on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))

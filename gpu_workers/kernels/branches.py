@@ -38,6 +38,10 @@ class Branch:
     def stop(self) -> int:
         return self.start + self.up.shape[0]
 
+    def moved(self, by: int) -> Branch:
+        """Return the branch of outputs that are ``by`` further on."""
+        return self if not by else Branch(self.down, self.up, self.scale, self.strength, self.start + by)
+
     def rows(self, start: int, stop: int) -> Branch | None:
         """Return the branch of the outputs ``start`` to ``stop``, counted from there; ``None`` if it has none."""
         first, last = max(start, self.start), min(stop, self.stop)
@@ -45,6 +49,34 @@ class Branch:
             return None
         up = self.up[first - self.start : last - self.start]
         return Branch(self.down, up, self.scale, self.strength, first - start)
+
+
+def joined(branches: Sequence[Branch]) -> list[Branch]:
+    """Return the same branches, with neighbouring rows of one factor ``up`` together again."""
+    found: list[Branch] = []
+    for branch in sorted(branches, key=lambda each: each.start):
+        for number, other in enumerate(found):
+            if _is_next(other, branch):
+                rows = other.up.shape[0] + branch.up.shape[0]
+                up = other.up.as_strided((rows, other.up.shape[1]), other.up.stride())
+                found[number] = Branch(other.down, up, other.scale, other.strength, other.start)
+                break
+        else:
+            found.append(branch)
+    return found
+
+
+def _is_next(first: Branch, second: Branch) -> bool:
+    """Whether the second one has the outputs after those of the first, and the rows after its rows in memory."""
+    up = first.up
+    return (
+        first.down is second.down
+        and first.strength is second.strength
+        and first.stop == second.start
+        and up.stride() == second.up.stride()
+        and up.untyped_storage().data_ptr() == second.up.untyped_storage().data_ptr()
+        and up.data_ptr() + up.shape[0] * up.stride(0) * up.element_size() == second.up.data_ptr()
+    )
 
 
 class Branches:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 
+from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
@@ -16,7 +17,8 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to, largest_bytes
+from xditd.gpu_workers.packed.embedding import PackedEmbedding
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -28,8 +30,8 @@ class CachedModel:
     """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
-    ``packed_layers`` are the layers that multiply packed weights, by the names of these. ``branches`` are the LoRAs'
-    places, by the names of linear layers.
+    ``packed_layers`` are the layers that multiply packed weights or look up their rows, by the names of these.
+    ``branches`` are the LoRAs' places, by the names of linear layers.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class CachedModel:
         layout: ParallelLayout,
         module: torch.nn.Module,
         exceptions: Mapping[str, torch.dtype],
-        packed_layers: Mapping[str, PackedLinear],
+        packed_layers: Mapping[str, PackedLinear | PackedEmbedding],
         packed_memory: PackedMemory,
     ) -> None:
         self.family = family
@@ -53,7 +55,7 @@ class CachedModel:
         self.owner: str | None = None
         self.operations = operations
         self.packed_layers = packed_layers
-        self.scratch_bytes = largest_bytes(packed_layers)
+        self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
         self.packed_memory = packed_memory
         self.branches = add_branches_to(module)
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
@@ -85,8 +87,17 @@ class CachedModel:
 
     @property
     def lora_detail(self) -> str:
-        """Why forwards with LoRAs do not take the fast path; empty if there is none."""
-        return "" if self._fast is None else "plain blocks run with LoRAs: fused ones have no branches"
+        """Why forwards with LoRAs do not take the path that others take; empty if they do."""
+        if self._fast is None:
+            return ""
+        if not self._fast.takes_loras:
+            return "plain blocks run with LoRAs: products of fused blocks in eight bits have no branches"
+        return "fused blocks with LoRAs are not captured" if self._fast.paths.is_on else ""
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches: in the layers of the module, and in its fast path."""
+        own = [(self.branches[name], tuple(branches)) for name, branches in by_layer.items()]
+        return own if self._fast is None else own + self._fast.branch_slots(by_layer)
 
     @property
     def attention_backend(self) -> str:

@@ -43,7 +43,7 @@ class CheckpointMatch:
 
     @property
     def kept_packed(self) -> set[str]:
-        """The names in the manifest of weights that layers multiply packed."""
+        """The names in the manifest of weights that layers use packed."""
         return {self.key_map[target].source for target in self.model.packed_layers}
 
     def choose_products(self, choice: ProductChoice, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -69,7 +69,7 @@ class CheckpointMatch:
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
 
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
-        """Check the scales of packed weights, and dequantise those that no packed layer multiplies, in ``tensors``.
+        """Check the scales of packed weights, and dequantise those that no packed layer uses, in ``tensors``.
 
         Returns the dequantised tensors. Errors begin with the ``label``.
 

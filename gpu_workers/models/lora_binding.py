@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,12 +21,18 @@ FEWEST = 0.5
 """The least share of a LoRA's layers that a model has to have: relatives of a model share some names with it."""
 
 
+_numbers = itertools.count(1)
+
+
 @dataclass(frozen=True, eq=False)
 class BoundLora:
-    """A LoRA's branches in one model, by the module's layers. ``unknown`` are factors whose layers it does not have."""
+    """A LoRA's branches in one model. ``unknown`` are factors whose layers the model does not have.
 
+    ``number`` is that of no other one. What outlives a job compares it: a reference would keep lent memory mapped.
+    """
+
+    number: int
     strength: Strength
-    by_layer: Mapping[str, tuple[Branch, ...]]
     slots: tuple[tuple[Branches, tuple[Branch, ...]], ...]
     unknown: tuple[str, ...]
 
@@ -103,9 +110,9 @@ class LentLora:
                     rows = up[start - first : stop - first]
                     branch = Branch(down, rows, layer.scale, strength, part.at + start - part.start)
                     by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
-        slots = tuple((model.branches[name], branches) for name, branches in by_layer.items())
+        slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
-        return BoundLora(strength, by_layer, slots, unknown)
+        return BoundLora(next(_numbers), strength, slots, unknown)
 
     def _check(self, model: CachedModel, layers: list[LoraLayer], targets: Mapping[LoraLayer, Target]) -> None:
         what = f"LoRA {self.label}"

@@ -52,40 +52,61 @@ class LoraCounters:
         )
 
 
+Schedule = tuple[tuple[int, float], ...]
+"""The strengths of a LoRA, each from a step on, ascending from 0."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoraVariant:
     """LoRAs of a model with their strengths, ready to be switched on. Without any it is the model itself."""
 
-    loras: tuple[tuple[BoundLora, float], ...]
+    loras: tuple[tuple[BoundLora, Schedule], ...]
     counters: LoraCounters
-    detail: str = ""
-    """Why forwards with LoRAs take another path than others."""
 
     @property
     def changes(self) -> bool:
-        """Whether it differs from the model without LoRAs."""
-        return any(strength for _, strength in self.loras)
+        """Whether it differs from the model without LoRAs, in any step."""
+        return any(strength for _, schedule in self.loras for _, strength in schedule)
+
+    def begin_step(self, step: int = 0) -> tuple[tuple[int, float], ...]:
+        """Set the strengths of a step.
+
+        Returns what is equal for equal LoRAs of the model with equal strengths; it is empty if none has any.
+        """
+        for bound, schedule in self.loras:
+            bound.strength.value = _strength_at(schedule, step)
+        return tuple((bound.number, bound.strength.value) for bound, _ in self.loras if bound.strength.value)
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
-        """Switch the LoRAs on in the model's layers while the context lasts."""
+        """Switch the LoRAs on in the model's layers while the context lasts, with the strengths of the first step."""
         if not self.changes:
             yield
             return
         began_s = time.perf_counter()
         touched: list[Branches] = []
         try:
-            for bound, strength in self.loras:
-                bound.strength.value = strength
-                if strength:
-                    for branches, added in bound.slots:
-                        branches.active += added
-                        touched.append(branches)
+            self.begin_step()
+            for bound, _ in self.loras:
+                for branches, added in bound.slots:
+                    branches.active += added
+                    touched.append(branches)
             self.counters.note_switch((time.perf_counter() - began_s) * 1e3)
             yield
         finally:
             for branches in touched:
                 branches.active = ()
+
+
+def _strength_at(schedule: Schedule, step: int) -> float:
+    return next(strength for start, strength in reversed(schedule) if start <= step)
+
+
+def _schedule_of(uses: Sequence[LoraUse]) -> Schedule:
+    """Return the sums of the strengths of all uses of one LoRA."""
+    each = [((0, use.strength), *((later.step, later.strength) for later in use.later)) for use in uses]
+    steps = sorted({start for schedule in each for start, _ in schedule})
+    return tuple((step, sum(_strength_at(schedule, step) for schedule in each)) for step in steps)
 
 
 def prepare_variant(
@@ -98,11 +119,11 @@ def prepare_variant(
     """
     if not uses:
         return LoraVariant((), counters)
-    strengths: dict[str, float] = {}
+    by_id: dict[str, list[LoraUse]] = {}
     for use in uses:
-        strengths[use.component_id] = strengths.get(use.component_id, 0.0) + use.strength
+        by_id.setdefault(use.component_id, []).append(use)
     loras = []
-    for component_id, strength in strengths.items():
+    for component_id, of_one in by_id.items():
         lent = get(component_id)
         if not lent.is_bound_to(model):
             before = lent.converted_bytes
@@ -115,7 +136,7 @@ def prepare_variant(
                     "names=%s",
                     lent.label, component_id, model.family.name, len(bound.unknown), listed(bound.unknown),
                 )  # fmt: skip
-        loras.append((lent.bind(model), strength))
+        loras.append((lent.bind(model), _schedule_of(of_one)))
     counters.jobs += 1
     counters.detail = model.lora_detail
-    return LoraVariant(tuple(loras), counters, model.lora_detail)
+    return LoraVariant(tuple(loras), counters)

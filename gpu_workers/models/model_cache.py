@@ -18,9 +18,10 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
-from xditd.gpu_workers.models.packed_weights import linear_targets
+from xditd.gpu_workers.models.packed_weights import embedding_targets, linear_targets
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
+from xditd.gpu_workers.packed.embedding import pack_embeddings
 from xditd.gpu_workers.packed.linear import PackedMemory, pack_linears
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -157,10 +158,14 @@ class ModelCache:
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
         packed = linear_targets(module, resolution.key_map, resolution.packed)
         layers = pack_linears(module, packed, resolution.compute_dtype, self.packed)
+        tables = {}
+        if family.kind == "text_encoder":  # its operations look rows up, and do nothing else with a table
+            targets = embedding_targets(module, resolution.key_map, resolution.packed)
+            tables = pack_embeddings(module, targets, resolution.compute_dtype, self.layout.device)
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)
-        return CachedModel(family, operations, config, dtype, layout, module, apart, layers, self.packed)
+        return CachedModel(family, operations, config, dtype, layout, module, apart, {**layers, **tables}, self.packed)
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:

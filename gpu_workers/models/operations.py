@@ -11,6 +11,7 @@ import torch
 from xditd.gpu_workers.models.entries import Shape
 
 if TYPE_CHECKING:
+    from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -41,13 +42,14 @@ class CallOptions:
     """Options of forwards, besides their arguments.
 
     ``foreseen`` are the values of arguments in later forwards, for work ahead of time; they change no bit of a result.
-    ``has_loras``: layers of the module have branches, which a path that does not run these layers lacks.
+    ``loras`` are equal if the branches in the module's layers are; a path that does not run these layers adds them,
+    too.
     """
 
     variant: str = "class"
     foreseen: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     step_cache: StepCache | None = None
-    has_loras: bool = False
+    loras: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +257,12 @@ class FastPath(Protocol):
 
     paths: ForwardPaths
     """The paths of its forwards."""
+
+    takes_loras: bool
+    """Whether its forward has the branches of :meth:`branch_slots`; else the module's own runs with LoRAs."""
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches in this forward, from those of the module's layers."""
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from xditd.gpu_workers.models.entries import Slice
+from xditd.gpu_workers.packed.embedding import can_look_up
 from xditd.gpu_workers.packed.linear import is_linear_weight
 from xditd.gpu_workers.packed.native_products import memory_fault
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
@@ -30,6 +31,19 @@ def linear_targets(
         if part.source in packed and not is_linear_weight(module, target)
     }
     return [target for target, part in key_map.items() if part.source in packed and part.source not in apart]
+
+
+def embedding_targets(
+    module: torch.nn.Module, key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]
+) -> list[str]:
+    """Return the parameters that are whole packed tables, of which a layer looks up rows."""
+    return [
+        target
+        for target, part in key_map.items()
+        if part.source in packed
+        and packed[part.source].shape[0] == part.stop - part.start
+        and can_look_up(module, target, packed[part.source].format)
+    ]
 
 
 def dequantise_once(

@@ -18,7 +18,7 @@ import torch
 
 State = dict[str, torch.Tensor]
 CHECKPOINT_SPELLINGS = ("kohya", "comfyui", "lycoris", "bare", "xlabs")
-CLASS_SPELLINGS = ("diffusers", "peft", "onetrainer", "rslora")
+CLASS_SPELLINGS = ("diffusers", "peft", "onetrainer", "rslora", "lycoris_class")
 
 _XLABS = {
     "img_attn.qkv": "processor.qkv_lora1",
@@ -94,7 +94,7 @@ def make(
         found.differences[layer] = scale * (up.double() @ down.double())
         base, ends = _spelled(layer, spelling)
         found.tensors[base + ends[0]], found.tensors[base + ends[1]] = down, up
-        if spelling in ("kohya", "onetrainer", "lycoris", "xlabs", "peft"):
+        if spelling in ("kohya", "onetrainer", "lycoris", "lycoris_class", "xlabs", "peft"):
             found.tensors[f"{base}.alpha"] = torch.tensor(alpha)
     if spelling == "rslora":
         found.metadata["lora_adapter_metadata"] = json.dumps(
@@ -110,7 +110,7 @@ def _spelled(layer: str, spelling: str) -> tuple[str, tuple[str, str]]:
         return f"lora_unet_{flat}", kohya
     if spelling == "onetrainer":
         return f"lora_transformer_{flat}", kohya
-    if spelling == "lycoris":
+    if spelling in ("lycoris", "lycoris_class"):
         return f"lycoris_{flat}", kohya
     if spelling == "comfyui":
         return f"diffusion_model.{layer}", peft

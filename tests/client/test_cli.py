@@ -26,6 +26,7 @@ from xditd.ipc.status import (
     JobState,
     JobStatus,
     LeaseState,
+    LoraCounts,
     PackedProducts,
     SplitCheck,
     WorkerStatus,
@@ -165,6 +166,15 @@ def test_status_shows_how_calls_of_modules_are_split(daemon, folder, capsys):
     assert "HiDream forward rows 2 - 1e-05 refused: why" in lines
     layouts = [line.split()[-2] for line in lines if line.startswith("transformer-1")]
     assert layouts == ["ulysses=2,ring=1", "tokens"]
+
+
+def test_status_shows_jobs_with_loras_and_why_they_take_another_path(daemon, folder, capsys):
+    loras = LoraCounts(jobs=7, switches=6, last_switch_ms=0.084, slowest_switch_ms=0.33, detail="plain blocks run")
+    status = msgspec.structs.replace(STATUS, loras=loras)
+    daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
+    main(["status", "--runtime-dir", str(folder)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "loras 7 jobs, 6 switches, the last in 0.08 ms, the slowest 0.33 ms; plain blocks run" in lines
 
 
 def test_status_shows_how_packed_weights_are_multiplied_and_what_they_take(daemon, folder, capsys):

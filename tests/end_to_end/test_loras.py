@@ -12,6 +12,7 @@ import pytest
 import text_checkpoints
 import torch
 import z_image_models
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from gguf_files import dequantise, write_model
 from lora_files import CHECKPOINT_SPELLINGS, CLASS_SPELLINGS, Lora, matrices
 from packed_checkpoints import pack
@@ -122,6 +123,41 @@ def test_mixes_of_three_and_strengths(client, transformer, state, of_class, inpu
     finally:
         for loan in loans:
             loan.return_()
+
+
+def test_strengths_by_step(client, transformer, state, inputs, relative_error, leaves_nothing):
+    """Each step has the model with its strengths in the weights, as a loop over calls shows."""
+    first, second = (lora_files.make(matrices(state), "kohya", seed) for seed in (1, 2))
+    strengths = [(0.0, 0.5), (0.8, 0.5), (0.8, -0.4)]
+    modules = [baked(state, (first, one), (second, other)) for one, other in strengths]
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    sigmas = (1.0, 0.6, 0.3)
+    scheduler.set_timesteps(sigmas=list(sigmas))
+    side = inputs.pixels // 16
+    latents = FluxPipeline._pack_latents(inputs.noise, *inputs.noise.shape)
+    given = {
+        "encoder_hidden_states": inputs.prompt_embeds,
+        "pooled_projections": inputs.pooled_prompt_embeds,
+        "guidance": torch.tensor([3.5]),
+        "img_ids": reference_ids(side),
+        "txt_ids": torch.zeros(inputs.prompt_embeds.shape[1], 3),
+    }
+    with torch.no_grad():
+        for module, timestep in zip(modules, scheduler.timesteps, strict=True):
+            moved = module(latents, timestep=timestep[None] / 1000, return_dict=False, **given)[0]
+            latents = scheduler.step(moved, timestep, latents, return_dict=False)[0]
+    right = FluxPipeline._unpack_latents(latents, inputs.pixels, inputs.pixels, 8)
+    with client.lend_lora(first.tensors) as one, client.lend_lora(second.tensors) as two:
+        by_step = transformer.with_loras([(one, [0.0, 0.8]), (two, [(0, 0.5), (2, -0.4)])])
+        found = latents_of(client, by_step, inputs, steps=3, sigmas=sigmas)
+        never = transformer.with_loras([(one, [0.0, 0.0, 0.0])])
+        alone = latents_of(client, transformer, inputs, steps=3, sigmas=sigmas)
+        assert torch.equal(latents_of(client, never, inputs, steps=3, sigmas=sigmas), alone)
+        with pytest.raises(BadRequest, match=r"change at the steps 2: ascending ones below 2 are needed"):
+            latents_of(client, by_step, inputs, steps=2)
+        with pytest.raises(BadRequest, match="has strengths by step: only a generation has steps"):
+            called(client, by_step)
+    assert relative_error(found, right) <= BAR
 
 
 def test_a_call_and_a_step_cache_have_them_too(client, transformer, state, inputs, relative_error):

@@ -16,7 +16,7 @@ from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_STEPS
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, TextModel
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
     from xditd.client.comfyui.weights import RemoteWeights
 
 LATENT_CHANNELS: Final = 16
@@ -183,6 +183,11 @@ class Flux1:
     def adapt(self, model: Any) -> ModelAdapter:
         params = model.diffusion_model.params
         return Flux1Model(params.vec_in_dim, params.guidance_embed)
+
+    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
+        from xditd.client.comfyui.families.flux1_text import stock_encoder
+
+        return stock_encoder(tensors)
 
     def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
         from xditd.client.comfyui.families.flux1_text import text_model

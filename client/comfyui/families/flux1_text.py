@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import comfy.model_management as management
 import comfy.text_encoders.flux
 import folder_paths
 import torch
 
-from xditd.client.comfyui.families.adapter import TextModel
+from xditd.client.comfyui.families.adapter import StockEncoder, TextModel
 from xditd.client.comfyui.text import RemoteEncoder, RemoteTextModel
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.errors import BadRequest
@@ -18,6 +19,8 @@ from xditd.ipc.name_lists import listed
 CLIP_TOKENS: Final = {"start": 49406, "end": 49407, "pad": 49407}
 T5_TOKENS: Final = {"end": 1, "pad": 0}
 
+_LAST_NORM = "encoder.final_layer_norm.weight"
+_T5_TABLES = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
 _CLIP_PARTS = ("text_model.", "text_projection", "logit_scale")
 
 
@@ -36,6 +39,24 @@ class Flux1TextModel(RemoteTextModel):
         states, _ = self._t5.encode_token_weights(tokens["t5xxl"])
         _, pooled = self._clip.encode_token_weights(tokens["l"])
         return states, pooled
+
+
+def stock_encoder(tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
+    """Return how stock ComfyUI holds CLIP-L or T5.
+
+    CLIP-L has the dtype that ComfyUI's flags choose; T5 that of its last norm, unless this takes more bytes.
+
+    Source: ComfyUI 0.33, ``comfy/text_encoders/sd3_clip.py`` (``t5_xxl_detect``), ``comfy/text_encoders/flux.py``.
+    """
+    device = management.text_encoder_device()
+    chosen = management.text_encoder_dtype(device)
+    if is_clip(tensors):
+        return StockEncoder(chosen, lambda _: False)  # stock has no packed tables in CLIP
+    last = next((tensor for name, tensor in tensors.items() if name.endswith(_LAST_NORM)), None)
+    if last is None:
+        return None
+    dtype = management.pick_weight_dtype(last.dtype, chosen, device)
+    return StockEncoder(dtype, lambda name: name.endswith(_T5_TABLES))
 
 
 def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:

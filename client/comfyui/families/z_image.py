@@ -17,7 +17,7 @@ from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest, Unsupported
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, TextModel
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
     from xditd.client.comfyui.weights import RemoteWeights
 
 PATCH: Final = 2
@@ -159,6 +159,9 @@ class ZImage:
 
     def adapt(self, model: Any) -> ModelAdapter:
         return ZImageModel()
+
+    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
+        return None
 
     def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
         return None

@@ -8,9 +8,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from xditd.client.comfyui.checkpoint_files import read_checkpoint
+from xditd.client.comfyui.checkpoint_files import read_with_metadata
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.text import make_clip
+from xditd.client.comfyui.text import EncoderFile, make_clip
+from xditd.client.packed_markers import METADATA
 
 
 class XditDualClipLoader(io.ComfyNode):
@@ -39,8 +40,13 @@ def load_clip(*paths: str) -> Any:
 
     Raises:
         BadRequest: not the encoders of a family that the workers run.
-        Unsupported: quantised weights.
+        BadCheckpoint: packed weights do not have the form of their format.
+        Unsupported: an unknown format of weights.
         DaemonUnreachable: no daemon runs.
     """
     connect()
-    return make_clip({Path(path).stem: read_checkpoint(path) for path in paths})
+    files = {}
+    for path in paths:
+        tensors, metadata = read_with_metadata(path)
+        files[Path(path).stem] = EncoderFile(tensors, metadata.get(METADATA))
+    return make_clip(files)

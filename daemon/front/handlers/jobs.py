@@ -13,6 +13,7 @@ from xditd.daemon.sockets.sessions import Session
 from xditd.ipc import arguments
 from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
+from xditd.ipc.name_lists import listed
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TensorsRead, TextEncoded
 from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, LoraUse, ReadTensors
@@ -98,7 +99,7 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
         if others := sorted(set(request.loras) - {"transformer"}):
             raise BadRequest(f"loras: of the {others[0]}: a generation takes LoRAs of its transformer alone")
         named = [(component_id, ComponentKind(role)) for role, component_id in request.components.items()]
-        return [*named, *_loras_of(request.loras.get("transformer", ()))]
+        return [*named, *_loras_of(request.loras.get("transformer", ()), request.sampling.steps)]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER), *_loras_of(request.loras)]
     if isinstance(request, ReadTensors):
@@ -106,8 +107,20 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
     return [(request.vae_id, ComponentKind.VAE)]
 
 
-def _loras_of(uses: Iterable[LoraUse]) -> list[tuple[str, ComponentKind]]:
-    return [(use.component_id, ComponentKind.LORA) for use in uses]
+def _loras_of(uses: Iterable[LoraUse], steps: int = 0) -> list[tuple[str, ComponentKind]]:
+    """List the LoRAs of a component, after a check of the steps from which on they have other strengths."""
+    found = []
+    for use in uses:
+        later = [each.step for each in use.later]
+        if later and not steps:
+            raise BadRequest(f"loras: {use.component_id} has strengths by step: only a generation has steps")
+        if later != sorted(set(later)) or (later and later[-1] >= steps):
+            raise BadRequest(
+                f"loras: the strengths of {use.component_id} change at the steps {listed(later)}: ascending ones below "
+                f"{steps} are needed"
+            )
+        found.append((use.component_id, ComponentKind.LORA))
+    return found
 
 
 def _check_tensors(request: InferenceRequest) -> None:

@@ -12,16 +12,27 @@ graphs. Nothing is compiled for a size or for another checkpoint of the same arc
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from xfuser.core.distributed import get_sp_group
 
+from xditd.gpu_workers.families.flux1.block_weights import (
+    Blocks,
+    bind_blocks,
+    layer_places,
+    modulation_names,
+    norms_of,
+    parts_of,
+    product_shapes,
+)
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit
+from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable, with_branches
+from xditd.gpu_workers.kernels.branches import Branch, Branches
+from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit, TensorRows
 from xditd.gpu_workers.models.fast_path_check import FastPathCheck
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import CallOptions
@@ -50,34 +61,6 @@ logger = logging.getLogger(__name__)
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 PLAIN_CALL = CallOptions()
-
-
-class Stream(NamedTuple):
-    """The weights of text or of images in a double block. Projections are results of ``Products.linear``."""
-
-    qkv: Any
-    query_norm: torch.Tensor
-    key_norm: torch.Tensor
-    out: Any
-    up: Any
-    down: Any
-
-
-class Single(NamedTuple):
-    """The weights of a single block: ``qkv`` and ``up`` are rows of ``linear1``, ``second`` is ``linear2``."""
-
-    qkv: Any
-    query_norm: torch.Tensor
-    key_norm: torch.Tensor
-    up: Any
-    second: Any
-
-
-class Blocks(NamedTuple):
-    """All blocks of a checkpoint."""
-
-    double: list[tuple[Stream, Stream]]
-    single: list[Single]
 
 
 class _CheckedProducts(NamedTuple):
@@ -118,6 +101,10 @@ class FusedFlux1:
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}
         self._blocks: Blocks | None = None
+        self._branches = BranchTable(parts_of(config), layer_places(config))
+        self._branched: tuple[BranchedProducts, Blocks] | None = None
+        """The same with the branches of LoRAs, if these products take them."""
+        self._loras: tuple[tuple[int, float], ...] = ()
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
         self._modulator = Modulator(module.time_text_embed, config.hidden)
         self.paths = ForwardPaths(
@@ -142,6 +129,15 @@ class FusedFlux1:
     @property
     def _products(self) -> Products[Any, Any]:
         return self._current.products
+
+    @property
+    def takes_loras(self) -> bool:
+        """Whether the products that the plugged weights have take branches: not those with rows in eight bits."""
+        return isinstance(self._products, TensorRows)
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches in fused blocks, from those of the module's layers."""
+        return self._branches.slots(by_layer)
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
@@ -168,7 +164,7 @@ class FusedFlux1:
         if apart:
             logger.info("fused blocks are idle: %d tensors are not contiguous, first=%s", len(apart), apart[0])
         self._checkpoint = {} if apart else checkpoint
-        self._blocks = None
+        self._blocks = self._branched = None
         if self._checkpoint:
             self._current = self._products_for(self._checkpoint)
             self._products.load(self._checkpoint)
@@ -179,7 +175,7 @@ class FusedFlux1:
     def unplug(self) -> None:
         """Drop all references to lent memory, and free the reserved buffers."""
         self._checkpoint = {}
-        self._blocks = None
+        self._blocks = self._branched = None
         for each in self._all_products:
             each.products.release()
         self._modulator.unplug()
@@ -203,7 +199,10 @@ class FusedFlux1:
         timestep is rounded.
         """
         if self._blocks is None:
-            self._blocks = self._bind(self._checkpoint)
+            self._bind()
+        if options.loras != self._loras:
+            self._modulator.forget()  # what it has cached is of other LoRAs
+            self._loras = options.loras
         shares = partition_tokens(encoder_hidden_states.shape[1], hidden_states.shape[1], self._layout.degrees.sequence)
         own = shares[self._layout.sequence_rank]
         modulations = self._modulator(
@@ -221,8 +220,9 @@ class FusedFlux1:
                 "singles": modulations.single[number],
                 "angles": angles,
             }
-            if step_cache is not None:  # the host decides within the forward
-                done.append(self._sample(**given, valid=valid, cache=ImageCache(step_cache, number)))
+            if step_cache is not None or options.loras:  # the host decides within the forward, or strengths do
+                cache = None if step_cache is None else ImageCache(step_cache, number)
+                done.append(self._sample(**given, valid=valid, cache=cache, has_loras=bool(options.loras)))
                 continue
             sample = partial(self._sample_of, valid)
             key = CaseKey(("blocks", valid, None if self._exchange is None else self._exchange.capacity), ())
@@ -257,20 +257,23 @@ class FusedFlux1:
         angles: Angles,
         valid: int,
         cache: ImageCache | None,
+        *,
+        has_loras: bool = False,
     ) -> torch.Tensor:
         """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
-        assert self._blocks is not None
-        double, single = self._blocks.double, self._blocks.single
+        products: Products[Any, Any]
+        products, blocks = self._branched_blocks() if has_loras else (self._products, self._blocks)
+        assert blocks is not None
+        double, single = blocks.double, blocks.single
         module, width, at = self._module, self._config.hidden, text.shape[0]
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
         for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
-            if embedder.weight.dtype == embedder.bias.dtype == x.dtype:
+            if embedder.weight.dtype == embedder.bias.dtype == x.dtype and not has_loras:
                 torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
             else:
                 out.copy_(embedder(tokens))
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
-        products = self._products
         normed = products.modulate(x, text_rows=at, shift=starts[0])
         qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
@@ -306,6 +309,10 @@ class FusedFlux1:
             cache.end(x[at:])
         return x[at:]
 
+    def _branched_blocks(self) -> tuple[Any, Blocks]:
+        assert self._branched is not None
+        return self._branched
+
     def _attend(
         self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
     ) -> torch.Tensor:
@@ -333,46 +340,20 @@ class FusedFlux1:
         wide = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
         return self._attend_with(*wide)[0].transpose(0, 1)
 
-    def _bind(self, checkpoint: Weights) -> Blocks:
-        width = self._config.hidden
-
-        linear = self._products.linear
-
-        def norm(name: str) -> torch.Tensor:
-            scale = checkpoint[f"{name}.scale"]
-            assert isinstance(scale, torch.Tensor)
-            return scale.to(self._dtype)
-
-        def stream(block: str, kind: str) -> Stream:
-            name = f"{block}.{kind}"
-            return Stream(
-                qkv=linear(f"{name}_attn.qkv"),
-                query_norm=norm(f"{name}_attn.norm.query_norm"),
-                key_norm=norm(f"{name}_attn.norm.key_norm"),
-                out=linear(f"{name}_attn.proj"),
-                up=linear(f"{name}_mlp.0"),
-                down=linear(f"{name}_mlp.2"),
-            )
-
-        def single(block: str) -> Single:
-            return Single(
-                qkv=linear(f"{block}.linear1", slice(None, 3 * width)),
-                query_norm=norm(f"{block}.norm.query_norm"),
-                key_norm=norm(f"{block}.norm.key_norm"),
-                up=linear(f"{block}.linear1", slice(3 * width, None)),
-                second=linear(f"{block}.linear2"),
-            )
-
-        doubles = [f"double_blocks.{number}" for number in range(self._config.double_blocks)]
-        singles = [f"single_blocks.{number}" for number in range(self._config.single_blocks)]
+    def _bind(self) -> None:
+        """Find the weights of all blocks, and of the modulations, in the plugged tensors."""
+        checkpoint, config = self._checkpoint, self._config
         self._modulator.plug(
-            self._matrices(checkpoint, [f"{block}.{kind}_mod.lin" for block in doubles for kind in ("txt", "img")]),
-            self._matrices(checkpoint, [f"{block}.modulation.lin" for block in singles]),
+            *(
+                with_branches(self._matrices(checkpoint, names), [self._branches.at(name) for name in names])
+                for names in modulation_names(config)
+            )
         )
-        return Blocks(
-            double=[(stream(block, "txt"), stream(block, "img")) for block in doubles],
-            single=[single(block) for block in singles],
-        )
+        norms = norms_of(checkpoint, self._dtype)
+        self._blocks = bind_blocks(config, self._products.linear, norms)
+        if isinstance(self._products, TensorRows):
+            branched = BranchedProducts(self._products, self._branches)
+            self._branched = branched, bind_blocks(config, branched.linear, norms)
 
     def _matrices(self, checkpoint: Weights, names: list[str]) -> Matrices:
         if self._dequantiser is not None:
@@ -389,23 +370,3 @@ class FusedFlux1:
 
 def _label(products: Products[Any, Any]) -> str:
     return f"{products.label} FLUX.1 blocks"
-
-
-def product_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
-    """Return the shapes (out, in) of the projections of all blocks, by name.
-
-    Without those of modulations, which have a kernel of their own, and the few outside of blocks.
-    """
-    width = config.hidden
-    found: dict[str, tuple[int, int]] = {}
-    for block in range(config.double_blocks):
-        for kind in ("txt", "img"):
-            name = f"double_blocks.{block}.{kind}"
-            found[f"{name}_attn.qkv"] = (3 * width, width)
-            found[f"{name}_attn.proj"] = (width, width)
-            found[f"{name}_mlp.0"] = (4 * width, width)
-            found[f"{name}_mlp.2"] = (width, 4 * width)
-    for block in range(config.single_blocks):
-        found[f"single_blocks.{block}.linear1"] = (7 * width, width)
-        found[f"single_blocks.{block}.linear2"] = (width, 5 * width)
-    return found

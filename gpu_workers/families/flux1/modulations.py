@@ -99,6 +99,10 @@ class Modulator:
         self._double = self._single = None
         self._runs.clear()
 
+    def forget(self) -> None:
+        """Drop the cache: the weights, or what is added to their products, have changed."""
+        self._runs.clear()
+
     def __call__(
         self,
         timestep: torch.Tensor,

@@ -41,9 +41,10 @@ class TokenCounts(NamedTuple):
 
     text: int
     image: int
+    has_loras: bool = False
 
     def __str__(self) -> str:
-        return f"{self.text} text + {self.image} image"
+        return f"{self.text} text + {self.image} image{', with LoRAs' if self.has_loras else ''}"
 
 
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
@@ -126,9 +127,9 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 )
 
         fused = self.fused
-        if fused is None or not fused.is_loaded or fused.check.is_refused or options.has_loras:
+        if fused is None or not fused.is_loaded or fused.check.is_refused or (options.loras and not fused.takes_loras):
             return plain(cache)
-        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
+        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1], bool(options.loras))
         sample = fused.check.run(
             case,
             lambda: fused(hidden_states, encoder_hidden_states, times=times, options=options, **others),

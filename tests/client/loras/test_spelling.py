@@ -16,7 +16,7 @@ TEXT = "text_encoder"
         ("lora_unet_single_blocks_37_linear1.alpha", "model", "single_blocks_37_linear1", "alpha"),
         ("lora_unet__layers_0_attention_qkv.lora_up.weight", "model", "layers_0_attention_qkv", "up"),
         ("lora_transformer_norm_out_linear.lora_up.weight", "model", "norm_out_linear", "up"),
-        ("lycoris_transformer_blocks_0_attn_to_q.lora_up.weight", "model", "blocks_0_attn_to_q", "up"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lora_up.weight", "model", "transformer_blocks_0_attn_to_q", "up"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "model", "transformer_blocks_0_attn_to_q", "down"),
         ("transformer_blocks.0.ff.net.0.proj.lora_B.weight", "model", "transformer_blocks_0_ff_net_0_proj", "up"),
         ("base_model.model.layers.3.ffn.w1.lora_A.default.weight", "model", "layers_3_ffn_w1", "down"),

@@ -17,6 +17,12 @@ TOLERANCE = 2e-6
 LONG = "a lighthouse on a cliff at dusk, long exposure, " * 30
 
 
+@pytest.fixture(autouse=True)
+def in_float32(comfy, monkeypatch) -> None:
+    """Hold encoders in the dtype of these files; without the flag ComfyUI casts them to float16."""
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp32_text_enc", True)
+
+
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("text")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xditd.client import Unsupported
 
@@ -107,3 +107,32 @@ def test_a_vae_that_a_node_changed_is_refused(change, said, vae):
     change(vae)
     with pytest.raises(Unsupported, match=said):
         vae.decode(torch.zeros(1, 16, 4, 4))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_vae_in_fp8_is_cast_as_stock_does(dtype, comfy, connected, decoder_file, tmp_path, relative_error):
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    path = tmp_path / "fp8.safetensors"
+    save_file({name: each.to(dtype) for name, each in load_file(decoder_file).items()}, path)
+    stock = comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(path)))
+    z = torch.randn(1, 16, 6, 7, generator=torch.Generator().manual_seed(1))
+    assert relative_error(load_vae(str(path)).decode(z), stock.decode(z)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("decoder.conv_in.weight_scale", torch.ones(()), "no scales of a VAE's weights.*decoder.conv_in.weight_scale"),
+        ("decoder.conv_in.comfy_quant", torch.ones(2, dtype=torch.uint8), "decoder.conv_in.comfy_quant"),
+        ("scaled_fp8", torch.zeros(2, dtype=torch.float8_e4m3fn), "scaled_fp8"),
+        ("decoder.conv_in.weight", torch.ones(3, dtype=torch.int8), "int8"),
+    ],
+)
+def test_a_vae_in_other_packed_formats_is_refused(name, tensor, said, connected, decoder_file, tmp_path):
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    save_file({**load_file(decoder_file), name: tensor}, tmp_path / "packed.safetensors")
+    with pytest.raises(Unsupported, match=f"^packed: .*{said}"):
+        load_vae(str(tmp_path / "packed.safetensors"))

@@ -23,6 +23,7 @@ from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Slice
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.packed.dequantise import dequantise
+from xditd.gpu_workers.packed.embedding import PackedEmbedding
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 from xditd.ipc.packed import PackedWeight
@@ -96,7 +97,7 @@ def test_z_image_has_the_bits_of_diffusers(
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("packed_format", ["old", "int8_rows", "plain"])
+@pytest.mark.parametrize("packed_format", ["old", "int8_rows", "int8_convrot", "nvfp4", "plain"])
 @pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict])
 def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
     rank: OneRank, direct: ModuleType, make: Any, packed_format: str
@@ -107,6 +108,23 @@ def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
     found, _ = direct.encode_text(component.model, tokens)
     assert component.facts.dtype == "float32"
     assert component.facts.scratch_bytes > 0
+    expected, _ = direct.encode_text(lend(rank, "plain", packed.meant).model, tokens)
+    assert torch.equal(found, expected)
+    tables = [name for name, each in component.model.packed_layers.items() if isinstance(each, PackedEmbedding)]
+    assert len(tables) == (0 if packed_format == "nvfp4" else 2)  # tiles of scales cannot be looked up by rows
+    for name in tables:  # they stay as they were lent
+        assert (
+            component.bindings[name].values.data_ptr()
+            == component.tensors[component.match.key_map[name].source].data_ptr()
+        )
+
+
+def test_nan_in_the_table_of_a_t5_in_plain_fp8_counts_as_zero(rank: OneRank, direct: ModuleType) -> None:
+    packed = pack(t5_state_dict(0), "plain", torch.float32)
+    packed.tensors["shared.weight"][5, 3] = torch.nan
+    tokens = torch.arange(2, 14)[None]
+    found, _ = direct.encode_text(lend(rank, "packed", packed.tensors).model, tokens)
+    packed.meant["shared.weight"][5, 3] = 0
     expected, _ = direct.encode_text(lend(rank, "plain", packed.meant).model, tokens)
     assert torch.equal(found, expected)
 

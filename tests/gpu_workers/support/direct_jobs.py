@@ -44,6 +44,7 @@ def generate_from(
     finite: FiniteCheck | None = None,
     variant: str = "class",
     is_foreseen: bool = True,
+    loras: tuple[tuple[int, float], ...] = (),
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
@@ -57,7 +58,7 @@ def generate_from(
     operations.recipe.check(model.config, wanted)
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
-    options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache)
+    options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
     loop = Loop(model, operations, started, options, wanted.batch, wanted.steps)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).parents[3] / "support"))  # where programs find direct_jobs
+sys.path.append(str(Path(__file__).parents[4] / "checkpoints"))
 
 GUIDANCE = 3.5
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def whole_model(store: str) -> dict[str, Any]:
                     found["unmoved"].append(name)
             found["cached"] = cached(lent, given)
             found["not finite"] = not_finite(lent, state)
+            found["loras"] = with_loras(lent, state)
             found["foreseen"] = foreseen(lent)
         found["check"][label] = {
             "refused": check.is_refused,
@@ -84,6 +86,66 @@ def whole_model(store: str) -> dict[str, Any]:
     return found
 
 
+def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Run LoRAs on fused blocks, and compare with plain diffusers that have them in their weights."""
+    import lora_files
+    from direct_jobs import generate
+
+    from xditd.client.loras.lending import describe_lora
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.lora_binding import LentLora
+    from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
+    from xditd.ipc.requests import LoraUse
+
+    given, counters = job(3, 16, 32, 1), LoraCounters()
+    kohya = lora_files.make(lora_files.matrices(state), "kohya", 1)
+    of_class = lora_files.matrices(reference.transformer_from(dict(state)).state_dict())
+    diffusers = lora_files.make(of_class, "diffusers", 2, ranks=(2, 5))
+    lent_loras: dict[str, LentLora] = {}
+    for name, lora in (("kohya", kohya), ("diffusers", diffusers)):
+        offer = describe_lora(lora.tensors)
+        lent_loras[name] = LentLora(name, offer.manifest.lora)
+        lent_loras[name].plug(dict(lora.tensors), name)
+        offer.close()
+
+    def run(*uses: tuple[str, float]) -> torch.Tensor:
+        named = [LoraUse(component_id=name, strength=strength) for name, strength in uses]
+        variant = prepare_variant(lent, named, lent_loras.__getitem__, counters)
+        with variant.switched_on():
+            return generate(lent, **given, steps=2, guidance_scale=GUIDANCE, loras=variant.begin_step())
+
+    def expected(*uses: tuple[str, float]) -> torch.Tensor:
+        strengths = dict(uses)
+        module = reference.transformer_from(kohya.baked_into(state, strengths.get("kohya", 0.0)))
+        diffusers.bake_into(module, strengths.get("diffusers", 0.0))
+        return reference_latents(module, given, steps=2)
+
+    alone = run()
+    cases: dict[str, tuple[tuple[str, float], ...]] = {
+        "kohya": (("kohya", 0.8),),
+        "of the same prompt, another strength": (("kohya", -0.3),),
+        "diffusers": (("diffusers", 0.5),),
+        "both": (("kohya", 0.4), ("diffusers", -0.6)),
+    }
+    fused = {label: run(*uses) for label, uses in cases.items()}
+    check = lent.module.fused.check
+    found: dict[str, Any] = {
+        "errors": {label: reference.relative_error(fused[label], expected(*uses)) for label, uses in cases.items()},
+        "moved": min(reference.relative_error(each, alone) for each in fused.values()),
+        "as before": torch.equal(run(), alone),
+        "checked": sorted(str(case) for case in check._passed if getattr(case, "has_loras", False)),
+        "refused": check.is_refused,
+        "takes": lent.lora_detail,
+    }
+    known = [weakref.ref(lent_lora.bind(lent)) for lent_lora in lent_loras.values()]
+    for lent_lora in lent_loras.values():
+        lent_lora.unplug()
+    found["still referenced"] = sum(each() is not None for each in known)
+    for case in [case for case in check._passed if getattr(case, "has_loras", False)]:
+        del check._passed[case], check._checks[str(case)]  # later counts are of forwards without
+    return found
+
+
 def not_finite(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Run a size for the first time with a weight that is NaN, and again with a sound one."""
     from direct_jobs import generate
@@ -101,7 +163,7 @@ def not_finite(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
         "judged by it": len(check._passed) != judged + 1,
         "refused": check.is_refused,
     }
-    check._passed.pop((2, given["height"] * given["width"] // 256), None)
+    check._passed.pop((2, given["height"] * given["width"] // 256, False), None)
     return found
 
 

@@ -29,6 +29,18 @@ def test_every_tensor_of_the_checkpoint_is_read(found: Any) -> None:
     assert found["model"]["unmoved"] == []
 
 
+def test_loras_are_branches_of_fused_blocks(found: Any) -> None:
+    loras = found["model"]["loras"]
+    assert len(loras["errors"]) == 4
+    assert all(error <= BAR for error in loras["errors"].values()), loras["errors"]
+    assert loras["moved"] > 0.1
+    assert loras["as before"] is True
+    assert loras["checked"] == ["3 text + 2 image, with LoRAs"]
+    assert loras["refused"] is False
+    assert loras["takes"] == ""
+    assert loras["still referenced"] == 0  # else lent memory could not be unmapped
+
+
 def test_modulations_of_many_steps_have_the_bits_of_single_ones(found: Any) -> None:
     assert found["model"]["at once"] == {"all": True, "two": True}
 

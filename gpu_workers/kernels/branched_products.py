@@ -1,0 +1,126 @@
+"""The products of fused blocks with LoRAs: those of other products, and the branches of their projections.
+
+Only forwards with LoRAs use them, so that others take the kernels that they have without: a branch is added before
+GELU, which is then a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
+from xditd.gpu_workers.kernels.products import TensorRows
+
+LinearT = TypeVar("LinearT")
+
+Matrices = Callable[[torch.Tensor, int], torch.Tensor]
+"""Multiplies vectors with many matrices, of so many rows each: (vectors, matrices, rows)."""
+
+
+class Part(NamedTuple):
+    """Outputs of a checkpoint's layer that are one projection of a block."""
+
+    layer: str
+    start: int
+    stop: int
+
+
+class BranchTable:
+    """The branches of a checkpoint's layers, in the parts that blocks project with.
+
+    ``places`` says where the outputs of each layer of the module are: in which layer of the checkpoint, from where on.
+    """
+
+    def __init__(self, parts: Iterable[Part], places: Mapping[str, tuple[str, int]]) -> None:
+        self._parts: dict[str, list[tuple[Part, Branches]]] = {}
+        self._places = places
+        for part in parts:
+            self._parts.setdefault(part.layer, []).append((part, Branches()))
+
+    def at(self, layer: str, rows: slice = slice(None)) -> Branches:
+        """Return the branches of a part: of all outputs of a layer, or of those ``rows``."""
+        found = self._parts[layer]
+        last = found[-1][0].stop
+        start, stop, _ = rows.indices(last)
+        return next(branches for part, branches in found if (part.start, part.stop) == (start, stop))
+
+    def slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return which branches a LoRA adds to which parts, from those of the module's layers.
+
+        Branches of neighbouring layers that are rows of one factor are one branch again.
+        """
+        moved: dict[str, list[Branch]] = {}
+        for name, given in by_layer.items():
+            if name in self._places:
+                layer, at = self._places[name]
+                moved.setdefault(layer, []).extend(each.moved(at) for each in given)
+        found: list[tuple[Branches, tuple[Branch, ...]]] = []
+        for layer, parts in moved.items():
+            together = joined(parts)
+            for part, branches in self._parts.get(layer, ()):
+                rows = [each.rows(part.start, part.stop) for each in together]
+                mine = tuple(each for each in rows if each is not None)
+                if mine:
+                    found.append((branches, mine))
+        return found
+
+
+class Branched(NamedTuple, Generic[LinearT]):
+    """A projection of other products, and its branches."""
+
+    linear: LinearT
+    branches: Branches
+
+
+class BranchedProducts(TensorRows):
+    """``products`` whose rows are plain tensors, with the branches of a table."""
+
+    def __init__(self, products: TensorRows, table: BranchTable) -> None:
+        self._products: Any = products
+        self._table = table
+
+    def linear(self, name: str, rows: slice = slice(None)) -> Branched[Any]:
+        return Branched(self._products.linear(name, rows), self._table.at(name, rows))
+
+    def multiply(self, rows: torch.Tensor, linear: Branched[Any], out: torch.Tensor) -> None:
+        self._products.multiply(rows, linear.linear, out)
+        add_branches(linear.branches.active, out, rows)
+
+    def mlp(self, rows: torch.Tensor, up: Branched[Any], down: Branched[Any], out: torch.Tensor) -> None:
+        if not (up.branches.active or down.branches.active):
+            self._products.mlp(rows, up.linear, down.linear, out)
+            return
+        hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
+        self._up(rows, up, hidden)
+        self.multiply(hidden, down, out)
+
+    def mlp_and_attention(
+        self, attended: torch.Tensor, rows: torch.Tensor, up: Branched[Any], second: Branched[Any], out: torch.Tensor
+    ) -> None:
+        if not (up.branches.active or second.branches.active):
+            self._products.mlp_and_attention(attended, rows, up.linear, second.linear, out)
+            return
+        width = attended.shape[1]
+        both = rows.new_empty(rows.shape[0], width + up.linear.bias.shape[0])
+        both[:, :width] = attended
+        self._up(rows, up, both[:, width:])
+        self.multiply(both, second, out)
+
+    def _up(self, rows: torch.Tensor, up: Branched[Any], out: torch.Tensor) -> None:
+        self.multiply(rows, up, out)
+        torch.ops.aten.gelu_(out, approximate="tanh")
+
+
+def with_branches(matrices: Matrices, branches: Sequence[Branches]) -> Matrices:
+    """Return matrices that also have branches, each its own."""
+
+    def multiply(vectors: torch.Tensor, rows: int) -> torch.Tensor:
+        found = matrices(vectors, rows)
+        for number, each in enumerate(branches):
+            add_branches(each.active, found[:, number], vectors)
+        return found
+
+    return multiply
