@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from xditd.client.client import Client
 from xditd.client.jobs.component import Component
 from xditd.client.lending import Offer, describe
 from xditd.client.loans import Loan
-from xditd.ipc.requests import Numerics
+from xditd.client.loras.factors import describe_factors
+from xditd.ipc.loras import LoraPart
+from xditd.ipc.requests import LoraUse, Numerics
 
 
 def lend_module(
@@ -22,9 +25,11 @@ def lend_module(
     generation: int,
     replaced: Collection[str],
     acceleration: str | None,
+    base_layers: Collection[str] = (),
 ) -> Loan:
     """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself.
 
+    At ``base_layers`` it has layers of PEFT, in whose place their base layers are lent.
     The loan borrows the module's tensors: they must not be freed or written to while a call runs.
     """
 
@@ -36,8 +41,22 @@ def lend_module(
             as_class=True,
             replaced=replaced,
             acceleration=acceleration,
+            base_layers=base_layers,
         )
 
+    return client._current().lend(make_offer, None)
+
+
+def lend_factors(
+    client: Client,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],
+    *,
+    label: str,
+    part: LoraPart,
+    generation: int,
+) -> Loan:
+    """Lend the factors and scales of LoRA layers, by path; they must not be freed or written to while a call runs."""
+    make_offer = partial(describe_factors, factors, label=label, part=part, generation=generation)
     return client._current().lend(make_offer, None)
 
 
@@ -50,15 +69,16 @@ def call_module(
     numerics: Numerics,
     device: torch.device,
     while_running: Callable[[], None],
+    loras: tuple[LoraUse, ...] = (),
 ) -> Any:
-    """Run a method of a lent module with the caller's numerics; results are on ``device``.
+    """Run a method of a lent module with the caller's numerics and ``loras``; results are on ``device``.
 
     ``while_running`` is called when the request is sent. If it raises, the job is cancelled, and no object among the
     arguments changes.
     """
     loan.check()
     return client._runner.call_class(
-        Component(loan.component_id, loan.facts),
+        Component(loan.component_id, loan.facts, loras),
         [arguments],
         method=method,
         numerics=numerics,

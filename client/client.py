@@ -216,7 +216,8 @@ class Client(LoanMethods, DaemonMethods):
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once.
         """
-        if isinstance(component, LoanWithLoras) or self.facts(component).kind is not ComponentKind.MODULE:
+        facts = component.facts if isinstance(component, LoanWithLoras) else self.facts(component)
+        if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
                 raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
             named = self._component(component, ComponentKind.TRANSFORMER)
@@ -250,7 +251,7 @@ class Client(LoanMethods, DaemonMethods):
         vae: Loan | str,
         latents: torch.Tensor,
         *,
-        transformer: Loan | str | None = None,
+        transformer: Loan | LoanWithLoras | str | None = None,
         clamp: bool = True,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
@@ -272,7 +273,7 @@ class Client(LoanMethods, DaemonMethods):
         vae: Loan | str,
         image: torch.Tensor,
         *,
-        transformer: Loan | str | None = None,
+        transformer: Loan | LoanWithLoras | str | None = None,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
@@ -282,7 +283,7 @@ class Client(LoanMethods, DaemonMethods):
         job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(job, Encoded, deadline_s)["latents"]
 
-    def _transformer(self, component: Loan | str | None) -> Component | None:
+    def _transformer(self, component: Loan | LoanWithLoras | str | None) -> Component | None:
         return None if component is None else self._component(component, ComponentKind.TRANSFORMER)
 
     def _component(self, component: Loan | LoanWithLoras | str, kind: ComponentKind) -> Component:

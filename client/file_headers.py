@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from dataclasses import replace
 from typing import Final
 
-from xditd.ipc.errors import Unsupported
+import msgspec
+
+from xditd.client.llama_cpp_names import ENCODER, transformers_name
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.name_lists import listed
 from xditd.ipc.transports import gguf_header, gguf_pairs, safetensors_header
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.stored_tensors import Header
@@ -16,21 +22,34 @@ _LLAMA_CPP: Final = re.compile(r"^token_embd\.weight$|^(?:[a-z]+\.)?blk\.\d+\.")
 
 
 def read_header(lent: LentFile) -> Header:
-    """Read and check the header of an open file.
+    """Read and check the header of an open file. Tensors of an encoder in llama.cpp's names get those of transformers.
 
     Raises:
         BadCheckpoint: neither of the two formats, or a malformed header.
-        Unsupported: a GGUF file of a language model or a text encoder.
+        Unsupported: a GGUF file of a language model.
     """
     if os.pread(lent.fd, len(gguf_header.MAGIC), 0) != gguf_header.MAGIC:
         return safetensors_header.read_header(lent.fd, lent.path)
     header = gguf_header.read_header(lent.fd, lent.path)
     named = [stored.name for stored in header.tensors if _LLAMA_CPP.match(stored.name)]
+    if any(map(ENCODER.match, named)):
+        return _renamed(header, lent.path)
     if named:
         architecture = header.metadata.get(gguf_pairs.ARCHITECTURE)
         raise Unsupported(
-            f"{lent.path}: this is a GGUF file of a language model or a text encoder (general.architecture is "
+            f"{lent.path}: this is a GGUF file of a language model (general.architecture is "
             f"{architecture!r}), in llama.cpp's names, such as {named[0]}: lend a safetensors file of it",
             names=named,
         )
     return header
+
+
+def _renamed(header: Header, path: str) -> Header:
+    """Return the header of an encoder with transformers' names."""
+    names = {stored.name: transformers_name(stored.name) for stored in header.tensors}
+    twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
+    if twice:
+        raise BadCheckpoint(f"{path}: several tensors are {listed(twice)}: get the file again", names=twice)
+    tensors = tuple(replace(stored, name=names[stored.name]) for stored in header.tensors)
+    packed = tuple(msgspec.structs.replace(each, weight=names[each.weight]) for each in header.packed)
+    return replace(header, tensors=tensors, packed=packed)

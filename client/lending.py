@@ -82,6 +82,7 @@ def describe(
     generation: int = 0,
     as_class: bool = False,
     replaced: Collection[str] = (),
+    base_layers: Collection[str] = (),
     variant: str | None = None,
     acceleration: str | None = None,
     compute_dtype: str | None = None,
@@ -93,7 +94,8 @@ def describe(
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
     determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
     diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
-    its class does, in any case. ``replaced`` are attributes of the module that are left out of the description.
+    its class does, in any case. ``replaced`` are attributes of the module that are left out of the description, and
+    ``base_layers`` paths of layers of PEFT, in whose place their base layers are lent.
     ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
     dequantise packed weights; without it, they take the half precision of most plain weights, or bfloat16.
 
@@ -124,7 +126,11 @@ def describe(
             label = label or type(source).__name__
             memory.keeps_order = True
             module, tensors = describe_module(
-                cast("torch.nn.Module", source), label, replaced=replaced, allows_family=not as_class
+                cast("torch.nn.Module", source),
+                label,
+                replaced=replaced,
+                base_layers=base_layers,
+                allows_family=not as_class,
             )
             specs = describe_tensors(state_of(tensors), device, memory)
         else:

@@ -94,6 +94,7 @@ class LoanMethods:
         device: str | None = None,
         generation: int = 0,
         metadata: Mapping[str, str] | None = None,
+        as_class: bool = False,
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a LoRA, for use with any component that has its layers, by :meth:`Loan.with_loras`.
@@ -102,7 +103,9 @@ class LoanMethods:
         has in its header. Names may be those of kohya, diffusers, PEFT, OneTrainer, LyCORIS, XLabs, ai-toolkit or
         ComfyUI. A program that has read one itself gives a ``client.loras.lending.ReadLora``. ``device`` and
         ``generation`` are those of :meth:`lend`. No weight of a component is read or changed: workers add the low-rank
-        branch to the layers' results. Names that fit no layer are logged once, and are in the loan's ``facts.lora``.
+        branch to the layers' results. Names that fit no layer are logged once, and are in the loan's ``facts.lora``. With
+        ``as_class`` it is for modules that run as their class, of any class: its layers are submodules of theirs by
+        name, as diffusers and PEFT spell them.
 
         Raises:
             Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that
@@ -114,7 +117,9 @@ class LoanMethods:
         def make_offer() -> Offer:
             from xditd.client.loras.lending import describe_lora
 
-            return describe_lora(source, label=label, device=device, metadata=metadata, generation=generation)
+            return describe_lora(
+                source, label=label, device=device, metadata=metadata, generation=generation, as_class=as_class
+            )
 
         loan = self._current().lend(make_offer, deadline_s)
         facts = loan.facts.lora

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from xditd.client.loras.strengths import Strength, strengths_by_step
 from xditd.ipc import limits
-from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported, XditdError
+from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Lent
@@ -120,7 +120,7 @@ class Loan:
 
         Raises:
             BadRequest: a loan of no LoRA, or of one whose layers this family does not have, or a strength that is not
-                finite.
+                finite. A module that runs as its class is compared with the LoRA's names by the job.
             LeaseLost: a loan has ended.
         """
         return LoanWithLoras(self, loras)
@@ -242,16 +242,12 @@ def _checked(loan: Loan, given: object) -> tuple[Loan | str, Strength]:
     lora, strength = given
     component_id_of(lora, ComponentKind.LORA)
     strengths_by_step(strength)
-    if loan.kind is ComponentKind.MODULE:
-        raise Unsupported(
-            f"{loan.label} was lent to run as its class, which has no branches for LoRAs: merge them into the module, "
-            "or lend its checkpoint as a model of a family (FLUX.1, Z-Image)"
-        )
-    if isinstance(lora, Loan):
+    if isinstance(lora, Loan) and loan.kind is not ComponentKind.MODULE:  # its class's layers are known at the job
         families = {} if lora.facts.lora is None else lora.facts.lora.families
         if loan.family not in families:
+            of = lora.family if families else "a module that runs as its class (as_class=True)"
             raise BadRequest(
-                f"LoRA {lora.label} is of {lora.family}, and {loan.label} of {loan.family}: use it with the model that "
-                "it was made for"
+                f"LoRA {lora.label} is of {of}, and {loan.label} of {loan.family}: use it with the model that it was "
+                "made for"
             )
     return lora, strength

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.base_layers import with_base_layers
 from xditd.ipc import limits, module_state
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import ModuleDescription
@@ -26,12 +27,18 @@ def is_described(source: object) -> bool:
 
 
 def describe_module(
-    module: torch.nn.Module, label: str, *, replaced: Collection[str] = (), allows_family: bool = False
+    module: torch.nn.Module,
+    label: str,
+    *,
+    replaced: Collection[str] = (),
+    base_layers: Collection[str] = (),
+    allows_family: bool = False,
 ) -> tuple[ModuleDescription, dict[str, torch.Tensor]]:
     """Return the description of a module, and all of its tensors by name.
 
     The tensors are the module's own: parameters, buffers, and tensors among the attributes of its submodules.
-    ``replaced`` are attributes of the module itself that are left out. With ``allows_family``, workers may run it as
+    ``replaced`` are attributes of the module itself that are left out. The layers of PEFT at ``base_layers`` are
+    described as their base layers. With ``allows_family``, workers may run it as
     its family does, if one of theirs has a faster way and the module is as its class makes it.
 
     Raises:
@@ -44,7 +51,7 @@ def describe_module(
         )
     from xditd.ipc.transports.module_walk import class_name, walk_module
 
-    state, tensors = walk_module(module, replaced)
+    state, tensors = with_base_layers(*walk_module(module, replaced), base_layers)
     config = _config_of(module)
     if len(config) > limits.MAX_TEXT_CHARS:
         raise BadRequest(f"{label}: its configuration takes {len(config)} characters, at most {limits.MAX_TEXT_CHARS}")

@@ -50,8 +50,12 @@ class LoraLayer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class LoraDescription(Described, frozen=True, kw_only=True):
-    """The layers of a LoRA. All tensors of its manifest are factors of one of them."""
+    """The layers of a LoRA. All tensors of its manifest are factors of one of them.
 
+    With ``as_class`` their names are those of a module that runs as its class, and no family has to know them.
+    """
+
+    as_class: bool = False
     layers: Annotated[tuple[LoraLayer, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]
 
 

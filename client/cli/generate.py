@@ -50,6 +50,8 @@ examples:
   xditd generate --transformer z_image_turbo_bf16.safetensors --vae ae.safetensors --embeds cat.safetensors \\
       --steps 8 --option shift=3 -o cat.png
   xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
+  xditd generate --transformer flux1-dev.safetensors --lora style.safetensors=0.8 --lora detail.safetensors=-0.3 \\
+      --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
 
 cat.safetensors for FLUX.1, made with diffusers:
@@ -99,6 +101,7 @@ def run(parsed: argparse.Namespace) -> int:
             parsed.transformer, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
         )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
+        loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
         lend_s = time.perf_counter() - started
         width, height = parsed.size
         if stored is None:
@@ -107,7 +110,7 @@ def run(parsed: argparse.Namespace) -> int:
             conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
         outputs.prepare(transformer.facts, conditioning)
         job = client.generate(
-            transformer,
+            transformer.with_loras([(loras[path], strength) for path, strength in (parsed.lora or {}).items()]),
             conditioning,
             vae=vae,
             height=height,
@@ -120,7 +123,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result)
-        loans = [loan for loan in (transformer, vae) if loan is not None]
+        loans = [loan for loan in (transformer, vae, *loras.values()) if loan is not None]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
             assert transformer.facts.transformer is not None
@@ -137,6 +140,7 @@ def run(parsed: argparse.Namespace) -> int:
                     "step_cache": parsed.step_cache,
                     "options": parsed.option or {},
                 },
+                "loras": parsed.lora or {},
                 "conditioning": {name: _shape(value) for name, value in conditioning.items()},
                 "seconds": seconds,
                 "timings_ms": result.timings_ms,
@@ -170,7 +174,8 @@ class Outputs:
         from xditd.client.output_files import check_target
 
         self._width, self._height = parsed.size
-        self._read = [path for path in (parsed.transformer, parsed.vae, parsed.embeds) if path is not None]
+        read = (parsed.transformer, parsed.vae, parsed.embeds, *map(os.path.expanduser, parsed.lora or {}))
+        self._read = [path for path in read if path is not None]
         self.images: list[Path] = []
         self.latents: Path | None = None
         if parsed.vae is not None:

@@ -1,4 +1,4 @@
-"""Make a MODEL from a GGUF file, which is lent as it is: ComfyUI itself reads none.
+"""Make models and encoders from GGUF files, which are lent as they are: ComfyUI itself reads none.
 
 Its blocks are dequantised where they are multiplied, and LoRAs are branches beside them. Nothing in ComfyUI can read or
 change them, so other patches and nodes that merge or save weights are refused.
@@ -36,21 +36,40 @@ _REMEDY: Final = "use a safetensors file of this model"
 
 
 class GgufWeights(RemoteWeights):
-    """The weights of a GGUF file and their loan; ``size_bytes`` is theirs in memory."""
+    """The weights of a GGUF file and their loan; ``size_bytes`` is theirs in memory.
 
-    def __init__(self, path: str, label: str, stored_bytes: int, dtype: torch.dtype) -> None:
+    ``shapes`` are its tensors on the meta device, packed ones with their logical shapes.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        kind: ComponentKind,
+        shapes: Mapping[str, torch.Tensor],
+        stored_bytes: int,
+        dtype: torch.dtype,
+    ) -> None:
         device = comfy.model_management.get_torch_device()
         super().__init__(
             {},
-            kind=ComponentKind.TRANSFORMER,
-            label=label,
+            kind=kind,
+            label=Path(path).stem,
             device=str(device),
             is_whole=device.type == "cuda",
             connect=connect,
             compute_dtype=cast("ComputeDType", dtype_name(dtype)),
         )
         self._path = path
+        self._shapes = dict(shapes)
         self._stored_bytes = stored_bytes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    @property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        return self._shapes
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -111,22 +130,40 @@ def make_gguf_model(path: str, choice: WeightDtype) -> Any:
         raise Unsupported(
             f"{label}: a GGUF file keeps its types; set weight_dtype to default, bfloat16, float16 or float32"
         )
+    stored, size = _read(path)
+    shapes = plain_names(stored)
+    config, family = config_of(shapes, label)
+    dtype = compute_dtype(config, shapes, choice, is_mixed=True)
+    config.set_inference_dtype(dtype, None)
+    config.custom_operations = comfy.ops.disable_weight_init
+    model = build_weightless(config, HeldTensors(config.process_unet_state_dict(shapes)).logical(dtype))
+    weights = GgufWeights(path, ComponentKind.TRANSFORMER, shapes, size, dtype)
+    return make_transformer_patcher(model, weights, family)
+
+
+def gguf_encoder(path: str, dtype: torch.dtype) -> GgufWeights:
+    """Return the weights of a text encoder in a GGUF file, which are dequantised into ``dtype``.
+
+    Raises:
+        BadCheckpoint: the file is malformed.
+        Unsupported: a language model.
+    """
+    shapes, size = _read(path)
+    return GgufWeights(path, ComponentKind.TEXT_ENCODER, shapes, size, dtype)
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the tensors of a file on the meta device, packed ones with their logical shapes, and their bytes in it."""
     lent = LentFile(path)
     try:
         header = read_header(lent)
     finally:
         lent.close()
-    stored = plain_names(logical_tensors(header.packed, {each.name: each for each in header.tensors}))
+    stored = logical_tensors(header.packed, {each.name: each for each in header.tensors})
     shapes = {
         name: torch.empty(
             each.shape, dtype=torch.bfloat16 if each.dtype == "packed" else torch_dtype(each.dtype), device="meta"
         )
         for name, each in stored.items()
     }
-    config, family = config_of(shapes, label)
-    dtype = compute_dtype(config, shapes, choice, is_mixed=True)
-    config.set_inference_dtype(dtype, None)
-    config.custom_operations = comfy.ops.disable_weight_init
-    model = build_weightless(config, HeldTensors(config.process_unet_state_dict(shapes)).logical(dtype))
-    size = sum(each.size_bytes for each in header.tensors)
-    return make_transformer_patcher(model, GgufWeights(path, label, size, dtype), family)
+    return shapes, sum(each.size_bytes for each in header.tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import comfy.hooks
 import comfy.model_management
@@ -85,7 +85,7 @@ class JointWeights:
         self._parts = parts
         self.held = HeldTensors({})
         for weights, names in parts:
-            held = weights.held.renamed({inner: name for name, inner in names.items()})
+            held = weights.held.renamed({inner: name for name, inner in names.items() if inner in weights.held.tensors})
             self.held.tensors.update(held.tensors)
             self.held.packed.update(held.packed)
             self.held.markers.update(held.markers)
@@ -93,7 +93,13 @@ class JointWeights:
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
-        """The unpatched tensors."""
+        """The unpatched tensors.
+
+        Raises:
+            Unsupported: one of the components has none that can be read.
+        """
+        for weights, _ in self._parts:
+            _ = weights.base
         return self.held.tensors
 
     @property
@@ -119,22 +125,33 @@ class JointWeights:
             weights.release()
 
 
-class EncoderFile(NamedTuple):
-    """The tensors of one file, and the text of ``_quantization_metadata`` in its header."""
+def encoder_weights(
+    tensors: Mapping[str, torch.Tensor], label: str, quantization_metadata: str | None = None
+) -> RemoteWeights:
+    """Hold a file's tensors as stock ComfyUI would; those of no known encoder as they are.
 
-    tensors: Mapping[str, torch.Tensor]
-    quantization_metadata: str | None = None
-
-
-def make_clip(files: Mapping[str, EncoderFile]) -> Any:
-    """Make a CLIP object from several files, by label, in any order.
+    ``quantization_metadata`` is the text of ``_quantization_metadata`` in its header.
 
     Raises:
-        BadRequest: no family reads these files.
         BadCheckpoint: packed weights do not have the form of their format.
         Unsupported: an unknown format of weights.
     """
-    text = _text_model({label: _weights_of(file, label) for label, file in files.items()})
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
+    found = (adapter.stock_encoder(given) for adapter in adapters())
+    stock = next((each for each in found if each is not None), None)
+    held = HeldTensors(given)
+    if stock is not None:
+        held = hold_encoder(given, label, stock.dtype, stock.is_table, quantization_metadata)
+    return make_weights(held, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
+
+
+def make_clip(files: Mapping[str, RemoteWeights]) -> Any:
+    """Make a CLIP object from the encoders of several files, by label, in any order.
+
+    Raises:
+        BadRequest: no family reads these files.
+    """
+    text = _text_model(files)
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = text.module
     clip.patcher = make_patcher(
@@ -151,17 +168,6 @@ def make_clip(files: Mapping[str, EncoderFile]) -> Any:
     clip.use_clip_schedule = False
     clip.tokenizer_options = {}
     return clip
-
-
-def _weights_of(file: EncoderFile, label: str) -> RemoteWeights:
-    """Hold a file's tensors as stock ComfyUI would; those of no known encoder as they are."""
-    tensors = {name: tensor for name, tensor in file.tensors.items() if not name.endswith(_NO_WEIGHTS)}
-    found = (adapter.stock_encoder(tensors) for adapter in adapters())
-    stock = next((each for each in found if each is not None), None)
-    held = HeldTensors(tensors)
-    if stock is not None:
-        held = hold_encoder(tensors, label, stock.dtype, stock.is_table, file.quantization_metadata)
-    return make_weights(held, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
 
 
 def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:

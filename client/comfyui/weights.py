@@ -99,6 +99,11 @@ class RemoteWeights:
         return self.held.tensors
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, companions of packed weights included."""
+        return tuple(self.held.tensors)
+
+    @property
     def shapes(self) -> dict[str, torch.Tensor]:
         """The tensors of the model on the meta device; packed weights in the compute dtype, without companions."""
         import torch

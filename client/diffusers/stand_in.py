@@ -18,6 +18,9 @@ import torch
 
 from xditd.client.class_modules import call_module, lend_module
 from xditd.client.client import Client
+from xditd.client.diffusers.adapter_loans import AdapterLoans
+from xditd.client.diffusers.adapters import NO_ADAPTERS, Scales
+from xditd.client.diffusers.call_scale import finish, scale_of
 from xditd.client.diffusers.changes import Snapshot
 from xditd.client.diffusers.code_origin import check_code
 from xditd.client.diffusers.numerics import current_numerics
@@ -29,6 +32,7 @@ from xditd.client.loans import Loan
 from xditd.client.module_descriptions import is_described
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost
 from xditd.ipc.facts import METHODS
+from xditd.ipc.requests import LoraUse
 from xditd.ipc.transports.module_walk import is_describable
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,15 @@ class _Lent(NamedTuple):
 
     loan: Loan
     snapshot: Snapshot
+
+
+class _Ready(NamedTuple):
+    """What one call uses: the loan, and the adapters with the ``scales`` that were read for it, ``times`` its own."""
+
+    lent: _Lent
+    scales: Scales
+    times: float = 1.0
+    loras: tuple[LoraUse, ...] = ()
 
 
 class StandIn:
@@ -82,8 +95,12 @@ class StandIn:
         self._replaced = frozenset({*names, *(() if keeps_weights else GUARDED)})
         self._methods = {each: ReplacedMethod(module, each, self._call, owner) for each in names}
         self._lent: _Lent | None = None
+        self._has_branches = keeps_weights
+        """Whether LoRA layers run as branches beside the layers of the lent module, where they can."""
+        is_text_encoder = type(module).__module__.startswith("transformers.")
+        self._adapters = AdapterLoans(client, name, "text_encoder" if is_text_encoder else "model")
         self._loans: list[Loan] = []
-        """The loan in ``_lent``, which the finalizer returns: it has no reference to the module."""
+        """All loans, which the finalizer returns: it has no reference to the module."""
         self._finalizer: weakref.finalize[..., StandIn] | None = None
         self._is_removed = False
         self._running = 0
@@ -147,6 +164,7 @@ class StandIn:
             self._placeholders.remove(self.client, lent.loan)
         elif lent.loan.is_live:
             lent.loan.return_()
+        self._adapters.return_all()
 
     # A function that torch.compile traces runs the client as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -174,13 +192,12 @@ class StandIn:
         device = _device_of(self.module)
         numerics = current_numerics(device)
         lent = self._lent
-        is_current = True
+        is_current, is_lost = True, False
         for attempt in range(_ATTEMPTS):
             changes: list[str] = []
             try:
-                if lent is None or not lent.loan.is_live or not is_current:
-                    lent = self._lend(lent)
-                    is_current = True
+                ready = self._prepare(lent, method.name, arguments, is_current=is_current, is_lost=is_lost)
+                lent, is_current, is_lost = ready.lent, True, False
                 result = call_module(
                     self.client,
                     lent.loan,
@@ -188,7 +205,8 @@ class StandIn:
                     method=method.name,
                     numerics=numerics,
                     device=device,
-                    while_running=functools.partial(_check_unchanged, lent.snapshot, changes),
+                    while_running=functools.partial(_check_unchanged, lent.snapshot, ready.scales, changes),
+                    loras=ready.loras,
                 )
             except _Changed:
                 self._note_change(changes)
@@ -201,15 +219,44 @@ class StandIn:
                     raise
                 logger.warning("component %s is called again: %s", self.name, error.detail)
                 self.client.wait_ready(self._wait_s)
-                is_current = not isinstance(error, LeaseLost)
+                is_lost = isinstance(error, LeaseLost)
+                is_current = not is_lost
             else:
+                finish(self.module, ready.times)
                 with self._changed:
                     self.calls += 1
                 return result
         raise Unsupported(f"{self.name}: the module changes during each of its calls; leave it out of components")
 
-    def _lend(self, before: _Lent | None) -> _Lent:
-        """Lend the module as it is now, unless another thread has done so since ``before``."""
+    def _prepare(
+        self, lent: _Lent | None, method: str, arguments: dict[str, Any], *, is_current: bool, is_lost: bool
+    ) -> _Ready:
+        """Lend what is not lent as it is now, and choose the LoRAs of a call."""
+        scales = lent.snapshot.adapters.scales() if lent is not None and lent.loan.is_live and is_current else None
+        if lent is None or scales is None:
+            lent = self._lend(lent, is_lost=is_lost)
+            scales = lent.snapshot.adapters.scales()
+        adapters = lent.snapshot.adapters
+        if not adapters.layers or scales is None:  # a change since is found while the call runs
+            return _Ready(lent, {})
+        times = scale_of(type(self.module), method, arguments)
+        if times is None:
+            logger.info("component %s: its forward scales LoRA layers in its own way: they are lent", self.name)
+            self._has_branches = False
+            return _Ready(self._lend(lent), {})
+        with self._lending:
+            loras = self._adapters.uses(adapters, scales, times)
+            self._note_loans(lent)
+        return _Ready(lent, scales, times, loras)
+
+    def _note_loans(self, lent: _Lent) -> None:
+        self._loans[:] = [lent.loan, *self._adapters.loans]
+
+    def _lend(self, before: _Lent | None, *, is_lost: bool = False) -> _Lent:
+        """Lend the module as it is now, unless another thread has done so since ``before``.
+
+        If nothing has changed but LoRA layers that are branches, its loan stays, unless it ``is_lost``.
+        """
         with self._lending:
             if self._lent is not None and self._lent is not before:
                 return self._lent
@@ -217,8 +264,14 @@ class StandIn:
                 before.loan.check()
                 raise LeaseLost("its loan has ended")
             check_tensors(self.module, self.name)
-            snapshot = Snapshot(self.module, self._replaced)
+            snapshot = Snapshot(self.module, self._replaced, has_branches=self._has_branches)
             check_code(snapshot.namespaces, self.name)
+            self._adapters.keep_only(NO_ADAPTERS if is_lost else snapshot.adapters)
+            is_live = before is not None and before.loan.is_live and not is_lost
+            if before is not None and is_live and snapshot.has_same_base(before.snapshot):
+                self._lent = _Lent(before.loan, snapshot)
+                self._note_loans(self._lent)
+                return self._lent
             loan = lend_module(
                 self.client,
                 self.module,
@@ -226,10 +279,11 @@ class StandIn:
                 generation=self.lends,
                 replaced=self._replaced,
                 acceleration=self._acceleration,
+                base_layers=snapshot.adapters.layers,
             )
             self.lends += 1
             self._lent = _Lent(loan, snapshot)
-            self._loans[:] = [loan]
+            self._note_loans(self._lent)
             if before is not None and before.loan.is_live and before.loan.component_id != loan.component_id:
                 before.loan.return_()
             return self._lent
@@ -277,8 +331,10 @@ class _Changed(Exception):
     """The module differs from what was lent."""
 
 
-def _check_unchanged(snapshot: Snapshot, found: list[str]) -> None:
+def _check_unchanged(snapshot: Snapshot, scales: Scales, found: list[str]) -> None:
     found += snapshot.changes()
+    if not found and (snapshot.adapters.scales() or {}) != scales:
+        found.append("scales of LoRA layers")
     if found:
         raise _Changed
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
 from xditd.client.lend_checks import check_manifest, state_of
@@ -51,9 +53,12 @@ def describe_lora(
     device: str | None = None,
     metadata: Mapping[str, str] | None = None,
     generation: int = 0,
+    as_class: bool = False,
 ) -> Offer:
     """Prepare a LoRA to be lent: a state dict with its ``metadata``, a safetensors file, a folder that PEFT wrote, or
     what another program has read.
+
+    With ``as_class`` its names are those of layers of a module that runs as its class.
 
     Raises:
         Unsupported: another adapter than LoRA, no adapter, or packed factors.
@@ -83,7 +88,7 @@ def describe_lora(
             label=label,
             blocks=tuple(memory.blocks),
             tensors=tuple(specs),
-            lora=layers.description,
+            lora=replace(layers.description, as_class=as_class),
             generation=generation,
         )
         check_manifest(manifest)

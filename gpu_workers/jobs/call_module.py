@@ -64,6 +64,7 @@ def _run(job: Call, context: JobContext) -> Finished:
             for number, part in enumerate(job.parts)
         ]
         reader.finish()
+        loras = context.components.variant(component, job.loras)
     for part, given in zip(parts, job.parts, strict=True):
         _gather_plain(part, given.arguments, context.held.shares)
     clock.end_phase("inputs", waits=False)
@@ -74,8 +75,11 @@ def _run(job: Call, context: JobContext) -> Finished:
             written = _WrittenTensors(parts)
             stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
             settings.enter_context(use_numerics(numerics, context.device))
+            settings.enter_context(loras.switched_on())
         run_part = partial(_run_part, component, job.method)
-        rows = ModuleRows(component.class_model, job.method, numerics, run_part, context.held.shares)
+        rows = ModuleRows(
+            component.class_model, job.method, numerics, run_part, context.held.shares, is_eager=loras.changes
+        )
         of_parts = [
             {*changed, *(name for name, node in described.arguments.items() if holds(node, Held))}
             for changed, described in zip(stateful, job.parts, strict=True)
@@ -93,7 +97,7 @@ def _run(job: Call, context: JobContext) -> Finished:
             described = writer.begin(results, describer.describe, stateful, describer.describe_state)
             clock.end_phase("forward")
             context.check_finite(finite, component)
-            context.components.check_unchanged(component)
+            context.components.check_unchanged(component, job.loras)
             clock.end_phase("outputs", waits=False)
         else:
             # This holds what rank 0 holds.

@@ -61,16 +61,25 @@ class ModuleRows:
     """Runs the parts of one call: ``call`` runs ``method`` of ``model`` with the arguments of a part.
 
     ``call`` raises ``Unsupported`` for a forward that draws random numbers of torch's own generators. ``shares`` knows
-    the tensors of which ranks have shares. All ranks make the same calls.
+    the tensors of which ranks have shares. With ``is_eager`` forwards run neither compiled nor captured. All ranks make
+    the same calls.
     """
 
     def __init__(
-        self, model: ClassModel, method: str, numerics: Numerics, call: Forward, shares: TokenShares | None = None
+        self,
+        model: ClassModel,
+        method: str,
+        numerics: Numerics,
+        call: Forward,
+        shares: TokenShares | None = None,
+        *,
+        is_eager: bool = False,
     ) -> None:
         self._model = model
         self._method = method
         self._numerics = numerics
         self._call = call
+        self._has_paths = method == "forward" and not is_eager
         self._rank = model.layout.rank
         self._ranks = model.layout.world_size
         self._shares = TokenShares() if shares is None else shares
@@ -124,7 +133,7 @@ class ModuleRows:
 
     def _run_alone(self, part: ModulePart) -> Any:
         """Run a part on the only rank."""
-        if part.on_all_ranks or not self._model.paths.is_on or self._method != "forward":
+        if part.on_all_ranks or not self._model.paths.is_on or not self._has_paths:
             return self._call(part.arguments)
         # A batch of 0: no rows are split, so nothing has to wait for the device to know which of them are alike.
         return self._run_path(part.arguments, CaseKey.of(self._method, self._numerics, part.arguments, 0))
@@ -138,7 +147,7 @@ class ModuleRows:
 
     def _run_path(self, arguments: Mapping[str, Any], key: CaseKey) -> Any:
         """Run a forward that this rank computes alone, on its path."""
-        if self._method != "forward":
+        if not self._has_paths:
             return self._call(arguments)
         return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False, trial=self._try)
 
@@ -203,7 +212,7 @@ class ModuleRows:
 
                 return run_split(guarded, ranks, is_guarded=True)
 
-            if key is None:
+            if key is None or not self._has_paths:
                 return eager(arguments)
             return self._model.paths.run(key, arguments, eager, bare, on_all_ranks=True, trial=trial)
 

@@ -1,6 +1,8 @@
 """Quantise the rows of a matrix to eight bits (e4m3), with a scale for each row.
 
-One program reads a row once, finds its largest number, and writes the rounded row.
+One program reads a row once, finds its largest number, and writes the rounded row. Scales may be given, too, as files
+have them for the inputs of a layer: numbers are then multiplied by 1 / scale in their own dtype, as ComfyUI does, and
+cut off at 448.
 """
 
 from __future__ import annotations
@@ -29,18 +31,30 @@ _SCALE_ALIGNMENT = 4
 """In scales: ``torch._scaled_mm`` needs addresses that are multiples of 16 bytes."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def to_given_scale(numbers, scale, kind: tl.constexpr, LARGEST: tl.constexpr):
+    """Divide numbers of the dtype ``kind``, in float32, by a scale; round where ComfyUI does; at most ``LARGEST``."""
+    inverse = tl.div_rn(1.0, scale).to(kind).to(tl.float32)
+    scaled = (numbers * inverse).to(kind).to(tl.float32)
+    scaled = tl.maximum(scaled, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(scaled, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["rows", "text_rows"])
 def _quantise(
     x_ptr,
     y_ptr,
     out_ptr,
     scales_ptr,
+    given_ptr,
     rows,
+    text_rows,
     X_WIDTH: tl.constexpr,
     Y_WIDTH: tl.constexpr,
     X_BLOCK: tl.constexpr,
     Y_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
 ):
@@ -63,12 +77,24 @@ def _quantise(
         # GELU by tanh, as y * sigmoid(2 z): sqrt(8 / pi) = 1.5957691.
         y = (y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))).to(given.dtype).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
-    tl.store(scales_ptr + row, (largest / LARGEST)[:, None], mask=is_row)
-    inverse = (LARGEST / largest)[:, None]
+    if HAS_SCALES:
+        scale = tl.load(given_ptr + (row >= text_rows).to(tl.int32))
+        tl.store(scales_ptr + row, scale, mask=is_row)
+        if X_WIDTH > 0:
+            x = to_given_scale(x, scale, x_ptr.dtype.element_ty, LARGEST)
+        if Y_WIDTH > 0:
+            y = to_given_scale(y, scale, y_ptr.dtype.element_ty, LARGEST)
+    else:
+        tl.store(scales_ptr + row, (largest / LARGEST)[:, None], mask=is_row)
+        inverse = (LARGEST / largest)[:, None]
+        if X_WIDTH > 0:
+            x = x * inverse
+        if Y_WIDTH > 0:
+            y = y * inverse
     if X_WIDTH > 0:
-        tl.store(out + x_columns, (x * inverse).to(kind), mask=x_inside)
+        tl.store(out + x_columns, x.to(kind), mask=x_inside)
     if Y_WIDTH > 0:
-        tl.store(out + X_WIDTH + y_columns, (y * inverse).to(kind), mask=y_inside)
+        tl.store(out + X_WIDTH + y_columns, y.to(kind), mask=y_inside)
 
 
 class Quantised(NamedTuple):
@@ -103,11 +129,17 @@ class Quantised(NamedTuple):
 
 
 def quantise(
-    x: torch.Tensor | None = None, *, gelu_of: torch.Tensor | None = None, out: Quantised | None = None
+    x: torch.Tensor | None = None,
+    *,
+    gelu_of: torch.Tensor | None = None,
+    out: Quantised | None = None,
+    scales: torch.Tensor | None = None,
+    text_rows: int = 0,
 ) -> Quantised:
     """Round rows to eight bits, each with the scale that its largest number needs: [``x`` | gelu(``gelu_of``)].
 
     One of the two may be left out. Both are contiguous, (rows, width), of the same dtype; GELU is the one by tanh.
+    ``scales``, float32 (2,), are that of the first ``text_rows`` rows and that of the others instead.
     """
     given = x if x is not None else gelu_of
     assert given is not None
@@ -119,12 +151,15 @@ def quantise(
         given,
         given if gelu_of is None else gelu_of,
         *out,
+        given if scales is None else scales,
         rows,
+        text_rows,
         X_WIDTH=x_width,
         Y_WIDTH=y_width,
         X_BLOCK=triton.next_power_of_2(max(x_width, 1)),
         Y_BLOCK=triton.next_power_of_2(max(y_width, 1)),
         ROWS=_ROWS_A_PROGRAM,
+        HAS_SCALES=scales is not None,
         LARGEST=LARGEST,
         TINY=TINY,
         num_warps=8 if x_width + y_width <= _MANY_COLUMNS else 16,

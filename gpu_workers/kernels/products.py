@@ -57,11 +57,14 @@ class Products(Protocol[RowsT, LinearT]):
     def halves(self, rows: RowsT, text_rows: int) -> tuple[RowsT, RowsT]:
         """Return the rows of text and those of images."""
 
-    def modulate(self, x: torch.Tensor, **given: Any) -> RowsT:
-        """Do what ``triton_kernels.add_and_modulate`` does, and return rows for a product."""
+    def modulate(self, x: torch.Tensor, into: tuple[LinearT, LinearT], **given: Any) -> RowsT:
+        """Do what ``triton_kernels.add_and_modulate`` does, and return rows for products.
 
-    def take(self, x: torch.Tensor) -> RowsT:
-        """Make rows of a contiguous tensor."""
+        Those of text and those of images go ``into`` these projections, or others with the same input.
+        """
+
+    def take(self, x: torch.Tensor, into: tuple[LinearT, LinearT], text_rows: int) -> RowsT:
+        """Make rows of a contiguous tensor, which go ``into`` these projections."""
 
     def multiply(self, rows: RowsT, linear: LinearT, out: torch.Tensor) -> None:
         """Project rows."""
@@ -91,10 +94,10 @@ class TensorRows:
     def halves(self, rows: torch.Tensor, text_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         return rows[:text_rows], rows[text_rows:]
 
-    def modulate(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+    def modulate(self, x: torch.Tensor, into: object, **given: Any) -> torch.Tensor:  # noqa: ARG002 - not rounded
         return triton_kernels.add_and_modulate(x, **given)
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
+    def take(self, x: torch.Tensor, into: object, text_rows: int) -> torch.Tensor:  # noqa: ARG002 - not rounded
         return x
 
 
@@ -142,11 +145,16 @@ def project_up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 class EightBitLinear(NamedTuple):
-    """A projection: its weight in eight bits transposed, (in, out), a scale for each output, (1, out), and its bias."""
+    """A projection: its weight in eight bits transposed, (in, out), a scale for each output, (1, out), and its bias.
+
+    ``input_scale``, float32 (2,), is the scale of all rows, written twice, as kernels read it; without it each row has
+    its own.
+    """
 
     weight: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor
+    input_scale: torch.Tensor | None = None
 
 
 class EightBitRows:
@@ -158,22 +166,23 @@ class EightBitRows:
     def halves(self, rows: Quantised, text_rows: int) -> tuple[Quantised, Quantised]:
         return rows.halves(text_rows)
 
-    def modulate(self, x: torch.Tensor, **given: Any) -> Quantised:
-        return triton_kernels.add_and_modulate_to_eight_bits(x, **given)
+    def modulate(self, x: torch.Tensor, into: tuple[EightBitLinear, EightBitLinear], **given: Any) -> Quantised:
+        return triton_kernels.add_and_modulate_to_eight_bits(x, **given, scales=_input_scales(into))
 
-    def take(self, x: torch.Tensor) -> Quantised:
-        return quantise(x)
+    def take(self, x: torch.Tensor, into: tuple[EightBitLinear, EightBitLinear], text_rows: int) -> Quantised:
+        return quantise(x, scales=_input_scales(into), text_rows=text_rows)
 
     def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
         _multiply(rows, linear, out)
 
     def mlp(self, rows: Quantised, up: EightBitLinear, down: EightBitLinear, out: torch.Tensor) -> None:
-        _multiply(quantise(gelu_of=_multiply(rows, up)), down, out)
+        _multiply(quantise(gelu_of=_multiply(rows, up), scales=_input_scales((down, down))), down, out)
 
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: Quantised, up: EightBitLinear, second: EightBitLinear, out: torch.Tensor
     ) -> None:
-        _multiply(quantise(attended, gelu_of=_multiply(rows, up)), second, out)
+        scales = _input_scales((second, second))
+        _multiply(quantise(attended, gelu_of=_multiply(rows, up), scales=scales), second, out)
 
 
 class EightBit(EightBitRows):
@@ -233,6 +242,14 @@ class EightBit(EightBitRows):
             values = memory.values[value : value + rows * columns].view(rows, columns)
             yield name, Quantised(values, memory.scales[scale : scale + rows])
             value, scale = value + rows * columns, scale + rows
+
+
+def _input_scales(into: tuple[EightBitLinear, EightBitLinear]) -> torch.Tensor | None:
+    """Return the scales of the inputs of two projections, (2,); ``None`` if each row has its own."""
+    first, second = (each.input_scale for each in into)
+    if first is None or second is None or first is second:
+        return first
+    return torch.stack((first[0], second[1]))
 
 
 def check_eight_bits(device: torch.device) -> None:

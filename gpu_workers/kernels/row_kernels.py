@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xditd.gpu_workers.kernels import eight_bits
+from xditd.gpu_workers.kernels.eight_bits import LARGEST, to_given_scale
 from xditd.gpu_workers.kernels.packed_kernels import can_rotate, factors_of, hadamard
 
 LARGEST_INT8 = 127.0
@@ -127,10 +127,7 @@ def _quantise_float8(
     inside = (row < rows)[:, None] & (column < columns)
     dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + (row * row_stride)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr).to(tl.float32)).to(dtype).to(tl.float32)
-    numbers = (x * inverse).to(dtype).to(tl.float32)
-    numbers = tl.maximum(numbers, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    numbers = tl.minimum(numbers, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    numbers = to_given_scale(x, tl.load(scale_ptr).to(tl.float32), dtype, LARGEST)
     tl.store(values_ptr + (row * columns)[:, None] + column, numbers.to(values_ptr.dtype.element_ty), mask=inside)
 
 
@@ -216,6 +213,6 @@ def quantise_float8(x: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) 
         x.stride(0),
         ROWS=down,
         COLUMNS=across,
-        LARGEST=eight_bits.LARGEST,
+        LARGEST=LARGEST,
         num_warps=4,
     )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xditd.gpu_workers.kernels.eight_bits import LARGEST, TINY, Quantised
+from xditd.gpu_workers.kernels.eight_bits import LARGEST, TINY, Quantised, to_given_scale
 
 HEAD_SIZE = 128
 EPSILON = 1e-6
@@ -32,6 +32,7 @@ def _add_and_modulate(
     y_ptr,
     out_ptr,
     scales_ptr,
+    given_ptr,
     gates_ptr,
     gate_at,
     gate_stride,
@@ -43,6 +44,7 @@ def _add_and_modulate(
     BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     LIMIT: tl.constexpr,
     EPS: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -74,9 +76,14 @@ def _add_and_modulate(
         shifted = (scaled.to(kind).to(tl.float32) + shift).to(kind)
         if LARGEST > 0:
             wide = shifted.to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(wide), 0), TINY)
-            tl.store(scales_ptr + row, largest / LARGEST)
-            shifted = (wide * (LARGEST / largest)).to(out_ptr.dtype.element_ty)
+            if HAS_SCALES:
+                given = tl.load(given_ptr + stream)
+                tl.store(scales_ptr + row, given)
+                shifted = to_given_scale(wide, given, kind, LARGEST).to(out_ptr.dtype.element_ty)
+            else:
+                largest = tl.maximum(tl.max(tl.abs(wide), 0), TINY)
+                tl.store(scales_ptr + row, largest / LARGEST)
+                shifted = (wide * (LARGEST / largest)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + here, shifted, mask=inside)
 
 
@@ -218,11 +225,15 @@ def add_and_modulate_to_eight_bits(
     added: torch.Tensor | None = None,
     gate: Vectors | None = None,
     shift: Vectors,
+    scales: torch.Tensor | None = None,
 ) -> Quantised:
-    """Do the same, and return the modulated rows in eight bits, with a scale for each; ``x`` keeps its dtype."""
+    """Do the same, and return the modulated rows in eight bits, with a scale for each; ``x`` keeps its dtype.
+
+    ``scales``, float32 (2,), are those of all rows of text and of all others; without them each row has its own.
+    """
     rows, width = x.shape
     out = Quantised.empty(rows, width, x.device)
-    _launch_add_and_modulate(x, text_rows, added, gate, shift, out.values, out.scales)
+    _launch_add_and_modulate(x, text_rows, added, gate, shift, out.values, out.scales, scales)
     return out
 
 
@@ -234,6 +245,7 @@ def _launch_add_and_modulate(
     shift: Vectors | None,
     out: torch.Tensor,
     scales: torch.Tensor | None,
+    given: torch.Tensor | None = None,
 ) -> None:
     rows, width = x.shape
     gates, gate_at = (x, 0) if gate is None else gate
@@ -243,6 +255,7 @@ def _launch_add_and_modulate(
         x if added is None else added,
         out,
         x if scales is None else scales,
+        x if given is None else given,
         gates,
         gate_at,
         gates.stride(0) if gates.ndim == 2 else 0,
@@ -254,6 +267,7 @@ def _launch_add_and_modulate(
         BLOCK=triton.next_power_of_2(width),
         HAS_GATE=gate is not None,
         HAS_SHIFT=shift is not None,
+        HAS_SCALES=given is not None,
         LIMIT=FLOAT16_MAX if x.dtype == torch.float16 else 0.0,
         EPS=EPSILON,
         LARGEST=0.0 if scales is None else LARGEST,

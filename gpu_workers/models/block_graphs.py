@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from xditd.gpu_workers.models import attention_operator
+from xditd.gpu_workers.models import attention_operator, packed_operator
 from xditd.ipc.errors import Unsupported
 
 MAX_OPERATIONS: Final = 4_000
@@ -19,6 +19,7 @@ MAX_BYTES: Final = 4 << 20
 """Of a graph as JSON."""
 
 _NAMESPACES: Final = frozenset({"aten"})
+_OWN: Final = frozenset({attention_operator.NAME, packed_operator.NAME})
 _SPECIAL: Final[Mapping[type, str]] = {
     torch.dtype: "dtype",
     torch.layout: "layout",
@@ -145,7 +146,7 @@ def digest_of(encoded: bytes) -> str:
 
 def _operator(name: str) -> Any:
     namespace, function, overload = name.split(".")
-    if namespace not in _NAMESPACES and name != attention_operator.NAME:
+    if namespace not in _NAMESPACES and name not in _OWN:
         raise NotCompiled(f"a block computes {name}, an operation of another library")
     return getattr(getattr(getattr(torch.ops, namespace), function), overload)
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
-from xditd.gpu_workers.models import attention_operator
+from xditd.gpu_workers.models import attention_operator, packed_operator
 from xditd.gpu_workers.models.block_arguments import Place, put_places
 from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
 from xditd.gpu_workers.models.block_graphs import BlockGraph, NotCompiled, TensorKind, Value, operator_name
 from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.packed.linear import PackedLinear
 
 _DROPOUTS: Final = frozenset({"aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default"})
 
@@ -47,6 +49,8 @@ class Recording:
     arguments: tuple[int, ...]
     state: tuple[StateName, ...]
     attentions: tuple[AttentionCall, ...]
+    packed: tuple[str, ...]
+    """The paths of the packed layers that multiply, by their numbers in the graph."""
     results: Any
     """The block's result, with a ``Place`` for each tensor."""
 
@@ -88,6 +92,8 @@ class BlockRecorder(TorchDispatchMode):
         self._graph = BlockGraph([TensorKind.of(each) for each in (*arguments, *(each for _, each in self._state))])
         self._values: dict[int, tuple[TensorWeakRef, Value]] = {}
         self._attentions: list[AttentionCall] = []
+        self._packed = {path: each for path, each in block.named_modules() if isinstance(each, PackedLinear)}
+        self._packed_calls: list[str] = []
         self._last_attention: Value | None = None
         self._is_paused = False
         self.has_exchanged = False
@@ -113,8 +119,18 @@ class BlockRecorder(TorchDispatchMode):
     @contextmanager
     def recording(self, functions: AttentionFunctions) -> Iterator[None]:
         """Record what this thread computes."""
-        with functions.replaced(self._attend), self:
+        with functions.replaced(self._attend), self._packed_layers_replaced(), self:
             yield
+
+    @contextmanager
+    def _packed_layers_replaced(self) -> Iterator[None]:
+        try:
+            for path, layer in self._packed.items():
+                layer.__dict__["forward"] = partial(self._multiply, path, layer)
+            yield
+        finally:
+            for layer in self._packed.values():
+                layer.__dict__.pop("forward", None)
 
     def finish(self, result: Any) -> Recording:
         """Return what was recorded, of a call that returned ``result``.
@@ -147,6 +163,7 @@ class BlockRecorder(TorchDispatchMode):
             arguments=tuple(place for place in used if place < count),
             state=tuple(self._state[place - count][0] for place in used if place >= count),
             attentions=tuple(self._attentions),
+            packed=tuple(self._packed_calls),
             results=tree,
         )
 
@@ -184,6 +201,27 @@ class BlockRecorder(TorchDispatchMode):
             except NotCompiled as fault:
                 self._fault = fault
         return attended
+
+    def _multiply(self, path: str, layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """Compute a packed layer of the block, and record it as one operation."""
+        own = partial(type(layer).forward, layer, x)
+        if self._is_paused:
+            return own()
+        self._is_paused = True
+        try:
+            with _disable_current_modes():  # kernels of Triton and of other packages
+                result: torch.Tensor = own().contiguous()
+        finally:
+            self._is_paused = False
+        if self._fault is None:
+            try:
+                if path not in self._packed_calls:
+                    self._packed_calls.append(path)
+                args = [self._value(x), self._packed_calls.index(path), layer.out_features]
+                self._append(packed_operator.NAME, args, {}, result)
+            except NotCompiled as fault:
+                self._fault = fault
+        return result
 
     def _at_site(self, call: AttentionCall) -> AttentionCall:
         """Return an attention with the path of the submodule that computes it, if tokens are split."""

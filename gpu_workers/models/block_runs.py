@@ -16,6 +16,7 @@ from xditd.gpu_workers.models.block_compiler import one_line
 from xditd.gpu_workers.models.block_graphs import NotCompiled, TensorKind
 from xditd.gpu_workers.models.block_recorder import Recording, holder
 from xditd.gpu_workers.models.forward_state import Site
+from xditd.gpu_workers.models.packed_operator import products_by
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.repeated_blocks import attributes_key
 from xditd.ipc.errors import XditdError
@@ -77,13 +78,14 @@ class BlockRun:
         if own is None:
             return None
         attending = _Attending(self, recording.attentions, planned, functions)
+        multiplying = _Multiplying(self.module, recording.packed)
         try:
-            with attention_by(attending):
+            with attention_by(attending), products_by(multiplying):
                 results = function(*[arguments[number] for number in recording.arguments], *own)
         except (XditdError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever compiled code raises
-            if attending.has_failed or "CUDA error" in str(error):
+            if attending.has_failed or multiplying.has_failed or "CUDA error" in str(error):
                 raise
             raise NotCompiled(f"a compiled block failed: {one_line(error)}") from error
         return BlockResult(fill_places(recording.results, arguments, results))
@@ -115,6 +117,23 @@ class _BlockState:
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or tensor.data_ptr() % _ALIGNMENT == 0
+
+
+class _Multiplying:
+    """Computes the packed layers of one run of a block, given by their paths."""
+
+    def __init__(self, block: torch.nn.Module, paths: Sequence[str]) -> None:
+        self.has_failed = False
+        self._block = block
+        self._paths = paths
+
+    def __call__(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        try:
+            found: torch.Tensor = self._block.get_submodule(self._paths[number])(x)
+        except BaseException:
+            self.has_failed = True
+            raise
+        return found
 
 
 class _Attending:

@@ -81,6 +81,11 @@ class CachedModel:
         return self.operations
 
     @property
+    def title(self) -> str:
+        """The family's name, for messages."""
+        return self.family.name
+
+    @property
     def branch_dtype(self) -> torch.dtype:
         """The dtype in which LoRAs' branches compute, as the layers do."""
         return torch.float32 if self.family.kind == "text_encoder" else self.dtype

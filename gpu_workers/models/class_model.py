@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Final
 
 import torch
 
+from xditd.gpu_workers.kernels.branches import Branch, Branches
+from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import Bindings, TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.lora_targets import Target
 from xditd.gpu_workers.models.packed_modules import packed_targets, without_weights
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.pretrained import (
@@ -32,13 +35,11 @@ from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import module_state
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, MethodFacts
+from xditd.ipc.loras import LoraPart
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.status import FusedCheck
 from xditd.ipc.tensors import ModuleDescription
 from xditd.ipc.transports.module_walk import method_signature, walk_module
-
-PACKED: Final = "its weights are packed"
-"""Why blocks are not compiled."""
 
 
 class ClassModel:
@@ -96,11 +97,43 @@ class ClassModel:
             self.device,
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
-            blocks=partial(self._compile_blocks, graphs) if not self.packed_layers else lambda: PACKED,
+            blocks=partial(self._compile_blocks, graphs),
             counts=packed_memory.counts,
         )
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
+
+    branch_dtype: Final = None
+    """LoRAs' branches compute in the dtypes of their factors, as PEFT's layers do."""
+
+    @property
+    def title(self) -> str:
+        """The class's name, for messages."""
+        return self.class_name
+
+    @cached_property
+    def branches(self) -> Mapping[str, Branches]:
+        """The LoRAs' places, by the names of linear layers."""
+        return branches_of(self.module)
+
+    @cached_property
+    def lora_targets(self) -> Mapping[str, Target]:
+        """The layers with branches by the names that a LoRA has for them."""
+        return targets_in(self.module, self.branches)
+
+    def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return the places of a LoRA's branches."""
+        return [(self.branches[name], tuple(branches)) for name, branches in by_layer.items()]
+
+    @property
+    def lora_part(self) -> LoraPart:
+        """Which layers of a LoRA are for this module."""
+        return "text_encoder" if type(self.module).__module__.startswith("transformers.") else "model"
+
+    @property
+    def lora_detail(self) -> str:
+        """Why forwards with LoRAs take another path than others; empty if they do not."""
+        return "forwards with LoRAs are eager: compiled blocks and graphs have no branches" if self.paths.is_on else ""
 
     def check(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that a manifest lends all tensors of the state, and nothing else.

@@ -24,7 +24,7 @@ from typing import Final, Literal
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import own_folder, remove_unused, write_whole
-from xditd.gpu_workers.models.attention_operator import SCHEMA
+from xditd.gpu_workers.models import attention_operator, packed_operator
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
 
@@ -46,6 +46,7 @@ _THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
 _MAX_PROCESSES: Final = 8
 """That compile for one rank, of as many as a quarter of the processors."""
 
+_SCHEMAS: Final = f"{attention_operator.SCHEMA} {packed_operator.SCHEMA}"
 _POLL_S: Final = 0.05
 _COMPILER: Final = "xditd.gpu_workers.models.block_compiler"
 
@@ -240,7 +241,7 @@ class CompiledGraphs:
 def _versions(device: torch.device) -> str:
     """Return the name of the folder for this torch, this Python, this kind of device and these rewrites."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
-    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {SCHEMA} {REWRITES}"
+    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {_SCHEMAS} {REWRITES}"
     return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 

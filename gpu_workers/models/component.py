@@ -50,6 +50,12 @@ class Component:
         return self.match.model
 
     @property
+    def runnable(self) -> CachedModel | ClassModel:
+        """The model of a component that jobs run."""
+        assert not isinstance(self.match, LoraMatch)
+        return self.match.model
+
+    @property
     def lora(self) -> LentLora:
         """The factors of a component that is a LoRA."""
         assert isinstance(self.match, LoraMatch)

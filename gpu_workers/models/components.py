@@ -168,7 +168,7 @@ class Components:
         Raises:
             UnknownComponent, BadRequest, Unsupported, StaleSource: see ``prepare_variant``.
         """
-        return prepare_variant(component.model, uses, self.get_lora, self.loras)
+        return prepare_variant(component.runnable, uses, self.get_lora, self.loras)
 
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""

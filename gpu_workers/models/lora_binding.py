@@ -10,6 +10,7 @@ import torch
 
 from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
 from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.lora_targets import Target, layers_for, takes_loras, targets_of
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -20,6 +21,8 @@ from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 FEWEST = 0.5
 """The least share of a LoRA's layers that a model has to have: relatives of a model share some names with it."""
 
+
+AnyModel = CachedModel | ClassModel
 
 _numbers = itertools.count(1)
 
@@ -51,7 +54,7 @@ class LentLora:
         self.owner: str | None = None
         self._factors: Mapping[str, torch.Tensor | PackedTensor] = {}
         self._converted: dict[torch.dtype, dict[str, torch.Tensor]] = {}
-        self._bound: dict[CachedModel, BoundLora] = {}
+        self._bound: dict[AnyModel, BoundLora] = {}
 
     @property
     def converted_bytes(self) -> int:
@@ -72,11 +75,13 @@ class LentLora:
     def release(self, *, is_lent: bool = False) -> None:
         """Nothing is reserved."""
 
-    def is_bound_to(self, model: CachedModel) -> bool:
+    def is_bound_to(self, model: AnyModel) -> bool:
         return model in self._bound
 
-    def bind(self, model: CachedModel) -> BoundLora:
+    def bind(self, model: AnyModel) -> BoundLora:
         """Find its layers in a model, once, and convert its factors into the model's compute dtype.
+
+        Those of a module that runs as its class keep their dtype.
 
         Raises:
             Unsupported: the model's family takes no LoRAs.
@@ -88,14 +93,8 @@ class LentLora:
             found = self._bound[model] = self._bind(model)
         return found
 
-    def _bind(self, model: CachedModel) -> BoundLora:
-        family = takes_loras(model.family)
-        if family is None:
-            raise Unsupported(
-                f"LoRA {self.label}: {model.family.name} takes no LoRAs; merge it into the weights, and lend those"
-            )
-        layers = layers_for(model.family, self.description.layers)
-        targets = targets_of(family, model.config)
+    def _bind(self, model: AnyModel) -> BoundLora:
+        layers, targets = self._find(model)
         known = [layer for layer in layers if layer.target in targets]
         self._check(model, layers, {layer: targets[layer.target] for layer in known})
         factors = self._factors_in(model.branch_dtype, known)
@@ -114,17 +113,26 @@ class LentLora:
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
         return BoundLora(next(_numbers), strength, slots, unknown)
 
-    def _check(self, model: CachedModel, layers: list[LoraLayer], targets: Mapping[LoraLayer, Target]) -> None:
+    def _find(self, model: AnyModel) -> tuple[list[LoraLayer], Mapping[str, Target]]:
+        """Return the layers that are meant for a model, and those that the model has, by their names in LoRAs."""
+        if isinstance(model, ClassModel):
+            return [each for each in self.description.layers if each.part == model.lora_part], model.lora_targets
+        family = takes_loras(model.family)
+        if family is None or self.description.as_class:
+            why = "takes no LoRAs" if family is None else "is of a family, and this LoRA was lent with as_class"
+            remedy = "merge it into the weights, and lend those" if family is None else "lend it without"
+            raise Unsupported(f"LoRA {self.label}: {model.title} {why}; {remedy}")
+        return layers_for(model.family, self.description.layers), targets_of(family, model.config)
+
+    def _check(self, model: AnyModel, layers: list[LoraLayer], targets: Mapping[LoraLayer, Target]) -> None:
         what = f"LoRA {self.label}"
         if not layers:
-            raise BadRequest(
-                f"{what}: it has no layers of a {model.family.kind.replace('_', ' ')}; use it with the component that "
-                "it is for"
-            )
+            kind = model.title if isinstance(model, ClassModel) else f"a {model.family.kind.replace('_', ' ')}"
+            raise BadRequest(f"{what}: it has no layers of {kind}; use it with the component that it is for")
         if len(targets) < FEWEST * len(layers):
             names = [layer.down for layer in layers if layer not in targets]
             raise BadRequest(
-                f"{what} is of another model: this {model.family.name} has {len(targets)} of its {len(layers)} layers; "
+                f"{what} is of another model: this {model.title} has {len(targets)} of its {len(layers)} layers; "
                 f"it lacks {listed(names)}",
                 names=names,
             )
@@ -143,7 +151,7 @@ class LentLora:
                     faults.append(f"{layer.down} is of {part.layer}, which is no linear layer")
         if faults:
             raise BadRequest(
-                f"{what} is of another model than this {model.family.name}: "
+                f"{what} is of another model than this {model.title}: "
                 f"{listed(faults, joint='; ', chars=SENTENCE_CHARS)}",
                 names=faults,
             )
@@ -151,14 +159,14 @@ class LentLora:
     def _sizes(self, layer: LoraLayer) -> tuple[int, int]:
         return self._factors[layer.down].shape[1], self._factors[layer.up].shape[0]
 
-    def _factors_in(self, dtype: torch.dtype, layers: list[LoraLayer]) -> dict[str, torch.Tensor]:
-        """Return the factors of these layers in a dtype: as they are lent, or copies."""
-        converted = self._converted.setdefault(dtype, {})
+    def _factors_in(self, dtype: torch.dtype | None, layers: list[LoraLayer]) -> dict[str, torch.Tensor]:
+        """Return the factors of these layers in a dtype, without one in their own: as they are lent, or copies."""
+        converted = {} if dtype is None else self._converted.setdefault(dtype, {})
         found: dict[str, torch.Tensor] = {}
         for name in (name for layer in layers for name in (layer.down, layer.up)):
             lent = self._factors[name]
             assert isinstance(lent, torch.Tensor)
-            if lent.dtype != dtype and name not in converted:
+            if dtype is not None and lent.dtype != dtype and name not in converted:
                 converted[name] = lent.to(dtype)
             found[name] = converted.get(name, lent)
         return found

@@ -14,7 +14,7 @@ from xditd.gpu_workers.models.registry import titles
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import ComponentFacts, LoraFacts
-from xditd.ipc.loras import LoraDescription
+from xditd.ipc.loras import LoraDescription, LoraLayer
 from xditd.ipc.name_lists import listed
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.recognition import one_of
@@ -48,7 +48,7 @@ class LoraMatch:
 
     @property
     def family(self) -> _LoraAsFamily:
-        return _LoraAsFamily(next(iter(self.lora_facts.families)))
+        return _LoraAsFamily(next(iter(self.lora_facts.families), "class"))
 
     def choose_products(self, *_: object) -> None:
         """Choose nothing: factors are not packed."""
@@ -88,8 +88,11 @@ def match_lora(manifest: Manifest, description: LoraDescription) -> LoraMatch:
     """
     if manifest.module is not None or manifest.packed:
         raise BadRequest("a LoRA has no class and no packed weights: lend its factors in float32, bfloat16 or float16")
-    families, unknown = count_by_family(description.layers)
-    _check_known(description, families, len(unknown))
+    families: dict[str, int] = {}
+    unknown: list[LoraLayer] = []
+    if not description.as_class:  # the layers of a class are known when a job names it
+        families, unknown = count_by_family(description.layers)
+        _check_known(description, families, len(unknown))
     specs = {spec.name: spec for spec in manifest.tensors}
     facts = LoraFacts(
         families=families,
@@ -111,6 +114,7 @@ def _check_known(description: LoraDescription, families: Mapping[str, int], unkn
     names = [layer.down for layer in layers]
     raise Unsupported(
         f"a LoRA of another model: of its {len(layers)} layers, {most} have names of a family that takes LoRAs; lend "
-        f"one of {one_of(titles())}, or merge it into its model and lend that; its layers: {listed(names)}",
+        f"one of {one_of(titles())}, lend it with as_class=True for a module that runs as its class, or merge it into "
+        f"its model and lend that; its layers: {listed(names)}",
         names=names,
     )

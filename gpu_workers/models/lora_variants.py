@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from xditd.gpu_workers.kernels.branches import Branches
-from xditd.gpu_workers.models.cached_model import CachedModel
-from xditd.gpu_workers.models.lora_binding import BoundLora, LentLora
+from xditd.gpu_workers.models.lora_binding import AnyModel, BoundLora, LentLora
 from xditd.ipc import limits
 from xditd.ipc.name_lists import listed
 from xditd.ipc.requests import LoraUse
@@ -110,7 +109,7 @@ def _schedule_of(uses: Sequence[LoraUse]) -> Schedule:
 
 
 def prepare_variant(
-    model: CachedModel, uses: Sequence[LoraUse], get: Callable[[str], LentLora], counters: LoraCounters
+    model: AnyModel, uses: Sequence[LoraUse], get: Callable[[str], LentLora], counters: LoraCounters
 ) -> LoraVariant:
     """Bind the LoRAs of a job to a model. A LoRA that is named twice has the sum of its strengths.
 
@@ -134,7 +133,7 @@ def prepare_variant(
                 logger.warning(
                     "layers of a LoRA are not in the model, and left out: label=%s component_id=%s family=%s count=%d "
                     "names=%s",
-                    lent.label, component_id, model.family.name, len(bound.unknown), listed(bound.unknown),
+                    lent.label, component_id, model.title, len(bound.unknown), listed(bound.unknown),
                 )  # fmt: skip
         loras.append((lent.bind(model), _schedule_of(of_one)))
     counters.jobs += 1

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from xditd.gpu_workers.packed.linear import PackedLinear, packed_layers
 from xditd.ipc.transports.module_walk import is_describable
 
 _HOOKS: Final = (
@@ -39,10 +40,13 @@ def find_blocks(module: torch.nn.Module) -> dict[str, torch.nn.Module] | str:
             start = f"{path}." if path else ""
             listed |= {f"{start}{name}": one for name, one in each.named_children() if counts[type(one)] > 1}
     found = _outermost(listed)
-    parameters = sum(1 for _ in module.parameters())
-    if 2 * sum(1 for each in found.values() for _ in each.parameters()) < parameters:
+    if 2 * sum(map(_count_weights, found.values())) < _count_weights(module):
         return "it has no repeated blocks that hold most of its parameters"
     return found or "it has no repeated blocks"
+
+
+def _count_weights(module: torch.nn.Module) -> int:
+    return sum(1 for _ in module.parameters()) + len(packed_layers(module))
 
 
 def _outermost(found: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
@@ -87,15 +91,14 @@ def state_key(block: torch.nn.Module) -> Hashable:
 
 
 def attributes_key(block: torch.nn.Module) -> Hashable:
-    """Return the classes and the attributes of a block, without its tensors."""
-    return tuple(
-        (
-            path,
-            type(each),
-            tuple((name, _key(value, 0)) for name, value in vars(each).items() if name not in _OWN | {"forward"}),
-        )
-        for path, each in block.named_modules()
-    )
+    """Return the classes and the attributes of a block, without its tensors and packed weights."""
+    return tuple((path, type(each), _attributes(each)) for path, each in block.named_modules())
+
+
+def _attributes(module: torch.nn.Module) -> Hashable:
+    if isinstance(module, PackedLinear):  # an operator in graphs, of which only this is known
+        return module.in_features, module.out_features
+    return tuple((name, _key(value, 0)) for name, value in vars(module).items() if name not in _OWN | {"forward"})
 
 
 def _kinds(held: Mapping[str, torch.Tensor | None]) -> Hashable:

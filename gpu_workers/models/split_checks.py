@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.row_trees import Node, tensors_of
 from xditd.ipc import limits
 from xditd.ipc.status import SplitCheck
@@ -201,7 +202,10 @@ def largest_difference(found: Any, expected: Any, *, in_halves: bool) -> Differe
 
 def computes_in_halves(module: torch.nn.Module) -> bool:
     """Return whether a module computes in bfloat16 or float16, at least in part, without autocast."""
-    return any(each.dtype in (torch.bfloat16, torch.float16) for each in module.parameters())
+    return any(
+        each.dtype in (torch.bfloat16, torch.float16)
+        for each in (*module.parameters(), *(layer.weight for layer in packed_layers(module)))
+    )
 
 
 class ModuleSnapshot:

@@ -137,21 +137,23 @@ class Float8Products(_OfCheckpoint, EightBitRows):
     def fits(weights: Sequence[PackedTensor | torch.Tensor], dtype: torch.dtype) -> bool:
         """Whether these products run all of the weights.
 
-        All are ``float8`` whose inputs may be rounded with a scale for each row, and native products were chosen for
-        the larger part: for the others, too, nothing but the product is left to do here. Such products give bfloat16
-        alone (torch 2.11).
+        All are ``float8`` whose inputs may be rounded, all with the file's scales or all with one for each row, and
+        native products were chosen for the larger part: for the others, too, nothing but the product is left to do
+        here. Such products give bfloat16 alone (torch 2.11).
         """
         packed = [each for each in weights if isinstance(each, PackedTensor)]
         native = sum(math.prod(each.shape) for each in packed if each.native is native_product)
         is_most = 2 * native > sum(math.prod(each.shape) for each in weights)
-        return dtype == torch.bfloat16 and is_most and len(packed) == len(weights) and all(map(_rounds_rows, packed))
+        are_alike = len({each.input_scale is None for each in packed}) == 1 and len(packed) == len(weights)
+        return dtype == torch.bfloat16 and is_most and are_alike and all(map(_rounds_rows, packed))
 
     def linear(self, name: str, rows: slice = slice(None)) -> EightBitLinear:
         weight, bias = self.dequantiser.projection(self._checkpoint, name, rows)
         assert isinstance(weight, PackedTensor)
-        outputs = weight.shape[0]
         scale = torch.ones((), device=bias.device) if weight.scale is None else weight.scale.float()
-        return EightBitLinear(weight.values.t(), scale.reshape(1, -1).expand(1, outputs).contiguous(), bias)
+        scales = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+        input_scale = None if weight.input_scale is None else weight.input_scale.float().repeat(2)
+        return EightBitLinear(weight.values.t(), scales, bias, input_scale)
 
     def multiply(self, rows: Quantised, linear: EightBitLinear, out: torch.Tensor) -> None:
         self.dequantiser.count_native("float8")
@@ -169,13 +171,8 @@ class Float8Products(_OfCheckpoint, EightBitRows):
 
 
 def _rounds_rows(weight: PackedTensor) -> bool:
-    """Whether the input of a weight may be rounded to e4m3 with a scale for each row, to be multiplied natively."""
-    return (
-        weight.values.dtype == DTYPE
-        and weight.quantises_input
-        and weight.input_scale is None
-        and memory_fault(weight.values) is None
-    )
+    """Whether the input of a weight may be rounded to e4m3, to be multiplied natively."""
+    return weight.values.dtype == DTYPE and weight.quantises_input and memory_fault(weight.values) is None
 
 
 class PackedMatrices:

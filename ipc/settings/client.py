@@ -73,6 +73,15 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
             variable="XDITD_OPTIONS",
         ),
     ] = None
+    lora: Annotated[
+        str | None,
+        about(
+            "file or folder of a LoRA of the transformer, and its strength, such as style.safetensors=0.8; may be "
+            "repeated; the variable takes several, separated by commas",
+            kind="named values",
+            variable="XDITD_LORAS",
+        ),
+    ] = None
     device: Annotated[
         str | None,
         about(

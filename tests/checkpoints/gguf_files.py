@@ -206,3 +206,30 @@ def dequantise(blocks: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Ten
     out = torch.empty(rows, row_bytes // block.size_bytes * block.numbers, dtype=dtype, device=blocks.device)
     dequantise_into(blocks, kind, out)
     return out
+
+
+LLAMA_CPP = {
+    "shared.weight": "token_embd.weight",
+    "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+    "encoder.block.": "enc.blk.",
+    ".layer.0.SelfAttention.relative_attention_bias.": ".attn_rel_b.",
+    ".layer.0.SelfAttention.": ".attn_",
+    ".layer.0.layer_norm.": ".attn_norm.",
+    ".layer.1.DenseReluDense.wi_0.": ".ffn_gate.",
+    ".layer.1.DenseReluDense.wi_1.": ".ffn_up.",
+    ".layer.1.DenseReluDense.wo.": ".ffn_down.",
+    ".layer.1.layer_norm.": ".ffn_norm.",
+}
+"""Parts of T5's names, and llama.cpp's, in the order in which they are replaced."""
+
+
+def write_t5(path: Path, state: Mapping[str, torch.Tensor], kind: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """Write a T5 as llama.cpp's tools do; return its packed weights by their names in ``state``, as ``write_model``."""
+    spelled = {}
+    for name in state:
+        spelled[name] = name
+        for part, theirs in LLAMA_CPP.items():
+            spelled[name] = spelled[name].replace(part, theirs)
+    named = {spelled[name]: tensor for name, tensor in state.items()}
+    packed = write_model(path, named, lambda name: None if "attn_rel_b" in name else kind, "t5encoder")
+    return {name: packed[theirs] for name, theirs in spelled.items() if theirs in packed}

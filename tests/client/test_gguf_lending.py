@@ -115,6 +115,12 @@ def language_model(name: str = "blk.0.attn_q.weight") -> bytes:
     return gguf_bytes([GgufTensor(name, 0, (4,), bytes(16))], [string_pair("general.architecture", "qwen2vl")])
 
 
+def encoder(name: str) -> bytes:
+    names = ("token_embd.weight", "enc.blk.0.attn_q.weight", name)
+    tensors = [GgufTensor(each, 0, (8,), bytes(32), 32 * number) for number, each in enumerate(names)]
+    return gguf_bytes(tensors, [string_pair("general.architecture", "t5encoder")])
+
+
 def truncated() -> bytes:
     return gguf_bytes(TENSORS, [FLUX])[:-40]
 
@@ -122,9 +128,10 @@ def truncated() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "error", "says"),
     [
-        ("x.gguf", language_model(), Unsupported, "a text encoder (general.architecture is 'qwen2vl')"),
+        ("x.gguf", language_model(), Unsupported, "a language model (general.architecture is 'qwen2vl')"),
         ("x.gguf", language_model("token_embd.weight"), Unsupported, "in llama.cpp's names, such as token_embd.weight"),
-        ("x.gguf", language_model("enc.blk.3.ffn_up.weight"), Unsupported, "lend a safetensors file of it"),
+        ("x.gguf", language_model("dec.blk.3.ffn_up.weight"), Unsupported, "lend a safetensors file of it"),
+        ("x.gguf", encoder("shared.weight"), BadCheckpoint, "several tensors are shared.weight"),
         ("x.gguf", truncated(), BadCheckpoint, "the file is truncated: get it again"),
         ("x.gguf", gguf_bytes([], [FLUX]), BadRequest, "component 'x' without tensors: nothing to lend"),
         ("x.gguf", gguf_bytes(TENSORS, [number_pair("split.count", 2, 2, "H")]), BadCheckpoint, "one of the 2 files"),

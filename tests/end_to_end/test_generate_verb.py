@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lora_files
 import pytest
 import torch
 import z_image_models
@@ -65,6 +66,26 @@ def test_flux1(verb, files, client, make_inputs):
     assert are_those_of(job, latents, images)
     assert said["sampling"]["guidance_scale"] == 2.5
     assert said["conditioning"] == {"prompt_embeds": [1, 16, 4096], "pooled_prompt_embeds": [1, 768]}
+
+
+def test_loras(verb, command, files, client, make_inputs, tmp_path, capsys):
+    state, conditioning = load_file(files.transformer), make_inputs().conditioning
+    paths = [
+        lora_files.make(lora_files.matrices(state), "kohya", seed).save(tmp_path / f"{seed}.safetensors")
+        for seed in (1, 2)
+    ]
+    uses = [("--lora", f"{path}={strength}") for path, strength in zip(paths, (0.8, -0.3), strict=True)]
+    latents, images, said = verb(files.transformer, conditioning, *uses[0], *uses[1])
+    lent = [(client.lend_lora(path), strength) for path, strength in zip(paths, (0.8, -0.3), strict=True)]
+    job = client.generate(
+        client.lend(files.transformer).with_loras(lent), conditioning, vae=client.lend(files.vae), height=HEIGHT,
+        width=WIDTH, steps=STEPS, seed=SEED,
+    )  # fmt: skip
+    assert are_those_of(job, latents, images)
+    assert said["loras"] == {str(paths[0]): 0.8, str(paths[1]): -0.3}
+    assert [each["kind"] for each in said["components"]] == ["transformer", "vae", "lora", "lora"]
+    assert command(files.transformer, conditioning, "--lora", f"{files.vae}=1") == exits.FAILED
+    assert "this is no LoRA" in capsys.readouterr().out
 
 
 def test_z_image_with_texts_of_unequal_lengths_guidance_and_options(verb, command, files, client, tmp_path, capsys):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import lora_files
 import pytest
@@ -14,16 +11,16 @@ import torch
 import z_image_models
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from gguf_files import dequantise, write_model
-from lora_files import CHECKPOINT_SPELLINGS, CLASS_SPELLINGS, Lora, matrices
+from lora_files import CHECKPOINT_SPELLINGS, CLASS_SPELLINGS, matrices
+from lora_runs import baked, called, expected, latents_of, reference_ids
 from packed_checkpoints import pack
 from safetensors.torch import load_file
 
-from xditd.client import BadRequest, Client, Closed, LeaseLost, StaleSource, UnknownComponent, Unsupported
+from xditd.client import BadRequest, Client
 from xditd.gpu_workers.families.flux1 import reference
 
 BAR = 1e-6
 HALF_BAR = 1e-2
-STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -48,35 +45,6 @@ def leaves_nothing(client: Client):
     before = {each.component_id for each in client.status().components}
     yield
     assert {each.component_id for each in client.status().components} == before
-
-
-def latents_of(client: Client, component: Any, inputs: Any, **more: Any) -> torch.Tensor:
-    given = {"height": inputs.pixels, "width": inputs.pixels, "steps": STEPS, "noise": inputs.noise} | more
-    return client.generate(component, inputs.conditioning, **given).result().latents
-
-
-def expected(module: Any, inputs: Any) -> torch.Tensor:
-    return reference.reference_latents(
-        module,
-        prompt_embeds=inputs.prompt_embeds,
-        pooled_prompt_embeds=inputs.pooled_prompt_embeds,
-        noise=inputs.noise,
-        height=inputs.pixels,
-        width=inputs.pixels,
-        steps=STEPS,
-    )
-
-
-def baked(state: dict[str, torch.Tensor], *loras: tuple[Lora, float]) -> Any:
-    """Diffusers' own class with LoRAs in its weights."""
-    for lora, strength in loras:
-        if not lora.is_of_class:
-            state = lora.baked_into(state, strength)
-    module = reference.transformer_from({name: tensor.clone() for name, tensor in state.items()})
-    for lora, strength in loras:
-        if lora.is_of_class:
-            lora.bake_into(module, strength)
-    return module
 
 
 @pytest.mark.parametrize("spelling", [*CHECKPOINT_SPELLINGS, *CLASS_SPELLINGS])
@@ -181,13 +149,6 @@ def test_a_call_and_a_step_cache_have_them_too(client, transformer, state, input
     with torch.no_grad():
         assert relative_error(called, module(**given, return_dict=False)[0]) <= BAR
         assert relative_error(plain, baked(state)(**given, return_dict=False)[0]) <= BAR
-
-
-def reference_ids(side: int) -> torch.Tensor:
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1] += torch.arange(side)[:, None]
-    ids[..., 2] += torch.arange(side)[None]
-    return ids.reshape(side * side, 3)
 
 
 def test_bfloat16_is_as_near_to_the_unrounded_one_as_the_baked_one(client, state):
@@ -321,143 +282,3 @@ def test_text_encoders(client, relative_error):
                 right = client.encode_text(loan, ids).hidden_states
             assert relative_error(found, right) <= 2 * BAR
             assert relative_error(alone, right) > 0.05
-
-
-# --- What is refused, and what ends ------------------------------------------------------------------
-
-
-def test_other_models_and_wrong_shapes_are_refused_by_name(client, transformer, state, of_class, leaves_nothing):
-    sdxl = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}
-    with pytest.raises(Unsupported, match=r"^lora: a LoRA of another model: of its 1 layers, 0 have names") as caught:
-        client.lend_lora(lora_files.make(sdxl, "kohya", 0).tensors)
-    assert caught.value.names[0].startswith("lora_unet_down_blocks_1")
-    z_image = lora_files.make({"layers.0.attention.qkv": (768, 256)}, "comfyui", 0)
-    says = r"LoRA z is of z_image, and .* of flux1: use it with the model"
-    with client.lend_lora(z_image.tensors, label="z") as lent, pytest.raises(BadRequest, match=says):
-        transformer.with_loras([(lent, 1.0)])
-    wide = {name: (2 * rows, 2 * columns) for name, (rows, columns) in of_class.items() if "attn" in name}
-    with client.lend_lora(lora_files.make(wide, "diffusers", 0).tensors, label="wide") as lent:
-        with pytest.raises(BadRequest, match=r"LoRA wide is of another model than this flux1: .* 512 inputs") as caught:
-            client.generate(
-                transformer.with_loras([(lent, 1.0)]),
-                {"prompt_embeds": torch.zeros(1, 4, 4096), "pooled_prompt_embeds": torch.zeros(1, 768)},
-                height=128,
-                width=128,
-                steps=1,
-            ).result()
-        assert len(caught.value.names) == len(wide)
-    deep = {f"transformer_blocks.{number}.attn.to_q": (256, 256) for number in range(5)}
-    says = "this flux1 has 2 of its 5 layers"
-    with client.lend_lora(lora_files.make(deep, "diffusers", 0).tensors) as lent, pytest.raises(BadRequest, match=says):
-        called(client, transformer.with_loras([(lent, 1.0)]))
-
-
-def called(client: Client, component: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """One small forward of FLUX.1, at a time and a guidance that bfloat16 does not round."""
-    return client.call(
-        component,
-        {
-            "hidden_states": torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)).to(dtype),
-            "encoder_hidden_states": torch.ones(1, 6, 4096, dtype=dtype),
-            "pooled_projections": torch.ones(1, 768, dtype=dtype),
-            "timestep": torch.tensor([0.5]),
-            "guidance": torch.tensor([4.0]),
-            "img_ids": reference_ids(4),
-            "txt_ids": torch.zeros(6, 3),
-        },
-    )[0]
-
-
-def test_names_of_no_layer_are_listed_and_left_out(client, transformer, state, caplog, leaves_nothing):
-    lora = lora_files.make(matrices(state), "kohya", 1)
-    odd = lora_files.make({"strange.part": (64, 64)}, "kohya", 1).tensors
-    with client.lend_lora(lora.tensors | odd | {"bundle_emb.a": torch.zeros(2)}) as lent:
-        assert lent.facts.lora.unknown == ("lora_unet_strange_part.lora_down.weight",)
-        assert "lora_unet_strange_part.lora_down.weight" in caplog.text
-        assert "bundle_emb.a" in caplog.text
-        found = called(client, transformer.with_loras([(lent, 1.0)]))
-    with client.lend_lora(lora.tensors) as lent:
-        assert torch.equal(called(client, transformer.with_loras([(lent, 1.0)])), found)
-
-
-def test_bad_strengths_and_loans(client, daemon, transformer, vae, state, leaves_nothing):
-    lora = lora_files.make(matrices(state), "kohya", 1)
-    with client.lend_lora(lora.tensors, label="good") as lent:
-        for bad in (float("nan"), float("inf"), "1", True, 1e9):
-            with pytest.raises(BadRequest, match="loras: the strength"):
-                transformer.with_loras([(lent, bad)])
-        with pytest.raises(BadRequest, match=r"lora: .* is a transformer; name a lora"):
-            transformer.with_loras([(transformer, 1.0)])
-        with pytest.raises(BadRequest, match="pairs of a loan"):
-            transformer.with_loras([lent])
-        with pytest.raises(BadRequest, match="is of flux1, and ae of flux_vae"):
-            vae.with_loras([(lent, 1.0)])
-        with pytest.raises(UnknownComponent, match="lora-99-zzz: not on loan"):
-            called(client, transformer.with_loras([("lora-99-zzz", 1.0)]))
-        with pytest.raises(BadRequest, match="a transformer where a lora is needed"):
-            called(client, transformer.with_loras([(transformer.component_id, 1.0)]))
-        with pytest.raises(BadRequest, match="a lora where a transformer is needed"):
-            called(client, lent.component_id)
-        view = transformer.with_loras([(lent, 1.0)])
-        right = called(client, view)
-    with pytest.raises(LeaseLost, match=r"component good \(lora-.*was returned"):
-        called(client, view)
-    other = daemon.connect()
-    theirs = other.lend_lora(lora.tensors)
-    foreign = transformer.with_loras([(theirs.component_id, 1.0)])
-    assert torch.equal(called(client, foreign), right)
-    other.close()
-    with pytest.raises(Closed):
-        transformer.with_loras([(theirs, 1.0)])
-    with pytest.raises(LeaseLost, match="it said goodbye"):
-        called(client, foreign)
-
-
-def test_a_revoked_lora_ends_the_jobs_that_use_it(client, daemon, transformer, state, inputs):
-    lora = lora_files.make(matrices(state), "kohya", 1)
-    with client.lend_lora(lora.tensors) as lent, daemon.connect() as other:
-        view = transformer.with_loras([(lent, 1.0)])
-        given = {"height": inputs.pixels, "width": inputs.pixels, "noise": inputs.noise}
-        running = client.generate(transformer, inputs.conditioning, steps=500, **given)
-        next(iter(running.events()))
-        waiting = client.generate(view, inputs.conditioning, steps=2, **given)
-        other.revoke(lent.component_id)
-        with pytest.raises(LeaseLost, match="revoked"):
-            waiting.result()
-        running.cancel()
-        with pytest.raises(LeaseLost):
-            called(client, view)
-    assert latents_of(client, transformer, inputs).isfinite().all()
-
-
-def test_a_rewritten_file_is_stale_and_an_adopted_lora_stays(
-    client, daemon, transformer, state, tmp_path: Path, leaves_nothing
-):
-    path = lora_files.make(matrices(state), "kohya", 1).save(tmp_path / "x.safetensors")
-    with client.lend_lora(path) as lent:
-        right = called(client, transformer.with_loras([(lent, 1.0)]))
-        with path.open("r+b") as file:
-            file.seek(-4, 2)
-            file.write(b"1234")
-        with pytest.raises(StaleSource):
-            called(client, transformer.with_loras([(lent, 1.0)]))
-    other = daemon.connect()
-    adopted = other.lend_lora(lora_files.make(matrices(state), "kohya", 1).tensors)
-    adopted.adopt()
-    other.close()
-    assert torch.equal(called(client, transformer.with_loras([(adopted.component_id, 1.0)])), right)
-    client.revoke(adopted.component_id)
-
-
-@pytest.mark.slow
-def test_a_rebuilt_group_maps_loras_again(client, transformer, state, wait_until, processes):
-    lora = lora_files.make(matrices(state), "kohya", 1)
-    with client.lend_lora(lora.tensors) as lent:
-        view = transformer.with_loras([(lent, 1.0)])
-        right = called(client, view)
-        starts = client.status().counters.group_starts
-        os.kill(client.status().workers[0].pid, signal.SIGKILL)
-        wait_until(lambda: client.status().counters.group_starts > starts, "a new group")
-        client.wait_ready(60)
-        assert torch.equal(called(client, view), right)
-        assert client.status().loras.jobs == 1

@@ -34,6 +34,7 @@ def test_the_examples_of_the_page_run(one_worker: RunningDaemon, tmp_path: Path)
     encoders = {"text_encoder": clip_text_encoder(32), "text_encoder_2": t5_text_encoder(32)}
     flux(**encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer()).save_pretrained(tmp_path / "flux1-dev")
     save_file(lora_weights(seed=31, rank=2), tmp_path / "style.safetensors")
+    save_file(lora_weights(seed=32, rank=4), tmp_path / "detail.safetensors")
     ran = subprocess.run(
         [sys.executable, str(program)],
         cwd=tmp_path,

@@ -16,7 +16,7 @@ from packed_checkpoints import pack
 from safetensors.torch import load_file, save_file
 
 from xditd.client import BadCheckpoint, Client, Unsupported
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, Tier
 
 FILE = "diffusion_pytorch_model.safetensors"
 CASES = (
@@ -120,6 +120,38 @@ def test_the_compute_dtype_is_that_of_the_class_where_plain_weights_of_another_o
     save_file(state, plain / FILE)
     with client.lend(plain, as_class=True, compute_dtype="float16") as loan:  # nothing is packed
         assert loan.facts.dtype == str(others).removeprefix("torch.")
+
+
+@pytest.mark.slow
+def test_the_text_encoder_of_z_image_with_the_packed_file_of_comfyui(client: Client, tmp_path: Path) -> None:
+    """Such a file (qwen_3_4b_fp8_mixed) has some layers packed and the names of transformers, but no configuration."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain, meant = tmp_path / "packed", tmp_path / "meant"
+    Qwen3ForCausalLM(config).save_pretrained(plain)
+    shutil.copytree(plain, meant)
+    file = "model.safetensors"
+    state = load_file(plain / file)
+    layers = {name: each for name, each in state.items() if each.ndim == 2 and "layers.0." in name}
+    assert all(name.startswith("model.") for name in state)
+    rest = {name: each.bfloat16() for name, each in state.items() if name not in layers}
+    packed = pack(layers, "float8", torch.bfloat16)
+    save_file(rest | packed.tensors, plain / file)
+    save_file(rest | packed.meant, meant / file)
+    model: Any = Qwen3ForCausalLM.from_pretrained(meant, dtype=torch.bfloat16).eval()
+    arguments = {"input_ids": torch.tensor([[5, 9, 9, 41, 0, 95]]), "output_hidden_states": True}
+    with client.lend(plain) as loan:
+        assert loan.kind is ComponentKind.MODULE
+        assert loan.tiers == (Tier.FILE,)
+        assert set(loan.facts.bytes_by_format) == {"float8"}
+        found = client.call(loan, arguments)["hidden_states"][-2]
+    with torch.no_grad():
+        assert torch.equal(found, model(**arguments).hidden_states[-2])
 
 
 @pytest.mark.slow

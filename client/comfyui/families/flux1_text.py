@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import comfy.model_management as management
@@ -65,7 +65,7 @@ def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
     Raises:
         BadRequest: not one CLIP-L and one T5.
     """
-    found = {is_clip(weights.base): weights for weights in files.values()}
+    found = {is_clip(weights.names): weights for weights in files.values()}
     if len(found) != 2 or len(files) != 2:
         raise BadRequest(f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")
     parts = [(each, module_names(each)) for each in (found[True], found[False])]
@@ -76,15 +76,15 @@ def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
 def module_names(weights: RemoteWeights) -> dict[str, str]:
     """Return the file's name of each of an encoder's tensors, by ComfyUI's name."""
     found = {}
-    for inner in weights.base:
+    for inner in weights.names:
         name = inner.removeprefix("transformer.")
-        if is_clip(weights.base):
+        if is_clip(weights.names):
             found[f"clip_l.transformer.{name if name.startswith(_CLIP_PARTS) else f'text_model.{name}'}"] = inner
         else:
             found[f"t5xxl.transformer.{name}"] = inner
     return found
 
 
-def is_clip(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether an encoder is CLIP, not T5."""
-    return any(name.endswith("embeddings.token_embedding.weight") for name in tensors)
+def is_clip(names: Iterable[str]) -> bool:
+    """Return whether an encoder with tensors of these names is CLIP, not T5."""
+    return any(name.endswith("embeddings.token_embedding.weight") for name in names)

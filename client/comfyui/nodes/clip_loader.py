@@ -10,14 +10,17 @@ from comfy_api.latest import io
 
 from xditd.client.comfyui.checkpoint_files import read_with_metadata
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.text import EncoderFile, make_clip
+from xditd.client.comfyui.gguf_models import END, gguf_encoder, gguf_files
+from xditd.client.comfyui.text import COMPUTE_DTYPE, encoder_weights, make_clip
+from xditd.client.comfyui.weights import RemoteWeights
 from xditd.client.packed_markers import METADATA
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 class XditDualClipLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
-        names = folder_paths.get_filename_list("text_encoders")
+        names = sorted({*folder_paths.get_filename_list("text_encoders"), *gguf_files("text_encoders")})
         return io.Schema(
             node_id="XDiTDualCLIPLoader",
             display_name="Load Dual CLIP (xDiT)",
@@ -45,8 +48,11 @@ def load_clip(*paths: str) -> Any:
         DaemonUnreachable: no daemon runs.
     """
     connect()
-    files = {}
-    for path in paths:
-        tensors, metadata = read_with_metadata(path)
-        files[Path(path).stem] = EncoderFile(tensors, metadata.get(METADATA))
-    return make_clip(files)
+    return make_clip({Path(path).stem: _read(path) for path in paths})
+
+
+def _read(path: str) -> RemoteWeights:
+    if path.lower().endswith(END):
+        return gguf_encoder(path, torch_dtype(COMPUTE_DTYPE))
+    tensors, metadata = read_with_metadata(path)
+    return encoder_weights(tensors, Path(path).stem, metadata.get(METADATA))

@@ -64,14 +64,20 @@ PLAIN_CALL = CallOptions()
 
 
 class _CheckedProducts(NamedTuple):
-    """Products, and the check of blocks with them."""
+    """Products, and the checks of blocks with them: without LoRAs and with LoRAs, which may not end the others."""
 
     products: Products[Any, Any]
     check: FastPathCheck
+    lora_check: FastPathCheck
 
     @classmethod
     def of(cls, products: Products[Any, Any], module: torch.nn.Module) -> _CheckedProducts:
-        return cls(products, FastPathCheck(_label(products), products.tolerance, module))
+        label = _label(products)
+        return cls(
+            products,
+            FastPathCheck(label, products.tolerance, module),
+            FastPathCheck(f"{label} with LoRAs", products.tolerance, module),
+        )
 
 
 class FusedFlux1:
@@ -127,6 +133,11 @@ class FusedFlux1:
         return self._current.check
 
     @property
+    def lora_check(self) -> FastPathCheck:
+        """The same for forwards with LoRAs."""
+        return self._current.lora_check
+
+    @property
     def _products(self) -> Products[Any, Any]:
         return self._current.products
 
@@ -141,7 +152,8 @@ class FusedFlux1:
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
-        return tuple(each for known in self._all_products for each in known.check.take_checks())
+        checks = [check for known in self._all_products for check in (known.check, known.lora_check)]
+        return tuple(each for check in checks for each in check.take_checks())
 
     @property
     def _all_products(self) -> list[_CheckedProducts]:
@@ -274,7 +286,8 @@ class FusedFlux1:
             else:
                 out.copy_(embedder(tokens))
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
-        normed = products.modulate(x, text_rows=at, shift=starts[0])
+        firsts = [*((first.qkv, second.qkv) for first, second in double), *((each.qkv, each.qkv) for each in single)]
+        normed = products.modulate(x, firsts[0], text_rows=at, shift=starts[0])
         qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
         y_halves = (y[:at], y[at:])
@@ -285,15 +298,17 @@ class FusedFlux1:
             for stream, half, out in zip(streams, products.halves(normed, at), (qkv[:at], qkv[at:]), strict=True):
                 products.multiply(half, stream.qkv, out)
             norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
-            attended = products.take(self._attend(qkv, norms, angles, at, valid))
+            outs, ups = ((streams[0].out, streams[1].out), (streams[0].up, streams[1].up))
+            attended = products.take(self._attend(qkv, norms, angles, at, valid), outs, at)
             for stream, half, out in zip(streams, products.halves(attended, at), y_halves, strict=True):
                 products.multiply(half, stream.out, out)
             normed = products.modulate(
-                x, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
+                x, ups, text_rows=at, added=y, gate=(modulation, 2 * width), shift=(modulation, 3 * width)
             )
             for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
                 products.mlp(half, stream.up, stream.down, out)
-            normed = products.modulate(x, text_rows=at, added=y, gate=(modulation, 5 * width), shift=starts[number + 1])
+            gate, following = (modulation, 5 * width), number + 1
+            normed = products.modulate(x, firsts[following], text_rows=at, added=y, gate=gate, shift=starts[following])
             if number == 0 and cache is not None and cache.try_reuse(x[at:]):
                 return x[at:]
         for number, block in enumerate(single):
@@ -302,7 +317,9 @@ class FusedFlux1:
             products.mlp_and_attention(attended, normed, block.up, block.second, y)
             gate, following = (singles[number], 2 * width), len(double) + number + 1
             if following < len(starts):
-                normed = products.modulate(x, text_rows=at, added=y, gate=gate, shift=starts[following])
+                normed = products.modulate(
+                    x, firsts[following], text_rows=at, added=y, gate=gate, shift=starts[following]
+                )
             else:
                 triton_kernels.add_and_modulate(x, text_rows=at, added=y, gate=gate)
         if cache is not None:

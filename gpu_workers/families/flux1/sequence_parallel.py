@@ -41,10 +41,9 @@ class TokenCounts(NamedTuple):
 
     text: int
     image: int
-    has_loras: bool = False
 
     def __str__(self) -> str:
-        return f"{self.text} text + {self.image} image{', with LoRAs' if self.has_loras else ''}"
+        return f"{self.text} text + {self.image} image"
 
 
 class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
@@ -127,15 +126,18 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 )
 
         fused = self.fused
-        if fused is None or not fused.is_loaded or fused.check.is_refused or (options.loras and not fused.takes_loras):
+        if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras):
             return plain(cache)
-        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1], bool(options.loras))
-        sample = fused.check.run(
+        check = fused.lora_check if options.loras else fused.check
+        if check.is_refused:
+            return plain(cache)
+        case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
+        sample = check.run(
             case,
             lambda: fused(hidden_states, encoder_hidden_states, times=times, options=options, **others),
             lambda: plain(None),
         )
-        if fused.check.is_refused and cache is not None:
+        if check.is_refused and cache is not None:
             cache.forget()  # drop residuals of the refused blocks
         return sample
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import packed_checkpoints
 import pytest
 import text_checkpoints
@@ -20,6 +21,8 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 3e-6
 """As for plain encoders: transformers and ComfyUI sum in another order. The weights themselves have the same bits."""
+INT8_ROUNDING = 5e-2
+"""Stock rounds the inputs of int8 layers there, the workers do not."""
 T5 = "t5xxl.transformer."
 TABLES = ("shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
 TEXT = "a lighthouse on a cliff at dusk"
@@ -323,3 +326,47 @@ def test_flags_for_text_encoders(
     for one, other in zip(ours, expected, strict=True):
         assert relative_error(one, other) <= TOLERANCE
     assert max(relative_error(one, other) for one, other in zip(ours, before, strict=True)) > 1e-4
+
+
+@pytest.fixture
+def gguf_t5(tmp_path) -> tuple[Path, Path]:
+    """A GGUF file with llama.cpp's names, and a plain file of the numbers that it means."""
+    state = text_checkpoints.t5_state_dict(6)
+    packed = gguf_files.write_t5(tmp_path / "t5.gguf", state, "q8_0")
+    meant = {name: gguf_files.dequantise(blocks, kind, torch.float32) for name, (kind, blocks) in packed.items()}
+    save_file({**state, **meant}, tmp_path / "meant.safetensors")
+    return tmp_path / "t5.gguf", tmp_path / "meant.safetensors"
+
+
+def test_a_t5_in_gguf(gguf_t5, comfy, clip_l, stock, encode, monkeypatch, relative_error):
+    path, meant = gguf_t5
+    clip = remote(clip_l, path)
+    found = encode(clip)
+    assert t5_of(clip).loan.tiers == (Tier.FILE,)
+    assert "q8_0" in t5_of(clip).loan.facts.bytes_by_format
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp32_text_enc", True)
+    assert torch.equal(found[0], encode(remote(meant, clip_l))[0])
+    assert relative_error(found[0], encode(stock(meant, clip_l))[0]) <= 2 * TOLERANCE
+
+
+def test_a_t5_in_gguf_is_neither_patched_nor_saved(gguf_t5, comfy, clip_l, connected, encode, tmp_path):
+    from comfy_extras.nodes_model_merging import CLIPSave
+
+    clip = remote(gguf_t5[0], clip_l)
+    with pytest.raises(Unsupported, match=r"^t5: LoRAs.*GGUF file .*encoder.block.1.layer.0.SelfAttention.v.weight"):
+        encode(with_lora(comfy, clip, 1.0))
+    node = CLIPSave()
+    node.output_dir = str(tmp_path)
+    with pytest.raises(Unsupported, match=r"^t5: weights of a GGUF file cannot be read in"):
+        node.save(clip, "clip/saved")
+    encode(clip)
+
+
+def test_int8_is_dequantised_where_the_flag_for_float32_makes_stock_round_inputs(
+    comfy, packed, clip_l, stock, encode, relative_error, monkeypatch
+):
+    """The norm is in float32, so that stock holds T5 in it: then it multiplies int8 weights in int8."""
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp32_text_enc", True)
+    path = packed("int8_convrot", dtype=torch.float32)
+    error = relative_error(encode(remote(path, clip_l))[0], encode(stock(path, clip_l))[0])
+    assert 100 * TOLERANCE < error < INT8_ROUNDING

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import z_image_models
-from gguf_files import SCALES, dequantise, write_model
+from gguf_files import SCALES, dequantise, write_model, write_t5
+from text_checkpoints import t5_state_dict
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
@@ -187,3 +188,21 @@ def test_a_scale_that_is_not_finite_is_refused(rank: OneRank, tmp_path: Path, ki
         lend(rank, path)
     path.write_bytes(content)
     lend(rank, path)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_a_t5_in_the_names_of_llama_cpp(rank: OneRank, direct: ModuleType, tmp_path: Path, kind: str) -> None:
+    """It computes in float32 on the numbers that its blocks mean; its table stays in blocks."""
+    state = t5_state_dict(0, width=256, inner=512, heads=4, vocabulary=300)
+    packed = write_t5(tmp_path / "t5.gguf", state, kind)
+    assert len(packed) == len([each for each in state.values() if each.ndim == 2]) - 1
+    component = lend(rank, tmp_path / "t5.gguf")
+    assert component.facts.family == "t5"
+    assert component.facts.dtype == "float32"
+    assert component.bindings["shared.weight"].format == kind  # type: ignore[union-attr]
+    tokens = torch.tensor([[2, 3, 299, 5, 5, 0]])
+    found, _ = direct.encode_text(component.model, tokens)
+    rank.components.unmap("a")
+    rank.lend("b", meant(state, packed, torch.float32))
+    expected, _ = direct.encode_text(rank.components.get("b", "text_encoder").model, tokens)
+    assert torch.equal(found, expected)

@@ -8,13 +8,17 @@ from typing import Any
 import lora_files
 import pytest
 import torch
+import z_image_models
 from lora_files import matrices
+from packed_checkpoints import pack
 
+from xditd.client.lending import describe
 from xditd.client.loras.lending import describe_lora
 from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_targets import Target, flat, takes_loras, targets_of
 from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
+from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.models.registry import families
 from xditd.gpu_workers.packed.linear import BranchedLinear, add_branches_to
 from xditd.ipc.requests import LoraUse
@@ -99,6 +103,43 @@ def test_targets_of_flux1_move_with_the_key_map() -> None:
     assert [(part.start, part.at) for part in in_file.parts] == [(0, 0)]
     assert [(part.start, part.at) for part in of_class.parts] == [(0, h), (h, 0)]
     assert isinstance(of_class, Target)
+
+
+@pytest.mark.parametrize("packed_format", [None, "int8_rows", "old"])
+def test_one_rank_runs_the_class_of_z_image_with_them(layout, direct, packed_format: str | None) -> None:
+    """Plain, and with packed layers, which multiply what has the same input together."""
+    import one_rank
+
+    plain = z_image_models.state_dict(0, names=z_image_models.COMFYUI)
+    packed = None if packed_format is None else pack(plain, packed_format, torch.float32)
+    source, meant = (plain, plain) if packed is None else (packed.tensors, packed.meant)
+    lora = lora_files.make(matrices(plain), "comfyui", 3, size=0.2)
+    offers = [describe(source, compute_dtype="float32" if packed else None), describe_lora(lora.tensors)]
+    rank = one_rank.OneRank(layout)
+    try:
+        for name, offer in zip(("base", "lora"), offers, strict=True):
+            rank.components.prepare(name, offer.manifest, rank.client)
+            rank.components.plug(name)
+        component = rank.components.get("base", "transformer")
+        variant = rank.components.variant(component, [LoraUse(component_id="lora", strength=0.6)])
+        given = z_image_models.inputs((7, 40), ((8, 12), (6, 4)))
+        with variant.switched_on():
+            (found,) = direct.call(component.model, [Inputs(given)])[0]
+        (alone,) = direct.call(component.model, [Inputs(given)])[0]
+        with torch.no_grad():
+            right = z_image_models.reference(lora.baked_into(meant, 0.6))(**given, return_dict=False)[0]
+            without = z_image_models.reference(meant)(**given, return_dict=False)[0]
+        for row in range(2):
+            assert z_image_models.relative_error(found[row], right[row]) <= 2e-6
+            assert z_image_models.relative_error(alone[row], without[row]) <= 2e-6
+            assert z_image_models.relative_error(alone[row], right[row]) > 0.05
+        del variant
+        rank.components.unmap("lora")  # nothing refers to its memory, else this fails
+        assert len(rank.components) == 1
+    finally:
+        rank.close()
+        for offer in offers:
+            offer.close()
 
 
 @pytest.fixture

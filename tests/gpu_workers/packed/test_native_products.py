@@ -140,6 +140,31 @@ def test_float8_is_the_product_of_rounded_numbers(dtype: torch.dtype) -> None:
     check_float8(dtype, "cpu", 5)
 
 
+@pytest.mark.parametrize("outliers", [False, True], ids=["normal", "outliers"])
+@pytest.mark.parametrize(
+    ("size", "with_scale_1"),
+    [(0.001, (0.4, 0.6)), (0.01, (0.04, 0.06)), (0.1, (0.02, 0.03)), (1, (0.02, 0.03)), (1000, (0.6, 1))],
+)
+def test_float8_without_an_input_scale_is_nearer_to_the_exact_product_than_with_the_scale_1(
+    size: float, with_scale_1: tuple[float, float], *, outliers: bool
+) -> None:
+    """ComfyUI takes the scale 1: small inputs lose their digits, and larger ones than 448 are cut off.
+
+    The figures are those of docs/formats.md. In ``outliers`` every 128th column is 64 times as large.
+    """
+    x, weight, _ = float8_case(32, torch.float32)
+    x *= size
+    if outliers:
+        x[:, ::128] *= 64
+    exact = x.double() @ weight.double().T
+    found = relative(float8_linear(x, weight), exact)
+    stock = relative(x.clamp(-448, 448).to(torch.float8_e4m3fn).double() @ weight.double().T, exact)
+    assert found < 0.028
+    assert found <= stock
+    if not outliers:
+        assert with_scale_1[0] < stock < with_scale_1[1]
+
+
 def test_float8_with_an_input_scale_rounds_as_comfy_kitchen() -> None:
     quantization = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
     x, _, _ = float8_case(40, torch.bfloat16)

@@ -25,15 +25,17 @@ def test_float8_weights_are_multiplied_natively_if_that_was_chosen_for_most() ->
     assert fits(NATIVE, NATIVE, NOT_CHOSEN)
     assert not fits(NATIVE, NOT_CHOSEN)
     assert not fits(NOT_CHOSEN, NOT_CHOSEN)
+    scaled = replace(NATIVE, input_scale=torch.ones(()))
+    assert fits(scaled, scaled)
+    assert not fits(NATIVE, NATIVE, scaled)
 
 
-def test_what_cannot_be_rounded_row_by_row_is_left_to_other_products() -> None:
+def test_what_cannot_be_rounded_is_left_to_other_products() -> None:
     values = torch.zeros(32, 16, dtype=torch.uint8)
     for other in (
         torch.zeros(32, 16),
         replace(NATIVE, format="int8", values=values.view(torch.int8)),
         replace(NATIVE, values=values.view(torch.float8_e5m2)),
-        replace(NATIVE, input_scale=torch.ones(())),
         replace(NOT_CHOSEN, quantises_input=False),
         replace(NATIVE, values=NATIVE.values.t()),
     ):

@@ -119,13 +119,17 @@ def products() -> dict[str, float]:
     hidden = torch.nn.functional.gelu(product(x, "up"), approximate="tanh")
     some = slice(128, None)
     results = {
-        "multiply": (eight.multiply, (eight.take(x), up), product(x, "up")),
-        "some outputs": (eight.multiply, (eight.take(x), eight.linear("up", some)), product(x, "up", some)),
-        "images of both": (eight.multiply, (eight.halves(eight.take(x), 3)[1], up), product(x, "up")[3:]),
-        "mlp": (eight.mlp, (eight.take(x), up, down), product(hidden, "down")),
+        "multiply": (eight.multiply, (eight.take(x, (up, up), 0), up), product(x, "up")),
+        "some outputs": (
+            eight.multiply,
+            (eight.take(x, (up, up), 0), eight.linear("up", some)),
+            product(x, "up", some),
+        ),
+        "images of both": (eight.multiply, (eight.halves(eight.take(x, (up, up), 0), 3)[1], up), product(x, "up")[3:]),
+        "mlp": (eight.mlp, (eight.take(x, (up, up), 0), up, down), product(hidden, "down")),
         "mlp and attention": (
             eight.mlp_and_attention,
-            (attended, eight.take(x), up, second),
+            (attended, eight.take(x, (up, up), 0), up, second),
             product(torch.cat([attended, hidden], 1), "second"),
         ),
     }
@@ -161,7 +165,8 @@ def packed_products() -> dict[str, Any]:
     x, attended = torch.randn(7, 128, generator=generator), torch.randn(7, 128, generator=generator)
     for products, checkpoint in ((ours, lent), (theirs, plain)):
         products.load(checkpoint)
-        rows = products.take(x)
+        linear = products.linear("up")
+        rows = products.take(x, (linear, linear), 0)
         up, down, second, some = (torch.empty(7, width) for width in (512, 128, 128, 256))
         products.multiply(rows, products.linear("up"), up)
         products.mlp(rows, products.linear("up"), products.linear("down"), down)
@@ -171,6 +176,58 @@ def packed_products() -> dict[str, Any]:
     return {
         "same bits": [torch.equal(*pair) for pair in zip(*outs, strict=True)],
         "counted": memory.counts.report()[0].native,
+    }
+
+
+def given_scales() -> dict[str, Any]:
+    """Compare rows and products that have the scales of a file with the products of single layers."""
+    from xditd.gpu_workers.kernels import triton_kernels
+    from xditd.gpu_workers.packed.linear import PackedMemory
+    from xditd.gpu_workers.packed.native_products import float8_linear, native_product, quantise_float8
+    from xditd.gpu_workers.packed.products import Dequantiser, Float8Products
+    from xditd.gpu_workers.packed.tensors import PackedTensor
+
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"text": (128, 128), "image": (512, 128), "down": (128, 512), "second": (128, 640)}
+    lent: dict[str, Any] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        lent[f"{name}.bias"] = torch.randn(shape[0], generator=generator)
+        values, scales = rounded(torch.randn(*shape, generator=generator))
+        scale = torch.tensor(0.004 * (1 + number))
+        lent[f"{name}.weight"] = PackedTensor(
+            "float8", shape, values, scales[:, None], input_scale=scale, native=native_product
+        )
+    products = Float8Products(Dequantiser(PackedMemory(torch.device("cpu")), torch.float32), 640 * 128)
+    products.load(lent)
+    text, image, down, second = map(products.linear, shapes)
+    x, attended = (torch.randn(7, 128, generator=generator) for _ in range(2))
+    vectors = torch.randn(2, 2 * 128, generator=generator)
+
+    def expected_rows(rows: torch.Tensor) -> torch.Tensor:
+        parts = ((rows[:3], "text"), (rows[3:], "image"))
+        return torch.cat([quantise_float8(part, lent[f"{name}.weight"].input_scale).values for part, name in parts])
+
+    def expected(rows: torch.Tensor, name: str) -> torch.Tensor:
+        weight = lent[f"{name}.weight"]
+        return float8_linear(rows, weight.values, weight.scale, weight.input_scale, lent[f"{name}.bias"])
+
+    taken = products.take(x, (text, image), 3)
+    modulated = products.modulate(x.clone(), (text, image), text_rows=3, shift=(vectors, 0))
+    plain = triton_kernels.add_and_modulate(x.clone(), text_rows=3, shift=(vectors, 0))
+    outs = {name: torch.empty(7, 128) for name in ("down", "second")}
+    rows = products.take(x, (image, image), 0)
+    products.mlp(rows, image, down, outs["down"])
+    products.mlp_and_attention(attended, rows, image, second, outs["second"])
+    hidden = torch.nn.functional.gelu(expected(x, "image"), approximate="tanh")
+    right = {"down": expected(hidden, "down"), "second": expected(torch.cat([attended, hidden], 1), "second")}
+    return {
+        "other values": [
+            float((found.values.float() != theirs.float()).float().mean())
+            for found, theirs in ((taken, expected_rows(x)), (modulated, expected_rows(plain)))
+        ],
+        "cut off": float(taken.values.float().abs().max()),
+        "errors": [float((outs[name] - each).norm() / each.norm()) for name, each in right.items()],
+        "scales": [sorted(set(each.scales.tolist())) for each in (taken, modulated)],
     }
 
 
@@ -233,5 +290,11 @@ def whole_model(store: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     mend_the_interpreter()
-    parts = {"quantiser": quantiser(), "modulation": modulation(), "products": products(), "packed": packed_products()}
+    parts = {
+        "quantiser": quantiser(),
+        "modulation": modulation(),
+        "products": products(),
+        "packed": packed_products(),
+        "given scales": given_scales(),
+    }
     Path(sys.argv[1]).write_text(json.dumps({**parts, "model": whole_model(sys.argv[2])}))

@@ -48,6 +48,14 @@ def test_packed_weights_are_multiplied_as_those_that_are_quantised_here(found: A
     assert found["packed"] == {"same bits": [True] * 4, "counted": 6}
 
 
+def test_scales_of_a_file_round_the_inputs_of_each_layer(found: Any) -> None:
+    case = found["given scales"]
+    assert case["other values"] == [0.0, 0.0]
+    assert case["cut off"] == 448.0
+    assert all(error < 2e-3 for error in case["errors"]), case  # GELU's last bit, as above
+    assert case["scales"] == [[pytest.approx(0.004), pytest.approx(0.008)]] * 2
+
+
 def test_a_whole_model_is_off_by_rounding_and_not_by_more(found: Any) -> None:
     model = found["model"]
     assert 1e-3 < model["error"] < 0.05

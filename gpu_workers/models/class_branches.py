@@ -1,0 +1,103 @@
+"""LoRAs beside the linear layers of a module that runs as its class, computed as the layers of PEFT do.
+
+A layer has another class only while a job has LoRAs for it. So jobs without LoRAs, and whatever looks at the classes of
+layers (compiled blocks, packed weights), find the module as its class makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from xditd.gpu_workers.kernels.branches import Branch, Branches
+from xditd.gpu_workers.models.lora_targets import LayerRows, Target, flat
+from xditd.gpu_workers.packed.linear import PackedLinear
+
+_KEY = "lora_branches"
+
+
+class _LinearWithBranches(torch.nn.Linear):
+    """A plain linear layer while a job has LoRAs for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches: LayerBranches = self.__dict__[_KEY]
+        return add_as_peft(branches.active, super().forward(x), x)
+
+
+class LayerBranches(Branches):
+    """The branches beside a plain linear layer, which has another class while there are any."""
+
+    __slots__ = ("_active", "_layer")
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        self._layer = layer
+        self._active: tuple[Branch, ...] = ()
+
+    @property
+    def active(self) -> tuple[Branch, ...]:
+        """Those of the LoRAs of the job at hand."""
+        return self._active
+
+    @active.setter
+    def active(self, branches: tuple[Branch, ...]) -> None:
+        if bool(branches) != bool(self._active):
+            if branches:
+                self._layer.__dict__[_KEY] = self
+                self._layer.__class__ = _LinearWithBranches  # its parameters, hooks and attributes stay
+            else:
+                self._layer.__class__ = torch.nn.Linear
+                del self._layer.__dict__[_KEY]
+        self._active = branches
+
+
+def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add to a layer's result ``y`` (..., outputs) what branches make of its input ``x``; return a new tensor.
+
+    The operations, their order and their dtypes are those of PEFT, so the bits are, too. Each computes in the dtype of
+    its factors, or that of autocast; the sum has the dtype of ``y``.
+
+    Source: PEFT, ``tuners/lora/layer.py``, ``Linear.forward``.
+    """
+    dtype = y.dtype
+    for branch in branches:
+        x = x.to(branch.down.dtype)
+        factor = branch.scale * branch.strength.value
+        if factor != 0.0:
+            y = _added(y, F.linear(F.linear(x, branch.down), branch.up) * factor, branch.start)
+    return y.to(dtype)
+
+
+def _added(y: torch.Tensor, part: torch.Tensor, start: int) -> torch.Tensor:
+    """Add to the outputs from ``start`` on; PEFT has branches of all outputs alone."""
+    if part.shape[-1] == y.shape[-1]:
+        return y + part
+    y = y.to(torch.promote_types(y.dtype, part.dtype), copy=True)
+    y[..., start : start + part.shape[-1]] += part
+    return y
+
+
+def branches_of(module: torch.nn.Module) -> dict[str, Branches]:
+    """Return the branches of all plain and packed linear layers, by the layers' names. No layer changes yet."""
+    found: dict[str, Branches] = {}
+    for path, layer in module.named_modules():
+        if type(layer) is torch.nn.Linear:
+            found[path] = LayerBranches(layer)
+        elif isinstance(layer, PackedLinear):
+            found[path] = layer.branches
+    return found
+
+
+def targets_in(module: torch.nn.Module, branches: Mapping[str, Branches]) -> dict[str, Target]:
+    """Return the layers with branches by their names with ``_`` for dots; without those whose names are then alike."""
+    found: dict[str, Target] = {}
+    alike: set[str] = set()
+    for path in branches:
+        layer = module.get_submodule(path)
+        assert isinstance(layer, torch.nn.Linear | PackedLinear)
+        if flat(path) in found:
+            alike.add(flat(path))
+        rows = LayerRows(path, 0, layer.out_features)
+        found[flat(path)] = Target(layer.out_features, layer.in_features, (rows,))
+    return {name: target for name, target in found.items() if name not in alike}
