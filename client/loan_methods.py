@@ -104,8 +104,8 @@ class LoanMethods:
         ComfyUI. A program that has read one itself gives a ``client.loras.lending.ReadLora``. ``device`` and
         ``generation`` are those of :meth:`lend`. No weight of a component is read or changed: workers add the low-rank
         branch to the layers' results. Names that fit no layer are logged once, and are in the loan's ``facts.lora``.
-        With ``as_class`` it is for modules that run as their class, of any class: its layers are submodules of theirs by
-        name, as diffusers and PEFT spell them.
+        With ``as_class`` it is for modules that run as their class, of any class: its layers are submodules of theirs
+        by name, as diffusers and PEFT spell them.
 
         Raises:
             Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that
