@@ -42,6 +42,7 @@ class LentLoras:
         self._label = label
         self._lent: dict[Key, _Lent] = {}
         self._uses: list[tuple[_Lent, float]] = []
+        self._hooked: list[tuple[_Lent, float]] = []
 
     def use(self, loan: Loan, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
         """Use the LoRAs of ``holder``, a MODEL or CLIP, from now on; ``branches`` are their factors by weight.
@@ -51,6 +52,44 @@ class LentLoras:
         Raises:
             Unsupported: the workers' model lacks a layer.
         """
+        self._uses, self._hooked = self._found(loan, branches, holder), []
+        for key, lent in list(self._lent.items()):
+            if not lent.holders:
+                del self._lent[key]
+                _return(lent, self._label)
+
+    def use_hooked(self, loan: Loan, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of hooks, too, until the next call or the next :meth:`use`.
+
+        Raises:
+            Unsupported: the workers' model lacks a layer.
+        """
+        self._hooked = self._found(loan, branches, holder)
+
+    def drop_hooked(self) -> None:
+        """Use the LoRAs of hooks no longer; they stay lent."""
+        self._hooked = []
+
+    def added_to(self, loan: Loan) -> Loan | LoanWithLoras:
+        """Return a loan with the LoRAs in use, for a job; lends them again after a restart of the daemon."""
+        uses = [*self._uses, *self._hooked]
+        if not uses:
+            return loan
+        for lent, _ in uses:
+            if not lent.loan.is_live:
+                lent.loan = self._lend(lent.lora, loan)
+        return loan.with_loras([(lent.loan, strength) for lent, strength in uses])
+
+    def release(self) -> None:
+        """Return all LoRAs. The next use lends them again."""
+        self._uses, self._hooked = [], []
+        while self._lent:
+            _return(self._lent.popitem()[1], self._label)
+
+    def _found(
+        self, loan: Loan, branches: Mapping[str, Sequence[Factors]], holder: object
+    ) -> list[tuple[_Lent, float]]:
+        """Return the LoRAs of these factors with their strengths; lend those that are not lent."""
         uses = []
         for found in find_loras(branches, self._part):
             lent = self._lent.get(found.key)
@@ -58,26 +97,7 @@ class LentLoras:
                 lent = self._lent[found.key] = _Lent(found, self._lend(found, loan))
             lent.holders.add(holder)
             uses.append((lent, found.strength))
-        self._uses = uses
-        for key, lent in list(self._lent.items()):
-            if not lent.holders:
-                del self._lent[key]
-                _return(lent, self._label)
-
-    def added_to(self, loan: Loan) -> Loan | LoanWithLoras:
-        """Return a loan with the LoRAs in use, for a job; lends them again after a restart of the daemon."""
-        if not self._uses:
-            return loan
-        for lent, _ in self._uses:
-            if not lent.loan.is_live:
-                lent.loan = self._lend(lent.lora, loan)
-        return loan.with_loras([(lent.loan, strength) for lent, strength in self._uses])
-
-    def release(self) -> None:
-        """Return all LoRAs. The next use lends them again."""
-        self._uses = []
-        while self._lent:
-            _return(self._lent.popitem()[1], self._label)
+        return uses
 
     def _lend(self, found: FoundLora, loan: Loan) -> Loan:
         lent = self._connect().lend_lora(found.read, label=f"LoRA of {self._label}")

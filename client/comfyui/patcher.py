@@ -109,6 +109,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             for name, added in (read_bypass(injections, self._shape_of) or {}).items():
                 branches.setdefault(name.removeprefix(PREFIX), []).extend(added)
         self.weights.use_loras(branches, self)
+        self.patch_hooks(self.current_hooks)
         self.model.current_weight_patches_uuid = self.patches_uuid
         self.model.device = self.load_device
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
@@ -134,14 +135,23 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self.injections = kept
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Refuse hooks, which would change weights between steps.
+        """Use the LoRAs of hooks with their strengths at this step, besides the patches; ``None`` uses none.
 
         Raises:
-            Unsupported: a hook is set.
+            Unsupported: a hook changes weights in another way.
         """
-        if hooks is not None:
-            refuse(["hooks (scheduled LoRAs)"])
-        super().patch_hooks(hooks)
+        branches: dict[str, list[Factors]] = {}
+        for key, patches in self.get_combined_hook_patches(hooks).items():
+            factors = read_patches(patches, self._shape_of(key))
+            if factors is None:
+                refuse([f"hooks that change {key} by what is no LoRA"])
+            else:
+                branches[key.removeprefix(PREFIX)] = factors
+        self.weights.use_hooked_loras(branches, self)
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        self.patch_hooks(None)
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         self.understood.check(self)

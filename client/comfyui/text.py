@@ -120,6 +120,11 @@ class JointWeights:
         for weights, names in self._parts:
             weights.use_loras({names[name]: each for name, each in branches.items() if name in names}, holder)
 
+    def use_hooked_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of hooks besides, each with the component that has its layers."""
+        for weights, names in self._parts:
+            weights.use_hooked_loras({names[name]: each for name, each in branches.items() if name in names}, holder)
+
     def release(self) -> None:
         for weights, _ in self._parts:
             weights.release()

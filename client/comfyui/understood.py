@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from xditd.client.comfyui.baseline import Baseline
-from xditd.client.comfyui.lora_patches import read_bypass
+from xditd.client.comfyui.lora_patches import read_bypass, read_patches
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.unsupported import model_option_faults, refuse
 from xditd.ipc.name_lists import listed
@@ -45,7 +45,7 @@ COMPILE_KEY: Final = "torch.compile"
 
 _DESCRIPTIONS: Final = {
     "injections": "injects Python code into the model",
-    "hook_patches": "LoRA hooks (scheduled LoRAs)",
+    "hook_patches": "hooks that change weights by what is no LoRA",
     "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
     "weight_wrapper_patches": "weight wrappers",
     "additional_models": "additional models",
@@ -125,6 +125,10 @@ class Understood:
                     yield _DESCRIPTIONS["is_multigpu_base_clone"]
             elif name == "force_cast_weights":
                 pass  # is set with a compute dtype, which _object_faults checks
+            elif name == "hook_patches":
+                by_weight = [(key, each) for patches in value.values() for key, each in patches.items()]
+                if any(read_patches(each, self._shape_of(key)) is None for key, each in by_weight):
+                    yield _DESCRIPTIONS[name]
             elif name == "injections":
                 for key, each in ((key, each) for key, each in value.items() if each):
                     if read_bypass(each, self._shape_of) is not None:

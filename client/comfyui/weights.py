@@ -139,6 +139,13 @@ class RemoteWeights:
         """Use the LoRAs of ``holder``, a MODEL or CLIP, from now on; see :meth:`LentLoras.use`."""
         self._loras.use(self.loan, branches, holder)
 
+    def use_hooked_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of hooks besides, until the next call; without any nothing is lent."""
+        if branches:
+            self._loras.use_hooked(self.loan, branches, holder)
+        else:
+            self._loras.drop_hooked()
+
     def apply(self, edits: Mapping[str, Edit]) -> Loan:
         """Lend the base tensors with ``edits`` merged; a no-op if they are lent like that."""
         stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}

@@ -178,6 +178,38 @@ def test_bypass(through, remote, local, bypass, load, run, relative_error):
     assert relative_error(run(model), run(bypass(local, "diffusers", 0.9))) <= BAR
 
 
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+def test_hooks_and_their_keyframes(
+    through, comfy, daemon, remote, local, loras, load, conditioning, ksample, latent, relative_error
+):
+    """Two conditionings with their own LoRAs, one with strengths by step, on a MODEL that has one, too."""
+    from comfy_extras import nodes_hooks
+
+    def hooks(name: str, strength: float, *keyframes: tuple[float, float]) -> Any:
+        (made,) = nodes_hooks.CreateHookLora().create_hook(loras[name], strength, 0.0)
+        frames = None
+        for strength_mult, start in keyframes:
+            (frames,) = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(strength_mult, start, frames)
+        return nodes_hooks.SetHookKeyframes().set_hook_keyframes(made, frames)[0] if keyframes else made
+
+    def run(model: Any, *, with_keyframes: bool = True) -> torch.Tensor:
+        frames = ((1.0, 0.0), (-0.5, 0.4), (0.0, 0.8)) if with_keyframes else ()
+        positive = [[states, {**more, "hooks": hooks("kohya", 0.6, *frames)}] for states, more in conditioning(1)]
+        negative = [[states, {**more, "hooks": hooks("onetrainer", -0.4)}] for states, more in conditioning(2)]
+        return ksample(load(model, "comfyui", 0.5), positive, negative, dict(latent), steps=4, cfg=2.0)
+
+    ours = remote if through == "loader" else accelerated(local)
+    expected = run(local)
+    assert relative_error(run(local, with_keyframes=False), expected) > 1e-2
+    assert relative_error(run(ours), expected) <= 2 * BAR
+    assert [each.generation for each in daemon.status().components] == [0, 0, 0, 0]
+    plain = ksample(local, conditioning(1), conditioning(2), dict(latent), steps=4, cfg=2.0)
+    assert (
+        relative_error(ksample(ours, conditioning(1), conditioning(2), dict(latent), steps=4, cfg=2.0), plain)
+        <= 2 * BAR
+    )
+
+
 def test_a_change_of_strength_and_a_switch_copy_nothing(daemon, remote, local, comfy, loras, run, relative_error):
     first, second = comfy.nodes.LoraLoaderModelOnly(), comfy.nodes.LoraLoaderModelOnly()
 

@@ -113,7 +113,7 @@ def test_a_control_net_from_60_percent(comfy, remote, refused, conditioning):
 
 
 def test_conditioning_that_changes_the_model(remote, refused, conditioning, latent):
-    from comfy.hooks import create_hook_lora
+    from comfy.hooks import HookGroup, TransformerOptionsHook, create_hook_lora
 
     def attached(**more: Any) -> list[Any]:
         ((embeds, extras),) = conditioning(1)
@@ -123,10 +123,11 @@ def test_conditioning_that_changes_the_model(remote, refused, conditioning, late
     mask = {"attention_mask": torch.ones(1, 80, 80), "attention_mask_img_shape": (8, 8)}
     refused(lambda: remote, "Apply Style Model", attached(**mask))
     refused(lambda: remote, "GLIGEN", attached(gligen=("position", types.SimpleNamespace(model=None), [])))
-    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
-    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
-    hooks = create_hook_lora(adapters, 1.0, 0.0)
-    refused(lambda: remote, "scheduled LoRAs", attached(hooks=hooks))
+    hooks = create_hook_lora({"diffusion_model.img_in.diff": torch.ones(256, 64)}, 1.0, 0.0)
+    refused(lambda: remote.clone(), "hooks that change weights by what is no LoRA", attached(hooks=hooks))
+    hooks = HookGroup()
+    hooks.add(TransformerOptionsHook({"wrappers": {}}))
+    refused(lambda: remote.clone(), "hooks of the kind 'transformer_options'", attached(hooks=hooks))
 
 
 PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
@@ -199,9 +200,10 @@ def a_weight_wrapper(patcher: Any) -> None:
     patcher.add_weight_wrapper("diffusion_model.img_in.weight", print)
 
 
-@plant("scheduled LoRAs")
+@plant("hooks that change weights by what is no LoRA")
 def a_weight_hook(patcher: Any) -> None:
-    patcher.hook_patches["ref"] = {"diffusion_model.img_in.weight": []}
+    difference = (1.0, ("diff", (torch.ones(256, 64),)), 1.0, None, None)
+    patcher.hook_patches["ref"] = {"diffusion_model.img_in.weight": [difference]}
 
 
 @plant("several GPUs")
